@@ -1,0 +1,1 @@
+"""The command line. `app` holds the program, `commands` the commands, `options` what they share."""

@@ -1,0 +1,68 @@
+"""The program `gblm-compress`: runs a command and turns every foreseeable failure into one message and an exit code."""
+
+import sys
+from typing import Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from gblm_compress.cli import commands
+from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.recipe import describe_fault
+
+# Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+EPILOG = """\
+Exit codes: 0 success, 1 unexpected error, 2 usage or recipe error, 3 unusable model or data, 4 missing hardware or
+package, 5 verification failed, 6 gate failed, 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="gblm-compress",
+    help="Prune Hugging Face language models, export them, and measure what it really buys.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+for command in commands.COMMANDS:
+    app.command(no_args_is_help=command not in (commands.doctor, commands.schema))(command)
+app.callback()(commands.program)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the program and exit with its code."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        code: Any = typer.main.get_command(app).main(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ValidationError as error:
+        return _fail(UsageError("\n".join(_option_fault(fault, error) for fault in error.errors())))
+    except GblmError as error:
+        return _fail(error)
+    except ClickException as error:
+        error.show()
+        return UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
+        return 130
+
+
+def _option_fault(fault: Any, error: ValidationError) -> str:
+    """A fault of the settings that options make, with the option's spelling."""
+    from gblm_compress import settings
+
+    text = describe_fault(fault, getattr(settings, error.title))
+    name, colon, rest = text.partition(": ")
+    if fault["loc"] and colon:
+        return f"--{name.split('.')[0].replace('_', '-')}: {rest}"
+    return text
+
+
+def _fail(error: GblmError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

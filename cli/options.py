@@ -1,0 +1,75 @@
+"""Options that several commands share, with their help taken from the settings they fill."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from gblm_compress.settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ModelSettings,
+    PruneSettings,
+)
+
+MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
+
+
+def option(settings: type[BaseModel], field: str, *names: str) -> Any:
+    """An option that fills `field`, described by it; its default is shown in words where the program's is None."""
+    return typer.Option(*names, help=settings.model_fields[field].description)
+
+
+def split(values: list[str] | None) -> tuple[str, ...]:
+    """The parts of an option that may be repeated, or given once with commas."""
+    return tuple(part.strip() for value in values or [] for part in value.split(",") if part.strip())
+
+
+def default(settings: type[BaseModel], field: str) -> Any:
+    """The default of a field."""
+    return settings.model_fields[field].default
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Dtype = Annotated[str, option(ModelSettings, "dtype")]
+Device = Annotated[str, option(ModelSettings, "device")]
+
+Method = Annotated[str, option(PruneSettings, "method")]
+Pattern = Annotated[str, option(PruneSettings, "pattern")]
+Sparsity = Annotated[float | None, option(PruneSettings, "sparsity")]
+GradientNorm = Annotated[str, option(PruneSettings, "gradient_norm")]
+Alpha = Annotated[float, option(PruneSettings, "alpha")]
+Targets = Annotated[list[str] | None, option(PruneSettings, "targets")]
+Ignore = Annotated[list[str] | None, option(PruneSettings, "ignore")]
+Calibration = Annotated[str, option(CalibrationSettings, "dataset", "--calibration")]
+Samples = Annotated[int, option(CalibrationSettings, "samples")]
+CalibrationLength = Annotated[int, option(CalibrationSettings, "sequence_length", "--sequence-length")]
+Seed = Annotated[int, option(CalibrationSettings, "seed")]
+
+Format = Annotated[str, option(ExportSettings, "format")]
+ExportDtype = Annotated[str, option(ExportSettings, "dtype", "--dtype")]
+
+Dataset = Annotated[str, option(EvaluateSettings, "dataset")]
+EvaluationLength = Annotated[int, option(EvaluateSettings, "sequence_length", "--sequence-length")]
+MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
+Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
+
+Baselines = Annotated[
+    list[str], typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export.")
+]
+Batch = Annotated[str, option(BenchmarkSettings, "batch")]
+Prompt = Annotated[int, option(BenchmarkSettings, "prompt")]
+Generate = Annotated[int, option(BenchmarkSettings, "generate")]
+Repeats = Annotated[int, option(BenchmarkSettings, "repeats")]
+Warmup = Annotated[int, option(BenchmarkSettings, "warmup")]
+RuntimeNames = Annotated[list[str] | None, option(BenchmarkSettings, "runtimes", "--runtime")]
+Threads = Annotated[int | None, option(BenchmarkSettings, "threads")]

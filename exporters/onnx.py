@@ -1,0 +1,309 @@
+"""Export to ONNX: one graph for prefill and decode, verified in ONNX Runtime against torch.
+
+The folder loads in onnxruntime alone, in optimum's `ORTModelForCausalLM` (names of inputs and outputs) and in
+onnxruntime-genai (`genai_config.json`). Only `_trace` knows transformers' exporter, which is experimental.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from gblm_compress import artifact, manifest, sources, text
+from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.exporters import ExportResult
+from gblm_compress.progress import Progress
+from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.sources import ModelSource
+
+FORMAT = "onnx"
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+DTYPES = ("float32", "float16")
+# Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+VERIFY_TOKENS = 64
+GREEDY_TOKENS = 32
+
+_CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
+
+
+def export(
+    source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress
+) -> ExportResult:
+    """Write an ONNX folder: `model.onnx`, its data, tokenizer, config, generation config, `genai_config.json`.
+
+    Args:
+        dtype: "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
+            ONNX Runtime has no bfloat16 on the CPU.
+
+    Raises:
+        UsageError: the dtype is not one of these, or the output is in the way.
+        ModelError: transformers' exporter does not manage the architecture.
+        VerificationError: ONNX Runtime's logits, greedy tokens or weights are not torch's.
+    """
+    start = time.perf_counter()
+    artifact.check_output(output, force)
+    if dtype == "auto":
+        dtype = stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} cannot be exported to ONNX; give {' or '.join(DTYPES)}")
+    model = sources.load_model(source, dtype)
+    tokenizer = sources.load_tokenizer(source)
+    progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
+    program = _trace(model, source)
+    _name_cache(program)
+    _name_dimensions(program)
+    weights = _name_weights(program, model)
+    with artifact.atomic_folder(output) as temporary:
+        progress.say("saving …")
+        ir.save(program, temporary / GRAPH, external_data=DATA)
+        model.config.save_pretrained(temporary)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
+        sources.save_tokenizer(tokenizer, temporary)
+        (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
+        progress.say("verifying in ONNX Runtime …")
+        layers = _layers_to_count(source, model)
+        checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
+    exported = ModelSource(str(output), output)
+    return ExportResult(
+        format=FORMAT,
+        folder=str(output),
+        bytes=exported.bytes_on_disk,
+        source_bytes=source.bytes_on_disk,
+        seconds=time.perf_counter() - start,
+        checks=checks,
+    )
+
+
+def _trace(model: Any, source: ModelSource) -> ir.Model:
+    """The graph that transformers' exporter makes of the decode step with any number of tokens.
+
+    The example has a batch of two with padding: a mask of ones alone would let the tracer drop
+    `attention_mask` from the graph.
+    """
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    ids = torch.arange(12).reshape(2, 6) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    try:
+        with _quiet_tracer():
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            stages = decompose_for_generation(model, inputs, multi_token_decode=True)
+            decoder, example = stages["decode"]
+            return OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True)).program
+    except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({reason})"
+        ) from error
+
+
+@contextmanager
+def _quiet_tracer() -> Iterator[None]:
+    """Silence what tracing prints and logs about its own insides; errors still come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _name_cache(program: ir.Model) -> None:
+    """Give the KV cache the names that optimum and onnxruntime-genai expect."""
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        if match := _CACHE_NAME.fullmatch(value.name or ""):
+            direction, layer, kind = match.groups()
+            stem = "past_key_values" if direction == "input" else "present"
+            value.name = f"{stem}.{layer}.{'key' if kind == 'keys' else 'value'}"
+
+
+def _name_dimensions(program: ir.Model) -> None:
+    """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
+    names = {
+        "input_ids": ["batch_size", "sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "logits": ["batch_size", "sequence_length", None],
+    }
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        assert value.name is not None and value.shape is not None
+        if value.name.startswith("past_key_values."):
+            wanted = ["batch_size", None, "past_sequence_length", None]
+        elif value.name.startswith("present."):
+            wanted = ["batch_size", None, "total_sequence_length", None]
+        else:
+            wanted = names[value.name]
+        dimensions = [
+            name if name is not None else int(str(dimension))
+            for name, dimension in zip(wanted, value.shape, strict=True)
+        ]
+        value.shape = ir.Shape(dimensions)
+
+
+def _name_weights(program: ir.Model, model: nn.Module) -> dict[str, str]:
+    """Rename the initializers that hold linear weights after their layer; the optimizer numbered some of them.
+
+    An initializer is recognised by its content: the weight, or its transpose, bit for bit.
+
+    Returns:
+        {layer name: initializer name}.
+    """
+    by_content: dict[bytes, str] = {}
+    for name, layer in ((n, layer) for block in prunable_layers(model) for n, layer in block.items()):
+        weight = weight_matrix(layer).detach()
+        for array in (weight.numpy(), weight.T.numpy()):
+            by_content.setdefault(_content(array), name)
+    initializers = program.graph.initializers
+    found = {}
+    for value in list(initializers.values()):
+        if value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        layer_name = by_content.get(_content(value.const_value.numpy()))
+        if layer_name is not None and layer_name not in found:
+            found[layer_name] = f"{layer_name}.weight"
+            if value.name != found[layer_name]:
+                initializers.pop(value.name)
+                value.name = found[layer_name]
+                initializers[value.name] = value
+    return found
+
+
+def _content(array: Any) -> bytes:
+    shape = repr(array.shape).encode()
+    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()
+
+
+def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
+    """The `genai_config.json` with which onnxruntime-genai runs the folder.
+
+    Head count and size are read off the graph's own cache inputs, the rest off the model's config.
+    """
+    cache = [value for value in program.graph.inputs if (value.name or "").startswith("past_key_values.")]
+    assert cache[0].shape is not None
+    _, kv_heads, _, head_size = cache[0].shape
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    present = {value.name for value in program.graph.inputs}
+    return {
+        "model": {
+            "type": config.model_type,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
+            "context_length": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": GRAPH,
+                "head_size": int(head_size),
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": len(cache) // 2,
+                "num_key_value_heads": int(kv_heads),
+                "inputs": {
+                    **{name: name for name in inputs if name in present},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(config.max_position_embeddings, 2048),
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _layers_to_count(source: ModelSource, model: nn.Module) -> list[str]:
+    """The layers whose zeros must arrive: those that pruning touched, or all linear ones of a dense model."""
+    if (source.folder / manifest.MANIFEST).exists():
+        return list(manifest.read(source.folder)["layers"])
+    return [name for block in prunable_layers(model) for name in block]
+
+
+def _verify(
+    folder: Path, model: Any, tokenizer: Any, dtype: str, layers: list[str], weights: dict[str, str]
+) -> dict[str, Any]:
+    """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
+    zeros = _verify_zeros(folder, model, layers, weights)
+    ids = _real_text(tokenizer, model.config.vocab_size)
+    reference = TorchRuntime(model)
+    runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
+    expected, got = reference.logits(ids), runtime.logits(ids)
+    difference = float((expected - got).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE[dtype]:
+        raise VerificationError(
+            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {ids.shape[1]} tokens "
+            f"of real text; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
+        )
+    expected_tokens = greedy_tokens(reference, ids[:, :16], GREEDY_TOKENS)
+    got_tokens = greedy_tokens(runtime, ids[:, :16], GREEDY_TOKENS)
+    if expected_tokens != got_tokens:
+        first = next(i for i, (a, b) in enumerate(zip(expected_tokens, got_tokens, strict=True)) if a != b)
+        raise VerificationError(
+            f"greedy decoding differs from torch at token {first} of {GREEDY_TOKENS}: torch {expected_tokens[first]}, "
+            f"ONNX Runtime {got_tokens[first]}"
+        )
+    return {
+        "logits_relative_difference": difference,
+        "logits_tolerance": TOLERANCE[dtype],
+        "identical_greedy_tokens": GREEDY_TOKENS,
+        "dtype": dtype,
+        "provider": runtime.provider,
+        **zeros,
+    }
+
+
+def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], weights: dict[str, str]) -> dict[str, int]:
+    """Count the zeros of every pruned layer's initializer, as saved, against the layer."""
+    initializers = ir.load(folder / GRAPH).graph.initializers
+    total = 0
+    for layer in layers:
+        weight = weight_matrix(model.get_submodule(layer)).detach()
+        expected = int((weight == 0).sum())
+        if layer not in weights:
+            raise VerificationError(f"{layer}: no initializer of the graph holds its weight")
+        value = initializers[weights[layer]].const_value
+        assert value is not None
+        got = int((value.numpy() == 0).sum())
+        if got != expected:
+            raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
+        total += got
+    return {"layers_checked": len(layers), "zeros": total}
+
+
+def _real_text(tokenizer: Any, vocabulary: int) -> Tensor:
+    """The first tokens of the demo's evaluation text, [1, VERIFY_TOKENS]."""
+    ids = text.tokenize(tokenizer, text.load_text("demo", "evaluation")[:4000])[:VERIFY_TOKENS]
+    return ids.clamp(max=vocabulary - 1).unsqueeze(0)

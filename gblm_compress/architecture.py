@@ -1,0 +1,117 @@
+"""Where a transformers decoder keeps the weights that pruning is for: its blocks and their linear layers.
+
+Nothing here knows a model by name. A decoder is a model with a `ModuleList` of blocks; what is pruned are
+the `Linear` and `Conv1D` modules inside them, so that embeddings, heads and norms are out of reach.
+"""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gblm_compress.errors import ModelError, UsageError
+
+# Routers decide which expert runs; a pruned one changes the model's wiring, not its precision.
+ROUTERS = ("*router*", "*.gate", "*shared_expert_gate")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one weight matrix that can be pruned."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out_features, in_features], sharing its memory.
+
+    GPT-2's Conv1D stores [in_features, out_features]; its transpose is what is scored and masked.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
+
+    Raises:
+        ModelError: there is none.
+    """
+
+    def linear_weights(module: nn.Module) -> int:
+        return sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m))
+
+    candidates = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    name = max(candidates, key=lambda name: linear_weights(candidates[name]), default=None)
+    if name is None or linear_weights(candidates[name]) == 0:
+        raise ModelError(
+            f"{type(model).__name__} has no prunable layer: no ModuleList of blocks with Linear or Conv1D "
+            "layers was found; decoders such as Llama, Mistral, Qwen, GPT-2 and OPT have one"
+        )
+    return name, list(candidates[name])
+
+
+def prunable_layers(
+    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
+) -> list[dict[str, nn.Module]]:
+    """The layers to prune, block by block, as {full name: module} in the model's order.
+
+    Args:
+        model: a decoder.
+        targets: shell-style patterns over full module names; a layer must match one.
+        ignore: patterns whose matches are left alone, beside the routers, which always are.
+
+    Raises:
+        UsageError: a pattern matches no weight of the model.
+        ModelError: nothing is left to prune.
+    """
+    prefix, blocks = find_blocks(model)
+    weighted = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    for option, patterns in (("targets", targets), ("ignore", ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in weighted):
+                raise UsageError(
+                    f"{option} pattern {pattern!r} matches no module of the model; "
+                    f"its layers are named like {prefix + '.0.' + _first_linear(blocks[0])!r} "
+                    "(* stands for any text)"
+                )
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in targets) and not any(
+            fnmatchcase(name, p) for p in (*ignore, *ROUTERS)
+        )
+
+    layers = [
+        {
+            full_name: module
+            for name, module in block.named_modules()
+            if is_linear(module) and wanted(full_name := f"{prefix}.{index}.{name}")
+        }
+        for index, block in enumerate(blocks)
+    ]
+    if not any(layers):
+        raise ModelError(
+            f"no prunable layer is left: targets {list(targets)} less ignore {list(ignore)} selects none of the "
+            f"Linear or Conv1D layers in {prefix}"
+        )
+    return layers
+
+
+def _first_linear(block: nn.Module) -> str:
+    return next((name for name, module in block.named_modules() if is_linear(module)), "…")
+
+
+def check_finite(name: str, what: str, values: Tensor) -> None:
+    """Raises:
+    ModelError: `values` hold NaN or infinity; the message names the layer.
+    """
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).sum())
+        advice = (
+            "the checkpoint is damaged"
+            if what == "weights"
+            else "compute in a wider range with --dtype float32 (or bfloat16 instead of float16)"
+        )
+        raise ModelError(f"{name}: {bad} of {values.numel()} {what} are NaN or infinite; {advice}")

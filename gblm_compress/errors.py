@@ -1,0 +1,62 @@
+"""Every error the user can cause or meet, and the exit code each ends the program with.
+
+    GblmError                      1  unexpected
+    ├── UsageError                 2  an option, an argument or an output path is wrong
+    │   └── RecipeError            2  a recipe file has faults
+    ├── InputError                 3  the model or the data cannot be used
+    │   ├── ModelError             3
+    │   └── DataError              3
+    ├── MissingDependencyError     4  hardware or a package is missing
+    ├── VerificationError          5  an artefact is not what it claims to be
+    └── GateError                  6  a gate of the recipe failed
+
+A message says what is wrong, what was given, what was needed, and what to do next.
+"""
+
+
+class GblmError(Exception):
+    """Root of the tree; never raised itself."""
+
+    exit_code = 1
+
+
+class UsageError(GblmError):
+    """An option, an argument or an output path is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe has faults; the message lists all of them with their location."""
+
+
+class InputError(GblmError):
+    """The model or the data cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(InputError):
+    """The model is missing, corrupt, of an unsupported kind, or holds values that cannot be pruned."""
+
+
+class DataError(InputError):
+    """The text is missing, unreadable or too short."""
+
+
+class MissingDependencyError(GblmError):
+    """Hardware or a package that the request needs is not there."""
+
+    exit_code = 4
+
+
+class VerificationError(GblmError):
+    """An artefact, reopened, is not what it claims to be."""
+
+    exit_code = 5
+
+
+class GateError(GblmError):
+    """A gate of the recipe failed."""
+
+    exit_code = 6

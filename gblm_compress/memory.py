@@ -1,0 +1,49 @@
+"""Peak memory of a stretch of work: resident set of the process on a CPU, allocated device memory on CUDA."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+
+SAMPLE_EVERY_S = 0.02
+
+
+@dataclass
+class PeakMemory:
+    """The highest value seen, in bytes; valid once the `with` has ended."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[PeakMemory]:
+    """Measure the peak while the `with` runs.
+
+    On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the
+    whole life of the process; on CUDA the allocator's counter is read.
+    """
+    result = PeakMemory()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        yield result
+        result.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    process = psutil.Process()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_EVERY_S):
+            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        watcher.join()
+        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)

@@ -1,0 +1,133 @@
+"""Sparsity patterns: which weights compete with which, and the mask that follows from their scores.
+
+A pattern partitions a weight matrix [out_features, in_features] into groups; in each group the weights
+with the highest score survive. One function, `keep_largest`, decides inside the groups of every pattern.
+A mask's `True` means *keep*, everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from gblm_compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNSTRUCTURED = "unstructured"
+PER_MATRIX = "unstructured-per-matrix"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern by its name: `unstructured` (the weights of one output row compete),
+    `unstructured-per-matrix` (all weights of a matrix compete), or `N:M` (at most N nonzeros in every M
+    consecutive weights along the input dimension).
+
+    Raises:
+        UsageError: the name is none of these, or N:M does not satisfy 0 < N < M.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name in (UNSTRUCTURED, PER_MATRIX):
+            return
+        match = re.fullmatch(r"(\d+):(\d+)", self.name)
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise UsageError(
+                f"pattern {self.name!r} is not known; give '{UNSTRUCTURED}', '{PER_MATRIX}' "
+                "or 'N:M' with 0 < N < M (for example 2:4: at most 2 nonzeros in every 4 weights)"
+            )
+
+    @cached_property
+    def n_m(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern, None for an unstructured one."""
+        if ":" not in self.name:
+            return None
+        n, m = self.name.split(":")
+        return int(n), int(m)
+
+    def sparsity(self, requested: float | None) -> float:
+        """The fraction of zeros: implied by N:M, `requested` (default 0.5) otherwise.
+
+        Raises:
+            UsageError: `requested` lies outside 0 to 1 (exclusive), or contradicts N:M.
+        """
+        if requested is not None and not 0.0 < requested < 1.0:
+            raise UsageError(f"sparsity is {requested}; give a fraction between 0 and 1, for example 0.5")
+        if self.n_m is None:
+            return 0.5 if requested is None else requested
+        implied = 1 - self.n_m[0] / self.n_m[1]
+        if requested is not None and abs(requested - implied) > 1e-9:
+            raise UsageError(
+                f"sparsity {requested} contradicts pattern {self.name}, which fixes it at {implied:g}; "
+                "leave the sparsity out, or use an unstructured pattern"
+            )
+        return implied
+
+    def fits(self, in_features: int) -> bool:
+        """Whether rows of `in_features` weights divide into whole groups."""
+        return self.n_m is None or in_features % self.n_m[1] == 0
+
+    def mask(self, score: Tensor, weight: Tensor, sparsity: float) -> Tensor:
+        """The weights to keep.
+
+        Args:
+            score: saliency [out_features, in_features]; higher survives.
+            weight: [out_features, in_features]; its magnitude breaks ties of the score.
+            sparsity: fraction of zeros; ignored by N:M, which fixes it.
+
+        Returns:
+            Boolean [out_features, in_features], True = keep.
+        """
+        rows, columns = score.shape
+        if self.n_m is not None:
+            keep, group = self.n_m
+        else:
+            group = columns if self.name == UNSTRUCTURED else rows * columns
+            keep = group - int(group * sparsity)
+        kept = keep_largest(score.reshape(-1, group), weight.abs().reshape(-1, group), keep)
+        return kept.reshape(rows, columns)
+
+    def first_violation(self, weight: Tensor) -> str | None:
+        """Where `weight` [out_features, in_features] breaks an N:M pattern, as text; None if nowhere."""
+        if self.n_m is None:
+            return None
+        n, m = self.n_m
+        if not self.fits(weight.shape[1]):
+            return f"in_features={weight.shape[1]} is not a multiple of {m}"
+        counts = (weight != 0).reshape(weight.shape[0], -1, m).sum(-1)
+        if not (counts > n).any():
+            return None
+        row, group = (counts > n).nonzero()[0].tolist()
+        found = int(counts[row, group])
+        return f"row {row}, columns {group * m} to {group * m + m - 1}: {found} nonzeros, at most {n} allowed"
+
+
+def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
+    """Mark the `keep` largest scores of every row.
+
+    Deterministic: ties of the score go to the larger magnitude, ties of both to the lower index.
+
+    Args:
+        score: [groups, size].
+        magnitude: [groups, size].
+        keep: how many of each group survive, 0 < keep <= size.
+
+    Returns:
+        Boolean [groups, size] with exactly `keep` True in each row.
+    """
+    size = score.shape[1]
+    threshold = score.kthvalue(size - keep + 1, dim=1, keepdim=True).values
+    kept = score >= threshold
+    tied = (kept.sum(1) != keep).nonzero().squeeze(1)
+    if len(tied):  # only where equal scores straddle the threshold is a full order needed
+        by_magnitude = magnitude[tied].argsort(dim=1, descending=True, stable=True)
+        by_score = score[tied].gather(1, by_magnitude).argsort(dim=1, descending=True, stable=True)
+        winners = by_magnitude.gather(1, by_score[:, :keep])
+        kept[tied] = kept.new_zeros(len(tied), size).scatter_(1, winners, True)
+    return kept

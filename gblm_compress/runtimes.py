@@ -1,0 +1,179 @@
+"""The runtimes that execute a model: torch and ONNX Runtime, behind one small protocol.
+
+Both are measured and evaluated through it, so that a difference between two figures is a difference
+between models or runtimes and never between two ways of calling them.
+"""
+
+import inspect
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gblm_compress import sources
+from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.exporters.semi_structured import load_sparse
+from gblm_compress.settings import RuntimeName
+from gblm_compress.sources import ModelSource
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Runtime(Protocol):
+    """A loaded causal language model."""
+
+    @property
+    def provider(self) -> str:
+        """Where it runs, in the runtime's own words."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocabulary] in float32 on the CPU, for ids [batch, tokens]."""
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """Read a prompt: the greedy next token of each sequence [batch, 1] and the KV cache."""
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
+
+
+def runtime_of(source: ModelSource) -> RuntimeName:
+    """The runtime that executes this folder: "onnxruntime" for an ONNX export, else "torch"."""
+    return "onnxruntime" if source.is_onnx else "torch"
+
+
+def load_runtime(source: ModelSource, dtype: str, device: str, threads: int) -> Runtime:
+    """Load a folder in the runtime that executes it.
+
+    Args:
+        dtype: for torch; an ONNX export has its own.
+        device: "cpu" or "cuda[:N]".
+        threads: intra-op threads on the CPU.
+    """
+    torch.set_num_threads(threads)
+    if source.is_onnx:
+        return OnnxRuntime(source, device, threads)
+    if source.is_packed:
+        return TorchRuntime(load_sparse(source.folder, device))
+    return TorchRuntime(sources.load_model(source, dtype, device))
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What this version of transformers calls the KV cache: `past_key_values`, or `cache` from 5.20 or so on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class TorchRuntime:
+    """Eager torch on a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache_argument = cache_argument(model)
+        self.provider = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
+        return logits.float().cpu()
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        return self._step(input_ids=ids.to(self._model.device), use_cache=True)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return self._step(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+
+    def _step(self, **inputs: Any) -> tuple[Tensor, Any]:
+        output = self._model(**inputs, logits_to_keep=1)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        if token.is_cuda:
+            torch.cuda.synchronize(token.device)
+        return token, output[self._cache_argument]
+
+
+class OnnxRuntime:
+    """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues."""
+
+    def __init__(self, source: ModelSource, device: str, threads: int) -> None:
+        import onnxruntime
+
+        kind, _, index = device.partition(":")
+        provider = _PROVIDERS.get(kind)
+        if provider not in onnxruntime.get_available_providers():
+            raise MissingDependencyError(
+                f"ONNX Runtime {onnxruntime.__version__} has no {provider or device}; it has "
+                f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
+        try:
+            self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)
+        except Exception as error:  # onnxruntime raises its own kinds, which share no base
+            raise ModelError(f"{source.name!r}: ONNX Runtime cannot load it ({str(error)[:300]})") from error
+        self.provider = self._session.get_providers()[0]
+        if self.provider != provider:
+            raise MissingDependencyError(
+                f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
+                "versions it was built for are needed"
+            )
+        self._device = kind
+        self._device_id = int(index or 0)
+        self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[self._session.get_outputs()[0].type]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        logits, _ = self._run(ids.numpy(), self._empty_cache(len(ids)), past=0)
+        return torch.from_numpy(logits).float()
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        return self._step(ids.numpy(), self._empty_cache(len(ids)), past=0)
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return self._step(ids.numpy(), cache, past=cache[0].shape()[2])
+
+    def _step(self, ids: Any, cache: list[Any], past: int) -> tuple[Tensor, Any]:
+        logits, cache = self._run(ids, cache, past)
+        return torch.from_numpy(logits[:, -1].argmax(-1, keepdims=True)), cache
+
+    def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
+        batch, tokens = ids.shape
+        positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        binding.bind_cpu_input("attention_mask", np.ones((batch, past + tokens), np.int64))
+        if any(i.name == "position_ids" for i in self._session.get_inputs()):
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
+        for cache_input, value in zip(self._cache_inputs, cache, strict=True):
+            binding.bind_ortvalue_input(cache_input.name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device, self._device_id)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), present
+
+    def _empty_cache(self, batch: int) -> list[Any]:
+        dtype = np.dtype(self.dtype)
+        return [
+            self._ort_value(np.zeros((batch, i.shape[1], 0, i.shape[3]), dtype), self._device, self._device_id)
+            for i in self._cache_inputs
+        ]
+
+
+def greedy_tokens(runtime: Runtime, ids: Tensor, count: int) -> list[int]:
+    """The `count` tokens that greedy decoding appends to the prompt `ids` [1, tokens]."""
+    token, cache = runtime.prefill(ids)
+    tokens = [int(token)]
+    while len(tokens) < count:
+        token, cache = runtime.decode(token, cache)
+        tokens.append(int(token))
+    return tokens

