@@ -37,6 +37,13 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 VERIFY_TOKENS = 64
 GREEDY_TOKENS = 32
 
+# Names of the dynamic dimensions; None is a fixed one.
+_DIMENSIONS: dict[str, list[str | None]] = {
+    "input_ids": ["batch_size", "sequence_length"],
+    "position_ids": ["batch_size", "sequence_length"],
+    "attention_mask": ["batch_size", "total_sequence_length"],
+    "logits": ["batch_size", "sequence_length", None],
+}
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 
 
@@ -64,7 +71,7 @@ def export(
     tokenizer = sources.load_tokenizer(source)
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
     program = _trace(model, source)
-    _name_cache(program)
+    _name_cache(program, source)
     _name_dimensions(program)
     weights = _name_weights(program, model)
     with artifact.atomic_folder(output) as temporary:
@@ -127,23 +134,27 @@ def _quiet_tracer() -> Iterator[None]:
         logging.disable(before)
 
 
-def _name_cache(program: ir.Model) -> None:
-    """Give the KV cache the names that optimum and onnxruntime-genai expect."""
+def _name_cache(program: ir.Model, source: ModelSource) -> None:
+    """Give the KV cache the names that optimum and onnxruntime-genai expect.
+
+    Raises:
+        ModelError: the graph has inputs or outputs that these clients do not know.
+    """
     for value in (*program.graph.inputs, *program.graph.outputs):
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             direction, layer, kind = match.groups()
             stem = "past_key_values" if direction == "input" else "present"
             value.name = f"{stem}.{layer}.{'key' if kind == 'keys' else 'value'}"
+        elif value.name not in _DIMENSIONS:
+            raise ModelError(
+                f"{source.name!r}: its graph has {value.name!r}, which is no part of a plain KV cache; models with a "
+                "sliding-window or recurrent cache cannot be exported to ONNX yet (a window that is never reached "
+                "can be switched off with \"sliding_window\": null in config.json)"
+            )
 
 
 def _name_dimensions(program: ir.Model) -> None:
     """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
-    names = {
-        "input_ids": ["batch_size", "sequence_length"],
-        "position_ids": ["batch_size", "sequence_length"],
-        "attention_mask": ["batch_size", "total_sequence_length"],
-        "logits": ["batch_size", "sequence_length", None],
-    }
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.name is not None and value.shape is not None
         if value.name.startswith("past_key_values."):
@@ -151,7 +162,7 @@ def _name_dimensions(program: ir.Model) -> None:
         elif value.name.startswith("present."):
             wanted = ["batch_size", None, "total_sequence_length", None]
         else:
-            wanted = names[value.name]
+            wanted = _DIMENSIONS[value.name]
         dimensions = [
             name if name is not None else int(str(dimension))
             for name, dimension in zip(wanted, value.shape, strict=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gblm_compress import artifact, manifest, sources
-from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.architecture import is_transposed, prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.patterns import Pattern
@@ -61,7 +61,7 @@ def export(
             model.generation_config.save_pretrained(temporary)
         sources.save_tokenizer(sources.load_tokenizer(source), temporary)
         layers = [name.removesuffix(VALUES) for name in packed if name.endswith(VALUES)]
-        transposed = [name for name in layers if not isinstance(model.get_submodule(name), nn.Linear)]
+        transposed = [name for name in layers if is_transposed(model.get_submodule(name))]
         content = {"layout": "sparse24", "layers": layers, "transposed": transposed}
         (temporary / PACKED_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         progress.say("verifying …")
@@ -152,12 +152,12 @@ def split_packed(model: nn.Module, names: list[str]) -> tuple[dict[str, Tensor],
     for name in names:
         values, positions = pack(weight_matrix(model.get_submodule(name)).detach())
         packed |= {name + VALUES: values, name + POSITIONS: positions}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    dense = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied and name.removesuffix(".weight") not in names
-    }
+    dense: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if name.removesuffix(".weight") not in names and tensor.data_ptr() not in seen:
+            dense[name] = tensor.contiguous()
+            seen.add(tensor.data_ptr())  # a tied weight is stored once, under its first name
     return packed, dense
 
 
@@ -174,7 +174,7 @@ def _place_(module: nn.Module, device: str) -> LayerPlacement:
         return LayerPlacement("dense", "torch has no semi-structured kernels for the CPU")
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-    if not isinstance(module, nn.Linear):
+    if is_transposed(module):
         return LayerPlacement("dense", "Conv1D multiplies by the transpose, which the kernels do not take")
     weight = module.weight.detach()
     reasons = []

@@ -21,14 +21,21 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out_features, in_features], sharing its memory.
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as [in_features, out_features], as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)
 
-    GPT-2's Conv1D stores [in_features, out_features]; its transpose is what is scored and masked.
-    """
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor in the stored layout of the layer's weight, as [out_features, in_features], sharing its memory."""
+    return stored.T if is_transposed(module) else stored
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out_features, in_features], sharing its memory."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+    return as_matrix(module, weight)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -173,7 +173,7 @@ def _record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> lis
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = _split_call(args, kwargs)
-        if outputs and not torch.equal(hidden, outputs[-1]):
+        if outputs and not torch.allclose(hidden, outputs[-1], rtol=0, atol=0, equal_nan=True):
             raise ModelError(
                 f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as its "
                 "input; architectures whose blocks do not form a chain are not supported"

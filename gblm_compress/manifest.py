@@ -67,7 +67,7 @@ def write(
     """Write the manifest and the model card.
 
     Args:
-        layers: {name: {"pattern", "shape", "nonzeros"}} of the pruned layers.
+        layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
     """
     base = source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
     content = {
@@ -146,7 +146,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:
     shape = tuple(layer["shape"])
-    if tensor.shape != shape and tensor.T.shape == shape:  # Conv1D
+    if layer["transposed"]:
         tensor = tensor.T
     if tensor.shape != shape:
         raise VerificationError(f"{name}: saved with shape {tuple(tensor.shape)}, the manifest says {shape}")

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from gblm_compress import artifact, manifest, sources, text
 from gblm_compress.allocation import Budget
-from gblm_compress.architecture import check_finite, find_blocks, prunable_layers, weight_matrix
+from gblm_compress.architecture import (
+    as_matrix,
+    check_finite,
+    find_blocks,
+    is_transposed,
+    prunable_layers,
+    weight_matrix,
+)
 from gblm_compress.calibration import BlockReplay, gradient_norms
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.memory import peak_memory
@@ -36,11 +43,13 @@ class LayerResult:
         pattern: the pattern it satisfies.
         shape: (out_features, in_features).
         nonzeros: how many weights are left.
+        transposed: whether the folder stores it as (in_features, out_features).
     """
 
     pattern: str
     shape: tuple[int, int]
     nonzeros: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -165,10 +174,14 @@ def prune_(
         for name, layer in block_layers.items():
             weight = weight_matrix(layer).detach()
             gradient = gradients.pop(name, None)
-            if gradient is not None and gradient.shape != weight.shape:  # Conv1D stores the transpose
-                gradient = gradient.T
-            results[name] = _prune_layer_(
-                name, weight, Statistics(activations.get(name), gradient), settings, budgets[name]
+            statistics = Statistics(
+                activation_norm=activations.get(name),
+                gradient_norm=None if gradient is None else as_matrix(layer, gradient),
+            )
+            nonzeros = _prune_layer_(name, weight, statistics, settings, budgets[name])
+            out_features, in_features = weight.shape
+            results[name] = LayerResult(
+                budgets[name].pattern.name, (out_features, in_features), nonzeros, is_transposed(layer)
             )
         if replay and index + 1 < len(blocks):
             replay.advance(index)
@@ -177,16 +190,19 @@ def prune_(
 
 def _prune_layer_(
     name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget
-) -> LayerResult:
-    """Zero the weights [out_features, in_features] that the budget does not keep, in place."""
+) -> int:
+    """Zero the weights [out_features, in_features] that the budget does not keep, in place.
+
+    Returns:
+        How many are left.
+    """
     magnitude = weight.float()
     score = SALIENCIES[settings.method].score(magnitude, statistics, settings.alpha)
     check_finite(name, "scores", score)
     keep = budget.pattern.mask(score, magnitude, budget.sparsity)
     # A weight that was zero before is written too: it may be -0.0, and a zero here is always +0.0.
     weight.masked_fill_(~keep | (weight == 0), 0.0)
-    out_features, in_features = weight.shape
-    return LayerResult(budget.pattern.name, (out_features, in_features), int(torch.count_nonzero(weight)))
+    return int(torch.count_nonzero(weight))
 
 
 def _check_weights(layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> None:

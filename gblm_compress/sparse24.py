@@ -37,7 +37,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     nibbles = (chosen[..., 0] | (chosen[..., 1] << 2)).to(torch.uint8)
     if nibbles.shape[1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    return values.contiguous(), nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return values.contiguous(), (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
 
 
 def unpack(values: Tensor, positions: Tensor) -> Tensor:

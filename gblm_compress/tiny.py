@@ -26,7 +26,7 @@ def tiny_config(kind: str) -> Any:
 
     configs = {
         "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
-        "mistral": lambda: transformers.MistralConfig(**_LLAMA),
+        "mistral": lambda: transformers.MistralConfig(**_LLAMA, sliding_window=None),
         "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
         "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=16),
         "gpt2": lambda: transformers.GPT2Config(**_SIZES, n_positions=512, n_embd=64, n_layer=2, n_head=4),

@@ -1,0 +1,60 @@
+"""Shared fixtures: tiny random models on disk, a quiet progress, a cache folder of the test run's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gblm_compress.progress import Progress
+from gblm_compress.sources import CACHE_VARIABLE, ModelSource, silence_libraries
+from gblm_compress.tiny import VOCABULARY, build_tiny
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_libraries() -> None:
+    silence_libraries()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch) -> None:
+    """Tests never touch the user's cache; the real model's conversion is shared within the run."""
+    if "real_model" not in request.keywords:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
+    """tiny("gpt2"): a tiny model of that architecture, written once."""
+
+    def make(kind: str) -> ModelSource:
+        folder = tmp_path_factory.getbasetemp() / f"tiny-{kind}"
+        if not folder.exists():
+            build_tiny(kind, folder)
+        return ModelSource(str(folder), folder)
+
+    return make
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    """A text file of the demo's prose, long enough for a few windows of bytes."""
+    from gblm_compress.text import load_text
+
+    path = tmp_path / "prose.txt"
+    path.write_text(load_text("demo", "calibration")[:6000])
+    return path
+
+
+def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Tensor]:
+    """Random token ids for the tiny models."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (1, length), generator=generator) for _ in range(count)]

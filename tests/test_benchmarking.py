@@ -1,0 +1,64 @@
+import pytest
+
+from gblm_compress.benchmarking import NO_SPEED_UP, Spread, benchmark, compare
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.sources import ModelSource
+
+SHORT = {"prompt": 8, "generate": 4, "repeats": 5, "warmup": 1}
+
+
+def test_spread_is_the_percentiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 1.4, 4.6)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "model", "verdict"),
+    [
+        (Spread(2.0, 1.9, 2.1), Spread(1.0, 0.9, 1.1), "2.00× faster"),
+        (Spread(1.0, 0.9, 1.1), Spread(2.0, 1.9, 2.1), "2.00× slower"),
+        (Spread(2.0, 1.0, 3.0), Spread(1.0, 0.5, 1.1), NO_SPEED_UP),
+        (Spread(1.0, 0.9, 1.1), Spread(1.0, 0.95, 1.0), NO_SPEED_UP),
+    ],
+)
+def test_overlapping_intervals_claim_nothing(baseline, model, verdict) -> None:
+    assert compare(baseline, model).verdict == verdict
+
+
+def test_dense_and_pruned_are_timed_in_one_run(tiny, progress) -> None:
+    dense, other = tiny("llama"), tiny("mistral")
+    result = benchmark([other], [dense], BenchmarkSettings(batch=(1, 2), **SHORT), progress=progress)
+    assert [(m.model, m.batch) for m in result.measurements] == [(s.name, b) for b in (1, 2) for s in (dense, other)]
+    for m in result.measurements:
+        assert (m.runtime, m.provider, m.dtype) == ("torch", "cpu", "float32")
+        assert 0 < m.ttft_ms.p10 <= m.ttft_ms.median <= m.ttft_ms.p90
+        assert m.tokens_per_second == pytest.approx(1000 * m.batch / m.tpot_ms.median)
+        assert m.peak_memory_bytes > 50e6 and m.load_seconds > 0
+        assert (m.decode_speedup is None) == (m.model == dense.name)
+    assert result.measurements[1].same_tokens_as_baseline is False
+    assert {"cpu", "cores", "packages", "threads", "device"} <= set(result.environment)
+
+
+def test_a_model_beside_itself_generates_the_same_tokens(tiny, progress) -> None:
+    twin = ModelSource("twin", tiny("llama").folder)
+    result = benchmark([twin], [tiny("llama")], BenchmarkSettings(**SHORT), progress=progress)
+    assert result.measurements[1].same_tokens_as_baseline is True
+
+
+def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "config.json").write_text('{"dtype": "float16"}')
+    with pytest.raises(UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"):
+        benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)
+
+
+def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
+    with pytest.raises(UsageError, match="an ONNX export in onnxruntime"):
+        benchmark([tiny("llama")], [tiny("llama")], BenchmarkSettings(runtimes=("onnxruntime",)), progress=progress)
+
+
+def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)

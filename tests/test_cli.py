@@ -1,0 +1,146 @@
+"""The program as a user meets it: in processes of its own, by exit code, stdout and stderr."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gblm_compress import errors
+
+ROOT = Path(__file__).parents[1]
+
+
+def program(*arguments: str, cwd: Path | None = None, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    if cache:
+        environment["GBLM_COMPRESS_CACHE"] = str(cache)
+    return subprocess.run(
+        [sys.executable, "-m", "gblm_compress", *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom gblm_compress.cli.app import _run\n"
+        "assert _run(['--help']) == 0 and _run(['prune', '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--gradient-norm" in done.stdout
+
+
+def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) -> None:
+    """The README's chain, with --json: one document on stdout and nothing else."""
+
+    def step(*arguments: str):
+        done = program(*arguments, "--json", "--quiet", cwd=tmp_path, cache=tmp_path / "cache")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    result = step(
+        "prune", "tiny", "-o", "pruned", "--pattern", "2:4", "--calibration", str(prose), "--samples", "2",
+        "--sequence-length", "32", "--ignore", "*.down_proj,*.o_proj",
+    )  # fmt: skip
+    assert result["nonzeros"] * 2 == result["weights"]
+    assert not [name for name in result["layers"] if "down_proj" in name or "o_proj" in name]
+    assert step("export", "pruned", "-o", "sparse", "--format", "semi-structured")["checks"]["packed_layers"] == 10
+    evaluation = step(
+        "evaluate", "pruned", "--baseline", "tiny", "--dataset", str(prose), "--sequence-length", "32"
+    )
+    assert evaluation["fidelity"]["mean_kl"] > 0
+    assert step("inspect", "pruned", "--heat-map", "map.png")["nonzeros"] > 0
+    assert (tmp_path / "map.png").exists()
+    timed = step(
+        "benchmark", "pruned", "--baseline", "tiny", "--batch", "1,2", "--prompt", "8", "--generate", "4",
+        "--repeats", "5",
+    )  # fmt: skip
+    assert [m["batch"] for m in timed["measurements"]] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
+        (["prune", "tiny", "-o", "x", "--pattern", "4:2"], 2, "--pattern: pattern '4:2' is not known"),
+        (["prune", "tiny", "-o", "x", "--sparsity", "1.5"], 2, "--sparsity: input should be less than 1"),
+        (["prune", "tiny", "-o", "x", "--samples", "0"], 2, "--samples: input should be greater than or equal to 1"),
+        (["prune", "tiny", "-o", "x", "--pattern", "2:4", "--sparsity", "0.3"], 2, "contradicts pattern 2:4"),
+        (["prune", "tiny", "-o", "x", "--calibration", "demo", "--ignore", "nope"], 2, "'nope' matches no module"),
+        (["prune", "tiny", "-o", "x", "--device", "gpu9"], 2, "device 'gpu9' is not known"),
+        (["prune", "tiny"], 2, "--output"),
+        (["frobnicate"], 2, "No such command"),
+        (["run", "nowhere.yaml"], 2, "shipped recipes are"),
+        (["prune", "./gone", "-o", "x"], 3, "no such folder"),
+        (["prune", "owner/gone", "-o", "x"], 3, "hub did not provide it"),
+        (["prune", "tiny", "-o", "x", "--calibration", "./gone.txt"], 3, "no such file"),
+        (["prune", "tiny", "-o", "x", "--calibration", "demo", "--sequence-length", "999999999"], 3, "one window needs"),
+        (["export", "tiny", "-o", "x", "--format", "semi-structured"], 2, "prune with `--pattern 2:4` first"),
+    ],
+)
+def test_bad_input_gets_one_message_and_its_code(tmp_path, arguments, code, message) -> None:
+    done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+def test_run_dry_run_and_validate(tmp_path) -> None:
+    done = program("run", "quickstart", "--set", "prune.pattern=4:8", "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"][0] == "prune demo by gblm, 4:8"
+    assert not list(tmp_path.iterdir())
+    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: demo\nprun: {}\n")
+    done = program("validate", str(bad))
+    assert done.returncode == 2 and "did you mean 'prune'?" in done.stderr
+
+
+def test_schema_and_doctor_and_version() -> None:
+    assert json.loads(program("schema").stdout)["title"] == "Recipe"
+    findings = {f["subject"]: f for f in json.loads(program("doctor", "--json").stdout)["findings"]}
+    assert {"python", "torch", "gpu", "onnxruntime provider", "instruction set avx512f"} <= set(findings)
+    assert program("--version").stdout.strip() == __import__("gblm_compress").__version__
+
+
+def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_path) -> None:
+    from gblm_compress import pipeline
+    from gblm_compress.cli.app import _run
+    from gblm_compress.gates import GateOutcome
+
+    gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
+    stage = pipeline.Stage("prune", True, 0.0, {})
+    failed = pipeline.RunReport({}, str(tmp_path), {}, [stage], [], [gate])
+    monkeypatch.setattr(pipeline, "run", lambda *args: failed)
+    assert _run(["run", "ci-smoke", "-o", str(tmp_path)]) == 6
+    captured = capsys.readouterr()
+    assert "min_decode_speedup" in captured.out and "reused: prune" in captured.out
+    assert "1 of 1 gates failed" in captured.err
+
+
+def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
+    from gblm_compress import doctor
+    from gblm_compress.cli.app import _run
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "diagnose", interrupt)
+    assert _run(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_exit_codes_are_distinct_and_documented() -> None:
+    from gblm_compress.cli.app import EPILOG
+
+    kinds = [errors.UsageError, errors.InputError, errors.MissingDependencyError, errors.VerificationError, errors.GateError]
+    codes = [kind.exit_code for kind in kinds]
+    assert codes == [2, 3, 4, 5, 6]
+    assert all(f" {code} " in EPILOG for code in codes)

@@ -1,0 +1,177 @@
+"""ONNX folders: what verification accepts must be true, and what it must refuse it refuses."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.exporters import export
+from gblm_compress.exporters import onnx as exporter
+from gblm_compress.pruning import prune
+from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.sources import ModelSource, load_model
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """A tiny Llama, pruned 2:4 and exported in float32."""
+    from gblm_compress.progress import Progress
+
+    base = tmp_path_factory.mktemp("onnx")
+    progress = Progress(quiet=True)
+    settings = PruneSettings(method="magnitude", pattern="2:4")
+    prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
+    source = ModelSource("pruned", base / "pruned")
+    result = export(source, base / "onnx", "onnx", progress=progress)
+    return source, ModelSource("onnx", base / "onnx"), result
+
+
+def test_names_and_dynamic_dimensions(exported) -> None:
+    _, folder, _ = exported
+    onnx.checker.check_model(str(folder.folder / "model.onnx"))
+    graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
+
+    def shapes(values):
+        return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+    inputs, outputs = shapes(graph.input), shapes(graph.output)
+    assert inputs["input_ids"] == inputs["position_ids"] == ["batch_size", "sequence_length"]
+    assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert outputs["logits"] == ["batch_size", "sequence_length", 257]
+    for layer in range(2):
+        for kind in ("key", "value"):
+            assert inputs.pop(f"past_key_values.{layer}.{kind}") == ["batch_size", 2, "past_sequence_length", 16]
+            assert outputs.pop(f"present.{layer}.{kind}") == ["batch_size", 2, "total_sequence_length", 16]
+    assert set(inputs) == {"input_ids", "attention_mask", "position_ids"} and set(outputs) == {"logits"}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_decode_with_any_batch_and_length(exported, batch: int) -> None:
+    source, folder, _ = exported
+    model = load_model(source)
+    runtime = OnnxRuntime(folder, "cpu", 1)
+    ids = torch.randint(0, 257, (batch, 29), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(runtime.logits(ids), TorchRuntime(model).logits(ids), rtol=1e-3, atol=1e-3)
+    token, cache = runtime.prefill(ids[:, :20])
+    for t in range(20, 29):  # teacher-forced decoding must see the cache
+        token, cache = runtime.decode(ids[:, t : t + 1], cache)
+        with torch.no_grad():
+            expected = model(input_ids=ids[:, : t + 1]).logits[:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(token, expected)
+
+
+def test_padding_is_masked(exported) -> None:
+    """A left-padded sequence gives the logits of the sequence alone: `attention_mask` is not ignored."""
+    source, folder, _ = exported
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder.folder / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = np.array([[0, 0, 0, 65, 66, 67]])
+    mask = np.array([[0, 0, 0, 1, 1, 1]])
+    positions = np.array([[0, 0, 0, 0, 1, 2]])
+    empty = {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
+    padded = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **empty})[0]
+    with torch.no_grad():
+        alone = load_model(source)(input_ids=torch.tensor([[65, 66, 67]])).logits
+    np.testing.assert_allclose(padded[:, 3:], alone.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_greedy_tokens_are_those_of_generate(exported) -> None:
+    source, folder, _ = exported
+    model, ids = load_model(source), torch.arange(10).unsqueeze(0)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 10:].tolist()
+    assert greedy_tokens(OnnxRuntime(folder, "cpu", 1), ids, 12) == expected
+    assert greedy_tokens(TorchRuntime(model), ids, 12) == expected
+
+
+def test_checks_say_what_was_measured(exported) -> None:
+    _, _, result = exported
+    assert result.checks["logits_relative_difference"] < 1e-4
+    assert result.checks["layers_checked"] == 14
+    assert result.checks["zeros"] == sum([64 * 64 * 2, 32 * 64 * 2, 64 * 128 * 3])  # half of both blocks' weights
+
+
+def test_genai_config(exported) -> None:
+    _, folder, _ = exported
+    decoder = json.loads((folder.folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 16)
+    assert set(decoder["inputs"]) >= {"input_ids", "attention_mask", "position_ids", "past_key_names"}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gpt2", "opt"])
+def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
+    result = export(tiny(kind), tmp_path / "out", "onnx", progress=progress)
+    assert result.checks["identical_greedy_tokens"] == 32
+
+
+def test_a_sliding_window_cache_is_refused_in_words(tiny, tmp_path, progress) -> None:
+    for path in tiny("mistral").folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
+    with pytest.raises(ModelError, match="sliding-window .* cannot be exported to ONNX yet"):
+        export(ModelSource("x", tmp_path), tmp_path / "out", "onnx", progress=progress)
+
+
+def test_float16(tiny, tmp_path, progress) -> None:
+    result = export(tiny("llama"), tmp_path / "out", "onnx", dtype="float16", progress=progress)
+    assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
+    assert result.checks["logits_relative_difference"] < 2e-2
+
+
+def test_bfloat16_is_refused(tiny, tmp_path, progress) -> None:
+    with pytest.raises(UsageError, match="give float32 or float16"):
+        export(tiny("llama"), tmp_path / "out", "onnx", dtype="bfloat16", progress=progress)
+
+
+def test_unknown_format_is_refused(tiny, tmp_path, progress) -> None:
+    with pytest.raises(UsageError, match="give one of onnx, semi-structured"):
+        export(tiny("llama"), tmp_path / "out", "gguf", progress=progress)
+
+
+def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
+    source, _, _ = exported
+    monkeypatch.setattr(OnnxRuntime, "logits", lambda self, ids: torch.zeros(1, ids.shape[1], 257))
+    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    with pytest.raises(VerificationError, match="logits of ONNX Runtime and torch differ"):
+        export(source, tmp_path / "out", "onnx", progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_tokens_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
+    source, _, _ = exported
+    decode = OnnxRuntime.decode
+
+    def off_by_one(self, ids, cache):
+        token, cache = decode(self, ids, cache)
+        return (token + 1) % 257, cache
+
+    monkeypatch.setattr(OnnxRuntime, "decode", off_by_one)
+    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    with pytest.raises(VerificationError, match="greedy decoding differs from torch at token 1"):
+        export(source, tmp_path / "out", "onnx", progress=progress)
+
+
+def test_lost_zeros_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
+    source, _, _ = exported
+    monkeypatch.setattr(exporter, "_trace", kept_trace(exported, noise=1e-7))
+    with pytest.raises(VerificationError, match=r"no initializer of the graph holds its weight"):
+        export(source, tmp_path / "out", "onnx", progress=progress)
+
+
+def kept_trace(exported, noise: float = 0.0):
+    """Stands in for the tracer with the graph that was exported before, its weights changed by `noise`."""
+    import onnx_ir as ir
+
+    def trace(model, source):
+        program = ir.load(exported[1].folder / "model.onnx")
+        for value in program.graph.initializers.values():
+            if len(value.shape) == 2:
+                value.const_value = ir.tensor(value.const_value.numpy() + np.float32(noise), name=value.name)
+        return program
+
+    return trace

@@ -1,0 +1,49 @@
+"""What ships: every package, every recipe, and documentation that is generated from the code."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gblm_compress import documentation
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_on_disk_is_listed() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    homes = {name: ROOT / folder for name, folder in configuration["package-dir"].items()}
+    assert set(configuration["packages"]) == set(homes)
+    found = {
+        path.parent
+        for top in ("gblm_compress", "cli", "exporters", "recipes")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    # The links inside gblm_compress lead to the folders that are listed themselves.
+    assert {path.resolve() for path in found} == {home.resolve() for home in homes.values()}
+
+
+@pytest.mark.parametrize("name", ["cli", "exporters", "recipes"])
+def test_links_are_relative(name: str) -> None:
+    link = ROOT / "gblm_compress" / name
+    assert link.is_symlink() and str(link.readlink()) == f"../{name}"
+
+
+@pytest.mark.parametrize("path", documentation.GENERATED, ids=str)
+def test_generated_documentation_is_up_to_date(path: str) -> None:
+    expected = documentation.GENERATED[path]()
+    assert (ROOT / path).read_text() == expected, "run: python -m gblm_compress.documentation"
+
+
+def test_the_readme_names_the_version_of_the_demo_package() -> None:
+    from gblm_compress.sources import DEMO_INSTALL
+
+    package = DEMO_INSTALL.rpartition(" ")[2]
+    assert package in (ROOT / "Makefile").read_text()
+
+
+def test_the_project_names_no_path_of_one_machine() -> None:
+    for pattern in ("*.py", "*.md", "*.yaml", "*.toml"):
+        for path in ROOT.rglob(pattern):
+            if ".venv" not in path.parts and path.name != Path(__file__).name:
+                assert "/work/" not in path.read_text(), path

@@ -1,0 +1,103 @@
+"""A whole run on a tiny model: artefacts, report, reuse, gates."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gblm_compress import pipeline, report
+from gblm_compress.errors import UsageError
+from gblm_compress.progress import Progress
+from gblm_compress.recipe import find_recipe, load_recipe
+
+SMOKE = ("benchmark.batch=[1]",)
+
+
+def smoke(*overrides: str):
+    return load_recipe(find_recipe("ci-smoke"), (*SMOKE, *overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> tuple[Path, pipeline.RunReport]:
+    output = tmp_path_factory.mktemp("run")
+    return output, pipeline.run(smoke(), output, Progress(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GBLM_COMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+def test_artefacts_and_report(finished) -> None:
+    output, result = finished
+    for name in ("pruned/model.safetensors", "onnx/model.onnx", "dense-onnx/model.onnx", "semi-structured/gblm_sparse.json"):
+        assert (output / name).exists()
+    content = json.loads((output / "report.json").read_text())
+    assert content == json.loads(json.dumps(result.as_dict()))
+    assert [stage["name"] for stage in content["stages"]] == [
+        "prune", "export onnx", "export semi-structured", "export dense-onnx",
+        "evaluate pruned", "evaluate onnx", "benchmark",
+    ]  # fmt: skip
+    assert content["passed"] is True
+    html = (output / report.PAGE).read_text()
+    assert "data:image/png;base64," in html and "dense-onnx" in html
+
+
+def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
+    _, result = finished
+    rows = {(row.model, row.runtime): row for row in result.rows}
+    assert list(rows) == [
+        ("dense", "torch"), ("pruned", "torch"),
+        ("dense-onnx", "onnxruntime"), ("onnx", "onnxruntime"), ("semi-structured", "torch (CUDA)"),
+    ]  # fmt: skip
+    pruned, onnx = rows["pruned", "torch"], rows["onnx", "onnxruntime"]
+    assert pruned.nonzero_fraction == 0.5 and rows["dense", "torch"].nonzero_fraction == 1.0
+    assert onnx.perplexity == pytest.approx(pruned.perplexity, rel=1e-3)
+    assert rows["dense", "torch"].perplexity != pruned.perplexity
+    assert rows["semi-structured", "torch (CUDA)"].tpot_ms is None
+    assert pruned.decode_verdict and rows["dense", "torch"].decode_verdict is None
+    assert all(len(report.cells(row)) == len(report.COLUMNS) for row in result.rows)
+
+
+def test_everything_is_reused_when_nothing_changed(finished, module_cache) -> None:
+    output, first = finished
+    again = pipeline.run(smoke(), output, Progress(quiet=True))
+    assert all(stage.reused for stage in again.stages)
+    assert again.rows == first.rows
+
+
+def test_only_what_a_change_touches_is_done_again(finished, module_cache) -> None:
+    output, _ = finished
+    again = pipeline.run(smoke("evaluate.max_windows=4"), output, Progress(quiet=True))
+    assert {stage.name for stage in again.stages if not stage.reused} == {"evaluate pruned", "evaluate onnx"}
+
+
+def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
+    output, _ = finished
+    (output / "semi-structured" / "gblm_sparse.safetensors").write_bytes(b"junk")
+    again = pipeline.run(smoke(), output, Progress(quiet=True))
+    redone = {stage.name for stage in again.stages if not stage.reused}
+    assert "export semi-structured" in redone and "prune" not in redone
+
+
+def test_a_failed_gate_fails_the_run_and_says_which(finished, module_cache) -> None:
+    output, _ = finished
+    result = pipeline.run(smoke("gates.min_decode_speedup=1000"), output, Progress(quiet=True))
+    assert not result.passed
+    assert {gate.gate for gate in result.gates if not gate.passed} == {"min_decode_speedup"}
+    assert json.loads((output / "report.json").read_text())["passed"] is False
+
+
+def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        pipeline.run(smoke(), tmp_path / "file" / "out", Progress(quiet=True))
+
+
+def test_the_plan_names_every_stage() -> None:
+    steps = pipeline.plan(smoke())
+    assert len(steps) == 7
+    assert steps[0] == "prune tiny by gblm, 2:4"
+    assert any("dense model to onnx" in step for step in steps) and "gates" in steps[-1]

@@ -1,0 +1,207 @@
+"""The stage as a whole: against a slow procedure that never replays a block, and its refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gblm_compress import manifest
+from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.progress import Progress
+from gblm_compress.pruning import prune, prune_
+from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.sources import ModelSource
+from gblm_compress.tiny import tiny_model
+from tests.conftest import ARCHITECTURES, samples
+from tests.test_calibration import slow_activation_norms
+
+
+def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:
+    """Masks at 50 % per row by the papers' procedure, with whole forward passes and sorted lists only."""
+    layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+    total = {name: 0.0 for name in layers}
+    for sample in ids:
+        loss = model(input_ids=sample, labels=sample).loss
+        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+        for name, gradient in zip(layers, gradients, strict=True):
+            total[name] = total[name] + (gradient.abs() if norm == "l1" else gradient.double() ** 2)
+    masks = {}
+    for block in prunable_layers(model):
+        activations = slow_activation_norms(model, block, ids)
+        for name, layer in block.items():
+            g = total[name] if norm == "l1" else total[name].sqrt()
+            g = g.T if type(layer).__name__ == "Conv1D" else g
+            a = activations[name]
+            w = weight_matrix(layer).detach().abs()
+            score = {"gblm": w * (a + alpha * g), "wanda": w * a, "gradient": w * g, "magnitude": w}[method]
+            mask = torch.zeros_like(w, dtype=torch.bool)
+            for row, (values, weights) in enumerate(zip(score.tolist(), w.tolist(), strict=True)):
+                order = sorted(range(len(values)), key=lambda j: (-values[j], -weights[j], j))
+                best = order[: len(values) - len(values) // 2]
+                mask[row, best] = True
+            masks[name] = mask
+        with torch.no_grad():
+            for name, layer in block.items():
+                weight_matrix(layer).mul_(masks[name])
+    return masks
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(("method", "norm"), [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1"), ("gradient", "l2")])
+def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str, progress: Progress) -> None:
+    ids = samples()
+    expected = slow_prune(tiny_model(kind), ids, method, norm, 100.0)
+    model = tiny_model(kind)
+    results = prune_(model, ids, PruneSettings(method=method, gradient_norm=norm), progress)
+    assert list(results) == list(expected)
+    different = total = 0
+    for name, mask in expected.items():
+        got = weight_matrix(model.get_submodule(name)) != 0
+        assert results[name].nonzeros == int(got.sum()) == mask.numel() // 2
+        different += int((got != mask).sum())
+        total += mask.numel()
+    assert different / total < 1e-3  # a rounding difference may swap two weights of all but equal score
+
+
+def test_the_slow_procedure_can_tell_methods_apart() -> None:
+    ids = samples()
+    masks = [slow_prune(tiny_model("llama"), ids, m, n, 100.0) for m, n in [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1")]]
+    for one, other in [(0, 1), (1, 2), (0, 2)]:
+        assert any(not torch.equal(masks[one][name], masks[other][name]) for name in masks[0])
+
+
+def pruned(tiny, tmp_path: Path, prose: Path, progress: Progress, kind: str = "llama", name: str = "out", **settings) -> Path:
+    output = tmp_path / name
+    prune(
+        tiny(kind) if isinstance(kind, str) else kind,
+        output,
+        PruneSettings(**settings),
+        CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
+        progress=progress,
+    )
+    return output
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "unstructured-per-matrix"])
+def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, tiny, tmp_path, prose, progress) -> None:
+    folder = pruned(tiny, tmp_path, prose, progress, kind, pattern=pattern)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dense = AutoModelForCausalLM.from_pretrained(tiny(kind).folder)
+    recorded = json.loads((folder / "gblm_manifest.json").read_text())
+    names = [name for block in prunable_layers(dense) for name in block]
+    assert list(recorded["layers"]) == names
+    for name in names:
+        now, before = (weight_matrix(m.get_submodule(name)) for m in (model, dense))
+        alive = now != 0
+        assert torch.equal(now[alive], before[alive])
+        assert int(alive.sum()) == now.numel() // 2
+    untouched = dict(dense.named_parameters()).keys() - {f"{name}.weight" for name in names}
+    for name in untouched:
+        assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+
+
+def test_same_seed_same_bytes(tiny, tmp_path, prose, progress) -> None:
+    one, other = (pruned(tiny, tmp_path, prose, progress, name=n) for n in ("one", "other"))
+    files = sorted(path.name for path in one.iterdir())
+    assert files == sorted(path.name for path in other.iterdir())
+    assert [(one / f).read_bytes() == (other / f).read_bytes() for f in files] == [True] * len(files)
+
+
+def test_zeros_are_positive_even_where_the_source_has_minus_zero(tiny, tmp_path, prose, progress) -> None:
+    source = tmp_path / "minus"
+    source.mkdir()
+    for path in tiny("llama").folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][0] = -0.0
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    folder = pruned(tiny, tmp_path, prose, progress, kind=ModelSource("minus", source))
+    row = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"][0]
+    assert (row == 0).all() and not torch.signbit(row).any()
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_the_checkpoint_keeps_its_dtype_whatever_is_computed_in(compute, tiny, tmp_path, prose, progress) -> None:
+    for stored in ("bfloat16", "float32"):
+        source = tmp_path / f"{stored}-{compute}"
+        AutoModelForCausalLM.from_pretrained(tiny("llama").folder, dtype=stored).save_pretrained(source)
+        for path in tiny("llama").folder.glob("token*"):
+            (source / path.name).write_bytes(path.read_bytes())
+        output = tmp_path / f"out-{stored}-{compute}"
+        prune(
+            ModelSource("m", source),
+            output,
+            PruneSettings(pattern="2:4"),
+            CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32),
+            dtype=compute,
+            progress=progress,
+        )
+        before, now = load_file(source / "model.safetensors"), load_file(output / "model.safetensors")
+        for name, tensor in now.items():
+            assert str(tensor.dtype) == f"torch.{stored}"
+            assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
+
+
+def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress) -> None:
+    folder = pruned(
+        tiny, tmp_path, prose, progress, pattern="2:4",
+        overrides=({"layers": "*.down_proj", "pattern": "unstructured", "sparsity": 0.25},),
+    )  # fmt: skip
+    layers = manifest.read(folder)["layers"]
+    down = layers["model.layers.0.mlp.down_proj"]
+    assert down["pattern"] == "unstructured" and down["nonzeros"] == 64 * 96
+    assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+
+
+def nothing_left(tmp_path: Path, prose: Path) -> bool:
+    return {path.name for path in tmp_path.iterdir()} <= {prose.name, "broken", "odd"}
+
+
+def test_a_width_that_m_does_not_divide_is_refused_before_work(tiny, tmp_path, prose, progress) -> None:
+    with pytest.raises(UsageError, match=r"q_proj: in_features=64 is not a multiple of 3.*--ignore"):
+        pruned(tiny, tmp_path, prose, progress, pattern="2:3")
+    assert nothing_left(tmp_path, prose)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, tiny, tmp_path, prose, progress) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 8192 weights are NaN or infinite"):
+        prune_(model, samples(), PruneSettings(), progress)
+
+
+def test_activations_that_overflow_are_named(progress) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(1e30)
+    model.model.layers[0].mlp.gate_proj.weight.data.fill_(1e30)
+    with pytest.raises(ModelError, match=r"down_proj: .*activations are NaN or infinite"):
+        prune_(model, samples(), PruneSettings(method="wanda"), progress)
+
+
+def test_an_existing_output_needs_force(tiny, tmp_path, prose, progress) -> None:
+    pruned(tiny, tmp_path, prose, progress, method="magnitude")
+    with pytest.raises(UsageError, match="exists; give another folder, or --force"):
+        pruned(tiny, tmp_path, prose, progress, method="magnitude")
+
+
+def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, prose, progress, monkeypatch) -> None:
+    def interrupt(folder: Path) -> None:
+        assert any(folder.glob("*.safetensors"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pruned(tiny, tmp_path, prose, progress, method="magnitude")
+    assert nothing_left(tmp_path, prose)
+
+
+def test_the_source_is_not_modified(tiny, tmp_path, prose, progress) -> None:
+    before = {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()}
+    pruned(tiny, tmp_path, prose, progress, "gpt2")
+    assert {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()} == before

