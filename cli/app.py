@@ -13,6 +13,7 @@ from gblm_compress.recipe import describe_fault
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+INTERRUPTED = 130
 EPILOG = """\
 Exit codes: 0 success, 1 unexpected error, 2 usage or recipe error, 3 unusable model or data, 4 missing hardware or
 package, 5 verification failed, 6 gate failed, 130 interrupted.
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str] | None) -> int:
     try:
         code: Any = typer.main.get_command(app).main(args=arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # how newer versions of Typer report Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except ValidationError as error:
         return _fail(UsageError("\n".join(_option_fault(fault, error) for fault in error.errors())))
@@ -49,7 +52,7 @@ def _run(arguments: list[str] | None) -> int:
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _option_fault(fault: Any, error: ValidationError) -> str:

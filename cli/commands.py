@@ -11,7 +11,7 @@ from rich.table import Table
 
 import gblm_compress
 from gblm_compress.cli import options as o
-from gblm_compress.errors import GateError, UsageError
+from gblm_compress.errors import GateError
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -25,12 +25,18 @@ from gblm_compress.settings import (
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 
 
-def program(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         print(gblm_compress.__version__)
         raise typer.Exit
+
+
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command: only `--version`."""
 
 
 def prune(
@@ -55,16 +61,16 @@ def prune(
 ) -> None:
     """Set the least important weights to zero, without retraining."""
     settings = PruneSettings(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         pattern=pattern,
         sparsity=sparsity,
-        gradient_norm=gradient_norm,  # type: ignore[arg-type]
+        gradient_norm=gradient_norm,
         alpha=alpha,
         targets=o.split(targets) or o.default(PruneSettings, "targets"),
         ignore=o.split(ignore),
     )
     text = CalibrationSettings(dataset=calibration, samples=samples, sequence_length=sequence_length, seed=seed)
-    place = ModelSettings(source=model, dtype=dtype, device=device)  # type: ignore[arg-type]
+    place = ModelSettings(source=model, dtype=dtype, device=device)
 
     from gblm_compress import pruning
 
@@ -85,14 +91,12 @@ def export(
     quiet: o.Quiet = False,
 ) -> None:
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
-    settings = ExportSettings(format=format, dtype=dtype)  # type: ignore[arg-type]
+    settings = ExportSettings(format=format, dtype=dtype)
 
     from gblm_compress import exporters
 
     source, progress = _start(model, quiet)
-    result = exporters.export(
-        source, output, settings.format, dtype=settings.dtype, force=force, progress=progress
-    )
+    result = exporters.export(source, output, settings.format, dtype=settings.dtype, force=force, progress=progress)
     _show(result.as_dict(), _export_summary, json_)
 
 
@@ -109,15 +113,13 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and fidelity to the dense model."""
     settings = EvaluateSettings(dataset=dataset, sequence_length=sequence_length, max_windows=max_windows)
-    place = ModelSettings(source=model, dtype=dtype, device=device)  # type: ignore[arg-type]
+    place = ModelSettings(source=model, dtype=dtype, device=device)
 
     from gblm_compress import evaluation, sources
 
     source, progress = _start(model, quiet)
     dense = sources.resolve_model(baseline, progress) if baseline else None
-    result = evaluation.evaluate(
-        source, settings, baseline=dense, dtype=place.dtype, device=device, progress=progress
-    )
+    result = evaluation.evaluate(source, settings, baseline=dense, dtype=place.dtype, device=device, progress=progress)
     _show(result.as_dict(), _evaluate_summary, json_)
 
 
@@ -138,15 +140,15 @@ def benchmark(
 ) -> None:
     """Time models beside the dense one, in one run: latency, throughput, memory, size."""
     settings = BenchmarkSettings(
-        batch=o.split([batch]),  # type: ignore[arg-type]
+        batch=o.split([batch]),
         prompt=prompt,
         generate=generate,
-        runtimes=o.split(runtime) or o.default(BenchmarkSettings, "runtimes"),  # type: ignore[arg-type]
+        runtimes=o.split(runtime) or o.default(BenchmarkSettings, "runtimes"),
         repeats=repeats,
         warmup=warmup,
         threads=threads,
     )
-    place = ModelSettings(source=models[0], dtype=dtype, device=device)  # type: ignore[arg-type]
+    place = ModelSettings(source=models[0], dtype=dtype, device=device)
 
     from gblm_compress import benchmarking, sources
 
@@ -177,7 +179,8 @@ def inspect(
 def run(
     recipe: o.RecipeFile,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     output: Annotated[

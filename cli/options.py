@@ -64,7 +64,8 @@ MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
 Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
 
 Baselines = Annotated[
-    list[str], typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export.")
+    list[str],
+    typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export."),
 ]
 Batch = Annotated[str, option(BenchmarkSettings, "batch")]
 Prompt = Annotated[int, option(BenchmarkSettings, "prompt")]

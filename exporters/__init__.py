@@ -49,7 +49,13 @@ class Exporter(Protocol):
 
 
 def export(
-    source: ModelSource, output: Path, format: str, *, dtype: str = "auto", force: bool = False, progress: Progress
+    source: ModelSource,
+    output: Path,
+    format: str,
+    *,
+    dtype: str = "auto",
+    force: bool = False,
+    progress: Progress,
 ) -> ExportResult:
     """Export `source` to `output` with the exporter of that name.
 
@@ -62,5 +68,5 @@ def export(
     """
     if format not in EXPORTERS:
         raise UsageError(f"format {format!r} is not known; give one of {', '.join(EXPORTERS)}")
-    exporter: Exporter = import_module(EXPORTERS[format])  # type: ignore[assignment]
+    exporter: Exporter = import_module(EXPORTERS[format])
     return exporter.export(source, output, dtype=dtype, force=force, progress=progress)

@@ -47,9 +47,7 @@ _DIMENSIONS: dict[str, list[str | None]] = {
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 
 
-def export(
-    source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress
-) -> ExportResult:
+def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress) -> ExportResult:
     """Write an ONNX folder: `model.onnx`, its data, tokenizer, config, generation config, `genai_config.json`.
 
     Args:
@@ -149,7 +147,7 @@ def _name_cache(program: ir.Model, source: ModelSource) -> None:
             raise ModelError(
                 f"{source.name!r}: its graph has {value.name!r}, which is no part of a plain KV cache; models with a "
                 "sliding-window or recurrent cache cannot be exported to ONNX yet (a window that is never reached "
-                "can be switched off with \"sliding_window\": null in config.json)"
+                'can be switched off with "sliding_window": null in config.json)'
             )
 
 
@@ -275,8 +273,8 @@ def _verify(
     difference = float((expected - got).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {ids.shape[1]} tokens "
-            f"of real text; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
+            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {ids.shape[1]} "
+            f"tokens of real text; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
         )
     expected_tokens = greedy_tokens(reference, ids[:, :16], GREEDY_TOKENS)
     got_tokens = greedy_tokens(runtime, ids[:, :16], GREEDY_TOKENS)

@@ -39,9 +39,7 @@ class LayerPlacement:
     reason: str = ""
 
 
-def export(
-    source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress
-) -> ExportResult:
+def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress) -> ExportResult:
     """Write the packed folder of a model whose pruned layers are all 2:4.
 
     Raises:
@@ -105,7 +103,9 @@ def load_sparse(folder: str | Path, device: str = "cpu") -> Any:
     folder = Path(folder)
     config_path = folder / PACKED_CONFIG
     if not config_path.is_file():
-        raise ModelError(f"{str(folder)!r} has no {PACKED_CONFIG}: it was not made by `export --format semi-structured`")
+        raise ModelError(
+            f"{str(folder)!r} has no {PACKED_CONFIG}: it was not made by `export --format semi-structured`"
+        )
     device = sources.choose_device(device)
     try:
         content = json.loads(config_path.read_text())
@@ -148,7 +148,7 @@ def split_packed(model: nn.Module, names: list[str]) -> tuple[dict[str, Tensor],
             f"{len(broken)} of {len(names)} layers are not 2:4, which {FORMAT} needs:\n{listed}{more}\n"
             "prune with `--pattern 2:4` first"
         )
-    packed = {}
+    packed: dict[str, Tensor] = {}
     for name in names:
         values, positions = pack(weight_matrix(model.get_submodule(name)).detach())
         packed |= {name + VALUES: values, name + POSITIONS: positions}
@@ -176,7 +176,7 @@ def _place_(module: nn.Module, device: str) -> LayerPlacement:
 
     if is_transposed(module):
         return LayerPlacement("dense", "Conv1D multiplies by the transpose, which the kernels do not take")
-    weight = module.weight.detach()
+    weight = weight_matrix(module).detach()
     reasons = []
     for backend in (SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS):
         try:

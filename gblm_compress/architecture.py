@@ -86,9 +86,7 @@ def prunable_layers(
                 )
 
     def wanted(name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in targets) and not any(
-            fnmatchcase(name, p) for p in (*ignore, *ROUTERS)
-        )
+        return any(fnmatchcase(name, p) for p in targets) and not any(fnmatchcase(name, p) for p in (*ignore, *ROUTERS))
 
     layers = [
         {

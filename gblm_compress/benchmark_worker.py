@@ -50,9 +50,7 @@ def main() -> None:
     answer({"peak_memory_bytes": memory.peak_bytes})
 
 
-def generate(
-    runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int
-) -> dict[str, Any]:
+def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
     """Time one greedy generation from a prompt of random tokens.
 
     Returns:

@@ -128,9 +128,7 @@ def benchmark(
     measurements = [
         measurement
         for lane, contenders in lanes.items()
-        for measurement in _benchmark_lane(
-            [baseline_of[lane], *contenders], lane, settings, device, threads, progress
-        )
+        for measurement in _benchmark_lane([baseline_of[lane], *contenders], lane, settings, device, threads, progress)
     ]
     if not measurements:
         raise UsageError(
@@ -139,7 +137,9 @@ def benchmark(
             "`gblm-compress export MODEL -o OUT --format onnx`)"
         )
     return BenchmarkResult(
-        tuple(measurements), settings.model_dump(mode="json"), {**environment(), "threads": threads, "device": device}
+        tuple(measurements),
+        settings.model_dump(mode="json"),
+        {**environment(), "threads": threads, "device": device},
     )
 
 
@@ -162,8 +162,8 @@ def _lane_of(source: ModelSource, dtype: str, device: str) -> _Lane:
 
 def _no_baseline(model: ModelSource, lane: _Lane) -> NoReturn:
     advice = (
-        f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` and "
-        "give --baseline DENSE-ONNX"
+        f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` "
+        "and give --baseline DENSE-ONNX"
         if lane.runtime == "onnxruntime"
         else f"give the dense Hugging Face folder as --baseline, and --dtype {lane.dtype}"
     )

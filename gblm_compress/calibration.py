@@ -62,14 +62,14 @@ def gradient_norms(
 
     with _only_requires_grad(model, weights.values()):
         hooks = [
-            weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))
+            weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
             for name, weight in weights.items()
         ]
         try:
             for ids in progress.track(samples, "gradients", unit="samples"):
                 with torch.enable_grad():
                     logits = model(input_ids=ids, use_cache=False).logits
-                    cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+                    cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()

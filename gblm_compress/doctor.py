@@ -77,7 +77,11 @@ def diagnose() -> list[Finding]:
         findings.append(Finding("gpu", f"{gpu['name']}, compute capability {capability}", sparse))
     if not gpus:
         findings.append(
-            Finding("gpu", f"none that torch {torch.__version__} can use", "without one, 2:4 tensors are run dense")
+            Finding(
+                "gpu",
+                f"none that torch {torch.__version__} can use",
+                "without one, 2:4 tensors are run dense",
+            )
         )
     for provider in onnxruntime.get_available_providers():
         findings.append(Finding("onnxruntime provider", provider, "listed; a run says which one it really used"))

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from gblm_compress import sources, text
 from gblm_compress.errors import ModelError
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import Runtime, load_runtime
+from gblm_compress.runtimes import load_runtime
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.sources import ModelSource
 
@@ -121,9 +121,7 @@ def evaluate(
 
 def mean_kl(reference: Tensor, logits: Tensor) -> float:
     """Mean over tokens of KL(softmax(reference) ‖ softmax(logits)) in nats; both [tokens, vocabulary]."""
-    return float(
-        kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
-    )
+    return float(kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True))
 
 
 def top1_agreement(reference: Tensor, logits: Tensor) -> float:

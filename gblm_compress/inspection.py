@@ -103,7 +103,7 @@ def report(name: str, weight: Tensor) -> LayerReport:
 def survivors(weight: Tensor, bins: int = BINS) -> Tensor:
     """The fraction of nonzero weights in each cell of a grid of at most bins × bins over the matrix."""
     alive = (weight != 0).float()[None, None]
-    size = [min(bins, extent) for extent in weight.shape]
+    size = (min(bins, weight.shape[0]), min(bins, weight.shape[1]))
     return torch.nn.functional.adaptive_avg_pool2d(alive, size)[0, 0]
 
 
@@ -128,9 +128,10 @@ def draw(panels: dict[str, Tensor], path: Path, title: str) -> None:
             axis = axes[row][column]
             axis.set_xticks([])
             axis.set_yticks([])
-            panel = blocks[block].get(kind)
-            if panel is not None:
-                image = axis.imshow(panel.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+            if kind in blocks[block]:
+                image = axis.imshow(
+                    blocks[block][kind].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+                )
             if row == 0:
                 axis.set_title(kind, fontsize=8)
             if column == 0:

@@ -31,8 +31,8 @@ tags: [pruned, sparse, gblm-compress]
 ---
 # {{ name }}, {{ settings.method }}, {{ settings.pattern }}
 
-{{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero by \
-gblm-compress {{ version }}, without retraining.
+{{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero \
+by gblm-compress {{ version }}, without retraining.
 
 | | |
 | --- | --- |
@@ -45,7 +45,8 @@ gblm-compress {{ version }}, without retraining.
 | alpha | {{ settings.alpha }} |
 {% endif -%}
 {% if calibration -%}
-| calibration | {{ calibration.samples }} samples of {{ calibration.sequence_length }} tokens, seed {{ calibration.seed }} |
+| calibration | {{ calibration.samples }} samples of {{ calibration.sequence_length }} tokens, \
+seed {{ calibration.seed }} |
 {% endif -%}
 | nonzeros | {{ "{:,}".format(nonzeros) }} of {{ "{:,}".format(weights) }} |
 

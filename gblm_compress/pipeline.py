@@ -115,9 +115,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         do(
             f"export {name}",
             [source.fingerprint, _dump(settings)],
-            lambda: export(
-                source, output / name, settings.format, dtype=settings.dtype, force=True, progress=progress
-            ),
+            lambda: export(source, output / name, settings.format, dtype=settings.dtype, force=True, progress=progress),
             output / name,
         )
         return ModelSource(name, output / name)

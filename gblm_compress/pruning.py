@@ -188,9 +188,7 @@ def prune_(
     return results
 
 
-def _prune_layer_(
-    name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget
-) -> int:
+def _prune_layer_(name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget) -> int:
     """Zero the weights [out_features, in_features] that the budget does not keep, in place.
 
     Returns:

@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    letter: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
@@ -69,7 +71,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """
     try:
         source = path.read_text(encoding="utf-8")
-        content = yaml.load(source, _Loader)  # noqa: S506  (a SafeLoader)
+        content = yaml.load(source, _Loader)
         tree = yaml.compose(source, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -151,7 +153,7 @@ def _override(content: dict[str, Any], override: str) -> None:
                 if isinstance(target.get(part), str) and part == "model":
                     target[part] = {"source": target[part]}
                 target = target.setdefault(part, {})
-        parsed = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
+        parsed = yaml.load(value, _Loader)
         if isinstance(target, list):
             target[int(last)] = parsed
         else:

@@ -58,8 +58,8 @@ def rows(
         is_dense = source in baselines
         label = "dense" if source is dense else source.name
         evaluation = evaluations.get(source.name)
-        perplexity = evaluation and evaluation["perplexity"]
-        error = evaluation and evaluation["perplexity_error"]
+        perplexity = evaluation["perplexity"] if evaluation else None
+        error = evaluation["perplexity_error"] if evaluation else None
         if source is dense and evaluations:
             perplexity = next(iter(evaluations.values()))["baseline_perplexity"]
         timed: list[Any] = [m for m in measurements if m["model"] == source.name] or [None]
@@ -186,7 +186,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>gblm-compress report</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }
+table { border-collapse: collapse; margin: 1rem 0; } 
+td, th { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }
 .no { color: #b00; font-weight: bold; } pre { background: #f5f5f5; padding: 1rem; overflow: auto; }
 </style>
 <h1>gblm-compress report</h1>
@@ -196,8 +197,8 @@ table { border-collapse: collapse; margin: 1rem 0; } td, th { border-bottom: 1px
 {% if gates %}<h2>Gates</h2><table><tr><th>gate<th>of<th>limit<th>measured<th>holds</tr>
 {% for g in gates %}<tr><td>{{ g.gate }}<td>{{ g.subject }}<td>{{ g.limit }}<td>{{ "%.3f" % g.measured }}
 <td{% if not g.passed %} class="no"{% endif %}>{{ "yes" if g.passed else "no" }}</tr>{% endfor %}</table>{% endif %}
-<h2>Stages</h2><table><tr><th>stage<th>seconds<th></tr>
-{% for s in stages %}<tr><td>{{ s.name }}<td>{{ "%.1f" % s.seconds }}<td>{{ "reused" if s.reused }}</tr>{% endfor %}</table>
+<h2>Stages</h2><table><tr><th>stage<th>seconds<th></tr>{% for s in stages %}
+<tr><td>{{ s.name }}<td>{{ "%.1f" % s.seconds }}<td>{{ "reused" if s.reused }}</tr>{% endfor %}</table>
 <h2>Conditions</h2><pre>{% for k, v in environment.items() %}{{ k }}: {{ v }}
 {% endfor %}</pre><h2>Recipe</h2><pre>{{ recipe }}</pre></html>
 """

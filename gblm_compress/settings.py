@@ -161,12 +161,16 @@ class Recipe(Settings):
     """A whole run: prune, export, evaluate, benchmark, and what must hold at the end."""
 
     model: ModelSettings = Field(description="The dense model; a plain string is its source.")
-    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings, description="Text for the statistics.")
+    calibration: CalibrationSettings = Field(
+        default_factory=CalibrationSettings, description="Text for the statistics."
+    )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
-    gates: GateSettings = Field(default_factory=GateSettings, description="Conditions; a failed one has its own exit code.")
+    gates: GateSettings = Field(
+        default_factory=GateSettings, description="Conditions; a failed one has its own exit code."
+    )
 
     @field_validator("model", mode="before")
     @classmethod

@@ -41,7 +41,14 @@ class ModelSource:
         """SHA-256 over the names and contents of the files that make the model."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".model", ".onnx", ".data"):
+            if path.is_file() and path.suffix in (
+                ".safetensors",
+                ".json",
+                ".jinja",
+                ".model",
+                ".onnx",
+                ".data",
+            ):
                 digest.update(path.name.encode() + b"\0")
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -149,12 +156,10 @@ def _demo_gguf() -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-        )
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -226,9 +231,7 @@ def _check_is_causal_lm(source: ModelSource) -> None:
     from optimum.exporters.tasks import TasksManager
 
     if source.is_onnx or source.is_packed:
-        raise ModelError(
-            f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from"
-        )
+        raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
     for architecture in source.config.get("architectures") or []:
         model_class = getattr(transformers, architecture, None)
         if model_class is None:
@@ -262,6 +265,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     config = json.loads(path.read_text())
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = tokenizer.model_input_names  # theirs includes token_type_ids
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -48,7 +48,9 @@ def test_a_model_beside_itself_generates_the_same_tokens(tiny, progress) -> None
 def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
     (tmp_path / "model.onnx").touch()
     (tmp_path / "config.json").write_text('{"dtype": "float16"}')
-    with pytest.raises(UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"):
+    with pytest.raises(
+        UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"
+    ):
         benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)
 
 

@@ -1,5 +1,7 @@
 """Statistics against plain autograd and plain forward passes, on every architecture."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -90,14 +92,15 @@ def test_replay_sees_what_a_whole_forward_pass_sees(kind: str) -> None:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+def keep_input(inputs, name, module, args) -> None:
+    inputs[name] = args[0]
+
+
 def slow_activation_norms(model, layers, ids):
     sums = {}
     for sample in ids:
         inputs = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda m, args, name=name: inputs.__setitem__(name, args[0]))
-            for name, layer in layers.items()
-        ]
+        hooks = [layer.register_forward_pre_hook(partial(keep_input, inputs, name)) for name, layer in layers.items()]
         with torch.no_grad():
             model(input_ids=sample, use_cache=False)
         for hook in hooks:

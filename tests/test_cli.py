@@ -18,7 +18,11 @@ def program(*arguments: str, cwd: Path | None = None, cache: Path | None = None)
     if cache:
         environment["GBLM_COMPRESS_CACHE"] = str(cache)
     return subprocess.run(
-        [sys.executable, "-m", "gblm_compress", *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+        [sys.executable, "-m", "gblm_compress", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
     )
 
 
@@ -26,7 +30,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gblm_compress.cli.app import _run\n"
         "assert _run(['--help']) == 0 and _run(['prune', '--help']) == 0\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -50,9 +55,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
     assert result["nonzeros"] * 2 == result["weights"]
     assert not [name for name in result["layers"] if "down_proj" in name or "o_proj" in name]
     assert step("export", "pruned", "-o", "sparse", "--format", "semi-structured")["checks"]["packed_layers"] == 10
-    evaluation = step(
-        "evaluate", "pruned", "--baseline", "tiny", "--dataset", str(prose), "--sequence-length", "32"
-    )
+    evaluation = step("evaluate", "pruned", "--baseline", "tiny", "--dataset", str(prose), "--sequence-length", "32")
     assert evaluation["fidelity"]["mean_kl"] > 0
     assert step("inspect", "pruned", "--heat-map", "map.png")["nonzeros"] > 0
     assert (tmp_path / "map.png").exists()
@@ -69,9 +72,17 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
         (["prune", "tiny", "-o", "x", "--pattern", "4:2"], 2, "--pattern: pattern '4:2' is not known"),
         (["prune", "tiny", "-o", "x", "--sparsity", "1.5"], 2, "--sparsity: input should be less than 1"),
-        (["prune", "tiny", "-o", "x", "--samples", "0"], 2, "--samples: input should be greater than or equal to 1"),
+        (
+            ["prune", "tiny", "-o", "x", "--samples", "0"],
+            2,
+            "--samples: input should be greater than or equal to 1",
+        ),
         (["prune", "tiny", "-o", "x", "--pattern", "2:4", "--sparsity", "0.3"], 2, "contradicts pattern 2:4"),
-        (["prune", "tiny", "-o", "x", "--calibration", "demo", "--ignore", "nope"], 2, "'nope' matches no module"),
+        (
+            ["prune", "tiny", "-o", "x", "--calibration", "demo", "--ignore", "nope"],
+            2,
+            "'nope' matches no module",
+        ),
         (["prune", "tiny", "-o", "x", "--device", "gpu9"], 2, "device 'gpu9' is not known"),
         (["prune", "tiny"], 2, "--output"),
         (["frobnicate"], 2, "No such command"),
@@ -79,7 +90,11 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["prune", "./gone", "-o", "x"], 3, "no such folder"),
         (["prune", "owner/gone", "-o", "x"], 3, "hub did not provide it"),
         (["prune", "tiny", "-o", "x", "--calibration", "./gone.txt"], 3, "no such file"),
-        (["prune", "tiny", "-o", "x", "--calibration", "demo", "--sequence-length", "999999999"], 3, "one window needs"),
+        (
+            ["prune", "tiny", "-o", "x", "--calibration", "demo", "--sequence-length", "999999999"],
+            3,
+            "one window needs",
+        ),
         (["export", "tiny", "-o", "x", "--format", "semi-structured"], 2, "prune with `--pattern 2:4` first"),
     ],
 )
@@ -140,7 +155,13 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
 def test_exit_codes_are_distinct_and_documented() -> None:
     from gblm_compress.cli.app import EPILOG
 
-    kinds = [errors.UsageError, errors.InputError, errors.MissingDependencyError, errors.VerificationError, errors.GateError]
+    kinds = [
+        errors.UsageError,
+        errors.InputError,
+        errors.MissingDependencyError,
+        errors.VerificationError,
+        errors.GateError,
+    ]
     codes = [kind.exit_code for kind in kinds]
     assert codes == [2, 3, 4, 5, 6]
     assert all(f" {code} " in EPILOG for code in codes)

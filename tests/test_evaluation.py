@@ -11,7 +11,9 @@ from gblm_compress.text import load_text
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
     result = evaluate(
-        tiny("llama"), EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=4), progress=progress
+        tiny("llama"),
+        EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=4),
+        progress=progress,
     )
     model = load_model(tiny("llama"))
     ids = load_tokenizer(tiny("llama"))(load_text(str(prose), "evaluation"))["input_ids"]

@@ -44,7 +44,12 @@ def test_names_and_dynamic_dimensions(exported) -> None:
     assert outputs["logits"] == ["batch_size", "sequence_length", 257]
     for layer in range(2):
         for kind in ("key", "value"):
-            assert inputs.pop(f"past_key_values.{layer}.{kind}") == ["batch_size", 2, "past_sequence_length", 16]
+            assert inputs.pop(f"past_key_values.{layer}.{kind}") == [
+                "batch_size",
+                2,
+                "past_sequence_length",
+                16,
+            ]
             assert outputs.pop(f"present.{layer}.{kind}") == ["batch_size", 2, "total_sequence_length", 16]
     assert set(inputs) == {"input_ids", "attention_mask", "position_ids"} and set(outputs) == {"logits"}
 

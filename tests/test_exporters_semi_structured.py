@@ -25,7 +25,10 @@ def packed(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto"):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_restored_bit_for_bit(kind, tiny, tmp_path, progress) -> None:
     source, result = packed(tiny, tmp_path, progress, kind)
-    restored, original = gblm_compress.load_sparse(tmp_path / "packed").state_dict(), load_model(source).state_dict()
+    restored, original = (
+        gblm_compress.load_sparse(tmp_path / "packed").state_dict(),
+        load_model(source).state_dict(),
+    )
     assert restored.keys() == original.keys()
     for name, tensor in original.items():
         assert torch.equal(restored[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))

@@ -19,7 +19,11 @@ LAYER = "model.layers.0.mlp.up_proj"
 def folder(tiny, tmp_path, progress):
     output = tmp_path / "out"
     prune(
-        tiny("llama"), output, PruneSettings(method="magnitude", pattern="2:4"), CalibrationSettings(), progress=progress
+        tiny("llama"),
+        output,
+        PruneSettings(method="magnitude", pattern="2:4"),
+        CalibrationSettings(),
+        progress=progress,
     )
     return output
 

@@ -32,7 +32,10 @@ def test_keep_largest_is_the_sorted_choice(case: tuple[torch.Tensor, torch.Tenso
     assert keep_largest(score, magnitude, keep).tolist() == expected
 
 
-@given(st.integers(0, 2**31), st.sampled_from(["1:2", "2:4", "4:8", "1:4", "3:4", "unstructured", "unstructured-per-matrix"]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["1:2", "2:4", "4:8", "1:4", "3:4", "unstructured", "unstructured-per-matrix"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_mask_obeys_its_pattern(seed: int, name: str) -> None:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
@@ -53,7 +56,10 @@ def test_n_m_groups_run_along_the_input_dimension() -> None:
 
 def test_per_matrix_lets_rows_compete() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert Pattern("unstructured-per-matrix").mask(weight, weight, 0.5).tolist() == [[False, False], [True, True]]
+    assert Pattern("unstructured-per-matrix").mask(weight, weight, 0.5).tolist() == [
+        [False, False],
+        [True, True],
+    ]
 
 
 @pytest.mark.parametrize("name", ["4:2", "0:4", "2:2", "2-4", "", "half", "2:4:8"])

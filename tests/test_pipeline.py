@@ -32,7 +32,12 @@ def module_cache(tmp_path_factory: pytest.TempPathFactory):
 
 def test_artefacts_and_report(finished) -> None:
     output, result = finished
-    for name in ("pruned/model.safetensors", "onnx/model.onnx", "dense-onnx/model.onnx", "semi-structured/gblm_sparse.json"):
+    for name in (
+        "pruned/model.safetensors",
+        "onnx/model.onnx",
+        "dense-onnx/model.onnx",
+        "semi-structured/gblm_sparse.json",
+    ):
         assert (output / name).exists()
     content = json.loads((output / "report.json").read_text())
     assert content == json.loads(json.dumps(result.as_dict()))

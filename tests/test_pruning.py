@@ -23,7 +23,7 @@ from tests.test_calibration import slow_activation_norms
 def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:
     """Masks at 50 % per row by the papers' procedure, with whole forward passes and sorted lists only."""
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    total = {name: 0.0 for name in layers}
+    total = dict.fromkeys(layers, 0.0)
     for sample in ids:
         loss = model(input_ids=sample, labels=sample).loss
         gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
@@ -69,12 +69,16 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
 
 def test_the_slow_procedure_can_tell_methods_apart() -> None:
     ids = samples()
-    masks = [slow_prune(tiny_model("llama"), ids, m, n, 100.0) for m, n in [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1")]]
+    masks = [
+        slow_prune(tiny_model("llama"), ids, m, n, 100.0) for m, n in [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1")]
+    ]
     for one, other in [(0, 1), (1, 2), (0, 2)]:
         assert any(not torch.equal(masks[one][name], masks[other][name]) for name in masks[0])
 
 
-def pruned(tiny, tmp_path: Path, prose: Path, progress: Progress, kind: str = "llama", name: str = "out", **settings) -> Path:
+def pruned(
+    tiny, tmp_path: Path, prose: Path, progress: Progress, kind: str = "llama", name: str = "out", **settings
+) -> Path:
     output = tmp_path / name
     prune(
         tiny(kind) if isinstance(kind, str) else kind,
@@ -88,7 +92,9 @@ def pruned(tiny, tmp_path: Path, prose: Path, progress: Progress, kind: str = "l
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "unstructured-per-matrix"])
-def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, tiny, tmp_path, prose, progress) -> None:
+def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(
+    kind, pattern, tiny, tmp_path, prose, progress
+) -> None:
     folder = pruned(tiny, tmp_path, prose, progress, kind, pattern=pattern)
     model = AutoModelForCausalLM.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(tiny(kind).folder)

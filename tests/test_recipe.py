@@ -19,7 +19,11 @@ def test_every_shipped_recipe_loads_and_opens_with_its_command(path: Path) -> No
 
 
 def test_the_three_recipes_ship() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} >= {"quickstart", "llama-2-7b-gblm-2to4", "ci-smoke"}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} >= {
+        "quickstart",
+        "llama-2-7b-gblm-2to4",
+        "ci-smoke",
+    }
 
 
 def test_the_papers_settings() -> None:
@@ -103,7 +107,9 @@ def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
     assert recipe.benchmark is not None and recipe.benchmark.batch == (1, 8)
 
 
-@pytest.mark.parametrize("override", ["prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=["])
+@pytest.mark.parametrize(
+    "override", ["prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=["]
+)
 def test_malformed_overrides(tmp_path, override: str) -> None:
     path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
     with pytest.raises(UsageError):

@@ -6,7 +6,14 @@ import torch
 
 from gblm_compress import sources
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
-from gblm_compress.sources import ModelSource, choose_device, choose_dtype, load_model, load_tokenizer, resolve_model
+from gblm_compress.sources import (
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from gblm_compress.tiny import build_tiny, tiny_config
 
 
@@ -73,8 +80,14 @@ def broken(tmp_path, **changes):
         ({"config__json": b"{}"}, "names no model_type"),
         ({"model__safetensors": None}, "no .safetensors file; pickled weights"),
         ({"model__safetensors": b"junk"}, "cannot be loaded"),
-        ({"config__json": b'{"model_type": "martian", "architectures": ["MartianForCausalLM"]}'}, "does not know"),
-        ({"config__json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'}, "is for fill-mask"),
+        (
+            {"config__json": b'{"model_type": "martian", "architectures": ["MartianForCausalLM"]}'},
+            "does not know",
+        ),
+        (
+            {"config__json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'},
+            "is for fill-mask",
+        ),
         ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer cannot be loaded"),
     ],
 )
@@ -125,7 +138,9 @@ def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> N
     from gblm_compress.tiny import byte_tokenizer
 
     sources.save_tokenizer(byte_tokenizer(), tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_tiny_kinds_are_named() -> None:

@@ -35,7 +35,11 @@ def test_the_bits_are_those_documented() -> None:
     weight = torch.tensor([[0.0, 1.0, 0.0, 2.0, 3.0, 0.0, 0.0, 4.0, 0.0, 0.0, 5.0, 0.0]])
     values, positions = pack(weight)
     assert values.tolist() == [[1.0, 2.0, 3.0, 4.0, 0.0, 5.0]]
-    groups = [(1, 3), (0, 3), (0, 2)]  # the last has one nonzero; a zero at the lowest free position fills it up
+    groups = [
+        (1, 3),
+        (0, 3),
+        (0, 2),
+    ]  # the last has one nonzero; a zero at the lowest free position fills it up
     nibbles = [first | second << 2 for first, second in groups]
     assert positions.tolist() == [[nibbles[0] | nibbles[1] << 4, nibbles[2]]]
 

