@@ -81,6 +81,7 @@ def evaluate(
     """
     device = sources.choose_device(device)
     tokenizer = sources.load_tokenizer(source)
+    progress.say(f"reading {settings.dataset} …")
     ids = text.tokenize(tokenizer, text.load_text(settings.dataset, "evaluation"))
     windows = text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
     threads = torch.get_num_threads()

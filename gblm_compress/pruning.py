@@ -107,7 +107,7 @@ def prune(
     dtype = sources.choose_dtype(dtype, source, device)
     stored = sources.stored_dtype(source)
     tokenizer = sources.load_tokenizer(source)
-    samples = _calibration_samples(tokenizer, calibration) if settings.needs_text else []
+    samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
     with peak_memory(device) as memory:
         progress.say(f"loading {source.name} in {stored if dtype == 'auto' else dtype} on {device} …")
         model = sources.load_model(source, dtype, device)
@@ -217,7 +217,8 @@ def _check_weights(layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> 
         check_finite(name, "weights", weight)
 
 
-def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings) -> list[Tensor]:
+def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
+    progress.say(f"reading {calibration.dataset} …")
     ids = text.tokenize(tokenizer, text.load_text(calibration.dataset, "calibration"))
     return text.random_windows(
         ids, calibration.samples, calibration.sequence_length, calibration.seed, calibration.dataset

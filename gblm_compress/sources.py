@@ -73,8 +73,11 @@ class ModelSource:
 
 
 def silence_libraries() -> None:
-    """Keep the progress bars and notices of transformers and datasets off a terminal that has its own."""
+    """Keep the progress bars and notices of transformers and the hub off a terminal that has its own."""
+    import huggingface_hub
     import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
