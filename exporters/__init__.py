@@ -12,6 +12,7 @@ from gblm_compress.sources import ModelSource
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
+    "bitmask": "gblm_compress.exporters.bitmask",
     "onnx": "gblm_compress.exporters.onnx",
     "semi-structured": "gblm_compress.exporters.semi_structured",
 }

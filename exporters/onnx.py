@@ -81,7 +81,7 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
         sources.save_tokenizer(tokenizer, temporary)
         (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
-        layers = _layers_to_count(source, model)
+        layers = manifest.pruned_layers(source, model)
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
     exported = ModelSource(str(output), output)
     return ExportResult(
@@ -252,13 +252,6 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
-
-
-def _layers_to_count(source: ModelSource, model: nn.Module) -> list[str]:
-    """The layers whose zeros must arrive: those that pruning touched, or all linear ones of a dense model."""
-    if (source.folder / manifest.MANIFEST).exists():
-        return list(manifest.read(source.folder)["layers"])
-    return [name for block in prunable_layers(model) for name in block]
 
 
 def _verify(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gblm_compress import artifact, manifest, sources
-from gblm_compress.architecture import is_transposed, prunable_layers, weight_matrix
+from gblm_compress.architecture import is_transposed, weight_matrix
+from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.patterns import Pattern
@@ -50,7 +51,7 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
     artifact.check_output(output, force)
     dtype = sources.stored_dtype(source) if dtype == "auto" else dtype
     model = sources.load_model(source, dtype)
-    packed, dense = split_packed(model, _layers_to_pack(source, model))
+    packed, dense = split_packed(model, manifest.pruned_layers(source, model))
     with artifact.atomic_folder(output) as temporary:
         progress.say("packing …")
         save_file(dense | packed, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -161,13 +162,6 @@ def split_packed(model: nn.Module, names: list[str]) -> tuple[dict[str, Tensor],
     return packed, dense
 
 
-def _layers_to_pack(source: ModelSource, model: nn.Module) -> list[str]:
-    """The layers that pruning touched; without a manifest, all that it would touch by default."""
-    if (source.folder / manifest.MANIFEST).exists():
-        return list(manifest.read(source.folder)["layers"])
-    return [name for block in prunable_layers(model) for name in block]
-
-
 def _place_(module: nn.Module, device: str) -> LayerPlacement:
     """Make the weight semi-structured where the device has kernels for it, and say what was done."""
     if not device.startswith("cuda"):
@@ -193,11 +187,5 @@ def _verify(folder: Path, original: nn.Module) -> None:
     """Reload the folder on the CPU and compare every tensor with the original, bit for bit."""
     restored = load_sparse(folder, "cpu").state_dict()
     for name, tensor in original.state_dict().items():
-        if name not in restored or not _same_bits(tensor, restored[name]):
+        if name not in restored or not same_bits(tensor, restored[name]):
             raise VerificationError(f"{name}: the packed folder does not restore it bit for bit")
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -4,7 +4,13 @@ Importing this package loads neither torch nor transformers, so that the command
 the names in `__all__` are loaded on first use.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,3 +26,32 @@ def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         return getattr(import_module(_HOME_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _SparseCheckpoints(MetaPathFinder):
+    """Teaches transformers to load bitmask folders as soon as its quantizers are imported, and not before."""
+
+    TRIGGER = "transformers.quantizers"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def then_register(module: ModuleType) -> None:
+                execute(module)
+                import_module("gblm_compress.sparse_checkpoint")
+
+            spec.loader.exec_module = then_register  # type: ignore[method-assign]
+        return spec
+
+
+if _SparseCheckpoints.TRIGGER in sys.modules:
+    import_module("gblm_compress.sparse_checkpoint")
+else:
+    sys.meta_path.insert(0, _SparseCheckpoints())

@@ -153,10 +153,9 @@ class _Lane:
 
 def _lane_of(source: ModelSource, dtype: str, device: str) -> _Lane:
     """ONNX exports and packed folders have a dtype of their own; what torch loads dense is given one."""
-    fixed = source.is_onnx or source.is_packed
     return _Lane(
         runtime_of(source),
-        sources.stored_dtype(source) if fixed else sources.choose_dtype(dtype, source, device),
+        sources.stored_dtype(source) if source.is_export else sources.choose_dtype(dtype, source, device),
     )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from jinja2 import Template
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import gblm_compress
+from gblm_compress.architecture import prunable_layers
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.patterns import Pattern
 from gblm_compress.sources import ModelSource
@@ -109,6 +110,13 @@ def read(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({error})") from error
+
+
+def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
+    """The layers that pruning touched; without a manifest, all that it would touch by default."""
+    if (source.folder / MANIFEST).exists():
+        return list(read(source.folder)["layers"])
+    return [name for block in prunable_layers(model) for name in block]
 
 
 def verify(folder: Path) -> None:

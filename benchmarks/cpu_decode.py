@@ -1,0 +1,205 @@
+"""Does sparsity pay on this CPU? Kernels and a whole model, sparse beside dense, in one process and one run.
+
+    python benchmarks/cpu_decode.py --model PRUNED_FOLDER --json result.json
+
+The kernel part times y = x Wᵀ for 4096×4096 weights, rotating over more matrices than the last-level cache holds:
+torch's dense product, a dense kernel written with the same care as ours (`dense_kernel.c`, the honest yardstick), and
+the bitmask kernel at 50 % unstructured and at 2:4. The model part decodes greedily with the dense masked model and its
+bitmask form in turn. Medians over interleaved rounds; the first is warm-up.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gblm_compress import manifest
+from gblm_compress.bitmask import pack, row_starts
+from gblm_compress.doctor import environment
+from gblm_compress.kernels import cpu
+from gblm_compress.patterns import Pattern
+from gblm_compress.progress import Progress
+from gblm_compress.runtimes import TorchRuntime
+from gblm_compress.sources import load_model, resolve_model, silence_libraries
+from gblm_compress.sparse_checkpoint import sparsify_
+
+SIZE, ROTATE_BYTES = 4096, 1 << 30
+
+
+def interleaved(candidates: dict[str, Callable[[int], Any]], rounds: int, calls: int) -> dict[str, float]:
+    """Median milliseconds a call of each candidate, which gets the index of the matrix to use."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            for index in range(calls):
+                call(number * calls + index)
+            if number:
+                times[name].append(1000 * (time.perf_counter() - start) / calls)
+    return {name: median(values) for name, values in times.items()}
+
+
+def dense_yardstick() -> Any:
+    """`dense_kernel.c`, compiled now."""
+    library = Path(tempfile.mkdtemp()) / "dense.so"
+    source = Path(__file__).with_name("dense_kernel.c")
+    subprocess.run(["cc", "-O3", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).dense_linear
+    pointer = ctypes.c_void_p
+    function.argtypes = [pointer] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 2 + [pointer] * 2
+    return function
+
+
+def sparse_product(
+    x: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], starts: torch.Tensor, i: int
+) -> Any:
+    """x Wᵀ with the i-th copy of a packed weight."""
+    return cpu.linear(x, *copies[i % len(copies)], starts)
+
+
+def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """The kernel part for one dtype and token count: one row for each pattern."""
+    copies = ROTATE_BYTES // (SIZE * SIZE * dtype.itemsize)
+    base = torch.randn(SIZE, SIZE).to(dtype)
+    dense = [base.clone() for _ in range(copies)]
+    x = torch.randn(tokens, SIZE).to(dtype)
+    y = torch.empty(1, SIZE)
+    yardstick, pool = dense_yardstick(), cpu._openmp_of_torch()
+    rows = []
+    for name in ("unstructured", "2:4"):
+        mask = Pattern(name).mask(base.float().abs(), base.float(), 0.5)
+        packed = pack(base * mask)
+        starts = row_starts(packed[0])
+        sparse = [(packed[0].clone(), packed[1].clone()) for _ in range(copies)]
+        candidates: dict[str, Callable[[int], Any]] = {
+            "torch_ms": lambda i: torch.nn.functional.linear(x, dense[i % copies]),
+            "sparse_ms": partial(sparse_product, x, sparse, starts),
+        }
+        if tokens == 1:
+            candidates["dense_kernel_ms"] = lambda i: yardstick(
+                dense[i % copies].data_ptr(),
+                x.data_ptr(),
+                y.data_ptr(),
+                SIZE,
+                SIZE,
+                int(dtype == torch.bfloat16),
+                torch.get_num_threads(),
+                *pool,
+            )
+        times = interleaved(candidates, rounds, copies)
+        limit = base.nbytes / (packed[0].nbytes + packed[1].nbytes)
+        row = {
+            "pattern": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "threads": torch.get_num_threads(),
+            **times,
+            "over_torch": times["torch_ms"] / times["sparse_ms"],
+            "byte_limit": limit,
+        }
+        if tokens == 1:
+            over = times["dense_kernel_ms"] / times["sparse_ms"]
+            row |= {"over_dense_kernel": over, "share_of_byte_limit": over / limit}
+        rows.append(row)
+    return rows
+
+
+def model(folder: str, dtype: str, rounds: int, prompt: int, generate: int) -> dict[str, Any]:
+    """The model part: the dense masked model against the same model in the bitmask layout."""
+    source = resolve_model(folder, Progress(quiet=True))
+    dense = load_model(source, dtype)
+    names = manifest.pruned_layers(source, dense)
+    sparse = copy.deepcopy(dense)
+    sparsify_(sparse, names)
+    dense_bytes = sum(dense.get_submodule(name).weight.nbytes for name in names)
+    packed_bytes = sum(sparse.get_submodule(name).packed_bytes for name in names)
+    head_bytes = dense.lm_head.weight.nbytes
+    ids = torch.randint(0, dense.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    runtimes = {"dense": TorchRuntime(dense), "sparse": TorchRuntime(sparse)}
+    prefill: dict[str, list[float]] = {name: [] for name in runtimes}
+    decode: dict[str, list[float]] = {name: [] for name in runtimes}
+    tokens: dict[str, list[int]] = {}
+    for number in range(rounds + 1):
+        for name, runtime in runtimes.items():
+            start = time.perf_counter()
+            token, cache = runtime.prefill(ids)
+            first = time.perf_counter()
+            tokens[name] = [int(token)]
+            for _ in range(generate - 1):
+                token, cache = runtime.decode(token, cache)
+                tokens[name].append(int(token))
+            if number:
+                prefill[name].append(1000 * (first - start))
+                decode[name].append(1000 * (time.perf_counter() - first) / (generate - 1))
+    medians = {name: median(values) for name, values in decode.items()}
+    return {
+        "model": source.name,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "dense_ms_per_token": medians["dense"],
+        "sparse_ms_per_token": medians["sparse"],
+        "decode_speedup": medians["dense"] / medians["sparse"],
+        "byte_limit": (dense_bytes + head_bytes) / (packed_bytes + head_bytes),
+        "dense_prefill_ms": median(prefill["dense"]),
+        "sparse_prefill_ms": median(prefill["sparse"]),
+        "prefill_speedup": median(prefill["dense"]) / median(prefill["sparse"]),
+        "identical_tokens": tokens["dense"] == tokens["sparse"],
+        "tokens": generate,
+        "resident_weight_ratio": packed_bytes / dense_bytes,
+        "kernel_for_1_token": sparse.get_submodule(names[0]).kernel(1),
+        "kernel_for_prompt": sparse.get_submodule(names[0]).kernel(prompt),
+    }
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table of figures."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=200).print(table)
+
+
+def main() -> None:
+    """Run both parts and print tables; write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a pruned folder; without one, only kernels are timed")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    silence_libraries()
+    if not cpu.available():
+        raise SystemExit("the compiled kernels are missing: install with a C compiler at hand, then run this again")
+    result: dict[str, Any] = {"environment": environment(), "kernels": [], "models": []}
+    for threads in sorted(set(options.threads)):
+        torch.set_num_threads(threads)
+        for dtype in (torch.float32, torch.bfloat16):
+            result["kernels"] += kernels(dtype, 1, options.rounds) + kernels(dtype, 4, options.rounds)
+        if options.model:
+            for name in ("float32", "bfloat16"):
+                result["models"].append(model(options.model, name, options.rounds, options.prompt, options.generate))
+    for tokens in (1, 4):
+        rows = [row for row in result["kernels"] if row["tokens"] == tokens]
+        show(f"kernel, {SIZE}×{SIZE}, {tokens} tokens", rows)
+    if result["models"]:
+        show("whole model", result["models"])
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

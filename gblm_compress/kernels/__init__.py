@@ -1,0 +1,1 @@
+"""Kernels that exploit the zeros: `cpu` calls the compiled `bitmask.c`."""

@@ -1,0 +1,433 @@
+/* y = x Wᵀ for weights in the bitmask layout: one bit a weight, and the packed nonzeros.
+ *
+ * Rows of the mask are whole 64-bit words; bit b of word w is column 64·w + b, and bits beyond the last column are
+ * zero. A row's nonzeros are contiguous; row r begins at starts[r]. `values` is readable for 64 elements past its end,
+ * and each token of `x` for a whole word past its last column (the caller pads with zeros).
+ *
+ * Every kernel computes rows [begin, end) for all tokens. Paths: portable C, AVX2 (fp32), AVX-512 (fp32; fp16 with VBMI2;
+ * bf16 with VBMI2 and BF16). They are compiled for their instruction set by attribute, so that one library runs anywhere;
+ * `gblm_paths` says what the CPU has.
+ *
+ * Threads are those of the process that loads this library: `gblm_set_parallel` is given the entry points of its OpenMP
+ * runtime (GOMP_parallel, omp_get_thread_num), because a second pool of threads would spin against the first.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_TOKENS 8
+
+typedef struct {
+    const uint64_t *mask;
+    const void *values;
+    const int64_t *starts;
+    const void *x; /* tokens × words·64 elements */
+    float *y;      /* tokens × rows */
+    int64_t rows, words, tokens;
+} Job;
+
+typedef void (*Kernel)(const Job *, int64_t begin, int64_t end);
+
+/* ---- element types, portable ---- */
+
+static inline float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
+    float f;
+    if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
+    else if (exponent) bits = sign | (exponent + 112) << 23 | fraction << 13;
+    else {
+        f = (float)fraction * (1.0f / 16777216.0f);
+        memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float f32_to_float(float f) { return f; }
+
+#define PORTABLE(NAME, TYPE, TO_FLOAT)                                                  \
+    static void portable_##NAME(const Job *job, int64_t begin, int64_t end) {           \
+        const int64_t stride = job->words * 64;                                         \
+        for (int64_t r = begin; r < end; r++) {                                         \
+            const TYPE *v = (const TYPE *)job->values + job->starts[r];                 \
+            float sums[MAX_TOKENS] = {0};                                               \
+            for (int64_t w = 0; w < job->words; w++) {                                  \
+                uint64_t bits = job->mask[r * job->words + w];                          \
+                const TYPE *x = (const TYPE *)job->x + w * 64;                          \
+                for (; bits; bits &= bits - 1, v++) {                                   \
+                    const int b = __builtin_ctzll(bits);                                \
+                    const float value = TO_FLOAT(*v);                                   \
+                    for (int64_t t = 0; t < job->tokens; t++)                           \
+                        sums[t] += value * TO_FLOAT(x[t * stride + b]);                 \
+                }                                                                       \
+            }                                                                           \
+            for (int64_t t = 0; t < job->tokens; t++) job->y[t * job->rows + r] = sums[t]; \
+        }                                                                               \
+    }
+PORTABLE(f32, float, f32_to_float)
+PORTABLE(f16, uint16_t, f16_to_float)
+PORTABLE(bf16, uint16_t, bf16_to_float)
+
+/* Write rows [begin, end) dense, columns·element bytes each, into `dense`. */
+#define PORTABLE_EXPAND(NAME, TYPE)                                                                       \
+    static void portable_expand_##NAME(const Job *job, int64_t begin, int64_t end, void *dense, int64_t columns) { \
+        memset(dense, 0, (size_t)((end - begin) * columns) * sizeof(TYPE));                               \
+        for (int64_t r = begin; r < end; r++) {                                                           \
+            const TYPE *v = (const TYPE *)job->values + job->starts[r];                                   \
+            TYPE *row = (TYPE *)dense + (r - begin) * columns;                                            \
+            for (int64_t w = 0; w < job->words; w++)                                                      \
+                for (uint64_t bits = job->mask[r * job->words + w]; bits; bits &= bits - 1)               \
+                    row[w * 64 + __builtin_ctzll(bits)] = *v++;                                           \
+        }                                                                                                 \
+    }
+PORTABLE_EXPAND(32, uint32_t)
+PORTABLE_EXPAND(16, uint16_t)
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
+#define AVX512_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX512_BF16 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,popcnt,bmi,bmi2")))
+
+/* ---- AVX2: spread 8 packed floats by a table of 256 permutations ---- */
+
+static int32_t avx2_spread[256][8]; /* where lane i takes its value from */
+static int32_t avx2_lanes[256][8];  /* -1 where a lane has a value */
+
+static void avx2_fill_tables(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, next = 0; lane < 8; lane++) {
+            const int has = mask >> lane & 1;
+            avx2_spread[mask][lane] = has ? next++ : 0;
+            avx2_lanes[mask][lane] = -has;
+        }
+}
+
+AVX2 static void avx2_f32(const Job *job, int64_t begin, int64_t end) {
+    const int64_t stride = job->words * 64, tokens = job->tokens;
+    for (int64_t r = begin; r < end; r++) {
+        const float *v = (const float *)job->values + job->starts[r];
+        const uint64_t *mask = job->mask + r * job->words;
+        __m256 sums[MAX_TOKENS];
+        for (int64_t t = 0; t < tokens; t++) sums[t] = _mm256_setzero_ps();
+        for (int64_t w = 0; w < job->words; w++) {
+            const float *x = (const float *)job->x + w * 64;
+            _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
+            _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);
+            for (int part = 0; part < 8; part++) {
+                const unsigned bits = mask[w] >> (8 * part) & 255;
+                const __m256 packed = _mm256_loadu_ps(v);
+                const __m256 spread = _mm256_permutevar8x32_ps(packed, _mm256_loadu_si256((const __m256i *)avx2_spread[bits]));
+                const __m256 value = _mm256_and_ps(spread, _mm256_loadu_ps((const float *)avx2_lanes[bits]));
+                for (int64_t t = 0; t < tokens; t++)
+                    sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + t * stride + 8 * part), sums[t]);
+                v += __builtin_popcount(bits);
+            }
+        }
+        for (int64_t t = 0; t < tokens; t++) {
+            const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums[t]), _mm256_extractf128_ps(sums[t], 1));
+            const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+            job->y[t * job->rows + r] = _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+        }
+    }
+}
+
+/* ---- AVX-512 ---- */
+
+/* One row, one token: four accumulators hide the latency of the multiply-add. */
+AVX512 static void avx512_f32_one(const Job *job, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const float *v = (const float *)job->values + job->starts[r], *x = (const float *)job->x;
+        const uint64_t *mask = job->mask + r * job->words;
+        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+        for (int64_t w = 0; w < job->words; w++, x += 64) {
+            const uint64_t m = mask[w];
+            const int n1 = __builtin_popcountll(m & 0xffff), n2 = __builtin_popcountll(m & 0xffffffff),
+                      n3 = __builtin_popcountll(m & 0xffffffffffff);
+            _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
+            _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);
+            a = _mm512_fmadd_ps(_mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(v)), _mm512_loadu_ps(x), a);
+            b = _mm512_fmadd_ps(_mm512_maskz_expand_ps((__mmask16)(m >> 16), _mm512_loadu_ps(v + n1)),
+                                _mm512_loadu_ps(x + 16), b);
+            c = _mm512_fmadd_ps(_mm512_maskz_expand_ps((__mmask16)(m >> 32), _mm512_loadu_ps(v + n2)),
+                                _mm512_loadu_ps(x + 32), c);
+            d = _mm512_fmadd_ps(_mm512_maskz_expand_ps((__mmask16)(m >> 48), _mm512_loadu_ps(v + n3)),
+                                _mm512_loadu_ps(x + 48), d);
+            v += __builtin_popcountll(m);
+        }
+        job->y[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)));
+    }
+}
+
+/* Several tokens: each expanded vector is used once for every token. T is a constant, so the sums live in registers. */
+#define AVX512_F32(T)                                                                                               \
+    AVX512 static void avx512_f32_##T(const Job *job, int64_t begin, int64_t end) {                                 \
+        const int64_t stride = job->words * 64;                                                                     \
+        for (int64_t r = begin; r < end; r++) {                                                                     \
+            const float *v = (const float *)job->values + job->starts[r], *x = (const float *)job->x;               \
+            const uint64_t *mask = job->mask + r * job->words;                                                      \
+            __m512 sums[T];                                                                                         \
+            for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();                                              \
+            for (int64_t w = 0; w < job->words; w++, x += 64) {                                                     \
+                uint64_t m = mask[w];                                                                               \
+                _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
+                _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
+                for (int part = 0; part < 4; part++, m >>= 16) {                                                    \
+                    const __m512 value = _mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(v));                  \
+                    for (int t = 0; t < T; t++)                                                                     \
+                        sums[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * stride + 16 * part), sums[t]);     \
+                    v += __builtin_popcount((unsigned)m & 0xffff);                                                  \
+                }                                                                                                   \
+            }                                                                                                       \
+            for (int t = 0; t < T; t++) job->y[t * job->rows + r] = _mm512_reduce_add_ps(sums[t]);                  \
+        }                                                                                                           \
+    }
+AVX512_F32(2) AVX512_F32(3) AVX512_F32(4) AVX512_F32(5) AVX512_F32(6) AVX512_F32(7) AVX512_F32(8)
+
+static void avx512_f32(const Job *job, int64_t begin, int64_t end) {
+    static const Kernel by_tokens[] = {avx512_f32_one, avx512_f32_2, avx512_f32_3, avx512_f32_4,
+                                       avx512_f32_5,   avx512_f32_6, avx512_f32_7, avx512_f32_8};
+    by_tokens[job->tokens - 1](job, begin, end);
+}
+
+/* bf16: 32 values a vector, products of pairs summed in float32 by vdpbf16ps. T = 1 unrolls over two words' halves. */
+AVX512_BF16 static void avx512_bf16_one(const Job *job, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+        const uint16_t *v = (const uint16_t *)job->values + job->starts[r], *x = (const uint16_t *)job->x;
+        const uint64_t *mask = job->mask + r * job->words;
+        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+        int64_t w = 0;
+#define BF16_STEP(SUM, BITS, V, X)                                                                                    \
+    SUM = _mm512_dpbf16_ps(SUM, (__m512bh)_mm512_maskz_expand_epi16((__mmask32)(BITS), _mm512_loadu_si512(V)),        \
+                           (__m512bh)_mm512_loadu_si512(X))
+        for (; w + 1 < job->words; w += 2, x += 128) {
+            const uint64_t m = mask[w], q = mask[w + 1];
+            const int n1 = __builtin_popcountll(m & 0xffffffff), n2 = __builtin_popcountll(m),
+                      n3 = n2 + __builtin_popcountll(q & 0xffffffff);
+            _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);
+            _mm_prefetch((const char *)(v + 2080), _MM_HINT_T0);
+            BF16_STEP(a, m, v, x);
+            BF16_STEP(b, m >> 32, v + n1, x + 32);
+            BF16_STEP(c, q, v + n2, x + 64);
+            BF16_STEP(d, q >> 32, v + n3, x + 96);
+            v += n2 + __builtin_popcountll(q);
+        }
+        if (w < job->words) {
+            const uint64_t m = mask[w];
+            BF16_STEP(a, m, v, x);
+            BF16_STEP(b, m >> 32, v + __builtin_popcountll(m & 0xffffffff), x + 32);
+        }
+        job->y[r] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)));
+    }
+}
+
+#define AVX512_BF16_TOKENS(T)                                                                                       \
+    AVX512_BF16 static void avx512_bf16_##T(const Job *job, int64_t begin, int64_t end) {                           \
+        const int64_t stride = job->words * 64;                                                                     \
+        for (int64_t r = begin; r < end; r++) {                                                                     \
+            const uint16_t *v = (const uint16_t *)job->values + job->starts[r], *x = (const uint16_t *)job->x;      \
+            const uint64_t *mask = job->mask + r * job->words;                                                      \
+            __m512 sums[T];                                                                                         \
+            for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();                                              \
+            for (int64_t w = 0; w < job->words; w++, x += 64) {                                                     \
+                uint64_t m = mask[w];                                                                               \
+                _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);                                                \
+                for (int part = 0; part < 2; part++, m >>= 32) {                                                    \
+                    const __m512bh value =                                                                          \
+                        (__m512bh)_mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));                   \
+                    for (int t = 0; t < T; t++)                                                                     \
+                        sums[t] = _mm512_dpbf16_ps(                                                                 \
+                            sums[t], value, (__m512bh)_mm512_loadu_si512(x + t * stride + 32 * part));              \
+                    v += __builtin_popcount((unsigned)m);                                                           \
+                }                                                                                                   \
+            }                                                                                                       \
+            for (int t = 0; t < T; t++) job->y[t * job->rows + r] = _mm512_reduce_add_ps(sums[t]);                  \
+        }                                                                                                           \
+    }
+AVX512_BF16_TOKENS(2) AVX512_BF16_TOKENS(3) AVX512_BF16_TOKENS(4) AVX512_BF16_TOKENS(5)
+AVX512_BF16_TOKENS(6) AVX512_BF16_TOKENS(7) AVX512_BF16_TOKENS(8)
+
+static void avx512_bf16(const Job *job, int64_t begin, int64_t end) {
+    static const Kernel by_tokens[] = {avx512_bf16_one, avx512_bf16_2, avx512_bf16_3, avx512_bf16_4,
+                                       avx512_bf16_5,   avx512_bf16_6, avx512_bf16_7, avx512_bf16_8};
+    by_tokens[job->tokens - 1](job, begin, end);
+}
+
+AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
+    const int64_t stride = job->words * 64, tokens = job->tokens;
+    for (int64_t r = begin; r < end; r++) {
+        const uint16_t *v = (const uint16_t *)job->values + job->starts[r], *x = (const uint16_t *)job->x;
+        const uint64_t *mask = job->mask + r * job->words;
+        __m512 low[MAX_TOKENS], high[MAX_TOKENS];
+        for (int64_t t = 0; t < tokens; t++) low[t] = high[t] = _mm512_setzero_ps();
+        for (int64_t w = 0; w < job->words; w++, x += 64) {
+            uint64_t m = mask[w];
+            _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);
+            for (int part = 0; part < 2; part++, m >>= 32) {
+                const __m512i packed = _mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));
+                const __m512 first = _mm512_cvtph_ps(_mm512_castsi512_si256(packed)),
+                             second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(packed, 1));
+                for (int64_t t = 0; t < tokens; t++) {
+                    const __m256i *token = (const __m256i *)(x + t * stride + 32 * part);
+                    low[t] = _mm512_fmadd_ps(first, _mm512_cvtph_ps(_mm256_loadu_si256(token)), low[t]);
+                    high[t] = _mm512_fmadd_ps(second, _mm512_cvtph_ps(_mm256_loadu_si256(token + 1)), high[t]);
+                }
+                v += __builtin_popcount((unsigned)m);
+            }
+        }
+        for (int64_t t = 0; t < tokens; t++)
+            job->y[t * job->rows + r] = _mm512_reduce_add_ps(_mm512_add_ps(low[t], high[t]));
+    }
+}
+
+AVX512 static void avx512_expand_32(const Job *job, int64_t begin, int64_t end, void *dense, int64_t columns) {
+    for (int64_t r = begin; r < end; r++) {
+        const float *v = (const float *)job->values + job->starts[r];
+        float *row = (float *)dense + (r - begin) * columns;
+        for (int64_t w = 0; w < job->words; w++) {
+            uint64_t m = job->mask[r * job->words + w];
+            const int64_t left = columns - w * 64;
+            uint64_t in_row = left >= 64 ? ~0ull : (1ull << left) - 1;
+            for (int part = 0; part < 4; part++, m >>= 16, in_row >>= 16) {
+                const __m512 value = _mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(v));
+                _mm512_mask_storeu_ps(row + w * 64 + 16 * part, (__mmask16)in_row, value);
+                v += __builtin_popcount((unsigned)m & 0xffff);
+            }
+        }
+    }
+}
+
+AVX512_16 static void avx512_expand_16(const Job *job, int64_t begin, int64_t end, void *dense, int64_t columns) {
+    for (int64_t r = begin; r < end; r++) {
+        const uint16_t *v = (const uint16_t *)job->values + job->starts[r];
+        uint16_t *row = (uint16_t *)dense + (r - begin) * columns;
+        for (int64_t w = 0; w < job->words; w++) {
+            uint64_t m = job->mask[r * job->words + w];
+            const int64_t left = columns - w * 64;
+            uint64_t in_row = left >= 64 ? ~0ull : (1ull << left) - 1;
+            for (int part = 0; part < 2; part++, m >>= 32, in_row >>= 32) {
+                const __m512i value = _mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));
+                _mm512_mask_storeu_epi16(row + w * 64 + 32 * part, (__mmask32)in_row, value);
+                v += __builtin_popcount((unsigned)m);
+            }
+        }
+    }
+}
+#endif
+
+/* ---- choice of path ---- */
+
+enum { PORTABLE_PATH, AVX2_PATH, AVX512_PATH, PATHS };
+enum { F32, F16, BF16, TYPES };
+
+/* Bit p of the result is set where the CPU can run path p for elements of `type`. */
+EXPORT int gblm_paths(int type) {
+    int paths = 1 << PORTABLE_PATH;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (type == F32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths |= 1 << AVX2_PATH;
+    const int base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const int expand16 = base && __builtin_cpu_supports("avx512vbmi2");
+    if ((type == F32 && base) || (type == F16 && expand16) ||
+        (type == BF16 && expand16 && __builtin_cpu_supports("avx512bf16")))
+        paths |= 1 << AVX512_PATH;
+#endif
+    return paths;
+}
+
+static Kernel kernel_of(int path, int type) {
+    static const Kernel portable[TYPES] = {portable_f32, portable_f16, portable_bf16};
+#if defined(__x86_64__)
+    static const Kernel avx512[TYPES] = {avx512_f32, avx512_f16, avx512_bf16};
+    if (path == AVX512_PATH) return avx512[type];
+    if (path == AVX2_PATH && type == F32) return avx2_f32;
+#endif
+    return portable[type];
+}
+
+/* ---- threads ---- */
+
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void);
+
+/* Borrow the OpenMP runtime that the process already has; without it everything runs on the calling thread. */
+EXPORT void gblm_set_parallel(void *gomp_parallel, void *omp_get_thread_num) {
+    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
+    thread_number = (int (*)(void))omp_get_thread_num;
+#if defined(__x86_64__)
+    avx2_fill_tables();
+#endif
+}
+
+typedef struct {
+    const Job *job;
+    Kernel kernel;
+    int path, bytes, threads;
+    int64_t first, count, columns;
+    char *dense;
+} Work;
+
+static void share(int64_t count, int threads, int thread, int64_t *begin, int64_t *end) {
+    *begin = count * thread / threads;
+    *end = count * (thread + 1) / threads;
+}
+
+static void linear_part(void *argument) {
+    const Work *work = argument;
+    int64_t begin, end;
+    share(work->job->rows, work->threads, work->threads > 1 ? thread_number() : 0, &begin, &end);
+    work->kernel(work->job, begin, end);
+}
+
+static void expand_part(void *argument) {
+    const Work *work = argument;
+    int64_t begin, end;
+    share(work->count, work->threads, work->threads > 1 ? thread_number() : 0, &begin, &end);
+    void *dense = work->dense + begin * work->columns * work->bytes;
+    begin += work->first;
+    end += work->first;
+#if defined(__x86_64__)
+    if (work->path == AVX512_PATH) {
+        (work->bytes == 4 ? avx512_expand_32 : avx512_expand_16)(work->job, begin, end, dense, work->columns);
+        return;
+    }
+#endif
+    (work->bytes == 4 ? portable_expand_32 : portable_expand_16)(work->job, begin, end, dense, work->columns);
+}
+
+static void run(void (*part)(void *), Work *work) {
+    if (work->threads > 1 && parallel) parallel(part, work, (unsigned)work->threads, 0);
+    else {
+        work->threads = 1;
+        part(work);
+    }
+}
+
+/* y [tokens, rows] = x [tokens, words·64] times the transposed weight, accumulated in float32; 1 ≤ tokens ≤ 8. */
+EXPORT void gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, float *y,
+                                int64_t rows, int64_t words, int64_t tokens, int type, int path, int threads) {
+    const Job job = {mask, values, starts, x, y, rows, words, tokens};
+    Work work = {.job = &job, .kernel = kernel_of(path, type), .threads = threads};
+    run(linear_part, &work);
+}
+
+/* Rows [first, first + count) dense, [count, columns], in the type of the values. */
+EXPORT void gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
+                                int64_t count, int64_t columns, int64_t words, int type, int path, int threads) {
+    const Job job = {.mask = mask, .values = values, .starts = starts, .words = words};
+    Work work = {.job = &job, .path = path, .bytes = type == F32 ? 4 : 2, .threads = threads,
+                 .first = first, .count = count, .columns = columns, .dense = dense};
+    run(expand_part, &work);
+}

@@ -1,0 +1,147 @@
+"""The CPU kernels of the bitmask layout: the compiled library, its paths, and the threads it borrows.
+
+The library is plain C, built with the package; where no compiler was at hand it is missing, `available()` says so, and
+`linear` expands the weight with torch instead. `GBLM_COMPRESS_KERNEL` forces a path (portable, avx2, avx512).
+"""
+
+import ctypes
+import os
+import sys
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gblm_compress.bitmask import WORD
+from gblm_compress.errors import UsageError
+
+PATHS = ("portable", "avx2", "avx512")
+PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
+MAX_TOKENS = 8
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LIBRARY = "_bitmask"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, joined to torch's threads; None where the package was installed without a compiler."""
+    folder = Path(__file__).parent
+    found = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / (_LIBRARY + suffix)).exists()), None)
+    if found is None:
+        return None
+    kernels = ctypes.CDLL(str(found))
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    kernels.gblm_bitmask_linear.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 3
+    kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
+    kernels.gblm_set_parallel.argtypes = [pointer, pointer]
+    kernels.gblm_set_parallel(*_openmp_of_torch())
+    return kernels
+
+
+def available() -> bool:
+    """Whether the compiled kernels are there."""
+    return library() is not None
+
+
+@cache
+def paths(dtype: torch.dtype) -> tuple[str, ...]:
+    """The paths that this CPU can run for weights of `dtype`, slowest first; empty without the library."""
+    kernels = library()
+    if kernels is None:
+        return ()
+    supported = kernels.gblm_paths(_TYPES[dtype])
+    return tuple(name for index, name in enumerate(PATHS) if supported >> index & 1)
+
+
+@cache
+def path(dtype: torch.dtype) -> str:
+    """The path that runs: the best one, or the one that `GBLM_COMPRESS_KERNEL` forces.
+
+    Raises:
+        UsageError: a path is forced that this CPU or dtype does not have.
+    """
+    forced = os.environ.get(PATH_VARIABLE)
+    if forced is None:
+        return paths(dtype)[-1]
+    if forced not in paths(dtype):
+        raise UsageError(
+            f"{PATH_VARIABLE}={forced}: this CPU has no such path for {dtype}; it has {', '.join(paths(dtype))}"
+        )
+    return forced
+
+
+def linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, kernel: str | None = None) -> Tensor:
+    """x Wᵀ on the sparse kernel, accumulated in float32.
+
+    Args:
+        x: [tokens, columns], 1 to 8 tokens, in the dtype of `values`.
+        mask, values, starts: the packed weight [rows, columns].
+        kernel: one of `paths`; the best one if unset.
+
+    Returns:
+        [tokens, rows] in float32.
+    """
+    kernels = library()
+    assert kernels is not None
+    tokens, columns = x.shape
+    rows, words = mask.shape
+    if columns != words * WORD:
+        x = torch.nn.functional.pad(x, (0, words * WORD - columns))
+    x = x.contiguous()
+    y = torch.empty(tokens, rows)
+    kernels.gblm_bitmask_linear(
+        mask.data_ptr(),
+        values.data_ptr(),
+        starts.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        rows,
+        words,
+        tokens,
+        _TYPES[values.dtype],
+        PATHS.index(kernel or path(values.dtype)),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def expand(
+    mask: Tensor, values: Tensor, starts: Tensor, columns: int, first: int, out: Tensor, kernel: str | None = None
+) -> Tensor:
+    """Rows `first` … `first + len(out)` of the packed weight, dense, written into `out` [count, columns]."""
+    kernels = library()
+    assert kernels is not None
+    kernels.gblm_bitmask_expand(
+        mask.data_ptr(),
+        values.data_ptr(),
+        starts.data_ptr(),
+        out.data_ptr(),
+        first,
+        out.shape[0],
+        columns,
+        mask.shape[1],
+        _TYPES[values.dtype],
+        PATHS.index(kernel or path(values.dtype)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _openmp_of_torch() -> tuple[int | None, int | None]:
+    """Entry points of the OpenMP runtime that torch has loaded; (None, None) where it has none: one thread then."""
+    candidates = []
+    maps = Path("/proc/self/maps")
+    if sys.platform == "linux" and maps.exists():
+        loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+        candidates = sorted(name for name in loaded if "libgomp" in name or "libiomp" in name)
+    # torch's own comes first: a path inside its package
+    candidates.sort(key=lambda name: "torch" not in name)
+    for name in candidates:
+        runtime = ctypes.CDLL(name)
+        if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num"):
+            pointers = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
+            first, second = (ctypes.cast(pointer, ctypes.c_void_p).value for pointer in pointers)
+            return first, second
+    return None, None

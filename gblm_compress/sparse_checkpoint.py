@@ -1,0 +1,94 @@
+"""Sparse checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as sparse models.
+
+The weights are plain tensors in safetensors, `config.json` has a `quantization_config` with method `gblm_sparse`, and
+transformers' own quantizer registry, which importing `gblm_compress` fills, puts `SparseLinear` modules in place of
+the linear layers before the tensors are loaded.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gblm_compress.architecture import weight_matrix
+from gblm_compress.bitmask import PADDING, pack
+from gblm_compress.errors import ModelError
+from gblm_compress.sources import BITMASK_METHOD
+from gblm_compress.sparse_linear import SparseLinear
+
+
+@register_quantization_config(BITMASK_METHOD)
+class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` says of a sparse checkpoint.
+
+    Attributes:
+        layout: "bitmask".
+        layers: {layer: {"shape": [out_features, in_features], "nonzeros": int, "bias": bool}}.
+    """
+
+    def __init__(
+        self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "bitmask", **unknown: Any
+    ) -> None:
+        self.quant_method = BITMASK_METHOD
+        self.layout = layout
+        self.layers = layers or {}
+
+
+@register_quantizer(BITMASK_METHOD)
+class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the listed layers by empty `SparseLinear`s, for transformers to load their tensors into."""
+
+    requires_calibration = True  # transformers must not try to make such weights from dense ones
+    quantization_config: SparseConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.quantization_config.layout != "bitmask":
+            raise ModelError(f"layout {self.quantization_config.layout!r} is not known; this version reads 'bitmask'")
+        dtype = model.config.dtype or torch.float32
+        for name, layer in self.quantization_config.layers.items():
+            out_features, in_features = layer["shape"]
+            sparse = SparseLinear(in_features, out_features, layer["nonzeros"], layer["bias"], dtype, device="meta")
+            model.set_submodule(name, sparse)
+            # transformers would initialize what is not loaded, and GPT-2's rule reaches into children for `.weight`
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.quantization_config.layers:
+            model.get_submodule(name).prepare()  # type: ignore[operator]
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+def sparsify_(model: Any, names: list[str]) -> None:
+    """Replace the named linear layers of a model by `SparseLinear`s with the same values, in place."""
+    layers = {}
+    for name in names:
+        dense = model.get_submodule(name)
+        weight = weight_matrix(dense).detach()
+        mask, values = pack(weight)
+        out_features, in_features = weight.shape
+        nonzeros = values.numel() - PADDING
+        sparse = SparseLinear(in_features, out_features, nonzeros, dense.bias is not None, weight.dtype)
+        sparse.mask, sparse.values = mask, values
+        if dense.bias is not None:
+            sparse.bias = nn.Parameter(dense.bias.detach(), requires_grad=False)
+        sparse.prepare()
+        model.set_submodule(name, sparse)
+        layers[name] = {"shape": [out_features, in_features], "nonzeros": nonzeros, "bias": dense.bias is not None}
+    config = SparseConfig(layers)
+    model.config.quantization_config = config
+    model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = BITMASK_METHOD

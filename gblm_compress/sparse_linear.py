@@ -1,0 +1,194 @@
+"""`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
+
+Up to 8 tokens run on the sparse kernel, reading the packed bytes only. More are computed in tiles: some rows are
+expanded into a buffer that stays in the cache, and multiplied by torch's dense GEMM. Where the one overtakes the other
+below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
+"""
+
+import json
+import time
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress import artifact, sources
+from gblm_compress.bitmask import PADDING, WORD, row_starts, unpack
+from gblm_compress.kernels import cpu
+
+TILE_BYTES = 1 << 20  # an expanded tile, to stay in the second-level cache
+_OPS: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
+_OPS.define(
+    "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor starts, Tensor? bias, int columns, int crossover) "
+    "-> Tensor"
+)
+
+
+class SparseLinear(nn.Module):
+    """y = x Wᵀ + b with W [out_features, in_features] in the bitmask layout. Inference only.
+
+    Args:
+        in_features, out_features: the shape of the weight.
+        nonzeros: how many weights are stored.
+        bias: whether there is one.
+        dtype: of weight and bias.
+    """
+
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nonzeros: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.crossover = 0
+        words = -(-in_features // WORD)
+        self.register_buffer("mask", torch.empty(out_features, words, dtype=torch.int64, device=device))
+        self.register_buffer("values", torch.empty(nonzeros + PADDING, dtype=dtype, device=device))
+        self.register_buffer("starts", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.starts.numel() != self.out_features:
+            self.prepare()
+        return _linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
+
+    def prepare(self) -> None:
+        """Find where each row begins, and up to how many tokens the sparse kernel is the faster one.
+
+        Loading does it; `forward` does where a module was filled by hand.
+        """
+        self.starts = row_starts(self.mask)
+        on_kernels = self.mask.device.type == "cpu" and cpu.available()
+        self.crossover = crossover(self.mask, self.values, self.starts, self.in_features) if on_kernels else 0
+
+    def kernel(self, tokens: int) -> str:
+        """The kernel that `forward` runs for that many tokens, in words."""
+        if self.starts.numel() != self.out_features:
+            self.prepare()
+        if self.mask.device.type != "cpu" or not cpu.available():
+            return "dense product of the unpacked weight"
+        if tokens <= self.crossover:
+            return f"bitmask {cpu.path(self.values.dtype)}"
+        return "expanded tiles and dense GEMM"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that the weight takes, on disk as in memory."""
+        return self.mask.nbytes + self.values.nbytes
+
+    def dense_weight(self) -> Tensor:
+        """W, bit for bit."""
+        return unpack(self.mask, self.values, self.in_features)
+
+    def extra_repr(self) -> str:
+        stored = self.values.numel() - PADDING
+        density = stored / (self.in_features * self.out_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.3f}"
+
+
+def _bitmask_linear_cpu(
+    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+) -> Tensor:
+    flat = x.reshape(-1, columns)
+    tokens = flat.shape[0]
+    if not cpu.available():
+        y = flat @ unpack(mask, values, columns).T
+    elif 0 < tokens <= crossover:
+        y = cpu.linear(flat, mask, values, starts)
+    else:
+        y = linear_by_tiles(flat, mask, values, starts)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], mask.shape[0])
+
+
+def _bitmask_linear_unpacked(
+    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+) -> Tensor:
+    return torch.nn.functional.linear(x, unpack(mask, values, columns), bias)
+
+
+def _bitmask_linear_shape(
+    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+_OPS.impl("bitmask_linear", _bitmask_linear_cpu, "CPU")
+_OPS.impl("bitmask_linear", _bitmask_linear_unpacked, "CUDA")
+torch.library.register_fake("gblm_compress::bitmask_linear", _bitmask_linear_shape, lib=_OPS)
+_linear = torch.ops.gblm_compress.bitmask_linear.default
+
+
+def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """x Wᵀ for any number of tokens: tiles of rows expanded into one buffer, each multiplied densely.
+
+    Args:
+        x: [tokens, columns] in the dtype of `values`.
+        mask, values, starts: the packed weight [rows, columns].
+
+    Returns:
+        [tokens, rows] in the dtype of `x`.
+    """
+    rows, columns = mask.shape[0], x.shape[1]
+    size = min(rows, max(16, TILE_BYTES // (columns * values.element_size())))
+    tile = values.new_empty(size, columns)
+    y = x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, size):
+        part = cpu.expand(mask, values, starts, columns, first, tile[: min(size, rows - first)])
+        y[:, first : first + len(part)] = x @ part.T
+    return y
+
+
+def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
+    """The largest number of tokens, up to 8, for which the sparse kernel beats expanding tiles for this shape."""
+    key = f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}"
+    known = _crossovers()
+    if key not in known:
+        known[key] = _measure_crossover(mask, values, starts, columns)
+        folder = sources.cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        artifact.write_text(folder / "crossover.json", json.dumps({_machine(): known}, indent=2) + "\n")
+    return known[key]
+
+
+@cache
+def _crossovers() -> dict[str, int]:
+    path = sources.cache_folder() / "crossover.json"
+    stored: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    return stored.get(_machine(), {})
+
+
+def _machine() -> str:
+    from gblm_compress.doctor import cpu_name
+
+    return f"{cpu_name()}, torch {torch.__version__}"
+
+
+def _measure_crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
+    for tokens in range(cpu.MAX_TOKENS, 1, -1):
+        x = torch.ones(tokens, columns, dtype=values.dtype)
+        if _best_time(cpu.linear, x, mask, values, starts) <= _best_time(linear_by_tiles, x, mask, values, starts):
+            return tokens
+    return 1
+
+
+def _best_time(function: Any, *arguments: Any) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        function(*arguments)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,85 @@
+"""Every path of the compiled kernels against a product in float64, forced one by one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gblm_compress.bitmask import pack, row_starts
+from gblm_compress.errors import UsageError
+from gblm_compress.kernels import cpu
+from gblm_compress.sparse_linear import linear_by_tiles
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}  # of Σ |x·w|: products are exact there
+SHAPES = [(1, 1), (3, 5), (7, 64), (33, 100), (65, 128), (16, 576), (5, 1500)]
+
+
+def weight_of(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
+    if rows > 2:
+        weight[1], weight[2] = 0, 1  # an empty and a full row
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("path", cpu.PATHS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_and_expand(dtype: torch.dtype, path: str, threads: int) -> None:
+    if path not in cpu.paths(dtype):
+        pytest.skip(f"this CPU has no {path} path for {dtype}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, columns in SHAPES:
+            weight = weight_of(rows, columns, dtype)
+            mask, values = pack(weight)
+            starts = row_starts(mask)
+            for tokens in range(1, cpu.MAX_TOKENS + 1):
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+                got = cpu.linear(x, mask, values, starts, path).double()
+                expected = x.double() @ weight.double().T
+                scale = x.double().abs() @ weight.double().abs().T
+                assert ((got - expected).abs() <= TOLERANCE[dtype] * scale + 1e-30).all(), (rows, columns, tokens)
+            out = torch.full((rows, columns), 7.0, dtype=dtype)
+            assert torch.equal(cpu.expand(mask, values, starts, columns, 0, out, path), weight)
+            part = torch.full((1, columns), 7.0, dtype=dtype)
+            assert torch.equal(cpu.expand(mask, values, starts, columns, rows - 1, part, path), weight[-1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gblm_compress.sparse_linear.TILE_BYTES", 20_000)  # several tiles, the last one ragged
+    weight = weight_of(65, 128, dtype)
+    mask, values = pack(weight)
+    x = torch.randn(19, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(linear_by_tiles(x, mask, values, row_starts(mask)), x @ weight.T)
+
+
+def test_threads_are_torchs_own() -> None:
+    """No second OpenMP runtime: the entry points come from the one that torch loaded."""
+    parallel, number = cpu._openmp_of_torch()
+    assert parallel and number
+
+
+def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.path.cache_clear()
+    try:
+        monkeypatch.setenv(cpu.PATH_VARIABLE, "portable")
+        assert cpu.path(torch.float32) == "portable"
+        cpu.path.cache_clear()
+        monkeypatch.setenv(cpu.PATH_VARIABLE, "neon")
+        with pytest.raises(UsageError, match="has no such path .* it has portable"):
+            cpu.path(torch.float32)
+    finally:
+        cpu.path.cache_clear()
+
+
+def test_importing_torch_after_the_library_is_harmless() -> None:
+    code = "from gblm_compress.kernels import cpu; assert cpu.available(); import torch; torch.ones(3)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from gblm_compress import sparse_linear
+from gblm_compress.bitmask import pack, same_bits
+from gblm_compress.kernels import cpu
+from gblm_compress.sparse_checkpoint import sparsify_
+from gblm_compress.sparse_linear import SparseLinear
+from gblm_compress.tiny import tiny_model
+
+
+def pair(rows: int = 48, columns: int = 100, bias: bool = True, dtype: torch.dtype = torch.float32):
+    """A dense linear layer with zeros, and its sparse form."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = nn.Linear(columns, rows, bias=bias).to(dtype)
+        with torch.no_grad():
+            dense.weight.masked_fill_(torch.rand(rows, columns) < 0.5, 0.0)
+    holder = nn.Module()
+    holder.layer = dense
+    holder.config = type("Config", (), {})()
+    sparsify_(holder, ["layer"])
+    return dense, holder.layer
+
+
+@pytest.fixture(params=["kernels", "no compiler"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no compiler":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("the package was installed without a C compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(100,), (1, 1, 100), (2, 3, 100), (1, 8, 100), (2, 40, 100), (0, 100)])
+def test_the_product_is_that_of_the_dense_layer(kernels, dtype, bias, shape) -> None:
+    dense, sparse = pair(bias=bias, dtype=dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = sparse(x)
+    assert got.dtype == dtype
+    expected = nn.functional.linear(x.double(), dense.weight.double(), dense.bias.double() if bias else None)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+
+
+def test_only_packed_weights_are_held() -> None:
+    dense, sparse = pair(512, 640)
+    assert not [name for name, _ in sparse.named_parameters() if "weight" in name]
+    held = sum(buffer.nbytes for buffer in sparse.buffers())
+    assert held < 0.6 * dense.weight.nbytes
+    assert sparse.packed_bytes < 0.55 * dense.weight.nbytes
+    assert same_bits(sparse.dense_weight(), dense.weight.detach())
+
+
+def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
+    monkeypatch.setattr(sparse_linear, "crossover", lambda *_: 4)
+    _, sparse = pair()
+    if kernels == "no compiler":
+        assert sparse.kernel(1) == "dense product of the unpacked weight"
+    else:
+        assert sparse.kernel(1) == f"bitmask {cpu.paths(torch.float32)[-1]}"
+        assert sparse.kernel(5) == "expanded tiles and dense GEMM"
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
+    sparse_linear._crossovers.cache_clear()
+    measured = []
+    monkeypatch.setattr(sparse_linear, "_measure_crossover", lambda *_: measured.append(1) or 5)
+    _, sparse = pair(40, 90)
+    assert sparse.crossover == 5
+    sparse_linear._crossovers.cache_clear()  # as in a new process
+    _, again = pair(40, 90)
+    assert again.crossover == 5 and len(measured) == 1
+    stored = json.loads((sparse_linear.sources.cache_folder() / "crossover.json").read_text())
+    assert list(stored.values()) == [sparse_linear._crossovers()]
+    sparse_linear._crossovers.cache_clear()
+
+
+def test_the_operator_compiles_and_has_a_shape_without_data() -> None:
+    _, sparse = pair()
+    x = torch.randn(2, 100)
+    torch.testing.assert_close(torch.compile(sparse, backend="eager", fullgraph=True)(x), sparse(x))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert sparse(mode.from_tensor(x)).shape == (2, 48)
+
+
+def test_an_empty_layer() -> None:
+    sparse = SparseLinear(64, 8, 0, bias=False, dtype=torch.float32)
+    sparse.mask, sparse.values = pack(torch.zeros(8, 64))
+    assert torch.equal(sparse(torch.ones(1, 64)), torch.zeros(1, 8))
+
+
+def test_a_whole_model_generates_the_same_tokens() -> None:
+    from gblm_compress.architecture import prunable_layers, weight_matrix
+
+    for kind in ("llama", "gpt2", "opt"):
+        dense, sparse = tiny_model(kind), tiny_model(kind)
+        names = [name for block in prunable_layers(dense) for name in block]
+        for model in (dense, sparse):
+            for name in names:
+                weight = weight_matrix(model.get_submodule(name)).detach()
+                weight[:, ::3] = 0.0
+        sparsify_(sparse, names)
+        ids = torch.arange(20).unsqueeze(0)
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(dense.generate(ids, **options), sparse.generate(ids, **options))
