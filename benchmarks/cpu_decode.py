@@ -80,7 +80,7 @@ def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]
     rows = []
     for name in ("unstructured", "2:4"):
         mask = Pattern(name).mask(base.float().abs(), base.float(), 0.5)
-        packed = pack(base * mask)
+        packed = pack(base.masked_fill(~mask, 0.0))
         starts = row_starts(packed[0])
         sparse = [(packed[0].clone(), packed[1].clone()) for _ in range(copies)]
         candidates: dict[str, Callable[[int], Any]] = {
@@ -145,7 +145,7 @@ def model(folder: str, dtype: str, rounds: int, prompt: int, generate: int) -> d
                 decode[name].append(1000 * (time.perf_counter() - first) / (generate - 1))
     medians = {name: median(values) for name, values in decode.items()}
     return {
-        "model": source.name,
+        "model": Path(folder).name,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "dense_ms_per_token": medians["dense"],

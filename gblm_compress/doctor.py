@@ -56,6 +56,8 @@ def diagnose() -> list[Finding]:
     import onnxruntime
     import torch
 
+    from gblm_compress.kernels import cpu
+
     findings = [
         Finding("python", platform.python_version(), "", sys.version_info >= (3, 11)),
         Finding("cpu", f"{cpu_name()}, {os.cpu_count()} cores", ""),
@@ -70,6 +72,15 @@ def diagnose() -> list[Finding]:
         Finding(f"instruction set {name}", "yes" if name in flags else "no", enables)
         for name, enables in _INSTRUCTION_SETS.items()
     ]
+    paths = cpu.paths(torch.float32)
+    findings.append(
+        Finding(
+            "sparse CPU kernels",
+            ", ".join(paths) if paths else "not built: no C compiler was at hand at install",
+            f"bitmask folders run on the {paths[-1]} path" if paths else "bitmask folders run, unpacked and slow",
+            bool(paths),
+        )
+    )
     gpus = _gpus()
     for gpu in gpus:
         capability = gpu["compute_capability"]

@@ -1,11 +1,12 @@
 """`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
 
 Up to 8 tokens run on the sparse kernel, reading the packed bytes only. More are computed in tiles: some rows are
-expanded into a buffer that stays in the cache, and multiplied by torch's dense GEMM. Where the one overtakes the other
-below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
+expanded into a buffer that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes the
+other below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
 """
 
 import json
+import threading
 import time
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from gblm_compress import artifact, sources
 from gblm_compress.bitmask import PADDING, WORD, row_starts, unpack
 from gblm_compress.kernels import cpu
 
-TILE_BYTES = 1 << 20  # an expanded tile, to stay in the second-level cache
+TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 _OPS: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
 _OPS.define(
     "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor starts, Tensor? bias, int columns, int crossover) "
@@ -144,12 +145,24 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
     """
     rows, columns = mask.shape[0], x.shape[1]
     size = min(rows, max(16, TILE_BYTES // (columns * values.element_size())))
-    tile = values.new_empty(size, columns)
-    y = x.new_empty(x.shape[0], rows)
+    tile = _scratch(size * columns, values.dtype).view(size, columns)
+    parts = []
     for first in range(0, rows, size):
         part = cpu.expand(mask, values, starts, columns, first, tile[: min(size, rows - first)])
-        y[:, first : first + len(part)] = x @ part.T
-    return y
+        # torch multiplies 16-bit matrices faster with the weight on the left, float32 ones with it on the right
+        parts.append(x @ part.T if x.dtype == torch.float32 else (part @ x.T).T)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+_buffers = threading.local()
+
+
+def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one tile, kept for the next: fresh pages would cost more than what is written to them."""
+    held: dict[Any, Tensor] = _buffers.__dict__
+    if dtype not in held or held[dtype].numel() < elements:
+        held[dtype] = torch.empty(elements, dtype=dtype)
+    return held[dtype][:elements]
 
 
 def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:

@@ -42,8 +42,8 @@ def test_artefacts_and_report(finished) -> None:
     content = json.loads((output / "report.json").read_text())
     assert content == json.loads(json.dumps(result.as_dict()))
     assert [stage["name"] for stage in content["stages"]] == [
-        "prune", "export onnx", "export semi-structured", "export dense-onnx",
-        "evaluate pruned", "evaluate onnx", "benchmark",
+        "prune", "export bitmask", "export onnx", "export semi-structured", "export dense-onnx",
+        "evaluate pruned", "evaluate bitmask", "evaluate onnx", "benchmark",
     ]  # fmt: skip
     assert content["passed"] is True
     html = (output / report.PAGE).read_text()
@@ -54,7 +54,7 @@ def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
     _, result = finished
     rows = {(row.model, row.runtime): row for row in result.rows}
     assert list(rows) == [
-        ("dense", "torch"), ("pruned", "torch"),
+        ("dense", "torch"), ("pruned", "torch"), ("bitmask", "torch"),
         ("dense-onnx", "onnxruntime"), ("onnx", "onnxruntime"), ("semi-structured", "torch (CUDA)"),
     ]  # fmt: skip
     pruned, onnx = rows["pruned", "torch"], rows["onnx", "onnxruntime"]
@@ -76,7 +76,11 @@ def test_everything_is_reused_when_nothing_changed(finished, module_cache) -> No
 def test_only_what_a_change_touches_is_done_again(finished, module_cache) -> None:
     output, _ = finished
     again = pipeline.run(smoke("evaluate.max_windows=4"), output, Progress(quiet=True))
-    assert {stage.name for stage in again.stages if not stage.reused} == {"evaluate pruned", "evaluate onnx"}
+    assert {stage.name for stage in again.stages if not stage.reused} == {
+        "evaluate pruned",
+        "evaluate bitmask",
+        "evaluate onnx",
+    }
 
 
 def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
@@ -103,6 +107,6 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
 
 def test_the_plan_names_every_stage() -> None:
     steps = pipeline.plan(smoke())
-    assert len(steps) == 7
+    assert len(steps) == 8
     assert steps[0] == "prune tiny by gblm, 2:4"
     assert any("dense model to onnx" in step for step in steps) and "gates" in steps[-1]
