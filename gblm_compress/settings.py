@@ -148,10 +148,10 @@ class GateSettings(Settings):
         None, ge=0, description="Of the pruned model over dense, as a fraction: 0.15 allows 15 %."
     )
     min_decode_speedup: float | None = Field(
-        None, gt=0, description="Dense TPOT over pruned TPOT, in every benchmarked runtime and batch size."
+        None, gt=0, description="Dense TPOT over TPOT of the best artefact and runtime, at every batch size."
     )
     min_prefill_speedup: float | None = Field(
-        None, gt=0, description="Dense TTFT over pruned TTFT, in every benchmarked runtime and batch size."
+        None, gt=0, description="Dense TTFT over TTFT of the best artefact and runtime, at every batch size."
     )
     max_mean_kl: float | None = Field(None, ge=0, description="Mean KL divergence from dense, in nats per token.")
     min_top1_agreement: float | None = Field(None, ge=0, le=1, description="With dense, as a fraction of tokens.")
