@@ -111,7 +111,9 @@ def _trace(model: Any, source: ModelSource) -> ir.Model:
             inputs = {"input_ids": ids, "attention_mask": mask}
             stages = decompose_for_generation(model, inputs, multi_token_decode=True)
             decoder, example = stages["decode"]
-            return OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True)).program
+            exported = OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True))
+            # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
+            return exported.program if hasattr(exported, "program") else exported.model
     except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(
