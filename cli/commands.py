@@ -86,17 +86,18 @@ def export(
     output: o.Output,
     format: o.Format,
     dtype: o.ExportDtype = "auto",
+    sparse: o.Sparse = False,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
-    settings = ExportSettings(format=format, dtype=dtype)
+    settings = ExportSettings(format=format, dtype=dtype, sparse=sparse)
 
     from gblm_compress import exporters
 
     source, progress = _start(model, quiet)
-    result = exporters.export(source, output, settings.format, dtype=settings.dtype, force=force, progress=progress)
+    result = exporters.export(source, output, settings, force=force, progress=progress)
     _show(result.as_dict(), _export_summary, json_)
 
 

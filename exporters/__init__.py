@@ -6,8 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from gblm_compress.errors import UsageError
 from gblm_compress.progress import Progress
+from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
 
 # Imported on use, so that no exporter's packages are needed by another's.
@@ -50,24 +50,12 @@ class Exporter(Protocol):
 
 
 def export(
-    source: ModelSource,
-    output: Path,
-    format: str,
-    *,
-    dtype: str = "auto",
-    force: bool = False,
-    progress: Progress,
+    source: ModelSource, output: Path, settings: ExportSettings, *, force: bool = False, progress: Progress
 ) -> ExportResult:
-    """Export `source` to `output` with the exporter of that name.
-
-    Args:
-        dtype: of the exported weights; "auto" is the checkpoint's own.
+    """Export `source` to `output` with the exporter that `settings.format` names.
 
     Raises:
-        UsageError: there is no such exporter.
         GblmError: as the exporter says.
     """
-    if format not in EXPORTERS:
-        raise UsageError(f"format {format!r} is not known; give one of {', '.join(EXPORTERS)}")
-    exporter: Exporter = import_module(EXPORTERS[format])
-    return exporter.export(source, output, dtype=dtype, force=force, progress=progress)
+    exporter: Exporter = import_module(EXPORTERS[settings.format])
+    return exporter.export(source, output, settings, force=force, progress=progress)

@@ -14,6 +14,7 @@ from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.progress import Progress
+from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
 from gblm_compress.sparse_checkpoint import sparsify_
 from gblm_compress.sparse_linear import SparseLinear
@@ -21,7 +22,9 @@ from gblm_compress.sparse_linear import SparseLinear
 FORMAT = "bitmask"
 
 
-def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress) -> ExportResult:
+def export(
+    source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
+) -> ExportResult:
     """Write a sparse checkpoint of a pruned model.
 
     Raises:
@@ -30,7 +33,7 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
-    dtype = sources.stored_dtype(source) if dtype == "auto" else dtype
+    dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
     model = sources.load_model(source, dtype)
     names = manifest.pruned_layers(source, model)
     dense = {name: model.get_submodule(name) for name in names}

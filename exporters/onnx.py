@@ -25,8 +25,10 @@ from gblm_compress import artifact, manifest, sources, text
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
+from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
 from gblm_compress.progress import Progress
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
 
 FORMAT = "onnx"
@@ -47,12 +49,14 @@ _DIMENSIONS: dict[str, list[str | None]] = {
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 
 
-def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress) -> ExportResult:
+def export(
+    source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
+) -> ExportResult:
     """Write an ONNX folder: `model.onnx`, its data, tokenizer, config, generation config, `genai_config.json`.
 
     Args:
-        dtype: "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
-            ONNX Runtime has no bfloat16 on the CPU.
+        settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
+            ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed.
 
     Raises:
         UsageError: the dtype is not one of these, or the output is in the way.
@@ -61,6 +65,7 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
+    dtype: str = settings.dtype
     if dtype == "auto":
         dtype = stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
     if dtype not in DTYPES:
@@ -72,6 +77,9 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
     _name_cache(program, source)
     _name_dimensions(program)
     weights = _name_weights(program, model)
+    layers = manifest.pruned_layers(source, model)
+    if settings.sparse:
+        encode_initializers_(program, [weights[layer] for layer in layers if layer in weights])
     with artifact.atomic_folder(output) as temporary:
         progress.say("saving …")
         ir.save(program, temporary / GRAPH, external_data=DATA)
@@ -81,7 +89,6 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
         sources.save_tokenizer(tokenizer, temporary)
         (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
-        layers = manifest.pruned_layers(source, model)
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
     exported = ModelSource(str(output), output)
     return ExportResult(
@@ -298,9 +305,7 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], weights: di
         expected = int((weight == 0).sum())
         if layer not in weights:
             raise VerificationError(f"{layer}: no initializer of the graph holds its weight")
-        value = initializers[weights[layer]].const_value
-        assert value is not None
-        got = int((value.numpy() == 0).sum())
+        got = int((decode(initializers, weights[layer]) == 0).sum())
         if got != expected:
             raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
         total += got

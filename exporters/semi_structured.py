@@ -22,6 +22,7 @@ from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
+from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import PACKED_CONFIG, ModelSource
 from gblm_compress.sparse24 import pack, unpack
 
@@ -40,7 +41,9 @@ class LayerPlacement:
     reason: str = ""
 
 
-def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progress: Progress) -> ExportResult:
+def export(
+    source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
+) -> ExportResult:
     """Write the packed folder of a model whose pruned layers are all 2:4.
 
     Raises:
@@ -49,7 +52,7 @@ def export(source: ModelSource, output: Path, *, dtype: str, force: bool, progre
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
-    dtype = sources.stored_dtype(source) if dtype == "auto" else dtype
+    dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
     model = sources.load_model(source, dtype)
     packed, dense = split_packed(model, manifest.pruned_layers(source, model))
     with artifact.atomic_folder(output) as temporary:

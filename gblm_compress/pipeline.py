@@ -115,7 +115,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         do(
             f"export {name}",
             [source.fingerprint, _dump(settings)],
-            lambda: export(source, output / name, settings.format, dtype=settings.dtype, force=True, progress=progress),
+            lambda: export(source, output / name, settings, force=True, progress=progress),
             output / name,
         )
         return ModelSource(name, output / name)
@@ -184,14 +184,16 @@ def _content(folder: Path | None) -> str | None:
 
 
 def _dense_exports(recipe: Recipe) -> list[ExportSettings]:
-    """The exports of the dense model that the benchmark needs as baselines: one per ONNX export that is timed."""
+    """The exports of the dense model that the benchmark needs as baselines: one per dtype of the ONNX exports."""
     if recipe.benchmark is None or "onnxruntime" not in recipe.benchmark.runtimes:
         return []
-    return [settings for settings in recipe.export if settings.format == "onnx"]
+    onnx = (settings for settings in recipe.export if settings.format == "onnx")
+    return list(dict.fromkeys(settings.model_copy(update={"sparse": False}) for settings in onnx))
 
 
 def _folder_name(prefix: str, settings: ExportSettings) -> str:
-    return prefix + settings.format + ("" if settings.dtype == "auto" else f"-{settings.dtype}")
+    sparse = "-sparse" if settings.sparse else ""
+    return prefix + settings.format + sparse + ("" if settings.dtype == "auto" else f"-{settings.dtype}")
 
 
 def _dump(settings: Any) -> Any:

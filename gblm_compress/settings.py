@@ -117,6 +117,13 @@ class ExportSettings(Settings):
 
     format: Format = Field(description="What to write.")
     dtype: Dtype = Field("auto", description="Of the exported weights; auto is the checkpoint's own.")
+    sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
+
+    @model_validator(mode="after")
+    def _check_sparse(self) -> Self:
+        if self.sparse and self.format != "onnx":
+            raise ValueError(f"sparse is a choice of format onnx; {self.format} always stores packed weights")
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -14,7 +14,13 @@ from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
 from gblm_compress.pruning import prune
-from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    EvaluateSettings,
+    ExportSettings,
+    PruneSettings,
+)
 from gblm_compress.sources import ModelSource, load_model
 from gblm_compress.sparse_linear import SparseLinear
 from tests.conftest import ARCHITECTURES
@@ -24,7 +30,7 @@ def exported(tiny, tmp_path, progress, kind="llama", pattern="unstructured", dty
     settings = PruneSettings(method="magnitude", pattern=pattern)
     prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", tmp_path / "pruned")
-    result = export(source, tmp_path / "sparse", "bitmask", dtype=dtype, progress=progress)
+    result = export(source, tmp_path / "sparse", ExportSettings(format="bitmask", dtype=dtype), progress=progress)
     return source, ModelSource("sparse", tmp_path / "sparse"), result
 
 
@@ -86,7 +92,7 @@ def test_evaluate_and_benchmark_take_it(tiny, tmp_path, prose, progress) -> None
 
 def test_a_dense_model_is_refused(tiny, tmp_path, progress) -> None:
     with pytest.raises(UsageError, match="the model is dense; prune it first"):
-        export(tiny("llama"), tmp_path / "out", "bitmask", progress=progress)
+        export(tiny("llama"), tmp_path / "out", ExportSettings(format="bitmask"), progress=progress)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
-from gblm_compress.exporters import export
+from gblm_compress.exporters import export, onnx_bitmask
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.pruning import prune
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 from gblm_compress.sources import ModelSource, load_model
 
 
@@ -26,7 +26,7 @@ def exported(tiny, tmp_path_factory):
     settings = PruneSettings(method="magnitude", pattern="2:4")
     prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", base / "pruned")
-    result = export(source, base / "onnx", "onnx", progress=progress)
+    result = export(source, base / "onnx", ExportSettings(format="onnx"), progress=progress)
     return source, ModelSource("onnx", base / "onnx"), result
 
 
@@ -109,7 +109,7 @@ def test_genai_config(exported) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gpt2", "opt"])
 def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
-    result = export(tiny(kind), tmp_path / "out", "onnx", progress=progress)
+    result = export(tiny(kind), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
     assert result.checks["identical_greedy_tokens"] == 32
 
 
@@ -119,23 +119,58 @@ def test_a_sliding_window_cache_is_refused_in_words(tiny, tmp_path, progress) ->
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
     with pytest.raises(ModelError, match="sliding-window .* cannot be exported to ONNX yet"):
-        export(ModelSource("x", tmp_path), tmp_path / "out", "onnx", progress=progress)
+        export(ModelSource("x", tmp_path), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
 
 
 def test_float16(tiny, tmp_path, progress) -> None:
-    result = export(tiny("llama"), tmp_path / "out", "onnx", dtype="float16", progress=progress)
+    result = export(tiny("llama"), tmp_path / "out", ExportSettings(format="onnx", dtype="float16"), progress=progress)
     assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
     assert result.checks["logits_relative_difference"] < 2e-2
 
 
 def test_bfloat16_is_refused(tiny, tmp_path, progress) -> None:
     with pytest.raises(UsageError, match="give float32 or float16"):
-        export(tiny("llama"), tmp_path / "out", "onnx", dtype="bfloat16", progress=progress)
+        export(tiny("llama"), tmp_path / "out", ExportSettings(format="onnx", dtype="bfloat16"), progress=progress)
 
 
-def test_unknown_format_is_refused(tiny, tmp_path, progress) -> None:
-    with pytest.raises(UsageError, match="give one of bitmask, onnx, semi-structured"):
-        export(tiny("llama"), tmp_path / "out", "gguf", progress=progress)
+def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, tmp_path, progress) -> None:
+    source, dense, dense_result = exported
+    result = export(source, tmp_path / "out", ExportSettings(format="onnx", sparse=True), progress=progress)
+    sparse = ModelSource("sparse", tmp_path / "out")
+    onnx.checker.check_model(str(sparse.folder / "model.onnx"))
+    saved = (dense.folder / "model.onnx.data").stat().st_size - (sparse.folder / "model.onnx.data").stat().st_size
+    weights = result.checks["zeros"] * 2  # half of them are zeros
+    assert saved == pytest.approx(weights * (4 - 4 / 2 - 1 / 8), rel=0.05)
+    ids = torch.arange(40).reshape(2, 20)
+    assert torch.equal(OnnxRuntime(sparse, "cpu", 1).logits(ids), OnnxRuntime(dense, "cpu", 1).logits(ids))
+    assert result.checks["zeros"] == dense_result.checks["zeros"]
+
+
+def test_sparse_float16(exported, tmp_path, progress) -> None:
+    settings = ExportSettings(format="onnx", dtype="float16", sparse=True)
+    result = export(exported[0], tmp_path / "out", settings, progress=progress)
+    assert result.checks["identical_greedy_tokens"] == 32
+
+
+def test_onnx_runtime_folds_the_decoder(exported, tmp_path, progress) -> None:
+    """What runs is dense: after load-time optimization no operator of the decoder is left."""
+    import onnxruntime
+
+    export(exported[0], tmp_path / "out", ExportSettings(format="onnx", sparse=True), progress=progress)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node}
+    assert not operators & {"BitShift", "BitwiseAnd", "CumSum"}
+
+
+def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
+    array = np.zeros((4, 6), np.float32)
+    array[1, 2], array[3, 5] = 5.0, 7.0
+    mask, values = onnx_bitmask.encode(array)
+    assert mask.tolist() == [[0], [1], [128]] and values.tolist() == [0.0, 5.0, 7.0]
+    assert onnx_bitmask.encode(np.ones((8, 8), np.float32)) is None
+    assert onnx_bitmask.encode(np.zeros((3, 3), np.float32)) is None
 
 
 def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
@@ -143,7 +178,7 @@ def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progres
     monkeypatch.setattr(OnnxRuntime, "logits", lambda self, ids: torch.zeros(1, ids.shape[1], 257))
     monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match="logits of ONNX Runtime and torch differ"):
-        export(source, tmp_path / "out", "onnx", progress=progress)
+        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
     assert not list(tmp_path.iterdir())
 
 
@@ -158,14 +193,14 @@ def test_wrong_tokens_fail_verification(exported, tmp_path, monkeypatch, progres
     monkeypatch.setattr(OnnxRuntime, "decode", off_by_one)
     monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match="greedy decoding differs from torch at token 1"):
-        export(source, tmp_path / "out", "onnx", progress=progress)
+        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
 
 
 def test_lost_zeros_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
     source, _, _ = exported
     monkeypatch.setattr(exporter, "_trace", kept_trace(exported, noise=1e-7))
     with pytest.raises(VerificationError, match=r"no initializer of the graph holds its weight"):
-        export(source, tmp_path / "out", "onnx", progress=progress)
+        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
 
 
 def kept_trace(exported, noise: float = 0.0):

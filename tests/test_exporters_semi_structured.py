@@ -10,7 +10,7 @@ import gblm_compress
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export, semi_structured
 from gblm_compress.pruning import prune
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 from gblm_compress.sources import ModelSource, load_model
 from tests.conftest import ARCHITECTURES
 
@@ -19,7 +19,9 @@ def packed(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto"):
     settings = PruneSettings(method="magnitude", pattern=pattern)
     prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", tmp_path / "pruned")
-    return source, export(source, tmp_path / "packed", "semi-structured", dtype=dtype, progress=progress)
+    return source, export(
+        source, tmp_path / "packed", ExportSettings(format="semi-structured", dtype=dtype), progress=progress
+    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -63,7 +65,7 @@ def test_what_is_not_2_4_is_refused_by_layer(tiny, tmp_path, progress) -> None:
 
 def test_a_dense_model_is_refused(tiny, tmp_path, progress) -> None:
     with pytest.raises(UsageError, match="prune with `--pattern 2:4` first"):
-        export(tiny("llama"), tmp_path / "out", "semi-structured", progress=progress)
+        export(tiny("llama"), tmp_path / "out", ExportSettings(format="semi-structured"), progress=progress)
 
 
 def test_a_folder_of_another_kind(tiny) -> None:

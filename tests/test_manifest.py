@@ -5,7 +5,6 @@ import re
 from importlib.metadata import version
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from gblm_compress import manifest

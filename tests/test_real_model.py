@@ -23,7 +23,7 @@ from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
-from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
 from gblm_compress.sources import CACHE_VARIABLE, DEMO_PACKAGE, ModelSource, load_model, resolve_model
 
 pytestmark = [
@@ -82,7 +82,7 @@ def test_dense_perplexity_is_the_independent_one(dense, progress) -> None:
 
 
 def test_onnx_export(pruned, tmp_path, progress) -> None:
-    result = export(pruned, tmp_path / "onnx", "onnx", progress=progress)
+    result = export(pruned, tmp_path / "onnx", ExportSettings(format="onnx"), progress=progress)
     assert result.checks["layers_checked"] == 210
     assert result.checks["zeros"] == sum(
         layer["shape"][0] * layer["shape"][1] - layer["nonzeros"]
@@ -95,7 +95,9 @@ def test_onnx_export(pruned, tmp_path, progress) -> None:
 
 
 def test_semi_structured_export(pruned, tmp_path, progress) -> None:
-    result = export(pruned, tmp_path / "sparse", "semi-structured", dtype="bfloat16", progress=progress)
+    result = export(
+        pruned, tmp_path / "sparse", ExportSettings(format="semi-structured", dtype="bfloat16"), progress=progress
+    )
     assert result.checks["packed_bytes"] / result.checks["same_layers_dense_bytes"] == 9 / 16
     restored, original = gblm_compress.load_sparse(tmp_path / "sparse"), load_model(pruned, "bfloat16")
     ids = torch.arange(100, 132).unsqueeze(0)

@@ -1,0 +1,92 @@
+"""Initializers stored as bitmask and nonzeros, and decoded by standard ONNX operators.
+
+For storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session holds, and runs, dense
+weights. The decoder of a weight with E elements in row-major order:
+
+    bytes [E/8, 1] ─BitShift(0…7)─► ─BitwiseAnd(1)─► ─Reshape─► bits [E] ─Cast─► int32
+    bits ─CumSum─► · bits = for each weight, its place among the nonzeros counted from 1, and 0 for a zero
+    Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
+
+No `Where` is used: ONNX Runtime does not fold it in float16.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MASK, VALUES = ".mask", ".nonzeros"
+
+
+def encode_initializers_(program: ir.Model, names: list[str]) -> None:
+    """Replace the named initializers by their packed form and a decoder, in place.
+
+    A weight whose number of elements is no multiple of 8, or that would not become smaller, stays as it is.
+    """
+    graph = program.graph
+    nodes: list[ir.Node] = []
+    shared: dict[str, ir.Value] = {}
+
+    def constant(name: str, array: Any) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        graph.initializers[name] = value
+        return value
+
+    def shared_constant(name: str, array: Any) -> ir.Value:
+        if name not in shared:
+            shared[name] = constant(f"bitmask_decoder.{name}", array)
+        return shared[name]
+
+    def node(operator: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
+        made = ir.node(operator, inputs, attributes=attributes or None)
+        nodes.append(made)
+        return made.outputs[0]
+
+    for name in names:
+        dense = graph.initializers[name]
+        assert dense.const_value is not None
+        weight = dense.const_value.numpy()
+        packed = encode(weight)
+        if packed is None:
+            continue
+        mask, values = packed
+        shifts = shared_constant("shifts", np.arange(8, dtype=np.uint8))
+        one = shared_constant("one", np.array([1], dtype=np.uint8))
+        flat = shared_constant("flat", np.array([-1], dtype=np.int64))
+        axis = shared_constant("axis", np.array(0, dtype=np.int64))
+        shape = shared_constant("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
+        shifted = node("BitShift", [constant(name + MASK, mask), shifts], direction="RIGHT")
+        bits = node("Cast", [node("Reshape", [node("BitwiseAnd", [shifted, one]), flat])], to=ir.DataType.INT32)
+        places = node("Mul", [node("CumSum", [bits, axis]), bits])
+        decoded = node("Reshape", [node("Gather", [constant(name + VALUES, values), places], axis=0), shape])
+        decoded.shape, decoded.dtype = dense.shape, dense.dtype
+        del graph.initializers[name]
+        dense.replace_all_uses_with(decoded)
+        decoded.name = name
+    graph.insert_before(graph[0], nodes)
+
+
+def encode(weight: Any) -> tuple[Any, Any] | None:
+    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None where that saves nothing.
+
+    Bit b of byte i says whether element 8·i + b, in row-major order, is stored.
+    """
+    alive = weight.reshape(-1) != 0
+    mask = np.packbits(alive, bitorder="little").reshape(-1, 1)
+    values = np.concatenate([np.zeros(1, weight.dtype), weight.reshape(-1)[alive]])
+    if weight.size % 8 or mask.nbytes + values.nbytes >= weight.nbytes:
+        return None
+    return mask, values
+
+
+def decode(initializers: Any, name: str) -> Any:
+    """The elements of a weight as its initializers store them, in row-major order, by numpy alone."""
+    if name in initializers:
+        return initializers[name].const_value.numpy().reshape(-1)
+    mask = initializers[name + MASK].const_value.numpy()
+    values = initializers[name + VALUES].const_value.numpy()
+    alive = np.unpackbits(mask.reshape(-1), bitorder="little").astype(bool)
+    dense = np.zeros(alive.shape, values.dtype)
+    dense[alive] = values[1:]
+    return dense
