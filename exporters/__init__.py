@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.sources import ModelSource
+from gblm_compress.sources import ModelSource, check_not_export
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
@@ -57,5 +57,6 @@ def export(
     Raises:
         GblmError: as the exporter says.
     """
+    check_not_export(source, "export")
     exporter: Exporter = import_module(EXPORTERS[settings.format])
     return exporter.export(source, output, settings, force=force, progress=progress)

@@ -6,6 +6,7 @@ that all models see the same machine. Requests and answers are lines of JSON on 
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     silence_libraries()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")

@@ -103,8 +103,7 @@ def prune(
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
-    if source.is_export:
-        raise ModelError(f"model {source.name!r} is an export; prune the Hugging Face folder that it was made from")
+    sources.check_not_export(source, "prune")
     device = sources.choose_device(device)
     dtype = sources.choose_dtype(dtype, source, device)
     stored = sources.stored_dtype(source)

@@ -244,6 +244,14 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     return model.eval().to(device)
 
 
+def check_not_export(source: ModelSource, verb: str) -> None:
+    """Raises:
+    ModelError: the folder is an export, and what is asked for needs the folder that it was made from.
+    """
+    if source.is_export:
+        raise ModelError(f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from")
+
+
 def _check_is_causal_lm(source: ModelSource) -> None:
     """Ask optimum's TasksManager which task the model's class is for."""
     import transformers

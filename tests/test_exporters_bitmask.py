@@ -13,6 +13,7 @@ from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
+from gblm_compress.inspection import inspect
 from gblm_compress.pruning import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -96,8 +97,14 @@ def test_a_dense_model_is_refused(tiny, tmp_path, progress) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_is_not_pruned_again(tiny, tmp_path, progress) -> None:
+def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, progress) -> None:
     _, folder, _ = exported(tiny, tmp_path, progress)
+    for refused in (
+        lambda: inspect(folder, None, progress),
+        lambda: export(folder, tmp_path / "x", ExportSettings(format="onnx"), progress=progress),
+    ):
+        with pytest.raises(ModelError, match="is an export"):
+            refused()
     with pytest.raises(ModelError, match="is an export"):
         prune(folder, tmp_path / "x", PruneSettings(method="magnitude"), CalibrationSettings(), progress=progress)
 
