@@ -1,14 +1,19 @@
 """`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
 
-Up to 8 tokens run on the sparse kernel, reading the packed bytes only. More are computed in tiles: some rows are
-expanded into a buffer that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes the
-other below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
+On a CPU, up to 8 tokens run on the sparse kernel, reading the packed bytes only. More are computed in tiles: some rows
+are expanded into a buffer that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes
+the other below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
+
+On CUDA, up to 16 tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight,
+unpacked for the call.
 """
 
 import json
 import threading
 import time
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -52,6 +57,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.crossover = 0
+        self._prepared_for = ""
         words = -(-in_features // WORD)
         self.register_buffer("mask", torch.empty(out_features, words, dtype=torch.int64, device=device))
         self.register_buffer("values", torch.empty(nonzeros + PADDING, dtype=dtype, device=device))
@@ -61,28 +67,31 @@ class SparseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.starts.numel() != self.out_features:
+        if self._prepared_for != self.mask.device.type:
             self.prepare()
         return _linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
 
     def prepare(self) -> None:
         """Find where each row begins, and up to how many tokens the sparse kernel is the faster one.
 
-        Loading does it; `forward` does where a module was filled by hand.
+        Loading does it; `forward` does where a module was filled by hand or moved to another kind of device.
         """
-        self.starts = row_starts(self.mask)
-        on_kernels = self.mask.device.type == "cpu" and cpu.available()
-        self.crossover = crossover(self.mask, self.values, self.starts, self.in_features) if on_kernels else 0
+        self.starts, self.crossover = row_starts(self.mask), 0
+        self._prepared_for = self.mask.device.type
+        if self._prepared_for == "cpu" and cpu.available():
+            self.crossover = crossover(self.mask, self.values, self.starts, self.in_features)
+        elif self._prepared_for == "cuda" and self.values.element_size() == 2 and (gpu := gpu_kernels()):
+            self.starts, self.crossover = gpu.split_starts(self.mask, self.starts, self.in_features), gpu.MAX_TOKENS
 
     def kernel(self, tokens: int) -> str:
         """The kernel that `forward` runs for that many tokens, in words."""
-        if self.starts.numel() != self.out_features:
+        if self._prepared_for != self.mask.device.type:
             self.prepare()
-        if self.mask.device.type != "cpu" or not cpu.available():
-            return "dense product of the unpacked weight"
-        if tokens <= self.crossover:
-            return f"bitmask {cpu.path(self.values.dtype)}"
-        return "expanded tiles and dense GEMM"
+        if self._prepared_for == "cpu" and cpu.available():
+            sparse, dense = f"bitmask {cpu.path(self.values.dtype)}", "expanded tiles and dense GEMM"
+        else:
+            sparse, dense = "bitmask Triton", "dense product of the unpacked weight"
+        return sparse if tokens <= self.crossover else dense
 
     @property
     def packed_bytes(self) -> int:
@@ -115,10 +124,21 @@ def _bitmask_linear_cpu(
     return y.to(x.dtype).reshape(*x.shape[:-1], mask.shape[0])
 
 
-def _bitmask_linear_unpacked(
+def gpu_kernels() -> Any:
+    """The module of the Triton kernel; None where Triton is not installed."""
+    return import_module("gblm_compress.kernels.gpu") if find_spec("triton") else None
+
+
+def _bitmask_linear_cuda(
     x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
 ) -> Tensor:
-    return torch.nn.functional.linear(x, unpack(mask, values, columns), bias)
+    flat = x.reshape(-1, columns)
+    if not 0 < flat.shape[0] <= crossover:
+        return torch.nn.functional.linear(x, unpack(mask, values, columns), bias)
+    y = gpu_kernels().linear(flat, mask, values, starts)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], mask.shape[0])
 
 
 def _bitmask_linear_shape(
@@ -128,7 +148,7 @@ def _bitmask_linear_shape(
 
 
 _OPS.impl("bitmask_linear", _bitmask_linear_cpu, "CPU")
-_OPS.impl("bitmask_linear", _bitmask_linear_unpacked, "CUDA")
+_OPS.impl("bitmask_linear", _bitmask_linear_cuda, "CUDA")
 torch.library.register_fake("gblm_compress::bitmask_linear", _bitmask_linear_shape, lib=_OPS)
 _linear = torch.ops.gblm_compress.bitmask_linear.default
 

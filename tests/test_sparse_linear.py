@@ -91,6 +91,27 @@ def test_the_operator_compiles_and_has_a_shape_without_data() -> None:
         assert sparse(mode.from_tensor(x)).shape == (2, 48)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_dispatch_on_cuda_by_number_of_tokens(bias: bool, monkeypatch) -> None:
+    """Up to the crossover the Triton kernel runs, mocked here; above it, a product of the unpacked weight."""
+    dense, sparse = pair(bias=bias)
+    calls = []
+
+    class FakeKernels:
+        @staticmethod
+        def linear(x, mask, values, starts):
+            calls.append(len(x))
+            return x @ dense.weight.T
+
+    monkeypatch.setattr(sparse_linear, "gpu_kernels", FakeKernels)
+    packed = (sparse.mask, sparse.values, sparse.starts, sparse.bias, sparse.in_features)
+    for shape in [(1, 1, 100), (2, 8, 100), (2, 9, 100), (0, 100)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(sparse_linear._bitmask_linear_cuda(x, *packed, 16), dense(x))
+        torch.testing.assert_close(sparse_linear._bitmask_linear_cuda(x, *packed, 0), dense(x))
+    assert calls == [1, 16]
+
+
 def test_an_empty_layer() -> None:
     sparse = SparseLinear(64, 8, 0, bias=False, dtype=torch.float32)
     sparse.mask, sparse.values = pack(torch.zeros(8, 64))
