@@ -176,6 +176,7 @@ def _plot(summary: list[Row]) -> str | None:
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_yticks(range(len(timed)), labels)
     axis.invert_yaxis()
+    axis.margins(x=0.1)
     axis.set_xlabel("milliseconds per generated token (median); grey is dense")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -169,8 +169,7 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
     parts = []
     for first in range(0, rows, size):
         part = cpu.expand(mask, values, starts, columns, first, tile[: min(size, rows - first)])
-        # torch multiplies 16-bit matrices faster with the weight on the left, float32 ones with it on the right
-        parts.append(x @ part.T if x.dtype == torch.float32 else (part @ x.T).T)
+        parts.append(x @ part.T)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
