@@ -21,8 +21,10 @@ def check_output(folder: Path, force: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise UsageError(f"output {str(folder)!r} exists; give another folder, or --force to replace it")
     parent = _existing_parent(folder)
-    if not os.access(parent, os.W_OK) or not parent.is_dir():
-        raise UsageError(f"output {str(folder)!r} cannot be written: no permission to create it in {str(parent)!r}")
+    try:  # permissions do not tell all (root, read-only and virtual file systems): only trying does
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
+    except OSError as error:
+        raise UsageError(f"output {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}") from error
 
 
 @contextmanager
