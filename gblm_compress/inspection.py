@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gblm_compress import sources
 from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.errors import UsageError
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.sources import ModelSource
@@ -140,8 +141,11 @@ def draw(panels: dict[str, Tensor], path: Path, title: str) -> None:
     figure.suptitle(f"{title}: fraction of weights that survive (rows: outputs, columns: inputs)", fontsize=10)
     if image is not None:
         figure.colorbar(image, ax=axes, shrink=0.7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise UsageError(f"heat map {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _split(name: str) -> tuple[str, str]:

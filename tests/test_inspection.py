@@ -1,7 +1,9 @@
 import struct
 
+import pytest
 import torch
 
+from gblm_compress.errors import UsageError
 from gblm_compress.inspection import inspect, report, survivors
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -39,5 +41,7 @@ def test_a_pruned_folder_and_its_picture(tiny, tmp_path, progress) -> None:
     assert all("2:4" in layer.patterns for layer in result.layers)
     header = (tmp_path / "map.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UsageError, match="heat map .* cannot be written"):
+        inspect(ModelSource("p", tmp_path / "p"), tmp_path / "map.png" / "below.png", progress)
     width, height = struct.unpack(">II", header[16:])
     assert width > 400 and height > 200
