@@ -1,15 +1,15 @@
 """`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
 
-On a CPU, up to 8 tokens run on the sparse kernel, reading the packed bytes only. More are computed in tiles: some rows
-are expanded into a buffer that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes
-the other below 8 tokens is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
+On a CPU, up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens. Where a CPU has none of the
+latter for the dtype, more are computed in tiles: some rows are expanded into a buffer that is used again and again, and
+multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens is measured once for each shape, dtype,
+thread count and machine, and kept in the cache folder.
 
 On CUDA, up to 16 tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight,
 unpacked for the call.
 """
 
 import json
-import threading
 import time
 from functools import cache
 from importlib import import_module
@@ -69,7 +69,10 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._prepared_for != self.mask.device.type:
             self.prepare()
-        return _linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
+        # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
+        direct = self._prepared_for == "cpu" and not torch.compiler.is_compiling()
+        linear = _bitmask_linear_cpu if direct else _linear
+        return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
 
     def prepare(self) -> None:
         """Find where each row begins, and up to how many tokens the sparse kernel is the faster one.
@@ -88,7 +91,10 @@ class SparseLinear(nn.Module):
         if self._prepared_for != self.mask.device.type:
             self.prepare()
         if self._prepared_for == "cpu" and cpu.available():
-            sparse, dense = f"bitmask {cpu.path(self.values.dtype)}", "expanded tiles and dense GEMM"
+            path = cpu.path(self.values.dtype)
+            sparse = f"bitmask {path}"
+            many = cpu.has_many(self.values.dtype, path)
+            dense = f"bitmask {path}, many tokens" if many else "expanded tiles and dense GEMM"
         else:
             sparse, dense = "bitmask Triton", "dense product of the unpacked weight"
         return sparse if tokens <= self.crossover else dense
@@ -118,10 +124,10 @@ def _bitmask_linear_cpu(
     elif 0 < tokens <= crossover:
         y = cpu.linear(flat, mask, values, starts)
     else:
-        y = linear_by_tiles(flat, mask, values, starts)
+        y = linear_many(flat, mask, values, starts)
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], mask.shape[0])
+    return y.reshape(*x.shape[:-1], mask.shape[0])
 
 
 def gpu_kernels() -> Any:
@@ -153,6 +159,13 @@ torch.library.register_fake("gblm_compress::bitmask_linear", _bitmask_linear_sha
 _linear = torch.ops.gblm_compress.bitmask_linear.default
 
 
+def linear_many(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """x Wᵀ for many tokens: on the kernel for them where this CPU has one for the dtype, else by tiles."""
+    if cpu.has_many(values.dtype, cpu.path(values.dtype)):
+        return cpu.linear(x, mask, values, starts, many=True)
+    return linear_by_tiles(x, mask, values, starts)
+
+
 def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     """x Wᵀ for any number of tokens: tiles of rows expanded into one buffer, each multiplied densely.
 
@@ -165,23 +178,12 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
     """
     rows, columns = mask.shape[0], x.shape[1]
     size = min(rows, max(16, TILE_BYTES // (columns * values.element_size())))
-    tile = _scratch(size * columns, values.dtype).view(size, columns)
+    tile = cpu.scratch(size * columns * values.element_size()).view(values.dtype).view(size, columns)
     parts = []
     for first in range(0, rows, size):
         part = cpu.expand(mask, values, starts, columns, first, tile[: min(size, rows - first)])
         parts.append(x @ part.T)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-_buffers = threading.local()
-
-
-def _scratch(elements: int, dtype: torch.dtype) -> Tensor:
-    """Memory for one tile, kept for the next: fresh pages would cost more than what is written to them."""
-    held: dict[Any, Tensor] = _buffers.__dict__
-    if dtype not in held or held[dtype].numel() < elements:
-        held[dtype] = torch.empty(elements, dtype=dtype)
-    return held[dtype][:elements]
 
 
 def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
@@ -210,9 +212,9 @@ def _machine() -> str:
 
 
 def _measure_crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
-    for tokens in range(cpu.MAX_TOKENS, 1, -1):
+    for tokens in range(cpu.FEW_TOKENS, 1, -1):
         x = torch.ones(tokens, columns, dtype=values.dtype)
-        if _best_time(cpu.linear, x, mask, values, starts) <= _best_time(linear_by_tiles, x, mask, values, starts):
+        if _best_time(cpu.linear, x, mask, values, starts) <= _best_time(linear_many, x, mask, values, starts):
             return tokens
     return 1
 

@@ -62,8 +62,10 @@ def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
     if kernels == "no compiler":
         assert sparse.kernel(1) == "dense product of the unpacked weight"
     else:
-        assert sparse.kernel(1) == f"bitmask {cpu.paths(torch.float32)[-1]}"
-        assert sparse.kernel(5) == "expanded tiles and dense GEMM"
+        path = cpu.paths(torch.float32)[-1]
+        assert sparse.kernel(1) == f"bitmask {path}"
+        many = f"bitmask {path}, many tokens" if cpu.has_many(torch.float32, path) else "expanded tiles and dense GEMM"
+        assert sparse.kernel(5) == many
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")

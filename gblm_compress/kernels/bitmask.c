@@ -1,64 +1,30 @@
-/* y = x Wᵀ for weights in the bitmask layout: one bit a weight, and the packed nonzeros.
+/* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See bitmask.h.
  *
- * Rows of the mask are whole 64-bit words; bit b of word w is column 64·w + b, and bits beyond the last column are
- * zero. A row's nonzeros are contiguous; row r begins at starts[r]. `values` is readable for 64 elements past its end,
- * and each token of `x` for a whole word past its last column (the caller pads with zeros).
- *
- * Every kernel computes rows [begin, end) for all tokens. Paths: portable C, AVX2 (fp32), AVX-512 (fp32; fp16 with VBMI2;
- * bf16 with VBMI2 and BF16). They are compiled for their instruction set by attribute, so that one library runs anywhere;
- * `gblm_paths` says what the CPU has.
- *
- * Threads are those of the process that loads this library: `gblm_set_parallel` is given the entry points of its OpenMP
- * runtime (GOMP_parallel, omp_get_thread_num), because a second pool of threads would spin against the first.
+ * Every kernel computes rows [begin, end) for all tokens; each token of `x` is readable for whole words. Paths: portable C,
+ * AVX2 (fp32), AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
+ * attribute, so that one library runs anywhere; `gblm_paths` says what the CPU has.
  */
-#include <stdint.h>
-#include <string.h>
+#include "bitmask.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#define MAX_TOKENS 8
-
-typedef struct {
-    const uint64_t *mask;
-    const void *values;
-    const int64_t *starts;
-    const void *x; /* tokens × words·64 elements */
-    float *y;      /* tokens × rows */
-    int64_t rows, words, tokens;
-} Job;
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 typedef void (*Kernel)(const Job *, int64_t begin, int64_t end);
 
-/* ---- element types, portable ---- */
-
-static inline float bf16_to_float(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline float f16_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
-    float f;
-    if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
-    else if (exponent) bits = sign | (exponent + 112) << 23 | fraction << 13;
-    else {
-        f = (float)fraction * (1.0f / 16777216.0f);
-        memcpy(&bits, &f, 4);
-        bits |= sign;
-    }
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline float f32_to_float(float f) { return f; }
+/* ---- portable ---- */
 
 #define PORTABLE(NAME, TYPE, TO_FLOAT)                                                  \
     static void portable_##NAME(const Job *job, int64_t begin, int64_t end) {           \
         const int64_t stride = job->words * 64;                                         \
         for (int64_t r = begin; r < end; r++) {                                         \
             const TYPE *v = (const TYPE *)job->values + job->starts[r];                 \
-            float sums[MAX_TOKENS] = {0};                                               \
+            float sums[FEW_TOKENS] = {0};                                               \
             for (int64_t w = 0; w < job->words; w++) {                                  \
                 uint64_t bits = job->mask[r * job->words + w];                          \
                 const TYPE *x = (const TYPE *)job->x + w * 64;                          \
@@ -69,7 +35,7 @@ static inline float f32_to_float(float f) { return f; }
                         sums[t] += value * TO_FLOAT(x[t * stride + b]);                 \
                 }                                                                       \
             }                                                                           \
-            for (int64_t t = 0; t < job->tokens; t++) job->y[t * job->rows + r] = sums[t]; \
+            for (int64_t t = 0; t < job->tokens; t++) gblm_put(job, t, r, sums[t]); \
         }                                                                               \
     }
 PORTABLE(f32, float, f32_to_float)
@@ -92,8 +58,6 @@ PORTABLE_EXPAND(32, uint32_t)
 PORTABLE_EXPAND(16, uint16_t)
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
 #define AVX512_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
@@ -105,7 +69,7 @@ PORTABLE_EXPAND(16, uint16_t)
 static int32_t avx2_spread[256][8]; /* where lane i takes its value from */
 static int32_t avx2_lanes[256][8];  /* -1 where a lane has a value */
 
-static void avx2_fill_tables(void) {
+__attribute__((constructor)) static void avx2_fill_tables(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int lane = 0, next = 0; lane < 8; lane++) {
             const int has = mask >> lane & 1;
@@ -119,7 +83,7 @@ AVX2 static void avx2_f32(const Job *job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const float *v = (const float *)job->values + job->starts[r];
         const uint64_t *mask = job->mask + r * job->words;
-        __m256 sums[MAX_TOKENS];
+        __m256 sums[FEW_TOKENS];
         for (int64_t t = 0; t < tokens; t++) sums[t] = _mm256_setzero_ps();
         for (int64_t w = 0; w < job->words; w++) {
             const float *x = (const float *)job->x + w * 64;
@@ -138,7 +102,7 @@ AVX2 static void avx2_f32(const Job *job, int64_t begin, int64_t end) {
         for (int64_t t = 0; t < tokens; t++) {
             const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums[t]), _mm256_extractf128_ps(sums[t], 1));
             const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-            job->y[t * job->rows + r] = _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+            gblm_put(job, t, r, _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1))));
         }
     }
 }
@@ -162,8 +126,8 @@ AVX2 static void avx2_f32(const Job *job, int64_t begin, int64_t end) {
         for (int64_t w = 0; w < job->words; w++, x += 64)                                                            \
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) v[i] = WORD(mask[i][w], v[i], x, sums[i]);     \
         for (int i = 0; i < streams; i++)                                                                            \
-            job->y[first + i * apart] = _mm512_reduce_add_ps(                                                        \
-                _mm512_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]), _mm512_add_ps(sums[i][2], sums[i][3])));        \
+            gblm_put(job, 0, first + i * apart, _mm512_reduce_add_ps(_mm512_add_ps(                                  \
+                _mm512_add_ps(sums[i][0], sums[i][1]), _mm512_add_ps(sums[i][2], sums[i][3]))));                     \
     }                                                                                                                \
     ATTRIBUTE static void NAME(const Job *job, int64_t begin, int64_t end) {                                         \
         const int64_t apart = (end - begin) / STREAMS;                                                               \
@@ -208,7 +172,7 @@ ONE_TOKEN(avx512_f32_one, AVX512, float, word_f32)
                     v += __builtin_popcount((unsigned)m & 0xffff);                                                  \
                 }                                                                                                   \
             }                                                                                                       \
-            for (int t = 0; t < T; t++) job->y[t * job->rows + r] = _mm512_reduce_add_ps(sums[t]);                  \
+            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                  \
         }                                                                                                           \
     }
 AVX512_F32(2) AVX512_F32(3) AVX512_F32(4) AVX512_F32(5) AVX512_F32(6) AVX512_F32(7) AVX512_F32(8)
@@ -253,7 +217,7 @@ ONE_TOKEN(avx512_bf16_one, AVX512_BF16, uint16_t, word_bf16)
                     v += __builtin_popcount((unsigned)m);                                                           \
                 }                                                                                                   \
             }                                                                                                       \
-            for (int t = 0; t < T; t++) job->y[t * job->rows + r] = _mm512_reduce_add_ps(sums[t]);                  \
+            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                  \
         }                                                                                                           \
     }
 AVX512_BF16_TOKENS(2) AVX512_BF16_TOKENS(3) AVX512_BF16_TOKENS(4) AVX512_BF16_TOKENS(5)
@@ -270,7 +234,7 @@ AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
         const uint16_t *v = (const uint16_t *)job->values + job->starts[r], *x = (const uint16_t *)job->x;
         const uint64_t *mask = job->mask + r * job->words;
-        __m512 low[MAX_TOKENS], high[MAX_TOKENS];
+        __m512 low[FEW_TOKENS], high[FEW_TOKENS];
         for (int64_t t = 0; t < tokens; t++) low[t] = high[t] = _mm512_setzero_ps();
         for (int64_t w = 0; w < job->words; w++, x += 64) {
             uint64_t m = mask[w];
@@ -288,7 +252,7 @@ AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
             }
         }
         for (int64_t t = 0; t < tokens; t++)
-            job->y[t * job->rows + r] = _mm512_reduce_add_ps(_mm512_add_ps(low[t], high[t]));
+            gblm_put(job, t, r, _mm512_reduce_add_ps(_mm512_add_ps(low[t], high[t])));
     }
 }
 
@@ -329,8 +293,15 @@ AVX512_16 static void avx512_expand_16(const Job *job, int64_t begin, int64_t en
 
 /* ---- choice of path ---- */
 
-enum { PORTABLE_PATH, AVX2_PATH, AVX512_PATH, PATHS };
-enum { F32, F16, BF16, TYPES };
+#if defined(__x86_64__) && defined(__linux__)
+/* Whether the CPU has matrix tiles for bf16, and the kernel lets this process use them (it must be asked). */
+static int has_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
 
 /* Bit p of the result is set where the CPU can run path p for elements of `type`. */
 EXPORT int gblm_paths(int type) {
@@ -344,6 +315,9 @@ EXPORT int gblm_paths(int type) {
     if ((type == F32 && base) || (type == F16 && expand16) ||
         (type == BF16 && expand16 && __builtin_cpu_supports("avx512bf16")))
         paths |= 1 << AVX512_PATH;
+#if defined(__linux__)
+    if (type == BF16 && paths >> AVX512_PATH & 1 && has_amx()) paths |= 1 << AMX_PATH;
+#endif
 #endif
     return paths;
 }
@@ -352,83 +326,99 @@ static Kernel kernel_of(int path, int type) {
     static const Kernel portable[TYPES] = {portable_f32, portable_f16, portable_bf16};
 #if defined(__x86_64__)
     static const Kernel avx512[TYPES] = {avx512_f32, avx512_f16, avx512_bf16};
-    if (path == AVX512_PATH) return avx512[type];
+    if (path >= AVX512_PATH) return avx512[type]; /* tiles do not pay for few tokens */
     if (path == AVX2_PATH && type == F32) return avx2_f32;
 #endif
     return portable[type];
 }
 
-/* ---- threads ---- */
-
-static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void);
-
-/* Borrow the OpenMP runtime that the process already has; without it everything runs on the calling thread. */
-EXPORT void gblm_set_parallel(void *gomp_parallel, void *omp_get_thread_num) {
-    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))gomp_parallel;
-    thread_number = (int (*)(void))omp_get_thread_num;
-#if defined(__x86_64__)
-    avx2_fill_tables();
-#endif
-}
+/* ---- work shared by threads ---- */
 
 typedef struct {
     const Job *job;
     Kernel kernel;
-    int path, bytes, threads;
-    int64_t first, count, columns;
+    int parts;
+    int64_t first, count, columns; /* of an expansion */
     char *dense;
 } Work;
 
-static void share(int64_t count, int threads, int thread, int64_t *begin, int64_t *end) {
-    *begin = count * thread / threads;
-    *end = count * (thread + 1) / threads;
-}
-
-static void linear_part(void *argument) {
+static void few_tokens_part(void *argument, int index) {
     const Work *work = argument;
     int64_t begin, end;
-    share(work->job->rows, work->threads, work->threads > 1 ? thread_number() : 0, &begin, &end);
+    gblm_share(work->job->rows, work->parts, index, &begin, &end);
     work->kernel(work->job, begin, end);
 }
 
-static void expand_part(void *argument) {
+void gblm_few_tokens(const Job *job, const Threads *threads) {
+    Work work = {.job = job, .kernel = kernel_of(job->path, job->type), .parts = threads->count};
+    threads->run(threads->context, few_tokens_part, &work, threads->count);
+}
+
+static void expand_part(void *argument, int index) {
     const Work *work = argument;
+    const int wide = work->job->type == F32;
     int64_t begin, end;
-    share(work->count, work->threads, work->threads > 1 ? thread_number() : 0, &begin, &end);
-    void *dense = work->dense + begin * work->columns * work->bytes;
+    gblm_share(work->count, work->parts, index, &begin, &end);
+    void *dense = work->dense + begin * work->columns * (wide ? 4 : 2);
     begin += work->first;
     end += work->first;
 #if defined(__x86_64__)
-    if (work->path == AVX512_PATH) {
-        (work->bytes == 4 ? avx512_expand_32 : avx512_expand_16)(work->job, begin, end, dense, work->columns);
+    if (work->job->path >= AVX512_PATH) {
+        (wide ? avx512_expand_32 : avx512_expand_16)(work->job, begin, end, dense, work->columns);
         return;
     }
 #endif
-    (work->bytes == 4 ? portable_expand_32 : portable_expand_16)(work->job, begin, end, dense, work->columns);
+    (wide ? portable_expand_32 : portable_expand_16)(work->job, begin, end, dense, work->columns);
 }
 
-static void run(void (*part)(void *), Work *work) {
-    if (work->threads > 1 && parallel) parallel(part, work, (unsigned)work->threads, 0);
-    else {
-        work->threads = 1;
-        part(work);
-    }
+/* ---- torch's threads ---- */
+
+static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void);
+
+/* Borrow the OpenMP runtime that the process already has (a second pool would spin against the first); without it
+ * everything runs on the calling thread. */
+EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num) {
+    gomp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
+    thread_number = (int (*)(void))omp_get_thread_num;
 }
 
-/* y [tokens, rows] = x [tokens, words·64] times the transposed weight, accumulated in float32; 1 ≤ tokens ≤ 8. */
-EXPORT void gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, float *y,
-                                int64_t rows, int64_t words, int64_t tokens, int type, int path, int threads) {
-    const Job job = {mask, values, starts, x, y, rows, words, tokens};
-    Work work = {.job = &job, .kernel = kernel_of(path, type), .threads = threads};
-    run(linear_part, &work);
+typedef struct {
+    void (*part)(void *, int);
+    void *work;
+} Region;
+
+static void region_part(void *argument) {
+    const Region *region = argument;
+    region->part(region->work, thread_number());
+}
+
+static void run_openmp(void *context, void (*part)(void *, int), void *work, int count) {
+    (void)context;
+    Region region = {part, work};
+    if (count == 1) part(work, 0);
+    else gomp_parallel(region_part, &region, (unsigned)count, 0);
+}
+
+static Threads openmp(int count) {
+    const Threads threads = {run_openmp, NULL, gomp_parallel ? count : 1};
+    return threads;
+}
+
+/* y [tokens, rows] = x [tokens, words·64] Wᵀ, both in the type of the values, accumulated in float32. Without `panels`
+ * at most FEW_TOKENS tokens; with them (gblm_panel_bytes) any number, on the path for many. */
+EXPORT void gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y,
+                                void *panels, int64_t rows, int64_t words, int64_t tokens, int type, int path, int count) {
+    const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
+    const Threads threads = openmp(count);
+    (panels ? gblm_many_tokens : gblm_few_tokens)(&job, &threads);
 }
 
 /* Rows [first, first + count) dense, [count, columns], in the type of the values. */
 EXPORT void gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
-                                int64_t count, int64_t columns, int64_t words, int type, int path, int threads) {
-    const Job job = {.mask = mask, .values = values, .starts = starts, .words = words};
-    Work work = {.job = &job, .path = path, .bytes = type == F32 ? 4 : 2, .threads = threads,
-                 .first = first, .count = count, .columns = columns, .dense = dense};
-    run(expand_part, &work);
+                                int64_t rows, int64_t columns, int64_t words, int type, int path, int count) {
+    const Job job = {.mask = mask, .values = values, .starts = starts, .words = words, .type = type, .path = path};
+    const Threads threads = openmp(count);
+    Work work = {.job = &job, .parts = threads.count, .first = first, .count = rows, .columns = columns, .dense = dense};
+    threads.run(threads.context, expand_part, &work, threads.count);
 }

@@ -1,12 +1,13 @@
 """The CPU kernels of the bitmask layout: the compiled library, its paths, and the threads it borrows.
 
-The library is plain C, built with the package; where no compiler was at hand it is missing, `available()` says so, and
-`linear` expands the weight with torch instead. `GBLM_COMPRESS_KERNEL` forces a path (portable, avx2, avx512).
+The library is plain C, built with the package; where no compiler was at hand it is missing, and `available()` says so.
+`GBLM_COMPRESS_KERNEL` forces a path (portable, avx2, avx512, amx).
 """
 
 import ctypes
 import os
 import sys
+import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 from gblm_compress.bitmask import WORD
 from gblm_compress.errors import UsageError
 
-PATHS = ("portable", "avx2", "avx512")
+PATHS = ("portable", "avx2", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
-MAX_TOKENS = 8
+FEW_TOKENS = 8
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = "_bitmask"
 
@@ -33,8 +34,9 @@ def library() -> ctypes.CDLL | None:
         return None
     kernels = ctypes.CDLL(str(found))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    kernels.gblm_bitmask_linear.argtypes = [pointer] * 5 + [size] * 3 + [ctypes.c_int] * 3
+    kernels.gblm_bitmask_linear.argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int] * 3
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
+    kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
     kernels.gblm_set_parallel.argtypes = [pointer, pointer]
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels
@@ -72,16 +74,26 @@ def path(dtype: torch.dtype) -> str:
     return forced
 
 
-def linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, kernel: str | None = None) -> Tensor:
-    """x Wᵀ on the sparse kernel, accumulated in float32.
+@cache
+def has_many(dtype: torch.dtype, kernel: str) -> bool:
+    """Whether the path has a kernel for more than `FEW_TOKENS` tokens of that dtype."""
+    kernels = library()
+    return kernels is not None and bool(kernels.gblm_has_many(_TYPES[dtype], PATHS.index(kernel)))
+
+
+def linear(
+    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, kernel: str | None = None, *, many: bool = False
+) -> Tensor:
+    """x Wᵀ on a sparse kernel, accumulated in float32.
 
     Args:
-        x: [tokens, columns], 1 to 8 tokens, in the dtype of `values`.
+        x: [tokens, columns] in the dtype of `values`.
         mask, values, starts: the packed weight [rows, columns].
         kernel: one of `paths`; the best one if unset.
+        many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
 
     Returns:
-        [tokens, rows] in float32.
+        [tokens, rows] in the dtype of `x`.
     """
     kernels = library()
     assert kernels is not None
@@ -90,21 +102,43 @@ def linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, kernel: str 
     if columns != words * WORD:
         x = torch.nn.functional.pad(x, (0, words * WORD - columns))
     x = x.contiguous()
-    y = torch.empty(tokens, rows)
+    y = x.new_empty(tokens, rows)
+    if tokens == 0:
+        return y
+    kind, chosen = _codes(x.dtype, kernel)
+    panels = scratch(kernels.gblm_panel_bytes(words, tokens, kind)).data_ptr() if many else None
     kernels.gblm_bitmask_linear(
         mask.data_ptr(),
         values.data_ptr(),
         starts.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
+        panels,
         rows,
         words,
         tokens,
-        _TYPES[values.dtype],
-        PATHS.index(kernel or path(values.dtype)),
+        kind,
+        chosen,
         torch.get_num_threads(),
     )
     return y
+
+
+@cache
+def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
+    """The library's numbers for a dtype and a path."""
+    return _TYPES[dtype], PATHS.index(kernel or path(dtype))
+
+
+_buffers = threading.local()
+
+
+def scratch(size: int) -> Tensor:
+    """That many bytes of memory, kept for this thread's next call: fresh pages would cost more than what is written."""
+    held: Tensor | None = getattr(_buffers, "bytes", None)
+    if held is None or held.numel() < size:
+        held = _buffers.bytes = torch.empty(size, dtype=torch.uint8)
+    return held[:size]
 
 
 def expand(
@@ -122,8 +156,7 @@ def expand(
         out.shape[0],
         columns,
         mask.shape[1],
-        _TYPES[values.dtype],
-        PATHS.index(kernel or path(values.dtype)),
+        *_codes(values.dtype, kernel),
         torch.get_num_threads(),
     )
     return out

@@ -1,0 +1,107 @@
+/* What the kernels of the bitmask layout share.
+ *
+ * Rows of the mask are whole 64-bit words; bit b of word w is column 64·w + b, and bits beyond the last column are
+ * zero. A row's nonzeros are contiguous; row r begins at starts[r]. `values` is readable for 64 elements past its end.
+ */
+#ifndef GBLM_BITMASK_H
+#define GBLM_BITMASK_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define FEW_TOKENS 8 /* the most that the kernels for decoding take */
+
+enum { F32, F16, BF16, TYPES };
+enum { PORTABLE_PATH, AVX2_PATH, AVX512_PATH, AMX_PATH, PATHS };
+
+typedef struct {
+    const uint64_t *mask;
+    const void *values;
+    const int64_t *starts;
+    const void *x; /* tokens × words·64 elements; columns past the last are zeros */
+    void *y;       /* tokens × rows, in the type of x */
+    int64_t rows, words, tokens;
+    int type, path;
+    void *panels; /* for many tokens: scratch of gblm_panel_bytes */
+} Job;
+
+/* Threads are the caller's: `run` calls part(work, 0 … count - 1), side by side where it can. */
+typedef struct {
+    void (*run)(void *context, void (*part)(void *work, int index), void *work, int count);
+    void *context;
+    int count;
+} Threads;
+
+/* y = x Wᵀ, for up to FEW_TOKENS tokens. */
+void gblm_few_tokens(const Job *job, const Threads *threads);
+
+/* y = x Wᵀ for any number of tokens, where gblm_has_many(type, path). */
+void gblm_many_tokens(const Job *job, const Threads *threads);
+
+EXPORT int gblm_paths(int type);
+EXPORT int gblm_has_many(int type, int path);
+EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type);
+
+static inline void gblm_share(int64_t count, int parts, int index, int64_t *begin, int64_t *end) {
+    *begin = count * index / parts;
+    *end = count * (index + 1) / parts;
+}
+
+/* ---- element types, portable ---- */
+
+static inline float bf16_to_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
+    float f;
+    if (exponent == 31) bits = sign | 0x7f800000u | fraction << 13;
+    else if (exponent) bits = sign | (exponent + 112) << 23 | fraction << 13;
+    else {
+        f = (float)fraction * (1.0f / 16777216.0f);
+        memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float f32_to_float(float f) { return f; }
+
+/* Round to nearest, ties to even. */
+static inline uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline uint16_t float_to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00;
+    if (bits >= 0x477ff000u) return sign | 0x7c00; /* rounds beyond the largest half */
+    if (bits < 0x38800000u) {                      /* subnormal: let the addition of 0.5 do the rounding */
+        float shifted;
+        memcpy(&shifted, &bits, 4);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((bits - 0x38000000u + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
+static inline void gblm_put(const Job *job, int64_t token, int64_t row, float sum) {
+    const int64_t at = token * job->rows + row;
+    if (job->type == F32) ((float *)job->y)[at] = sum;
+    else ((uint16_t *)job->y)[at] = job->type == BF16 ? float_to_bf16(sum) : float_to_f16(sum);
+}
+
+#endif

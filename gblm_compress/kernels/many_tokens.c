@@ -1,0 +1,334 @@
+/* Kernels of the bitmask layout for many tokens: prompts and large batches. See bitmask.h.
+ *
+ * x is first packed, for the whole call, into panels of up to PANEL tokens in which the tokens of one column lie side by
+ * side: [columns][tokens]. Then
+ *
+ * fp32 (AVX-512, AVX2): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
+ * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
+ * whose part of the panel stays in the L1 cache while a block of rows passes over it.
+ *
+ * bf16 (AMX): a tile multiplication takes 16 rows × 32 columns at once and cannot leave out single zeros; a strip of 32 rows
+ * is expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory.
+ */
+#include "bitmask.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
+#define AMX                                                                                                          \
+    __attribute__((target(                                                                                           \
+        "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,fma,popcnt,bmi,bmi2")))
+
+enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8 };
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t rounded(int64_t tokens) { return (tokens + 15) / 16 * 16; }
+
+/* Columns of a panel, in units of 4 bytes: one fp32, or a pair of bf16. */
+static int64_t units(int64_t words, int type) { return words * (type == F32 ? 64 : 32); }
+
+EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type) {
+    return units(words, type) * 4 * rounded(tokens);
+}
+
+EXPORT int gblm_has_many(int type, int path) {
+    return (type == F32 && (path == AVX2_PATH || path == AVX512_PATH)) || (type == BF16 && path == AMX_PATH);
+}
+
+/* Transpose 16 × 16 elements of 4 bytes in registers. */
+AVX512 static inline void transpose(__m512 a[16]) {
+    __m512 b[16];
+    for (int i = 0; i < 8; i++) {
+        b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            const __m512d even = _mm512_castps_pd(b[4 * i + j]), odd = _mm512_castps_pd(b[4 * i + 2 + j]);
+            a[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd));
+            a[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 16; j += 8) {
+            b[j + i] = _mm512_shuffle_f32x4(a[j + i], a[j + 4 + i], 0x88);
+            b[j + 4 + i] = _mm512_shuffle_f32x4(a[j + i], a[j + 4 + i], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[8 + i], 0x88);
+        a[8 + i] = _mm512_shuffle_f32x4(b[i], b[8 + i], 0xdd);
+    }
+}
+
+/* ---- x into panels ---- */
+
+typedef struct {
+    const Job *job;
+    int64_t panel; /* tokens of a full one */
+    int parts;
+} Work;
+
+/* Panel `first`, which holds tokens first … first + width - 1; the last ones may be padding. */
+static float *panel_at(const Work *work, int64_t first, int64_t *width) {
+    *width = least(work->panel, rounded(work->job->tokens - first));
+    return (float *)work->job->panels + first * units(work->job->words, work->job->type);
+}
+
+AVX512 static void pack_part(void *argument, int index) {
+    const Work *work = argument;
+    const Job *job = work->job;
+    const int64_t columns = units(job->words, job->type);
+    int64_t begin, end, width;
+    gblm_share(columns / 16, work->parts, index, &begin, &end);
+    for (int64_t first = 0; first < job->tokens; first += work->panel) {
+        float *panel = panel_at(work, first, &width);
+        for (int64_t column = begin * 16; column < end * 16; column += 16)
+            for (int64_t t = 0; t < width; t += 16) {
+                __m512 block[16];
+                for (int i = 0; i < 16; i++) {
+                    const int64_t token = first + t + i;
+                    block[i] = token < job->tokens
+                                   ? _mm512_loadu_ps((const float *)job->x + token * columns + column)
+                                   : _mm512_setzero_ps();
+                }
+                transpose(block);
+                for (int i = 0; i < 16; i++) _mm512_storeu_ps(panel + (column + i) * width + t, block[i]);
+            }
+    }
+}
+
+static void pack_part_portable(void *argument, int index) {
+    const Work *work = argument;
+    const Job *job = work->job;
+    const int64_t columns = units(job->words, job->type);
+    int64_t begin, end, width;
+    gblm_share(columns, work->parts, index, &begin, &end);
+    for (int64_t first = 0; first < job->tokens; first += work->panel) {
+        float *panel = panel_at(work, first, &width);
+        for (int64_t column = begin; column < end; column++)
+            for (int64_t t = 0; t < width; t++)
+                panel[column * width + t] =
+                    first + t < job->tokens ? ((const float *)job->x)[(first + t) * columns + column] : 0.0f;
+    }
+}
+
+/* ---- sums back into y ---- */
+
+/* Sums [rows][width] of `rows` rows from `row` on and the tokens from `first` on; rows up to a multiple of 16 are readable. */
+AVX512 static void store(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
+    const int64_t tokens = least(width, job->tokens - first);
+    for (int64_t r = 0; r < rows; r += 16) {
+        const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
+        for (int64_t t = 0; t < tokens; t += 16) {
+            __m512 block[16];
+            for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
+            transpose(block);
+            for (int i = 0; i < 16 && t + i < tokens; i++)
+                _mm512_mask_storeu_ps((float *)job->y + (first + t + i) * job->rows + row + r, valid, block[i]);
+        }
+    }
+}
+
+AMX static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
+    const int64_t tokens = least(width, job->tokens - first);
+    for (int64_t r = 0; r < rows; r += 16) {
+        const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
+        for (int64_t t = 0; t < tokens; t += 16) {
+            __m512 block[16];
+            for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_ps(sums + (r + i) * width + t);
+            transpose(block);
+            for (int i = 0; i < 16 && t + i < tokens; i++)
+                _mm256_mask_storeu_epi16((uint16_t *)job->y + (first + t + i) * job->rows + row + r, valid,
+                                         (__m256i)_mm512_cvtneps_pbh(block[i]));
+        }
+    }
+}
+
+/* ---- fp32: one multiply-add of a vector of tokens for each stored weight ---- */
+
+/* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
+ * a sum that waits for its predecessor would wait longer than the arithmetic takes. */
+#define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, VECTORS)                                                      \
+    ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
+        enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS };                                       \
+        const float *values[ROWS];                                                                                    \
+        memset(sums, 0, ROWS * WIDTH * sizeof(float));                                                                \
+        for (int i = 0; i < rows; i++) values[i] = (const float *)job->values + job->starts[row + i];                 \
+        for (int64_t w = 0; w < job->words; w++, panel += 64 * WIDTH)                                                 \
+            for (int i = 0; i < rows; i++) {                                                                          \
+                uint64_t mask = job->mask[(row + i) * job->words + w];                                                \
+                const float *v = values[i], *next = v + __builtin_popcountll(mask);                                   \
+                VECTOR set[SETS][VECTORS];                                                                            \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    set[0][j] = P(loadu_ps)(sums + i * WIDTH + j * LANES);                                            \
+                    for (int s = 1; s < SETS; s++) set[s][j] = P(setzero_ps)();                                       \
+                }                                                                                                     \
+                _mm_prefetch((const char *)(next + 16), _MM_HINT_T0);                                                 \
+                _mm_prefetch((const char *)(next + 32), _MM_HINT_T0);                                                 \
+                while (v + SETS <= next)                                                                              \
+                    for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
+                        const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
+                        const VECTOR weight = P(set1_ps)(*v);                                                         \
+                        for (int j = 0; j < VECTORS; j++)                                                             \
+                            set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
+                    }                                                                                                 \
+                for (; SETS > 1 && v < next; v++, mask &= mask - 1) {                                                 \
+                    const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                           \
+                    const VECTOR weight = P(set1_ps)(*v);                                                             \
+                    for (int j = 0; j < VECTORS; j++)                                                                 \
+                        set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
+                }                                                                                                     \
+                for (int j = 0; j < VECTORS; j++) {                                                                   \
+                    for (int s = 1; s < SETS; s++) set[0][j] = P(add_ps)(set[0][j], set[s][j]);                       \
+                    P(storeu_ps)(sums + i * WIDTH + j * LANES, set[0][j]);                                            \
+                }                                                                                                     \
+                values[i] = next;                                                                                     \
+            }                                                                                                         \
+    }
+#define OF_512(OPERATION) _mm512_##OPERATION
+#define OF_256(OPERATION) _mm256_##OPERATION
+#define SPARSE_PANEL_512(VECTORS) SPARSE_PANEL(sparse_512, AVX512, __m512, 16, OF_512, VECTORS)
+#define SPARSE_PANEL_256(VECTORS) SPARSE_PANEL(sparse_256, AVX2, __m256, 8, OF_256, VECTORS)
+SPARSE_PANEL_512(1) SPARSE_PANEL_512(2) SPARSE_PANEL_512(3) SPARSE_PANEL_512(4)
+SPARSE_PANEL_512(5) SPARSE_PANEL_512(6) SPARSE_PANEL_512(7) SPARSE_PANEL_512(8)
+SPARSE_PANEL_256(2) SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
+
+typedef void (*SparsePanel)(const Job *, const float *panel, float *sums, int64_t row, int rows);
+static const SparsePanel sparse_512[] = {sparse_512_1, sparse_512_2, sparse_512_3, sparse_512_4,
+                                         sparse_512_5, sparse_512_6, sparse_512_7, sparse_512_8};
+static const SparsePanel sparse_256[] = {sparse_256_2, sparse_256_4, sparse_256_6, sparse_256_8};
+
+static void sparse_part(void *argument, int index) {
+    const Work *work = argument;
+    const Job *job = work->job;
+    float sums[ROWS * PANEL] __attribute__((aligned(64)));
+    int64_t begin, end, width;
+    gblm_share(job->rows, work->parts, index, &begin, &end);
+    for (int64_t first = 0; first < job->tokens; first += work->panel) {
+        const float *panel = panel_at(work, first, &width);
+        for (int64_t row = begin; row < end; row += ROWS) {
+            const int rows = (int)least(ROWS, end - row);
+            if (job->path == AVX512_PATH) {
+                sparse_512[width / 16 - 1](job, panel, sums, row, rows);
+                store(job, sums, width, row, rows, first);
+                continue;
+            }
+            sparse_256[width / 16 - 1](job, panel, sums, row, rows);
+            for (int64_t t = 0; t < least(width, job->tokens - first); t++)
+                for (int i = 0; i < rows; i++)
+                    ((float *)job->y)[(first + t) * job->rows + row + i] = sums[i * width + t];
+        }
+    }
+}
+
+/* ---- bf16: strips of rows, expanded and multiplied by tiles ---- */
+
+/* Expand a row's words into `dense`, 64 elements a word; returns where the next word's values begin. */
+AMX static const uint16_t *expand_words(const uint64_t *mask, int words, const uint16_t *v, uint16_t *dense) {
+    for (int w = 0; w < words; w++, dense += 64) {
+        const int half = __builtin_popcountll(mask[w] & 0xffffffff);
+        _mm512_store_si512(dense, _mm512_maskz_expand_epi16((__mmask32)mask[w], _mm512_loadu_si512(v)));
+        _mm512_store_si512(dense + 32, _mm512_maskz_expand_epi16((__mmask32)(mask[w] >> 32), _mm512_loadu_si512(v + half)));
+        v += __builtin_popcountll(mask[w]);
+    }
+    _mm_prefetch((const char *)(v + 512), _MM_HINT_T0);
+    return v;
+}
+
+/* Add 2 × 16 rows times 16 or 32 tokens to their sums [rows][width]. */
+AMX static inline void multiply_tiles(const uint16_t *low_rows, const uint16_t *high_rows, int row_bytes,
+                                      const uint32_t *inputs, int words, int64_t width, float *sums, int first, int two) {
+    const int stride = (int)width * 4;
+    float *low = sums, *high = sums + 16 * width;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!first) {
+        _tile_loadd(0, low, stride);
+        _tile_loadd(1, high, stride);
+    }
+    if (!first && two) {
+        _tile_loadd(2, low + 16, stride);
+        _tile_loadd(3, high + 16, stride);
+    }
+    for (int step = 0; step < 2 * words; step++, inputs += 16 * width) {
+        _tile_loadd(4, low_rows + 32 * step, row_bytes);
+        _tile_loadd(5, high_rows + 32 * step, row_bytes);
+        _tile_loadd(6, inputs, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (two) {
+            _tile_loadd(7, inputs + 16, stride);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, low, stride);
+    _tile_stored(1, high, stride);
+    if (two) {
+        _tile_stored(2, low + 16, stride);
+        _tile_stored(3, high + 16, stride);
+    }
+}
+
+AMX static void amx_part(void *argument, int index) {
+    const Work *work = argument;
+    const Job *job = work->job;
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes_a_row[16];
+        uint8_t rows[16];
+    } __attribute__((packed)) tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) tiles.bytes_a_row[i] = 64, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+
+    /* rows a cache line further apart than a power of two, lest they share cache sets */
+    uint16_t strip[STRIP][STRIP_WORDS * 64 + 32] __attribute__((aligned(64)));
+    float sums[STRIP * PANEL] __attribute__((aligned(64)));
+    const uint16_t *values[STRIP];
+    int64_t begin, end, width;
+    gblm_share((job->rows + STRIP - 1) / STRIP, work->parts, index, &begin, &end);
+    begin *= STRIP;
+    end = least(end * STRIP, job->rows);
+    for (int64_t first = 0; first < job->tokens; first += PANEL) {
+        const uint32_t *panel = (const uint32_t *)panel_at(work, first, &width);
+        for (int64_t row = begin; row < end; row += STRIP) {
+            const int rows = (int)least(STRIP, end - row);
+            for (int i = 0; i < rows; i++) values[i] = (const uint16_t *)job->values + job->starts[row + i];
+            for (int64_t word = 0; word < job->words; word += STRIP_WORDS) {
+                const int words = (int)least(STRIP_WORDS, job->words - word);
+                for (int i = 0; i < rows; i++)
+                    values[i] = expand_words(job->mask + (row + i) * job->words + word, words, values[i], strip[i]);
+                for (int i = rows; i < STRIP; i++) memset(strip[i], 0, sizeof strip[i]);
+                for (int64_t t = 0; t < width; t += 32)
+                    multiply_tiles(strip[0], strip[16], sizeof strip[0], panel + word * 32 * width + t, words, width,
+                                   sums + t, word == 0, t + 16 < width);
+            }
+            store_bf16(job, sums, width, row, rows, first);
+        }
+    }
+    _tile_release();
+}
+
+void gblm_many_tokens(const Job *job, const Threads *threads) {
+    Work work = {job, job->path == AVX2_PATH ? AVX2_PANEL : PANEL, threads->count};
+    threads->run(threads->context, job->path == AVX2_PATH ? pack_part_portable : pack_part, &work, threads->count);
+    threads->run(threads->context, job->type == BF16 ? amx_part : sparse_part, &work, threads->count);
+}
+
+#else
+EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type) {
+    (void)words, (void)tokens, (void)type;
+    return 0;
+}
+
+EXPORT int gblm_has_many(int type, int path) {
+    (void)type, (void)path;
+    return 0;
+}
+
+void gblm_many_tokens(const Job *job, const Threads *threads) { (void)job, (void)threads; }
+#endif
