@@ -1,9 +1,9 @@
 """`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
 
-On a CPU, up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens. Where a CPU has none of the
-latter for the dtype, more are computed in tiles: some rows are expanded into a buffer that is used again and again, and
-multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens is measured once for each shape, dtype,
-thread count and machine, and kept in the cache folder.
+On a CPU, up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens. Where a CPU has none of
+the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer that is used again and again,
+and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens is measured once for each shape,
+dtype, thread count and machine, and kept in the cache folder.
 
 On CUDA, up to 16 tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight,
 unpacked for the call.
@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
         if self._prepared_for != self.mask.device.type:
             self.prepare()
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
-        direct = self._prepared_for == "cpu" and not torch.compiler.is_compiling()
+        direct = self._prepared_for == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
         linear = _bitmask_linear_cpu if direct else _linear
         return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
 
