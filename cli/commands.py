@@ -87,12 +87,13 @@ def export(
     format: o.Format,
     dtype: o.ExportDtype = "auto",
     sparse: o.Sparse = False,
+    kernels: o.Kernels = False,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
-    settings = ExportSettings(format=format, dtype=dtype, sparse=sparse)
+    settings = ExportSettings(format=format, dtype=dtype, sparse=sparse, kernels=kernels)
 
     from gblm_compress import exporters
 

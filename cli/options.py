@@ -58,6 +58,7 @@ Seed = Annotated[int, option(CalibrationSettings, "seed")]
 Format = Annotated[str, option(ExportSettings, "format")]
 ExportDtype = Annotated[str, option(ExportSettings, "dtype", "--dtype")]
 Sparse = Annotated[bool, option(ExportSettings, "sparse", "--sparse")]
+Kernels = Annotated[bool, option(ExportSettings, "kernels", "--kernels")]
 
 Dataset = Annotated[str, option(EvaluateSettings, "dataset")]
 EvaluationLength = Annotated[int, option(EvaluateSettings, "sequence_length", "--sequence-length")]

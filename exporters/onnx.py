@@ -25,7 +25,8 @@ from gblm_compress import artifact, manifest, sources, text
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
-from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
+from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
+from gblm_compress.kernels import cpu
 from gblm_compress.progress import Progress
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
 from gblm_compress.settings import ExportSettings
@@ -56,10 +57,12 @@ def export(
 
     Args:
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
-            ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed.
+            ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
+            `kernels`, they are also multiplied so.
 
     Raises:
         UsageError: the dtype is not one of these, or the output is in the way.
+        MissingDependencyError: `kernels` without the compiled operator.
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits, greedy tokens or weights are not torch's.
     """
@@ -70,6 +73,10 @@ def export(
         dtype = stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} cannot be exported to ONNX; give {' or '.join(DTYPES)}")
+    if settings.kernels:
+        cpu.onnxruntime_library()
+        if dtype != "float32":
+            raise UsageError(f"--kernels runs in float32; this model is exported in {dtype}: add --dtype float32")
     model = sources.load_model(source, dtype)
     tokenizer = sources.load_tokenizer(source)
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
@@ -78,8 +85,11 @@ def export(
     _name_dimensions(program)
     weights = _name_weights(program, model)
     layers = manifest.pruned_layers(source, model)
+    pruned = [weights[layer] for layer in layers if layer in weights]
     if settings.sparse:
-        encode_initializers_(program, [weights[layer] for layer in layers if layer in weights])
+        encode_initializers_(program, pruned)
+    elif settings.kernels:
+        use_kernels_(program, pruned)
     with artifact.atomic_folder(output) as temporary:
         progress.say("saving …")
         ir.save(program, temporary / GRAPH, external_data=DATA)

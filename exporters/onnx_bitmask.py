@@ -1,6 +1,6 @@
-"""Initializers stored as bitmask and nonzeros, and decoded by standard ONNX operators.
+"""Pruned weights of an ONNX graph as bitmask and nonzeros: decoded by standard operators, or multiplied as they are.
 
-For storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session holds, and runs, dense
+`encode_initializers_` is for storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session holds, and runs, dense
 weights. The decoder of a weight with E elements in row-major order:
 
     bytes [E/8, 1] ─BitShift(0…7)─► ─BitwiseAnd(1)─► ─Reshape─► bits [E] ─Cast─► int32
@@ -8,14 +8,21 @@ weights. The decoder of a weight with E elements in row-major order:
     Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
 
 No `Where` is used: ONNX Runtime does not fold it in float16.
+
+`use_kernels_` is for speed: the MatMul becomes the operator gblm.BitmaskLinear (kernels/onnxruntime_op.c).
 """
 
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
-MASK, VALUES = ".mask", ".nonzeros"
+from gblm_compress.bitmask import PADDING, WORD, pack, row_starts
+from gblm_compress.errors import ModelError
+
+MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
+DOMAIN, OPERATOR = "gblm", "BitmaskLinear"
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
@@ -67,6 +74,42 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
     graph.insert_before(graph[0], nodes)
 
 
+def use_kernels_(program: ir.Model, names: list[str]) -> None:
+    """Replace every MatMul by one of the named initializers [in_features, out_features] by BitmaskLinear, in place.
+
+    Raises:
+        ModelError: a weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
+    """
+    graph = program.graph
+    for name in names:
+        dense = graph.initializers[name]
+        assert dense.const_value is not None
+        weight = torch.from_numpy(dense.const_value.numpy().T.copy())
+        used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
+        if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
+            raise ModelError(
+                f"{name}: {OPERATOR} takes the place of a MatMul whose in_features is a multiple of {WORD}; this weight "
+                f"has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with --sparse"
+            )
+        mask, values = pack(weight)
+        packed = []
+        for suffix, tensor in ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask))):
+            value = ir.Value(name=name + suffix, const_value=ir.tensor(tensor.numpy(), name=name + suffix))
+            value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+            graph.initializers[name + suffix] = value
+            packed.append(value)
+        for matmul in [node for node, _ in dense.uses()]:
+            node = ir.node(OPERATOR, [matmul.inputs[0], *packed], domain=DOMAIN, name=matmul.name)
+            product = matmul.outputs[0]
+            node.outputs[0].shape, node.outputs[0].type = product.shape, product.type
+            graph.insert_before(matmul, node)
+            product.replace_all_uses_with(node.outputs[0])
+            graph.remove(matmul, safe=True)
+            node.outputs[0].name = product.name
+        del graph.initializers[name]
+    program.opset_imports[DOMAIN] = 1
+
+
 def encode(weight: Any) -> tuple[Any, Any] | None:
     """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None where that saves nothing.
 
@@ -81,11 +124,13 @@ def encode(weight: Any) -> tuple[Any, Any] | None:
 
 
 def decode(initializers: Any, name: str) -> Any:
-    """The elements of a weight as its initializers store them, in row-major order, by numpy alone."""
+    """The elements of a weight as its initializers store them, in the order they store them, by numpy alone."""
     if name in initializers:
         return initializers[name].const_value.numpy().reshape(-1)
     mask = initializers[name + MASK].const_value.numpy()
     values = initializers[name + VALUES].const_value.numpy()
+    if name + STARTS in initializers:
+        mask, values = mask.view(np.uint8), np.concatenate([[0], values[:-PADDING]])
     alive = np.unpackbits(mask.reshape(-1), bitorder="little").astype(bool)
     dense = np.zeros(alive.shape, values.dtype)
     dense[alive] = values[1:]

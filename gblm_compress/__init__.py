@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gblm_compress.exporters.semi_structured import load_sparse as load_sparse
+    from gblm_compress.kernels.cpu import onnxruntime_library as onnxruntime_library
 
 __version__ = "0.1.0"
 
-_HOME_OF = {"load_sparse": "gblm_compress.exporters.semi_structured"}
-__all__ = ["__version__", "load_sparse"]
+_HOME_OF = {
+    "load_sparse": "gblm_compress.exporters.semi_structured",
+    "onnxruntime_library": "gblm_compress.kernels.cpu",
+}
+__all__ = ["__version__", "load_sparse", "onnxruntime_library"]
 
 
 def __getattr__(name: str) -> object:

@@ -56,6 +56,7 @@ def diagnose() -> list[Finding]:
     import onnxruntime
     import torch
 
+    from gblm_compress.errors import MissingDependencyError
     from gblm_compress.kernels import cpu
 
     findings = [
@@ -81,6 +82,11 @@ def diagnose() -> list[Finding]:
             bool(paths),
         )
     )
+    try:
+        operator = cpu.onnxruntime_library().name
+    except MissingDependencyError as error:
+        operator = str(error).partition(":")[2].partition(". ")[0].strip()
+    findings.append(Finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
     gpus = _gpus()
     for gpu in gpus:
         capability = gpu["compute_capability"]

@@ -188,11 +188,11 @@ def _dense_exports(recipe: Recipe) -> list[ExportSettings]:
     if recipe.benchmark is None or "onnxruntime" not in recipe.benchmark.runtimes:
         return []
     onnx = (settings for settings in recipe.export if settings.format == "onnx")
-    return list(dict.fromkeys(settings.model_copy(update={"sparse": False}) for settings in onnx))
+    return list(dict.fromkeys(settings.model_copy(update={"sparse": False, "kernels": False}) for settings in onnx))
 
 
 def _folder_name(prefix: str, settings: ExportSettings) -> str:
-    sparse = "-sparse" if settings.sparse else ""
+    sparse = "-sparse" if settings.sparse else "-kernels" if settings.kernels else ""
     return prefix + settings.format + sparse + ("" if settings.dtype == "auto" else f"-{settings.dtype}")
 
 

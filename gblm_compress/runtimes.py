@@ -14,6 +14,7 @@ from torch import Tensor
 from gblm_compress import sources
 from gblm_compress.errors import MissingDependencyError, ModelError
 from gblm_compress.exporters.semi_structured import load_sparse
+from gblm_compress.kernels import cpu
 from gblm_compress.settings import RuntimeName
 from gblm_compress.sources import ModelSource
 
@@ -113,6 +114,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if source.needs_operator:
+            options.register_custom_ops_library(str(cpu.onnxruntime_library()))
         providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
         try:
             self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)

@@ -118,11 +118,17 @@ class ExportSettings(Settings):
     format: Format = Field(description="What to write.")
     dtype: Dtype = Field("auto", description="Of the exported weights; auto is the checkpoint's own.")
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
+    kernels: bool = Field(
+        False, description="ONNX: run pruned weights packed, on this package's operator for ONNX Runtime (CPU, float32)."
+    )
 
     @model_validator(mode="after")
-    def _check_sparse(self) -> Self:
-        if self.sparse and self.format != "onnx":
-            raise ValueError(f"sparse is a choice of format onnx; {self.format} always stores packed weights")
+    def _check_onnx(self) -> Self:
+        for choice in ("sparse", "kernels"):
+            if getattr(self, choice) and self.format != "onnx":
+                raise ValueError(f"{choice} is a choice of format onnx; {self.format} always stores packed weights")
+        if self.sparse and self.kernels:
+            raise ValueError("kernels stores packed weights too; choose sparse or kernels")
         return self
 
 

@@ -61,6 +61,14 @@ class ModelSource:
         return (self.folder / "model.onnx").exists()
 
     @property
+    def needs_operator(self) -> bool:
+        """Whether the ONNX export runs on this package's operator for ONNX Runtime (`export --kernels`)."""
+        import onnx
+
+        graph = onnx.load(self.folder / "model.onnx", load_external_data=False)
+        return any(opset.domain == "gblm" for opset in graph.opset_import)
+
+    @property
     def is_packed(self) -> bool:
         """Whether the folder holds packed 2:4 weights (`export --format semi-structured`)."""
         return (self.folder / PACKED_CONFIG).exists()

@@ -7,13 +7,26 @@ import onnx
 import pytest
 import torch
 
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export, onnx_bitmask
 from gblm_compress.exporters import onnx as exporter
+from gblm_compress.kernels import cpu
 from gblm_compress.pruning import prune
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 from gblm_compress.sources import ModelSource, load_model
+
+
+def _operator_is_compiled() -> bool:
+    try:
+        return cpu.onnxruntime_library().exists()
+    except MissingDependencyError:
+        return False
+
+
+needs_operator = pytest.mark.skipif(
+    not _operator_is_compiled(), reason="compiled without ONNX Runtime's C header (libonnxruntime-dev)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +175,81 @@ def test_onnx_runtime_folds_the_decoder(exported, tmp_path, progress) -> None:
     onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
     operators = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node}
     assert not operators & {"BitShift", "BitwiseAnd", "CumSum"}
+
+
+@pytest.fixture(scope="module")
+def with_kernels(exported, tmp_path_factory):
+    """The same model on this package's operator."""
+    from gblm_compress.progress import Progress
+
+    folder = tmp_path_factory.mktemp("kernels") / "out"
+    settings = ExportSettings(format="onnx", kernels=True)
+    return export(exported[0], folder, settings, progress=Progress(quiet=True)), ModelSource("kernels", folder)
+
+
+@needs_operator
+def test_kernels_give_the_same_tokens_at_half_the_file(exported, with_kernels) -> None:
+    _, dense, dense_result = exported
+    result, packed = with_kernels
+    onnx.checker.check_model(str(packed.folder / "model.onnx"))
+    assert result.checks["zeros"] == dense_result.checks["zeros"]
+    assert result.checks["identical_greedy_tokens"] == 32
+    assert (packed.folder / "model.onnx.data").stat().st_size < (dense.folder / "model.onnx.data").stat().st_size
+    graph = onnx.load(packed.folder / "model.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node if node.domain == "gblm"] == ["BitmaskLinear"] * 14
+
+
+@needs_operator
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 64, 200])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int, threads: int) -> None:
+    ids = torch.randint(0, 257, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    got = OnnxRuntime(with_kernels[1], "cpu", threads).logits(ids)
+    torch.testing.assert_close(got, OnnxRuntime(exported[1], "cpu", 1).logits(ids), rtol=1e-4, atol=1e-4)
+
+
+@needs_operator
+def test_the_operator_says_what_shape_it_needs(tmp_path) -> None:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    sizes = {"x": TensorProto.FLOAT, "m": TensorProto.INT64, "v": TensorProto.FLOAT, "s": TensorProto.INT64}
+    graph = helper.make_graph(
+        [helper.make_node("BitmaskLinear", list(sizes), ["y"], domain="gblm")],
+        "one",
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in sizes.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("gblm", 1), helper.make_opsetid("", 20)])
+    model.ir_version = 10
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(cpu.onnxruntime_library()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = {"m": np.zeros((3, 1), np.int64), "v": np.zeros(64, np.float32), "s": np.zeros(3, np.int64)}
+    assert session.run(None, {"x": np.ones((2, 5, 64), np.float32), **inputs})[0].shape == (2, 5, 3)
+    with pytest.raises(Exception, match="must be 64 times the words"):
+        session.run(None, {"x": np.ones((2, 65), np.float32), **inputs})
+
+
+def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
+    with pytest.raises(ValueError, match="choose sparse or kernels"):
+        ExportSettings(format="onnx", sparse=True, kernels=True)
+    monkeypatch.setattr(cpu, "_library_file", lambda: None)
+    settings = ExportSettings(format="onnx", kernels=True)
+    with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):
+        export(exported[0], tmp_path / "out", settings, progress=progress)
+
+
+@needs_operator
+def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypatch, progress) -> None:
+    half = ExportSettings(format="onnx", dtype="float16", kernels=True)
+    with pytest.raises(UsageError, match="--kernels runs in float32"):
+        export(exported[0], tmp_path / "out", half, progress=progress)
+    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    monkeypatch.setattr(onnx_bitmask, "WORD", 48)
+    with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export with --sparse"):
+        export(exported[0], tmp_path / "out", ExportSettings(format="onnx", kernels=True), progress=progress)
 
 
 def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.bitmask import WORD
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import MissingDependencyError, UsageError
 
 PATHS = ("portable", "avx2", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
@@ -25,11 +25,15 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = "_bitmask"
 
 
+def _library_file() -> Path | None:
+    folder = Path(__file__).parent
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / (_LIBRARY + suffix)).exists()), None)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, joined to torch's threads; None where the package was installed without a compiler."""
-    folder = Path(__file__).parent
-    found = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / (_LIBRARY + suffix)).exists()), None)
+    found = _library_file()
     if found is None:
         return None
     kernels = ctypes.CDLL(str(found))
@@ -45,6 +49,24 @@ def library() -> ctypes.CDLL | None:
 def available() -> bool:
     """Whether the compiled kernels are there."""
     return library() is not None
+
+
+def onnxruntime_library() -> Path:
+    """The library with the operator `gblm.BitmaskLinear`, for `SessionOptions.register_custom_ops_library`.
+
+    Raises:
+        MissingDependencyError: it was compiled without ONNX Runtime's C header, or not at all.
+    """
+    found = _library_file()
+    if found is None or not hasattr(ctypes.CDLL(str(found)), "RegisterCustomOps"):
+        raise MissingDependencyError(
+            "the operator for ONNX Runtime was not compiled: "
+            + ("no C compiler was at hand" if found is None else "ONNX Runtime's C header was not found")
+            + " when gblm-compress was installed. Install a compiler and the header (Debian, Ubuntu: `apt install gcc "
+            "libonnxruntime-dev`; elsewhere put the folder of onnxruntime_c_api.h into CPATH), then reinstall with "
+            "`pip install --force-reinstall --no-deps --no-cache-dir`"
+        )
+    return found
 
 
 @cache
