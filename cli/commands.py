@@ -1,6 +1,7 @@
 """The commands: parse, call one stage, print. Stages are imported inside, so that `--help` loads no torch."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -324,6 +325,9 @@ def _evaluate_summary(result: dict[str, Any]) -> Table:
     return _pairs(rows)
 
 
+_PRODUCT = re.compile("MatMul|Gemm|Linear")
+
+
 def _benchmark_summary(result: dict[str, Any]) -> list[Any]:
     from gblm_compress.report import human_bytes
 
@@ -347,7 +351,15 @@ def _benchmark_summary(result: dict[str, Any]) -> list[Any]:
             m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
         )
     machine = result["environment"]
-    return [table, f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}"]
+    used = {m["model"]: _products(m["operators"]) for m in result["measurements"]}
+    runs = [f"{model} decodes with {products}" for model, products in used.items()]
+    return [table, *runs, f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}"]
+
+
+def _products(operators: dict[str, int]) -> str:
+    """The operators that multiply by weights; what else a graph has is in the JSON."""
+    products = {name: n for name, n in operators.items() if not name.endswith("Provider)") or _PRODUCT.search(name)}
+    return ", ".join(f"{n} × {name}" for name, n in products.items())
 
 
 def _spread(spread: dict[str, float]) -> str:

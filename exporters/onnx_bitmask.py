@@ -1,7 +1,7 @@
 """Pruned weights of an ONNX graph as bitmask and nonzeros: decoded by standard operators, or multiplied as they are.
 
-`encode_initializers_` is for storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session holds, and runs, dense
-weights. The decoder of a weight with E elements in row-major order:
+`encode_initializers_` is for storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session
+holds, and runs, dense weights. The decoder of a weight with E elements in row-major order:
 
     bytes [E/8, 1] ─BitShift(0…7)─► ─BitwiseAnd(1)─► ─Reshape─► bits [E] ─Cast─► int32
     bits ─CumSum─► · bits = for each weight, its place among the nonzeros counted from 1, and 0 for a zero
@@ -88,8 +88,9 @@ def use_kernels_(program: ir.Model, names: list[str]) -> None:
         used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
         if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
             raise ModelError(
-                f"{name}: {OPERATOR} takes the place of a MatMul whose in_features is a multiple of {WORD}; this weight "
-                f"has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with --sparse"
+                f"{name}: {OPERATOR} takes the place of a MatMul whose in_features is a multiple of {WORD}; this "
+                f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with "
+                "--sparse"
             )
         mask, values = pack(weight)
         packed = []

@@ -37,12 +37,13 @@ def main() -> None:
     with peak_memory(setup["device"]) as memory:
         try:
             start = time.perf_counter()
-            runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"])
+            runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=True)
             loaded = time.perf_counter() - start
         except GblmError as error:
             answer({"error": str(error), "kind": type(error).__name__})
             return
-        answer({"load_seconds": loaded, "provider": runtime.provider, "dtype": runtime.dtype})
+        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "operators": runtime.operators()}
+        answer({"load_seconds": loaded, **facts})
         vocabulary = source.config["vocab_size"]
         for line in sys.stdin:
             request = json.loads(line)

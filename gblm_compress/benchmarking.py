@@ -65,6 +65,8 @@ class Measurement:
         peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
+        operators: what a decode step really runs, and how often: ONNX operators with their execution provider, or the
+            kernels of torch's linear layers.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Measurement:
     peak_memory_bytes: int
     load_seconds: float
     bytes_on_disk: int
+    operators: dict[str, int]
     prefill_speedup: Comparison | None = None
     decode_speedup: Comparison | None = None
     same_tokens_as_baseline: bool | None = None
@@ -219,6 +222,7 @@ def _benchmark_lane(
                     peak_memory_bytes=final["peak_memory_bytes"],
                     load_seconds=worker.facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
+                    operators=worker.facts["operators"],
                     prefill_speedup=compare(base[0], ttft) if index else None,
                     decode_speedup=compare(base[1], tpot) if index else None,
                     same_tokens_as_baseline=(

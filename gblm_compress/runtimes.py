@@ -5,11 +5,16 @@ between models or runtimes and never between two ways of calling them.
 """
 
 import inspect
+import json
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gblm_compress import sources
 from gblm_compress.errors import MissingDependencyError, ModelError
@@ -17,6 +22,7 @@ from gblm_compress.exporters.semi_structured import load_sparse
 from gblm_compress.kernels import cpu
 from gblm_compress.settings import RuntimeName
 from gblm_compress.sources import ModelSource
+from gblm_compress.sparse_linear import SparseLinear
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -41,23 +47,27 @@ class Runtime(Protocol):
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
 
+    def operators(self) -> dict[str, int]:
+        """What a decode step really runs, and how often: operators and where, or the kernels of linear layers."""
+
 
 def runtime_of(source: ModelSource) -> RuntimeName:
     """The runtime that executes this folder: "onnxruntime" for an ONNX export, else "torch"."""
     return "onnxruntime" if source.is_onnx else "torch"
 
 
-def load_runtime(source: ModelSource, dtype: str, device: str, threads: int) -> Runtime:
+def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, profile: bool = False) -> Runtime:
     """Load a folder in the runtime that executes it.
 
     Args:
         dtype: for torch; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
         threads: intra-op threads on the CPU.
+        profile: keep a record until `operators` is called, which needs it in ONNX Runtime.
     """
     torch.set_num_threads(threads)
     if source.is_onnx:
-        return OnnxRuntime(source, device, threads)
+        return OnnxRuntime(source, device, threads, profile=profile)
     if source.is_packed:
         return TorchRuntime(load_sparse(source.folder, device))
     return TorchRuntime(sources.load_model(source, dtype, device))
@@ -90,6 +100,10 @@ class TorchRuntime:
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return self._step(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
 
+    def operators(self) -> dict[str, int]:
+        layers = [m for m in self._model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
+        return dict(Counter(m.kernel(1) if isinstance(m, SparseLinear) else "dense" for m in layers))
+
     def _step(self, **inputs: Any) -> tuple[Tensor, Any]:
         output = self._model(**inputs, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
@@ -101,7 +115,7 @@ class TorchRuntime:
 class OnnxRuntime:
     """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues."""
 
-    def __init__(self, source: ModelSource, device: str, threads: int) -> None:
+    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
         import onnxruntime
 
         kind, _, index = device.partition(":")
@@ -114,6 +128,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        self._records = TemporaryDirectory() if profile else None
+        if self._records:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._records.name) / "profile")
         if source.needs_operator:
             options.register_custom_ops_library(str(cpu.onnxruntime_library()))
         providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
@@ -143,6 +161,16 @@ class OnnxRuntime:
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return self._step(ids.numpy(), cache, past=cache[0].shape()[2])
+
+    def operators(self) -> dict[str, int]:
+        assert self._records, "the runtime must be loaded with `profile`"
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        self.decode(token, self._empty_cache(1))
+        events = json.loads(Path(self._session.end_profiling()).read_text())
+        self._records.cleanup()
+        kernels = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        counts = Counter(f"{kernel['op_name']} ({kernel['provider']})" for kernel in kernels)
+        return dict(counts.most_common())
 
     def _step(self, ids: Any, cache: list[Any], past: int) -> tuple[Tensor, Any]:
         logits, cache = self._run(ids, cache, past)

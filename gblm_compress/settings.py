@@ -119,7 +119,7 @@ class ExportSettings(Settings):
     dtype: Dtype = Field("auto", description="Of the exported weights; auto is the checkpoint's own.")
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
-        False, description="ONNX: run pruned weights packed, on this package's operator for ONNX Runtime (CPU, float32)."
+        False, description="ONNX: run pruned weights packed, on an operator of this package (CPU, float32)."
     )
 
     @model_validator(mode="after")

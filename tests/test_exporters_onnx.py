@@ -209,6 +209,15 @@ def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int,
 
 
 @needs_operator
+def test_what_runs_is_listed_with_its_provider(exported, with_kernels) -> None:
+    dense = OnnxRuntime(exported[1], "cpu", 1, profile=True).operators()
+    packed = OnnxRuntime(with_kernels[1], "cpu", 1, profile=True).operators()
+    assert packed["BitmaskLinear (CPUExecutionProvider)"] == 14
+    products = "MatMul (CPUExecutionProvider)"
+    assert dense[products] - packed[products] == 14
+
+
+@needs_operator
 def test_the_operator_says_what_shape_it_needs(tmp_path) -> None:
     import onnxruntime
     from onnx import TensorProto, helper
