@@ -1,11 +1,12 @@
 """Does sparsity pay on this CPU? Kernels and a whole model, sparse beside dense, in one process and one run.
 
-    python benchmarks/cpu_decode.py --model PRUNED_FOLDER --json result.json
+    python benchmarks/cpu_decode.py --model PRUNED --onnx PRUNED-ONNX PRUNED-ONNX-KERNELS --json result.json
 
 The kernel part times y = x Wᵀ for 4096×4096 weights, rotating over more matrices than the last-level cache holds:
 torch's dense product, a dense kernel written with the same care as ours (`dense_kernel.c`, the honest yardstick), and
-the bitmask kernel at 50 % unstructured and at 2:4. The model part decodes greedily with the dense masked model and its
-bitmask form in turn. Medians over interleaved rounds; the first is warm-up.
+the bitmask kernel at 50 % unstructured and at 2:4. The model part decodes greedily in every way there is to run the
+same weights, in turn: torch dense and bitmask, ONNX Runtime dense and on our operator, llama.cpp where its package
+(llama-cpp-python) is installed. Medians over interleaved rounds; the first is warm-up.
 """
 
 import argparse
@@ -17,11 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from llama_cpp_model import LlamaCpp, write_gguf
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +34,7 @@ from gblm_compress.doctor import environment
 from gblm_compress.kernels import cpu
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import TorchRuntime
+from gblm_compress.runtimes import OnnxRuntime, Runtime, TorchRuntime
 from gblm_compress.sources import load_model, resolve_model, silence_libraries
 from gblm_compress.sparse_checkpoint import sparsify_
 
@@ -116,18 +119,68 @@ def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]
     return rows
 
 
-def model(folder: str, dtype: str, rounds: int, prompt: int, generate: int) -> dict[str, Any]:
-    """The model part: the dense masked model against the same model in the bitmask layout."""
-    source = resolve_model(folder, Progress(quiet=True))
+def model(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The model part: facts about the packed model, and one row for each way to run it.
+
+    All decode the same prompt in turn, in one process: torch dense with the masked weights, torch on the bitmask
+    layout, and in fp32 the ONNX exports given; llama.cpp, dense, where its package is installed.
+    """
+    source = resolve_model(options.model, Progress(quiet=True))
     dense = load_model(source, dtype)
     names = manifest.pruned_layers(source, dense)
     sparse = copy.deepcopy(dense)
     sparsify_(sparse, names)
+    threads = torch.get_num_threads()
+    ids = torch.randint(0, dense.config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
+    runtimes: dict[str, Runtime | LlamaCpp] = {
+        "torch dense": TorchRuntime(dense),
+        "torch bitmask": TorchRuntime(sparse),
+    }
+    if dtype == "float32":
+        for folder in options.onnx:
+            export = resolve_model(folder, Progress(quiet=True))
+            kind = "operator" if export.needs_operator else "dense"
+            runtimes[f"onnxruntime {kind}"] = OnnxRuntime(export, "cpu", threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if find_spec("llama_cpp"):
+            # fp16 beside bf16, in which llama.cpp is slow on CPUs without its newest kernels
+            for kind in ("float32",) if dtype == "float32" else ("bfloat16", "float16"):
+                path = write_gguf(dense, kind, Path(folder) / f"{kind}.gguf")
+                runtimes[f"llama.cpp dense {kind}"] = LlamaCpp(path, threads, options.prompt + options.generate)
+        times, tokens = generations(runtimes, ids, options.rounds, options.generate)
     dense_bytes = sum(dense.get_submodule(name).weight.nbytes for name in names)
     packed_bytes = sum(sparse.get_submodule(name).packed_bytes for name in names)
     head_bytes = dense.lm_head.weight.nbytes
-    ids = torch.randint(0, dense.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    runtimes = {"dense": TorchRuntime(dense), "sparse": TorchRuntime(sparse)}
+    facts = {
+        "model": Path(options.model).name,
+        "dtype": dtype,
+        "threads": threads,
+        "byte_limit": (dense_bytes + head_bytes) / (packed_bytes + head_bytes),
+        "resident_weight_ratio": packed_bytes / dense_bytes,
+        "kernel_for_1_token": sparse.get_submodule(names[0]).kernel(1),
+        "kernel_for_prompt": sparse.get_submodule(names[0]).kernel(options.prompt),
+    }
+    base_prefill, base_decode = times["torch dense"]
+    rows = [
+        {
+            "execution": name,
+            "dtype": dtype,
+            "threads": threads,
+            "prefill_ms": prefill,
+            "ms_per_token": decode,
+            "prefill_over_torch_dense": base_prefill / prefill,
+            "decode_over_torch_dense": base_decode / decode,
+            "identical_tokens": tokens[name] == tokens["torch dense"],
+        }
+        for name, (prefill, decode) in times.items()
+    ]
+    return facts, rows
+
+
+def generations(
+    runtimes: dict[str, Any], ids: torch.Tensor, rounds: int, generate: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, list[int]]]:
+    """(median prefill, median ms a token) and the greedy tokens of each runtime, in interleaved rounds."""
     prefill: dict[str, list[float]] = {name: [] for name in runtimes}
     decode: dict[str, list[float]] = {name: [] for name in runtimes}
     tokens: dict[str, list[int]] = {}
@@ -143,24 +196,7 @@ def model(folder: str, dtype: str, rounds: int, prompt: int, generate: int) -> d
             if number:
                 prefill[name].append(1000 * (first - start))
                 decode[name].append(1000 * (time.perf_counter() - first) / (generate - 1))
-    medians = {name: median(values) for name, values in decode.items()}
-    return {
-        "model": Path(folder).name,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "dense_ms_per_token": medians["dense"],
-        "sparse_ms_per_token": medians["sparse"],
-        "decode_speedup": medians["dense"] / medians["sparse"],
-        "byte_limit": (dense_bytes + head_bytes) / (packed_bytes + head_bytes),
-        "dense_prefill_ms": median(prefill["dense"]),
-        "sparse_prefill_ms": median(prefill["sparse"]),
-        "prefill_speedup": median(prefill["dense"]) / median(prefill["sparse"]),
-        "identical_tokens": tokens["dense"] == tokens["sparse"],
-        "tokens": generate,
-        "resident_weight_ratio": packed_bytes / dense_bytes,
-        "kernel_for_1_token": sparse.get_submodule(names[0]).kernel(1),
-        "kernel_for_prompt": sparse.get_submodule(names[0]).kernel(prompt),
-    }
+    return {name: (median(prefill[name]), median(decode[name])) for name in runtimes}, tokens
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -175,6 +211,7 @@ def main() -> None:
     """Run both parts and print tables; write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a pruned folder; without one, only kernels are timed")
+    parser.add_argument("--onnx", nargs="*", default=[], metavar="FOLDER", help="its ONNX exports, dense and --kernels")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=128)
@@ -184,19 +221,22 @@ def main() -> None:
     silence_libraries()
     if not cpu.available():
         raise SystemExit("the compiled kernels are missing: install with a C compiler at hand, then run this again")
-    result: dict[str, Any] = {"environment": environment(), "kernels": [], "models": []}
+    result: dict[str, Any] = {"environment": environment(), "kernels": [], "models": [], "field": []}
     for threads in sorted(set(options.threads)):
         torch.set_num_threads(threads)
         for dtype in (torch.float32, torch.bfloat16):
             result["kernels"] += kernels(dtype, 1, options.rounds) + kernels(dtype, 4, options.rounds)
         if options.model:
             for name in ("float32", "bfloat16"):
-                result["models"].append(model(options.model, name, options.rounds, options.prompt, options.generate))
+                facts, rows = model(options, name)
+                result["models"].append(facts)
+                result["field"] += rows
     for tokens in (1, 4):
         rows = [row for row in result["kernels"] if row["tokens"] == tokens]
         show(f"kernel, {SIZE}×{SIZE}, {tokens} tokens", rows)
     if result["models"]:
-        show("whole model", result["models"])
+        show("packed model", result["models"])
+        show(f"prompt of {options.prompt}, {options.generate} greedy tokens", result["field"])
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

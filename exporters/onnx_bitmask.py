@@ -23,6 +23,7 @@ from gblm_compress.errors import ModelError
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
 DOMAIN, OPERATOR = "gblm", "BitmaskLinear"
+MAX_WEIGHTS = 8  # that one BitmaskLinear multiplies by
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
@@ -75,12 +76,16 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
 
 
 def use_kernels_(program: ir.Model, names: list[str]) -> None:
-    """Replace every MatMul by one of the named initializers [in_features, out_features] by BitmaskLinear, in place.
+    """Multiply by the named initializers [in_features, out_features] with BitmaskLinear instead of MatMul, in place.
+
+    MatMuls of the same input become one BitmaskLinear, at the place of the first.
 
     Raises:
         ModelError: a weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
     """
     graph = program.graph
+    packed: dict[str, list[ir.Value]] = {}
+    same_input: dict[ir.Value, list[ir.Node]] = {}
     for name in names:
         dense = graph.initializers[name]
         assert dense.const_value is not None
@@ -93,20 +98,29 @@ def use_kernels_(program: ir.Model, names: list[str]) -> None:
                 "--sparse"
             )
         mask, values = pack(weight)
-        packed = []
+        packed[name] = []
         for suffix, tensor in ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask))):
             value = ir.Value(name=name + suffix, const_value=ir.tensor(tensor.numpy(), name=name + suffix))
             value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
             graph.initializers[name + suffix] = value
-            packed.append(value)
-        for matmul in [node for node, _ in dense.uses()]:
-            node = ir.node(OPERATOR, [matmul.inputs[0], *packed], domain=DOMAIN, name=matmul.name)
-            product = matmul.outputs[0]
-            node.outputs[0].shape, node.outputs[0].type = product.shape, product.type
-            graph.insert_before(matmul, node)
-            product.replace_all_uses_with(node.outputs[0])
-            graph.remove(matmul, safe=True)
-            node.outputs[0].name = product.name
+            packed[name].append(value)
+        for matmul, _ in dense.uses():
+            same_input.setdefault(matmul.inputs[0], []).append(matmul)
+    order = {node: number for number, node in enumerate(graph)}
+    for x, matmuls in same_input.items():
+        matmuls.sort(key=order.__getitem__)
+        for first in range(0, len(matmuls), MAX_WEIGHTS):
+            group = matmuls[first : first + MAX_WEIGHTS]
+            weights = [value for matmul in group for value in packed[matmul.inputs[1].name]]
+            node = ir.Node(DOMAIN, OPERATOR, [x, *weights], num_outputs=len(group), name=group[0].name)
+            graph.insert_before(group[0], node)
+            for matmul, output in zip(group, node.outputs, strict=True):
+                product = matmul.outputs[0]
+                output.shape, output.type = product.shape, product.type
+                product.replace_all_uses_with(output)
+                graph.remove(matmul, safe=True)
+                output.name = product.name
+    for name in names:
         del graph.initializers[name]
     program.opset_imports[DOMAIN] = 1
 

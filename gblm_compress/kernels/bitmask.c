@@ -335,27 +335,35 @@ static Kernel kernel_of(int path, int type) {
 /* ---- work shared by threads ---- */
 
 typedef struct {
-    const Job *job;
+    const Job *jobs;
+    int count, parts;
     Kernel kernel;
-    int parts;
-    int64_t first, count, columns; /* of an expansion */
-    char *dense;
-} Work;
+} Products;
 
 static void few_tokens_part(void *argument, int index) {
-    const Work *work = argument;
-    int64_t begin, end;
-    gblm_share(work->job->rows, work->parts, index, &begin, &end);
-    work->kernel(work->job, begin, end);
+    const Products *products = argument;
+    for (int i = 0; i < products->count; i++) {
+        const Job *job = products->jobs + i;
+        int64_t begin, end;
+        gblm_share(job->rows, products->parts, index, &begin, &end);
+        products->kernel(job, begin, end);
+    }
 }
 
-void gblm_few_tokens(const Job *job, const Threads *threads) {
-    Work work = {.job = job, .kernel = kernel_of(job->path, job->type), .parts = threads->count};
-    threads->run(threads->context, few_tokens_part, &work, threads->count);
+void gblm_few_tokens(const Job *jobs, int count, const Threads *threads) {
+    Products products = {jobs, count, threads->count, kernel_of(jobs->path, jobs->type)};
+    threads->run(threads->context, few_tokens_part, &products, threads->count);
 }
+
+typedef struct {
+    const Job *job;
+    int parts;
+    int64_t first, count, columns;
+    char *dense;
+} Expansion;
 
 static void expand_part(void *argument, int index) {
-    const Work *work = argument;
+    const Expansion *work = argument;
     const int wide = work->job->type == F32;
     int64_t begin, end;
     gblm_share(work->count, work->parts, index, &begin, &end);
@@ -411,7 +419,7 @@ EXPORT void gblm_bitmask_linear(const void *mask, const void *values, const int6
                                 void *panels, int64_t rows, int64_t words, int64_t tokens, int type, int path, int count) {
     const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
     const Threads threads = openmp(count);
-    (panels ? gblm_many_tokens : gblm_few_tokens)(&job, &threads);
+    (panels ? gblm_many_tokens : gblm_few_tokens)(&job, 1, &threads);
 }
 
 /* Rows [first, first + count) dense, [count, columns], in the type of the values. */
@@ -419,6 +427,6 @@ EXPORT void gblm_bitmask_expand(const void *mask, const void *values, const int6
                                 int64_t rows, int64_t columns, int64_t words, int type, int path, int count) {
     const Job job = {.mask = mask, .values = values, .starts = starts, .words = words, .type = type, .path = path};
     const Threads threads = openmp(count);
-    Work work = {.job = &job, .parts = threads.count, .first = first, .count = rows, .columns = columns, .dense = dense};
+    Expansion work = {.job = &job, .parts = threads.count, .first = first, .count = rows, .columns = columns, .dense = dense};
     threads.run(threads.context, expand_part, &work, threads.count);
 }

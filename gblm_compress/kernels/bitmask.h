@@ -33,11 +33,11 @@ typedef struct {
     int count;
 } Threads;
 
-/* y = x Wᵀ, for up to FEW_TOKENS tokens. */
-void gblm_few_tokens(const Job *job, const Threads *threads);
+/* y = x Wᵀ of each job, for up to FEW_TOKENS tokens. The jobs differ in mask, values, starts, y and rows alone. */
+void gblm_few_tokens(const Job *jobs, int count, const Threads *threads);
 
-/* y = x Wᵀ for any number of tokens, where gblm_has_many(type, path). */
-void gblm_many_tokens(const Job *job, const Threads *threads);
+/* The same for any number of tokens, where gblm_has_many(type, path). */
+void gblm_many_tokens(const Job *jobs, int count, const Threads *threads);
 
 EXPORT int gblm_paths(int type);
 EXPORT int gblm_has_many(int type, int path);

@@ -65,20 +65,21 @@ AVX512 static inline void transpose(__m512 a[16]) {
 /* ---- x into panels ---- */
 
 typedef struct {
-    const Job *job;
+    const Job *jobs;
+    int count, parts;
     int64_t panel; /* tokens of a full one */
-    int parts;
 } Work;
 
 /* Panel `first`, which holds tokens first … first + width - 1; the last ones may be padding. */
 static float *panel_at(const Work *work, int64_t first, int64_t *width) {
-    *width = least(work->panel, rounded(work->job->tokens - first));
-    return (float *)work->job->panels + first * units(work->job->words, work->job->type);
+    const Job *job = work->jobs;
+    *width = least(work->panel, rounded(job->tokens - first));
+    return (float *)job->panels + first * units(job->words, job->type);
 }
 
 AVX512 static void pack_part(void *argument, int index) {
     const Work *work = argument;
-    const Job *job = work->job;
+    const Job *job = work->jobs;
     const int64_t columns = units(job->words, job->type);
     int64_t begin, end, width;
     gblm_share(columns / 16, work->parts, index, &begin, &end);
@@ -101,7 +102,7 @@ AVX512 static void pack_part(void *argument, int index) {
 
 static void pack_part_portable(void *argument, int index) {
     const Work *work = argument;
-    const Job *job = work->job;
+    const Job *job = work->jobs;
     const int64_t columns = units(job->words, job->type);
     int64_t begin, end, width;
     gblm_share(columns, work->parts, index, &begin, &end);
@@ -200,9 +201,7 @@ static const SparsePanel sparse_512[] = {sparse_512_1, sparse_512_2, sparse_512_
                                          sparse_512_5, sparse_512_6, sparse_512_7, sparse_512_8};
 static const SparsePanel sparse_256[] = {sparse_256_2, sparse_256_4, sparse_256_6, sparse_256_8};
 
-static void sparse_part(void *argument, int index) {
-    const Work *work = argument;
-    const Job *job = work->job;
+static void sparse_rows(const Work *work, const Job *job, int index) {
     float sums[ROWS * PANEL] __attribute__((aligned(64)));
     int64_t begin, end, width;
     gblm_share(job->rows, work->parts, index, &begin, &end);
@@ -274,9 +273,7 @@ AMX static inline void multiply_tiles(const uint16_t *low_rows, const uint16_t *
     }
 }
 
-AMX static void amx_part(void *argument, int index) {
-    const Work *work = argument;
-    const Job *job = work->job;
+AMX static void amx_rows(const Work *work, const Job *job, int index) {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes_a_row[16];
@@ -313,10 +310,17 @@ AMX static void amx_part(void *argument, int index) {
     _tile_release();
 }
 
-void gblm_many_tokens(const Job *job, const Threads *threads) {
-    Work work = {job, job->path == AVX2_PATH ? AVX2_PANEL : PANEL, threads->count};
-    threads->run(threads->context, job->path == AVX2_PATH ? pack_part_portable : pack_part, &work, threads->count);
-    threads->run(threads->context, job->type == BF16 ? amx_part : sparse_part, &work, threads->count);
+static void product_part(void *argument, int index) {
+    const Work *work = argument;
+    for (int i = 0; i < work->count; i++)
+        (work->jobs->type == BF16 ? amx_rows : sparse_rows)(work, work->jobs + i, index);
+}
+
+void gblm_many_tokens(const Job *jobs, int count, const Threads *threads) {
+    const int avx2 = jobs->path == AVX2_PATH;
+    Work work = {jobs, count, threads->count, avx2 ? AVX2_PANEL : PANEL};
+    threads->run(threads->context, avx2 ? pack_part_portable : pack_part, &work, threads->count);
+    threads->run(threads->context, product_part, &work, threads->count);
 }
 
 #else
@@ -330,5 +334,5 @@ EXPORT int gblm_has_many(int type, int path) {
     return 0;
 }
 
-void gblm_many_tokens(const Job *job, const Threads *threads) { (void)job, (void)threads; }
+void gblm_many_tokens(const Job *jobs, int count, const Threads *threads) { (void)jobs, (void)count, (void)threads; }
 #endif

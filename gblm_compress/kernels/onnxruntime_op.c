@@ -1,7 +1,9 @@
-/* The custom operator gblm.BitmaskLinear of ONNX Runtime: y = x Wᵀ in fp32, W in the bitmask layout.
+/* The custom operator gblm.BitmaskLinear of ONNX Runtime: y = x Wᵀ in fp32, W in the bitmask layout, for one or more weights
+ * that multiply the same x: fewer calls, one meeting of the threads, and x is packed once.
  *
- *     BitmaskLinear(x [..., words·64] float, mask [rows, words] int64, values [nonzeros + 64] float, starts [rows] int64)
- *         -> y [..., rows] float
+ *     BitmaskLinear(x [..., words·64] float,
+ *                   mask [rows, words] int64, values [nonzeros + 64] float, starts [rows] int64, … of the next weight)
+ *         -> y [..., rows] float, … of the next weight
  *
  * ONNX Runtime loads this library by its path and calls RegisterCustomOps. Compiled without ONNX Runtime's C header
  * (Debian: libonnxruntime-dev) it has no such function, and the rest of the library is the same.
@@ -21,8 +23,7 @@
 
 #include "bitmask.h"
 
-enum { X, MASK, VALUES, STARTS, INPUTS };
-enum { MAX_RANK = 8, PARALLEL_FOR_SINCE = 17 };
+enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PARALLEL_FOR_SINCE = 17 };
 static const OrtApi *ort;
 static int path, parts;
 
@@ -63,43 +64,62 @@ static void run_session(void *context, void (*part)(void *, int), void *work, in
     for (int i = 0; i < count; i++) part(work, i);
 }
 
+static OrtStatusPtr data_of(OrtKernelContext *context, size_t index, const OrtValue **value, const void **data) {
+    TRY(ort->KernelContext_GetInput(context, index, value));
+    return ort->GetTensorMutableData((OrtValue *)*value, (void **)data);
+}
+
 static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context) {
     (void)kernel;
-    const OrtValue *inputs[INPUTS];
-    const void *data[INPUTS];
-    int64_t shape[MAX_RANK], packed[MAX_RANK];
-    size_t rank, packed_rank;
-    for (size_t i = 0; i < INPUTS; i++) {
-        TRY(ort->KernelContext_GetInput(context, i, &inputs[i]));
-        TRY(ort->GetTensorMutableData((OrtValue *)inputs[i], (void **)&data[i]));
-    }
-    TRY(shape_of(inputs[X], shape, &rank));
-    TRY(shape_of(inputs[MASK], packed, &packed_rank));
-    if (rank == 0 || packed_rank != 2 || shape[rank - 1] != packed[1] * 64)
-        return invalid("BitmaskLinear: the last dimension of x must be 64 times the words in a row of the mask");
-    int64_t tokens = 1;
+    Job jobs[MAX_WEIGHTS] = {0};
+    const OrtValue *value;
+    const void *x;
+    int64_t shape[MAX_RANK], packed[MAX_RANK], tokens = 1;
+    size_t rank, packed_rank, inputs;
+    TRY(ort->KernelContext_GetInputCount(context, &inputs));
+    const int count = (int)(inputs / 3);
+    if (inputs % 3 != 1 || count < 1 || count > MAX_WEIGHTS)
+        return invalid("BitmaskLinear: needs x, then mask, values and starts of 1 to 8 weights");
+    TRY(data_of(context, 0, &value, &x));
+    TRY(shape_of(value, shape, &rank));
     for (size_t i = 0; i + 1 < rank; i++) tokens *= shape[i];
-    shape[rank - 1] = packed[0];
-    OrtValue *output;
-    void *y;
-    TRY(ort->KernelContext_GetOutput(context, 0, shape, rank, &output));
-    TRY(ort->GetTensorMutableData(output, &y));
+    const int64_t columns = rank ? shape[rank - 1] : 0;
+    for (int i = 0; i < count; i++) {
+        Job *job = jobs + i;
+        TRY(data_of(context, 3 * i + 2, &value, &job->values));
+        TRY(data_of(context, 3 * i + 3, &value, (const void **)&job->starts));
+        TRY(data_of(context, 3 * i + 1, &value, (const void **)&job->mask));
+        TRY(shape_of(value, packed, &packed_rank));
+        if (packed_rank != 2 || columns != packed[1] * 64)
+            return invalid("BitmaskLinear: the last dimension of x must be 64 times the words in a row of each mask");
+        OrtValue *output;
+        shape[rank - 1] = job->rows = packed[0];
+        TRY(ort->KernelContext_GetOutput(context, i, shape, rank, &output));
+        TRY(ort->GetTensorMutableData(output, &job->y));
+        job->words = packed[1];
+        job->x = x;
+        job->tokens = tokens;
+        job->type = F32;
+        job->path = path;
+    }
     if (tokens == 0) return NULL;
-
-    Job job = {data[MASK], data[VALUES], data[STARTS], data[X], y, packed[0], packed[1], tokens, F32, path, NULL};
     const Threads threads = {run_session, context, parts};
     if (tokens > FEW_TOKENS && gblm_has_many(F32, path)) {
-        job.panels = aligned_alloc(64, (size_t)gblm_panel_bytes(job.words, tokens, F32));
-        if (!job.panels) return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory");
-        gblm_many_tokens(&job, &threads);
-        free(job.panels);
+        void *panels = aligned_alloc(64, (size_t)gblm_panel_bytes(jobs->words, tokens, F32));
+        if (!panels) return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory");
+        for (int i = 0; i < count; i++) jobs[i].panels = panels;
+        gblm_many_tokens(jobs, count, &threads);
+        free(panels);
         return NULL;
     }
     for (int64_t first = 0; first < tokens; first += FEW_TOKENS) {
-        job.tokens = tokens - first < FEW_TOKENS ? tokens - first : FEW_TOKENS;
-        job.x = (const float *)data[X] + first * job.words * 64;
-        job.y = (float *)y + first * job.rows;
-        gblm_few_tokens(&job, &threads);
+        for (int i = 0; i < count; i++)
+            jobs[i].tokens = tokens - first < FEW_TOKENS ? tokens - first : FEW_TOKENS;
+        gblm_few_tokens(jobs, count, &threads);
+        for (int i = 0; i < count; i++) {
+            jobs[i].x = (const float *)jobs[i].x + FEW_TOKENS * columns;
+            jobs[i].y = (float *)jobs[i].y + FEW_TOKENS * jobs[i].rows;
+        }
     }
     return NULL;
 }
@@ -122,9 +142,10 @@ static const char *ORT_API_CALL provider(const OrtCustomOp *op) {
     return "CPUExecutionProvider";
 }
 
+/* x, and as many tensors as there are. */
 static size_t ORT_API_CALL input_count(const OrtCustomOp *op) {
     (void)op;
-    return INPUTS;
+    return 2;
 }
 
 static size_t ORT_API_CALL output_count(const OrtCustomOp *op) {
@@ -134,7 +155,7 @@ static size_t ORT_API_CALL output_count(const OrtCustomOp *op) {
 
 static ONNXTensorElementDataType ORT_API_CALL input_type(const OrtCustomOp *op, size_t index) {
     (void)op;
-    return index == MASK || index == STARTS ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return index ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
 static ONNXTensorElementDataType ORT_API_CALL output_type(const OrtCustomOp *op, size_t index) {
@@ -142,19 +163,29 @@ static ONNXTensorElementDataType ORT_API_CALL output_type(const OrtCustomOp *op,
     return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
-static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCustomOp *op, size_t index) {
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL input_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    return index ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+}
+
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL output_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
-    return INPUT_OUTPUT_REQUIRED;
+    return INPUT_OUTPUT_VARIADIC;
+}
+
+static int ORT_API_CALL one(const OrtCustomOp *op) {
+    (void)op;
+    return 1;
+}
+
+static int ORT_API_CALL none(const OrtCustomOp *op) {
+    (void)op;
+    return 0;
 }
 
 static OrtMemType ORT_API_CALL memory(const OrtCustomOp *op, size_t index) {
     (void)op, (void)index;
     return OrtMemTypeDefault;
-}
-
-static int ORT_API_CALL start_version(const OrtCustomOp *op) {
-    (void)op;
-    return 1;
 }
 
 static int ORT_API_CALL end_version(const OrtCustomOp *op) {
@@ -170,12 +201,16 @@ static OrtCustomOp operation = {
     .GetOutputType = output_type,
     .GetOutputTypeCount = output_count,
     .KernelDestroy = destroy,
-    .GetInputCharacteristic = required,
-    .GetOutputCharacteristic = required,
+    .GetInputCharacteristic = input_characteristic,
+    .GetOutputCharacteristic = output_characteristic,
+    .GetVariadicInputMinArity = one,
+    .GetVariadicInputHomogeneity = none, /* masks and starts are int64, values float */
+    .GetVariadicOutputMinArity = one,
+    .GetVariadicOutputHomogeneity = one,
     .GetInputMemoryType = memory,
     .CreateKernelV2 = create,
     .KernelComputeV2 = compute,
-    .GetStartVersion = start_version,
+    .GetStartVersion = one,
     .GetEndVersion = end_version,
 };
 

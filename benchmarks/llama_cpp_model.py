@@ -1,0 +1,80 @@
+"""llama.cpp as one more runtime of the benchmarks: a Llama of transformers written as GGUF, and decoding with it."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+_KINDS = {
+    "float32": gguf.GGMLQuantizationType.F32,
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+}
+
+
+def write_gguf(model: Any, kind: str, path: Path) -> Path:
+    """Write a LlamaForCausalLM without its vocabulary: matrices in `kind`, vectors in float32, a tied head once."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensor = tensor.float()
+        if "q_proj" in name or "k_proj" in name:
+            tensor = _interleave_rotary(tensor, config.head_dim)
+        quantization = _KINDS[kind] if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)),
+            gguf.quants.quantize(tensor.numpy(), quantization),
+            raw_dtype=quantization,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _interleave_rotary(weight: torch.Tensor, head_size: int) -> torch.Tensor:
+    """llama.cpp rotates neighbouring pairs, transformers the two halves of a head."""
+    halves = weight.reshape(-1, 2, head_size // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+class LlamaCpp:
+    """Greedy decoding with the methods of `runtimes.Runtime` that a benchmark calls. One sequence at a time."""
+
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        import llama_cpp
+
+        self._model = llama_cpp.Llama(
+            str(path), n_ctx=context, n_batch=context, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def prefill(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The token after the prompt `ids` [1, tokens]; whatever was generated before is forgotten."""
+        self._model.reset()
+        return self._step(ids), None
+
+    def decode(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """The token after `ids` [1, 1]; the cache is llama.cpp's own."""
+        return self._step(ids), None
+
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        self._model.eval(ids[0].tolist())
+        logits = np.ctypeslib.as_array(self._model._ctx.get_logits(), (self._model.n_vocab(),))
+        return torch.tensor([[int(logits.argmax())]])
