@@ -2,7 +2,7 @@
 
 Two passes. `gradient_norms` runs the dense model backwards once per sample and reduces every weight's
 gradient as soon as autograd has produced it. `BlockReplay` walks the model block by block, so that each
-block sees the output of the blocks before it as they are *after* pruning.
+`Block` sees the output of the blocks before it as they are *after* pruning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,36 +104,60 @@ class BlockReplay:
             _check_same_arguments(self._calls, _record_calls(model, blocks, samples[-1]))
         self._hidden = [_input_of_first_block(model, blocks[0], ids) for ids in samples]
 
-    @torch.no_grad()
-    def activation_norms(self, index: int, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """A_j = sqrt(mean over samples of the sum over tokens of x_j²) of the layers in block `index`.
+    def block(self, index: int) -> "Block":
+        """Block `index` with the hidden states that go into it now."""
+        return Block(self._blocks[index], self._calls[index], self._hidden)
 
-        Returns:
-            {name: A [in_features], float32}.
-
-        Raises:
-            ModelError: an activation is NaN or infinite; the message names the layer.
-        """
-        sums: dict[str, Tensor] = {}
-
-        def accumulate(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = args[0].detach().float().square().reshape(-1, args[0].shape[-1]).sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        with _hooks(layer.register_forward_pre_hook(partial(accumulate, name)) for name, layer in layers.items()):
-            for hidden in self._hidden:
-                self._calls[index].run(self._blocks[index], hidden)
-        if missing := sorted(set(layers) - set(sums)):
-            raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
-        for name, total in sums.items():
-            check_finite(name, "activations", total)
-        return {name: (total / len(self._hidden)).sqrt_() for name, total in sums.items()}
-
-    @torch.no_grad()
     def advance(self, index: int) -> None:
         """Replace the hidden states by the output of block `index`."""
+        block = self.block(index)
         for position, hidden in enumerate(self._hidden):
-            self._hidden[position] = self._calls[index].run(self._blocks[index], hidden)
+            self._hidden[position] = block.run(hidden)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the model and what goes into it.
+
+    Attributes:
+        module: the block; what it computes follows its weights as they are now.
+        call: its arguments beside the hidden states.
+        inputs: the hidden states of every sample, each [1, length, hidden size].
+    """
+
+    module: nn.Module
+    call: "_Call"
+    inputs: Sequence[Tensor]
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor) -> Tensor:
+        """The block's output [1, length, hidden size] for one sample's hidden states of that shape."""
+        return self.call.run(self.module, hidden)
+
+
+def activation_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """A_j = sqrt(mean over samples of the sum over tokens of x_j²) of the linear layers in a block.
+
+    Returns:
+        {name: A [in_features], float32}.
+
+    Raises:
+        ModelError: an activation is NaN or infinite; the message names the layer.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def accumulate(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        squares = args[0].detach().float().square().reshape(-1, args[0].shape[-1]).sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    with _hooks(layer.register_forward_pre_hook(partial(accumulate, name)) for name, layer in layers.items()):
+        for hidden in block.inputs:
+            block.run(hidden)
+    if missing := sorted(set(layers) - set(sums)):
+        raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
+    for name, total in sums.items():
+        check_finite(name, "activations", total)
+    return {name: (total / len(block.inputs)).sqrt_() for name, total in sums.items()}
 
 
 @dataclass

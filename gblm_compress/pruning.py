@@ -18,38 +18,15 @@ from torch import Tensor, nn
 
 from gblm_compress import artifact, manifest, sources, text
 from gblm_compress.allocation import Budget
-from gblm_compress.architecture import (
-    as_matrix,
-    check_finite,
-    find_blocks,
-    is_transposed,
-    prunable_layers,
-    weight_matrix,
-)
+from gblm_compress.architecture import check_finite, find_blocks, prunable_layers, weight_matrix
+from gblm_compress.block_pruning import LayerResult, prune_block_
 from gblm_compress.calibration import BlockReplay, gradient_norms
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.memory import peak_memory
 from gblm_compress.progress import Progress
-from gblm_compress.saliency import SALIENCIES, Statistics
+from gblm_compress.saliency import SALIENCIES
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.sources import ModelSource
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What became of one layer.
-
-    Attributes:
-        pattern: the pattern it satisfies.
-        shape: (out_features, in_features).
-        nonzeros: how many weights are left.
-        transposed: whether the folder stores it as (in_features, out_features).
-    """
-
-    pattern: str
-    shape: tuple[int, int]
-    nonzeros: int
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -171,37 +148,12 @@ def prune_(
 
     results: dict[str, LayerResult] = {}
     for index, block_layers in enumerate(progress.track(per_block, f"pruning ({settings.method})", unit="blocks")):
-        activations = replay.activation_norms(index, block_layers) if replay and block_layers else {}
-        for name, layer in block_layers.items():
-            weight = weight_matrix(layer).detach()
-            gradient = gradients.pop(name, None)
-            statistics = Statistics(
-                activation_norm=activations.get(name),
-                gradient_norm=None if gradient is None else as_matrix(layer, gradient),
-            )
-            nonzeros = _prune_layer_(name, weight, statistics, settings, budgets[name])
-            out_features, in_features = weight.shape
-            results[name] = LayerResult(
-                budgets[name].pattern.name, (out_features, in_features), nonzeros, is_transposed(layer)
-            )
+        block = replay.block(index) if replay else None
+        own = {name: gradients.pop(name) for name in block_layers if name in gradients}
+        results |= prune_block_(block, block_layers, own, settings, budgets)
         if replay and index + 1 < len(blocks):
             replay.advance(index)
     return results
-
-
-def _prune_layer_(name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget) -> int:
-    """Zero the weights [out_features, in_features] that the budget does not keep, in place.
-
-    Returns:
-        How many are left.
-    """
-    magnitude = weight.float()
-    score = SALIENCIES[settings.method].score(magnitude, statistics, settings.alpha)
-    check_finite(name, "scores", score)
-    keep = budget.pattern.mask(score, magnitude, budget.sparsity)
-    # A weight that was zero before is written too: it may be -0.0, and a zero here is always +0.0.
-    weight.masked_fill_(~keep | (weight == 0), 0.0)
-    return int(torch.count_nonzero(weight))
 
 
 def _check_weights(layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> None:

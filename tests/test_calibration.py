@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gblm_compress.architecture import find_blocks, prunable_layers
-from gblm_compress.calibration import BlockReplay, gradient_norms
+from gblm_compress.calibration import BlockReplay, activation_norms, gradient_norms
 from gblm_compress.errors import ModelError
 from gblm_compress.progress import Progress
 from gblm_compress.tiny import tiny_model
@@ -75,7 +75,7 @@ def test_replay_sees_what_a_whole_forward_pass_sees(kind: str) -> None:
     per_block = prunable_layers(model)
     replay = BlockReplay(model, blocks, ids)
     for index, layers in enumerate(per_block):
-        got = replay.activation_norms(index, layers)
+        got = activation_norms(replay.block(index), layers)
         with torch.no_grad():
             for layer in layers.values():
                 layer.weight.mul_(0.5)
@@ -118,7 +118,7 @@ def test_hooks_are_removed_even_when_a_forward_pass_raises() -> None:
     layers = prunable_layers(model)[0]
     replay._hidden[0] = torch.zeros(1, 24, 3)  # a width no block takes
     with pytest.raises(RuntimeError):
-        replay.activation_norms(0, layers)
+        activation_norms(replay.block(0), layers)
     assert not any(layer._forward_pre_hooks for layer in layers.values())
 
 
