@@ -7,8 +7,9 @@
  * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
  * whose part of the panel stays in the L1 cache while a block of rows passes over it.
  *
- * bf16 (AMX): a tile multiplication takes 16 rows × 32 columns at once and cannot leave out single zeros; a strip of 32 rows
- * is expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory.
+ * bf16 (AMX, AVX-512): instructions that multiply several columns at once cannot leave out single zeros; a strip of 32 rows is
+ * expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory. AMX multiplies tiles
+ * of 16 rows × 32 columns, AVX-512 pairs of columns.
  */
 #include "bitmask.h"
 
@@ -17,11 +18,13 @@
 
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
+#define AVX512_BF16 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,popcnt,bmi,bmi2")))
 #define AMX                                                                                                          \
     __attribute__((target(                                                                                           \
         "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,fma,popcnt,bmi,bmi2")))
 
-enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8 };
+enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8, PANELS = 4 /* that share an expansion */ };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -35,7 +38,7 @@ EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type) {
 }
 
 EXPORT int gblm_has_many(int type, int path) {
-    return (type == F32 && (path == AVX2_PATH || path == AVX512_PATH)) || (type == BF16 && path == AMX_PATH);
+    return path >= AVX512_PATH ? type != F16 : path == AVX2_PATH && type == F32;
 }
 
 /* Transpose 16 × 16 elements of 4 bytes in registers. */
@@ -132,7 +135,7 @@ AVX512 static void store(const Job *job, const float *sums, int64_t width, int64
     }
 }
 
-AMX static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
+AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t width, int64_t row, int64_t rows, int64_t first) {
     const int64_t tokens = least(width, job->tokens - first);
     for (int64_t r = 0; r < rows; r += 16) {
         const __mmask16 valid = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
@@ -222,10 +225,10 @@ static void sparse_rows(const Work *work, const Job *job, int index) {
     }
 }
 
-/* ---- bf16: strips of rows, expanded and multiplied by tiles ---- */
+/* ---- bf16: strips of rows, expanded and multiplied ---- */
 
 /* Expand a row's words into `dense`, 64 elements a word; returns where the next word's values begin. */
-AMX static const uint16_t *expand_words(const uint64_t *mask, int words, const uint16_t *v, uint16_t *dense) {
+AVX512_BF16 static const uint16_t *expand_words(const uint64_t *mask, int words, const uint16_t *v, uint16_t *dense) {
     for (int w = 0; w < words; w++, dense += 64) {
         const int half = __builtin_popcountll(mask[w] & 0xffffffff);
         _mm512_store_si512(dense, _mm512_maskz_expand_epi16((__mmask32)mask[w], _mm512_loadu_si512(v)));
@@ -273,6 +276,84 @@ AMX static inline void multiply_tiles(const uint16_t *low_rows, const uint16_t *
     }
 }
 
+/* rows a cache line further apart than a power of two, lest they share cache sets */
+typedef uint16_t StripRow[STRIP_WORDS * 64 + 32];
+
+/* Add a strip's words times a panel's tokens to the sums [STRIP][width]. */
+AMX static void multiply_amx(const StripRow *strip, const uint32_t *inputs, int words, int64_t width, float *sums, int first) {
+    for (int64_t t = 0; t < width; t += 32)
+        multiply_tiles(strip[0], strip[16], sizeof *strip, inputs + t, words, width, sums + t, first, t + 16 < width);
+}
+
+/* The same of `rows` rows times `vectors` vectors of tokens, whose sums stay in registers: enough of them that none waits for
+ * its predecessor. */
+AVX512_BF16 static inline __attribute__((always_inline)) void multiply_block(const StripRow *strip, const uint32_t *inputs,
+                                                                             int words, int64_t width, float *sums,
+                                                                             int first, const int rows, const int vectors) {
+    for (int row = 0; row < STRIP; row += rows, strip += rows, sums += rows * width) {
+        const uint32_t *next = inputs;
+        __m512 set[16][4];
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < vectors; j++)
+                set[r][j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * width + 16 * j);
+        for (int pair = 0; pair < 32 * words; pair++, next += width) {
+            __m512bh x[4];
+            for (int j = 0; j < vectors; j++) x[j] = (__m512bh)_mm512_loadu_si512(next + 16 * j);
+            for (int r = 0; r < rows; r++) {
+                uint32_t weights;
+                memcpy(&weights, strip[r] + 2 * pair, sizeof weights);
+                for (int j = 0; j < vectors; j++)
+                    set[r][j] = _mm512_dpbf16_ps(set[r][j], (__m512bh)_mm512_set1_epi32((int)weights), x[j]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < vectors; j++) _mm512_storeu_ps(sums + r * width + 16 * j, set[r][j]);
+    }
+}
+
+AVX512_BF16 static void multiply_avx512(const StripRow *strip, const uint32_t *inputs, int words, int64_t width, float *sums,
+                                        int first) {
+    for (int64_t t = 0; t < width; t += 64)
+        switch (least(width - t, 64) / 16) {
+        case 1: multiply_block(strip, inputs + t, words, width, sums + t, first, 16, 1); break;
+        case 2: multiply_block(strip, inputs + t, words, width, sums + t, first, 8, 2); break;
+        case 3: multiply_block(strip, inputs + t, words, width, sums + t, first, 4, 3); break;
+        default: multiply_block(strip, inputs + t, words, width, sums + t, first, 4, 4);
+        }
+}
+
+AVX512_BF16 static void strip_rows(const Work *work, const Job *job, int index) {
+    StripRow strip[STRIP] __attribute__((aligned(64)));
+    float sums[PANELS][STRIP * PANEL] __attribute__((aligned(64)));
+    const uint16_t *values[STRIP];
+    void (*multiply)(const StripRow *, const uint32_t *, int, int64_t, float *, int) =
+        job->path == AMX_PATH ? multiply_amx : multiply_avx512;
+    int64_t begin, end, width;
+    gblm_share((job->rows + STRIP - 1) / STRIP, work->parts, index, &begin, &end);
+    begin *= STRIP;
+    end = least(end * STRIP, job->rows);
+    for (int64_t group = 0; group < job->tokens; group += PANELS * PANEL)
+        for (int64_t row = begin; row < end; row += STRIP) {
+            const int rows = (int)least(STRIP, end - row);
+            const int64_t last = least(job->tokens, group + PANELS * PANEL);
+            for (int i = 0; i < rows; i++) values[i] = (const uint16_t *)job->values + job->starts[row + i];
+            for (int64_t word = 0; word < job->words; word += STRIP_WORDS) {
+                const int words = (int)least(STRIP_WORDS, job->words - word);
+                for (int i = 0; i < rows; i++)
+                    values[i] = expand_words(job->mask + (row + i) * job->words + word, words, values[i], strip[i]);
+                for (int i = rows; i < STRIP; i++) memset(strip[i], 0, sizeof strip[i]);
+                for (int64_t first = group; first < last; first += PANEL) {
+                    const uint32_t *panel = (const uint32_t *)panel_at(work, first, &width);
+                    multiply(strip, panel + word * 32 * width, words, width, sums[(first - group) / PANEL], word == 0);
+                }
+            }
+            for (int64_t first = group; first < last; first += PANEL) {
+                panel_at(work, first, &width);
+                store_bf16(job, sums[(first - group) / PANEL], width, row, rows, first);
+            }
+        }
+}
+
 AMX static void amx_rows(const Work *work, const Job *job, int index) {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -281,39 +362,15 @@ AMX static void amx_rows(const Work *work, const Job *job, int index) {
     } __attribute__((packed)) tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes_a_row[i] = 64, tiles.rows[i] = 16;
     _tile_loadconfig(&tiles);
-
-    /* rows a cache line further apart than a power of two, lest they share cache sets */
-    uint16_t strip[STRIP][STRIP_WORDS * 64 + 32] __attribute__((aligned(64)));
-    float sums[STRIP * PANEL] __attribute__((aligned(64)));
-    const uint16_t *values[STRIP];
-    int64_t begin, end, width;
-    gblm_share((job->rows + STRIP - 1) / STRIP, work->parts, index, &begin, &end);
-    begin *= STRIP;
-    end = least(end * STRIP, job->rows);
-    for (int64_t first = 0; first < job->tokens; first += PANEL) {
-        const uint32_t *panel = (const uint32_t *)panel_at(work, first, &width);
-        for (int64_t row = begin; row < end; row += STRIP) {
-            const int rows = (int)least(STRIP, end - row);
-            for (int i = 0; i < rows; i++) values[i] = (const uint16_t *)job->values + job->starts[row + i];
-            for (int64_t word = 0; word < job->words; word += STRIP_WORDS) {
-                const int words = (int)least(STRIP_WORDS, job->words - word);
-                for (int i = 0; i < rows; i++)
-                    values[i] = expand_words(job->mask + (row + i) * job->words + word, words, values[i], strip[i]);
-                for (int i = rows; i < STRIP; i++) memset(strip[i], 0, sizeof strip[i]);
-                for (int64_t t = 0; t < width; t += 32)
-                    multiply_tiles(strip[0], strip[16], sizeof strip[0], panel + word * 32 * width + t, words, width,
-                                   sums + t, word == 0, t + 16 < width);
-            }
-            store_bf16(job, sums, width, row, rows, first);
-        }
-    }
+    strip_rows(work, job, index);
     _tile_release();
 }
 
 static void product_part(void *argument, int index) {
     const Work *work = argument;
-    for (int i = 0; i < work->count; i++)
-        (work->jobs->type == BF16 ? amx_rows : sparse_rows)(work, work->jobs + i, index);
+    void (*rows)(const Work *, const Job *, int) =
+        work->jobs->type == F32 ? sparse_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
+    for (int i = 0; i < work->count; i++) rows(work, work->jobs + i, index);
 }
 
 void gblm_many_tokens(const Job *jobs, int count, const Threads *threads) {
