@@ -1,10 +1,11 @@
 """`SparseLinear`: a linear layer that holds packed weights only, and chooses its kernel by device and token count.
 
-`BitmaskLinear`, on a CPU: up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens. Where
-a CPU has none of the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer that is used
-again and again, and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens is measured once
-for each shape, dtype, thread count and machine, and kept in the cache folder. On CUDA, up to 16 tokens in 16 bit run on
-the Triton kernel; more, and other dtypes, on a dense product of the weight, unpacked for the call.
+`BitmaskLinear`, on a CPU: up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens.
+Where a CPU has none of the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer
+that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens
+is measured once for each shape, dtype, thread count and machine, and kept in the cache folder. On CUDA, up to 16
+tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight, unpacked for the
+call.
 
 `Sparse24Linear`: a dense product of the weight, unpacked for the call.
 """
