@@ -12,9 +12,9 @@ from gblm_compress.sources import ModelSource, check_not_export
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
-    "bitmask": "gblm_compress.exporters.bitmask",
+    "bitmask": "gblm_compress.exporters.sparse",
     "onnx": "gblm_compress.exporters.onnx",
-    "semi-structured": "gblm_compress.exporters.semi_structured",
+    "semi-structured": "gblm_compress.exporters.sparse",
 }
 
 

@@ -14,16 +14,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gblm_compress.exporters.semi_structured import load_sparse as load_sparse
     from gblm_compress.kernels.cpu import onnxruntime_library as onnxruntime_library
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
-    "load_sparse": "gblm_compress.exporters.semi_structured",
-    "onnxruntime_library": "gblm_compress.kernels.cpu",
-}
-__all__ = ["__version__", "load_sparse", "onnxruntime_library"]
+_HOME_OF = {"onnxruntime_library": "gblm_compress.kernels.cpu"}
+__all__ = ["__version__", "onnxruntime_library"]
 
 
 def __getattr__(name: str) -> object:
@@ -33,7 +29,7 @@ def __getattr__(name: str) -> object:
 
 
 class _SparseCheckpoints(MetaPathFinder):
-    """Teaches transformers to load bitmask folders as soon as its quantizers are imported, and not before."""
+    """Teaches transformers to load sparse folders as soon as its quantizers are imported, and not before."""
 
     TRIGGER = "transformers.quantizers"
 

@@ -124,7 +124,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     baselines = [dense] + [
         do_export(dense, _folder_name("dense-", settings), settings) for settings in _dense_exports(recipe)
     ]
-    models = [pruned] + [source for source in exports if not source.is_packed or "cuda" in device]
+    models = [pruned] + [source for source in exports if not source.needs_cuda or "cuda" in device]
     evaluations: dict[str, dict[str, Any]] = {}
     if recipe.evaluate is not None:
         settings = recipe.evaluate

@@ -85,7 +85,7 @@ def rows(
 
 
 def _runtime(source: ModelSource) -> str:
-    if source.is_packed:
+    if source.needs_cuda:
         return "torch (CUDA)"
     return "onnxruntime" if source.is_onnx else "torch"
 

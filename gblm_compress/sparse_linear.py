@@ -1,26 +1,28 @@
-"""`SparseLinear`: a linear layer that holds only packed weights, and chooses its kernel by number of tokens.
+"""`SparseLinear`: a linear layer that holds packed weights only, and chooses its kernel by device and token count.
 
-On a CPU, up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens. Where a CPU has none of
-the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer that is used again and again,
-and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens is measured once for each shape,
-dtype, thread count and machine, and kept in the cache folder.
+`BitmaskLinear`, on a CPU: up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens.
+Where a CPU has none of the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer
+that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens
+is measured once for each shape, dtype, thread count and machine, and kept in the cache folder. On CUDA, up to 16
+tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight, unpacked for the
+call.
 
-On CUDA, up to 16 tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight,
-unpacked for the call.
+`Sparse24Linear`: a dense product of the weight, unpacked for the call.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import artifact, sources
-from gblm_compress.bitmask import PADDING, WORD, row_starts, unpack
+from gblm_compress import artifact, bitmask, sources, sparse24
+from gblm_compress.bitmask import PADDING, WORD
 from gblm_compress.kernels import cpu
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
@@ -29,89 +31,192 @@ _OPS.define(
     "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor starts, Tensor? bias, int columns, int crossover) "
     "-> Tensor"
 )
+_OPS.define("sparse24_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias) -> Tensor")
+UNPACKED = "dense product of the unpacked weight"
 
 
 class SparseLinear(nn.Module):
-    """y = x Wᵀ + b with W [out_features, in_features] in the bitmask layout. Inference only.
+    """y = x Wᵀ + b with W [out_features, in_features] packed. Inference only; a layout is a subclass.
 
     Args:
-        in_features, out_features: the shape of the weight.
-        nonzeros: how many weights are stored.
+        shape: (out_features, in_features).
         bias: whether there is one.
         dtype: of weight and bias.
     """
 
+    LAYOUT: ClassVar[str]
+    PACKED: ClassVar[tuple[str, ...]]  # the buffers that hold the weight
+
+    def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = (
+            nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+        self._prepared = False
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """The sparse layer with the values of a dense one.
+
+        Args:
+            weight: [out_features, in_features].
+            bias: [out_features].
+
+        Raises:
+            UsageError: the layout cannot hold the weight.
+        """
+        raise NotImplementedError
+
+    def description(self) -> dict[str, Any]:
+        """The arguments, beside dtype and device, that make an empty layer of this size; plain values for JSON."""
+        return {"shape": [self.out_features, self.in_features], "bias": self.bias is not None}
+
+    def kernel(self, tokens: int) -> str:
+        """The kernel that `forward` runs for that many tokens, in words."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """W, bit for bit."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make ready to run: whatever follows from the packed weight and from the machine.
+
+        Loading and moving the layer do it; `forward` does where it was filled by hand.
+        """
+        self._prepared = True
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that the weight takes on disk, as in memory."""
+        return sum(self.get_buffer(name).nbytes for name in self.PACKED)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        prepared, self._prepared = self._prepared, False
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        if prepared and not self.get_buffer(self.PACKED[0]).is_meta:
+            self.prepare()
+        return self
+
+    def _take_bias(self, bias: Tensor | None) -> None:
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class BitmaskLinear(SparseLinear):
+    """A `SparseLinear` in the bitmask layout: any pattern.
+
+    Args:
+        nonzeros: how many weights are stored.
+    """
+
+    LAYOUT = "bitmask"
+    PACKED = ("mask", "values")
     mask: Tensor
     values: Tensor
     starts: Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nonzeros: int,
-        bias: bool,
-        dtype: torch.dtype,
-        device: str | None = None,
+        self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, *, nonzeros: int
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(shape, bias, dtype, device)
         self.crossover = 0
-        self._prepared_for = ""
-        words = -(-in_features // WORD)
-        self.register_buffer("mask", torch.empty(out_features, words, dtype=torch.int64, device=device))
+        words = -(-self.in_features // WORD)
+        self.register_buffer("mask", torch.empty(self.out_features, words, dtype=torch.int64, device=device))
         self.register_buffer("values", torch.empty(nonzeros + PADDING, dtype=dtype, device=device))
         self.register_buffer("starts", torch.empty(0, dtype=torch.int64), persistent=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        mask, values = bitmask.pack(weight)
+        nonzeros = values.numel() - PADDING
+        layer = cls(weight.shape, bias is not None, weight.dtype, "meta", nonzeros=nonzeros)
+        layer.mask, layer.values = mask, values
+        layer._take_bias(bias)
+        layer.prepare()
+        return layer
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "nonzeros": self.values.numel() - PADDING}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._prepared_for != self.mask.device.type:
+        if not self._prepared:
             self.prepare()
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
-        direct = self._prepared_for == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-        linear = _bitmask_linear_cpu if direct else _linear
+        direct = self._on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
+        linear = _bitmask_linear_cpu if direct else _bitmask_linear
         return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
 
     def prepare(self) -> None:
-        """Find where each row begins, and up to how many tokens the sparse kernel is the faster one.
-
-        Loading does it; `forward` does where a module was filled by hand or moved to another kind of device.
-        """
-        self.starts, self.crossover = row_starts(self.mask), 0
-        self._prepared_for = self.mask.device.type
-        if self._prepared_for == "cpu" and cpu.available():
+        """Find where each row begins, and up to how many tokens the sparse kernel is the faster one."""
+        self._on_cpu = self.mask.device.type == "cpu"
+        self.starts, self.crossover = bitmask.row_starts(self.mask), 0
+        if self._on_cpu and cpu.available():
             self.crossover = crossover(self.mask, self.values, self.starts, self.in_features)
-        elif self._prepared_for == "cuda" and self.values.element_size() == 2 and (gpu := gpu_kernels()):
+        elif self.mask.is_cuda and self.values.element_size() == 2 and (gpu := gpu_kernels()):
             self.starts, self.crossover = gpu.split_starts(self.mask, self.starts, self.in_features), gpu.MAX_TOKENS
+        self._prepared = True
 
     def kernel(self, tokens: int) -> str:
-        """The kernel that `forward` runs for that many tokens, in words."""
-        if self._prepared_for != self.mask.device.type:
+        if not self._prepared:
             self.prepare()
-        if self._prepared_for == "cpu" and cpu.available():
+        if self._on_cpu and cpu.available():
             path = cpu.path(self.values.dtype)
             sparse = f"bitmask {path}"
             many = cpu.has_many(self.values.dtype, path)
             dense = f"bitmask {path}, many tokens" if many else "expanded tiles and dense GEMM"
         else:
-            sparse, dense = "bitmask Triton", "dense product of the unpacked weight"
+            sparse, dense = "bitmask Triton", UNPACKED
         return sparse if tokens <= self.crossover else dense
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes that the weight takes, on disk as in memory."""
-        return self.mask.nbytes + self.values.nbytes
-
     def dense_weight(self) -> Tensor:
-        """W, bit for bit."""
-        return unpack(self.mask, self.values, self.in_features)
+        return bitmask.unpack(self.mask, self.values, self.in_features)
 
     def extra_repr(self) -> str:
-        stored = self.values.numel() - PADDING
-        density = stored / (self.in_features * self.out_features)
-        return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.3f}"
+        density = (self.values.numel() - PADDING) / (self.in_features * self.out_features)
+        return f"{super().extra_repr()}, density={density:.3f}"
+
+
+class Sparse24Linear(SparseLinear):
+    """A `SparseLinear` in the sparse24 layout: 2:4."""
+
+    LAYOUT = "sparse24"
+    PACKED = ("values", "positions")
+    values: Tensor
+    positions: Tensor
+
+    def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
+        super().__init__(shape, bias, dtype, device)
+        rows, columns = shape
+        self.register_buffer("values", torch.empty(rows, columns // 2, dtype=dtype, device=device))
+        self.register_buffer("positions", torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=device))
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        values, positions = sparse24.pack(weight)
+        layer = cls(weight.shape, bias is not None, weight.dtype, "meta")
+        layer.values, layer.positions = values, positions
+        layer._take_bias(bias)
+        layer.prepare()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._prepared:
+            self.prepare()
+        return _sparse24_linear(x, self.values, self.positions, self.bias)
+
+    def kernel(self, tokens: int) -> str:
+        return UNPACKED
+
+    def dense_weight(self) -> Tensor:
+        return sparse24.unpack(self.values, self.positions)
+
+
+LAYOUTS: dict[str, type[SparseLinear]] = {"bitmask": BitmaskLinear, "sparse24": Sparse24Linear}
 
 
 def _bitmask_linear_cpu(
@@ -120,7 +225,7 @@ def _bitmask_linear_cpu(
     flat = x.reshape(-1, columns)
     tokens = flat.shape[0]
     if not cpu.available():
-        y = flat @ unpack(mask, values, columns).T
+        y = flat @ bitmask.unpack(mask, values, columns).T
     elif 0 < tokens <= crossover:
         y = cpu.linear(flat, mask, values, starts)
     else:
@@ -140,7 +245,7 @@ def _bitmask_linear_cuda(
 ) -> Tensor:
     flat = x.reshape(-1, columns)
     if not 0 < flat.shape[0] <= crossover:
-        return torch.nn.functional.linear(x, unpack(mask, values, columns), bias)
+        return nn.functional.linear(x, bitmask.unpack(mask, values, columns), bias)
     y = gpu_kernels().linear(flat, mask, values, starts)
     if bias is not None:
         y = y + bias
@@ -156,7 +261,21 @@ def _bitmask_linear_shape(
 _OPS.impl("bitmask_linear", _bitmask_linear_cpu, "CPU")
 _OPS.impl("bitmask_linear", _bitmask_linear_cuda, "CUDA")
 torch.library.register_fake("gblm_compress::bitmask_linear", _bitmask_linear_shape, lib=_OPS)
-_linear = torch.ops.gblm_compress.bitmask_linear.default
+_bitmask_linear = torch.ops.gblm_compress.bitmask_linear.default
+
+
+def _sparse24_linear_any(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, sparse24.unpack(values, positions), bias)
+
+
+def _sparse24_linear_shape(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+_OPS.impl("sparse24_linear", _sparse24_linear_any, "CPU")
+_OPS.impl("sparse24_linear", _sparse24_linear_any, "CUDA")
+torch.library.register_fake("gblm_compress::sparse24_linear", _sparse24_linear_shape, lib=_OPS)
+_sparse24_linear = torch.ops.gblm_compress.sparse24_linear.default
 
 
 def linear_many(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import gblm_compress
 from gblm_compress import manifest
 from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
@@ -99,7 +98,7 @@ def test_semi_structured_export(pruned, tmp_path, progress) -> None:
         pruned, tmp_path / "sparse", ExportSettings(format="semi-structured", dtype="bfloat16"), progress=progress
     )
     assert result.checks["packed_bytes"] / result.checks["same_layers_dense_bytes"] == 9 / 16
-    restored, original = gblm_compress.load_sparse(tmp_path / "sparse"), load_model(pruned, "bfloat16")
+    restored, original = load_model(ModelSource("sparse", tmp_path / "sparse")), load_model(pruned, "bfloat16")
     ids = torch.arange(100, 132).unsqueeze(0)
     assert torch.equal(restored(input_ids=ids).logits, original(input_ids=ids).logits)
 

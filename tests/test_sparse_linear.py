@@ -7,22 +7,29 @@ from torch import nn
 from gblm_compress import sparse_linear
 from gblm_compress.bitmask import pack, same_bits
 from gblm_compress.kernels import cpu
+from gblm_compress.patterns import Pattern
 from gblm_compress.sparse_checkpoint import sparsify_
-from gblm_compress.sparse_linear import SparseLinear
+from gblm_compress.sparse_linear import LAYOUTS, BitmaskLinear, Sparse24Linear
 from gblm_compress.tiny import tiny_model
 
+LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 
-def pair(rows: int = 48, columns: int = 100, bias: bool = True, dtype: torch.dtype = torch.float32):
+
+def pair(
+    rows: int = 48, columns: int = 100, bias: bool = True, dtype: torch.dtype = torch.float32, layout: str = "bitmask"
+):
     """A dense linear layer with zeros, and its sparse form."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = nn.Linear(columns, rows, bias=bias).to(dtype)
         with torch.no_grad():
-            dense.weight.masked_fill_(torch.rand(rows, columns) < 0.5, 0.0)
+            importance = torch.rand(rows, columns)
+            pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
+            dense.weight.masked_fill_(~pattern.mask(importance, dense.weight, 0.5), 0.0)
     holder = nn.Module()
     holder.layer = dense
     holder.config = type("Config", (), {})()
-    sparsify_(holder, ["layer"])
+    sparsify_(holder, ["layer"], layout)
     return dense, holder.layer
 
 
@@ -35,11 +42,12 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@LAYOUT_NAMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(100,), (1, 1, 100), (2, 3, 100), (1, 8, 100), (2, 40, 100), (0, 100)])
-def test_the_product_is_that_of_the_dense_layer(kernels, dtype, bias, shape) -> None:
-    dense, sparse = pair(bias=bias, dtype=dtype)
+def test_the_product_is_that_of_the_dense_layer(kernels, layout, dtype, bias, shape) -> None:
+    dense, sparse = pair(bias=bias, dtype=dtype, layout=layout)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = sparse(x)
     assert got.dtype == dtype
@@ -47,13 +55,46 @@ def test_the_product_is_that_of_the_dense_layer(kernels, dtype, bias, shape) -> 
     torch.testing.assert_close(got.double(), expected, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
 
 
-def test_only_packed_weights_are_held() -> None:
-    dense, sparse = pair(512, 640)
+@LAYOUT_NAMES
+def test_only_packed_weights_are_held(layout) -> None:
+    dense, sparse = pair(512, 640, layout=layout)
     assert not [name for name, _ in sparse.named_parameters() if "weight" in name]
     held = sum(buffer.nbytes for buffer in sparse.buffers())
     assert held < 0.6 * dense.weight.nbytes
     assert sparse.packed_bytes < 0.55 * dense.weight.nbytes
     assert same_bits(sparse.dense_weight(), dense.weight.detach())
+    empty = LAYOUTS[layout](**sparse.description(), dtype=torch.float32)
+    assert {name: b.shape for name, b in sparse.named_buffers() if name != "starts"} == {
+        name: b.shape for name, b in empty.named_buffers() if name != "starts"
+    }
+
+
+@LAYOUT_NAMES
+def test_moved_to_another_dtype_it_is_ready_again(layout, monkeypatch) -> None:
+    dense, sparse = pair(layout=layout)
+    x = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    dtype = torch.bfloat16
+    prepared = []
+    prepare = LAYOUTS[layout].prepare
+    monkeypatch.setattr(LAYOUTS[layout], "prepare", lambda self: prepared.append(self.values.dtype) or prepare(self))
+    expected = dense.to(dtype)(x.to(dtype))
+    torch.testing.assert_close(sparse.to(dtype)(x.to(dtype)), expected, rtol=2e-2, atol=1e-2)
+    assert prepared == [dtype]  # when it moved, not when it ran: compilers trace that
+    moved = sparse.to("meta")
+    assert moved.values.is_meta and len(prepared) == 1
+
+
+@LAYOUT_NAMES
+def test_gradients_of_the_input_are_not_lost_in_silence(layout) -> None:
+    _, sparse = pair(layout=layout)
+    x = torch.randn(3, 100, requires_grad=True)
+    with pytest.raises(UserWarning, match="autograd kernel was not registered"):
+        sparse(x).sum().backward()
+
+
+def test_2_4_says_that_a_cpu_unpacks_it() -> None:
+    _, sparse = pair(layout="sparse24")
+    assert sparse.kernel(1) == sparse.kernel(1000) == "dense product of the unpacked weight"
 
 
 def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
@@ -83,8 +124,9 @@ def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
     sparse_linear._crossovers.cache_clear()
 
 
-def test_the_operator_compiles_and_has_a_shape_without_data() -> None:
-    _, sparse = pair()
+@LAYOUT_NAMES
+def test_the_operator_compiles_and_has_a_shape_without_data(layout) -> None:
+    _, sparse = pair(layout=layout)
     x = torch.randn(2, 100)
     torch.testing.assert_close(torch.compile(sparse, backend="eager", fullgraph=True)(x), sparse(x))
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,12 +157,15 @@ def test_dispatch_on_cuda_by_number_of_tokens(bias: bool, monkeypatch) -> None:
 
 
 def test_an_empty_layer() -> None:
-    sparse = SparseLinear(64, 8, 0, bias=False, dtype=torch.float32)
+    sparse = BitmaskLinear((8, 64), bias=False, dtype=torch.float32, nonzeros=0)
     sparse.mask, sparse.values = pack(torch.zeros(8, 64))
     assert torch.equal(sparse(torch.ones(1, 64)), torch.zeros(1, 8))
+    sparse24 = Sparse24Linear.from_dense(torch.zeros(8, 64), None)
+    assert torch.equal(sparse24(torch.ones(1, 64)), torch.zeros(1, 8))
 
 
-def test_a_whole_model_generates_the_same_tokens() -> None:
+@LAYOUT_NAMES
+def test_a_whole_model_generates_the_same_tokens(layout) -> None:
     from gblm_compress.architecture import prunable_layers, weight_matrix
 
     for kind in ("llama", "gpt2", "opt"):
@@ -129,8 +174,8 @@ def test_a_whole_model_generates_the_same_tokens() -> None:
         for model in (dense, sparse):
             for name in names:
                 weight = weight_matrix(model.get_submodule(name)).detach()
-                weight[:, ::3] = 0.0
-        sparsify_(sparse, names)
+                weight[:, ::4] = weight[:, 1::4] = 0.0
+        sparsify_(sparse, names, layout)
         ids = torch.arange(20).unsqueeze(0)
         options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
         assert torch.equal(dense.generate(ids, **options), sparse.generate(ids, **options))

@@ -1,25 +1,28 @@
-"""Export to sparse PyTorch in the bitmask layout: any pattern, smaller on disk and in memory, faster on a CPU.
+"""Export to sparse PyTorch: packed weights, smaller on disk and in memory, on kernels that exploit the zeros.
 
-After `import gblm_compress` the folder loads with `AutoModelForCausalLM.from_pretrained`.
+Format "bitmask" takes any pattern, "semi-structured" 2:4 alone. After `import gblm_compress` the folder loads with
+`AutoModelForCausalLM.from_pretrained`.
 """
 
 import time
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from gblm_compress import artifact, manifest, sources
-from gblm_compress.architecture import as_matrix
+from gblm_compress.architecture import weight_matrix
 from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
 from gblm_compress.sparse_checkpoint import sparsify_
 from gblm_compress.sparse_linear import SparseLinear
 
-FORMAT = "bitmask"
+LAYOUT_OF = {"bitmask": "bitmask", "semi-structured": "sparse24"}
 
 
 def export(
@@ -28,7 +31,7 @@ def export(
     """Write a sparse checkpoint of a pruned model.
 
     Raises:
-        UsageError: the model has no zeros to save bytes with, or the output is in the way.
+        UsageError: the layout cannot hold a pruned layer or would not save bytes, or the output is in the way.
         VerificationError: the reloaded weights are not the dense ones bit for bit.
     """
     start = time.perf_counter()
@@ -36,10 +39,13 @@ def export(
     dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
     model = sources.load_model(source, dtype)
     names = manifest.pruned_layers(source, model)
-    dense = {name: model.get_submodule(name) for name in names}
-    dense_bytes = sum(_weight_bytes(module) for module in dense.values())
+    dense = {name: weight_matrix(model.get_submodule(name)).detach() for name in names}
+    layout = LAYOUT_OF[settings.format]
+    if layout == "sparse24":
+        _check_2_4(dense)
     progress.say("packing …")
-    sparsify_(model, names)
+    sparsify_(model, names, layout)
+    dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
     if packed_bytes >= dense_bytes:
         raise UsageError(
@@ -50,9 +56,9 @@ def export(
         model.save_pretrained(temporary)
         sources.save_tokenizer(sources.load_tokenizer(source), temporary)
         progress.say("verifying …")
-        _verify(ModelSource(str(output), temporary), dense)
+        _verify(ModelSource(str(output), temporary), model, dense)
     return ExportResult(
-        format=FORMAT,
+        format=settings.format,
         folder=str(output),
         bytes=ModelSource("", output).bytes_on_disk,
         source_bytes=source.bytes_on_disk,
@@ -66,18 +72,27 @@ def export(
     )
 
 
-def _weight_bytes(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.nbytes
+def _check_2_4(dense: dict[str, Tensor]) -> None:
+    pattern = Pattern("2:4")
+    broken = {name: violation for name, weight in dense.items() if (violation := pattern.first_violation(weight))}
+    if broken:
+        listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
+        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UsageError(
+            f"{len(broken)} of {len(dense)} layers are not 2:4, which semi-structured needs:\n{listed}{more}\n"
+            "prune with `--pattern 2:4` first"
+        )
 
 
-def _verify(exported: ModelSource, dense: dict[str, nn.Module]) -> None:
-    """Reload the folder as a user would and compare every packed weight with the original, bit for bit."""
+def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor]) -> None:
+    """Reload the folder as a user would; compare every tensor with what was written, and every packed weight with the
+    dense one, bit for bit."""
     model = sources.load_model(exported)
-    for name, original in dense.items():
+    for name, weight in dense.items():
         sparse = model.get_submodule(name)
-        assert isinstance(original.weight, nn.Parameter)
-        weight = as_matrix(original, original.weight.detach())
         if not isinstance(sparse, SparseLinear) or not same_bits(sparse.dense_weight(), weight):
             raise VerificationError(f"{name}: the reloaded folder does not restore its weight bit for bit")
+    restored = model.state_dict()
+    for name, tensor in written.state_dict().items():
+        if name not in restored or not same_bits(restored[name], tensor):
+            raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
