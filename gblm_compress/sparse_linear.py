@@ -3,14 +3,14 @@
 `BitmaskLinear`, on a CPU: up to 8 tokens run on the sparse kernel for decoding, more on the one for many tokens.
 Where a CPU has none of the latter for the dtype, more are computed in tiles: some rows are expanded into a buffer
 that is used again and again, and multiplied by torch's dense GEMM. Where the one overtakes the other below 8 tokens
-is measured once for each shape, dtype, thread count and machine, and kept in the cache folder. On CUDA, up to 16
-tokens in 16 bit run on the Triton kernel; more, and other dtypes, on a dense product of the weight, unpacked for the
-call.
+is measured once for each shape, dtype, thread count and machine, and kept in the cache folder.
 
-`Sparse24Linear`: a dense product of the weight, unpacked for the call.
+`Sparse24Linear`, on a CPU: a dense product of the weight, unpacked for the call.
+
+On CUDA, in 16 bit, both run what `cuda_linear` measured to be fastest; in 32 bit, and where Triton is not installed,
+a dense product of the weight, unpacked for the call.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -21,17 +21,21 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import artifact, bitmask, sources, sparse24
+from gblm_compress import bitmask, sparse24
 from gblm_compress.bitmask import PADDING, WORD
 from gblm_compress.kernels import cpu
+from gblm_compress.measurements import remembered
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 _OPS: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
 _OPS.define(
-    "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor starts, Tensor? bias, int columns, int crossover) "
-    "-> Tensor"
+    "bitmask_linear(Tensor x, Tensor mask, Tensor values, Tensor starts, Tensor? bias, int columns, int crossover, "
+    "str plan) -> Tensor"
 )
-_OPS.define("sparse24_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias) -> Tensor")
+_OPS.define(
+    "sparse24_linear(Tensor x, Tensor values, Tensor positions, Tensor? bias, Tensor cusparselt, Tensor cutlass, "
+    "str plan) -> Tensor"
+)
 UNPACKED = "dense product of the unpacked weight"
 
 
@@ -53,6 +57,7 @@ class SparseLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
         )
+        self.plan = ""  # of `cuda_linear`; none elsewhere
         self._prepared = False
 
     @classmethod
@@ -89,8 +94,13 @@ class SparseLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that the weight takes on disk, as in memory."""
+        """Bytes that the weight takes on disk."""
         return sum(self.get_buffer(name).nbytes for name in self.PACKED)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the weight takes in memory, with all that `prepare` adds for the kernels of the device."""
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         prepared, self._prepared = self._prepared, False
@@ -149,29 +159,30 @@ class BitmaskLinear(SparseLinear):
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
         direct = self._on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
         linear = _bitmask_linear_cpu if direct else _bitmask_linear
-        return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover)
+        return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover, self.plan)
 
     def prepare(self) -> None:
-        """Find where each row begins, and up to how many tokens the sparse kernel is the faster one."""
+        """Find where rows begin, and which kernel is the fastest for how many tokens."""
         self._on_cpu = self.mask.device.type == "cpu"
-        self.starts, self.crossover = bitmask.row_starts(self.mask), 0
+        self.starts, self.crossover, self.plan = bitmask.row_starts(self.mask), 0, ""
         if self._on_cpu and cpu.available():
             self.crossover = crossover(self.mask, self.values, self.starts, self.in_features)
-        elif self.mask.is_cuda and self.values.element_size() == 2 and (gpu := gpu_kernels()):
-            self.starts, self.crossover = gpu.split_starts(self.mask, self.starts, self.in_features), gpu.MAX_TOKENS
+        elif cuda := cuda_kernels(self.values):
+            self.starts = cuda.gpu.block_starts(self.mask)
+            shape = (self.out_features, self.in_features)
+            self.plan = cuda.plan(cuda.gpu.Packed("bitmask", self.values, self.mask, self.starts, shape))
         self._prepared = True
 
     def kernel(self, tokens: int) -> str:
         if not self._prepared:
             self.prepare()
-        if self._on_cpu and cpu.available():
-            path = cpu.path(self.values.dtype)
-            sparse = f"bitmask {path}"
-            many = cpu.has_many(self.values.dtype, path)
-            dense = f"bitmask {path}, many tokens" if many else "expanded tiles and dense GEMM"
-        else:
-            sparse, dense = "bitmask Triton", UNPACKED
-        return sparse if tokens <= self.crossover else dense
+        if not (self._on_cpu and cpu.available()):
+            return _kernel_on_cuda(self, tokens)
+        path = cpu.path(self.values.dtype)
+        if tokens <= self.crossover:
+            return f"bitmask {path}"
+        many = cpu.has_many(self.values.dtype, path)
+        return f"bitmask {path}, many tokens" if many else "expanded tiles and dense GEMM"
 
     def dense_weight(self) -> Tensor:
         return bitmask.unpack(self.mask, self.values, self.in_features)
@@ -188,12 +199,16 @@ class Sparse24Linear(SparseLinear):
     PACKED = ("values", "positions")
     values: Tensor
     positions: Tensor
+    cusparselt: Tensor
+    cutlass: Tensor
 
     def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
         super().__init__(shape, bias, dtype, device)
         rows, columns = shape
         self.register_buffer("values", torch.empty(rows, columns // 2, dtype=dtype, device=device))
         self.register_buffer("positions", torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=device))
+        for name in ("cusparselt", "cutlass"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -207,10 +222,23 @@ class Sparse24Linear(SparseLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self._prepared:
             self.prepare()
-        return _sparse24_linear(x, self.values, self.positions, self.bias)
+        return _sparse24_linear(x, self.values, self.positions, self.bias, self.cusparselt, self.cutlass, self.plan)
+
+    def prepare(self) -> None:
+        """Find which kernel is the fastest for how many tokens, and what torch's kernels need beside the weight."""
+        self.plan, self.cusparselt, self.cutlass = "", self.values.new_empty(0), self.values.new_empty(0)
+        if cuda := cuda_kernels(self.values):
+            shape = (self.out_features, self.in_features)
+            weight = cuda.gpu.Packed("sparse24", self.values, self.positions, self.values, shape)
+            self.plan = cuda.plan(weight)
+            needed = {choice.kernel for choice in cuda.choices(self.plan)}
+            self.cusparselt, self.cutlass = cuda.operands(weight, needed)
+        self._prepared = True
 
     def kernel(self, tokens: int) -> str:
-        return UNPACKED
+        if not self._prepared:
+            self.prepare()
+        return _kernel_on_cuda(self, tokens)
 
     def dense_weight(self) -> Tensor:
         return sparse24.unpack(self.values, self.positions)
@@ -219,8 +247,46 @@ class Sparse24Linear(SparseLinear):
 LAYOUTS: dict[str, type[SparseLinear]] = {"bitmask": BitmaskLinear, "sparse24": Sparse24Linear}
 
 
+def cuda_kernels(values: Tensor) -> Any:
+    """The module `cuda_linear` where it has kernels for these values: in 16 bit on CUDA, with Triton; else None."""
+    there = values.is_cuda and values.element_size() == 2 and find_spec("triton")
+    return import_module("gblm_compress.cuda_linear") if there else None
+
+
+def _kernel_on_cuda(layer: SparseLinear, tokens: int) -> str:
+    if not layer.plan:
+        return UNPACKED
+    from gblm_compress import cuda_linear
+
+    kernel = cuda_linear.choose(layer.plan, tokens).kernel
+    words = {"triton": f"{layer.LAYOUT} Triton", "cusparselt": "cuSPARSELt", "cutlass": "CUTLASS", "dense": UNPACKED}
+    return words[kernel]
+
+
+def _planned(x: Tensor, bias: Tensor | None, plan: str, packed: tuple[Any, ...], *operands: Tensor) -> Tensor:
+    """x Wᵀ + b as the plan says; `packed` are the fields of `Packed`, `operands` those of `Operands`."""
+    from gblm_compress import cuda_linear
+    from gblm_compress.kernels.gpu import Packed
+
+    weight = Packed(*packed)
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], rows)
+    choice = cuda_linear.choose(plan, len(flat))
+    given = cuda_linear.Operands(*operands) if operands else None
+    return cuda_linear.run(choice, flat, weight, bias, given).reshape(*x.shape[:-1], rows)
+
+
 def _bitmask_linear_cpu(
-    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    crossover: int,
+    plan: str,
 ) -> Tensor:
     flat = x.reshape(-1, columns)
     tokens = flat.shape[0]
@@ -235,25 +301,30 @@ def _bitmask_linear_cpu(
     return y.reshape(*x.shape[:-1], mask.shape[0])
 
 
-def gpu_kernels() -> Any:
-    """The module of the Triton kernel; None where Triton is not installed."""
-    return import_module("gblm_compress.kernels.gpu") if find_spec("triton") else None
-
-
 def _bitmask_linear_cuda(
-    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    crossover: int,
+    plan: str,
 ) -> Tensor:
-    flat = x.reshape(-1, columns)
-    if not 0 < flat.shape[0] <= crossover:
+    if not plan:
         return nn.functional.linear(x, bitmask.unpack(mask, values, columns), bias)
-    y = gpu_kernels().linear(flat, mask, values, starts)
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], mask.shape[0])
+    return _planned(x, bias, plan, ("bitmask", values, mask, starts, (mask.shape[0], columns)))
 
 
 def _bitmask_linear_shape(
-    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None, columns: int, crossover: int
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    crossover: int,
+    plan: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
@@ -264,16 +335,29 @@ torch.library.register_fake("gblm_compress::bitmask_linear", _bitmask_linear_sha
 _bitmask_linear = torch.ops.gblm_compress.bitmask_linear.default
 
 
-def _sparse24_linear_any(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+def _sparse24_linear_cpu(
+    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, cusparselt: Tensor, cutlass: Tensor, plan: str
+) -> Tensor:
     return nn.functional.linear(x, sparse24.unpack(values, positions), bias)
 
 
-def _sparse24_linear_shape(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+def _sparse24_linear_cuda(
+    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, cusparselt: Tensor, cutlass: Tensor, plan: str
+) -> Tensor:
+    if not plan:
+        return nn.functional.linear(x, sparse24.unpack(values, positions), bias)
+    shape = (values.shape[0], 2 * values.shape[1])
+    return _planned(x, bias, plan, ("sparse24", values, positions, values, shape), cusparselt, cutlass)
+
+
+def _sparse24_linear_shape(
+    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, cusparselt: Tensor, cutlass: Tensor, plan: str
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-_OPS.impl("sparse24_linear", _sparse24_linear_any, "CPU")
-_OPS.impl("sparse24_linear", _sparse24_linear_any, "CUDA")
+_OPS.impl("sparse24_linear", _sparse24_linear_cpu, "CPU")
+_OPS.impl("sparse24_linear", _sparse24_linear_cuda, "CUDA")
 torch.library.register_fake("gblm_compress::sparse24_linear", _sparse24_linear_shape, lib=_OPS)
 _sparse24_linear = torch.ops.gblm_compress.sparse24_linear.default
 
@@ -307,23 +391,11 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
 
 def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
     """The largest number of tokens, up to 8, for which the sparse kernel beats expanding tiles for this shape."""
-    key = f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}"
-    known = _crossovers()
-    if key not in known:
-        known[key] = _measure_crossover(mask, values, starts, columns)
-        folder = sources.cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        artifact.write_text(folder / "crossover.json", json.dumps({_machine(): known}, indent=2) + "\n")
-    return known[key]
+    shape = f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}"
+    return remembered(_machine(), f"crossover {shape}", lambda: _measure_crossover(mask, values, starts, columns))
 
 
 @cache
-def _crossovers() -> dict[str, int]:
-    path = sources.cache_folder() / "crossover.json"
-    stored: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
-    return stored.get(_machine(), {})
-
-
 def _machine() -> str:
     from gblm_compress.doctor import cpu_name
 

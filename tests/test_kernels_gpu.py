@@ -1,4 +1,7 @@
-"""The Triton kernel under its interpreter, against a product in float64: shapes, ragged edges, splits, tokens."""
+"""The Triton kernels under their interpreter, against a product in float64: shapes, ragged edges, tilings, tokens.
+
+And compiled for a GPU that need not be there, which finds what the interpreter does not: that a tiling fits.
+"""
 
 import os
 import subprocess
@@ -6,45 +9,140 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
 # In a process of its own: the interpreter is chosen by an environment variable when triton is imported.
 CHECK = """
 import sys, torch
-from gblm_compress.bitmask import pack, row_starts
+import tests.triton_interpreter
+from gblm_compress import bitmask, sparse24
 from gblm_compress.kernels import gpu
-gpu.ENOUGH_PROGRAMS = int(sys.argv[1])
-splits = set()
-for dtype in (torch.float16, torch.bfloat16):
-    for rows, columns in ((1, 1), (3, 64), (5, 100), (4, 512), (7, 1111), (2, 2048)):
-        generator = torch.Generator().manual_seed(rows * columns)
-        weight = torch.randn(rows, columns, generator=generator)
-        weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
-        if rows > 2:
-            weight[1], weight[2] = 0, 1
-        weight = weight.to(dtype)
-        mask, values = pack(weight)
-        shares = gpu.split_starts(mask, row_starts(mask), columns)
-        splits.add(shares.shape[1])
-        for tokens in (1, 2, 3, 8, 16):
-            x = torch.randn(tokens, columns, generator=generator).to(dtype)
-            got = gpu.linear(x, mask, values, shares).double()
-            expected = x.double() @ weight.double().T
-            scale = x.double().abs() @ weight.double().abs().T
-            assert got.shape == expected.shape
-            assert ((got - expected).abs() <= 1e-5 * scale + 1e-30).all(), (dtype, rows, columns, tokens)
-print(sorted(splits))
+from gblm_compress.kernels.gpu import Packed
+from gblm_compress.patterns import Pattern
+
+layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+ragged = (9, 301) if layout == "bitmask" else (9, 300)
+for rows, columns in ((1, 4), (5, 64), ragged, (35, 1032)):
+    generator = torch.Generator().manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
+    weight[~pattern.mask(torch.rand(rows, columns, generator=generator), weight, 0.5)] = 0
+    if rows > 2:
+        weight[1] = 0
+        if layout == "bitmask":
+            weight[2] = 1
+    weight = weight.to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype)
+    if layout == "sparse24":
+        values, positions = sparse24.pack(weight)
+        packed = Packed(layout, values, positions, values, (rows, columns))
+    else:
+        mask, values = bitmask.pack(weight)
+        packed = Packed(layout, values, mask, gpu.block_starts(mask), (rows, columns))
+    assert bitmask.same_bits(gpu.expand(packed), weight)
+    for tokens in (1, 2, 16) if rows < 10 else (1, 33):
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        for given in (None, bias) if rows == 9 else (bias,):
+            expected = x.double() @ weight.double().T + (0 if given is None else given.double())
+            # sums are float32; y is rounded once
+            error = 1e-5 * (x.double().abs() @ weight.double().abs().T) + torch.finfo(dtype).eps * expected.abs()
+            for tiling in gpu.tilings(layout, tokens):
+                got = gpu.linear(x, packed, given, tiling)
+                assert got.shape == expected.shape and got.dtype == dtype
+                wrong = ((got.double() - expected).abs() > error + 1e-30).sum()
+                assert not wrong, (rows, columns, tokens, tiling)
 """
 
 
-@pytest.mark.parametrize(("programs", "splits"), [(1, "[1]"), (24, "[1, 3, 4]")])
-def test_against_the_dense_product(programs: int, splits: str) -> None:
+@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_against_the_dense_product(layout: str, dtype: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(programs)],
+        [sys.executable, "-c", CHECK, layout, dtype],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == splits
+
+
+def test_tilings_for_every_number_of_tokens() -> None:
+    from gblm_compress.kernels import gpu
+
+    for layout, tilings in gpu.TILINGS.items():
+        assert gpu.tilings(layout, 1) == list(tilings)
+        for tokens in (3, 16, gpu.MAX_TOKENS):
+            assert gpu.tilings(layout, tokens) and all(t.tensor_cores for t in gpu.tilings(layout, tokens))
+        assert not gpu.tilings(layout, gpu.MAX_TOKENS + 1)
+
+
+def test_block_starts_are_counts_of_what_stands_before() -> None:
+    from gblm_compress.bitmask import pack
+    from gblm_compress.kernels import gpu
+
+    weight = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).relu()
+    starts = gpu.block_starts(pack(weight)[0])
+    flat = (weight != 0).flatten()
+    assert starts.tolist() == [
+        [int(flat[: row * 700 + first].sum()) for first in range(0, 700, gpu.GRAIN)] for row in range(5)
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory):
+    """compiled(kernel, types, constants, warps): the kernel compiled for compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gblm_compress.kernels import gpu
+
+    def compile(kernel, types, constants, warps):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, constexprs=places)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **gpu.OPTIONS})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield compile
+
+
+def _types(layout: str, element: str, result: str) -> dict[str, str]:
+    packed = (f"*{element}", "*i32", "*i32") if layout == "bitmask" else ("*i32", "*u8", f"*{element}")
+    return {"x": f"*{element}", "bias": f"*{element}", "y": f"*{result}", "dense": f"*{element}"} | dict(
+        zip(("values", "places", "starts"), packed, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
+@pytest.mark.parametrize(("element", "tokens"), [("bf16", 1), ("fp16", 64)])
+def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, tokens: int) -> None:
+    from gblm_compress.kernels import gpu
+
+    for tiling in gpu.tilings(layout, tokens):
+        constants = {
+            "BITMASK": layout == "bitmask",
+            "TENSOR_CORES": tiling.tensor_cores,
+            "BIAS": tiling.programs == 1,
+            "TOKENS": max(tokens, 16) if tiling.tensor_cores else tokens,
+            "ROWS": tiling.rows,
+            "COLUMNS": tiling.columns,
+        }
+        types = _types(layout, element, element if tiling.programs == 1 else "fp32")
+        binary = compiled(gpu._linear, types, constants, tiling.warps)
+        assert binary.asm["cubin"] and binary.metadata.shared <= 227 << 10
+        assert ("mma" in binary.asm["ptx"]) == tiling.tensor_cores
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
+def test_the_other_kernels_compile_for_an_h100(compiled, layout: str) -> None:
+    from gblm_compress.kernels import gpu
+
+    constants = {"BITMASK": layout == "bitmask", "ROWS": 8, "COLUMNS": gpu.GRAIN}
+    assert compiled(gpu._expand, _types(layout, "bf16", "bf16"), constants, 4).asm["cubin"]
+    sums = {"partial": "*fp32", "bias": "*fp16", "y": "*fp16"}
+    assert compiled(gpu._add_up, sums, {"BIAS": True, "SPLITS": 4, "BLOCK": gpu.SUMMED_AT_ONCE}, 4).asm["cubin"]

@@ -1,10 +1,8 @@
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from gblm_compress import sparse_linear
+from gblm_compress import measurements, sparse_linear
 from gblm_compress.bitmask import pack, same_bits
 from gblm_compress.kernels import cpu
 from gblm_compress.patterns import Pattern
@@ -111,17 +109,13 @@ def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
 
 @pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
-    sparse_linear._crossovers.cache_clear()
     measured = []
     monkeypatch.setattr(sparse_linear, "_measure_crossover", lambda *_: measured.append(1) or 5)
-    _, sparse = pair(40, 90)
-    assert sparse.crossover == 5
-    sparse_linear._crossovers.cache_clear()  # as in a new process
-    _, again = pair(40, 90)
-    assert again.crossover == 5 and len(measured) == 1
-    stored = json.loads((sparse_linear.sources.cache_folder() / "crossover.json").read_text())
-    assert list(stored.values()) == [sparse_linear._crossovers()]
-    sparse_linear._crossovers.cache_clear()
+    for _ in range(2):
+        _, sparse = pair(40, 90)
+        assert sparse.crossover == 5
+        measurements._known.cache_clear()  # as in a new process
+    assert len(measured) == 1
 
 
 @LAYOUT_NAMES
@@ -133,27 +127,6 @@ def test_the_operator_compiles_and_has_a_shape_without_data(layout) -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert sparse(mode.from_tensor(x)).shape == (2, 48)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_dispatch_on_cuda_by_number_of_tokens(bias: bool, monkeypatch) -> None:
-    """Up to the crossover the Triton kernel runs, mocked here; above it, a product of the unpacked weight."""
-    dense, sparse = pair(bias=bias)
-    calls = []
-
-    class FakeKernels:
-        @staticmethod
-        def linear(x, mask, values, starts):
-            calls.append(len(x))
-            return x @ dense.weight.T
-
-    monkeypatch.setattr(sparse_linear, "gpu_kernels", FakeKernels)
-    packed = (sparse.mask, sparse.values, sparse.starts, sparse.bias, sparse.in_features)
-    for shape in [(1, 1, 100), (2, 8, 100), (2, 9, 100), (0, 100)]:
-        x = torch.randn(shape)
-        torch.testing.assert_close(sparse_linear._bitmask_linear_cuda(x, *packed, 16), dense(x))
-        torch.testing.assert_close(sparse_linear._bitmask_linear_cuda(x, *packed, 0), dense(x))
-    assert calls == [1, 16]
 
 
 def test_an_empty_layer() -> None:

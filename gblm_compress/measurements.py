@@ -1,0 +1,40 @@
+"""What was measured about the kernels of this machine, kept in the cache folder so that it is measured once."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gblm_compress import artifact, sources
+
+FILE = "measurements.json"  # {machine: {what: result}}
+T = TypeVar("T", int, str)
+
+
+def remembered(machine: str, what: str, measure: Callable[[], T]) -> T:
+    """The result of `measure`, or what it was when this machine was last asked.
+
+    Args:
+        machine: hardware and versions that the result holds for.
+        what: everything else that it depends on.
+    """
+    path = sources.cache_folder() / FILE
+    known = _known(path, machine)
+    if what not in known:
+        known[what] = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = _read(path)  # again: another process may have added to it
+        stored[machine] = stored.get(machine, {}) | known
+        artifact.write_text(path, json.dumps(stored, indent=2) + "\n")
+    result: T = known[what]
+    return result
+
+
+@cache
+def _known(path: Path, machine: str) -> dict[str, Any]:
+    return _read(path).get(machine, {})
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else {}

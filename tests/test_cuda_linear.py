@@ -1,0 +1,209 @@
+"""Dispatch on CUDA, without a GPU: kernels and clock are replaced, what is chosen and passed on is not."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+from gblm_compress import bitmask, sparse24, sparse_linear
+from gblm_compress.patterns import Pattern
+from gblm_compress.sparse_linear import LAYOUTS, UNPACKED, BitmaskLinear, Sparse24Linear
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
+
+if find_spec("triton"):
+    from gblm_compress import cuda_linear
+    from gblm_compress.cuda_linear import DENSE, TOKENS, Choice, Operands
+    from gblm_compress.kernels import gpu
+    from gblm_compress.kernels.gpu import Packed
+
+ALGORITHM = 7
+
+
+def two_four(rows: int, columns: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return (weight * Pattern("2:4").mask(weight.abs(), weight, 0.5)).add(0.0).to(torch.bfloat16)
+
+
+def packed(weight: Tensor, layout: str) -> "Packed":
+    shape = tuple(weight.shape)
+    if layout == "sparse24":
+        values, positions = sparse24.pack(weight)
+        return Packed(layout, values, positions, values, shape)
+    mask, values = bitmask.pack(weight)
+    return Packed(layout, values, mask, gpu.block_starts(mask), shape)
+
+
+def dense_of(weight: "Packed") -> Tensor:
+    if weight.layout == "sparse24":
+        return sparse24.unpack(weight.values, weight.places)
+    return bitmask.unpack(weight.places, weight.values, weight.shape[1])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels that compute on the CPU what those of the GPU would; the names of those called."""
+    called: list[str] = []
+
+    def linear(x, weight, bias, tiling):
+        called.append("triton")
+        assert tiling in gpu.tilings(weight.layout, len(x))
+        return torch.nn.functional.linear(x, dense_of(weight), bias)
+
+    def expand(weight):
+        called.append("expand")
+        return dense_of(weight)
+
+    def cusparselt(operand, inputs, bias=None, transpose_result=False, alg_id=0):
+        called.append("cusparselt")
+        assert alg_id == ALGORITHM and transpose_result and inputs.shape[1] % 8 == 0
+        return torch.nn.functional.linear(inputs.T, operand, bias)
+
+    def cutlass(values, order, inputs):
+        called.append("cutlass")
+        assert inputs.shape[1] % 8 == 0
+        positions = torch.empty_like(order).view(-1)
+        rows, columns = values.shape[0], 2 * values.shape[1]
+        places = cuda_linear._calculate_meta_reordering_scatter_offsets(rows, columns // 16, torch.int16, "cpu")
+        positions = order.view(-1)[places].view(order.shape).view(torch.uint8)
+        return sparse24.unpack(values, positions) @ inputs
+
+    monkeypatch.setattr(gpu, "linear", linear)
+    monkeypatch.setattr(gpu, "expand", expand)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.clone())
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", cusparselt)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *_, **__: ALGORITHM)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", cutlass)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", lambda bias, *rest: cutlass(*rest) + bias.unsqueeze(1))
+    monkeypatch.setattr(
+        cuda_linear.SparseSemiStructuredTensorCUSPARSELT, "_validate_device_dim_dtype_shape", lambda dense: None
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return called
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
+    """A clock that gives each kernel its time; Triton's tilings are slower one after the other."""
+
+    def milliseconds(call) -> float:
+        choice = call.args[0]
+        order = gpu.TILINGS[call.args[2].layout].index(gpu.Tiling(*choice.variant)) if choice.kernel == "triton" else 0
+        return times[choice.kernel] + order / 1000
+
+    monkeypatch.setattr(cuda_linear, "milliseconds", milliseconds)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 192), (96, 128)])
+def test_the_cutlass_operand_is_what_torch_makes_of_the_dense_weight(shape: tuple[int, int]) -> None:
+    weight = two_four(*shape)
+    values, positions = sparse24.pack(weight)
+    theirs, order = sparse_semi_structured_from_dense_cutlass(weight)
+    assert torch.equal(values, theirs)
+    assert torch.equal(cuda_linear.cutlass_operand(positions, shape), order)
+
+
+def test_a_shape_that_cutlass_does_not_take() -> None:
+    assert SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.bfloat16].sparse_min_rows == 32
+    with pytest.raises(RuntimeError, match="16×64: CUTLASS needs multiples of 32 and 64"):
+        cuda_linear.cutlass_operand(torch.zeros(16, 8, dtype=torch.uint8), (16, 64))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 31])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_kernel_computes_the_same_product(calls, tokens: int, bias: bool) -> None:
+    weight = two_four(32, 64)
+    given = torch.randn(32).to(torch.bfloat16) if bias else None
+    x = torch.randn(tokens, 64).to(torch.bfloat16)
+    expected = torch.nn.functional.linear(x, weight, given)
+    operands = cuda_linear.operands(packed(weight, "sparse24"), {"cusparselt", "cutlass"})
+    tiling = tuple(map(int, gpu.tilings("sparse24", tokens)[0]))
+    for choice in (DENSE, Choice("triton", tiling), Choice("cusparselt", (ALGORITHM,)), Choice("cutlass")):
+        y = cuda_linear.run(choice, x, packed(weight, "sparse24"), given, operands)
+        assert y.shape == (tokens, 32) and y.is_contiguous()
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    assert calls == ["expand", "expand", "triton", "cusparselt", "cutlass"]  # the first for cuSPARSELt's operand
+
+
+def test_the_fastest_runs_and_a_copy_must_be_worth_it() -> None:
+    cslt, cutlass = Choice("cusparselt", (1,)), Choice("cutlass")
+    assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.5}) == cslt
+    assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.05}) == cutlass
+    assert cuda_linear.fastest({DENSE: 1.0, cslt: 0.95}) == DENSE
+
+
+def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
+    plan = cuda_linear._measured_plan(packed(two_four(64, 64), "sparse24"))
+    assert len(plan.split()) == len(TOKENS)
+    first = {tokens: Choice("triton", tuple(map(int, gpu.tilings("sparse24", tokens)[0]))) for tokens in (1, 64)}
+    assert cuda_linear.choose(plan, 1) == cuda_linear.choose(plan, 2) == first[1]
+    assert cuda_linear.choose(plan, 3) == cuda_linear.choose(plan, 64) == first[64]
+    for tokens in (65, 4096, 100_000):
+        assert cuda_linear.choose(plan, tokens) == Choice("cusparselt", (ALGORITHM,))
+    assert " ".join(map(str, cuda_linear.choices(plan))) == plan
+    assert cuda_linear.choose("", 5) == DENSE
+
+
+def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
+    weight = packed(two_four(16, 64), "sparse24")  # too few rows for CUTLASS
+    wrong = lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
+    with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
+        times, excluded = cuda_linear.measure(weight, 64)
+    assert {choice.kernel for choice in times} == {"dense", "triton"}
+    assert excluded["cusparselt:7"] == "another product" and "CUTLASS needs multiples" in excluded["cutlass"]
+
+    def fails(*_) -> None:
+        raise ValueError("out of resource: shared memory")
+
+    monkeypatch.setattr(gpu, "linear", fails)
+    times, excluded = cuda_linear.measure(packed(two_four(16, 64), "bitmask"), 1)
+    assert list(times) == [DENSE]
+    assert set(excluded.values()) == {"ValueError: out of resource: shared memory"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bias: bool) -> None:
+    timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
+    monkeypatch.setattr(sparse_linear, "cuda_kernels", lambda values: cuda_linear)
+    monkeypatch.setattr(sparse_linear.cpu, "available", lambda: False)  # a GPU's layer is what is tested
+    weight = two_four(64, 64, seed=1)
+    given = torch.randn(64).to(torch.bfloat16) if bias else None
+    layer = LAYOUTS[layout].from_dense(weight, given)
+    many = "cuSPARSELt" if layout == "sparse24" else UNPACKED
+    assert [layer.kernel(tokens) for tokens in (1, 64, 65)] == [f"{layout} Triton", f"{layout} Triton", many]
+    assert layer.resident_bytes > layer.packed_bytes
+    operator = {"bitmask": sparse_linear._bitmask_linear_cuda, "sparse24": sparse_linear._sparse24_linear_cuda}[layout]
+    if isinstance(layer, BitmaskLinear):
+        rest = (layer.mask, layer.values, layer.starts, layer.bias, 64, 0, layer.plan)
+    else:
+        assert isinstance(layer, Sparse24Linear)
+        assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no choice needs is not held
+        rest = (layer.values, layer.positions, layer.bias, layer.cusparselt, layer.cutlass, layer.plan)
+    for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
+        calls.clear()
+        x = torch.randn(shape).to(torch.bfloat16)
+        torch.testing.assert_close(operator(x, *rest), torch.nn.functional.linear(x, weight, given))
+        if layout == "bitmask" and kernel == "cusparselt":
+            kernel = "expand"
+        assert calls == ([kernel] if kernel else [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
+    """In 32 bit, and without Triton."""
+    weight = two_four(8, 64).float()
+    layer = LAYOUTS[layout].from_dense(weight, None)
+    x = torch.randn(3, 64)
+    got = (
+        sparse_linear._bitmask_linear_cuda(x, layer.mask, layer.values, layer.starts, None, 64, 0, "")
+        if layout == "bitmask"
+        else sparse_linear._sparse24_linear_cuda(x, layer.values, layer.positions, None, *Operands(x, x), "")
+    )
+    torch.testing.assert_close(got, x @ weight.T)
