@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from gblm_compress.errors import UsageError
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -19,13 +20,30 @@ MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or '
 
 
 def option(settings: type[BaseModel], field: str, *names: str) -> Any:
-    """An option that fills `field`, described by it; its default is shown in words where the program's is None."""
+    """An option that fills `field`, described by it."""
     return typer.Option(*names, help=settings.model_fields[field].description)
 
 
 def split(values: list[str] | None) -> tuple[str, ...]:
     """The parts of an option that may be repeated, or given once with commas."""
     return tuple(part.strip() for value in values or [] for part in value.split(",") if part.strip())
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given; a preset or the settings' defaults stand for the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def overrides(values: list[str] | None) -> tuple[dict[str, Any], ...] | None:
+    """`LAYERS=PATTERN[@SPARSITY]` as `OverrideSettings` take it."""
+    parsed = []
+    for value in values or []:
+        layers, equals, budget = value.partition("=")
+        pattern, at, sparsity = budget.partition("@")
+        if not (layers and equals and pattern):
+            raise UsageError(f"--override {value!r}: give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'")
+        parsed.append({"layers": layers, "pattern": pattern, **({"sparsity": sparsity} if at else {})})
+    return tuple(parsed) or None
 
 
 def default(settings: type[BaseModel], field: str) -> Any:
@@ -43,11 +61,31 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Dtype = Annotated[str, option(ModelSettings, "dtype")]
 Device = Annotated[str, option(ModelSettings, "device")]
 
-Method = Annotated[str, option(PruneSettings, "method")]
+Preset = Annotated[str | None, option(PruneSettings, "preset")]
+Method = Annotated[str | None, option(PruneSettings, "method")]
 Pattern = Annotated[str, option(PruneSettings, "pattern")]
 Sparsity = Annotated[float | None, option(PruneSettings, "sparsity")]
-GradientNorm = Annotated[str, option(PruneSettings, "gradient_norm")]
-Alpha = Annotated[float, option(PruneSettings, "alpha")]
+GradientNorm = Annotated[str | None, option(PruneSettings, "gradient_norm")]
+Alpha = Annotated[float | None, option(PruneSettings, "alpha")]
+AlphaScale = Annotated[str | None, option(PruneSettings, "alpha_scale")]
+Allocation = Annotated[str | None, option(PruneSettings, "allocation")]
+Deviation = Annotated[float | None, option(PruneSettings, "deviation")]
+Refine = Annotated[str | None, option(PruneSettings, "refine")]
+Update = Annotated[str | None, option(PruneSettings, "update")]
+Damping = Annotated[float | None, option(PruneSettings, "damping")]
+ReconstructionEpochs = Annotated[int | None, option(PruneSettings, "reconstruction_epochs")]
+ReconstructionRate = Annotated[float | None, option(PruneSettings, "reconstruction_rate")]
+DistillationEpochs = Annotated[int | None, option(PruneSettings, "distillation_epochs")]
+DistillationRate = Annotated[float | None, option(PruneSettings, "distillation_rate")]
+FitDtype = Annotated[str | None, option(PruneSettings, "fit_dtype")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        metavar="LAYERS=PATTERN[@SPARSITY]",
+        help="An exception, for example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'; repeatable.",
+    ),
+]
 Targets = Annotated[list[str] | None, option(PruneSettings, "targets")]
 Ignore = Annotated[list[str] | None, option(PruneSettings, "ignore")]
 Calibration = Annotated[str, option(CalibrationSettings, "dataset", "--calibration")]

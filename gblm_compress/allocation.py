@@ -1,15 +1,25 @@
 """Allocation: which pattern and sparsity each layer gets.
 
-Today there are two: the same for every layer, and explicit exceptions by layer name. A method that computes
-a budget per layer is one more function from layers to `Budget`s.
+`allocate` lays down what the user asked for: one budget everywhere, and exceptions by layer name. `owl` and
+`sensitivities` find how much each layer should keep, from statistics of the dense model; `spread` turns that into
+budgets that keep as many weights in all as the uniform ones.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import Pattern
+from gblm_compress.patterns import DENSE, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OUTLIER = 5.0
+"""A weight is an outlier where its score exceeds the mean of its layer this many times (OWL's M)."""
+
+_BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
 
 
 @dataclass(frozen=True)
@@ -49,3 +59,110 @@ def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, .
             )
         budgets.update(dict.fromkeys(matches, override.budget))
     return budgets
+
+
+def outlier_share(scores: "Iterable[Tensor]") -> float:
+    """The share of the weights of a block whose score |W|·A exceeds `OUTLIER` times the mean of their layer
+    (the layerwise outlier distribution of OWL, arXiv 2310.05175, section 3.2).
+    """
+    outliers = weights = 0
+    for score in scores:
+        outliers += int((score > OUTLIER * score.mean()).sum())
+        weights += score.numel()
+    return outliers / weights
+
+
+def owl(outlier_shares: dict[str, float], density: float, deviation: float) -> dict[str, float]:
+    """The fraction of weights that each layer keeps by OWL (arXiv 2310.05175, section 3.3, and its code).
+
+    The more outliers, the more is kept: densities are an affine image of the outlier shares, their highest and
+    lowest 2·`deviation` apart and their mean `density`.
+
+    Args:
+        outlier_shares: {layer name: outlier share of its block}.
+        density: fraction of weights to keep on average.
+        deviation: λ, published as 0.08.
+    """
+    low, high = min(outlier_shares.values()), max(outlier_shares.values())
+    scale = 2 * deviation / (high - low) if high > low else 0.0
+    raised = {name: (share - low) * scale for name, share in outlier_shares.items()}
+    mean = sum(raised.values()) / len(raised)
+    return {name: density + value - mean for name, value in raised.items()}
+
+
+class GlobalRanking:
+    """How many of each layer's weights are among the most important of the whole model, by |W|·G.
+
+    Layers are added one at a time and only a histogram of each is kept: 8192 bins of a 32nd of a power of two.
+    """
+
+    def __init__(self) -> None:
+        self._histograms: dict[str, Tensor] = {}
+
+    def add(self, name: str, score: "Tensor") -> None:
+        """Count the scores of a layer; any shape, not negative. A score of zero counts as the lowest."""
+        logarithms = score.flatten().float().log2().clamp(_LOWEST, _HIGHEST)
+        self._histograms[name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
+
+    def densities(self, density: float) -> dict[str, float]:
+        """The fraction of each layer that a single threshold keeps, set so that `density` of all weights survive."""
+        total = sum(self._histograms.values())
+        above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
+        first = int((above >= density * above[0]).sum()) - 1
+        # The bin of the threshold is kept in part, in every layer the same part.
+        part = float((density * above[0] - (above[first] - total[first])) / total[first])  # type: ignore[index]
+        return {
+            name: float((histogram[first + 1 :].sum() + part * histogram[first]) / histogram.sum())
+            for name, histogram in self._histograms.items()
+        }
+
+
+def spread(
+    budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float], deviation: float
+) -> dict[str, Budget]:
+    """Budgets that follow `densities` and keep in all what `budgets` do.
+
+    Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
+    right. For N:M, N is rounded, and layers nearest to the next N give way until the sum is not above; at 2:4 with the
+    usual deviation that leaves every layer at 2.
+
+    Args:
+        budgets: {name: budget before}, of the layers that take part, all of one pattern.
+        sizes: {name: weights of the layer}.
+        densities: {name: the fraction that it should keep}.
+        deviation: the largest change of a density.
+    """
+    wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
+
+    def limited(shift: float) -> dict[str, float]:
+        result = {}
+        for name, budget in budgets.items():
+            own = 1 - budget.sparsity
+            low, high = max(own - deviation, 0.01), min(own + deviation, 0.99)
+            result[name] = min(max(densities[name] + shift, low), high)
+        return result
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(value * sizes[name] for name, value in limited(middle).items()) < wanted:
+            low = middle
+        else:
+            high = middle
+    chosen = limited(low)
+    n_m = next(iter(budgets.values())).pattern.n_m
+    if n_m is None:
+        return {name: Budget(budgets[name].pattern, 1 - chosen[name]) for name in budgets}
+    return _whole_groups(chosen, sizes, n_m[1], wanted)
+
+
+def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wanted: float) -> dict[str, Budget]:
+    """N:M of each layer, with Σ N/M · size not above `wanted`."""
+    kept = {name: min(max(round(density * m), 1), m) for name, density in densities.items()}
+    for name in sorted(kept, key=lambda name: densities[name] * m - kept[name]):  # rounded up the most first
+        if sum(kept[n] / m * sizes[n] for n in kept) <= wanted * (1 + 1e-9):
+            break
+        if kept[name] > 1:
+            kept[name] -= 1
+    patterns = {name: Pattern(DENSE) if n == m else Pattern(f"{n}:{m}") for name, n in kept.items()}
+    return {name: Budget(pattern, pattern.sparsity(None)) for name, pattern in patterns.items()}

@@ -1,8 +1,9 @@
-"""Pruning of one block: measure, score, mask.
+"""Pruning of one block: measure, score, mask, refine the mask, update the survivors.
 
 Everything that decides about the weights of a block happens here; the loop over the blocks is in `pruning.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,14 @@ from torch import Tensor, nn
 
 from gblm_compress.allocation import Budget
 from gblm_compress.architecture import as_matrix, check_finite, is_transposed, weight_matrix
+from gblm_compress.block_statistics import gram_matrices, regional_norms
 from gblm_compress.calibration import Block, activation_norms
+from gblm_compress.gram import activation_norms_of
+from gblm_compress.reconstruction import reconstruct_
+from gblm_compress.refinement import swap
 from gblm_compress.saliency import SALIENCIES, Statistics
 from gblm_compress.settings import PruneSettings
+from gblm_compress.updates import least_squares, obs, sparsegpt
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ def prune_block_(
     gradients: dict[str, Tensor],
     settings: PruneSettings,
     budgets: dict[str, Budget],
+    targets: Sequence[Tensor] = (),
 ) -> dict[str, LayerResult]:
     """Prune the layers of one block in place.
 
@@ -47,37 +54,91 @@ def prune_block_(
         layers: {name: Linear or Conv1D}, the layers of the block that are to be pruned; may be empty.
         gradients: {name: G in the stored layout of the weight}, for a saliency that needs gradients.
         budgets: {name: how much it keeps}.
+        targets: the block's outputs in the dense model for every sample; needed to reconstruct it, else unused.
 
     Returns:
         {name: what became of it}.
     """
-    activations = activation_norms(block, layers) if block and layers else {}
-    results = {}
+    statistics = _statistics(block, layers, gradients, settings)
+    alpha = settings.effective_alpha(len(block.inputs), block.inputs[0].shape[1]) if block else settings.alpha
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach()
-        gradient = gradients.get(name)
-        statistics = Statistics(
+        pruned = _prune_layer(name, weight.float(), statistics[name], settings, budgets[name], alpha)
+        weight.copy_(pruned)
+        # A weight that was zero before is written too: it may be -0.0, and a zero here is always +0.0.
+        weight.masked_fill_(weight == 0, 0.0)
+    if settings.update == "reconstruct" and layers:
+        assert block is not None and len(targets) == len(block.inputs), "the loop must pass the dense outputs"
+        reconstruct_(
+            block,
+            layers,
+            targets,
+            epochs=settings.reconstruction_epochs,
+            rate=settings.reconstruction_rate,
+            compute=settings.fit_dtype,
+        )
+    return {name: layer_result(layer, budgets[name]) for name, layer in layers.items()}
+
+
+def _statistics(
+    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], settings: PruneSettings
+) -> dict[str, Statistics]:
+    """What the settings need to know of each layer; weights' statistics as [out_features, in_features]."""
+    saliency = SALIENCIES[settings.method]
+    grams: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
+    regional: dict[str, Tensor] = {}
+    if block is not None and layers:
+        if settings.needs_gram:
+            grams = gram_matrices(block, layers)
+            activations = {name: activation_norms_of(gram, len(block.inputs)) for name, gram in grams.items()}
+        elif saliency.needs_activations:
+            activations = activation_norms(block, layers)
+        if saliency.needs_regional:
+            regional = regional_norms(block, layers)
+
+    def matrix(layer: nn.Module, stored: Tensor | None) -> Tensor | None:
+        return None if stored is None else as_matrix(layer, stored)
+
+    return {
+        name: Statistics(
             activation_norm=activations.get(name),
-            gradient_norm=None if gradient is None else as_matrix(layer, gradient),
+            gradient_norm=matrix(layer, gradients.get(name)),
+            regional_norm=matrix(layer, regional.get(name)),
+            gram=grams.get(name),
         )
-        nonzeros = _prune_layer_(name, weight, statistics, settings, budgets[name])
-        out_features, in_features = weight.shape
-        results[name] = LayerResult(
-            budgets[name].pattern.name, (out_features, in_features), nonzeros, is_transposed(layer)
-        )
-    return results
+        for name, layer in layers.items()
+    }
 
 
-def _prune_layer_(name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget) -> int:
-    """Zero the weights [out_features, in_features] that the budget does not keep, in place.
+def _prune_layer(
+    name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget, alpha: float
+) -> Tensor:
+    """The pruned and updated weight of one layer, [out_features, in_features] in float32.
 
-    Returns:
-        How many are left.
+    Reconstruction starts from the least-squares solution.
     """
-    magnitude = weight.float()
-    score = SALIENCIES[settings.method].score(magnitude, statistics, settings.alpha)
+    pattern, gram = budget.pattern, statistics.gram
+    if settings.method == "obs" and settings.update == "obs" and settings.refine == "none":
+        assert gram is not None
+        return sparsegpt(weight, gram, pattern, budget.sparsity, settings.damping)[0]
+    score = SALIENCIES[settings.method].score(weight, statistics, alpha)
     check_finite(name, "scores", score)
-    keep = budget.pattern.mask(score, magnitude, budget.sparsity)
-    # A weight that was zero before is written too: it may be -0.0, and a zero here is always +0.0.
-    weight.masked_fill_(~keep | (weight == 0), 0.0)
-    return int(torch.count_nonzero(weight))
+    keep = pattern.mask(score, weight, budget.sparsity)
+    if settings.refine == "swap":
+        assert gram is not None
+        keep = swap(weight, keep, gram, pattern)
+    if settings.update == "none":
+        return weight.masked_fill(~keep, 0.0)
+    assert gram is not None
+    update = obs if settings.update == "obs" else least_squares
+    return update(weight, keep, gram, settings.damping)
+
+
+def layer_result(layer: nn.Module, budget: Budget) -> LayerResult:
+    """What a pruned layer is like now."""
+    weight = weight_matrix(layer).detach()
+    out_features, in_features = weight.shape
+    return LayerResult(
+        budget.pattern.name, (out_features, in_features), int(torch.count_nonzero(weight)), is_transposed(layer)
+    )

@@ -5,7 +5,7 @@ gradient as soon as autograd has produced it. `BlockReplay` walks the model bloc
 `Block` sees the output of the blocks before it as they are *after* pruning.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +60,7 @@ def gradient_norms(
             gradient = gradient.float()
             total.addcmul_(gradient, gradient)
 
-    with _only_requires_grad(model, weights.values()):
+    with only_requires_grad(model, weights.values()):
         hooks = [
             weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
             for name, weight in weights.items()
@@ -93,6 +93,9 @@ class BlockReplay:
         blocks: its blocks in order.
         samples: token ids, each [1, length], all of one length.
 
+    Attributes:
+        hidden: the hidden states of every sample, on their way, each [1, length, hidden size].
+
     Raises:
         ModelError: the blocks cannot be replayed.
     """
@@ -102,17 +105,17 @@ class BlockReplay:
         self._calls = _record_calls(model, blocks, samples[0])
         if len(samples) > 1:
             _check_same_arguments(self._calls, _record_calls(model, blocks, samples[-1]))
-        self._hidden = [_input_of_first_block(model, blocks[0], ids) for ids in samples]
+        self.hidden = [_input_of_first_block(model, blocks[0], ids) for ids in samples]
 
     def block(self, index: int) -> "Block":
         """Block `index` with the hidden states that go into it now."""
-        return Block(self._blocks[index], self._calls[index], self._hidden)
+        return Block(self._blocks[index], self._calls[index], self.hidden)
 
     def advance(self, index: int) -> None:
         """Replace the hidden states by the output of block `index`."""
         block = self.block(index)
-        for position, hidden in enumerate(self._hidden):
-            self._hidden[position] = block.run(hidden)
+        for position, hidden in enumerate(self.hidden):
+            self.hidden[position] = block.run(hidden)
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class _Call:
     kwargs: dict[str, Any]
     hidden_is_keyword: bool
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         if self.hidden_is_keyword:
             return _hidden_output(block(*self.args, hidden_states=hidden, **self.kwargs))
         return _hidden_output(block(hidden, *self.args, **self.kwargs))
@@ -273,7 +276,8 @@ def _hooks(handles: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _only_requires_grad(model: nn.Module, weights: Any) -> Iterator[None]:
+def only_requires_grad(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Let autograd see `weights` and nothing else of the model for the duration of a `with`."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)

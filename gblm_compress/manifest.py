@@ -33,12 +33,24 @@ tags: [pruned, sparse, gblm-compress]
 # {{ name }}, {{ settings.method }}, {{ settings.pattern }}
 
 {{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero \
-by gblm-compress {{ version }}, without retraining.
+by gblm-compress {{ version }}, without retraining on anything but the calibration text.
 
 | | |
 | --- | --- |
 | saliency | {{ settings.method }} |
 | pattern | {{ settings.pattern }} |
+{% if settings.allocation != "uniform" -%}
+| allocation | {{ settings.allocation }} |
+{% endif -%}
+{% if settings.refine != "none" -%}
+| refinement of the mask | {{ settings.refine }} |
+{% endif -%}
+{% if settings["update"] != "none" -%}
+| update of the survivors | {{ settings["update"] }} |
+{% endif -%}
+{% if settings.distillation_epochs -%}
+| distillation | at most {{ settings.distillation_epochs }} passes over the calibration text |
+{% endif -%}
 {% if settings.method in ("gblm", "gradient") -%}
 | gradient norm | {{ settings.gradient_norm }} |
 {% endif -%}

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 UNSTRUCTURED = "unstructured"
 PER_MATRIX = "unstructured-per-matrix"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Pattern:
     """A pattern by its name: `unstructured` (the weights of one output row compete),
-    `unstructured-per-matrix` (all weights of a matrix compete), or `N:M` (at most N nonzeros in every M
-    consecutive weights along the input dimension).
+    `unstructured-per-matrix` (all weights of a matrix compete), `N:M` (at most N nonzeros in every M
+    consecutive weights along the input dimension), or `dense` (nothing is pruned).
 
     Raises:
         UsageError: the name is none of these, or N:M does not satisfy 0 < N < M.
@@ -34,7 +35,7 @@ class Pattern:
     name: str
 
     def __post_init__(self) -> None:
-        if self.name in (UNSTRUCTURED, PER_MATRIX):
+        if self.name in (UNSTRUCTURED, PER_MATRIX, DENSE):
             return
         match = re.fullmatch(r"(\d+):(\d+)", self.name)
         if match is None or not 0 < int(match[1]) < int(match[2]):
@@ -52,16 +53,16 @@ class Pattern:
         return int(n), int(m)
 
     def sparsity(self, requested: float | None) -> float:
-        """The fraction of zeros: implied by N:M, `requested` (default 0.5) otherwise.
+        """The fraction of zeros: implied by N:M and dense, `requested` (default 0.5) otherwise.
 
         Raises:
-            UsageError: `requested` lies outside 0 to 1 (exclusive), or contradicts N:M.
+            UsageError: `requested` lies outside 0 to 1 (exclusive), or contradicts the pattern.
         """
         if requested is not None and not 0.0 < requested < 1.0:
             raise UsageError(f"sparsity is {requested}; give a fraction between 0 and 1, for example 0.5")
-        if self.n_m is None:
+        if self.n_m is None and self.name != DENSE:
             return 0.5 if requested is None else requested
-        implied = 1 - self.n_m[0] / self.n_m[1]
+        implied = 1 - self.n_m[0] / self.n_m[1] if self.n_m else 0.0
         if requested is not None and abs(requested - implied) > 1e-9:
             raise UsageError(
                 f"sparsity {requested} contradicts pattern {self.name}, which fixes it at {implied:g}; "

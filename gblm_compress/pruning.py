@@ -1,31 +1,35 @@
-"""The pruning stage: calibrate, score, mask, save, verify.
+"""The pruning stage: calibrate, score, mask, update, save, verify.
 
     gradients of the dense model ─┐
-    for each block:               ├─► score ─► mask ─► zeros in place ─► the block's output feeds the next
-      activations of the block ───┘
+    for each block:               ├─► score ─► mask ─► zeros, update ─► the block's output feeds the next
+      statistics of the block  ───┘
+    all survivors at once: distillation, if asked for
 
 `prune_` works on a model in memory; `prune` is the whole stage, from a model source to a verified folder.
 """
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import artifact, manifest, sources, text
+from gblm_compress import artifact, manifest, presets, sources, text
 from gblm_compress.allocation import Budget
 from gblm_compress.architecture import check_finite, find_blocks, prunable_layers, weight_matrix
-from gblm_compress.block_pruning import LayerResult, prune_block_
-from gblm_compress.calibration import BlockReplay, gradient_norms
+from gblm_compress.block_pruning import LayerResult, layer_result, prune_block_
+from gblm_compress.budgeting import budgets as layer_budgets
+from gblm_compress.calibration import Block, BlockReplay, gradient_norms
+from gblm_compress.distillation import distil_, head_inputs
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.memory import peak_memory
+from gblm_compress.patterns import DENSE
 from gblm_compress.progress import Progress
-from gblm_compress.saliency import SALIENCIES
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings
 from gblm_compress.sources import ModelSource
 
 
@@ -91,7 +95,7 @@ def prune(
         model = sources.load_model(source, dtype, device)
         layers = prune_(model, [ids.to(device) for ids in samples], settings, progress)
         if dtype not in ("auto", stored):
-            model = _in_stored_precision(source, stored, model, layers)
+            model, layers = _in_stored_precision(source, stored, model, layers, settings.updates)
     fingerprint = text.fingerprint(samples) if samples else None
     with artifact.atomic_folder(output) as temporary:
         progress.say("saving …")
@@ -107,13 +111,14 @@ def prune(
         )
         progress.say("verifying …")
         manifest.verify(temporary)
+    seconds = time.perf_counter() - start
     return PruneResult(
         folder=str(output),
         layers=layers,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
-        warnings=_warnings(settings, calibration),
+        warnings=_warnings(settings, calibration, layers, seconds),
     )
 
 
@@ -134,26 +139,53 @@ def prune_(
         ModelError: a value is NaN or infinite, or the architecture is not supported.
         UsageError: a width does not divide by M, or a name pattern matches nothing.
     """
-    saliency = SALIENCIES[settings.method]
     _, blocks = find_blocks(model)
     per_block = prunable_layers(model, settings.targets, settings.ignore)
     layers = {name: layer for block in per_block for name, layer in block.items()}
-    budgets = settings.budgets(list(layers))
-    _check_weights(layers, budgets)
+    _check_weights(layers, settings.budgets(list(layers)))
 
     gradients: dict[str, Tensor] = {}
-    if saliency.needs_gradients:
+    if settings.needs_gradients:
         gradients = gradient_norms(model, layers, samples, settings.gradient_norm, progress)
-    replay = BlockReplay(model, blocks, samples) if saliency.needs_activations else None
+    budgets = layer_budgets(per_block, settings, gradients, _dense_blocks(model, blocks, samples))
+    per_block = [
+        {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in per_block
+    ]
+    predictions = head_inputs(model, samples, progress) if settings.distillation_epochs else []
+    dense = BlockReplay(model, blocks, samples) if settings.update == "reconstruct" else None
+    replay = BlockReplay(model, blocks, samples) if settings.needs_blocks else None
 
     results: dict[str, LayerResult] = {}
     for index, block_layers in enumerate(progress.track(per_block, f"pruning ({settings.method})", unit="blocks")):
         block = replay.block(index) if replay else None
         own = {name: gradients.pop(name) for name in block_layers if name in gradients}
-        results |= prune_block_(block, block_layers, own, settings, budgets)
+        if dense:
+            dense.advance(index)
+        results |= prune_block_(block, block_layers, own, settings, budgets, dense.hidden if dense else ())
         if replay and index + 1 < len(blocks):
             replay.advance(index)
+    if settings.distillation_epochs:
+        pruned = {name: layer for block in per_block for name, layer in block.items()}
+        distil_(
+            model,
+            pruned,
+            samples,
+            predictions,
+            epochs=settings.distillation_epochs,
+            rate=settings.distillation_rate,
+            compute=settings.fit_dtype,
+            progress=progress,
+        )
+        results = {name: layer_result(layer, budgets[name]) for name, layer in pruned.items()}
     return results
+
+
+def _dense_blocks(model: nn.Module, blocks: list[nn.Module], samples: Sequence[Tensor]) -> Iterator[Block]:
+    """Every block with its inputs, as the model is now; measured only if somebody asks."""
+    replay = BlockReplay(model, blocks, samples)
+    for index in range(len(blocks)):
+        yield replay.block(index)
+        replay.advance(index)
 
 
 def _check_weights(layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> None:
@@ -180,27 +212,52 @@ def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progr
 
 @torch.no_grad()
 def _in_stored_precision(
-    source: ModelSource, stored: str, pruned: nn.Module, results: dict[str, LayerResult]
-) -> nn.Module:
-    """The source in its own dtype with the zeros of `pruned`, whatever dtype those were computed in."""
+    source: ModelSource, stored: str, pruned: nn.Module, results: dict[str, LayerResult], updated: bool
+) -> tuple[nn.Module, dict[str, LayerResult]]:
+    """The source in its own dtype with the zeros of `pruned`, whatever dtype those were computed in, and with its
+    survivors, rounded, where they were updated.
+    """
     original: nn.Module = sources.load_model(source, stored)
-    for name in results:
+    rounded = {}
+    for name, result in results.items():
         weight = weight_matrix(original.get_submodule(name))
-        zeros = weight_matrix(pruned.get_submodule(name)).to(weight.device) == 0
-        weight.masked_fill_(zeros | (weight == 0), 0.0)
+        computed = weight_matrix(pruned.get_submodule(name)).to(weight.device)
+        if updated:
+            weight.copy_(computed)
+        weight.masked_fill_((computed == 0) | (weight == 0), 0.0)
         remaining = int(torch.count_nonzero(weight))
-        if remaining != results[name].nonzeros:
+        rounded[name] = replace(result, nonzeros=remaining)  # an updated weight may be too small for the dtype
+        if not updated and remaining != result.nonzeros:
             raise ModelError(
-                f"{name}: {results[name].nonzeros} weights survive in the dtype of computation but {remaining} in "
+                f"{name}: {result.nonzeros} weights survive in the dtype of computation but {remaining} in "
                 f"{stored}; compute in a dtype as wide as the checkpoint's"
             )
-    return original
+    return original, rounded
 
 
-def _warnings(settings: PruneSettings, calibration: CalibrationSettings) -> tuple[str, ...]:
-    if settings.method == "gblm" and (calibration.samples, calibration.sequence_length) != (128, 2048):
-        return (
+def _warnings(
+    settings: PruneSettings, calibration: CalibrationSettings, layers: dict[str, LayerResult], seconds: float
+) -> tuple[str, ...]:
+    notes = []
+    size = (calibration.samples, calibration.sequence_length)
+    if settings.method == "gblm" and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
+        notes.append(
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
-            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length}",
+            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
+            "(--alpha-scale normalised keeps its meaning)"
         )
-    return ()
+    weights = sum(math.prod(layer.shape) for layer in layers.values())
+    uniform = weights * (1 - settings.uniform_budget.sparsity)
+    extra = sum(layer.nonzeros for layer in layers.values()) - uniform
+    if settings.overrides and extra > 0:
+        notes.append(
+            f"the exceptions in 'overrides' keep {extra:,.0f} weights more than {settings.pattern} everywhere in the "
+            f"pruned layers ({100 * extra / uniform:.1f} %)"
+        )
+    if better := presets.better(settings):
+        cost = presets.passes(PruneSettings(preset=better)) / presets.passes(settings)
+        notes.append(
+            f"--preset {better} fits the surviving weights further and gives a better model at the same size; it takes "
+            f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
+        )
+    return tuple(notes)

@@ -22,10 +22,15 @@ class Statistics:
         activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²).
         gradient_norm: G [out_features, in_features], (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of
             the mean token cross-entropy of the dense model; p = 1 or 2.
+        regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
+            ‖block(X_n)‖₂, the norm of the dense block's whole output.
+        gram: H [in_features, in_features], XᵀX over all tokens of all samples.
     """
 
     activation_norm: Tensor | None = None
     gradient_norm: Tensor | None = None
+    regional_norm: Tensor | None = None
+    gram: Tensor | None = None
 
     def activations(self) -> Tensor:
         """A, where a saliency that declares the need for it may rely on it."""
@@ -62,6 +67,25 @@ def gblm(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     return weight.abs() * (statistics.activations() + alpha * statistics.gradients())
 
 
+def regional(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
+    """|W|·(A + α·R) (Wanda++, arXiv 2503.04992, eq. 4: regional gradient score, published with α = 100).
+
+    Both terms grow with the square root of the tokens in a sample and not with the number of samples.
+    """
+    assert statistics.regional_norm is not None, "this saliency must declare that it needs regional gradients"
+    return weight.abs() * (statistics.activations() + alpha * statistics.regional_norm)
+
+
+def obs(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
+    """W²/U_jj² with (H + λI)⁻¹ = UᵀU: the error that pruning w_j leaves once the weights to its right have made up
+    for it (SparseGPT, arXiv 2301.00774, eq. 3).
+    """
+    from gblm_compress.gram import inverse_factor
+
+    assert statistics.gram is not None, "this saliency must declare that it needs the Gram matrix"
+    return (weight / inverse_factor(statistics.gram).diagonal()).square()
+
+
 @dataclass(frozen=True)
 class Saliency:
     """A scoring function and the statistics it reads."""
@@ -69,6 +93,8 @@ class Saliency:
     score: Callable[[Tensor, Statistics, float], Tensor]
     needs_activations: bool = False
     needs_gradients: bool = False
+    needs_regional: bool = False
+    needs_gram: bool = False
 
 
 SALIENCIES: dict[str, Saliency] = {
@@ -76,4 +102,6 @@ SALIENCIES: dict[str, Saliency] = {
     "gradient": Saliency(gradient, needs_gradients=True),
     "wanda": Saliency(wanda, needs_activations=True),
     "gblm": Saliency(gblm, needs_activations=True, needs_gradients=True),
+    "regional": Saliency(regional, needs_activations=True, needs_regional=True),
+    "obs": Saliency(obs, needs_gram=True),
 }

@@ -4,20 +4,29 @@ Field descriptions are the text of `--help`, of `gblm-compress schema` and of th
 module loads no torch.
 """
 
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from gblm_compress import presets
 from gblm_compress.allocation import Budget, Override, allocate
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import Pattern
+from gblm_compress.patterns import DENSE, Pattern
 from gblm_compress.saliency import SALIENCIES
 
-Method = Literal["gblm", "wanda", "gradient", "magnitude"]
+Method = Literal["gblm", "wanda", "gradient", "magnitude", "regional", "obs"]
 GradientNorm = Literal["l1", "l2"]
+AlphaScale = Literal["published", "normalised"]
+Allocation = Literal["uniform", "owl", "sensitivity"]
+Refinement = Literal["none", "swap"]
+Update = Literal["none", "obs", "least-squares", "reconstruct"]
+Preset = Literal["fast", "balanced", "best"]
+FitDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
 Format = Literal["onnx", "bitmask", "semi-structured"]
+PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -56,7 +65,7 @@ class OverrideSettings(Settings):
     """An exception for some layers."""
 
     layers: str = Field(description="Shell-style pattern over full layer names.")
-    pattern: str = Field("unstructured", description="As prune.pattern.")
+    pattern: str = Field("unstructured", description="As prune.pattern, or dense: left as it is.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
 
     @model_validator(mode="after")
@@ -66,9 +75,14 @@ class OverrideSettings(Settings):
 
 
 class PruneSettings(Settings):
-    """Everything that decides which weights survive, apart from the model and the text."""
+    """Everything that decides which weights survive and what they become, apart from the model and the text."""
 
-    method: Method = Field("gblm", description="What a weight is worth: " + ", ".join(SALIENCIES) + ".")
+    preset: Preset | None = Field(
+        None,
+        description="A tested combination; stands for the keys that are not given. "
+        + " ".join(f"{name}: {presets.describe(name)}." for name in presets.PRESETS),
+    )
+    method: Method = Field("gblm", description="What a weight is worth: " + ", ".join(SALIENCIES) + "; gblm if unset.")
     pattern: str = Field(
         "unstructured",
         description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
@@ -77,15 +91,56 @@ class PruneSettings(Settings):
     sparsity: Fraction | None = Field(
         None, description="Fraction of zeros, 0.5 by default; N:M fixes it and needs none."
     )
-    gradient_norm: GradientNorm = Field("l1", description="How the gradients of several samples combine.")
-    alpha: float = Field(100.0, ge=0, description="Weight of the gradient term in gblm.")
+    gradient_norm: GradientNorm = Field(
+        "l1", description="How the gradients of several samples combine: l1 (if unset) or l2."
+    )
+    alpha: float = Field(100.0, ge=0, description="Weight of the gradient term in gblm and regional; 100 if unset.")
+    alpha_scale: AlphaScale = Field(
+        "published",
+        description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
+        "published 128 samples of 2048 tokens.",
+    )
+    allocation: Allocation = Field(
+        "uniform",
+        description="How much each layer keeps: uniform; owl: more where a block has outliers; sensitivity: one "
+        "threshold on the gradient scores of the whole model.",
+    )
+    deviation: float = Field(0.08, gt=0, lt=1, description="How far owl and sensitivity move a layer's density.")
+    refine: Refinement = Field("none", description="swap: exchange weights of a mask while that lowers the error.")
+    update: Update = Field(
+        "none",
+        description="What happens to the survivors: none; obs: SparseGPT's error propagation; least-squares: the "
+        "optimum for the layer; reconstruct: least-squares, then Adam on the block's output.",
+    )
+    damping: float = Field(0.01, gt=0, description="Of obs and least-squares, in shares of the mean input power.")
+    reconstruction_epochs: int = Field(3, ge=1, description="Of update reconstruct: passes over the samples, at most.")
+    reconstruction_rate: float = Field(
+        0.007, gt=0, description="Of update reconstruct: Adam's step in shares of a layer's root mean square weight."
+    )
+    distillation_epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
+    )
+    distillation_rate: float = Field(0.002, gt=0, description="Of the distillation, as reconstruction_rate.")
+    fit_dtype: FitDtype = Field(
+        "float32", description="Of the products in reconstruction and distillation; weights are float32 always."
+    )
     targets: tuple[str, ...] = Field(("*",), description="Shell-style patterns of the layers to prune.")
     ignore: tuple[str, ...] = Field((), description="Patterns of the layers to leave alone.")
     overrides: tuple[OverrideSettings, ...] = Field((), description="Exceptions by layer; the last match counts.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**presets.PRESETS.get(preset, {}), **values} if preset else values
+
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, value: str) -> str:
+        if value == DENSE:
+            raise ValueError("pattern 'dense' prunes nothing; it is for the exceptions in 'overrides'")
         try:
             return Pattern(value).name
         except UsageError as error:
@@ -97,10 +152,42 @@ class PruneSettings(Settings):
         return self
 
     @property
+    def needs_gram(self) -> bool:
+        """Whether the Gram matrices of the layers' inputs are read."""
+        return SALIENCIES[self.method].needs_gram or self.refine != "none" or self.update != "none"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradients of the dense model are read."""
+        return SALIENCIES[self.method].needs_gradients or self.allocation == "sensitivity"
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether the blocks are run one by one on the text."""
+        saliency = SALIENCIES[self.method]
+        return saliency.needs_activations or saliency.needs_regional or self.needs_gram
+
+    @property
     def needs_text(self) -> bool:
         """Whether the method looks at calibration text at all."""
-        saliency = SALIENCIES[self.method]
-        return saliency.needs_activations or saliency.needs_gradients
+        return self.needs_gradients or self.needs_blocks or self.allocation != "uniform" or self.distillation_epochs > 0
+
+    @property
+    def updates(self) -> bool:
+        """Whether survivors change their values."""
+        return self.update != "none" or self.distillation_epochs > 0
+
+    def effective_alpha(self, samples: int, sequence_length: int) -> float:
+        """The factor of the gradient term for a calibration of this size.
+
+        The activation term of gblm grows with the square root of the tokens in a sample, the gradient term with the
+        samples (l1) or their square root (l2). Both terms of regional grow alike, and its alpha needs no scale.
+        """
+        if self.alpha_scale == "published" or self.method != "gblm":
+            return self.alpha
+        published_samples, published_length = PUBLISHED_CALIBRATION
+        samples_factor = (published_samples / samples) ** (1.0 if self.gradient_norm == "l1" else 0.5)
+        return self.alpha * samples_factor * (sequence_length / published_length) ** 0.5
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
         """The budget of each named layer.
@@ -109,7 +196,16 @@ class PruneSettings(Settings):
             UsageError: an override matches none.
         """
         overrides = tuple(Override(o.layers, _budget(o.pattern, o.sparsity)) for o in self.overrides)
-        return allocate(names, _budget(self.pattern, self.sparsity), overrides)
+        return allocate(names, self.uniform_budget, overrides)
+
+    @property
+    def uniform_budget(self) -> Budget:
+        """The budget of a layer that no override matches."""
+        return _budget(self.pattern, self.sparsity)
+
+    def is_exception(self, name: str) -> bool:
+        """Whether an override decides about the layer."""
+        return any(fnmatchcase(name, override.layers) for override in self.overrides)
 
 
 class ExportSettings(Settings):

@@ -116,7 +116,7 @@ def test_hooks_are_removed_even_when_a_forward_pass_raises() -> None:
     _, blocks = find_blocks(model)
     replay = BlockReplay(model, blocks, ids)
     layers = prunable_layers(model)[0]
-    replay._hidden[0] = torch.zeros(1, 24, 3)  # a width no block takes
+    replay.hidden[0] = torch.zeros(1, 24, 3)  # a width no block takes
     with pytest.raises(RuntimeError):
         activation_norms(replay.block(0), layers)
     assert not any(layer._forward_pre_hooks for layer in layers.values())

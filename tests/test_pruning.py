@@ -1,16 +1,21 @@
 """The stage as a whole: against a slow procedure that never replays a block, and its refusals."""
 
 import json
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import manifest
+from gblm_compress import manifest, presets
+from gblm_compress import settings as settings_module
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.evaluation import mean_kl
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune, prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -65,6 +70,92 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
         different += int((got != mask).sum())
         total += mask.numel()
     assert different / total < 1e-3  # a rounding difference may swap two weights of all but equal score
+
+
+CHOICES = {
+    "method": get_args(settings_module.Method),
+    "refine": get_args(settings_module.Refinement),
+    "update": get_args(settings_module.Update),
+    "allocation": get_args(settings_module.Allocation),
+}
+
+
+@pytest.mark.parametrize("method", CHOICES["method"])
+def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, progress: Progress) -> None:
+    """All methods, refinements and updates; patterns, allocations, models and distillation take turns beside them."""
+    ids = samples(2, 16)
+    for number, (refine, update) in enumerate(product(CHOICES["refine"], CHOICES["update"])):
+        settings = PruneSettings(
+            method=method, refine=refine, update=update,
+            pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
+            allocation=CHOICES["allocation"][(number // 3) % 3],
+            reconstruction_epochs=1, distillation_epochs=number % 2,
+        )  # fmt: skip
+        model = tiny_model(("llama", "gpt2", "opt")[(number // 3) % 3])
+        dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        results = prune_(model, ids, settings, progress)
+        moved = 0
+        for name, result in results.items():
+            weight = weight_matrix(model.get_submodule(name))
+            assert Pattern(result.pattern).first_violation(weight) is None
+            assert torch.isfinite(weight).all() and not torch.signbit(weight[weight == 0]).any()
+            assert result.nonzeros == int(torch.count_nonzero(weight))
+            stored = model.get_parameter(f"{name}.weight")
+            moved += int(((stored != 0) & (stored != dense[f"{name}.weight"])).sum())
+        weights = sum(result.shape[0] * result.shape[1] for result in results.values())
+        assert sum(result.nonzeros for result in results.values()) <= 0.51 * weights
+        assert moved > 0 if update != "none" else moved == 0 or settings.distillation_epochs > 0
+
+
+def test_a_preset_is_its_settings_written_out(progress: Progress) -> None:
+    for name, keys in presets.PRESETS.items():
+        assert PruneSettings(preset=name).model_dump(exclude={"preset"}) == PruneSettings(**keys).model_dump(
+            exclude={"preset"}
+        )
+    chosen = PruneSettings(preset="balanced", method="gblm", reconstruction_epochs=1)
+    assert (chosen.method, chosen.update, chosen.reconstruction_epochs) == ("gblm", "reconstruct", 1)
+    assert PruneSettings.model_validate(chosen.model_dump()) == chosen
+    one, other = tiny_model("llama"), tiny_model("llama")
+    prune_(one, samples(), PruneSettings(preset="fast"), progress)
+    prune_(other, samples(), PruneSettings(**presets.PRESETS["fast"]), progress)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progress) -> None:
+    """On unseen text: least squares beats the mask alone, distillation beats that."""
+    ids, unseen, dense = samples(16, 48), samples(4, 48, seed=5), tiny_model("llama")
+
+    @torch.no_grad()
+    def divergence(**settings) -> float:
+        model = tiny_model("llama")
+        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", **settings), progress)
+        return sum(mean_kl(dense(input_ids=i).logits[0], model(input_ids=i).logits[0]) for i in unseen)
+
+    none, refined, fitted = divergence(), divergence(refine="swap"), divergence(update="least-squares")
+    distilled = divergence(update="least-squares", distillation_epochs=3)
+    assert refined < none and distilled < fitted < none
+
+
+def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
+    for norm in ("l1", "l2"):
+        settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm)
+        assert settings.effective_alpha(128, 2048) == 100
+        assert PruneSettings(gradient_norm=norm).effective_alpha(16, 512) == 100
+    assert PruneSettings(alpha_scale="normalised", gradient_norm="l1").effective_alpha(32, 512) == 200
+    assert PruneSettings(alpha_scale="normalised", gradient_norm="l2").effective_alpha(32, 2048) == 200
+    assert PruneSettings(alpha_scale="normalised", method="regional").effective_alpha(8, 64) == 100
+
+
+def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
+    """The same text twice changes neither norm's direction, and with a normalised alpha no score's order either."""
+    ids = samples(2)
+    masks = []
+    for repeats in (1, 3):
+        model = tiny_model("llama")
+        prune_(model, ids * repeats, PruneSettings(alpha_scale="normalised", alpha=1.0), progress)
+        masks.append([p != 0 for p in model.parameters()])
+    different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
+    assert different <= 10  # a rounding difference may swap weights of all but equal score
 
 
 def test_the_slow_procedure_can_tell_methods_apart() -> None:

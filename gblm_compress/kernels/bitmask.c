@@ -8,7 +8,6 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <immintrin.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -58,11 +57,6 @@ PORTABLE_EXPAND(32, uint32_t)
 PORTABLE_EXPAND(16, uint16_t)
 
 #if defined(__x86_64__)
-#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
-#define AVX512_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
-#define AVX512_BF16 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,popcnt,bmi,bmi2")))
 
 /* ---- AVX2: spread 8 packed floats by a table of 256 permutations ---- */
 
@@ -142,7 +136,7 @@ AVX512 static inline __attribute__((always_inline)) const float *word_f32(uint64
     _mm_prefetch((const char *)(v + 512), _MM_HINT_T0);
     _mm_prefetch((const char *)(v + 528), _MM_HINT_T0);
 #define F32_STEP(J, OFFSET)                                                                                        \
-    sums[J] = _mm512_fmadd_ps(_mm512_maskz_expand_ps((__mmask16)(m >> (16 * J)), _mm512_loadu_ps(v + OFFSET)),     \
+    sums[J] = _mm512_fmadd_ps(expand_ps((__mmask16)(m >> (16 * J)), v + OFFSET),                                   \
                               _mm512_loadu_ps(x + 16 * J), sums[J])
     F32_STEP(0, 0);
     F32_STEP(1, n1);
@@ -166,7 +160,7 @@ ONE_TOKEN(avx512_f32_one, AVX512, float, word_f32)
                 _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
                 _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
                 for (int part = 0; part < 4; part++, m >>= 16) {                                                    \
-                    const __m512 value = _mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(v));                  \
+                    const __m512 value = expand_ps((__mmask16)m, v);                                                \
                     for (int t = 0; t < T; t++)                                                                     \
                         sums[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * stride + 16 * part), sums[t]);     \
                     v += __builtin_popcount((unsigned)m & 0xffff);                                                  \
@@ -265,7 +259,7 @@ AVX512 static void avx512_expand_32(const Job *job, int64_t begin, int64_t end, 
             const int64_t left = columns - w * 64;
             uint64_t in_row = left >= 64 ? ~0ull : (1ull << left) - 1;
             for (int part = 0; part < 4; part++, m >>= 16, in_row >>= 16) {
-                const __m512 value = _mm512_maskz_expand_ps((__mmask16)m, _mm512_loadu_ps(v));
+                const __m512 value = expand_ps((__mmask16)m, v);
                 _mm512_mask_storeu_ps(row + w * 64 + 16 * part, (__mmask16)in_row, value);
                 v += __builtin_popcount((unsigned)m & 0xffff);
             }

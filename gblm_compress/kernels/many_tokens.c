@@ -14,15 +14,7 @@
 #include "bitmask.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 
-#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
-#define AVX512_BF16 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,popcnt,bmi,bmi2")))
-#define AMX                                                                                                          \
-    __attribute__((target(                                                                                           \
-        "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,fma,popcnt,bmi,bmi2")))
 
 enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8, PANELS = 4 /* that share an expansion */ };
 

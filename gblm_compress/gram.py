@@ -1,0 +1,47 @@
+"""Second moments of a layer's input: the Gram matrix, and the factorisation that OBS-type methods read.
+
+With X [tokens, in_features] the inputs of a layer and Ŵ an approximation of its weight W, the layer's
+reconstruction error is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ) with the Gram matrix H = XᵀX: everything that
+a method needs to know of the text.
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to a Gram matrix, as SparseGPT does (arXiv 2301.00774, section 4)."""
+
+
+def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
+    """A [in_features] from the Gram matrix of `samples` samples: A_j = sqrt(H_jj / N)."""
+    return (gram.diagonal() / samples).sqrt()
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """H + λI, λ = `damping` times the mean of H's diagonal; positive definite for any H.
+
+    An input that is always zero gets a diagonal of 1 besides, so that even H = 0 can be inverted.
+    """
+    diagonal = gram.diagonal()
+    return gram + torch.diag(damping * diagonal.mean() + (diagonal == 0).to(gram.dtype))
+
+
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3).
+
+    U_jj² is the j-th diagonal entry of the inverse of the Hessian in which the inputs before j are eliminated, and
+    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed. Computed in float64.
+
+    Args:
+        gram: H [in_features, in_features].
+
+    Returns:
+        [in_features, in_features] in H's dtype.
+    """
+    factor = torch.linalg.cholesky(damped(gram.double(), damping))
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(gram.dtype)
+
+
+def reconstruction_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """dᵀHd for each row d of `difference` [out_features, in_features]: each output's squared error, [out_features]."""
+    return ((difference @ gram) * difference).sum(1)

@@ -1,0 +1,43 @@
+"""Presets: tested combinations of the choices, as the settings that a user could write out."""
+
+from typing import TYPE_CHECKING, Any
+
+from gblm_compress.saliency import SALIENCIES
+
+if TYPE_CHECKING:
+    from gblm_compress.settings import PruneSettings
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "wanda", "update": "least-squares"},
+    "balanced": {"method": "wanda", "update": "reconstruct", "fit_dtype": "bfloat16"},
+    "best": {"method": "wanda", "update": "reconstruct", "distillation_epochs": 3, "fit_dtype": "bfloat16"},
+}
+
+
+def describe(name: str) -> str:
+    """The keys that a preset stands for, in words."""
+    return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
+
+
+def better(settings: "PruneSettings") -> str | None:
+    """The next preset that does more for the survivors than these settings; None above all of them."""
+    if settings.distillation_epochs > 0:
+        return None
+    return {"none": "balanced", "obs": "balanced", "least-squares": "balanced"}.get(settings.update, "best")
+
+
+def passes(settings: "PruneSettings") -> float:
+    """About how many forward passes over the calibration text the settings cost, for an estimate of time.
+
+    A backward pass counts as two forward ones; Gram matrices and the solutions on them as one each, which they are in
+    a block whose width is a few times smaller than the text is long.
+    """
+    saliency = SALIENCIES[settings.method]
+    count = 1.0  # loading and saving
+    count += 3.0 * settings.needs_gradients + 2.0 * settings.needs_blocks + 3.0 * saliency.needs_regional
+    count += 1.0 * settings.needs_gram + 1.0 * (settings.update != "none") + 2.0 * (settings.allocation == "owl")
+    if settings.update == "reconstruct":
+        count += 1.0 + 3.0 * settings.reconstruction_epochs
+    if settings.distillation_epochs:
+        count += 1.0 + 4.0 * settings.distillation_epochs
+    return count

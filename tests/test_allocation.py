@@ -1,0 +1,128 @@
+"""How much each layer keeps: the formulas against slow ones, and the sum that must not grow."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gblm_compress.allocation import Budget, GlobalRanking, outlier_share, owl, spread
+from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.patterns import Pattern
+from gblm_compress.pruning import prune_
+from gblm_compress.settings import PruneSettings
+from gblm_compress.tiny import tiny_model
+from tests.conftest import samples
+
+
+def test_outlier_share_weight_by_weight() -> None:
+    scores = [torch.tensor([[1.0, 1.0, 1.0, 30.0, 1.0, 1.0]]), torch.tensor([[1.0, 2.0]])]
+    count = sum(value > 5 * sum(s.flatten().tolist()) / s.numel() for s in scores for value in s.flatten().tolist())
+    assert count == 1 and outlier_share(scores) == 1 / 8
+
+
+def test_owl_is_the_published_map() -> None:
+    """The published code: (LOD − min)·2λ/(max − min), less its mean, plus the density."""
+    shares = {"a": 0.01, "b": 0.04, "c": 0.02}
+    kept = owl(shares, 0.4, 0.08)
+    assert kept["b"] - kept["a"] == pytest.approx(0.16)
+    assert (kept["c"] - kept["a"]) / (kept["b"] - kept["a"]) == pytest.approx(1 / 3)
+    assert sum(kept.values()) / 3 == pytest.approx(0.4)
+    assert owl({"a": 0.1, "b": 0.1}, 0.5, 0.08) == {"a": 0.5, "b": 0.5}
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_global_ranking_is_one_sort_of_all_weights(density: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        name: scale * torch.rand(40, 50, generator=generator) for name, scale in [("a", 1.0), ("b", 1e-3), ("c", 2.0)]
+    }
+    ranking = GlobalRanking()
+    for name, score in scores.items():
+        ranking.add(name, score)
+    everything = sorted(torch.cat([score.flatten() for score in scores.values()]).tolist(), reverse=True)
+    threshold = everything[int(density * len(everything)) - 1]
+    kept = ranking.densities(density)
+    for name, score in scores.items():
+        assert kept[name] == pytest.approx(float((score >= threshold).double().mean()), abs=0.01)
+    assert sum(kept.values()) / 3 == pytest.approx(density, abs=1e-6)
+
+
+def test_global_ranking_of_zeros() -> None:
+    ranking = GlobalRanking()
+    ranking.add("dead", torch.zeros(10, 10))
+    ranking.add("alive", torch.ones(10, 10))
+    assert ranking.densities(0.5) == {"dead": pytest.approx(0.0), "alive": pytest.approx(1.0)}
+
+
+@given(
+    pattern=st.sampled_from(["unstructured", "2:4", "4:8", "8:16"]),
+    layers=st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=12),
+    deviation=st.floats(0.01, 0.5),
+)
+def test_spread_keeps_the_sum_and_the_limits(pattern: str, layers, deviation: float) -> None:
+    budget = Budget(Pattern(pattern), Pattern(pattern).sparsity(None))
+    before = {str(i): budget for i in range(len(layers))}
+    sizes = {str(i): 1000 * size for i, (size, _) in enumerate(layers)}
+    after = spread(before, sizes, {str(i): density for i, (_, density) in enumerate(layers)}, deviation)
+    total = sum(sizes.values())
+    kept = sum((1 - after[name].sparsity) * sizes[name] for name in after)
+    assert kept <= 0.5 * total * (1 + 1e-6)
+    if pattern == "unstructured":
+        assert kept == pytest.approx(0.5 * total, rel=1e-4)
+        assert all(abs(b.sparsity - 0.5) <= min(deviation, 0.49) + 1e-9 for b in after.values())
+    else:
+        m = budget.pattern.n_m[1]
+        assert all(abs(1 - b.sparsity - 0.5) <= deviation + 1.5 / m for b in after.values())
+
+
+def test_groups_of_four_stay_two_to_four_with_the_usual_deviation() -> None:
+    budget = Budget(Pattern("2:4"), 0.5)
+    after = spread({"a": budget, "b": budget}, {"a": 100, "b": 100}, {"a": 0.42, "b": 0.58}, 0.08)
+    assert [b.pattern.name for b in after.values()] == ["2:4", "2:4"]
+
+
+def test_owl_in_a_model_gives_blocks_with_outliers_more(progress) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:, :2] *= 100
+    results = prune_(model, samples(), PruneSettings(method="wanda", allocation="owl"), progress)
+    density = {name: r.nonzeros / math.prod(r.shape) for name, r in results.items()}
+    first, second = (density[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1))
+    assert second - first == pytest.approx(0.16, abs=0.02)
+    assert sum(r.nonzeros for r in results.values()) <= 0.51 * sum(math.prod(r.shape) for r in results.values())
+
+
+def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
+    model, ids = tiny_model("llama"), samples()
+    layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+    loss = sum(model(input_ids=i, labels=i).loss for i in ids)
+    weights = [layer.weight for layer in layers.values()]
+    gradients = torch.autograd.grad(loss, weights)
+    score = {
+        name: float((weight * gradient).abs().median().detach())
+        for name, weight, gradient in zip(layers, weights, gradients, strict=True)
+    }
+    results = prune_(model, ids, PruneSettings(method="wanda", allocation="sensitivity"), progress)
+    density = {name: r.nonzeros / math.prod(r.shape) for name, r in results.items()}
+    lowest, highest = min(score, key=score.get), max(score, key=score.get)
+    assert density[lowest] < 0.45 and density[highest] > 0.55
+
+
+def test_exceptions_keep_their_budget_and_dense_layers_their_weights(progress) -> None:
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    settings = PruneSettings(
+        method="wanda",
+        pattern="4:8",
+        allocation="owl",
+        deviation=0.3,
+        overrides=({"layers": "*.down_proj", "pattern": "6:8"}, {"layers": "*.0.self_attn.*", "pattern": "dense"}),
+    )
+    results = prune_(model, samples(), settings, progress)
+    assert {results[f"model.layers.{i}.mlp.down_proj"].pattern for i in (0, 1)} == {"6:8"}
+    assert not [name for name in results if ".0.self_attn." in name]
+    assert {results[f"model.layers.1.mlp.{n}"].pattern for n in ("up_proj", "gate_proj")} != {"4:8"}
+    for name in ("q_proj", "o_proj"):
+        full = f"model.layers.0.self_attn.{name}"
+        assert torch.equal(weight_matrix(model.get_submodule(full)), weight_matrix(dense.get_submodule(full)))

@@ -1,0 +1,185 @@
+"""Updates and refinement against slow procedures that follow the papers weight by weight."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gblm_compress.gram import damped, inverse_factor, reconstruction_error
+from gblm_compress.patterns import Pattern
+from gblm_compress.refinement import swap
+from gblm_compress.saliency import Statistics
+from gblm_compress.saliency import obs as obs_score
+from gblm_compress.updates import least_squares, obs, sparsegpt
+
+KINDS = ("full", "rank-deficient", "dead columns", "one token", "all zero")
+
+
+def layer(kind: str = "full", rows: int = 6, columns: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random weight and the Gram matrix of correlated inputs of some kind."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = {"full": 64, "rank-deficient": columns // 2, "one token": 1}.get(kind, 64)
+    mixing = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(tokens, columns, generator=generator) @ mixing
+    if kind == "dead columns":
+        inputs[:, ::3] = 0
+    if kind == "all zero":
+        inputs.zero_()
+    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
+
+
+def wanda_mask(weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
+    return Pattern(pattern).mask(weight.abs() * gram.diagonal().sqrt(), weight, 0.5)
+
+
+def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, Tensor]:
+    """OBS one column at a time in float64: the inverse of the remaining inputs' Hessian is recomputed every time,
+    and the update w_right −= w_j / (H⁻¹)_jj · (H⁻¹)_j,right is applied at once."""
+    hessian = damped(gram.double())
+    w = weight.double().clone()
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    columns = w.shape[1]
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    for j in range(columns):
+        if j % step == 0:
+            part = slice(j, j + step)
+            diagonal = torch.stack([inverse[0, 0] for inverse in inverses[part]])
+            mask[:, part] = choose(part, w[:, part], diagonal)
+        for i in range(w.shape[0]):
+            if not mask[i, j]:
+                w[i, j:] -= w[i, j] / inverses[j][0, 0] * inverses[j][0]
+    return w * mask, mask
+
+
+def error(before: Tensor, after: Tensor, gram: Tensor) -> float:
+    return float(reconstruction_error((before - after).double(), damped(gram.double())).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_obs_with_any_mask_is_column_by_column_obs(kind: str, pattern: str) -> None:
+    weight, gram = layer(kind, columns=160 if kind == "full" else 16)  # 160: more than one block of columns
+    keep = wanda_mask(weight, gram, pattern)
+    expected, _ = slow_obs(weight, gram, lambda part, current, diagonal: keep[:, part], 4)
+    torch.testing.assert_close(obs(weight, keep, gram).double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(obs(weight, keep, gram) != 0, keep & (expected.abs() > 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_sparsegpt_is_column_by_column_obs_with_the_mask_chosen_on_the_way(kind: str, pattern: str) -> None:
+    weight, gram = layer(kind)
+    keep, group = Pattern(pattern).n_m
+
+    def choose(part: slice, current: Tensor, diagonal: Tensor) -> Tensor:
+        mask = torch.zeros_like(current, dtype=torch.bool)
+        for i, row in enumerate((current**2 / diagonal).tolist()):
+            for j in sorted(range(group), key=lambda j: (-row[j], j))[:keep]:
+                mask[i, j] = True
+        return mask
+
+    expected, expected_mask = slow_obs(weight, gram, choose, group)
+    result, mask = sparsegpt(weight, gram, Pattern(pattern), 1 - keep / group)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_sparsegpt_unstructured_keeps_the_share_in_every_128_columns() -> None:
+    weight, gram = layer(columns=256)
+    for name in ("unstructured", "unstructured-per-matrix"):
+        _, mask = sparsegpt(weight, gram, Pattern(name), 0.75)
+        assert [int(part.sum()) for part in mask.split(128, dim=1)] == [6 * 32, 6 * 32]
+    per_row = sparsegpt(weight, gram, Pattern("unstructured"), 0.75)[1]
+    assert (per_row.sum(1) == 64).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_obs_saliency_is_the_error_that_obs_leaves(kind: str) -> None:
+    weight, gram = layer(kind)
+    score = obs_score(weight, Statistics(gram=gram), 0.0)
+    hessian = damped(gram.double())
+    for j in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        torch.testing.assert_close(score[:, j].double(), weight[:, j].double() ** 2 / inverse[0, 0], rtol=1e-3, atol=0)
+
+
+def test_inverse_factor() -> None:
+    _, gram = layer()
+    factor = inverse_factor(gram.double())
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped(gram.double())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "unstructured-per-matrix"])
+def test_least_squares_is_lstsq_on_the_support(kind: str, pattern: str) -> None:
+    weight, gram = layer(kind)
+    keep = wanda_mask(weight, gram, pattern)
+    result = least_squares(weight, keep, gram, tolerance=1e-6)
+    root = torch.linalg.cholesky(damped(gram.double())).T  # the damped error is ‖root (w − ŵ)‖²
+    for row, support, got in zip(weight.double(), keep, result, strict=True):
+        solution = torch.linalg.lstsq(root[:, support], (root @ row).unsqueeze(1)).solution.squeeze(1)
+        torch.testing.assert_close(got[support].double(), solution, rtol=1e-3, atol=1e-3)
+        assert (got[~support] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_are_in_the_order_of_their_freedom(kind: str) -> None:
+    """Least squares is the optimum for the mask, obs one way towards it, and no update the start."""
+    weight, gram = layer(kind, rows=12)
+    keep = wanda_mask(weight, gram, "2:4")
+    none = error(weight, weight * keep, gram)
+    by_obs = error(weight, obs(weight, keep, gram), gram)
+    optimum = error(weight, least_squares(weight, keep, gram, tolerance=1e-6), gram)
+    assert optimum <= by_obs * (1 + 1e-6) and by_obs <= none * (1 + 1e-6)
+    if kind in ("full", "rank-deficient", "dead columns"):
+        assert optimum < 0.9 * none
+
+
+def slow_swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
+    """The best exchange of each row, found by computing the error of every one, until none helps."""
+    keep, w, h = keep.clone(), weight.double(), gram.double()
+
+    def row_error(row: Tensor, kept: Tensor) -> float:
+        d = row * ~kept
+        return float(d @ h @ d)
+
+    for i in range(len(w)):
+        while True:
+            current = row_error(w[i], keep[i])
+            found = []
+            for p in keep[i].nonzero().flatten().tolist():
+                for q in (~keep[i]).nonzero().flatten().tolist():
+                    if p // group == q // group:
+                        trial = keep[i].clone()
+                        trial[p], trial[q] = False, True
+                        found.append((row_error(w[i], trial), p, q))
+            best, p, q = min(found)
+            if best >= current - 1e-6 * float(w[i] @ h @ w[i]):
+                break
+            keep[i, p], keep[i, q] = False, True
+    return keep
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
+def test_swaps_are_those_of_exhaustive_search_and_never_raise_the_error(kind: str, pattern: str) -> None:
+    weight, gram = layer(kind)
+    start = wanda_mask(weight, gram, pattern)
+    result = swap(weight, start, gram, Pattern(pattern))
+    exhaustive = slow_swap(weight, start, gram, Pattern(pattern).n_m[1] if ":" in pattern else 16)
+    before, after, best = (reconstruction_error(weight * ~mask, gram) for mask in (start, result, exhaustive))
+    torch.testing.assert_close(after, best, rtol=1e-4, atol=1e-4)  # masks may differ in inputs that are always zero
+    assert (after <= before * (1 + 1e-5)).all()
+    if kind == "full":
+        assert after.sum() < before.sum()
+    assert torch.equal(result.sum(1), start.sum(1))
+    assert Pattern(pattern).first_violation(weight * result) is None
+
+
+def test_swaps_of_wide_rows_lower_the_error_with_few_candidates() -> None:
+    weight, gram = layer(rows=8, columns=128)
+    start = wanda_mask(weight, gram, "unstructured")
+    result = swap(weight, start, gram, Pattern("unstructured"), max_swaps=5)
+    before, after = (reconstruction_error(weight * ~mask, gram) for mask in (start, result))
+    assert (after < before).all()
+    assert ((result != start).sum(1) <= 10).all()
