@@ -9,6 +9,8 @@ kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B paramet
              repeated within a CUDA graph over copies of the weight that do not fit the L2 cache together.
 model        prefill and decode of a Llama of 1.1B parameters with random weights, 2:4, dense and in both layouts:
              eager, compiled, and both within CUDA graphs. The dense model has the same zeros.
+pruning      the time to prune blocks of a LLaMA of 7B with random weights, and from it that for all of them; needs
+             pydantic, which gblm_compress reads settings with.
 onnxruntime  one layer in ONNX Runtime on CUDA and TensorRT, where those are installed.
 
 Figures are medians; the first calls are warm-up and dropped. What did not run says why, and what the time did not
@@ -57,6 +59,10 @@ class Size:
     context: int
     decode_batches: tuple[int, ...]
     prompts: tuple[int, ...]
+    pruned_model: dict[str, int]
+    pruned_blocks: tuple[int, int]
+    samples: int
+    sample_length: int
 
 
 FULL = Size(
@@ -74,6 +80,17 @@ FULL = Size(
     context=128,
     decode_batches=(1, 16),
     prompts=(128, 512, 1024, 2048, 4096),
+    pruned_model={
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    pruned_blocks=(1, 3),
+    samples=128,
+    sample_length=2048,
 )
 TOY = Size(
     layers={"toy": (32, 64)},
@@ -89,6 +106,17 @@ TOY = Size(
     context=8,
     decode_batches=(1,),
     prompts=(8,),
+    pruned_model={
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 257,
+    },
+    pruned_blocks=(1, 2),
+    samples=2,
+    sample_length=16,
 )
 
 
@@ -332,19 +360,14 @@ def break_even(rows: Rows) -> dict[str, Any]:
     return result
 
 
-def random_llama(bench: Bench) -> Any:
-    """A Llama with random weights, its blocks' linear layers 2:4."""
+def random_llama(bench: Bench, sizes: dict[str, int]) -> Any:
+    """A Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**bench.size.model, max_position_embeddings=8192, tie_word_embeddings=False, use_cache=True)
+    config = LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=False, use_cache=True)
     torch.manual_seed(0)
     with torch.device(bench.device):
-        model = LlamaForCausalLM(config).to(bench.dtype).eval()
-    with torch.no_grad():
-        for name in block_layers(model):
-            weight = model.get_submodule(name).weight
-            weight.copy_(masked(weight))
-    return model
+        return LlamaForCausalLM(config).to(bench.dtype).eval()
 
 
 def block_layers(model: nn.Module) -> list[str]:
@@ -358,8 +381,11 @@ def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     from gblm_compress.architecture import cache_argument
     from gblm_compress.sparse_checkpoint import sparsify_
 
-    dense = random_llama(bench)
+    dense = random_llama(bench, bench.size.model)
     names = block_layers(dense)
+    for name in names:
+        weight = dense.get_submodule(name).weight
+        weight.copy_(masked(weight))
     models = {"dense": dense}
     for layout in ("sparse24", "bitmask"):
         models[layout] = copy.deepcopy(dense)
@@ -490,6 +516,54 @@ def decode_step(model: Any, argument: str, token: Tensor, past: list[tuple[Tenso
     return logits
 
 
+def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
+    """Seconds to prune a few blocks in memory, for two numbers of blocks; the line through both gives the whole model.
+
+    What it leaves out: loading, reading text, saving and verifying.
+    """
+    if find_spec("pydantic") is None:
+        return {"skipped": "pydantic is not installed, which gblm_compress reads settings with"}
+    from gblm_compress.progress import Progress
+    from gblm_compress.pruning import prune_
+    from gblm_compress.settings import PruneSettings
+
+    size = bench.size
+    shape = (1, size.sample_length)
+    samples = [
+        torch.randint(0, size.pruned_model["vocab_size"], shape, device=bench.device) for _ in range(size.samples)
+    ]
+    left_out = []
+    for method in ("wanda", "gblm"):
+        settings = PruneSettings(method=method, pattern="2:4")
+        seconds = {}
+        for blocks in size.pruned_blocks:
+            if clock.left < 0:
+                left_out.append(f"{method}, {blocks} blocks")
+                continue
+            model = random_llama(bench, size.pruned_model | {"num_hidden_layers": blocks})
+            prune_(model, samples[:2], settings, Progress(quiet=True))  # warm-up: kernels are loaded and chosen
+            bench.synchronize()
+            start = time.perf_counter()
+            prune_(model, samples, settings, Progress(quiet=True))
+            bench.synchronize()
+            seconds[blocks] = time.perf_counter() - start
+            del model
+        if len(seconds) == 2:
+            (few, first), (many, second) = seconds.items()
+            per_block, total = (second - first) / (many - few), size.pruned_model["num_hidden_layers"]
+            rows.append(
+                {
+                    "method": method,
+                    "samples": size.samples,
+                    "sample_length": size.sample_length,
+                    **{f"seconds_{blocks}_blocks": value for blocks, value in seconds.items()},
+                    "seconds_a_block": per_block,
+                    f"seconds_{total}_blocks_extrapolated": first + per_block * (total - few),
+                }
+            )
+    return {"left_out": left_out}
+
+
 def onnxruntime(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     """One 2:4 layer in ONNX Runtime: on CUDA, which ignores zeros; on TensorRT without and with sparse tactics."""
     missing = [package for package in ("onnx", "onnxruntime") if find_spec(package) is None]
@@ -602,7 +676,8 @@ def environment(bench: Bench) -> dict[str, Any]:
 # Each section fills rows of figures and returns facts about them; the number is its share of the time then left.
 SECTIONS: dict[str, tuple[Callable[[Bench, Clock, Rows], dict[str, Any]], float]] = {
     "kernels": (kernels, 0.4),
-    "model": (model, 0.9),
+    "model": (model, 0.75),
+    "pruning": (pruning, 0.9),
     "onnxruntime": (onnxruntime, 1.0),
 }
 

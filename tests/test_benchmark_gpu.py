@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 # As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
 RUN = """
 import runpy, sys
-for name in ("pydantic", "optimum", "datasets", "gguf", "typer"):
+for name in ("optimum", "datasets", "gguf", "typer"):
     sys.modules[name] = None
 import tests.triton_interpreter
 sys.argv = sys.argv[1:]
@@ -50,7 +50,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
 def test_every_section_runs(tmp_path) -> None:
     result = run(tmp_path)
     assert result["environment"]["dry_run"] is True
-    kernels, model, onnx = (result["sections"][name] for name in ("kernels", "model", "onnxruntime"))
+    kernels, model, pruning, onnx = result["sections"].values()
     assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == {
         (name, tokens)
         for name in ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
@@ -71,13 +71,28 @@ def test_every_section_runs(tmp_path) -> None:
     assert "gblm_compress::sparse24_linear" in model["profiler"]["sparse24 decode"]
     assert "gblm_compress::sparse24_linear" not in model["profiler"]["dense decode"]
     assert onnx["rows"] and "CUDA" in str(onnx["skipped"])
+    assert [row["method"] for row in pruning["rows"]] == ["wanda", "gblm"]
+    for row in pruning["rows"]:
+        line = row["seconds_1_blocks"] + 4 * (row["seconds_2_blocks"] - row["seconds_1_blocks"])
+        assert row["seconds_5_blocks_extrapolated"] == pytest.approx(line)
 
 
 def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
     result = run(tmp_path, "--seconds", "0")["sections"]
     assert result["kernels"]["rows"] == result["model"]["rows"] == result["onnxruntime"]["rows"] == []
     assert result["kernels"]["left_out"] == ["toy, 1 tokens", "toy, 8 tokens"]
-    assert len(result["model"]["left_out"]) == 18
+    assert len(result["model"]["left_out"]) == 18 and len(result["pruning"]["left_out"]) == 4
+
+
+def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatch) -> None:
+    """On a machine without pydantic, the parts that do not prune still run."""
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    assert "pydantic is not installed" in script.pruning(None, None, [])["skipped"]
+    code = (
+        "import sys; sys.modules['pydantic'] = None\n"
+        "import gblm_compress.cuda_linear, gblm_compress.sparse_checkpoint, gblm_compress.doctor"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_without_a_gpu_it_says_so() -> None:
