@@ -419,8 +419,7 @@ def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     def decode(name: str, batch: int) -> Callable[[], Tensor]:
         prompt = torch.randint(0, vocabulary, (batch, bench.size.context), device=bench.device)
         cache = models["dense"](input_ids=prompt, use_cache=True)[argument]
-        past = [(layer.keys, layer.values) for layer in cache.layers]
-        return partial(decode_step, models[name], argument, prompt[:, :1].contiguous(), past)
+        return partial(decode_step, models[name], argument, prompt[:, :1].contiguous(), cache)
 
     works = [("decode", batch, decode) for batch in bench.size.decode_batches]
     works += [("prefill", tokens, prefill) for tokens in bench.size.prompts]
@@ -504,13 +503,13 @@ def prefill_step(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def decode_step(model: Any, argument: str, token: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The logits after one more token [batch, 1]; the same however often it is called, since `past` is not changed."""
-    from transformers import DynamicCache
+def decode_step(model: Any, argument: str, token: Tensor, past: Any) -> Tensor:
+    """The logits after one more token [batch, 1]; the same however often it is called: the cache `past` stays as it is.
 
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(past):
-        cache.update(keys, values, layer)
+    A layer of the cache puts longer keys and values in the place of its own; on shallow copies nobody sees that.
+    """
+    cache = copy.copy(past)
+    cache.layers = [copy.copy(layer) for layer in past.layers]
     output = model(input_ids=token, use_cache=True, logits_to_keep=1, **{argument: cache})
     logits: Tensor = output.logits[:, -1].float()
     return logits

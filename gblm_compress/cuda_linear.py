@@ -163,7 +163,8 @@ def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
 def _measured_plan(weight: Packed) -> str:
     rows, columns = weight.shape
     Progress().say(f"timing kernels for {weight.layout} weights of {rows}×{columns} (once on this machine) …")
-    return " ".join(str(fastest(measure(weight, tokens)[0])) for tokens in TOKENS)
+    with torch.cuda.device_of(weight.values), torch.no_grad():  # type: ignore[no-untyped-call]
+        return " ".join(str(fastest(measure(weight, tokens)[0])) for tokens in TOKENS)
 
 
 def fastest(times: dict[Choice, float]) -> Choice:
