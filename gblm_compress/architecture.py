@@ -4,6 +4,7 @@ Nothing here knows a model by name. A decoder is a model with a `ModuleList` of 
 the `Linear` and `Conv1D` modules inside them, so that embeddings, heads and norms are out of reach.
 """
 
+import inspect
 from fnmatch import fnmatchcase
 
 import torch
@@ -36,6 +37,11 @@ def weight_matrix(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return as_matrix(module, weight)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this version of transformers calls the KV cache: `past_key_values`, or `cache` from 5.20 or so on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

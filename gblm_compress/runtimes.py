@@ -4,7 +4,6 @@ Both are measured and evaluated through it, so that a difference between two fig
 between models or runtimes and never between two ways of calling them.
 """
 
-import inspect
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gblm_compress import sources
+from gblm_compress.architecture import cache_argument
 from gblm_compress.errors import MissingDependencyError, ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.settings import RuntimeName
@@ -68,11 +68,6 @@ def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, 
     if source.is_onnx:
         return OnnxRuntime(source, device, threads, profile=profile)
     return TorchRuntime(sources.load_model(source, dtype, device))
-
-
-def cache_argument(model: torch.nn.Module) -> str:
-    """What this version of transformers calls the KV cache: `past_key_values`, or `cache` from 5.20 or so on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class TorchRuntime:

@@ -216,7 +216,8 @@ def _bitmask_block(  # type: ignore[no-untyped-def]
     return tl.load(values + place, mask=bit == 1, other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# One compilation serves every number of tokens and of blocks, where these would be special at 1 and at multiples of 16.
+@triton.jit(do_not_specialize=["blocks", "tokens", "share"])  # type: ignore[untyped-decorator]
 def _linear(  # type: ignore[no-untyped-def]
     x,
     values,

@@ -1,0 +1,115 @@
+"""The GPU benchmark at toy size on the CPU: that every section runs, and that what it says is what it measured."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
+RUN = """
+import runpy, sys
+for name in ("pydantic", "optimum", "datasets", "gguf", "typer"):
+    sys.modules[name] = None
+import tests.triton_interpreter
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def run(tmp_path: Path, *arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(SCRIPT), "--dry-run", "--json", str(tmp_path / "result.json"), *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def test_every_section_runs(tmp_path) -> None:
+    result = run(tmp_path)
+    assert result["environment"]["dry_run"] is True
+    kernels, model, onnx = (result["sections"][name] for name in ("kernels", "model", "onnxruntime"))
+    assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == {
+        (name, tokens)
+        for name in ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
+        for tokens in (1, 8)
+    }
+    assert any("cusparselt" in name for name in kernels["excluded"])  # with torch's reason: there is no CUDA
+    assert all(row["ms"] > 0 and row["over_dense"] > 0 for row in kernels["rows"])
+    assert kernels["left_out"] == model["left_out"] == []
+    measured = {(row["execution"], row["phase"], row["mode"]) for row in model["rows"]}
+    assert measured == {
+        (name, phase, mode)
+        for name in ("dense", "sparse24", "bitmask")
+        for phase in ("decode", "prefill")
+        for mode in ("eager", "compiled")
+    }
+    assert len(model["failed"]) == 12 and all("CUDA graphs need CUDA" in why for why in model["failed"].values())
+    assert all(entry["same_greedy_tokens"] == 1.0 for entry in model["agreement"].values())
+    assert "gblm_compress::sparse24_linear" in model["profiler"]["sparse24 decode"]
+    assert "gblm_compress::sparse24_linear" not in model["profiler"]["dense decode"]
+    assert onnx["rows"] and "CUDA" in str(onnx["skipped"])
+
+
+def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
+    result = run(tmp_path, "--seconds", "0")["sections"]
+    assert result["kernels"]["rows"] == result["model"]["rows"] == result["onnxruntime"]["rows"] == []
+    assert result["kernels"]["left_out"] == ["toy, 1 tokens", "toy, 8 tokens"]
+    assert len(result["model"]["left_out"]) == 18
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device here; --dry-run" in done.stderr
+
+
+def test_masked_is_two_of_four(script) -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    kept = script.masked(weight)
+    for old, new in zip(weight.reshape(-1, 4).tolist(), kept.reshape(-1, 4).tolist(), strict=True):
+        largest = sorted(old, key=abs)[2:]
+        assert new == [value if value in largest else 0.0 for value in old]
+
+
+def test_break_even(script) -> None:
+    def row(tokens, execution, over_dense):
+        return {"layer": "l", "tokens": tokens, "execution": execution, "over_dense": over_dense}
+
+    rows = [row(tokens, "Triton bitmask", ratio) for tokens, ratio in ((1, 1.5), (4, 0.9), (2, 0.8), (8, 1.2))]
+    rows += [row(tokens, "Triton sparse24", ratio) for tokens, ratio in ((1, 0.5), (2, 1.1))]
+    rows += [row(tokens, "cutlass", ratio) for tokens, ratio in ((1, 1.1), (64, 0.9), (256, 1.2))]
+    rows += [row(512, "cusparselt", 1.3), row(512, "dense", 1.0)]
+    assert script.break_even(rows) == {"l": {"triton_wins_up_to_tokens": 2, "semi_structured_wins_from_tokens": 256}}
+
+
+def test_the_models_are_of_the_sizes_that_are_claimed(script) -> None:
+    sizes = script.FULL.model
+    hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
+    narrow = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
+    block = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner
+    assert 1.05e9 < layers * block + 2 * hidden * sizes["vocab_size"] < 1.15e9
+    of_1b = {shape for name, shape in script.FULL.layers.items() if name.startswith("1B")}
+    assert of_1b == {(hidden, hidden), (narrow, hidden), (inner, hidden), (hidden, inner)}
