@@ -406,14 +406,17 @@ def _benchmark_summary(result: dict[str, Any]) -> list[Any]:
             m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
         )
     machine = result["environment"]
-    used = {m["model"]: _products(m["operators"]) for m in result["measurements"]}
-    runs = [f"{model} decodes with {products}" for model, products in used.items()]
+    runs = [
+        f"{m['model']}, batch {m['batch']}: prefill on {_products(m['prefill_kernels'])}; "
+        f"decode on {_products(m['decode_kernels'])}"
+        for m in result["measurements"]
+    ]
     return [table, *runs, f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}"]
 
 
-def _products(operators: dict[str, int]) -> str:
-    """The operators that multiply by weights; what else a graph has is in the JSON."""
-    products = {name: n for name, n in operators.items() if not name.endswith("Provider)") or _PRODUCT.search(name)}
+def _products(kernels: dict[str, int]) -> str:
+    """The kernels that multiply by weights; what else a graph has is in the JSON."""
+    products = {name: n for name, n in kernels.items() if not name.endswith("Provider)") or _PRODUCT.search(name)}
     return ", ".join(f"{n} × {name}" for name, n in products.items())
 
 

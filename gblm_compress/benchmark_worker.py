@@ -37,12 +37,14 @@ def main() -> None:
     with peak_memory(setup["device"]) as memory:
         try:
             start = time.perf_counter()
-            runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=True)
+            passes = (setup["prompt"], 1)
+            runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=passes)
             loaded = time.perf_counter() - start
         except GblmError as error:
             answer({"error": str(error), "kind": type(error).__name__})
             return
-        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "operators": runtime.operators()}
+        kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
+        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels}
         answer({"load_seconds": loaded, **facts})
         vocabulary = source.config["vocab_size"]
         for line in sys.stdin:

@@ -65,8 +65,8 @@ class Measurement:
         peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
-        operators: what a decode step really runs, and how often: ONNX operators with their execution provider, or the
-            kernels of torch's linear layers.
+        prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
+            linear layers, or ONNX operators with their execution provider.
     """
 
     model: str
@@ -80,7 +80,8 @@ class Measurement:
     peak_memory_bytes: int
     load_seconds: float
     bytes_on_disk: int
-    operators: dict[str, int]
+    prefill_kernels: dict[str, int]
+    decode_kernels: dict[str, int]
     prefill_speedup: Comparison | None = None
     decode_speedup: Comparison | None = None
     same_tokens_as_baseline: bool | None = None
@@ -188,7 +189,7 @@ def _benchmark_lane(
     with ExitStack() as stack:
         workers = []
         for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(_worker(source, lane.dtype, device, threads)))
+            workers.append(stack.enter_context(_worker(source, lane.dtype, device, threads, settings)))
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -205,10 +206,11 @@ def _benchmark_lane(
                         advance()
         finals = [worker.ask({"finish": True}) for worker in workers]
     measurements = []
-    for batch in settings.batch:
+    for number, batch in enumerate(settings.batch):
         base = _times(runs[batch, 0], settings)
         for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
+            prefill_kernels, decode_kernels = worker.facts["kernels"][number]
             measurements.append(
                 Measurement(
                     model=source.name,
@@ -222,7 +224,8 @@ def _benchmark_lane(
                     peak_memory_bytes=final["peak_memory_bytes"],
                     load_seconds=worker.facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
-                    operators=worker.facts["operators"],
+                    prefill_kernels=prefill_kernels,
+                    decode_kernels=decode_kernels,
                     prefill_speedup=compare(base[0], ttft) if index else None,
                     decode_speedup=compare(base[1], tpot) if index else None,
                     same_tokens_as_baseline=(
@@ -278,7 +281,9 @@ class _Worker:
 
 
 @contextmanager
-def _worker(source: ModelSource, dtype: str, device: str, threads: int) -> Iterator[_Worker]:
+def _worker(
+    source: ModelSource, dtype: str, device: str, threads: int, settings: BenchmarkSettings
+) -> Iterator[_Worker]:
     process = subprocess.Popen(
         [sys.executable, "-m", "gblm_compress.benchmark_worker"],
         stdin=subprocess.PIPE,
@@ -291,6 +296,8 @@ def _worker(source: ModelSource, dtype: str, device: str, threads: int) -> Itera
         "dtype": dtype,
         "device": device,
         "threads": threads,
+        "batch": settings.batch,
+        "prompt": settings.prompt,
     }
     try:
         yield _Worker(process, setup)

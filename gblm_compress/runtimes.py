@@ -6,6 +6,7 @@ between models or runtimes and never between two ways of calling them.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -46,8 +47,11 @@ class Runtime(Protocol):
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
 
-    def operators(self) -> dict[str, int]:
-        """What a decode step really runs, and how often: operators and where, or the kernels of linear layers."""
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """What a pass over so many tokens, of all sequences together, runs, and how often.
+
+        In torch the kernels of the linear layers; in ONNX Runtime the operators and where they ran.
+        """
 
 
 def runtime_of(source: ModelSource) -> RuntimeName:
@@ -55,14 +59,14 @@ def runtime_of(source: ModelSource) -> RuntimeName:
     return "onnxruntime" if source.is_onnx else "torch"
 
 
-def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, profile: bool = False) -> Runtime:
+def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, profile: Sequence[int] = ()) -> Runtime:
     """Load a folder in the runtime that executes it.
 
     Args:
         dtype: for torch; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
         threads: intra-op threads on the CPU.
-        profile: keep a record until `operators` is called, which needs it in ONNX Runtime.
+        profile: numbers of tokens that `kernels` will be asked about, which ONNX Runtime records at load.
     """
     torch.set_num_threads(threads)
     if source.is_onnx:
@@ -92,9 +96,9 @@ class TorchRuntime:
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return self._step(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
 
-    def operators(self) -> dict[str, int]:
+    def kernels(self, tokens: int) -> dict[str, int]:
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
-        return dict(Counter(m.kernel(1) if isinstance(m, SparseLinear) else "dense" for m in layers))
+        return dict(Counter(m.kernel(tokens) if isinstance(m, SparseLinear) else "dense" for m in layers))
 
     def _step(self, **inputs: Any) -> tuple[Tensor, Any]:
         output = self.model(**inputs, logits_to_keep=1)
@@ -107,7 +111,7 @@ class TorchRuntime:
 class OnnxRuntime:
     """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues."""
 
-    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
+    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
 
         kind, _, index = device.partition(":")
@@ -120,10 +124,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._records = TemporaryDirectory() if profile else None
-        if self._records:
+        records = TemporaryDirectory()
+        if profile:
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(self._records.name) / "profile")
+            options.profile_file_prefix = str(Path(records.name) / "profile")
         if source.needs_operator:
             options.register_custom_ops_library(str(cpu.onnxruntime_library()))
         providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
@@ -143,6 +147,8 @@ class OnnxRuntime:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
         self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[self._session.get_outputs()[0].type]
+        with records:
+            self._kernels = self._profiled(sorted(set(profile))) if profile else {}
 
     def logits(self, ids: Tensor) -> Tensor:
         logits, _ = self._run(ids.numpy(), self._empty_cache(len(ids)), past=0)
@@ -154,15 +160,21 @@ class OnnxRuntime:
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return self._step(ids.numpy(), cache, past=cache[0].shape()[2])
 
-    def operators(self) -> dict[str, int]:
-        assert self._records, "the runtime must be loaded with `profile`"
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        self.decode(token, self._empty_cache(1))
-        events = json.loads(Path(self._session.end_profiling()).read_text())
-        self._records.cleanup()
-        kernels = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-        counts = Counter(f"{kernel['op_name']} ({kernel['provider']})" for kernel in kernels)
-        return dict(counts.most_common())
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """As profiled for the largest recorded number of tokens that is not above; the graph is the same for all."""
+        assert self._kernels, "the runtime must be loaded with `profile`"
+        return self._kernels[max((n for n in self._kernels if n <= tokens), default=min(self._kernels))]
+
+    def _profiled(self, counts: list[int]) -> dict[int, dict[str, int]]:
+        for tokens in counts:
+            self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
+        runs: list[Counter[str]] = [Counter()]
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                runs[-1][f"{event['args']['op_name']} ({event['args']['provider']})"] += 1
+            elif event["name"] == "model_run":  # stands after the operators of its run
+                runs.append(Counter())
+        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
 
     def _step(self, ids: Any, cache: list[Any], past: int) -> tuple[Tensor, Any]:
         logits, cache = self._run(ids, cache, past)

@@ -34,7 +34,7 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, progress) -> None:
         assert 0 < m.ttft_ms.p10 <= m.ttft_ms.median <= m.ttft_ms.p90
         assert m.tokens_per_second == pytest.approx(1000 * m.batch / m.tpot_ms.median)
         assert m.peak_memory_bytes > 50e6 and m.load_seconds > 0
-        assert m.operators == {"dense": 15}  # 7 in each of two blocks, and the head
+        assert m.prefill_kernels == m.decode_kernels == {"dense": 15}  # 7 in each of two blocks, and the head
         assert (m.decode_speedup is None) == (m.model == dense.name)
     assert result.measurements[1].same_tokens_as_baseline is False
     assert {"cpu", "cores", "packages", "threads", "device"} <= set(result.environment)

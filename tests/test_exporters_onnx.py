@@ -211,8 +211,12 @@ def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int,
 
 @needs_operator
 def test_what_runs_is_listed_with_its_provider(exported, with_kernels) -> None:
-    dense = OnnxRuntime(exported[1], "cpu", 1, profile=True).operators()
-    packed = OnnxRuntime(with_kernels[1], "cpu", 1, profile=True).operators()
+    dense = OnnxRuntime(exported[1], "cpu", 1, profile=[1]).kernels(1)
+    runtime = OnnxRuntime(with_kernels[1], "cpu", 1, profile=(5, 1))
+    packed = runtime.kernels(1)
+    assert runtime.kernels(4) == packed and runtime.kernels(5) == runtime.kernels(20)
+    for operator in ("MatMul (CPUExecutionProvider)", "BitmaskLinear (CPUExecutionProvider)"):
+        assert runtime.kernels(5)[operator] == packed[operator]
     assert packed["BitmaskLinear (CPUExecutionProvider)"] == 8
     products = "MatMul (CPUExecutionProvider)"
     assert dense[products] - packed[products] == 14

@@ -137,7 +137,11 @@ def test_evaluate_and_benchmark_take_it(format, tiny, tmp_path, prose, progress)
     result = benchmark(
         [folder], [source], BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1), progress=progress
     )
-    assert result.measurements[1].same_tokens_as_baseline is True
+    sparse = result.measurements[1]
+    assert sparse.same_tokens_as_baseline is True
+    layer = AutoModelForCausalLM.from_pretrained(folder.folder).model.layers[0].mlp.up_proj
+    assert sparse.prefill_kernels[layer.kernel(8)] >= 2 and sparse.prefill_kernels["dense"] == 1  # the head
+    assert sum(sparse.decode_kernels.values()) == 15
 
 
 @pytest.mark.parametrize(
