@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,12 +142,14 @@ def model(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list
             export = resolve_model(folder, Progress(quiet=True))
             kind = "operator" if export.needs_operator else "dense"
             runtimes[f"onnxruntime {kind}"] = OnnxRuntime(export, "cpu", threads)
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         if find_spec("llama_cpp"):
             # fp16 beside bf16, in which llama.cpp is slow on CPUs without its newest kernels
             for kind in ("float32",) if dtype == "float32" else ("bfloat16", "float16"):
                 path = write_gguf(dense, kind, Path(folder) / f"{kind}.gguf")
-                runtimes[f"llama.cpp dense {kind}"] = LlamaCpp(path, threads, options.prompt + options.generate)
+                llama = LlamaCpp(path, threads, options.prompt + options.generate)
+                runtimes[f"llama.cpp dense {kind}"] = stack.enter_context(closing(llama))
         times, tokens = generations(runtimes, ids, options.rounds, options.generate)
     dense_bytes = sum(dense.get_submodule(name).weight.nbytes for name in names)
     packed_bytes = sum(sparse.get_submodule(name).packed_bytes for name in names)

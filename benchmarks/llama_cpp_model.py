@@ -74,6 +74,10 @@ class LlamaCpp:
         """The token after `ids` [1, 1]; the cache is llama.cpp's own."""
         return self._step(ids), None
 
+    def close(self) -> None:
+        """Free the model, which does not free itself in order when the interpreter ends."""
+        self._model.close()
+
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
         self._model.eval(ids[0].tolist())
         logits = np.ctypeslib.as_array(self._model._ctx.get_logits(), (self._model.n_vocab(),))
