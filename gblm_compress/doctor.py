@@ -66,7 +66,7 @@ def diagnose() -> list[Finding]:
     for name in (*PACKAGES, _onnxruntime_package()):
         found = _version(name)
         optional = name == "triton"
-        enables = "GPU kernels of torch.compile" if optional else ""
+        enables = "GPU kernels of sparse folders and of torch.compile" if optional else ""
         findings.append(Finding(name, found or "not installed", enables, found is not None or optional))
     flags = _cpu_flags()
     findings += [
@@ -90,14 +90,14 @@ def diagnose() -> list[Finding]:
     gpus = _gpus()
     for gpu in gpus:
         capability = gpu["compute_capability"]
-        sparse = "2:4 kernels for large token counts" if capability >= "8.0" else "no 2:4 kernels (8.0 is needed)"
+        sparse = "torch's 2:4 kernels" if float(capability) >= 8.0 else "none of torch's 2:4 kernels (8.0 is needed)"
         findings.append(Finding("gpu", f"{gpu['name']}, compute capability {capability}", sparse))
     if not gpus:
         findings.append(
             Finding(
                 "gpu",
                 f"none that torch {torch.__version__} can use",
-                "without one, 2:4 tensors are run dense",
+                "without one, semi-structured folders are unpacked for every product",
             )
         )
     for provider in onnxruntime.get_available_providers():
