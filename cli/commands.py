@@ -137,13 +137,23 @@ def evaluate(
     sequence_length: o.EvaluationLength = o.default(EvaluateSettings, "sequence_length"),
     max_windows: o.MaxWindows = None,
     baseline: o.Baseline = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    include_path: o.IncludePath = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Measure perplexity, and fidelity to the dense model."""
-    settings = EvaluateSettings(dataset=dataset, sequence_length=sequence_length, max_windows=max_windows)
+    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy."""
+    settings = EvaluateSettings(
+        dataset=dataset,
+        sequence_length=sequence_length,
+        max_windows=max_windows,
+        tasks=o.split(tasks),
+        limit=limit,
+        include_path=include_path,
+    )
     place = ModelSettings(source=model, dtype=dtype, device=device)
 
     from gblm_compress import evaluation, sources
@@ -337,7 +347,7 @@ def _export_summary(result: dict[str, Any]) -> Table:
     )
 
 
-def _evaluate_summary(result: dict[str, Any]) -> Table:
+def _evaluate_summary(result: dict[str, Any]) -> list[Any]:
     error = result["perplexity_error"]
     rows = [
         ("perplexity", f"{result['perplexity']:.3f}" + (f" ± {error:.3f}" if error is not None else "")),
@@ -350,7 +360,24 @@ def _evaluate_summary(result: dict[str, Any]) -> Table:
             ("mean KL from dense", f"{result['fidelity']['mean_kl']:.4f} nats per token"),
             ("top-1 agreement", f"{100 * result['fidelity']['top1_agreement']:.2f} %"),
         ]
-    return _pairs(rows)
+    return [_pairs(rows), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
+
+
+def _tasks_table(zero_shot: dict[str, Any]) -> Table:
+    table = Table("task", "metric")
+    for name in ("questions", "accuracy", "dense", "recovery (95 %)"):
+        table.add_column(name, justify="right")
+    for t in zero_shot["tasks"]:
+        error = "" if t["error"] is None else f" ± {t['error']:.3f}"
+        dense = "" if t["dense_accuracy"] is None else f"{t['dense_accuracy']:.3f}"
+        accuracy = f"{t['accuracy']:.3f}{error}"
+        table.add_row(t["task"], t["metric"], str(t["questions"]), accuracy, dense, _recovery(t["recovery"]))
+    table.add_row("mean", "", "", f"{zero_shot['mean_accuracy']:.3f}", "", _recovery(zero_shot["recovery"]))
+    return table
+
+
+def _recovery(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['ratio']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
 
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")

@@ -100,6 +100,9 @@ Kernels = Annotated[bool, option(ExportSettings, "kernels", "--kernels")]
 
 Dataset = Annotated[str, option(EvaluateSettings, "dataset")]
 EvaluationLength = Annotated[int, option(EvaluateSettings, "sequence_length", "--sequence-length")]
+Tasks = Annotated[list[str] | None, option(EvaluateSettings, "tasks")]
+Limit = Annotated[int | None, option(EvaluateSettings, "limit")]
+IncludePath = Annotated[str | None, option(EvaluateSettings, "include_path")]
 MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
 Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
 

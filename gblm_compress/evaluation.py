@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from gblm_compress import sources, text
+from gblm_compress import sources, text, zero_shot
 from gblm_compress.errors import ModelError
 from gblm_compress.progress import Progress
 from gblm_compress.runtimes import load_runtime
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.sources import ModelSource
+from gblm_compress.zero_shot import ZeroShot
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class EvaluateResult:
         cross_entropy: the mean itself, in nats per token.
         windows, predicted_tokens: how much text it stands on.
         baseline_perplexity: that of the dense model, when there is one.
+        zero_shot: accuracies on tasks, when any were asked for.
     """
 
     model: str
@@ -58,6 +60,7 @@ class EvaluateResult:
     provider: str
     baseline_perplexity: float | None = None
     fidelity: Fidelity | None = None
+    zero_shot: ZeroShot | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,6 +82,13 @@ def evaluate(
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
         baseline: the dense model.
     """
+    if settings.tasks:
+        zero_shot.check_available()
+        for model_source in (source, baseline):
+            if model_source is not None and model_source.is_onnx:
+                raise ModelError(
+                    f"model {model_source.name!r}: tasks are measured in torch; give the folder it was exported from"
+                )
     device = sources.choose_device(device)
     tokenizer = sources.load_tokenizer(source)
     progress.say(f"reading {settings.dataset} …")
@@ -104,6 +114,10 @@ def evaluate(
     mean, error = mean_and_standard_error(losses)
     if not math.isfinite(mean):
         raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
+    tasks = None
+    if settings.tasks:
+        answered = _answers(model, source, settings, progress)
+        tasks = zero_shot.score(answered, _answers(dense, baseline, settings, progress) if baseline else None)
     return EvaluateResult(
         model=source.name,
         dataset=settings.dataset,
@@ -117,7 +131,16 @@ def evaluate(
         provider=model.provider,
         baseline_perplexity=_exp(sum(dense_losses) / len(dense_losses)) if dense_losses else None,
         fidelity=Fidelity(_mean(divergences), _mean(agreements)) if dense else None,
+        zero_shot=tasks,
     )
+
+
+def _answers(
+    runtime: Any, source: ModelSource, settings: EvaluateSettings, progress: Progress
+) -> dict[str, tuple[str, list[float]]]:
+    progress.say(f"asking {source.name} …")
+    tokenizer = sources.load_tokenizer(source)
+    return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
 
 
 def mean_kl(reference: Tensor, logits: Tensor) -> float:

@@ -78,30 +78,30 @@ class TorchRuntime:
     """Eager torch on a transformers model."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         self._cache_argument = cache_argument(model)
         self.provider = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=ids.to(self._model.device), use_cache=False).logits
+        logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
         return logits.float().cpu()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._step(input_ids=ids.to(self._model.device), use_cache=True)
+        return self._step(input_ids=ids.to(self.model.device), use_cache=True)
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         return self._step(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        layers = [m for m in self._model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
         return dict(Counter(m.kernel(tokens) if isinstance(m, SparseLinear) else "dense" for m in layers))
 
     def _step(self, **inputs: Any) -> tuple[Tensor, Any]:
-        output = self._model(**inputs, logits_to_keep=1)
+        output = self.model(**inputs, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         if token.is_cuda:
             torch.cuda.synchronize(token.device)

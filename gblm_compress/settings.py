@@ -234,6 +234,9 @@ class EvaluateSettings(Settings):
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
     sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
     max_windows: int | None = Field(None, ge=1, description="At most this many windows, from the start; all if unset.")
+    tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
+    limit: int | None = Field(None, ge=1, description="At most this many questions of a task; all if unset.")
+    include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
 
 
 class BenchmarkSettings(Settings):
