@@ -17,6 +17,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
+    CompareSettings,
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
@@ -164,6 +165,54 @@ def evaluate(
     _show(result.as_dict(), _evaluate_summary, json_)
 
 
+def compare(
+    model: o.Model,
+    methods: o.Methods = None,
+    patterns: o.Patterns = None,
+    seeds: o.Seeds = o.default(CompareSettings, "seeds"),
+    calibration: o.Calibration = o.default(CalibrationSettings, "dataset"),
+    samples: o.Samples = o.default(CalibrationSettings, "samples"),
+    sequence_length: o.CalibrationLength = o.default(CalibrationSettings, "sequence_length"),
+    dataset: o.Dataset = o.default(EvaluateSettings, "dataset"),
+    evaluation_length: Annotated[int, typer.Option(help="Tokens in a window of the evaluation.")] = o.default(
+        EvaluateSettings, "sequence_length"
+    ),
+    max_windows: o.MaxWindows = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    include_path: o.IncludePath = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the records, table and plot.")] = Path(
+        "comparison"
+    ),
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
+    grid = CompareSettings(
+        **o.given(methods=o.split(methods) or None, patterns=o.split(patterns) or None, seeds=seeds),
+    )
+    text = CalibrationSettings(dataset=calibration, samples=samples, sequence_length=sequence_length)
+    evaluation = EvaluateSettings(
+        dataset=dataset,
+        sequence_length=evaluation_length,
+        max_windows=max_windows,
+        tasks=o.split(tasks),
+        limit=limit,
+        include_path=include_path,
+    )
+    place = ModelSettings(source=model, dtype=dtype, device=device)
+
+    from gblm_compress import comparison
+
+    source, progress = _start(model, quiet)
+    result = comparison.compare(
+        source, output, grid, text, evaluation, dtype=place.dtype, device=device, progress=progress
+    )
+    _show(result.as_dict(), _compare_summary, json_)
+
+
 def benchmark(
     models: o.Models,
     baseline: o.Baselines,
@@ -275,7 +324,7 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, _doctor_summary, json_)
 
 
-COMMANDS = (prune, export, evaluate, benchmark, inspect, run, validate, schema, doctor)
+COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -380,6 +429,31 @@ def _recovery(ratio: dict[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['ratio']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
 
 
+def _compare_summary(result: dict[str, Any]) -> list[Any]:
+    from gblm_compress.report import human_bytes
+
+    table = Table("method", "pattern")
+    for name in ("seeds", "perplexity", "KL from dense", "accuracy", "recovery", "time", "peak memory"):
+        table.add_column(name, justify="right")
+    for r in result["rows"]:
+        table.add_row(
+            r["method"],
+            r["pattern"],
+            str(r["seeds"]),
+            _with_error(r["perplexity"], r["perplexity_error"], 2),
+            _with_error(r["mean_kl"], r["mean_kl_error"], 3),
+            "" if r["accuracy"] is None else f"{r['accuracy']:.3f}",
+            "" if r["recovery"] is None else f"{r['recovery']:.3f}",
+            f"{r['seconds']:.0f} s",
+            human_bytes(r["peak_memory_bytes"]),
+        )
+    return [table, f"dense: perplexity {result['dense_perplexity']:.2f}", f"plot: {result['plot']}"]
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
@@ -456,6 +530,8 @@ def _run_summary(result: Any) -> list[Any]:
     parts: list[Any] = [report.table(result.rows)]
     if result.gates:
         parts.append(report.gate_table(result.gates))
+    if result.comparison:
+        parts += _compare_summary(result.comparison)
     reused = [stage.name for stage in result.stages if stage.reused]
     if reused:
         parts.append("reused: " + ", ".join(reused))

@@ -10,6 +10,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
+    CompareSettings,
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
@@ -105,6 +106,10 @@ Limit = Annotated[int | None, option(EvaluateSettings, "limit")]
 IncludePath = Annotated[str | None, option(EvaluateSettings, "include_path")]
 MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
 Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
+
+Methods = Annotated[list[str] | None, option(CompareSettings, "methods")]
+Patterns = Annotated[list[str] | None, option(CompareSettings, "patterns")]
+Seeds = Annotated[int, option(CompareSettings, "seeds")]
 
 Baselines = Annotated[
     list[str],

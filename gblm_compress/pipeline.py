@@ -1,19 +1,13 @@
-"""The run of a recipe: prune → export → evaluate → benchmark → gates, reusing what is already done.
+"""The run of a recipe: prune → export → evaluate → benchmark → gates, reusing what is already done."""
 
-A stage's key is a hash of everything that decides its outcome: settings, the content of its inputs, versions, and
-for timings the machine. A stage whose key is on record, and whose folder still has the content it had, is reused.
-"""
-
-import hashlib
-import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import artifact, report, sources
+from gblm_compress import report, sources
 from gblm_compress.benchmarking import benchmark
+from gblm_compress.comparison import compare
 from gblm_compress.doctor import environment
 from gblm_compress.errors import UsageError
 from gblm_compress.evaluation import evaluate
@@ -23,18 +17,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import ExportSettings, Recipe
 from gblm_compress.sources import ModelSource, resolve_model
-
-STAGES = ".stages"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage as it went: whether it was reused, how long it took, and its result as plain values."""
-
-    name: str
-    reused: bool
-    seconds: float
-    result: dict[str, Any]
+from gblm_compress.stages import STAGES, Stage, run_stage, text_hash
 
 
 @dataclass(frozen=True)
@@ -44,6 +27,7 @@ class RunReport:
     Attributes:
         rows: the summary table, dense against pruned per runtime and batch size.
         gates: each gate with its limit and what was measured.
+        comparison: the grid (`CompareResult` as plain values), when the recipe has one.
     """
 
     recipe: dict[str, Any]
@@ -52,6 +36,7 @@ class RunReport:
     stages: list[Stage]
     rows: list[report.Row]
     gates: list[GateOutcome] = field(default_factory=list)
+    comparison: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -74,6 +59,9 @@ def plan(recipe: Recipe) -> list[str]:
         steps.append(f"evaluate on {recipe.evaluate.dataset}")
     if recipe.benchmark:
         steps.append(f"benchmark in {' and '.join(recipe.benchmark.runtimes)}")
+    if recipe.compare:
+        grid = f"{len(recipe.compare.methods)} methods, {len(recipe.compare.patterns)} patterns"
+        steps.append(f"compare {grid}, {recipe.compare.seeds} seeds")
     gates = recipe.gates.model_dump(exclude_none=True)
     if gates:
         steps.append("check gates: " + ", ".join(f"{name} {value:g}" for name, value in gates.items()))
@@ -95,14 +83,15 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     dense = resolve_model(model.source, progress)
 
     def do(name: str, inputs: Any, work: Callable[[], Any], folder: Path | None = None) -> dict[str, Any]:
-        stage = _stage(output, name, inputs, work, folder, progress)
+        stage = run_stage(output, name, inputs, work, folder, progress)
         stages.append(stage)
         return stage.result
 
     calibration = recipe.calibration if recipe.prune.needs_text else None
+    text = text_hash(calibration.dataset) if calibration else None
     do(
         "prune",
-        [dense.fingerprint, _dump(recipe.prune), _dump(calibration), _text(calibration), dtype, device],
+        [dense.fingerprint, _dump(recipe.prune), _dump(calibration), text, dtype, device],
         lambda: prune(
             dense, output / "pruned", recipe.prune, recipe.calibration, dtype=dtype, device=device, force=True,
             progress=progress,
@@ -131,7 +120,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         for source in models:
             evaluations[source.name] = do(
                 f"evaluate {source.name}",
-                [dense.fingerprint, source.fingerprint, _dump(settings), _text(settings), dtype, device],
+                [dense.fingerprint, source.fingerprint, _dump(settings), text_hash(settings.dataset), dtype, device],
                 lambda source=source: evaluate(  # type: ignore[misc]
                     source, settings, baseline=dense, dtype=dtype, device=device,
                     progress=progress,
@@ -145,42 +134,21 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
             [[s.fingerprint for s in (*baselines, *models)], _dump(bench), dtype, device, environment()],
             lambda: benchmark(models, baselines, bench, dtype=dtype, device=device, progress=progress),
         )["measurements"]
+    comparison = None
+    if recipe.compare is not None and recipe.evaluate is not None:
+        folder, arguments = output / "comparison", (recipe.compare, recipe.calibration, recipe.evaluate)
+        comparison = compare(dense, folder, *arguments, dtype=dtype, device=device, progress=progress).as_dict()
     result = RunReport(
         recipe=recipe.model_dump(mode="json"),
         output=str(output),
         environment=environment(),
         stages=stages,
         rows=report.rows(dense, pruned, exports, baselines, stages[0].result, evaluations, timings),
+        comparison=comparison,
         gates=check_gates(recipe.gates, evaluations.get(pruned.name), timings),
     )
     report.write(result.as_dict(), output)
     return result
-
-
-def _stage(
-    output: Path, name: str, inputs: Any, work: Callable[[], Any], folder: Path | None, progress: Progress
-) -> Stage:
-    """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
-    versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
-    key = hashlib.sha256(json.dumps([name, inputs, versions], sort_keys=True).encode()).hexdigest()
-    record_path = output / STAGES / f"{name.replace(' ', '-')}.json"
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    if record.get("key") == key and record.get("content") == _content(folder):
-        progress.say(f"• {name}: reused")
-        return Stage(name, True, record["seconds"], record["result"])
-    progress.say(f"• {name}")
-    record_path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    result = json.loads(json.dumps(work().as_dict()))
-    seconds = time.perf_counter() - start
-    record = {"key": key, "content": _content(folder), "seconds": seconds, "result": result}
-    artifact.write_text(record_path, json.dumps(record, indent=2) + "\n")
-    return Stage(name, False, seconds, result)
-
-
-def _content(folder: Path | None) -> str | None:
-    """A fingerprint of a stage's folder; None where it has none or it is gone."""
-    return ModelSource("", folder).fingerprint if folder is not None and folder.is_dir() else None
 
 
 def _dense_exports(recipe: Recipe) -> list[ExportSettings]:
@@ -198,12 +166,3 @@ def _folder_name(prefix: str, settings: ExportSettings) -> str:
 
 def _dump(settings: Any) -> Any:
     return settings and settings.model_dump(mode="json")
-
-
-def _text(settings: Any) -> str | None:
-    """The content of a local text file, as a hash; the name alone says nothing of it."""
-    path = Path(settings.dataset).expanduser() if settings else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ module loads no torch.
 """
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -239,6 +239,42 @@ class EvaluateSettings(Settings):
     include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
 
 
+class CompareSettings(Settings):
+    """A grid of methods, patterns and seeds, all calibrated and evaluated alike."""
+
+    methods: tuple[str, ...] = Field(
+        ("wanda", "gblm", "obs+obs", *presets.PRESETS),
+        min_length=1,
+        description="Each a preset or a saliency, and what else is chosen: wanda, best, obs+obs (SparseGPT), "
+        "gblm+swap+least-squares, wanda+owl, …",
+    )
+    patterns: tuple[str, ...] = Field(("2:4", "unstructured"), min_length=1, description="As prune.pattern.")
+    seeds: int = Field(3, ge=1, description="How many draws of the calibration text.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for method in self.methods:
+            for pattern in self.patterns:
+                self.prune_settings(method, pattern)
+        return self
+
+    @staticmethod
+    def prune_settings(method: str, pattern: str) -> PruneSettings:
+        """The settings that an entry of `methods` stands for."""
+        first, *rest = method.split("+")
+        values: dict[str, Any] = {"pattern": pattern, ("preset" if first in presets.PRESETS else "method"): first}
+        for part in rest:
+            kinds = {"update": Update, "refine": Refinement, "allocation": Allocation}
+            key = next((key for key, kind in kinds.items() if part in get_args(kind) and part != "none"), None)
+            if key is None or key in values:
+                raise ValueError(
+                    f"method {method!r}: {part!r} is no update, refinement or allocation, or the second of its kind; "
+                    "give for example wanda+swap+least-squares"
+                )
+            values[key] = part
+        return PruneSettings(**values)
+
+
 class BenchmarkSettings(Settings):
     """What to time."""
 
@@ -280,6 +316,9 @@ class Recipe(Settings):
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
+    compare: CompareSettings | None = Field(
+        None, description="A grid of methods beside the one of 'prune', evaluated as 'evaluate' says; skipped if unset."
+    )
     gates: GateSettings = Field(
         default_factory=GateSettings, description="Conditions; a failed one has its own exit code."
     )
@@ -295,6 +334,8 @@ class Recipe(Settings):
         of_evaluation = (gates.max_perplexity_increase, gates.max_mean_kl, gates.min_top1_agreement)
         if self.evaluate is None and any(gate is not None for gate in of_evaluation):
             raise ValueError("a gate on perplexity, KL or agreement needs an 'evaluate' section")
+        if self.evaluate is None and self.compare is not None:
+            raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
             raise ValueError("a gate on speed needs a 'benchmark' section")
         if len(set(self.export)) < len(self.export):

@@ -1,0 +1,66 @@
+"""Stages on record: what is already done is not done again.
+
+A stage's key is a hash of everything that decides its outcome: settings, the content of its inputs, versions, and
+for timings the machine. A stage whose key is on record, and whose folder still has the content it had, is reused.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gblm_compress import artifact
+from gblm_compress.doctor import environment
+from gblm_compress.progress import Progress
+from gblm_compress.sources import ModelSource
+
+STAGES = ".stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as it went: whether it was reused, how long it took, and its result as plain values."""
+
+    name: str
+    reused: bool
+    seconds: float
+    result: dict[str, Any]
+
+
+def run_stage(
+    output: Path, name: str, inputs: Any, work: Callable[[], Any], folder: Path | None, progress: Progress
+) -> Stage:
+    """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
+    versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
+    key = hashlib.sha256(json.dumps([name, inputs, versions], sort_keys=True).encode()).hexdigest()
+    record_path = output / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', name)}.json"
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    if record.get("key") == key and record.get("content") == _content(folder):
+        progress.say(f"• {name}: reused")
+        return Stage(name, True, record["seconds"], record["result"])
+    progress.say(f"• {name}")
+    record_path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    result = json.loads(json.dumps(work().as_dict()))
+    seconds = time.perf_counter() - start
+    record = {"key": key, "content": _content(folder), "seconds": seconds, "result": result}
+    artifact.write_text(record_path, json.dumps(record, indent=2) + "\n")
+    return Stage(name, False, seconds, result)
+
+
+def _content(folder: Path | None) -> str | None:
+    """A fingerprint of a stage's folder; None where it has none or it is gone."""
+    return ModelSource("", folder).fingerprint if folder is not None and folder.is_dir() else None
+
+
+def text_hash(dataset: str | None) -> str | None:
+    """The content of a local text file, as a hash; the name alone says nothing of it."""
+    path = Path(dataset).expanduser() if dataset else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

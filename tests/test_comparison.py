@@ -1,0 +1,105 @@
+"""The grid of methods: each cell is what prune and evaluate give by themselves, and none is run twice."""
+
+import json
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from gblm_compress import comparison
+from gblm_compress.comparison import Cell, CompareResult, compare, draw, rows
+from gblm_compress.errors import ModelError
+from gblm_compress.evaluation import evaluate
+from gblm_compress.pruning import prune
+from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
+from gblm_compress.sources import ModelSource
+
+
+def cell(method: str, seed: int, perplexity: float, **other) -> Cell:
+    values = {
+        "pattern": "2:4", "dense_perplexity": 9.0, "mean_kl": 0.5, "top1_agreement": 0.5, "accuracy": None,
+        "recovery": None, "seconds": 2.0, "peak_memory_bytes": 10,
+    }  # fmt: skip
+    return Cell(method=method, seed=seed, perplexity=perplexity, **(values | other))
+
+
+def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, progress, monkeypatch) -> None:
+    grid = CompareSettings(methods=("wanda", "fast"), patterns=("2:4",), seeds=1)
+    text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32, seed=7)
+    evaluation = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
+    output = tmp_path / "grid"
+    result = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
+    assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("wanda", "2:4", 0), ("fast", "2:4", 0)]
+    settings = PruneSettings(preset="fast", pattern="2:4")
+    prune(tiny("llama"), tmp_path / "p", settings, text.model_copy(update={"seed": 0}), progress=progress)
+    alone = evaluate(ModelSource("p", tmp_path / "p"), evaluation, baseline=tiny("llama"), progress=progress)
+    assert result.cells[1].perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert result.cells[1].mean_kl == pytest.approx(alone.fidelity.mean_kl, rel=1e-4)
+    assert result.dense_perplexity == pytest.approx(alone.baseline_perplexity, rel=1e-6)
+    assert json.loads((output / comparison.REPORT).read_text()) == json.loads(json.dumps(result.as_dict()))
+    assert (output / comparison.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert not list(output.glob(".cell-*"))
+
+    monkeypatch.setattr(comparison, "_in_own_process", lambda job: pytest.fail("a cell on record was run again"))
+    again = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
+    assert again.cells == result.cells
+
+
+def test_rows_are_means_and_standard_errors_over_seeds() -> None:
+    cells = [
+        cell("a", 0, 10.0, seconds=1.0, accuracy=0.5),
+        cell("b", 0, 20.0),
+        cell("a", 1, 12.0, seconds=3.0, peak_memory_bytes=30, accuracy=0.7),
+        cell("a", 2, 17.0, seconds=2.0),
+    ]
+    first, second = rows(cells)
+    assert (first.method, first.seeds, first.perplexity, first.seconds) == ("a", 3, 13.0, 2.0)
+    assert first.perplexity_error == pytest.approx(math.sqrt(13.0 / 3))
+    assert first.peak_memory_bytes == 30 and first.accuracy == pytest.approx(0.6)
+    assert (second.method, second.perplexity_error, second.accuracy) == ("b", None, None)
+
+
+def test_the_plot_has_a_panel_for_every_pattern(tmp_path) -> None:
+    cells = [cell("a", 0, 10.0), cell("a", 1, 11.0), cell("b", 0, 20.0, pattern="unstructured")]
+    draw(CompareResult("m", 9.0, rows(cells), cells, {}, {}), tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_what_a_method_name_stands_for() -> None:
+    settings = CompareSettings.prune_settings("gblm+swap+least-squares+owl", "4:8")
+    assert (settings.method, settings.refine, settings.update, settings.allocation, settings.pattern) == (
+        "gblm", "swap", "least-squares", "owl", "4:8",
+    )  # fmt: skip
+    assert CompareSettings.prune_settings("obs+obs", "2:4") == PruneSettings(method="obs", update="obs", pattern="2:4")
+    assert CompareSettings.prune_settings("best", "2:4") == PruneSettings(preset="best", pattern="2:4")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (("wand",), "input should be 'gblm'"),
+        (("wanda+swop",), "'swop' is no update, refinement or allocation"),
+        (
+            ("wanda+obs+least-squares",),
+            "or the second of its kind",
+        ),
+        ((), "at least 1 item"),
+    ],
+)
+def test_malformed_methods(methods, message) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompareSettings(methods=methods)
+    assert message.lower() in str(caught.value).lower()
+
+
+def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) -> None:
+    """The error of the other process arrives as it was raised there."""
+    source = ModelSource("export", tmp_path / "export")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.onnx").touch()
+    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
+    with pytest.raises(ModelError, match="is an export"):
+        compare(
+            source, tmp_path / "grid", CompareSettings(methods=("wanda",), patterns=("2:4",), seeds=1), text,
+            EvaluateSettings(dataset=str(prose), sequence_length=32), progress=progress,
+        )  # fmt: skip
