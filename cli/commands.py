@@ -480,12 +480,21 @@ def _benchmark_summary(result: dict[str, Any]) -> list[Any]:
             m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
         )
     machine = result["environment"]
-    runs = [
-        f"{m['model']}, batch {m['batch']}: prefill on {_products(m['prefill_kernels'])}; "
-        f"decode on {_products(m['decode_kernels'])}"
-        for m in result["measurements"]
+    return [
+        table,
+        *_kernel_lines(result["measurements"]),
+        f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
     ]
-    return [table, *runs, f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}"]
+
+
+def _kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
+    """What each model ran, with the batch sizes that it ran it for."""
+    batches: dict[str, list[str]] = {}
+    for m in measurements:
+        prefill, decode = _products(m["prefill_kernels"]), _products(m["decode_kernels"])
+        both = f"prefill on {prefill}; decode on {decode}" if prefill != decode else f"prefill and decode on {decode}"
+        batches.setdefault(f"{m['model']}: {both}", []).append(str(m["batch"]))
+    return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
 
 
 def _products(kernels: dict[str, int]) -> str:

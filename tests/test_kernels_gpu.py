@@ -24,7 +24,7 @@ from gblm_compress.patterns import Pattern
 
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 ragged = (9, 301) if layout == "bitmask" else (9, 300)
-for rows, columns in ((1, 4), (5, 64), ragged, (35, 1032)):
+for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
     generator = torch.Generator().manual_seed(rows * columns)
     weight = torch.randn(rows, columns, generator=generator)
     pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
