@@ -1,6 +1,7 @@
 """The commands: parse, call one stage, print. Stages are imported inside, so that `--help` loads no torch."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from gblm_compress.settings import (
     ExportSettings,
     ModelSettings,
     PruneSettings,
+    ResourceSettings,
 )
 
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
@@ -70,6 +72,9 @@ def prune(
     ignore: o.Ignore = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    memory: o.Memory = None,
+    offload: o.Offload = None,
+    resume: o.Resume = False,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -101,14 +106,26 @@ def prune(
     )
     text = CalibrationSettings(dataset=calibration, samples=samples, sequence_length=sequence_length, seed=seed)
     place = ModelSettings(source=model, dtype=dtype, device=device)
+    resources = ResourceSettings(**o.given(memory=memory, offload=offload))
 
     from gblm_compress import pruning
 
-    source, progress = _start(model, quiet)
+    reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
+    source, progress = _start(model, quiet or not reports)
     result = pruning.prune(
-        source, output, settings, text, dtype=place.dtype, device=device, force=force, progress=progress
+        source,
+        output,
+        settings,
+        text,
+        resources=resources,
+        resume=resume,
+        dtype=place.dtype,
+        device=device,
+        force=force,
+        progress=progress,
     )
-    _show(result.as_dict(), _prune_summary, json_)
+    if reports:
+        _show(result.as_dict(), _prune_summary, json_)
 
 
 def export(

@@ -15,6 +15,7 @@ from gblm_compress.settings import (
     ExportSettings,
     ModelSettings,
     PruneSettings,
+    ResourceSettings,
 )
 
 MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
@@ -87,6 +88,9 @@ Overrides = Annotated[
         help="An exception, for example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'; repeatable.",
     ),
 ]
+Memory = Annotated[str | None, option(ResourceSettings, "memory")]
+Offload = Annotated[bool | None, option(ResourceSettings, "offload", "--offload/--no-offload")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
 Targets = Annotated[list[str] | None, option(PruneSettings, "targets")]
 Ignore = Annotated[list[str] | None, option(PruneSettings, "ignore")]
 Calibration = Annotated[str, option(CalibrationSettings, "dataset", "--calibration")]

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 
 
 def check_output(folder: Path, force: bool) -> None:
@@ -28,36 +29,57 @@ def check_output(folder: Path, force: bool) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, inside: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it goes.
 
+    Args:
+        inside: a folder on the same file system for the temporary one, if not beside `folder`.
+
     Raises:
-        UsageError: the folder cannot be created or renamed.
+        OutputError: the folder cannot be created, filled or renamed.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=inside or folder.parent))
     except OSError as error:
-        raise UsageError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
+        raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         _open_to_umask(temporary)
         _replace(folder, temporary)
     except OSError as error:
-        raise UsageError(f"output {str(folder)!r} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, whatever happens to process or machine."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            to_disk(file)
+        rename_durably(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def to_disk(file: IO[Any]) -> None:
+    """Have the disk know what was written."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename within a folder, and have the disk know before going on."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _replace(folder: Path, temporary: Path) -> None:

@@ -60,7 +60,7 @@ def prune_block_(
         {name: what became of it}.
     """
     statistics = _statistics(block, layers, gradients, settings)
-    alpha = settings.effective_alpha(len(block.inputs), block.inputs[0].shape[1]) if block else settings.alpha
+    alpha = settings.effective_alpha(block.samples, block.inputs[0].shape[1]) if block else settings.alpha
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach()
         pruned = _prune_layer(name, weight.float(), statistics[name], settings, budgets[name], alpha)
@@ -91,7 +91,7 @@ def _statistics(
     if block is not None and layers:
         if settings.needs_gram:
             grams = gram_matrices(block, layers)
-            activations = {name: activation_norms_of(gram, len(block.inputs)) for name, gram in grams.items()}
+            activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
         elif saliency.needs_activations:
             activations = activation_norms(block, layers)
         if saliency.needs_regional:

@@ -45,6 +45,7 @@ def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tenso
             latest.clear()
     if missing := sorted(set(layers) - set(grams)):
         raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
+    block.ranks.sum_({id(grams[name]): grams[name] for name in layers}.values())
     for name, gram in grams.items():
         check_finite(name, "activations", gram)
     return grams
@@ -66,7 +67,8 @@ def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tens
             norm = block.call.run(block.module, hidden).float().norm()
             for total, gradient in zip(sums.values(), torch.autograd.grad(norm, list(weights.values())), strict=True):
                 total.addcmul_(gradient.float(), gradient.float())
+    block.ranks.sum_(sums.values())
     for name, total in sums.items():
         check_finite(name, "gradients", total)
-        total.div_(len(block.inputs)).sqrt_()
+        total.div_(block.samples).sqrt_()
     return sums

@@ -14,39 +14,40 @@ from gblm_compress.settings import PruneSettings
 def budgets(
     per_block: list[dict[str, nn.Module]],
     settings: PruneSettings,
-    gradients: dict[str, Tensor],
-    dense_blocks: Iterable[Block],
+    dense: Iterable[tuple[Block | None, dict[str, Tensor]]],
 ) -> dict[str, Budget]:
     """How much each layer keeps.
 
     Args:
-        per_block: the layers to prune, block by block, in the dense model.
-        gradients: {name: G in the stored layout of the weight}; read by allocation sensitivity.
-        dense_blocks: each block with its inputs in the dense model; read by allocation owl.
+        per_block: the layers to prune, block by block.
+        dense: for each block of the dense model, whose weights must be there when it is asked for: the block with its
+            inputs, which allocation owl reads, and {name: G in the stored layout of the weight}, which allocation
+            sensitivity reads. Not touched by allocation uniform.
 
     Raises:
         UsageError: an override matches no layer.
     """
-    layers = {name: layer for block in per_block for name, layer in block.items()}
-    uniform = settings.budgets(list(layers))
+    names = [name for layers in per_block for name in layers]
+    uniform = settings.budgets(names)
     if settings.allocation == "uniform":
         return uniform
-    free = {name: uniform[name] for name in layers if not settings.is_exception(name)}
     density = 1 - settings.uniform_budget.sparsity
-    if settings.allocation == "owl":
-        shares: dict[str, float] = {}
-        for block_layers, block in zip(per_block, dense_blocks, strict=True):
-            taking_part = {name: layer for name, layer in block_layers.items() if name in free}
-            if taking_part:
-                shares |= dict.fromkeys(taking_part, _outlier_share(block, taking_part))
-        densities = owl(shares, density, settings.deviation)
-    else:
-        ranking = GlobalRanking()
-        for name in free:
-            ranking.add(name, layers[name].weight.detach().abs() * gradients[name])  # type: ignore[operator]
-        densities = ranking.densities(density)
-    sizes = {name: weight_matrix(layers[name]).numel() for name in free}
-    return uniform | spread(free, sizes, densities, settings.deviation)
+    sizes: dict[str, int] = {}
+    shares: dict[str, float] = {}
+    ranking = GlobalRanking()
+    for layers, (block, gradients) in zip(per_block, dense, strict=True):
+        free = {name: layer for name, layer in layers.items() if not settings.is_exception(name)}
+        sizes |= {name: weight_matrix(layer).numel() for name, layer in free.items()}
+        if settings.allocation == "sensitivity":
+            for name, layer in free.items():
+                ranking.add(name, layer.get_parameter("weight").detach().abs() * gradients[name])
+        elif free:
+            assert block is not None, "owl reads the inputs of the dense blocks"
+            shares |= dict.fromkeys(free, _outlier_share(block, free))
+    densities = (
+        ranking.densities(density) if settings.allocation == "sensitivity" else owl(shares, density, settings.deviation)
+    )
+    return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities, settings.deviation)
 
 
 def _outlier_share(block: Block, layers: dict[str, nn.Module]) -> float:

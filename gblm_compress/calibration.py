@@ -1,87 +1,28 @@
-"""Calibration: the gradient and activation norms that saliencies read, measured on sample text.
+"""Calibration: how the blocks of a model are called on sample text, and the activation norms inside them.
 
-Two passes. `gradient_norms` runs the dense model backwards once per sample and reduces every weight's
-gradient as soon as autograd has produced it. `BlockReplay` walks the model block by block, so that each
-`Block` sees the output of the blocks before it as they are *after* pruning.
+`BlockCalls` learns how a model calls its blocks; `BlockReplay` takes the samples through them one block at a time, so
+that each `Block` sees the output of the blocks before it as they are *after* pruning. The gradients are in
+`gradients.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from gblm_compress.architecture import check_finite
+from gblm_compress.block_weights import Weights
 from gblm_compress.errors import ModelError
-from gblm_compress.progress import Progress
-from gblm_compress.settings import GradientNorm
+from gblm_compress.hidden_states import HiddenStates, StatePool
+from gblm_compress.ranks import Ranks
 
 
-def gradient_norms(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    samples: Sequence[Tensor],
-    norm: GradientNorm,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, with one backward pass per sample.
-
-    g_n is the gradient of sample n's mean next-token cross-entropy (arXiv 2311.04902, section 3). The
-    accumulators are float32; a gradient is reduced into its accumulator and freed while the backward pass
-    is still running, so that at most a few layers' gradients exist at a time. Embeddings, norms and heads
-    get no gradient at all.
-
-    Args:
-        model: a causal language model in eval mode.
-        layers: {name: Linear or Conv1D}.
-        samples: token ids, each [1, length].
-        norm: "l1" (p = 1) or "l2" (p = 2).
-
-    Returns:
-        {name: G in float32, in the stored layout of the weight}.
-
-    Raises:
-        ModelError: a gradient is NaN or infinite; the message names the layer.
-    """
-    weights = {name: _weight(layer) for name, layer in layers.items()}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-
-    def reduce_gradient(total: Tensor, weight: Tensor) -> None:
-        gradient = weight.grad
-        assert gradient is not None
-        weight.grad = None
-        if norm == "l1":
-            total.add_(gradient.abs_())
-        else:
-            gradient = gradient.float()
-            total.addcmul_(gradient, gradient)
-
-    with only_requires_grad(model, weights.values()):
-        hooks = [
-            weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
-            for name, weight in weights.items()
-        ]
-        try:
-            for ids in progress.track(samples, "gradients", unit="samples"):
-                with torch.enable_grad():
-                    logits = model(input_ids=ids, use_cache=False).logits
-                    cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()  # type: ignore[no-untyped-call]
-        finally:
-            for hook in hooks:
-                hook.remove()
-    for name, total in sums.items():
-        check_finite(name, "gradients", total)
-        if norm == "l2":
-            total.sqrt_()
-    return sums
-
-
-class BlockReplay:
-    """The hidden states of all samples, on their way through the blocks one block at a time.
+class BlockCalls:
+    """How a model calls its blocks, and what it does before and after them.
 
     The arguments of every block (masks, position embeddings, …) are recorded from real forward passes of
     the whole model and replayed; they are not rebuilt. Two samples are recorded, so that an architecture
@@ -89,33 +30,84 @@ class BlockReplay:
     calibrated wrongly.
 
     Args:
-        model: a causal language model in eval mode.
-        blocks: its blocks in order.
+        weights: a causal language model in eval mode.
         samples: token ids, each [1, length], all of one length.
-
-    Attributes:
-        hidden: the hidden states of every sample, on their way, each [1, length, hidden size].
 
     Raises:
         ModelError: the blocks cannot be replayed.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], samples: Sequence[Tensor]) -> None:
-        self._blocks = blocks
-        self._calls = _record_calls(model, blocks, samples[0])
+    def __init__(self, weights: Weights, samples: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self.samples = samples
+        self.calls = _record_calls(weights, samples[0])
         if len(samples) > 1:
-            _check_same_arguments(self._calls, _record_calls(model, blocks, samples[-1]))
-        self.hidden = [_input_of_first_block(model, blocks[0], ids) for ids in samples]
+            _check_same_arguments(self.calls, _record_calls(weights, samples[-1]))
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """What goes into the first block [1, length, hidden size]; needs `weights.outer()`."""
+
+        def stop(hidden: Tensor) -> Tensor:
+            raise _FirstBlockReached(hidden)
+
+        try:
+            self._without_blocks(ids, stop)
+        except _FirstBlockReached as reached:
+            return reached.hidden
+        raise AssertionError("the first block ran when the calls were recorded")
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [1, length, vocabulary] for what the last block gives; needs `weights.outer()`.
+
+        Args:
+            hidden: [1, length, hidden size]; gradients flow to it.
+        """
+        return self._without_blocks(ids, lambda first: hidden).logits
+
+    def _without_blocks(self, ids: Tensor, instead: Callable[[Tensor], Tensor]) -> Any:
+        """A forward pass of the model in which `instead` stands for all its blocks."""
+        model, path = self._weights.model, self._weights.prefix
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        stand_in = _StandIn(self._weights.blocks[0], instead, self.calls[0].returns_tuple)
+        blocks = getattr(holder, name)
+        setattr(holder, name, nn.ModuleList([stand_in]))
+        try:
+            return model(input_ids=ids, use_cache=False)
+        finally:
+            setattr(holder, name, blocks)
+
+
+class BlockReplay:
+    """The hidden states of all samples, on their way through the blocks one block at a time.
+
+    Args:
+        calls: how the blocks are called.
+        pool: where the states are kept.
+        ranks: the processes that share the samples.
+
+    Attributes:
+        hidden: the hidden states of every sample, on their way, each [1, length, hidden size].
+    """
+
+    def __init__(self, calls: BlockCalls, weights: Weights, pool: StatePool, ranks: Ranks) -> None:
+        self._calls, self._weights, self._ranks = calls, weights, ranks
+        self.hidden = pool.states(len(calls.samples))
+        with weights.outer():
+            for index, ids in enumerate(calls.samples):
+                self.hidden[index] = calls.embed(ids)
 
     def block(self, index: int) -> "Block":
-        """Block `index` with the hidden states that go into it now."""
-        return Block(self._blocks[index], self._calls[index], self.hidden)
+        """Block `index` with the hidden states that go into it now; needs `weights.block(index)`."""
+        return Block(self._weights.blocks[index], self._calls.calls[index], self.hidden, self._ranks)
 
-    def advance(self, index: int) -> None:
-        """Replace the hidden states by the output of block `index`."""
+    def advance(self, index: int, into: HiddenStates | None = None) -> None:
+        """Replace the hidden states by the output of block `index`, or write that `into` others."""
         block = self.block(index)
+        target = self.hidden if into is None else into
         for position, hidden in enumerate(self.hidden):
-            self.hidden[position] = block.run(hidden)
+            target[position] = block.run(hidden)
 
 
 @dataclass(frozen=True)
@@ -125,17 +117,24 @@ class Block:
     Attributes:
         module: the block; what it computes follows its weights as they are now.
         call: its arguments beside the hidden states.
-        inputs: the hidden states of every sample, each [1, length, hidden size].
+        inputs: the hidden states of every sample of this process, each [1, length, hidden size].
+        ranks: the processes that share the samples.
     """
 
     module: nn.Module
     call: "_Call"
     inputs: Sequence[Tensor]
+    ranks: Ranks = field(default_factory=Ranks)
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:
         """The block's output [1, length, hidden size] for one sample's hidden states of that shape."""
         return self.call.run(self.module, hidden)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are over all processes."""
+        return self.ranks.total(len(self.inputs), self.inputs[0].device)
 
 
 def activation_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -158,9 +157,10 @@ def activation_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Te
             block.run(hidden)
     if missing := sorted(set(layers) - set(sums)):
         raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
+    block.ranks.sum_(sums[name] for name in layers)
     for name, total in sums.items():
         check_finite(name, "activations", total)
-    return {name: (total / len(block.inputs)).sqrt_() for name, total in sums.items()}
+    return {name: (total / block.samples).sqrt_() for name, total in sums.items()}
 
 
 @dataclass
@@ -170,6 +170,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_is_keyword: bool
+    returns_tuple: bool = False
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         if self.hidden_is_keyword:
@@ -179,6 +180,31 @@ class _Call:
 
 class _FirstBlockReached(Exception):
     """Ends a forward pass once the input of the first block is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward pass once the last block has run."""
+
+
+class _StandIn(nn.Module):
+    """Takes the place of all blocks; what a model asks of a block beside calling it, the first block answers."""
+
+    def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], returns_tuple: bool) -> None:
+        super().__init__()
+        self._block, self._instead, self._returns_tuple = [block], instead, returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._instead(_split_call(args, kwargs)[0])
+        return (output,) if self._returns_tuple else output
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
@@ -193,10 +219,12 @@ def _hidden_output(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list[_Call]:
-    """Run the whole model and record how it calls each block, checking that the blocks form a chain."""
+def _record_calls(weights: Weights, ids: Tensor) -> list[_Call]:
+    """Run the model up to its last block and record how it calls each, checking that the blocks form a chain."""
+    model, blocks = weights.model, weights.blocks
     calls: list[_Call] = []
     outputs: list[Tensor] = []
+    loaded = ExitStack()
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = _split_call(args, kwargs)
@@ -206,18 +234,24 @@ def _record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> lis
                 "input; architectures whose blocks do not form a chain are not supported"
             )
         calls.append(call)
+        loaded.enter_context(weights.block(blocks.index(block)))
 
     def after(block: nn.Module, args: Any, output: Any) -> None:
+        loaded.close()
         outputs[:] = [_hidden_output(output)]
+        calls[-1].returns_tuple = isinstance(output, tuple)
+        if block is blocks[-1]:
+            raise _LastBlockReached
 
-    with _hooks(
+    handles = [
         hook
         for block in blocks
         for hook in (
             block.register_forward_pre_hook(before, with_kwargs=True),
             block.register_forward_hook(after),
         )
-    ):
+    ]
+    with _hooks(handles), weights.outer(), loaded, suppress(_LastBlockReached):
         model(input_ids=ids, use_cache=False)
     if len(calls) != len(blocks):
         raise ModelError(
@@ -225,22 +259,6 @@ def _record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> lis
             "or repeat blocks are not supported"
         )
     return calls
-
-
-@torch.no_grad()
-def _input_of_first_block(model: nn.Module, block: nn.Module, ids: Tensor) -> Tensor:
-    reached: list[Tensor] = []
-
-    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(_split_call(args, kwargs)[0])
-        raise _FirstBlockReached
-
-    with _hooks([block.register_forward_pre_hook(stop, with_kwargs=True)]):
-        try:
-            model(input_ids=ids, use_cache=False)
-        except _FirstBlockReached:
-            return reached[0]
-    raise AssertionError("the first block ran when the calls were recorded")
 
 
 def _check_same_arguments(first: list[_Call], second: list[_Call]) -> None:
@@ -287,8 +305,3 @@ def only_requires_grad(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    assert isinstance(layer.weight, nn.Parameter)
-    return layer.weight

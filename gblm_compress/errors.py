@@ -1,8 +1,10 @@
 """Every error the user can cause or meet, and the exit code each ends the program with.
 
     GblmError                      1  unexpected
+    ├── RankError                  1  another process of the run is gone
     ├── UsageError                 2  an option, an argument or an output path is wrong
-    │   └── RecipeError            2  a recipe file has faults
+    │   ├── RecipeError            2  a recipe file has faults
+    │   └── OutputError            2  the disk does not take what is to be written
     ├── InputError                 3  the model or the data cannot be used
     │   ├── ModelError             3
     │   └── DataError              3
@@ -20,6 +22,10 @@ class GblmError(Exception):
     exit_code = 1
 
 
+class RankError(GblmError):
+    """Another process of a run over several ended or did not answer."""
+
+
 class UsageError(GblmError):
     """An option, an argument or an output path is wrong."""
 
@@ -28,6 +34,10 @@ class UsageError(GblmError):
 
 class RecipeError(UsageError):
     """A recipe has faults; the message lists all of them with their location."""
+
+
+class OutputError(UsageError):
+    """A folder or file cannot be written: the disk is full or read-only, or permissions forbid it."""
 
 
 class InputError(GblmError):

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from jinja2 import Template
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import gblm_compress
 from gblm_compress.architecture import prunable_layers
+from gblm_compress.checkpoint import keys, read_tensor
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.patterns import Pattern
 from gblm_compress.sources import ModelSource
@@ -157,12 +157,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         ModelError: a file is damaged.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{path}: damaged safetensors file ({error})") from error
+        for name in keys(path):
+            yield name, read_tensor(path, name)
 
 
 def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:

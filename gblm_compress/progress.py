@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,17 +32,23 @@ class Progress:
         """One line, now."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
-    def track(self, items: Sequence[T] | Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
-        """Yield `items` while showing how many are done and when the rest will be."""
+    def track(
+        self, items: Sequence[T] | Iterable[T], what: str, unit: str, total: int | None = None, tokens: int = 0
+    ) -> Iterator[T]:
+        """Yield `items` while showing how many are done, when the rest will be, and the memory of the process.
+
+        Args:
+            tokens: of text that go through all items together; their rate is shown.
+        """
         if total is None:
             total = len(items)  # type: ignore[arg-type]
-        with self.counter(what, unit, total) as advance:
+        with self.counter(what, unit, total, tokens) as advance:
             for item in items:
                 yield item
                 advance()
 
     @contextmanager
-    def counter(self, what: str, unit: str, total: int) -> Iterator[Callable[[], None]]:
+    def counter(self, what: str, unit: str, total: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
         """A bar that moves by one with every call of the function it yields."""
         if self.quiet:
             yield lambda: None
@@ -54,26 +61,45 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
                 console=self.console,
             )
+            facts = _Facts(total, tokens)
             with bar:
-                task = bar.add_task(what, total=total)
-                yield lambda: bar.advance(task)
+                task = bar.add_task(what, total=total, facts="")
+                yield lambda: bar.update(task, advance=1, facts=facts.after_one_more())
         else:
-            yield _plain_counter(what, unit, total)
+            yield _plain_counter(what, unit, total, tokens)
 
 
-def _plain_counter(what: str, unit: str, total: int) -> Callable[[], None]:
+class _Facts:
+    """Tokens per second and memory, in words."""
+
+    def __init__(self, total: int, tokens: int) -> None:
+        self._start, self._done, self._total, self._tokens = time.monotonic(), 0, total, tokens
+        self._process = psutil.Process()
+
+    def after_one_more(self) -> str:
+        self._done += 1
+        memory = f"{self._process.memory_info().rss / 1e9:.1f} GB"
+        if not self._tokens:
+            return memory
+        rate = self._tokens * self._done / self._total / (time.monotonic() - self._start)
+        return f"{rate:,.0f} tokens/s, {memory}"
+
+
+def _plain_counter(what: str, unit: str, total: int, tokens: int) -> Callable[[], None]:
     start = last = time.monotonic()
     done = 0
+    facts = _Facts(total, tokens)
 
     def advance() -> None:
         nonlocal done, last
         done += 1
-        now = time.monotonic()
+        now, words = time.monotonic(), facts.after_one_more()
         if now - last >= PLAIN_LINE_EVERY_S and done < total:
             last = now
             eta = (now - start) / done * (total - done)
-            print(f"{what}: {done}/{total} {unit}, ETA {eta:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what}: {done}/{total} {unit}, ETA {eta:.0f} s, {words}", file=sys.stderr, flush=True)
 
     return advance

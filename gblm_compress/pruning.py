@@ -1,36 +1,44 @@
-"""The pruning stage: calibrate, score, mask, update, save, verify.
+"""The pruning stage: from a model source to a verified folder, resumable.
 
-    gradients of the dense model ─┐
-    for each block:               ├─► score ─► mask ─► zeros, update ─► the block's output feeds the next
-      statistics of the block  ───┘
-    all survivors at once: distillation, if asked for
-
-`prune_` works on a model in memory; `prune` is the whole stage, from a model source to a verified folder.
+The walk over the blocks is in `walk.py`; here is what surrounds it: where weights and states live, the folder of the
+run, and how the output is put together from the source and the finished blocks.
 """
 
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gblm_compress import artifact, manifest, presets, sources, text
-from gblm_compress.allocation import Budget
-from gblm_compress.architecture import check_finite, find_blocks, prunable_layers, weight_matrix
-from gblm_compress.block_pruning import LayerResult, layer_result, prune_block_
-from gblm_compress.budgeting import budgets as layer_budgets
-from gblm_compress.calibration import Block, BlockReplay, gradient_norms
-from gblm_compress.distillation import distil_, head_inputs
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress import __version__, artifact, manifest, presets, ranks, run_folder, sources, text
+from gblm_compress.architecture import prunable_layers
+from gblm_compress.block_pruning import LayerResult
+from gblm_compress.block_weights import ResidentWeights, StreamedWeights, Weights
+from gblm_compress.checkpoint import Checkpoint
+from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
+from gblm_compress.hidden_states import StatePool
 from gblm_compress.memory import peak_memory
-from gblm_compress.patterns import DENSE
 from gblm_compress.progress import Progress
-from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings
+from gblm_compress.ranks import Ranks
+from gblm_compress.run_folder import RunFolder
+from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.sources import ModelSource
+from gblm_compress.walk import Walk
+
+SHARE_OF_FREE_MEMORY = 0.8
+"""What a run takes of the memory that is free when it starts, unless it is told."""
+
+FIT_BYTES = 24
+"""For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ def prune(
     settings: PruneSettings,
     calibration: CalibrationSettings,
     *,
+    resources: ResourceSettings | None = None,
+    resume: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     force: bool = False,
@@ -72,45 +82,67 @@ def prune(
 ) -> PruneResult:
     """Prune `source` and write an ordinary Hugging Face folder with a manifest, then reopen and verify it.
 
+    Finished blocks are kept beside the output until it is whole. An interruption or a full disk leaves them there.
+
     Args:
         source: the dense model, never modified.
         output: the new folder; it appears whole or not at all.
+        resources: how much memory to take, and whether the model stays on disk.
+        resume: go on with an interrupted run of the same settings.
         dtype: to compute in; the folder keeps the checkpoint's own.
         device: where to compute.
         force: replace an existing folder.
 
     Raises:
-        GblmError: of the kind that says what is wrong; nothing is left behind.
+        GblmError: of the kind that says what is wrong.
     """
     start = time.perf_counter()
+    resources = resources or ResourceSettings()
     artifact.check_output(output, force)
     sources.check_not_export(source, "prune")
-    device = sources.choose_device(device)
+    device = ranks.device_of_rank(sources.choose_device(device))
     dtype = sources.choose_dtype(dtype, source, device)
-    stored = sources.stored_dtype(source)
     tokenizer = sources.load_tokenizer(source)
     samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
-    with peak_memory(device) as memory:
-        progress.say(f"loading {source.name} in {stored if dtype == 'auto' else dtype} on {device} …")
-        model = sources.load_model(source, dtype, device)
-        layers = prune_(model, [ids.to(device) for ids in samples], settings, progress)
-        if dtype not in ("auto", stored):
-            model, layers = _in_stored_precision(source, stored, model, layers, settings.updates)
     fingerprint = text.fingerprint(samples) if samples else None
-    with artifact.atomic_folder(output) as temporary:
-        progress.say("saving …")
-        model.cpu().save_pretrained(temporary)
-        sources.save_tokenizer(tokenizer, temporary)
-        manifest.write(
-            temporary,
-            source=source,
-            settings=settings.model_dump(mode="json"),
-            calibration={**calibration.model_dump(), "fingerprint": fingerprint} if samples else None,
-            compute={"dtype": dtype, "device": device.partition(":")[0]},
-            layers={name: asdict(layer) for name, layer in layers.items()},
-        )
-        progress.say("verifying …")
-        manifest.verify(temporary)
+    with peak_memory(device) as memory, ranks.joined(device) as group:
+        _check_ranks(settings, group)
+        size = _Size(source, dtype, settings, calibration)
+        offload, budget = _memory_plan(size, resources, settings, device)
+        identity = {
+            "model": source.fingerprint,
+            "settings": settings.model_dump(mode="json"),
+            "calibration": {**calibration.model_dump(mode="json"), "fingerprint": fingerprint} if samples else None,
+            "dtype": dtype,
+            "device": device.partition(":")[0],
+            "processes": group.size,
+            "version": __version__,
+        }
+        run = RunFolder(run_folder.path_of(output), identity, resume, group)
+        with _kept_where_resuming_helps(run, progress):
+            _check_disk(run.folder, size, settings, budget)
+            place = "on disk, a block at a time in memory" if offload else "in memory"
+            progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
+            weights: Weights
+            if offload:
+                weights = StreamedWeights(source, dtype, device)
+            else:
+                weights = ResidentWeights(sources.load_model(source, dtype, device))
+            _check_stored(source, weights.model, settings)
+            walk = Walk(
+                weights=weights,
+                samples=[ids.to(device) for ids in group.share(samples)] if samples else [],
+                settings=settings,
+                run=run,
+                pool=StatePool(run.states, budget, torch.device(device)),
+                progress=progress,
+                ranks=group,
+            )
+            layers = walk.prune_()
+            if group.is_first:
+                progress.say("saving …")
+                layers = _save(source, output, walk, layers, tokenizer, identity, progress)
+            run.remove()
     seconds = time.perf_counter() - start
     return PruneResult(
         folder=str(output),
@@ -125,7 +157,7 @@ def prune(
 def prune_(
     model: nn.Module, samples: Sequence[Tensor], settings: PruneSettings, progress: Progress
 ) -> dict[str, LayerResult]:
-    """Prune a model in place.
+    """Prune a model in memory, in place.
 
     Args:
         model: a causal language model in eval mode.
@@ -139,67 +171,167 @@ def prune_(
         ModelError: a value is NaN or infinite, or the architecture is not supported.
         UsageError: a width does not divide by M, or a name pattern matches nothing.
     """
-    _, blocks = find_blocks(model)
-    per_block = prunable_layers(model, settings.targets, settings.ignore)
-    layers = {name: layer for block in per_block for name, layer in block.items()}
-    _check_weights(layers, settings.budgets(list(layers)))
+    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+        run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
+        budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+        device = next(model.parameters()).device
+        pool = StatePool(run.states, budget, device)
+        return Walk(ResidentWeights(model), samples, settings, run, pool, progress, Ranks()).prune_()
 
-    gradients: dict[str, Tensor] = {}
-    if settings.needs_gradients:
-        gradients = gradient_norms(model, layers, samples, settings.gradient_norm, progress)
-    budgets = layer_budgets(per_block, settings, gradients, _dense_blocks(model, blocks, samples))
-    per_block = [
-        {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in per_block
-    ]
-    predictions = head_inputs(model, samples, progress) if settings.distillation_epochs else []
-    dense = BlockReplay(model, blocks, samples) if settings.update == "reconstruct" else None
-    replay = BlockReplay(model, blocks, samples) if settings.needs_blocks else None
 
-    results: dict[str, LayerResult] = {}
-    for index, block_layers in enumerate(progress.track(per_block, f"pruning ({settings.method})", unit="blocks")):
-        block = replay.block(index) if replay else None
-        own = {name: gradients.pop(name) for name in block_layers if name in gradients}
-        if dense:
-            dense.advance(index)
-        results |= prune_block_(block, block_layers, own, settings, budgets, dense.hidden if dense else ())
-        if replay and index + 1 < len(blocks):
-            replay.advance(index)
-    if settings.distillation_epochs:
-        pruned = {name: layer for block in per_block for name, layer in block.items()}
-        distil_(
-            model,
-            pruned,
-            samples,
-            predictions,
-            epochs=settings.distillation_epochs,
-            rate=settings.distillation_rate,
-            compute=settings.fit_dtype,
-            progress=progress,
+class _Size:
+    """How large a model and what is measured on it are, in bytes, as far as its config and files tell."""
+
+    def __init__(
+        self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
+    ) -> None:
+        itemsize, stored = (getattr(torch, name).itemsize for name in (dtype, sources.stored_dtype(source)))
+        config = source.config
+        blocks = config.get("num_hidden_layers") or config.get("n_layer") or 1
+        hidden = config.get("hidden_size") or config.get("n_embd") or 0
+        vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
+        self.checkpoint = source.bytes_on_disk
+        self.weights = source.bytes_on_disk // stored * itemsize
+        self.outside_blocks = 2 * vocabulary * hidden * itemsize
+        self.block = self.weights // blocks
+        self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
+        states = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
+        self.states = states * (blocks + 1 if settings.needs_gradients else 2 + (settings.update == "reconstruct"))
+        fitted = self.weights if settings.distillation_epochs else self.block if settings.update == "reconstruct" else 0
+        self.working = (
+            self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
+            + FIT_BYTES * fitted // itemsize
+            + length * (12 * vocabulary + 64 * hidden)  # logits and their gradients; a block's activations
         )
-        results = {name: layer_result(layer, budgets[name]) for name, layer in pruned.items()}
+
+
+def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str) -> tuple[bool, int]:
+    """Whether the model stays on disk, and the bytes of host memory that hidden states may take.
+
+    Raises:
+        UsageError: it must stay on disk, and distillation needs it in memory.
+    """
+    host = resources.memory or int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+    on_cpu = device == "cpu"
+    room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
+    needed = size.weights + size.working
+    offload = needed > room if resources.offload is None else resources.offload
+    if offload and settings.distillation_epochs:
+        raise UsageError(
+            f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
+            "be used; give more --memory, or leave the distillation out (--preset balanced)"
+        )
+    held = (size.outside_blocks + size.block if offload else size.weights) + size.working
+    return offload, max(0, host - held) if on_cpu else host
+
+
+def _check_disk(folder: Path, size: _Size, settings: PruneSettings, budget: int) -> None:
+    """Raises:
+    UsageError: less is free than output, gradients, finished blocks and hidden states may need.
+    """
+    blocks = size.weights * (2 if settings.distillation_epochs else 1)
+    needed = size.checkpoint + blocks + size.gradients + max(0, size.states - budget)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"{str(folder.parent)!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for the output, "
+            "and for finished blocks until it is whole; free some, or write elsewhere with -o"
+        )
+
+
+def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
+    """Raises:
+    ModelError: the files do not hold a layer's weight as the model does.
+    """
+    checkpoint = _checkpoint(source, model)
+    for block in prunable_layers(model, settings.targets, settings.ignore):
+        for name in block:
+            if f"{name}.weight" not in checkpoint:
+                raise ModelError(
+                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
+                    "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
+                )
+
+
+def _checkpoint(source: ModelSource, model: Any) -> Checkpoint:
+    return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
+
+
+def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
+    """Raises:
+    UsageError: what is asked for does not run on several processes.
+    """
+    if group.size > 1 and (settings.update == "reconstruct" or settings.distillation_epochs):
+        raise UsageError(
+            "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
+            "choose --update least-squares, or run one process"
+        )
+
+
+@contextmanager
+def _kept_where_resuming_helps(run: RunFolder, progress: Progress) -> Iterator[None]:
+    """Leave the run folder after an interruption or a full disk; remove it where the same would happen again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.say("what is finished is kept: the same command with --resume goes on from there")
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"{str(run.folder)!r} cannot be written ({reason}); finished blocks are kept: make room and give the same "
+            "command with --resume"
+        ) from error
+    except (OutputError, RankError):
+        raise
+    except GblmError:
+        run.remove()
+        raise
+
+
+def _save(
+    source: ModelSource,
+    output: Path,
+    walk: Walk,
+    layers: dict[str, LayerResult],
+    tokenizer: Any,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> dict[str, LayerResult]:
+    """Put the output together from the source and the finished blocks, and verify it."""
+    run, checkpoint = walk.run, _checkpoint(source, walk.weights.model)
+    blocks = {name: index for index in range(len(walk.weights.blocks)) for name in run.layers(index)}
+    results = dict(layers)
+
+    def changed(name: str) -> Tensor | None:
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in layers:
+            return None
+        stored = checkpoint.read(name)
+        computed = run.finished_layer(blocks[layer], layer)
+        # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
+        weight = computed.to(stored.dtype) if walk.settings.updates else stored.masked_fill(computed == 0, 0.0)
+        weight = weight.masked_fill(weight == 0, 0.0)
+        results[layer] = replace(layers[layer], nonzeros=int(torch.count_nonzero(weight)))
+        return weight
+
+    with artifact.atomic_folder(output, inside=run.folder) as temporary:
+        checkpoint.rewrite(temporary, changed)
+        for name in ("config.json", "generation_config.json"):
+            if (source.folder / name).exists():
+                shutil.copyfile(source.folder / name, temporary / name)
+        sources.save_tokenizer(tokenizer, temporary)
+        manifest.write(
+            temporary,
+            source=source,
+            settings=identity["settings"],
+            calibration=identity["calibration"],
+            compute={"dtype": identity["dtype"], "device": identity["device"]},
+            layers={name: asdict(layer) for name, layer in results.items()},
+        )
+        progress.say("verifying …")
+        manifest.verify(temporary)
     return results
-
-
-def _dense_blocks(model: nn.Module, blocks: list[nn.Module], samples: Sequence[Tensor]) -> Iterator[Block]:
-    """Every block with its inputs, as the model is now; measured only if somebody asks."""
-    replay = BlockReplay(model, blocks, samples)
-    for index in range(len(blocks)):
-        yield replay.block(index)
-        replay.advance(index)
-
-
-def _check_weights(layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> None:
-    """Find every reason not to start before the minutes of calibration begin."""
-    for name, layer in layers.items():
-        weight = weight_matrix(layer).detach()
-        pattern = budgets[name].pattern
-        if not pattern.fits(weight.shape[1]):
-            assert pattern.n_m is not None
-            raise UsageError(
-                f"{name}: in_features={weight.shape[1]} is not a multiple of {pattern.n_m[1]}, which pattern "
-                f"{pattern.name} needs; add it to --ignore, or choose another pattern"
-            )
-        check_finite(name, "weights", weight)
 
 
 def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
@@ -208,31 +340,6 @@ def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progr
     return text.random_windows(
         ids, calibration.samples, calibration.sequence_length, calibration.seed, calibration.dataset
     )
-
-
-@torch.no_grad()
-def _in_stored_precision(
-    source: ModelSource, stored: str, pruned: nn.Module, results: dict[str, LayerResult], updated: bool
-) -> tuple[nn.Module, dict[str, LayerResult]]:
-    """The source in its own dtype with the zeros of `pruned`, whatever dtype those were computed in, and with its
-    survivors, rounded, where they were updated.
-    """
-    original: nn.Module = sources.load_model(source, stored)
-    rounded = {}
-    for name, result in results.items():
-        weight = weight_matrix(original.get_submodule(name))
-        computed = weight_matrix(pruned.get_submodule(name)).to(weight.device)
-        if updated:
-            weight.copy_(computed)
-        weight.masked_fill_((computed == 0) | (weight == 0), 0.0)
-        remaining = int(torch.count_nonzero(weight))
-        rounded[name] = replace(result, nonzeros=remaining)  # an updated weight may be too small for the dtype
-        if not updated and remaining != result.nonzeros:
-            raise ModelError(
-                f"{name}: {result.nonzeros} weights survive in the dtype of computation but {remaining} in "
-                f"{stored}; compute in a dtype as wide as the checkpoint's"
-            )
-    return original, rounded
 
 
 def _warnings(

@@ -7,7 +7,7 @@ module loads no torch.
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from gblm_compress import presets
 from gblm_compress.allocation import Budget, Override, allocate
@@ -59,6 +59,19 @@ class CalibrationSettings(Settings):
     samples: int = Field(128, ge=1, description="Number of windows.")
     sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
     seed: int = Field(0, description="Of the draw of the windows.")
+
+
+class ResourceSettings(Settings):
+    """What pruning may use. None of it changes the result."""
+
+    memory: ByteSize | None = Field(
+        None,
+        description="Memory to plan with, for example 4GiB: a model that does not fit stays on disk, and so do hidden "
+        "states; 80 % of what is free if unset.",
+    )
+    offload: bool | None = Field(
+        None, description="Keep the model on disk and one block at a time in memory; if unset, where it would not fit."
+    )
 
 
 class OverrideSettings(Settings):
@@ -313,6 +326,9 @@ class Recipe(Settings):
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
+    resources: ResourceSettings = Field(
+        default_factory=ResourceSettings, description="Memory for the pruning; no matter for its result."
+    )
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")

@@ -254,6 +254,31 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     return model.eval().to(device)
 
 
+def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
+    """The causal language model in eval mode with its parameters on the meta device; its buffers are real.
+
+    Args:
+        dtype: as for `load_model`.
+
+    Raises:
+        ModelError: the folder is no causal language model.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_is_causal_lm(source)
+    dtype = stored_dtype(source) if dtype == "auto" else dtype
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+        model.tie_weights()  # making it empty has untied it
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: cannot be built ({_first_line(error)})") from error
+    return model.eval().requires_grad_(False)
+
+
 def check_not_export(source: ModelSource, verb: str) -> None:
     """Raises:
     ModelError: the folder is an export, and what is asked for needs the folder that it was made from.

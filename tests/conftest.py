@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gblm_compress.block_weights import ResidentWeights
+from gblm_compress.calibration import BlockCalls, BlockReplay
+from gblm_compress.hidden_states import StatePool
 from gblm_compress.progress import Progress
+from gblm_compress.ranks import Ranks
 from gblm_compress.sources import CACHE_VARIABLE, ModelSource, silence_libraries
 from gblm_compress.tiny import VOCABULARY, build_tiny
 
@@ -52,6 +56,17 @@ def prose(tmp_path: Path) -> Path:
     path = tmp_path / "prose.txt"
     path.write_text(load_text("demo", "calibration")[:6000])
     return path
+
+
+def replay(model: nn.Module, ids: list[Tensor]) -> BlockReplay:
+    """The samples before the first block of a model in memory."""
+    weights = ResidentWeights(model)
+    return BlockReplay(BlockCalls(weights, ids), weights, in_memory(), Ranks())
+
+
+def in_memory() -> StatePool:
+    """Room for any number of hidden states."""
+    return StatePool(Path(), 1 << 40, torch.device("cpu"))
 
 
 def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Tensor]:

@@ -3,21 +3,20 @@
 import pytest
 import torch
 
-from gblm_compress.architecture import find_blocks, prunable_layers
+from gblm_compress.architecture import prunable_layers
 from gblm_compress.block_statistics import gram_matrices, regional_norms
-from gblm_compress.calibration import Block, BlockReplay, activation_norms
+from gblm_compress.calibration import Block, activation_norms
 from gblm_compress.errors import ModelError
 from gblm_compress.gram import activation_norms_of
 from gblm_compress.tiny import tiny_model
-from tests.conftest import ARCHITECTURES, samples
+from tests.conftest import ARCHITECTURES, replay, samples
 
 
 def second_block(kind: str, ids) -> tuple[Block, dict[str, torch.nn.Module]]:
     model = tiny_model(kind)
-    _, blocks = find_blocks(model)
-    replay = BlockReplay(model, blocks, ids)
-    replay.advance(0)
-    return replay.block(1), prunable_layers(model)[1]
+    states = replay(model, ids)
+    states.advance(0)
+    return states.block(1), prunable_layers(model)[1]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.architecture import find_blocks, prunable_layers
-from gblm_compress.calibration import BlockReplay
+from gblm_compress.architecture import prunable_layers
 from gblm_compress.distillation import distil_, head_inputs
 from gblm_compress.errors import ModelError
 from gblm_compress.fitting import fit
@@ -13,7 +12,7 @@ from gblm_compress.pruning import prune_
 from gblm_compress.reconstruction import reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tiny import tiny_model
-from tests.conftest import samples
+from tests.conftest import replay, samples
 
 
 def line(count: int, scale: float = 1.0):
@@ -83,7 +82,7 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
     layers = prunable_layers(pruned)[0]
 
     def first_block(model, texts):
-        return BlockReplay(model, find_blocks(model)[1], texts).block(0)
+        return replay(model, texts).block(0)
 
     def error() -> float:
         block, reference = first_block(pruned, unseen), first_block(dense, unseen)

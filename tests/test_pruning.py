@@ -287,7 +287,7 @@ def test_an_existing_output_needs_force(tiny, tmp_path, prose, progress) -> None
         pruned(tiny, tmp_path, prose, progress, method="magnitude")
 
 
-def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, prose, progress, monkeypatch) -> None:
+def test_an_interrupted_run_leaves_no_output(tiny, tmp_path, prose, progress, monkeypatch) -> None:
     def interrupt(folder: Path) -> None:
         assert any(folder.glob("*.safetensors"))
         raise KeyboardInterrupt
@@ -295,7 +295,10 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, prose, progress, monk
     monkeypatch.setattr(manifest, "verify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pruned(tiny, tmp_path, prose, progress, method="magnitude")
-    assert nothing_left(tmp_path, prose)
+    assert {path.name for path in tmp_path.iterdir()} == {prose.name, ".out.pruning"}
+    monkeypatch.undo()
+    pruned(tiny, tmp_path, prose, progress, method="magnitude")  # without resume: anew, and the leftovers go
+    assert {path.name for path in tmp_path.iterdir()} == {prose.name, "out"}
 
 
 def test_the_source_is_not_modified(tiny, tmp_path, prose, progress) -> None:

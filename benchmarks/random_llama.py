@@ -1,0 +1,139 @@
+"""Write a Llama with random weights of any size as a Hugging Face folder, one shard a block.
+
+    python benchmarks/random_llama.py FOLDER --preset 1.1b
+
+Never more than one shard is in memory, so that a small machine can write a large model. Matrices are normal with a
+deviation of 0.02, norms are ones. The tokenizer knows bytes, so that any text file calibrates it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from gblm_compress.sources import save_tokenizer
+from gblm_compress.tiny import VOCABULARY, byte_tokenizer
+
+DEVIATION = 0.02
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama; its head is not tied to its embeddings."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """{name within a block: [out_features, in_features]} of its linear layers."""
+        narrow = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (narrow, self.hidden),
+            "self_attn.v_proj": (narrow, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    def shards(self) -> Iterator[dict[str, tuple[int, ...]]]:
+        """{tensor name: shape} of every shard: embeddings, one for each block, norm and head."""
+        yield {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        for index in range(self.blocks):
+            block = f"model.layers.{index}."
+            norms = ("input_layernorm", "post_attention_layernorm")
+            yield {f"{block}{name}.weight": shape for name, shape in self.matrices().items()} | {
+                f"{block}{name}.weight": (self.hidden,) for name in norms
+            }
+        yield {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocabulary, self.hidden)}
+
+
+PRESETS = {
+    "1.1b": Shape(hidden=2048, intermediate=5632, blocks=22, heads=32, kv_heads=4, vocabulary=32000),  # TinyLlama's
+}
+
+
+def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed: int = 0) -> int:
+    """Write the model and its tokenizer; the same bytes for the same arguments.
+
+    Args:
+        folder: is made, and must not exist.
+        dtype: of every tensor: bfloat16, float16 or float32.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    if shape.vocabulary < VOCABULARY:
+        raise SystemExit(f"--vocab {shape.vocabulary} is too small: the tokenizer has {VOCABULARY} tokens")
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    shards = list(shape.shards())
+    where: dict[str, str] = {}
+    total = 0
+    for number, shapes in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _random(size, getattr(torch, dtype), generator) for name, size in shapes.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+        bos_token_id=VOCABULARY - 1,
+        eos_token_id=VOCABULARY - 1,
+    ).save_pretrained(folder)
+    save_tokenizer(byte_tokenizer(), folder)
+    return total
+
+
+def _random(size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=dtype)
+    return torch.empty(size, dtype=dtype).normal_(0, DEVIATION, generator=generator)
+
+
+def main() -> None:
+    """Write the folder and say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", choices=PRESETS, help="all sizes at once")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1408)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    own = (options.hidden, options.intermediate, options.blocks, options.heads, options.kv_heads, options.vocab)
+    shape = PRESETS[options.preset] if options.preset else Shape(*own)
+    if options.folder.exists():
+        raise SystemExit(f"{options.folder} exists; give another folder")
+    written = write_random_llama(options.folder, shape, options.dtype, options.seed)
+    print(f"{options.folder}: {written / 1e6:,.0f} MB in {shape.blocks} blocks")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Several processes on one run: each measures its share of the samples, sums are taken over all of them.
+
+Started by `torchrun --nproc-per-node N -m gblm_compress prune …`. Every rank then decides the same, from the same sums;
+the first rank alone writes, to a folder that all of them can read.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from gblm_compress.errors import RankError, UsageError
+
+TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run. `Ranks()` is a run of one process, for which nothing is communicated.
+
+    Attributes:
+        rank: which process this is, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.rank == 0
+
+    def share(self, samples: Sequence[T]) -> list[T]:
+        """This rank's part of the samples.
+
+        Raises:
+            UsageError: there are fewer samples than ranks.
+        """
+        if len(samples) < self.size:
+            raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
+        return list(samples[self.rank :: self.size])
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.size > 1:
+            with self._all_present():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor)
+
+    def total(self, count: int, device: torch.device) -> int:
+        """The sum of a number over all ranks."""
+        value = torch.tensor(count, device=device)
+        self.sum_([value])
+        return int(value)
+
+    def wait(self) -> None:
+        """Go on once every rank is here.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.size > 1:
+            with self._all_present():
+                distributed.barrier()
+
+    @contextmanager
+    def _all_present(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} of {self.size}: another process of the run ended or did not answer within "
+                f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({str(error).splitlines()[0][:200]}); its own message is "
+                "further up. The same command with --resume goes on from the last finished block"
+            ) from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun has started, over nccl on CUDA and gloo elsewhere; one rank without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    try:
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"the {size} processes of the run cannot reach each other: {error}") from error
+    try:
+        yield Ranks(distributed.get_rank(), size)
+    finally:
+        distributed.destroy_process_group()
+
+
+def device_of_rank(device: str) -> str:
+    """`cuda` as the GPU of this process, where torchrun has started one for each."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local is not None else device

@@ -1,0 +1,155 @@
+"""The folder of a run that is under way: what is finished lies here, durable, until the output is whole.
+
+.OUTPUT.pruning/
+    run.json                 what the run is: settings, text, model; and the budgets once they are known
+    gradients-7.safetensors  gradient norms of block 7, until it is pruned
+    block-7.safetensors      the pruned weights of block 7, in the dtype of computation
+    distilled-7.safetensors  those after the distillation
+    states/                  hidden states that found no room in memory; worthless after an interruption
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gblm_compress import artifact
+from gblm_compress.allocation import Budget
+from gblm_compress.checkpoint import keys, read_tensor, save_durably
+from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.patterns import Pattern
+from gblm_compress.ranks import Ranks
+
+IDENTITY = "run.json"
+
+
+def path_of(output: Path) -> Path:
+    """The run folder of an output folder: hidden, beside it."""
+    return output.with_name(f".{output.name}.pruning")
+
+
+class RunFolder:
+    """Finished work of a run. Only the first rank writes; the others wait for it.
+
+    Args:
+        folder: need not exist.
+        identity: everything that decides the outcome, as JSON can hold it.
+        resume: go on with what is there; else it is thrown away.
+        ranks: the processes of the run; all of them see the folder.
+
+    Raises:
+        UsageError: what is there belongs to a run with another identity.
+        OutputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool, ranks: Ranks) -> None:
+        self.folder, self._ranks = folder, ranks
+        self.states = folder / "states" / str(ranks.rank)
+        known = self._read()
+        self.resumed = resume and bool(known)
+        if self.resumed and known["identity"] != identity:
+            changed = [key for key in identity if known["identity"].get(key) != identity[key]]
+            raise UsageError(
+                f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "
+                "then, or leave out --resume to start anew"
+            )
+        ranks.wait()  # before the first rank changes anything
+        try:
+            if ranks.is_first:
+                if not self.resumed:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir(parents=True)
+                    self._write({"identity": identity, "budgets": None})
+                shutil.rmtree(folder / "states", ignore_errors=True)
+            ranks.wait()
+            self.states.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
+
+    @property
+    def budgets(self) -> dict[str, Budget] | None:
+        """The budget of each layer, once it was decided."""
+        stored = self._read()["budgets"]
+        return stored and {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
+
+    @budgets.setter
+    def budgets(self, budgets: dict[str, Budget]) -> None:
+        if self._ranks.is_first:
+            plain = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
+            self._write(self._read() | {"budgets": plain})
+        self._ranks.wait()
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the finished blocks hold the weights of the distillation already."""
+        return bool(self._read().get("distilled"))
+
+    def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
+        """Keep the gradient norms {layer name: G} of a block."""
+        self._save(f"gradients-{block}", norms)
+
+    def gradients(self, block: int) -> dict[str, Tensor]:
+        """The gradient norms of a block that `has_gradients`, else none."""
+        return self._load(f"gradients-{block}")
+
+    def has_gradients(self, block: int) -> bool:
+        """Whether the block's gradients were measured, or are not needed any more."""
+        return self._path(f"gradients-{block}").exists() or self.has_finished(block)
+
+    def finish(self, block: int, weights: dict[str, Tensor]) -> None:
+        """Keep the final weights {layer name: weight in its stored layout} of a block."""
+        self._save(f"block-{block}", weights)
+        if self._ranks.is_first:
+            self._path(f"gradients-{block}").unlink(missing_ok=True)
+
+    def has_finished(self, block: int) -> bool:
+        """Whether the block is pruned."""
+        return self._path(f"block-{block}").exists()
+
+    def finished(self, block: int) -> dict[str, Tensor]:
+        """The final weights of a finished block."""
+        return self._load(self._finished_name(block))
+
+    def layers(self, block: int) -> list[str]:
+        """The names of the layers of a finished block."""
+        return keys(self._path(self._finished_name(block)))
+
+    def finished_layer(self, block: int, name: str) -> Tensor:
+        """The final weight of one layer of a finished block."""
+        return read_tensor(self._path(self._finished_name(block)), name)
+
+    def finish_distilled(self, per_block: list[dict[str, Tensor]]) -> None:
+        """Keep the weights of all blocks after the distillation in place of those before: all of them, or none."""
+        for block, weights in enumerate(per_block):
+            self._save(f"distilled-{block}", weights)
+        self._write(self._read() | {"distilled": True})
+
+    def remove(self) -> None:
+        """The run is over."""
+        self._ranks.wait()
+        if self._ranks.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _finished_name(self, block: int) -> str:
+        return f"{'distilled' if self.distilled else 'block'}-{block}"
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self._ranks.is_first:
+            save_durably(self._path(name), tensors)
+        self._ranks.wait()
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        path = self._path(name)
+        return {key: read_tensor(path, key) for key in keys(path)} if path.exists() else {}
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / IDENTITY
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _write(self, content: dict[str, Any]) -> None:
+        artifact.write_text(self.folder / IDENTITY, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,191 @@
+"""The pruning benchmark at toy size; and its independent re-implementation of GBLM as an oracle of `prune_`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from gblm_compress import pruning
+from gblm_compress.cli.app import main as command_line
+from gblm_compress.settings import PruneSettings
+from gblm_compress.tiny import VOCABULARY, tiny_model
+from tests.conftest import samples
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc of Linux")
+
+
+@pytest.fixture(scope="module")
+def load():
+    """load("prune"): a script of benchmarks/ as a module, importing its neighbours as it does when run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    loaded = {}
+
+    def module(name: str):
+        if name not in loaded:
+            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+            sys.modules[spec.name] = loaded[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded[name])
+        return loaded[name]
+
+    yield module
+    sys.path.remove(str(BENCHMARKS))
+    for name in loaded:
+        del sys.modules[f"benchmark_{name}"]
+
+
+@pytest.fixture(scope="module")
+def script(load):
+    return load("prune")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "1:4"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_pruning_gives_the_masks_of_the_reference(load, kind, pattern, norm, progress) -> None:
+    reference = load("reference_gblm")
+    ids = samples(6, 48)
+    slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
+    expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
+    results = pruning.prune_(fast, ids, PruneSettings(pattern=pattern, gradient_norm=norm), progress)
+    assert list(results) == list(expected)
+    same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]
+    agreement = sum(int(layer.sum()) for layer in same) / sum(layer.numel() for layer in same)
+    assert agreement >= 0.999  # all but equal scores may change places by rounding
+
+
+def test_the_reference_keeps_the_highest_scores_of_each_group(load) -> None:
+    """Against sorted lists; with many ties, of the score alone and of score and magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    score, weight = (torch.randint(0, 3, (5, 8), generator=generator).float() for _ in range(2))
+    for pattern, keep, group in (("2:4", 2, 4), ("unstructured", 4, 8)):
+        mask = load("reference_gblm").survivors(score, weight, pattern)
+        for row, start in ((row, start) for row in range(5) for start in range(0, 8, group)):
+            own = range(start, start + group)
+            best = sorted(own, key=lambda j, row=row: (-float(score[row, j]), -float(weight[row, j]), j))[:keep]
+            assert [j for j in own if mask[row, j]] == sorted(best)
+
+
+def test_a_random_llama_is_whole_and_computes(load, tmp_path) -> None:
+    module = load("random_llama")
+    shape = module.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
+    total = module.write_random_llama(tmp_path / "one", shape)
+    module.write_random_llama(tmp_path / "two", shape)
+    shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(shards) == 5 and all(
+        (tmp_path / "two" / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in shards
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.dtype == torch.bfloat16 and sum(p.nbytes for p in model.parameters()) == total
+    found = {
+        n: tuple(m.weight.shape) for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)
+    }
+    assert found == shape.matrices()
+    ids = samples(1, 512)[0]
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    with pytest.raises(SystemExit, match=f"--vocab 256 is too small: the tokenizer has {VOCABULARY}"):
+        module.write_random_llama(tmp_path / "three", module.Shape(64, 96, 1, 4, 2, 256))
+
+
+def test_the_preset_has_the_parameters_it_is_called_after(load) -> None:
+    shards = load("random_llama").PRESETS["1.1b"].shards()
+    assert sum(torch.Size(size).numel() for shard in shards for size in shard.values()) == 1_100_048_384  # TinyLlama's
+
+
+def test_side_by_side_with_the_reference_in_processes_of_their_own(tmp_path) -> None:
+    arguments = ["--toy", "--rounds", "1", "--sections", "reference", "--json", str(tmp_path / "result.json")]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "prune.py"), *arguments],
+        env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    section = json.loads((tmp_path / "result.json").read_text())["sections"]["reference"]
+    base, *ours = section["rows"]
+    assert base["execution"] == "reference" and base["times_faster"] == base["share_of_reference_memory"] == 1
+    for row in ours:
+        assert row["mask_agreement"] >= 0.999
+        assert row["times_faster"] == pytest.approx(base["seconds"] / row["seconds"])
+    for row in section["rows"]:
+        assert row["seconds"] > 0 and 0 < row["peak_anonymous_bytes"] < row["peak_rss_bytes"] < 1e9
+
+
+def test_what_is_measured_is_what_was_taken(script, tmp_path) -> None:
+    """A process that holds 300 MB for itself and reads 200 MB of a mapped file, and sleeps half a second."""
+    (tmp_path / "file").write_bytes(bytes(200 << 20))
+    (tmp_path / "job.py").write_text(
+        "import mmap, sys, time\n"
+        "held = bytearray(300 << 20)\n"
+        "with open(sys.argv[1]) as file:\n"
+        "    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "    sum(mapped[i] for i in range(0, len(mapped), 4096))\n"
+        "time.sleep(0.5)\n"
+    )
+    cost = script.measured([str(tmp_path / "job.py"), str(tmp_path / "file")])
+    assert 300 << 20 <= cost.peak_anonymous_bytes < 330 << 20
+    assert 500 << 20 <= cost.peak_rss_bytes < 540 << 20
+    assert cost.seconds > 0.5
+    with pytest.raises(SystemExit, match=r"ended with 2:(?s:.*)No such option"):
+        script.measured(["prune", "--no-such-option"])
+
+
+def test_every_section_runs(script, tmp_path, monkeypatch) -> None:
+    """The command line is read and then not carried out, and the costs are made up; all else is real."""
+
+    def cost_of(source, output, settings, calibration, **options):
+        costs.append(script.Cost(20.0 if settings.method == "magnitude" else 50.0 + calibration.samples, 1.0, 7, 1))
+        raise SystemExit(0)
+
+    def measured(arguments: list[str]):
+        monkeypatch.setattr(sys, "argv", ["gblm-compress", *arguments])
+        with pytest.raises(SystemExit, match="0"):
+            command_line()
+        return costs[-1]
+
+    costs: list = []
+    monkeypatch.setattr(pruning, "prune", cost_of)
+    monkeypatch.setattr(script, "measured", measured)
+    bench = script.Bench(script.TOY, tmp_path, 1, Console(quiet=True))
+    results = {name: script.SECTIONS[name](bench) for name in ("blocks", "large", "methods", "gemm")}
+    assert [row["blocks"] for row in results["blocks"]["rows"]] == [1, 2, 3]
+    assert results["blocks"]["per_block"]["peak_rss_bytes"]["slope"] == pytest.approx(0)
+    for row in results["large"]["rows"]:
+        assert row["share_of_checkpoint"] == row["peak_rss_bytes"] / row["checkpoint_bytes"]
+    assert results["methods"]["seconds_over"]["gblm, tokens"]["r2"] == pytest.approx(1)
+    for row in results["gemm"]["rows"]:
+        assert row["floor_seconds"] == pytest.approx(
+            row["block_gflop"] / row["gemm_gflop_per_second"] + row["of_it_head_seconds"]
+        )
+        assert row["share_of_gemm"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+        assert row["share_of_gemm"] < row["share_of_gemm_less_magnitude"]
+    script.draw(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for name, result in results.items():
+        assert script.show(name, result["rows"]).row_count == len(result["rows"])
+
+
+def test_line(script) -> None:
+    fit = script.line([1, 2, 3, 4], [5.0, 7.0, 9.0, 11.0])
+    assert fit == pytest.approx({"start": 3, "slope": 2, "r2": 1, "points": 4})
+    assert script.line([0, 1, 2], [0.0, 1.0, 0.0])["r2"] == pytest.approx(0)
+
+
+def test_mask_agreement_counts_weights_of_the_masked_layers(script, tmp_path) -> None:
+    save_file({"a": torch.tensor([[True, False], [True, True]])}, tmp_path / "masks.safetensors")
+    (tmp_path / "pruned").mkdir()
+    weights = {"a.weight": torch.tensor([[0.5, 0.0], [0.0, -1.0]]), "b.weight": torch.zeros(3, 3)}
+    save_file(weights, tmp_path / "pruned" / "model.safetensors")
+    assert script.mask_agreement(tmp_path / "pruned", tmp_path / "masks.safetensors") == 0.75

@@ -1,0 +1,118 @@
+"""Gradient norms, block by block, against plain autograd through the whole model; and what is held meanwhile."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.architecture import prunable_layers
+from gblm_compress.block_weights import ResidentWeights
+from gblm_compress.calibration import BlockCalls
+from gblm_compress.errors import ModelError
+from gblm_compress.gradients import gradient_norms
+from gblm_compress.hidden_states import StatePool
+from gblm_compress.progress import Progress
+from gblm_compress.ranks import Ranks
+from gblm_compress.tiny import tiny_model
+from tests.conftest import ARCHITECTURES, in_memory, samples
+
+
+def all_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+
+
+def norms_of(model, ids, norm="l1", pool=None, skip=frozenset(), layers=None) -> dict[int, dict[str, Tensor]]:
+    weights = ResidentWeights(model)
+    found: dict[int, dict[str, Tensor]] = {}
+    gradient_norms(
+        weights, BlockCalls(weights, ids), layers or prunable_layers(model), norm, pool or in_memory(),
+        lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(), skip,
+    )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str) -> None:
+    model, ids = tiny_model(kind), samples()
+    layers = all_layers(model)
+    found = norms_of(model, ids, norm)
+    assert list(found) == [1, 0]
+    got = found[0] | found[1]
+    per_sample = []
+    for sample in ids:
+        # transformers' own loss, not ours
+        loss = model(input_ids=sample, labels=sample).loss
+        per_sample.append(torch.autograd.grad(loss, [layer.weight for layer in layers.values()]))
+    for index, name in enumerate(layers):
+        gradients = torch.stack([sample[index] for sample in per_sample]).double()
+        expected = gradients.abs().sum(0) if norm == "l1" else gradients.square().sum(0).sqrt()
+        assert expected.max() > 0
+        torch.testing.assert_close(got[name].double(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_gradients_are_freed_and_flags_and_blocks_restored() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    blocks = model.model.layers
+    norms_of(model, samples())
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.model.layers is blocks and len(blocks) == 2
+
+
+def test_no_full_set_of_gradients_ever_exists() -> None:
+    """While the backward pass runs, no more than one layer's gradient is held beside the accumulators."""
+    model = tiny_model("llama")
+    layers = all_layers(model)
+    held = []
+
+    def count(gradient: torch.Tensor) -> None:
+        held.append(sum(layer.weight.grad is not None for layer in layers.values()))
+
+    def watch(module, args, output) -> None:
+        if output.requires_grad:
+            output.register_hook(count)
+
+    for layer in layers.values():
+        layer.register_forward_hook(watch)
+    norms_of(model, samples(), "l2")
+    assert held and max(held) <= 1
+
+
+def test_blocks_that_are_known_are_left_out_and_change_nothing() -> None:
+    model, ids = tiny_model("llama"), samples()
+    whole = norms_of(model, ids)
+    rest = norms_of(model, ids, skip=frozenset({1}))
+    assert list(rest) == [0]
+    assert all(torch.equal(rest[0][name], whole[0][name]) for name in whole[0])
+    assert norms_of(model, ids, skip=frozenset({0, 1})) == {}
+
+
+def test_nothing_runs_backwards_below_the_lowest_block_that_is_pruned() -> None:
+    model, ids = tiny_model("llama"), samples()
+    layers = prunable_layers(model)
+    backward = []
+    model.model.layers[0].mlp.up_proj.register_full_backward_hook(lambda *_: backward.append(0))
+    found = norms_of(model, ids, layers=[{}, layers[1]])
+    assert list(found) == [1] and not backward
+    whole = norms_of(tiny_model("llama"), ids)
+    assert all(torch.equal(found[1][name], whole[1][name]) for name in found[1])
+
+
+def test_states_on_disk_give_the_same_bits(tmp_path: Path) -> None:
+    model, ids = tiny_model("qwen3"), samples()
+    pool = StatePool(tmp_path, 2 * ids[0].numel() * 64 * 4, torch.device("cpu"))  # room for two samples' states
+    before = pool.left
+    spilled, whole = norms_of(model, ids, pool=pool), norms_of(model, ids)
+    assert all(torch.equal(spilled[i][name], whole[i][name]) for i in whole for name in whole[i])
+    assert pool.left == before and not list(tmp_path.iterdir())
+
+
+def test_overflowing_gradients_name_the_layer() -> None:
+    model = tiny_model("llama")
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"model\.layers\.\d.*gradients are NaN or infinite.*--dtype float32"):
+        norms_of(model, samples())
