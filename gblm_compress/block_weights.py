@@ -92,10 +92,15 @@ class StreamedWeights:
         tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(self._blocks[index])
         following = index + (1 if index >= self._latest else -1)
         self._latest = index
-        if self._device.type == "cuda" and 0 <= following < len(self.blocks):
+        if self._reads_ahead and 0 <= following < len(self.blocks):
             self._ahead = (following, self._reader.submit(self._read, self._blocks[following]))
         with self._placed(self._blocks[index], tensors):
             yield self.blocks[index]
+
+    @property
+    def _reads_ahead(self) -> bool:
+        """Whether there is a device that computes while the next block is read."""
+        return self._device.type == "cuda"
 
     @contextmanager
     def outer(self) -> Iterator[None]:

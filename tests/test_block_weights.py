@@ -1,0 +1,106 @@
+"""A model whose blocks come from disk one at a time, against the same model in memory."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gblm_compress.block_weights import ResidentWeights, StreamedWeights
+from gblm_compress.errors import ModelError
+from gblm_compress.hidden_states import StatePool
+from gblm_compress.pruning import prune
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.sources import ModelSource, load_model
+from tests.conftest import ARCHITECTURES, samples
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_with_everything_in_place_it_is_the_model(kind: str, dtype: str, tiny) -> None:
+    streamed, (ids, *_) = StreamedWeights(tiny(kind), dtype, "cpu"), samples()
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(streamed.outer())
+        for index in range(len(streamed.blocks)):
+            stack.enter_context(streamed.block(index))
+        got = streamed.model(input_ids=ids).logits
+        expected = load_model(tiny(kind), dtype)(input_ids=ids).logits
+    assert torch.equal(got, expected)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+def test_only_the_block_at_work_has_weights_and_changes_to_it_do_not_last(tiny) -> None:
+    before = {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()}
+    streamed = StreamedWeights(tiny("llama"), "auto", "cpu")
+    for _ in range(2):
+        with streamed.block(1) as block:
+            real = [name for name, parameter in streamed.model.named_parameters() if not parameter.is_meta]
+            assert real and all(name.startswith("model.layers.1.") for name in real)
+            assert block.mlp.up_proj.weight.count_nonzero() > 0
+            with torch.no_grad():
+                block.mlp.up_proj.weight.zero_()
+    assert {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()} == before
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path: Path) -> None:
+    for path in tiny("llama").folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'.*--offload"):
+        StreamedWeights(ModelSource("broken", tmp_path), "auto", "cpu")
+
+
+def test_the_next_block_is_read_ahead_in_both_directions(tiny, monkeypatch) -> None:
+    """Where blocks run on a GPU; here a CPU stands for it."""
+    streamed = StreamedWeights(tiny("llama"), "auto", "cpu")
+    resident = ResidentWeights(load_model(tiny("llama")))
+    monkeypatch.setattr(StreamedWeights, "_reads_ahead", property(lambda self: True))
+    for order in ([0, 1], [1, 0], [0, 0, 1]):
+        for index in order:
+            with streamed.block(index) as block:
+                expected = resident.blocks[index].mlp.up_proj.weight
+                assert torch.equal(block.mlp.up_proj.weight, expected)
+    assert streamed._ahead is None  # nothing follows the last block
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "2:4"},
+        {"method": "wanda", "pattern": "unstructured", "allocation": "owl"},
+        {"method": "gradient", "allocation": "sensitivity"},
+        {"method": "regional", "update": "least-squares", "refine": "swap", "pattern": "2:4"},
+        {"method": "magnitude"},
+        {"method": "obs", "update": "reconstruct", "reconstruction_epochs": 1, "pattern": "2:4"},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)  # fmt: skip
+def test_pruning_from_disk_gives_the_same_bytes(kind, settings, tiny, tmp_path, prose, progress) -> None:
+    folders = []
+    for offload, memory in ((False, None), (True, 1)):  # with one byte of memory every hidden state is a file, too
+        prune(
+            tiny(kind), tmp_path / str(offload), PruneSettings(**settings),
+            CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
+            resources=ResourceSettings(offload=offload, memory=memory), progress=progress,
+        )  # fmt: skip
+        folders.append({path.name: path.read_bytes() for path in (tmp_path / str(offload)).iterdir()})
+    assert folders[0] == folders[1]
+
+
+def test_states_are_given_back_when_they_are_replaced_or_released(tmp_path: Path) -> None:
+    pool = StatePool(tmp_path, 1000, torch.device("cpu"))
+    states = pool.states(3)
+    tensors = [torch.randn(1, 10, 10) for _ in range(3)]  # 400 bytes each: two find room
+    for index, tensor in enumerate(tensors):
+        states[index] = tensor
+    assert pool.left == 200 and len(list(tmp_path.iterdir())) == 1
+    assert all(torch.equal(got, tensor) for got, tensor in zip(states, tensors, strict=True))
+    states[0] = tensors[2]
+    states[2] = tensors[0]
+    assert torch.equal(states[2], tensors[0]) and pool.left == 200
+    states.release()
+    assert pool.left == 1000 and not list(tmp_path.iterdir())

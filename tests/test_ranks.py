@@ -1,0 +1,104 @@
+"""Several processes: two gloo ranks on a CPU against one process, and what happens when one of them dies."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from gblm_compress.errors import UsageError
+from gblm_compress.pruning import prune
+from gblm_compress.ranks import Ranks, device_of_rank
+from gblm_compress.settings import CalibrationSettings, PruneSettings
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
+    return [
+        "prune", str(source.folder), "-o", str(output), "--calibration", str(prose),
+        "--samples", "5", "--sequence-length", "32", "--json", *more,
+    ]  # fmt: skip
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "gblm", "pattern": "2:4"},
+        {"method": "regional", "pattern": "2:4"},
+        {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"},
+    ],
+    ids=["gblm", "regional", "obs-sensitivity"],
+)
+def test_two_ranks_agree_with_one_process(settings, tiny, tmp_path, prose, progress) -> None:
+    options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    done = torchrun("-m", "gblm_compress", *arguments(tiny("llama"), tmp_path / "two", prose, *options))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"folder"') == 1  # the first rank alone reports
+    prune(
+        tiny("llama"), tmp_path / "one", PruneSettings(**settings),
+        CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32), progress=progress,
+    )  # fmt: skip
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    differing = sum(int(((one[name] != 0) != (two[name] != 0)).sum()) for name in one)
+    assert differing <= 1e-4 * sum(tensor.numel() for tensor in one.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", prose.name}
+
+
+DIES = """
+import os, sys
+from gblm_compress import walk
+from gblm_compress.cli import app
+if os.environ["RANK"] == "1":
+    walk.prune_block_ = lambda *args: os._exit(9)
+app.main(sys.argv[1:])
+"""
+
+
+def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tiny, tmp_path, prose) -> None:
+    """Without torchrun's own watch over its workers: the survivor must find out itself."""
+    (tmp_path / "dies.py").write_text(DIES)
+    ranks = []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, str(tmp_path / "dies.py"), *arguments(tiny("llama"), tmp_path / "out", prose)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    start = time.monotonic()
+    message = ranks[0].communicate(timeout=120)[1]
+    assert ranks[0].returncode == 1 and "rank 0 of 2: another process of the run ended" in message
+    assert "--resume" in message and "Traceback" not in message
+    ranks[1].communicate(timeout=60)
+    assert ranks[1].returncode == 9 and time.monotonic() - start < 120
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_one_process_or_more_samples_is_refused(tiny, tmp_path, prose) -> None:
+    done = torchrun(
+        "-m", "gblm_compress", *arguments(tiny("llama"), tmp_path / "out", prose, "--update", "reconstruct")
+    )
+    assert done.returncode != 0 and "do not run on several processes" in done.stderr
+    with pytest.raises(UsageError, match="2 samples cannot be split over 3 processes"):
+        Ranks(0, 3).share([1, 2])
+
+
+def test_samples_are_shared_without_loss_and_devices_follow_the_rank(monkeypatch) -> None:
+    shares = [Ranks(rank, 3).share(list(range(10))) for rank in range(3)]
+    assert sorted(sample for share in shares for sample in share) == list(range(10))
+    assert device_of_rank("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert (device_of_rank("cuda"), device_of_rank("cuda:0"), device_of_rank("cpu")) == ("cuda:2", "cuda:0", "cpu")

@@ -1,0 +1,202 @@
+"""Interrupted runs: killed anywhere and resumed, they end with the bytes of a run that nobody disturbed."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from gblm_compress import artifact, calibration, manifest, pruning
+from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
+from gblm_compress.progress import Progress
+from gblm_compress.pruning import prune
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.tiny import tiny_model
+
+GBLM = {"pattern": "2:4"}
+FITTED = {"method": "wanda", "update": "reconstruct", "reconstruction_epochs": 1, "distillation_epochs": 1}
+
+
+class Killed(BaseException):
+    """Ends a run here and now; nothing in the program catches it."""
+
+
+def run(source, output: Path, prose: Path, *, resume=False, offload=False, samples=3, progress=None, **settings):
+    return prune(
+        source, output, PruneSettings(**settings),
+        CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32),
+        resources=ResourceSettings(offload=offload), resume=resume, progress=progress or Progress(quiet=True),
+    )  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("where", "name"), [(calibration._Call, "run"), (artifact, "rename_durably")])
+@pytest.mark.parametrize(
+    ("settings", "offload"),
+    [(GBLM, False), (GBLM, True), ({"allocation": "owl"}, True), ({"method": "magnitude"}, False), (FITTED, False)],
+    ids=["gblm", "gblm-offload", "owl-offload", "magnitude", "reconstruct-distil"],
+)
+def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
+    where, name, settings, offload, tiny, tmp_path, prose, monkeypatch
+) -> None:
+    """Ended before the n-th run of a block on a sample, or the n-th file that becomes durable, for every n."""
+    run(tiny("llama"), tmp_path / "whole", prose, offload=offload, **settings)
+    expected, output, original = content(tmp_path / "whole"), tmp_path / "out", getattr(where, name)
+    step = 1 if where is artifact else 5
+    for stop in range(1, 200, step):
+        calls = count(1)
+
+        def ends(*args, calls=calls, stop=stop, **kwargs):
+            if next(calls) == stop:
+                raise Killed
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for module in (where, *([sys.modules["gblm_compress.checkpoint"].artifact] if where is artifact else [])):
+                patch.setattr(module, name, ends)
+            try:
+                run(tiny("llama"), output, prose, offload=offload, **settings)
+            except Killed:
+                assert not output.exists()
+            else:
+                assert stop > 1 or settings == {"method": "magnitude"}
+                return
+        run(tiny("llama"), output, prose, resume=True, offload=offload, **settings)
+        assert content(output) == expected
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", prose.name}
+        shutil.rmtree(output)
+    pytest.fail("the run never came to its end")
+
+
+def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) -> None:
+    """After an end during the saving no gradient is measured and no block pruned a second time."""
+
+    def full(folder: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(manifest, "verify", full)
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    calls = count()
+    original = calibration._Call.run
+    monkeypatch.setattr(calibration._Call, "run", lambda *args: (next(calls), original(*args))[1])
+    monkeypatch.setattr("gblm_compress.walk.prune_block_", None)
+    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    assert next(calls) == 0
+
+
+CHAIN = """
+import os, signal, sys
+from pathlib import Path
+from gblm_compress import artifact
+from gblm_compress.cli import app
+original, left = artifact.rename_durably, [2]
+def kills(source, target):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(source, target)
+artifact.rename_durably = kills
+app.main(sys.argv[1:])
+"""
+
+
+def test_a_process_killed_again_and_again_comes_to_its_end(tiny, tmp_path, prose) -> None:
+    """Each process is killed with SIGKILL when the second file of its own is about to become durable."""
+    run(tiny("gpt2"), tmp_path / "whole", prose, **GBLM)
+    arguments = [
+        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--calibration", str(prose),
+        "--samples", "3", "--sequence-length", "32", "--json", "--quiet", "--no-offload",
+    ]  # fmt: skip
+    kills = 0
+    for _ in range(12):
+        done = subprocess.run([sys.executable, "-c", CHAIN, *arguments, "--resume"], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+    assert kills >= 3 and done.returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", prose.name}
+
+
+def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
+        run(tiny("llama"), tmp_path / "out", prose, resume=True, samples=2, method="wanda")
+    run(tiny("llama"), tmp_path / "out", prose, method="wanda")
+    assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) -> None:
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruning, "_save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("llama"), tmp_path / "out", prose, progress=Progress(), method="magnitude")
+    assert "the same command with --resume goes on from there" in capsys.readouterr().err
+    assert (tmp_path / ".out.pruning" / "block-1.safetensors").exists()
+
+
+@pytest.mark.parametrize("at", ["block-1", "model.safetensors"])
+def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, prose, monkeypatch) -> None:
+    original = artifact.to_disk
+
+    def full(file) -> None:
+        if at in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file)
+
+    before = content(tiny("llama").folder)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left on device"):
+        patch.setattr(artifact, "to_disk", full)
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    assert not (tmp_path / "out").exists() and content(tiny("llama").folder) == before
+    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    run(tiny("llama"), tmp_path / "whole", prose, **GBLM)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(calibration._Call, "run", None)
+    with pytest.raises(UsageError, match=r"0\.0 GB free; .* may be needed"):
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    assert [path.name for path in tmp_path.iterdir()] == [prose.name]
+
+
+def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monkeypatch) -> None:
+    broken = tiny_model("llama")
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    folder = tmp_path / "broken"
+    broken.save_pretrained(folder)
+    for path in tiny("llama").folder.glob("token*"):
+        shutil.copy(path, folder)
+    source = type(tiny("llama"))("broken", folder)
+    with pytest.raises(ModelError, match="up_proj: 1 of"):
+        run(source, tmp_path / "out", prose, offload=True, **GBLM)
+
+    def wrong(folder: Path) -> None:
+        raise VerificationError("wrong")
+
+    monkeypatch.setattr(manifest, "verify", wrong)
+    with pytest.raises(VerificationError):
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken", prose.name}
+
+
+def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(tiny, tmp_path, prose) -> None:
+    with pytest.raises(UsageError, match="distillation works on the whole model.*--memory"):
+        run(tiny("llama"), tmp_path / "out", prose, offload=True, **FITTED)
