@@ -119,7 +119,7 @@ def test_malformed_overrides(tmp_path, override: str) -> None:
 def test_find_recipe(tmp_path) -> None:
     assert find_recipe("quickstart").name == "quickstart.yaml"
     assert find_recipe("recipes/ci-smoke.yaml").name == "ci-smoke.yaml"
-    with pytest.raises(UsageError, match="shipped recipes are ci-smoke"):
+    with pytest.raises(UsageError, match="shipped recipes are best-quality, ci-smoke"):
         find_recipe("no-such")
 
 
