@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -199,28 +199,19 @@ class Bench:
         return cost
 
 
-@cache
-def modes() -> dict[str, tuple[str, ...]]:
-    """How `prune` can hold a model, and the option for it."""
-    known = subprocess.run(
-        [sys.executable, "-m", "gblm_compress", "prune", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    if "--offload" not in known:
-        return {"in memory": ()}
-    return {"in memory": ("--no-offload",), "streamed": ("--offload",)}
-
-
-def streaming() -> tuple[str, ...]:
-    """The option for a model that does not fit."""
-    return modes().get("streamed", ())
+STREAMED = ("--offload", "--memory", "1GiB")  # so little that hidden states are spilled, too, where they are many
 
 
 def reference(bench: Bench) -> dict[str, Any]:
-    """Ours beside the paper's procedure, in turn, in float32."""
+    """Ours in either place and dtype beside the paper's procedure in float32, in turn."""
     size = bench.size
     text = (size.model, size.samples, size.length)
     ways: dict[str, Callable[[], Cost]] = {"reference": partial(bench.reference, *text, bench.work)}
-    ways |= {f"ours, {mode}": partial(bench.ours, *text, *option) for mode, option in modes().items()}
+    ways |= {
+        f"ours, {place}, {dtype}": partial(bench.ours, *text, "--dtype", dtype, *options)
+        for place, options in (("in memory", ("--no-offload",)), ("streamed", STREAMED))
+        for dtype in ("float32", "bfloat16")
+    }
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     agreement = {}
     for _ in range(bench.rounds):
@@ -272,7 +263,7 @@ def blocks(bench: Bench) -> dict[str, Any]:
     for count in bench.size.blocks:
         shape = replace(bench.size.shape, blocks=count)
         model = bench.random_model(shape)
-        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *streaming())
+        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED)
         rows.append({"blocks": count, "checkpoint_bytes": ModelSource("", model).bytes_on_disk, **asdict(cost)})
     counts = [row["blocks"] for row in rows]
     fits = {key: line(counts, [row[key] for row in rows]) for key in ("seconds", "peak_rss_bytes")}
@@ -286,7 +277,7 @@ def large(bench: Bench) -> dict[str, Any]:
     checkpoint = ModelSource("", model).bytes_on_disk
     rows = []
     for dtype in ("float32", "bfloat16"):
-        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *streaming(), "--dtype", dtype)
+        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED, "--dtype", dtype)
         share = cost.peak_rss_bytes / checkpoint
         rows.append({"dtype": dtype, "checkpoint_bytes": checkpoint, **asdict(cost), "share_of_checkpoint": share})
     calibration = {"samples": bench.size.large_samples, "sequence_length": bench.size.length}
@@ -384,7 +375,7 @@ def gemm(bench: Bench) -> dict[str, Any]:
                 else:
                     once = 3 / rates["forward"] + 1 / rates["input_gradient"] + 1 / rates["weight_gradient"]
                     seconds["blocks"] += config["num_hidden_layers"] * operations * once
-            mode = streaming() if name == "large" else ()
+            mode = STREAMED if name == "large" else ()
             location = str(source.folder)
             cost = bench.ours(location, samples, size.length, "--dtype", dtype, *mode)
             idle = bench.ours(location, samples, size.length, "--dtype", dtype, *mode, "--method", "magnitude")

@@ -116,8 +116,9 @@ def test_side_by_side_with_the_reference_in_processes_of_their_own(tmp_path) -> 
     section = json.loads((tmp_path / "result.json").read_text())["sections"]["reference"]
     base, *ours = section["rows"]
     assert base["execution"] == "reference" and base["times_faster"] == base["share_of_reference_memory"] == 1
+    assert len(ours) == 4
     for row in ours:
-        assert row["mask_agreement"] >= 0.999
+        assert row["mask_agreement"] >= (0.999 if "float32" in row["execution"] else 0.9)
         assert row["times_faster"] == pytest.approx(base["seconds"] / row["seconds"])
     for row in section["rows"]:
         assert row["seconds"] > 0 and 0 < row["peak_anonymous_bytes"] < row["peak_rss_bytes"] < 1e9
