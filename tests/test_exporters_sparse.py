@@ -93,6 +93,21 @@ def test_saved_again_and_loaded_again(format, kind, tiny, tmp_path, progress) ->
         assert same_bits(one, other), name
 
 
+@pytest.mark.filterwarnings("default")  # lm-eval's own
+def test_lm_eval_loads_the_folder_by_itself(tiny, tmp_path, progress) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    source, folder, _ = exported(tiny, tmp_path, progress)
+    requests = [Instance("loglikelihood", {}, (text, " and so on"), 0) for text in ("It is", "They were")]
+    found = []
+    for model in (source, folder):
+        lm = HFLM(pretrained=str(model.folder), device="cpu", dtype="float32", batch_size=2)
+        found.append([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+    assert isinstance(lm.model.model.layers[0].mlp.up_proj, BitmaskLinear)
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][0] != found[0][1]
+
+
 @FORMATS
 def test_generate_cast_and_compile(format, tiny, tmp_path, progress) -> None:
     source, folder, _ = exported(tiny, tmp_path, progress, format=format)
