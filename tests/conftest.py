@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models on disk, a quiet progress, a cache folder of the test run's own."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Tests never touch the user's cache; the real model's conversion is shared within the run."""
     if "real_model" not in request.keywords:
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch) -> None:
+    """What `fsync` adds is seen after a loss of power only, which no test can cause."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
