@@ -35,52 +35,55 @@ class StatePool:
 
 
 class HiddenStates(Sequence[Tensor]):
-    """The hidden states [1, length, hidden size] of every sample at one place, on the device whenever they are read."""
+    """The hidden states [1, length, hidden size] of every sample at one place, on the device whenever they are read.
+
+    They lie in one piece of memory, for all samples, or in a file each: many pieces among the
+    short-lived ones of a forward pass would keep the allocator from giving those back.
+    """
 
     def __init__(self, pool: StatePool, samples: int) -> None:
         self._pool = pool
-        self._held: list[Tensor | Path | None] = [None] * samples
+        self._memory: Tensor | None = None
+        self._files: list[Path | None] = [None] * samples
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        held = self._held[index]
-        assert held is not None, "read before it was written, or after it was released"
-        tensor = load_file(held)["states"] if isinstance(held, Path) else held
-        return tensor.to(self._pool.device, non_blocking=True)
+        if self._memory is not None:
+            return self._memory[index : index + 1].to(self._pool.device, non_blocking=True)
+        path = self._files[index]
+        assert path is not None, "read before it was written, or after it was released"
+        return load_file(path)["states"].to(self._pool.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
     def __setitem__(self, index: int, states: Tensor) -> None:
-        self._release(index)
         states = states.detach()
-        if states.nbytes <= self._pool.left:
-            self._pool.left -= states.nbytes
-            self._held[index] = _on_host(states)
-        else:
-            path = self._pool.new_file()
-            save_file({"states": states.cpu().contiguous()}, path)
-            self._held[index] = path
+        if self._memory is None and not any(self._files) and len(self) * states.nbytes <= self._pool.left:
+            self._memory = _on_host(len(self), states)
+            self._pool.left -= self._memory.nbytes
+        if self._memory is not None:
+            self._memory[index : index + 1].copy_(states)
+            return
+        before, path = self._files[index], self._pool.new_file()
+        save_file({"states": states.cpu().contiguous()}, path)
+        self._files[index] = path
+        if before is not None:  # not overwritten: somebody may still read a tensor that is mapped to it
+            before.unlink()
 
     def release(self) -> None:
         """Give memory and files back; the states are gone."""
-        for index in range(len(self)):
-            self._release(index)
-
-    def _release(self, index: int) -> None:
-        held = self._held[index]
-        if isinstance(held, Path):
-            held.unlink()
-        elif held is not None:
-            self._pool.left += held.nbytes
-        self._held[index] = None
+        if self._memory is not None:
+            self._pool.left += self._memory.nbytes
+            self._memory = None
+        for index, path in enumerate(self._files):
+            if path is not None:
+                path.unlink()
+                self._files[index] = None
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory, page-locked where it came from a GPU, so that it travels back fast."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return host.copy_(tensor)
+def _on_host(samples: int, like: Tensor) -> Tensor:
+    """Room for the states of all samples in the host's memory, page-locked where they travel to a GPU and back."""
+    return torch.empty(samples, *like.shape[1:], dtype=like.dtype, pin_memory=like.device.type == "cuda")

@@ -91,16 +91,16 @@ def test_pruning_from_disk_gives_the_same_bytes(kind, settings, tiny, tmp_path, 
     assert folders[0] == folders[1]
 
 
-def test_states_are_given_back_when_they_are_replaced_or_released(tmp_path: Path) -> None:
-    pool = StatePool(tmp_path, 1000, torch.device("cpu"))
+@pytest.mark.parametrize("room", [1200, 1199])  # of three states of 400 bytes; whole or not at all
+def test_states_are_given_back_when_they_are_released(room: int, tmp_path: Path) -> None:
+    pool = StatePool(tmp_path, room, torch.device("cpu"))
     states = pool.states(3)
-    tensors = [torch.randn(1, 10, 10) for _ in range(3)]  # 400 bytes each: two find room
+    tensors = [torch.randn(1, 10, 10) for _ in range(3)]
     for index, tensor in enumerate(tensors):
         states[index] = tensor
-    assert pool.left == 200 and len(list(tmp_path.iterdir())) == 1
+    assert (pool.left, len(list(tmp_path.iterdir()))) == ((0, 0) if room == 1200 else (1199, 3))
     assert all(torch.equal(got, tensor) for got, tensor in zip(states, tensors, strict=True))
-    states[0] = tensors[2]
     states[2] = tensors[0]
-    assert torch.equal(states[2], tensors[0]) and pool.left == 200
+    assert torch.equal(states[2], tensors[0]) and torch.equal(states[1], tensors[1])
     states.release()
-    assert pool.left == 1000 and not list(tmp_path.iterdir())
+    assert pool.left == room and not list(tmp_path.iterdir())

@@ -104,7 +104,7 @@ def test_nothing_runs_backwards_below_the_lowest_block_that_is_pruned() -> None:
 
 def test_states_on_disk_give_the_same_bits(tmp_path: Path) -> None:
     model, ids = tiny_model("qwen3"), samples()
-    pool = StatePool(tmp_path, 2 * ids[0].numel() * 64 * 4, torch.device("cpu"))  # room for two samples' states
+    pool = StatePool(tmp_path, 4 * ids[0].numel() * 64 * 4, torch.device("cpu"))  # room for one place of three samples
     before = pool.left
     spilled, whole = norms_of(model, ids, pool=pool), norms_of(model, ids)
     assert all(torch.equal(spilled[i][name], whole[i][name]) for i in whole for name in whole[i])
