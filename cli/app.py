@@ -51,7 +51,11 @@ def _run(arguments: list[str] | None) -> int:
         error.show()
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
+        print(
+            "interrupted; no half-written output is left: run the same command again (prune: with --resume, to go on "
+            "from what is finished)",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 

@@ -49,11 +49,6 @@ class Checkpoint:
             for key in keys(path):
                 self._where[self._model_name(key)] = (path, key)
 
-    @property
-    def names(self) -> set[str]:
-        """The tensors that the checkpoint has, by the model's names for them."""
-        return set(self._where)
-
     def __contains__(self, name: str) -> bool:
         return name in self._where
 

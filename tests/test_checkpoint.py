@@ -56,7 +56,7 @@ def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path)
 
 def test_what_is_missing_or_damaged_is_named(tiny, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama").folder)
-    with pytest.raises(ModelError, match="no.such: no such tensor in .*--|no.such: no such tensor in"):
+    with pytest.raises(ModelError, match="no.such: no such tensor in"):
         checkpoint_of(tiny("llama").folder, model).read("no.such")
     data = (tiny("llama").folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
