@@ -1,22 +1,17 @@
 """What a block's own inputs tell of its layers, beside the activation norms: Gram matrices and regional gradients."""
 
-from contextlib import ExitStack
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.architecture import check_finite
-from gblm_compress.calibration import Block, only_requires_grad
-from gblm_compress.errors import ModelError
+from gblm_compress.calibration import Block, only_requires_grad, sum_over_inputs
 
 
-@torch.no_grad()
 def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     """H = XᵀX of every layer's input, summed over all tokens of all samples.
 
-    Layers that are called one after the other with the very same input (queries, keys and values, say) share one
-    matrix. The diagonal is N·A² of `calibration.activation_norms` for N samples.
+    Layers with the very same input share one matrix. The diagonal is N·A² of `calibration.activation_norms` for N
+    samples.
 
     Returns:
         {name: H [in_features, in_features], float32}.
@@ -24,31 +19,11 @@ def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tenso
     Raises:
         ModelError: an activation is NaN or infinite, or a layer never ran; the message names the layer.
     """
-    grams: dict[str, Tensor] = {}
-    latest: list[tuple[Tensor, str]] = []
 
-    def accumulate(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if latest and args[0] is latest[0][0]:
-            grams[name] = grams[latest[0][1]]
-            return
-        inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        if name not in grams:
-            grams[name] = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
-        grams[name].addmm_(inputs.T, inputs)
-        latest[:] = [(args[0], name)]
+    def add(total: Tensor | None, x: Tensor) -> Tensor:
+        return x.T @ x if total is None else total.addmm_(x.T, x)
 
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(accumulate, name)).remove)
-        for hidden in block.inputs:
-            block.run(hidden)
-            latest.clear()
-    if missing := sorted(set(layers) - set(grams)):
-        raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
-    block.ranks.sum_({id(grams[name]): grams[name] for name in layers}.values())
-    for name, gram in grams.items():
-        check_finite(name, "activations", gram)
-    return grams
+    return sum_over_inputs(block, layers, add)
 
 
 def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:

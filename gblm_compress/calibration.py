@@ -5,6 +5,7 @@ that each `Block` sees the output of the blocks before it as they are *after* pr
 `gradients.py`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -144,23 +145,67 @@ def activation_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Te
         {name: A [in_features], float32}.
 
     Raises:
-        ModelError: an activation is NaN or infinite; the message names the layer.
+        ModelError: an activation is NaN or infinite, or a layer never ran; the message names the layer.
+    """
+
+    def add(total: Tensor | None, x: Tensor) -> Tensor:
+        squares = x.square().sum(0)
+        return squares if total is None else total + squares
+
+    sums = sum_over_inputs(block, layers, add)
+    return {name: (total / block.samples).sqrt_() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def sum_over_inputs(
+    block: Block, layers: dict[str, nn.Module], add: Callable[[Tensor | None, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """A sum over all samples of something that is measured on the input of every layer.
+
+    Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum.
+    Once all layers of a block have run, the rest of the block is left out.
+
+    Args:
+        add: takes the sum so far (None at first; it may be changed) and a layer's input [tokens, in_features] in
+            float32; gives the new sum.
+
+    Returns:
+        {name: sum over the samples of all processes}.
+
+    Raises:
+        ModelError: a sum is NaN or infinite, or a layer never ran; the message names the layer.
     """
     sums: dict[str, Tensor] = {}
+    ran: Counter[str] = Counter()  # in the sample at work
+    latest: tuple[Tensor, Tensor | None, Tensor] | None = None  # an input, and a sum before and after it
+    whole = True  # the first sample goes through the whole block: who knows whether a layer is called again
 
-    def accumulate(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares = args[0].detach().float().square().reshape(-1, args[0].shape[-1]).sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal latest
+        ran[name] += 1
+        before = sums.get(name)
+        if latest and args[0] is latest[0] and before is latest[1]:
+            sums[name] = latest[2]
+        else:
+            shared = before is not None and sum(total is before for total in sums.values()) > 1
+            own = before.clone() if before is not None and shared else before
+            sums[name] = add(own, args[0].detach().reshape(-1, args[0].shape[-1]).float())
+            latest = (args[0], before, sums[name])
+        if not whole and len(ran) == len(layers):
+            raise _AllLayersReached
 
-    with _hooks(layer.register_forward_pre_hook(partial(accumulate, name)) for name, layer in layers.items()):
+    with _hooks(layer.register_forward_pre_hook(partial(measure, name)) for name, layer in layers.items()):
         for hidden in block.inputs:
-            block.run(hidden)
+            ran.clear()
+            with suppress(_AllLayersReached):
+                block.run(hidden)
+            whole = whole and (len(ran) < len(layers) or max(ran.values()) > 1)
     if missing := sorted(set(layers) - set(sums)):
         raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
-    block.ranks.sum_(sums[name] for name in layers)
+    block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())
     for name, total in sums.items():
         check_finite(name, "activations", total)
-    return {name: (total / block.samples).sqrt_() for name, total in sums.items()}
+    return sums
 
 
 @dataclass
@@ -186,7 +231,11 @@ class _FirstBlockReached(Exception):
 
 
 class _LastBlockReached(Exception):
-    """Ends a forward pass once the last block has run."""
+    """Ends a forward pass once the last block was called."""
+
+
+class _AllLayersReached(Exception):
+    """Ends a block's forward pass once all its layers were called."""
 
 
 class _StandIn(nn.Module):
@@ -220,38 +269,34 @@ def _hidden_output(output: Any) -> Tensor:
 
 @torch.no_grad()
 def _record_calls(weights: Weights, ids: Tensor) -> list[_Call]:
-    """Run the model up to its last block and record how it calls each, checking that the blocks form a chain."""
+    """How the model calls each of its blocks, checking that they form a chain.
+
+    Only the first block computes, to show what a block returns. The others give the negative of what they get: enough
+    to see whether the next one takes it.
+    """
     model, blocks = weights.model, weights.blocks
     calls: list[_Call] = []
-    outputs: list[Tensor] = []
-    loaded = ExitStack()
+    latest: list[Tensor] = []
+    with ExitStack() as within, suppress(_LastBlockReached), weights.outer(), weights.block(0) as first:
+        compute = first.forward
 
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, call = _split_call(args, kwargs)
-        if outputs and not torch.allclose(hidden, outputs[-1], rtol=0, atol=0, equal_nan=True):
-            raise ModelError(
-                f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as its "
-                "input; architectures whose blocks do not form a chain are not supported"
-            )
-        calls.append(call)
-        loaded.enter_context(weights.block(blocks.index(block)))
+        def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split_call(args, kwargs)
+            if latest and not torch.allclose(hidden, latest[0], rtol=0, atol=0, equal_nan=True):
+                raise ModelError(
+                    f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
+                    "its input; architectures whose blocks do not form a chain are not supported"
+                )
+            output = -hidden if calls else compute(*args, **kwargs)
+            latest[:] = [_hidden_output(output)]
+            call.returns_tuple = calls[0].returns_tuple if calls else isinstance(output, tuple)
+            calls.append(call)
+            if block is blocks[-1]:
+                raise _LastBlockReached
+            return (output,) if call.returns_tuple and not isinstance(output, tuple) else output
 
-    def after(block: nn.Module, args: Any, output: Any) -> None:
-        loaded.close()
-        outputs[:] = [_hidden_output(output)]
-        calls[-1].returns_tuple = isinstance(output, tuple)
-        if block is blocks[-1]:
-            raise _LastBlockReached
-
-    handles = [
-        hook
-        for block in blocks
-        for hook in (
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(after),
-        )
-    ]
-    with _hooks(handles), weights.outer(), loaded, suppress(_LastBlockReached):
+        for block in blocks:
+            within.enter_context(_forward(block, partial(record, block)))
         model(input_ids=ids, use_cache=False)
     if len(calls) != len(blocks):
         raise ModelError(
@@ -280,6 +325,21 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)):
         return isinstance(b, type(a)) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or bool(a == b)
+
+
+@contextmanager
+def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for the duration of a `with`; its hooks stay."""
+    of_class = "forward" not in vars(module)
+    before = module.forward
+    module.forward = instead
+    try:
+        yield
+    finally:
+        if of_class:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @contextmanager

@@ -1,19 +1,22 @@
-"""Gradient norms of the dense model, block by block: forward once, then backward with each block computed again.
+"""Gradient norms of the dense model, in one of two orders. A gradient is added up and freed as soon as it is known.
 
-The whole model's activations, gradients and accumulators never exist together: at any time there are the hidden states
-between blocks, and of one block its activations for one sample, its gradients and its float32 accumulators.
+Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
+backward. At any time there are the hidden states between blocks, and of one block its activations for one sample and
+its float32 accumulators. In multiplications and additions, for P weights in the blocks and T tokens: 2PT forward, 2PT
+to compute blocks again, 4PT backward.
 
-In multiplications and additions, for P weights in the blocks and T tokens: 2PT forward, 2PT to compute blocks again,
-4PT backward.
+Sample by sample: each goes through all blocks and back. At any time there are the activations of one sample in all
+blocks, and the accumulators of all blocks. 2PT forward, 4PT backward.
+
+The same operations on the same numbers in the same order: the same bits.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from gblm_compress.architecture import check_finite
 from gblm_compress.block_weights import Weights
@@ -22,6 +25,9 @@ from gblm_compress.hidden_states import HiddenStates, StatePool
 from gblm_compress.progress import Progress
 from gblm_compress.ranks import Ranks
 from gblm_compress.settings import GradientNorm
+
+LOSS_TOKENS = 256
+"""Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
 
 
 def gradient_norms(
@@ -34,59 +40,117 @@ def gradient_norms(
     progress: Progress,
     ranks: Ranks,
     skip: frozenset[int] = frozenset(),
+    by_sample: bool = False,
 ) -> None:
     """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
 
     g_n is the gradient of sample n's mean next-token cross-entropy (arXiv 2311.04902, section 3), from one backward
-    pass a sample. Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs.
+    pass a sample. Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs
+    backward.
 
     Args:
-        weights: the dense model.
+        weights: the dense model; sample by sample, all of it must be in memory.
         calls: how its blocks are called, and the samples.
         per_block: {name: Linear or Conv1D} of each block.
         norm: "l1" (p = 1) or "l2" (p = 2).
         pool: where hidden states are kept.
         save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
         skip: blocks whose gradients are known already.
+        by_sample: the order of the work, see above.
 
     Raises:
         ModelError: a gradient is NaN or infinite; the message names the layer.
     """
-    wanted = [index for index, layers in enumerate(per_block) if layers and index not in skip]
+    wanted = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
     if not wanted:
         return
-    inputs = _block_inputs(weights, calls, pool, progress, ranks)
+    sums = (_by_sample if by_sample else _by_block)(weights, calls, wanted, norm, pool, progress)
+    for index, of_block in sums:
+        ranks.sum_(of_block.values())
+        for name, total in of_block.items():
+            check_finite(name, "gradients", total)
+            if norm == "l2":
+                total.sqrt_()
+        save(index, of_block)
+
+
+Sums = Iterable[tuple[int, dict[str, Tensor]]]  # block, {layer: Σ_n |g_n|^p}; the last block first
+
+
+def _by_block(
+    weights: Weights,
+    calls: BlockCalls,
+    wanted: dict[int, dict[str, nn.Module]],
+    norm: GradientNorm,
+    pool: StatePool,
+    progress: Progress,
+) -> Sums:
+    inputs = _block_inputs(weights, calls, pool, progress)
     upstream = inputs.pop()
-    _loss_gradients_(weights, calls, upstream, progress)
-    order = list(reversed(range(min(wanted), len(per_block))))
+    with weights.outer(), only_requires_grad(weights.model, []):
+        for sample, ids in enumerate(progress.track(calls.samples, "loss", "samples")):
+            upstream[sample] = _loss_gradient(calls, ids, upstream[sample])
+    lowest = min(wanted)
+    order = list(reversed(range(lowest, len(weights.blocks))))
     for index in progress.track(order, "gradients", "blocks", tokens=_tokens(calls)):
         states = inputs.pop()
-        layers = per_block[index] if index in wanted else {}
-        with weights.block(index) as block, _accumulated(block, layers, norm) as sums:
+        with weights.block(index) as block, _accumulated(block, wanted.get(index, {}), norm) as sums:
             for sample, hidden in enumerate(states):
-                leaf = hidden.detach().requires_grad_(index > min(wanted))
-                with torch.enable_grad():
-                    output = calls.calls[index].run(block, leaf)
+                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
                 torch.autograd.backward(output, upstream[sample])
                 if leaf.grad is not None:
                     upstream[sample] = leaf.grad
         states.release()
         if index in wanted:
-            ranks.sum_(sums.values())
-            for name, total in sums.items():
-                check_finite(name, "gradients", total)
-                if norm == "l2":
-                    total.sqrt_()
-            save(index, sums)
+            yield index, sums
     for states in (*inputs, upstream):
         states.release()
 
 
-def _block_inputs(
-    weights: Weights, calls: BlockCalls, pool: StatePool, progress: Progress, ranks: Ranks
-) -> list[HiddenStates]:
+def _by_sample(
+    weights: Weights,
+    calls: BlockCalls,
+    wanted: dict[int, dict[str, nn.Module]],
+    norm: GradientNorm,
+    pool: StatePool,
+    progress: Progress,
+) -> Sums:
+    lowest = min(wanted)
+    with ExitStack() as within:
+        blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
+        within.enter_context(weights.outer())
+        within.enter_context(only_requires_grad(weights.model, []))
+        sums = {index: within.enter_context(_accumulated(blocks[index], wanted[index], norm)) for index in wanted}
+        for ids in progress.track(calls.samples, "gradients", "samples", tokens=_tokens(calls)):
+            hidden, ran = calls.embed(ids), []
+            for index, block in enumerate(blocks):
+                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
+                hidden = output.detach()
+                if index >= lowest:
+                    ran.append((leaf, output))
+            upstream = _loss_gradient(calls, ids, hidden)
+            while ran:
+                leaf, output = ran.pop()
+                torch.autograd.backward(output, upstream)
+                del output
+                if leaf.grad is not None:
+                    upstream = leaf.grad
+    for index in sorted(sums, reverse=True):
+        yield index, sums.pop(index)
+
+
+def _run(
+    calls: BlockCalls, index: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """A block's input as a leaf of autograd, and its output with the graph between them."""
+    leaf = hidden.detach().requires_grad_(needs_gradient)
+    with torch.enable_grad():
+        return leaf, calls.calls[index].run(block, leaf)
+
+
+def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress: Progress) -> list[HiddenStates]:
     """The hidden states of all samples before each block, and after the last."""
-    replay = BlockReplay(calls, weights, pool, ranks)
+    replay = BlockReplay(calls, weights, pool, Ranks())
     found = [replay.hidden]
     for index in progress.track(range(len(weights.blocks)), "forward", "blocks", tokens=_tokens(calls)):
         states = pool.states(len(calls.samples))
@@ -97,17 +161,25 @@ def _block_inputs(
     return found
 
 
-def _loss_gradients_(weights: Weights, calls: BlockCalls, states: HiddenStates, progress: Progress) -> None:
-    """Replace the last block's output of each sample by the gradient of the sample's mean cross-entropy to it."""
-    with weights.outer(), only_requires_grad(weights.model, []):
-        for sample, ids in enumerate(progress.track(calls.samples, "loss", "samples")):
-            leaf = states[sample].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = calls.logits(ids, leaf)
-                cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()  # type: ignore[no-untyped-call]
-            del logits
-            assert leaf.grad is not None
-            states[sample] = leaf.grad
+def _loss_gradient(calls: BlockCalls, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of a sample's mean next-token cross-entropy to the last block's output [1, length, hidden size].
+
+    Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time.
+    """
+    gradient = torch.zeros_like(hidden)
+    last = ids.shape[1] - 1
+    for start in range(0, last, LOSS_TOKENS):
+        end = min(start + LOSS_TOKENS, last)
+        leaf = hidden[:, start:end].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = calls.logits(ids[:, start:end], leaf)
+        # The gradient to the logits: probabilities, less one for the token that follows.
+        errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1
+        logits.backward(errors.div_(last).to(logits.dtype))  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        gradient[:, start:end] = leaf.grad
+    return gradient
 
 
 @contextmanager

@@ -8,9 +8,11 @@ import math
 import shutil
 import tempfile
 import time
+import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from gblm_compress.architecture import prunable_layers
 from gblm_compress.block_pruning import LayerResult
 from gblm_compress.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.checkpoint import Checkpoint
+from gblm_compress.doctor import cpu_name
 from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
+from gblm_compress.gradients import LOSS_TOKENS
 from gblm_compress.hidden_states import StatePool
+from gblm_compress.measurements import remembered
 from gblm_compress.memory import peak_memory
 from gblm_compress.progress import Progress
 from gblm_compress.ranks import Ranks
@@ -39,6 +44,11 @@ SHARE_OF_FREE_MEMORY = 0.8
 
 FIT_BYTES = 24
 """For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
+
+
+ACTIVATIONS = 40
+"""Numbers that autograd keeps of a block for each token, over the hidden size: 18 for Llama, 28 for GPT-2, 40 and more
+where attention keeps its probabilities."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def prune(
         output: the new folder; it appears whole or not at all.
         resources: how much memory to take, and whether the model stays on disk.
         resume: go on with an interrupted run of the same settings.
-        dtype: to compute in; the folder keeps the checkpoint's own.
+        dtype: to compute in, see `ModelSettings`; the folder keeps the checkpoint's own.
         device: where to compute.
         force: replace an existing folder.
 
@@ -101,14 +111,14 @@ def prune(
     artifact.check_output(output, force)
     sources.check_not_export(source, "prune")
     device = ranks.device_of_rank(sources.choose_device(device))
-    dtype = sources.choose_dtype(dtype, source, device)
+    dtype = _choose_dtype(dtype, source, device)
     tokenizer = sources.load_tokenizer(source)
     samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = text.fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
         size = _Size(source, dtype, settings, calibration)
-        offload, budget = _memory_plan(size, resources, settings, device)
+        plan = _memory_plan(size, resources, settings, device)
         identity = {
             "model": source.fingerprint,
             "settings": settings.model_dump(mode="json"),
@@ -120,11 +130,11 @@ def prune(
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         with _kept_where_resuming_helps(run, progress):
-            _check_disk(run.folder, size, settings, budget)
-            place = "on disk, a block at a time in memory" if offload else "in memory"
+            _check_disk(run.folder, size, settings, plan.states)
+            place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
             weights: Weights
-            if offload:
+            if plan.offload:
                 weights = StreamedWeights(source, dtype, device)
             else:
                 weights = ResidentWeights(sources.load_model(source, dtype, device))
@@ -134,9 +144,10 @@ def prune(
                 samples=[ids.to(device) for ids in group.share(samples)] if samples else [],
                 settings=settings,
                 run=run,
-                pool=StatePool(run.states, budget, torch.device(device)),
+                pool=StatePool(run.states, plan.states, torch.device(device)),
                 progress=progress,
                 ranks=group,
+                by_sample=plan.by_sample,
             )
             layers = walk.prune_()
             if group.is_first:
@@ -195,21 +206,53 @@ class _Size:
         self.outside_blocks = 2 * vocabulary * hidden * itemsize
         self.block = self.weights // blocks
         self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
+        self.activations = ACTIVATIONS * blocks * length * hidden * itemsize
         states = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self.states = states * (blocks + 1 if settings.needs_gradients else 2 + (settings.update == "reconstruct"))
         fitted = self.weights if settings.distillation_epochs else self.block if settings.update == "reconstruct" else 0
         self.working = (
             self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
             + FIT_BYTES * fitted // itemsize
-            + length * (12 * vocabulary + 64 * hidden)  # logits and their gradients; a block's activations
+            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
+            + self.activations // blocks
         )
 
 
-def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str) -> tuple[bool, int]:
-    """Whether the model stays on disk, and the bytes of host memory that hidden states may take.
+@dataclass(frozen=True)
+class _Plan:
+    """What goes where.
 
-    Raises:
-        UsageError: it must stay on disk, and distillation needs it in memory.
+    Attributes:
+        offload: whether the model stays on disk.
+        states: bytes of host memory that hidden states may take.
+        by_sample: whether there is room to measure gradients sample by sample (see `gradients`), which is faster.
+    """
+
+    offload: bool
+    states: int
+    by_sample: bool
+
+
+def _choose_dtype(requested: str, source: ModelSource, device: str) -> str:
+    """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what this CPU multiplies faster."""
+    if requested == "auto" and device == "cpu" and sources.stored_dtype(source) == "bfloat16":
+        what = f"dtype of products on {torch.get_num_threads()} threads"
+        return remembered(f"{cpu_name()}, torch {torch.__version__}", what, _faster_dtype)
+    return sources.choose_dtype(requested, source, device)
+
+
+def _faster_dtype() -> str:
+    """Whether a product of ordinary size is faster in bfloat16 or in float32 here; the better of some runs each."""
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(partial(torch.mm, x, weight), number=1, repeat=5)[1:])
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+
+
+def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str) -> _Plan:
+    """Raises:
+    UsageError: it must stay on disk, and distillation needs it in memory.
     """
     host = resources.memory or int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
     on_cpu = device == "cpu"
@@ -222,7 +265,11 @@ def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettin
             "be used; give more --memory, or leave the distillation out (--preset balanced)"
         )
     held = (size.outside_blocks + size.block if offload else size.weights) + size.working
-    return offload, max(0, host - held) if on_cpu else host
+    return _Plan(
+        offload=offload,
+        states=max(0, host - held) if on_cpu else host,
+        by_sample=not offload and needed + size.gradients + size.activations <= room,
+    )
 
 
 def _check_disk(folder: Path, size: _Size, settings: PruneSettings, budget: int) -> None:

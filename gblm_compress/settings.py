@@ -48,7 +48,11 @@ class ModelSettings(Settings):
     """The dense model, and how to compute with it."""
 
     source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
-    dtype: Dtype = Field("auto", description="To compute in; auto is float32 on a CPU, the checkpoint's own on CUDA.")
+    dtype: Dtype = Field(
+        "auto",
+        description="To compute in; auto is the checkpoint's own on CUDA and float32 on a CPU, where prune computes in "
+        "bfloat16 if the checkpoint is and the CPU is faster at it.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
 

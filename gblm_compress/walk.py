@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gblm_compress.allocation import Budget
 from gblm_compress.architecture import check_finite, prunable_layers, weight_matrix
+from gblm_compress.attention import chunked_attention
 from gblm_compress.block_pruning import LayerResult, layer_result, prune_block_
 from gblm_compress.block_weights import Weights
 from gblm_compress.budgeting import budgets as layer_budgets
@@ -43,6 +44,7 @@ class Walk:
         run: where finished work is kept; what is there already is not done again.
         pool: where hidden states are kept.
         ranks: the processes that share the samples.
+        by_sample: in which order gradients are measured, see `gradients`; nothing else depends on it.
     """
 
     weights: Weights
@@ -52,6 +54,7 @@ class Walk:
     pool: StatePool
     progress: Progress
     ranks: Ranks
+    by_sample: bool = False
 
     def prune_(self) -> dict[str, LayerResult]:
         """Prune every block and leave it finished in the run folder.
@@ -63,6 +66,10 @@ class Walk:
             ModelError: a value is NaN or infinite, or the architecture is not supported.
             UsageError: a width does not divide by M, or a name pattern matches nothing.
         """
+        with chunked_attention():
+            return self._prune_()
+
+    def _prune_(self) -> dict[str, LayerResult]:
         settings = self.settings
         layers = prunable_layers(self.weights.model, settings.targets, settings.ignore)
         self._check(layers)
@@ -111,6 +118,7 @@ class Walk:
             self.progress,
             self.ranks,
             skip=known,
+            by_sample=self.by_sample,
         )
 
     def _dense_blocks(self, calls: BlockCalls | None) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:

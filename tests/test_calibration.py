@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gblm_compress.architecture import find_blocks, prunable_layers
-from gblm_compress.calibration import activation_norms
+from gblm_compress.block_weights import ResidentWeights
+from gblm_compress.calibration import BlockCalls, activation_norms
 from gblm_compress.errors import ModelError
 from gblm_compress.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, replay, samples
@@ -57,6 +58,26 @@ def slow_activation_norms(model, layers, ids):
     return {name: (total / len(ids)).sqrt().float() for name, total in sums.items()}
 
 
+def test_a_block_runs_no_further_than_its_last_layer_unless_a_layer_runs_twice() -> None:
+    ids = samples()
+    model = tiny_model("llama")
+    states, layers = replay(model, ids), prunable_layers(model)[0]
+    expected = slow_activation_norms(model, layers, ids)
+    down, up = (layers[f"model.layers.0.mlp.{name}_proj"] for name in ("down", "up"))
+    runs = []
+    down.register_forward_hook(lambda *_: runs.append(0))
+    got = activation_norms(states.block(0), layers)
+    assert len(runs) == 1  # of three samples, the first
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    # Now a layer runs again behind the last one: nothing of it may be missed.
+    ones = torch.ones(1, 1, up.weight.shape[1])
+    down.register_forward_hook(lambda *_: up(ones) is None or None)
+    twice = activation_norms(states.block(0), layers)["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(twice.square(), got["model.layers.0.mlp.up_proj"].square() + 1.0, rtol=1e-4, atol=1e-5)
+    assert len(runs) == 1 + len(ids)
+
+
 def test_hooks_are_removed_even_when_a_forward_pass_raises() -> None:
     model, ids = tiny_model("llama"), samples()
     states = replay(model, ids)
@@ -73,6 +94,23 @@ def test_blocks_that_do_not_form_a_chain_are_refused() -> None:
     blocks[1].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
     with pytest.raises(ModelError, match="block 1 does not take the output of the block before it"):
         replay(model, ids)
+
+
+def test_blocks_that_run_twice_are_refused() -> None:
+    model, ids = tiny_model("llama"), samples()
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0], *model.model.layers])
+    with pytest.raises(ModelError, match="skip or repeat blocks"):
+        replay(model, ids)
+
+
+def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
+    model, ids = tiny_model("llama"), samples()
+    ran = []
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    BlockCalls(ResidentWeights(model), ids)
+    assert ran == [0, 0]  # for the first sample and the last
+    assert all("forward" not in vars(block) for block in model.model.layers)
 
 
 def test_arguments_that_depend_on_the_text_are_refused() -> None:

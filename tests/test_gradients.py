@@ -1,4 +1,4 @@
-"""Gradient norms, block by block, against plain autograd through the whole model; and what is held meanwhile."""
+"""Gradient norms in both orders against plain autograd through the whole model; and what is held meanwhile."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gblm_compress import gradients
 from gblm_compress.architecture import prunable_layers
 from gblm_compress.block_weights import ResidentWeights
 from gblm_compress.calibration import BlockCalls
@@ -22,19 +23,23 @@ def all_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for block in prunable_layers(model) for name, layer in block.items()}
 
 
-def norms_of(model, ids, norm="l1", pool=None, skip=frozenset(), layers=None) -> dict[int, dict[str, Tensor]]:
+def norms_of(
+    model, ids, norm="l1", pool=None, skip=frozenset(), layers=None, by_sample=False
+) -> dict[int, dict[str, Tensor]]:
     weights = ResidentWeights(model)
     found: dict[int, dict[str, Tensor]] = {}
     gradient_norms(
         weights, BlockCalls(weights, ids), layers or prunable_layers(model), norm, pool or in_memory(),
-        lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(), skip,
+        lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(), skip, by_sample,
     )  # fmt: skip
     return found
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str) -> None:
+@pytest.mark.parametrize("loss_tokens", [7, 256])
+def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str, loss_tokens: int, monkeypatch) -> None:
+    monkeypatch.setattr(gradients, "LOSS_TOKENS", loss_tokens)  # the samples have 24
     model, ids = tiny_model(kind), samples()
     layers = all_layers(model)
     found = norms_of(model, ids, norm)
@@ -46,24 +51,36 @@ def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str) -> Non
         loss = model(input_ids=sample, labels=sample).loss
         per_sample.append(torch.autograd.grad(loss, [layer.weight for layer in layers.values()]))
     for index, name in enumerate(layers):
-        gradients = torch.stack([sample[index] for sample in per_sample]).double()
-        expected = gradients.abs().sum(0) if norm == "l1" else gradients.square().sum(0).sqrt()
+        stacked = torch.stack([sample[index] for sample in per_sample]).double()
+        expected = stacked.abs().sum(0) if norm == "l1" else stacked.square().sum(0).sqrt()
         assert expected.max() > 0
         torch.testing.assert_close(got[name].double(), expected, rtol=1e-3, atol=1e-7)
 
 
-def test_gradients_are_freed_and_flags_and_blocks_restored() -> None:
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("skip", [frozenset(), frozenset({0}), frozenset({1})])
+def test_both_orders_give_the_same_bits(kind: str, norm: str, skip: frozenset[int]) -> None:
+    model, ids = tiny_model(kind), samples()
+    one, other = (norms_of(model, ids, norm, skip=skip, by_sample=by_sample) for by_sample in (False, True))
+    assert list(one) == list(other) == [index for index in (1, 0) if index not in skip]
+    assert all(torch.equal(one[index][name], other[index][name]) for index in one for name in one[index])
+
+
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_gradients_are_freed_and_flags_and_blocks_restored(by_sample: bool) -> None:
     model = tiny_model("llama")
     model.lm_head.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     blocks = model.model.layers
-    norms_of(model, samples())
+    norms_of(model, samples(), by_sample=by_sample)
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert model.model.layers is blocks and len(blocks) == 2
 
 
-def test_no_full_set_of_gradients_ever_exists() -> None:
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_no_full_set_of_gradients_ever_exists(by_sample: bool) -> None:
     """While the backward pass runs, no more than one layer's gradient is held beside the accumulators."""
     model = tiny_model("llama")
     layers = all_layers(model)
@@ -78,7 +95,7 @@ def test_no_full_set_of_gradients_ever_exists() -> None:
 
     for layer in layers.values():
         layer.register_forward_hook(watch)
-    norms_of(model, samples(), "l2")
+    norms_of(model, samples(), "l2", by_sample=by_sample)
     assert held and max(held) <= 1
 
 
@@ -91,12 +108,13 @@ def test_blocks_that_are_known_are_left_out_and_change_nothing() -> None:
     assert norms_of(model, ids, skip=frozenset({0, 1})) == {}
 
 
-def test_nothing_runs_backwards_below_the_lowest_block_that_is_pruned() -> None:
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_nothing_runs_backwards_below_the_lowest_block_that_is_pruned(by_sample: bool) -> None:
     model, ids = tiny_model("llama"), samples()
     layers = prunable_layers(model)
     backward = []
     model.model.layers[0].mlp.up_proj.register_full_backward_hook(lambda *_: backward.append(0))
-    found = norms_of(model, ids, layers=[{}, layers[1]])
+    found = norms_of(model, ids, layers=[{}, layers[1]], by_sample=by_sample)
     assert list(found) == [1] and not backward
     whole = norms_of(tiny_model("llama"), ids)
     assert all(torch.equal(found[1][name], whole[1][name]) for name in found[1])
@@ -111,8 +129,9 @@ def test_states_on_disk_give_the_same_bits(tmp_path: Path) -> None:
     assert pool.left == before and not list(tmp_path.iterdir())
 
 
-def test_overflowing_gradients_name_the_layer() -> None:
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_overflowing_gradients_name_the_layer(by_sample: bool) -> None:
     model = tiny_model("llama")
     model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = float("inf")
     with pytest.raises(ModelError, match=r"model\.layers\.\d.*gradients are NaN or infinite.*--dtype float32"):
-        norms_of(model, samples())
+        norms_of(model, samples(), by_sample=by_sample)

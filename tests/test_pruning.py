@@ -1,6 +1,7 @@
 """The stage as a whole: against a slow procedure that never replays a block, and its refusals."""
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import manifest, presets
+from gblm_compress import manifest, presets, pruning, sources
 from gblm_compress import settings as settings_module
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError
@@ -18,8 +19,8 @@ from gblm_compress.evaluation import mean_kl
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune, prune_
-from gblm_compress.settings import CalibrationSettings, PruneSettings
-from gblm_compress.sources import ModelSource
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.sources import CACHE_VARIABLE, ModelSource
 from gblm_compress.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, samples
 from tests.test_calibration import slow_activation_norms
@@ -305,3 +306,41 @@ def test_the_source_is_not_modified(tiny, tmp_path, prose, progress) -> None:
     before = {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()}
     pruned(tiny, tmp_path, prose, progress, "gpt2")
     assert {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
+    stored, faster, tiny, tmp_path, prose, progress, monkeypatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    measured = []
+    monkeypatch.setattr(pruning, "_faster_dtype", lambda: measured.append(0) or faster)
+    folder = tmp_path / "model"
+    tiny_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
+    for path in tiny("llama").folder.glob("token*"):
+        shutil.copy(path, folder)
+    expected = faster if stored == "bfloat16" else "float32"
+    for run in range(2):
+        result = prune(
+            ModelSource("model", folder), tmp_path / str(run), PruneSettings(method="wanda"),
+            CalibrationSettings(dataset=str(prose), samples=2, sequence_length=16), progress=progress,
+        )  # fmt: skip
+        assert manifest.read(Path(result.folder))["compute"]["dtype"] == expected
+        assert sources.stored_dtype(ModelSource("pruned", Path(result.folder))) == stored
+    assert len(measured) == (stored == "bfloat16")
+
+
+def test_the_faster_dtype_is_one_of_the_two() -> None:
+    assert pruning._faster_dtype() in ("bfloat16", "float32")
+
+
+def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
+    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
+    size = pruning._Size(tiny("llama"), "float32", settings, text)
+    enough = size.weights + size.working + size.gradients + size.activations
+    plan = pruning._memory_plan(size, ResourceSettings(memory=enough), settings, "cpu")
+    assert plan.by_sample and not plan.offload
+    plan = pruning._memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu")
+    assert not plan.by_sample and not plan.offload
+    assert not pruning._memory_plan(size, ResourceSettings(memory=enough, offload=True), settings, "cpu").by_sample

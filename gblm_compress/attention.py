@@ -1,0 +1,80 @@
+"""Causal attention for calibration on a CPU: what `scaled_dot_product_attention` computes, in half the operations.
+
+torch's kernel for CPUs computes all scores of a sample of ordinary length and throws those of later tokens away. Here
+queries go in chunks, and a chunk sees the keys up to its end. On a Zen 4 core, 9 heads of width 64 with 512 tokens take
+in bfloat16 4.0 instead of 8.7 ms forward and 11.3 instead of 26.2 ms forward and backward; in float32 6.3 instead of
+7.9, and 23.5 instead of 28.0 ms.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+CHUNK = 128
+"""Queries in a chunk: few enough to leave out most of what causality hides, enough for fast products."""
+
+LONGEST = {torch.float32: 512, torch.bfloat16: 2048}
+"""Tokens in a sample up to which this is faster than torch's kernel; scores then outgrow the caches."""
+
+SPECIAL = ("position_bias", "softcap", "s_aux")
+"""Arguments that make attention something else."""
+
+
+@contextmanager
+def chunked_attention() -> Iterator[None]:
+    """Within the `with`, models whose attention is "sdpa" use `attention` on a CPU."""
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what transformers registered itself is in force again
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers registers them; whatever is not plain causal attention is left to torch.
+
+    Args:
+        module: whose `is_causal` holds if `is_causal` is None.
+        query: [1, heads, length, width].
+        key: [1, heads of keys and values, length, width].
+        value: [1, heads of keys and values, length, width of values].
+
+    Returns:
+        ([1, length, heads, width of values], None).
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length = query.shape[2]
+    special = attention_mask is not None or dropout or any(others.get(name) is not None for name in SPECIAL)
+    if special or not causal or query.device.type != "cpu" or not 1 < length <= LONGEST.get(query.dtype, 0):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+        )
+    assert query.shape[0] == 1 and key.shape[2] == length, "calibration has one sample at a time, and no cache"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    hidden = query.new_full((length, length), float("-inf")).triu(1)
+    chunks = []
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        # The heads that share keys and values stand below each other.
+        queries = query[0, :, start:end].reshape(key.shape[1], -1, query.shape[-1])
+        mask = hidden[start:end, :end].repeat(groups, 1)
+        scores = torch.baddbmm(mask, queries, key[0, :, :end].transpose(1, 2), alpha=scale)
+        chunk = torch.softmax(scores, dim=-1) @ value[0, :, :end]
+        chunks.append(chunk.reshape(heads, end - start, -1))
+    return torch.cat(chunks, dim=1).transpose(0, 1).unsqueeze(0), None

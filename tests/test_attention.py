@@ -1,0 +1,102 @@
+"""Chunked attention against torch's own, and when it is left to torch."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gblm_compress import attention as module
+from gblm_compress.attention import attention, chunked_attention
+from gblm_compress.tiny import tiny_model
+from tests.conftest import ARCHITECTURES, samples
+
+
+def heads(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((1, 6, length, 16), (1, 2, length, 16), (1, 2, length, 8))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def layer(groups: int = 3) -> SimpleNamespace:
+    return SimpleNamespace(is_causal=True, num_key_value_groups=groups)
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(QKᵀ·scale)V over the past, one head and one query at a time, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    rows = []
+    for token in range(query.shape[2]):
+        of_token = []
+        for head in range(query.shape[1]):
+            shared = head * key.shape[1] // query.shape[1]
+            weights = torch.softmax(key[0, shared, : token + 1] @ query[0, head, token] * scale, dim=0)
+            of_token.append(weights @ value[0, shared, : token + 1])
+        rows.append(torch.stack(of_token))
+    return torch.stack(rows).unsqueeze(0)
+
+
+@pytest.mark.parametrize("length", [2, 7, 128, 130, 300])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float | None) -> None:
+    inputs = heads(length)
+    got = attention(layer(), *inputs, None, scaling=scale)[0]
+    expected = by_definition(*inputs, scale or 0.25)  # 0.25 = 1/√16
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(
+        torch.autograd.grad(got, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
+    inputs = heads(300, torch.bfloat16)
+    got = attention(layer(), *inputs, None)[0]
+    torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_models_give_the_same_logits(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 7)
+    model, ids = tiny_model(kind), samples()[0]
+    calls = []
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, run=torch.baddbmm, **k: calls.append(0) or run(*a, **k))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with chunked_attention():
+            got = model(input_ids=ids).logits
+    assert calls, "the model did not take it"
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> None:
+    left = []
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append((a[4], k)))
+    q, k, v = heads(24)
+    mask = torch.zeros(1, 1, 24, 24)
+    for arguments in (
+        {"attention_mask": mask},
+        {"dropout": 0.1},
+        {"is_causal": False},
+        {"position_bias": mask},
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(6)},
+    ):
+        attention(layer(), q, k, v, **{"attention_mask": None, **arguments})
+    attention(layer(), *heads(1), None)
+    attention(layer(), *heads(513), None)
+    attention(layer(), *(x.half() for x in (q, k, v)), None)
+    assert len(left) == 9
+    assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[3][1]["position_bias"] is mask
+
+
+def test_what_transformers_registered_is_in_force_again() -> None:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(KeyError), chunked_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
+        raise KeyError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
