@@ -9,8 +9,9 @@ kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B paramet
              repeated within a CUDA graph over copies of the weight that do not fit the L2 cache together.
 model        prefill and decode of a Llama of 1.1B parameters with random weights, 2:4, dense and in both layouts:
              eager, compiled, and both within CUDA graphs. The dense model has the same zeros.
-pruning      the time to prune blocks of a LLaMA of 7B with random weights, and from it that for all of them; needs
-             pydantic, which gblm_compress reads settings with.
+pruning      time and device memory to prune a few blocks of a LLaMA of 7B with random weights, streamed: the block at
+             work on the GPU, everything else on the host; and from it the time for all of them. Needs pydantic, which
+             gblm_compress reads settings with.
 onnxruntime  one layer in ONNX Runtime on CUDA and TensorRT, where those are installed.
 
 Figures are medians; the first calls are warm-up and dropped. What did not run says why, and what the time did not
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 
 Rows = list[dict[str, Any]]
 REPEATS, WARM_UP = 9, 3
+PRUNING_REPEATS = 3
 ROTATE_BYTES = 200 << 20  # several times the L2 cache
 LAYERS_7B = {"attention": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}
 LAYERS_1B = {"q, o": (2048, 2048), "k, v": (256, 2048), "gate, up": (5632, 2048), "down": (2048, 5632)}
@@ -516,51 +518,92 @@ def decode_step(model: Any, argument: str, token: Tensor, past: Any) -> Tensor:
 
 
 def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
-    """Seconds to prune a few blocks in memory, for two numbers of blocks; the line through both gives the whole model.
+    """Seconds and device memory to prune a few blocks, streamed, for two numbers of blocks; lines give the whole model.
 
-    What it leaves out: loading, reading text, saving and verifying.
+    The line through the medians gives the time of all blocks; the flattest and the steepest line through what was
+    measured, its spread. What is left out: reading text, saving and verifying.
     """
     if find_spec("pydantic") is None:
         return {"skipped": "pydantic is not installed, which gblm_compress reads settings with"}
-    from gblm_compress.progress import Progress
-    from gblm_compress.pruning import prune_
-    from gblm_compress.settings import PruneSettings
-
     size = bench.size
     shape = (1, size.sample_length)
     samples = [
         torch.randint(0, size.pruned_model["vocab_size"], shape, device=bench.device) for _ in range(size.samples)
     ]
+    few, many = size.pruned_blocks
+    total = size.pruned_model["num_hidden_layers"]
     left_out = []
-    for method in ("wanda", "gblm"):
-        settings = PruneSettings(method=method, pattern="2:4")
-        seconds = {}
-        for blocks in size.pruned_blocks:
-            if clock.left < 0:
-                left_out.append(f"{method}, {blocks} blocks")
-                continue
-            model = random_llama(bench, size.pruned_model | {"num_hidden_layers": blocks})
-            prune_(model, samples[:2], settings, Progress(quiet=True))  # warm-up: kernels are loaded and chosen
-            bench.synchronize()
-            start = time.perf_counter()
-            prune_(model, samples, settings, Progress(quiet=True))
-            bench.synchronize()
-            seconds[blocks] = time.perf_counter() - start
-            del model
-        if len(seconds) == 2:
-            (few, first), (many, second) = seconds.items()
-            per_block, total = (second - first) / (many - few), size.pruned_model["num_hidden_layers"]
-            rows.append(
-                {
-                    "method": method,
-                    "samples": size.samples,
-                    "sample_length": size.sample_length,
-                    **{f"seconds_{blocks}_blocks": value for blocks, value in seconds.items()},
-                    "seconds_a_block": per_block,
-                    f"seconds_{total}_blocks_extrapolated": first + per_block * (total - few),
-                }
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for blocks in (few, many):
+            models[blocks] = Path(folder) / f"{blocks}-blocks"
+            random_llama(bench, size.pruned_model | {"num_hidden_layers": blocks}).save_pretrained(models[blocks])
+        for method in ("wanda", "gblm"):
+            costs: dict[int, list[tuple[float, int]]] = {few: [], many: []}
+            for blocks in (few, many):
+                if clock.left < 0:
+                    left_out.append(f"{method}, {blocks} blocks")
+                    continue
+                prune_streamed(bench, models[blocks], samples[:2], method)  # warm-up: kernels are loaded and chosen
+                for _ in range(PRUNING_REPEATS):
+                    costs[blocks].append(prune_streamed(bench, models[blocks], samples, method))
+            if all(costs.values()):
+                one, other = ([seconds for seconds, _ in costs[blocks]] for blocks in (few, many))
+                slopes = [(b - a) / (many - few) for a in one for b in other]
+                slope = (median(other) - median(one)) / (many - few)
+                rows.append(
+                    {
+                        "method": method,
+                        "samples": size.samples,
+                        "sample_length": size.sample_length,
+                        **{f"seconds_{blocks}_blocks": median(s for s, _ in costs[blocks]) for blocks in costs},
+                        "seconds_a_block": slope,
+                        f"seconds_{total}_blocks_extrapolated": median(one) + slope * (total - few),
+                        "from": min(one) + min(slopes) * (total - few),
+                        "to": max(one) + max(slopes) * (total - few),
+                        **{f"device_bytes_{blocks}_blocks": max(b for _, b in costs[blocks]) for blocks in costs},
+                    }
+                )
     return {"left_out": left_out}
+
+
+def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: str) -> tuple[float, int]:
+    """(seconds, peak of device memory in bytes) of the walk over a checkpoint whose blocks are read one at a time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gblm_compress.block_weights import StreamedWeights
+    from gblm_compress.hidden_states import StatePool
+    from gblm_compress.progress import Progress
+    from gblm_compress.ranks import Ranks
+    from gblm_compress.run_folder import RunFolder
+    from gblm_compress.settings import PruneSettings
+    from gblm_compress.sources import ModelSource
+    from gblm_compress.walk import Walk
+
+    config = LlamaConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config).to(bench.dtype).eval().requires_grad_(False)
+    skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)  # its buffers are not in the checkpoint
+    if bench.on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    bench.synchronize()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        ranks = Ranks()
+        run = RunFolder(Path(work) / "run", {}, resume=False, ranks=ranks)
+        device = torch.device(bench.device)
+        walk = Walk(
+            weights=StreamedWeights(ModelSource("random", folder), skeleton, bench.device),
+            samples=samples,
+            settings=PruneSettings(method=method, pattern="2:4"),
+            run=run,
+            pool=StatePool(run.states, 32 << 30, device),
+            progress=Progress(quiet=True),
+            ranks=ranks,
+        )
+        walk.prune_()
+        bench.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if bench.on_cuda else 0
 
 
 def onnxruntime(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gblm_compress.architecture import find_blocks
 from gblm_compress.checkpoint import Checkpoint
 from gblm_compress.errors import ModelError
-from gblm_compress.sources import ModelSource, load_skeleton
+from gblm_compress.sources import ModelSource
 
 
 class ResidentWeights:
@@ -53,15 +53,15 @@ class StreamedWeights:
 
     Args:
         source: the dense model.
-        dtype: "float32", "float16", "bfloat16", or "auto": the checkpoint's own.
+        model: it without its weights, as `sources.load_skeleton` makes it; buffers must be real.
         device: where blocks run.
 
     Raises:
         ModelError: the checkpoint lacks a tensor.
     """
 
-    def __init__(self, source: ModelSource, dtype: str, device: str) -> None:
-        self.model: Any = load_skeleton(source, dtype)
+    def __init__(self, source: ModelSource, model: Any, device: str) -> None:
+        self.model = model
         self.prefix, self.blocks = find_blocks(self.model)
         self._device = torch.device(device)
         self._checkpoint = Checkpoint(source.folder, self.model.state_dict(), self.model.base_model_prefix)

@@ -93,8 +93,8 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         "prune",
         [dense.fingerprint, _dump(recipe.prune), _dump(calibration), text, dtype, device],
         lambda: prune(
-            dense, output / "pruned", recipe.prune, recipe.calibration, resources=recipe.resources, dtype=dtype,
-            device=device, force=True, progress=progress,
+            dense, output / "pruned", recipe.prune, recipe.calibration, resources=recipe.resources, resume=None,
+            dtype=dtype, device=device, force=True, progress=progress,
         ),
         output / "pruned",
     )  # fmt: skip

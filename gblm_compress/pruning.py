@@ -84,7 +84,7 @@ def prune(
     calibration: CalibrationSettings,
     *,
     resources: ResourceSettings | None = None,
-    resume: bool = False,
+    resume: bool | None = False,
     dtype: str = "auto",
     device: str = "auto",
     force: bool = False,
@@ -98,7 +98,7 @@ def prune(
         source: the dense model, never modified.
         output: the new folder; it appears whole or not at all.
         resources: how much memory to take, and whether the model stays on disk.
-        resume: go on with an interrupted run of the same settings.
+        resume: go on with an interrupted run; it must be one of the same settings. None: go on if it is.
         dtype: to compute in, see `ModelSettings`; the folder keeps the checkpoint's own.
         device: where to compute.
         force: replace an existing folder.
@@ -129,13 +129,13 @@ def prune(
             "version": __version__,
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
-        with _kept_where_resuming_helps(run, progress):
+        with _kept_where_resuming_helps(run, resume, progress):
             _check_disk(run.folder, size, settings, plan.states)
             place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
             weights: Weights
             if plan.offload:
-                weights = StreamedWeights(source, dtype, device)
+                weights = StreamedWeights(source, sources.load_skeleton(source, dtype), device)
             else:
                 weights = ResidentWeights(sources.load_model(source, dtype, device))
             _check_stored(source, weights.model, settings)
@@ -316,18 +316,18 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
 
 
 @contextmanager
-def _kept_where_resuming_helps(run: RunFolder, progress: Progress) -> Iterator[None]:
+def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Progress) -> Iterator[None]:
     """Leave the run folder after an interruption or a full disk; remove it where the same would happen again."""
+    again = "the same command" if resume is None else "the same command with --resume"
     try:
         yield
     except KeyboardInterrupt:
-        progress.say("what is finished is kept: the same command with --resume goes on from there")
+        progress.say(f"what is finished is kept: {again} goes on from there")
         raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(
-            f"{str(run.folder)!r} cannot be written ({reason}); finished blocks are kept: make room and give the same "
-            "command with --resume"
+            f"{str(run.folder)!r} cannot be written ({reason}); finished blocks are kept: make room and give {again}"
         ) from error
     except (OutputError, RankError):
         raise

@@ -36,7 +36,7 @@ class RunFolder:
     Args:
         folder: need not exist.
         identity: everything that decides the outcome, as JSON can hold it.
-        resume: go on with what is there; else it is thrown away.
+        resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
         ranks: the processes of the run; all of them see the folder.
 
     Raises:
@@ -44,12 +44,13 @@ class RunFolder:
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         self.folder, self._ranks = folder, ranks
         self.states = folder / "states" / str(ranks.rank)
         known = self._read()
-        self.resumed = resume and bool(known)
-        if self.resumed and known["identity"] != identity:
+        same = bool(known) and known["identity"] == identity
+        self.resumed = same and resume is not False
+        if known and resume and not same:
             changed = [key for key in identity if known["identity"].get(key) != identity[key]]
             raise UsageError(
                 f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "

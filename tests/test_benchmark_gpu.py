@@ -75,6 +75,7 @@ def test_every_section_runs(tmp_path) -> None:
     for row in pruning["rows"]:
         line = row["seconds_1_blocks"] + 4 * (row["seconds_2_blocks"] - row["seconds_1_blocks"])
         assert row["seconds_5_blocks_extrapolated"] == pytest.approx(line)
+        assert row["from"] <= line <= row["to"]
 
 
 def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:

@@ -12,14 +12,18 @@ from gblm_compress.errors import ModelError
 from gblm_compress.hidden_states import StatePool
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.sources import ModelSource, load_model
+from gblm_compress.sources import ModelSource, load_model, load_skeleton
 from tests.conftest import ARCHITECTURES, samples
+
+
+def streamed_weights(source: ModelSource, dtype: str = "auto") -> StreamedWeights:
+    return StreamedWeights(source, load_skeleton(source, dtype), "cpu")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_with_everything_in_place_it_is_the_model(kind: str, dtype: str, tiny) -> None:
-    streamed, (ids, *_) = StreamedWeights(tiny(kind), dtype, "cpu"), samples()
+    streamed, (ids, *_) = streamed_weights(tiny(kind), dtype), samples()
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(streamed.outer())
         for index in range(len(streamed.blocks)):
@@ -32,7 +36,7 @@ def test_with_everything_in_place_it_is_the_model(kind: str, dtype: str, tiny) -
 
 def test_only_the_block_at_work_has_weights_and_changes_to_it_do_not_last(tiny) -> None:
     before = {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()}
-    streamed = StreamedWeights(tiny("llama"), "auto", "cpu")
+    streamed = streamed_weights(tiny("llama"))
     for _ in range(2):
         with streamed.block(1) as block:
             real = [name for name, parameter in streamed.model.named_parameters() if not parameter.is_meta]
@@ -50,12 +54,12 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path: Path) -> No
     del state["model.layers.1.mlp.up_proj.weight"]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'.*--offload"):
-        StreamedWeights(ModelSource("broken", tmp_path), "auto", "cpu")
+        streamed_weights(ModelSource("broken", tmp_path))
 
 
 def test_the_next_block_is_read_ahead_in_both_directions(tiny, monkeypatch) -> None:
     """Where blocks run on a GPU; here a CPU stands for it."""
-    streamed = StreamedWeights(tiny("llama"), "auto", "cpu")
+    streamed = streamed_weights(tiny("llama"))
     resident = ResidentWeights(load_model(tiny("llama")))
     monkeypatch.setattr(StreamedWeights, "_reads_ahead", property(lambda self: True))
     for order in ([0, 1], [1, 0], [0, 0, 1]):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress import pipeline, report
+from gblm_compress import pipeline, report, walk
 from gblm_compress.errors import UsageError
 from gblm_compress.progress import Progress
 from gblm_compress.recipe import find_recipe, load_recipe
@@ -71,6 +71,54 @@ def test_everything_is_reused_when_nothing_changed(finished, module_cache) -> No
     again = pipeline.run(smoke(), output, Progress(quiet=True))
     assert all(stage.reused for stage in again.stages)
     assert again.rows == first.rows
+
+
+def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(
+    tmp_path, module_cache, monkeypatch
+) -> None:
+    """A run ends in the second block's pruning; the next one of the same recipe does only that block."""
+    original, pruned = walk.prune_block_, []
+
+    class Killed(BaseException):
+        pass
+
+    def prune_block(block, layers, *others):
+        if len(pruned) == 1:
+            raise Killed
+        pruned.append(next(iter(layers)))
+        return original(block, layers, *others)
+
+    def ends(*recipe_overrides: str) -> list[str]:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(walk, "prune_block_", prune_block)
+            pipeline.run(smoke(*recipe_overrides), tmp_path / "out", Progress(quiet=True))
+        first = list(pruned)
+        pruned[:] = [None]  # from here on, all blocks
+        return first
+
+    def end_before_exports(*_, **__):
+        raise Killed
+
+    def goes_on(*recipe_overrides: str) -> list[str]:
+        done = []
+
+        def count_block(block, layers, *others):
+            done.append(next(iter(layers)))
+            return original(block, layers, *others)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(walk, "prune_block_", count_block)
+            patch.setattr(pipeline, "export", end_before_exports)
+            pipeline.run(smoke(*recipe_overrides), tmp_path / "out", Progress(quiet=True))
+        assert not list(tmp_path.glob("out/.pruned*"))
+        pruned.clear()
+        return done
+
+    (first,) = ends()
+    (second,) = goes_on()
+    assert ".0." in first and ".1." in second
+    ends("prune.alpha=50")
+    assert len(goes_on("prune.alpha=60")) == 2
 
 
 def test_only_what_a_change_touches_is_done_again(finished, module_cache) -> None:
