@@ -200,6 +200,7 @@ class Bench:
 
 
 STREAMED = ("--offload", "--memory", "1GiB")  # so little that hidden states are spilled, too, where they are many
+BFLOAT16 = ("--dtype", "bfloat16")
 
 
 def reference(bench: Bench) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def blocks(bench: Bench) -> dict[str, Any]:
     for count in bench.size.blocks:
         shape = replace(bench.size.shape, blocks=count)
         model = bench.random_model(shape)
-        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED)
+        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED, *BFLOAT16)
         rows.append({"blocks": count, "checkpoint_bytes": ModelSource("", model).bytes_on_disk, **asdict(cost)})
     counts = [row["blocks"] for row in rows]
     fits = {key: line(counts, [row[key] for row in rows]) for key in ("seconds", "peak_rss_bytes")}
@@ -275,11 +276,10 @@ def large(bench: Bench) -> dict[str, Any]:
     """Peak memory of a model of 1.1B parameters against the bytes of its checkpoint, streamed."""
     model = bench.random_model(bench.size.large)
     checkpoint = ModelSource("", model).bytes_on_disk
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED, "--dtype", dtype)
-        share = cost.peak_rss_bytes / checkpoint
-        rows.append({"dtype": dtype, "checkpoint_bytes": checkpoint, **asdict(cost), "share_of_checkpoint": share})
+    cost = bench.ours(str(model), bench.size.large_samples, bench.size.length, *STREAMED, *BFLOAT16)
+    share = cost.peak_rss_bytes / checkpoint
+    row = {"blocks": bench.size.large.blocks, "checkpoint_bytes": checkpoint, **asdict(cost)}
+    rows = [row | {"share_of_checkpoint": share}]
     calibration = {"samples": bench.size.large_samples, "sequence_length": bench.size.length}
     return {"shape": asdict(bench.size.large), **calibration, "rows": rows}
 
@@ -355,49 +355,42 @@ def gemm(bench: Bench) -> dict[str, Any]:
     backward, for the gradient of its input. Attention, norms, the loss, scores and masks are not counted.
     """
     size = bench.size
-    models = {
-        size.model: (resolve_model(size.model, Progress(quiet=True)), size.samples),
-        "large": (ModelSource("", bench.random_model(size.large)), size.large_samples),
-    }
+    source, tokens = resolve_model(size.model, Progress(quiet=True)), size.samples * size.length
+    config, weights = source.config, pruned_weights(source)
+    head = (config["vocab_size"], config["hidden_size"])
     products: Rows = []
     rows: Rows = []
-    for name, (source, samples) in models.items():
-        config, tokens = source.config, samples * size.length
-        head = (config["vocab_size"], config["hidden_size"])
-        for dtype in ("float32", "bfloat16"):
-            seconds = {"blocks": 0.0, "head": 0.0}
-            for layer, (outputs, inputs) in {**shape_of(source), "head": head}.items():
-                rates = gemm_rates(outputs, inputs, size.length, getattr(torch, dtype), size.product_seconds)
-                products.append({"model": name, "layer": layer, "shape": [outputs, inputs], "dtype": dtype, **rates})
-                operations = 2 * outputs * inputs * tokens / 1e9
-                if layer == "head":
-                    seconds["head"] = operations * (1 / rates["forward"] + 1 / rates["input_gradient"])
-                else:
-                    once = 3 / rates["forward"] + 1 / rates["input_gradient"] + 1 / rates["weight_gradient"]
-                    seconds["blocks"] += config["num_hidden_layers"] * operations * once
-            mode = STREAMED if name == "large" else ()
-            location = str(source.folder)
-            cost = bench.ours(location, samples, size.length, "--dtype", dtype, *mode)
-            idle = bench.ours(location, samples, size.length, "--dtype", dtype, *mode, "--method", "magnitude")
-            weights = pruned_weights(source)
-            floor = seconds["blocks"] + seconds["head"]
-            rows.append(
-                {
-                    "model": name,
-                    "dtype": dtype,
-                    "tokens": tokens,
-                    "block_gflop": 10 * weights * tokens / 1e9,
-                    "head_gflop": 4 * head[0] * head[1] * tokens / 1e9,
-                    "gemm_gflop_per_second": 10 * weights * tokens / 1e9 / seconds["blocks"],
-                    "floor_seconds": floor,
-                    "of_it_head_seconds": seconds["head"],
-                    "seconds": cost.seconds,
-                    "processor_seconds": cost.processor_seconds,
-                    "magnitude_seconds": idle.seconds,
-                    "share_of_gemm": floor / cost.seconds,
-                    "share_of_gemm_less_magnitude": floor / (cost.seconds - idle.seconds),
-                }
-            )
+    for dtype in ("float32", "bfloat16"):
+        seconds = {"blocks": 0.0, "head": 0.0}
+        for layer, (outputs, inputs) in {**shape_of(source), "head": head}.items():
+            rates = gemm_rates(outputs, inputs, size.length, getattr(torch, dtype), size.product_seconds)
+            products.append({"layer": layer, "shape": [outputs, inputs], "dtype": dtype, **rates})
+            operations = 2 * outputs * inputs * tokens / 1e9
+            if layer == "head":
+                seconds["head"] = operations * (1 / rates["forward"] + 1 / rates["input_gradient"])
+            else:
+                once = 3 / rates["forward"] + 1 / rates["input_gradient"] + 1 / rates["weight_gradient"]
+                seconds["blocks"] += config["num_hidden_layers"] * operations * once
+        cost = bench.ours(size.model, size.samples, size.length, "--dtype", dtype)
+        idle = bench.ours(size.model, size.samples, size.length, "--dtype", dtype, "--method", "magnitude")
+        floor = seconds["blocks"] + seconds["head"]
+        rows.append(
+            {
+                "model": size.model,
+                "dtype": dtype,
+                "tokens": tokens,
+                "block_gflop": 10 * weights * tokens / 1e9,
+                "head_gflop": 4 * head[0] * head[1] * tokens / 1e9,
+                "gemm_gflop_per_second": 10 * weights * tokens / 1e9 / seconds["blocks"],
+                "floor_seconds": floor,
+                "of_it_head_seconds": seconds["head"],
+                "seconds": cost.seconds,
+                "processor_seconds": cost.processor_seconds,
+                "magnitude_seconds": idle.seconds,
+                "share_of_gemm": floor / cost.seconds,
+                "share_of_gemm_less_magnitude": floor / (cost.seconds - idle.seconds),
+            }
+        )
     return {"rows": rows, "gflop_per_second": products}
 
 
@@ -476,14 +469,13 @@ def draw(sections: dict[str, dict[str, Any]], path: Path) -> None:
             axis.set_xticks(range(len(rows)), labels)
             axis.legend()
         elif name in ("blocks", "large"):
-            key = "blocks" if name == "blocks" else "dtype"
-            labels = [str(row[key]) for row in rows]
+            labels = [str(row["blocks"]) for row in rows]
             for field, shift in (("checkpoint_bytes", -0.27), ("peak_rss_bytes", 0), ("peak_anonymous_bytes", 0.27)):
                 label = field.removesuffix("_bytes").replace("_", " ").replace("rss", "resident set")
                 axis.bar(np.arange(len(rows)) + shift, [row[field] / 1e6 for row in rows], 0.25, label=label)
             axis.set_xticks(range(len(rows)), labels)
-            title = "streamed, by blocks" if name == "blocks" else "streamed, largest model, by dtype"
-            axis.set(title=title, xlabel=key, ylabel="MB")
+            title = "streamed, by blocks" if name == "blocks" else "streamed, 1.1B parameters"
+            axis.set(title=title, xlabel="blocks", ylabel="MB")
             axis.legend()
         elif name == "methods":
             length = rows[0]["sequence_length"]
