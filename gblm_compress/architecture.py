@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.zeros import is_finite
 
 # Routers decide which expert runs; a pruned one changes the model's wiring, not its precision.
 ROUTERS = ("*router*", "*.gate", "*shared_expert_gate")
@@ -118,7 +119,7 @@ def check_finite(name: str, what: str, values: Tensor) -> None:
     """Raises:
     ModelError: `values` hold NaN or infinity; the message names the layer.
     """
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         bad = int((~torch.isfinite(values)).sum())
         advice = (
             "the checkpoint is damaged"

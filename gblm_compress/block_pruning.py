@@ -19,6 +19,7 @@ from gblm_compress.refinement import swap
 from gblm_compress.saliency import SALIENCIES, Statistics
 from gblm_compress.settings import PruneSettings
 from gblm_compress.updates import least_squares, obs, sparsegpt
+from gblm_compress.zeros import count_nonzeros, keep_only, positive_zeros
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ def prune_block_(
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach()
         pruned = _prune_layer(name, weight.float(), statistics[name], settings, budgets[name], alpha)
-        weight.copy_(pruned)
-        # A weight that was zero before is written too: it may be -0.0, and a zero here is always +0.0.
-        weight.masked_fill_(weight == 0, 0.0)
+        weight.copy_(positive_zeros(pruned.to(weight.dtype)))  # only now: a small weight may have become -0.0
     if settings.update == "reconstruct" and layers:
         assert block is not None and len(targets) == len(block.inputs), "the loop must pass the dense outputs"
         reconstruct_(
@@ -129,7 +128,7 @@ def _prune_layer(
         assert gram is not None
         keep = swap(weight, keep, gram, pattern)
     if settings.update == "none":
-        return weight.masked_fill(~keep, 0.0)
+        return keep_only(weight, keep)
     assert gram is not None
     update = obs if settings.update == "obs" else least_squares
     return update(weight, keep, gram, settings.damping)
@@ -139,6 +138,4 @@ def layer_result(layer: nn.Module, budget: Budget) -> LayerResult:
     """What a pruned layer is like now."""
     weight = weight_matrix(layer).detach()
     out_features, in_features = weight.shape
-    return LayerResult(
-        budget.pattern.name, (out_features, in_features), int(torch.count_nonzero(weight)), is_transposed(layer)
-    )
+    return LayerResult(budget.pattern.name, (out_features, in_features), count_nonzeros(weight), is_transposed(layer))

@@ -26,7 +26,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.ranks import Ranks
 from gblm_compress.settings import GradientNorm
 
-LOSS_TOKENS = 256
+LOSS_TOKENS = 128
 """Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
 
 

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Template
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from gblm_compress.checkpoint import keys, read_tensor
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.patterns import Pattern
 from gblm_compress.sources import ModelSource
+from gblm_compress.zeros import count_nonzeros, has_negative_zeros, is_finite
 
 MANIFEST = "gblm_manifest.json"
 PACKAGES = ("torch", "transformers", "safetensors")
@@ -167,11 +167,11 @@ def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:
         tensor = tensor.T
     if tensor.shape != shape:
         raise VerificationError(f"{name}: saved with shape {tuple(tensor.shape)}, the manifest says {shape}")
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise VerificationError(f"{name}: holds NaN or infinite values")
-    if ((tensor == 0) & torch.signbit(tensor)).any():
+    if has_negative_zeros(tensor):
         raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
     if violation := Pattern(layer["pattern"]).first_violation(tensor):
         raise VerificationError(f"{name}: breaks pattern {layer['pattern']} at {violation}")
-    if (nonzeros := int(torch.count_nonzero(tensor))) != layer["nonzeros"]:
+    if (nonzeros := count_nonzeros(tensor)) != layer["nonzeros"]:
         raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {layer['nonzeros']}")

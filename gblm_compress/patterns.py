@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNSTRUCTURED = "unstructured"
 PER_MATRIX = "unstructured-per-matrix"
 DENSE = "dense"
+FEW = 16  # scores in a group up to which comparing all pairs is faster than selecting
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,10 @@ def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
         Boolean [groups, size] with exactly `keep` True in each row.
     """
     size = score.shape[1]
-    threshold = score.kthvalue(size - keep + 1, dim=1, keepdim=True).values
-    kept = score >= threshold
+    if size <= FEW:
+        kept = _fewer_are_larger(score, keep)
+    else:
+        kept = score >= score.kthvalue(size - keep + 1, dim=1, keepdim=True).values
     tied = (kept.sum(1) != keep).nonzero().squeeze(1)
     if len(tied):  # only where equal scores straddle the threshold is a full order needed
         by_magnitude = magnitude[tied].argsort(dim=1, descending=True, stable=True)
@@ -132,3 +135,16 @@ def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
         winners = by_magnitude.gather(1, by_score[:, :keep])
         kept[tied] = kept.new_zeros(len(tied), size).scatter_(1, winners, True)
     return kept
+
+
+def _fewer_are_larger(score: Tensor, than: int) -> Tensor:
+    """Where fewer than that many of the row are larger [groups, size]: all pairs are compared, a column at a time."""
+    import torch
+
+    columns = score.T.contiguous()
+    larger = columns.new_zeros(columns.shape, dtype=torch.int8)
+    for first in range(len(columns)):
+        for second in range(first):
+            larger[first] += columns[second] > columns[first]
+            larger[second] += columns[first] > columns[second]
+    return (larger < than).T.contiguous()

@@ -38,6 +38,7 @@ from gblm_compress.run_folder import RunFolder
 from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.sources import ModelSource
 from gblm_compress.walk import Walk
+from gblm_compress.zeros import count_nonzeros, keep_only, positive_zeros
 
 SHARE_OF_FREE_MEMORY = 0.8
 """What a run takes of the memory that is free when it starts, unless it is told."""
@@ -357,9 +358,9 @@ def _save(
         stored = checkpoint.read(name)
         computed = run.finished_layer(blocks[layer], layer)
         # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
-        weight = computed.to(stored.dtype) if walk.settings.updates else stored.masked_fill(computed == 0, 0.0)
-        weight = weight.masked_fill(weight == 0, 0.0)
-        results[layer] = replace(layers[layer], nonzeros=int(torch.count_nonzero(weight)))
+        updated = walk.settings.updates
+        weight = positive_zeros(computed.to(stored.dtype)) if updated else keep_only(stored, computed != 0)
+        results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
     with artifact.atomic_folder(output, inside=run.folder) as temporary:

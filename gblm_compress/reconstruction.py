@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from gblm_compress.calibration import Block, only_requires_grad
 from gblm_compress.fitting import Fit, fit
+from gblm_compress.zeros import positive_zeros
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -72,8 +73,7 @@ def autocast(device: torch.device, compute: str) -> torch.autocast:
 def write_(weights: dict[str, Tensor], fitted: dict[str, Tensor]) -> None:
     """Copy fitted weights into the model's own, in their dtype; zeros are +0.0."""
     for key, weight in weights.items():
-        weight.copy_(fitted[key])
-        weight.masked_fill_(weight == 0, 0.0)
+        weight.copy_(positive_zeros(fitted[key].to(weight.dtype)))
 
 
 def _like(masters: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:

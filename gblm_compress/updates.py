@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gblm_compress.gram import DAMPING, damped, inverse_factor
 from gblm_compress.patterns import Pattern
+from gblm_compress.zeros import keep_only
 
 COLUMNS = 128
 """Columns between two propagations of the accumulated error to the rest of the matrix."""
@@ -76,7 +77,7 @@ def _propagate(
             result[:, column:right] -= error.unsqueeze(1) * factor[column, column:right]
             errors[:, column - left] = error
         result[:, right:] -= errors @ factor[left:right, right:]
-    return result.masked_fill_(~mask, 0.0), mask
+    return keep_only(result, mask), mask
 
 
 def least_squares(
