@@ -255,7 +255,8 @@ def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettin
     """Raises:
     UsageError: it must stay on disk, and distillation needs it in memory.
     """
-    host = resources.memory or int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+    free = psutil.virtual_memory().available // ranks.processes_here()
+    host = resources.memory or int(SHARE_OF_FREE_MEMORY * free)
     on_cpu = device == "cpu"
     room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
     needed = size.weights + size.working

@@ -101,6 +101,11 @@ def joined(device: str) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
+def processes_here() -> int:
+    """How many processes of the run share this machine, and so its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def device_of_rank(device: str) -> str:
     """`cuda` as the GPU of this process, where torchrun has started one for each."""
     local = os.environ.get("LOCAL_RANK")

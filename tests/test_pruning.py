@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -344,3 +345,14 @@ def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
     plan = pruning._memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu")
     assert not plan.by_sample and not plan.offload
     assert not pruning._memory_plan(size, ResourceSettings(memory=enough, offload=True), settings, "cpu").by_sample
+
+
+def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
+    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
+    size = pruning._Size(tiny("llama"), "float32", settings, text)
+    monkeypatch.setattr(pruning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    plan = pruning._memory_plan(size, ResourceSettings(), settings, "cpu")
+    assert plan.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
+    plan = pruning._memory_plan(size, ResourceSettings(memory=10**9), settings, "cpu")
+    assert plan.states + size.weights + size.working == 10**9
