@@ -1,6 +1,6 @@
 """Pruning of one block: measure, score, mask, refine the mask, update the survivors.
 
-Everything that decides about the weights of a block happens here; the loop over the blocks is in `pruning.py`.
+Everything that decides about the weights of a block happens here; the loop over the blocks is in `walk.py`.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ that each `Block` sees the output of the blocks before it as they are *after* pr
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,9 +25,9 @@ from gblm_compress.ranks import Ranks
 class BlockCalls:
     """How a model calls its blocks, and what it does before and after them.
 
-    The arguments of every block (masks, position embeddings, …) are recorded from real forward passes of
-    the whole model and replayed; they are not rebuilt. Two samples are recorded, so that an architecture
-    whose block arguments depend on the text, or whose blocks do not form a chain, is refused instead of
+    The arguments of every block (masks, position embeddings, …) are recorded from forward passes of the model, in
+    which only the first block computes, and replayed; they are not rebuilt. Two samples are recorded, so that an
+    architecture whose block arguments depend on the text, or whose blocks do not form a chain, is refused instead of
     calibrated wrongly.
 
     Args:
@@ -71,7 +71,7 @@ class BlockCalls:
         model, path = self._weights.model, self._weights.prefix
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
-        stand_in = _StandIn(self._weights.blocks[0], instead, self.calls[0].returns_tuple)
+        stand_in = _StandIn(self._weights.blocks[0], instead, self.calls[0].beside)
         blocks = getattr(holder, name)
         setattr(holder, name, nn.ModuleList([stand_in]))
         try:
@@ -177,20 +177,21 @@ def sum_over_inputs(
     """
     sums: dict[str, Tensor] = {}
     ran: Counter[str] = Counter()  # in the sample at work
-    latest: tuple[Tensor, Tensor | None, Tensor] | None = None  # an input, and a sum before and after it
+    latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = None  # an input, a sum before and after it, whose
     whole = True  # the first sample goes through the whole block: who knows whether a layer is called again
 
     def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal latest
         ran[name] += 1
         before = sums.get(name)
-        if latest and args[0] is latest[0] and before is latest[1]:
+        if latest and args[0] is latest[0] and before is latest[1] and name not in latest[3]:
             sums[name] = latest[2]
+            latest[3].add(name)
         else:
             shared = before is not None and sum(total is before for total in sums.values()) > 1
             own = before.clone() if before is not None and shared else before
             sums[name] = add(own, args[0].detach().reshape(-1, args[0].shape[-1]).float())
-            latest = (args[0], before, sums[name])
+            latest = (args[0], before, sums[name], {name})
         if not whole and len(ran) == len(layers):
             raise _AllLayersReached
 
@@ -199,7 +200,7 @@ def sum_over_inputs(
             ran.clear()
             with suppress(_AllLayersReached):
                 block.run(hidden)
-            whole = whole and (len(ran) < len(layers) or max(ran.values()) > 1)
+            whole = whole and (len(ran) < len(layers) or ran.total() > len(layers))
     if missing := sorted(set(layers) - set(sums)):
         raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
     block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())
@@ -210,12 +211,16 @@ def sum_over_inputs(
 
 @dataclass
 class _Call:
-    """One block's recorded arguments, less the hidden states: positional ones after them, and keywords."""
+    """One block's recorded arguments, less the hidden states: positional ones after them, and keywords.
+
+    Attributes:
+        beside: what a block returns after the hidden states; None if it returns nothing but those, and no tuple.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_is_keyword: bool
-    returns_tuple: bool = False
+    beside: tuple[Any, ...] | None = None
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         if self.hidden_is_keyword:
@@ -241,9 +246,9 @@ class _AllLayersReached(Exception):
 class _StandIn(nn.Module):
     """Takes the place of all blocks; what a model asks of a block beside calling it, the first block answers."""
 
-    def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], returns_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], beside: tuple[Any, ...] | None) -> None:
         super().__init__()
-        self._block, self._instead, self._returns_tuple = [block], instead, returns_tuple
+        self._block, self._instead, self._beside = [block], instead, beside
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -253,7 +258,7 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self._instead(_split_call(args, kwargs)[0])
-        return (output,) if self._returns_tuple else output
+        return output if self._beside is None else (output, *self._beside)
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Call]:
@@ -287,13 +292,21 @@ def _record_calls(weights: Weights, ids: Tensor) -> list[_Call]:
                     f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
                     "its input; architectures whose blocks do not form a chain are not supported"
                 )
-            output = -hidden if calls else compute(*args, **kwargs)
-            latest[:] = [_hidden_output(output)]
-            call.returns_tuple = calls[0].returns_tuple if calls else isinstance(output, tuple)
+            if any(isinstance(value, MutableMapping) and not value for value in (*call.args, *call.kwargs.values())):
+                raise ModelError(
+                    f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
+                    "something on beside the hidden states; such architectures are not supported"
+                )
+            if calls:
+                output, call.beside = -hidden, calls[0].beside
+            else:
+                returned = compute(*args, **kwargs)
+                output, call.beside = _hidden_output(returned), returned[1:] if isinstance(returned, tuple) else None
+            latest[:] = [output]
             calls.append(call)
             if block is blocks[-1]:
                 raise _LastBlockReached
-            return (output,) if call.returns_tuple and not isinstance(output, tuple) else output
+            return output if call.beside is None else (output, *call.beside)
 
         for block in blocks:
             within.enter_context(_forward(block, partial(record, block)))

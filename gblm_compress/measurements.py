@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gblm_compress import artifact, sources
+from gblm_compress.errors import OutputError
 
 FILE = "measurements.json"  # {machine: {what: result}}
 T = TypeVar("T", int, str)
@@ -23,10 +25,11 @@ def remembered(machine: str, what: str, measure: Callable[[], T]) -> T:
     known = _known(path, machine)
     if what not in known:
         known[what] = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stored = _read(path)  # again: another process may have added to it
-        stored[machine] = stored.get(machine, {}) | known
-        artifact.write_text(path, json.dumps(stored, indent=2) + "\n")
+        with suppress(OSError, OutputError):  # a cache that cannot be written makes nothing but the next start slower
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = _read(path)  # again: another process may have added to it
+            stored[machine] = stored.get(machine, {}) | known
+            artifact.write_text(path, json.dumps(stored, indent=2) + "\n")
     result: T = known[what]
     return result
 

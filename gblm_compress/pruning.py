@@ -47,11 +47,6 @@ FIT_BYTES = 24
 """For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
 
 
-ACTIVATIONS = 40
-"""Numbers that autograd keeps of a block for each token, over the hidden size: 18 for Llama, 28 for GPT-2, 40 and more
-where attention keeps its probabilities."""
-
-
 @dataclass(frozen=True)
 class PruneResult:
     """The outcome of the stage. Only the two measurements differ between runs with the same seed."""
@@ -112,14 +107,14 @@ def prune(
     artifact.check_output(output, force)
     sources.check_not_export(source, "prune")
     device = ranks.device_of_rank(sources.choose_device(device))
-    dtype = _choose_dtype(dtype, source, device)
     tokenizer = sources.load_tokenizer(source)
     samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = text.fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
+        dtype = _choose_dtype(dtype, source, device, group)
         size = _Size(source, dtype, settings, calibration)
-        plan = _memory_plan(size, resources, settings, device)
+        plan = _memory_plan(size, resources, settings, device, group)
         identity = {
             "model": source.fingerprint,
             "settings": settings.model_dump(mode="json"),
@@ -131,7 +126,7 @@ def prune(
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         with _kept_where_resuming_helps(run, resume, progress):
-            _check_disk(run.folder, size, settings, plan.states)
+            _check_disk(run.folder, size, settings, plan)
             place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
             weights: Weights
@@ -192,7 +187,11 @@ def prune_(
 
 
 class _Size:
-    """How large a model and what is measured on it are, in bytes, as far as its config and files tell."""
+    """How large a model and what is measured on it are, in bytes, as far as its config and files tell.
+
+    Attributes:
+        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if config.json is silent.
+    """
 
     def __init__(
         self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
@@ -201,22 +200,30 @@ class _Size:
         config = source.config
         blocks = config.get("num_hidden_layers") or config.get("n_layer") or 1
         hidden = config.get("hidden_size") or config.get("n_embd") or 0
+        heads = config.get("num_attention_heads") or config.get("n_head") or 0
+        inner = config.get("intermediate_size") or 4 * hidden
         vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
+        of_whole_model = bool(settings.distillation_epochs)
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
         self.outside_blocks = 2 * vocabulary * hidden * itemsize
         self.block = self.weights // blocks
         self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
-        self.activations = ACTIVATIONS * blocks * length * hidden * itemsize
-        states = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
-        self.states = states * (blocks + 1 if settings.needs_gradients else 2 + (settings.update == "reconstruct"))
-        fitted = self.weights if settings.distillation_epochs else self.block if settings.update == "reconstruct" else 0
+        self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
+        place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
+        self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
+        self._states_of_pruning = (2 + (settings.update == "reconstruct")) * place
+        fitted = self.weights if of_whole_model else self.block if settings.update == "reconstruct" else 0
         self.working = (
             self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
             + FIT_BYTES * fitted // itemsize
-            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
-            + self.activations // blocks
+            + 12 * (length if of_whole_model else min(length, LOSS_TOKENS)) * vocabulary  # logits and their gradients
+            + (self.activations if of_whole_model else self.activations // blocks)
         )
+
+    def states(self, by_sample: bool) -> int:
+        """Hidden states at the places where they are kept at the same time."""
+        return max(0 if by_sample else self._states_of_gradients, self._states_of_pruning)
 
 
 @dataclass(frozen=True)
@@ -234,11 +241,12 @@ class _Plan:
     by_sample: bool
 
 
-def _choose_dtype(requested: str, source: ModelSource, device: str) -> str:
-    """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what this CPU multiplies faster."""
+def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:
+    """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what the CPUs of all ranks multiply faster."""
     if requested == "auto" and device == "cpu" and sources.stored_dtype(source) == "bfloat16":
         what = f"dtype of products on {torch.get_num_threads()} threads"
-        return remembered(f"{cpu_name()}, torch {torch.__version__}", what, _faster_dtype)
+        faster = remembered(f"{cpu_name()}, torch {torch.__version__}", what, _faster_dtype)
+        return "bfloat16" if group.every(faster == "bfloat16", torch.device(device)) else "float32"
     return sources.choose_dtype(requested, source, device)
 
 
@@ -251,7 +259,7 @@ def _faster_dtype() -> str:
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
-def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str) -> _Plan:
+def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks) -> _Plan:
     """Raises:
     UsageError: it must stay on disk, and distillation needs it in memory.
     """
@@ -266,20 +274,21 @@ def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettin
             f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
             "be used; give more --memory, or leave the distillation out (--preset balanced)"
         )
+    by_sample = not offload and size.activations > 0 and needed + size.gradients + size.activations <= room
     held = (size.outside_blocks + size.block if offload else size.weights) + size.working
     return _Plan(
         offload=offload,
         states=max(0, host - held) if on_cpu else host,
-        by_sample=not offload and needed + size.gradients + size.activations <= room,
+        by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
     )
 
 
-def _check_disk(folder: Path, size: _Size, settings: PruneSettings, budget: int) -> None:
+def _check_disk(folder: Path, size: _Size, settings: PruneSettings, plan: _Plan) -> None:
     """Raises:
     UsageError: less is free than output, gradients, finished blocks and hidden states may need.
     """
     blocks = size.weights * (2 if settings.distillation_epochs else 1)
-    needed = size.checkpoint + blocks + size.gradients + max(0, size.states - budget)
+    needed = size.checkpoint + blocks + size.gradients + max(0, size.states(plan.by_sample) - plan.states)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UsageError(

@@ -62,6 +62,10 @@ class Ranks:
         self.sum_([value])
         return int(value)
 
+    def every(self, yes: bool, device: torch.device) -> bool:
+        """Whether it holds on all ranks."""
+        return self.total(int(yes), device) == self.size
+
     def wait(self) -> None:
         """Go on once every rank is here.
 

@@ -44,6 +44,7 @@ def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float 
     got = attention(layer(), *inputs, None, scaling=scale)[0]
     expected = by_definition(*inputs, scale or 0.25)  # 0.25 = 1/√16
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    assert got.is_contiguous()  # as torch's; some models take a view of it
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
     for one, other in zip(
         torch.autograd.grad(got, inputs, upstream),
@@ -57,6 +58,18 @@ def test_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
     inputs = heads(300, torch.bfloat16)
     got = attention(layer(), *inputs, None)[0]
     torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_too_large_for_bfloat16_are_left_to_torch(autocast: bool) -> None:
+    """As keys with a bias have: rounded to 8 bits, scores of 200 would put the output off by a tenth."""
+    query, key, value = (x.detach() for x in heads(300))
+    inputs = [query + 20, key + 2, value]
+    rounded = [x.bfloat16() for x in inputs]
+    expected = by_definition(*rounded, 0.25)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = attention(layer(), *(inputs if autocast else rounded), None)[0]
+    assert (got.double() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -90,7 +103,10 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
     attention(layer(), *heads(1), None)
     attention(layer(), *heads(513), None)
     attention(layer(), *(x.half() for x in (q, k, v)), None)
-    assert len(left) == 9
+    attention(layer(), q[:, :, :10], k, v, None)  # a cache
+    attention(layer(), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
+    attention(layer(), q, k, v.repeat(1, 3, 1, 1), None)
+    assert len(left) == 12
     assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[3][1]["position_bias"] is mask
 
 

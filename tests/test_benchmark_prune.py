@@ -184,9 +184,14 @@ def test_line(script) -> None:
     assert script.line([0, 1, 2], [0.0, 1.0, 0.0])["r2"] == pytest.approx(0)
 
 
-def test_mask_agreement_counts_weights_of_the_masked_layers(script, tmp_path) -> None:
-    save_file({"a": torch.tensor([[True, False], [True, True]])}, tmp_path / "masks.safetensors")
-    (tmp_path / "pruned").mkdir()
-    weights = {"a.weight": torch.tensor([[0.5, 0.0], [0.0, -1.0]]), "b.weight": torch.zeros(3, 3)}
-    save_file(weights, tmp_path / "pruned" / "model.safetensors")
-    assert script.mask_agreement(tmp_path / "pruned", tmp_path / "masks.safetensors") == 0.75
+def test_mask_agreement_counts_weights_of_the_masked_layers_that_were_not_zero(script, tmp_path) -> None:
+    save_file({"a": torch.tensor([[True, False, True], [True, True, False]])}, tmp_path / "masks.safetensors")
+    others = {"b.weight": torch.zeros(3, 3)}
+    for name, weight in (
+        ("dense", torch.tensor([[0.5, 1.0, 0.0], [2.0, -1.0, 0.0]])),
+        ("pruned", torch.tensor([[0.5, 0.0, 0.0], [0.0, -1.0, 0.0]])),
+    ):
+        (tmp_path / name).mkdir()
+        save_file({"a.weight": weight} | others, tmp_path / name / "model.safetensors")
+    folders = (tmp_path / "pruned", tmp_path / "masks.safetensors", tmp_path / "dense")
+    assert script.mask_agreement(*folders) == 0.75

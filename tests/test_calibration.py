@@ -113,6 +113,43 @@ def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
     assert all("forward" not in vars(block) for block in model.model.layers)
 
 
+def test_what_blocks_return_beside_the_hidden_states_is_given_back(monkeypatch) -> None:
+    """A model that unpacks what its blocks return, as Bamba does."""
+    model, ids = tiny_model("llama"), samples()
+    expected = replay(model, ids)
+    expected.advance(0)
+    seen = []
+    for block in model.model.layers:
+        monkeypatch.setattr(block, "forward", lambda *a, run=block.forward, **k: (run(*a, **k), "weights"))
+
+    class Unpack(torch.nn.ModuleList):
+        def __getitem__(self, index):
+            def unpacking(block):
+                def call(*args, **kwargs):
+                    hidden, beside = block(*args, **kwargs)
+                    seen.append(beside)
+                    return hidden
+
+                return call
+
+            return [unpacking(block) for block in super().__getitem__(index)]
+
+    original = model.model.layers
+    model.model.layers = Unpack(original)
+    got = replay(model, ids)
+    got.advance(0)
+    assert all(torch.equal(one, other) for one, other in zip(got.hidden, expected.hidden, strict=True))
+    assert seen and set(seen) == {"weights"}
+
+
+def test_a_mapping_that_blocks_fill_for_each_other_is_refused() -> None:
+    model, ids = tiny_model("llama"), samples()
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda m, a, k: (a, {**k, "shared": {}}), with_kwargs=True)
+    with pytest.raises(ModelError, match="block 0 gets an empty mapping"):
+        replay(model, ids)
+
+
 def test_arguments_that_depend_on_the_text_are_refused() -> None:
     model, ids = tiny_model("llama"), samples()
     _, blocks = find_blocks(model)

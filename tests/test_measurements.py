@@ -39,3 +39,10 @@ def test_what_another_process_measured_is_not_lost(folder) -> None:
         "machine": {"shape": 1, "other": "theirs", "third": 2},
         "theirs": {"shape": 3},
     }
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    measurements._known.cache_clear()
+    assert measurements.remembered("machine", "shape", lambda: 4) == 4

@@ -20,6 +20,7 @@ from gblm_compress.evaluation import mean_kl
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune, prune_
+from gblm_compress.ranks import Ranks
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.sources import CACHE_VARIABLE, ModelSource
 from gblm_compress.tiny import tiny_model
@@ -332,19 +333,50 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
     assert len(measured) == (stored == "bfloat16")
 
 
-def test_the_faster_dtype_is_one_of_the_two() -> None:
-    assert pruning._faster_dtype() in ("bfloat16", "float32")
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_the_faster_dtype_is_that_of_the_faster_product(faster, monkeypatch) -> None:
+    seconds = {torch.bfloat16: 3.0, torch.float32: 3.0} | {getattr(torch, faster): 2.0}
+    times = lambda product, number, repeat: [0.0] + [seconds[product().dtype]] * (repeat - 1)  # noqa: E731
+    monkeypatch.setattr(pruning.timeit, "repeat", times)
+    assert pruning._faster_dtype() == faster
+
+
+def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
+    """What does not hold on every rank is not done."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(pruning, "_faster_dtype", lambda: "bfloat16")
+    monkeypatch.setattr(sources, "stored_dtype", lambda source: "bfloat16")
+    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
+    size = pruning._Size(tiny("llama"), "float32", settings, text)
+    for others in (True, False):
+        group = Ranks(0, 2)
+        monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
+        assert pruning._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
+        assert pruning._memory_plan(size, ResourceSettings(), settings, "cpu", group).by_sample is others
+
+
+def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
+    text = CalibrationSettings(samples=2, sequence_length=512)
+    one, whole = (
+        pruning._Size(tiny("llama"), "float32", PruneSettings(method="wanda", distillation_epochs=epochs), text)
+        for epochs in (0, 1)
+    )
+    vocabulary = tiny("llama").config["vocab_size"]
+    fit = pruning.FIT_BYTES * whole.weights // 4
+    assert whole.working - one.working == 12 * (512 - 128) * vocabulary + whole.activations // 2 + fit
 
 
 def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
     settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
     size = pruning._Size(tiny("llama"), "float32", settings, text)
     enough = size.weights + size.working + size.gradients + size.activations
-    plan = pruning._memory_plan(size, ResourceSettings(memory=enough), settings, "cpu")
+    plan = pruning._memory_plan(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
     assert plan.by_sample and not plan.offload
-    plan = pruning._memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu")
+    plan = pruning._memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
     assert not plan.by_sample and not plan.offload
-    assert not pruning._memory_plan(size, ResourceSettings(memory=enough, offload=True), settings, "cpu").by_sample
+    assert not pruning._memory_plan(
+        size, ResourceSettings(memory=enough, offload=True), settings, "cpu", Ranks()
+    ).by_sample
 
 
 def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
@@ -352,7 +384,7 @@ def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monke
     size = pruning._Size(tiny("llama"), "float32", settings, text)
     monkeypatch.setattr(pruning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    plan = pruning._memory_plan(size, ResourceSettings(), settings, "cpu")
+    plan = pruning._memory_plan(size, ResourceSettings(), settings, "cpu", Ranks())
     assert plan.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
-    plan = pruning._memory_plan(size, ResourceSettings(memory=10**9), settings, "cpu")
+    plan = pruning._memory_plan(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
     assert plan.states + size.weights + size.working == 10**9
