@@ -5,10 +5,10 @@
 Written from arXiv 2311.04902, Algorithm 1. The whole model is in memory and every parameter of it gets a gradient. Each
 sample runs forwards and backwards, after which its gradients are added to two accumulators of all weights, Σ|g| and
 Σg²: the published script fills both, whichever is used. (There the first is in half precision, 2 bytes a weight less
-than here; half precision would not let the masks be compared. Nor would norms of columns that are squared again, as there:
-they round to 2e-6 where sums of squares round to 4e-7, and one weight that changes places in an early block changes
-thousands in the last.) Then, as in Wanda, block by block: a forward pass of all samples measures activation norms,
-|W|·(A + α·G) is scored, the lowest are set to zero, and a second forward pass gives the inputs of the next block.
+than here; half precision would not let the masks be compared. Nor would norms of columns that are squared again, as
+there: they round to 2e-6 where sums of squares round to 4e-7, and one weight that changes places in an early block
+changes thousands in the last.) Then, as in Wanda, block by block: a forward pass of all samples measures activation
+norms, |W|·(A + α·G) is scored, the lowest are set to zero, and a second forward pass gives the next block's inputs.
 
 Models and text come from `gblm_compress`; nothing else does.
 """
