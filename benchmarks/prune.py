@@ -452,11 +452,15 @@ def draw(sections: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [name for name in SECTIONS if name in sections]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.8), squeeze=False, layout="constrained")
-    for name, axis in zip(shown, axes[0], strict=True):
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure, axes = plt.subplots(down, across, figsize=(5 * across, 3.8 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for name, axis in zip(shown, axes.flat, strict=False):
         rows = sections[name]["rows"]
         if name == "reference":
-            labels = [row["execution"].replace(", ", ",\n") for row in rows]
+            labels = [row["execution"].removeprefix("ours, ").replace(", ", "\n") for row in rows]
             base = rows[0]
             for key, shift in (("seconds", -0.2), ("peak_rss_bytes", 0.2)):
                 bars = axis.bar(
@@ -467,9 +471,9 @@ def draw(sections: dict[str, dict[str, Any]], path: Path) -> None:
                 )
                 axis.bar_label(bars, fmt="%.2f")
             axis.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-            axis.set(title="beside the paper's procedure", ylabel="share of the reference")
+            axis.set(title="beside the paper's procedure", ylabel="share of the reference", ylim=(0, 1.35))
             axis.set_xticks(range(len(rows)), labels)
-            axis.legend()
+            axis.legend(loc="upper right", ncols=2)
         elif name in ("blocks", "large"):
             labels = [str(row["blocks"]) for row in rows]
             for field, shift in (("checkpoint_bytes", -0.27), ("peak_rss_bytes", 0), ("peak_anonymous_bytes", 0.27)):
