@@ -23,6 +23,13 @@ def layer(groups: int = 3) -> SimpleNamespace:
     return SimpleNamespace(is_causal=True, num_key_value_groups=groups)
 
 
+@pytest.fixture
+def exact(monkeypatch) -> None:
+    """Chunks in float32, where nothing but the order of the sums differs from torch's kernel."""
+    monkeypatch.setattr(module, "in_bfloat16", lambda query: True)
+    monkeypatch.setattr(module, "LARGEST", float("inf"))
+
+
 def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(QKᵀ·scale)V over the past, one head and one query at a time, in float64."""
     query, key, value = query.double(), key.double(), value.double()
@@ -39,7 +46,7 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 @pytest.mark.parametrize("length", [2, 7, 128, 130, 300])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float | None) -> None:
+def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float | None, exact) -> None:
     inputs = heads(length)
     got = attention(layer(), *inputs, None, scaling=scale)[0]
     expected = by_definition(*inputs, scale or 0.25)  # 0.25 = 1/√16
@@ -73,7 +80,7 @@ def test_scores_too_large_for_bfloat16_are_left_to_torch(autocast: bool) -> None
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_models_give_the_same_logits(kind: str, monkeypatch) -> None:
+def test_models_give_the_same_logits(kind: str, monkeypatch, exact) -> None:
     monkeypatch.setattr(module, "CHUNK", 7)
     model, ids = tiny_model(kind), samples()[0]
     calls = []
@@ -89,7 +96,7 @@ def test_models_give_the_same_logits(kind: str, monkeypatch) -> None:
 def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> None:
     left = []
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append((a[4], k)))
-    q, k, v = heads(24)
+    q, k, v = heads(24, torch.bfloat16)
     mask = torch.zeros(1, 1, 24, 24)
     for arguments in (
         {"attention_mask": mask},
@@ -100,14 +107,24 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
         {"s_aux": torch.zeros(6)},
     ):
         attention(layer(), q, k, v, **{"attention_mask": None, **arguments})
-    attention(layer(), *heads(1), None)
-    attention(layer(), *heads(513), None)
-    attention(layer(), *(x.half() for x in (q, k, v)), None)
+    attention(layer(), *heads(1, torch.bfloat16), None)
+    attention(layer(), *heads(2049, torch.bfloat16), None)
+    for other in (torch.float32, torch.float16):
+        attention(layer(), *(x.to(other) for x in (q, k, v)), None)
     attention(layer(), q[:, :, :10], k, v, None)  # a cache
     attention(layer(), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
     attention(layer(), q, k, v.repeat(1, 3, 1, 1), None)
-    assert len(left) == 12
+    assert len(left) == 13
     assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[3][1]["position_bias"] is mask
+
+
+def test_products_under_autocast_are_in_its_dtype(monkeypatch) -> None:
+    left = []
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append(a))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attention(layer(), *heads(24), None)[0]
+    torch.testing.assert_close(got.double(), by_definition(*heads(24), 0.25), rtol=0.03, atol=0.03)
+    assert got.dtype == torch.bfloat16 and not left
 
 
 def test_what_transformers_registered_is_in_force_again() -> None:
