@@ -48,6 +48,7 @@ class RunFolder:
         self.folder, self._ranks = folder, ranks
         self.states = folder / "states" / str(ranks.rank)
         known = self._read()
+        files = {path.stem for path in folder.glob("*.safetensors")}
         same = bool(known) and known["identity"] == identity
         self.resumed = same and resume is not False
         if known and resume and not same:
@@ -56,15 +57,20 @@ class RunFolder:
                 f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "
                 "then, or leave out --resume to start anew"
             )
+        # What is there is asked now, and kept up in memory: later the first rank may be ahead of the others by a file.
+        self._content: dict[str, Any] = known if self.resumed else {"identity": identity, "budgets": None}
+        self._files = files if self.resumed else set()
         ranks.wait()  # before the first rank changes anything
         try:
             if ranks.is_first:
                 if not self.resumed:
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir(parents=True)
-                    self._write({"identity": identity, "budgets": None})
                 shutil.rmtree(folder / "states", ignore_errors=True)
-            ranks.wait()
+            if self.resumed:
+                ranks.wait()
+            else:
+                self._write()
             self.states.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
@@ -72,20 +78,18 @@ class RunFolder:
     @property
     def budgets(self) -> dict[str, Budget] | None:
         """The budget of each layer, once it was decided."""
-        stored = self._read()["budgets"]
+        stored = self._content["budgets"]
         return stored and {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
 
     @budgets.setter
     def budgets(self, budgets: dict[str, Budget]) -> None:
-        if self._ranks.is_first:
-            plain = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
-            self._write(self._read() | {"budgets": plain})
-        self._ranks.wait()
+        self._content["budgets"] = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
+        self._write()
 
     @property
     def distilled(self) -> bool:
         """Whether the finished blocks hold the weights of the distillation already."""
-        return bool(self._read().get("distilled"))
+        return bool(self._content.get("distilled"))
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         """Keep the gradient norms {layer name: G} of a block."""
@@ -97,17 +101,18 @@ class RunFolder:
 
     def has_gradients(self, block: int) -> bool:
         """Whether the block's gradients were measured, or are not needed any more."""
-        return self._path(f"gradients-{block}").exists() or self.has_finished(block)
+        return f"gradients-{block}" in self._files or self.has_finished(block)
 
     def finish(self, block: int, weights: dict[str, Tensor]) -> None:
         """Keep the final weights {layer name: weight in its stored layout} of a block."""
         self._save(f"block-{block}", weights)
+        self._files.discard(f"gradients-{block}")
         if self._ranks.is_first:
             self._path(f"gradients-{block}").unlink(missing_ok=True)
 
     def has_finished(self, block: int) -> bool:
         """Whether the block is pruned."""
-        return self._path(f"block-{block}").exists()
+        return f"block-{block}" in self._files
 
     def finished(self, block: int) -> dict[str, Tensor]:
         """The final weights of a finished block."""
@@ -125,7 +130,8 @@ class RunFolder:
         """Keep the weights of all blocks after the distillation in place of those before: all of them, or none."""
         for block, weights in enumerate(per_block):
             self._save(f"distilled-{block}", weights)
-        self._write(self._read() | {"distilled": True})
+        self._content["distilled"] = True
+        self._write()
 
     def remove(self) -> None:
         """The run is over."""
@@ -142,15 +148,18 @@ class RunFolder:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self._ranks.is_first:
             save_durably(self._path(name), tensors)
+        self._files.add(name)
         self._ranks.wait()
 
     def _load(self, name: str) -> dict[str, Tensor]:
         path = self._path(name)
-        return {key: read_tensor(path, key) for key in keys(path)} if path.exists() else {}
+        return {key: read_tensor(path, key) for key in keys(path)} if name in self._files else {}
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / IDENTITY
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def _write(self, content: dict[str, Any]) -> None:
-        artifact.write_text(self.folder / IDENTITY, json.dumps(content, indent=2) + "\n")
+    def _write(self) -> None:
+        if self._ranks.is_first:
+            artifact.write_text(self.folder / IDENTITY, json.dumps(self._content, indent=2) + "\n")
+        self._ranks.wait()

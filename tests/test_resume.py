@@ -6,15 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
 from gblm_compress import artifact, calibration, manifest, pruning
+from gblm_compress.allocation import Budget
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
+from gblm_compress.ranks import Ranks
+from gblm_compress.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tiny import tiny_model
 
@@ -200,3 +208,35 @@ def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monke
 def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(tiny, tmp_path, prose) -> None:
     with pytest.raises(UsageError, match="distillation works on the whole model.*--memory"):
         run(tiny("llama"), tmp_path / "out", prose, offload=True, **FITTED)
+
+
+def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -> None:
+    """Else it would take what the first rank has just written for finished, and not be where the first waits."""
+    barrier, folder, budgets = threading.Barrier(2), tmp_path / "run", {"a": Budget(Pattern("2:4"), 0.5)}
+
+    class Threads(Ranks):
+        def wait(self) -> None:
+            barrier.wait(timeout=20)
+
+    def until(there) -> None:
+        deadline = time.monotonic() + 20
+        while not there():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def first() -> None:
+        run = RunFolder(folder, {}, False, Threads(0, 2))
+        run.budgets = budgets
+        run.finish(0, {"a": torch.ones(2)})
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(first)
+        run = RunFolder(folder, {}, False, Threads(1, 2))
+        until(lambda: '"2:4"' in (folder / "run.json").read_text())
+        assert run.budgets is None
+        run.budgets = budgets
+        until(lambda: (folder / "block-0.safetensors").exists())
+        assert not run.has_finished(0)
+        run.finish(0, {"a": torch.ones(2)})
+        ahead.result(timeout=20)
+    assert run.budgets == budgets and run.has_finished(0) and list(run.finished(0)) == ["a"]
