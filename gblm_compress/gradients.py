@@ -64,7 +64,10 @@ def gradient_norms(
     wanted = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
     if not wanted:
         return
-    sums = (_by_sample if by_sample else _by_block)(weights, calls, wanted, norm, pool, progress)
+    if by_sample:
+        sums = _by_sample(weights, calls, wanted, norm, progress)
+    else:
+        sums = _by_block(weights, calls, wanted, norm, pool, progress)
     for index, of_block in sums:
         ranks.sum_(of_block.values())
         for name, total in of_block.items():
@@ -108,12 +111,7 @@ def _by_block(
 
 
 def _by_sample(
-    weights: Weights,
-    calls: BlockCalls,
-    wanted: dict[int, dict[str, nn.Module]],
-    norm: GradientNorm,
-    pool: StatePool,
-    progress: Progress,
+    weights: Weights, calls: BlockCalls, wanted: dict[int, dict[str, nn.Module]], norm: GradientNorm, progress: Progress
 ) -> Sums:
     lowest = min(wanted)
     with ExitStack() as within:
