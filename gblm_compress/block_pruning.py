@@ -66,6 +66,12 @@ def prune_block_(
         weight = weight_matrix(layer).detach()
         pruned = _prune_layer(name, weight.float(), statistics[name], settings, budgets[name], alpha)
         weight.copy_(positive_zeros(pruned.to(weight.dtype)))  # only now: a small weight may have become -0.0
+
+    def choose(name: str, stored: Tensor) -> Tensor:
+        values = as_matrix(layers[name], stored)
+        keep = _mask(name, values, statistics[name], settings, budgets[name], alpha)
+        return as_matrix(layers[name], keep)  # back to the stored layout: a transposition undoes itself
+
     if settings.update == "reconstruct" and layers:
         assert block is not None and len(targets) == len(block.inputs), "the loop must pass the dense outputs"
         reconstruct_(
@@ -75,6 +81,8 @@ def prune_block_(
             epochs=settings.reconstruction_epochs,
             rate=settings.reconstruction_rate,
             compute=settings.fit_dtype,
+            rounds=settings.reconstruction_rounds,
+            choose=choose,
         )
     return {name: layer_result(layer, budgets[name]) for name, layer in layers.items()}
 
@@ -121,17 +129,30 @@ def _prune_layer(
     if settings.method == "obs" and settings.update == "obs" and settings.refine == "none":
         assert gram is not None
         return sparsegpt(weight, gram, pattern, budget.sparsity, settings.damping)[0]
-    score = SALIENCIES[settings.method].score(weight, statistics, alpha)
-    check_finite(name, "scores", score)
-    keep = pattern.mask(score, weight, budget.sparsity)
-    if settings.refine == "swap":
-        assert gram is not None
-        keep = swap(weight, keep, gram, pattern)
+    keep = _mask(name, weight, statistics, settings, budget, alpha)
     if settings.update == "none":
         return keep_only(weight, keep)
     assert gram is not None
     update = obs if settings.update == "obs" else least_squares
     return update(weight, keep, gram, settings.damping)
+
+
+def _mask(
+    name: str, weight: Tensor, statistics: Statistics, settings: PruneSettings, budget: Budget, alpha: float
+) -> Tensor:
+    """Which weights of a layer survive, [out_features, in_features], True = keep."""
+    score = SALIENCIES[settings.method].score
+    if score is None:
+        assert statistics.gram is not None
+        keep = sparsegpt(weight, statistics.gram, budget.pattern, budget.sparsity, settings.damping)[1]
+    else:
+        scores = score(weight, statistics, alpha)
+        check_finite(name, "scores", scores)
+        keep = budget.pattern.mask(scores, weight, budget.sparsity)
+    if settings.refine == "swap":
+        assert statistics.gram is not None
+        keep = swap(weight, keep, statistics.gram, budget.pattern)
+    return keep
 
 
 def layer_result(layer: nn.Module, budget: Budget) -> LayerResult:

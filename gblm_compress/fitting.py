@@ -35,9 +35,10 @@ def fit(
     epochs: int,
     rate: float,
     batch: int = 2,
+    revive: bool = False,
     step_done: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], Fit]:
-    """Minimise the mean of `loss` over samples; zeros stay zero.
+    """Minimise the mean of `loss` over samples; it sees the zeros of `weights` as zeros throughout.
 
     Every 8th sample is held out (the only one serves both purposes). After every epoch the held-out loss is taken,
     the best weights seen are returned, those given included, and two epochs in a row without a new best end the fit.
@@ -51,15 +52,18 @@ def fit(
         epochs: passes over the samples that are not held out, at most.
         rate: the relative learning rate.
         batch: samples whose gradients one step averages.
+        revive: pruned weights, zero in the loss, gather their steps as survivors do, so that a new mask can be chosen
+            (the straight-through estimator of SR-STE, arXiv 2102.04010).
         step_done: called after each sample of training.
 
     Returns:
-        {name: float32 tensor with the same zeros} and how it went.
+        {name: float32 tensor with the same zeros, or where `revive` what the pruned weights gathered} and how it went.
     """
     held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
     training = [index for index in range(samples) if index not in held_out] or held_out
     masters = {name: tensor.detach().float().clone().requires_grad_() for name, tensor in weights.items()}
     masks = {name: tensor != 0 for name, tensor in weights.items()}
+    gathered = {name: torch.zeros_like(master) for name, master in masters.items()} if revive else {}
     groups = [
         {"params": [master], "lr": rate * float(master.detach()[masks[name]].square().mean().sqrt())}
         for name, master in masters.items()
@@ -87,16 +91,23 @@ def fit(
                     with torch.enable_grad():
                         (loss(masters, index) / len(chosen)).backward()  # type: ignore[no-untyped-call]
                     step_done()
-                for name, master in masters.items():
-                    if master.grad is not None:
-                        master.grad.mul_(masks[name])
+                if not revive:
+                    for name, master in masters.items():
+                        if master.grad is not None:
+                            master.grad.mul_(masks[name])
                 adam.step()
                 schedule.step()
+                with torch.no_grad():
+                    for name, steps in gathered.items():
+                        steps += masters[name] * ~masks[name]
+                        masters[name] *= masks[name]
             now = mean_held_out()
             if now < best:
                 best, best_epoch = now, epoch
                 for name, master in masters.items():
                     kept[name].copy_(master.detach())
+                    if revive:
+                        kept[name] += gathered[name]
             elif epoch - best_epoch >= PATIENCE:
                 break
     return kept, Fit(before, best, best_epoch)

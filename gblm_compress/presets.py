@@ -37,7 +37,7 @@ def passes(settings: "PruneSettings") -> float:
     count += 3.0 * settings.needs_gradients + 2.0 * settings.needs_blocks + 3.0 * saliency.needs_regional
     count += 1.0 * settings.needs_gram + 1.0 * (settings.update != "none") + 2.0 * (settings.allocation == "owl")
     if settings.update == "reconstruct":
-        count += 1.0 + 3.0 * settings.reconstruction_epochs
+        count += 1.0 + 3.0 * settings.reconstruction_epochs * settings.reconstruction_rounds
     if settings.distillation_epochs:
         count += 1.0 + 4.0 * settings.distillation_epochs
     return count

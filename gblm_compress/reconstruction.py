@@ -1,6 +1,7 @@
 """Reconstruction: the surviving weights of one block, fitted so that its output is that of the dense model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.func import functional_call
 
 from gblm_compress.calibration import Block, only_requires_grad
 from gblm_compress.fitting import Fit, fit
-from gblm_compress.zeros import positive_zeros
+from gblm_compress.zeros import keep_only, positive_zeros
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -31,8 +32,13 @@ def reconstruct_(
     epochs: int,
     rate: float,
     compute: str,
+    rounds: int = 1,
+    choose: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Fit:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
+
+    In all rounds but the last the pruned weights gather steps too, and the next round begins with the mask of the
+    weights as they have become. The round with the lowest error on held-out samples counts.
 
     Args:
         block: the block, already pruned, with the inputs that come from the pruned blocks before it.
@@ -41,13 +47,15 @@ def reconstruct_(
         epochs: at most this many passes over the samples that are not held out.
         rate: learning rate relative to each layer's root mean square weight.
         compute: float32 or bfloat16, of the products; weights and optimiser states are float32.
+        rounds: how many fits of `epochs` each.
+        choose: of (name, values of a layer as it stores its weight), the mask for them; needed for several rounds.
 
     Returns:
-        The relative error on held-out samples, before and after.
+        The relative error on held-out samples before the first round and after the best, and that round's epochs.
     """
     names = {id(module): name for name, module in block.module.named_modules()}
-    keys = {f"{names[id(layer)]}.weight": layer for layer in layers.values()}
-    weights = {key: _weight(layer) for key, layer in keys.items()}
+    keys = {name: f"{names[id(layer)]}.weight" for name, layer in layers.items()}
+    weights = {keys[name]: _weight(layer) for name, layer in layers.items()}
 
     def loss(masters: dict[str, Tensor], index: int) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,10 +66,20 @@ def reconstruct_(
             output = block.call.run(call, hidden)
         return relative_error(output, targets[index])
 
+    fits: list[Fit] = []
+    current = best = weights
     with only_requires_grad(block.module, []):
-        fitted, result = fit(weights, loss, len(block.inputs), epochs=epochs, rate=rate)
-    write_(weights, fitted)
-    return result
+        for left in reversed(range(rounds)):
+            values, found = fit(current, loss, len(block.inputs), epochs=epochs, rate=rate, revive=left > 0)
+            if all(found.after < earlier.after for earlier in fits):
+                best = {key: keep_only(values[key], current[key] != 0) for key in values}
+            fits.append(found)
+            if left == 0 or found.epochs == 0:  # the last; or one that moved nothing, and so would those after it
+                break
+            assert choose is not None, "several rounds need a choice of masks"
+            current = {key: keep_only(values[key], choose(name, values[key])) for name, key in keys.items()}
+    write_(weights, best)
+    return replace(min(fits, key=lambda fit: fit.after), before=fits[0].before)
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:

@@ -76,21 +76,16 @@ def regional(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     return weight.abs() * (statistics.activations() + alpha * statistics.regional_norm)
 
 
-def obs(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
-    """W²/U_jj² with (H + λI)⁻¹ = UᵀU: the error that pruning w_j leaves once the weights to its right have made up
-    for it (SparseGPT, arXiv 2301.00774, eq. 3).
-    """
-    from gblm_compress.gram import inverse_factor
-
-    assert statistics.gram is not None, "this saliency must declare that it needs the Gram matrix"
-    return (weight / inverse_factor(statistics.gram).diagonal()).square()
-
-
 @dataclass(frozen=True)
 class Saliency:
-    """A scoring function and the statistics it reads."""
+    """A scoring function and the statistics it reads.
 
-    score: Callable[[Tensor, Statistics, float], Tensor]
+    Attributes:
+        score: None for obs, which has no score of a weight alone: its mask follows the weights while others make up
+            for those that are gone (`updates.sparsegpt`).
+    """
+
+    score: Callable[[Tensor, Statistics, float], Tensor] | None
     needs_activations: bool = False
     needs_gradients: bool = False
     needs_regional: bool = False
@@ -103,5 +98,5 @@ SALIENCIES: dict[str, Saliency] = {
     "wanda": Saliency(wanda, needs_activations=True),
     "gblm": Saliency(gblm, needs_activations=True, needs_gradients=True),
     "regional": Saliency(regional, needs_activations=True, needs_regional=True),
-    "obs": Saliency(obs, needs_gram=True),
+    "obs": Saliency(None, needs_gram=True),
 }

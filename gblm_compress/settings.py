@@ -131,6 +131,12 @@ class PruneSettings(Settings):
     )
     damping: float = Field(0.01, gt=0, description="Of obs and least-squares, in shares of the mean input power.")
     reconstruction_epochs: int = Field(3, ge=1, description="Of update reconstruct: passes over the samples, at most.")
+    reconstruction_rounds: int = Field(
+        1,
+        ge=1,
+        description="Of update reconstruct: how often that is done; before each round but the first the mask is chosen "
+        "anew, from weights of which the pruned ones took part in the steps.",
+    )
     reconstruction_rate: float = Field(
         0.007, gt=0, description="Of update reconstruct: Adam's step in shares of a layer's root mean square weight."
     )

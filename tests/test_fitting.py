@@ -1,10 +1,13 @@
 """Fits of surviving weights: the loop itself, blocks against the dense model, whole models against its predictions."""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.architecture import prunable_layers
+from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.block_pruning import prune_block_
 from gblm_compress.distillation import distil_, head_inputs
 from gblm_compress.errors import ModelError
 from gblm_compress.fitting import fit
@@ -12,6 +15,7 @@ from gblm_compress.pruning import prune_
 from gblm_compress.reconstruction import reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tiny import tiny_model
+from gblm_compress.zeros import has_negative_zeros
 from tests.conftest import replay, samples
 
 
@@ -50,6 +54,29 @@ def test_weights_that_a_fit_would_harm_are_returned_as_they_were() -> None:
     assert torch.equal(fitted["w"], weights["w"])
     assert (result.before, result.after, result.epochs) == (1.0, 1.0, 0)
     assert len(seen) < 4 * 16  # it gave up early
+
+
+def test_pruned_weights_gather_the_steps_of_a_straight_through_estimator() -> None:
+    """The oracle takes the zeros into the loss by autograd: v + (v·mask − v), the bracket without a gradient."""
+    _, loss = line(9)  # the 8th sample is held out
+    start = torch.tensor([3.0, -2.0, 0.0, 0.0])
+    mask = start != 0
+    oracle = start.clone().requires_grad_()
+    rate = 0.02 * float(start[mask].square().mean().sqrt())
+    adam = torch.optim.Adam([oracle], betas=(0.9, 0.95))
+    order = [index if index < 7 else 8 for index in torch.randperm(8, generator=torch.Generator().manual_seed(0))]
+    for step in range(4):
+        adam.param_groups[0]["lr"] = rate * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)))
+        adam.zero_grad()
+        for index in order[2 * step : 2 * step + 2]:
+            (loss({"w": oracle + (oracle * mask - oracle).detach()}, index) / 2).backward()
+        adam.step()
+    fitted, result = fit({"w": start}, loss, 9, epochs=1, rate=0.02, revive=True)
+    assert result.epochs == 1
+    torch.testing.assert_close(fitted["w"], oracle.detach())
+    assert fitted["w"][2] < -0.01  # the truth is -2, and the weight was pruned
+    seen_alone, _ = fit({"w": start}, loss, 9, epochs=1, rate=0.02)
+    torch.testing.assert_close(fitted["w"] * mask, seen_alone["w"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -105,6 +132,39 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
     for name, parameter in others.items():
         assert torch.equal(parameter, pruned.get_parameter(name))
     assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("refine", ["none", "swap"])
+def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: str, refine: str) -> None:
+    ids = samples(16, 48)
+    found = {}
+    for rounds in (1, 2, 3):
+        model = tiny_model(kind)
+        block = replay(model, ids).block(0)
+        layers = prunable_layers(model)[0]
+        targets = [block.run(hidden) for hidden in block.inputs]
+        settings = PruneSettings(
+            method="wanda",
+            pattern="2:4",
+            refine=refine,
+            update="reconstruct",
+            reconstruction_rate=0.01,
+            reconstruction_rounds=rounds,
+        )
+        results = prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), targets)
+        outputs = [block.run(block.inputs[index]) for index in (7, 15)]
+        error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True)) / 2
+        weights = {name: weight_matrix(layer).detach() for name, layer in layers.items()}
+        assert all(result.pattern == "2:4" for result in results.values())
+        for weight in weights.values():
+            assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
+            assert not has_negative_zeros(weight.contiguous())
+        found[rounds] = error, {name: weight != 0 for name, weight in weights.items()}
+    for rounds in (1, 2):
+        assert found[rounds + 1][0] <= found[rounds][0] * (1 + 1e-6)
+    assert found[2][0] < found[1][0]
+    assert any(not torch.equal(mask, found[2][1][name]) for name, mask in found[1][1].items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])

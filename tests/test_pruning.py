@@ -110,6 +110,20 @@ def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, pr
         assert moved > 0 if update != "none" else moved == 0 or settings.distillation_epochs > 0
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern: str, progress: Progress) -> None:
+    dense, weights = tiny_model("llama"), {}
+    for update in ("obs", "none", "least-squares"):
+        model = tiny_model("llama")
+        prune_(model, samples(4, 48), PruneSettings(method="obs", update=update, pattern=pattern), progress)
+        weights[update] = {name: weight_matrix(layer) for name, layer in prunable_layers(model)[0].items()}
+    for name, layer in prunable_layers(dense)[0].items():
+        kept = weights["obs"][name] != 0
+        assert torch.equal(weights["none"][name], layer.weight * kept)
+        assert torch.equal(weights["least-squares"][name] != 0, kept)
+        assert not torch.equal(weights["obs"][name], weights["none"][name])
+
+
 def test_a_preset_is_its_settings_written_out(progress: Progress) -> None:
     for name, keys in presets.PRESETS.items():
         assert PruneSettings(preset=name).model_dump(exclude={"preset"}) == PruneSettings(**keys).model_dump(
