@@ -1,6 +1,8 @@
 """Distillation: all surviving weights fitted at once, so that the pruned model predicts what the dense one does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +75,33 @@ def distil_(
 
     def loss(masters: dict[str, Tensor], index: int) -> Tensor:
         student = {key: master.to(weights[key].dtype) for key, master in masters.items()}
-        with autocast(samples[index].device, compute):
+        with autocast(samples[index].device, compute), _beside(head, teacher[index]):
             output = functional_call(model, student, kwargs={"input_ids": samples[index], "use_cache": False})
-            with torch.no_grad():
-                target = head(teacher[index])[0].float().log_softmax(-1)
-        return kl_div(output.logits[0].float().log_softmax(-1), target, reduction="batchmean", log_target=True)
+        predicted, target = (logits.float().log_softmax(-1) for logits in output.logits)
+        return kl_div(predicted, target.detach(), reduction="batchmean", log_target=True)
 
     with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:
         fitted, result = fit(weights, loss, len(samples), epochs=epochs, rate=rate, step_done=advance)
     write_(weights, fitted)
     return result
+
+
+@contextmanager
+def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Let the head put its output for other inputs beside its own, as a second sample, so that what a model does to
+    its logits behind the head (a scale, a cap) is done to both.
+    """
+
+    def append(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = module.forward(inputs)
+        return torch.cat([output, other])
+
+    hook = head.register_forward_hook(append)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
 from gblm_compress.architecture import prunable_layers, weight_matrix
@@ -17,6 +18,17 @@ from gblm_compress.settings import PruneSettings
 from gblm_compress.tiny import tiny_model
 from gblm_compress.zeros import has_negative_zeros
 from tests.conftest import replay, samples
+
+TINY = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
 
 
 def line(count: int, scale: float = 1.0):
@@ -237,3 +249,26 @@ def _quiet():
     from gblm_compress.progress import Progress
 
     return Progress(quiet=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Gemma2Config(**TINY, head_dim=16, final_logit_softcapping=2.0),
+        transformers.GraniteConfig(**TINY, logits_scaling=4.0),
+        transformers.CohereConfig(**TINY, logit_scale=0.25),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(config, progress) -> None:
+    torch.manual_seed(0)
+    dense, pruned = (transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
+    pruned.load_state_dict(dense.state_dict())
+    ids = samples(8)
+    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="1:4"), progress)
+    with torch.no_grad():
+        p, q = (model(input_ids=ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
+    layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
+    teacher = head_inputs(dense, ids, progress)
+    result = distil_(pruned, layers, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress)
+    assert result.before == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
