@@ -145,7 +145,7 @@ class PruneSettings(Settings):
         ge=0,
         description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
     )
-    distillation_rate: float = Field(0.002, gt=0, description="Of the distillation, as reconstruction_rate.")
+    distillation_rate: float = Field(0.0005, gt=0, description="Of the distillation, as reconstruction_rate.")
     fit_dtype: FitDtype = Field(
         "float32", description="Of the products in reconstruction and distillation; weights are float32 always."
     )
