@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from gblm_compress.settings import PruneSettings
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "wanda", "update": "least-squares"},
-    "balanced": {"method": "wanda", "update": "reconstruct", "fit_dtype": "bfloat16"},
-    "best": {"method": "wanda", "update": "reconstruct", "distillation_epochs": 3, "fit_dtype": "bfloat16"},
+    "fast": {"method": "obs", "update": "least-squares"},
+    "balanced": {"method": "obs", "update": "reconstruct", "fit_dtype": "bfloat16"},
+    "best": {"method": "obs", "update": "reconstruct", "distillation_epochs": 3, "fit_dtype": "bfloat16"},
 }
 
 
