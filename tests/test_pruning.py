@@ -92,7 +92,7 @@ def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, pr
             method=method, refine=refine, update=update,
             pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
             allocation=CHOICES["allocation"][(number // 3) % 3],
-            reconstruction_epochs=1, distillation_epochs=number % 2,
+            reconstruction_epochs=1, reconstruction_rounds=1 + number % 3, distillation_epochs=number % 2,
         )  # fmt: skip
         model = tiny_model(("llama", "gpt2", "opt")[(number // 3) % 3])
         dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
