@@ -22,8 +22,9 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
     An input that is always zero gets a diagonal of 1 besides, so that even H = 0 can be inverted.
     """
-    diagonal = gram.diagonal()
-    return gram + torch.diag(damping * diagonal.mean() + (diagonal == 0).to(gram.dtype))
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean() + (gram.diagonal() == 0))
+    return result
 
 
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -38,8 +39,8 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Returns:
         [in_features, in_features] in H's dtype.
     """
-    factor = torch.linalg.cholesky(damped(gram.double(), damping))
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).to(gram.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damping)))
+    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
 
 
 def reconstruction_error(difference: Tensor, gram: Tensor) -> Tensor:

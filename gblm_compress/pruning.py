@@ -46,6 +46,12 @@ SHARE_OF_FREE_MEMORY = 0.8
 FIT_BYTES = 24
 """For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
 
+ROUND_BYTES = 12
+"""And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
+
+GRAM_BYTES = 24
+"""For each entry of a Gram matrix while its inverse is factorised in float64, beside the matrix itself (22.7 seen)."""
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -214,9 +220,12 @@ class _Size:
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + (settings.update == "reconstruct")) * place
         fitted = self.weights if of_whole_model else self.block if settings.update == "reconstruct" else 0
+        fit_bytes = FIT_BYTES + (ROUND_BYTES if settings.reconstruction_rounds > 1 else 0)
+        grams = 4 * (3 * hidden**2 + inner**2) + GRAM_BYTES * inner**2 if settings.needs_gram else 0
         self.working = (
-            self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
-            + FIT_BYTES * fitted // itemsize
+            grams
+            + self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
+            + fit_bytes * fitted // itemsize
             + 12 * (length if of_whole_model else min(length, LOSS_TOKENS)) * vocabulary  # logits and their gradients
             + (self.activations if of_whole_model else self.activations // blocks)
         )

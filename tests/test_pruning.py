@@ -380,6 +380,19 @@ def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tin
     assert whole.working - one.working == 12 * (512 - 128) * vocabulary + whole.activations // 2 + fit
 
 
+def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
+    text = CalibrationSettings(samples=2, sequence_length=64)
+
+    def working(**chosen) -> int:
+        return pruning._Size(tiny("llama"), "float32", PruneSettings(method="wanda", **chosen), text).working
+
+    inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
+    assert working(update="obs") - working() == 4 * inputs + pruning.GRAM_BYTES * 128**2
+    one, two = (working(update="reconstruct", reconstruction_rounds=rounds) for rounds in (1, 2))
+    block = pruning._Size(tiny("llama"), "float32", PruneSettings(), text).block
+    assert two - one == pruning.ROUND_BYTES * block // 4
+
+
 def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
     settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
     size = pruning._Size(tiny("llama"), "float32", settings, text)
