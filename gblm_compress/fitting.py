@@ -1,4 +1,4 @@
-"""Adam over the surviving weights of a network whose mask is fixed, with early stopping on held-out samples."""
+"""Adam over the surviving weights of a network, with early stopping on held-out samples."""
 
 import math
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def fit(
         step_done: called after each sample of training.
 
     Returns:
-        {name: float32 tensor with the same zeros, or where `revive` what the pruned weights gathered} and how it went.
+        {name: float32 tensor with the same zeros, or if `revive` with what pruned weights gathered} and how it went.
     """
     held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
     training = [index for index in range(samples) if index not in held_out] or held_out

@@ -75,13 +75,15 @@ class Pattern:
         """Whether rows of `in_features` weights divide into whole groups."""
         return self.n_m is None or in_features % self.n_m[1] == 0
 
-    def mask(self, score: Tensor, weight: Tensor, sparsity: float) -> Tensor:
+    def mask(self, score: Tensor, weight: Tensor, sparsity: float, before: int = 0) -> Tensor:
         """The weights to keep.
 
         Args:
             score: saliency [out_features, in_features]; higher survives.
             weight: [out_features, in_features]; its magnitude breaks ties of the score.
             sparsity: fraction of zeros; ignored by N:M, which fixes it.
+            before: columns of the same layer whose mask is chosen already; together with them the fraction is right,
+                so that the rounding of parts does not add up.
 
         Returns:
             Boolean [out_features, in_features], True = keep.
@@ -90,8 +92,9 @@ class Pattern:
         if self.n_m is not None:
             keep, group = self.n_m
         else:
-            group = columns if self.name == UNSTRUCTURED else rows * columns
-            keep = group - int(group * sparsity)
+            across = 1 if self.name == UNSTRUCTURED else rows
+            group = across * columns
+            keep = group - (int(across * (before + columns) * sparsity) - int(across * before * sparsity))
         kept = keep_largest(score.reshape(-1, group), weight.abs().reshape(-1, group), keep)
         return kept.reshape(rows, columns)
 
@@ -118,12 +121,14 @@ def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
     Args:
         score: [groups, size].
         magnitude: [groups, size].
-        keep: how many of each group survive, 0 < keep <= size.
+        keep: how many of each group survive, 0 <= keep <= size.
 
     Returns:
         Boolean [groups, size] with exactly `keep` True in each row.
     """
     size = score.shape[1]
+    if keep == 0:
+        return score.new_zeros(score.shape).bool()
     if size <= FEW:
         kept = _fewer_are_larger(score, keep)
     else:

@@ -49,8 +49,11 @@ FIT_BYTES = 24
 ROUND_BYTES = 12
 """And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
 
-GRAM_BYTES = 24
+FACTOR_BYTES = 24
 """For each entry of a Gram matrix while its inverse is factorised in float64, beside the matrix itself (22.7 seen)."""
+
+LOGIT_BYTES = 36
+"""For each logit of a sample in distillation: both models', with their gradients, in float32 and behind a cap."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,6 @@ class _Size:
         heads = config.get("num_attention_heads") or config.get("n_head") or 0
         inner = config.get("intermediate_size") or 4 * hidden
         vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
-        of_whole_model = bool(settings.distillation_epochs)
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
         self.outside_blocks = 2 * vocabulary * hidden * itemsize
@@ -219,16 +221,19 @@ class _Size:
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + (settings.update == "reconstruct")) * place
-        fitted = self.weights if of_whole_model else self.block if settings.update == "reconstruct" else 0
-        fit_bytes = FIT_BYTES + (ROUND_BYTES if settings.reconstruction_rounds > 1 else 0)
-        grams = 4 * (3 * hidden**2 + inner**2) + GRAM_BYTES * inner**2 if settings.needs_gram else 0
-        self.working = (
-            grams
-            + self.block // itemsize * 12  # accumulators, gradients, a layer's scores and masks
-            + fit_bytes * fitted // itemsize
-            + 12 * (length if of_whole_model else min(length, LOSS_TOKENS)) * vocabulary  # logits and their gradients
-            + (self.activations if of_whole_model else self.activations // blocks)
+        weights, block = self.weights // itemsize, self.block // itemsize
+        factorised = "obs" in (settings.method, settings.update)
+        rounds = ROUND_BYTES if settings.reconstruction_rounds > 1 else 0
+        at_a_block = (
+            12 * block  # accumulators, gradients, a layer's scores and masks
+            + (4 * (3 * hidden**2 + inner**2) if settings.needs_gram else 0)
+            + (FACTOR_BYTES * inner**2 if factorised else 0)
+            + ((FIT_BYTES + rounds) * block if settings.update == "reconstruct" else 0)
+            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
+            + self.activations // blocks
         )
+        at_the_end = FIT_BYTES * weights + LOGIT_BYTES * length * vocabulary + self.activations
+        self.working = max(at_a_block, at_the_end if settings.distillation_epochs else 0)
 
     def states(self, by_sample: bool) -> int:
         """Hidden states at the places where they are kept at the same time."""
@@ -428,8 +433,9 @@ def _warnings(
             f"the exceptions in 'overrides' keep {extra:,.0f} weights more than {settings.pattern} everywhere in the "
             f"pruned layers ({100 * extra / uniform:.1f} %)"
         )
-    if better := presets.better(settings):
-        cost = presets.passes(PruneSettings(preset=better)) / presets.passes(settings)
+    better = presets.better(settings)
+    cost = presets.passes(PruneSettings(preset=better)) / presets.passes(settings) if better else 0.0
+    if cost > 1:
         notes.append(
             f"--preset {better} fits the surviving weights further and gives a better model at the same size; it takes "
             f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"

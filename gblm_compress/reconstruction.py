@@ -78,8 +78,9 @@ def reconstruct_(
                 break
             assert choose is not None, "several rounds need a choice of masks"
             current = {key: keep_only(values[key], choose(name, values[key])) for name, key in keys.items()}
+            del values
     write_(weights, best)
-    return replace(min(fits, key=lambda fit: fit.after), before=fits[0].before)
+    return replace(min(fits, key=lambda one: one.after), before=fits[0].before)
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:

@@ -134,8 +134,8 @@ class PruneSettings(Settings):
     reconstruction_rounds: int = Field(
         1,
         ge=1,
-        description="Of update reconstruct: how often that is done; before each round but the first the mask is chosen "
-        "anew, from weights of which the pruned ones took part in the steps.",
+        description="Of update reconstruct: how many fits; before each but the first the mask is chosen anew, from "
+        "weights of which the pruned ones took part in the steps.",
     )
     reconstruction_rate: float = Field(
         0.007, gt=0, description="Of update reconstruct: Adam's step in shares of a layer's root mean square weight."

@@ -48,7 +48,7 @@ def sparsegpt(
     diagonal = factor.diagonal()
 
     def choose(start: int, end: int, current: Tensor) -> Tensor:
-        return pattern.mask((current / diagonal[start:end]).square(), current, sparsity)
+        return pattern.mask((current / diagonal[start:end]).square(), current, sparsity, before=start)
 
     step = pattern.n_m[1] if pattern.n_m is not None else COLUMNS
     return _propagate(weight, factor, choose, step)

@@ -147,8 +147,8 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("refine", ["none", "swap"])
-def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: str, refine: str) -> None:
+@pytest.mark.parametrize(("method", "refine"), [("wanda", "none"), ("wanda", "swap"), ("obs", "none")])
+def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: str, method: str, refine: str) -> None:
     ids = samples(16, 48)
     found = {}
     for rounds in (1, 2, 3):
@@ -157,18 +157,17 @@ def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: s
         layers = prunable_layers(model)[0]
         targets = [block.run(hidden) for hidden in block.inputs]
         settings = PruneSettings(
-            method="wanda",
+            method=method,
             pattern="2:4",
             refine=refine,
             update="reconstruct",
             reconstruction_rate=0.01,
             reconstruction_rounds=rounds,
         )
-        results = prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), targets)
+        prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), targets)
         outputs = [block.run(block.inputs[index]) for index in (7, 15)]
         error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True)) / 2
         weights = {name: weight_matrix(layer).detach() for name, layer in layers.items()}
-        assert all(result.pattern == "2:4" for result in results.values())
         for weight in weights.values():
             assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
             assert not has_negative_zeros(weight.contiguous())

@@ -25,8 +25,8 @@ def layer(kind: str = "full", rows: int = 6, columns: int = 16, seed: int = 0) -
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
 
 
-def wanda_mask(weight: Tensor, gram: Tensor, pattern: str) -> Tensor:
-    return Pattern(pattern).mask(weight.abs() * gram.diagonal().sqrt(), weight, 0.5)
+def wanda_mask(weight: Tensor, gram: Tensor, pattern: str, sparsity: float = 0.5) -> Tensor:
+    return Pattern(pattern).mask(weight.abs() * gram.diagonal().sqrt(), weight, sparsity)
 
 
 def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, Tensor]:
@@ -88,6 +88,16 @@ def test_sparsegpt_unstructured_keeps_the_share_in_every_128_columns() -> None:
         assert [int(part.sum()) for part in mask.split(128, dim=1)] == [6 * 32, 6 * 32]
     per_row = sparsegpt(weight, gram, Pattern("unstructured"), 0.75)[1]
     assert (per_row.sum(1) == 64).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.7, 0.9, 0.995])
+def test_sparsegpt_keeps_what_other_methods_keep_however_many_parts_it_is_chosen_in(sparsity: float) -> None:
+    weight, gram = layer(columns=640)
+    for name in ("unstructured", "unstructured-per-matrix"):
+        mask = sparsegpt(weight, gram, Pattern(name), sparsity)[1]
+        assert int(mask.sum()) == int(wanda_mask(weight, gram, name, sparsity).sum())
+        parts = mask.split(128, dim=1)
+        assert max(int(part.sum()) for part in parts) - min(int(part.sum()) for part in parts) <= weight.shape[0]
 
 
 def test_inverse_factor() -> None:
