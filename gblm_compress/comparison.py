@@ -182,16 +182,22 @@ def draw(result: CompareResult, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     patterns = list(dict.fromkeys(row.pattern for row in result.rows))
-    figure, panels = pyplot.subplots(1, len(patterns), figsize=(5 * len(patterns), 4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(patterns), figsize=(6 * len(patterns), 4), squeeze=False)
     for panel, pattern in zip(panels[0], patterns, strict=True):
         for row in (row for row in result.rows if row.pattern == pattern):
-            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o")
-            panel.annotate(row.method, (row.seconds, row.perplexity), xytext=(5, 3), textcoords="offset points")
+            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o", label=row.method)
         panel.axhline(result.dense_perplexity, linestyle="--", color="grey")
         panel.set(xscale="log", yscale="log", title=pattern, xlabel="seconds of pruning", ylabel="perplexity")
+        panel.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = axis.get_view_interval()
+            steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
+            axis.set_major_locator(ticker.LogLocator(subs=steps))
+            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axis.set_minor_locator(ticker.NullLocator())
     figure.suptitle(f"{result.model} (dense: dashed)")
     figure.tight_layout()
     try:
