@@ -13,7 +13,7 @@ WEIGHTS_AT_ONCE = 2**20
 """Rows are independent; so many weights' rows are worked on at a time, which bounds the memory for the pairs."""
 
 
-def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern, max_swaps: int = 100) -> Tensor:
+def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
     """1-swaps until none helps (SparseSwaps, arXiv 2512.10922): a kept weight goes, a pruned one of its group returns.
 
     With d the pruned part of a row w, and no update of the survivors, the error is dᵀHd. To prune p and revive q
@@ -28,7 +28,6 @@ def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern, max_swaps
         weight: W [out_features, in_features], dense.
         keep: mask that satisfies `pattern`, True = keep.
         gram: H.
-        max_swaps: at most this many exchanges in a row.
 
     Returns:
         The new mask; no row's error is larger than before.
@@ -36,16 +35,16 @@ def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern, max_swaps
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
     group = pattern.n_m[1] if pattern.n_m is not None else weight.shape[1]
     parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
-    return torch.cat([_swap(w, kept.clone(), gram, group, max_swaps) for w, kept in parts])
+    return torch.cat([_swap(w, kept.clone(), gram, group) for w, kept in parts])
 
 
-def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int, max_swaps: int) -> Tensor:
+def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
     rows, columns = weight.shape
     diagonal = gram.diagonal()
     gradient = (weight * ~keep) @ gram  # Hd of every row, kept up to date
     floor = 1e-6 * reconstruction_error(weight, gram)  # a gain below the rounding of the error is none
     active = torch.arange(rows, device=weight.device)
-    for _ in range(max_swaps):
+    for _ in range(columns):  # an end, should rounding make a row go round in circles
         w, kept, slope = weight[active], keep[active], gradient[active]
         own = w.square() * diagonal
         cost = torch.where(kept, own + 2 * w * slope, torch.inf).reshape(-1, group)
