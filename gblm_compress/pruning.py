@@ -1,7 +1,7 @@
 """The pruning stage: from a model source to a verified folder, resumable.
 
-The walk over the blocks is in `walk.py`; here is what surrounds it: where weights and states live, the folder of the
-run, and how the output is put together from the source and the finished blocks.
+The walk over the blocks is in `walk.py`, what goes where is decided in `planning.py`; here is what surrounds them: the
+folder of the run, and how the output is put together from the source and the finished blocks.
 """
 
 import math
@@ -28,10 +28,10 @@ from gblm_compress.block_weights import ResidentWeights, StreamedWeights, Weight
 from gblm_compress.checkpoint import Checkpoint
 from gblm_compress.doctor import cpu_name
 from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
-from gblm_compress.gradients import LOSS_TOKENS
 from gblm_compress.hidden_states import StatePool
 from gblm_compress.measurements import remembered
 from gblm_compress.memory import peak_memory
+from gblm_compress.planning import SHARE_OF_FREE_MEMORY, Size, check_disk, memory_plan
 from gblm_compress.progress import Progress
 from gblm_compress.ranks import Ranks
 from gblm_compress.run_folder import RunFolder
@@ -39,21 +39,6 @@ from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, P
 from gblm_compress.sources import ModelSource
 from gblm_compress.walk import Walk
 from gblm_compress.zeros import count_nonzeros, keep_only, positive_zeros
-
-SHARE_OF_FREE_MEMORY = 0.8
-"""What a run takes of the memory that is free when it starts, unless it is told."""
-
-FIT_BYTES = 24
-"""For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
-
-ROUND_BYTES = 12
-"""And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
-
-FACTOR_BYTES = 24
-"""For each entry of a Gram matrix while its inverse is factorised in float64, beside the matrix itself (22.7 seen)."""
-
-LOGIT_BYTES = 36
-"""For each logit of a sample in distillation: both models', with their gradients, in float32 and behind a cap."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +107,8 @@ def prune(
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
         dtype = _choose_dtype(dtype, source, device, group)
-        size = _Size(source, dtype, settings, calibration)
-        plan = _memory_plan(size, resources, settings, device, group)
+        size = Size(source, dtype, settings, calibration)
+        plan = memory_plan(size, resources, settings, device, group)
         identity = {
             "model": source.fingerprint,
             "settings": settings.model_dump(mode="json"),
@@ -135,7 +120,7 @@ def prune(
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         with _kept_where_resuming_helps(run, resume, progress):
-            _check_disk(run.folder, size, settings, plan)
+            check_disk(run.folder, size, settings, plan)
             place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
             weights: Weights
@@ -195,66 +180,6 @@ def prune_(
         return Walk(ResidentWeights(model), samples, settings, run, pool, progress, Ranks()).prune_()
 
 
-class _Size:
-    """How large a model and what is measured on it are, in bytes, as far as its config and files tell.
-
-    Attributes:
-        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if config.json is silent.
-    """
-
-    def __init__(
-        self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
-    ) -> None:
-        itemsize, stored = (getattr(torch, name).itemsize for name in (dtype, sources.stored_dtype(source)))
-        config = source.config
-        blocks = config.get("num_hidden_layers") or config.get("n_layer") or 1
-        hidden = config.get("hidden_size") or config.get("n_embd") or 0
-        heads = config.get("num_attention_heads") or config.get("n_head") or 0
-        inner = config.get("intermediate_size") or 4 * hidden
-        vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
-        self.checkpoint = source.bytes_on_disk
-        self.weights = source.bytes_on_disk // stored * itemsize
-        self.outside_blocks = 2 * vocabulary * hidden * itemsize
-        self.block = self.weights // blocks
-        self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
-        self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
-        place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
-        self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
-        self._states_of_pruning = (2 + (settings.update == "reconstruct")) * place
-        weights, block = self.weights // itemsize, self.block // itemsize
-        factorised = "obs" in (settings.method, settings.update)
-        rounds = ROUND_BYTES if settings.reconstruction_rounds > 1 else 0
-        at_a_block = (
-            12 * block  # accumulators, gradients, a layer's scores and masks
-            + (4 * (3 * hidden**2 + inner**2) if settings.needs_gram else 0)
-            + (FACTOR_BYTES * inner**2 if factorised else 0)
-            + ((FIT_BYTES + rounds) * block if settings.update == "reconstruct" else 0)
-            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
-            + self.activations // blocks
-        )
-        at_the_end = FIT_BYTES * weights + LOGIT_BYTES * length * vocabulary + self.activations
-        self.working = max(at_a_block, at_the_end if settings.distillation_epochs else 0)
-
-    def states(self, by_sample: bool) -> int:
-        """Hidden states at the places where they are kept at the same time."""
-        return max(0 if by_sample else self._states_of_gradients, self._states_of_pruning)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What goes where.
-
-    Attributes:
-        offload: whether the model stays on disk.
-        states: bytes of host memory that hidden states may take.
-        by_sample: whether there is room to measure gradients sample by sample (see `gradients`), which is faster.
-    """
-
-    offload: bool
-    states: int
-    by_sample: bool
-
-
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:
     """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what the CPUs of all ranks multiply faster."""
     if requested == "auto" and device == "cpu" and sources.stored_dtype(source) == "bfloat16":
@@ -271,44 +196,6 @@ def _faster_dtype() -> str:
         x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
         seconds[dtype] = min(timeit.repeat(partial(torch.mm, x, weight), number=1, repeat=5)[1:])
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
-
-
-def _memory_plan(size: _Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks) -> _Plan:
-    """Raises:
-    UsageError: it must stay on disk, and distillation needs it in memory.
-    """
-    free = psutil.virtual_memory().available // ranks.processes_here()
-    host = resources.memory or int(SHARE_OF_FREE_MEMORY * free)
-    on_cpu = device == "cpu"
-    room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
-    needed = size.weights + size.working
-    offload = needed > room if resources.offload is None else resources.offload
-    if offload and settings.distillation_epochs:
-        raise UsageError(
-            f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
-            "be used; give more --memory, or leave the distillation out (--preset balanced)"
-        )
-    by_sample = not offload and size.activations > 0 and needed + size.gradients + size.activations <= room
-    held = (size.outside_blocks + size.block if offload else size.weights) + size.working
-    return _Plan(
-        offload=offload,
-        states=max(0, host - held) if on_cpu else host,
-        by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
-    )
-
-
-def _check_disk(folder: Path, size: _Size, settings: PruneSettings, plan: _Plan) -> None:
-    """Raises:
-    UsageError: less is free than output, gradients, finished blocks and hidden states may need.
-    """
-    blocks = size.weights * (2 if settings.distillation_epochs else 1)
-    needed = size.checkpoint + blocks + size.gradients + max(0, size.states(plan.by_sample) - plan.states)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(
-            f"{str(folder.parent)!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for the output, "
-            "and for finished blocks until it is whole; free some, or write elsewhere with -o"
-        )
 
 
 def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:

@@ -4,7 +4,6 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import manifest, presets, pruning, sources
+from gblm_compress import manifest, planning, presets, pruning, sources
 from gblm_compress import settings as settings_module
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError
@@ -361,61 +360,9 @@ def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pruning, "_faster_dtype", lambda: "bfloat16")
     monkeypatch.setattr(sources, "stored_dtype", lambda source: "bfloat16")
     settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
-    size = pruning._Size(tiny("llama"), "float32", settings, text)
+    size = planning.Size(tiny("llama"), "float32", settings, text)
     for others in (True, False):
         group = Ranks(0, 2)
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
         assert pruning._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
-        assert pruning._memory_plan(size, ResourceSettings(), settings, "cpu", group).by_sample is others
-
-
-def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
-    text = CalibrationSettings(samples=2, sequence_length=512)
-    one, whole = (
-        pruning._Size(tiny("llama"), "float32", PruneSettings(method="wanda", distillation_epochs=epochs), text)
-        for epochs in (0, 1)
-    )
-    vocabulary = tiny("llama").config["vocab_size"]
-    fit = pruning.FIT_BYTES * whole.weights // 4
-    assert whole.working == fit + pruning.LOGIT_BYTES * 512 * vocabulary + whole.activations > one.working
-
-
-def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
-    text = CalibrationSettings(samples=2, sequence_length=64)
-
-    def working(**chosen) -> int:
-        return pruning._Size(tiny("llama"), "float32", PruneSettings(method="wanda", **chosen), text).working
-
-    inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
-    assert working(update="least-squares") - working() == 4 * inputs
-    assert working(update="obs") - working(update="least-squares") == pruning.FACTOR_BYTES * 128**2
-    one, two = (working(update="reconstruct", reconstruction_rounds=rounds) for rounds in (1, 2))
-    block = pruning._Size(tiny("llama"), "float32", PruneSettings(), text).block
-    assert two - one == pruning.ROUND_BYTES * block // 4
-    # At the end, where distillation needs the most, neither is there any more.
-    one, two = (working(update="reconstruct", reconstruction_rounds=rounds, distillation_epochs=1) for rounds in (1, 2))
-    assert one == two == working(distillation_epochs=1)
-
-
-def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
-    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
-    size = pruning._Size(tiny("llama"), "float32", settings, text)
-    enough = size.weights + size.working + size.gradients + size.activations
-    plan = pruning._memory_plan(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
-    assert plan.by_sample and not plan.offload
-    plan = pruning._memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
-    assert not plan.by_sample and not plan.offload
-    assert not pruning._memory_plan(
-        size, ResourceSettings(memory=enough, offload=True), settings, "cpu", Ranks()
-    ).by_sample
-
-
-def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
-    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
-    size = pruning._Size(tiny("llama"), "float32", settings, text)
-    monkeypatch.setattr(pruning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    plan = pruning._memory_plan(size, ResourceSettings(), settings, "cpu", Ranks())
-    assert plan.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
-    plan = pruning._memory_plan(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
-    assert plan.states + size.weights + size.working == 10**9
+        assert planning.memory_plan(size, ResourceSettings(), settings, "cpu", group).by_sample is others
