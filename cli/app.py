@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from gblm_compress.cli import commands
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.recipe import describe_fault
+from gblm_compress.recipe import describe_fault, faults_of
 
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -44,7 +44,7 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except ValidationError as error:
-        return _fail(UsageError("\n".join(_option_fault(fault, error) for fault in error.errors())))
+        return _fail(UsageError("\n".join(_option_fault(fault, error) for fault in faults_of(error))))
     except GblmError as error:
         return _fail(error)
     except ClickException as error:

@@ -1,7 +1,7 @@
 """Options that several commands share, with their help taken from the settings they fill."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -18,6 +18,7 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 
+S = TypeVar("S", bound=BaseModel)
 MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
 
 
@@ -26,14 +27,23 @@ def option(settings: type[BaseModel], field: str, *names: str) -> Any:
     return typer.Option(*names, help=settings.model_fields[field].description)
 
 
-def split(values: list[str] | None) -> tuple[str, ...]:
-    """The parts of an option that may be repeated, or given once with commas."""
-    return tuple(part.strip() for value in values or [] for part in value.split(",") if part.strip())
+def split(values: list[str] | None) -> tuple[str, ...] | None:
+    """The parts of an option that may be repeated, or given once with commas; None where it was not given."""
+    return tuple(part.strip() for value in values or [] for part in value.split(",") if part.strip()) or None
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were given; a preset or the settings' defaults stand for the others."""
-    return {name: value for name, value in values.items() if value is not None}
+def several(settings: type[BaseModel], field: str, *names: str) -> Any:
+    """An option that fills `field` with several values."""
+    return typer.Option(*names, help=settings.model_fields[field].description, callback=split)
+
+
+def fill(settings: type[S], arguments: dict[str, Any], **others: Any) -> S:
+    """The settings made of the command's arguments that are called as their fields are, and of `others` before these.
+
+    What was not given (None) is left to the settings' defaults, or to a preset.
+    """
+    values = arguments | others
+    return settings(**{name: values[name] for name in settings.model_fields if values.get(name) is not None})
 
 
 def overrides(values: list[str] | None) -> tuple[dict[str, Any], ...] | None:
@@ -92,8 +102,8 @@ Overrides = Annotated[
 Memory = Annotated[str | None, option(ResourceSettings, "memory")]
 Offload = Annotated[bool | None, option(ResourceSettings, "offload", "--offload/--no-offload")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
-Targets = Annotated[list[str] | None, option(PruneSettings, "targets")]
-Ignore = Annotated[list[str] | None, option(PruneSettings, "ignore")]
+Targets = Annotated[list[str] | None, several(PruneSettings, "targets")]
+Ignore = Annotated[list[str] | None, several(PruneSettings, "ignore")]
 Calibration = Annotated[str, option(CalibrationSettings, "dataset", "--calibration")]
 Samples = Annotated[int, option(CalibrationSettings, "samples")]
 CalibrationLength = Annotated[int, option(CalibrationSettings, "sequence_length", "--sequence-length")]
@@ -106,14 +116,14 @@ Kernels = Annotated[bool, option(ExportSettings, "kernels", "--kernels")]
 
 Dataset = Annotated[str, option(EvaluateSettings, "dataset")]
 EvaluationLength = Annotated[int, option(EvaluateSettings, "sequence_length", "--sequence-length")]
-Tasks = Annotated[list[str] | None, option(EvaluateSettings, "tasks")]
+Tasks = Annotated[list[str] | None, several(EvaluateSettings, "tasks")]
 Limit = Annotated[int | None, option(EvaluateSettings, "limit")]
 IncludePath = Annotated[str | None, option(EvaluateSettings, "include_path")]
 MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
 Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
 
-Methods = Annotated[list[str] | None, option(CompareSettings, "methods")]
-Patterns = Annotated[list[str] | None, option(CompareSettings, "patterns")]
+Methods = Annotated[list[str] | None, several(CompareSettings, "methods")]
+Patterns = Annotated[list[str] | None, several(CompareSettings, "patterns")]
 Seeds = Annotated[int, option(CompareSettings, "seeds")]
 
 Baselines = Annotated[
@@ -125,5 +135,5 @@ Prompt = Annotated[int, option(BenchmarkSettings, "prompt")]
 Generate = Annotated[int, option(BenchmarkSettings, "generate")]
 Repeats = Annotated[int, option(BenchmarkSettings, "repeats")]
 Warmup = Annotated[int, option(BenchmarkSettings, "warmup")]
-RuntimeNames = Annotated[list[str] | None, option(BenchmarkSettings, "runtimes", "--runtime")]
+Runtimes = Annotated[list[str] | None, several(BenchmarkSettings, "runtimes")]
 Threads = Annotated[int | None, option(BenchmarkSettings, "threads")]

@@ -82,7 +82,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        faults = [f"{path}:{_line(tree, fault['loc'])}: {describe_fault(fault, Recipe)}" for fault in error.errors()]
+        faults = [f"{path}:{_line(tree, fault['loc'])}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise RecipeError(f"{count} in the recipe\n" + "\n".join(faults)) from error
 
@@ -94,6 +94,11 @@ def schema() -> dict[str, Any]:
     reference = result["properties"]["model"].pop("$ref")
     result["properties"]["model"]["anyOf"] = [{"$ref": reference}, {"type": "string"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
+
+
+def faults_of(error: ValidationError) -> list[Any]:
+    """The faults that a user made: pydantic counts faulty items as missing, and reports them as such a second time."""
+    return [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["input"])]
 
 
 def describe_fault(fault: Any, model: type[BaseModel]) -> str:

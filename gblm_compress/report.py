@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from rich.filesize import decimal
 from rich.table import Table
 
 from gblm_compress import artifact
@@ -106,7 +107,7 @@ def cells(row: Row) -> list[str]:
         "" if row.batch is None else str(row.batch),
         perplexity,
         f"{100 * row.nonzero_fraction:.1f} %",
-        human_bytes(row.bytes_on_disk),
+        decimal(row.bytes_on_disk),
         "" if row.ttft_ms is None else f"{row.ttft_ms:.1f}",
         "" if row.tpot_ms is None else f"{row.tpot_ms:.1f}",
         row.decode_verdict or ("not timed" if row.tpot_ms is None else ""),
@@ -131,15 +132,6 @@ def gate_table(gates: list[Any]) -> Table:
         holds = "yes" if gate.passed else "[bold red]no[/]"
         result.add_row(gate.gate, gate.subject, f"{gate.limit:g}", f"{gate.measured:.3f}", holds)
     return result
-
-
-def human_bytes(count: float) -> str:
-    """A size in decimal units, three digits."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def write(content: dict[str, Any], output: Path) -> None:

@@ -285,6 +285,9 @@ class CompareSettings(Settings):
     def prune_settings(method: str, pattern: str) -> PruneSettings:
         """The settings that an entry of `methods` stands for."""
         first, *rest = method.split("+")
+        if first not in (*presets.PRESETS, *get_args(Method)):
+            known = ", ".join((*presets.PRESETS, *get_args(Method)))
+            raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a saliency; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in presets.PRESETS else "method"): first}
         for part in rest:
             kinds = {"update": Update, "refine": Refinement, "allocation": Allocation}

@@ -68,7 +68,7 @@ def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_
 
 
 def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
-    from gblm_compress.cli.commands import _kernel_lines
+    from gblm_compress.cli.summaries import _kernel_lines
 
     def of(batch, prefill, decode):
         return {"model": "m", "batch": batch, "prefill_kernels": {prefill: 2}, "decode_kernels": {decode: 2}}

@@ -84,6 +84,12 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
             "'nope' matches no module",
         ),
         (["prune", "tiny", "-o", "x", "--device", "gpu9"], 2, "device 'gpu9' is not known"),
+        (
+            ["benchmark", "tiny", "--baseline", "tiny", "--runtimes", "foo"],
+            2,
+            "error: --runtimes: input should be 'torch' or 'onnxruntime', got \"foo\"",
+        ),
+        (["compare", "tiny", "--methods", "wanda,foo"], 2, "method 'foo': 'foo' is neither a preset nor a saliency"),
         (["prune", "tiny"], 2, "--output"),
         (["frobnicate"], 2, "No such command"),
         (["run", "nowhere.yaml"], 2, "shipped recipes are"),
@@ -102,7 +108,7 @@ def test_bad_input_gets_one_message_and_its_code(tmp_path, arguments, code, mess
     done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
     assert (done.returncode, done.stdout) == (code, "")
     assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "after validation" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 

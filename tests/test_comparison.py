@@ -77,7 +77,7 @@ def test_what_a_method_name_stands_for() -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        (("wand",), "input should be 'gblm'"),
+        (("wand",), "'wand' is neither a preset nor a saliency"),
         (("wanda+swop",), "'swop' is no update, refinement or allocation"),
         (
             ("wanda+obs+least-squares",),

@@ -1,0 +1,205 @@
+"""What each command says to people at its end: tables and lines made from the result's plain values."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+
+_PRODUCT = re.compile("MatMul|Gemm|Linear")
+
+
+def _pairs(rows: list[tuple[str, str]]) -> Table:
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def prune(result: dict[str, Any]) -> list[Any]:
+    layers, weights, nonzeros = result["layers"], result["weights"], result["nonzeros"]
+    patterns = ", ".join(sorted({layer["pattern"] for layer in layers.values()}))
+    return [
+        _pairs(
+            [
+                ("pruned layers", str(len(layers))),
+                ("pattern", f"{patterns}, verified on disk"),
+                ("nonzeros", f"{nonzeros:,} of {weights:,} ({100 * nonzeros / weights:.2f} %)"),
+                ("time", f"{result['seconds']:.1f} s"),
+                ("peak memory", decimal(result["peak_memory_bytes"])),
+                ("written to", result["folder"]),
+            ]
+        ),
+        *(f"note: {warning}" for warning in result["warnings"]),
+    ]
+
+
+def export(result: dict[str, Any]) -> Table:
+    size = f"{decimal(result['bytes'])} (source {decimal(result['source_bytes'])})"
+    checks = [(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+              for name, value in result["checks"].items()]  # fmt: skip
+    return _pairs(
+        [
+            ("format", result["format"]),
+            ("size", size),
+            *checks,
+            ("time", f"{result['seconds']:.1f} s"),
+            ("written to", result["folder"]),
+        ]
+    )
+
+
+def evaluate(result: dict[str, Any]) -> list[Any]:
+    error = result["perplexity_error"]
+    windows = "1 window" if result["windows"] == 1 else f"{result['windows']} windows"
+    rows = [
+        ("perplexity", f"{result['perplexity']:.3f}" + (f" ± {error:.3f}" if error is not None else "")),
+        ("text", f"{result['dataset']}: {windows} of {result['sequence_length']} tokens"),
+        ("computed in", f"{result['dtype']} on {result['provider']}"),
+    ]
+    if result["fidelity"] is not None:
+        rows[1:1] = [
+            ("perplexity, dense", f"{result['baseline_perplexity']:.3f}"),
+            ("mean KL from dense", f"{result['fidelity']['mean_kl']:.4f} nats per token"),
+            ("top-1 agreement", f"{100 * result['fidelity']['top1_agreement']:.2f} %"),
+        ]
+    return [_pairs(rows), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
+
+
+def _tasks_table(zero_shot: dict[str, Any]) -> Table:
+    table = Table("task", "metric")
+    for name in ("questions", "accuracy", "dense", "recovery (95 %)"):
+        table.add_column(name, justify="right")
+    for t in zero_shot["tasks"]:
+        error = "" if t["error"] is None else f" ± {t['error']:.3f}"
+        dense = "" if t["dense_accuracy"] is None else f"{t['dense_accuracy']:.3f}"
+        accuracy = f"{t['accuracy']:.3f}{error}"
+        table.add_row(t["task"], t["metric"], str(t["questions"]), accuracy, dense, _recovery(t["recovery"]))
+    table.add_row("mean", "", "", f"{zero_shot['mean_accuracy']:.3f}", "", _recovery(zero_shot["recovery"]))
+    return table
+
+
+def _recovery(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['ratio']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
+
+
+def compare(result: dict[str, Any]) -> list[Any]:
+    table = Table("method", "pattern")
+    for name in ("seeds", "perplexity", "KL from dense", "accuracy", "recovery", "time", "peak memory"):
+        table.add_column(name, justify="right")
+    for r in result["rows"]:
+        table.add_row(
+            r["method"],
+            r["pattern"],
+            str(r["seeds"]),
+            _with_error(r["perplexity"], r["perplexity_error"], 2),
+            _with_error(r["mean_kl"], r["mean_kl_error"], 3),
+            "" if r["accuracy"] is None else f"{r['accuracy']:.3f}",
+            "" if r["recovery"] is None else f"{r['recovery']:.3f}",
+            f"{r['seconds']:.0f} s",
+            decimal(r["peak_memory_bytes"]),
+        )
+    return [table, f"dense: perplexity {result['dense_perplexity']:.2f}", f"plot: {result['plot']}"]
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def benchmark(result: dict[str, Any]) -> list[Any]:
+    table = Table("model", "runtime")
+    for name in ("batch", "TTFT ms (p10–p90)", "TPOT ms (p10–p90)", "tokens/s", "peak", "load s", "on disk"):
+        table.add_column(name, justify="right")
+    table.add_column("prefill")
+    table.add_column("decode")
+    for m in result["measurements"]:
+        table.add_row(
+            m["model"],
+            f"{m['runtime']} {m['dtype']} ({m['provider']})",
+            str(m["batch"]),
+            _spread(m["ttft_ms"]),
+            _spread(m["tpot_ms"]),
+            f"{m['tokens_per_second']:.1f}",
+            decimal(m["peak_memory_bytes"]),
+            f"{m['load_seconds']:.1f}",
+            decimal(m["bytes_on_disk"]),
+            m["prefill_speedup"]["verdict"] if m["prefill_speedup"] else "baseline",
+            m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
+        )
+    machine = result["environment"]
+    return [
+        table,
+        *_kernel_lines(result["measurements"]),
+        f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
+    ]
+
+
+def _kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
+    """What each model ran, with the batch sizes that it ran it for."""
+    batches: dict[str, list[str]] = {}
+    for m in measurements:
+        prefill, decode = _products(m["prefill_kernels"]), _products(m["decode_kernels"])
+        both = f"prefill on {prefill}; decode on {decode}" if prefill != decode else f"prefill and decode on {decode}"
+        batches.setdefault(f"{m['model']}: {both}", []).append(str(m["batch"]))
+    return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
+
+
+def _products(kernels: dict[str, int]) -> str:
+    """The kernels that multiply by weights; what else a graph has is in the JSON."""
+    products = {name: n for name, n in kernels.items() if not name.endswith("Provider)") or _PRODUCT.search(name)}
+    return ", ".join(f"{n} × {name}" for name, n in products.items())
+
+
+def _spread(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['p10']:.1f}–{spread['p90']:.1f})"
+
+
+def inspect(result: dict[str, Any]) -> list[Any]:
+    table = Table("layer", "shape")
+    for name in ("nonzero", "empty rows", "empty columns", "row spread", "column spread"):
+        table.add_column(name, justify="right")
+    table.add_column("patterns that hold")
+    for layer in result["layers"]:
+        rows, columns = layer["shape"]
+        table.add_row(
+            layer["name"],
+            f"{rows}×{columns}",
+            f"{100 * layer['nonzeros'] / (rows * columns):.2f} %",
+            str(layer["empty_rows"]),
+            str(layer["empty_columns"]),
+            f"{layer['row_spread']:.3f}",
+            f"{layer['column_spread']:.3f}",
+            ", ".join(layer["patterns"]) or "none",
+        )
+    share = 100 * result["nonzeros"] / result["weights"]
+    total = f"{result['nonzeros']:,} of {result['weights']:,} weights are nonzero ({share:.2f} %)"
+    return [table, total, f"heat map: {result['heat_map']}"]
+
+
+def plan(content: dict[str, Any]) -> list[Any]:
+    return [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)] + [f"output: {content['output']}"]
+
+
+def run(result: Any) -> list[Any]:
+    from gblm_compress import report
+
+    parts: list[Any] = [report.table(result.rows)]
+    if result.gates:
+        parts.append(report.gate_table(result.gates))
+    if result.comparison:
+        parts += compare(result.comparison)
+    reused = [stage.name for stage in result.stages if stage.reused]
+    if reused:
+        parts.append("reused: " + ", ".join(reused))
+    output = Path(result.output)
+    parts += [f"artefacts: {output}", f"report: {output / report.REPORT} (and {report.PAGE} for people)"]
+    return parts
+
+
+def doctor(content: dict[str, Any]) -> Table:
+    table = Table("", "found", "enables")
+    for finding in content["findings"]:
+        mark = "" if finding["ok"] else "[bold red]!![/] "
+        table.add_row(finding["subject"], mark + finding["found"], finding["enables"])
+    return table
