@@ -5,8 +5,10 @@ never loaded and code that ships with a model is never run.
 """
 
 import hashlib
+import io
 import json
 import os
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -203,9 +205,11 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
     progress.say(f"converting {gguf.name} to safetensors (once) …")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    own_bar = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()  # transformers has no switch for it
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with own_bar:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # transformers raises many kinds for a file that is not what it claims
         raise ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({_first_line(error)})") from error
     # The weights are plain tensors now; what is left of the quantizer would make save_pretrained refuse.

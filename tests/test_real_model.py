@@ -4,10 +4,12 @@ Reference figures come from an independent implementation of the papers' procedu
 windows of 512 tokens of WikiText-2's test tokens): dense 25.6; it is checked where that text is at hand.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +39,10 @@ SHORT = CalibrationSettings(dataset="demo", samples=4, sequence_length=256)
 def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("converted")))
-        return resolve_model("demo", Progress(quiet=True))
+        with redirect_stderr(io.StringIO()) as said:
+            source = resolve_model("demo", Progress(quiet=True))
+        assert said.getvalue() == ""
+        return source
 
 
 @pytest.fixture(scope="module")
