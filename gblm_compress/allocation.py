@@ -5,7 +5,7 @@
 budgets that keep as many weights in all as the uniform ones.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OUTLIER = 5.0
-"""A weight is an outlier where its score exceeds the mean of its layer this many times (OWL's M)."""
+"""A weight is an outlier where its score exceeds the mean of its block this many times (OWL's M)."""
 
 _BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
 
@@ -61,15 +61,13 @@ def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, .
     return budgets
 
 
-def outlier_share(scores: "Iterable[Tensor]") -> float:
-    """The share of the weights of a block whose score |W|·A exceeds `OUTLIER` times the mean of their layer
-    (the layerwise outlier distribution of OWL, arXiv 2310.05175, section 3.2).
+def outlier_share(scores: "Sequence[Tensor]") -> float:
+    """The share of a block's weights whose score |W|·A exceeds `OUTLIER` times the mean over the block (the layerwise
+    outlier distribution of OWL, arXiv 2310.05175, section 3.2; "layer" there is the block with all its matrices).
     """
-    outliers = weights = 0
-    for score in scores:
-        outliers += int((score > OUTLIER * score.mean()).sum())
-        weights += score.numel()
-    return outliers / weights
+    weights = sum(score.numel() for score in scores)
+    mean = sum(float(score.double().sum()) for score in scores) / weights
+    return sum(int((score > OUTLIER * mean).sum()) for score in scores) / weights
 
 
 def owl(outlier_shares: dict[str, float], density: float, deviation: float) -> dict[str, float]:
@@ -123,8 +121,8 @@ def spread(
     """Budgets that follow `densities` and keep in all what `budgets` do.
 
     Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
-    right. For N:M, N is rounded, and layers nearest to the next N give way until the sum is not above; at 2:4 with the
-    usual deviation that leaves every layer at 2.
+    right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
+    above; at 2:4 with the usual deviation that leaves every layer at 2.
 
     Args:
         budgets: {name: budget before}, of the layers that take part, all of one pattern.
@@ -133,12 +131,14 @@ def spread(
         deviation: the largest change of a density.
     """
     wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
+    n_m = next(iter(budgets.values())).pattern.n_m
+    least, most = (1 / n_m[1], 1.0) if n_m is not None else (0.01, 0.99)
 
     def limited(shift: float) -> dict[str, float]:
         result = {}
         for name, budget in budgets.items():
             own = 1 - budget.sparsity
-            low, high = max(own - deviation, 0.01), min(own + deviation, 0.99)
+            low, high = max(own - deviation, min(own, least)), min(own + deviation, max(own, most))
             result[name] = min(max(densities[name] + shift, low), high)
         return result
 
@@ -150,19 +150,18 @@ def spread(
         else:
             high = middle
     chosen = limited(low)
-    n_m = next(iter(budgets.values())).pattern.n_m
     if n_m is None:
         return {name: Budget(budgets[name].pattern, 1 - chosen[name]) for name in budgets}
     return _whole_groups(chosen, sizes, n_m[1], wanted)
 
 
 def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wanted: float) -> dict[str, Budget]:
-    """N:M of each layer, with Σ N/M · size not above `wanted`."""
-    kept = {name: min(max(round(density * m), 1), m) for name, density in densities.items()}
-    for name in sorted(kept, key=lambda name: densities[name] * m - kept[name]):  # rounded up the most first
-        if sum(kept[n] / m * sizes[n] for n in kept) <= wanted * (1 + 1e-9):
-            break
-        if kept[name] > 1:
-            kept[name] -= 1
+    """N:M of each layer, with Σ N/M · size as near to `wanted` as it can be without being above (largest remainder)."""
+    kept = {name: int(density * m + 1e-9) for name, density in densities.items()}
+    left = wanted * (1 + 1e-9) - sum(kept[name] / m * sizes[name] for name in kept)
+    for name in sorted(kept, key=lambda name: kept[name] - densities[name] * m):
+        if sizes[name] / m <= left and kept[name] < densities[name] * m:
+            kept[name] += 1
+            left -= sizes[name] / m
     patterns = {name: Pattern(DENSE) if n == m else Pattern(f"{n}:{m}") for name, n in kept.items()}
     return {name: Budget(pattern, pattern.sparsity(None)) for name, pattern in patterns.items()}

@@ -53,5 +53,5 @@ def budgets(
 def _outlier_share(block: Block, layers: dict[str, nn.Module]) -> float:
     norms = activation_norms(block, layers)
     return outlier_share(
-        wanda(weight_matrix(layer).detach().float(), Statistics(norms[name]), 0.0) for name, layer in layers.items()
+        [wanda(weight_matrix(layer).detach().float(), Statistics(norms[name]), 0.0) for name, layer in layers.items()]
     )

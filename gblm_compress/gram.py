@@ -8,6 +8,8 @@ a method needs to know of the text.
 import torch
 from torch import Tensor
 
+from gblm_compress.errors import UsageError
+
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Gram matrix, as SparseGPT does (arXiv 2301.00774, section 4)."""
 
@@ -18,12 +20,10 @@ def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
 
 
 def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """H + λI, λ = `damping` times the mean of H's diagonal; positive definite for any H.
-
-    An input that is always zero gets a diagonal of 1 besides, so that even H = 0 can be inverted.
-    """
+    """H + λI, λ = `damping` times the mean of H's diagonal, or 1 where H = 0: positive definite for any H."""
+    mean = gram.diagonal().mean()
     result = gram.clone()
-    result.diagonal().add_(damping * gram.diagonal().mean() + (gram.diagonal() == 0))
+    result.diagonal().add_(torch.where(mean == 0, 1.0, damping * mean))
     return result
 
 
@@ -38,9 +38,18 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
     Returns:
         [in_features, in_features] in H's dtype.
+
+    Raises:
+        UsageError: `damping` is so small that rounding leaves the matrix singular.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damping)))
-    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damping)))
+        return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
+    except torch.linalg.LinAlgError as error:
+        raise UsageError(
+            f"damping {damping:g} is too small for {len(gram)} inputs that depend on each other: their Gram matrix has "
+            "no inverse; give a larger one (usual is 0.01), or more text"
+        ) from error
 
 
 def reconstruction_error(difference: Tensor, gram: Tensor) -> Tensor:

@@ -38,17 +38,18 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT whole (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are being updated.
 
-    The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time; per output row or over the
-    rows, as the pattern says.
+    The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
+    for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
 
     Returns:
         The new weight and the mask, True = keep; both [out_features, in_features].
     """
     factor = inverse_factor(gram, damping)
-    diagonal = factor.diagonal()
+    # Damping alone would make an input that is always zero look as powerful as it is itself.
+    sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
 
     def choose(start: int, end: int, current: Tensor) -> Tensor:
-        return pattern.mask((current / diagonal[start:end]).square(), current, sparsity, before=start)
+        return pattern.mask((current * sharpness[start:end]).square(), current, sparsity, before=start)
 
     step = pattern.n_m[1] if pattern.n_m is not None else COLUMNS
     return _propagate(weight, factor, choose, step)
@@ -85,15 +86,15 @@ def least_squares(
     keep: Tensor,
     gram: Tensor,
     damping: float = DAMPING,
-    tolerance: float = 5e-3,
+    tolerance: float = 1e-2,
     max_iterations: int = 100,
 ) -> Tensor:
     """The surviving weights that minimise the layer's reconstruction error for a given mask.
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
     (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
-    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of its
-    right-hand side, both measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
+    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
+    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
 
     Args:
         weight: W [out_features, in_features].
@@ -108,10 +109,10 @@ def least_squares(
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
     solution = weight * mask
-    goal = tolerance**2 * ((weight @ hessian * mask).square() * inverse_diagonal).sum(1)
     residual = (weight - solution) @ hessian * mask
     direction = residual * inverse_diagonal
     product = (residual * direction).sum(1)
+    goal = tolerance**2 * product
     for _ in range(max_iterations):
         active = product > goal
         if not active.any():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gblm_compress.gram import damped, inverse_factor, reconstruction_error
+from gblm_compress.errors import UsageError
+from gblm_compress.gram import inverse_factor, reconstruction_error
 from gblm_compress.patterns import Pattern
 from gblm_compress.refinement import swap
 from gblm_compress.updates import least_squares, obs, sparsegpt
@@ -29,10 +30,16 @@ def wanda_mask(weight: Tensor, gram: Tensor, pattern: str, sparsity: float = 0.5
     return Pattern(pattern).mask(weight.abs() * gram.diagonal().sqrt(), weight, sparsity)
 
 
+def with_damping(gram: Tensor) -> Tensor:
+    """What the papers factorise: with a hundredth of the mean diagonal added; the identity where nothing comes in."""
+    mean = float(gram.diagonal().double().mean())
+    return gram.double() + (0.01 * mean if mean else 1.0) * torch.eye(len(gram), dtype=torch.float64)
+
+
 def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, Tensor]:
     """OBS one column at a time in float64: the inverse of the remaining inputs' Hessian is recomputed every time,
     and the update w_right −= w_j / (H⁻¹)_jj · (H⁻¹)_j,right is applied at once."""
-    hessian = damped(gram.double())
+    hessian = with_damping(gram)
     w = weight.double().clone()
     mask = torch.zeros_like(weight, dtype=torch.bool)
     columns = w.shape[1]
@@ -49,7 +56,7 @@ def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, T
 
 
 def error(before: Tensor, after: Tensor, gram: Tensor) -> float:
-    return float(reconstruction_error((before - after).double(), damped(gram.double())).sum())
+    return float(reconstruction_error((before - after).double(), with_damping(gram)).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,8 +77,9 @@ def test_sparsegpt_is_column_by_column_obs_with_the_mask_chosen_on_the_way(kind:
 
     def choose(part: slice, current: Tensor, diagonal: Tensor) -> Tensor:
         mask = torch.zeros_like(current, dtype=torch.bool)
-        for i, row in enumerate((current**2 / diagonal).tolist()):
-            for j in sorted(range(group), key=lambda j: (-row[j], j))[:keep]:
+        alive = gram.diagonal()[part] > 0
+        for i, row in enumerate((current**2 / diagonal * alive).tolist()):
+            for j in sorted(range(group), key=lambda j: (-row[j], -abs(current[i, j]), j))[:keep]:
                 mask[i, j] = True
         return mask
 
@@ -100,11 +108,41 @@ def test_sparsegpt_keeps_what_other_methods_keep_however_many_parts_it_is_chosen
         assert max(int(part.sum()) for part in parts) - min(int(part.sum()) for part in parts) <= weight.shape[0]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "unstructured-per-matrix"])
+def test_sparsegpt_gives_up_inputs_that_are_always_zero_first(pattern: str, scale: float) -> None:
+    """However weak the others are: the same function has the same mask if its activations are rescaled."""
+    weight, gram = layer("dead columns", rows=12)
+    mask = sparsegpt(weight, gram * scale, Pattern(pattern), 0.5)[1]
+    dead = gram.diagonal() == 0
+    assert 0 < dead.sum() < 8 and not mask[:, dead].any()
+    assert torch.equal(mask, sparsegpt(weight, gram, Pattern(pattern), 0.5)[1])
+
+
+def test_too_little_damping_is_said() -> None:
+    _, gram = layer("one token")
+    with pytest.raises(UsageError, match=r"damping 1e-30 is too small.*give a larger one"):
+        inverse_factor(gram, 1e-30)
+
+
+@pytest.mark.parametrize("power", [1.0, 1e3, 1e6])
+def test_least_squares_is_near_the_optimum_where_one_input_dominates(power: float) -> None:
+    """With the tolerance that is used: a dominating input is kept, and the others still make up for each other."""
+    weight, gram = layer(rows=12, columns=64)
+    scale = torch.ones(64)
+    scale[0] = power**0.5
+    gram = gram * scale * scale.unsqueeze(1)
+    keep = wanda_mask(weight, gram, "2:4")
+    optimum = error(weight, least_squares(weight, keep, gram, tolerance=1e-6, max_iterations=1000), gram)
+    none = error(weight, weight * keep, gram)
+    assert none - error(weight, least_squares(weight, keep, gram), gram) > 0.99 * (none - optimum) > 0
+
+
 def test_inverse_factor() -> None:
     _, gram = layer()
     factor = inverse_factor(gram.double())
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped(gram.double())))
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(with_damping(gram)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +151,7 @@ def test_least_squares_is_lstsq_on_the_support(kind: str, pattern: str) -> None:
     weight, gram = layer(kind)
     keep = wanda_mask(weight, gram, pattern)
     result = least_squares(weight, keep, gram, tolerance=1e-6)
-    root = torch.linalg.cholesky(damped(gram.double())).T  # the damped error is ‖root (w − ŵ)‖²
+    root = torch.linalg.cholesky(with_damping(gram)).T  # the damped error is ‖root (w − ŵ)‖²
     for row, support, got in zip(weight.double(), keep, result, strict=True):
         solution = torch.linalg.lstsq(root[:, support], (root @ row).unsqueeze(1)).solution.squeeze(1)
         torch.testing.assert_close(got[support].double(), solution, rtol=1e-3, atol=1e-3)
