@@ -2,15 +2,15 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
 from gblm_compress import ranks, sources
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.gradients import LOSS_TOKENS
 from gblm_compress.ranks import Ranks
+from gblm_compress.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.sources import ModelSource
 
@@ -114,15 +114,16 @@ def memory_plan(size: Size, resources: ResourceSettings, settings: PruneSettings
     )
 
 
-def check_disk(folder: Path, size: Size, settings: PruneSettings, plan: Plan) -> None:
+def check_disk(run: RunFolder, size: Size, settings: PruneSettings, plan: Plan) -> None:
     """Raises:
-    UsageError: less is free than output, gradients, finished blocks and hidden states may need.
+    OutputError: less is free than output, gradients, blocks and hidden states may need beyond what is finished.
     """
     blocks = size.weights * (2 if settings.distillation_epochs else 1)
-    needed = size.checkpoint + blocks + size.gradients + max(0, size.states(plan.by_sample) - plan.states)
-    free = shutil.disk_usage(folder).free
+    kept = max(0, blocks + size.gradients - run.bytes)
+    needed = size.checkpoint + kept + max(0, size.states(plan.by_sample) - plan.states)
+    place, free = str(run.folder.parent), shutil.disk_usage(run.folder).free
     if free < needed:
-        raise UsageError(
-            f"{str(folder.parent)!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for the output, "
+        raise OutputError(
+            f"{place!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for the output, "
             "and for finished blocks until it is whole; free some, or write elsewhere with -o"
         )

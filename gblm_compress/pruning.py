@@ -120,7 +120,7 @@ def prune(
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         with _kept_where_resuming_helps(run, resume, progress):
-            check_disk(run.folder, size, settings, plan)
+            check_disk(run, size, settings, plan)
             place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
             weights: Weights
@@ -236,12 +236,15 @@ def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Pr
     except KeyboardInterrupt:
         progress.say(f"what is finished is kept: {again} goes on from there")
         raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(
-            f"{str(run.folder)!r} cannot be written ({reason}); finished blocks are kept: make room and give {again}"
-        ) from error
-    except (OutputError, RankError):
+    except (OSError, SafetensorError, OutputError) as error:
+        reason = str(error)
+        if not isinstance(error, OutputError):
+            reason = f"{str(run.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
+        if not run.bytes:
+            run.remove()
+            raise OutputError(reason) from error
+        raise OutputError(f"{reason}; finished blocks are kept: make room and give {again}") from error
+    except RankError:
         raise
     except GblmError:
         run.remove()

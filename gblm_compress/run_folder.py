@@ -76,6 +76,11 @@ class RunFolder:
             raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
 
     @property
+    def bytes(self) -> int:
+        """What the finished work takes on the disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    @property
     def budgets(self) -> dict[str, Budget] | None:
         """The budget of each layer, once it was decided."""
         stored = self._content["budgets"]

@@ -43,7 +43,7 @@ def run(source, output: Path, prose: Path, *, resume=False, offload=False, sampl
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize(("where", "name"), [(calibration._Call, "run"), (artifact, "rename_durably")])
@@ -167,7 +167,8 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, pr
         original(file)
 
     before = content(tiny("llama").folder)
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left on device"):
+    kept = "No space left on device.*finished blocks are kept: make room and give the same command with --resume"
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=kept):
         patch.setattr(artifact, "to_disk", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert not (tmp_path / "out").exists() and content(tiny("llama").folder) == before
@@ -183,6 +184,29 @@ def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monke
     with pytest.raises(UsageError, match=r"0\.0 GB free; .* may be needed"):
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
+
+
+def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose, monkeypatch) -> None:
+    """And what is finished counts as room that is not needed any more."""
+
+    def full(file) -> None:
+        if "model.safetensors" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr(artifact, "to_disk", full)
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    usage, folder = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning"
+    finished = content(folder)
+    whole = tiny("llama").bytes_on_disk
+    assert sum(map(len, finished.values())) > whole / 2
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="GB free.*finished blocks are kept"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole // 2))
+        run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    assert content(folder) == finished
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * whole))
+    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    assert not folder.exists()
 
 
 def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monkeypatch) -> None:
