@@ -4,11 +4,9 @@ import sys
 from typing import Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 
 from gblm_compress.cli import commands
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.recipe import describe_fault, faults_of
 
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -43,8 +41,6 @@ def _run(arguments: list[str] | None) -> int:
         if code == INTERRUPTED:  # how newer versions of Typer report Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except ValidationError as error:
-        return _fail(UsageError("\n".join(_option_fault(fault, error) for fault in faults_of(error))))
     except GblmError as error:
         return _fail(error)
     except ClickException as error:
@@ -57,17 +53,6 @@ def _run(arguments: list[str] | None) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-
-
-def _option_fault(fault: Any, error: ValidationError) -> str:
-    """A fault of the settings that options make, with the option's spelling."""
-    from gblm_compress import settings
-
-    text = describe_fault(fault, getattr(settings, error.title))
-    name, colon, rest = text.partition(": ")
-    if fault["loc"] and colon:
-        return f"--{name.split('.')[0].replace('_', '-')}: {rest}"
-    return text
 
 
 def _fail(error: GblmError) -> int:

@@ -81,9 +81,9 @@ def prune(
 ) -> None:
     """Set the least important weights to zero; with a preset or an update, fit the others to make up for it."""
     arguments = locals()
-    settings = o.fill(PruneSettings, arguments, overrides=o.overrides(override))
-    text = o.fill(CalibrationSettings, arguments, dataset=calibration)
-    place = o.fill(ModelSettings, arguments, source=model)
+    settings = o.fill(PruneSettings, arguments, overrides="override")
+    text = o.fill(CalibrationSettings, arguments, dataset="calibration")
+    place = o.fill(ModelSettings, arguments, source="model")
     resources = o.fill(ResourceSettings, arguments)
 
     from gblm_compress import pruning
@@ -144,7 +144,7 @@ def evaluate(
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy."""
     arguments = locals()
     settings = o.fill(EvaluateSettings, arguments)
-    place = o.fill(ModelSettings, arguments, source=model)
+    place = o.fill(ModelSettings, arguments, source="model")
 
     from gblm_compress import evaluation, sources
 
@@ -181,9 +181,9 @@ def compare(
     """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
     arguments = locals()
     grid = o.fill(CompareSettings, arguments)
-    text = o.fill(CalibrationSettings, arguments, dataset=calibration)
-    evaluation = o.fill(EvaluateSettings, arguments, sequence_length=evaluation_length)
-    place = o.fill(ModelSettings, arguments, source=model)
+    text = o.fill(CalibrationSettings, arguments, dataset="calibration")
+    evaluation = o.fill(EvaluateSettings, arguments, sequence_length="evaluation_length")
+    place = o.fill(ModelSettings, arguments, source="model")
 
     from gblm_compress import comparison
 
@@ -211,8 +211,8 @@ def benchmark(
 ) -> None:
     """Time models beside the dense one, in one run: latency, throughput, memory, size."""
     arguments = locals()
-    settings = o.fill(BenchmarkSettings, arguments, batch=o.split([batch]))
-    place = o.fill(ModelSettings, arguments, source=models[0])
+    settings = o.fill(BenchmarkSettings, arguments)
+    place = o.fill(ModelSettings, arguments | {"source": models[0]})
 
     from gblm_compress import benchmarking, sources
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gblm_compress.errors import UsageError
+from gblm_compress.recipe import describe_fault, faults_of
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -27,23 +28,15 @@ def option(settings: type[BaseModel], field: str, *names: str) -> Any:
     return typer.Option(*names, help=settings.model_fields[field].description)
 
 
-def split(values: list[str] | None) -> tuple[str, ...] | None:
+def split(values: list[str] | str | None) -> tuple[str, ...] | None:
     """The parts of an option that may be repeated, or given once with commas; None where it was not given."""
-    return tuple(part.strip() for value in values or [] for part in value.split(",") if part.strip()) or None
+    given = [values] if isinstance(values, str) else values or []
+    return tuple(part.strip() for value in given for part in value.split(",") if part.strip()) or None
 
 
-def several(settings: type[BaseModel], field: str, *names: str) -> Any:
+def several(settings: type[BaseModel], field: str) -> Any:
     """An option that fills `field` with several values."""
-    return typer.Option(*names, help=settings.model_fields[field].description, callback=split)
-
-
-def fill(settings: type[S], arguments: dict[str, Any], **others: Any) -> S:
-    """The settings made of the command's arguments that are called as their fields are, and of `others` before these.
-
-    What was not given (None) is left to the settings' defaults, or to a preset.
-    """
-    values = arguments | others
-    return settings(**{name: values[name] for name in settings.model_fields if values.get(name) is not None})
+    return typer.Option(help=settings.model_fields[field].description, callback=split)
 
 
 def overrides(values: list[str] | None) -> tuple[dict[str, Any], ...] | None:
@@ -56,6 +49,35 @@ def overrides(values: list[str] | None) -> tuple[dict[str, Any], ...] | None:
             raise UsageError(f"--override {value!r}: give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'")
         parsed.append({"layers": layers, "pattern": pattern, **({"sparsity": sparsity} if at else {})})
     return tuple(parsed) or None
+
+
+def fill(settings: type[S], arguments: dict[str, Any], **names: str) -> S:
+    """The settings that a command's arguments make.
+
+    Args:
+        arguments: of the command; one that was not given (None) is left to the settings' defaults, or to a preset.
+        names: {field: the argument that fills it}, where it is not called as the field is.
+
+    Raises:
+        UsageError: with all faults, by the names of the options.
+    """
+    given = {field: arguments.get(names.get(field, field)) for field in settings.model_fields}
+    try:
+        return settings(**{field: value for field, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise UsageError("\n".join(_fault(fault, settings, names) for fault in faults_of(error))) from error
+
+
+def _fault(fault: Any, settings: type[BaseModel], names: dict[str, str]) -> str:
+    """A fault of settings with the option's spelling, and of several exceptions the one that has it."""
+    text = describe_fault(fault, settings)
+    if not fault["loc"]:
+        return text
+    field, *inner = fault["loc"]
+    where = f"--{names.get(field, field).replace('_', '-')}"
+    if len(inner) > 1:
+        where += f" (number {inner[0] + 1}), {inner[1]}"
+    return f"{where}: {text.partition(': ')[2]}"
 
 
 def default(settings: type[BaseModel], field: str) -> Any:
@@ -97,6 +119,7 @@ Overrides = Annotated[
         "--override",
         metavar="LAYERS=PATTERN[@SPARSITY]",
         help="An exception, for example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'; repeatable.",
+        callback=overrides,
     ),
 ]
 Memory = Annotated[str | None, option(ResourceSettings, "memory")]
@@ -130,7 +153,7 @@ Baselines = Annotated[
     list[str],
     typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export."),
 ]
-Batch = Annotated[str, option(BenchmarkSettings, "batch")]
+Batch = Annotated[str, several(BenchmarkSettings, "batch")]
 Prompt = Annotated[int, option(BenchmarkSettings, "prompt")]
 Generate = Annotated[int, option(BenchmarkSettings, "generate")]
 Repeats = Annotated[int, option(BenchmarkSettings, "repeats")]

@@ -20,12 +20,15 @@ def _pairs(rows: list[tuple[str, str]]) -> Table:
 def prune(result: dict[str, Any]) -> list[Any]:
     layers, weights, nonzeros = result["layers"], result["weights"], result["nonzeros"]
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers.values()}))
+    dense = result["left_dense"]
+    left = [("left dense", f"{len(dense)} layers, {sum(dense.values()):,} weights")] if dense else []
     return [
         _pairs(
             [
                 ("pruned layers", str(len(layers))),
                 ("pattern", f"{patterns}, verified on disk"),
                 ("nonzeros", f"{nonzeros:,} of {weights:,} ({100 * nonzeros / weights:.2f} %)"),
+                *left,
                 ("time", f"{result['seconds']:.1f} s"),
                 ("peak memory", decimal(result["peak_memory_bytes"])),
                 ("written to", result["folder"]),

@@ -17,6 +17,8 @@ def check_output(folder: Path, force: bool) -> None:
     Raises:
         UsageError: it exists and `force` is not given, is a file, or cannot be created.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {str(folder)!r} is a file; give a folder that does not exist yet")
     if folder.is_dir() and any(folder.iterdir()) and not force:

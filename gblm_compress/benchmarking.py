@@ -119,6 +119,8 @@ def benchmark(
     Raises:
         UsageError: a model has no baseline of its runtime and dtype, or none runs in `settings.runtimes`.
     """
+    for model in (*models, *baselines):
+        sources.check_length(model, settings.prompt + settings.generate, "prompt plus generate")
     device = sources.choose_device(device)
     threads = settings.threads or torch.get_num_threads()
     lanes: dict[_Lane, list[ModelSource]] = {}

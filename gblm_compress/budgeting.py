@@ -29,7 +29,7 @@ def budgets(
     """
     names = [name for layers in per_block for name in layers]
     uniform = settings.budgets(names)
-    if settings.allocation == "uniform":
+    if settings.allocation == "uniform" or all(map(settings.is_exception, names)):
         return uniform
     density = 1 - settings.uniform_budget.sparsity
     sizes: dict[str, int] = {}

@@ -17,7 +17,7 @@ from typing import Any
 from gblm_compress import artifact, sources
 from gblm_compress.doctor import environment
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.evaluation import evaluate, mean_and_standard_error
+from gblm_compress.evaluation import evaluate, mean_and_standard_error, prepare
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
@@ -114,6 +114,8 @@ def compare(
     except OSError as error:
         raise UsageError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
     device = sources.choose_device(device)
+    sources.check_not_export(source, "compare")
+    prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     cells = []
     for pattern in settings.patterns:
         for method in settings.methods:

@@ -67,6 +67,20 @@ class EvaluateResult:
         return asdict(self)
 
 
+def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
+    """What an evaluation reads, so that its absence shows before any work: the windows of text [windows, length].
+
+    Raises:
+        GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
+    """
+    _check_model(source, settings)
+    if settings.tasks:
+        zero_shot.task_manager(settings.tasks, settings.include_path, progress)
+    progress.say(f"reading {settings.dataset} …")
+    ids = text.tokenize(sources.load_tokenizer(source), text.load_text(settings.dataset, "evaluation"))
+    return text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
+
+
 def evaluate(
     source: ModelSource,
     settings: EvaluateSettings,
@@ -82,18 +96,10 @@ def evaluate(
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
         baseline: the dense model.
     """
-    if settings.tasks:
-        zero_shot.check_available()
-        for model_source in (source, baseline):
-            if model_source is not None and model_source.is_onnx:
-                raise ModelError(
-                    f"model {model_source.name!r}: tasks are measured in torch; give the folder it was exported from"
-                )
+    windows = prepare(source, settings, progress)
+    if baseline is not None:
+        _check_model(baseline, settings)
     device = sources.choose_device(device)
-    tokenizer = sources.load_tokenizer(source)
-    progress.say(f"reading {settings.dataset} …")
-    ids = text.tokenize(tokenizer, text.load_text(settings.dataset, "evaluation"))
-    windows = text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
     threads = torch.get_num_threads()
     progress.say(f"loading {source.name} …")
     model = load_runtime(source, sources.choose_dtype(dtype, source, device), device, threads)
@@ -133,6 +139,12 @@ def evaluate(
         fidelity=Fidelity(_mean(divergences), _mean(agreements)) if dense else None,
         zero_shot=tasks,
     )
+
+
+def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
+    if settings.tasks and source.is_onnx:
+        raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
+    sources.check_length(source, settings.sequence_length)
 
 
 def _answers(

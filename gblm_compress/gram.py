@@ -42,14 +42,15 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         UsageError: `damping` is so small that rounding leaves the matrix singular.
     """
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram.double(), damping)))
-        return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
-    except torch.linalg.LinAlgError as error:
+    lower, failed = torch.linalg.cholesky_ex(damped(gram.double(), damping))
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
         raise UsageError(
             f"damping {damping:g} is too small for {len(gram)} inputs that depend on each other: their Gram matrix has "
             "no inverse; give a larger one (usual is 0.01), or more text"
-        ) from error
+        )
+    return upper.to(gram.dtype)
 
 
 def reconstruction_error(difference: Tensor, gram: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from gblm_compress.benchmarking import benchmark
 from gblm_compress.comparison import compare
 from gblm_compress.doctor import environment
 from gblm_compress.errors import UsageError
-from gblm_compress.evaluation import evaluate
+from gblm_compress.evaluation import evaluate, prepare
 from gblm_compress.exporters import export
 from gblm_compress.gates import GateOutcome, check_gates
 from gblm_compress.progress import Progress
@@ -81,6 +81,8 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     stages: list[Stage] = []
     model, device, dtype = recipe.model, sources.choose_device(recipe.model.device), recipe.model.dtype
     dense = resolve_model(model.source, progress)
+    if recipe.evaluate is not None:
+        prepare(dense, recipe.evaluate, progress)
 
     def do(name: str, inputs: Any, work: Callable[[], Any], folder: Path | None = None) -> dict[str, Any]:
         stage = run_stage(output, name, inputs, work, folder, progress)

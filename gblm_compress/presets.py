@@ -1,5 +1,6 @@
 """Presets: tested combinations of the choices, as the settings that a user could write out."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from gblm_compress.saliency import SALIENCIES
@@ -19,11 +20,12 @@ def describe(name: str) -> str:
     return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
 
 
-def better(settings: "PruneSettings") -> str | None:
-    """The next preset that does more for the survivors than these settings; None above all of them."""
-    if settings.distillation_epochs > 0:
-        return None
-    return {"none": "balanced", "obs": "balanced", "least-squares": "balanced"}.get(settings.update, "best")
+def better(settings: "PruneSettings", able: Collection[str] = tuple(PRESETS)) -> str | None:
+    """The preset among `able` that is the next to do more for the survivors than these settings; None if none does."""
+    does_more = {"none": ("balanced", "fast"), "reconstruct": ("best",)}.get(settings.update, ("balanced",))
+    if settings.distillation_epochs:
+        does_more = ()
+    return next((name for name in does_more if name in able), None)
 
 
 def passes(settings: "PruneSettings") -> float:

@@ -31,7 +31,7 @@ from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, 
 from gblm_compress.hidden_states import StatePool
 from gblm_compress.measurements import remembered
 from gblm_compress.memory import peak_memory
-from gblm_compress.planning import SHARE_OF_FREE_MEMORY, Size, check_disk, memory_plan
+from gblm_compress.planning import SHARE_OF_FREE_MEMORY, Plan, Size, check_disk, memory_plan
 from gblm_compress.progress import Progress
 from gblm_compress.ranks import Ranks
 from gblm_compress.run_folder import RunFolder
@@ -43,10 +43,16 @@ from gblm_compress.zeros import count_nonzeros, keep_only, positive_zeros
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The outcome of the stage. Only the two measurements differ between runs with the same seed."""
+    """The outcome of the stage. Only the two measurements differ between runs with the same seed.
+
+    Attributes:
+        layers: the pruned ones.
+        left_dense: {name: number of weights} of those that an exception or an allocation left as they are.
+    """
 
     folder: str
     layers: dict[str, LayerResult]
+    left_dense: dict[str, int]
     seconds: float
     peak_memory_bytes: int
     calibration_fingerprint: str | None = None
@@ -100,6 +106,8 @@ def prune(
     resources = resources or ResourceSettings()
     artifact.check_output(output, force)
     sources.check_not_export(source, "prune")
+    if settings.needs_text:
+        sources.check_length(source, calibration.sequence_length)
     device = ranks.device_of_rank(sources.choose_device(device))
     tokenizer = sources.load_tokenizer(source)
     samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
@@ -140,6 +148,7 @@ def prune(
                 by_sample=plan.by_sample,
             )
             layers = walk.prune_()
+            left_dense = {name: _size(weights.model, name) for name in run.budgets or {} if name not in layers}
             if group.is_first:
                 progress.say("saving …")
                 layers = _save(source, output, walk, layers, tokenizer, identity, progress)
@@ -148,10 +157,11 @@ def prune(
     return PruneResult(
         folder=str(output),
         layers=layers,
+        left_dense=left_dense,
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
-        warnings=_warnings(settings, calibration, layers, seconds),
+        warnings=_warnings(settings, calibration, layers, left_dense, seconds, plan, group),
     )
 
 
@@ -210,6 +220,10 @@ def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings
                     f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
                     "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
                 )
+
+
+def _size(model: nn.Module, layer: str) -> int:
+    return model.get_submodule(layer).get_parameter("weight").numel()
 
 
 def _checkpoint(source: ModelSource, model: Any) -> Checkpoint:
@@ -305,7 +319,13 @@ def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progr
 
 
 def _warnings(
-    settings: PruneSettings, calibration: CalibrationSettings, layers: dict[str, LayerResult], seconds: float
+    settings: PruneSettings,
+    calibration: CalibrationSettings,
+    layers: dict[str, LayerResult],
+    left_dense: dict[str, int],
+    seconds: float,
+    plan: Plan,
+    group: Ranks,
 ) -> tuple[str, ...]:
     notes = []
     size = (calibration.samples, calibration.sequence_length)
@@ -315,15 +335,17 @@ def _warnings(
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
             "(--alpha-scale normalised keeps its meaning)"
         )
-    weights = sum(math.prod(layer.shape) for layer in layers.values())
+    dense = sum(left_dense.values())
+    weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense
     uniform = weights * (1 - settings.uniform_budget.sparsity)
-    extra = sum(layer.nonzeros for layer in layers.values()) - uniform
+    extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
     if settings.overrides and extra > 0:
         notes.append(
-            f"the exceptions in 'overrides' keep {extra:,.0f} weights more than {settings.pattern} everywhere in the "
-            f"pruned layers ({100 * extra / uniform:.1f} %)"
+            f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
+            f"({100 * extra / uniform:.1f} %)"
         )
-    better = presets.better(settings)
+    able = ["fast"] if group.size > 1 else [name for name in presets.PRESETS if name != "best" or not plan.offload]
+    better = presets.better(settings, able)
     cost = presets.passes(PruneSettings(preset=better)) / presets.passes(settings) if better else 0.0
     if cost > 1:
         notes.append(

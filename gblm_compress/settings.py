@@ -7,7 +7,7 @@ module loads no torch.
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gblm_compress import presets
 from gblm_compress.allocation import Budget, Override, allocate
@@ -157,7 +157,9 @@ class PruneSettings(Settings):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        return {**presets.PRESETS.get(preset, {}), **values} if preset else values
+        return (
+            {**presets.PRESETS[preset], **values} if isinstance(preset, str) and preset in presets.PRESETS else values
+        )
 
     @field_validator("pattern")
     @classmethod
@@ -173,6 +175,32 @@ class PruneSettings(Settings):
     def _check_sparsity(self) -> Self:
         _budget(self.pattern, self.sparsity)
         return self
+
+    @model_validator(mode="after")
+    def _check_all_is_read(self) -> Self:
+        preset = presets.PRESETS.get(self.preset or "", {})
+        for name, (read, where) in self._conditions().items():
+            value = getattr(self, name)
+            if not read and value not in (type(self).model_fields[name].default, preset.get(name)):
+                raise ValueError(f"{name} {value} would do nothing: it is read with {where}")
+        return self
+
+    def _conditions(self) -> dict[str, tuple[bool, str]]:
+        """The keys that not all combinations read: whether this one does, and which do."""
+        obs, fits = "obs" in (self.method, self.update), self.update == "reconstruct"
+        reconstruction = (fits, "update reconstruct")
+        return {
+            "gradient_norm": (self.needs_gradients, "method gblm or gradient, or allocation sensitivity"),
+            "alpha": (self.method in ("gblm", "regional"), "method gblm or regional"),
+            "alpha_scale": (self.method == "gblm", "method gblm"),
+            "deviation": (self.allocation != "uniform", "allocation owl or sensitivity"),
+            "damping": (obs or self.update != "none", "method obs, or an update"),
+            "reconstruction_epochs": reconstruction,
+            "reconstruction_rounds": reconstruction,
+            "reconstruction_rate": reconstruction,
+            "distillation_rate": (self.distillation_epochs > 0, "distillation_epochs above 0"),
+            "fit_dtype": (fits or self.distillation_epochs > 0, "update reconstruct, or distillation_epochs above 0"),
+        }
 
     @property
     def needs_gram(self) -> bool:
@@ -204,9 +232,9 @@ class PruneSettings(Settings):
         """The factor of the gradient term for a calibration of this size.
 
         The activation term of gblm grows with the square root of the tokens in a sample, the gradient term with the
-        samples (l1) or their square root (l2). Both terms of regional grow alike, and its alpha needs no scale.
+        samples (l1) or their square root (l2). Both terms of regional grow alike: its alpha has no scale.
         """
-        if self.alpha_scale == "published" or self.method != "gblm":
+        if self.alpha_scale == "published":
             return self.alpha
         published_samples, published_length = PUBLISHED_CALIBRATION
         samples_factor = (published_samples / samples) ** (1.0 if self.gradient_norm == "l1" else 0.5)
@@ -278,7 +306,11 @@ class CompareSettings(Settings):
     def _check(self) -> Self:
         for method in self.methods:
             for pattern in self.patterns:
-                self.prune_settings(method, pattern)
+                try:
+                    self.prune_settings(method, pattern)
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"method {method!r} with pattern {pattern!r}: {reason}") from error
         return self
 
     @staticmethod

@@ -291,6 +291,19 @@ def check_not_export(source: ModelSource, verb: str) -> None:
         raise ModelError(f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from")
 
 
+def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
+    """Raises:
+    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some.
+    """
+    positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
+    scaled = rotary.get("rope_type", rotary.get("type", "default")) != "default"
+    if positions and tokens > positions and not scaled:
+        raise UsageError(
+            f"model {source.name!r} has {positions} positions; {what} is {tokens}, give {positions} or less"
+        )
+
+
 def _check_is_causal_lm(source: ModelSource) -> None:
     """Ask optimum's TasksManager which task the model's class is for."""
     import transformers

@@ -94,6 +94,8 @@ class Walk:
     def _check(self, layers: list[dict[str, nn.Module]]) -> None:
         """Find every reason not to start before the minutes of calibration begin."""
         budgets = self.settings.budgets([name for block in layers for name in block])
+        if all(budget.pattern.name == DENSE for budget in budgets.values()):
+            raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
         for index, block in enumerate(layers):
             with self.weights.block(index):
                 for name, layer in block.items():

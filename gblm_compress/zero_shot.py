@@ -61,16 +61,38 @@ class ZeroShot:
     recovery: Ratio | None = None
 
 
-def check_available() -> None:
-    """Raises:
-    MissingDependencyError: lm-eval is not installed.
+def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:
+    """lm-eval's TaskManager, which knows all `tasks`.
+
+    Args:
+        tasks: names of lm-eval tasks or groups.
+        include_path: folder with task files of the user's own.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+        UsageError: a task is not known, or there is no such folder.
     """
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval
     except ImportError as error:
         raise MissingDependencyError(
             "zero-shot tasks are measured by lm-eval, which is not installed; pip install 'gblm-compress[eval]'"
         ) from error
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
+    with _calm(progress):
+        from lm_eval.tasks import TaskManager
+
+        # lm-eval's own thousands of task files take seconds to list; the user's folder often has all that is asked for.
+        manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
+        if manager is None or not set(tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=include_path)
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise UsageError(
+            f"task {unknown[0]!r} is not known to lm-eval {lm_eval.__version__}; "
+            "`lm-eval ls tasks` lists its own, --include-path adds a folder of yours"
+        )
+    return manager
 
 
 def answers(
@@ -80,35 +102,22 @@ def answers(
 
     Args:
         model: a transformers causal language model.
-        tasks: names of lm-eval tasks or groups.
+        tasks, include_path: as for `task_manager`.
         limit: at most this many questions of each task, the first ones.
-        include_path: folder with task files of the user's own.
 
     Returns:
         {task: (metric, 1.0 or 0.0 for every question)}.
 
     Raises:
-        MissingDependencyError: lm-eval is not installed.
-        UsageError: a task is not known, or has no accuracy.
+        GblmError: as `task_manager`.
+        UsageError: a task has no accuracy.
         DataError: a task's data cannot be had.
     """
-    check_available()
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
+    manager = task_manager(tasks, include_path, progress)
     with _calm(progress):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        # lm-eval's own thousands of task files take seconds to list; the user's folder often has all that is asked for.
-        manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
-        if manager is None or not set(tasks) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=include_path)
-        if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-            raise UsageError(
-                f"task {unknown[0]!r} is not known to lm-eval {lm_eval.__version__}; "
-                "`lm-eval ls tasks` lists its own, --include-path adds a folder of yours"
-            )
         try:
             result: Any = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),

@@ -49,6 +49,15 @@ def test_check_output(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
+@pytest.mark.parametrize("folder", [".", "..", "../here"])
+def test_the_folder_one_is_in_is_not_replaced(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="is where you are"):
+        check_output(Path(folder), force=True)
+    check_output(Path("new"), force=False)
+
+
 def test_a_place_where_nothing_can_be_created() -> None:
     with pytest.raises(UsageError, match="'/proc/new' cannot be written: .* in '/proc'"):
         check_output(Path("/proc/new"), force=False)

@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from gblm_compress import comparison
 from gblm_compress.comparison import Cell, CompareResult, compare, draw, rows
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import DataError, ModelError
 from gblm_compress.evaluation import evaluate
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
@@ -92,14 +93,25 @@ def test_malformed_methods(methods, message) -> None:
     assert message.lower() in str(caught.value).lower()
 
 
+def compared(source, folder: Path, calibration: str, evaluation: str, progress) -> None:
+    settings = CompareSettings(methods=("wanda",), patterns=("2:4",), seeds=1)
+    text = CalibrationSettings(dataset=calibration, samples=1, sequence_length=32)
+    compare(source, folder, settings, text, EvaluateSettings(dataset=evaluation, sequence_length=32), progress=progress)
+
+
 def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) -> None:
     """The error of the other process arrives as it was raised there."""
-    source = ModelSource("export", tmp_path / "export")
+    with pytest.raises(DataError, match="gone.txt.*no such file"):
+        compared(tiny("llama"), tmp_path / "grid", str(tmp_path / "gone.txt"), str(prose), progress)
+
+
+def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
+    tiny, prose, tmp_path, progress, monkeypatch
+) -> None:
+    monkeypatch.setattr(comparison, "_in_own_process", None)
+    with pytest.raises(DataError, match="gone.txt.*no such file"):
+        compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()
-    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
     with pytest.raises(ModelError, match="is an export"):
-        compare(
-            source, tmp_path / "grid", CompareSettings(methods=("wanda",), patterns=("2:4",), seeds=1), text,
-            EvaluateSettings(dataset=str(prose), sequence_length=32), progress=progress,
-        )  # fmt: skip
+        compared(ModelSource("export", tmp_path / "export"), tmp_path / "grid", str(prose), str(prose), progress)

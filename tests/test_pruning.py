@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +92,8 @@ def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, pr
             method=method, refine=refine, update=update,
             pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
             allocation=CHOICES["allocation"][(number // 3) % 3],
-            reconstruction_epochs=1, reconstruction_rounds=2, distillation_epochs=number % 2,
+            distillation_epochs=number % 2,
+            **({"reconstruction_epochs": 1, "reconstruction_rounds": 2} if update == "reconstruct" else {}),
         )  # fmt: skip
         model = tiny_model(("llama", "gpt2", "opt")[(number // 3) % 3])
         dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -152,6 +154,33 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     assert refined < none and distilled < fitted < none
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"method": "wanda", "gradient_norm": "l2"}, {"method": "wanda", "allocation": "sensitivity"}),
+        ({"method": "wanda", "alpha": 3.0}, {"method": "regional"}),
+        ({"method": "regional", "alpha_scale": "normalised"}, {"method": "gblm"}),
+        ({"deviation": 0.2}, {"allocation": "owl"}),
+        ({"damping": 0.5}, {"update": "least-squares"}),
+        ({"preset": "fast", "reconstruction_epochs": 5}, {"preset": "balanced"}),
+        ({"update": "least-squares", "reconstruction_rounds": 2}, {"update": "reconstruct"}),
+        ({"update": "least-squares", "reconstruction_rate": 0.1}, {"update": "reconstruct"}),
+        ({"preset": "balanced", "distillation_rate": 0.1}, {"preset": "best"}),
+        ({"preset": "fast", "fit_dtype": "bfloat16"}, {"distillation_epochs": 1}),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
+    key, value = list(given.items())[-1]
+    with pytest.raises(ValidationError, match=f"{key} {value} would do nothing: it is read with"):
+        PruneSettings(**given)
+    assert getattr(PruneSettings(**given | read), key) == value
+
+
+def test_what_a_preset_fills_in_and_defaults_written_out_are_no_fault() -> None:
+    assert PruneSettings(preset="balanced", update="least-squares").fit_dtype == "bfloat16"
+    assert PruneSettings.model_validate(PruneSettings(method="magnitude").model_dump()).alpha == 100
+
+
 def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
     for norm in ("l1", "l2"):
         settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm)
@@ -159,7 +188,6 @@ def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
         assert PruneSettings(gradient_norm=norm).effective_alpha(16, 512) == 100
     assert PruneSettings(alpha_scale="normalised", gradient_norm="l1").effective_alpha(32, 512) == 200
     assert PruneSettings(alpha_scale="normalised", gradient_norm="l2").effective_alpha(32, 2048) == 200
-    assert PruneSettings(alpha_scale="normalised", method="regional").effective_alpha(8, 64) == 100
 
 
 def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
@@ -269,6 +297,40 @@ def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress)
     down = layers["model.layers.0.mlp.down_proj"]
     assert down["pattern"] == "unstructured" and down["nonzeros"] == 64 * 96
     assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+
+
+def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> None:
+    """Counted by hand: half of the weights are in block 0, and those of the other lose half of theirs."""
+    settings = PruneSettings(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},))
+    result = prune(
+        tiny("llama"), tmp_path / "p", settings,
+        CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32), progress=progress,
+    )  # fmt: skip
+    assert set(result.layers) == {name for name in result.layers if ".1." in name} and len(result.left_dense) == 7
+    assert sum(result.left_dense.values()) == result.weights
+    extra = result.weights // 2
+    assert result.warnings[0] == (
+        f"the exceptions keep {extra:,} weights more than unstructured everywhere would (50.0 %)"
+    )
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "sensitivity"])
+def test_exceptions_for_all_layers(allocation, progress) -> None:
+    settings = {"method": "wanda", "allocation": allocation}
+    results = prune_(
+        tiny_model("llama"),
+        samples(),
+        PruneSettings(**settings, overrides=({"layers": "*", "pattern": "2:4"},)),
+        progress,
+    )
+    assert {result.pattern for result in results.values()} == {"2:4"}
+    with pytest.raises(UsageError, match="nothing to prune"):
+        prune_(
+            tiny_model("llama"),
+            samples(),
+            PruneSettings(**settings, overrides=({"layers": "*", "pattern": "dense"},)),
+            progress,
+        )
 
 
 def nothing_left(tmp_path: Path, prose: Path) -> bool:

@@ -134,6 +134,26 @@ def test_dtypes(tiny) -> None:
     assert choose_dtype("bfloat16", tiny("llama"), "cpu") == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"n_positions": 512}, 512),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, 512),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({}, None),
+    ],
+)
+def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sources.check_length(ModelSource("m", tmp_path), 512)
+    if positions:
+        with pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less"):
+            sources.check_length(ModelSource("m", tmp_path), 513)
+    else:
+        sources.check_length(ModelSource("m", tmp_path), 100_000)
+
+
 def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> None:
     from gblm_compress.tiny import byte_tokenizer
 

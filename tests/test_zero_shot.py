@@ -121,7 +121,7 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
         evaluate(ModelSource("onnx", tmp_path / "onnx"), EvaluateSettings(tasks=("parity",)), progress=progress)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'gblm-compress\[eval\]'"):
-        evaluate(source, EvaluateSettings(tasks=("parity",)), progress=progress)
+        evaluate(source, EvaluateSettings(tasks=("parity",), sequence_length=64), progress=progress)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the benchmarks' files are not on this machine")
