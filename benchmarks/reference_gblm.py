@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gblm_compress.progress import Progress
 from gblm_compress.sources import load_model, load_tokenizer, resolve_model
-from gblm_compress.text import load_text, random_windows, tokenize
+from gblm_compress.text import calibration_windows
 
 
 def gradient_norms(model: Any, samples: list[Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -143,8 +143,8 @@ def main() -> None:
     before, start = resident_bytes(), time.perf_counter()
     quiet = Progress(quiet=True)
     source = resolve_model(options.model, quiet)
-    ids = tokenize(load_tokenizer(source), load_text(options.calibration, "calibration"))
-    samples = random_windows(ids, options.samples, options.sequence_length, options.seed, options.calibration)
+    size = (options.samples, options.sequence_length, options.seed)
+    samples = calibration_windows(load_tokenizer(source), options.calibration, *size)
     model = load_model(source, "float32")
     gradients = gradient_norms(model, samples)
     middle = time.perf_counter()

@@ -312,9 +312,8 @@ def _save(
 
 def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
     progress.say(f"reading {calibration.dataset} …")
-    ids = text.tokenize(tokenizer, text.load_text(calibration.dataset, "calibration"))
-    return text.random_windows(
-        ids, calibration.samples, calibration.sequence_length, calibration.seed, calibration.dataset
+    return text.calibration_windows(
+        tokenizer, calibration.dataset, calibration.samples, calibration.sequence_length, calibration.seed
     )
 
 

@@ -6,7 +6,7 @@ or `.parquet` file (column `text`).
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,36 @@ from gblm_compress.errors import DataError
 
 Role = Literal["calibration", "evaluation"]
 
-# As the reference scripts of SparseGPT, Wanda and GBLM read them; C4's first documents of one shard.
+# As the reference scripts of SparseGPT, Wanda and GBLM read them.
 _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _WIKITEXT2_PARTS = {"calibration": ("train", " "), "evaluation": ("test", "\n\n")}
-_C4 = {
-    "calibration": ("en/c4-train.00000-of-01024.json.gz", 10_000),
-    "evaluation": ("en/c4-validation.00000-of-00008.json.gz", 1_100),
-}
+_C4 = "allenai/c4"
+_C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
+_C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
+
+DRAWS = 100_000
+"""How many documents of C4 may be too short in a row before the search for a long one ends."""
+
+
+def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, seed: int) -> list[Tensor]:
+    """Windows as the reference scripts draw them: from documents of one shard for `c4`, else from the whole text.
+
+    Args:
+        source: SRC.
+        samples: how many windows.
+        length: tokens in each.
+        seed: of `random.Random`.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: the source does not exist, cannot be read, or holds less than a window.
+    """
+    if source == "c4":
+        documents = _dataset(source, _C4, data_files={"part": _C4_CALIBRATION}, split="part")
+        return document_windows(tokenizer, documents, samples, length, seed, source)
+    return random_windows(tokenize(tokenizer, load_text(source, "calibration")), samples, length, seed, source)
 
 
 def load_text(source: str, role: Role) -> str:
@@ -40,9 +63,8 @@ def load_text(source: str, role: Role) -> str:
         split, joint = _WIKITEXT2_PARTS[role]
         text = joint.join(_column(_dataset(source, *_WIKITEXT2, split=split), source))
     elif source == "c4":
-        file, documents = _C4[role]
-        rows = _dataset(source, "allenai/c4", data_files={"part": file}, split="part", streaming=True)
-        text = " ".join(islice(_column(rows, source), documents))
+        rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
+        text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
     elif path.suffix in (".txt", ".jsonl", ".parquet", ".raw", ".tokens"):
         text = _read_file(path, source)
     elif path.exists() or source.startswith((".", "/", "~")):
@@ -105,6 +127,39 @@ def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: st
     generator = random.Random(seed)
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
     return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+def document_windows(
+    tokenizer: Any, documents: Sequence[Mapping[str, str]], samples: int, length: int, seed: int, source: str
+) -> list[Tensor]:
+    """Windows within single documents: `randint(0, documents - 1)` until one is longer than `length`, and in that one
+    `start = randint(0, tokens - length - 1)`. The reference draws from C4 so.
+
+    Args:
+        documents: each with a key `text`.
+        samples, length, seed, source: as for `random_windows`.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: no document that is long enough is found.
+    """
+    generator = random.Random(seed)
+    windows = []
+    for _ in range(samples):
+        for _ in range(DRAWS):
+            ids = tokenize(tokenizer, documents[generator.randint(0, len(documents) - 1)]["text"])
+            if len(ids) > length:
+                break
+        else:
+            raise DataError(
+                f"dataset {source!r}: none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
+                "--sequence-length"
+            )
+        start = generator.randint(0, len(ids) - length - 1)
+        windows.append(ids[start : start + length].unsqueeze(0))
+    return windows
 
 
 def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:

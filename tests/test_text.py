@@ -3,8 +3,10 @@ import random
 import pytest
 import torch
 
+from gblm_compress import text
 from gblm_compress.errors import DataError
 from gblm_compress.text import (
+    calibration_windows,
     consecutive_windows,
     demo_paragraphs,
     fingerprint,
@@ -34,6 +36,34 @@ def test_windows_are_drawn_as_the_reference_draws_them() -> None:
     assert [w[0].tolist() for w in random_windows(ids, 5, 64, 7, "x")] == expected
     assert fingerprint(random_windows(ids, 5, 64, 7, "x")) == fingerprint(random_windows(ids, 5, 64, 7, "x"))
     assert fingerprint(random_windows(ids, 5, 64, 8, "x")) != fingerprint(random_windows(ids, 5, 64, 7, "x"))
+
+
+def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> None:
+    """The loop of GBLM-Pruner's lib/data.py (get_c4), on documents of which some are too short."""
+    tokenizer = byte_tokenizer()
+    documents = [{"text": f"{i:02} " * (3 + 7 * (i % 4))} for i in range(20)]
+    asked = []
+
+    def dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return documents
+
+    monkeypatch.setattr("datasets.load_dataset", dataset)
+    generator = random.Random(3)
+    expected = []
+    for _ in range(6):
+        while True:
+            ids = tokenizer(documents[generator.randint(0, 19)]["text"])["input_ids"]
+            if len(ids) > 30:
+                break
+        i = generator.randint(0, len(ids) - 30 - 1)
+        expected.append(ids[i : i + 30])
+    windows = calibration_windows(tokenizer, "c4", 6, 30, 3)
+    assert [window[0].tolist() for window in windows] == expected
+    assert asked == [(("allenai/c4",), {"data_files": {"part": "en/c4-train.00000-of-01024.json.gz"}, "split": "part"})]
+    monkeypatch.setattr(text, "DRAWS", 50)
+    with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
+        calibration_windows(tokenizer, "c4", 1, 500, 3)
 
 
 def test_consecutive_windows_do_not_overlap_and_drop_the_rest() -> None:
