@@ -176,6 +176,12 @@ def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
     assert getattr(PruneSettings(**given | read), key) == value
 
 
+@pytest.mark.parametrize("preset", ["bets", ["best"], 1])
+def test_a_preset_that_is_none_is_refused(preset) -> None:
+    with pytest.raises(ValidationError, match="'fast', 'balanced' or 'best'"):
+        PruneSettings(preset=preset)
+
+
 def test_what_a_preset_fills_in_and_defaults_written_out_are_no_fault() -> None:
     assert PruneSettings(preset="balanced", update="least-squares").fit_dtype == "bfloat16"
     assert PruneSettings.model_validate(PruneSettings(method="magnitude").model_dump()).alpha == 100
