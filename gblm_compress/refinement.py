@@ -7,7 +7,7 @@ from gblm_compress.gram import reconstruction_error
 from gblm_compress.patterns import Pattern
 
 CANDIDATES = 16
-"""How many weights of each side a group offers for exchange; every pair of an N:M group with M <= 32 is tried."""
+"""At most so many weights of each side of a group are offered for exchange: of an N:M group with M <= 16, all."""
 
 WEIGHTS_AT_ONCE = 2**20
 """Rows are independent; so many weights' rows are worked on at a time, which bounds the memory for the pairs."""
@@ -33,12 +33,21 @@ def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern) -> Tensor
         The new mask; no row's error is larger than before.
     """
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
-    group = pattern.n_m[1] if pattern.n_m is not None else weight.shape[1]
+    if pattern.n_m is not None:
+        kept, group = pattern.n_m
+        outs, backs = min(CANDIDATES, kept), min(CANDIDATES, group - kept)
+    else:
+        group = weight.shape[1]
+        outs = backs = min(CANDIDATES, group)
     parts = zip(torch.split(weight, rows), torch.split(keep, rows), strict=True)
-    return torch.cat([_swap(w, kept.clone(), gram, group) for w, kept in parts])
+    return torch.cat([_swap(w, mask.clone(), gram, group, outs, backs) for w, mask in parts])
 
 
-def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
+def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int, outs: int, backs: int) -> Tensor:
+    """Args:
+    group: columns of a group.
+    outs, backs: how many kept and how many pruned weights of a group are candidates.
+    """
     rows, columns = weight.shape
     diagonal = gram.diagonal()
     gradient = (weight * ~keep) @ gram  # Hd of every row, kept up to date
@@ -49,11 +58,10 @@ def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
         own = w.square() * diagonal
         cost = torch.where(kept, own + 2 * w * slope, torch.inf).reshape(-1, group)
         gain = torch.where(kept, torch.inf, own - 2 * w * slope).reshape(-1, group)
-        candidates = min(CANDIDATES, group)
-        cost, p = cost.topk(candidates, dim=1, largest=False)
-        gain, q = gain.topk(candidates, dim=1, largest=False)
+        cost, p = cost.topk(outs, dim=1, largest=False)
+        gain, q = gain.topk(backs, dim=1, largest=False)
         offset = (torch.arange(len(p), device=p.device) % (columns // group) * group).unsqueeze(1)
-        p, q = (p + offset).reshape(len(active), -1, candidates), (q + offset).reshape(len(active), -1, candidates)
+        p, q = (p + offset).reshape(len(active), -1, outs), (q + offset).reshape(len(active), -1, backs)
         w_p = w.gather(1, p.flatten(1)).reshape(p.shape)
         w_q = w.gather(1, q.flatten(1)).reshape(q.shape)
         change = cost.reshape(p.shape).unsqueeze(3) + gain.reshape(q.shape).unsqueeze(2)
@@ -64,8 +72,8 @@ def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
             break
         where = where[better]
         active = active[better]
-        out = p.flatten(1)[better].gather(1, (where // candidates).unsqueeze(1)).squeeze(1)
-        back_index = where // candidates**2 * candidates + where % candidates
+        out = p.flatten(1)[better].gather(1, (where // backs).unsqueeze(1)).squeeze(1)
+        back_index = where // (outs * backs) * backs + where % backs
         back = q.flatten(1)[better].gather(1, back_index.unsqueeze(1)).squeeze(1)
         keep[active, out] = False
         keep[active, back] = True
