@@ -109,13 +109,13 @@ def compare(
     Raises:
         GblmError: of the first cell that fails; those before it stay on record.
     """
+    sources.check_not_export(source, "compare")
+    prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
+    device = sources.choose_device(device)
     try:
         (output / STAGES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
-    device = sources.choose_device(device)
-    sources.check_not_export(source, "compare")
-    prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     cells = []
     for pattern in settings.patterns:
         for method in settings.methods:

@@ -157,9 +157,7 @@ class PruneSettings(Settings):
     @classmethod
     def _fill_in_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        return (
-            {**presets.PRESETS[preset], **values} if isinstance(preset, str) and preset in presets.PRESETS else values
-        )
+        return {**presets.PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
 
     @field_validator("pattern")
     @classmethod
@@ -187,14 +185,14 @@ class PruneSettings(Settings):
 
     def _conditions(self) -> dict[str, tuple[bool, str]]:
         """The keys that not all combinations read: whether this one does, and which do."""
-        obs, fits = "obs" in (self.method, self.update), self.update == "reconstruct"
+        fits = self.update == "reconstruct"
         reconstruction = (fits, "update reconstruct")
         return {
             "gradient_norm": (self.needs_gradients, "method gblm or gradient, or allocation sensitivity"),
             "alpha": (self.method in ("gblm", "regional"), "method gblm or regional"),
             "alpha_scale": (self.method == "gblm", "method gblm"),
             "deviation": (self.allocation != "uniform", "allocation owl or sensitivity"),
-            "damping": (obs or self.update != "none", "method obs, or an update"),
+            "damping": (self.method == "obs" or self.update != "none", "method obs, or an update"),
             "reconstruction_epochs": reconstruction,
             "reconstruction_rounds": reconstruction,
             "reconstruction_rate": reconstruction,

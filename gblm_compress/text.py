@@ -53,6 +53,8 @@ def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, 
 def load_text(source: str, role: Role) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 
+    For calibration `c4` is not joined: see `calibration_windows`.
+
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
     """
@@ -63,6 +65,7 @@ def load_text(source: str, role: Role) -> str:
         split, joint = _WIKITEXT2_PARTS[role]
         text = joint.join(_column(_dataset(source, *_WIKITEXT2, split=split), source))
     elif source == "c4":
+        assert role == "evaluation", "calibration draws from c4 document by document"
         rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
         text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
     elif path.suffix in (".txt", ".jsonl", ".parquet", ".raw", ".tokens"):

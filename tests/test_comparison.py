@@ -111,6 +111,7 @@ def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     monkeypatch.setattr(comparison, "_in_own_process", None)
     with pytest.raises(DataError, match="gone.txt.*no such file"):
         compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
+    assert not (tmp_path / "grid").exists()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()
     with pytest.raises(ModelError, match="is an export"):
