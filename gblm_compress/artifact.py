@@ -1,58 +1,231 @@
-"""Folders on disk: written aside and renamed into place, so that none is ever seen half-written."""
+"""Folders and files on disk: written aside and renamed into place, held by one process, replaced only if ours.
 
+Every folder that this program makes for a user carries `gblm_manifest.json`, which lists what was written into it. A
+folder is replaced only if it carries one, holds nothing beside what is listed, and is no input of the work.
+"""
+
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import SoftFileLock, Timeout
+from safetensors import SafetensorError
+
 from gblm_compress.errors import OutputError, UsageError
 
-
-def check_output(folder: Path, force: bool) -> None:
-    """Refuse an output folder that exists or cannot be written, before any work is done.
-
-    Raises:
-        UsageError: it exists and `force` is not given, is a file, or cannot be created.
-    """
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output {str(folder)!r} is a file; give a folder that does not exist yet")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise UsageError(f"output {str(folder)!r} exists; give another folder, or --force to replace it")
-    parent = _existing_parent(folder)
-    try:  # permissions do not tell all (root, read-only and virtual file systems): only trying does
-        Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent)).rmdir()
-    except OSError as error:
-        raise UsageError(f"output {str(folder)!r} cannot be written: {error.strerror} in {str(parent)!r}") from error
+MANIFEST = "gblm_manifest.json"
+FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
+_LARGEST_JSON = 256 << 20
 
 
 @contextmanager
-def atomic_folder(folder: Path, inside: Path | None = None) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it goes.
+def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool = True) -> Iterator[None]:
+    """Hold an output folder for this process while the `with` runs, after making sure that it may be written.
+
+    A lock beside the folder keeps other processes off. The lock of a process that is gone is taken over, and what that
+    process left half-written is removed.
 
     Args:
+        force: an existing folder may be replaced, if it is ours.
+        inputs: files and folders that the work reads.
+        first: whether this process is the one that writes; of several on one run the others only look.
+
+    Raises:
+        UsageError: the folder is in use, is in the way, or cannot be created.
+    """
+    if not first:
+        check_output(folder, force, inputs)
+        yield
+        return
+    with _locked(folder):
+        _clean_up_after_the_dead(folder)
+        check_output(folder, force, inputs)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
+    if not place.name:
+        raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
+    created = _make_parents(place)
+    lock = SoftFileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    try:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"output {str(folder)!r} is being written by process {lock.pid}; wait for it, or give another folder "
+                f"(the lock is {lock.lock_file})"
+            ) from error
+        except OSError as error:
+            raise _cannot_be_written(folder, error) from error
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output folder that is in the way or cannot be written, before any work is done.
+
+    Raises:
+        UsageError: it is or holds an input or the current folder, is a file, exists and may not be replaced, or cannot
+            be created.
+    """
+    try:
+        if _is_or_holds(folder, Path.cwd()):
+            raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
+        if folder.name in ("", ".."):
+            raise UsageError(f"output {str(folder)!r} has no name of its own; give the name of a folder")
+        for path in inputs:
+            if _is_or_holds(folder, path):
+                what = "is" if folder.samefile(path) else "holds"
+                raise UsageError(f"output {str(folder)!r} {what} the input {str(path)!r}; give another folder")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            kind = "a link" if folder.is_symlink() else "a file"
+            raise UsageError(f"output {str(folder)!r} is {kind}; give a folder that does not exist yet")
+        check_replaceable(folder, force)
+        # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
+        Path(tempfile.mkdtemp(prefix=_partial(folder), dir=_existing_parent(folder))).rmdir()
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+
+
+def check_replaceable(folder: Path, force: bool) -> None:
+    """Raises:
+    UsageError: the folder is there and not empty, and `force` is not given or it holds what is not ours.
+    """
+    if not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()}
+    if not found:
+        return
+    if not force:
+        raise UsageError(f"output {str(folder)!r} exists; give another folder, or --force to replace it")
+    try:
+        written = read_json(folder / MANIFEST)[FILES]
+    except (OSError, ValueError, KeyError):
+        written = None
+    if not isinstance(written, list) or MANIFEST not in written:
+        raise UsageError(
+            f"output {str(folder)!r} exists and was not made by this program (it has no {MANIFEST} that lists its "
+            "files), so --force does not replace it; give another folder, or remove it yourself"
+        )
+    if foreign := sorted(found - {name for name in written if isinstance(name, str)}):
+        raise UsageError(
+            f"output {str(folder)!r} holds {foreign[0]!r}, which this program did not write, so --force does not "
+            "replace it; move that file, or give another folder"
+        )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises:
+    OutputError: less than `needed` bytes are free where `folder` will be.
+    """
+    place = _existing_parent(folder)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{str(place)!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for {what}; free some, "
+            "or write elsewhere with -o"
+        )
+
+
+@contextmanager
+def working_in(folder: Path, kind: str) -> Iterator[None]:
+    """Hold a folder that is worked in over several calls, of a kind ("run", "comparison"), while the `with` runs.
+
+    Raises:
+        UsageError: it is in use, holds something else, or cannot be written.
+    """
+    with _locked(folder):
+        is_new = not folder.exists()
+        _claim(folder, kind)
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == [MANIFEST]:  # nothing came of it
+                shutil.rmtree(folder)
+
+
+def _claim(folder: Path, kind: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+    if empty:
+        write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
+        return
+    try:
+        known = read_json(folder / MANIFEST).get(KIND)
+    except (OSError, ValueError):
+        known = None
+    if known != kind:
+        raise UsageError(
+            f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
+        )
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it goes.
+
+    A manifest in it is completed with the list of what was written.
+
+    Args:
+        force: replace a folder that is there, if it is ours.
         inside: a folder on the same file system for the temporary one, if not beside `folder`.
 
     Raises:
         OutputError: the folder cannot be created, filled or renamed.
+        UsageError: what stands in its place meanwhile may not be replaced.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=inside or folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_partial(folder), dir=inside or folder.parent))
     except OSError as error:
         raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
     try:
         yield temporary
+        _list_files(temporary)
         _open_to_umask(temporary)
+        check_replaceable(folder, force)
         _replace(folder, temporary)
-    except OSError as error:
-        raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"output {str(folder)!r} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: there is no such regular file, or it cannot be read.
+        ValueError: its content is no JSON object; the message says why.
+    """
+    if not path.is_file():  # never wait for a pipe or read a device
+        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content
 
 
 def write_text(path: Path, content: str) -> None:
@@ -64,18 +237,19 @@ def write_text(path: Path, content: str) -> None:
             to_disk(file)
         rename_durably(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def to_disk(file: IO[Any]) -> None:
-    """Have the disk know what was written."""
+    """Flush and fsync."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Rename within a folder, and have the disk know before going on."""
+    """Rename within a folder, and fsync the folder before going on."""
     source.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
@@ -84,20 +258,74 @@ def rename_durably(source: Path, target: Path) -> None:
         os.close(folder)
 
 
+def _partial(folder: Path) -> str:
+    """How the temporary folders of an output folder are called at their start."""
+    return f".{folder.name[:100]}.partial-"
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the predecessor of a folder is while its successor takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def _replace(folder: Path, temporary: Path) -> None:
     """Rename `temporary` to `folder`; what stood there is kept until its successor is in place."""
     if not folder.exists():
         temporary.rename(folder)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(aside / folder.name)
+    aside = _replaced(folder)
+    folder.rename(aside)
     try:
         temporary.rename(folder)
     except OSError:
-        (aside / folder.name).rename(folder)
+        aside.rename(folder)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean_up_after_the_dead(folder: Path) -> None:
+    """Remove what a process that was killed left beside the folder, which this one has locked."""
+    aside = _replaced(folder)
+    if aside.is_dir() and not folder.exists():  # it was killed between the two renames
+        aside.rename(folder)
+    for path in (aside, *folder.parent.glob(_partial(folder).translate(_LITERAL) + "*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+_LITERAL = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})  # for glob
+
+
+def _list_files(folder: Path) -> None:
+    path = folder / MANIFEST
+    if path.exists():
+        content = read_json(path) | {FILES: sorted(entry.name for entry in folder.iterdir())}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_or_holds(folder: Path, path: Path) -> bool:
+    """Whether `path` is `folder` or lies in it, whatever links or spellings lead there."""
+    if not folder.exists():
+        return False
+    path = path.resolve()
+    return any(candidate.exists() and folder.samefile(candidate) for candidate in (path, *path.parents))
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> UsageError:
+    try:
+        place = f" in {str(_existing_parent(folder))!r}"
+    except OSError:  # a name that no folder can have
+        place = ""
+    return UsageError(f"output {str(folder)!r} cannot be written: {error.strerror or error}{place}")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create the folder that `folder` will lie in; what was created, deepest first."""
+    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+    return missing
 
 
 def _open_to_umask(folder: Path) -> None:

@@ -70,3 +70,9 @@ class GateError(GblmError):
     """A gate of the recipe failed."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; its type where it has no message."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
