@@ -4,6 +4,7 @@ Nothing here holds more than one tensor. Files are mapped only while a tensor is
 checkpoint do not pile up in the resident memory of the process.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gblm_compress import artifact
+from gblm_compress import artifact, model_files
 from gblm_compress.errors import ModelError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DIGEST = "sha256"
+"""The key of a file's metadata under which `save_durably` states the hash of its tensors."""
+
 _CHUNK = 16 << 20
 
 
@@ -36,14 +39,9 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, names: Iterable[str], prefix: str) -> None:
-        known = set(names)
-        index = folder / INDEX
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [SINGLE] if (folder / SINGLE).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
-        self.files = [folder / name for name in files]
-        self._known, self._prefix = known, prefix
+        self.files = model_files.weight_files(folder)
+        self._index = model_files.index_file(folder)
+        self._known, self._prefix = set(names), prefix
         self._where: dict[str, tuple[Path, str]] = {}
         for path in self.files:
             for key in keys(path):
@@ -73,12 +71,12 @@ class Checkpoint:
         """
         weight_map = {}
         for path in self.files:
+            header, metadata, data = model_files.read_header(path)
             with path.open("rb") as source, (folder / path.name).open("wb") as target:
-                length = int.from_bytes(source.read(8), "little")
-                header: dict[str, Any] = json.loads(source.read(length))
-                metadata = header.pop("__metadata__", {}) | {"format": "pt"}
                 entries = {self._model_name(key): entry for key, entry in header.items()}
-                text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+                text = json.dumps(
+                    {"__metadata__": metadata | {"format": "pt"}, **entries}, separators=(",", ":")
+                ).encode()
                 text += b" " * (-len(text) % 8)
                 target.write(len(text).to_bytes(8, "little") + text)
                 for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -86,16 +84,15 @@ class Checkpoint:
                     weight_map[name] = path.name
                     tensor = changed(name)
                     if tensor is None:
-                        source.seek(8 + length + begin)
+                        source.seek(data + begin)
                         _copy(source, target, end - begin)
                     else:
                         assert tensor.nbytes == end - begin, "a changed tensor keeps its shape and dtype"
                         target.write(_bytes(tensor))
                 artifact.to_disk(target)
-        if len(self.files) > 1:
-            index = self.files[0].parent / INDEX
-            content = json.loads(index.read_text()) if index.exists() else {"metadata": {}}
-            (folder / INDEX).write_text(json.dumps(content | {"weight_map": weight_map}, indent=2, sort_keys=True))
+        if self._index is not None:
+            content = artifact.read_json(self._index) | {"weight_map": weight_map}
+            (folder / self._index.name).write_text(json.dumps(content, indent=2, sort_keys=True))
 
     def _model_name(self, key: str) -> str:
         with_prefix, without = f"{self._prefix}.{key}", key.removeprefix(f"{self._prefix}.")
@@ -129,12 +126,34 @@ def keys(path: Path) -> list[str]:
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is either whole or absent, whatever happens to process or machine."""
+    """Write a safetensors file that is either whole or absent, whatever happens to process or machine.
+
+    It states the hash of its content, so that `is_intact` can tell later.
+    """
     temporary = path.with_name(f".{path.name}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, temporary, metadata={DIGEST: _digest(plain)})
     with temporary.open("rb") as file:
         artifact.to_disk(file)
     artifact.rename_durably(temporary, path)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file that `save_durably` wrote still holds what it wrote, to the last bit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stated = (file.metadata() or {}).get(DIGEST)
+            return stated == _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:

@@ -22,7 +22,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
 from gblm_compress.sources import ModelSource
-from gblm_compress.stages import STAGES, run_stage, text_hash
+from gblm_compress.stages import run_stage, text_hash
 
 REPORT, PLOT = "comparison.json", "comparison.png"
 
@@ -109,13 +109,23 @@ def compare(
     Raises:
         GblmError: of the first cell that fails; those before it stay on record.
     """
-    sources.check_not_export(source, "compare")
+    with artifact.working_in(output, "comparison"):
+        return _compare(source, output, settings, calibration, evaluation, dtype, device, progress)
+
+
+def _compare(
+    source: ModelSource,
+    output: Path,
+    settings: CompareSettings,
+    calibration: CalibrationSettings,
+    evaluation: EvaluateSettings,
+    dtype: str,
+    device: str,
+    progress: Progress,
+) -> CompareResult:
+    sources.check_model(source, "compare")
     prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     device = sources.choose_device(device)
-    try:
-        (output / STAGES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
     cells = []
     for pattern in settings.patterns:
         for method in settings.methods:

@@ -69,7 +69,7 @@ class InspectResult:
 
 def inspect(source: ModelSource, heat_map_path: Path | None, progress: Progress) -> InspectResult:
     """Report on every layer that pruning touches (or would touch), and draw the heat map if a path is given."""
-    sources.check_not_export(source, "inspect")
+    sources.check_model(source, "inspect")
     model = sources.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
     reports, panels = [], {}

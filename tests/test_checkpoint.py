@@ -43,6 +43,7 @@ def test_a_rewritten_checkpoint_differs_in_what_was_changed_only(kind, sharded, 
 def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path) -> None:
     """GPT-2's published files lack the prefix "transformer."."""
     model = AutoModelForCausalLM.from_pretrained(tiny("gpt2").folder)
+    shutil.copy(tiny("gpt2").folder / "config.json", tmp_path)
     state = {k.removeprefix("transformer."): v for k, v in load_file(tiny("gpt2").folder / "model.safetensors").items()}
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = checkpoint_of(tmp_path, model)
@@ -59,6 +60,7 @@ def test_what_is_missing_or_damaged_is_named(tiny, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no.such: no such tensor in"):
         checkpoint_of(tiny("llama").folder, model).read("no.such")
     data = (tiny("llama").folder / "model.safetensors").read_bytes()
+    shutil.copy(tiny("llama").folder / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="damaged safetensors file"):
         checkpoint_of(tmp_path, model)

@@ -1,0 +1,236 @@
+"""Folders from anywhere: what is no model, leads elsewhere or is damaged is refused before anything reads it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gblm_compress import manifest
+from gblm_compress.errors import GblmError, ModelError, VerificationError
+from gblm_compress.model_files import bytes_of, check_folder, files_of, read_header, weight_files
+from gblm_compress.pruning import prune
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.sources import ModelSource, load_model, load_tokenizer, resolve_model
+
+MAGNITUDE = PruneSettings(method="magnitude")
+ONE_SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A copy of a tiny Llama, to be spoilt."""
+    return Path(shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def index_of(folder: Path, **files: str) -> dict[str, str]:
+    """Turn the weights of a folder into shards {file name: substring of the tensors in it}, with an index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for name, part in files.items():
+        own = {key: tensor for key, tensor in state.items() if part in key and key not in weight_map}
+        save_file(own, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def pruned(folder: Path, output: Path, progress, **resources) -> ModelSource:
+    prune(
+        resolve_model(str(folder), progress), output, MAGNITUDE, CalibrationSettings(),
+        resources=ResourceSettings(**resources), progress=progress,
+    )  # fmt: skip
+    return ModelSource("out", output)
+
+
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("null", "it holds a NoneType, not an object"),
+        ("[]", "it holds a list, not an object"),
+        (NESTED, "nested too deeply"),
+        ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", "damaged"),
+        ("\ud800", "damaged"),
+        ('{"model_type": 5}', "model_type: Input should be a valid string, got 5"),
+        ('{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "architectures: Input should be a valid list"),
+        ('{"model_type": "llama", "architectures": [5]}', r"architectures\.0: Input should be a valid string"),
+        ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size: Input should be a valid integer"),
+        ('{"model_type": "llama", "num_hidden_layers": -1}', "num_hidden_layers: .*greater than or equal to 1, got -1"),
+        ('{"model_type": "llama", "rope_scaling": 3}', "rope_scaling: "),
+        ('{"model_type": "llama", "torch_dtype": "load"}', "torch_dtype is 'load'; models in float32, float16"),
+        ('{"model_type": "llama", "transformers_weights": "../x.safetensors"}', "in the same folder"),
+        ('{"model_type": "llama", "transformers_weights": "adapter_model.bin"}', "pickled weights are never loaded"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"quantised \(gptq\).*original"),
+        ('{"model_type": "llama", "quantization_config": {"load_in_4bit": true}}', "quantised .*unknown.*original"),
+    ],
+)
+def test_configs(folder, config: str, message: str) -> None:
+    (folder / "config.json").write_bytes(config.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ModelError, match=message):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "index.json' is damaged"),
+        ("[]", "it holds a list"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": []}', "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "pickled weights are never loaded"),
+        ('{"weight_map": {"a": "../other/model.safetensors"}}', "in the same folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "in the same folder"),
+        ('{"weight_map": {"a": 5}}', "names the file 5"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors' is missing"),
+    ],
+)
+def test_indices(folder, index: str, message: str) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=message):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_links_out_of_the_folder_and_special_files(name, folder, tmp_path) -> None:
+    path = folder / name
+    (tmp_path / "secret").write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=f"{name}' is a link out of the folder"):
+        check_folder(folder)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ModelError, match="leads nowhere"):
+        check_folder(folder)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="no regular file"):
+        check_folder(folder)
+
+
+def test_links_inside_and_those_of_the_hubs_cache_are_followed(folder, tmp_path, progress) -> None:
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    check_folder(folder)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(folder, snapshot)
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    assert load_model(resolve_model(str(snapshot), progress)).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
+def test_truncated_weights(folder, length) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelError, match="damaged safetensors file"):
+        check_folder(folder)
+
+
+def test_a_header_without_metadata(folder, tmp_path, progress) -> None:
+    """`"__metadata__": null` is what the format's own reader takes for none."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": None}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    assert read_header(path)[1] == {}
+    manifest.verify(pruned(folder, tmp_path / "out", progress).folder)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_single_shard_with_an_index_stays_loadable(offload, folder, tmp_path, progress) -> None:
+    index_of(folder, **{ONE_SHARD: ""})
+    source = pruned(folder, tmp_path / "out", progress, offload=offload)
+    assert [path.name for path in weight_files(source.folder)] == [ONE_SHARD]
+    weight = AutoModelForCausalLM.from_pretrained(source.folder).model.layers[0].mlp.up_proj.weight
+    assert float((weight == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_of_two_sets_of_weights_the_one_that_transformers_reads_is_pruned(offload, folder, tmp_path, progress) -> None:
+    wanted = load_file(folder / "model.safetensors")
+    weight_map = index_of(folder, **{ONE_SHARD: ""})
+    other = {name: tensor + 1 for name, tensor in load_file(folder / ONE_SHARD).items()}
+    save_file(other, folder / ONE_SHARD, metadata={"format": "pt"})
+    save_file(wanted, folder / "model.safetensors", metadata={"format": "pt"})
+    assert len(weight_map) == len(wanted) and [p.name for p in weight_files(folder)] == ["model.safetensors"]
+    source = pruned(folder, tmp_path / "out", progress, offload=offload)
+    assert {path.name for path in source.folder.glob("*.safetensors*")} == {"model.safetensors"}
+    got = load_file(source.folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(got, wanted["model.embed_tokens.weight"])
+
+
+def test_weights_that_transformers_does_not_read_count_nowhere(folder, tmp_path) -> None:
+    size, files = bytes_of(folder), files_of(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert bytes_of(folder) == size == (folder / "model.safetensors").stat().st_size
+    assert files_of(folder) == files
+
+
+def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:
+    """A folder that its users cannot load is no result, whatever its tensors are like."""
+    monkeypatch.setattr(
+        manifest, "verify", lambda place: (place / "model.safetensors").rename(place / "other.safetensors")
+    )
+    with pytest.raises(VerificationError, match=r"does not load: .*no file named model\.safetensors"):
+        pruned(folder, tmp_path / "out", progress)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_adapters_files_and_other_mistakes(folder, progress) -> None:
+    with pytest.raises(ModelError, match=r"is a file; give the folder that holds it"):
+        resolve_model(str(folder / "model.safetensors"), progress)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match="LoRA adapter.*merge it into its base model"):
+        resolve_model(str(folder), progress)
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are never loaded"):
+        resolve_model(str(folder), progress)
+
+
+def test_a_vision_model_without_a_tokenizer_is_told_what_it_is(tmp_path, progress) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ModelError, match="is for image-classification; a causal language model is needed"):
+        pruned(tmp_path / "vit", tmp_path / "out", progress)
+
+
+def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> None:
+    """Every file of a model in turn empty, as garbage, as a list, as a deep nest and as a folder."""
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for spoilt in (b"", b"\xff\xfe\x00", b"[]", b"null", b"{}", NESTED.encode(), None):
+            path.unlink()
+            path.mkdir() if spoilt is None else path.write_bytes(spoilt)
+            try:
+                source = resolve_model(str(folder), progress)
+                load_model(source)
+                load_tokenizer(source)
+            except GblmError as error:
+                assert str(error).count("\n") == 0
+            path.rmdir() if spoilt is None else path.unlink()
+            path.write_bytes(content)
+    change_config(folder, auto_map={"AutoModelForCausalLM": "evil--modeling.Evil"})
+    (folder / "modeling.py").write_text("raise SystemExit(99)")
+    load_model(resolve_model(str(folder), progress))
