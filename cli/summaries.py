@@ -18,17 +18,21 @@ def _pairs(rows: list[tuple[str, str]]) -> Table:
 
 
 def prune(result: dict[str, Any]) -> list[Any]:
+    from gblm_compress.manifest import reasons
+
     layers, weights, nonzeros = result["layers"], result["weights"], result["nonzeros"]
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers.values()}))
-    dense = result["left_dense"]
-    left = [("left dense", f"{len(dense)} layers, {sum(dense.values()):,} weights")] if dense else []
+    dense = reasons(result["left_dense"])
     return [
         _pairs(
             [
-                ("pruned layers", str(len(layers))),
+                (
+                    "pruned layers",
+                    f"{len(layers)}, with {100 * weights / result['linear_weights']:.1f} % of all linear weights",
+                ),
                 ("pattern", f"{patterns}, verified on disk"),
                 ("nonzeros", f"{nonzeros:,} of {weights:,} ({100 * nonzeros / weights:.2f} %)"),
-                *left,
+                *([("left dense", dense)] if dense else []),
                 ("time", f"{result['seconds']:.1f} s"),
                 ("peak memory", decimal(result["peak_memory_bytes"])),
                 ("written to", result["folder"]),

@@ -6,9 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from gblm_compress import artifact
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.sources import ModelSource, check_not_export
+from gblm_compress.sources import ModelSource, check_model
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
@@ -57,6 +58,7 @@ def export(
     Raises:
         GblmError: as the exporter says.
     """
-    check_not_export(source, "export")
-    exporter: Exporter = import_module(EXPORTERS[settings.format])
-    return exporter.export(source, output, settings, force=force, progress=progress)
+    with artifact.reserved(output, force, [source.folder]):
+        check_model(source, "export")
+        exporter: Exporter = import_module(EXPORTERS[settings.format])
+        return exporter.export(source, output, settings, force=force, progress=progress)

@@ -40,6 +40,18 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 VERIFY_TOKENS = 64
 GREEDY_TOKENS = 32
 
+_LOADING = """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx")"""
+_LOADING_KERNELS = """\
+import gblm_compress
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(str(gblm_compress.onnxruntime_library()))
+session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
+
 # Names of the dynamic dimensions; None is a fixed one.
 _DIMENSIONS: dict[str, list[str | None]] = {
     "input_ids": ["batch_size", "sequence_length"],
@@ -67,7 +79,6 @@ def export(
         VerificationError: ONNX Runtime's logits, greedy tokens or weights are not torch's.
     """
     start = time.perf_counter()
-    artifact.check_output(output, force)
     dtype: str = settings.dtype
     if dtype == "auto":
         dtype = stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
@@ -90,7 +101,7 @@ def export(
         encode_initializers_(program, pruned)
     elif settings.kernels:
         use_kernels_(program, pruned)
-    with artifact.atomic_folder(output) as temporary:
+    with artifact.atomic_folder(output, force=force) as temporary:
         progress.say("saving …")
         ir.save(program, temporary / GRAPH, external_data=DATA)
         model.config.save_pretrained(temporary)
@@ -100,6 +111,8 @@ def export(
         (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
+        loading = _LOADING_KERNELS if settings.kernels else _LOADING
+        manifest.write_export(temporary, source=source, format=FORMAT, dtype=dtype, loading=loading, checks=checks)
     exported = ModelSource(str(output), output)
     return ExportResult(
         format=FORMAT,

@@ -19,9 +19,15 @@ from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
-from gblm_compress.sparse_checkpoint import sparsify_
+from gblm_compress.sparse_checkpoint import save_packed, sparsify_
 from gblm_compress.sparse_linear import SparseLinear
 
+_LOADING = """\
+import gblm_compress  # teaches transformers the packed layout; without it this folder does not load
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
 LAYOUT_OF = {"bitmask": "bitmask", "semi-structured": "sparse24"}
 
 
@@ -35,7 +41,6 @@ def export(
         VerificationError: the reloaded weights are not the dense ones bit for bit.
     """
     start = time.perf_counter()
-    artifact.check_output(output, force)
     dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
     model = sources.load_model(source, dtype)
     names = manifest.pruned_layers(source, model)
@@ -52,23 +57,28 @@ def export(
             f"packed, the {len(names)} layers would take {packed_bytes:,} bytes instead of {dense_bytes:,}: "
             "the model is dense; prune it first"
         )
-    with artifact.atomic_folder(output) as temporary:
-        model.save_pretrained(temporary)
+    artifact.check_space(output, source.bytes_on_disk, "the export")
+    checks = {
+        "packed_layers": len(names),
+        "packed_bytes": packed_bytes,
+        "same_layers_dense_bytes": dense_bytes,
+        "restored_bit_for_bit": True,
+    }
+    with artifact.atomic_folder(output, force=force) as temporary:
+        save_packed(model, temporary)
         sources.save_tokenizer(sources.load_tokenizer(source), temporary)
         progress.say("verifying …")
         _verify(ModelSource(str(output), temporary), model, dense)
+        manifest.write_export(
+            temporary, source=source, format=settings.format, dtype=dtype, loading=_LOADING, checks=checks
+        )
     return ExportResult(
         format=settings.format,
         folder=str(output),
         bytes=ModelSource("", output).bytes_on_disk,
         source_bytes=source.bytes_on_disk,
         seconds=time.perf_counter() - start,
-        checks={
-            "packed_layers": len(names),
-            "packed_bytes": packed_bytes,
-            "same_layers_dense_bytes": dense_bytes,
-            "restored_bit_for_bit": True,
-        },
+        checks=checks,
     )
 
 

@@ -1,40 +1,71 @@
-"""The manifest of a pruned folder: what was done to it, and what its tensors must therefore look like.
+"""The manifest of a folder that this program made: what was done, from what, and what its tensors must look like.
 
-`write` puts `gblm_manifest.json` and a model card into a folder; `verify` reopens the folder and holds every
-pruned tensor against the manifest. Nothing in it depends on the time of day: same seed, same bytes.
+`write` and `write_export` put `gblm_manifest.json` and a model card into a folder; `verify` reopens a pruned folder and
+holds every pruned tensor against the manifest. Nothing in it depends on the time of day: same seed, same bytes.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from jinja2 import Template
+from jinja2 import Environment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 import gblm_compress
-from gblm_compress.architecture import prunable_layers
+from gblm_compress.architecture import is_linear, prunable_layers, weight_matrix
+from gblm_compress.artifact import MANIFEST, read_json
 from gblm_compress.checkpoint import keys, read_tensor
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError, first_line
+from gblm_compress.model_files import weight_files
 from gblm_compress.patterns import Pattern
 from gblm_compress.sources import ModelSource
 from gblm_compress.zeros import count_nonzeros, has_negative_zeros, is_finite
 
-MANIFEST = "gblm_manifest.json"
 PACKAGES = ("torch", "transformers", "safetensors")
+_Count = Annotated[int, Field(ge=0)]
 
-_MODEL_CARD = Template(
-    """---
-base_model: {{ base }}
-library_name: transformers
-tags: [pruned, sparse, gblm-compress]
----
-# {{ name }}, {{ settings.method }}, {{ settings.pattern }}
 
-{{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero \
-by gblm-compress {{ version }}, without retraining on anything but the calibration text.
+class _Layer(BaseModel):
+    """A pruned layer, as the manifest states it."""
 
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    pattern: str
+    shape: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+    nonzeros: _Count
+    transposed: bool
+
+
+class _Base(BaseModel):
+    """The model that a folder was made from."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What is read again of a manifest, with the types it must have."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: Literal["pruned", "export"]
+    base_model: _Base
+    layers: dict[str, _Layer] = {}
+
+    @model_validator(mode="after")
+    def _pruned_layers_are_listed(self) -> Self:
+        if self.kind == "pruned" and not self.layers:
+            raise ValueError("a pruned folder lists its layers")
+        return self
+
+
+_PROVENANCE = """
 | | |
 | --- | --- |
 | saliency | {{ settings.method }} |
@@ -61,10 +92,45 @@ by gblm-compress {{ version }}, without retraining on anything but the calibrati
 | calibration | {{ calibration.samples }} samples of {{ calibration.sequence_length }} tokens, \
 seed {{ calibration.seed }} |
 {% endif -%}
-| nonzeros | {{ "{:,}".format(nonzeros) }} of {{ "{:,}".format(weights) }} |
+| pruned layers | {{ layers | length }}, with {{ "%.1f" % (100 * share) }} % of all linear weights |
+| nonzeros in them | {{ "{:,}".format(nonzeros) }} of {{ "{:,}".format(weights) }} |
+| left dense | {{ dense or "no linear layer" }} |
+"""
 
+_HEAD = """---
+base_model: {{ base | tojson }}
+library_name: {{ library }}
+tags: [pruned, sparse, gblm-compress]
+---
+# {{ title }}
+"""
+
+_PRUNED_CARD = (
+    _HEAD
+    + """
+{{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero \
+by gblm-compress {{ version }}, without retraining on anything but the calibration text.
+"""
+    + _PROVENANCE
+    + """
 The weights are stored dense; `AutoModelForCausalLM.from_pretrained` loads this folder as it is. Every parameter, the
 fingerprint of the calibration text and the nonzeros of each layer are in `gblm_manifest.json`.
+"""
+)
+
+_EXPORT_CARD = (
+    _HEAD
+    + """
+{{ base }}{{ ", pruned and" if settings else "," }} exported as {{ format }} in {{ dtype }} by gblm-compress \
+{{ version }}.
+
+```python
+{{ loading }}
+```
+{% if settings %}"""
+    + _PROVENANCE
+    + """{% endif %}
+What was exported, and what verification found, is in `gblm_manifest.json`.
 """
 )
 
@@ -77,58 +143,148 @@ def write(
     calibration: dict[str, Any] | None,
     compute: dict[str, str],
     layers: dict[str, dict[str, Any]],
+    left_dense: dict[str, dict[str, Any]],
 ) -> None:
-    """Write the manifest and the model card.
+    """Write the manifest and the model card of a pruned folder.
 
     Args:
         layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
+        left_dense: {name: {"weights", "reason"}} of all other linear weights.
     """
-    base = source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
     content = {
+        "kind": "pruned",
         "gblm_compress": gblm_compress.__version__,
-        "base_model": {"name": base, "sha256": source.fingerprint},
+        "base_model": {"name": _base_name(source), "sha256": source.fingerprint},
         "prune": settings,
         "calibration": calibration,
         "compute": compute,
         "versions": {package: version(package) for package in PACKAGES},
         "layers": layers,
+        "left_dense": left_dense,
     }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    title = f"{_short(content)}, {settings['method']}, {settings['pattern']}"
+    _write(folder, content, _PRUNED_CARD, "transformers", title)
+
+
+def write_export(
+    folder: Path, *, source: ModelSource, format: str, dtype: str, loading: str, checks: dict[str, Any]
+) -> None:
+    """Write the manifest and the model card of an export; both carry on what the source's manifest says.
+
+    Args:
+        loading: the lines of Python that load the folder, for the card.
+        checks: what verification found.
+    """
+    pruned = read(source.folder) if is_ours(source.folder) else {}
+    base = pruned.get("base_model") or {"name": _base_name(source), "sha256": source.fingerprint}
+    content: dict[str, Any] = {
+        "kind": "export",
+        "gblm_compress": gblm_compress.__version__,
+        "format": format,
+        "dtype": dtype,
+        "base_model": base,
+        "source_sha256": source.fingerprint,
+        "checks": checks,
+        "versions": {package: version(package) for package in PACKAGES},
+        **{key: pruned[key] for key in ("prune", "calibration", "layers", "left_dense") if key in pruned},
+    }
+    library = "onnx" if format == "onnx" else "transformers"
+    _write(folder, content, _EXPORT_CARD, library, f"{_short(content)}, {format}", loading=loading)
+
+
+def _write(folder: Path, content: dict[str, Any], card: str, library: str, title: str, **more: str) -> None:
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    layers: dict[str, dict[str, Any]] = content.get("layers", {})
+    left_dense: dict[str, dict[str, Any]] = content.get("left_dense", {})
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
-    card = _MODEL_CARD.render(
-        base=base,
-        name=base.rpartition("/")[2],
+    total = weights + sum(dense["weights"] for dense in left_dense.values())
+    text = Environment().from_string(card).render(
+        base=content["base_model"]["name"],
+        title=title,
+        library=library,
         version=gblm_compress.__version__,
-        settings=settings,
-        calibration=calibration,
+        settings=content.get("prune"),
+        calibration=content.get("calibration"),
+        format=content.get("format"),
+        dtype=content.get("dtype"),
         layers=layers,
         nonzeros=nonzeros,
         weights=weights,
-        zeros=1 - nonzeros / weights,
+        share=weights / total if total else 0.0,
+        dense=reasons(left_dense),
+        zeros=1 - nonzeros / weights if weights else 0.0,
+        **more,
+    )  # fmt: skip
+    (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
+    """What was left dense and why, in words: how many layers and weights for each reason."""
+    layers: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for dense in left_dense.values():
+        layers[dense["reason"]] += 1
+        weights[dense["reason"]] += dense["weights"]
+    return "; ".join(
+        f"{reason}: {count} layer{'s' * (count > 1)}, {weights[reason]:,} weights" for reason, count in layers.items()
     )
-    (folder / "README.md").write_text(card + "\n")
+
+
+def _base_name(source: ModelSource) -> str:
+    """A hub id, or the name of a folder: where it lies on the disk is nobody else's business."""
+    return source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
+
+
+def _short(content: dict[str, Any]) -> str:
+    name: str = content["base_model"]["name"]
+    return name.rpartition("/")[2]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder carries a manifest."""
+    return (folder / MANIFEST).exists()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a pruned folder.
+    """The manifest of a pruned or exported folder.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        content = read_json(folder / MANIFEST)
+        _Manifest.model_validate(content)
+        for layer in content.get("layers", {}).values():
+            Pattern(layer["pattern"])
+        return content
     except FileNotFoundError as error:
         raise ModelError(f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({error})") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({where}: {fault['msg']})") from error
+    except (OSError, ValueError, UsageError) as error:
+        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({first_line(error)})") from error
 
 
 def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
-    """The layers that pruning touched; without a manifest, all that it would touch by default."""
-    if (source.folder / MANIFEST).exists():
-        return list(read(source.folder)["layers"])
-    return [name for block in prunable_layers(model) for name in block]
+    """The layers that pruning touched; without a manifest, all that it would touch by default.
+
+    Raises:
+        ModelError: the manifest is damaged, or names what is no linear layer of that shape in the model.
+    """
+    if not is_ours(source.folder):
+        return [name for block in prunable_layers(model) for name in block]
+    modules, layers = dict(model.named_modules()), read(source.folder)["layers"]
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if module is None or not is_linear(module) or list(weight_matrix(module).shape) != layer["shape"]:
+            raise ModelError(
+                f"{str(source.folder)!r}: {MANIFEST} lists {name!r} with shape {layer['shape']}, and the model has no "
+                "such linear layer; the manifest belongs to another model"
+            )
+    return list(layers)
 
 
 def verify(folder: Path) -> None:
@@ -151,12 +307,12 @@ def verify(folder: Path) -> None:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, one at a time.
+    """Every tensor of a model's safetensors files, one at a time.
 
     Raises:
         ModelError: a file is damaged.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         for name in keys(path):
             yield name, read_tensor(path, name)
 

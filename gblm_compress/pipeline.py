@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import report, sources
+from gblm_compress import artifact, report, sources
 from gblm_compress.benchmarking import benchmark
 from gblm_compress.comparison import compare
 from gblm_compress.doctor import environment
-from gblm_compress.errors import UsageError
 from gblm_compress.evaluation import evaluate, prepare
 from gblm_compress.exporters import export
 from gblm_compress.gates import GateOutcome, check_gates
@@ -17,7 +16,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import ExportSettings, Recipe
 from gblm_compress.sources import ModelSource, resolve_model
-from gblm_compress.stages import STAGES, Stage, run_stage, text_hash
+from gblm_compress.stages import Stage, run_stage, text_hash
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,11 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     Raises:
         GblmError: of the stage that failed. A failed gate is no exception: see `RunReport.passed`.
     """
-    try:
-        (output / STAGES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
+    with artifact.working_in(output, "run"):
+        return _run(recipe, output, progress)
+
+
+def _run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     stages: list[Stage] = []
     model, device, dtype = recipe.model, sources.choose_device(recipe.model.device), recipe.model.dtype
     dense = resolve_model(model.source, progress)

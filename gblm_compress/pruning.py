@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gblm_compress import __version__, artifact, manifest, presets, ranks, run_folder, sources, text
-from gblm_compress.architecture import prunable_layers
+from gblm_compress.architecture import linear_weights, prunable_layers
 from gblm_compress.block_pruning import LayerResult
 from gblm_compress.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.checkpoint import Checkpoint
 from gblm_compress.doctor import cpu_name
-from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
+from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError, VerificationError
 from gblm_compress.hidden_states import StatePool
 from gblm_compress.measurements import remembered
 from gblm_compress.memory import peak_memory
@@ -42,17 +42,25 @@ from gblm_compress.zeros import count_nonzeros, keep_only, positive_zeros
 
 
 @dataclass(frozen=True)
+class LeftDense:
+    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
+
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """The outcome of the stage. Only the two measurements differ between runs with the same seed.
 
     Attributes:
         layers: the pruned ones.
-        left_dense: {name: number of weights} of those that an exception or an allocation left as they are.
+        left_dense: all other linear weights of the model, and why they were not pruned.
     """
 
     folder: str
     layers: dict[str, LayerResult]
-    left_dense: dict[str, int]
+    left_dense: dict[str, LeftDense]
     seconds: float
     peak_memory_bytes: int
     calibration_fingerprint: str | None = None
@@ -68,9 +76,15 @@ class PruneResult:
         """Weights over all pruned layers, zeros included."""
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
 
+    @property
+    def linear_weights(self) -> int:
+        """All linear weights of the model."""
+        return self.weights + sum(dense.weights for dense in self.left_dense.values())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "nonzeros": self.nonzeros, "weights": self.weights}
+        totals = {"nonzeros": self.nonzeros, "weights": self.weights, "linear_weights": self.linear_weights}
+        return {**asdict(self), **totals}
 
 
 def prune(
@@ -102,14 +116,42 @@ def prune(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
+    with artifact.reserved(output, force, [source.folder, *text.files(calibration.dataset)], ranks.is_first_started()):
+        return _prune(
+            source,
+            output,
+            settings,
+            calibration,
+            resources or ResourceSettings(),
+            resume,
+            dtype,
+            device,
+            force,
+            progress,
+        )
+
+
+def _prune(
+    source: ModelSource,
+    output: Path,
+    settings: PruneSettings,
+    calibration: CalibrationSettings,
+    resources: ResourceSettings,
+    resume: bool | None,
+    dtype: str,
+    device: str,
+    force: bool,
+    progress: Progress,
+) -> PruneResult:
     start = time.perf_counter()
-    resources = resources or ResourceSettings()
-    artifact.check_output(output, force)
-    sources.check_not_export(source, "prune")
+    sources.check_model(source, "prune")
     if settings.needs_text:
         sources.check_length(source, calibration.sequence_length)
     device = ranks.device_of_rank(sources.choose_device(device))
     tokenizer = sources.load_tokenizer(source)
+    pruned_before = _pruned_before(source)
+    for note in pruned_before:
+        progress.say(f"note: {note}")
     samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = text.fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
@@ -127,42 +169,84 @@ def prune(
             "version": __version__,
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
+        for name in run.damaged:
+            progress.say(f"{name} of the interrupted run is damaged; its work is done again")
         with _kept_where_resuming_helps(run, resume, progress):
             check_disk(run, size, settings, plan)
             place = "on disk, a block at a time in memory" if plan.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
-            weights: Weights
-            if plan.offload:
-                weights = StreamedWeights(source, sources.load_skeleton(source, dtype), device)
-            else:
-                weights = ResidentWeights(sources.load_model(source, dtype, device))
-            _check_stored(source, weights.model, settings)
-            walk = Walk(
-                weights=weights,
-                samples=[ids.to(device) for ids in group.share(samples)] if samples else [],
-                settings=settings,
-                run=run,
-                pool=StatePool(run.states, plan.states, torch.device(device)),
-                progress=progress,
-                ranks=group,
-                by_sample=plan.by_sample,
-            )
-            layers = walk.prune_()
-            left_dense = {name: _size(weights.model, name) for name in run.budgets or {} if name not in layers}
+            walked = _walk(source, settings, samples, run, plan, dtype, device, group, progress)
+            layers = walked.layers
+            # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
                 progress.say("saving …")
-                layers = _save(source, output, walk, layers, tokenizer, identity, progress)
+                layers = _save(source, output, run, walked, settings, tokenizer, identity, force, plan, progress)
             run.remove()
     seconds = time.perf_counter() - start
     return PruneResult(
         folder=str(output),
         layers=layers,
-        left_dense=left_dense,
+        left_dense=walked.left_dense,
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
-        warnings=_warnings(settings, calibration, layers, left_dense, seconds, plan, group),
+        warnings=(*pruned_before, *_warnings(settings, calibration, layers, walked, seconds, plan, group)),
     )
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """What is left of a walk once its model is released.
+
+    Attributes:
+        left_dense: see `PruneResult`.
+        exceptions: the layers among them that an exception or the allocation decided about.
+        blocks: how many the model has.
+    """
+
+    layers: dict[str, LayerResult]
+    left_dense: dict[str, LeftDense]
+    exceptions: frozenset[str]
+    blocks: int
+    checkpoint: Checkpoint
+
+
+def _walk(
+    source: ModelSource,
+    settings: PruneSettings,
+    samples: list[Tensor],
+    run: RunFolder,
+    plan: Plan,
+    dtype: str,
+    device: str,
+    group: Ranks,
+    progress: Progress,
+) -> _Walked:
+    """Prune every block and leave it finished in the run folder. The model is released at the end."""
+    weights: Weights
+    if plan.offload:
+        weights = StreamedWeights(source, sources.load_skeleton(source, dtype), device)
+    else:
+        weights = ResidentWeights(sources.load_model(source, dtype, device))
+    _check_stored(source, weights.model, settings)
+    walk = Walk(
+        weights=weights,
+        samples=[ids.to(device) for ids in group.share(samples)] if samples else [],
+        settings=settings,
+        run=run,
+        pool=StatePool(run.states, plan.states, torch.device(device)),
+        progress=progress,
+        ranks=group,
+        by_sample=plan.by_sample,
+    )
+    layers = walk.prune_()
+    exceptions = frozenset(name for name in run.budgets or {} if name not in layers)
+    left_dense = {
+        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
+        for name, weights, reason in linear_weights(walk.weights.model, settings.targets, settings.ignore)
+        if name not in layers
+    }
+    return _Walked(layers, left_dense, exceptions, len(walk.weights.blocks), _checkpoint(source, walk.weights.model))
 
 
 def prune_(
@@ -222,10 +306,6 @@ def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings
                 )
 
 
-def _size(model: nn.Module, layer: str) -> int:
-    return model.get_submodule(layer).get_parameter("weight").numel()
-
-
 def _checkpoint(source: ModelSource, model: Any) -> Checkpoint:
     return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
 
@@ -268,15 +348,18 @@ def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Pr
 def _save(
     source: ModelSource,
     output: Path,
-    walk: Walk,
-    layers: dict[str, LayerResult],
+    run: RunFolder,
+    walked: _Walked,
+    settings: PruneSettings,
     tokenizer: Any,
     identity: dict[str, Any],
+    force: bool,
+    plan: Plan,
     progress: Progress,
 ) -> dict[str, LayerResult]:
     """Put the output together from the source and the finished blocks, and verify it."""
-    run, checkpoint = walk.run, _checkpoint(source, walk.weights.model)
-    blocks = {name: index for index in range(len(walk.weights.blocks)) for name in run.layers(index)}
+    layers, checkpoint = walked.layers, walked.checkpoint
+    blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
     results = dict(layers)
 
     def changed(name: str) -> Tensor | None:
@@ -286,12 +369,11 @@ def _save(
         stored = checkpoint.read(name)
         computed = run.finished_layer(blocks[layer], layer)
         # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
-        updated = walk.settings.updates
-        weight = positive_zeros(computed.to(stored.dtype)) if updated else keep_only(stored, computed != 0)
+        weight = positive_zeros(computed.to(stored.dtype)) if settings.updates else keep_only(stored, computed != 0)
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
-    with artifact.atomic_folder(output, inside=run.folder) as temporary:
+    with artifact.atomic_folder(output, force=force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
         for name in ("config.json", "generation_config.json"):
             if (source.folder / name).exists():
@@ -304,10 +386,51 @@ def _save(
             calibration=identity["calibration"],
             compute={"dtype": identity["dtype"], "device": identity["device"]},
             layers={name: asdict(layer) for name, layer in results.items()},
+            left_dense={name: asdict(dense) for name, dense in walked.left_dense.items()},
         )
         progress.say("verifying …")
         manifest.verify(temporary)
+        _verify_by_loading(ModelSource(str(output), temporary), results, plan)
     return results
+
+
+def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], plan: Plan) -> None:
+    """Load the folder as its users will, block by block where it does not fit in memory, and count the weights it has.
+
+    Raises:
+        VerificationError: what transformers loads is not what the manifest says.
+    """
+    try:
+        model = sources.load_skeleton(written) if plan.offload else sources.load_model(written)
+        weights = StreamedWeights(written, model, "cpu") if plan.offload else ResidentWeights(model)
+        sources.load_tokenizer(written)
+    except ModelError as error:
+        raise VerificationError(f"the written folder does not load: {error}") from error
+    for index in range(len(weights.blocks)):
+        with weights.block(index):
+            for name, layer in layers.items():
+                if not name.startswith(f"{weights.prefix}.{index}."):
+                    continue
+                found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
+                if found != layer.nonzeros:
+                    raise VerificationError(
+                        f"{name}: transformers loads {found} nonzeros from the written folder, and {layer.nonzeros} "
+                        "were kept"
+                    )
+
+
+def _pruned_before(source: ModelSource) -> list[str]:
+    """What to say about a source that this program has pruned already."""
+    if not manifest.is_ours(source.folder):
+        return []
+    layers = manifest.read(source.folder).get("layers", {}).values()
+    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
+    patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
+    return [
+        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
+        "sparsity does nothing: prune the dense model to change method or pattern"
+    ]
 
 
 def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
@@ -321,7 +444,7 @@ def _warnings(
     settings: PruneSettings,
     calibration: CalibrationSettings,
     layers: dict[str, LayerResult],
-    left_dense: dict[str, int],
+    walked: _Walked,
     seconds: float,
     plan: Plan,
     group: Ranks,
@@ -334,7 +457,7 @@ def _warnings(
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
             "(--alpha-scale normalised keeps its meaning)"
         )
-    dense = sum(left_dense.values())
+    dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense
     uniform = weights * (1 - settings.uniform_budget.sparsity)
     extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform

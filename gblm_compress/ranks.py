@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from gblm_compress.errors import RankError, UsageError
+from gblm_compress.errors import RankError, UsageError, first_line
 
 TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size}: another process of the run ended or did not answer within "
-                f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({str(error).splitlines()[0][:200]}); its own message is "
+                f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({first_line(error)}); its own message is "
                 "further up. The same command with --resume goes on from the last finished block"
             ) from error
 
@@ -103,6 +103,11 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
+
+
+def is_first_started() -> bool:
+    """Whether this is the process that writes, as torchrun says before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def processes_here() -> int:

@@ -8,21 +8,34 @@
     states/                  hidden states that found no room in memory; worthless after an interruption
 """
 
-import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from gblm_compress import artifact
 from gblm_compress.allocation import Budget
-from gblm_compress.checkpoint import keys, read_tensor, save_durably
+from gblm_compress.checkpoint import is_intact, keys, read_tensor, save_durably
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.patterns import Pattern
 from gblm_compress.ranks import Ranks
 
 IDENTITY = "run.json"
+_TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
+_PASSING = re.compile(r"states|\..*")  # hidden states, and what is written aside
+
+
+class _Record(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    identity: dict[str, Any]
+    budgets: dict[str, tuple[str, float]] | None = None
+    distilled: bool = False
 
 
 def path_of(output: Path) -> Path:
@@ -33,6 +46,10 @@ def path_of(output: Path) -> Path:
 class RunFolder:
     """Finished work of a run. Only the first rank writes; the others wait for it.
 
+    Attributes:
+        resumed: whether it goes on with what was there.
+        damaged: the files of it that no longer hold what was written; they are gone, and their work is done again.
+
     Args:
         folder: need not exist.
         identity: everything that decides the outcome, as JSON can hold it.
@@ -40,34 +57,39 @@ class RunFolder:
         ranks: the processes of the run; all of them see the folder.
 
     Raises:
-        UsageError: what is there belongs to a run with another identity.
+        UsageError: what is there belongs to a run with another identity, cannot be read, or is not of a run at all.
         OutputError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         self.folder, self._ranks = folder, ranks
         self.states = folder / "states" / str(ranks.rank)
-        known = self._read()
-        files = {path.stem for path in folder.glob("*.safetensors")}
-        same = bool(known) and known["identity"] == identity
+        known = self._read(resume)
+        same = known is not None and known.identity == identity
         self.resumed = same and resume is not False
         if known and resume and not same:
-            changed = [key for key in identity if known["identity"].get(key) != identity[key]]
+            changed = [key for key in identity if known.identity.get(key) != identity[key]]
             raise UsageError(
                 f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "
                 "then, or leave out --resume to start anew"
             )
         # What is there is asked now, and kept up in memory: later the first rank may be ahead of the others by a file.
-        self._content: dict[str, Any] = known if self.resumed else {"identity": identity, "budgets": None}
-        self._files = files if self.resumed else set()
+        files = self._own_files() if self.resumed else []
+        self.damaged = [path.name for path in files if not is_intact(path)]
+        self._files = {path.stem for path in files if path.name not in self.damaged}
+        self._record = known if known and self.resumed else _Record(identity=identity)
+        if any(name.startswith("distilled") for name in self.damaged):
+            self._record.distilled = False
         ranks.wait()  # before the first rank changes anything
         try:
             if ranks.is_first:
                 if not self.resumed:
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir(parents=True)
+                for name in self.damaged:
+                    (folder / name).unlink()
                 shutil.rmtree(folder / "states", ignore_errors=True)
-            if self.resumed:
+            if self.resumed and not self.damaged:
                 ranks.wait()
             else:
                 self._write()
@@ -83,18 +105,20 @@ class RunFolder:
     @property
     def budgets(self) -> dict[str, Budget] | None:
         """The budget of each layer, once it was decided."""
-        stored = self._content["budgets"]
-        return stored and {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
+        stored = self._record.budgets
+        if stored is None:
+            return None
+        return {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
 
     @budgets.setter
     def budgets(self, budgets: dict[str, Budget]) -> None:
-        self._content["budgets"] = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
+        self._record.budgets = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
         self._write()
 
     @property
     def distilled(self) -> bool:
         """Whether the finished blocks hold the weights of the distillation already."""
-        return bool(self._content.get("distilled"))
+        return self._record.distilled
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         """Keep the gradient norms {layer name: G} of a block."""
@@ -135,12 +159,11 @@ class RunFolder:
         """Keep the weights of all blocks after the distillation in place of those before: all of them, or none."""
         for block, weights in enumerate(per_block):
             self._save(f"distilled-{block}", weights)
-        self._content["distilled"] = True
+        self._record.distilled = True
         self._write()
 
     def remove(self) -> None:
-        """The run is over."""
-        self._ranks.wait()
+        """The run is over. No rank waits for another here: it may have failed, or be busy for long."""
         if self._ranks.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -160,11 +183,40 @@ class RunFolder:
         path = self._path(name)
         return {key: read_tensor(path, key) for key in keys(path)} if name in self._files else {}
 
-    def _read(self) -> dict[str, Any]:
-        path = self.folder / IDENTITY
-        return json.loads(path.read_text()) if path.exists() else {}
+    def _own_files(self) -> list[Path]:
+        """The files of tensors that are there.
+
+        Raises:
+            UsageError: something else lies in the folder, which would be lost with it.
+        """
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        files = [path for path in entries if _TENSORS.fullmatch(path.name)]
+        foreign = [p for p in entries if p not in files and p.name != IDENTITY and not _PASSING.fullmatch(p.name)]
+        if foreign:
+            raise UsageError(
+                f"{str(self.folder)!r} is where finished blocks are kept, and holds {foreign[0].name!r}; move it away"
+            )
+        return files
+
+    def _read(self, resume: bool | None) -> _Record | None:
+        """What `run.json` says; None where there is none, or where it is damaged and nobody insists on going on."""
+        path, files = self.folder / IDENTITY, self._own_files()
+        try:
+            if not path.exists() and not files:
+                return None
+            record = _Record.model_validate_json(path.read_bytes())
+            for pattern, _ in (record.budgets or {}).values():
+                Pattern(pattern)
+            return record
+        except (OSError, ValidationError, UsageError) as error:
+            if not resume:
+                return None
+            raise UsageError(
+                f"{str(path)!r} is missing or damaged, so that the interrupted run cannot be resumed; leave out "
+                "--resume to start anew"
+            ) from error
 
     def _write(self) -> None:
         if self._ranks.is_first:
-            artifact.write_text(self.folder / IDENTITY, json.dumps(self._content, indent=2) + "\n")
+            artifact.write_text(self.folder / IDENTITY, self._record.model_dump_json(indent=2) + "\n")
         self._ranks.wait()

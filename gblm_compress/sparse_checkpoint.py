@@ -5,6 +5,8 @@ transformers' own quantizer registry, which importing `gblm_compress` fills, put
 the linear layers before the tensors are loaded.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.architecture import weight_matrix
+from gblm_compress.artifact import read_json
 from gblm_compress.errors import ModelError
-from gblm_compress.sources import SPARSE_METHOD
+from gblm_compress.model_files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
 from gblm_compress.sparse_linear import LAYOUTS, SparseLinear
 
 
@@ -51,6 +54,13 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
             # transformers would initialize what is not loaded, and GPT-2's rule reaches into children for `.weight`
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
 
+    # transformers gives the config to one of these two, depending on its version, before it looks for the weights.
+    def update_attn_implementation(self, config: Any) -> Any:
+        return _with_weights_named(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return _with_weights_named(config)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self.quantization_config.layers:
             model.get_submodule(name).prepare()  # type: ignore[operator]
@@ -65,6 +75,36 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+
+def _with_weights_named(config: Any) -> Any:
+    """Say where the weights of a packed folder are, unless `save_pretrained` has given them the ordinary name again."""
+    folder = Path(config._name_or_path)
+    if not folder.is_dir() or (folder / SPARSE_SINGLE).exists():
+        config.transformers_weights = SPARSE_SINGLE
+    elif (folder / SPARSE_INDEX).exists():
+        config.transformers_weights = SPARSE_INDEX
+    return config
+
+
+def save_packed(model: Any, folder: Path) -> None:
+    """`save_pretrained`, with weights called so that transformers without this package finds none.
+
+    It would ignore the packed tensors otherwise, and fill the layers with random numbers.
+    """
+    model.save_pretrained(folder)
+    for path in sorted(folder.glob("model*.safetensors")):
+        path.rename(folder / _packed_name(path.name))
+    index = folder / INDEX
+    if index.exists():
+        content = read_json(index)
+        content["weight_map"] = {name: _packed_name(file) for name, file in content["weight_map"].items()}
+        (folder / SPARSE_INDEX).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        index.unlink()
+
+
+def _packed_name(file: str) -> str:
+    return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
 
 
 def sparsify_(model: Any, names: list[str], layout: str = "bitmask") -> None:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import artifact
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gblm_compress import artifact, text
 from gblm_compress.doctor import environment
+from gblm_compress.errors import ModelError, first_line
 from gblm_compress.progress import Progress
 from gblm_compress.sources import ModelSource
 
@@ -31,6 +34,17 @@ class Stage:
     result: dict[str, Any]
 
 
+class _Record(BaseModel):
+    """A finished stage, as it is on disk."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+    key: str
+    content: str | None
+    seconds: float
+    result: dict[str, Any]
+
+
 def run_stage(
     output: Path, name: str, inputs: Any, work: Callable[[], Any], folder: Path | None, progress: Progress
 ) -> Stage:
@@ -38,29 +52,45 @@ def run_stage(
     versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
     key = hashlib.sha256(json.dumps([name, inputs, versions], sort_keys=True).encode()).hexdigest()
     record_path = output / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', name)}.json"
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    if record.get("key") == key and record.get("content") == _content(folder):
+    record = _record(record_path, progress)
+    if record is not None and record.key == key and record.content == _content(folder):
         progress.say(f"• {name}: reused")
-        return Stage(name, True, record["seconds"], record["result"])
+        return Stage(name, True, record.seconds, record.result)
     progress.say(f"• {name}")
     record_path.unlink(missing_ok=True)
     start = time.perf_counter()
     result = json.loads(json.dumps(work().as_dict()))
     seconds = time.perf_counter() - start
-    record = {"key": key, "content": _content(folder), "seconds": seconds, "result": result}
-    artifact.write_text(record_path, json.dumps(record, indent=2) + "\n")
+    record = _Record(key=key, content=_content(folder), seconds=seconds, result=result)
+    record_path.parent.mkdir(exist_ok=True)
+    artifact.write_text(record_path, record.model_dump_json(indent=2) + "\n")
     return Stage(name, False, seconds, result)
 
 
+def _record(path: Path, progress: Progress) -> _Record | None:
+    """What is on record of a stage; None where there is nothing, or nothing that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return _Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        progress.say(f"{path} is damaged and ignored ({first_line(error)})")
+        return None
+
+
 def _content(folder: Path | None) -> str | None:
-    """A fingerprint of a stage's folder; None where it has none or it is gone."""
-    return ModelSource("", folder).fingerprint if folder is not None and folder.is_dir() else None
+    """A fingerprint of a stage's folder; None where it has none, or it is gone or damaged."""
+    if folder is None or not folder.is_dir():
+        return None
+    try:
+        return ModelSource("", folder).fingerprint
+    except ModelError:
+        return None
 
 
 def text_hash(dataset: str | None) -> str | None:
     """The content of a local text file, as a hash; the name alone says nothing of it."""
-    path = Path(dataset).expanduser() if dataset else None
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for path in text.files(dataset or ""):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return None

@@ -79,6 +79,12 @@ def load_text(source: str, role: Role) -> str:
     return text
 
 
+def files(source: str) -> list[Path]:
+    """The local file that `source` names, if it does."""
+    path = Path(source).expanduser()
+    return [path] if path.is_file() else []
+
+
 def demo_paragraphs(role: Role) -> list[str]:
     """Prose of the Python language reference that CPython carries, in disjoint parts for the two roles.
 

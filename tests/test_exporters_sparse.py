@@ -15,6 +15,7 @@ from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
 from gblm_compress.exporters import sparse as exporters_sparse
 from gblm_compress.inspection import inspect
+from gblm_compress.model_files import SPARSE_INDEX, SPARSE_SINGLE
 from gblm_compress.pruning import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -23,10 +24,12 @@ from gblm_compress.settings import (
     ExportSettings,
     PruneSettings,
 )
-from gblm_compress.sources import ModelSource, load_model
+from gblm_compress.sources import ModelSource, load_model, resolve_model
+from gblm_compress.sparse_checkpoint import save_packed
 from gblm_compress.sparse_linear import BitmaskLinear, Sparse24Linear, SparseLinear
 from tests.conftest import ARCHITECTURES
 
+IDS = torch.arange(12).reshape(2, 6)
 FORMATS = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
 
 
@@ -177,9 +180,30 @@ def test_what_is_not_2_4_is_refused_by_layer(tiny, tmp_path, progress) -> None:
 
 def test_a_damaged_folder(tiny, tmp_path, progress) -> None:
     _, folder, _ = exported(tiny, tmp_path, progress, format="semi-structured")
-    (folder.folder / "model.safetensors").write_bytes(b"junk")
+    (folder.folder / SPARSE_SINGLE).write_bytes(b"junk")
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(folder)
+    with pytest.raises(ModelError, match="damaged safetensors file"):
+        resolve_model(str(folder.folder), progress)
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size, tiny, tmp_path, progress) -> None:
+    """Without this package transformers does not know the layout, and would leave what it does not find random."""
+    _, source, _ = exported(tiny, tmp_path, progress)
+    folder = tmp_path / "packed"
+    model, save = load_model(source), type(load_model(source)).save_pretrained
+    model.save_pretrained = lambda place: save(model, place, max_shard_size=shard_size)
+    save_packed(model, folder)
+    assert (folder / SPARSE_INDEX).exists() == (shard_size == "20KB")
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert alone.returncode and "no file named model.safetensors" in alone.stderr
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    again.save_pretrained(tmp_path / "again")  # with ordinary names, which this package reads too
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(third(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, progress) -> None:

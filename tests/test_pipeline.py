@@ -36,7 +36,7 @@ def test_artefacts_and_report(finished) -> None:
         "pruned/model.safetensors",
         "onnx/model.onnx",
         "dense-onnx/model.onnx",
-        "semi-structured/model.safetensors",
+        "semi-structured/gblm_sparse.safetensors",
     ):
         assert (output / name).exists()
     content = json.loads((output / "report.json").read_text())
@@ -131,7 +131,7 @@ def test_only_what_a_change_touches_is_done_again(finished, module_cache) -> Non
 
 def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
     output, _ = finished
-    (output / "semi-structured" / "model.safetensors").write_bytes(b"junk")
+    (output / "semi-structured" / "gblm_sparse.safetensors").write_bytes(b"junk")
     again = pipeline.run(smoke(), output, Progress(quiet=True))
     redone = {stage.name for stage in again.stages if not stage.reused}
     assert "export semi-structured" in redone and "prune" not in redone

@@ -87,6 +87,47 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tiny, tmp_path, pros
     assert not (tmp_path / "out").exists()
 
 
+SAVES_FOR_LONG = """
+import os, sys, time
+from datetime import timedelta
+from gblm_compress import pruning, ranks
+from gblm_compress.cli import app
+ranks.TIMEOUT = timedelta(seconds=3)
+original = pruning._save
+pruning._save = lambda *args: (time.sleep(8), original(*args))[1]
+app.main(sys.argv[1:])
+"""
+
+
+def test_the_first_rank_may_save_for_longer_than_others_wait(tiny, tmp_path, prose) -> None:
+    (tmp_path / "saves.py").write_text(SAVES_FOR_LONG)
+    done = torchrun(str(tmp_path / "saves.py"), *arguments(tiny("llama"), tmp_path / "out", prose))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "saves.py", prose.name}
+
+
+FAILS = """
+import os, sys
+from gblm_compress import walk
+from gblm_compress.cli import app
+from gblm_compress.errors import ModelError
+if os.environ["RANK"] == sys.argv[1]:
+    def fail(*args):
+        raise ModelError("a fault of this rank alone")
+    walk.prune_block_ = fail
+app.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_fault_of_one_rank_ends_all_with_its_message(rank, tiny, tmp_path, prose) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    start = time.monotonic()
+    done = torchrun(str(tmp_path / "fails.py"), rank, *arguments(tiny("llama"), tmp_path / "out", prose))
+    assert done.returncode != 0 and "error: a fault of this rank alone" in done.stderr
+    assert time.monotonic() - start < 120 and not (tmp_path / "out").exists()
+
+
 def test_what_needs_one_process_or_more_samples_is_refused(tiny, tmp_path, prose) -> None:
     done = torchrun(
         "-m", "gblm_compress", *arguments(tiny("llama"), tmp_path / "out", prose, "--update", "reconstruct")

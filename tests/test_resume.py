@@ -146,6 +146,46 @@ def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch
     assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
 
 
+@pytest.mark.parametrize("settings", [GBLM, FITTED], ids=["gblm", "distilled"])
+def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
+    run(tiny("llama"), tmp_path / "whole", prose, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        run(tiny("llama"), tmp_path / "out", prose, **settings)
+    folder, (name, *_) = tmp_path / ".out.pruning", ["distilled-1", "block-1"][settings is GBLM :]
+    path = folder / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    run(tiny("llama"), tmp_path / "out", prose, resume=True, progress=Progress(), **settings)
+    assert f"{path.name} of the interrupted run is damaged; its work is done again" in capsys.readouterr().err
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+DAMAGE = ["", "null", "[", "[]", "{}", '{"identity": 5}', '{"identity": {}, "budgets": {"a": ["2:x", 0.5]}}', None]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, tiny, tmp_path, prose, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
+    record = tmp_path / ".out.pruning" / "run.json"
+    record.unlink() if damage is None else record.write_text(damage)
+    with pytest.raises(UsageError, match=r"run\.json' is missing or damaged.*leave out --resume"):
+        run(tiny("llama"), tmp_path / "out", prose, resume=True, method="magnitude")
+    run(tiny("llama"), tmp_path / "out", prose, resume=None, method="magnitude")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", prose.name}
+
+
+def test_what_lies_in_the_place_of_finished_blocks_is_not_deleted(tiny, tmp_path, prose) -> None:
+    (tmp_path / ".out.pruning").mkdir()
+    (tmp_path / ".out.pruning" / "thesis.tex").write_text("years")
+    with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
+        run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
+    assert content(tmp_path / ".out.pruning") == {"thesis.tex": b"years"}
+
+
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) -> None:
     def interrupt(*args):
         raise KeyboardInterrupt
