@@ -78,9 +78,9 @@ class GateError(GblmError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, on one line; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """The first line of an error's message, at most 300 characters; its type where it has no message."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

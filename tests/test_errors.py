@@ -4,7 +4,7 @@ from gblm_compress.errors import first_line, is_out_of_memory
 
 
 def test_first_line_is_never_empty() -> None:
-    assert first_line(ValueError("\n one \n two")) == "one"
+    assert first_line(ValueError("\n one\n two")) == "one"
     assert first_line(ValueError("")) == "ValueError" == first_line(ValueError(" \n"))
     assert len(first_line(ValueError("x" * 5000))) == 300
 

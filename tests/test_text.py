@@ -197,7 +197,10 @@ def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
 
 
 def test_looking_for_a_file_loads_no_torch() -> None:
-    code = "import sys, gblm_compress.text as t; t.check_source('demo'); assert not {'torch', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, gblm_compress.text as t; t.check_source('demo'); "
+        "assert not {'torch', 'datasets'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
