@@ -163,6 +163,7 @@ def _tiny() -> Path:
 
     folder = cache_folder() / TINY
     if not folder.is_dir():
+        silence_libraries()
         with atomic_folder(folder) as temporary:
             build_tiny("llama", temporary)
     return folder
@@ -184,7 +185,9 @@ def _demo_gguf() -> Path:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -203,6 +206,7 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
     if folder.is_dir():
         return folder
     progress.say(f"converting {gguf.name} to safetensors (once) …")
+    silence_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     own_bar = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()  # transformers has no switch for it
