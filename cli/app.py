@@ -46,13 +46,14 @@ app.callback()(commands.program)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and exit with its code. An exception that nobody foresaw gets one message, too."""
+    # Where one was closed before the program began, what is written to it goes nowhere.
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal has not
             stream.reconfigure(errors="backslashreplace")
     try:
         code = _run(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except Exception as error:
         code = _unforeseen(error)
     sys.exit(code)

@@ -17,6 +17,7 @@ from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.settings import Recipe
 from gblm_compress.yaml_nodes import Node, YamlFaults
 
+MOST_FAULTS = 100  # that are printed
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -74,7 +75,8 @@ def _read(path: Path) -> Node:
 
 def _all_of(faults: list[str]) -> RecipeError:
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return RecipeError(f"{count} in the recipe\n" + "\n".join(faults))
+    more = [f"… and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+    return RecipeError("\n".join([f"{count} in the recipe", *faults[:MOST_FAULTS], *more]))
 
 
 def schema() -> dict[str, Any]:

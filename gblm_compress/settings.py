@@ -336,10 +336,13 @@ class CompareSettings(Settings):
     methods: tuple[str, ...] = Field(
         ("wanda", "gblm", "obs+obs", *presets.PRESETS),
         min_length=1,
+        max_length=100,
         description="Each a preset or a saliency, and what else is chosen: wanda, best, obs+obs (SparseGPT), "
         "gblm+swap+least-squares, wanda+owl, …",
     )
-    patterns: tuple[PatternName, ...] = Field(("2:4", "unstructured"), min_length=1, description="As prune.pattern.")
+    patterns: tuple[PatternName, ...] = Field(
+        ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
+    )
     seeds: int = Field(3, ge=1, le=MANY, description="How many draws of the calibration text.")
 
     @model_validator(mode="after")

@@ -225,6 +225,12 @@ def test_a_reader_that_leaves_ends_the_program_quietly(command: str) -> None:
         assert process.wait() == 1
 
 
+def test_closed_streams_are_no_fault() -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} -m gblm_compress validate quickstart {closed}"
+        assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True).returncode == 0
+
+
 def test_control_characters_and_markup_reach_no_terminal(tmp_path) -> None:
     """In arguments, file names and models, in errors of this program and of the parser."""
     name = "./a\x1b[31m[red]\udcff\u202e\nb"

@@ -150,6 +150,19 @@ def test_faults_of_reading_are_all_given_with_file_and_line(tmp_path) -> None:
     assert all(f"{path}:{line}: " in message for line in (1, 2, 3))
 
 
+def test_thousands_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, "model: demo\n" + "".join(f"key_{i}: 1\n" for i in range(2000))))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2000 faults in the recipe" and lines[-1] == "… and 1900 more" and len(lines) == 102
+
+
+def test_a_grid_has_an_end(tmp_path) -> None:
+    grid = f"{{methods: [{'wanda, ' * 2000}], patterns: [{'unstructured, ' * 2000}]}}"
+    with pytest.raises(RecipeError, match="at most 100 items"):
+        load_recipe(write(tmp_path, f"model: demo\nevaluate: {{}}\ncompare: {grid}\n"))
+
+
 def test_an_overridden_value_is_reported_as_that(tmp_path) -> None:
     path = write(tmp_path, "model: demo\nprune:\n  alpha: 1\n")
     with pytest.raises(RecipeError) as caught:
@@ -267,6 +280,7 @@ INVALID = [
     "model: demo\nexport: [{format: tensorrt}]",
     "model: demo\nbenchmark: {batch: 1}",
     "model: demo\nbenchmark: {batch: []}",
+    f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
     "model: demo\nbenchmark: {batch: [0]}",
     'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["4"]}',
     "model: demo\nevaluate: {}\ncompare: {methods: []}",
