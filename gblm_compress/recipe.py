@@ -5,7 +5,6 @@ Every fault of a file is reported at once, with its line and, for a misspelt key
 
 import difflib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from gblm_compress import suggestions, yaml_nodes
 from gblm_compress.errors import RecipeError, UsageError
+from gblm_compress.paths import kind_of, local
 from gblm_compress.settings import Recipe
 from gblm_compress.yaml_nodes import Node, YamlFaults
 
@@ -27,13 +27,13 @@ def find_recipe(name: str) -> Path:
     Raises:
         UsageError: there is neither, or the path is no file.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local(name)
+    if kind_of(path) == "file":
         return path
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if path.stem in shipped and name in (path.stem, f"recipes/{path.name}"):
         return shipped[path.stem]
-    fault = "is no file" if os.path.lexists(path) else "no such file"
+    fault = "is no file" if kind_of(path) else "no such file"
     raise UsageError(f"recipe {name!r}: {fault}; shipped recipes are {', '.join(shipped)}")
 
 

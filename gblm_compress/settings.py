@@ -48,7 +48,7 @@ def _has_unit(value: Any) -> Any:
         re.fullmatch(MEMORY, value) if isinstance(value, str) else not isinstance(value, int) or value >= LEAST_MEMORY
     )
     if not enough:
-        raise ValueError(f"memory {value} has no unit, or not one that is known; give for example 4GiB or 4GB")
+        raise ValueError(f"memory {value!r} has no unit, or not one that is known; give for example 4GiB or 4GB")
     return value
 
 

@@ -76,7 +76,11 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
         (["compare", "tiny", "--methods", "sparsegpt"], 2, "sparsegpt is here obs+obs"),
-        (["prune", "tiny", "-o", "x", "--memory", "4"], 2, "--memory: memory 4 has no unit, or not one that is known"),
+        (
+            ["prune", "tiny", "-o", "x", "--memory", "4"],
+            2,
+            "--memory: memory '4' has no unit, or not one that is known",
+        ),
         (["prune", "tiny", "-o", "x", "--samples", "100000000"], 2, "--samples: input should be less than or equal"),
         (["prune", "tiny", "-o", "x", "--pattern", "4:2"], 2, "--pattern: pattern '4:2' is not known"),
         (["prune", "tiny", "-o", "x", "--sparsity", "1.5"], 2, "--sparsity: input should be less than 1"),
@@ -242,6 +246,9 @@ def test_control_characters_and_markup_reach_no_terminal(tmp_path) -> None:
         (name,),
         ("prune", "tiny", "-o", "x", "--method", name),
         ("prune", "tiny", "-o", "x", "--samples", name),
+        ("prune", "tiny", "-o", "x", "--memory", name),
+        ("prune", "tiny", "-o", "x", "--pattern", name),
+        ("compare", "tiny", "--methods", name),
     ):
         done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
         assert done.returncode in (2, 3), done.stderr

@@ -96,7 +96,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
             "model: demo\nresources: {memory: 4}",
             "memory 4 has no unit, or not one that is known; give for example 4GiB",
         ),
-        ("model: demo\nresources: {memory: 4 bananas}", "give for example 4GiB or 4GB"),
+        ("model: demo\nresources: {memory: 4 bananas}", "memory '4 bananas' has no unit, or not one that is known"),
         ('model: demo\ncalibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
         ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
         ("model: demo\nx: " + "y" * 5000, "x: unknown key"),
@@ -180,6 +180,8 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
         load_recipe(tmp_path / "gone.yaml")
     with pytest.raises(UsageError, match="no such file"):
         find_recipe("a\0b")
+    with pytest.raises(UsageError, match="no such file"):
+        find_recipe("a" * 5000)
 
 
 @pytest.mark.parametrize(
