@@ -17,6 +17,7 @@ from typing import Any
 
 from gblm_compress.artifact import atomic_folder
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.paths import kind_of, local
 from gblm_compress.progress import Progress
 
 DEMO, TINY = "demo", "tiny"
@@ -125,18 +126,19 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
         ModelError: it does not exist, is damaged, or has no safetensors.
         MissingDependencyError: "demo" is asked for and its package is not installed.
     """
-    path = Path(name).expanduser()
+    path = local(name)
+    kind = kind_of(path)
     if name == DEMO:
         source = ModelSource(name, _converted_gguf(_demo_gguf(), progress))
-    elif name == TINY and not path.exists():
+    elif name == TINY and kind is None:
         source = ModelSource(name, _tiny())
     elif path.suffix == ".gguf":
-        if not path.is_file():
+        if kind != "file":
             raise ModelError(f"model {name!r}: no such file")
         source = ModelSource(name, _converted_gguf(path, progress))
-    elif path.is_dir():
+    elif kind == "folder":
         source = ModelSource(name, path)
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or path.exists():
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or kind is not None:
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
         source = ModelSource(name, _from_hub(name))
