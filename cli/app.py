@@ -1,20 +1,34 @@
 """The program `gblm-compress`: runs a command and turns every foreseeable failure into one message and an exit code."""
 
+import errno
+import io
+import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import typer
 
 from gblm_compress.cli import commands
-from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.errors import (
+    GblmError,
+    NotEnoughMemoryError,
+    OutputError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
+from gblm_compress.printing import printable_lines
 
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
+TRACEBACK_VARIABLE = "GBLM_COMPRESS_TRACEBACK"
 EPILOG = """\
 Exit codes: 0 success, 1 unexpected error, 2 usage or recipe error, 3 unusable model or data, 4 missing hardware or
-package, 5 verification failed, 6 gate failed, 130 interrupted.
+package, 5 verification failed, 6 gate failed, 130 interrupted. GBLM_COMPRESS_TRACEBACK=1 shows where an unexpected
+error arose.
 """
 
 app = typer.Typer(
@@ -31,8 +45,18 @@ app.callback()(commands.program)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the program and exit with its code."""
-    sys.exit(_run(arguments))
+    """Run the program and exit with its code. An exception that nobody foresaw gets one message, too."""
+    # Where one was closed before the program began, what is written to it goes nowhere.
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal has not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except Exception as error:
+        code = _unforeseen(error)
+    sys.exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -42,19 +66,47 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except GblmError as error:
-        return _fail(error)
+        _print(f"error: {error}")
+        return error.exit_code
     except ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        _print(shown.getvalue().rstrip())
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print(
+        _print(
             "interrupted; no half-written output is left: run the same command again (prune: with --resume, to go on "
-            "from what is finished)",
-            file=sys.stderr,
+            "from what is finished)"
         )
         return INTERRUPTED
 
 
-def _fail(error: GblmError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+def _unforeseen(error: Exception) -> int:
+    """Print what an exception of no kind of ours comes to; its code."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return GblmError.exit_code
+    with_traceback = bool(os.environ.get(TRACEBACK_VARIABLE))
+    if with_traceback:
+        _print("".join(traceback.format_exception(error)))
+    message, code = _in_words(error)
+    _print(f"error: {message}" + ("" if with_traceback else f"\n{TRACEBACK_VARIABLE}=1 shows where it arose"))
+    return code
+
+
+def _in_words(error: Exception) -> tuple[str, int]:
+    said = first_line(error)
+    if is_out_of_memory(error):
+        advice = "give smaller batches, fewer --samples or a shorter --sequence-length; prune has --offload"
+        return f"memory ran out ({said}); {advice}", NotEnoughMemoryError.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({said}); make room, and run the same command again", OutputError.exit_code
+    if isinstance(error, OSError):
+        return f"the system refuses ({said})", GblmError.exit_code
+    if isinstance(error, RecursionError):
+        return f"an input is nested too deeply ({said})", GblmError.exit_code
+    return f"a fault of this program; please report it ({type(error).__name__}: {said})", GblmError.exit_code
+
+
+def _print(message: str) -> None:
+    print(printable_lines(message), file=sys.stderr)

@@ -1,18 +1,23 @@
-"""The commands: parse, call one stage, print. Stages are imported inside, so that `--help` loads no torch."""
+"""The commands: parse, call one stage, print.
+
+Stages are imported inside and last: `--help` loads no torch, and a misspelt path is found before torch is loaded.
+"""
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import gblm_compress
+from gblm_compress import artifact
 from gblm_compress.cli import options as o
 from gblm_compress.cli import summaries
 from gblm_compress.errors import GateError
+from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -86,10 +91,13 @@ def prune(
     place = o.fill(ModelSettings, arguments, source="model")
     resources = o.fill(ResourceSettings, arguments)
 
+    reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
+    artifact.check_output(output, force)
+    texts = [text.dataset] if settings.needs_text else []
+    progress, source = _start(model, quiet=quiet or not reports, texts=texts)
+
     from gblm_compress import pruning
 
-    reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
-    source, progress = _start(model, quiet or not reports)
     result = pruning.prune(
         source,
         output,
@@ -120,9 +128,11 @@ def export(
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
     settings = o.fill(ExportSettings, locals())
 
+    artifact.check_output(output, force)
+    progress, source = _start(model, quiet=quiet)
+
     from gblm_compress import exporters
 
-    source, progress = _start(model, quiet)
     result = exporters.export(source, output, settings, force=force, progress=progress)
     _show(result.as_dict(), summaries.export, json_)
 
@@ -146,11 +156,14 @@ def evaluate(
     settings = o.fill(EvaluateSettings, arguments)
     place = o.fill(ModelSettings, arguments, source="model")
 
-    from gblm_compress import evaluation, sources
+    models = [model, baseline] if baseline else [model]
+    progress, source, *dense = _start(*models, quiet=quiet, texts=[settings.dataset], tasks=settings.include_path)
 
-    source, progress = _start(model, quiet)
-    dense = sources.resolve_model(baseline, progress) if baseline else None
-    result = evaluation.evaluate(source, settings, baseline=dense, dtype=place.dtype, device=device, progress=progress)
+    from gblm_compress import evaluation
+
+    result = evaluation.evaluate(
+        source, settings, baseline=dense[0] if dense else None, dtype=place.dtype, device=device, progress=progress
+    )
     _show(result.as_dict(), summaries.evaluate, json_)
 
 
@@ -185,9 +198,11 @@ def compare(
     evaluation = o.fill(EvaluateSettings, arguments, sequence_length="evaluation_length")
     place = o.fill(ModelSettings, arguments, source="model")
 
+    texts = [text.dataset, evaluation.dataset]
+    progress, source = _start(model, quiet=quiet, texts=texts, tasks=evaluation.include_path)
+
     from gblm_compress import comparison
 
-    source, progress = _start(model, quiet)
     result = comparison.compare(
         source, output, grid, text, evaluation, dtype=place.dtype, device=device, progress=progress
     )
@@ -214,11 +229,11 @@ def benchmark(
     settings = o.fill(BenchmarkSettings, arguments)
     place = o.fill(ModelSettings, arguments | {"source": models[0]})
 
-    from gblm_compress import benchmarking, sources
+    progress, *sources = _start(*models, *baseline, quiet=quiet)
+    contenders, baselines = sources[: len(models)], sources[len(models) :]
 
-    progress = _progress(quiet)
-    contenders = [sources.resolve_model(name, progress) for name in models]
-    baselines = [sources.resolve_model(name, progress) for name in baseline]
+    from gblm_compress import benchmarking
+
     result = benchmarking.benchmark(
         contenders, baselines, settings, dtype=place.dtype, device=device, progress=progress
     )
@@ -234,9 +249,10 @@ def inspect(
     quiet: o.Quiet = False,
 ) -> None:
     """Report the zeros of every layer, the patterns that hold, and draw where weights survive."""
+    progress, source = _start(model, quiet=quiet)
+
     from gblm_compress import inspection
 
-    source, progress = _start(model, quiet)
     _show(inspection.inspect(source, heat_map, progress).as_dict(), summaries.inspect, json_)
 
 
@@ -308,11 +324,22 @@ def _progress(quiet: bool) -> Progress:
     return Progress(quiet)
 
 
-def _start(model: str, quiet: bool) -> tuple[Any, Progress]:
-    from gblm_compress.sources import resolve_model
+def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | None = None) -> tuple[Any, ...]:
+    """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
+    before a download, and before the seconds that torch and transformers take to load.
+    """
+    from gblm_compress.sources import resolve_model, silence_libraries
+    from gblm_compress.text import check_source
+    from gblm_compress.zero_shot import check_folder
 
-    progress = _progress(quiet)
-    return resolve_model(model, progress), progress
+    for text in texts:
+        check_source(text)
+    check_folder(tasks)
+    progress = Progress(quiet)
+    paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
+    sources = {name: resolve_model(name, progress) for name in paths_first}
+    silence_libraries()
+    return progress, *(sources[name] for name in models)
 
 
 def _show(content: Any, summary: Any, as_json: bool) -> None:
@@ -320,7 +347,7 @@ def _show(content: Any, summary: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(content if isinstance(content, dict) else content.as_dict(), indent=2))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
+    console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
     parts = summary(content)
     for part in parts if isinstance(parts, list) else [parts]:
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        console.print(part, soft_wrap=isinstance(part, str))

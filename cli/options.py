@@ -70,7 +70,7 @@ def fill(settings: type[S], arguments: dict[str, Any], **names: str) -> S:
 
 def _fault(fault: Any, settings: type[BaseModel], names: dict[str, str]) -> str:
     """A fault of settings with the option's spelling, and of several exceptions the one that has it."""
-    text = describe_fault(fault, settings)
+    text = describe_fault(fault, settings, spell=lambda key, value: f"--{key.replace('_', '-')} {value}")
     if not fault["loc"]:
         return text
     field, *inner = fault["loc"]

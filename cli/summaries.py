@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
+
+from gblm_compress.printing import printable
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
 
@@ -207,6 +210,7 @@ def run(result: Any) -> list[Any]:
 def doctor(content: dict[str, Any]) -> Table:
     table = Table("", "found", "enables")
     for finding in content["findings"]:
-        mark = "" if finding["ok"] else "[bold red]!![/] "
-        table.add_row(finding["subject"], mark + finding["found"], finding["enables"])
+        mark = "" if finding["ok"] else "!! "
+        found = Text.assemble((mark, "bold red"), printable(finding["found"]))
+        table.add_row(finding["subject"], found, finding["enables"])
     return table

@@ -18,6 +18,7 @@ from gblm_compress import artifact, sources
 from gblm_compress.doctor import environment
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.evaluation import evaluate, mean_and_standard_error, prepare
+from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
@@ -189,6 +190,7 @@ def rows(cells: list[Cell]) -> list[Row]:
     return result
 
 
+@plain_figures()
 def draw(result: CompareResult, path: Path) -> None:
     """Quality against time, one panel a pattern: perplexity over seconds of pruning, both on logarithmic axes."""
     import matplotlib
@@ -210,7 +212,7 @@ def draw(result: CompareResult, path: Path) -> None:
             axis.set_major_locator(ticker.LogLocator(subs=steps))
             axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             axis.set_minor_locator(ticker.NullLocator())
-    figure.suptitle(f"{result.model} (dense: dashed)")
+    figure.suptitle(f"{printable(result.model)} (dense: dashed)")
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)

@@ -18,6 +18,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
 from gblm_compress import measurements
+from gblm_compress.errors import first_line
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed, Tiling
 from gblm_compress.progress import Progress
@@ -183,7 +184,7 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Choice, float], dict[str,
         try:
             found = _candidates(kernel, weight, x)
         except RuntimeError as error:
-            excluded[kernel] = str(error).splitlines()[0]
+            excluded[kernel] = first_line(error)
             continue
         for choice, call in found.items():
             try:
@@ -193,7 +194,7 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Choice, float], dict[str,
                     continue
                 times[choice] = milliseconds(call)
             except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
-                excluded[str(choice)] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                excluded[str(choice)] = f"{type(error).__name__}: {first_line(error)}"
     return times, excluded
 
 

@@ -9,6 +9,7 @@
     │   ├── ModelError             3
     │   └── DataError              3
     ├── MissingDependencyError     4  hardware or a package is missing
+    │   └── NotEnoughMemoryError   4  memory ran out
     ├── VerificationError          5  an artefact is not what it claims to be
     └── GateError                  6  a gate of the recipe failed
 
@@ -60,6 +61,10 @@ class MissingDependencyError(GblmError):
     exit_code = 4
 
 
+class NotEnoughMemoryError(MissingDependencyError):
+    """Memory ran out, of the machine or of its GPU."""
+
+
 class VerificationError(GblmError):
     """An artefact, reopened, is not what it claims to be."""
 
@@ -76,3 +81,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters; its type where it has no message."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python, torch on a GPU and torch on a CPU each say so in their own way."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

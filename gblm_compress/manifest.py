@@ -22,6 +22,7 @@ from gblm_compress.checkpoint import keys, read_tensor
 from gblm_compress.errors import ModelError, UsageError, VerificationError, first_line
 from gblm_compress.model_files import weight_files
 from gblm_compress.patterns import Pattern
+from gblm_compress.printing import printable
 from gblm_compress.sources import ModelSource
 from gblm_compress.zeros import count_nonzeros, has_negative_zeros, is_finite
 
@@ -200,7 +201,7 @@ def _write(folder: Path, content: dict[str, Any], card: str, library: str, title
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
     text = Environment().from_string(card).render(
-        base=content["base_model"]["name"],
+        base=printable(content["base_model"]["name"]),
         title=title,
         library=library,
         version=gblm_compress.__version__,
@@ -238,7 +239,7 @@ def _base_name(source: ModelSource) -> str:
 
 def _short(content: dict[str, Any]) -> str:
     name: str = content["base_model"]["name"]
-    return name.rpartition("/")[2]
+    return printable(name.rpartition("/")[2])
 
 
 def is_ours(folder: Path) -> bool:

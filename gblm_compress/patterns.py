@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNSTRUCTURED = "unstructured"
 PER_MATRIX = "unstructured-per-matrix"
 DENSE = "dense"
+N_M = "[1-9][0-9]{0,4}:[1-9][0-9]{0,4}"
 FEW = 16  # scores in a group up to which comparing all pairs is faster than selecting
 
 
@@ -38,8 +39,8 @@ class Pattern:
     def __post_init__(self) -> None:
         if self.name in (UNSTRUCTURED, PER_MATRIX, DENSE):
             return
-        match = re.fullmatch(r"(\d+):(\d+)", self.name)
-        if match is None or not 0 < int(match[1]) < int(match[2]):
+        n, _, m = self.name.partition(":")
+        if not re.fullmatch(N_M, self.name) or int(n) >= int(m):
             raise UsageError(
                 f"pattern {self.name!r} is not known; give '{UNSTRUCTURED}', '{PER_MATRIX}' "
                 "or 'N:M' with 0 < N < M (for example 2:4: at most 2 nonzeros in every 4 weights)"

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from gblm_compress.printing import PlainConsole, printable
 
 T = TypeVar("T")
 PLAIN_LINE_EVERY_S = 10.0
@@ -26,11 +27,11 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = PlainConsole(stderr=True, quiet=quiet)
 
     def say(self, message: str) -> None:
         """One line, now."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, soft_wrap=True)
 
     def track(
         self, items: Sequence[T] | Iterable[T], what: str, unit: str, total: int | None = None, tokens: int = 0
@@ -54,7 +55,7 @@ class Progress:
             yield lambda: None
         elif self.console.is_terminal:
             bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(unit),
@@ -66,10 +67,10 @@ class Progress:
             )
             facts = _Facts(total, tokens)
             with bar:
-                task = bar.add_task(what, total=total, facts="")
+                task = bar.add_task(printable(what), total=total, facts="")
                 yield lambda: bar.update(task, advance=1, facts=facts.after_one_more())
         else:
-            yield _plain_counter(what, unit, total, tokens)
+            yield _plain_counter(printable(what), unit, total, tokens)
 
 
 class _Facts:

@@ -1,61 +1,40 @@
-"""Recipes: YAML files that describe a whole run. This is the only module that knows YAML.
+"""Recipes: YAML files that describe a whole run.
 
 Every fault of a file is reported at once, with its line and, for a misspelt key, a suggestion.
 """
 
 import difflib
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from gblm_compress import suggestions, yaml_nodes
 from gblm_compress.errors import RecipeError, UsageError
+from gblm_compress.paths import kind_of, local
 from gblm_compress.settings import Recipe
+from gblm_compress.yaml_nodes import Node, YamlFaults
 
+MOST_FAULTS = 100  # that are printed
 SHIPPED = Path(__file__).parent / "recipes"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without YAML 1.1's base-60 numbers, to which `2:4` would be 124, and without duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    letter: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-    ]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
 
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe, given as a path or as the name of a shipped one.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: there is neither, or the path is no file.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = local(name)
+    if kind_of(path) == "file":
         return path
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if path.stem in shipped and name in (path.stem, f"recipes/{path.name}"):
         return shipped[path.stem]
-    raise UsageError(f"recipe {name!r}: no such file; shipped recipes are {', '.join(shipped)}")
+    fault = "is no file" if kind_of(path) else "no such file"
+    raise UsageError(f"recipe {name!r}: {fault}; shipped recipes are {', '.join(shipped)}")
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -69,22 +48,35 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         RecipeError: listing every fault.
         UsageError: an override is malformed.
     """
-    try:
-        source = path.read_text(encoding="utf-8")
-        content = yaml.load(source, _Loader)
-        tree = yaml.compose(source, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with a key 'model'; this is {type(content).__name__}")
+    tree = _read(path)
+    if not isinstance(tree.value, dict):
+        kind = "a sequence" if isinstance(tree.value, list) else json.dumps(tree.value)
+        raise RecipeError(f"{tree.where}: a recipe is a mapping with a key 'model'; this is {_shortened(kind)}")
     for override in overrides:
-        _override(content, override)
+        _override(tree, override)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(tree.plain(), strict=True)
     except ValidationError as error:
-        faults = [f"{path}:{_line(tree, fault['loc'])}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise RecipeError(f"{count} in the recipe\n" + "\n".join(faults)) from error
+        faults = [f"{tree.at(fault['loc']).where}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
+        raise _all_of(faults) from error
+
+
+def _read(path: Path) -> Node:
+    try:
+        with path.open("rb") as file:
+            content = file.read(yaml_nodes.MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
+        return yaml_nodes.read(content, lambda line: f"{path}:{line}")
+    except YamlFaults as error:
+        raise _all_of(error.faults) from error
+
+
+def _all_of(faults: list[str]) -> RecipeError:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    more = [f"… and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+    return RecipeError("\n".join([f"{count} in the recipe", *faults[:MOST_FAULTS], *more]))
 
 
 def schema() -> dict[str, Any]:
@@ -101,12 +93,18 @@ def faults_of(error: ValidationError) -> list[Any]:
     return [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["input"])]
 
 
-def describe_fault(fault: Any, model: type[BaseModel]) -> str:
-    """One validation error in words: where, what was given, and a suggestion for a misspelt key."""
+def describe_fault(
+    fault: Any, model: type[BaseModel], spell: Callable[[str, str], str] = lambda key, value: f"{key}: {value}"
+) -> str:
+    """One validation error in words: where, what was given, and a suggestion for what is misspelt.
+
+    Args:
+        spell: how a setting is written where the fault was made.
+    """
     location = [part for part in fault["loc"] if part != "function-before[_source_alone(), ModelSettings]"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known = _keys_at(model, location[:-1])
+        known = _model_at(model, location[:-1]).model_fields
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -114,56 +112,49 @@ def describe_fault(fault: Any, model: type[BaseModel]) -> str:
         return f"{where}: missing; it is required"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    given = "" if fault["type"] == "value_error" else f", got {json.dumps(fault['input'], default=str)}"
+    given = "" if fault["type"] == "value_error" else f", got {_shortened(json.dumps(fault['input'], default=str))}"
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        field = next(part for part in reversed(location) if isinstance(part, str))
+        settings = _model_at(model, location[: location.index(field)])
+        if meant := suggestions.meant(fault["input"], settings, field, spell):
+            given += f"; {meant}"
     return f"{where}: {message}{given}" if where else message + given
 
 
-def _keys_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
+    """The settings that a location within `model` leads to."""
     for part in location:
-        if not isinstance(part, str):
+        if part not in model.model_fields:  # a place in a sequence
             continue
         annotation: Any = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return model
 
 
-def _line(node: Any, location: tuple[Any, ...]) -> int:
-    """The line of the deepest part of `location` that the file has."""
-    line: int = node.start_mark.line + 1
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            match = next(((key, value) for key, value in node.value if key.value == part), None)
-            if match is None:
-                return line
-            line, node = match[0].start_mark.line + 1, match[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the parsed recipe."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+def _override(tree: Node, override: str) -> None:
+    """Set one dotted key of the recipe that was read."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
         raise UsageError(f"--set {override!r}: give key=value, for example --set prune.sparsity=0.6")
-    *parents, last = key.split(".")
-    target: Any = content
+    where = f"--set {key}"
     try:
-        for part in parents:
-            if isinstance(target, list):
-                target = target[int(part)]
-            else:
-                if isinstance(target.get(part), str) and part == "model":
-                    target[part] = {"source": target[part]}
-                target = target.setdefault(part, {})
-        parsed = yaml.load(value, _Loader)
-        if isinstance(target, list):
-            target[int(last)] = parsed
+        value = yaml_nodes.read(text.encode(errors="surrogateescape"), lambda line: where).value
+    except YamlFaults as error:
+        raise UsageError(str(error)) from error
+    node = tree
+    for part in parts[: yaml_nodes.MAX_DEPTH]:
+        if isinstance(node.value, str) and node is tree.value.get("model"):
+            node.value = {"source": Node(node.where, node.value)}
+        if isinstance(node.value, dict):
+            node = node.value.setdefault(part, Node(where, {}))
+        elif isinstance(node.value, list) and part in map(str, range(len(node.value))):
+            node = node.value[int(part)]
         else:
-            target[last] = parsed
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise UsageError(f"--set {override!r}: the recipe has no place {key!r}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override!r}: {value!r} is not valid YAML") from error
+            raise UsageError(f"--set {override!r}: the recipe has no place {key!r}")
+    node.where, node.value = where, value

@@ -10,8 +10,10 @@ from typing import Any
 from jinja2 import Environment
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from gblm_compress import artifact
+from gblm_compress.printing import plain_figures, printable, printable_lines
 from gblm_compress.sources import ModelSource
 
 REPORT, PAGE = "report.json", "report.html"
@@ -129,7 +131,7 @@ def gate_table(gates: list[Any]) -> Table:
     """The gates for a terminal."""
     result = Table("gate", "of", "limit", "measured", "holds")
     for gate in gates:
-        holds = "yes" if gate.passed else "[bold red]no[/]"
+        holds = Text("yes") if gate.passed else Text("no", style="bold red")
         result.add_row(gate.gate, gate.subject, f"{gate.limit:g}", f"{gate.measured:.3f}", holds)
     return result
 
@@ -138,7 +140,7 @@ def write(content: dict[str, Any], output: Path) -> None:
     """Write `report.json` and the page made of it."""
     artifact.write_text(output / REPORT, json.dumps(content, indent=2) + "\n")
     summary = [Row(**row) for row in content["rows"]]
-    page = Environment(autoescape=True).from_string(_PAGE)
+    page = Environment(autoescape=True, finalize=_shown).from_string(_PAGE)
     html = page.render(
         columns=COLUMNS,
         rows=[cells(row) for row in summary],
@@ -151,6 +153,12 @@ def write(content: dict[str, Any], output: Path) -> None:
     artifact.write_text(output / PAGE, html)
 
 
+def _shown(value: Any) -> Any:
+    """Text that every file can hold: names may have bytes that are no UTF-8."""
+    return printable_lines(value) if isinstance(value, str) else value
+
+
+@plain_figures()
 def _plot(summary: list[Row]) -> str | None:
     """Decode latency as bars, one for each timed row, as base64 PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -162,7 +170,7 @@ def _plot(summary: list[Row]) -> str | None:
     figure = Figure(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    labels = [f"{row.model}, {row.runtime}, batch {row.batch}" for row in timed]
+    labels = [f"{printable(row.model)}, {row.runtime}, batch {row.batch}" for row in timed]
     colours = ["#888888" if row.decode_verdict is None else "#2a7de1" for row in timed]
     bars = axis.barh(range(len(timed)), [row.tpot_ms or 0.0 for row in timed], color=colours)
     axis.bar_label(bars, fmt="%.1f", padding=3)

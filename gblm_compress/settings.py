@@ -4,15 +4,26 @@ Field descriptions are the text of `--help`, of `gblm-compress schema` and of th
 module loads no torch.
 """
 
+import re
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from gblm_compress import presets
+from gblm_compress import presets, suggestions
 from gblm_compress.allocation import Budget, Override, allocate
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import DENSE, Pattern
+from gblm_compress.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
 from gblm_compress.saliency import SALIENCIES
 
 Method = Literal["gblm", "wanda", "gradient", "magnitude", "regional", "obs"]
@@ -27,7 +38,32 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
 Format = Literal["onnx", "bitmask", "semi-structured"]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
+MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
+LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
+MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
+
+
+def _has_unit(value: Any) -> Any:
+    enough = (
+        re.fullmatch(MEMORY, value) if isinstance(value, str) else not isinstance(value, int) or value >= LEAST_MEMORY
+    )
+    if not enough:
+        raise ValueError(f"memory {value!r} has no unit, or not one that is known; give for example 4GiB or 4GB")
+    return value
+
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+# The rule of N < M is no matter of a regular expression: `Pattern` checks all of it, for the settings too.
+PatternName = Annotated[
+    str,
+    Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
+]
+PatternOrDense = Annotated[str, Field(json_schema_extra={"pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$"})]
+Memory = Annotated[
+    ByteSize,
+    BeforeValidator(_has_unit),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": MEMORY}, {"type": "integer", "minimum": LEAST_MEMORY}]}),
+]
 
 
 def _budget(pattern: str, sparsity: float | None) -> Budget:
@@ -60,15 +96,15 @@ class CalibrationSettings(Settings):
     """Which text the statistics are measured on."""
 
     dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
-    samples: int = Field(128, ge=1, description="Number of windows.")
-    sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
     seed: int = Field(0, description="Of the draw of the windows.")
 
 
 class ResourceSettings(Settings):
     """What pruning may use. None of it changes the result."""
 
-    memory: ByteSize | None = Field(
+    memory: Memory | None = Field(
         None,
         description="Memory to plan with, for example 4GiB: a model that does not fit stays on disk, and so do hidden "
         "states; 80 % of what is free if unset.",
@@ -82,7 +118,7 @@ class OverrideSettings(Settings):
     """An exception for some layers."""
 
     layers: str = Field(description="Shell-style pattern over full layer names.")
-    pattern: str = Field("unstructured", description="As prune.pattern, or dense: left as it is.")
+    pattern: PatternOrDense = Field("unstructured", description="As prune.pattern, or dense: left as it is.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
 
     @model_validator(mode="after")
@@ -100,7 +136,7 @@ class PruneSettings(Settings):
         + " ".join(f"{name}: {presets.describe(name)}." for name in presets.PRESETS),
     )
     method: Method = Field("gblm", description="What a weight is worth: " + ", ".join(SALIENCIES) + "; gblm if unset.")
-    pattern: str = Field(
+    pattern: PatternName = Field(
         "unstructured",
         description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
         "(at most N nonzeros in every M weights along the input).",
@@ -130,10 +166,13 @@ class PruneSettings(Settings):
         "optimum for the layer; reconstruct: least-squares, then Adam on the block's output.",
     )
     damping: float = Field(0.01, gt=0, description="Of obs and least-squares, in shares of the mean input power.")
-    reconstruction_epochs: int = Field(3, ge=1, description="Of update reconstruct: passes over the samples, at most.")
+    reconstruction_epochs: int = Field(
+        3, ge=1, le=MANY, description="Of update reconstruct: passes over the samples, at most."
+    )
     reconstruction_rounds: int = Field(
         1,
         ge=1,
+        le=MANY,
         description="Of update reconstruct: how many fits; before each but the first the mask is chosen anew, from "
         "weights of which the pruned ones took part in the steps.",
     )
@@ -143,6 +182,7 @@ class PruneSettings(Settings):
     distillation_epochs: int = Field(
         0,
         ge=0,
+        le=MANY,
         description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
     )
     distillation_rate: float = Field(0.0005, gt=0, description="Of the distillation, as reconstruction_rate.")
@@ -281,10 +321,12 @@ class EvaluateSettings(Settings):
     """What to evaluate on."""
 
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
-    sequence_length: int = Field(2048, ge=2, description="Tokens in a window.")
-    max_windows: int | None = Field(None, ge=1, description="At most this many windows, from the start; all if unset.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
+    max_windows: int | None = Field(
+        None, ge=1, le=MANY, description="At most this many windows, from the start; all if unset."
+    )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
-    limit: int | None = Field(None, ge=1, description="At most this many questions of a task; all if unset.")
+    limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
     include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
 
 
@@ -294,11 +336,14 @@ class CompareSettings(Settings):
     methods: tuple[str, ...] = Field(
         ("wanda", "gblm", "obs+obs", *presets.PRESETS),
         min_length=1,
+        max_length=100,
         description="Each a preset or a saliency, and what else is chosen: wanda, best, obs+obs (SparseGPT), "
         "gblm+swap+least-squares, wanda+owl, …",
     )
-    patterns: tuple[str, ...] = Field(("2:4", "unstructured"), min_length=1, description="As prune.pattern.")
-    seeds: int = Field(3, ge=1, description="How many draws of the calibration text.")
+    patterns: tuple[PatternName, ...] = Field(
+        ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
+    )
+    seeds: int = Field(3, ge=1, le=MANY, description="How many draws of the calibration text.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -317,6 +362,10 @@ class CompareSettings(Settings):
         first, *rest = method.split("+")
         if first not in (*presets.PRESETS, *get_args(Method)):
             known = ", ".join((*presets.PRESETS, *get_args(Method)))
+            if as_here := suggestions.ELSEWHERE.get(suggestions.plain(first)):
+                known += f"; {first} is here {'+'.join(as_here.values())}"
+            elif first in (*get_args(Update), *get_args(Refinement), *get_args(Allocation)):
+                known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a saliency; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in presets.PRESETS else "method"): first}
         for part in rest:
@@ -334,15 +383,17 @@ class CompareSettings(Settings):
 class BenchmarkSettings(Settings):
     """What to time."""
 
-    batch: tuple[Annotated[int, Field(ge=1)], ...] = Field((1,), min_length=1, description="Batch sizes.")
-    prompt: int = Field(128, ge=1, description="Tokens in a prompt.")
-    generate: int = Field(32, ge=2, description="Tokens to generate; the prefill gives the first.")
-    repeats: int = Field(7, ge=5, description="Counted rounds.")
-    warmup: int = Field(2, ge=0, description="Rounds before them, dropped.")
+    batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
+    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt.")
+    generate: int = Field(32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first.")
+    repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
+    warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"), min_length=1, description="Whose models are timed."
     )
-    threads: int | None = Field(None, ge=1, description="Intra-op threads on the CPU; as many as torch takes if unset.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."
+    )
 
 
 class GateSettings(Settings):

@@ -19,8 +19,9 @@ from typing import Any
 from filelock import FileLock
 
 from gblm_compress import artifact, model_files
-from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.model_files import GRAPH, SPARSE_METHOD
+from gblm_compress.paths import kind_of, local
 from gblm_compress.progress import Progress
 
 DEMO, TINY = "demo", "tiny"
@@ -126,20 +127,23 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
         ModelError: it does not exist, is damaged, or has no safetensors.
         MissingDependencyError: "demo" is asked for and its package is not installed.
     """
-    path = Path(name).expanduser()
+    if not name.strip():
+        raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
+    path = local(name)
+    kind = kind_of(path)
     if name == DEMO:
         source = ModelSource(name, _converted_gguf(_demo_gguf(), progress))
-    elif name == TINY and not path.exists():
+    elif name == TINY and kind is None:
         source = ModelSource(name, _tiny())
     elif path.suffix == ".gguf":
-        if not path.is_file():
+        if kind != "file":
             raise ModelError(f"model {name!r}: no such file")
         source = ModelSource(name, _converted_gguf(path, progress))
-    elif path.is_dir():
+    elif kind == "folder":
         source = ModelSource(name, path)
-    elif path.exists():
+    elif kind == "file":
         raise ModelError(f"model {name!r} is a file; give the folder that holds it, {str(path.parent)!r}")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or kind is not None:
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
         source = ModelSource(name, _from_hub(name))
@@ -164,6 +168,7 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.is_dir():
+                    silence_libraries()
                     with artifact.atomic_folder(folder) as temporary:
                         make(temporary)
         except OSError as error:
@@ -189,7 +194,9 @@ def _demo_gguf() -> Path:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()
     try:
         return Path(
             snapshot_download(
@@ -264,6 +271,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds for bad files
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"model {source.name!r}: cannot be loaded ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(

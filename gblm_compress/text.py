@@ -1,20 +1,25 @@
 """Text for calibration and evaluation: where it comes from, and the windows of tokens drawn from it.
 
 SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local `.txt`, `.jsonl`
-or `.parquet` file (column `text`).
+or `.parquet` file (column `text`). Importing this module loads no torch.
 """
 
+from __future__ import annotations
+
 import hashlib
+import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+from gblm_compress.errors import DataError, GblmError, first_line, is_out_of_memory
+from gblm_compress.paths import kind_of, local
 
-from gblm_compress.errors import DataError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Role = Literal["calibration", "evaluation"]
 
@@ -24,6 +29,10 @@ _WIKITEXT2_PARTS = {"calibration": ("train", " "), "evaluation": ("test", "\n\n"
 _C4 = "allenai/c4"
 _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
+
+FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+MAX_LINE = 64 << 20
+"""Bytes in a line of a .jsonl file; what is longer is no document."""
 
 DRAWS = 100_000
 """How many documents of C4 may be too short in a row before the search for a long one ends."""
@@ -50,6 +59,22 @@ def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, 
     return random_windows(tokenize(tokenizer, load_text(source, "calibration")), samples, length, seed, source)
 
 
+def check_source(source: str) -> None:
+    """Refuse at once what names a local file and is none that can be read; of the hub it asks nothing.
+
+    Raises:
+        DataError: there is no such file, or it is of another kind.
+    """
+    path = local(source)
+    if source in ("demo", "wikitext2", "c4"):
+        return
+    kind = kind_of(path)
+    if path.suffix in FILES and kind != "file":
+        raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
+    if path.suffix not in FILES and (kind is not None or source.startswith((".", "/", "~"))):
+        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+
+
 def load_text(source: str, role: Role) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 
@@ -58,7 +83,7 @@ def load_text(source: str, role: Role) -> str:
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
     """
-    path = Path(source).expanduser()
+    check_source(source)
     if source == "demo":
         text = "\n\n".join(demo_paragraphs(role))
     elif source == "wikitext2":
@@ -68,10 +93,8 @@ def load_text(source: str, role: Role) -> str:
         assert role == "evaluation", "calibration draws from c4 document by document"
         rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
         text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
-    elif path.suffix in (".txt", ".jsonl", ".parquet", ".raw", ".tokens"):
-        text = _read_file(path, source)
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+    elif local(source).suffix in FILES:
+        text = _read_file(local(source), source)
     else:
         text = "\n\n".join(_hub_documents(source, role))
     if not text.strip():
@@ -81,8 +104,8 @@ def load_text(source: str, role: Role) -> str:
 
 def files(source: str) -> list[Path]:
     """The local file that `source` names, if it does."""
-    path = Path(source).expanduser()
-    return [path] if path.is_file() else []
+    path = local(source)
+    return [path] if kind_of(path) == "file" else []
 
 
 def demo_paragraphs(role: Role) -> list[str]:
@@ -108,6 +131,8 @@ def demo_paragraphs(role: Role) -> list[str]:
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """The text tokenized whole, as the reference does: token ids [tokens], int64."""
+    import torch
+
     ids = tokenizer(text, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -204,16 +229,61 @@ def fingerprint(windows: Iterable[Tensor]) -> str:
 
 
 def _read_file(path: Path, source: str) -> str:
-    if not path.is_file():
-        raise DataError(f"dataset {source!r}: no such file")
-    if path.suffix in (".jsonl", ".parquet"):
-        kind = "json" if path.suffix == ".jsonl" else "parquet"
-        rows = _dataset(source, kind, data_files=str(path), split="train", streaming=True)
-        return "\n\n".join(_column(rows, source))
     try:
+        if path.suffix == ".jsonl":
+            return "\n\n".join(_jsonl(path, source))
+        if path.suffix == ".parquet":
+            return "\n\n".join(_parquet(path, source))
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"dataset {source!r} cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataError(f"dataset {source!r} cannot be read ({first_line(error)})") from error
+
+
+def _jsonl(path: Path, source: str) -> Iterator[str]:
+    """The documents of a file with one JSON object a line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"dataset {source!r}, line {number}"
+            if len(line) > MAX_LINE:
+                raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
+            try:
+                content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(content) if content else {"text": None}
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where} is no object; every line is one with a 'text'")
+            yield from _text_of(row, where)
+
+
+def _parquet(path: Path, source: str) -> Iterator[str]:
+    from pyarrow import parquet
+
+    with _reading(source), parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for batch in file.iter_batches(columns=["text"]) if "text" in names else ():
+            for text in batch.column(0).to_pylist():
+                yield from _text_of({"text": text}, f"dataset {source!r}")
+        if "text" not in names:
+            yield from _text_of(dict.fromkeys(names), f"dataset {source!r}")
+
+
+def _text_of(row: Mapping[str, Any], where: str) -> Iterator[str]:
+    """The text of a document: none where it is null."""
+    if "text" not in row:
+        raise DataError(f"{where} has no column 'text'; it has {', '.join(map(repr, islice(row, 8))) or 'none'}")
+    text = row["text"]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise DataError(f"{where}: its 'text' is no text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: its 'text' is no Unicode ({first_line(error)})") from error
+    yield text
 
 
 def _hub_documents(source: str, role: Role) -> Iterable[str]:
@@ -227,22 +297,26 @@ def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    advice = (
+        "; give 'demo', 'wikitext2', 'c4', a hub dataset as owner/name[:config][@split], or a .txt, .jsonl or .parquet "
+        "file"
+    )
+    with _reading(source, advice):
         return datasets.load_dataset(*args, **kwargs)
-    except Exception as error:  # the hub client, the file readers and the splits each raise their own kinds
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"dataset {source!r} cannot be read ({reason}); give 'demo', 'wikitext2', 'c4', a hub dataset as "
-            "owner/name[:config][@split], or a .txt, .jsonl or .parquet file"
-        ) from error
 
 
-def _column(rows: Any, source: str) -> Iterable[str]:
-    try:
+def _column(rows: Any, source: str) -> Iterator[str]:
+    with _reading(source):
         for row in rows:
-            if "text" not in row:
-                raise DataError(f"dataset {source!r} has no column 'text'; it has {', '.join(map(repr, row))}")
-            if row["text"] is not None:
-                yield row["text"]
-    except (OSError, ValueError) as error:
-        raise DataError(f"dataset {source!r} cannot be read ({str(error).splitlines()[0][:300]})") from error
+            yield from _text_of(row, f"dataset {source!r}")
+
+
+@contextmanager
+def _reading(source: str, advice: str = "") -> Iterator[None]:
+    """The hub client, its transport, the readers of files and the splits each raise their own kinds for bad data."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, GblmError) or is_out_of_memory(error):
+            raise
+        raise DataError(f"dataset {source!r} cannot be read ({first_line(error)}){advice}") from error

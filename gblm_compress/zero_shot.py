@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.errors import DataError, MissingDependencyError, UsageError
+from gblm_compress.errors import (
+    DataError,
+    MissingDependencyError,
+    NotEnoughMemoryError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
+from gblm_compress.paths import kind_of
 from gblm_compress.progress import Progress
 
 METRICS = ("acc_norm", "acc")
@@ -61,6 +69,20 @@ class ZeroShot:
     recovery: Ratio | None = None
 
 
+BATCH = 8
+"""Questions' choices that the model answers at a time."""
+
+
+def check_folder(include_path: str | None) -> None:
+    """Refuse at once a folder of task files that is none.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if include_path is not None and kind_of(Path(include_path)) != "folder":
+        raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
+
+
 def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:
     """lm-eval's TaskManager, which knows all `tasks`.
 
@@ -78,8 +100,7 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
         raise MissingDependencyError(
             "zero-shot tasks are measured by lm-eval, which is not installed; pip install 'gblm-compress[eval]'"
         ) from error
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
+    check_folder(include_path)
     with _calm(progress):
         from lm_eval.tasks import TaskManager
 
@@ -98,7 +119,7 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
 def answers(
     model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | None, progress: Progress
 ) -> dict[str, tuple[str, list[float]]]:
-    """Ask a model all questions.
+    """Ask a model all questions. Reading them and asking them fail in different ways, and are told apart.
 
     Args:
         model: a transformers causal language model.
@@ -112,28 +133,35 @@ def answers(
         GblmError: as `task_manager`.
         UsageError: a task has no accuracy.
         DataError: a task's data cannot be had.
+        NotEnoughMemoryError: memory ran out.
     """
     manager = task_manager(tasks, include_path, progress)
     with _calm(progress):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        try:
+        with _enough_memory():
+            try:
+                loaded = manager.load(list(tasks))["tasks"]
+            except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
+                if is_out_of_memory(error):
+                    raise
+                raise DataError(
+                    f"tasks {', '.join(tasks)}: cannot be read ({first_line(error)}); without the hub, give task files "
+                    "that point at local data with --include-path"
+                ) from error
             result: Any = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-                tasks=list(tasks),
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+                tasks=list(loaded.values()),
                 limit=limit,
                 task_manager=manager,
                 bootstrap_iters=0,
             )
-        except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise DataError(
-                f"tasks {', '.join(tasks)}: cannot be read ({reason}); without the hub, give task files that point at "
-                "local data with --include-path"
-            ) from error
     found = {}
-    for task, questions in result["samples"].items():
+    for task in loaded:
+        questions = result["samples"].get(task)
+        if not questions:
+            raise DataError(f"task {task!r} has no questions; give a task that does")
         metric = next((metric for metric in METRICS if metric in questions[0]), None)
         if metric is None:
             raise UsageError(f"task {task!r} has no accuracy ({' or '.join(METRICS)}); give a task that does")
@@ -198,6 +226,20 @@ def _mean(values: Sequence[float]) -> float:
 def _variance_of_mean(values: Sequence[float]) -> float:
     mean = _mean(values)
     return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise NotEnoughMemoryError(
+                f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer "
+                "questions (--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or "
+                "tasks with shorter questions"
+            ) from error
+        raise
 
 
 @contextmanager

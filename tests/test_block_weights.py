@@ -89,7 +89,7 @@ def test_pruning_from_disk_gives_the_same_bytes(kind, settings, tiny, tmp_path, 
         prune(
             tiny(kind), tmp_path / str(offload), PruneSettings(**settings),
             CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
-            resources=ResourceSettings(offload=offload, memory=memory), progress=progress,
+            resources=ResourceSettings.model_construct(offload=offload, memory=memory), progress=progress,
         )  # fmt: skip
         folders.append({path.name: path.read_bytes() for path in (tmp_path / str(offload)).iterdir()})
     assert folders[0] == folders[1]

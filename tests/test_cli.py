@@ -70,6 +70,18 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
     ("arguments", "code", "message"),
     [
         (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
+        (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "sparsegpt is here --method obs --update obs"),
+        (["prune", "tiny", "-o", "x", "--method", "owl"], 2, "owl is --allocation owl"),
+        (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
+        (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
+        (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
+        (["compare", "tiny", "--methods", "sparsegpt"], 2, "sparsegpt is here obs+obs"),
+        (
+            ["prune", "tiny", "-o", "x", "--memory", "4"],
+            2,
+            "--memory: memory '4' has no unit, or not one that is known",
+        ),
+        (["prune", "tiny", "-o", "x", "--samples", "100000000"], 2, "--samples: input should be less than or equal"),
         (["prune", "tiny", "-o", "x", "--pattern", "4:2"], 2, "--pattern: pattern '4:2' is not known"),
         (["prune", "tiny", "-o", "x", "--sparsity", "1.5"], 2, "--sparsity: input should be less than 1"),
         (
@@ -168,6 +180,111 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "diagnose", interrupt)
     assert _run(["doctor"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyError("x"), 1, "a fault of this program; please report it (KeyError: 'x')"),
+        (AssertionError(), 1, "(AssertionError: AssertionError)"),
+        (MemoryError(), 4, "memory ran out (MemoryError)"),
+        (
+            OSError(28, "No space left on device", "/x"),
+            2,
+            "the disk is full ([Errno 28] No space left on device: '/x')",
+        ),
+        (PermissionError(13, "Permission denied", "/x"), 1, "the system refuses ([Errno 13] Permission denied: '/x')"),
+        (RecursionError("maximum"), 1, "nested too deeply (maximum)"),
+        (ValueError("a\x1b[2J\nb"), 1, r"ValueError: a\x1b[2J)"),
+    ],
+)
+def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, raised, code, message) -> None:
+    from gblm_compress import doctor
+    from gblm_compress.cli import app
+
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(doctor, "diagnose", fail)
+    with pytest.raises(type(raised)):  # tests and callers see it as it is
+        app._run(["doctor"])
+    with pytest.raises(SystemExit) as ended:
+        app.main(["doctor"])
+    assert ended.value.code == code
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown and "GBLM_COMPRESS_TRACEBACK=1" in shown
+    monkeypatch.setenv("GBLM_COMPRESS_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        app.main(["doctor"])
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback (most recent call last)" in shown and "in fail" in shown
+
+
+@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run"])
+def test_a_reader_that_leaves_ends_the_program_quietly(command: str) -> None:
+    arguments = [sys.executable, "-m", "gblm_compress", *command.split()]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_closed_streams_are_no_fault() -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} -m gblm_compress validate quickstart {closed}"
+        assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_control_characters_and_markup_reach_no_terminal(tmp_path) -> None:
+    """In arguments, file names and models, in errors of this program and of the parser."""
+    name = "./a\x1b[31m[red]\udcff\u202e\nb"
+    for arguments in (
+        ("prune", name, "-o", "x"),
+        ("prune", "tiny", "-o", "x", "--calibration", name),
+        ("run", name),
+        ("validate", name),
+        (name,),
+        ("prune", "tiny", "-o", "x", "--method", name),
+        ("prune", "tiny", "-o", "x", "--samples", name),
+        ("prune", "tiny", "-o", "x", "--memory", name),
+        ("prune", "tiny", "-o", "x", "--pattern", name),
+        ("compare", "tiny", "--methods", name),
+    ):
+        done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+        assert done.returncode in (2, 3), done.stderr
+        assert all(letter.isprintable() or letter == "\n" for letter in done.stderr), done.stderr
+
+
+def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
+    code = (
+        "import sys\nfrom gblm_compress.cli.app import _run\n"
+        "for line in sys.stdin:\n"
+        "    assert _run(line.split()) in (2, 3), line\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib', 'lm_eval'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    (tmp_path / "file").touch()
+    commands = [
+        "prune ./gone -o x",
+        "prune tiny -o x --calibration ./gone.txt",
+        "prune tiny -o file/below",
+        "export ./gone -o x --format onnx",
+        "evaluate ./gone",
+        "evaluate tiny --dataset gone.jsonl",
+        "evaluate tiny --dataset demo --baseline ./gone",
+        "evaluate tiny --dataset demo --include-path gone",
+        "compare tiny --calibration gone.parquet",
+        "compare ./gone --calibration demo --dataset demo",
+        "benchmark tiny --baseline ./gone",
+        "inspect ./gone",
+        "run gone.yaml",
+        "validate gone.yaml",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(commands)
 
 
 def test_exit_codes_are_distinct_and_documented() -> None:

@@ -1,9 +1,12 @@
 import json
+import os
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
+from gblm_compress import yaml_nodes
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.recipe import SHIPPED, find_recipe, load_recipe, schema
 from gblm_compress.settings import Recipe
@@ -78,7 +81,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a recipe is a mapping"),
+        ("", "a recipe is a mapping with a key 'model'; this is null"),
         ("- model: demo", "a recipe is a mapping"),
         ("model: [", "not valid YAML"),
         ("model: demo\nmodel: tiny", "key 'model' appears twice"),
@@ -88,6 +91,16 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ("model: demo\nprune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
         ("model: demo\nprune: {sparsity: .nan}", "prune.sparsity"),
         ("model: demo\nexport: [{format: onnx}, {format: onnx}]", "listed twice"),
+        ("model: demo\ncalibration: {samples: 1000000000000}", "less than or equal to 10000000"),
+        (
+            "model: demo\nresources: {memory: 4}",
+            "memory 4 has no unit, or not one that is known; give for example 4GiB",
+        ),
+        ("model: demo\nresources: {memory: 4 bananas}", "memory '4 bananas' has no unit, or not one that is known"),
+        ('model: demo\ncalibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
+        ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
+        ("model: demo\nx: " + "y" * 5000, "x: unknown key"),
+        ("model: demo\nprune: " + "y" * 5000, 'got "yyy'),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
@@ -108,7 +121,83 @@ def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=["]
+    ("setting", "hint"),
+    [
+        ("prune: {method: sparsegpt}", 'got "sparsegpt"; sparsegpt is here method: obs update: obs'),
+        ("prune: {method: Wanda++}", "Wanda++ is here method: regional"),
+        ("prune: {method: owl}", "owl is allocation: owl"),
+        ("prune: {method: best}", "best is preset: best"),
+        ("prune: {method: wnada}", "did you mean 'wanda'?"),
+        ("prune: {update: least_squares}", "did you mean 'least-squares'?"),
+        ("export: [{format: semi_structured}]", "did you mean 'semi-structured'?"),
+        ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
+        ("compare: {methods: [sparsegpt]}", "sparsegpt is here obs+obs"),
+        ("compare: {methods: [owl]}", "for example wanda+owl"),
+    ],
+)
+def test_what_may_have_been_meant_is_said(tmp_path, setting: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, f"model: demo\n{setting}\n"))
+    assert hint in str(caught.value)
+
+
+def test_faults_of_reading_are_all_given_with_file_and_line(tmp_path) -> None:
+    path = write(tmp_path, "model: &m demo\nprune: !!map {}\nprune: {}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert message.startswith("3 faults in the recipe\n")
+    assert all(f"{path}:{line}: " in message for line in (1, 2, 3))
+
+
+def test_thousands_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, "model: demo\n" + "".join(f"key_{i}: 1\n" for i in range(2000))))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2000 faults in the recipe" and lines[-1] == "… and 1900 more" and len(lines) == 102
+
+
+def test_a_grid_has_an_end(tmp_path) -> None:
+    grid = f"{{methods: [{'wanda, ' * 2000}], patterns: [{'unstructured, ' * 2000}]}}"
+    with pytest.raises(RecipeError, match="at most 100 items"):
+        load_recipe(write(tmp_path, f"model: demo\nevaluate: {{}}\ncompare: {grid}\n"))
+
+
+def test_an_overridden_value_is_reported_as_that(tmp_path) -> None:
+    path = write(tmp_path, "model: demo\nprune:\n  alpha: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ("prune.alpha=x", "calibration.samples=0"))
+    assert "--set prune.alpha: prune.alpha: input should be a valid number" in str(caught.value)
+    assert "--set calibration.samples: calibration.samples: input should be greater" in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="is no file"):
+            find_recipe(str(path))
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "gone.yaml")
+    with pytest.raises(UsageError, match="no such file"):
+        find_recipe("a\0b")
+    with pytest.raises(UsageError, match="no such file"):
+        find_recipe("a" * 5000)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "prune.alpha",
+        "=3",
+        "export.5.dtype=float16",
+        "model.source.deeper=1",
+        "prune=[",
+        "a..b=1",
+        "prune.alpha=!!int x",
+        "prune=&a [*a]",
+        "model=\udcff",
+        ".".join("a" * 5000) + "=1",
+    ],
 )
 def test_malformed_overrides(tmp_path, override: str) -> None:
     path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
@@ -135,3 +224,86 @@ def test_schema_describes_every_key() -> None:
 def test_recipes_survive_a_round_trip() -> None:
     recipe = load_recipe(find_recipe("quickstart"))
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+VALID = [
+    "model: demo",
+    "model: {source: demo, dtype: bfloat16, device: cpu}",
+    'model: demo\nprune: {pattern: "16:32", preset: best}',
+    "model: demo\nprune: {pattern: unstructured-per-matrix, sparsity: 0.6, alpha: 100, method: gblm}",
+    "model: demo\nprune: {preset: null, sparsity: null, ignore: [a, b], targets: []}",
+    'model: demo\nprune: {overrides: [{layers: a, pattern: dense}, {layers: b, pattern: "1:4"}]}',
+    "model: demo\ncalibration: {samples: 2.0, seed: -1}",
+    "model: demo\nresources: {memory: 4GiB, offload: true}",
+    "model: demo\nresources: {memory: 4.5 gb}",
+    "model: demo\nresources: {memory: 4000000000}",
+    "model: demo\nexport: []\nevaluate: null\nbenchmark: {batch: [1, 8], runtimes: [torch]}",
+    'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["2:4", unstructured], seeds: 1}',
+]
+INVALID = [
+    "{}",
+    "[]",
+    "model: 3",
+    "model: {}",
+    "model: {source: demo, dtype: fp16}",
+    "model: demo\nprun: {}",
+    "model: demo\nprune: null",
+    "model: demo\nprune: []",
+    "model: demo\nprune: {pattern: 124}",
+    'model: demo\nprune: {pattern: "2:04"}',
+    'model: demo\nprune: {pattern: "0:4"}',
+    'model: demo\nprune: {pattern: "2 : 4"}',
+    'model: demo\nprune: {pattern: "٢:٤"}',
+    'model: demo\nprune: {pattern: "1:4000000"}',
+    "model: demo\nprune: {pattern: dense}",
+    'model: demo\nprune: {overrides: [{layers: a, pattern: "x"}]}',
+    "model: demo\nprune: {overrides: [{pattern: dense}]}",
+    "model: demo\nprune: {overrides: {layers: a}}",
+    "model: demo\nprune: {ignore: a}",
+    "model: demo\nprune: {ignore: [1]}",
+    'model: demo\nprune: {alpha: "100"}',
+    "model: demo\nprune: {alpha: true}",
+    "model: demo\nprune: {alpha: -1}",
+    "model: demo\nprune: {sparsity: 1}",
+    'model: demo\ncalibration: {sequence_length: "64"}',
+    "model: demo\ncalibration: {sequence_length: 64.5}",
+    "model: demo\ncalibration: {samples: true}",
+    "model: demo\ncalibration: {samples: 0}",
+    "model: demo\ncalibration: {samples: 100000000}",
+    "model: demo\ncalibration: {dataset: 3}",
+    "model: demo\nresources: {memory: 4}",
+    'model: demo\nresources: {memory: "4"}',
+    "model: demo\nresources: {memory: 4 bananas}",
+    "model: demo\nresources: {memory: 4.5}",
+    'model: demo\nresources: {offload: "yes"}',
+    "model: demo\nresources: {offload: 1}",
+    "model: demo\nexport: {format: onnx}",
+    "model: demo\nexport: [onnx]",
+    "model: demo\nexport: [{format: tensorrt}]",
+    "model: demo\nbenchmark: {batch: 1}",
+    "model: demo\nbenchmark: {batch: []}",
+    f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
+    "model: demo\nbenchmark: {batch: [0]}",
+    'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["4"]}',
+    "model: demo\nevaluate: {}\ncompare: {methods: []}",
+]
+
+
+@pytest.mark.parametrize("text", VALID + INVALID)
+def test_schema_and_loader_agree(tmp_path, text: str) -> None:
+    """An editor that checks with the schema, on values read as JSON has them, says what the loader says."""
+    content = json.loads(json.dumps(yaml_nodes.read(text.encode(), str).plain()))
+    in_editor = jsonschema.Draft202012Validator(schema()).is_valid(content)
+    assert in_editor == (text in VALID)
+    if in_editor:
+        load_recipe(write(tmp_path, text))
+    else:
+        with pytest.raises(RecipeError):
+            load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_hold_the_schema_in_editors_that_read_yaml_1_1(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    jsonschema.validate(content, schema())
+    assert Recipe.model_validate(content) == load_recipe(path)

@@ -1,7 +1,12 @@
+import os
 import random
+import subprocess
+import sys
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from gblm_compress import text
 from gblm_compress.errors import DataError
@@ -81,13 +86,12 @@ def test_a_text_shorter_than_a_window_is_refused(cut) -> None:
 
 def test_local_files(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("plain text")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": ["three", "four"]}), tmp_path / "c.parquet")
+    (tmp_path / "b.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": null, "n": 1}\n{"text": "tw\\u00f6"}'
+    )
+    parquet.write_table(pyarrow.table({"text": ["three", None, "four"]}), tmp_path / "c.parquet")
     assert load_text(str(tmp_path / "a.txt"), "evaluation") == "plain text"
-    assert load_text(str(tmp_path / "b.jsonl"), "calibration") == "one\n\ntwo"
+    assert load_text(str(tmp_path / "b.jsonl"), "calibration") == "one\n\ntwö"
     assert load_text(str(tmp_path / "c.parquet"), "calibration") == "three\n\nfour"
 
 
@@ -97,9 +101,20 @@ def test_local_files(tmp_path) -> None:
         ("gone.txt", None, "no such file"),
         ("empty.txt", b"  \n", "holds no text"),
         ("binary.txt", b"\xff\xfe\x00\x80", "cannot be read as UTF-8"),
-        ("broken.jsonl", b"{not json", "cannot be read"),
-        ("column.jsonl", b'{"body": "x", "id": 3}\n', "has no column 'text'; it has 'body', 'id'"),
+        ("broken.jsonl", b"{not json", r"broken.jsonl', line 1 cannot be read as JSON \(Expecting property name"),
+        ("column.jsonl", b'{"body": "x", "id": 3}\n', "line 1 has no column 'text'; it has 'body', 'id'"),
+        ("null.jsonl", b"null\n", "line 1 is no object"),
+        ("list.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is no object"),
+        ("number.jsonl", b'{"text": 5}\n', "line 1: its 'text' is no text but int"),
+        ("empty.jsonl", b'\n{"text": null}\n', "holds no text"),
+        ("bytes.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2 cannot be read as JSON .*0xff"),
+        ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1 cannot be read as JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 cannot be read as JSON .*recursion"),
+        ("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 cannot be read as JSON"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its 'text' is no Unicode"),
         ("broken.parquet", b"PAR1", "cannot be read"),
+        ("fake.parquet", b"PAR1" + b"\xff" * 200 + b"PAR1", "cannot be read"),
+        ("empty.parquet", b"", "cannot be read"),
         ("file.csv", b"a,b", "give a .txt, .jsonl or .parquet file"),
     ],
 )
@@ -108,6 +123,85 @@ def test_unusable_files_are_data_errors(tmp_path, name, content, message) -> Non
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_text(str(tmp_path / name), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [1, 2]}, "its 'text' is no text but int"),
+        ({"text": [b"a"]}, "its 'text' is no text but bytes"),
+        ({"text": [["a"]]}, "its 'text' is no text but list"),
+        ({"text": [{"a": "b"}]}, "its 'text' is no text but dict"),
+        ({"body": ["a"], "id": [3]}, "has no column 'text'; it has 'body', 'id'"),
+        ({"text": pyarrow.array([], pyarrow.string())}, "holds no text"),
+    ],
+)
+def test_parquet_files_without_text_are_data_errors(tmp_path, columns, message) -> None:
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        load_text(str(tmp_path / "a.parquet"), "calibration")
+
+
+def test_a_truncated_parquet_file_is_a_data_error(tmp_path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["word " * 1000] * 100}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for cut in (whole[:-1], whole[: len(whole) // 2], whole[:4] + whole[500:], whole[:40] + b"\xff" * 40 + whole[80:]):
+        (tmp_path / "b.parquet").write_bytes(cut)
+        with pytest.raises(DataError, match="cannot be read"):
+            load_text(str(tmp_path / "b.parquet"), "calibration")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, suffix) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    (tmp_path / f"loop{suffix}").symlink_to(tmp_path / f"loop{suffix}")
+    for name in ("pipe", "folder", "device"):
+        with pytest.raises(DataError, match="is no file"):
+            load_text(str(tmp_path / f"{name}{suffix}"), "evaluation")
+    for name in (f"{tmp_path}/loop{suffix}", "~nobody-of-that-name/a" + suffix, "a" * 5000 + suffix, "a\0b" + suffix):
+        with pytest.raises(DataError, match="no such file"):
+            load_text(name, "evaluation")
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(text, "MAX_LINE", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "b" * 100)
+    with pytest.raises(DataError, match="line 2: more than 100 bytes"):
+        load_text(str(tmp_path / "a.jsonl"), "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (ValueError(""), DataError, r"cannot be read \(ValueError\)"),
+        (RuntimeError("Dataset scripts are no longer supported"), DataError, "no longer supported"),
+        (MemoryError(), MemoryError, None),
+    ],
+)
+def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
+    def rows():
+        yield {"text": "a"}
+        raise raised
+
+    def load_dataset(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows())
+    with pytest.raises(expected, match=message):
+        load_text("owner/name", "evaluation")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(expected, match=message):
+        load_text("owner/name", "evaluation")
+
+
+def test_looking_for_a_file_loads_no_torch() -> None:
+    code = (
+        "import sys, gblm_compress.text as t; t.check_source('demo'); "
+        "assert not {'torch', 'datasets'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_tokenize_takes_the_text_whole() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gblm_compress import zero_shot
-from gblm_compress.errors import DataError, MissingDependencyError, ModelError, UsageError
+from gblm_compress.errors import DataError, MissingDependencyError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.evaluation import evaluate
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.sources import ModelSource, load_model, load_tokenizer
@@ -122,6 +122,54 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'gblm-compress\[eval\]'"):
         evaluate(source, EvaluateSettings(tasks=("parity",), sequence_length=64), progress=progress)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "questions.jsonl").write_text("{not json"),
+        lambda folder: (folder / "questions.jsonl").write_text(""),
+        lambda folder: (folder / "questions.jsonl").write_text('{"other": 1}\n'),
+        lambda folder: (folder / "questions.jsonl").write_text('{"question": "a", "choices": 3, "label": "x"}\n'),
+        lambda folder: _replace(folder, "validation_split: validation", "validation_split: gone"),
+        lambda folder: _replace(folder, "{{question}}", "{{question"),
+    ],
+    ids=["json", "empty", "columns", "types", "split", "template"],
+)
+def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, progress, spoil) -> None:
+    spoil(own_task)
+    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+    with pytest.raises(DataError, match=r"tasks? '?parity"):
+        zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
+
+
+def _replace(folder: Path, old: str, new: str) -> None:
+    path = folder / "parity.yaml"
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), NotEnoughMemoryError),
+        (MemoryError(), NotEnoughMemoryError),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            NotEnoughMemoryError,
+        ),
+        (AttributeError("a fault of the program"), AttributeError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_a_model_that_fails_is_no_fault_of_the_data(tiny, own_task, progress, monkeypatch, raised, expected) -> None:
+    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+
+    def fail(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(expected, match="--dtype bfloat16" if expected is NotEnoughMemoryError else "fault of the"):
+        zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the benchmarks' files are not on this machine")

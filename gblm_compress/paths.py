@@ -1,0 +1,24 @@
+"""What a name given by a user is on this machine, whatever the name: no path makes these raise."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def local(name: str) -> Path:
+    """The path of that name, with ~ for the user's home where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~nobody/file
+        return Path(name)
+
+
+def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
+    """What is there: None for nothing that can be looked at, "other" for a pipe, a device or a socket."""
+    try:
+        if path.is_file():
+            return "file"
+        if path.is_dir():
+            return "folder"
+        return "other" if path.exists() else None
+    except OSError:  # a name longer than the file system takes, a folder that may not be searched
+        return None

@@ -1,0 +1,43 @@
+"""Text from outside on terminals and figures: shown, never obeyed.
+
+Names of models, layers, files and data sets come from whoever made them. In here they lose the power to move the
+cursor, to add lines, to be markup or a formula.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """One line in which every control, format or undecodable character is an escape, as `repr` writes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, with the line breaks kept: for messages of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class PlainConsole(Console):
+    """A console on which a string is what it says, in tables too; colours are for `rich.text.Text` of our own."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As `Console.render_str`, without markup and emoji codes."""
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False, "highlight": False})
+
+
+@contextmanager
+def plain_figures() -> Iterator[None]:
+    """Have matplotlib draw labels as they are: no formulas between dollar signs, no warnings about missing glyphs."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield

@@ -1,0 +1,69 @@
+import io
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from gblm_compress.printing import PlainConsole, plain_figures, printable, printable_lines
+
+HOSTILE = [
+    "[red]x",
+    "[/]",
+    "a\x1b[31mb",
+    "a\nb: c",
+    "\udcff",
+    "\ud800",
+    "\u202eevil",
+    "\x00",
+    "tab\t",
+    ":smile:",
+    "$x$",
+    "\x9b2J",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_printable_is_one_line_that_says_what_was_there(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable() and shown.encode()
+    assert shown.encode().decode("unicode_escape" if shown != text else "utf-8") == text
+
+
+def test_ordinary_text_is_left_alone() -> None:
+    for text in ("naïve 模型 😀 «x»", "[red]", "C:\\new", ""):
+        assert printable(text) == text
+    assert printable_lines("a\n\x1b\n") == "a\n\\x1b\n"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_console_shows_strings_as_they_are(text: str) -> None:
+    """In lines, table cells and headings; our own colours still work."""
+    for is_terminal in (False, True):
+        file = io.StringIO()
+        console = PlainConsole(file=file, width=200, force_terminal=is_terminal, color_system="standard")
+        table = Table(text)
+        table.add_row(text)
+        console.print(table)
+        console.print(text, soft_wrap=True)
+        shown = file.getvalue()
+        for ours in ("\x1b[1m", "\x1b[0m"):  # headings are bold
+            shown = shown.replace(ours, "")
+        assert shown.count(printable(text)) == 3
+        assert all(letter.isprintable() or letter == "\n" for letter in shown)
+    console.print(Text("no", style="bold red"))
+    assert "\x1b[1;31mno" in file.getvalue()
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "$\\frac{$", "模型", "_x"])
+def test_figures_show_labels_as_they_are(text: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with plain_figures():
+        figure = Figure()
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        axis.barh([0], [1.0])
+        axis.set_yticks([0], [printable(text)])
+        axis.set_title(printable(text))
+        figure.savefig(io.BytesIO(), format="png")

@@ -1,0 +1,140 @@
+"""The YAML reader: the core schema of YAML 1.2, and everything else refused within its limits."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gblm_compress import yaml_nodes
+from gblm_compress.yaml_nodes import YamlFaults, read
+
+
+def value(text: str | bytes) -> object:
+    return read(text if isinstance(text, bytes) else text.encode(), str).plain()
+
+
+def faults(text: str | bytes) -> list[str]:
+    with pytest.raises(YamlFaults) as caught:
+        value(text)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2:4", "2:4"),  # 124 in YAML 1.1
+        ("yes", "yes"),  # true there
+        ("010", 10),  # 8 there
+        ("1_000", "1_000"),
+        ("2024-01-01", "2024-01-01"),
+        ("0o17", 15),
+        ("0x1f", 31),
+        ("-3", -3),
+        ("1e2", 100),
+        ("2.0", 2),
+        (".5", 0.5),
+        ("1.", 1),
+        ("1e400", float("inf")),
+        ("-.inf", float("-inf")),
+        ("True", True),
+        ("~", None),
+        ("", None),
+        ("'12'", "12"),
+        ('"true"', "true"),
+        ("|\n 12\n", "12\n"),
+        ("[1, [a, {b: }]]", (1, ("a", {"b": None}))),
+        ("1: x\ntrue: y", {"1": "x", "true": "y"}),
+        ("<<: {a: 1}", {"<<": {"a": 1}}),
+        (b"\xef\xbb\xbfa: 1\r\nb: 2\r\n", {"a": 1, "b": 2}),
+        ("%YAML 1.2\n---\na: 1\n...\n", {"a": 1}),
+    ],
+)
+def test_values_are_those_of_the_core_schema(text, expected) -> None:
+    found = value(text)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_nan() -> None:
+    found = value(".nan")
+    assert found != found
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: &x 1\nb: *x", "1: &x is an anchor"),
+        ("b: *x", "1: *x is an alias"),
+        ("a: &a [*a]", "1: *a is an alias"),
+        ("a:\n  b: !!int abc", "2: 'tag:yaml.org,2002:int' is a tag"),
+        ("!!binary aGk=", "1: 'tag:yaml.org,2002:binary' is a tag"),
+        ("! a", "1: '!' is a tag"),
+        ("!!python/object/apply:os.system [true]", "is a tag"),
+        ("a: 1\nb:\n a: 1\n a: 2", "4: key 'a' appears twice"),
+        ("? [a, b]\n: 1", "1: a key is a mapping or a sequence"),
+        ("a: " + "9" * 5000, "1: a number of 5,000 characters"),
+        ("a: 0x" + "f" * 5000, "1: a number of 5,002 characters"),
+        ("a: 1" + "0" * 90 + "e9", "1: a number of 93 characters"),
+        ("a: [\n\n", "3: not valid YAML: while parsing a flow node, expected the node content"),
+        ("a: b: c", "1: not valid YAML: mapping values are not allowed here"),
+        ("a: 1\nb: \0", "2: not valid YAML: character 0x00 is not allowed"),
+        (b"a: 1\nb: \xff", "2: not UTF-8: byte 0xff"),
+        ("a: 1".encode("utf-16"), "1: not UTF-8: byte 0xff"),
+        ('a: "\\Uffffffff"', "1: not valid YAML"),
+        ('a: "\\U00110000"', "1: not valid YAML"),
+        ("%YAML 1.1\n---\na: yes", "2: a document of another version than YAML 1.2"),
+        ("a: 1\n---\nb: 2", "3: a second document"),
+    ],
+)
+def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
+    found = faults(text)
+    assert any(fault in f for f in found), found
+
+
+def test_faults_that_do_not_end_the_reading_are_all_found() -> None:
+    assert [fault.partition(":")[0] for fault in faults("a: &x 1\nb: !t 2\nc: *x\na: 3\n")] == ["1", "2", "3", "4"]
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (BOMB, "is an anchor"),
+        ("[" * 3000, "nested more than 16 deep"),
+        ("[" * 60_000, "nested more than 16 deep"),
+        ("{a: " * 3000, "nested more than 16 deep"),
+        ("- " * 3000, "nested more than 16 deep"),
+        ("? " * 3000, "nested more than 16 deep"),
+        ("".join(" " * i + "a:\n" for i in range(300)), "nested more than 16 deep"),
+        ("[" + "1," * 30_000 + "]", "more than 5,000 values"),
+        ("x" * 100_000, "100,000 bytes; 65,536 are read at most"),
+    ],
+    ids=lambda text: text[:8],
+)
+def test_what_would_grow_is_stopped_at_once(text, fault) -> None:
+    assert any(fault in found for found in faults(text))
+
+
+def test_places_are_those_of_keys_and_items() -> None:
+    tree = read(b"a:\n  b:\n    - 1\n    - c: 2\n", str)
+    assert [tree.at(location).where for location in [(), ("a",), ("a", "b"), ("a", "b", 1), ("a", "b", 1, "c")]] == [
+        "1", "1", "2", "4", "4",
+    ]  # fmt: skip
+    assert tree.at(("a", "no", "such")).where == "1" and tree.at(("a", "b", 7)).where == "2"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.binary(max_size=60), st.text("[]{}&*!|>-?:,#'\"\\%@ \n\t0ae.x~<", max_size=60).map(str.encode)))
+def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+    try:
+        read(content, str)
+    except YamlFaults as error:
+        assert error.faults
+
+
+def test_limits_let_long_recipes_pass() -> None:
+    items = "".join(f"    - {{layers: 'model.layers.{i}.*', pattern: unstructured}}\n" for i in range(700))
+    assert len(items) < yaml_nodes.MAX_BYTES
+    assert len(value("prune:\n  overrides:\n" + items)["prune"]["overrides"]) == 700  # type: ignore[index]
