@@ -5,7 +5,10 @@ the `Linear` and `Conv1D` modules inside them, so that embeddings, heads and nor
 """
 
 import inspect
+import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.zeros import is_finite
 
-# Routers decide which expert runs; a pruned one changes the model's wiring, not its precision.
-ROUTERS = ("*router*", "*.gate", "*shared_expert_gate")
+# Routers decide which expert runs; a pruned one changes the model's wiring, not its precision. A router is told by the
+# name or the class of any module on the way to a layer: Hunyuan's is `mlp.gate.wg` in a HunYuanMoEV1Gate, JetMoe's
+# `mlp.router.layer` in a JetMoeTopKGating. A `gate_proj` is an ordinary layer.
+_ROUTER_NAME = re.compile(r".*router.*|gate|.*expert_gate")
+_ROUTER_CLASS = re.compile(r".*Router.*|.*TopK?Gat(e|ing)|.*MoE(V\d+)?Gate", re.IGNORECASE)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -91,15 +97,12 @@ def prunable_layers(
                     f"its layers are named like {prefix + '.0.' + _first_linear(blocks[0])!r} "
                     "(* stands for any text)"
                 )
-
-    def wanted(name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in targets) and not any(fnmatchcase(name, p) for p in (*ignore, *ROUTERS))
-
+    wanted = {name for name, _, reason in linear_weights(model, targets, ignore) if reason is None}
     layers = [
         {
             full_name: module
             for name, module in block.named_modules()
-            if is_linear(module) and wanted(full_name := f"{prefix}.{index}.{name}")
+            if (full_name := f"{prefix}.{index}.{name}") in wanted
         }
         for index, block in enumerate(blocks)
     ]
@@ -109,6 +112,76 @@ def prunable_layers(
             f"Linear or Conv1D layers in {prefix}"
         )
     return layers
+
+
+def linear_weights(
+    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
+) -> list[tuple[str, int, str | None]]:
+    """Every weight by which the model multiplies its hidden states, as (name, number of weights, why it is not pruned).
+
+    The reason is None for the layers that are pruned, unless an override or the allocation leaves one dense. Names are
+    those of layers, or of parameters where no layer of its own holds the weight (fused experts, routers). Works on
+    models whose parameters are on the meta device.
+
+    Args:
+        targets: as for `prunable_layers`.
+        ignore: as for `prunable_layers`.
+    """
+    prefix, _ = find_blocks(model)
+    head, embedding = _head_and_embedding(model)
+
+    def reason(name: str, module: nn.Module) -> str | None:
+        if module is head:
+            return "embedding tied" if embedding is not None and module.weight is embedding.weight else "head"
+        if not name.startswith(prefix + "."):
+            return "outside the blocks"
+        if _is_router(model, name):
+            return "router"
+        if not is_linear(module):
+            return f"layer of type {type(module).__name__}"
+        if not any(fnmatchcase(name, pattern) for pattern in targets):
+            return "not targeted"
+        matches = (pattern for pattern in ignore if fnmatchcase(name, pattern))
+        return next((f"ignored by pattern {pattern!r}" for pattern in matches), None)
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found.append((name, module.weight.numel(), reason(name, module)))
+        else:
+            found += [
+                (f"{name}.{parameter_name}", parameter.numel(), why)
+                for parameter_name, parameter, why in _bare_matrices(model, name, module)
+            ]
+    return found
+
+
+def _head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The layer that makes logits and the embedding of tokens, where the model says which they are."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None, None
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def _bare_matrices(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """The matrices that a module holds itself, with why they are not pruned: experts in one tensor, and routers."""
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if "bias" in parameter_name or parameter.dim() < 2:
+            continue
+        if _is_router(model, name):
+            yield parameter_name, parameter, "router"
+        elif "expert" in name.rpartition(".")[2] or "Expert" in type(module).__name__:
+            yield parameter_name, parameter, f"fused experts ({parameter.dim()}-D parameter)"
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is a router or part of one."""
+    module = model
+    for part in name.split("."):
+        module = module.get_submodule(part)
+        if _ROUTER_NAME.fullmatch(part) or _ROUTER_CLASS.fullmatch(type(module).__name__):
+            return True
+    return False
 
 
 def _first_linear(block: nn.Module) -> str:

@@ -1,11 +1,44 @@
+from fnmatch import fnmatchcase
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gblm_compress.architecture import check_finite, find_blocks, prunable_layers, weight_matrix
+from gblm_compress.architecture import check_finite, find_blocks, linear_weights, prunable_layers, weight_matrix
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.tiny import tiny_model
 from tests.conftest import ARCHITECTURES
+
+_TINY_MOE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+# Families of experts that name and build their routers differently: (what makes one tiny, how its routers are called).
+ROUTERS = {
+    "mixtral": ({"num_local_experts": 5}, {"*.mlp.gate.weight"}),
+    "qwen2_moe": ({"num_experts": 5, "moe_intermediate_size": 16}, {"*.mlp.gate.weight", "*.mlp.shared_expert_gate"}),
+    "hunyuan_v1_moe": ({"num_experts": 5}, {"*.mlp.gate.wg"}),
+    "jetmoe": ({"num_local_experts": 5, "kv_channels": 8}, {"*.mlp.router.layer", "*.experts.router.layer"}),
+    "afmoe": ({"num_experts": 5, "num_dense_layers": 0, "moe_intermediate_size": 16}, {"*.mlp.router.gate"}),
+    "longcat_flash": (
+        {"n_routed_experts": 3, "zero_expert_num": 2, "expert_ffn_hidden_size": 16, "num_layers": 1},
+        {"*.mlp.router.classifier"},
+    ),
+    "zaya": ({"num_experts": 4}, {"*.mlp.gate.down_proj", "*.gate.router_mlp.fc?", "*.gate.router_mlp.out_proj"}),
+    "doge": ({"is_moe": True, "num_experts": 25}, {"*.mlp.router_gate"}),
+    "granitemoe": ({"num_local_experts": 5}, {"*.block_sparse_moe.router.weight"}),
+    "gpt_oss": ({"num_local_experts": 5}, {"*.mlp.router.weight"}),
+    "llama4_text": ({"num_local_experts": 5, "interleave_moe_layer_step": 1}, {"*.feed_forward.router"}),
+    "phimoe": ({"num_local_experts": 5}, {"*.mlp.router"}),
+}
 
 LAYERS_PER_BLOCK = {"llama": 7, "mistral": 7, "qwen2": 7, "qwen3": 7, "gpt2": 4, "opt": 6}
 
@@ -48,15 +81,66 @@ def test_nothing_left_to_prune_is_an_error() -> None:
         prunable_layers(tiny_model("llama"), targets=("lm_head",))
 
 
-def test_routers_are_left_alone() -> None:
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_routers_are_left_alone(kind: str) -> None:
+    changes, routers = ROUTERS[kind]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**_TINY_MOE | changes))
+    listed = linear_weights(model)
+    found = {name for name, _, reason in listed if reason == "router"}
+    assert found
+    assert all(any(fnmatchcase(name, router) for router in routers) for name in found)
+    assert all(any(fnmatchcase(name, router) for name in found) for router in routers)
+    pruned = {name for block in prunable_layers(model) for name in block}
+    assert pruned == {name for name, _, reason in listed if reason is None}
+    gates = {
+        name for name, module in model.named_modules() if name.endswith("gate_proj") and isinstance(module, nn.Linear)
+    }
+    assert gates <= pruned, "an ordinary gated MLP is no router"
+    if kind != "doge":  # whose experts are rows of an embedding
+        assert any(reason == "fused experts (3-D parameter)" for _, _, reason in listed)
+
+
+@pytest.mark.parametrize("router", ["gate", "MoEGate", "DeepseekTopkRouter", "TopKGate"])
+def test_a_router_is_told_by_its_name_or_its_class(router: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gate, self.up = nn.Linear(4, 4), nn.Linear(4, 4)
+            chooser = type(router, (nn.Module,), {})()
+            chooser.inner = nn.Linear(4, 4)
+            self.add_module("gate" if router == "gate" else "choose", chooser)
+            self.up, self.gate_up = nn.Linear(4, 4), nn.Linear(4, 4)
 
     model = nn.Module()
     model.layers = nn.ModuleList([Block()])
-    assert list(prunable_layers(model)[0]) == ["layers.0.up"]
+    assert list(prunable_layers(model)[0]) == ["layers.0.up", "layers.0.gate_up"]
+
+
+def _reasons(model: nn.Module, **selection: Any) -> dict[str, tuple[int, str | None]]:
+    return {name: (size, reason) for name, size, reason in linear_weights(model, **selection)}
+
+
+def test_every_linear_weight_is_listed_with_why_it_is_not_pruned() -> None:
+    found = _reasons(tiny_model("llama"), targets=("*.mlp.*", "lm_head"), ignore=("*.0.mlp.down_proj",))
+    assert len(found) == 15
+    assert found["lm_head"] == (257 * 64, "embedding tied")
+    assert found["model.layers.0.mlp.down_proj"] == (128 * 64, "ignored by pattern '*.0.mlp.down_proj'")
+    assert found["model.layers.1.mlp.down_proj"] == (128 * 64, None)
+    assert found["model.layers.1.self_attn.q_proj"] == (64 * 64, "not targeted")
+    assert _reasons(tiny_model("qwen2"))["lm_head"] == (257 * 64, "head")
+    assert _reasons(tiny_model("gpt2"))["transformer.h.0.mlp.c_fc"] == (64 * 256, None)
+
+
+def test_linear_weights_outside_the_blocks_and_of_other_classes_are_listed() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = tiny_model("llama")
+    model.project = nn.Linear(3, 5)
+    model.model.layers[0].mlp.scaled = Scaled(3, 7)
+    found = _reasons(model)
+    assert found["project"] == (15, "outside the blocks")
+    assert found["model.layers.0.mlp.scaled"] == (21, "layer of type Scaled")
 
 
 def test_a_model_without_blocks_is_refused() -> None:
