@@ -181,7 +181,13 @@ def inspect(result: dict[str, Any]) -> list[Any]:
 
 
 def plan(content: dict[str, Any]) -> list[Any]:
-    return [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)] + [f"output: {content['output']}"]
+    steps = [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)]
+    return [*steps, f"output: {content['output']}", *unchecked(content["unchecked"])]
+
+
+def unchecked(names: list[str]) -> list[str]:
+    """What a look at a recipe left out."""
+    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in names]
 
 
 def run(result: Any) -> list[Any]:

@@ -1,11 +1,12 @@
 """Exporters: one file each, and one line each in `EXPORTERS`. See docs/adding-an-exporter.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource, check_not_export
@@ -43,10 +44,12 @@ class ExportResult:
 class Exporter(Protocol):
     """What the module of an exporter provides.
 
-    `export` writes `output` whole or not at all, and reopens and verifies what it wrote before that.
+    `export` writes `output` whole or not at all, and reopens and verifies what it wrote before that. `check` is
+    `exporters.check` for its formats.
     """
 
     export: Callable[..., ExportResult]
+    check: Callable[[ModelSource | None, ExportSettings, Mapping[str, Pattern] | None], None]
 
 
 def export(
@@ -57,6 +60,26 @@ def export(
     Raises:
         GblmError: as the exporter says.
     """
-    check_not_export(source, "export")
+    check(source, settings)
+    return _exporter(settings).export(source, output, settings, force=force, progress=progress)
+
+
+def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
+    """Find what makes an export impossible, without loading weights.
+
+    Args:
+        source: the model, or the dense one that it will be made from; None where it is not here yet.
+        patterns: {layer: its pattern} of those that will be pruned, under any name where `source` is None; None where
+            `source` is what will be exported.
+
+    Raises:
+        GblmError: as the exporter says.
+    """
+    if source is not None:
+        check_not_export(source, "export")
+    _exporter(settings).check(source, settings, patterns)
+
+
+def _exporter(settings: ExportSettings) -> Exporter:
     exporter: Exporter = import_module(EXPORTERS[settings.format])
-    return exporter.export(source, output, settings, force=force, progress=progress)
+    return exporter

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from gblm_compress import artifact, manifest, sources, text
 from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.bitmask import WORD
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
 from gblm_compress.kernels import cpu
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
 from gblm_compress.settings import ExportSettings
@@ -50,6 +52,37 @@ _DIMENSIONS: dict[str, list[str | None]] = {
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 
 
+def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
+    """Raises:
+    UsageError: `kernels` in another dtype than float32.
+    MissingDependencyError: `kernels` without the compiled operator.
+    ModelError: the model's cache is no plain KV cache, or `kernels` do not run the width of a layer.
+    """
+    from transformers import DynamicCache
+
+    if settings.kernels:
+        cpu.onnxruntime_library()
+    if source is None:
+        return
+    skeleton = sources.load_skeleton(source)
+    if kinds := {type(layer).__name__ for layer in DynamicCache(config=skeleton.config).layers} - {"DynamicLayer"}:
+        raise _not_plain(source, ", ".join(sorted(kinds)))
+    if settings.kernels:
+        if (dtype := _dtype(source, settings)) != "float32":
+            raise UsageError(f"kernels run in float32; this model is exported in {dtype}: give dtype float32")
+        for name in manifest.pruned_layers(source, skeleton) if patterns is None else patterns:
+            if (width := weight_matrix(skeleton.get_submodule(name)).shape[1]) % WORD:
+                raise ModelError(
+                    f"{name}: in_features={width} is not a multiple of {WORD}, which kernels need; export with --sparse"
+                )
+
+
+def _dtype(source: ModelSource, settings: ExportSettings) -> str:
+    if settings.dtype != "auto":
+        return settings.dtype
+    return stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
+
+
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> ExportResult:
@@ -61,22 +94,13 @@ def export(
             `kernels`, they are also multiplied so.
 
     Raises:
-        UsageError: the dtype is not one of these, or the output is in the way.
-        MissingDependencyError: `kernels` without the compiled operator.
+        UsageError, MissingDependencyError: as `check`, or the output is in the way.
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits, greedy tokens or weights are not torch's.
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
-    dtype: str = settings.dtype
-    if dtype == "auto":
-        dtype = stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} cannot be exported to ONNX; give {' or '.join(DTYPES)}")
-    if settings.kernels:
-        cpu.onnxruntime_library()
-        if dtype != "float32":
-            raise UsageError(f"--kernels runs in float32; this model is exported in {dtype}: add --dtype float32")
+    dtype = _dtype(source, settings)
     model = sources.load_model(source, dtype)
     tokenizer = sources.load_tokenizer(source)
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
@@ -163,11 +187,15 @@ def _name_cache(program: ir.Model, source: ModelSource) -> None:
             stem = "past_key_values" if direction == "input" else "present"
             value.name = f"{stem}.{layer}.{'key' if kind == 'keys' else 'value'}"
         elif value.name not in _DIMENSIONS:
-            raise ModelError(
-                f"{source.name!r}: its graph has {value.name!r}, which is no part of a plain KV cache; models with a "
-                "sliding-window or recurrent cache cannot be exported to ONNX yet (a window that is never reached "
-                'can be switched off with "sliding_window": null in config.json)'
-            )
+            raise _not_plain(source, value.name)
+
+
+def _not_plain(source: ModelSource, what: str | None) -> ModelError:
+    return ModelError(
+        f"{source.name!r}: its cache has {what}, which is no part of a plain KV cache; models with a sliding-window or "
+        "recurrent cache cannot be exported to ONNX yet (a window that is never reached can be switched off with "
+        '"sliding_window": null in config.json)'
+    )
 
 
 def _name_dimensions(program: ir.Model) -> None:

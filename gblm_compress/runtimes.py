@@ -74,6 +74,23 @@ def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, 
     return TorchRuntime(sources.load_model(source, dtype, device))
 
 
+def check_onnx_provider(device: str) -> str:
+    """The execution provider for a device.
+
+    Raises:
+        MissingDependencyError: the installed ONNX Runtime lacks it.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.partition(":")[0], device)
+    if provider not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {provider}; it has "
+            f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
+        )
+    return provider
+
+
 class TorchRuntime:
     """Eager torch on a transformers model."""
 
@@ -115,12 +132,7 @@ class OnnxRuntime:
         import onnxruntime
 
         kind, _, index = device.partition(":")
-        provider = _PROVIDERS.get(kind)
-        if provider not in onnxruntime.get_available_providers():
-            raise MissingDependencyError(
-                f"ONNX Runtime {onnxruntime.__version__} has no {provider or device}; it has "
-                f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
-            )
+        provider = check_onnx_provider(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3

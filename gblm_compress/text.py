@@ -25,6 +25,9 @@ _C4 = "allenai/c4"
 _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
+_NAMED = ("demo", "wikitext2", "c4")
+FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+
 DRAWS = 100_000
 """How many documents of C4 may be too short in a row before the search for a long one ends."""
 
@@ -50,6 +53,27 @@ def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, 
     return random_windows(tokenize(tokenizer, load_text(source, "calibration")), samples, length, seed, source)
 
 
+def check_source(source: str) -> None:
+    """Look whether a local text is there; a hub dataset is not looked for.
+
+    Raises:
+        DataError: it is not, or is of no known kind.
+    """
+    path = Path(source).expanduser()
+    if source in _NAMED:
+        return
+    if path.suffix in FILES:
+        if not path.is_file():
+            raise DataError(f"dataset {source!r}: no such file")
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+
+
+def is_here(source: str) -> bool:
+    """Whether a text is read from this machine rather than from the hub."""
+    return source == "demo" or Path(source).expanduser().suffix in FILES
+
+
 def load_text(source: str, role: Role) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 
@@ -58,6 +82,7 @@ def load_text(source: str, role: Role) -> str:
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
     """
+    check_source(source)
     path = Path(source).expanduser()
     if source == "demo":
         text = "\n\n".join(demo_paragraphs(role))
@@ -68,10 +93,8 @@ def load_text(source: str, role: Role) -> str:
         assert role == "evaluation", "calibration draws from c4 document by document"
         rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
         text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
-    elif path.suffix in (".txt", ".jsonl", ".parquet", ".raw", ".tokens"):
+    elif path.suffix in FILES:
         text = _read_file(path, source)
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
     else:
         text = "\n\n".join(_hub_documents(source, role))
     if not text.strip():
@@ -198,8 +221,6 @@ def fingerprint(windows: Iterable[Tensor]) -> str:
 
 
 def _read_file(path: Path, source: str) -> str:
-    if not path.is_file():
-        raise DataError(f"dataset {source!r}: no such file")
     if path.suffix in (".jsonl", ".parquet"):
         kind = "json" if path.suffix == ".jsonl" else "parquet"
         rows = _dataset(source, kind, data_files=str(path), split="train", streaming=True)
