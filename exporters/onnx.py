@@ -30,7 +30,7 @@ from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, u
 from gblm_compress.kernels import cpu
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.runtimes import OnnxRuntime, Runtime, TorchRuntime
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
 
@@ -40,6 +40,7 @@ DTYPES = ("float32", "float16")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 VERIFY_TOKENS = 64
+PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
 # Names of the dynamic dimensions; None is a fixed one.
@@ -96,7 +97,7 @@ def export(
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
         ModelError: transformers' exporter does not manage the architecture.
-        VerificationError: ONNX Runtime's logits, greedy tokens or weights are not torch's.
+        VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
     start = time.perf_counter()
     artifact.check_output(output, force)
@@ -309,29 +310,57 @@ def _verify(
     ids = _real_text(tokenizer, model.config.vocab_size)
     reference = TorchRuntime(model)
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
-    expected, got = reference.logits(ids), runtime.logits(ids)
-    difference = float((expected - got).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE[dtype]:
+    at_once = _check_logits(reference.logits(ids)[0], runtime.logits(ids)[0], dtype, "read at once")
+    expected, got = _decode_side_by_side(reference, runtime, ids[:, :PROMPT_TOKENS])
+    one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
+    # Where torch's two largest logits are further apart than twice the largest difference, no error of that size turns
+    # the choice; of two that are nearer either may win. An export whose errors leave nothing decided is of no use.
+    largest = expected.topk(2).values
+    decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
+    if not decided:
         raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {ids.shape[1]} "
-            f"tokens of real text; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
-        )
-    expected_tokens = greedy_tokens(reference, ids[:, :16], GREEDY_TOKENS)
-    got_tokens = greedy_tokens(runtime, ids[:, :16], GREEDY_TOKENS)
-    if expected_tokens != got_tokens:
-        first = next(i for i, (a, b) in enumerate(zip(expected_tokens, got_tokens, strict=True)) if a != b)
-        raise VerificationError(
-            f"greedy decoding differs from torch at token {first} of {GREEDY_TOKENS}: torch {expected_tokens[first]}, "
-            f"ONNX Runtime {got_tokens[first]}"
+            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, more than the choice "
+            f"of any of {GREEDY_TOKENS} tokens bears; export in float32"
         )
     return {
-        "logits_relative_difference": difference,
+        "logits_relative_difference": max(at_once, one_by_one),
         "logits_tolerance": TOLERANCE[dtype],
-        "identical_greedy_tokens": GREEDY_TOKENS,
+        "greedy_tokens": GREEDY_TOKENS,
+        "decided_greedy_tokens": decided,
+        "identical_greedy_tokens": int((expected.argmax(-1) == got.argmax(-1)).sum()),
         "dtype": dtype,
         "provider": runtime.provider,
         **zeros,
     }
+
+
+def _decode_side_by_side(reference: Runtime, runtime: Runtime, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
+    reference chooses: so that every step can be compared, whatever the other would have chosen before."""
+    ids, cache, other_cache = prompt, None, None
+    expected, got = [], []
+    for _ in range(GREEDY_TOKENS):
+        logits, cache = reference.last_logits(ids, cache)
+        other, other_cache = runtime.last_logits(ids, other_cache)
+        expected.append(logits[0])
+        got.append(other[0])
+        ids = logits.argmax(-1, keepdim=True)
+    return torch.stack(expected), torch.stack(got)
+
+
+def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
+    """The largest difference relative to the largest logit.
+
+    Raises:
+        VerificationError: it is more than the dtype allows.
+    """
+    difference = float((expected - got).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE[dtype]:
+        raise VerificationError(
+            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {len(expected)} "
+            f"tokens {how}; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
+        )
+    return difference
 
 
 def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], weights: dict[str, str]) -> dict[str, int]:
