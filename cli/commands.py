@@ -228,16 +228,18 @@ def benchmark(
 def inspect(
     model: o.Model,
     heat_map: Annotated[
-        Path, typer.Option(help="PNG to draw the surviving weights in; gblm-survivors.png here if unset.")
-    ] = Path("gblm-survivors.png"),
+        Path | None, typer.Option(help="PNG to draw: how many weights survive in each column. Not drawn if unset.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the picture if it exists.")] = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Report the zeros of every layer, the patterns that hold, and draw where weights survive."""
+    """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
     from gblm_compress import inspection
 
     source, progress = _start(model, quiet)
-    _show(inspection.inspect(source, heat_map, progress).as_dict(), summaries.inspect, json_)
+    result = inspection.inspect(source, heat_map, progress, force=force)
+    _show(result.as_dict(), summaries.inspect, json_)
 
 
 def run(

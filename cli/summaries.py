@@ -177,7 +177,7 @@ def inspect(result: dict[str, Any]) -> list[Any]:
         )
     share = 100 * result["nonzeros"] / result["weights"]
     total = f"{result['nonzeros']:,} of {result['weights']:,} weights are nonzero ({share:.2f} %)"
-    return [table, total, f"heat map: {result['heat_map']}"]
+    return [table, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
 
 
 def plan(content: dict[str, Any]) -> list[Any]:

@@ -38,7 +38,9 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 
 def check_model(recipe: Recipe, dense: ModelSource, progress: Progress) -> list[GblmError]:
     """The faults that the model's folder shows: its kind, its positions, its layers."""
-    looks: list[Look] = [partial(sources.check_not_export, dense, "prune")]
+    if export := faults.collect([partial(sources.check_not_export, dense, "prune")]):
+        return export
+    looks: list[Look] = []
     if recipe.prune.needs_text:
         length = recipe.calibration.sequence_length
         looks.append(partial(sources.check_length, dense, length, "calibration.sequence_length"))

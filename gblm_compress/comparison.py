@@ -19,6 +19,7 @@ from typing import Any
 from gblm_compress import artifact, faults, sources, text
 from gblm_compress.budgeting import planned_budgets
 from gblm_compress.doctor import environment
+from gblm_compress.drawing import literal
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.evaluation import check as evaluate_faults
 from gblm_compress.evaluation import evaluate, mean_and_standard_error, prepare
@@ -166,7 +167,9 @@ def check(
 ) -> list[GblmError]:
     """The faults of every cell that show before the first."""
     methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
-    looks: list[Callable[[], object]] = [partial(sources.check_not_export, source, "compare")]
+    if export := faults.collect([partial(sources.check_not_export, source, "compare")]):
+        return export
+    looks: list[Callable[[], object]] = []
     if any(method.needs_text for method in methods):
         looks.append(partial(text.check_source, calibration.dataset))
         looks.append(partial(sources.check_length, source, calibration.sequence_length))
@@ -215,7 +218,7 @@ def draw(result: CompareResult, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(patterns), figsize=(6 * len(patterns), 4), squeeze=False)
     for panel, pattern in zip(panels[0], patterns, strict=True):
         for row in (row for row in result.rows if row.pattern == pattern):
-            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o", label=row.method)
+            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o", label=literal(row.method))
         panel.axhline(result.dense_perplexity, linestyle="--", color="grey")
         panel.set(xscale="log", yscale="log", title=pattern, xlabel="seconds of pruning", ylabel="perplexity")
         panel.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
@@ -225,7 +228,7 @@ def draw(result: CompareResult, path: Path) -> None:
             axis.set_major_locator(ticker.LogLocator(subs=steps))
             axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             axis.set_minor_locator(ticker.NullLocator())
-    figure.suptitle(f"{result.model} (dense: dashed)")
+    figure.suptitle(literal(f"{result.model} (dense: dashed)"))
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)
