@@ -243,17 +243,19 @@ def benchmark(
 def inspect(
     model: o.Model,
     heat_map: Annotated[
-        Path, typer.Option(help="PNG to draw the surviving weights in; gblm-survivors.png here if unset.")
-    ] = Path("gblm-survivors.png"),
+        Path | None, typer.Option(help="PNG to draw: how many weights survive in each column. Not drawn if unset.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the picture if it exists.")] = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Report the zeros of every layer, the patterns that hold, and draw where weights survive."""
+    """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
     progress, source = _start(model, quiet=quiet)
 
     from gblm_compress import inspection
 
-    _show(inspection.inspect(source, heat_map, progress).as_dict(), summaries.inspect, json_)
+    result = inspection.inspect(source, heat_map, progress, force=force)
+    _show(result.as_dict(), summaries.inspect, json_)
 
 
 def run(
@@ -276,12 +278,14 @@ def run(
     loaded = load_recipe(path, tuple(set_ or ()))
     folder = output or Path("runs") / path.stem
 
-    from gblm_compress import pipeline
+    from gblm_compress import checks, faults, pipeline
 
+    progress = _progress(quiet)
     if dry_run:
-        steps = pipeline.plan(loaded)
-        return _show({"output": str(folder), "steps": steps}, summaries.plan, json_)
-    result = pipeline.run(loaded, folder, _progress(quiet))
+        faults.raise_all(checks.check(loaded, progress))
+        content = {"output": str(folder), "steps": pipeline.plan(loaded), "unchecked": checks.unchecked(loaded)}
+        return _show(content, summaries.plan, json_)
+    result = pipeline.run(loaded, folder, progress)
     _show(result, summaries.run, json_)
     if not result.passed:
         failed = sum(not gate.passed for gate in result.gates)
@@ -289,12 +293,17 @@ def run(
 
 
 def validate(recipe: o.RecipeFile, json_: o.Json = False) -> None:
-    """Check a recipe and report all its faults."""
+    """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
     from gblm_compress.recipe import find_recipe, load_recipe
 
     path = find_recipe(recipe)
     loaded = load_recipe(path)
-    _show(loaded.model_dump(mode="json"), lambda content: f"{path}: valid", json_)
+
+    from gblm_compress import checks, faults
+
+    faults.raise_all(checks.check(loaded, _progress(quiet=True)))
+    notes = summaries.unchecked(checks.unchecked(loaded))
+    _show(loaded.model_dump(mode="json"), lambda content: [f"{path}: valid", *notes], json_)
 
 
 def schema() -> None:

@@ -184,11 +184,17 @@ def inspect(result: dict[str, Any]) -> list[Any]:
         )
     share = 100 * result["nonzeros"] / result["weights"]
     total = f"{result['nonzeros']:,} of {result['weights']:,} weights are nonzero ({share:.2f} %)"
-    return [table, total, f"heat map: {result['heat_map']}"]
+    return [table, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
 
 
 def plan(content: dict[str, Any]) -> list[Any]:
-    return [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)] + [f"output: {content['output']}"]
+    steps = [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)]
+    return [*steps, f"output: {content['output']}", *unchecked(content["unchecked"])]
+
+
+def unchecked(names: list[str]) -> list[str]:
+    """What a look at a recipe left out."""
+    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in names]
 
 
 def run(result: Any) -> list[Any]:

@@ -1,12 +1,13 @@
 """Exporters: one file each, and one line each in `EXPORTERS`. See docs/adding-an-exporter.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from gblm_compress import artifact
+from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource, check_model
@@ -44,10 +45,12 @@ class ExportResult:
 class Exporter(Protocol):
     """What the module of an exporter provides.
 
-    `export` writes `output` whole or not at all, and reopens and verifies what it wrote before that.
+    `export` writes `output` whole or not at all, and reopens and verifies what it wrote before that. `check` is
+    `exporters.check` for its formats.
     """
 
     export: Callable[..., ExportResult]
+    check: Callable[[ModelSource | None, ExportSettings, Mapping[str, Pattern] | None], None]
 
 
 def export(
@@ -58,7 +61,27 @@ def export(
     Raises:
         GblmError: as the exporter says.
     """
+    check(source, settings)
     with artifact.reserved(output, force, [source.folder]):
+        return _exporter(settings).export(source, output, settings, force=force, progress=progress)
+
+
+def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
+    """Find what makes an export impossible, without loading weights.
+
+    Args:
+        source: the model, or the dense one that it will be made from; None where it is not here yet.
+        patterns: {layer: its pattern} of those that will be pruned, under any name where `source` is None; None where
+            `source` is what will be exported.
+
+    Raises:
+        GblmError: as the exporter says.
+    """
+    if source is not None:
         check_model(source, "export")
-        exporter: Exporter = import_module(EXPORTERS[settings.format])
-        return exporter.export(source, output, settings, force=force, progress=progress)
+    _exporter(settings).check(source, settings, patterns)
+
+
+def _exporter(settings: ExportSettings) -> Exporter:
+    exporter: Exporter = import_module(EXPORTERS[settings.format])
+    return exporter

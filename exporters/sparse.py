@@ -5,6 +5,7 @@ Format "bitmask" takes any pattern, "semi-structured" 2:4 alone. After `import g
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
 LAYOUT_OF = {"bitmask": "bitmask", "semi-structured": "sparse24"}
+
+
+def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
+    """Raises:
+    UsageError: a layer that is yet to be pruned will not be 2:4, which semi-structured needs.
+    """
+    if settings.format == "semi-structured":
+        for name, pattern in (patterns or {}).items():
+            if not _is_2_4(pattern):
+                raise UsageError(f"{name}: pattern {pattern.name} is not 2:4, which export to semi-structured needs")
+
+
+def _is_2_4(pattern: Pattern) -> bool:
+    """Whether what has the pattern has at most two nonzeros in every aligned group of four."""
+    n, m = pattern.n_m or (1, 1)
+    return (n, m) == (1, 2) or (n <= 2 and m % 4 == 0)
 
 
 def export(

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from gblm_compress import errors, sources
+from gblm_compress import errors, faults, sources
+from gblm_compress.baseline import check_baseline
 from gblm_compress.doctor import environment
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.progress import Progress
@@ -47,10 +49,13 @@ class Comparison:
 
     Attributes:
         ratio: baseline median over model median; above 1 is faster.
-        verdict: the ratio in words, or `NO_SPEED_UP` where the p10–p90 intervals overlap.
+        low, high: the ends of its interval: the baseline's p10 over the model's p90, and the other way round.
+        verdict: the ratio in words, or `NO_SPEED_UP` where the interval holds 1 (the p10–p90 intervals overlap).
     """
 
     ratio: float
+    low: float
+    high: float
     verdict: str
 
 
@@ -109,43 +114,58 @@ def benchmark(
     device: str = "auto",
     progress: Progress,
 ) -> BenchmarkResult:
-    """Time `models` against the baseline of the same runtime.
+    """Time `models` against their baseline in the same runtime and dtype.
 
     Args:
         models: Hugging Face folders (torch) and ONNX exports (ONNX Runtime).
-        baselines: the dense model, once for each runtime and dtype in use.
-        dtype: of the torch models, dense and pruned alike; ONNX exports have their own.
+        baselines: the dense model: its Hugging Face folder, which is timed in every dtype that a torch model has, and
+            an ONNX export for each dtype of the ONNX models.
+        dtype: of the torch models that are stored dense; exports have their own.
 
     Raises:
-        UsageError: a model has no baseline of its runtime and dtype, or none runs in `settings.runtimes`.
+        GblmError: as `check`.
     """
-    for model in (*models, *baselines):
-        sources.check_length(model, settings.prompt + settings.generate, "prompt plus generate")
+    faults.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = sources.choose_device(device)
     threads = settings.threads or torch.get_num_threads()
-    lanes: dict[_Lane, list[ModelSource]] = {}
-    for model in models:
-        if (lane := _lane_of(model, dtype, device)).runtime in settings.runtimes:
-            lanes.setdefault(lane, []).append(model)
-    baseline_of = {_lane_of(baseline, dtype, device): baseline for baseline in baselines}
-    for lane, contenders in lanes.items():
-        if lane not in baseline_of:
-            _no_baseline(contenders[0], lane)
+    lanes = _lanes(models, settings, dtype, device)
     measurements = [
         measurement
         for lane, contenders in lanes.items()
-        for measurement in _benchmark_lane([baseline_of[lane], *contenders], lane, settings, device, threads, progress)
-    ]
-    if not measurements:
-        raise UsageError(
-            f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: a "
-            "Hugging Face folder runs in torch, an ONNX export in onnxruntime (make one with "
-            "`gblm-compress export MODEL -o OUT --format onnx`)"
+        for measurement in _benchmark_lane(
+            [_baseline_of(contenders[0], lane, baselines), *contenders], lane, settings, device, threads, progress
         )
+    ]
     return BenchmarkResult(
         tuple(measurements),
         settings.model_dump(mode="json"),
         {**environment(), "threads": threads, "device": device},
+    )
+
+
+def check(
+    models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
+) -> list[GblmError]:
+    """The faults of a benchmark that show before it: a device that is absent, models that are too short for prompt and
+    generation, that run in none of `settings.runtimes`, or that have no baseline of their runtime, dtype, architecture
+    and origin.
+    """
+    absent = faults.collect([partial(sources.choose_device, device)])
+    found = absent + faults.collect(
+        partial(sources.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
+        for model in (*models, *baselines)
+    )
+    lanes = _lanes(models, settings, dtype, "cpu" if absent else sources.choose_device(device))
+    if not lanes:
+        found.append(
+            UsageError(
+                f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
+                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime (make one with "
+                "`gblm-compress export MODEL -o OUT --format onnx`)"
+            )
+        )
+    return found + faults.collect(
+        partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
 
 
@@ -157,20 +177,35 @@ class _Lane:
     dtype: str
 
 
-def _lane_of(source: ModelSource, dtype: str, device: str) -> _Lane:
-    """ONNX exports and packed folders have a dtype of their own; what torch loads dense is given one."""
-    return _Lane(
-        runtime_of(source),
-        sources.stored_dtype(source) if source.is_export else sources.choose_dtype(dtype, source, device),
-    )
+def _lanes(
+    models: list[ModelSource], settings: BenchmarkSettings, dtype: str, device: str
+) -> dict[_Lane, list[ModelSource]]:
+    """The models that are timed, by what they are timed in; what torch loads dense is given a dtype."""
+    lanes: dict[_Lane, list[ModelSource]] = {}
+    for model in models:
+        own = sources.stored_dtype(model) if model.is_export else sources.choose_dtype(dtype, model, device)
+        lane = _Lane(runtime_of(model), own)
+        if lane.runtime in settings.runtimes:
+            lanes.setdefault(lane, []).append(model)
+    return lanes
 
 
-def _no_baseline(model: ModelSource, lane: _Lane) -> NoReturn:
+def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
+    """The first baseline that runs in the model's lane: an export has one dtype, a dense folder is loaded in any.
+
+    Raises:
+        UsageError: there is none, or it is another model.
+    """
+    for baseline in baselines:
+        fits = not baseline.is_export or sources.stored_dtype(baseline) == lane.dtype
+        if runtime_of(baseline) == lane.runtime and fits:
+            check_baseline(model, baseline)
+            return baseline
     advice = (
         f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` "
         "and give --baseline DENSE-ONNX"
         if lane.runtime == "onnxruntime"
-        else f"give the dense Hugging Face folder as --baseline, and --dtype {lane.dtype}"
+        else "give the dense Hugging Face folder as --baseline"
     )
     raise UsageError(
         f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared within "
@@ -241,11 +276,10 @@ def _benchmark_lane(
 
 
 def compare(baseline: Spread, model: Spread) -> Comparison:
-    """The speed-up of `model`, and what may be said about it: nothing where the p10–p90 intervals overlap."""
-    ratio = baseline.median / model.median
-    if baseline.p10 <= model.p90 and model.p10 <= baseline.p90:
-        return Comparison(ratio, NO_SPEED_UP)
-    return Comparison(ratio, f"{ratio:.2f}× faster" if ratio > 1 else f"{1 / ratio:.2f}× slower")
+    """The speed-up of `model`, and what may be said about it."""
+    ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
+    verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
+    return Comparison(ratio, low, high, verdict)
 
 
 def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread]:

@@ -5,10 +5,42 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from gblm_compress.allocation import Budget, GlobalRanking, outlier_share, owl, spread
-from gblm_compress.architecture import weight_matrix
+from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.calibration import Block, activation_norms
+from gblm_compress.errors import UsageError
+from gblm_compress.patterns import DENSE
 from gblm_compress.saliency import Statistics, wanda
 from gblm_compress.settings import PruneSettings
+
+
+def planned_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
+    """`uniform_budgets` of the layers of a model, whose weights may be on the meta device.
+
+    Raises:
+        UsageError, ModelError: also as `prunable_layers`.
+    """
+    blocks = prunable_layers(model, settings.targets, settings.ignore)
+    return uniform_budgets({name: layer for block in blocks for name, layer in block.items()}, settings)
+
+
+def uniform_budgets(layers: dict[str, nn.Module], settings: PruneSettings) -> dict[str, Budget]:
+    """What the settings ask for each layer, exceptions included, before an allocation; reads shapes alone.
+
+    Raises:
+        UsageError: an exception matches no layer, all layers would stay dense, or a width does not divide by M.
+    """
+    result = settings.budgets(list(layers))
+    if all(budget.pattern.name == DENSE for budget in result.values()):
+        raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
+    for name, layer in layers.items():
+        pattern, width = result[name].pattern, weight_matrix(layer).shape[1]
+        if not pattern.fits(width):
+            assert pattern.n_m is not None
+            raise UsageError(
+                f"{name}: in_features={width} is not a multiple of {pattern.n_m[1]}, which pattern {pattern.name} "
+                "needs; add it to --ignore, or choose another pattern"
+            )
+    return result
 
 
 def budgets(

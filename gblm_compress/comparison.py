@@ -7,16 +7,20 @@ an interrupted comparison goes on where it stopped.
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import artifact, sources
+from gblm_compress import artifact, faults, sources, text
+from gblm_compress.budgeting import planned_budgets
 from gblm_compress.doctor import environment
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.errors import GblmError, ModelError, UsageError
+from gblm_compress.evaluation import check as evaluate_faults
 from gblm_compress.evaluation import evaluate, mean_and_standard_error, prepare
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
@@ -124,24 +128,25 @@ def _compare(
     device: str,
     progress: Progress,
 ) -> CompareResult:
-    sources.check_model(source, "compare")
+    absent = faults.collect([partial(sources.choose_device, device)])
+    faults.raise_all(absent + check(source, settings, calibration, evaluation, progress))
     prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     device = sources.choose_device(device)
     cells = []
     for pattern in settings.patterns:
         for method in settings.methods:
             for seed in range(settings.seeds):
-                text = calibration.model_copy(update={"seed": seed})
-                job = (source, output, method, pattern, text, evaluation, dtype, device, progress.quiet)
+                drawn = calibration.model_copy(update={"seed": seed})
+                job = (source, output, method, pattern, drawn, evaluation, dtype, device, progress.quiet)
                 stage = run_stage(
                     output,
                     f"{method} {pattern} seed {seed}",
                     [
                         source.fingerprint,
                         settings.prune_settings(method, pattern).model_dump(mode="json"),
-                        text.model_dump(mode="json"),
+                        drawn.model_dump(mode="json"),
                         evaluation.model_dump(mode="json"),
-                        [text_hash(text.dataset), text_hash(evaluation.dataset), dtype, device],
+                        [text_hash(drawn.dataset), text_hash(evaluation.dataset), dtype, device],
                     ],
                     lambda job=job: _in_own_process(job),  # type: ignore[misc]
                     None,
@@ -161,6 +166,28 @@ def _compare(
     draw(result, output / PLOT)
     artifact.write_text(output / REPORT, json.dumps(result.as_dict(), indent=2) + "\n")
     return result
+
+
+def check(
+    source: ModelSource,
+    settings: CompareSettings,
+    calibration: CalibrationSettings,
+    evaluation: EvaluateSettings,
+    progress: Progress,
+) -> list[GblmError]:
+    """The faults of every cell that show before the first."""
+    methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
+    if export := faults.collect([partial(sources.check_model, source, "compare")]):
+        return export
+    looks: list[Callable[[], object]] = []
+    if any(method.needs_text for method in methods):
+        looks.append(partial(text.check_source, calibration.dataset))
+        looks.append(partial(sources.check_length, source, calibration.sequence_length))
+    found = faults.collect(looks) + evaluate_faults([source], evaluation, progress)
+    if found:
+        return found
+    skeleton = sources.load_skeleton(source)
+    return faults.collect(partial(planned_budgets, skeleton, method) for method in methods)
 
 
 def rows(cells: list[Cell]) -> list[Row]:
@@ -202,7 +229,7 @@ def draw(result: CompareResult, path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(patterns), figsize=(6 * len(patterns), 4), squeeze=False)
     for panel, pattern in zip(panels[0], patterns, strict=True):
         for row in (row for row in result.rows if row.pattern == pattern):
-            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o", label=row.method)
+            panel.errorbar(row.seconds, row.perplexity, yerr=row.perplexity_error, fmt="o", label=printable(row.method))
         panel.axhline(result.dense_perplexity, linestyle="--", color="grey")
         panel.set(xscale="log", yscale="log", title=pattern, xlabel="seconds of pruning", ylabel="perplexity")
         panel.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)

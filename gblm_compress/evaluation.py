@@ -5,15 +5,18 @@ whole and cut into non-overlapping windows; each window predicts its tokens 2 �
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from gblm_compress import sources, text, zero_shot
-from gblm_compress.errors import ModelError
+from gblm_compress import faults, sources, text, zero_shot
+from gblm_compress.baseline import check_baseline
+from gblm_compress.errors import GblmError, ModelError
 from gblm_compress.progress import Progress
 from gblm_compress.runtimes import load_runtime
 from gblm_compress.settings import EvaluateSettings
@@ -73,12 +76,22 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
     Raises:
         GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
     """
-    _check_model(source, settings)
-    if settings.tasks:
-        zero_shot.task_manager(settings.tasks, settings.include_path, progress)
+    faults.raise_all(check([source], settings, progress))
+    return _windows(source, settings, progress)
+
+
+def _windows(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
     progress.say(f"reading {settings.dataset} …")
     ids = text.tokenize(sources.load_tokenizer(source), text.load_text(settings.dataset, "evaluation"))
     return text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
+
+
+def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
+    """The faults of an evaluation that show before it: of its tasks, of a text that is a file here, of the models."""
+    looks: list[Callable[[], object]] = [partial(text.check_source, settings.dataset)]
+    if settings.tasks:
+        looks.append(partial(zero_shot.task_manager, settings.tasks, settings.include_path, progress))
+    return faults.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
 
 
 def evaluate(
@@ -95,10 +108,16 @@ def evaluate(
     Args:
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
         baseline: the dense model.
+
+    Raises:
+        GblmError: as `prepare`; the device is absent, or the baseline is another model.
     """
-    windows = prepare(source, settings, progress)
+    given = [source] if baseline is None else [source, baseline]
+    looks: list[Callable[[], object]] = [partial(sources.choose_device, device)]
     if baseline is not None:
-        _check_model(baseline, settings)
+        looks.append(partial(check_baseline, source, baseline))
+    faults.raise_all(check(given, settings, progress) + faults.collect(looks))
+    windows = _windows(source, settings, progress)
     device = sources.choose_device(device)
     threads = torch.get_num_threads()
     progress.say(f"loading {source.name} …")
@@ -113,7 +132,6 @@ def evaluate(
         losses.append(_cross_entropy(logits, window))
         if dense is not None:
             reference = dense.logits(window.unsqueeze(0))[0, :-1]
-            _check_same_vocabulary(logits, reference, source, baseline)
             dense_losses.append(_cross_entropy(reference, window))
             divergences.append(mean_kl(reference, logits))
             agreements.append(top1_agreement(reference, logits))
@@ -184,14 +202,3 @@ def _mean(values: list[float]) -> float:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _check_same_vocabulary(
-    logits: Tensor, reference: Tensor, source: ModelSource, baseline: ModelSource | None
-) -> None:
-    if logits.shape != reference.shape:
-        assert baseline is not None
-        raise ModelError(
-            f"{source.name!r} has a vocabulary of {logits.shape[-1]} and the baseline {baseline.name!r} one of "
-            f"{reference.shape[-1]}; the baseline must be the dense model that was pruned"
-        )

@@ -1,9 +1,12 @@
 """What a model's zeros look like: counts, patterns that hold, row and column structure, and a picture.
 
 Gradient-based masks show structure (whole input columns that matter little, arXiv 2311.04902, section 4); a
-table hides it, so `heat_map` draws where weights survive.
+table hides it, so `draw` shows how many weights survive in each column.
 """
 
+import io
+import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ from torch import Tensor
 
 from gblm_compress import sources
 from gblm_compress.architecture import prunable_layers, weight_matrix
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.patterns import Pattern
+from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.sources import ModelSource
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
-BINS = 96  # a panel's resolution: finer than the eye needs, coarse enough to average
+STRIP = 128  # columns in a line of a panel
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,46 @@ class InspectResult:
         return {**asdict(self), "nonzeros": self.nonzeros, "weights": self.weights}
 
 
-def inspect(source: ModelSource, heat_map_path: Path | None, progress: Progress) -> InspectResult:
-    """Report on every layer that pruning touches (or would touch), and draw the heat map if a path is given."""
+def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, force: bool = False) -> InspectResult:
+    """Report on every layer that pruning touches (or would touch).
+
+    Args:
+        heat_map: the PNG to draw, if any.
+        force: replace it where it exists.
+
+    Raises:
+        UsageError: the picture cannot be drawn there; nothing is loaded then.
+        ModelError: the folder is an export, or no causal language model.
+    """
+    if heat_map is not None:
+        _check_picture(heat_map, force)
     sources.check_model(source, "inspect")
     model = sources.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
-    reports, panels = [], {}
+    reports, strips = [], {}
     for name, layer in progress.track(layers, "inspecting", unit="layers"):
         weight = weight_matrix(layer).detach()
         reports.append(report(name, weight))
-        if heat_map_path is not None:
-            panels[name] = survivors(weight)
-    if heat_map_path is not None:
-        draw(panels, heat_map_path, source.name)
-    return InspectResult(source.name, tuple(reports), str(heat_map_path) if heat_map_path else None)
+        strips[name] = survivors(weight)
+    if heat_map is not None:
+        draw(strips, heat_map, source.name)
+    return InspectResult(source.name, tuple(reports), str(heat_map) if heat_map else None)
+
+
+def _check_picture(path: Path, force: bool) -> None:
+    """Raises:
+    UsageError: `path` does not end in .png, is a folder, exists, or lies where nothing can be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"heat map {str(path)!r}: a PNG is drawn; give a name that ends in .png")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"heat map {str(path)!r} is no file; give another name")
+    if path.exists() and not force:
+        raise UsageError(f"heat map {str(path)!r} exists; give another file, or --force to replace it")
+    if not path.parent.is_dir():
+        raise UsageError(f"heat map {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"heat map {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
 
 
 def report(name: str, weight: Tensor) -> LayerReport:
@@ -102,50 +132,68 @@ def report(name: str, weight: Tensor) -> LayerReport:
     )
 
 
-def survivors(weight: Tensor, bins: int = BINS) -> Tensor:
-    """The fraction of nonzero weights in each cell of a grid of at most bins × bins over the matrix."""
-    alive = (weight != 0).float()[None, None]
-    size = (min(bins, weight.shape[0]), min(bins, weight.shape[1]))
-    return torch.nn.functional.adaptive_avg_pool2d(alive, size)[0, 0]
+def survivors(weight: Tensor) -> Tensor:
+    """The fraction of nonzero weights in each column (input) of [out_features, in_features]."""
+    return (weight != 0).float().mean(0)
 
 
-def draw(panels: dict[str, Tensor], path: Path, title: str) -> None:
-    """One panel for each kind of layer in the first, the middle and the last block, as PNG."""
+def as_strips(columns: Tensor, width: int = STRIP) -> Tensor:
+    """Columns side by side, in lines below each other like text, [lines, width]; NaN where the last line ends."""
+    lines = -(-len(columns) // width)
+    return torch.nn.functional.pad(columns, (0, lines * width - len(columns)), value=math.nan).reshape(lines, width)
+
+
+def scale(columns: Tensor) -> tuple[float, float]:
+    """The range of a panel's colours: the layer's mean in the middle, the column that is furthest from it at an end."""
+    mean = float(columns.mean())
+    reach = max(float((columns - mean).abs().max()), 1e-3)
+    return mean - reach, mean + reach
+
+
+@plain_figures()
+def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
+    """One panel for each kind of layer in the first, the middle and the last block, as PNG: a cell is a column of the
+    weight, and its colour how far the column's density is from the layer's mean.
+
+    At N:M a cell that averages over whole groups would show N/M everywhere; a single column is free to survive or not.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     blocks: dict[str, dict[str, Tensor]] = {}
-    for name, panel in panels.items():
+    for name, strip in columns.items():
         block, kind = _split(name)
-        blocks.setdefault(block, {})[kind] = panel
+        blocks.setdefault(block, {})[kind] = strip
     chosen = list(blocks)
     chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
     kinds = list(dict.fromkeys(kind for block in chosen for kind in blocks[block]))
-    figure = Figure(figsize=(2.1 * len(kinds) + 0.8, 2.3 * len(chosen) + 0.9), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(kinds) + 0.8, 2.3 * len(chosen) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(chosen), len(kinds), squeeze=False)
-    image = None
     for row, block in enumerate(chosen):
         for column, kind in enumerate(kinds):
             axis = axes[row][column]
             axis.set_xticks([])
             axis.set_yticks([])
             if kind in blocks[block]:
+                strip = blocks[block][kind]
+                low, high = scale(strip)
                 image = axis.imshow(
-                    blocks[block][kind].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+                    as_strips(strip).numpy(), vmin=low, vmax=high, cmap="RdBu", aspect="auto", interpolation="nearest"
                 )
+                figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
             if row == 0:
-                axis.set_title(kind, fontsize=8)
+                axis.set_title(printable(kind), fontsize=8)
             if column == 0:
-                axis.set_ylabel(block, fontsize=8)
-    figure.suptitle(f"{title}: fraction of weights that survive (rows: outputs, columns: inputs)", fontsize=10)
-    if image is not None:
-        figure.colorbar(image, ax=axes, shrink=0.7)
+                axis.set_ylabel(printable(block), fontsize=8)
+    heading = f"{title}: share of weights that survive in each input column, {STRIP} columns a line"
+    figure.suptitle(printable(heading), fontsize=10)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, format="png")
+        path.write_bytes(picture.getvalue())
     except OSError as error:
-        raise UsageError(f"heat map {str(path)!r} cannot be written: {error.strerror}") from error
+        raise OutputError(f"heat map {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _split(name: str) -> tuple[str, str]:

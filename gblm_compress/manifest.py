@@ -155,7 +155,8 @@ def write(
     content = {
         "kind": "pruned",
         "gblm_compress": gblm_compress.__version__,
-        "base_model": {"name": _base_name(source), "sha256": source.fingerprint},
+        "base_model": _base_model(source),
+        "source_sha256": source.fingerprint,
         "prune": settings,
         "calibration": calibration,
         "compute": compute,
@@ -177,13 +178,12 @@ def write_export(
         checks: what verification found.
     """
     pruned = read(source.folder) if is_ours(source.folder) else {}
-    base = pruned.get("base_model") or {"name": _base_name(source), "sha256": source.fingerprint}
     content: dict[str, Any] = {
         "kind": "export",
         "gblm_compress": gblm_compress.__version__,
         "format": format,
         "dtype": dtype,
-        "base_model": base,
+        "base_model": _base_model(source),
         "source_sha256": source.fingerprint,
         "checks": checks,
         "versions": {package: version(package) for package in PACKAGES},
@@ -232,9 +232,16 @@ def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _base_name(source: ModelSource) -> str:
-    """A hub id, or the name of a folder: where it lies on the disk is nobody else's business."""
-    return source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
+def _base_model(source: ModelSource) -> dict[str, str]:
+    """The dense model that everything started from: its fingerprint, and its hub id or the name of its folder.
+
+    Where it lies on this machine's disk is nobody else's business.
+    """
+    if is_ours(source.folder):
+        base: dict[str, str] = read(source.folder)["base_model"]
+        return base
+    name = source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
+    return {"name": name, "sha256": source.fingerprint}
 
 
 def _short(content: dict[str, Any]) -> str:

@@ -8,9 +8,7 @@ transformers reads one set of weights of a folder, and everything here reads the
 import json
 import stat
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from typing import Any
 
 from gblm_compress.artifact import read_json
 from gblm_compress.errors import ModelError, first_line
@@ -28,33 +26,6 @@ _OF_GRAPHS = (".onnx", ".data")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that transformers reads
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no more
 
-_Number = Annotated[int, Field(ge=1, le=2**31)]
-
-
-class _Config(BaseModel):
-    """The keys of `config.json` that are read here, with the types they must have; others are for transformers."""
-
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
-
-    model_type: str
-    architectures: list[str] | None = None
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    vocab_size: _Number | None = None
-    hidden_size: _Number | None = None
-    intermediate_size: _Number | list[_Number] | None = None
-    num_hidden_layers: _Number | None = None
-    num_attention_heads: _Number | list[_Number] | None = None
-    max_position_embeddings: _Number | None = None
-    n_embd: _Number | None = None
-    n_layer: _Number | None = None
-    n_head: _Number | list[_Number] | None = None
-    n_positions: _Number | None = None
-    rope_scaling: dict[str, JsonValue] | None = None
-    rope_parameters: dict[str, JsonValue] | None = None
-    quantization_config: dict[str, JsonValue] | None = None
-    transformers_weights: str | None = None
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a model's `config.json`, of which the keys that are read here have the right types.
@@ -62,10 +33,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is none, or it is damaged.
     """
+    from pydantic import ValidationError
+
+    from gblm_compress.config_keys import ConfigKeys
+
     path = folder / CONFIG
     try:
         content = read_json(path)
-        _Config.model_validate(content)
+        ConfigKeys.model_validate(content)
     except FileNotFoundError as error:
         raise ModelError(f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model") from error
     except OSError as error:

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import artifact, report, sources
+from gblm_compress import artifact, faults, report, sources
 from gblm_compress.benchmarking import benchmark
+from gblm_compress.checks import check, check_model
 from gblm_compress.comparison import compare
 from gblm_compress.doctor import environment
 from gblm_compress.evaluation import evaluate, prepare
@@ -14,7 +15,7 @@ from gblm_compress.exporters import export
 from gblm_compress.gates import GateOutcome, check_gates
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
-from gblm_compress.settings import ExportSettings, Recipe
+from gblm_compress.settings import EvaluateSettings, ExportSettings, Recipe
 from gblm_compress.sources import ModelSource, resolve_model
 from gblm_compress.stages import Stage, run_stage, text_hash
 
@@ -56,6 +57,9 @@ def plan(recipe: Recipe) -> list[str]:
         steps.append(f"export the dense model to {settings.format} ({settings.dtype}), the baseline of the benchmark")
     if recipe.evaluate:
         steps.append(f"evaluate on {recipe.evaluate.dataset}")
+        if recipe.evaluate.tasks:
+            onnx = any(settings.format == "onnx" for settings in recipe.export)
+            steps[-1] += f" and by {', '.join(recipe.evaluate.tasks)}" + (" (tasks in torch only)" if onnx else "")
     if recipe.benchmark:
         steps.append(f"benchmark in {' and '.join(recipe.benchmark.runtimes)}")
     if recipe.compare:
@@ -63,7 +67,7 @@ def plan(recipe: Recipe) -> list[str]:
         steps.append(f"compare {grid}, {recipe.compare.seeds} seeds")
     gates = recipe.gates.model_dump(exclude_none=True)
     if gates:
-        steps.append("check gates: " + ", ".join(f"{name} {value:g}" for name, value in gates.items()))
+        steps.append("check gates: " + ", ".join(f"{name} {value}" for name, value in gates.items()))
     return steps
 
 
@@ -71,16 +75,19 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     """Carry out a recipe and write artefacts and `report.json` to `output`.
 
     Raises:
-        GblmError: of the stage that failed. A failed gate is no exception: see `RunReport.passed`.
+        GblmError: all that `check` finds, before anything is done; or of the stage that failed. A failed gate is no
+            exception: see `RunReport.passed`.
     """
+    faults.raise_all(check(recipe, progress))
+    dense = resolve_model(recipe.model.source, progress)
+    faults.raise_all(check_model(recipe, dense, progress))  # of a model that was fetched or converted only now
     with artifact.working_in(output, "run"):
-        return _run(recipe, output, progress)
+        return _run(recipe, dense, output, progress)
 
 
-def _run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
+def _run(recipe: Recipe, dense: ModelSource, output: Path, progress: Progress) -> RunReport:
     stages: list[Stage] = []
-    model, device, dtype = recipe.model, sources.choose_device(recipe.model.device), recipe.model.dtype
-    dense = resolve_model(model.source, progress)
+    device, dtype = sources.choose_device(recipe.model.device), recipe.model.dtype
     if recipe.evaluate is not None:
         prepare(dense, recipe.evaluate, progress)
 
@@ -111,19 +118,19 @@ def _run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         )
         return ModelSource(name, output / name)
 
-    exports = [do_export(pruned, _folder_name("", settings), settings) for settings in recipe.export]
+    exports = [do_export(pruned, settings.folder_name, settings) for settings in recipe.export]
     baselines = [dense] + [
-        do_export(dense, _folder_name("dense-", settings), settings) for settings in _dense_exports(recipe)
+        do_export(dense, f"dense-{settings.folder_name}", settings) for settings in _dense_exports(recipe)
     ]
     models = [pruned] + [source for source in exports if not source.needs_cuda or "cuda" in device]
     evaluations: dict[str, dict[str, Any]] = {}
     if recipe.evaluate is not None:
-        settings = recipe.evaluate
         for source in models:
+            settings = _measurable(recipe.evaluate, source)
             evaluations[source.name] = do(
                 f"evaluate {source.name}",
                 [dense.fingerprint, source.fingerprint, _dump(settings), text_hash(settings.dataset), dtype, device],
-                lambda source=source: evaluate(  # type: ignore[misc]
+                lambda source=source, settings=settings: evaluate(  # type: ignore[misc]
                     source, settings, baseline=dense, dtype=dtype, device=device,
                     progress=progress,
                 ),
@@ -153,17 +160,17 @@ def _run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     return result
 
 
+def _measurable(settings: EvaluateSettings, source: ModelSource) -> EvaluateSettings:
+    """What of an evaluation a model's runtime can measure: lm-eval's tasks in torch only."""
+    return settings.model_copy(update={"tasks": ()}) if source.is_onnx else settings
+
+
 def _dense_exports(recipe: Recipe) -> list[ExportSettings]:
     """The exports of the dense model that the benchmark needs as baselines: one per dtype of the ONNX exports."""
     if recipe.benchmark is None or "onnxruntime" not in recipe.benchmark.runtimes:
         return []
     onnx = (settings for settings in recipe.export if settings.format == "onnx")
     return list(dict.fromkeys(settings.model_copy(update={"sparse": False, "kernels": False}) for settings in onnx))
-
-
-def _folder_name(prefix: str, settings: ExportSettings) -> str:
-    sparse = "-sparse" if settings.sparse else "-kernels" if settings.kernels else ""
-    return prefix + settings.format + sparse + ("" if settings.dtype == "auto" else f"-{settings.dtype}")
 
 
 def _dump(settings: Any) -> Any:

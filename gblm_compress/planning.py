@@ -44,8 +44,8 @@ class Size:
         config = source.config
         blocks = config.get("num_hidden_layers") or config.get("n_layer") or 1
         hidden = config.get("hidden_size") or config.get("n_embd") or 0
-        heads = config.get("num_attention_heads") or config.get("n_head") or 0
-        inner = config.get("intermediate_size") or 4 * hidden
+        heads = _largest(config.get("num_attention_heads") or config.get("n_head") or 0)
+        inner = _largest(config.get("intermediate_size") or 4 * hidden)
         vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
@@ -73,6 +73,11 @@ class Size:
     def states(self, by_sample: bool) -> int:
         """Hidden states at the places where they are kept at the same time."""
         return max(0 if by_sample else self._states_of_gradients, self._states_of_pruning)
+
+
+def _largest(value: int | list[int]) -> int:
+    """A key of config.json that some families give layer by layer."""
+    return max(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,11 @@ def table(summary: list[Row]) -> Table:
 
 def gate_table(gates: list[Any]) -> Table:
     """The gates for a terminal."""
-    result = Table("gate", "of", "limit", "measured", "holds")
+    result = Table("gate", "of", "limit", "measured", "lower end", "holds")
     for gate in gates:
         holds = Text("yes") if gate.passed else Text("no", style="bold red")
-        result.add_row(gate.gate, gate.subject, f"{gate.limit:g}", f"{gate.measured:.3f}", holds)
+        low = "" if gate.low is None else f"{gate.low:.3f}"
+        result.add_row(gate.gate, gate.subject, f"{gate.limit:g}", f"{gate.measured:.3f}", low, holds)
     return result
 
 
@@ -195,8 +196,9 @@ td, th { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; 
 <table><tr>{% for c in columns %}<th>{{ c }}{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>{% endfor %}</table>
 {% if plot %}<img alt="decode latency" src="data:image/png;base64,{{ plot }}">{% endif %}
-{% if gates %}<h2>Gates</h2><table><tr><th>gate<th>of<th>limit<th>measured<th>holds</tr>
+{% if gates %}<h2>Gates</h2><table><tr><th>gate<th>of<th>limit<th>measured<th>lower end<th>holds</tr>
 {% for g in gates %}<tr><td>{{ g.gate }}<td>{{ g.subject }}<td>{{ g.limit }}<td>{{ "%.3f" % g.measured }}
+<td>{{ "" if g.low is none else "%.3f" % g.low }}
 <td{% if not g.passed %} class="no"{% endif %}>{{ "yes" if g.passed else "no" }}</tr>{% endfor %}</table>{% endif %}
 <h2>Stages</h2><table><tr><th>stage<th>seconds<th></tr>{% for s in stages %}
 <tr><td>{{ s.name }}<td>{{ "%.1f" % s.seconds }}<td>{{ "reused" if s.reused }}</tr>{% endfor %}</table>

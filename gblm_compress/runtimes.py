@@ -47,6 +47,9 @@ class Runtime(Protocol):
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
 
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
+
     def kernels(self, tokens: int) -> dict[str, int]:
         """What a pass over so many tokens, of all sequences together, runs, and how often.
 
@@ -74,6 +77,23 @@ def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, 
     return TorchRuntime(sources.load_model(source, dtype, device))
 
 
+def check_onnx_provider(device: str) -> str:
+    """The execution provider for a device.
+
+    Raises:
+        MissingDependencyError: the installed ONNX Runtime lacks it.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.partition(":")[0], device)
+    if provider not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {provider}; it has "
+            f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
+        )
+    return provider
+
+
 class TorchRuntime:
     """Eager torch on a transformers model."""
 
@@ -90,22 +110,32 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._step(input_ids=ids.to(self.model.device), use_cache=True)
+        return self._greedy(ids.to(self.model.device), None)
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._step(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+        return self._greedy(ids, cache)
+
+    @torch.inference_mode()
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids.to(self.model.device), cache)
+        return logits.float().cpu(), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
         return dict(Counter(m.kernel(tokens) if isinstance(m, SparseLinear) else "dense" for m in layers))
 
-    def _step(self, **inputs: Any) -> tuple[Tensor, Any]:
-        output = self.model(**inputs, logits_to_keep=1)
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
+    def _greedy(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids, cache)
+        token = logits.argmax(-1, keepdim=True)
         if token.is_cuda:
             torch.cuda.synchronize(token.device)
-        return token, output[self._cache_argument]
+        return token, cache
+
+    def _step(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        past = {} if cache is None else {self._cache_argument: cache}
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
+        return output.logits[:, -1], output[self._cache_argument]
 
 
 class OnnxRuntime:
@@ -115,12 +145,7 @@ class OnnxRuntime:
         import onnxruntime
 
         kind, _, index = device.partition(":")
-        provider = _PROVIDERS.get(kind)
-        if provider not in onnxruntime.get_available_providers():
-            raise MissingDependencyError(
-                f"ONNX Runtime {onnxruntime.__version__} has no {provider or device}; it has "
-                f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
-            )
+        provider = check_onnx_provider(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -155,10 +180,14 @@ class OnnxRuntime:
         return torch.from_numpy(logits).float()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._step(ids.numpy(), self._empty_cache(len(ids)), past=0)
+        return self._greedy(ids, None)
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._step(ids.numpy(), cache, past=cache[0].shape()[2])
+        return self._greedy(ids, cache)
+
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids, cache)
+        return torch.from_numpy(logits).float(), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """As profiled for the largest recorded number of tokens that is not above; the graph is the same for all."""
@@ -176,9 +205,14 @@ class OnnxRuntime:
                 runs.append(Counter())
         return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
 
-    def _step(self, ids: Any, cache: list[Any], past: int) -> tuple[Tensor, Any]:
-        logits, cache = self._run(ids, cache, past)
-        return torch.from_numpy(logits[:, -1].argmax(-1, keepdims=True)), cache
+    def _greedy(self, ids: Tensor, cache: list[Any] | None) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids, cache)
+        return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
+
+    def _step(self, ids: Tensor, cache: list[Any] | None) -> tuple[Any, list[Any]]:
+        past = 0 if cache is None else cache[0].shape()[2]
+        logits, cache = self._run(ids.numpy(), self._empty_cache(len(ids)) if cache is None else cache, past)
+        return logits[:, -1], cache
 
     def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
         batch, tokens = ids.shape

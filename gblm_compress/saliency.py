@@ -19,7 +19,9 @@ class Statistics:
     """What calibration measured of one layer. A field is None where no saliency in use needs it.
 
     Attributes:
-        activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²).
+        activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by
+            the number of samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over
+            all tokens, has none. It changes no order of wanda, but the weight of A beside α·G in gblm.
         gradient_norm: G [out_features, in_features], (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of
             the mean token cross-entropy of the dense model; p = 1 or 2.
         regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
@@ -61,8 +63,9 @@ def wanda(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 def gblm(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     """|W|·(A + α·G) (Das et al., arXiv 2311.04902, Algorithm 1).
 
-    α is not free of scale: A grows with the square root of the tokens in a sample, G with the number of
-    samples (p = 1) or its square root (p = 2). The published α = 100 belongs to 128 samples of 2048 tokens.
+    α is not free of scale, and belongs to A as the released code computes it: A grows with the square root of the
+    tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 belongs
+    to 128 samples of 2048 tokens.
     """
     return weight.abs() * (statistics.activations() + alpha * statistics.gradients())
 

@@ -307,11 +307,21 @@ class ExportSettings(Settings):
         False, description="ONNX: run pruned weights packed, on an operator of this package (CPU, float32)."
     )
 
+    @property
+    def folder_name(self) -> str:
+        """What the folder of the export is called in a run."""
+        packed = "-sparse" if self.sparse else "-kernels" if self.kernels else ""
+        return self.format + packed + ("" if self.dtype == "auto" else f"-{self.dtype}")
+
     @model_validator(mode="after")
     def _check_onnx(self) -> Self:
         for choice in ("sparse", "kernels"):
             if getattr(self, choice) and self.format != "onnx":
                 raise ValueError(f"{choice} is a choice of format onnx; {self.format} always stores packed weights")
+        if self.format == "onnx" and self.dtype == "bfloat16":
+            raise ValueError("dtype bfloat16 cannot be exported to ONNX; give float32 or float16")
+        if self.kernels and self.dtype == "float16":
+            raise ValueError("kernels runs in float32; give that dtype")
         if self.sparse and self.kernels:
             raise ValueError("kernels stores packed weights too; choose sparse or kernels")
         return self
@@ -403,10 +413,16 @@ class GateSettings(Settings):
         None, ge=0, description="Of the pruned model over dense, as a fraction: 0.15 allows 15 %."
     )
     min_decode_speedup: float | None = Field(
-        None, gt=0, description="Dense TPOT over TPOT of the best artefact and runtime, at every batch size."
+        None,
+        gt=0,
+        description="Dense TPOT over TPOT, the lower end of its interval, at every batch size: of the artefact, or of "
+        "the best one, whose speed-up must be significant.",
     )
-    min_prefill_speedup: float | None = Field(
-        None, gt=0, description="Dense TTFT over TTFT of the best artefact and runtime, at every batch size."
+    min_prefill_speedup: float | None = Field(None, gt=0, description="Dense TTFT over TTFT, as min_decode_speedup.")
+    artefact: str | None = Field(
+        None,
+        description="Which one the gates on speed are on, by the name of its folder: pruned, bitmask, onnx, …; the "
+        "best one if unset.",
     )
     max_mean_kl: float | None = Field(None, ge=0, description="Mean KL divergence from dense, in nats per token.")
     min_top1_agreement: float | None = Field(None, ge=0, le=1, description="With dense, as a fraction of tokens.")
@@ -448,6 +464,16 @@ class Recipe(Settings):
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
             raise ValueError("a gate on speed needs a 'benchmark' section")
+        artefacts = ["pruned", *(export.folder_name for export in self.export)]
+        if gates.artefact not in (None, *artefacts):
+            raise ValueError(
+                f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {', '.join(artefacts)}"
+            )
+        allowances = [limit for limit in (gates.min_decode_speedup, gates.min_prefill_speedup) if limit is not None]
+        if gates.artefact is None and any(limit < 1 for limit in allowances):
+            raise ValueError("a gate on speed below 1 allows a slow-down: say of which artefact, with gates.artefact")
+        if gates.artefact is not None and not allowances:
+            raise ValueError("gates.artefact would do nothing: it is read with a gate on speed")
         if len(set(self.export)) < len(self.export):
             raise ValueError("the same export is listed twice")
         return self

@@ -127,18 +127,30 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
         ModelError: it does not exist, is damaged, or has no safetensors.
         MissingDependencyError: "demo" is asked for and its package is not installed.
     """
+    if source := find_here(name):
+        return source
+    gguf = _gguf_of(name)
+    source = ModelSource(name, _converted_gguf(gguf, progress) if gguf else _from_hub(name))
+    model_files.check_folder(source.folder)
+    return source
+
+
+def find_here(name: str) -> ModelSource | None:
+    """What `resolve_model` gives, where it is here already; None where it would have to be fetched or converted.
+
+    Raises:
+        ModelError, MissingDependencyError: as `resolve_model`.
+    """
     if not name.strip():
         raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
     path = local(name)
     kind = kind_of(path)
-    if name == DEMO:
-        source = ModelSource(name, _converted_gguf(_demo_gguf(), progress))
+    if gguf := _gguf_of(name):
+        source = ModelSource(name, _converted_folder(gguf))
+        if not source.folder.is_dir():
+            return None
     elif name == TINY and kind is None:
         source = ModelSource(name, _tiny())
-    elif path.suffix == ".gguf":
-        if kind != "file":
-            raise ModelError(f"model {name!r}: no such file")
-        source = ModelSource(name, _converted_gguf(path, progress))
     elif kind == "folder":
         source = ModelSource(name, path)
     elif kind == "file":
@@ -146,9 +158,19 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or kind is not None:
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
-        source = ModelSource(name, _from_hub(name))
+        return None
     model_files.check_folder(source.folder)
     return source
+
+
+def _gguf_of(name: str) -> Path | None:
+    """The GGUF file that a name stands for; None where it stands for something else."""
+    path = local(name)
+    if name != DEMO and path.suffix != ".gguf":
+        return None
+    if name != DEMO and kind_of(path) != "file":
+        raise ModelError(f"model {name!r}: no such file")
+    return _demo_gguf() if name == DEMO else path
 
 
 def _tiny() -> Path:
@@ -213,16 +235,21 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _converted_gguf(gguf: Path, progress: Progress) -> Path:
-    """The safetensors folder made of a GGUF file, converted once per content and kept in the cache."""
+def _converted_folder(gguf: Path) -> Path:
+    """Where the safetensors folder of a GGUF file is, or will be: in the cache, by its content."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
+
+
+def _converted_gguf(gguf: Path, progress: Progress) -> Path:
+    """The safetensors folder made of a GGUF file, converted once."""
 
     def convert(folder: Path) -> None:
         progress.say(f"converting {gguf.name} to safetensors (once) …")
         _convert_gguf(gguf, folder, progress)
 
-    return _made_once(cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}", convert)
+    return _made_once(_converted_folder(gguf), convert)
 
 
 def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:

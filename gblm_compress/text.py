@@ -75,6 +75,11 @@ def check_source(source: str) -> None:
         raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
 
 
+def is_here(source: str) -> bool:
+    """Whether a text is read from this machine rather than from the hub."""
+    return source == "demo" or local(source).suffix in FILES
+
+
 def load_text(source: str, role: Role) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 

@@ -21,9 +21,9 @@ from gblm_compress.attention import chunked_attention
 from gblm_compress.block_pruning import LayerResult, layer_result, prune_block_
 from gblm_compress.block_weights import Weights
 from gblm_compress.budgeting import budgets as layer_budgets
+from gblm_compress.budgeting import uniform_budgets
 from gblm_compress.calibration import Block, BlockCalls, BlockReplay
 from gblm_compress.distillation import distil_, head_inputs
-from gblm_compress.errors import UsageError
 from gblm_compress.gradients import gradient_norms
 from gblm_compress.hidden_states import StatePool
 from gblm_compress.patterns import DENSE
@@ -93,20 +93,11 @@ class Walk:
 
     def _check(self, layers: list[dict[str, nn.Module]]) -> None:
         """Find every reason not to start before the minutes of calibration begin."""
-        budgets = self.settings.budgets([name for block in layers for name in block])
-        if all(budget.pattern.name == DENSE for budget in budgets.values()):
-            raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
+        uniform_budgets({name: layer for block in layers for name, layer in block.items()}, self.settings)
         for index, block in enumerate(layers):
             with self.weights.block(index):
                 for name, layer in block.items():
-                    pattern, weight = budgets[name].pattern, weight_matrix(layer).detach()
-                    if not pattern.fits(weight.shape[1]):
-                        assert pattern.n_m is not None
-                        raise UsageError(
-                            f"{name}: in_features={weight.shape[1]} is not a multiple of {pattern.n_m[1]}, which "
-                            f"pattern {pattern.name} needs; add it to --ignore, or choose another pattern"
-                        )
-                    check_finite(name, "weights", weight)
+                    check_finite(name, "weights", weight_matrix(layer).detach())
 
     def _measure_gradients(self, calls: BlockCalls, layers: list[dict[str, nn.Module]]) -> None:
         known = frozenset(index for index in range(len(layers)) if self.run.has_gradients(index))

@@ -2,8 +2,11 @@ import pytest
 
 from gblm_compress.benchmarking import NO_SPEED_UP, Spread, benchmark, compare
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.settings import BenchmarkSettings
-from gblm_compress.sources import ModelSource
+from gblm_compress.exporters import export
+from gblm_compress.pruning import prune
+from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.sources import ModelSource, load_model, load_tokenizer, save_tokenizer
+from gblm_compress.tiny import build_tiny
 
 SHORT = {"prompt": 8, "generate": 4, "repeats": 5, "warmup": 1}
 
@@ -25,8 +28,14 @@ def test_overlapping_intervals_claim_nothing(baseline, model, verdict) -> None:
     assert compare(baseline, model).verdict == verdict
 
 
-def test_dense_and_pruned_are_timed_in_one_run(tiny, progress) -> None:
-    dense, other = tiny("llama"), tiny("mistral")
+def test_the_ends_of_a_speed_up_are_those_of_the_intervals() -> None:
+    comparison = compare(Spread(3.0, 2.0, 4.0), Spread(1.0, 0.5, 1.6))
+    assert (comparison.ratio, comparison.low, comparison.high) == (3.0, 2.0 / 1.6, 8.0)
+
+
+def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None:
+    dense, other = tiny("llama"), ModelSource("other", tmp_path)
+    build_tiny("llama", tmp_path, seed=1)
     result = benchmark([other], [dense], BenchmarkSettings(batch=(1, 2), **SHORT), progress=progress)
     assert [(m.model, m.batch) for m in result.measurements] == [(s.name, b) for b in (1, 2) for s in (dense, other)]
     for m in result.measurements:
@@ -46,9 +55,36 @@ def test_a_model_beside_itself_generates_the_same_tokens(tiny, progress) -> None
     assert result.measurements[1].same_tokens_as_baseline is True
 
 
+def test_the_dense_folder_is_the_baseline_in_every_dtype_that_torch_models_have(tiny, progress, tmp_path) -> None:
+    """A bfloat16 checkpoint: on a CPU what is stored dense is timed in float32, a packed export in its own dtype."""
+    dense = ModelSource("dense", tmp_path / "dense")
+    model = load_model(tiny("llama"), "bfloat16")
+    model.save_pretrained(dense.folder)
+    save_tokenizer(load_tokenizer(tiny("llama")), dense.folder)
+    settings = PruneSettings(method="magnitude", pattern="2:4")
+    prune(dense, tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
+    pruned, packed = ModelSource("pruned", tmp_path / "pruned"), ModelSource("packed", tmp_path / "packed")
+    export(pruned, packed.folder, ExportSettings(format="bitmask"), progress=progress)
+    result = benchmark([pruned, packed], [dense], BenchmarkSettings(**SHORT), progress=progress)
+    assert [(m.model, m.dtype) for m in result.measurements] == [
+        ("dense", "float32"), ("pruned", "float32"), ("dense", "bfloat16"), ("packed", "bfloat16")
+    ]  # fmt: skip
+    assert [m.decode_speedup is None for m in result.measurements] == [True, False, True, False]
+
+
+def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
+    monkeypatch.setattr("gblm_compress.benchmarking._worker", None)
+    settings = BenchmarkSettings(prompt=600, generate=4)
+    with pytest.raises(UsageError) as found:
+        benchmark([tiny("llama")], [tiny("qwen2")], settings, device="gpu9", progress=progress)
+    text = str(found.value)
+    assert text.startswith("4 faults") and "device 'gpu9' is not known" in text
+    assert text.count("prompt plus generate is 604") == 2 and "is no baseline of" in text
+
+
 def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
     (tmp_path / "model.onnx").touch()
-    (tmp_path / "config.json").write_text('{"dtype": "float16"}')
+    (tmp_path / "config.json").write_text('{"dtype": "float16", "model_type": "llama"}')
     with pytest.raises(
         UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"
     ):
@@ -61,7 +97,7 @@ def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
 
 
 def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_bytes((tiny("llama").folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match="cannot be loaded"):
         benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)

@@ -137,15 +137,29 @@ def test_bad_input_gets_one_message_and_its_code(tmp_path, arguments, code, mess
 
 
 def test_run_dry_run_and_validate(tmp_path) -> None:
-    done = program("run", "quickstart", "--set", "prune.pattern=4:8", "--dry-run", "--json", cwd=tmp_path)
+    done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"][0] == "prune demo by gblm, 4:8"
+    assert json.loads(done.stdout)["steps"][0] == "prune tiny by gblm, 1:4"
+    assert not list(tmp_path.iterdir())
+    wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
+    for arguments in (("--dry-run",), ()):
+        done = program("run", "ci-smoke", *wrong, *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and not done.stdout
+        assert "error: 2 faults" in done.stderr
+        assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
     assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(bad))
     assert done.returncode == 2 and "did you mean 'prune'?" in done.stderr
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text("model: owner/model\n")
+    done = program("validate", str(elsewhere))
+    assert done.returncode == 0, done.stderr
+    assert "not looked at before the run, as it is not on this machine yet: model owner/model" in done.stdout
+    elsewhere.write_text("model: ./gone\ncalibration: {dataset: ./gone.txt}\n")
+    assert program("validate", str(elsewhere)).returncode == 2
 
 
 def test_schema_and_doctor_and_version() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gblm_compress import comparison
 from gblm_compress.comparison import Cell, CompareResult, compare, draw, rows
-from gblm_compress.errors import DataError, ModelError
+from gblm_compress.errors import DataError, ModelError, UsageError
 from gblm_compress.evaluation import evaluate
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
@@ -101,8 +101,9 @@ def compared(source, folder: Path, calibration: str, evaluation: str, progress) 
 
 def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) -> None:
     """The error of the other process arrives as it was raised there."""
-    with pytest.raises(DataError, match="gone.txt.*no such file"):
-        compared(tiny("llama"), tmp_path / "grid", str(tmp_path / "gone.txt"), str(prose), progress)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(DataError, match="short.txt' gives 5 tokens"):
+        compared(tiny("llama"), tmp_path / "grid", str(tmp_path / "short.txt"), str(prose), progress)
 
 
 def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
@@ -111,6 +112,17 @@ def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     monkeypatch.setattr(comparison, "_in_own_process", None)
     with pytest.raises(DataError, match="gone.txt.*no such file"):
         compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
+    assert not (tmp_path / "grid").exists()
+    with pytest.raises(DataError) as found:
+        compared(tiny("llama"), tmp_path / "grid", "./first.txt", "./second.txt", progress)
+    assert "'./first.txt': no such file" in str(found.value) and "'./second.txt': no such file" in str(found.value)
+    grid = CompareSettings(methods=("wanda",), patterns=("2:4", "2:7"), seeds=1)
+    text, evaluation = CalibrationSettings(dataset=str(prose), sequence_length=32), EvaluateSettings(dataset=str(prose))
+    with pytest.raises(UsageError, match="positions; sequence length is 2048"):
+        compare(tiny("llama"), tmp_path / "grid", grid, text, evaluation, progress=progress)
+    evaluation = evaluation.model_copy(update={"sequence_length": 32})
+    with pytest.raises(UsageError, match="not a multiple of 7"):
+        compare(tiny("llama"), tmp_path / "grid", grid, text, evaluation, progress=progress)
     assert not (tmp_path / "grid").exists()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()

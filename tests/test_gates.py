@@ -1,3 +1,7 @@
+import pytest
+
+from gblm_compress.benchmarking import NO_SPEED_UP, Spread, compare
+from gblm_compress.errors import UsageError
 from gblm_compress.gates import check_gates
 from gblm_compress.settings import GateSettings
 
@@ -8,10 +12,15 @@ EVALUATION = {
 }
 
 
+def speedup(low: float):
+    """A speed-up whose interval begins at `low`."""
+    return {"ratio": 1.1 * low, "low": low, "high": 1.2 * low}
+
+
 def measurement(decode: float, prefill: float = 1.0):
     return {
         "model": "onnx", "runtime": "onnxruntime", "batch": 1,
-        "decode_speedup": {"ratio": decode}, "prefill_speedup": {"ratio": prefill},
+        "decode_speedup": speedup(decode), "prefill_speedup": speedup(prefill),
     }  # fmt: skip
 
 
@@ -35,13 +44,38 @@ def test_limits_on_both_sides() -> None:
     }
 
 
-def test_speed_is_that_of_the_best_artefact_at_every_batch_size() -> None:
-    gates = GateSettings(min_decode_speedup=1.3, min_prefill_speedup=0.95)
-    slow = measurement(1.0, prefill=0.97) | {"model": "pruned", "runtime": "torch"}
-    larger = measurement(1.2, prefill=0.9) | {"batch": 4}
-    assert outcomes(gates, [BASELINE, measurement(1.4, prefill=0.9), slow, larger]) == {
-        ("min_decode_speedup", "onnx in onnxruntime, batch 1"): True,
-        ("min_prefill_speedup", "pruned in torch, batch 1"): True,
-        ("min_decode_speedup", "onnx in onnxruntime, batch 4"): False,
-        ("min_prefill_speedup", "onnx in onnxruntime, batch 4"): False,
-    }
+def test_speed_is_the_lower_end_of_the_best_significant_artefact_at_every_batch_size() -> None:
+    gates = GateSettings(min_decode_speedup=1.3, min_prefill_speedup=1.01)
+    slow = measurement(1.0, prefill=1.02) | {"model": "pruned", "runtime": "torch"}
+    larger = measurement(1.25, prefill=0.9) | {"batch": 4}
+    found = check_gates(gates, EVALUATION, [BASELINE, measurement(1.4, prefill=0.9), slow, larger])
+    assert [(g.gate, g.subject, g.passed) for g in found] == [
+        ("min_decode_speedup", "onnx in onnxruntime, batch 1", True),
+        ("min_decode_speedup", "onnx in onnxruntime, batch 4", False),  # its ratio of medians is 1.375
+        ("min_prefill_speedup", "pruned in torch, batch 1", True),
+        ("min_prefill_speedup", f"best of all, onnx in onnxruntime, batch 4: {NO_SPEED_UP}", False),
+    ]
+    assert (found[1].measured, found[1].low) == (pytest.approx(1.375), 1.25)
+
+
+def test_a_ratio_that_is_not_significant_passes_no_gate() -> None:
+    """A model stored dense, of noisy timings: 2.2 times as fast by its medians, and no verdict."""
+    noisy = compare(Spread(2.2, 0.9, 3.0), Spread(1.0, 0.8, 1.5))
+    assert noisy.verdict == NO_SPEED_UP and noisy.ratio == 2.2
+    timed = measurement(1.0) | {"decode_speedup": vars(noisy)}
+    (outcome,) = check_gates(GateSettings(min_decode_speedup=1.3), EVALUATION, [timed])
+    assert not outcome.passed and outcome.low == pytest.approx(0.6) and NO_SPEED_UP in outcome.subject
+
+
+def test_a_named_artefact_answers_for_itself() -> None:
+    fast, slow = measurement(2.0), measurement(0.95) | {"model": "pruned", "runtime": "torch"}
+    for limit, passed in ((0.9, True), (0.96, False)):
+        gates = GateSettings(min_decode_speedup=limit, artefact="pruned")
+        assert outcomes(gates, [fast, slow]) == {("min_decode_speedup", "pruned in torch, batch 1"): passed}
+
+
+def test_a_speed_gate_on_what_was_not_timed_does_not_pass_silently() -> None:
+    with pytest.raises(UsageError, match="is on bitmask, which was not timed"):
+        check_gates(GateSettings(min_decode_speedup=1.1, artefact="bitmask"), EVALUATION, [measurement(1.4)])
+    with pytest.raises(UsageError, match="was not timed"):
+        check_gates(GateSettings(min_decode_speedup=1.1), EVALUATION, [BASELINE])

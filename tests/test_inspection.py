@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gblm_compress.errors import UsageError
-from gblm_compress.inspection import inspect, report, survivors
+from gblm_compress.inspection import STRIP, as_strips, inspect, report, scale, survivors
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.sources import ModelSource
@@ -24,24 +24,64 @@ def test_dense_weights_hold_no_pattern() -> None:
     assert report("x", torch.ones(4, 32)).patterns == ()
 
 
-def test_survivors_average_over_cells() -> None:
-    weight = torch.zeros(8, 8)
-    weight[:4, :4] = 1
-    weight[4:, 4:6] = 1
-    assert survivors(weight, bins=2).tolist() == [[1.0, 0.0], [0.0, 0.5]]
-    assert survivors(torch.ones(3, 200), bins=96).shape == (3, 96)
+def test_survivors_are_counted_by_column_and_show_structure_at_n_m() -> None:
+    weight = torch.zeros(8, 260)
+    weight[:, 0::4] = weight[:, 3::4] = 1  # 2:4, and the same two columns of every group
+    columns = survivors(weight)
+    assert columns[:4].tolist() == [1.0, 0.0, 0.0, 1.0]
+    strips = as_strips(columns)
+    assert strips.shape == (3, STRIP) and strips[2, 4:].isnan().all()
+    assert torch.equal(strips.flatten()[:260], columns)
 
 
-def test_a_pruned_folder_and_its_picture(tiny, tmp_path, progress) -> None:
+def test_the_scale_is_around_the_mean() -> None:
+    assert scale(torch.tensor([0.5, 0.5, 0.2])) == pytest.approx((0.2, 0.6))
+    low, high = scale(torch.full((4,), 0.5))
+    assert low < 0.5 < high and high - low == pytest.approx(0.002)
+
+
+@pytest.fixture
+def pruned(tiny, tmp_path, progress) -> ModelSource:
     settings = PruneSettings(method="magnitude", pattern="2:4")
     prune(tiny("gpt2"), tmp_path / "p", settings, CalibrationSettings(), progress=progress)
-    result = inspect(ModelSource("p", tmp_path / "p"), tmp_path / "map.png", progress)
+    return ModelSource("p $x$ \n\x1b[31m", tmp_path / "p")
+
+
+def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
+    result = inspect(pruned, tmp_path / "map.png", progress)
     assert len(result.layers) == 8
     assert result.nonzeros == result.weights // 2
     assert all("2:4" in layer.patterns for layer in result.layers)
     header = (tmp_path / "map.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(UsageError, match="heat map .* cannot be written"):
-        inspect(ModelSource("p", tmp_path / "p"), tmp_path / "map.png" / "below.png", progress)
     width, height = struct.unpack(">II", header[16:])
     assert width > 400 and height > 200
+    inspect(pruned, tmp_path / "map.png", progress, force=True)
+
+
+def test_a_picture_is_drawn_only_when_asked(pruned, tmp_path, progress, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert inspect(pruned, None, progress).heat_map is None
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("thesis.doc", "ends in .png"),
+        ("kept.png", "exists; give another file, or --force"),
+        ("folder.png", "is no file"),
+        ("nowhere/map.png", "there is no folder"),
+        ("kept.png/map.png", "there is no folder"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_picture_is_found_before_the_model_is_loaded(
+    name, message, tiny, tmp_path, progress, monkeypatch
+) -> None:
+    (tmp_path / "kept.png").write_bytes(b"kept")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("gblm_compress.sources.load_model", None)
+    with pytest.raises(UsageError, match=message):
+        inspect(tiny("gpt2"), tmp_path / name, progress)
+    assert (tmp_path / "kept.png").read_bytes() == b"kept"

@@ -151,8 +151,24 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
         pipeline.run(smoke(), tmp_path / "file" / "out", Progress(quiet=True))
 
 
+def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, module_cache) -> None:
+    """Dense is timed in float32 beside what is stored dense, and in bfloat16 beside what is packed in it."""
+    from gblm_compress.sources import load_model, load_tokenizer, save_tokenizer
+
+    load_model(tiny("llama"), "bfloat16").save_pretrained(tmp_path / "model")
+    save_tokenizer(load_tokenizer(tiny("llama")), tmp_path / "model")
+    recipe = smoke(f"model={tmp_path / 'model'}", "export=[{format: bitmask}]", "gates.max_perplexity_increase=100")
+    result = pipeline.run(recipe, tmp_path / "out", Progress(quiet=True))
+    assert [(row.model, row.dtype) for row in result.rows] == [
+        ("dense", "float32"), ("dense", "bfloat16"), ("pruned", "float32"), ("bitmask", "bfloat16")
+    ]  # fmt: skip
+    assert result.passed
+
+
 def test_the_plan_names_every_stage() -> None:
     steps = pipeline.plan(smoke())
     assert len(steps) == 8
+    tasks = pipeline.plan(smoke("evaluate.tasks=[piqa]"))
+    assert "evaluate on demo and by piqa (tasks in torch only)" in tasks
     assert steps[0] == "prune tiny by gblm, 2:4"
     assert any("dense model to onnx" in step for step in steps) and "gates" in steps[-1]

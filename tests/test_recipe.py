@@ -101,6 +101,14 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
         ("model: demo\nx: " + "y" * 5000, "x: unknown key"),
         ("model: demo\nprune: " + "y" * 5000, 'got "yyy'),
+        ("model: demo\nexport: [{format: onnx, dtype: bfloat16}]", "bfloat16 cannot be exported to ONNX"),
+        ("model: demo\nexport: [{format: onnx, dtype: float16, kernels: true}]", "kernels runs in float32"),
+        (
+            "model: demo\nexport: [{format: onnx}]\nbenchmark: {}\ngates: {min_decode_speedup: 1.3, artefact: bitmask}",
+            "gates.artefact 'bitmask' is none of what the recipe makes: pruned, onnx",
+        ),
+        ("model: demo\nbenchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
+        ("model: demo\ngates: {artefact: pruned}", "gates.artefact would do nothing"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:

@@ -1,0 +1,143 @@
+"""Whatever shows before the work is found before the work, all of it at once."""
+
+from pathlib import Path
+
+import pytest
+
+from gblm_compress import pipeline
+from gblm_compress.checks import check, unchecked
+from gblm_compress.errors import MissingDependencyError, UsageError
+from gblm_compress.kernels import cpu
+from gblm_compress.settings import Recipe
+
+PARTS = {
+    "calibration": {"dataset": "demo", "sequence_length": 64, "samples": 2},
+    "evaluate": {"dataset": "demo", "sequence_length": 64},
+}
+
+
+def recipe(**keys) -> Recipe:
+    return Recipe.model_validate({"model": "tiny", **PARTS, **keys})
+
+
+def faults(progress, **keys) -> list[str]:
+    return [str(fault) for fault in check(recipe(**keys), progress)]
+
+
+def test_a_recipe_without_faults(progress) -> None:
+    assert faults(progress) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": "./gone"}, "model './gone': no such folder"),
+        ({"model": "gone.gguf"}, "model 'gone.gguf': no such file"),
+        ({"model": {"source": "tiny", "device": "gpu9"}}, "device 'gpu9' is not known"),
+        ({"calibration": {"dataset": "./gone.txt", "sequence_length": 64}}, "dataset './gone.txt': no such file"),
+        ({"calibration": {"dataset": "demo"}}, "512 positions; calibration.sequence_length is 2048"),
+        ({"evaluate": {"dataset": "gone.jsonl", "sequence_length": 64}}, "dataset 'gone.jsonl': no such file"),
+        ({"evaluate": {"dataset": "demo"}}, "512 positions; sequence length is 2048"),
+        ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
+        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export is to onnx: nothing would be timed"),
+        ({"export": [{"format": "semi-structured"}]}, "pattern unstructured is not 2:4"),
+        (
+            {
+                "prune": {"pattern": "2:4", "overrides": [{"layers": "*.0.mlp.*", "pattern": "3:4"}]},
+                "export": [{"format": "semi-structured"}],
+            },
+            "model.layers.0.mlp.gate_proj: pattern 3:4 is not 2:4",
+        ),
+        ({"prune": {"pattern": "3:5"}}, "in_features=64 is not a multiple of 5"),
+        ({"prune": {"ignore": ["*.ffn"]}}, "'*.ffn' matches no module"),
+        ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches none"),
+        ({"compare": {"methods": ["wanda"], "patterns": ["2:4", "2:7"]}}, "in_features=64 is not a multiple of 7"),
+        (
+            {
+                "export": [{"format": "onnx"}],
+                "benchmark": {"prompt": 8, "generate": 8, "runtimes": ["torch"]},
+                "gates": {"min_decode_speedup": 1.1, "artefact": "onnx"},
+            },
+            "gates.artefact 'onnx' runs in onnxruntime, which is not timed",
+        ),
+        (
+            {
+                "model": {"source": "tiny", "device": "cpu"},
+                "prune": {"pattern": "2:4"},
+                "export": [{"format": "semi-structured"}],
+                "benchmark": {"prompt": 8, "generate": 8},
+                "gates": {"min_decode_speedup": 1.1, "artefact": "semi-structured"},
+            },
+            "gates.artefact 'semi-structured' is timed on CUDA only",
+        ),
+    ],
+)
+def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
+    (fault,) = faults(progress, **keys)
+    assert message in fault
+
+
+def test_what_within_2_4_is_exported(progress) -> None:
+    for pattern in ("2:4", "1:4", "1:2", "2:8"):
+        assert faults(progress, prune={"pattern": pattern}, export=[{"format": "semi-structured"}]) == []
+
+
+def test_an_absent_package_and_an_unknown_task(progress, monkeypatch, tmp_path) -> None:
+    evaluation = {"dataset": "demo", "sequence_length": 64, "tasks": ["nonsense"], "include_path": str(tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "lm_eval", None)
+        (fault,) = check(recipe(evaluate=evaluation), progress)
+        assert isinstance(fault, MissingDependencyError) and "lm-eval, which is not installed" in str(fault)
+    pytest.importorskip("lm_eval")
+    (message,) = faults(progress, evaluate=evaluation)
+    assert "task 'nonsense' is not known" in message
+
+
+def test_an_operator_that_was_not_compiled(progress, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_library_file", lambda: None)
+    (message,) = faults(progress, export=[{"format": "onnx", "kernels": True}])
+    assert "operator for ONNX Runtime was not compiled" in message
+
+
+def test_a_cache_that_onnx_has_no_words_for(tiny, progress, tmp_path) -> None:
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(tiny("mistral").folder, tmp_path / "sliding"))
+    content = json.loads((folder / "config.json").read_text()) | {"sliding_window": 128}
+    (folder / "config.json").write_text(json.dumps(content))
+    (message,) = faults(progress, model=str(folder), export=[{"format": "onnx"}])
+    assert "sliding-window" in message and "cannot be exported to ONNX yet" in message
+
+
+def test_a_float16_checkpoint_and_kernels(tiny, progress, tmp_path, monkeypatch) -> None:
+    from gblm_compress.sources import load_model
+
+    monkeypatch.setattr(cpu, "onnxruntime_library", lambda: Path())
+    load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")
+    (message,) = faults(progress, model=str(tmp_path / "half"), export=[{"format": "onnx", "kernels": True}])
+    assert "kernels run in float32; this model is exported in float16" in message
+
+
+def test_all_faults_come_in_one_error_and_nothing_is_written(progress, tmp_path) -> None:
+    wrong = recipe(
+        model={"source": "tiny", "device": "gpu9"},
+        calibration={"dataset": "./gone.txt", "sequence_length": 4096},
+        evaluate={"dataset": "./gone.jsonl", "sequence_length": 64},
+        export=[{"format": "semi-structured"}],
+        benchmark={"prompt": 1000},
+    )
+    with pytest.raises(UsageError) as found:
+        pipeline.run(wrong, tmp_path / "out", progress)
+    lines = str(found.value).splitlines()
+    assert lines[0] == "6 faults" and len(lines) == 7
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    absent = recipe(model="owner/model", calibration={"dataset": "c4"}, export=[{"format": "semi-structured"}])
+    (fault,) = check(absent, progress)
+    assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
+    assert unchecked(absent) == ["model owner/model", "text c4"]
+    assert unchecked(recipe()) == []
