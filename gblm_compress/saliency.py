@@ -64,8 +64,8 @@ def gblm(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
     """|W|·(A + α·G) (Das et al., arXiv 2311.04902, Algorithm 1).
 
     α is not free of scale, and belongs to A as the released code computes it: A grows with the square root of the
-    tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 belongs to 128
-    samples of 2048 tokens.
+    tokens in a sample, G with the number of samples (p = 1) or its square root (p = 2). The published α = 100 belongs
+    to 128 samples of 2048 tokens.
     """
     return weight.abs() * (statistics.activations() + alpha * statistics.gradients())
 
