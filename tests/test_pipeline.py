@@ -9,6 +9,8 @@ from gblm_compress import pipeline, report, walk
 from gblm_compress.errors import UsageError
 from gblm_compress.progress import Progress
 from gblm_compress.recipe import find_recipe, load_recipe
+from gblm_compress.settings import EvaluateSettings
+from gblm_compress.sources import ModelSource, load_model, load_tokenizer, save_tokenizer
 
 SMOKE = ("benchmark.batch=[1]",)
 
@@ -153,8 +155,6 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
 
 def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, module_cache) -> None:
     """Dense is timed in float32 beside what is stored dense, and in bfloat16 beside what is packed in it."""
-    from gblm_compress.sources import load_model, load_tokenizer, save_tokenizer
-
     load_model(tiny("llama"), "bfloat16").save_pretrained(tmp_path / "model")
     save_tokenizer(load_tokenizer(tiny("llama")), tmp_path / "model")
     recipe = smoke(f"model={tmp_path / 'model'}", "export=[{format: bitmask}]", "gates.max_perplexity_increase=100")
@@ -163,6 +163,13 @@ def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, mod
         ("dense", "float32"), ("dense", "bfloat16"), ("pruned", "float32"), ("bitmask", "bfloat16")
     ]  # fmt: skip
     assert result.passed
+
+
+def test_tasks_are_asked_in_torch_only(tiny, tmp_path) -> None:
+    (tmp_path / "model.onnx").touch()
+    settings = EvaluateSettings(tasks=("piqa",), sequence_length=64)
+    assert pipeline._measurable(settings, tiny("llama")) == settings
+    assert pipeline._measurable(settings, ModelSource("onnx", tmp_path)) == EvaluateSettings(sequence_length=64)
 
 
 def test_the_plan_names_every_stage() -> None:

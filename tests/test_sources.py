@@ -48,6 +48,19 @@ def test_a_path_that_does_not_exist(name, progress) -> None:
         resolve_model(name, progress)
 
 
+def test_find_here_neither_fetches_nor_converts(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    assert sources.find_here("owner/model") is None
+    (tmp_path / "x.gguf").write_bytes(b"not converted yet")
+    assert sources.find_here(str(tmp_path / "x.gguf")) is None
+    assert sources.find_here("tiny").config["model_type"] == "llama"
+    folder = tiny("gpt2").folder
+    assert sources.find_here(str(folder)).folder == folder
+    for name in ("./gone", "gone.gguf"):
+        with pytest.raises(ModelError, match="no such"):
+            sources.find_here(name)
+
+
 def test_a_hub_id_that_cannot_be_had(progress, monkeypatch) -> None:
     def offline(*args, **kwargs):
         raise OSError("offline")

@@ -207,3 +207,18 @@ def test_looking_for_a_file_loads_no_torch() -> None:
 def test_tokenize_takes_the_text_whole() -> None:
     assert tokenize(byte_tokenizer(), "ab ab").tolist() == byte_tokenizer()("ab ab")["input_ids"]
     assert len(tokenize(byte_tokenizer(), "é" * 3000)) == 6000
+
+
+@pytest.mark.parametrize("source", ["demo", "wikitext2", "c4", "owner/name:config@split"])
+def test_a_look_at_a_text_reads_nothing(source, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if ":" not in source:
+        (tmp_path / source).mkdir()  # a folder of that name does not stand in its way
+    text.check_source(source)
+
+
+def test_a_look_at_a_text_misses_what_is_not_there(tmp_path) -> None:
+    for name in ("gone.txt", "gone.parquet", "."):
+        with pytest.raises(DataError, match="no such file|file that exists"):
+            text.check_source(str(tmp_path / name))
+    assert text.is_here("demo") and text.is_here("x.jsonl") and not text.is_here("c4")

@@ -15,6 +15,7 @@ from gblm_compress.errors import DataError, MissingDependencyError, ModelError, 
 from gblm_compress.evaluation import evaluate
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.sources import ModelSource, load_model, load_tokenizer
+from gblm_compress.tiny import build_tiny
 from gblm_compress.zero_shot import recovery, score
 
 TASKS = Path(__file__).parent / "zero_shot_tasks"
@@ -56,12 +57,14 @@ def slow_answers(source: ModelSource) -> list[float]:
     return right
 
 
-def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, progress) -> None:
+def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, progress, tmp_path) -> None:
+    build_tiny("llama", tmp_path / "dense", seed=1)
+    baseline = ModelSource("dense", tmp_path / "dense")
     settings = EvaluateSettings(
         dataset=str(prose), sequence_length=32, max_windows=2, tasks=("parity",), include_path=str(own_task)
     )
-    result = evaluate(tiny("llama"), settings, baseline=tiny("qwen2"), progress=progress).zero_shot
-    mine, dense = slow_answers(tiny("llama")), slow_answers(tiny("qwen2"))
+    result = evaluate(tiny("llama"), settings, baseline=baseline, progress=progress).zero_shot
+    mine, dense = slow_answers(tiny("llama")), slow_answers(baseline)
     (task,) = result.tasks
     assert (task.task, task.metric, task.questions) == ("parity", "acc_norm", 12)
     assert task.accuracy == pytest.approx(sum(mine) / 12) == result.mean_accuracy
@@ -118,7 +121,8 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").touch()
     with pytest.raises(ModelError, match=r"tasks are measured in torch"):
-        evaluate(ModelSource("onnx", tmp_path / "onnx"), EvaluateSettings(tasks=("parity",)), progress=progress)
+        settings = EvaluateSettings(tasks=("parity",), include_path=str(own_task))
+        evaluate(ModelSource("onnx", tmp_path / "onnx"), settings, progress=progress)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'gblm-compress\[eval\]'"):
         evaluate(source, EvaluateSettings(tasks=("parity",), sequence_length=64), progress=progress)
