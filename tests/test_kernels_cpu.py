@@ -1,5 +1,6 @@
 """Every path of the compiled kernels against a product in float64, forced one by one."""
 
+import os
 import subprocess
 import sys
 
@@ -68,8 +69,56 @@ def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 def test_threads_are_torchs_own() -> None:
     """No second OpenMP runtime: the entry points come from the one that torch loaded."""
-    parallel, number = cpu._openmp_of_torch()
-    assert parallel and number
+    assert all(cpu._openmp_of_torch())
+
+
+PRODUCTS = """
+import threading
+import torch
+from gblm_compress.bitmask import pack, row_starts
+from gblm_compress.kernels import cpu
+
+torch.set_num_threads(4)
+weight = torch.randn(65, 200) * (torch.rand(65, 200) < 0.5)
+mask, values = pack(weight.add(0.0))
+starts = row_starts(mask)
+
+
+def products():
+    for tokens in (1, 5, 33):
+        for path in cpu.paths(torch.float32):
+            if tokens <= cpu.FEW_TOKENS or cpu.has_many(torch.float32, path):
+                x = torch.randn(tokens, 200)
+                torch.full((1 << 12,), 1e9)  # what a result that is not written would hold
+                y = cpu.linear(x, mask, values, starts, path, many=tokens > cpu.FEW_TOKENS)
+                wrong = (y - x @ weight.T).abs().max()
+                assert wrong < 1e-3, (tokens, path, wrong)
+            assert torch.equal(cpu.expand(mask, values, starts, 200, 0, torch.full((65, 200), 7.0), path), weight)
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "3"}, {"OMP_DYNAMIC": "true"}],
+    ids=str,
+)
+def test_whatever_team_openmp_gives_computes_all_rows(environment) -> None:
+    code = PRODUCTS + "products()"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_threads_of_python_at_once() -> None:
+    code = PRODUCTS + """
+failed = []
+threading.excepthook = failed.append
+callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for _ in range(4)]
+[caller.start() for caller in callers]
+[caller.join() for caller in callers]
+assert not failed, failed
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,12 @@ PORTABLE(f32, float, f32_to_float)
 PORTABLE(f16, uint16_t, f16_to_float)
 PORTABLE(bf16, uint16_t, bf16_to_float)
 
+/* The bits of word w that are columns of a row. */
+static inline uint64_t in_row(int64_t columns, int64_t w) {
+    const int64_t left = columns - w * 64;
+    return left >= 64 ? ~0ull : (1ull << left) - 1;
+}
+
 /* Write rows [begin, end) dense, columns·element bytes each, into `dense`. */
 #define PORTABLE_EXPAND(NAME, TYPE)                                                                       \
     static void portable_expand_##NAME(const Job *job, int64_t begin, int64_t end, void *dense, int64_t columns) { \
@@ -49,7 +55,7 @@ PORTABLE(bf16, uint16_t, bf16_to_float)
             const TYPE *v = (const TYPE *)job->values + job->starts[r];                                   \
             TYPE *row = (TYPE *)dense + (r - begin) * columns;                                            \
             for (int64_t w = 0; w < job->words; w++)                                                      \
-                for (uint64_t bits = job->mask[r * job->words + w]; bits; bits &= bits - 1)               \
+                for (uint64_t bits = job->mask[r * job->words + w] & in_row(columns, w); bits; bits &= bits - 1) \
                     row[w * 64 + __builtin_ctzll(bits)] = *v++;                                           \
         }                                                                                                 \
     }
@@ -256,11 +262,10 @@ AVX512 static void avx512_expand_32(const Job *job, int64_t begin, int64_t end, 
         float *row = (float *)dense + (r - begin) * columns;
         for (int64_t w = 0; w < job->words; w++) {
             uint64_t m = job->mask[r * job->words + w];
-            const int64_t left = columns - w * 64;
-            uint64_t in_row = left >= 64 ? ~0ull : (1ull << left) - 1;
-            for (int part = 0; part < 4; part++, m >>= 16, in_row >>= 16) {
+            uint64_t valid = in_row(columns, w);
+            for (int part = 0; part < 4; part++, m >>= 16, valid >>= 16) {
                 const __m512 value = expand_ps((__mmask16)m, v);
-                _mm512_mask_storeu_ps(row + w * 64 + 16 * part, (__mmask16)in_row, value);
+                _mm512_mask_storeu_ps(row + w * 64 + 16 * part, (__mmask16)valid, value);
                 v += __builtin_popcount((unsigned)m & 0xffff);
             }
         }
@@ -273,11 +278,10 @@ AVX512_16 static void avx512_expand_16(const Job *job, int64_t begin, int64_t en
         uint16_t *row = (uint16_t *)dense + (r - begin) * columns;
         for (int64_t w = 0; w < job->words; w++) {
             uint64_t m = job->mask[r * job->words + w];
-            const int64_t left = columns - w * 64;
-            uint64_t in_row = left >= 64 ? ~0ull : (1ull << left) - 1;
-            for (int part = 0; part < 2; part++, m >>= 32, in_row >>= 32) {
+            uint64_t valid = in_row(columns, w);
+            for (int part = 0; part < 2; part++, m >>= 32, valid >>= 32) {
                 const __m512i value = _mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));
-                _mm512_mask_storeu_epi16(row + w * 64 + 32 * part, (__mmask32)in_row, value);
+                _mm512_mask_storeu_epi16(row + w * 64 + 32 * part, (__mmask32)valid, value);
                 v += __builtin_popcount((unsigned)m);
             }
         }
@@ -297,8 +301,7 @@ static int has_amx(void) {
 }
 #endif
 
-/* Bit p of the result is set where the CPU can run path p for elements of `type`. */
-EXPORT int gblm_paths(int type) {
+static int paths_of(int type) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -313,6 +316,16 @@ EXPORT int gblm_paths(int type) {
     if (type == BF16 && paths >> AVX512_PATH & 1 && has_amx()) paths |= 1 << AMX_PATH;
 #endif
 #endif
+    return paths;
+}
+
+/* Bit p of the result is set where the CPU can run path p for elements of `type`. Found once: asking for AMX is a system
+ * call, and cpuid leaves a virtual machine. */
+EXPORT int gblm_paths(int type) {
+    static int found[TYPES];
+    if (type < 0 || type >= TYPES) return 0;
+    int paths = __atomic_load_n(&found[type], __ATOMIC_RELAXED);
+    if (!paths) __atomic_store_n(&found[type], paths = paths_of(type), __ATOMIC_RELAXED);
     return paths;
 }
 
@@ -376,28 +389,31 @@ static void expand_part(void *argument, int index) {
 /* ---- torch's threads ---- */
 
 static void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void);
+static int (*thread_number)(void), (*team_size)(void);
 
 /* Borrow the OpenMP runtime that the process already has (a second pool would spin against the first); without it
  * everything runs on the calling thread. */
-EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num) {
+EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num, void *omp_get_num_threads) {
     gomp_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
     thread_number = (int (*)(void))omp_get_thread_num;
+    team_size = (int (*)(void))omp_get_num_threads;
 }
 
 typedef struct {
     void (*part)(void *, int);
     void *work;
+    int count;
 } Region;
 
+/* The team may be smaller than what was asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC, a region within a region). */
 static void region_part(void *argument) {
     const Region *region = argument;
-    region->part(region->work, thread_number());
+    for (int index = thread_number(); index < region->count; index += team_size()) region->part(region->work, index);
 }
 
 static void run_openmp(void *context, void (*part)(void *, int), void *work, int count) {
     (void)context;
-    Region region = {part, work};
+    Region region = {part, work, count};
     if (count == 1) part(work, 0);
     else gomp_parallel(region_part, &region, (unsigned)count, 0);
 }
@@ -407,20 +423,33 @@ static Threads openmp(int count) {
     return threads;
 }
 
-/* y [tokens, rows] = x [tokens, words·64] Wᵀ, both in the type of the values, accumulated in float32. Without `panels`
- * at most FEW_TOKENS tokens; with them (gblm_panel_bytes) any number, on the path for many. */
-EXPORT void gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y,
-                                void *panels, int64_t rows, int64_t words, int64_t tokens, int type, int path, int count) {
-    const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
-    const Threads threads = openmp(count);
-    (panels ? gblm_many_tokens : gblm_few_tokens)(&job, 1, &threads);
+/* Whether numbers that choose code or size work are within their tables and what the CPU can run. */
+static int can_run(int64_t rows, int64_t words, int type, int path, int count) {
+    return rows >= 0 && words > 0 && count > 0 && path >= 0 && path < PATHS && gblm_paths(type) >> path & 1;
 }
 
-/* Rows [first, first + count) dense, [count, columns], in the type of the values. */
-EXPORT void gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
-                                int64_t rows, int64_t columns, int64_t words, int type, int path, int count) {
+/* y [tokens, rows] = x [tokens, words·64] Wᵀ, both in the type of the values, accumulated in float32. Without `panels`
+ * at most FEW_TOKENS tokens; with them (gblm_panel_bytes) any number, on the path for many. Returns 0, and has done
+ * nothing, where a number is not one that there is code for. */
+EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y,
+                               void *panels, int64_t rows, int64_t words, int64_t tokens, int type, int path, int count) {
+    const int many = panels != NULL;
+    if (!can_run(rows, words, type, path, count) || tokens < 1) return 0;
+    if (many ? !gblm_has_many(type, path) : tokens > FEW_TOKENS) return 0;
+    const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
+    const Threads threads = openmp(count);
+    (many ? gblm_many_tokens : gblm_few_tokens)(&job, 1, &threads);
+    return 1;
+}
+
+/* Rows [first, first + count) dense, [count, columns], in the type of the values. Returns as gblm_bitmask_linear. */
+EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
+                               int64_t rows, int64_t columns, int64_t words, int type, int path, int count) {
+    if (!can_run(rows, words, type, path, count) || first < 0 || columns <= (words - 1) * 64 || columns > words * 64)
+        return 0;
     const Job job = {.mask = mask, .values = values, .starts = starts, .words = words, .type = type, .path = path};
     const Threads threads = openmp(count);
     Expansion work = {.job = &job, .parts = threads.count, .first = first, .count = rows, .columns = columns, .dense = dense};
     threads.run(threads.context, expand_part, &work, threads.count);
+    return 1;
 }

@@ -1,7 +1,12 @@
 /* What the kernels of the bitmask layout share.
  *
  * Rows of the mask are whole 64-bit words; bit b of word w is column 64·w + b, and bits beyond the last column are
- * zero. A row's nonzeros are contiguous; row r begins at starts[r]. `values` is readable for 64 elements past its end.
+ * zero. A row's nonzeros are contiguous; row r begins at starts[r], the number of bits in the rows before it. `values`
+ * is readable for 64 elements past the last nonzero.
+ *
+ * All of this is the caller's to guarantee, for no kernel could check it without reading the mask twice. Two places do,
+ * once for each weight: `bitmask.check` in Python, when a layer is filled, and `create` in onnxruntime_op.c, when a
+ * session is made. The functions for Python check their numbers, whose cost is nothing.
  */
 #ifndef GBLM_BITMASK_H
 #define GBLM_BITMASK_H
@@ -29,7 +34,7 @@ typedef struct {
     void *panels; /* for many tokens: scratch of gblm_panel_bytes */
 } Job;
 
-/* Threads are the caller's: `run` calls part(work, 0 … count - 1), side by side where it can. */
+/* Threads are the caller's: `run` calls part(work, 0 … count - 1), each once, side by side where it can. */
 typedef struct {
     void (*run)(void *context, void (*part)(void *work, int index), void *work, int count);
     void *context;

@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
     kernels.gblm_bitmask_linear.argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int] * 3
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
     kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
-    kernels.gblm_set_parallel.argtypes = [pointer, pointer]
+    kernels.gblm_set_parallel.argtypes = [pointer] * len(_OPENMP)
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels
 
@@ -110,17 +110,25 @@ def linear(
 
     Args:
         x: [tokens, columns] in the dtype of `values`.
-        mask, values, starts: the packed weight [rows, columns].
+        mask, values, starts: the packed weight [rows, columns], which `bitmask.check` has passed; they are not checked again.
         kernel: one of `paths`; the best one if unset.
         many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
 
     Returns:
         [tokens, rows] in the dtype of `x`.
+
+    Raises:
+        ValueError: x is no such tensor, or there is no such kernel for so many tokens.
     """
     kernels = library()
     assert kernels is not None
     tokens, columns = x.shape
     rows, words = mask.shape
+    if not x.is_cpu or x.dtype != values.dtype or -(-columns // WORD) != words:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device} with {columns} columns; the weight is {values.dtype} on the CPU with "
+            f"{words} words of {WORD} columns"
+        )
     if columns != words * WORD:
         x = torch.nn.functional.pad(x, (0, words * WORD - columns))
     x = x.contiguous()
@@ -129,7 +137,7 @@ def linear(
         return y
     kind, chosen = _codes(x.dtype, kernel)
     panels = scratch(kernels.gblm_panel_bytes(words, tokens, kind)).data_ptr() if many else None
-    kernels.gblm_bitmask_linear(
+    done = kernels.gblm_bitmask_linear(
         mask.data_ptr(),
         values.data_ptr(),
         starts.data_ptr(),
@@ -143,6 +151,8 @@ def linear(
         chosen,
         torch.get_num_threads(),
     )
+    if not done:
+        raise ValueError(f"no kernel {kernel or path(x.dtype)} for {tokens} tokens of {x.dtype} (many={many})")
     return y
 
 
@@ -166,10 +176,21 @@ def scratch(size: int) -> Tensor:
 def expand(
     mask: Tensor, values: Tensor, starts: Tensor, columns: int, first: int, out: Tensor, kernel: str | None = None
 ) -> Tensor:
-    """Rows `first` … `first + len(out)` of the packed weight, dense, written into `out` [count, columns]."""
+    """Rows `first` … `first + len(out)` of the packed weight, dense, written into `out` [count, columns].
+
+    Raises:
+        ValueError: the weight has no such rows, or `out` is no such tensor; as for `linear`.
+    """
     kernels = library()
     assert kernels is not None
-    kernels.gblm_bitmask_expand(
+    rows = mask.shape[0]
+    if (
+        not 0 <= first <= first + len(out) <= rows
+        or not (out.is_cpu and out.is_contiguous())
+        or (out.dtype, out.shape[1:]) != (values.dtype, (columns,))
+    ):
+        raise ValueError(f"rows {first} to {first + len(out)} of {rows} into {out.dtype} {list(out.shape)}")
+    done = kernels.gblm_bitmask_expand(
         mask.data_ptr(),
         values.data_ptr(),
         starts.data_ptr(),
@@ -181,11 +202,16 @@ def expand(
         *_codes(values.dtype, kernel),
         torch.get_num_threads(),
     )
+    if not done:
+        raise ValueError(f"no kernel {kernel or path(values.dtype)} for {columns} columns of {values.dtype}")
     return out
 
 
-def _openmp_of_torch() -> tuple[int | None, int | None]:
-    """Entry points of the OpenMP runtime that torch has loaded; (None, None) where it has none: one thread then."""
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+def _openmp_of_torch() -> tuple[int | None, ...]:
+    """The entry points `_OPENMP` of the runtime that torch has loaded; Nones where it has none: one thread then."""
     candidates = []
     maps = Path("/proc/self/maps")
     if sys.platform == "linux" and maps.exists():
@@ -195,8 +221,6 @@ def _openmp_of_torch() -> tuple[int | None, int | None]:
     candidates.sort(key=lambda name: "torch" not in name)
     for name in candidates:
         runtime = ctypes.CDLL(name)
-        if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num"):
-            pointers = (runtime.GOMP_parallel, runtime.omp_get_thread_num)
-            first, second = (ctypes.cast(pointer, ctypes.c_void_p).value for pointer in pointers)
-            return first, second
-    return None, None
+        if all(hasattr(runtime, name) for name in _OPENMP):
+            return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in _OPENMP)
+    return (None,) * len(_OPENMP)
