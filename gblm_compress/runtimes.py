@@ -6,7 +6,8 @@ between models or runtimes and never between two ways of calling them.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -148,31 +149,30 @@ class OnnxRuntime:
         provider = check_onnx_provider(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        records = TemporaryDirectory()
-        if profile:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(records.name) / "profile")
+        options.log_severity_level = 4  # errors come as exceptions
         if source.needs_operator:
             options.register_custom_ops_library(str(cpu.onnxruntime_library()))
         providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
-        try:
-            self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)
-        except Exception as error:  # onnxruntime raises its own kinds, which share no base
-            raise ModelError(f"{source.name!r}: ONNX Runtime cannot load it ({str(error)[:300]})") from error
-        self.provider = self._session.get_providers()[0]
-        if self.provider != provider:
-            raise MissingDependencyError(
-                f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
-                "versions it was built for are needed"
-            )
-        self._device = kind
-        self._device_id = int(index or 0)
-        self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}[self._session.get_outputs()[0].type]
-        with records:
+        self._name = source.name
+        with TemporaryDirectory() as records:
+            if profile:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(Path(records) / "profile")
+            with self._named_errors("load"):
+                self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)
+            self.provider = self._session.get_providers()[0]
+            if self.provider != provider:
+                raise MissingDependencyError(
+                    f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
+                    "versions it was built for are needed"
+                )
+            self._device = kind
+            self._device_id = int(index or 0)
+            self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
+            self._outputs = [output.name for output in self._session.get_outputs()]
+            self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
+            types = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+            self.dtype = types[self._session.get_outputs()[0].type]
             self._kernels = self._profiled(sorted(set(profile))) if profile else {}
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -214,6 +214,13 @@ class OnnxRuntime:
         logits, cache = self._run(ids.numpy(), self._empty_cache(len(ids)) if cache is None else cache, past)
         return logits[:, -1], cache
 
+    @contextmanager
+    def _named_errors(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # onnxruntime raises its own kinds, which share no base
+            raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
+
     def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
         batch, tokens = ids.shape
         positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
@@ -226,7 +233,8 @@ class OnnxRuntime:
             binding.bind_ortvalue_input(cache_input.name, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu" if name == "logits" else self._device, self._device_id)
-        self._session.run_with_iobinding(binding)
+        with self._named_errors("run"):
+            self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), present
 

@@ -220,30 +220,34 @@ def test_what_runs_is_listed_with_its_provider(exported, with_kernels) -> None:
     assert dense[products] - packed[products] == 14
 
 
-@needs_operator
-def test_the_operator_says_what_shape_it_needs(tmp_path) -> None:
-    import onnxruntime
-    from onnx import TensorProto, helper
+def without_a_start(graph) -> None:
+    starts = next(tensor for tensor in graph.initializer if tensor.name.endswith(".starts"))
+    starts.CopyFrom(onnx.numpy_helper.from_array(np.zeros(starts.dims, np.int64), starts.name))
 
-    sizes = {"x": TensorProto.FLOAT, "m": TensorProto.INT64, "v": TensorProto.FLOAT, "s": TensorProto.INT64}
-    graph = helper.make_graph(
-        [helper.make_node("BitmaskLinear", list(sizes), ["y"], domain="gblm")],
-        "one",
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in sizes.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("gblm", 1), helper.make_opsetid("", 20)])
-    model.ir_version = 10
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(cpu.onnxruntime_library()))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    inputs = {"m": np.zeros((3, 1), np.int64), "v": np.zeros(64, np.float32), "s": np.zeros(3, np.int64)}
-    assert session.run(None, {"x": np.ones((2, 5, 64), np.float32), **inputs})[0].shape == (2, 5, 3)
-    with pytest.raises(Exception, match="must be 64 times the words"):
-        session.run(None, {"x": np.ones((2, 65), np.float32), **inputs})
-    with pytest.raises(Exception, match="must be 64 times the words"):
-        session.run(None, {"x": np.ones((), np.float32), **inputs})
+
+def with_another_width(graph) -> None:
+    """Every token's hidden state twice, side by side, before the first BitmaskLinear: known in a run only."""
+    node = next(node for node in graph.node if node.domain == "gblm")
+    twice = onnx.helper.make_node("Concat", [node.input[0]] * 2, ["twice"], axis=-1)
+    graph.node.insert(list(graph.node).index(node), twice)
+    node.input[0] = "twice"
+
+
+@needs_operator
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_start, r"cannot load it .*starts 'model\.layers\.\d.*\.starts' says 0 at row 1; the rows before"),
+        (with_another_width, r"cannot run it .*x must be a tensor .* the last of 64; .* the last of 128"),
+    ],
+)
+def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage, message) -> None:
+    model = onnx.load(with_kernels[1].folder / "model.onnx")
+    damage(model.graph)
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=message):
+        OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1).logits(torch.arange(8).unsqueeze(0))
 
 
 def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:

@@ -5,6 +5,9 @@
  *                   mask [rows, words] int64, values [nonzeros + 64] float, starts [rows] int64, … of the next weight)
  *         -> y [..., rows] float, … of the next weight
  *
+ * The packed weights are constant initializers: a session checks every bit of them when it is made, and then knows them; what is
+ * left to check in a run is x.
+ *
  * ONNX Runtime loads this library by its path and calls RegisterCustomOps. Compiled without ONNX Runtime's C header
  * (Debian: libonnxruntime-dev) it has no such function, and the rest of the library is the same.
  */
@@ -18,12 +21,15 @@
 
 #ifdef GBLM_HEADER
 #include GBLM_HEADER
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
 #include "bitmask.h"
 
-enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PARALLEL_FOR_SINCE = 17 };
+enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64, PARALLEL_FOR_SINCE = 17 };
 static const OrtApi *ort;
 static int path, parts;
 
@@ -33,14 +39,32 @@ static int path, parts;
         if (status) return status;              \
     } while (0)
 
-static OrtStatusPtr invalid(const char *message) { return ort->CreateStatus(ORT_INVALID_ARGUMENT, message); }
+__attribute__((format(printf, 1, 2))) static OrtStatusPtr invalid(const char *format, ...) {
+    char message[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    return ort->CreateStatus(ORT_INVALID_ARGUMENT, message);
+}
 
-static OrtStatusPtr shape_of(const OrtValue *value, int64_t shape[MAX_RANK], size_t *rank) {
+/* A value's type and shape: undefined where it is no tensor; of more than MAX_RANK dimensions only their number. */
+typedef struct {
+    ONNXTensorElementDataType type;
+    size_t rank;
+    int64_t shape[MAX_RANK];
+} Form;
+
+static OrtStatusPtr form_of(const OrtValue *value, Form *form) {
     OrtTensorTypeAndShapeInfo *info;
+    int is_tensor = 0;
+    memset(form, 0, sizeof *form);
+    if (value) TRY(ort->IsTensor(value, &is_tensor));
+    if (!is_tensor) return NULL; /* of undefined type */
     TRY(ort->GetTensorTypeAndShape(value, &info));
-    OrtStatusPtr status = ort->GetDimensionsCount(info, rank);
-    if (!status && *rank > MAX_RANK) status = invalid("BitmaskLinear: more than 8 dimensions");
-    if (!status) status = ort->GetDimensions(info, shape, *rank);
+    OrtStatusPtr status = ort->GetTensorElementType(info, &form->type);
+    if (!status) status = ort->GetDimensionsCount(info, &form->rank);
+    if (!status && form->rank <= MAX_RANK) status = ort->GetDimensions(info, form->shape, form->rank);
     ort->ReleaseTensorTypeAndShapeInfo(info);
     return status;
 }
@@ -64,43 +88,131 @@ static void run_session(void *context, void (*part)(void *, int), void *work, in
     for (int i = 0; i < count; i++) part(work, i);
 }
 
-static OrtStatusPtr data_of(OrtKernelContext *context, size_t index, const OrtValue **value, const void **data) {
-    TRY(ort->KernelContext_GetInput(context, index, value));
-    return ort->GetTensorMutableData((OrtValue *)*value, (void **)data);
+/* ---- a session is made: the packed weights ---- */
+
+/* A node with its weights: what is known of each Job before there is an x. */
+typedef struct {
+    int count;
+    Job jobs[MAX_WEIGHTS];
+} Linear;
+
+/* Constant input `index`, which must be of that type and rank; errors call it by its name in the graph. */
+static OrtStatusPtr constant(const OrtKernelInfo *info, size_t index, const char *role, ONNXTensorElementDataType type,
+                             size_t rank, char name[200], Form *form, const void **data) {
+    const OrtValue *value = NULL;
+    int is_constant = 0;
+    size_t size = 200;
+    OrtStatusPtr unnamed = ort->KernelInfo_GetInputName(info, index, name, &size);
+    if (unnamed) {
+        ort->ReleaseStatus(unnamed);
+        snprintf(name, 200, "input %zu", index);
+    }
+    TRY(ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+    if (!is_constant || !value) return invalid("BitmaskLinear: %s '%s' must be a constant initializer", role, name);
+    TRY(form_of(value, form));
+    if (form->type != type || form->rank != rank)
+        return invalid("BitmaskLinear: %s '%s' must be a tensor of %s with %zu dimension%s; it has element type %d and %zu",
+                       role, name, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? "int64" : "float", rank,
+                       rank == 1 ? "" : "s", (int)form->type, form->rank);
+    return ort->GetTensorMutableData((OrtValue *)value, (void **)data);
 }
 
+static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job) {
+    char name[200];
+    Form mask, values, starts;
+    TRY(constant(info, input, "mask", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 2, name, &mask, (const void **)&job->mask));
+    job->rows = mask.shape[0];
+    job->words = mask.shape[1];
+    if (job->rows < 1 || job->words < 1 || job->words > INT64_MAX / 64)
+        return invalid("BitmaskLinear: mask '%s' has shape [%lld, %lld]; it needs at least one row and one word", name,
+                       (long long)job->rows, (long long)job->words);
+    TRY(constant(info, input + 2, "starts", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 1, name, &starts,
+                 (const void **)&job->starts));
+    if (starts.shape[0] != job->rows)
+        return invalid("BitmaskLinear: starts '%s' has %lld elements; the mask has %lld rows", name,
+                       (long long)starts.shape[0], (long long)job->rows);
+    int64_t bits = 0;
+    for (int64_t row = 0; row < job->rows; row++) {
+        if (job->starts[row] != bits)
+            return invalid("BitmaskLinear: starts '%s' says %lld at row %lld; the rows before it have %lld bits", name,
+                           (long long)job->starts[row], (long long)row, (long long)bits);
+        for (int64_t word = 0; word < job->words; word++)
+            bits += __builtin_popcountll(job->mask[row * job->words + word]);
+    }
+    TRY(constant(info, input + 1, "values", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 1, name, &values, &job->values));
+    if (values.shape[0] != bits + PADDING)
+        return invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
+                       "padding",
+                       name, (long long)values.shape[0], (long long)bits, (long long)bits + PADDING, (int)PADDING);
+    job->type = F32;
+    job->path = path;
+    return NULL;
+}
+
+static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
+    size_t inputs, outputs;
+    TRY(ort->KernelInfo_GetInputCount(info, &inputs));
+    TRY(ort->KernelInfo_GetOutputCount(info, &outputs));
+    const size_t count = inputs / 3;
+    if (inputs % 3 != 1 || count < 1 || count > MAX_WEIGHTS || outputs != count)
+        return invalid("BitmaskLinear: needs x, then mask, values and starts of 1 to %d weights, and an output for each; it "
+                       "has %zu inputs and %zu outputs",
+                       (int)MAX_WEIGHTS, inputs, outputs);
+    linear->count = (int)count;
+    for (size_t i = 0; i < count; i++) {
+        TRY(weight_at(info, 3 * i + 1, linear->jobs + i));
+        if (linear->jobs[i].words != linear->jobs->words)
+            return invalid("BitmaskLinear: the masks have %lld and %lld words in a row; all multiply the same x",
+                           (long long)linear->jobs->words, (long long)linear->jobs[i].words);
+    }
+    return NULL;
+}
+
+static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    (void)op, (void)api;
+    Linear *linear = calloc(1, sizeof *linear);
+    if (!linear) return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory");
+    OrtStatusPtr status = weights_of(info, linear);
+    if (status) free(linear);
+    else *kernel = linear;
+    return status;
+}
+
+static void ORT_API_CALL destroy(void *kernel) { free(kernel); }
+
+/* ---- a run: x ---- */
+
 static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context) {
-    (void)kernel;
-    Job jobs[MAX_WEIGHTS] = {0};
-    const OrtValue *value;
+    const Linear *linear = kernel;
+    const int count = linear->count;
+    const int64_t columns = linear->jobs->words * 64;
+    Job jobs[MAX_WEIGHTS];
+    Form form;
+    const OrtValue *input;
     const void *x;
-    int64_t shape[MAX_RANK], packed[MAX_RANK], tokens = 1;
-    size_t rank, packed_rank, inputs;
-    TRY(ort->KernelContext_GetInputCount(context, &inputs));
-    const int count = (int)(inputs / 3);
-    if (inputs % 3 != 1 || count < 1 || count > MAX_WEIGHTS)
-        return invalid("BitmaskLinear: needs x, then mask, values and starts of 1 to 8 weights");
-    TRY(data_of(context, 0, &value, &x));
-    TRY(shape_of(value, shape, &rank));
-    for (size_t i = 0; i + 1 < rank; i++) tokens *= shape[i];
-    const int64_t columns = rank ? shape[rank - 1] : 0;
+    int64_t tokens = 1;
+    TRY(ort->KernelContext_GetInput(context, 0, &input));
+    TRY(form_of(input, &form));
+    if (form.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || form.rank < 1 || form.rank > MAX_RANK ||
+        form.shape[form.rank - 1] != columns)
+        return invalid("BitmaskLinear: x must be a tensor of float with 1 to %d dimensions, the last of %lld; it has element "
+                       "type %d and %zu dimensions, the last of %lld",
+                       (int)MAX_RANK, (long long)columns, (int)form.type, form.rank,
+                       (long long)(form.rank && form.rank <= MAX_RANK ? form.shape[form.rank - 1] : 0));
+    for (size_t i = 0; i + 1 < form.rank; i++)
+        if (form.shape[i] == 0) tokens = 0;
+    for (size_t i = 0; tokens && i + 1 < form.rank; i++)
+        if (__builtin_mul_overflow(tokens, form.shape[i], &tokens)) return invalid("BitmaskLinear: x has too many tokens");
+    TRY(ort->GetTensorMutableData((OrtValue *)input, (void **)&x));
+    memcpy(jobs, linear->jobs, sizeof jobs);
     for (int i = 0; i < count; i++) {
-        Job *job = jobs + i;
-        TRY(data_of(context, 3 * i + 2, &value, &job->values));
-        TRY(data_of(context, 3 * i + 3, &value, (const void **)&job->starts));
-        TRY(data_of(context, 3 * i + 1, &value, (const void **)&job->mask));
-        TRY(shape_of(value, packed, &packed_rank));
-        if (packed_rank != 2 || columns != packed[1] * 64)
-            return invalid("BitmaskLinear: the last dimension of x must be 64 times the words in a row of each mask");
-        OrtValue *output;
-        shape[rank - 1] = job->rows = packed[0];
-        TRY(ort->KernelContext_GetOutput(context, i, shape, rank, &output));
-        TRY(ort->GetTensorMutableData(output, &job->y));
-        job->words = packed[1];
-        job->x = x;
-        job->tokens = tokens;
-        job->type = F32;
-        job->path = path;
+        OrtValue *output = NULL;
+        form.shape[form.rank - 1] = jobs[i].rows;
+        TRY(ort->KernelContext_GetOutput(context, (size_t)i, form.shape, form.rank, &output));
+        if (!output) return invalid("BitmaskLinear: output %d has no name; each weight needs one", i);
+        TRY(ort->GetTensorMutableData(output, &jobs[i].y));
+        jobs[i].x = x;
+        jobs[i].tokens = tokens;
     }
     if (tokens == 0) return NULL;
     const Threads threads = {run_session, context, parts};
@@ -123,14 +235,6 @@ static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context
     }
     return NULL;
 }
-
-static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
-    (void)api, (void)info;
-    *kernel = (void *)op; /* it has no state */
-    return NULL;
-}
-
-static void ORT_API_CALL destroy(void *kernel) { (void)kernel; }
 
 static const char *ORT_API_CALL name(const OrtCustomOp *op) {
     (void)op;
@@ -214,21 +318,30 @@ static OrtCustomOp operation = {
     .GetEndVersion = end_version,
 };
 
-/* Called by ONNX Runtime for every session that asks for this library. The domain lives as long as the process. */
+/* Called by ONNX Runtime for every session that asks for this library, from any thread. The domain lives as long as the
+ * process. */
 EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     static OrtCustomOpDomain *domain;
+    /* the oldest interface that has all that is used here, so that the header may be newer than the runtime */
+    const OrtApi *api = base->GetApi(PARALLEL_FOR_SINCE);
+    if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "BitmaskLinear: needs ONNX Runtime 1.17 or newer");
+    OrtStatusPtr status = NULL;
+    pthread_mutex_lock(&lock);
     if (!domain) {
-        /* the oldest interface that has all that is used here, so that the header may be newer than the runtime */
-        ort = base->GetApi(PARALLEL_FOR_SINCE);
+        ort = api;
         operation.version = PARALLEL_FOR_SINCE;
         const int paths = gblm_paths(F32);
         for (int i = 0; i < PATHS; i++)
             if (paths >> i & 1) path = i;
         const long processors = sysconf(_SC_NPROCESSORS_ONLN);
         parts = processors > 0 ? (int)processors : 1;
-        TRY(ort->CreateCustomOpDomain("gblm", &domain));
-        TRY(ort->CustomOpDomain_Add(domain, &operation));
+        OrtCustomOpDomain *made = NULL;
+        status = ort->CreateCustomOpDomain("gblm", &made);
+        if (!status) status = ort->CustomOpDomain_Add(made, &operation);
+        if (!status) domain = made;
     }
-    return ort->AddCustomOpDomain(options, domain);
+    pthread_mutex_unlock(&lock);
+    return status ? status : api->AddCustomOpDomain(options, domain);
 }
 #endif

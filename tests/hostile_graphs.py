@@ -1,0 +1,260 @@
+"""ONNX graphs around gblm.BitmaskLinear, sound and damaged: for the test of the operator and for `make sanitize`.
+
+`python -m tests.hostile_graphs LIBRARY CASES` runs that many with a compiled library; `make sanitize` gives it one with
+sanitizers.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import helper, numpy_helper
+
+PADDING, MAX_WEIGHTS, MAX_RANK = 64, 8, 8
+ROLES = ("mask", "values", "starts")
+EDGES = (-(2**63), -1, 1, 64, 2**31, 2**40, 2**63 - 1)
+
+
+@dataclass
+class Case:
+    """One node, and what it is given.
+
+    Attributes:
+        tensors: the packed weights by name; `mask0`, `values0`, `starts0`, …
+        inputs: the node's inputs by name, in order.
+        variable: those tensors that are inputs of the graph rather than initializers.
+        outputs: the node's outputs.
+        damages: what was done to it.
+    """
+
+    x: np.ndarray
+    tensors: dict[str, np.ndarray]
+    inputs: list[str]
+    outputs: list[str]
+    variable: set[str]
+    damages: list[str]
+
+    def model(self) -> bytes:
+        kind = helper.np_dtype_to_tensor_dtype
+        initializers = [
+            numpy_helper.from_array(array, name) for name, array in self.tensors.items() if name not in self.variable
+        ]
+        given = [helper.make_tensor_value_info("x", kind(self.x.dtype), None)] + [
+            helper.make_tensor_value_info(name, kind(self.tensors[name].dtype), None) for name in sorted(self.variable)
+        ]
+        made = [helper.make_tensor_value_info(name, kind(np.dtype("f4")), None) for name in self.outputs if name]
+        node = helper.make_node("BitmaskLinear", self.inputs, self.outputs, domain="gblm")
+        graph = helper.make_graph([node], "one", given, made, initializers)
+        opsets = [helper.make_opsetid("gblm", 1), helper.make_opsetid("", 20)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        return {"x": self.x} | {name: self.tensors[name] for name in self.variable}
+
+    def is_sound(self) -> bool:
+        """Whether the operator must take it: its rules, written again."""
+        count = len(self.outputs)
+        if not 1 <= count <= MAX_WEIGHTS or len(self.inputs) != 1 + 3 * count or self.inputs[0] != "x":
+            return False
+        if not all(self.outputs) or not all(name in self.tensors for name in self.inputs[1:]):
+            return False
+        if self.variable & set(self.inputs) or self.x.dtype != np.float32 or not 1 <= self.x.ndim <= MAX_RANK:
+            return False
+        for first in range(1, len(self.inputs), 3):
+            mask, values, starts = (self.tensors[name] for name in self.inputs[first : first + 3])
+            if (mask.dtype, values.dtype, starts.dtype) != (np.int64, np.float32, np.int64):
+                return False
+            if (mask.ndim, values.ndim, starts.ndim) != (2, 1, 1) or 0 in mask.shape:
+                return False
+            counts = np.bitwise_count(mask.view(np.uint64)).sum(1).astype(np.int64)
+            if not np.array_equal(starts, np.cumsum(counts) - counts) or len(values) != counts.sum() + PADDING:
+                return False
+            if self.x.shape[-1] != mask.shape[1] * 64:
+                return False
+        return True
+
+    def products(self) -> list[np.ndarray]:
+        """What a sound case must give."""
+        products = []
+        for first in range(1, len(self.inputs), 3):
+            mask, values, _ = (self.tensors[name] for name in self.inputs[first : first + 3])
+            alive = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
+            dense = np.zeros(alive.shape)
+            dense[alive] = values[:-PADDING]
+            products.append(self.x.astype(np.float64) @ dense.T)
+        return products
+
+
+def sound_case(pick: random.Random) -> Case:
+    """A case that the operator must take."""
+    words, count = pick.randint(1, 3), pick.choice((1, 1, 2, 3, MAX_WEIGHTS))
+    numbers = np.random.default_rng(pick.getrandbits(32))
+    tensors: dict[str, np.ndarray] = {}
+    for index in range(count):
+        alive = numbers.random((pick.choice((1, 2, 5, 17, 40)), words * 64)) < pick.choice((0, 0.1, 0.5, 1))
+        counts = alive.sum(1)
+        tensors[f"mask{index}"] = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
+        tensors[f"values{index}"] = np.append(numbers.normal(size=alive.sum()), np.zeros(PADDING)).astype(np.float32)
+        tensors[f"starts{index}"] = np.cumsum(counts) - counts
+    leading = pick.choice(((), (1,), (0,), (3,), (8,), (9,), (2, 7), (129,), (1,) * 7, (2, 0, 3)))
+    x = numbers.normal(size=(*leading, words * 64)).astype(np.float32)
+    outputs = [f"y{index}" for index in range(count)]
+    return Case(x, tensors, ["x", *tensors], outputs, set(), [])
+
+
+def _tensor(case: Case, pick: random.Random, role: str) -> str:
+    return pick.choice([name for name in case.tensors if name.startswith(role)])
+
+
+def _bits(case: Case, pick: random.Random) -> None:
+    mask = case.tensors[_tensor(case, pick, "mask")]
+    if mask.size and mask.dtype == np.int64:
+        mask[...] = pick.choice((mask ^ (1 << pick.randrange(63)), np.full_like(mask, -1), np.zeros_like(mask)))
+
+
+def _starts(case: Case, pick: random.Random) -> None:
+    starts = case.tensors[_tensor(case, pick, "starts")]
+    if starts.size and starts.dtype == np.int64:
+        starts.flat[pick.randrange(starts.size)] = pick.choice(EDGES)
+
+
+def _order(case: Case, pick: random.Random) -> None:
+    name = _tensor(case, pick, "starts")
+    case.tensors[name] = np.flip(case.tensors[name]).copy()
+
+
+def _length(case: Case, pick: random.Random) -> None:
+    name = _tensor(case, pick, pick.choice(("values", "starts", "mask")))
+    array = case.tensors[name]
+    if array.ndim:
+        ends = ([(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1)) if array.size and pick.random() < 0.3 else None
+        case.tensors[name] = np.pad(array, ends) if ends else array[: pick.choice((0, len(array) // 2, -1))].copy()
+
+
+def _type(case: Case, pick: random.Random) -> None:
+    name = _tensor(case, pick, pick.choice(ROLES))
+    kinds = (np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint8, np.bool_)
+    with np.errstate(all="ignore"):
+        case.tensors[name] = case.tensors[name].astype(pick.choice(kinds))
+
+
+def _shape(case: Case, pick: random.Random) -> None:
+    name = _tensor(case, pick, pick.choice(ROLES))
+    array = case.tensors[name]
+    shapes: list[Any] = [(-1,), (1, -1), (-1, 1), (1, 1, -1), (*array.shape, 1), (1,) * 9 + array.shape]
+    empty = [(0,), (0, 5), (5, 0), (2**40, 0), (0, 2**40)]
+    chosen = pick.choice(("shape", "empty", "scalar"))
+    if chosen == "scalar":
+        case.tensors[name] = np.array(array.flat[0] if array.size else 0, array.dtype)
+    else:
+        case.tensors[name] = array.reshape(pick.choice(shapes)) if chosen == "shape" and array.size else np.zeros(
+            pick.choice(empty), array.dtype
+        )
+
+
+def _width(case: Case, pick: random.Random) -> None:
+    name = _tensor(case, pick, "mask")
+    if case.tensors[name].ndim == 2:
+        case.tensors[name] = np.repeat(case.tensors[name], 2, axis=1)
+
+
+def _x(case: Case, pick: random.Random) -> None:
+    x = case.x.reshape(-1, case.x.shape[-1]) if case.x.size > 1 else np.ones((3, 64), np.float32)
+    shapes: list[Callable[[], np.ndarray]] = [
+        lambda: np.array(1.0, np.float32),
+        lambda: x[:, :-1].copy(),
+        lambda: np.repeat(x, 2, axis=1),
+        lambda: x.T.copy(),
+        lambda: x.reshape((1,) * 9 + x.shape),
+        lambda: x.astype(np.float16),
+        lambda: x.astype(np.float64),
+        lambda: x[:0],
+        lambda: x[:, :0].copy(),
+        lambda: np.zeros((2**40, 0), np.float32),
+        lambda: np.zeros((2**30, 0, 2**20, x.shape[1]), np.float32),
+    ]
+    case.x = pick.choice(shapes)()
+
+
+def _variable(case: Case, pick: random.Random) -> None:
+    case.variable.add(pick.choice(list(case.tensors)))
+
+
+def _inputs(case: Case, pick: random.Random) -> None:
+    at = pick.randrange(len(case.inputs))
+    match pick.choice(("drop", "twice", "swap", "nothing", "x", "all")):
+        case "drop":
+            del case.inputs[at]
+        case "twice":
+            case.inputs.insert(at, case.inputs[at])
+        case "swap":
+            other = pick.randrange(len(case.inputs))
+            case.inputs[at], case.inputs[other] = case.inputs[other], case.inputs[at]
+        case "nothing":
+            case.inputs[at] = ""
+        case "x":
+            case.inputs[at] = "x"
+        case "all":
+            case.inputs += case.inputs[1:] * pick.randint(1, 9)
+
+
+def _outputs(case: Case, pick: random.Random) -> None:
+    match pick.choice(("drop", "more", "nothing")):
+        case "drop":
+            case.outputs.pop()
+        case "more":
+            case.outputs += [f"more{index}" for index in range(pick.randint(1, 9))]
+        case "nothing":
+            case.outputs[pick.randrange(len(case.outputs))] = ""
+
+
+DAMAGES = (_bits, _starts, _order, _length, _type, _shape, _width, _x, _variable, _inputs, _outputs)
+
+
+def cases(count: int, seed: int = 0) -> Iterator[Case]:
+    """That many cases: one in four as it should be, the others with up to three damages."""
+    pick = random.Random(seed)
+    for number in range(count):
+        case = sound_case(pick)
+        for damage in pick.choices(DAMAGES, k=number % 4):
+            if case.outputs and case.inputs:
+                damage(case, pick)
+                case.damages.append(damage.__name__)
+        yield case
+
+
+def run(case: Case, library: str) -> str:
+    """Run a case: "" where it gives the right product, else ONNX Runtime's error.
+
+    Raises:
+        AssertionError: a sound case is refused or computed wrongly, or a damaged one is taken.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(library)
+    try:
+        session = onnxruntime.InferenceSession(case.model(), options, providers=["CPUExecutionProvider"])
+        wanted = {i.name for i in session.get_inputs()}
+        got = session.run(None, {name: array for name, array in case.feeds().items() if name in wanted})
+    except Exception as error:  # its kinds share no base
+        assert not case.is_sound(), (case.damages, error)
+        return str(error)
+    assert case.is_sound(), case.damages
+    for y, expected in zip(got, case.products(), strict=True):
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    return ""
+
+
+def main() -> None:
+    library, count = sys.argv[1], int(sys.argv[2])
+    refused = sum(bool(run(case, library)) for case in cases(count))
+    print(f"operator: {count:,} graphs, {refused:,} of them refused, the others computed right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The operator gblm.BitmaskLinear on graphs from anywhere: computed right, or refused in words."""
+
+import random
+
+import numpy as np
+import pytest
+
+from gblm_compress.errors import MissingDependencyError
+from gblm_compress.kernels import cpu
+from tests.hostile_graphs import Case, cases, run, sound_case
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    try:
+        return str(cpu.onnxruntime_library())
+    except MissingDependencyError:
+        pytest.skip("compiled without ONNX Runtime's C header (libonnxruntime-dev)")
+
+
+def test_any_graph_is_computed_right_or_refused(library: str) -> None:
+    """A wrong product, or a damaged graph that is taken, is an AssertionError of `run`."""
+    refused = [bool(run(case, library)) for case in cases(600)]
+    assert 0.5 < np.mean(refused) < 0.8  # both kinds are tried
+
+
+def changed(name: str, array: np.ndarray):
+    return lambda case: case.tensors.__setitem__(name, array)
+
+
+def given(x: np.ndarray):
+    return lambda case: setattr(case, "x", x)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("mask0", np.full((2, 1), -1)), "starts 'starts0' says 1 at row 1; the rows before it have 64 bits"),
+        (changed("mask0", np.zeros((2, 0), np.int64)), r"mask 'mask0' has shape \[2, 0\]; it needs at least one row"),
+        (changed("mask0", np.zeros((2, 1), np.int32)), "mask 'mask0' must be a tensor of int64 with 2 dimensions"),
+        (changed("starts0", np.array([0, 2**62])), "starts 'starts0' says 4611686018427387904 at row 1"),
+        (changed("starts0", np.array([0])), "starts 'starts0' has 1 elements; the mask has 2 rows"),
+        (changed("values0", np.zeros(64, np.float32)), "values 'values0' has 64 elements; .* 2 bits, which takes 66"),
+        (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float with 1 dim"),
+        (lambda case: case.variable.add("values0"), "values 'values0' must be a constant initializer"),
+        (lambda case: case.inputs.extend(case.inputs[1:] * 8), "of 1 to 8 weights, .* it has 28 inputs and 1 outputs"),
+        (lambda case: case.inputs.extend(case.inputs[1:]), "an output for each; it has 7 inputs and 1 outputs"),
+        (given(np.array(1.0, np.float32)), "x must be a tensor of float with 1 to 8 dim.* 0 dimensions, the last of 0"),
+        (given(np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
+        (given(np.zeros((1,) * 8 + (64,), np.float32)), "1 to 8 dimensions, .* 9 dimensions"),
+    ],
+)
+def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
+    mask, values = np.array([[1], [2]]), np.append([3.0, 4.0], np.zeros(64)).astype(np.float32)
+    tensors = {"mask0": mask, "values0": values, "starts0": np.array([0, 1])}
+    case = Case(np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
+    assert run(case, library) == ""
+    damage(case)
+    with pytest.raises(Exception, match=message):
+        raise Exception(run(case, library))
+
+
+def test_sessions_of_several_threads(library: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    pick = random.Random(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda case: run(case, library), [sound_case(pick) for _ in range(64)])) == {""}
