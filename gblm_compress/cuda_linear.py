@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ FEWEST_FOR_TORCH = 8  # tokens; below, torch's semi-structured kernels would be 
 # cuSPARSELt reads a copy of the weight in a format of its own; it must be worth those bytes.
 WORTH_A_COPY = 1.1
 AGREEMENT = 0.02  # largest difference from the dense product, as a fraction of its largest value
+ALGORITHMS = 1 << 10  # above any number that cuSPARSELt gives one
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 REPEATS, WARM_UP = 9, 2
 _HEAD_START = 10_000_000  # clock cycles that the device waits while the host queues a batch of calls
@@ -68,7 +69,29 @@ def plan(weight: Packed) -> str:
     device = weight.values.device
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     what = f"cuda {weight.layout} {rows}x{columns} {weight.values.dtype}"
-    return measurements.remembered(machine, what, lambda: _measured_plan(weight))
+    return measurements.remembered(machine, what, lambda: _measured_plan(weight), lambda words: is_plan(words, weight))
+
+
+def is_plan(words: Any, weight: Packed) -> bool:
+    """Whether these can be a plan for that weight: for each of `TOKENS` a choice that could have been measured."""
+    try:
+        chosen = choices(words) if isinstance(words, str) and words else ()
+    except ValueError:  # of what is no number
+        return False
+    return len(chosen) == len(TOKENS) and all(map(partial(_could_run, weight), chosen, TOKENS))
+
+
+def _could_run(weight: Packed, choice: Choice, tokens: int) -> bool:
+    kernel, variant = choice
+    if kernel == "triton":
+        return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.layout, tokens)]
+    if kernel == "dense":
+        return not variant
+    if weight.layout != "sparse24" or tokens < FEWEST_FOR_TORCH:
+        return False
+    if kernel == "cusparselt":
+        return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS
+    return kernel == "cutlass" and not variant and not _needed_by_cutlass(weight.shape)
 
 
 def choices(plan: str) -> tuple[Choice, ...]:
@@ -148,17 +171,21 @@ def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
         [rows, columns / 16], int16.
     """
     rows, columns = shape
-    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
-    if rows % limits.sparse_min_rows or columns % limits.sparse_min_cols:
-        raise RuntimeError(
-            f"a weight of {rows}×{columns}: CUTLASS needs multiples of "
-            f"{limits.sparse_min_rows} and {limits.sparse_min_cols}"
-        )
+    if needed := _needed_by_cutlass(shape):
+        raise RuntimeError(f"a weight of {rows}×{columns}: CUTLASS needs {needed}")
     words = positions.contiguous().view(torch.int16)
     order = _calculate_meta_reordering_scatter_offsets(  # type: ignore[no-untyped-call]
         rows, columns // 16, torch.int16, positions.device
     )
     return torch.empty_like(words).view(-1).scatter_(0, order, words.view(-1)).view(words.shape)
+
+
+def _needed_by_cutlass(shape: tuple[int, int]) -> str:
+    """What CUTLASS needs of a shape that it does not take; empty for one that it does."""
+    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
+    multiples = limits.sparse_min_rows, limits.sparse_min_cols
+    taken = not any(size % multiple for size, multiple in zip(shape, multiples, strict=True))
+    return "" if taken else "multiples of {} and {}".format(*multiples)
 
 
 def _measured_plan(weight: Packed) -> str:

@@ -11,19 +11,22 @@ from gblm_compress import artifact, sources
 from gblm_compress.errors import OutputError
 
 FILE = "measurements.json"  # {machine: {what: result}}
+LARGEST = 16 << 20  # bytes; a file beyond is not one of ours
 T = TypeVar("T", int, str)
 
 
-def remembered(machine: str, what: str, measure: Callable[[], T]) -> T:
+def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Callable[[Any], bool]) -> T:
     """The result of `measure`, or what it was when this machine was last asked.
 
     Args:
         machine: hardware and versions that the result holds for.
         what: everything else that it depends on.
+        is_valid: whether a value of any type, read from a file that may be damaged, can be such a result; others are
+            measured again.
     """
     path = sources.cache_folder() / FILE
     known = _known(path, machine)
-    if what not in known:
+    if what not in known or not is_valid(known[what]):
         known[what] = measure()
         with suppress(OSError, OutputError):  # a cache that cannot be written makes nothing but the next start slower
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,4 +43,10 @@ def _known(path: Path, machine: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What the file holds as far as it has the right form; what has not is as good as not there."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() and path.stat().st_size <= LARGEST else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    machines = content.items() if isinstance(content, dict) else ()
+    return {machine: results for machine, results in machines if isinstance(results, dict)}

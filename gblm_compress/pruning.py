@@ -278,7 +278,8 @@ def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks
     """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what the CPUs of all ranks multiply faster."""
     if requested == "auto" and device == "cpu" and sources.stored_dtype(source) == "bfloat16":
         what = f"dtype of products on {torch.get_num_threads()} threads"
-        faster = remembered(f"{cpu_name()}, torch {torch.__version__}", what, _faster_dtype)
+        machine = f"{cpu_name()}, torch {torch.__version__}"
+        faster = remembered(machine, what, _faster_dtype, lambda dtype: dtype in ("bfloat16", "float32"))
         return "bfloat16" if group.every(faster == "bfloat16", torch.device(device)) else "float32"
     return sources.choose_dtype(requested, source, device)
 

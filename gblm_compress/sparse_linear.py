@@ -392,7 +392,12 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
 def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
     """The largest number of tokens, up to 8, for which the sparse kernel beats expanding tiles for this shape."""
     shape = f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}"
-    return remembered(_machine(), f"crossover {shape}", lambda: _measure_crossover(mask, values, starts, columns))
+    return remembered(
+        _machine(),
+        f"crossover {shape}",
+        lambda: _measure_crossover(mask, values, starts, columns),
+        lambda tokens: type(tokens) is int and 1 <= tokens <= cpu.FEW_TOKENS,
+    )
 
 
 @cache

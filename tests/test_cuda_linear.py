@@ -10,6 +10,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from gblm_compress import bitmask, sparse24, sparse_linear
 from gblm_compress.patterns import Pattern
+from gblm_compress.sources import CACHE_VARIABLE
 from gblm_compress.sparse_linear import LAYOUTS, UNPACKED, BitmaskLinear, Sparse24Linear
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
@@ -146,6 +147,38 @@ def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
         assert cuda_linear.choose(plan, tokens) == Choice("cusparselt", (ALGORITHM,))
     assert " ".join(map(str, cuda_linear.choices(plan))) == plan
     assert cuda_linear.choose("", 5) == DENSE
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda words: None,
+        lambda words: 13,
+        lambda words: "",
+        lambda words: " ".join(words[1:]),
+        lambda words: " ".join(["cutlass", *words[1:]]),  # one token
+        lambda words: " ".join([*words[:-1], "cusparselt"]),
+        lambda words: " ".join([*words[:-1], "cusparselt:-1"]),
+        lambda words: " ".join([*words[:-1], "cusparselt:x"]),
+        lambda words: " ".join([*words[:-1], "cutlass:1"]),
+        lambda words: " ".join([*words[:-1], "dense:1"]),
+        lambda words: " ".join([*words[:-1], "fastest"]),
+        lambda words: " ".join([*words[:-1], words[0]]),  # a tiling for one token
+        lambda words: " ".join(["triton:3,1024,4,0,1", *words[1:]]),
+        lambda words: " ".join(["triton", *words[1:]]),
+    ],
+)
+def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, damage) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.2})
+    weight = packed(two_four(64, 64), "sparse24")
+    good = cuda_linear._measured_plan(weight)
+    assert cuda_linear.is_plan(good, weight) and "cutlass" in good
+    assert not cuda_linear.is_plan(good, packed(two_four(64, 64), "bitmask"))
+    assert not cuda_linear.is_plan(good, packed(two_four(16, 64), "sparse24"))  # too few rows for CUTLASS
+    monkeypatch.setattr(cuda_linear.measurements, "_known", lambda path, machine: {what: damage(good.split())})
+    what = "cuda sparse24 64x64 torch.bfloat16"
+    assert cuda_linear.plan(weight) == good
 
 
 def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:

@@ -118,6 +118,29 @@ def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
     assert len(measured) == 1
 
 
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+@pytest.mark.parametrize("remembered", [40, 0, -1, 2.0, True, None, "5", [5]], ids=repr)
+def test_a_crossover_that_cannot_be_is_measured_again(remembered, monkeypatch) -> None:
+    """40 tokens would be written beyond the sums of 8."""
+    monkeypatch.setattr(sparse_linear, "_measure_crossover", lambda *_: 5)
+    monkeypatch.setattr(measurements, "_known", lambda path, machine: {shape: remembered})
+    shape = f"crossover 48x100 torch.float32 {torch.get_num_threads()} {cpu.path(torch.float32)}"
+    _, sparse = pair()
+    assert sparse.crossover == 5
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+def test_the_kernel_for_few_tokens_takes_no_more() -> None:
+    _, sparse = pair()
+    packed = (sparse.mask, sparse.values, sparse.starts)
+    with pytest.raises(ValueError, match="for 9 tokens"):
+        sparse_linear._bitmask_linear(torch.ones(9, 100), *packed, None, 100, 40, "")
+    with pytest.raises(ValueError, match="for 9 tokens"):
+        cpu.linear(torch.ones(9, 100), *packed)
+    with pytest.raises(ValueError, match=r"no kernel portable for 9 tokens .*many=True"):
+        cpu.linear(torch.ones(9, 100), *packed, "portable", many=True)
+
+
 @LAYOUT_NAMES
 def test_the_operator_compiles_and_has_a_shape_without_data(layout) -> None:
     _, sparse = pair(layout=layout)
