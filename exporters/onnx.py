@@ -21,12 +21,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import artifact, manifest, sources, text
+from gblm_compress import artifact, manifest, sources
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.bitmask import WORD
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
+from gblm_compress.exporters.verification import real_text
 from gblm_compress.kernels import cpu
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
@@ -39,7 +40,6 @@ GRAPH, DATA = "model.onnx", "model.onnx.data"
 DTYPES = ("float32", "float16")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
-VERIFY_TOKENS = 64
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
@@ -320,7 +320,7 @@ def _verify(
 ) -> dict[str, Any]:
     """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
     zeros = _verify_zeros(folder, model, layers, weights)
-    ids = _real_text(tokenizer, model.config.vocab_size)
+    ids = real_text(tokenizer, model.config.vocab_size)
     reference = TorchRuntime(model)
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
     at_once = _check_logits(reference.logits(ids)[0], runtime.logits(ids)[0], dtype, "read at once")
@@ -390,9 +390,3 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], weights: di
             raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
         total += got
     return {"layers_checked": len(layers), "zeros": total}
-
-
-def _real_text(tokenizer: Any, vocabulary: int) -> Tensor:
-    """The first tokens of the demo's evaluation text, [1, VERIFY_TOKENS]."""
-    ids = text.tokenize(tokenizer, text.load_text("demo", "evaluation")[:4000])[:VERIFY_TOKENS]
-    return ids.clamp(max=vocabulary - 1).unsqueeze(0)

@@ -18,11 +18,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from gblm_compress.bitmask import PADDING, WORD, pack, row_starts
-from gblm_compress.errors import ModelError
+from gblm_compress.bitmask import WORD, check, pack, row_starts, unpack
+from gblm_compress.errors import ModelError, VerificationError
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
 DOMAIN, OPERATOR = "gblm", "BitmaskLinear"
+DTYPES = ("float32", "float16")
 MAX_WEIGHTS = 8  # that one BitmaskLinear multiplies by
 
 
@@ -139,14 +140,35 @@ def encode(weight: Any) -> tuple[Any, Any] | None:
 
 
 def decode(initializers: Any, name: str) -> Any:
-    """The elements of a weight as its initializers store them, in the order they store them, by numpy alone."""
+    """The elements of a weight as its initializers store them, in the order they store them.
+
+    Raises:
+        VerificationError: an initializer is missing or does not fit the others.
+    """
+
+    def stored(suffix: str, *dtypes: str) -> Any:
+        value = initializers.get(name + suffix)
+        if value is None or value.const_value is None or value.const_value.numpy().dtype not in dtypes:
+            raise VerificationError(f"{name + suffix}: the graph has no such initializer of {' or '.join(dtypes)}")
+        return value.const_value.numpy()
+
     if name in initializers:
-        return initializers[name].const_value.numpy().reshape(-1)
-    mask = initializers[name + MASK].const_value.numpy()
-    values = initializers[name + VALUES].const_value.numpy()
+        return stored("", *DTYPES).reshape(-1)
+    values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
-        mask, values = mask.view(np.uint8), np.concatenate([[0], values[:-PADDING]])
-    alive = np.unpackbits(mask.reshape(-1), bitorder="little").astype(bool)
+        mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
+        try:
+            check(mask, torch.tensor(values), (len(mask), mask.shape[-1] * WORD))
+        except ModelError as error:
+            raise VerificationError(f"{name}.{error}") from error
+        if not torch.equal(starts, row_starts(mask)):
+            raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
+        return unpack(mask, torch.tensor(values), mask.shape[1] * WORD).numpy().reshape(-1)
+    alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
+    if values.shape != (1 + alive.sum(),) or values[0] != 0:
+        raise VerificationError(
+            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits, which takes one more"
+        )
     dense = np.zeros(alive.shape, values.dtype)
     dense[alive] = values[1:]
     return dense

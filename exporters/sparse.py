@@ -6,8 +6,9 @@ Format "bitmask" takes any pattern, "semi-structured" 2:4 alone. After `import g
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from gblm_compress.architecture import weight_matrix
 from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import ExportResult
+from gblm_compress.exporters.verification import real_text
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
+from gblm_compress.runtimes import TorchRuntime
 from gblm_compress.settings import ExportSettings
 from gblm_compress.sources import ModelSource
-from gblm_compress.sparse_checkpoint import save_packed, sparsify_
+from gblm_compress.sparse_checkpoint import linear_layer, save_packed, sparsify_
 from gblm_compress.sparse_linear import SparseLinear
 
 _LOADING = """\
@@ -30,6 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
 LAYOUT_OF = {"bitmask": "bitmask", "semi-structured": "sparse24"}
+# Largest difference of a logit, relative to the largest logit: the same products are summed in another order and, in
+# 16 bit, rounded to it after every layer.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
@@ -53,14 +59,24 @@ def export(
 ) -> ExportResult:
     """Write a sparse checkpoint of a pruned model.
 
+    A layer whose weight the model itself changes when it runs, as RWKV does, stays dense.
+
     Raises:
         UsageError: the layout cannot hold a pruned layer or would not save bytes, or the output is in the way.
-        VerificationError: the reloaded weights are not the dense ones bit for bit.
+        ModelError: the model does not load, or its manifest names what is no linear layer.
+        VerificationError: the reloaded folder has not the source's weights and buffers bit for bit, or computes other
+            logits.
     """
     start = time.perf_counter()
     dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
-    model = sources.load_model(source, dtype)
-    names = manifest.pruned_layers(source, model)
+    model, tokenizer = sources.load_model(source, dtype), sources.load_tokenizer(source)
+    pruned = {name: linear_layer(model, name) for name in manifest.pruned_layers(source, model)}
+    before = {name: layer.weight._version for name, layer in pruned.items()}
+    reference = _Run.of(model, real_text(tokenizer, model.config.vocab_size))
+    changed = [name for name, version in before.items() if pruned[name].weight._version != version]
+    if changed:
+        model = sources.load_model(source, dtype)  # as it is before it runs
+    names = [name for name in pruned if name not in changed]
     dense = {name: weight_matrix(model.get_submodule(name)).detach() for name in names}
     layout = LAYOUT_OF[settings.format]
     if layout == "sparse24":
@@ -75,17 +91,20 @@ def export(
             "the model is dense; prune it first"
         )
     artifact.check_space(output, source.bytes_on_disk, "the export")
-    checks = {
-        "packed_layers": len(names),
-        "packed_bytes": packed_bytes,
-        "same_layers_dense_bytes": dense_bytes,
-        "restored_bit_for_bit": True,
-    }
     with artifact.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)
-        sources.save_tokenizer(sources.load_tokenizer(source), temporary)
+        sources.save_tokenizer(tokenizer, temporary)
         progress.say("verifying …")
-        _verify(ModelSource(str(output), temporary), model, dense)
+        difference = _verify(ModelSource(str(output), temporary), model, dense, reference)
+        checks = {
+            "packed_layers": len(names),
+            **({"layers_left_dense": changed} if changed else {}),
+            "packed_bytes": packed_bytes,
+            "same_layers_dense_bytes": dense_bytes,
+            "restored_bit_for_bit": True,
+            "logits_relative_difference": difference,
+            "logits_tolerance": TOLERANCE[dtype],
+        }
         manifest.write_export(
             temporary, source=source, format=settings.format, dtype=dtype, loading=_LOADING, checks=checks
         )
@@ -111,9 +130,35 @@ def _check_2_4(dense: dict[str, Tensor]) -> None:
         )
 
 
-def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor]) -> None:
-    """Reload the folder as a user would; compare every tensor with what was written, and every packed weight with the
-    dense one, bit for bit."""
+@dataclass(frozen=True)
+class _Run:
+    """What a model makes of some tokens.
+
+    Attributes:
+        logits: [1, tokens, vocabulary].
+        buffers: those that its folder does not hold, as they are after the run.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any, ids: Tensor) -> Self:
+        logits = TorchRuntime(model).logits(ids)
+        packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SparseLinear))
+        kept = model.state_dict()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+        return cls(ids, logits, {name: buffer for name, buffer in buffers.items() if not name.startswith(packed)})
+
+
+def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], reference: _Run) -> float:
+    """Reload the folder as a user would. Compare every tensor with what was written, every packed weight with the dense
+    one, and every buffer that is computed with the source's, all bit for bit; run it on what the source was run on.
+
+    Returns:
+        The largest difference of a logit, relative to the largest logit.
+    """
     model = sources.load_model(exported)
     for name, weight in dense.items():
         sparse = model.get_submodule(name)
@@ -123,3 +168,16 @@ def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor]) -> No
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):
             raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
+    run = _Run.of(model, reference.ids)
+    for name in sorted(run.buffers.keys() | reference.buffers.keys()):
+        pair = [buffers.get(name) for buffers in (run.buffers, reference.buffers)]
+        if pair[0] is None or pair[1] is None or not same_bits(pair[0], pair[1]):
+            raise VerificationError(f"{name}: the reloaded folder computes another buffer than its source")
+    difference = float((run.logits - reference.logits).abs().max() / reference.logits.abs().max())
+    tolerance = TOLERANCE[sources.stored_dtype(exported)]
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"logits of the reloaded folder and its source differ by {difference:.2e} of the largest logit on "
+            f"{reference.ids.shape[1]} tokens of real text; {tolerance:.0e} is allowed"
+        )
+    return difference

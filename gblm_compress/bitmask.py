@@ -5,8 +5,13 @@ Rows of the mask are whole 64-bit words: bit b of word w is column 64·w + b. Th
 32 bit and 9/16 in 16 bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from gblm_compress.errors import ModelError
+from gblm_compress.packed import DTYPES, check_tensor
 
 WORD = 64
 PADDING = 64
@@ -44,7 +49,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bits (so that -0.0 differs from +0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def bits(mask: Tensor, columns: int) -> Tensor:
@@ -56,5 +61,37 @@ def bits(mask: Tensor, columns: int) -> Tensor:
 
 def row_starts(mask: Tensor) -> Tensor:
     """Where each row's values begin [rows], int64."""
-    counts = bits(mask, mask.shape[1] * WORD).sum(1)
+    counts = row_counts(mask)
     return torch.cumsum(counts, 0) - counts
+
+
+def row_counts(mask: Tensor) -> Tensor:
+    """How many bits each row has [rows], int64: neighbouring counts of 1, 2 and 4 bits are added within each word."""
+    words = mask - ((mask >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(1)
+
+
+def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
+    """Hold two tensors against the layout of a matrix of that shape; what passes, kernels may read.
+
+    A stored value may be zero, of either sign: weights become zero when they are cast to a narrower dtype.
+
+    Raises:
+        ModelError: they are no such matrix; the message begins with the tensor's name.
+    """
+    rows, columns = shape
+    check_tensor("mask", mask, (torch.int64,), (rows, -(-columns // WORD)))
+    in_last = columns % WORD
+    if in_last and (outside := int((mask[:, -1] & (-1 << in_last)).count_nonzero())):
+        raise ModelError(f"mask: {outside} rows have bits beyond the last of {columns} columns; the file is damaged")
+    nonzeros = int(row_counts(mask).sum())
+    if values.dim() != 1 or len(values) != nonzeros + PADDING:
+        raise ModelError(
+            f"values: shape {list(values.shape)}; the mask has {nonzeros} bits, which takes [{nonzeros + PADDING}]: "
+            f"one for each, and {PADDING} zeros of padding"
+        )
+    check_tensor("values", values, DTYPES, values.shape)
+    if values[nonzeros:].count_nonzero():
+        raise ModelError(f"values: the last {PADDING} must be zeros of padding; the file is damaged")

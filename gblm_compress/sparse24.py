@@ -6,10 +6,13 @@ filled up with zeros at free positions, so that the layout has one size: 9/16 of
 32 bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.packed import DTYPES, check_tensor
 from gblm_compress.patterns import Pattern
 
 _PATTERN = Pattern("2:4")
@@ -53,3 +56,25 @@ def unpack(values: Tensor, positions: Tensor) -> Tensor:
     dense = values.new_zeros(rows, half // 2, 4)
     dense.scatter_(-1, chosen, values.reshape(rows, half // 2, 2))
     return dense.reshape(rows, half * 2)
+
+
+def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
+    """Hold two tensors against the layout of a matrix of that shape; what passes, kernels may read.
+
+    The two positions of a group are distinct and in order, so that each matrix has one form and no value is lost.
+
+    Raises:
+        ModelError: they are no such matrix; the message begins with the tensor's name.
+    """
+    rows, columns = shape
+    if columns % 4:
+        raise ModelError(f"values: {columns} columns are not a multiple of 4, which the sparse24 layout needs")
+    check_tensor("values", values, DTYPES, (rows, columns // 2))
+    check_tensor("positions", positions, (torch.uint8,), (rows, -(-columns // 8)))
+    low = (positions & 3) < ((positions >> 2) & 3)
+    high = ((positions >> 4) & 3) < (positions >> 6)
+    if columns % 8:
+        high[:, -1] = positions[:, -1] >> 4 == 0
+    if not bool((low & high).all()):
+        bad = int((~(low & high)).sum())
+        raise ModelError(f"positions: {bad} bytes hold no two increasing positions in each group; the file is damaged")

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from gblm_compress import bitmask, sparse24
 from gblm_compress.bitmask import PADDING, WORD
+from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.measurements import remembered
+from gblm_compress.packed import check_tensor
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 _OPS: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
@@ -42,10 +44,20 @@ UNPACKED = "dense product of the unpacked weight"
 class SparseLinear(nn.Module):
     """y = x Wᵀ + b with W [out_features, in_features] packed. Inference only; a layout is a subclass.
 
+    The packed tensors are checked before the first use and whenever others take their place: by loading, by
+    `load_state_dict`, by moving the layer, by assignment. What is written into them in place is not noticed.
+
     Args:
         shape: (out_features, in_features).
         bias: whether there is one.
         dtype: of weight and bias.
+
+    Attributes:
+        transposed: whether the layer stands for one that stores its weight as [in_features, out_features].
+        loading: whether transformers is filling it: `weight` has no values yet.
+
+    Raises:
+        ModelError: there is no such layer.
     """
 
     LAYOUT: ClassVar[str]
@@ -53,11 +65,14 @@ class SparseLinear(nn.Module):
 
     def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
         super().__init__()
+        if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+            raise ModelError(f"shape {shape!r} is not one of a matrix: two whole numbers above 0 are needed")
         self.out_features, self.in_features = shape
         self.bias = (
             nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         self.plan = ""  # of `cuda_linear`; none elsewhere
+        self.transposed = self.loading = False
         self._prepared = False
 
     @classmethod
@@ -85,12 +100,41 @@ class SparseLinear(nn.Module):
         """W, bit for bit."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Hold the packed tensors against layout and shape.
+
+        Raises:
+            ModelError: they are no such weight; the message begins with the tensor's name.
+        """
+        if self.bias is not None:
+            check_tensor("bias", self.bias, (self.get_buffer("values").dtype,), (self.out_features,))
+
     def prepare(self) -> None:
-        """Make ready to run: whatever follows from the packed weight and from the machine.
+        """Make ready to run: check the packed weight, and find what follows from it and from the machine.
 
         Loading and moving the layer do it; `forward` does where it was filled by hand.
+
+        Raises:
+            ModelError: as for `check`.
         """
-        self._prepared = True
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """W as the dense layer stores it, for models that read it: unpacked for the call, and theirs to keep.
+
+        What is written into it is lost. While the layer is being loaded it has no values, and transformers, which would
+        initialize it, takes it for done.
+        """
+        if self.loading:
+            weight = self.get_buffer("values").new_empty(self.out_features, self.in_features, device="meta")
+        else:
+            if not self._prepared:
+                self.prepare()
+            weight = self.dense_weight()
+        weight = weight.T if self.transposed else weight
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     @property
     def packed_bytes(self) -> int:
@@ -108,6 +152,15 @@ class SparseLinear(nn.Module):
         if prepared and not self.get_buffer(self.PACKED[0]).is_meta:
             self.prepare()
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.PACKED or name == "bias":
+            self._prepared = False
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._prepared = False
+        super()._load_from_state_dict(*arguments)
 
     def _take_bias(self, bias: Tensor | None) -> None:
         if bias is not None:
@@ -134,6 +187,8 @@ class BitmaskLinear(SparseLinear):
         self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, *, nonzeros: int
     ) -> None:
         super().__init__(shape, bias, dtype, device)
+        if type(nonzeros) is not int or not 0 <= nonzeros <= self.out_features * self.in_features:
+            raise ModelError(f"nonzeros {nonzeros!r} is no number of weights of a matrix of shape {list(shape)}")
         self.crossover = 0
         words = -(-self.in_features // WORD)
         self.register_buffer("mask", torch.empty(self.out_features, words, dtype=torch.int64, device=device))
@@ -157,12 +212,18 @@ class BitmaskLinear(SparseLinear):
         if not self._prepared:
             self.prepare()
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
-        direct = self._on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
+        on_cpu = self._on_cpu and x.is_cpu
+        direct = on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
         linear = _bitmask_linear_cpu if direct else _bitmask_linear
         return linear(x, self.mask, self.values, self.starts, self.bias, self.in_features, self.crossover, self.plan)
 
+    def check(self) -> None:
+        bitmask.check(self.mask, self.values, (self.out_features, self.in_features))
+        super().check()
+
     def prepare(self) -> None:
-        """Find where rows begin, and which kernel is the fastest for how many tokens."""
+        """Check the weight; find where rows begin, and which kernel is the fastest for how many tokens."""
+        self.check()
         self._on_cpu = self.mask.device.type == "cpu"
         self.starts, self.crossover, self.plan = bitmask.row_starts(self.mask), 0, ""
         if self._on_cpu and cpu.available():
@@ -205,6 +266,8 @@ class Sparse24Linear(SparseLinear):
     def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
         super().__init__(shape, bias, dtype, device)
         rows, columns = shape
+        if columns % 4:
+            raise ModelError(f"shape {list(shape)}: the sparse24 layout needs columns that are a multiple of 4")
         self.register_buffer("values", torch.empty(rows, columns // 2, dtype=dtype, device=device))
         self.register_buffer("positions", torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=device))
         for name in ("cusparselt", "cutlass"):
@@ -224,8 +287,13 @@ class Sparse24Linear(SparseLinear):
             self.prepare()
         return _sparse24_linear(x, self.values, self.positions, self.bias, self.cusparselt, self.cutlass, self.plan)
 
+    def check(self) -> None:
+        sparse24.check(self.values, self.positions, (self.out_features, self.in_features))
+        super().check()
+
     def prepare(self) -> None:
-        """Find which kernel is the fastest for how many tokens, and what torch's kernels need beside the weight."""
+        """Check the weight; find which kernel is the fastest for how many tokens, and what torch's need beside it."""
+        self.check()
         self.plan, self.cusparselt, self.cutlass = "", self.values.new_empty(0), self.values.new_empty(0)
         if cuda := cuda_kernels(self.values):
             shape = (self.out_features, self.in_features)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.bitmask import PADDING, bits, pack, row_starts, same_bits, unpack
+from gblm_compress.bitmask import PADDING, bits, check, pack, row_counts, row_starts, same_bits, unpack
+from gblm_compress.errors import ModelError
 
 
 @given(
@@ -24,6 +25,7 @@ def test_round_trip_is_bit_exact(seed: int, rows: int, columns: int, dtype: torc
     mask, values = pack(weight)
     assert mask.shape == (rows, -(-columns // 64)) and values.dtype == dtype
     assert same_bits(unpack(mask, values, columns), weight)
+    check(mask, values, weight.shape)
     starts = row_starts(mask).tolist()
     for row, start in enumerate(starts):
         alive = weight[row][bits(mask, columns)[row]]
@@ -51,3 +53,44 @@ def test_same_bits_tells_minus_zero() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.tensor([0.0]), torch.tensor([[0.0]]))
     assert not same_bits(torch.tensor([0.0]), torch.tensor([0], dtype=torch.int32))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12))
+def test_bits_are_counted(words: list[int]) -> None:
+    assert row_counts(torch.tensor([words])).tolist() == [sum((word & (2**64 - 1)).bit_count() for word in words)]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 150), st.data())
+@settings(max_examples=200, deadline=None)
+def test_another_bit_or_length_or_shape_is_refused(seed: int, rows: int, columns: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask, values = pack(torch.randn(rows, columns, generator=generator).relu())
+    word = data.draw(st.integers(0, mask.numel() - 1))
+    flipped = mask.clone()
+    flipped.view(-1)[word] ^= 1 << data.draw(st.integers(0, 62))
+    other = torch.cat([values, values[-1:]]) if data.draw(st.booleans()) else values[:-1]
+    for damaged, what in ((flipped, values), (mask, other), (mask, values[None]), (mask[:, :0], values)):
+        with pytest.raises(ModelError, match="^(mask|values): "):
+            check(damaged, what, (rows, columns))
+    for shape in ((rows + 1, columns), (rows, columns + 64)):
+        with pytest.raises(ModelError, match="^mask: "):
+            check(mask, values, shape)
+
+
+def test_bits_beyond_the_last_column_are_refused() -> None:
+    """Their number is right, so that only their place tells; they would be written past the row."""
+    mask, values = pack(torch.ones(3, 70))
+    mask[1, 1] = 0b111111 << 6
+    with pytest.raises(ModelError, match="mask: 1 rows have bits beyond the last of 70 columns"):
+        check(mask, values, (3, 70))
+    mask[1, 1] = 0b11111 | -(2**63)
+    with pytest.raises(ModelError, match="mask: 1 rows have bits beyond"):
+        check(mask, values, (3, 70))
+
+
+def test_what_has_gaps_between_its_elements_is_refused() -> None:
+    mask, values = pack(torch.ones(3, 200))
+    with pytest.raises(ModelError, match="mask: int64 .*not contiguous"):
+        check(mask.repeat_interleave(2, 1)[:, ::2], values, (3, 200))
+    with pytest.raises(ModelError, match="values: .*not contiguous"):
+        check(mask, values.repeat_interleave(2)[::2], (3, 200))

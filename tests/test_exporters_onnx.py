@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+from gblm_compress.bitmask import pack
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
 from gblm_compress.exporters import export, onnx_bitmask
 from gblm_compress.exporters import onnx as exporter
@@ -278,6 +279,40 @@ def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
     assert mask.tolist() == [[0], [1], [128]] and values.tolist() == [0.0, 5.0, 7.0]
     assert onnx_bitmask.encode(np.ones((8, 8), np.float32)) is None
     assert onnx_bitmask.encode(np.zeros((3, 3), np.float32)) is None
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_damaged_initializers_are_errors(kernels: bool) -> None:
+    import onnx_ir as ir
+
+    array = np.zeros((2, 64), np.float32)
+    array[1, 2], array[0, 5] = 5.0, 7.0
+    if kernels:
+        mask, values = (tensor.numpy() for tensor in pack(torch.from_numpy(array)))
+        packed = {".mask": mask, ".nonzeros": values, ".starts": np.array([0, 1])}
+    else:
+        mask, values = onnx_bitmask.encode(array)
+        packed = {".mask": mask, ".nonzeros": values}
+
+    def decoded(**changed):
+        arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
+        values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
+        return onnx_bitmask.decode(values, "w")
+
+    assert np.array_equal(decoded(), array.reshape(-1))
+    damages = [
+        {"mask": None},
+        {"nonzeros": None},
+        {"mask": mask * 0},
+        {"mask": mask.astype(np.float32)},
+        {"nonzeros": values[:-1]},
+        {"nonzeros": values[None]},
+        {"nonzeros": values.astype(np.int64)},
+        {"nonzeros": values + 1},
+    ]
+    for damage in damages + [{"starts": np.array(starts)} for starts in ([0, 2], [0], [0.0, 1.0]) if kernels]:
+        with pytest.raises(VerificationError, match=r"^w\.(mask|nonzeros|starts|values): "):
+            decoded(**damage)
 
 
 def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:

@@ -1,11 +1,14 @@
 """Sparse checkpoints as users load them: through transformers, after `import gblm_compress`."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.benchmarking import benchmark
@@ -27,10 +30,61 @@ from gblm_compress.settings import (
 from gblm_compress.sources import ModelSource, load_model, resolve_model
 from gblm_compress.sparse_checkpoint import save_packed
 from gblm_compress.sparse_linear import BitmaskLinear, Sparse24Linear, SparseLinear
+from gblm_compress.tiny import VOCABULARY, byte_tokenizer
 from tests.conftest import ARCHITECTURES
 
 IDS = torch.arange(12).reshape(2, 6)
 FORMATS = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
+TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256}
+MAMBA = {**TOKENS, "pad_token_id": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+# What a layer replaced by another must not disturb.
+FAMILIES = {
+    # buffers that no file holds
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **TOKENS, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8
+    ),
+    # a linear layer's weight read by its name
+    "mamba": lambda: transformers.MambaConfig(**MAMBA, time_step_rank=16),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(**MAMBA, time_step_rank=16),
+    # in slices of columns
+    "bloom": lambda: transformers.BloomConfig(
+        **TOKENS, hidden_size=64, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True
+    ),
+    # and written
+    "rwkv": lambda: transformers.RwkvConfig(
+        **TOKENS, hidden_size=64, num_hidden_layers=4, context_length=512, intermediate_size=128, rescale_every=2
+    ),
+    # buffers of no dimension
+    "gemma2": lambda: transformers.Gemma2Config(
+        **TOKENS,
+        pad_token_id=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+}
+
+
+@pytest.fixture
+def family(tmp_path):
+    """family("mamba"): a tiny model of one of FAMILIES."""
+
+    def make(kind: str) -> ModelSource:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(FAMILIES[kind](), dtype=torch.float32).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() == 2 and "A_log" not in name:
+                        parameter.normal_(0, 0.15)
+        model.save_pretrained(tmp_path / kind)
+        byte_tokenizer().save_pretrained(tmp_path / kind)
+        return ModelSource(kind, tmp_path / kind)
+
+    return make
 
 
 def exported(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto", format="bitmask"):
@@ -62,6 +116,22 @@ def test_from_pretrained_gives_the_sparse_model(kind, format, pattern, layer, ti
     ids = torch.arange(20).unsqueeze(0)
     torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     assert result.checks["packed_bytes"] < 0.6 * result.checks["same_layers_dense_bytes"]
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_from_pretrained_computes_what_the_dense_folder_does(kind, format, family, tmp_path, progress) -> None:
+    source, folder, result = exported(family, tmp_path, progress, kind, format=format)
+    dense, model = load_model(source), AutoModelForCausalLM.from_pretrained(folder.folder)
+    written = [f"rwkv.blocks.{i}.{part}" for i in range(4) for part in ("attention.output", "feed_forward.value")]
+    assert result.checks.get("layers_left_dense", []) == (written if kind == "rwkv" else [])
+    for name, buffer in dense.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        got, expected = (m(input_ids=ids, use_cache=False).logits for m in (model, dense))
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert result.checks["logits_relative_difference"] <= 1e-5
 
 
 @FORMATS
@@ -218,14 +288,137 @@ def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, pro
         prune(folder, tmp_path / "x", PruneSettings(method="magnitude"), CalibrationSettings(), progress=progress)
 
 
-def test_an_unknown_layout_is_refused(tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress)
-    path = folder.folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["layout"] = "csr"
-    path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="layout 'csr' is not known"):
-        load_model(ModelSource("x", folder.folder))
+UP = "model.layers.0.mlp.up_proj"  # [128, 64]
+K = "model.layers.1.self_attn.k_proj"  # [32, 64]
+
+
+def replaced(name, change):
+    """A damage of the weights: a tensor is changed, or goes."""
+
+    def damage(folder) -> None:
+        path = next(folder.glob("*.safetensors"))
+        tensors = load_file(path)
+        changed = change(tensors.pop(name))
+        tensors |= {} if changed is None else {name: changed.contiguous()}
+        save_file(tensors, path, {"format": "pt"})
+
+    return damage
+
+
+def described(change):
+    """A damage of `quantization_config`."""
+
+    def damage(folder) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def of_layer(**entries):
+    return described(lambda config: config["layers"][UP].update(entries))
+
+
+def with_value(at, number):
+    return lambda values: values.index_fill(0, torch.tensor([at]), number)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+DAMAGES = {
+    "bitmask": [
+        (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
+        (replaced(f"{K}.values", lambda values: None), rf"{K}\.values: no such tensor"),
+        (replaced("model.norm.weight", lambda weight: None), r"model\.norm\.weight: no such tensor"),
+        (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask has 8192 bits"),
+        (replaced(f"{UP}.mask", lambda mask: mask ^ 1), rf"{UP}\.values: shape \[4160\]; the mask has 4... bits"),
+        (replaced(f"{UP}.mask", lambda mask: mask[1:]), rf"{UP}\.mask: int64 \[127, 1\]; needs int64 \[128, 1\]"),
+        (replaced(f"{UP}.mask", lambda mask: mask.view(torch.int32)), rf"{UP}\.mask: int32 \[128, 2\]; needs int64"),
+        (replaced(f"{UP}.mask", lambda mask: mask.T), rf"{UP}\.mask: int64 \[1, 128\]; needs"),
+        (replaced(f"{UP}.mask", lambda mask: mask.double()), rf"{UP}\.(values|mask): "),
+        (replaced(f"{K}.values", lambda values: values[:-1]), rf"{K}\.values: shape \[1087\]; .* takes \[1088\]"),
+        (replaced(f"{K}.values", lambda values: values[:0]), rf"{K}\.values: shape \[0\]"),
+        (replaced(f"{K}.values", lambda values: values[None]), rf"{K}\.values: shape \[1, 1088\]"),
+        (replaced(f"{K}.values", lambda values: values.long()), rf"{K}\.values: int64 .* needs float32 or float16 or"),
+        (replaced(f"{K}.values", with_value(5, NAN)), rf"{K}\.values: holds NaN or infinite"),
+        (replaced(f"{K}.values", with_value(0, INFINITY)), rf"{K}\.values: holds NaN or infinite"),
+        (replaced(f"{K}.values", with_value(1087, 1.0)), rf"{K}\.values: the last 64 must be zeros"),
+        (of_layer(nonzeros=-64), rf"layer '{UP}': nonzeros -64 is no number of weights"),
+        (of_layer(nonzeros=1e300), rf"layer '{UP}': nonzeros 1e\+300 is no number"),
+        (of_layer(nonzeros=True), rf"layer '{UP}': nonzeros True is no number"),
+        (of_layer(nonzeros=10**18), rf"layer '{UP}': nonzeros 1000000000000000000 is no number"),
+        (described(lambda c: c["layers"][UP].pop("nonzeros")), rf"layer '{UP}': it is described as .*missing"),
+    ],
+    "semi-structured": [
+        (replaced(f"{UP}.positions", lambda positions: None), rf"{UP}\.positions: no such tensor"),
+        (replaced(f"{UP}.values", lambda values: None), rf"{UP}\.values: no such tensor"),
+        (replaced(f"{UP}.values", lambda values: values[:, 1:]), rf"{UP}\.values: .* needs .* \[128, 32\]"),
+        (replaced(f"{UP}.values", lambda values: values * NAN), rf"{UP}\.values: holds NaN"),
+        (replaced(f"{UP}.positions", lambda positions: positions[1:]), rf"{UP}\.positions: uint8 \[127, 8\]; needs"),
+        (replaced(f"{UP}.positions", lambda positions: positions.long()), rf"{UP}\.positions: int64 .* needs uint8"),
+        (replaced(f"{UP}.positions", lambda p: p * 0), rf"{UP}\.positions: 1024 bytes hold no two increasing"),
+        (replaced(f"{UP}.positions", lambda p: p * 0 + 0x41), rf"{UP}\.positions: 1024 bytes hold no two increasing"),
+        (of_layer(nonzeros=5), rf"layer '{UP}': .* unexpected keyword argument 'nonzeros'"),
+    ],
+    "both": [
+        (described(lambda config: config.update(layout="csr")), "layout 'csr' is not known; this version reads"),
+        (described(lambda config: config.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known"),
+        (described(lambda config: config.update(layers=[UP])), "names no packed layers"),
+        (described(lambda config: config.update(layers={})), "names no packed layers"),
+        (described(lambda config: config["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
+        (described(lambda config: config["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
+        (described(lambda config: config["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
+        (described(lambda config: config["layers"].update({"": {}})), "'' is a LlamaForCausalLM; only Linear"),
+        (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
+        (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
+        (of_layer(shape=[64, 128]), rf"layer '{UP}': it is described as .*; the model's has shape \[128, 64\]"),
+        (of_layer(shape=[-128, 64]), "the model's has shape"),
+        (of_layer(shape="128x64"), "the model's has shape"),
+        (of_layer(shape=None), "the model's has shape"),
+        (of_layer(bias=True), "the model's has shape .* bias False"),
+        (of_layer(colour="red"), "unexpected keyword argument 'colour'"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tiny, tmp_path_factory):
+    """sound("bitmask"): an exported folder, written once; not to be changed."""
+    from functools import cache
+
+    from gblm_compress.progress import Progress
+
+    return cache(lambda format: exported(tiny, tmp_path_factory.mktemp(format), Progress(quiet=True), format=format)[1])
+
+
+@pytest.mark.parametrize(
+    ("format", "damage", "message"),
+    [
+        (format, damage, message)
+        for format in ("bitmask", "semi-structured")
+        for damage, message in DAMAGES[format] + DAMAGES["both"]
+    ],
+)
+def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, message, sound, tmp_path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(sound(format).folder, folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=message.replace("{folder}", str(folder))):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ModelError, match="model 'x': cannot be loaded"):
+        load_model(ModelSource("x", folder))
+
+
+@FORMATS
+def test_zeros_of_either_sign_may_be_stored(format, sound, tmp_path) -> None:
+    """A cast to a narrower dtype makes some: they are weights like others."""
+    shutil.copytree(sound(format).folder, tmp_path / "copy")
+    replaced(f"{UP}.values", lambda values: values * 0)(tmp_path / "copy")
+    replaced(f"{K}.values", lambda values: values * -0.0)(tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    for name in (UP, K):
+        layer = model.get_submodule(name)
+        assert not layer.dense_weight().any() and not layer(torch.randn(3, 64)).any()
 
 
 @pytest.mark.parametrize(("format", "layer"), [("bitmask", BitmaskLinear), ("semi-structured", Sparse24Linear)])
@@ -248,3 +441,27 @@ def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path
     monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_norm)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight.*bit for bit"):
         exported(tiny, tmp_path, progress)
+
+
+def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progress, monkeypatch) -> None:
+    load = exporters_sparse.sources.load_model
+
+    def with_another_mask(source, *arguments):
+        model = load(source, *arguments)
+        if source.is_sparse:
+            model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
+        return model
+
+    monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_mask)
+    with pytest.raises(VerificationError, match=r"h\.1\.attn\.attention\.bias: .* computes another buffer"):
+        exported(family, tmp_path, progress, "gpt_neo")
+
+
+@FORMATS
+def test_verification_runs_the_reloaded_folder(format, tiny, tmp_path, progress, monkeypatch) -> None:
+    forward = {layer: layer.forward for layer in (BitmaskLinear, Sparse24Linear)}
+    for layer in forward:
+        monkeypatch.setattr(layer, "forward", lambda self, x: forward[type(self)](self, x) * 1.001)
+    with pytest.raises(VerificationError, match="logits of the reloaded folder and its source differ by .* 64 tokens"):
+        exported(tiny, tmp_path, progress, format=format)
+    assert not (tmp_path / "sparse").exists()

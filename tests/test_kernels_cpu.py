@@ -109,7 +109,9 @@ def test_whatever_team_openmp_gives_computes_all_rows(environment) -> None:
 
 
 def test_several_threads_of_python_at_once() -> None:
-    code = PRODUCTS + """
+    code = (
+        PRODUCTS
+        + """
 failed = []
 threading.excepthook = failed.append
 callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for _ in range(4)]
@@ -117,6 +119,7 @@ callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for 
 [caller.join() for caller in callers]
 assert not failed, failed
 """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.patterns import Pattern
-from gblm_compress.sparse24 import pack, unpack
+from gblm_compress.sparse24 import check, pack, unpack
 
 
 @given(
@@ -26,6 +26,7 @@ def test_round_trip_is_bit_exact(seed: int, rows: int, groups: int, dtype: torch
     weight = (weight * (torch.rand(weight.shape, generator=generator) >= extra)).add(0.0).to(dtype)
     values, positions = pack(weight)
     assert values.shape == (rows, 2 * groups) and positions.shape == (rows, (groups + 1) // 2)
+    check(values, positions, weight.shape)
     restored = unpack(values, positions)
     assert restored.dtype == dtype
     assert torch.equal(restored.view(torch.uint8), weight.contiguous().view(torch.uint8))
@@ -55,3 +56,36 @@ def test_what_is_not_2_4_is_refused() -> None:
         pack(torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]]))
     with pytest.raises(UsageError, match="not a multiple of 4"):
         pack(torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_each_group_has_six_pairs_of_positions(groups: int) -> None:
+    """Of all bytes, those are taken whose pairs increase, and an unused half that is zero."""
+    values = torch.ones(1, 2 * groups)
+    taken = 0
+    for byte in range(256):
+        positions = torch.tensor([[0x44] * (groups // 2) + [byte] * (groups % 2) if groups % 2 else [byte]])
+        pairs = [(byte & 3, byte >> 2 & 3), (byte >> 4 & 3, byte >> 6)][: 2 - groups % 2]
+        if all(low < high for low, high in pairs) and (groups % 2 == 0 or byte < 16):
+            check(values, positions.to(torch.uint8), (1, 4 * groups))
+            taken += 1
+        else:
+            with pytest.raises(ModelError, match="positions: 1 bytes hold no two increasing"):
+                check(values, positions.to(torch.uint8), (1, 4 * groups))
+    assert taken == (6 if groups % 2 else 36)
+
+
+def test_tensors_of_another_form_are_refused() -> None:
+    values, positions = pack(torch.zeros(2, 16))
+    for stored, places, name in (
+        (values.double(), positions, "values: float64"),
+        (values[:, :-1], positions, "values: float32"),
+        (values * float("nan"), positions, "values: holds NaN"),
+        (values, positions.int(), "positions: int32"),
+        (values, positions[:1], "positions: uint8"),
+        (values, positions.T.contiguous().T, "positions: .*not contiguous"),
+    ):
+        with pytest.raises(ModelError, match=name):
+            check(stored, places, (2, 16))
+    with pytest.raises(ModelError, match="6 columns are not a multiple of 4"):
+        check(values, positions, (2, 6))

@@ -1,9 +1,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gblm_compress import measurements, sparse_linear
+from gblm_compress.architecture import weight_matrix
 from gblm_compress.bitmask import pack, same_bits
+from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.patterns import Pattern
 from gblm_compress.sparse_checkpoint import sparsify_
@@ -175,3 +178,85 @@ def test_a_whole_model_generates_the_same_tokens(layout) -> None:
         ids = torch.arange(20).unsqueeze(0)
         options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
         assert torch.equal(dense.generate(ids, **options), sparse.generate(ids, **options))
+
+
+DAMAGED = [
+    ("bitmask", "mask", -1),
+    ("bitmask", "values", float("nan")),
+    ("sparse24", "positions", 0),
+    ("sparse24", "values", float("inf")),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "content"), DAMAGED)
+def test_what_is_filled_by_hand_is_checked_before_a_kernel_reads_it(layout, name, content) -> None:
+    _, sparse = pair(layout=layout)
+    x = torch.ones(1, 100)
+    sparse(x)
+    state = {key: tensor.clone() for key, tensor in sparse.state_dict().items()}
+    state[name].fill_(content)
+    sparse.load_state_dict(state)  # written in place
+    for use in (sparse, sparse.kernel, lambda _: sparse.weight):
+        with pytest.raises(ModelError, match=f"^(values|{name}): "):
+            use(x)
+    _, sparse = pair(layout=layout)
+    setattr(sparse, name, state[name])
+    with pytest.raises(ModelError, match=f"^(values|{name}): "):
+        sparse(x)
+
+
+@LAYOUT_NAMES
+def test_a_layer_that_nobody_filled_is_refused(layout) -> None:
+    _, sparse = pair(layout=layout)
+    empty = LAYOUTS[layout](**sparse.description(), dtype=torch.float32)
+    for name in empty.PACKED:
+        empty.get_buffer(name).fill_(85)  # any content: it comes uninitialized
+    with pytest.raises(ModelError, match=r"^(mask|values|positions): "):
+        empty(torch.ones(1, 100))
+
+
+@LAYOUT_NAMES
+@pytest.mark.parametrize("shape", [(0, 8), (8, -8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88"], ids=str)
+def test_a_shape_that_no_layer_has(layout, shape) -> None:
+    options = {"nonzeros": 0} if layout == "bitmask" else {}
+    with pytest.raises(ModelError, match="is not one of a matrix"):
+        LAYOUTS[layout](shape, False, torch.float32, **options)
+
+
+def test_sparse24_needs_groups_of_four() -> None:
+    with pytest.raises(ModelError, match="a multiple of 4"):
+        Sparse24Linear((8, 6), False, torch.float32)
+
+
+@LAYOUT_NAMES
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_weight_can_be_read_as_the_dense_layer_stores_it(layout, transposed) -> None:
+    dense = Conv1D(48, 100) if transposed else nn.Linear(100, 48)
+    with torch.no_grad():
+        matrix = weight_matrix(dense)
+        matrix.mul_(Pattern("2:4").mask(torch.rand(48, 100), matrix, 0.5)).add_(0.0)
+    holder = nn.Module()
+    holder.layer, holder.config = dense, type("Config", (), {})()
+    sparsify_(holder, ["layer"], layout)
+    assert torch.equal(holder.layer.weight, dense.weight)
+    assert torch.equal(holder.layer.to(torch.bfloat16).weight, dense.weight.to(torch.bfloat16))
+    with pytest.raises(AttributeError):
+        holder.layer.weight = dense.weight.detach()
+
+
+@LAYOUT_NAMES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_inputs_of_another_dtype_are_refused(kernels, layout, dtype, tokens) -> None:
+    """As by a dense layer: the kernels would read past the end of one that is narrower."""
+    _, sparse = pair(layout=layout)
+    with pytest.raises((RuntimeError, ValueError)):
+        sparse(torch.ones(tokens, 100, dtype=dtype))
+
+
+@LAYOUT_NAMES
+def test_inputs_of_another_width_are_refused(kernels, layout) -> None:
+    _, sparse = pair(layout=layout)
+    for shape in ((4, 50), (2, 200), (100, 1), (3,), ()):
+        with pytest.raises((RuntimeError, ValueError)):
+            sparse(torch.ones(shape))

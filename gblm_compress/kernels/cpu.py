@@ -110,7 +110,7 @@ def linear(
 
     Args:
         x: [tokens, columns] in the dtype of `values`.
-        mask, values, starts: the packed weight [rows, columns], which `bitmask.check` has passed; they are not checked again.
+        mask, values, starts: the packed weight [rows, columns], passed by `bitmask.check`; it is not checked again.
         kernel: one of `paths`; the best one if unset.
         many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
 

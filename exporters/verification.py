@@ -1,0 +1,15 @@
+"""What exporters run a reopened model on, before they put it in place."""
+
+from typing import Any
+
+from torch import Tensor
+
+from gblm_compress import text
+
+TOKENS = 64
+
+
+def real_text(tokenizer: Any, vocabulary: int) -> Tensor:
+    """The first tokens of the demo's evaluation text, [1, TOKENS]."""
+    ids = text.tokenize(tokenizer, text.load_text("demo", "evaluation")[:4000])[:TOKENS]
+    return ids.clamp(max=vocabulary - 1).unsqueeze(0)
