@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint docs
+.PHONY: install quickstart test lint docs sanitize
 
 install: $(VENV)/.installed
 
@@ -35,3 +35,17 @@ lint: install
 
 docs: install
 	$(BIN)/python -m gblm_compress.documentation
+
+# The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
+CASES ?= 100000
+GRAPHS ?= 3000
+SEED ?= 0
+KERNELS := gblm_compress/kernels
+SANITIZE := $(CC) -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: install
+	mkdir -p build
+	$(SANITIZE) tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c -lm -lpthread -o build/sanitize-kernels
+	build/sanitize-kernels $(CASES) $(SEED)
+	CPATH=$(HEADERS)/usr/include $(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
+	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m tests.hostile_graphs build/sanitize-operator.so $(GRAPHS) $(SEED)

@@ -1,7 +1,7 @@
 """ONNX graphs around gblm.BitmaskLinear, sound and damaged: for the test of the operator and for `make sanitize`.
 
-`python -m tests.hostile_graphs LIBRARY CASES` runs that many with a compiled library; `make sanitize` gives it one with
-sanitizers.
+`python -m tests.hostile_graphs LIBRARY GRAPHS SEED` runs that many with a compiled library; `make sanitize` gives it
+one with sanitizers.
 """
 
 import random
@@ -130,9 +130,10 @@ def _order(case: Case, pick: random.Random) -> None:
 def _length(case: Case, pick: random.Random) -> None:
     name = _tensor(case, pick, pick.choice(("values", "starts", "mask")))
     array = case.tensors[name]
-    if array.ndim:
-        ends = ([(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1)) if array.size and pick.random() < 0.3 else None
-        case.tensors[name] = np.pad(array, ends) if ends else array[: pick.choice((0, len(array) // 2, -1))].copy()
+    if array.size and array.ndim and pick.random() < 0.3:
+        case.tensors[name] = np.pad(array, [(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1))
+    elif array.ndim:
+        case.tensors[name] = array[: pick.choice((0, len(array) // 2, -1))].copy()
 
 
 def _type(case: Case, pick: random.Random) -> None:
@@ -151,8 +152,10 @@ def _shape(case: Case, pick: random.Random) -> None:
     if chosen == "scalar":
         case.tensors[name] = np.array(array.flat[0] if array.size else 0, array.dtype)
     else:
-        case.tensors[name] = array.reshape(pick.choice(shapes)) if chosen == "shape" and array.size else np.zeros(
-            pick.choice(empty), array.dtype
+        case.tensors[name] = (
+            array.reshape(pick.choice(shapes))
+            if chosen == "shape" and array.size
+            else np.zeros(pick.choice(empty), array.dtype)
         )
 
 
@@ -236,6 +239,7 @@ def run(case: Case, library: str) -> str:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # each tensor in a buffer of its own size
     options.register_custom_ops_library(library)
     try:
         session = onnxruntime.InferenceSession(case.model(), options, providers=["CPUExecutionProvider"])
@@ -251,8 +255,8 @@ def run(case: Case, library: str) -> str:
 
 
 def main() -> None:
-    library, count = sys.argv[1], int(sys.argv[2])
-    refused = sum(bool(run(case, library)) for case in cases(count))
+    library, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    refused = sum(bool(run(case, library)) for case in cases(count, seed))
     print(f"operator: {count:,} graphs, {refused:,} of them refused, the others computed right")
 
 

@@ -1,0 +1,297 @@
+/* Random calls of the CPU kernels, valid and hostile, for `make sanitize`: ./sanitize-kernels CASES [SEED]
+ *
+ * Compiled with -fsanitize=address,undefined. Compilers do not instrument masked vector instructions, so that each buffer also
+ * ends at a page that cannot be touched, to the byte; what lies before it is poisoned, and must come out as it was.
+ *
+ * A case is one call of gblm_bitmask_linear or gblm_bitmask_expand: every element type, every path that the CPU has, widths
+ * that are no whole words, rows that are no whole blocks, empty and full rows, few tokens and many, any number of threads in
+ * teams of any size. A product is held against a naive one in double, an expansion against the matrix bit for bit. Hostile are
+ * numbers that there is no code for, which must be refused with nothing written; bits beyond the last column, which must not
+ * be written; and values that are NaN or infinite. Masks that do not fit their values are not the kernels' to find: see
+ * bitmask.h.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <sanitizer/asan_interface.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../gblm_compress/kernels/bitmask.h"
+
+EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num, void *omp_get_num_threads);
+EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y, void *panels,
+                               int64_t rows, int64_t words, int64_t tokens, int type, int path, int count);
+EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
+                               int64_t rows, int64_t columns, int64_t words, int type, int path, int count);
+
+enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
+
+static uint64_t state;
+static uint64_t number(void) { /* xorshift64* */
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return state * 2685821657736338717ull;
+}
+static int64_t below(int64_t n) { return (int64_t)(number() >> 11) % n; }
+static int64_t one_of(const int64_t *list, int64_t n) { return list[below(n)]; }
+#define ONE_OF(...) one_of((const int64_t[]){__VA_ARGS__}, sizeof((int64_t[]){__VA_ARGS__}) / 8)
+
+static void fail(const char *what) {
+    fprintf(stderr, "sanitize: %s\n", what);
+    abort();
+}
+
+/* ---- buffers that end at a page without access ---- */
+
+typedef struct {
+    char *end;
+    size_t size, poisoned;
+} Buffer;
+
+static Buffer made(void) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    char *memory = mmap(NULL, LARGEST + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory + LARGEST, page, PROT_NONE)) fail("mmap");
+    return (Buffer){memory + LARGEST, 0, 0};
+}
+
+static void *sized(Buffer *buffer, size_t size) {
+    if (size > LARGEST - CANARY - 8) fail("a case is too large");
+    ASAN_UNPOISON_MEMORY_REGION(buffer->end - buffer->poisoned, buffer->poisoned);
+    buffer->size = size;
+    buffer->poisoned = (size + 7) / 8 * 8 + CANARY; /* from here to the buffer */
+    memset(buffer->end - buffer->poisoned, FILL, buffer->poisoned);
+    ASAN_POISON_MEMORY_REGION(buffer->end - buffer->poisoned, buffer->poisoned - (size + 7) / 8 * 8);
+    return buffer->end - size;
+}
+
+static void check_canary(Buffer *buffer) {
+    ASAN_UNPOISON_MEMORY_REGION(buffer->end - buffer->poisoned, buffer->poisoned);
+    for (char *at = buffer->end - buffer->poisoned; at < buffer->end - buffer->size; at++)
+        if (*at != (char)FILL) fail("written before a buffer");
+}
+
+static int untouched(const Buffer *buffer) {
+    for (char *at = buffer->end - buffer->size; at < buffer->end; at++)
+        if (*at != (char)FILL) return 0;
+    return 1;
+}
+
+/* ---- an OpenMP of our own: teams of any size, one thread after the other or side by side ---- */
+
+static __thread int team_number, team_count = 1;
+static int thread_number(void) { return team_number; }
+static int team_size(void) { return team_count; }
+
+typedef struct {
+    void (*function)(void *);
+    void *data;
+    int number, count;
+} Member;
+
+static void *member(void *argument) {
+    const Member *me = argument;
+    team_number = me->number, team_count = me->count;
+    me->function(me->data);
+    team_number = 0, team_count = 1;
+    return NULL;
+}
+
+static void parallel(void (*function)(void *), void *data, unsigned asked, unsigned flags) {
+    (void)flags;
+    Member members[16];
+    pthread_t threads[16];
+    const int count = 1 + (int)below(asked), side_by_side = below(200) == 0;
+    for (int i = 0; i < count; i++) {
+        members[i] = (Member){function, data, i, count};
+        if (!side_by_side) member(members + i);
+        else if (pthread_create(threads + i, NULL, member, members + i)) fail("pthread_create");
+    }
+    for (int i = 0; side_by_side && i < count; i++) pthread_join(threads[i], NULL);
+}
+
+/* ---- elements ---- */
+
+static const int size_of[TYPES] = {4, 2, 2};
+static const double epsilon[TYPES] = {1.2e-7, 1e-3, 8e-3};
+static char pool[TYPES][POOL * 4]; /* random elements */
+
+static float element(int type, const void *array, int64_t at) {
+    if (type == F32) return ((const float *)array)[at];
+    const uint16_t half = ((const uint16_t *)array)[at];
+    return type == F16 ? f16_to_float(half) : bf16_to_float(half);
+}
+
+static void put(int type, void *array, int64_t at, float value) {
+    if (type == F32) ((float *)array)[at] = value;
+    else ((uint16_t *)array)[at] = type == F16 ? float_to_f16(value) : float_to_bf16(value);
+}
+
+static void fill_pools(void) {
+    for (int type = 0; type < TYPES; type++)
+        for (int64_t i = 0; i < POOL; i++) put(type, pool[type], i, (float)(below(2000001) - 1000000) / 500000);
+}
+
+static void take_elements(int type, void *array, int64_t count) {
+    for (int64_t done = 0, some; done < count; done += some) {
+        some = count - done < 4096 ? count - done : 4096;
+        memcpy((char *)array + done * size_of[type], pool[type] + below(POOL - some) * size_of[type],
+               (size_t)(some * size_of[type]));
+    }
+}
+
+/* ---- a case ---- */
+
+enum { MASK, VALUES, STARTS, X, Y, PANELS, BUFFERS };
+static Buffer buffers[BUFFERS];
+
+typedef struct {
+    uint64_t *mask;
+    char *values, *x;
+    int64_t *starts;
+    int64_t rows, columns, words, tokens;
+    int type, path, threads, odd; /* odd: with bits beyond the last column, or values that are no numbers */
+} Case;
+
+static Case case_of_any_kind(void) {
+    Case c;
+    c.type = (int)below(TYPES);
+    do c.path = (int)below(PATHS);
+    while (!(gblm_paths(c.type) >> c.path & 1));
+    const int large = below(100) == 0;
+    c.rows = below(4) ? 1 + below(12) : ONE_OF(1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 40);
+    c.columns = below(3) ? 1 + below(130) : ONE_OF(1, 63, 64, 65, 127, 128, 129, 191, 256);
+    if (large) c.rows = ONE_OF(64, 127, 128, 129, 200, 257), c.columns = ONE_OF(1, 65, 511, 512, 513, 700, 1100);
+    c.tokens = 1 + below(FEW_TOKENS);
+    if (gblm_has_many(c.type, c.path) && below(3) == 0) {
+        const int long_text = below(50) == 0;
+        c.tokens = long_text ? ONE_OF(127, 128, 129, 200, 257, 511, 512, 513, 600)
+                             : ONE_OF(1, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 97);
+        if (long_text && c.rows > 40) c.rows = 1 + below(40);
+    }
+    c.words = (c.columns + 63) / 64;
+    c.threads = 1 + (int)below(5);
+    c.odd = below(8) == 0;
+    c.mask = sized(&buffers[MASK], (size_t)(c.rows * c.words) * 8);
+    c.starts = sized(&buffers[STARTS], (size_t)c.rows * 8);
+    const int density = (int)below(5);
+    const uint64_t last = c.columns % 64 ? (1ull << c.columns % 64) - 1 : ~0ull;
+    int64_t bits = 0;
+    for (int64_t r = 0; r < c.rows; r++) {
+        c.starts[r] = bits;
+        const int of_row = below(8) ? density : (int)below(5);
+        for (int64_t w = 0; w < c.words; w++) {
+            uint64_t word = of_row == 0 ? 0 : of_row == 1 ? ~0ull : of_row == 2 ? number() & number() & number() : number();
+            if (w == c.words - 1 && !c.odd) word &= last;
+            c.mask[r * c.words + w] = word;
+            bits += __builtin_popcountll(word);
+        }
+    }
+    c.values = sized(&buffers[VALUES], (size_t)((bits + 64) * size_of[c.type]));
+    take_elements(c.type, c.values, bits);
+    for (int64_t i = 0; c.odd && i < bits; i += 1 + below(9)) put(c.type, c.values, i, below(2) ? NAN : INFINITY);
+    memset(c.values + bits * size_of[c.type], 0, (size_t)(64 * size_of[c.type]));
+    return c;
+}
+
+static int run(const Case *c, void *y, int64_t rows, int64_t words, int64_t tokens, int type, int path, int threads,
+               void *panels) {
+    return gblm_bitmask_linear(c->mask, c->values, c->starts, c->x, y, panels, rows, words, tokens, type, path, threads);
+}
+
+static void refuse_linear(const Case *c, void *y) {
+    const int64_t edge = ONE_OF(INT64_MIN, -1, 0, 9, 64, INT64_MAX);
+    const int small = (int)ONE_OF(INT32_MIN, -1, 3, 4, 40, INT32_MAX);
+    int done = 1;
+    switch (below(6)) {
+    case 0: done = run(c, y, edge < 0 ? edge : -1, c->words, c->tokens, c->type, c->path, c->threads, NULL); break;
+    case 1: done = run(c, y, c->rows, edge <= 0 ? edge : 0, c->tokens, c->type, c->path, c->threads, NULL); break;
+    case 2: done = run(c, y, c->rows, c->words, edge, c->type, c->path, c->threads, NULL); break;
+    case 3: done = run(c, y, c->rows, c->words, c->tokens, small, c->path, c->threads, NULL); break;
+    case 4: done = run(c, y, c->rows, c->words, c->tokens, c->type, small == 3 ? 4 : small, c->threads, NULL); break;
+    case 5: done = run(c, y, c->rows, c->words, c->tokens, c->type, c->path, small < 0 ? small : 0, NULL); break;
+    }
+    if (done || !untouched(&buffers[Y])) fail("a number out of range was taken");
+}
+
+static void linear(Case *c) {
+    const int64_t stride = c->words * 64;
+    const int many = c->tokens > FEW_TOKENS || (gblm_has_many(c->type, c->path) && below(4) == 0);
+    c->x = sized(&buffers[X], (size_t)(c->tokens * stride * size_of[c->type]));
+    take_elements(c->type, c->x, c->tokens * stride);
+    for (int64_t t = 0; t < c->tokens; t++)
+        memset(c->x + (t * stride + c->columns) * size_of[c->type], 0, (size_t)((stride - c->columns) * size_of[c->type]));
+    void *y = sized(&buffers[Y], (size_t)(c->tokens * c->rows * size_of[c->type]));
+    if (below(50) == 0) {
+        refuse_linear(c, y);
+        return;
+    }
+    void *panels = many ? sized(&buffers[PANELS], (size_t)gblm_panel_bytes(c->words, c->tokens, c->type)) : NULL;
+    if (!run(c, y, c->rows, c->words, c->tokens, c->type, c->path, c->threads, panels)) fail("a valid product was refused");
+    if (many) check_canary(&buffers[PANELS]);
+    for (int64_t r = 0; !c->odd && r < c->rows; r++)
+        for (int64_t t = 0; t < c->tokens; t++) {
+            double sum = 0, scale = 0;
+            int64_t v = c->starts[r];
+            for (int64_t w = 0; w < c->words; w++)
+                for (uint64_t bits = c->mask[r * c->words + w]; bits; bits &= bits - 1, v++) {
+                    const double product = (double)element(c->type, c->values, v) *
+                                           element(c->type, c->x, t * stride + w * 64 + __builtin_ctzll(bits));
+                    sum += product;
+                    scale += fabs(product);
+                }
+            if (!(fabs(element(c->type, y, t * c->rows + r) - sum) <= 1e-5 * scale + epsilon[c->type] * fabs(sum) + 1e-7))
+                fail("a product is wrong");
+        }
+}
+
+static int expand_rows(const Case *c, void *dense, int64_t first, int64_t count, int64_t columns) {
+    return gblm_bitmask_expand(c->mask, c->values, c->starts, dense, first, count, columns, c->words, c->type, c->path,
+                               c->threads);
+}
+
+static void expand(Case *c) {
+    const int64_t first = below(c->rows), count = below(c->rows - first + 1), size = size_of[c->type];
+    char *dense = sized(&buffers[Y], (size_t)(count * c->columns * size));
+    if (below(50) == 0) {
+        const int64_t columns = ONE_OF(INT64_MIN, -1, 0, (c->words - 1) * 64, c->words * 64 + 1, INT64_MAX);
+        if (expand_rows(c, dense, first, count, columns) || !untouched(&buffers[Y]))
+            fail("columns that are not the mask's were taken");
+        return;
+    }
+    if (!expand_rows(c, dense, first, count, c->columns)) fail("a valid expansion was refused");
+    for (int64_t r = 0; !c->odd && r < count; r++) {
+        int64_t v = c->starts[first + r];
+        for (int64_t column = 0; column < c->columns; column++) {
+            const int alive = c->mask[(first + r) * c->words + column / 64] >> column % 64 & 1;
+            const char *got = dense + (r * c->columns + column) * size;
+            if (memcmp(got, alive ? c->values + v * size : (const char[4]){0}, (size_t)size)) fail("an expansion is wrong");
+            v += alive;
+        }
+    }
+}
+
+int main(int count, char **arguments) {
+    if (count < 2) fail("give the number of cases");
+    const long long cases = atoll(arguments[1]);
+    state = 88172645463325252ull + (count > 2 ? strtoull(arguments[2], NULL, 10) : 0);
+    long long by_path[TYPES][PATHS] = {0};
+    for (int i = 0; i < BUFFERS; i++) buffers[i] = made();
+    fill_pools();
+    gblm_set_parallel((void *)parallel, (void *)thread_number, (void *)team_size);
+    for (long long done = 0; done < cases; done++) {
+        Case c = case_of_any_kind();
+        if (c.tokens > FEW_TOKENS || below(3)) linear(&c);
+        else expand(&c);
+        for (int i = 0; i < PANELS; i++) check_canary(&buffers[i]);
+        by_path[c.type][c.path]++;
+    }
+    printf("kernels: %lld cases, every result right\n", cases);
+    for (int type = 0; type < TYPES; type++)
+        for (int path = 0; path < PATHS; path++)
+            if (by_path[type][path])
+                printf("  %-9s %-9s %lld\n", (const char *[]){"float32", "float16", "bfloat16"}[type],
+                       (const char *[]){"portable", "avx2", "avx512", "amx"}[path], by_path[type][path]);
+    return 0;
+}
