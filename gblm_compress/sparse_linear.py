@@ -223,6 +223,8 @@ class BitmaskLinear(SparseLinear):
 
     def prepare(self) -> None:
         """Check the weight; find where rows begin, and which kernel is the fastest for how many tokens."""
+        # A copy: loaded tensors are parts of a mapped file, and what is written into that later must not move a kernel.
+        self._buffers["mask"] = self.mask.clone()
         self.check()
         self._on_cpu = self.mask.device.type == "cpu"
         self.starts, self.crossover, self.plan = bitmask.row_starts(self.mask), 0, ""

@@ -409,6 +409,18 @@ def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, m
         load_model(ModelSource("x", folder))
 
 
+def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(sound, tmp_path) -> None:
+    """Loaded tensors are parts of the mapped file; of those the mask alone decides where values are read."""
+    shutil.copytree(sound("bitmask").folder, tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    masks = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".mask")}
+    path = next((tmp_path / "copy").glob("*.safetensors"))
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert len(masks) == 14 and all(torch.equal(model.get_buffer(name), mask) for name, mask in masks.items())
+    model(input_ids=torch.arange(20).unsqueeze(0))
+
+
 @FORMATS
 def test_zeros_of_either_sign_may_be_stored(format, sound, tmp_path) -> None:
     """A cast to a narrower dtype makes some: they are weights like others."""

@@ -3,6 +3,8 @@
 import random
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from gblm_compress.errors import MissingDependencyError
@@ -58,6 +60,32 @@ def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
     damage(case)
     with pytest.raises(Exception, match=message):
         raise Exception(run(case, library))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_weights_beside_the_graph(library: str, tmp_path, offset: int) -> None:
+    """ONNX Runtime maps their file, at whatever offset they have; what is written into it later moves no kernel."""
+    case = sound_case(random.Random(4))
+    model = onnx.load_from_string(case.model())
+    content = b""
+    for tensor in model.graph.initializer:
+        content += bytes(-len(content) % 8 + offset)
+        place = {"location": "data", "offset": len(content), "length": len(tensor.raw_data)}
+        content += tensor.raw_data
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+    (tmp_path / "data").write_bytes(content)
+    onnx.save(model, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    for y, expected in zip(session.run(None, case.feeds()), case.products(), strict=True):
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    with (tmp_path / "data").open("r+b") as file:
+        file.write(b"\x01" * len(content))
+    session.run(None, case.feeds())
 
 
 def test_sessions_of_several_threads(library: str) -> None:

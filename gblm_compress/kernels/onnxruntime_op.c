@@ -5,8 +5,9 @@
  *                   mask [rows, words] int64, values [nonzeros + 64] float, starts [rows] int64, … of the next weight)
  *         -> y [..., rows] float, … of the next weight
  *
- * The packed weights are constant initializers: a session checks every bit of them when it is made, and then knows them; what is
- * left to check in a run is x.
+ * The packed weights are constant initializers: a session checks every bit of them when it is made; what is left to check in a
+ * run is x. ONNX Runtime may map the file with the initializers, at any offset: another process could write into it, so that what
+ * decides where a kernel reads, mask and starts, is kept as a copy, and values that are not aligned are copied too.
  *
  * ONNX Runtime loads this library by its path and calls RegisterCustomOps. Compiled without ONNX Runtime's C header
  * (Debian: libonnxruntime-dev) it has no such function, and the rest of the library is the same.
@@ -94,7 +95,10 @@ static void run_session(void *context, void (*part)(void *, int), void *work, in
 typedef struct {
     int count;
     Job jobs[MAX_WEIGHTS];
+    void *owned[MAX_WEIGHTS][3]; /* copies of mask, starts and perhaps values */
 } Linear;
+
+static OrtStatusPtr out_of_memory(void) { return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory"); }
 
 /* Constant input `index`, which must be of that type and rank; errors call it by its name in the graph. */
 static OrtStatusPtr constant(const OrtKernelInfo *info, size_t index, const char *role, ONNXTensorElementDataType type,
@@ -117,20 +121,26 @@ static OrtStatusPtr constant(const OrtKernelInfo *info, size_t index, const char
     return ort->GetTensorMutableData((OrtValue *)value, (void **)data);
 }
 
-static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job) {
+static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job, void *owned[3]) {
     char name[200];
+    const void *data;
     Form mask, values, starts;
-    TRY(constant(info, input, "mask", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 2, name, &mask, (const void **)&job->mask));
+    TRY(constant(info, input, "mask", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 2, name, &mask, &data));
     job->rows = mask.shape[0];
     job->words = mask.shape[1];
     if (job->rows < 1 || job->words < 1 || job->words > INT64_MAX / 64)
         return invalid("BitmaskLinear: mask '%s' has shape [%lld, %lld]; it needs at least one row and one word", name,
                        (long long)job->rows, (long long)job->words);
-    TRY(constant(info, input + 2, "starts", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 1, name, &starts,
-                 (const void **)&job->starts));
+    const size_t mask_bytes = (size_t)(job->rows * job->words) * sizeof *job->mask;
+    if (!(job->mask = owned[0] = malloc(mask_bytes))) return out_of_memory();
+    memcpy(owned[0], data, mask_bytes);
+    TRY(constant(info, input + 2, "starts", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 1, name, &starts, &data));
     if (starts.shape[0] != job->rows)
         return invalid("BitmaskLinear: starts '%s' has %lld elements; the mask has %lld rows", name,
                        (long long)starts.shape[0], (long long)job->rows);
+    const size_t starts_bytes = (size_t)job->rows * sizeof *job->starts;
+    if (!(job->starts = owned[1] = malloc(starts_bytes))) return out_of_memory();
+    memcpy(owned[1], data, starts_bytes);
     int64_t bits = 0;
     for (int64_t row = 0; row < job->rows; row++) {
         if (job->starts[row] != bits)
@@ -144,6 +154,11 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job)
         return invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
                        "padding",
                        name, (long long)values.shape[0], (long long)bits, (long long)bits + PADDING, (int)PADDING);
+    if ((uintptr_t)job->values % sizeof(float)) {
+        const size_t values_bytes = (size_t)values.shape[0] * sizeof(float);
+        if (!(owned[2] = malloc(values_bytes))) return out_of_memory();
+        job->values = memcpy(owned[2], job->values, values_bytes);
+    }
     job->type = F32;
     job->path = path;
     return NULL;
@@ -160,7 +175,7 @@ static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
                        (int)MAX_WEIGHTS, inputs, outputs);
     linear->count = (int)count;
     for (size_t i = 0; i < count; i++) {
-        TRY(weight_at(info, 3 * i + 1, linear->jobs + i));
+        TRY(weight_at(info, 3 * i + 1, linear->jobs + i, linear->owned[i]));
         if (linear->jobs[i].words != linear->jobs->words)
             return invalid("BitmaskLinear: the masks have %lld and %lld words in a row; all multiply the same x",
                            (long long)linear->jobs->words, (long long)linear->jobs[i].words);
@@ -168,17 +183,22 @@ static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
     return NULL;
 }
 
+static void ORT_API_CALL destroy(void *kernel) {
+    Linear *linear = kernel;
+    for (int i = 0; i < MAX_WEIGHTS; i++)
+        for (int j = 0; j < 3; j++) free(linear->owned[i][j]);
+    free(linear);
+}
+
 static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
     (void)op, (void)api;
     Linear *linear = calloc(1, sizeof *linear);
-    if (!linear) return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory");
+    if (!linear) return out_of_memory();
     OrtStatusPtr status = weights_of(info, linear);
-    if (status) free(linear);
+    if (status) destroy(linear);
     else *kernel = linear;
     return status;
 }
-
-static void ORT_API_CALL destroy(void *kernel) { free(kernel); }
 
 /* ---- a run: x ---- */
 
@@ -218,7 +238,7 @@ static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context
     const Threads threads = {run_session, context, parts};
     if (tokens > FEW_TOKENS && gblm_has_many(F32, path)) {
         void *panels = aligned_alloc(64, (size_t)gblm_panel_bytes(jobs->words, tokens, F32));
-        if (!panels) return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory");
+        if (!panels) return out_of_memory();
         for (int i = 0; i < count; i++) jobs[i].panels = panels;
         gblm_many_tokens(jobs, count, &threads);
         free(panels);
