@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test lint docs sanitize
+# Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
+SECONDS ?= 600
+
+.PHONY: install quickstart test lint docs fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -32,6 +35,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: install
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 docs: install
 	$(BIN)/python -m gblm_compress.documentation

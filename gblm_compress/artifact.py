@@ -208,6 +208,17 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_regular(path: Path) -> bytes:
+    """The content of a file; a pipe is not waited for, and a device not read.
+
+    Raises:
+        OSError: there is no such regular file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -215,12 +226,10 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: there is no such regular file, or it cannot be read.
         ValueError: its content is no JSON object; the message says why.
     """
-    if not path.is_file():  # never wait for a pipe or read a device
-        raise FileNotFoundError(f"{path.name} is missing or no regular file")
-    if path.stat().st_size > _LARGEST_JSON:
+    if path.is_file() and path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):

@@ -11,7 +11,6 @@ from gblm_compress import artifact, sources
 from gblm_compress.errors import OutputError
 
 FILE = "measurements.json"  # {machine: {what: result}}
-LARGEST = 16 << 20  # bytes; a file beyond is not one of ours
 T = TypeVar("T", int, str)
 
 
@@ -45,8 +44,7 @@ def _known(path: Path, machine: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """What the file holds as far as it has the right form; what has not is as good as not there."""
     try:
-        content = json.loads(path.read_text()) if path.is_file() and path.stat().st_size <= LARGEST else {}
-    except (OSError, ValueError, RecursionError):
+        content = artifact.read_json(path)
+    except (OSError, ValueError):
         return {}
-    machines = content.items() if isinstance(content, dict) else ()
-    return {machine: results for machine, results in machines if isinstance(results, dict)}
+    return {machine: results for machine, results in content.items() if isinstance(results, dict)}

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gblm_compress import __version__, artifact, manifest, presets, ranks, run_folder, sources, text
+from gblm_compress import __version__, artifact, faults, manifest, presets, ranks, run_folder, sources, text
 from gblm_compress.architecture import linear_weights, prunable_layers
 from gblm_compress.block_pruning import LayerResult
 from gblm_compress.block_weights import ResidentWeights, StreamedWeights, Weights
+from gblm_compress.budgeting import planned_budgets
 from gblm_compress.checkpoint import Checkpoint
 from gblm_compress.doctor import cpu_name
 from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError, VerificationError
@@ -145,8 +146,14 @@ def _prune(
 ) -> PruneResult:
     start = time.perf_counter()
     sources.check_model(source, "prune")
+    looks: list[Callable[[], object]] = [
+        partial(sources.choose_device, device),
+        lambda: planned_budgets(sources.load_skeleton(source), settings),
+    ]
     if settings.needs_text:
-        sources.check_length(source, calibration.sequence_length)
+        looks.append(partial(sources.check_length, source, calibration.sequence_length))
+        looks.append(partial(text.check_source, calibration.dataset))
+    faults.raise_all(faults.collect(looks))
     device = ranks.device_of_rank(sources.choose_device(device))
     tokenizer = sources.load_tokenizer(source)
     pruned_before = _pruned_before(source)
@@ -304,6 +311,11 @@ def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings
                 raise ModelError(
                     f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
                     "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
+                )
+            if not (stored := checkpoint.read(f"{name}.weight")).is_floating_point():
+                raise ModelError(
+                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored.dtype}, not as "
+                    "floating-point numbers; the model is quantised or damaged: prune the original"
                 )
 
 

@@ -191,7 +191,8 @@ class RunFolder:
         """
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         files = [path for path in entries if _TENSORS.fullmatch(path.name)]
-        foreign = [p for p in entries if p not in files and p.name != IDENTITY and not _PASSING.fullmatch(p.name)]
+        plain = [path for path in files if path.is_file() and not path.is_symlink()]
+        foreign = [p for p in entries if p not in plain and p.name != IDENTITY and not _PASSING.fullmatch(p.name)]
         if foreign:
             raise UsageError(
                 f"{str(self.folder)!r} is where finished blocks are kept, and holds {foreign[0].name!r}; move it away"
@@ -204,7 +205,7 @@ class RunFolder:
         try:
             if not path.exists() and not files:
                 return None
-            record = _Record.model_validate_json(path.read_bytes())
+            record = _Record.model_validate_json(artifact.read_regular(path))
             for pattern, _ in (record.budgets or {}).values():
                 Pattern(pattern)
             return record

@@ -389,7 +389,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        tokenizer("a word", verbose=False)  # some faults of its files show only when it is used
+        return tokenizer
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
 

@@ -72,7 +72,7 @@ def _record(path: Path, progress: Progress) -> _Record | None:
     if not path.exists():
         return None
     try:
-        return _Record.model_validate_json(path.read_bytes())
+        return _Record.model_validate_json(artifact.read_regular(path))
     except (OSError, ValidationError) as error:
         progress.say(f"{path} is damaged and ignored ({first_line(error)})")
         return None

@@ -1,0 +1,146 @@
+"""Ways to spoil a file, drawn by hypothesis: its bytes, its JSON, its safetensors header, or what it is."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
+    "demo", "\n", "\x1b[31m", "[/red]", "$x$", "\ud800", "a" * 5000, [], [[]], {}, {"a": {}}, [0] * 100,
+]  # fmt: skip
+ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n", "&a [*a]", "!!int x", "- " * 3000]
+
+
+def spoil(path: Path, draw: Draw) -> str:
+    """Change the file in one way; what was done, in words."""
+    ways = [_bytes, _bytes, _nature]
+    if path.suffix == ".json":
+        ways += [_json, _json, _json, _json]
+    if path.suffix == ".safetensors":
+        ways += [_header, _header, _tensor, _tensor, _tensor]
+    if path.suffix in (".jsonl", ".txt", ".yaml"):
+        ways += [_text, _text]
+    way = draw(st.sampled_from(ways))
+    return f"{path.name}: {way(path, draw)}"
+
+
+def _bytes(path: Path, draw: Draw) -> str:
+    data = bytearray(path.read_bytes())
+    place = draw(st.integers(0, len(data)))
+    what = draw(st.sampled_from(["flip", "cut", "insert", "delete", "zero", "empty"]))
+    if what == "flip" and place < len(data):
+        data[place] ^= 1 << draw(st.integers(0, 7))
+    elif what == "cut":
+        del data[place:]
+    elif what == "insert":
+        data[place:place] = draw(st.binary(max_size=16))
+    elif what == "delete":
+        del data[place : place + draw(st.integers(1, 64))]
+    elif what == "zero":
+        data[place : place + 64] = bytes(len(data[place : place + 64]))
+    elif what == "empty":
+        data.clear()
+    path.write_bytes(data)
+    return f"{what} at byte {place}"
+
+
+def _nature(path: Path, draw: Draw) -> str:
+    what = draw(st.sampled_from(["missing", "folder", "pipe", "link out", "broken link", "loop", "device"]))
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "link out":
+        path.symlink_to("/etc/hostname")
+    elif what == "broken link":
+        path.symlink_to("nowhere")
+    elif what == "loop":
+        path.symlink_to(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    return what
+
+
+def _text(path: Path, draw: Draw) -> str:
+    lines = path.read_text().split("\n")
+    place = draw(st.integers(0, len(lines) - 1))
+    odd = draw(st.sampled_from(ODD_TEXTS) | st.text(max_size=40) | st.sampled_from(lines))
+    key, colon, _ = lines[place].partition(":")
+    lines[place] = f"{key}: {odd}" if colon and draw(st.booleans()) else odd
+    path.write_text("\n".join(lines), errors="replace")
+    return f"line {place + 1} is {odd[:40]!r}"
+
+
+def _json(path: Path, draw: Draw) -> str:
+    content, said = _odd_json(json.loads(path.read_text()), draw)
+    path.write_text(json.dumps(content))
+    return said
+
+
+def _odd_json(content: Any, draw: Draw) -> tuple[Any, str]:
+    """The content with one value changed, removed or renamed, and what was done."""
+    where: list[str] = []
+    place = content
+    while isinstance(place, dict | list) and place:
+        keys = list(place) if isinstance(place, dict) else list(range(min(len(place), 50)))
+        key = draw(st.sampled_from(keys))
+        where.append(str(key))
+        if not isinstance(place[key], dict | list) or draw(st.integers(0, 3)) == 0:
+            if isinstance(place, dict) and draw(st.integers(0, 4)) == 0:
+                value = place.pop(key)
+                if draw(st.booleans()):
+                    place[draw(st.text(max_size=10))] = value
+                return content, f"without {'.'.join(where)}"
+            place[key] = draw(st.sampled_from(ODD_VALUES) | st.sampled_from(keys))
+            return content, f"{'.'.join(where)} = {str(place[key])[:40]!r}"
+        place = place[key]
+    return draw(st.sampled_from(ODD_VALUES)), "another top level"
+
+
+def _header(path: Path, draw: Draw) -> str:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    content, said = _odd_json(json.loads(data[8 : 8 + length]), draw)
+    header = json.dumps(content).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    return f"header: {said}"
+
+
+def _tensor(path: Path, draw: Draw) -> str:
+    """One tensor of another shape, dtype or content, in a file that is sound by itself."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors[name]
+    what = draw(st.sampled_from(["missing", "short", "long", "dtype", "ones", "nan", "bit", "flat", "random"]))
+    if what == "missing":
+        del tensors[name]
+    elif what == "short":
+        tensors[name] = tensor[: len(tensor) // 2].clone()
+    elif what == "long":
+        tensors[name] = torch.cat([tensor, tensor])
+    elif what == "dtype":
+        tensors[name] = tensor.to(draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.bfloat16])))
+    elif what == "ones":
+        tensors[name] = torch.full_like(tensor, -1) if tensor.dtype != torch.uint8 else torch.full_like(tensor, 255)
+    elif what == "nan" and tensor.is_floating_point():
+        tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = float("nan")
+    elif what == "bit":
+        raw = tensor.view(-1).view(torch.uint8)
+        raw[draw(st.integers(0, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
+    elif what == "flat":
+        tensors[name] = tensor.reshape(-1)
+    elif what == "random":
+        raw = tensor.view(-1).view(torch.uint8)
+        raw.copy_(torch.randint(0, 256, raw.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))))
+    save_file(tensors, path, metadata={"format": "pt"})
+    return f"tensor {name}: {what}"

@@ -1,0 +1,133 @@
+"""A process that has everything imported and runs each command in a fork of itself: `python -m tests.fuzz.server`.
+
+Requests and answers are lines of JSON. A command that takes longer than it may is killed.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+MEMORY_LIMIT = 8 << 30  # bytes of address space that a command may take beyond what the server has
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code, or the signal that ended it, what it printed, and how long it took."""
+
+    code: int | None
+    signal: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it was killed for taking too long."""
+        return self.signal == signal.SIGKILL
+
+
+class Server:
+    """The server as its user sees it; a context manager."""
+
+    def __enter__(self) -> Self:
+        # One thread each: a fork has only the thread that forked it, and a pool of the parent's would be missed.
+        single = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GBLM_COMPRESS_TRACEBACK": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.fuzz.server"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | single | environment,
+        )  # fmt: skip
+        assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def run(self, arguments: list[str], folder: Path, cache: Path, seconds: float) -> Outcome:
+        """Run `gblm-compress` with these arguments in a folder."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"arguments": arguments, "folder": str(folder), "cache": str(cache), "seconds": seconds}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+
+def _serve() -> None:
+    from gblm_compress.cli import app
+
+    _import_what_commands_import()
+    # What a library prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(line: str) -> None:
+        answers.write(line + "\n")
+        answers.flush()
+
+    answer("ready")
+    for line in sys.stdin:
+        answer(json.dumps(_run(app.main, **json.loads(line))))
+
+
+def _import_what_commands_import() -> None:
+    import onnxruntime  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from optimum.exporters.tasks import TasksManager  # noqa: F401
+
+    from gblm_compress import checks, comparison, inspection, pipeline, recipe, sparse_checkpoint  # noqa: F401
+    from gblm_compress.exporters import onnx, sparse  # noqa: F401
+
+
+def _run(main: Any, arguments: list[str], folder: str, cache: str, seconds: float) -> dict[str, Any]:
+    streams = [Path(cache) / name for name in ("stdout", "stderr")]
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            for number, path in enumerate(streams, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.chdir(folder)
+            os.environ["GBLM_COMPRESS_CACHE"] = cache
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_LIMIT, -1))
+            main(arguments)
+        except SystemExit as end:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        except BaseException as error:
+            print(f"Traceback of what main let through: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+    status = _wait(child, start + seconds)
+    return {
+        "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
+        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+        "stdout": streams[0].read_text(errors="backslashreplace"),
+        "stderr": streams[1].read_text(errors="backslashreplace"),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _wait(child: int, deadline: float) -> int:
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            return os.waitpid(child, 0)[1]
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    _serve()
