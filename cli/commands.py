@@ -354,7 +354,7 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
 def _show(content: Any, summary: Any, as_json: bool) -> None:
     """Print a result: one JSON document, or a summary for people."""
     if as_json:
-        print(json.dumps(content if isinstance(content, dict) else content.as_dict(), indent=2))
+        print(artifact.as_json(content if isinstance(content, dict) else content.as_dict()), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
     parts = summary(content)

@@ -6,7 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from gblm_compress import artifact
+from gblm_compress.errors import UsageError
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -64,6 +67,22 @@ def export(
     check(source, settings)
     with artifact.reserved(output, force, [source.folder]):
         return _exporter(settings).export(source, output, settings, force=force, progress=progress)
+
+
+def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
+    """Refuse to pack what packing would not make smaller: it costs a bit for each weight, and saves the zeros.
+
+    Raises:
+        UsageError: so few of the weights are zeros.
+    """
+    total = sum(weight.numel() for weight in weights.values())
+    zeros = total - sum(int((weight != 0).sum()) for weight in weights.values())
+    bits = 8 * next(iter(weights.values())).element_size()
+    if zeros * bits <= total:
+        raise UsageError(
+            f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
+            f"take more bytes (packing pays from {100 / bits:.1f} %): the model is dense; prune it first"
+        )
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:

@@ -25,7 +25,7 @@ from gblm_compress import artifact, manifest, sources
 from gblm_compress.architecture import prunable_layers, weight_matrix
 from gblm_compress.bitmask import WORD
 from gblm_compress.errors import ModelError, UsageError, VerificationError
-from gblm_compress.exporters import ExportResult
+from gblm_compress.exporters import ExportResult, check_is_pruned
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
 from gblm_compress.exporters.verification import real_text
 from gblm_compress.kernels import cpu
@@ -115,12 +115,16 @@ def export(
     dtype = _dtype(source, settings)
     model = sources.load_model(source, dtype)
     tokenizer = sources.load_tokenizer(source)
+    layers = manifest.pruned_layers(source, model)
+    if settings.sparse or settings.kernels:
+        check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers})
+    wider = getattr(torch, dtype).itemsize / getattr(torch, sources.stored_dtype(source)).itemsize
+    artifact.check_space(output, int(source.bytes_on_disk * wider), "the export")
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
     program = _trace(model, source)
     _name_cache(program, source)
     _name_dimensions(program)
     weights = _name_weights(program, model)
-    layers = manifest.pruned_layers(source, model)
     pruned = [weights[layer] for layer in layers if layer in weights]
     if settings.sparse:
         encode_initializers_(program, pruned)

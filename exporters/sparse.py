@@ -16,7 +16,7 @@ from gblm_compress import artifact, manifest, sources
 from gblm_compress.architecture import weight_matrix
 from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import ExportResult
+from gblm_compress.exporters import ExportResult, check_is_pruned
 from gblm_compress.exporters.verification import real_text
 from gblm_compress.patterns import Pattern
 from gblm_compress.progress import Progress
@@ -81,15 +81,11 @@ def export(
     layout = LAYOUT_OF[settings.format]
     if layout == "sparse24":
         _check_2_4(dense)
+    check_is_pruned(dense)
     progress.say("packing …")
     sparsify_(model, names, layout)
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
-    if packed_bytes >= dense_bytes:
-        raise UsageError(
-            f"packed, the {len(names)} layers would take {packed_bytes:,} bytes instead of {dense_bytes:,}: "
-            "the model is dense; prune it first"
-        )
     artifact.check_space(output, source.bytes_on_disk, "the export")
     with artifact.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)

@@ -5,6 +5,7 @@ folder is replaced only if it carries one, holds nothing beside what is listed, 
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -81,6 +82,10 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         UsageError: it is or holds an input or the current folder, is a file, exists and may not be replaced, or cannot
             be created.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
     try:
         if _is_or_holds(folder, Path.cwd()):
             raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
@@ -249,6 +254,19 @@ def write_text(path: Path, content: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def as_json(content: Any) -> str:
+    """JSON that every reader takes: what is not finite, a perplexity for instance, is null."""
+    return json.dumps(_finite(content), indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_disk(file: IO[Any]) -> None:

@@ -4,7 +4,6 @@ Every cell is pruned and evaluated in a process of its own, so that its peak mem
 an interrupted comparison goes on where it stopped.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -164,7 +163,7 @@ def _compare(
         plot=str(output / PLOT),
     )
     draw(result, output / PLOT)
-    artifact.write_text(output / REPORT, json.dumps(result.as_dict(), indent=2) + "\n")
+    artifact.write_text(output / REPORT, artifact.as_json(result.as_dict()))
     return result
 
 

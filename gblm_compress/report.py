@@ -139,7 +139,7 @@ def gate_table(gates: list[Any]) -> Table:
 
 def write(content: dict[str, Any], output: Path) -> None:
     """Write `report.json` and the page made of it."""
-    artifact.write_text(output / REPORT, json.dumps(content, indent=2) + "\n")
+    artifact.write_text(output / REPORT, artifact.as_json(content))
     summary = [Row(**row) for row in content["rows"]]
     page = Environment(autoescape=True, finalize=_shown).from_string(_PAGE)
     html = page.render(

@@ -1,6 +1,7 @@
 """Folders of results: whole or absent, written by one process at a time, replaced only if this program made them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -186,6 +187,19 @@ def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
         with pytest.raises(UsageError, match="new or empty|root of the file system"), working_in(folder, "run"):
             pass
     assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_json_is_valid_whatever_was_measured() -> None:
+    content = {"a": [1.5, math.inf, (math.nan, -math.inf)], "b": {"c": "é"}}
+    assert json.loads(artifact.as_json(content), parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None, None]],
+        "b": {"c": "é"},
+    }
+
+
+def test_a_name_that_is_no_unicode() -> None:
+    with pytest.raises(UsageError, match="is no Unicode name"):
+        check_output(Path("out-\udcff"), force=False)
 
 
 def test_too_little_room(tmp_path) -> None:

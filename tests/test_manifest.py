@@ -2,15 +2,19 @@
 
 import json
 import re
+import shutil
 from importlib.metadata import version
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from gblm_compress import manifest
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.exporters import export
 from gblm_compress.pruning import prune
-from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.sources import ModelSource
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -79,3 +83,68 @@ def test_the_manifest_holds_every_parameter(folder) -> None:
     assert content["calibration"] is None  # magnitude looks at no text
     assert content["versions"]["torch"] == version("torch")
     assert "magnitude, 2:4" in (folder / "README.md").read_text()
+
+
+def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_path, progress) -> None:
+    """Names come from outside: none may add a line of YAML or Markdown."""
+    place = tmp_path / "evil\nlicense: mine\n# [red]"
+    shutil.copytree(tiny("llama").folder, place)
+    source = ModelSource(str(place), place)
+    settings = PruneSettings(method="magnitude", pattern="2:4", ignore=("*.0.self_attn.q_proj",))
+    result = prune(source, tmp_path / "out", settings, CalibrationSettings(), progress=progress)
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "license" not in front and "\n" not in front["base_model"]
+    total = sum(layer.shape[0] * layer.shape[1] for layer in result.layers.values())
+    head, ignored = 257 * 64, 64 * 64
+    assert f"with {100 * total / (total + head + ignored):.1f} % of all linear weights" in card
+    assert f"embedding tied: 1 layer, {head:,} weights" in card
+    assert f"ignored by pattern '*.0.self_attn.q_proj': 1 layer, {ignored:,} weights" in card
+
+
+@pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
+def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, folder, tiny, tmp_path, progress) -> None:
+    source = ModelSource("out", folder)
+    export(source, tmp_path / "export", ExportSettings(format=format), progress=progress)
+    content = manifest.read(tmp_path / "export")
+    assert content["base_model"]["sha256"] == tiny("llama").fingerprint
+    assert content["source_sha256"] == source.fingerprint and content["prune"]["method"] == "magnitude"
+    card = (tmp_path / "export" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("THIS FOLDER", str(tmp_path / "export"))
+    loaded: dict = {}
+    exec(code, loaded)  # the lines of the card, as a reader would run them
+    assert loaded["model"].config.num_hidden_layers == 2 and loaded["tokenizer"]("a")["input_ids"]
+
+
+def test_what_is_pruned_already_is_said(folder, tiny, tmp_path, progress) -> None:
+    settings = PruneSettings(method="magnitude", sparsity=0.3)
+    again = prune(ModelSource("out", folder), tmp_path / "again", settings, CalibrationSettings(), progress=progress)
+    assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
+    assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
+
+
+DAMAGED = [
+    ("[]", "not an object"),
+    ('{"kind": "pruned"}', "base_model: Field required"),
+    ({"layers": {}}, "a pruned folder lists its layers"),
+    ({"layers": {LAYER: {"pattern": "2:4", "shape": [1], "nonzeros": 1, "transposed": False}}}, "shape"),
+    ({"layers": {LAYER: {"pattern": "2:x", "shape": [1, 1], "nonzeros": 1, "transposed": False}}}, "pattern '2:x'"),
+    ({"layers": {LAYER: {"pattern": "2:4", "shape": [1, 1], "nonzeros": -1, "transposed": False}}}, "nonzeros"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED)
+def test_a_manifest_from_anywhere(change, message: str, folder) -> None:
+    path = folder / manifest.MANIFEST
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=message):
+        manifest.read(folder)
+
+
+def test_a_manifest_of_another_model_exports_nothing(folder, tmp_path, progress) -> None:
+    path = folder / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    content["layers"]["model.embed_tokens"] = content["layers"].pop(LAYER)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="lists 'model.embed_tokens'.*belongs to another model"):
+        export(ModelSource("out", folder), tmp_path / "x", ExportSettings(format="bitmask"), progress=progress)
