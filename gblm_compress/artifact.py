@@ -100,7 +100,7 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
             raise UsageError(f"output {str(folder)!r} is {kind}; give a folder that does not exist yet")
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
-        Path(tempfile.mkdtemp(prefix=_partial(folder), dir=_existing_parent(folder))).rmdir()
+        Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.probe-", dir=_existing_parent(folder))).rmdir()
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 
