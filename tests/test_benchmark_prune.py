@@ -193,5 +193,6 @@ def test_mask_agreement_counts_weights_of_the_masked_layers_that_were_not_zero(s
     ):
         (tmp_path / name).mkdir()
         save_file({"a.weight": weight} | others, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "m"}')
     folders = (tmp_path / "pruned", tmp_path / "masks.safetensors", tmp_path / "dense")
     assert script.mask_agreement(*folders) == 0.75

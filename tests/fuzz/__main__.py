@@ -30,10 +30,16 @@ def main(
         start = time.monotonic()
         while time.monotonic() - start < seconds:
             for name in kind or KINDS:
-                faults += _batch(run, name, number)
+                found = _batch(run, name, number)
+                faults += found
                 number += 1
                 took = time.monotonic() - start
-                print(f"{took:.0f} s: {sum(run.counts.values())} inputs, {len(faults)} faults", file=sys.stderr)
+                print(
+                    f"{took:.0f} s: {sum(run.counts.values())} inputs, {len(faults)} faults",
+                    *found,
+                    sep="\n",
+                    file=sys.stderr,
+                )
                 if took > seconds:
                     break
     table = Table("kind", "inputs")
