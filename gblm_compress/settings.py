@@ -98,7 +98,7 @@ class CalibrationSettings(Settings):
     dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
-    seed: int = Field(0, description="Of the draw of the windows.")
+    seed: int = Field(0, description="Random seed for sampling windows.")
 
 
 class ResourceSettings(Settings):
@@ -165,19 +165,21 @@ class PruneSettings(Settings):
         description="What happens to the survivors: none; obs: SparseGPT's error propagation; least-squares: the "
         "optimum for the layer; reconstruct: least-squares, then Adam on the block's output.",
     )
-    damping: float = Field(0.01, gt=0, description="Of obs and least-squares, in shares of the mean input power.")
+    damping: float = Field(
+        0.01, gt=0, description="Damping of obs and least-squares, in shares of the mean input power."
+    )
     reconstruction_epochs: int = Field(
-        3, ge=1, le=MANY, description="Of update reconstruct: passes over the samples, at most."
+        3, ge=1, le=MANY, description="Update reconstruct: passes over the samples, at most."
     )
     reconstruction_rounds: int = Field(
         1,
         ge=1,
         le=MANY,
-        description="Of update reconstruct: how many fits; before each but the first the mask is chosen anew, from "
-        "weights of which the pruned ones took part in the steps.",
+        description="Update reconstruct: number of fits. After the first fit, the mask is re-chosen before each fit; "
+        "pruned weights are updated too.",
     )
     reconstruction_rate: float = Field(
-        0.007, gt=0, description="Of update reconstruct: Adam's step in shares of a layer's root mean square weight."
+        0.007, gt=0, description="Update reconstruct: Adam's step in shares of a layer's root mean square weight."
     )
     distillation_epochs: int = Field(
         0,
@@ -185,9 +187,9 @@ class PruneSettings(Settings):
         le=MANY,
         description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
     )
-    distillation_rate: float = Field(0.0005, gt=0, description="Of the distillation, as reconstruction_rate.")
+    distillation_rate: float = Field(0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate.")
     fit_dtype: FitDtype = Field(
-        "float32", description="Of the products in reconstruction and distillation; weights are float32 always."
+        "float32", description="Dtype of products in reconstruction and distillation; weights are always float32."
     )
     targets: tuple[str, ...] = Field(("*",), description="Shell-style patterns of the layers to prune.")
     ignore: tuple[str, ...] = Field((), description="Patterns of the layers to leave alone.")
@@ -301,7 +303,7 @@ class ExportSettings(Settings):
     """One export."""
 
     format: Format = Field(description="What to write.")
-    dtype: Dtype = Field("auto", description="Of the exported weights; auto is the checkpoint's own.")
+    dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
         False, description="ONNX: run pruned weights packed, on an operator of this package (CPU, float32)."
@@ -410,7 +412,7 @@ class GateSettings(Settings):
     """What must hold for the run to succeed; an unset gate is not checked."""
 
     max_perplexity_increase: float | None = Field(
-        None, ge=0, description="Of the pruned model over dense, as a fraction: 0.15 allows 15 %."
+        None, ge=0, description="Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %."
     )
     min_decode_speedup: float | None = Field(
         None,
@@ -437,7 +439,7 @@ class Recipe(Settings):
     )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
     resources: ResourceSettings = Field(
-        default_factory=ResourceSettings, description="Memory for the pruning; no matter for its result."
+        default_factory=ResourceSettings, description="Memory for pruning; does not affect the result."
     )
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")

@@ -60,7 +60,7 @@ def test_what_is_not_2_4_is_refused() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_each_group_has_six_pairs_of_positions(groups: int) -> None:
-    """Of all bytes, those are taken whose pairs increase, and an unused half that is zero."""
+    """Only bytes whose pairs increase, and whose unused half is zero, are accepted."""
     values = torch.ones(1, 2 * groups)
     taken = 0
     for byte in range(256):

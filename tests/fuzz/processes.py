@@ -33,7 +33,7 @@ OFTEN_ENOUGH = 60.0  # seconds, in which every command ends if it is let
 def main(
     kills: Annotated[int, typer.Option(help="How many commands to kill.")] = 100,
     pairs: Annotated[int, typer.Option(help="How many pairs to start.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the moments.")] = 0,
 ) -> None:
     """Kill commands, start pairs of them, and report every lost, mixed or left byte."""
     generator = random.Random(seed)
