@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import SoftFileLock, Timeout
+from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from gblm_compress.errors import OutputError, UsageError
@@ -140,8 +141,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"{str(place)!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for {what}; free some, "
-            "or write elsewhere with -o"
+            f"{str(place)!r} has {decimal(free)} free; {decimal(needed)} may be needed for {what}; free some, or write "
+            "elsewhere with -o"
         )
 
 

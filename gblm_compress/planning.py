@@ -1,13 +1,12 @@
 """The plan of a pruning run: what it needs of memory and disk, and what therefore goes where."""
 
-import shutil
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from gblm_compress import ranks, sources
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress import artifact, ranks, sources
+from gblm_compress.errors import UsageError
 from gblm_compress.gradients import LOSS_TOKENS
 from gblm_compress.ranks import Ranks
 from gblm_compress.run_folder import RunFolder
@@ -126,9 +125,4 @@ def check_disk(run: RunFolder, size: Size, settings: PruneSettings, plan: Plan) 
     blocks = size.weights * (2 if settings.distillation_epochs else 1)
     kept = max(0, blocks + size.gradients - run.bytes)
     needed = size.checkpoint + kept + max(0, size.states(plan.by_sample) - plan.states)
-    place, free = str(run.folder.parent), shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise OutputError(
-            f"{place!r} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB may be needed for the output, "
-            "and for finished blocks until it is whole; free some, or write elsewhere with -o"
-        )
+    artifact.check_space(run.folder.parent, needed, "the output, and for finished blocks until it is whole")

@@ -221,7 +221,7 @@ def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monke
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(calibration._Call, "run", None)
-    with pytest.raises(UsageError, match=r"0\.0 GB free; .* may be needed"):
+    with pytest.raises(UsageError, match=r"1\.0 kB free; .* may be needed"):
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
@@ -240,7 +240,7 @@ def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose
     finished = content(folder)
     whole = tiny("llama").bytes_on_disk
     assert sum(map(len, finished.values())) > whole / 2
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="GB free.*finished blocks are kept"):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="kB free.*finished blocks are kept"):
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole // 2))
         run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
     assert content(folder) == finished
