@@ -4,6 +4,7 @@ Every folder that this program makes for a user carries `gblm_manifest.json`, wh
 folder is replaced only if it carries one, holds nothing beside what is listed, and is no input of the work.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from gblm_compress.errors import OutputError, UsageError
 
 MANIFEST = "gblm_manifest.json"
 FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
+SEAL = "sha256"  # key of a record: the hash of its other keys
 _LARGEST_JSON = 256 << 20
 
 
@@ -255,6 +257,28 @@ def write_text(path: Path, content: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a record of our own as JSON, durably, with a hash of its content: see `read_sealed`."""
+    write_text(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of a record that `write_sealed` wrote.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not what was written, to the last value.
+    """
+    content = read_json(path)
+    if content.pop(SEAL, None) != _seal(content):
+        raise ValueError("its content is not that of which it states the hash")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def as_json(content: Any) -> str:

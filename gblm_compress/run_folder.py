@@ -11,9 +11,9 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Strict
 from torch import Tensor
 
 from gblm_compress import artifact
@@ -34,7 +34,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     identity: dict[str, Any]
-    budgets: dict[str, tuple[str, float]] | None = None
+    budgets: dict[str, Annotated[tuple[str, float], Strict(False)]] | None = None  # a list in JSON
     distilled: bool = False
 
 
@@ -205,11 +205,11 @@ class RunFolder:
         try:
             if not path.exists() and not files:
                 return None
-            record = _Record.model_validate_json(artifact.read_regular(path))
+            record = _Record.model_validate(artifact.read_sealed(path))
             for pattern, _ in (record.budgets or {}).values():
                 Pattern(pattern)
             return record
-        except (OSError, ValidationError, UsageError) as error:
+        except (OSError, ValueError, UsageError) as error:  # pydantic's ValidationError is a ValueError
             if not resume:
                 return None
             raise UsageError(
@@ -219,5 +219,5 @@ class RunFolder:
 
     def _write(self) -> None:
         if self._ranks.is_first:
-            artifact.write_text(self.folder / IDENTITY, self._record.model_dump_json(indent=2) + "\n")
+            artifact.write_sealed(self.folder / IDENTITY, self._record.model_dump(mode="json"))
         self._ranks.wait()

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gblm_compress import artifact, model_files
+from gblm_compress import artifact, gguf_file, model_files
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.model_files import GRAPH, SPARSE_METHOD
 from gblm_compress.paths import kind_of, local
@@ -168,9 +168,12 @@ def _gguf_of(name: str) -> Path | None:
     path = local(name)
     if name != DEMO and path.suffix != ".gguf":
         return None
-    if name != DEMO and kind_of(path) != "file":
+    if name == DEMO:
+        return _demo_gguf()
+    if kind_of(path) != "file":
         raise ModelError(f"model {name!r}: no such file")
-    return _demo_gguf() if name == DEMO else path
+    gguf_file.check(path)
+    return path
 
 
 def _tiny() -> Path:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gblm_compress import artifact, text
 from gblm_compress.doctor import environment
-from gblm_compress.errors import ModelError, first_line
+from gblm_compress.errors import ModelError, OutputError, first_line
 from gblm_compress.progress import Progress
 from gblm_compress.sources import ModelSource
 
@@ -37,7 +37,7 @@ class Stage:
 class _Record(BaseModel):
     """A finished stage, as it is on disk."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     key: str
     content: str | None
@@ -57,13 +57,16 @@ def run_stage(
         progress.say(f"• {name}: reused")
         return Stage(name, True, record.seconds, record.result)
     progress.say(f"• {name}")
-    record_path.unlink(missing_ok=True)
+    try:
+        record_path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(record_path)!r} cannot be replaced: {error.strerror}; remove it") from error
     start = time.perf_counter()
     result = json.loads(json.dumps(work().as_dict()))
     seconds = time.perf_counter() - start
     record = _Record(key=key, content=_content(folder), seconds=seconds, result=result)
     record_path.parent.mkdir(exist_ok=True)
-    artifact.write_text(record_path, record.model_dump_json(indent=2) + "\n")
+    artifact.write_sealed(record_path, record.model_dump())
     return Stage(name, False, seconds, result)
 
 
@@ -72,8 +75,8 @@ def _record(path: Path, progress: Progress) -> _Record | None:
     if not path.exists():
         return None
     try:
-        return _Record.model_validate_json(artifact.read_regular(path))
-    except (OSError, ValidationError) as error:
+        return _Record.model_validate(artifact.read_sealed(path))
+    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         progress.say(f"{path} is damaged and ignored ({first_line(error)})")
         return None
 

@@ -10,7 +10,7 @@ import torch
 
 from gblm_compress.bitmask import pack
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import export, onnx_bitmask
+from gblm_compress.exporters import export, onnx_bitmask, verification
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.pruning import prune
@@ -342,7 +342,7 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
 def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = exporter._real_text(tokenizer, 257)
+    ids = verification.real_text(tokenizer, 257)
     chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)

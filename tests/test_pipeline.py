@@ -139,6 +139,20 @@ def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
     assert "export semi-structured" in redone and "prune" not in redone
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "change"])
+def test_a_damaged_record_is_named_and_its_stage_done_again(damage, finished, module_cache, capsys) -> None:
+    """A figure that was changed in a record is not reported."""
+    output, first = finished
+    path = output / ".stages" / "evaluate-pruned.json"
+    whole = path.read_text()
+    perplexity = json.loads(whole)["result"]["perplexity"]
+    path.write_text(whole.replace(str(perplexity), "1.0") if damage == "change" else damage)
+    again = pipeline.run(smoke(), output, Progress())
+    assert f"{path} is damaged and ignored" in capsys.readouterr().err.replace("\n", "")
+    assert {stage.name for stage in again.stages if not stage.reused} == {"evaluate pruned"}
+    assert again.rows == first.rows
+
+
 def test_a_failed_gate_fails_the_run_and_says_which(finished, module_cache) -> None:
     output, _ = finished
     result = pipeline.run(smoke("gates.min_decode_speedup=1000"), output, Progress(quiet=True))

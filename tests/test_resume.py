@@ -162,7 +162,18 @@ def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-DAMAGE = ["", "null", "[", "[]", "{}", '{"identity": 5}', '{"identity": {}, "budgets": {"a": ["2:x", 0.5]}}', None]
+CHANGED = '{"identity": {}, "budgets": null, "distilled": true}'  # sound by itself, but nothing that was written
+DAMAGE = [
+    CHANGED,
+    "",
+    "null",
+    "[",
+    "[]",
+    "{}",
+    '{"identity": 5}',
+    '{"identity": {}, "budgets": {"a": ["2:x", 0.5]}}',
+    None,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

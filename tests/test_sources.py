@@ -1,5 +1,6 @@
 import json
 import stat
+import struct
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_path_that_does_not_exist(name, progress) -> None:
 def test_find_here_neither_fetches_nor_converts(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     assert sources.find_here("owner/model") is None
-    (tmp_path / "x.gguf").write_bytes(b"not converted yet")
+    (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
     assert sources.find_here(str(tmp_path / "x.gguf")) is None
     assert sources.find_here("tiny").config["model_type"] == "llama"
     folder = tiny("gpt2").folder

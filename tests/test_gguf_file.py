@@ -1,0 +1,82 @@
+"""Headers of GGUF files: whatever is in them, the walk ends within the file."""
+
+import struct
+from pathlib import Path
+
+import numpy
+import pytest
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gblm_compress.errors import ModelError
+from gblm_compress.gguf_file import check
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file as the format's own library writes it, with values of every kind."""
+    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_array("floats", [1.5, 2.5])
+    writer.add_bool("yes", True)
+    writer.add_uint64("large", 2**40)
+    writer.add_float64("precise", 0.1)
+    writer.add_tensor("token_embd.weight", numpy.ones((2, 32), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def test_a_sound_file_and_all_its_beginnings(sound, tmp_path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(sound)
+    check(path)
+    header = sound.index(b"token_embd.weight") + 17 + 4 + 2 * 8 + 12
+    for length in range(header):
+        path.write_bytes(sound[:length])
+        with pytest.raises(ModelError, match="cannot be read as GGUF"):
+            check(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"GGML" + bytes(20), "begins with b'GGML'"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**63), "beyond its end"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 2**63, 0), "beyond its end"),
+        (struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, 2**63), "beyond its end"),
+        (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 4, 2**62), "beyond its end"),
+        (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**62), "beyond its end"),
+        (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 99), "unknown type 99"),
+        (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 1, 0, 1, b"t", 2**31), "has 2147483648 dimensions"),
+    ],
+)
+def test_counts_that_no_file_holds(head: bytes, message: str, tmp_path) -> None:
+    (tmp_path / "x.gguf").write_bytes(head)
+    with pytest.raises(ModelError, match=message):
+        check(tmp_path / "x.gguf")
+
+
+def test_arrays_in_arrays_end(tmp_path) -> None:
+    nest = struct.pack("<IQ", 9, 1) * 1000
+    (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 9) + nest)
+    with pytest.raises(ModelError, match="unknown type 9"):
+        check(tmp_path / "x.gguf")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_ends_in_one_of_two_ways(data, sound, tmp_path_factory) -> None:
+    spoilt = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 4))):
+        spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = data.draw(st.integers(0, 255))
+    path: Path = tmp_path_factory.getbasetemp() / "spoilt.gguf"
+    path.write_bytes(spoilt)
+    try:
+        check(path)
+    except ModelError as error:
+        assert "cannot be read as GGUF" in str(error)
