@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ MANIFEST = "gblm_manifest.json"
 FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
 SEAL = "sha256"  # key of a record: the hash of its other keys
 _LARGEST_JSON = 256 << 20
+_LONGEST_NAME = 240  # bytes; file systems take 255, and what lies beside an output has a longer name
+_NAMELESS_LOCK_S = 5.0  # an owner writes its number into a new lock at once
 
 
 @contextmanager
@@ -47,7 +50,8 @@ def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool
         yield
         return
     with _locked(folder):
-        _clean_up_after_the_dead(folder)
+        _restore_predecessor(folder)
+        remove_partial(folder)
         check_output(folder, force, inputs)
         yield
 
@@ -58,13 +62,13 @@ def _locked(folder: Path) -> Iterator[None]:
     if not place.name:
         raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
     created = _make_parents(place)
-    lock = SoftFileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
     try:
         try:
-            lock.acquire()
+            _acquire(lock)
         except Timeout as error:
             raise UsageError(
-                f"output {str(folder)!r} is being written by process {lock.pid}; wait for it, or give another folder "
+                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
                 f"(the lock is {lock.lock_file})"
             ) from error
         except OSError as error:
@@ -76,6 +80,20 @@ def _locked(folder: Path) -> Iterator[None]:
         for parent in created:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _acquire(lock: SoftFileLock) -> None:
+    """Take the lock at once or not at all. One that has named no process for a while is that of a process which died
+    before it could, and is removed; others of dead processes are filelock's to take over.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        marker = Path(lock.lock_file)
+        if lock.pid is not None or time.time() - marker.stat().st_mtime < _NAMELESS_LOCK_S:
+            raise
+        marker.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -90,6 +108,10 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     except UnicodeEncodeError as error:
         raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
     try:
+        if len(os.fsencode(folder.name)) > _LONGEST_NAME:
+            raise UsageError(
+                f"output {str(folder)!r} has a name of more than {_LONGEST_NAME} bytes; give a shorter one"
+            )
         if _is_or_holds(folder, Path.cwd()):
             raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
         if folder.name in ("", ".."):
@@ -103,7 +125,7 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
             raise UsageError(f"output {str(folder)!r} is {kind}; give a folder that does not exist yet")
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
-        Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.probe-", dir=_existing_parent(folder))).rmdir()
+        Path(tempfile.mkdtemp(prefix=_beside(folder, "probe-"), dir=_existing_parent(folder))).rmdir()
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 
@@ -166,6 +188,8 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
 
 
 def _claim(folder: Path, kind: str) -> None:
+    if folder.is_symlink():
+        raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
@@ -195,36 +219,28 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         inside: a folder on the same file system for the temporary one, if not beside `folder`.
 
     Raises:
-        OutputError: the folder cannot be created, filled or renamed.
-        UsageError: what stands in its place meanwhile may not be replaced.
+        OutputError: the folder cannot be created, filled or renamed, or what stands in its place meanwhile may not be
+            replaced.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_partial(folder), dir=inside or folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_beside(folder, "partial-"), dir=inside or folder.parent))
     except OSError as error:
         raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         _list_files(temporary)
         _open_to_umask(temporary)
-        check_replaceable(folder, force)
+        try:
+            check_replaceable(folder, force)
+        except UsageError as error:  # it was free when the work began
+            raise OutputError(str(error)) from error
         _replace(folder, temporary)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output {str(folder)!r} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_regular(path: Path) -> bytes:
-    """The content of a file; a pipe is not waited for, and a device not read.
-
-    Raises:
-        OSError: there is no such regular file, or it cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is missing or no regular file")
-    return path.read_bytes()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -234,10 +250,12 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: there is no such regular file, or it cannot be read.
         ValueError: its content is no JSON object; the message says why.
     """
-    if path.is_file() and path.stat().st_size > _LARGEST_JSON:
+    if not path.is_file():  # never wait for a pipe or read a device
+        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+    if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
     try:
-        content = json.loads(read_regular(path).decode())
+        content = json.loads(path.read_bytes().decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
@@ -310,14 +328,14 @@ def rename_durably(source: Path, target: Path) -> None:
         os.close(folder)
 
 
-def _partial(folder: Path) -> str:
-    """How the temporary folders of an output folder are called at their start."""
-    return f".{folder.name[:100]}.partial-"
+def _beside(folder: Path, what: str) -> str:
+    """A name for what lies beside an output folder for a time: that of no other output, and nobody else's."""
+    return f".gblm-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:16]}.{what}"
 
 
 def _replaced(folder: Path) -> Path:
     """Where the predecessor of a folder is while its successor takes its place."""
-    return folder.with_name(f".{folder.name}.replaced")
+    return folder.with_name(_beside(folder, "replaced"))
 
 
 def _replace(folder: Path, temporary: Path) -> None:
@@ -335,16 +353,16 @@ def _replace(folder: Path, temporary: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _clean_up_after_the_dead(folder: Path) -> None:
-    """Remove what a process that was killed left beside the folder, which this one has locked."""
-    aside = _replaced(folder)
-    if aside.is_dir() and not folder.exists():  # it was killed between the two renames
-        aside.rename(folder)
-    for path in (aside, *folder.parent.glob(_partial(folder).translate(_LITERAL) + "*")):
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed left half-written beside a folder, which this process has locked."""
+    for path in (_replaced(folder), *folder.parent.glob(_beside(folder, "partial-*"))):
         shutil.rmtree(path, ignore_errors=True)
 
 
-_LITERAL = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})  # for glob
+def _restore_predecessor(folder: Path) -> None:
+    """Put back what a process had set aside that was killed before its successor was in place."""
+    if _replaced(folder).is_dir() and not folder.exists():
+        _replaced(folder).rename(folder)
 
 
 def _list_files(folder: Path) -> None:

@@ -5,6 +5,7 @@ holds every pruned tensor against the manifest. Nothing in it depends on the tim
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from jinja2 import Environment
+from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from gblm_compress.errors import ModelError, UsageError, VerificationError, firs
 from gblm_compress.model_files import weight_files
 from gblm_compress.patterns import Pattern
 from gblm_compress.printing import printable
+from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.sources import ModelSource
 from gblm_compress.zeros import count_nonzeros, has_negative_zeros, is_finite
 
@@ -36,9 +39,24 @@ class _Layer(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     pattern: str
-    shape: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
     nonzeros: _Count
     transposed: bool
+
+
+class _LeftDense(BaseModel):
+    """Linear weights that were not pruned, as the manifest states them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    weights: _Count
+    reason: str
+
+
+class _Calibration(CalibrationSettings):
+    """The text that statistics were measured on."""
+
+    fingerprint: str
 
 
 class _Base(BaseModel):
@@ -58,11 +76,14 @@ class _Manifest(BaseModel):
     kind: Literal["pruned", "export"]
     base_model: _Base
     layers: dict[str, _Layer] = {}
+    left_dense: dict[str, _LeftDense] = {}
+    prune: PruneSettings | None = None
+    calibration: _Calibration | None = None
 
     @model_validator(mode="after")
     def _pruned_layers_are_listed(self) -> Self:
-        if self.kind == "pruned" and not self.layers:
-            raise ValueError("a pruned folder lists its layers")
+        if (self.kind == "pruned" or self.prune) and not (self.layers and self.prune):
+            raise ValueError("what is pruned has its settings and its layers listed")
         return self
 
 
@@ -200,7 +221,7 @@ def _write(folder: Path, content: dict[str, Any], card: str, library: str, title
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
-    text = Environment().from_string(card).render(
+    text = Environment(finalize=_plain).from_string(card).render(
         base=printable(content["base_model"]["name"]),
         title=title,
         library=library,
@@ -215,9 +236,19 @@ def _write(folder: Path, content: dict[str, Any], card: str, library: str, title
         share=weights / total if total else 0.0,
         dense=reasons(left_dense),
         zeros=1 - nonzeros / weights if weights else 0.0,
-        **more,
+        **{name: Markup(code) for name, code in more.items()},
     )  # fmt: skip
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    """Text from outside as a card shows it: one line, neither Markdown nor HTML. Code of our own stays as it is."""
+    if type(value) is not str:
+        return value
+    return _MARKDOWN.sub(r"\\\1", printable(value)).replace("<", "&lt;")
+
+
+_MARKDOWN = re.compile(r"([\\`|\[\]])")
 
 
 def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
@@ -246,7 +277,7 @@ def _base_model(source: ModelSource) -> dict[str, str]:
 
 def _short(content: dict[str, Any]) -> str:
     name: str = content["base_model"]["name"]
-    return printable(name.rpartition("/")[2])
+    return name.rpartition("/")[2]
 
 
 def is_ours(folder: Path) -> bool:

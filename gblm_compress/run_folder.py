@@ -25,7 +25,9 @@ from gblm_compress.ranks import Ranks
 
 IDENTITY = "run.json"
 _TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
-_PASSING = re.compile(r"states|\..*")  # hidden states, and what is written aside
+_PASSING = re.compile(  # hidden states, and what is written aside
+    r"states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|\.gblm-[0-9a-f]{16}\.partial-.*"
+)
 
 
 class _Record(BaseModel):

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import SoftFileLock
 
 from gblm_compress import artifact, gguf_file, model_files
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
@@ -166,9 +166,9 @@ def find_here(name: str) -> ModelSource | None:
 def _gguf_of(name: str) -> Path | None:
     """The GGUF file that a name stands for; None where it stands for something else."""
     path = local(name)
-    if name != DEMO and path.suffix != ".gguf":
+    if path.suffix != ".gguf" and (name != DEMO or kind_of(path) is not None):
         return None
-    if name == DEMO:
+    if name == DEMO and kind_of(path) is None:
         return _demo_gguf()
     if kind_of(path) != "file":
         raise ModelError(f"model {name!r}: no such file")
@@ -191,7 +191,8 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
+            with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
+                artifact.remove_partial(folder)
                 if not folder.is_dir():
                     silence_libraries()
                     with artifact.atomic_folder(folder) as temporary:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.architecture import is_linear, is_transposed, weight_matrix
@@ -105,11 +106,10 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _with_weights_named(config: Any) -> Any:
     """Say where the weights of a packed folder are, unless `save_pretrained` has given them the ordinary name again."""
-    folder = Path(config._name_or_path)
-    if not folder.is_dir() or (folder / SPARSE_SINGLE).exists():
-        config.transformers_weights = SPARSE_SINGLE
-    elif (folder / SPARSE_INDEX).exists():
-        config.transformers_weights = SPARSE_INDEX
+    for name in (SPARSE_SINGLE, SPARSE_INDEX):
+        if cached_file(config._name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None:
+            config.transformers_weights = name
+            break
     return config
 
 

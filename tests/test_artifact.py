@@ -109,6 +109,9 @@ def test_outputs_that_cannot_be(tmp_path) -> None:
         ("file/below", "cannot be written"),
         ("link", "is a link"),
         ("x" * 300, "File name too long"),
+        ("x" * 245, "more than 240 bytes"),
+        ("é" * 121, "more than 240 bytes"),
+        ("new/" + "y" * 300, "File name too long"),
         ("empty/..", "has no name of its own|exists"),
     ]:
         for force in (False, True):
@@ -138,7 +141,7 @@ def test_a_second_process_stops_at_once_and_a_dead_one_holds_nothing(hold, tmp_p
     target = tmp_path / "out"
     first = holder(f"with {hold}: print('held', flush=True); time.sleep(60)", target)
     for _ in range(2):
-        with pytest.raises(UsageError, match=rf"is being written by process {first.pid}; wait for it"):
+        with pytest.raises(UsageError, match=rf"is being written by process {first.pid}; wait"):
             make(target)
     kill(first)
     if target.exists():  # what it claimed
@@ -165,6 +168,43 @@ def test_what_a_killed_process_left_goes_and_its_predecessor_comes_back(at, tmp_
     assert names(tmp_path) == ["out"] and (target / "file").read_text() == "old"
     make(target, "new", force=True)
     assert names(tmp_path) == ["out"] and (target / "file").read_text() == "new"
+
+
+def test_nothing_of_others_beside_an_output_is_touched(tmp_path) -> None:
+    """Neither what looks like a leftover, nor the work in progress of an output with a similar name."""
+    long = tmp_path / ("b" * 200 + "1")
+    others = [tmp_path / ".out.partial-notes", tmp_path / ".out.replaced", tmp_path / ".out.pruning"]
+    for folder in others:
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("years")
+    with reserved(long, force=False), atomic_folder(long) as live:
+        (live / "file").write_text("in progress")
+        for name in ("b" * 200 + "2", "out"):
+            make(tmp_path / name)
+            make(tmp_path / name, force=True)
+        assert (live / "file").read_text() == "in progress"
+    assert all(names(folder) == ["thesis.tex"] for folder in others)
+
+
+def test_a_lock_that_names_nobody_is_taken_over(tmp_path, monkeypatch) -> None:
+    """Its owner was killed before it could write its number."""
+    lock = tmp_path / ".out.lock"
+    lock.write_text("")
+    with pytest.raises(UsageError, match="is being written by process"):
+        make(tmp_path / "out")
+    os.utime(lock, (0, 0))
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_one_folder_has_one_lock_whatever_links_lead_to_it(tmp_path) -> None:
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with working_in(tmp_path / "real" / "run", "run"):
+        with pytest.raises(UsageError, match="is being written by process"):
+            make(tmp_path / "link" / "run")
+        with pytest.raises(UsageError, match="is a link"), working_in(tmp_path / "link", "run"):
+            pass
 
 
 def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:

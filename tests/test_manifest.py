@@ -102,6 +102,21 @@ def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_
     assert f"ignored by pattern '*.0.self_attn.q_proj': 1 layer, {ignored:,} weights" in card
 
 
+def test_what_a_manifest_says_is_text_on_the_card(folder, tmp_path, progress) -> None:
+    path = folder / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    reason = "head\n# INJECTED \x1b[2J <script> | `code` [x](javascript:)"
+    content["left_dense"]["lm_head"]["reason"] = reason
+    content["base_model"]["name"] = "a/<img onerror=x>|[x](y)"
+    path.write_text(json.dumps(content))
+    export(ModelSource("out", folder), tmp_path / "export", ExportSettings(format="bitmask"), progress=progress)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "a/<img onerror=x>|[x](y)"
+    body = card.split("---", 2)[2]
+    assert "\x1b" not in body and "<img" not in body and "<script" not in body and "\n# INJECTED" not in body
+    assert r"head\\n# INJECTED \\x1b\[2J &lt;script> \| \`code\` \[x\](javascript:)" in body
+
+
 @pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
 def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, folder, tiny, tmp_path, progress) -> None:
     source = ModelSource("out", folder)
@@ -126,7 +141,15 @@ def test_what_is_pruned_already_is_said(folder, tiny, tmp_path, progress) -> Non
 DAMAGED = [
     ("[]", "not an object"),
     ('{"kind": "pruned"}', "base_model: Field required"),
-    ({"layers": {}}, "a pruned folder lists its layers"),
+    ({"layers": {}}, "has its settings and its layers listed"),
+    ({"kind": "export", "layers": {}}, "has its settings and its layers listed"),
+    ({"prune": 5}, "prune: "),
+    ({"prune": {"method": "x |\n# INJECTED"}}, "prune.method: "),
+    ({"calibration": []}, "calibration: "),
+    ({"left_dense": []}, "left_dense: "),
+    ({"left_dense": {"a": {}}}, "left_dense.a.weights: Field required"),
+    ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
+    ({"layers": {LAYER: {"pattern": "2:4", "shape": [0, 0], "nonzeros": 0, "transposed": False}}}, "shape"),
     ({"layers": {LAYER: {"pattern": "2:4", "shape": [1], "nonzeros": 1, "transposed": False}}}, "shape"),
     ({"layers": {LAYER: {"pattern": "2:x", "shape": [1, 1], "nonzeros": 1, "transposed": False}}}, "pattern '2:x'"),
     ({"layers": {LAYER: {"pattern": "2:4", "shape": [1, 1], "nonzeros": -1, "transposed": False}}}, "nonzeros"),

@@ -228,6 +228,19 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, pr
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(tiny, tmp_path, prose, monkeypatch) -> None:
+    def occupy(folder: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes").write_text("mine")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="exists.*finished blocks are kept"):
+        patch.setattr(manifest, "verify", occupy)
+        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    (tmp_path / "out").rename(tmp_path / "notes")
+    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    assert (tmp_path / "notes" / "notes").read_text() == "mine" and manifest.read(tmp_path / "out")
+
+
 def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
