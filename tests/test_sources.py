@@ -113,6 +113,25 @@ def test_broken_folders_are_model_errors(tmp_path, progress, changes, message) -
         load_tokenizer(source)
 
 
+@pytest.mark.parametrize("kind", ["BertTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind, tmp_path, progress) -> None:
+    """transformers makes an empty one of tokenizer_config.json alone."""
+    config = json.dumps({"tokenizer_class": kind}).encode()
+    name = broken(tmp_path, tokenizer__json=None, tokenizer_config__json=config)
+    with pytest.raises(ModelError, match="its tokenizer files are missing or do not fit"):
+        load_tokenizer(resolve_model(name, progress))
+
+
+def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
+    assert sources.vocabulary_of(tiny("gpt2")) == 257
+    for config, expected in (
+        ({"model_type": "gpt2"}, 50257),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert sources.vocabulary_of(ModelSource("m", tmp_path)) == expected
+
+
 def test_missing_tensors_are_an_error_not_random_weights(tmp_path, progress) -> None:
     from safetensors.torch import load_file, save_file
 
