@@ -374,12 +374,15 @@ def check_causal_lm(source: ModelSource) -> None:
         raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
     for architecture in source.config.get("architectures") or []:
         model_class = getattr(transformers, architecture, None)
-        if model_class is None:
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise ModelError(
                 f"model {source.name!r}: transformers {transformers.__version__} does not know the architecture "
                 f"{architecture}; custom code that ships with a model is not run"
             )
-        task = TasksManager.infer_task_from_model(model_class)
+        try:
+            task = TasksManager.infer_task_from_model(model_class)
+        except ValueError:  # the name fits none of its tasks
+            task = "no task that optimum knows"
         if task != "text-generation":
             raise ModelError(f"model {source.name!r}: {architecture} is for {task}; a causal language model is needed")
 
@@ -388,8 +391,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer beside the model.
 
     Raises:
-        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are missing,
-            transformers makes an empty one.
+        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are
+            missing, transformers makes an empty one.
     """
     from transformers import AutoTokenizer
 

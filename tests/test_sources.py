@@ -102,6 +102,18 @@ def broken(tmp_path, **changes):
             {"config__json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'},
             "is for fill-mask",
         ),
+        *(
+            ({"config__json": json.dumps({"model_type": "bert", "architectures": [name]}).encode()}, message)
+            for name, message in [
+                ("__version__", "does not know the architecture __version__"),
+                ("pipeline", "does not know the architecture pipeline"),
+                ("utils", "does not know the architecture utils"),
+                ("LlamaConfig", "does not know the architecture LlamaConfig"),
+                ("PreTrainedModel", "is for no task"),
+                ("BertForPreTraining", "is for no task"),
+                ("GPT2DoubleHeadsModel", "is for no task"),
+            ]
+        ),
         ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer cannot be loaded"),
     ],
 )
