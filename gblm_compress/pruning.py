@@ -300,6 +300,9 @@ def _faster_dtype() -> str:
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
     """Raises:
     ModelError: the files do not hold a layer's weight as the model does.
@@ -312,10 +315,10 @@ def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings
                     f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
                     "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
                 )
-            if not (stored := checkpoint.read(f"{name}.weight")).is_floating_point():
+            if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
                 raise ModelError(
-                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored.dtype}, not as "
-                    "floating-point numbers; the model is quantised or damaged: prune the original"
+                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored}, not as floating-point "
+                    "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
                 )
 
 

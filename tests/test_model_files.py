@@ -185,6 +185,15 @@ def test_weights_that_transformers_does_not_read_count_nowhere(folder, tmp_path)
     assert files_of(folder) == files
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, tmp_path, progress) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"hold '{name}' in {dtype}, not as floating-point numbers of 16 bits"):
+        pruned(folder, tmp_path / "out", progress)
+
+
 def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:
     """A folder that its users cannot load is no result, whatever its tensors are like."""
     monkeypatch.setattr(
