@@ -167,7 +167,7 @@ def find_here(name: str) -> ModelSource | None:
 def _gguf_of(name: str) -> Path | None:
     """The GGUF file that a name stands for; None where it stands for something else."""
     path = local(name)
-    if name != DEMO and path.suffix != ".gguf":
+    if name != DEMO and path.suffix.lower() != ".gguf":
         return None
     if name == DEMO:
         return _demo_gguf()
@@ -343,8 +343,14 @@ def check_model(source: ModelSource, verb: str) -> None:
     ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it holds no
         causal language model.
     """
-    if source.is_export:
-        raise ModelError(f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from")
+    original = f"{verb} the Hugging Face folder that it was made from"
+    if source.is_sparse:
+        raise ModelError(f"model {source.name!r} is an export; {original}")
+    if source.is_onnx:
+        raise ModelError(
+            f"model {source.name!r} is an export, for it holds {GRAPH}; {original}, or remove that file if it does not "
+            "belong there"
+        )
     check_causal_lm(source)
 
 

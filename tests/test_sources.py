@@ -1,4 +1,5 @@
 import json
+import shutil
 import stat
 import struct
 
@@ -39,6 +40,9 @@ def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
     for path in tiny("llama").folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     assert ModelSource("a", copy).fingerprint == tiny("llama").fingerprint
+    (copy / "notes.txt").write_text("good")
+    (copy / "trainer_state.json").write_text("{}")
+    assert ModelSource("a", copy).fingerprint == tiny("llama").fingerprint
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     assert ModelSource("a", copy).fingerprint != tiny("llama").fingerprint
 
@@ -47,6 +51,19 @@ def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
 def test_a_path_that_does_not_exist(name, progress) -> None:
     with pytest.raises(ModelError, match="no such"):
         resolve_model(name, progress)
+
+
+def test_a_graph_beside_weights_is_named(tiny, tmp_path) -> None:
+    source = ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+    (source.folder / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"is an export, for it holds model\.onnx; prune the .* or remove that file"):
+        sources.check_model(source, "prune")
+
+
+@pytest.mark.parametrize("name", ["few.GGUF", "few.Gguf"])
+def test_a_suffix_in_any_case(name, tmp_path) -> None:
+    (tmp_path / name).write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+    assert sources.find_here(str(tmp_path / name)) is None
 
 
 def test_find_here_neither_fetches_nor_converts(tiny, tmp_path, monkeypatch) -> None:
