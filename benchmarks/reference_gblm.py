@@ -144,7 +144,7 @@ def main() -> None:
     quiet = Progress(quiet=True)
     source = resolve_model(options.model, quiet)
     size = (options.samples, options.sequence_length, options.seed)
-    samples = calibration_windows(load_tokenizer(source), options.calibration, *size)
+    samples = calibration_windows(load_tokenizer(source), source.config["vocab_size"], options.calibration, *size)
     model = load_model(source, "float32")
     gradients = gradient_norms(model, samples)
     middle = time.perf_counter()

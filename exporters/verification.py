@@ -10,6 +10,9 @@ TOKENS = 64
 
 
 def real_text(tokenizer: Any, vocabulary: int) -> Tensor:
-    """The first tokens of the demo's evaluation text, [1, TOKENS]."""
-    ids = text.tokenize(tokenizer, text.load_text("demo", "evaluation")[:4000])[:TOKENS]
-    return ids.clamp(max=vocabulary - 1).unsqueeze(0)
+    """The first tokens of the demo's evaluation text, [1, TOKENS].
+
+    Raises:
+        ModelError: the tokenizer gives ids beyond the model's vocabulary.
+    """
+    return text.tokenize(tokenizer, vocabulary, text.load_text("demo", "evaluation")[:4000])[:TOKENS].unsqueeze(0)

@@ -82,7 +82,8 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
 
 def _windows(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
     progress.say(f"reading {settings.dataset} …")
-    ids = text.tokenize(sources.load_tokenizer(source), text.load_text(settings.dataset, "evaluation"))
+    tokenizer, vocabulary = sources.load_tokenizer(source), sources.vocabulary_of(source)
+    ids = text.tokenize(tokenizer, vocabulary, text.load_text(settings.dataset, "evaluation"))
     return text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
 
 

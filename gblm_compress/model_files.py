@@ -6,6 +6,7 @@ transformers reads one set of weights of a folder, and everything here reads the
 """
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensor
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
 FLOATS = ("float32", "float16", "bfloat16")
+_LIGHT = re.compile(
+    r"(config|generation_config|genai_config|special_tokens_map|added_tokens|gblm_manifest)\.json"
+    r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
+)
+"""What beside weights or graph decides what a model computes; a note or a license does not."""
+
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".onnx", ".data")
 _OF_GRAPHS = (".onnx", ".data")
 _TEMPLATES = "additional_chat_templates"  # the one subfolder that transformers reads
@@ -86,7 +93,29 @@ def check_folder(folder: Path) -> None:
     if (folder / GRAPH).exists():
         check_graph(folder)
     else:
-        weight_files(folder)
+        _check_sizes(folder, config, weight_files(folder))
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], weights: list[Path]) -> None:
+    """A model is built from its config before a tensor is read: one layer or expert after the other, however many.
+
+    Raises:
+        ModelError: the config names more layers than there are tensors, or more experts than there are tensors, and
+            rows in the largest.
+    """
+    from gblm_compress.config_keys import EXPERTS, LAYERS
+
+    tensors = [entry for path in weights for entry in read_header(path)[0].values()]
+    widest = max((size for entry in tensors for size in entry["shape"]), default=0)  # of a router, or of fused experts
+    limits = dict.fromkeys(LAYERS, len(tensors)) | dict.fromkeys(EXPERTS, max(len(tensors), widest))
+    for part in (config, config.get("text_config") or {}):
+        for key, most in limits.items():
+            given = part.get(key)
+            if max(given if isinstance(given, list) else [given or 0], default=0) > most:
+                raise ModelError(
+                    f"{str(folder / CONFIG)!r}: {key} is {given}, but the weight files hold {len(tensors)} tensors, "
+                    f"room for {most} at most; config.json and weights are of different models, or damaged"
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -155,9 +184,9 @@ def files_of(folder: Path) -> list[Path]:
     Raises:
         ModelError: as `weight_files`.
     """
-    heavy = _heavy(folder)
-    light = [path for path in _files(folder) if path.suffix not in (".safetensors", *_OF_GRAPHS) and path.is_file()]
-    return sorted({*heavy, *light})
+    index = index_file(folder)
+    light = [path for path in _files(folder) if path.is_file() and _LIGHT.fullmatch(path.name)]
+    return sorted({*_heavy(folder), *light, *([index] if index else [])})
 
 
 def bytes_of(folder: Path) -> int:

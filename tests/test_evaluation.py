@@ -1,11 +1,15 @@
 import math
+import shutil
 
 import pytest
 import torch
 
+from gblm_compress.errors import ModelError
 from gblm_compress.evaluation import evaluate, mean_and_standard_error, mean_kl, top1_agreement
-from gblm_compress.settings import EvaluateSettings
-from gblm_compress.sources import load_model, load_tokenizer
+from gblm_compress.exporters.verification import real_text
+from gblm_compress.pruning import prune
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.sources import ModelSource, load_model, load_tokenizer
 from gblm_compress.text import load_text
 
 
@@ -39,6 +43,22 @@ def test_a_model_is_identical_to_itself(tiny, prose, progress) -> None:
     assert result.fidelity.mean_kl == pytest.approx(0, abs=1e-7)
     assert result.fidelity.top1_agreement == 1.0
     assert result.baseline_perplexity == result.perplexity
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, prose, tmp_path, progress) -> None:
+    source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(source.folder)
+    prose.write_text(f"<new> {prose.read_text()}")
+    settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
+    with pytest.raises(ModelError, match="token id 257, but the model has embeddings for 257 tokens"):
+        evaluate(source, settings, progress=progress)
+    calibration = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
+    with pytest.raises(ModelError, match="token id 257, but the model has embeddings for 257 tokens"):
+        prune(source, tmp_path / "out", PruneSettings(), calibration, progress=progress)
+    with pytest.raises(ModelError, match="token id 247, but the model has embeddings for 9 tokens"):
+        real_text(tokenizer, 9)
 
 
 def test_kl_and_agreement_against_loops() -> None:

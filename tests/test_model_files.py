@@ -70,6 +70,15 @@ NESTED = "[" * 100_000
         ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size: Input should be a valid integer"),
         ('{"model_type": "llama", "num_hidden_layers": -1}', "num_hidden_layers: .*greater than or equal to 1, got -1"),
         ('{"model_type": "llama", "rope_scaling": 3}', "rope_scaling: "),
+        ('{"model_type": "llama", "text_config": "x"}', 'text_config: .*got "x"'),
+        ('{"model_type": "llama", "text_config": {"n_layer": "x"}}', r"text_config\.n_layer: .*got \"x\""),
+        ('{"model_type": "llama", "num_hidden_layers": 100000}', "num_hidden_layers is 100000, but .* hold 20 tensors"),
+        ('{"model_type": "gpt2", "n_layer": 2147483648}', "n_layer is 2147483648, but .* room for 20 at most"),
+        ('{"model_type": "x", "text_config": {"n_layers": 99}}', "n_layers is 99, but .* room for 20 at most"),
+        ('{"model_type": "mixtral", "num_local_experts": 100000}', "num_local_experts is 100000, .* for 257 at most"),
+        ('{"model_type": "llama", "_attn_implementation": "owner/kernel"}', "_attn_implementation.*code.*not run"),
+        ('{"model_type": "llama", "attn_implementation": {"text_config": "a/b:c"}}', "attn_implementation.*not run"),
+        ('{"model_type": "x", "text_config": {"attn_implementation": "a/b"}}', "attn_implementation.*not run"),
         ('{"model_type": "llama", "torch_dtype": "load"}', "torch_dtype is 'load'; models in float32, float16"),
         ('{"model_type": "llama", "transformers_weights": "../x.safetensors"}', "in the same folder"),
         ('{"model_type": "llama", "transformers_weights": "adapter_model.bin"}', "pickled weights are never loaded"),
@@ -183,6 +192,15 @@ def test_weights_that_transformers_does_not_read_count_nowhere(folder, tmp_path)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert bytes_of(folder) == size == (folder / "model.safetensors").stat().st_size
     assert files_of(folder) == files
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, tmp_path, progress) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"hold '{name}' in {dtype}, not as floating-point numbers of 16 bits"):
+        pruned(folder, tmp_path / "out", progress)
 
 
 def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:

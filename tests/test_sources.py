@@ -1,4 +1,5 @@
 import json
+import shutil
 import stat
 import struct
 
@@ -39,6 +40,9 @@ def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
     for path in tiny("llama").folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     assert ModelSource("a", copy).fingerprint == tiny("llama").fingerprint
+    (copy / "notes.txt").write_text("good")
+    (copy / "trainer_state.json").write_text("{}")
+    assert ModelSource("a", copy).fingerprint == tiny("llama").fingerprint
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     assert ModelSource("a", copy).fingerprint != tiny("llama").fingerprint
 
@@ -47,6 +51,19 @@ def test_fingerprint_follows_content_not_place(tiny, tmp_path) -> None:
 def test_a_path_that_does_not_exist(name, progress) -> None:
     with pytest.raises(ModelError, match="no such"):
         resolve_model(name, progress)
+
+
+def test_a_graph_beside_weights_is_named(tiny, tmp_path) -> None:
+    source = ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+    (source.folder / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"is an export, for it holds model\.onnx; prune the .* or remove that file"):
+        sources.check_model(source, "prune")
+
+
+@pytest.mark.parametrize("name", ["few.GGUF", "few.Gguf"])
+def test_a_suffix_in_any_case(name, tmp_path) -> None:
+    (tmp_path / name).write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
+    assert sources.find_here(str(tmp_path / name)) is None
 
 
 def test_find_here_neither_fetches_nor_converts(tiny, tmp_path, monkeypatch) -> None:
@@ -102,6 +119,18 @@ def broken(tmp_path, **changes):
             {"config__json": b'{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'},
             "is for fill-mask",
         ),
+        *(
+            ({"config__json": json.dumps({"model_type": "bert", "architectures": [name]}).encode()}, message)
+            for name, message in [
+                ("__version__", "does not know the architecture __version__"),
+                ("pipeline", "does not know the architecture pipeline"),
+                ("utils", "does not know the architecture utils"),
+                ("LlamaConfig", "does not know the architecture LlamaConfig"),
+                ("PreTrainedModel", "is for no task"),
+                ("BertForPreTraining", "is for no task"),
+                ("GPT2DoubleHeadsModel", "is for no task"),
+            ]
+        ),
         ({"tokenizer__json": None, "tokenizer_config__json": None}, "tokenizer cannot be loaded"),
     ],
 )
@@ -111,6 +140,25 @@ def test_broken_folders_are_model_errors(tmp_path, progress, changes, message) -
         source = resolve_model(name, progress)
         load_model(source)
         load_tokenizer(source)
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind, tmp_path, progress) -> None:
+    """transformers makes an empty one of tokenizer_config.json alone."""
+    config = json.dumps({"tokenizer_class": kind}).encode()
+    name = broken(tmp_path, tokenizer__json=None, tokenizer_config__json=config)
+    with pytest.raises(ModelError, match="its tokenizer files are missing or do not fit"):
+        load_tokenizer(resolve_model(name, progress))
+
+
+def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
+    assert sources.vocabulary_of(tiny("gpt2")) == 257
+    for config, expected in (
+        ({"model_type": "gpt2"}, 50257),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert sources.vocabulary_of(ModelSource("m", tmp_path)) == expected
 
 
 def test_missing_tensors_are_an_error_not_random_weights(tmp_path, progress) -> None:

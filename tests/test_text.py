@@ -9,7 +9,7 @@ import torch
 from pyarrow import parquet
 
 from gblm_compress import text
-from gblm_compress.errors import DataError
+from gblm_compress.errors import DataError, ModelError
 from gblm_compress.text import (
     calibration_windows,
     consecutive_windows,
@@ -63,12 +63,12 @@ def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> 
                 break
         i = generator.randint(0, len(ids) - 30 - 1)
         expected.append(ids[i : i + 30])
-    windows = calibration_windows(tokenizer, "c4", 6, 30, 3)
+    windows = calibration_windows(tokenizer, 257, "c4", 6, 30, 3)
     assert [window[0].tolist() for window in windows] == expected
     assert asked == [(("allenai/c4",), {"data_files": {"part": "en/c4-train.00000-of-01024.json.gz"}, "split": "part"})]
     monkeypatch.setattr(text, "DRAWS", 50)
     with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
-        calibration_windows(tokenizer, "c4", 1, 500, 3)
+        calibration_windows(tokenizer, 257, "c4", 1, 500, 3)
 
 
 def test_consecutive_windows_do_not_overlap_and_drop_the_rest() -> None:
@@ -205,8 +205,21 @@ def test_looking_for_a_file_loads_no_torch() -> None:
 
 
 def test_tokenize_takes_the_text_whole() -> None:
-    assert tokenize(byte_tokenizer(), "ab ab").tolist() == byte_tokenizer()("ab ab")["input_ids"]
-    assert len(tokenize(byte_tokenizer(), "é" * 3000)) == 6000
+    assert tokenize(byte_tokenizer(), 257, "ab ab").tolist() == byte_tokenizer()("ab ab")["input_ids"]
+    assert len(tokenize(byte_tokenizer(), 257, "é" * 3000)) == 6000
+    assert len(tokenize(byte_tokenizer(), 257, "")) == 0
+
+
+def test_ids_beyond_the_embeddings_are_refused(monkeypatch) -> None:
+    message = r"gives the token id 257, but the model has embeddings for 257 tokens, 0 to 256; .*resize"
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    assert tokenize(tokenizer, 258, "a <new>")[-1] == 257
+    with pytest.raises(ModelError, match=message):
+        tokenize(tokenizer, 257, "a <new>")
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: [{"text": "a <new> " * 20}])
+    with pytest.raises(ModelError, match=message):
+        calibration_windows(tokenizer, 257, "c4", 1, 8, 0)
 
 
 @pytest.mark.parametrize("source", ["demo", "wikitext2", "c4", "owner/name:config@split"])
