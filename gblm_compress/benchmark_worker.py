@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gblm_compress.errors import GblmError
+from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, first_line, is_out_of_memory
 from gblm_compress.memory import peak_memory
 from gblm_compress.runtimes import Runtime, load_runtime
 from gblm_compress.sources import ModelSource, silence_libraries
@@ -32,27 +33,52 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    try:
+        _serve(answer)
+    except Exception as error:  # the parent raises it; a terminal has one program that speaks
+        answer(failure(error))
+
+
+def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
     with peak_memory(setup["device"]) as memory:
-        try:
-            start = time.perf_counter()
-            passes = (setup["prompt"], 1)
-            runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=passes)
-            loaded = time.perf_counter() - start
-        except GblmError as error:
-            answer({"error": str(error), "kind": type(error).__name__})
-            return
+        start = time.perf_counter()
+        passes = (setup["prompt"], 1)
+        runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=passes)
+        loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
-        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels}
-        answer({"load_seconds": loaded, **facts})
-        vocabulary = source.config["vocab_size"]
+        size = vocabulary(source)
+        answer({"load_seconds": loaded, "provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels})
         for line in sys.stdin:
             request = json.loads(line)
             if request.get("finish"):
                 break
-            answer(generate(runtime, vocabulary, **request))
+            answer(generate(runtime, size, **request))
     answer({"peak_memory_bytes": memory.peak_bytes})
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An error as an answer: its message, and the name of the kind in `errors` that the parent raises it as."""
+    if isinstance(error, GblmError):
+        return {"error": str(error), "kind": type(error).__name__}
+    if is_out_of_memory(error):
+        advice = "give a smaller --batch, a shorter --prompt, or fewer models at a time"
+        return {"error": f"memory ran out ({first_line(error)}); {advice}", "kind": NotEnoughMemoryError.__name__}
+    said = f"{type(error).__name__}: {first_line(error)}"
+    return {"error": f"a model cannot be timed ({said})", "kind": GblmError.__name__}
+
+
+def vocabulary(source: ModelSource) -> int:
+    """The number of different tokens that a model knows, by its `config.json`.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    size: int | None = (source.config | (source.config.get("text_config") or {})).get("vocab_size")
+    if size is None:
+        raise ModelError(f"{source.name!r}: config.json has no vocab_size, of which prompts are drawn; add it")
+    return size
 
 
 def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:

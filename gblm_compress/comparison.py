@@ -26,7 +26,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
 from gblm_compress.sources import ModelSource
-from gblm_compress.stages import run_stage, text_hash
+from gblm_compress.stages import evaluation_hash, run_stage, text_hash
 
 REPORT, PLOT = "comparison.json", "comparison.png"
 
@@ -145,7 +145,7 @@ def _compare(
                         settings.prune_settings(method, pattern).model_dump(mode="json"),
                         drawn.model_dump(mode="json"),
                         evaluation.model_dump(mode="json"),
-                        [text_hash(drawn.dataset), text_hash(evaluation.dataset), dtype, device],
+                        [text_hash(drawn.dataset), evaluation_hash(evaluation), dtype, device],
                     ],
                     lambda job=job: _in_own_process(job),  # type: ignore[misc]
                     None,

@@ -17,7 +17,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import prune
 from gblm_compress.settings import EvaluateSettings, ExportSettings, Recipe
 from gblm_compress.sources import ModelSource, resolve_model
-from gblm_compress.stages import Stage, run_stage, text_hash
+from gblm_compress.stages import Stage, evaluation_hash, run_stage, text_hash
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _run(recipe: Recipe, dense: ModelSource, output: Path, progress: Progress) -
             settings = _measurable(recipe.evaluate, source)
             evaluations[source.name] = do(
                 f"evaluate {source.name}",
-                [dense.fingerprint, source.fingerprint, _dump(settings), text_hash(settings.dataset), dtype, device],
+                [dense.fingerprint, source.fingerprint, _dump(settings), evaluation_hash(settings), dtype, device],
                 lambda source=source, settings=settings: evaluate(  # type: ignore[misc]
                     source, settings, baseline=dense, dtype=dtype, device=device,
                     progress=progress,

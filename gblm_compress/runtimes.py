@@ -6,8 +6,9 @@ between models or runtimes and never between two ways of calling them.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ from gblm_compress.settings import RuntimeName
 from gblm_compress.sources import ModelSource
 from gblm_compress.sparse_linear import SparseLinear
 
+_LOGITS = "logits"
+_PAST = "past_key_values."
+_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -169,10 +173,8 @@ class OnnxRuntime:
             self._device = kind
             self._device_id = int(index or 0)
             self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-            self._outputs = [output.name for output in self._session.get_outputs()]
-            self._cache_inputs = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
-            types = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-            self.dtype = types[self._session.get_outputs()[0].type]
+            self._interface = _Interface.of(self._session, source.name)
+            self.dtype = self._interface.dtype
             self._kernels = self._profiled(sorted(set(profile))) if profile else {}
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -219,31 +221,109 @@ class OnnxRuntime:
         try:
             yield
         except Exception as error:  # onnxruntime raises its own kinds, which share no base
+            if isinstance(error, MemoryError):
+                raise
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 
     def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
         batch, tokens = ids.shape
-        positions = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("attention_mask", np.ones((batch, past + tokens), np.int64))
-        if any(i.name == "position_ids" for i in self._session.get_inputs()):
-            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-        for cache_input, value in zip(self._cache_inputs, cache, strict=True):
-            binding.bind_ortvalue_input(cache_input.name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self._device, self._device_id)
+        given = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        if self._interface.takes_positions:
+            given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
         with self._named_errors("run"):
+            binding = self._session.io_binding()
+            for name, value in given.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name, value in zip(self._interface.past, cache, strict=True):
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_output(_LOGITS, "cpu")
+            for name in self._interface.present:
+                binding.bind_output(name, self._device, self._device_id)
             self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        return logits.numpy(), present
+            logits, *present = binding.get_outputs()
+            logits = logits.numpy()
+        if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
+            raise _other_interface(
+                self._name,
+                f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
+                f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
+            )
+        return logits, present
 
     def _empty_cache(self, batch: int) -> list[Any]:
         dtype = np.dtype(self.dtype)
         return [
-            self._ort_value(np.zeros((batch, i.shape[1], 0, i.shape[3]), dtype), self._device, self._device_id)
-            for i in self._cache_inputs
+            self._ort_value(np.zeros((batch, heads, 0, width), dtype), self._device, self._device_id)
+            for heads, width in self._interface.past.values()
         ]
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """What a graph takes and gives, once it is known to be what an export of this program takes and gives.
+
+    Attributes:
+        dtype: of logits and KV cache.
+        past: {input of the KV cache: (heads, width of a head)}.
+        present: the outputs that continue them, in the same order.
+    """
+
+    dtype: str
+    takes_positions: bool
+    past: dict[str, tuple[int, int]]
+    present: tuple[str, ...]
+
+    @classmethod
+    def of(cls, session: Any, model: str) -> "_Interface":
+        """Read the inputs and outputs of a session.
+
+        Raises:
+            ModelError: one is missing, not known, or of another type or shape than an export has.
+        """
+        inputs = {value.name: value for value in session.get_inputs()}
+        outputs = {value.name: value for value in session.get_outputs()}
+
+        def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int) -> Any:
+            what = f"{'input' if values is inputs else 'output'} {name!r}"
+            if name not in values:
+                raise _other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
+            value = values[name]
+            if value.type not in types:
+                raise _other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
+            if len(value.shape) != rank:
+                raise _other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
+            return value
+
+        logits = tensor(outputs, _LOGITS, _ONNX_TYPES, 3)
+        for name in ("input_ids", "attention_mask", *({"position_ids"} & inputs.keys())):
+            tensor(inputs, name, ("tensor(int64)",), 2)
+        past = {}
+        for name in (name for name in inputs if name not in ("input_ids", "attention_mask", "position_ids")):
+            if not name.startswith(_PAST):
+                raise _other_interface(model, f"input {name!r} is not known")
+            shape = tensor(inputs, name, (logits.type,), 4).shape
+            _, heads, _, width = shape
+            if not all(isinstance(size, int) and size > 0 for size in (heads, width)):
+                raise _other_interface(
+                    model, f"input {name!r} has the shape {shape}; its second and fourth dimension must be numbers"
+                )
+            past[name] = heads, width
+            tensor(outputs, _present(name), (logits.type,), 4)
+        if not past:
+            raise _other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
+        return cls(_ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)))
+
+
+def _present(past: str) -> str:
+    """The output that continues an input of the KV cache."""
+    return "present." + past.removeprefix(_PAST)
+
+
+def _other_interface(model: str, what: str) -> ModelError:
+    return ModelError(
+        f"{model!r}: model.onnx is no export of this program: {what}; make it again with "
+        "`gblm-compress export MODEL -o OUT --format onnx`"
+    )
 
 
 def greedy_tokens(runtime: Runtime, ids: Tensor, count: int) -> list[int]:

@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from gblm_compress import artifact, text
+from gblm_compress import artifact, text, zero_shot
 from gblm_compress.doctor import environment
 from gblm_compress.errors import ModelError, OutputError, first_line
 from gblm_compress.progress import Progress
+from gblm_compress.settings import EvaluateSettings
 from gblm_compress.sources import ModelSource
 
 STAGES = ".stages"
@@ -97,3 +98,8 @@ def text_hash(dataset: str | None) -> str | None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return None
+
+
+def evaluation_hash(settings: EvaluateSettings) -> list[Any]:
+    """The content of what an evaluation names: its text, and the files of its tasks."""
+    return [text_hash(settings.dataset), zero_shot.fingerprint(settings.tasks, settings.include_path)]

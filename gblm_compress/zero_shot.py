@@ -3,6 +3,7 @@
 lm-eval is an optional dependency (`pip install 'gblm-compress[eval]'`); this is the only module that knows it.
 """
 
+import hashlib
 import io
 import logging
 import math
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,29 @@ def check_folder(include_path: str | None) -> None:
     """
     if include_path is not None and kind_of(Path(include_path)) != "folder":
         raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
+
+
+def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
+    """What of tasks decides their outcome beside their names: lm-eval, and every file of the user's folder, for a task
+    file takes in others and data beside it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if not tasks:
+        return []
+    hashes = {}
+    try:
+        for path in sorted(Path(include_path).rglob("*")) if include_path is not None else []:
+            if path.is_file() and path.parent.name != "__pycache__":  # which comes of a task's Python functions
+                with path.open("rb") as file:
+                    hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"include_path {include_path!r}: {error.filename!r} cannot be read ({error.strerror}); make it readable, "
+            "or move it out of the folder"
+        ) from error
+    return [version("lm_eval"), hashes]
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:

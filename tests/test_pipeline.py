@@ -131,6 +131,31 @@ def test_only_what_a_change_touches_is_done_again(finished, module_cache) -> Non
     }
 
 
+def test_a_change_of_a_task_or_its_data_is_evaluated_again(finished, module_cache, tmp_path) -> None:
+    """Also a change of what the task file takes in from beside it; not of a cache that Python leaves there."""
+    output, _ = finished
+    data, task = tmp_path / "data.jsonl", tmp_path / "own.yaml"
+    questions = [json.dumps({"q": f"{i} is", "choices": ["odd", "even"], "label": i % 2}) for i in range(4)]
+    data.write_text("\n".join(questions))
+    task.write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {data}}}}}\n"
+        "validation_split: validation\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{label}}'\ndoc_to_choice: '{{choices}}'\nmetric_list: [{metric: acc}]\n"
+    )
+
+    def done() -> set[str]:
+        recipe = smoke("evaluate.tasks=[own]", f"evaluate.include_path={tmp_path}")
+        return {s.name for s in pipeline.run(recipe, output, Progress(quiet=True)).stages if not s.reused}
+
+    done()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "own.pyc").write_text("")
+    assert not done()
+    for path in (data, task):
+        path.write_text(path.read_text() + "\n")
+        assert done() == {"evaluate pruned", "evaluate bitmask"}
+
+
 def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
     output, _ = finished
     (output / "semi-structured" / "gblm_sparse.safetensors").write_bytes(b"junk")

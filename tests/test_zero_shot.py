@@ -73,6 +73,18 @@ def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, p
     assert task.recovery == recovery([mine], [dense])
 
 
+def test_what_decides_the_outcome_of_tasks(own_task, monkeypatch) -> None:
+    first = zero_shot.fingerprint(["parity"], str(own_task))
+    assert first == zero_shot.fingerprint(["parity"], str(own_task)) != zero_shot.fingerprint(["parity"], None)
+    assert zero_shot.fingerprint([], str(own_task)) == []
+    (own_task / "below").mkdir()
+    (own_task / "below" / "helper.py").write_text("")
+    assert zero_shot.fingerprint(["parity"], str(own_task)) != first
+    (own_task / "below" / "helper.py").unlink()
+    monkeypatch.setattr(zero_shot, "version", lambda _: "0")
+    assert zero_shot.fingerprint(["parity"], str(own_task)) != first
+
+
 def test_limit_takes_the_first_questions(tiny, own_task, progress) -> None:
     model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
     answered = zero_shot.answers(model, tokenizer, ["parity"], 5, str(own_task), progress)
