@@ -43,16 +43,16 @@ class _Header:
         magic, version, tensors, keys = self._read("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"it begins with {magic!r} and version {version}")
-        sizes = {}
+        sizes: dict[str, int] = {}
         for _ in self._count(keys):
-            name = self._string()
+            key = self._string()
             (kind,) = self._read("<I")
-            if not name.endswith((b".block_count", b".expert_count")):
+            if not key.endswith((b".block_count", b".expert_count")):
                 self._skip_value(kind, _DEEPEST)
             elif kind in _INTEGERS:
-                sizes[name.decode(errors="replace")] = self._read(_INTEGERS[kind])[0]
+                sizes[key.decode(errors="replace")] = self._read(_INTEGERS[kind])[0]
             else:
-                raise ValueError(f"{name.decode(errors='replace')} is no number")
+                raise ValueError(f"{key.decode(errors='replace')} is no number")
         widest = tensors
         for _ in self._count(tensors):
             self._string()
