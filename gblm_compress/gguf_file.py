@@ -11,10 +11,13 @@ from typing import Any
 
 from gblm_compress.errors import ModelError
 
+_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
 _STRING, _ARRAY = 8, 9
 _DEEPEST = 4  # arrays within arrays
 _MOST_DIMENSIONS = 4
+_NAME_END = 64  # bytes of a name that are looked at
+_MOST_STEPS = 10_000_000  # keys, tensors and items of arrays; large vocabularies need one or two million
 
 
 def check(path: Path) -> None:
@@ -34,39 +37,65 @@ class _Header:
     """A place in the header that moves on with what is read."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
+        self._data, self._at, self._steps = data, 0, 0
 
     def check(self) -> None:
         magic, version, tensors, keys = self._read("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"it begins with {magic!r} and version {version}")
-        for _ in range(keys):
-            self._skip_string()
-            self._skip_value(self._read("<I")[0], _DEEPEST)
-        for _ in range(tensors):
-            self._skip_string()
+        sizes = {}
+        for _ in self._count(keys):
+            name = self._string()
+            (kind,) = self._read("<I")
+            if not name.endswith((b".block_count", b".expert_count")):
+                self._skip_value(kind, _DEEPEST)
+            elif kind in _INTEGERS:
+                sizes[name.decode(errors="replace")] = self._read(_INTEGERS[kind])[0]
+            else:
+                raise ValueError(f"{name.decode(errors='replace')} is no number")
+        widest = tensors
+        for _ in self._count(tensors):
+            self._string()
             (dimensions,) = self._read("<I")
             if dimensions > _MOST_DIMENSIONS:
                 raise ValueError(f"a tensor has {dimensions} dimensions")
-            self._skip(8 * dimensions + 12)
+            widest = max((widest, *self._read(f"<{dimensions}Q")))
+            self._skip(12)
+        for key, size in sizes.items():  # readers build a model of that size before they read a tensor
+            if size > (tensors if key.endswith(".block_count") else widest):
+                raise ValueError(f"{key} is {size}, and it holds {tensors} tensors")
 
     def _skip_value(self, kind: int, depth: int) -> None:
         if kind == _STRING:
-            self._skip_string()
+            self._string()
         elif kind == _ARRAY and depth:
             item, count = self._read("<IQ")
             if item in _SIZES:
-                self._skip(count * _SIZES[item])
+                self._skip(len(self._count(count, _SIZES[item])) * _SIZES[item])
             else:
-                for _ in range(count):  # each takes 8 bytes at least: a count that is too large ends the file first
+                for _ in self._count(count):
                     self._skip_value(item, depth - 1)
         elif kind in _SIZES:
             self._skip(_SIZES[kind])
         else:
             raise ValueError(f"a key has a value of unknown type {kind}")
 
-    def _skip_string(self) -> None:
-        self._skip(self._read("<Q")[0])
+    def _count(self, count: int, size: int = 8) -> range:
+        """The walk over what takes `size` bytes at least each. Readers walk item by item, through numbers too, and a
+        sparse file holds any number of them for nothing.
+        """
+        if size * count > len(self._data) - self._at:
+            raise ValueError("its header leads beyond its end")
+        self._steps += count
+        if self._steps > _MOST_STEPS:
+            raise ValueError(f"its header counts {self._steps:,} keys, tensors and items; {_MOST_STEPS:,} are read")
+        return range(count)
+
+    def _string(self) -> bytes:
+        """Moves on past a text; gives its end."""
+        (size,) = self._read("<Q")
+        self._skip(size)
+        return self._data[self._at - min(size, _NAME_END) : self._at]
 
     def _read(self, layout: str) -> tuple[Any, ...]:
         begin = self._at

@@ -61,6 +61,52 @@ def test_counts_that_no_file_holds(head: bytes, message: str, tmp_path) -> None:
         check(tmp_path / "x.gguf")
 
 
+def header(keys: bytes, tensors: bytes) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, bool(tensors), bool(keys)) + keys + tensors
+
+
+TENSOR = struct.pack("<Q1sI2QIQ", 1, b"t", 2, 8, 4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value", "message"),
+    [
+        (b"llama.block_count", 4, struct.pack("<I", 1), None),
+        (b"llama.block_count", 4, struct.pack("<I", 100_000), "llama.block_count is 100000, and it holds 1 tensors"),
+        (b"llama.block_count", 10, struct.pack("<Q", 2**63), "llama.block_count is 9223372036854775808, "),
+        (b"llama.block_count", 6, struct.pack("<f", 1e9), "llama.block_count is no number"),
+        (b"llama.expert_count", 4, struct.pack("<I", 8), None),
+        (b"llama.expert_count", 4, struct.pack("<I", 9), "llama.expert_count is 9, and it holds 1 tensors"),
+    ],
+)
+def test_models_larger_than_their_tensors(name: bytes, kind: int, value: bytes, message: str | None, tmp_path) -> None:
+    (tmp_path / "x.gguf").write_bytes(
+        header(struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value, TENSOR)
+    )
+    if message is None:
+        check(tmp_path / "x.gguf")
+    else:
+        with pytest.raises(ModelError, match=message):
+            check(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**27),
+        struct.pack("<4sIQQ", b"GGUF", 3, 2**27, 0),
+        struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**27),
+        struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**27),
+    ],
+)
+def test_a_sparse_file_is_not_walked(head: bytes, tmp_path) -> None:
+    with (tmp_path / "x.gguf").open("wb") as file:
+        file.write(head)
+        file.truncate(2**31)
+    with pytest.raises(ModelError, match=r"counts 134,217,72\d keys, tensors and items"):
+        check(tmp_path / "x.gguf")
+
+
 def test_arrays_in_arrays_end(tmp_path) -> None:
     nest = struct.pack("<IQ", 9, 1) * 1000
     (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 9) + nest)
