@@ -32,7 +32,10 @@ _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
 FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
 MAX_LINE = 64 << 20
-"""Bytes in a line of a .jsonl file; what is longer is no document."""
+"""Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
+
+MAX_PARQUET = 2 << 30
+"""Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
 
 DRAWS = 100_000
 """How many documents of C4 may be too short in a row before the search for a long one ends."""
@@ -290,13 +293,27 @@ def _jsonl(path: Path, source: str) -> Iterator[str]:
 
 
 def _parquet(path: Path, source: str) -> Iterator[str]:
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
-    with _reading(source), parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        for batch in file.iter_batches(columns=["text"]) if "text" in names else ():
-            for text in batch.column(0).to_pylist():
-                yield from _text_of({"text": text}, f"dataset {source!r}")
+    left = MAX_PARQUET
+    with _reading(source):
+        schema = parquet.read_schema(path)
+    names = schema.names
+    # As a dictionary, a text that many rows repeat is in memory once.
+    repeated = ["text"] if "text" in names and not types.is_nested(schema.field("text").type) else None
+    with _reading(source), parquet.ParquetFile(path, read_dictionary=repeated) as file:
+        for batch in file.iter_batches(batch_size=64, columns=["text"]) if "text" in names else ():
+            for cell in batch.column(0):
+                for text in _text_of({"text": cell.as_py()}, f"dataset {source!r}"):
+                    size = len(text.encode())
+                    left -= size
+                    if size > MAX_LINE:
+                        raise DataError(f"dataset {source!r}: a text of more than {MAX_LINE:,} bytes is no document")
+                    if left < 0:
+                        raise DataError(
+                            f"dataset {source!r} holds more than {MAX_PARQUET:,} bytes of text; give a part of it"
+                        )
+                    yield text
         if "text" not in names:
             yield from _text_of(dict.fromkeys(names), f"dataset {source!r}")
 

@@ -172,6 +172,24 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch) -> None:
         load_text(str(tmp_path / "a.jsonl"), "evaluation")
 
 
+def test_a_parquet_file_that_unpacks_to_more_than_fits_is_refused(tmp_path, monkeypatch) -> None:
+    """Rows that repeat one text: it is in memory once, and the sum over them is bounded."""
+    path, length = tmp_path / "a.parquet", 1 << 20
+    repeated = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), ["a" * length])
+    parquet.write_table(pyarrow.table({"text": repeated}), path, compression="zstd", store_schema=False)
+    del repeated
+    before = pyarrow.total_allocated_bytes()
+    texts = text._parquet(path, "a")
+    assert next(texts) == "a" * length
+    assert pyarrow.total_allocated_bytes() - before < 8 * length
+    monkeypatch.setattr(text, "MAX_PARQUET", 8 * length)
+    with pytest.raises(DataError, match="holds more than 8,388,608 bytes of text; give a part of it"):
+        load_text(str(path), "calibration")
+    monkeypatch.setattr(text, "MAX_LINE", length - 1)
+    with pytest.raises(DataError, match="a text of more than 1,048,575 bytes is no document"):
+        load_text(str(path), "calibration")
+
+
 @pytest.mark.parametrize(
     ("raised", "expected", "message"),
     [
