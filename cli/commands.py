@@ -198,6 +198,7 @@ def compare(
     evaluation = o.fill(EvaluateSettings, arguments, sequence_length="evaluation_length")
     place = o.fill(ModelSettings, arguments, source="model")
 
+    artifact.check_workable(output, "comparison")
     texts = [text.dataset, evaluation.dataset]
     progress, source = _start(model, quiet=quiet, texts=texts, tasks=evaluation.include_path)
 
@@ -250,6 +251,8 @@ def inspect(
     quiet: o.Quiet = False,
 ) -> None:
     """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
+    if heat_map is not None:
+        artifact.check_picture(heat_map, force)
     progress, source = _start(model, quiet=quiet)
 
     from gblm_compress import inspection
@@ -277,12 +280,13 @@ def run(
     path = find_recipe(recipe)
     loaded = load_recipe(path, tuple(set_ or ()))
     folder = output or Path("runs") / path.stem
+    artifact.check_workable(folder, "run")
 
     from gblm_compress import checks, faults, pipeline
 
     progress = _progress(quiet)
     if dry_run:
-        faults.raise_all(checks.check(loaded, progress))
+        faults.raise_all(checks.check(loaded, progress) + pipeline.check_output(loaded, folder))
         content = {"output": str(folder), "steps": pipeline.plan(loaded), "unchecked": checks.unchecked(loaded)}
         return _show(content, summaries.plan, json_)
     result = pipeline.run(loaded, folder, progress)

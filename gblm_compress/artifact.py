@@ -170,6 +170,56 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def check_picture(path: Path, force: bool) -> None:
+    """Raises:
+    UsageError: `path` does not end in .png, is a folder, exists, or lies where nothing can be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"heat map {str(path)!r}: a PNG is drawn; give a name that ends in .png")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"heat map {str(path)!r} is no file; give another name")
+    if path.exists() and not force:
+        raise UsageError(f"heat map {str(path)!r} exists; give another file, or --force to replace it")
+    if not path.parent.is_dir():
+        raise UsageError(f"heat map {str(path)!r}: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"heat map {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
+
+
+def check_workable(folder: Path, kind: str) -> None:
+    """Refuse a folder for `working_in`, before any work is done; nothing is created.
+
+    Raises:
+        UsageError: it is a link, holds something else than work of that kind, or cannot be written.
+    """
+    try:
+        if folder.is_symlink():
+            raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
+        if folder.exists() and not _is_empty(folder) and _kind_of_work(folder) != kind:
+            raise UsageError(
+                f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
+            )
+        Path(tempfile.mkdtemp(prefix=_PROBE, dir=folder if folder.exists() else _existing_parent(folder))).rmdir()
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+
+
+_PROBE = ".gblm-probe-"
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there but what another process leaves for a moment, which is about to work in it too."""
+    return all(path.name.startswith((_PROBE, f".{MANIFEST}.")) for path in folder.iterdir())
+
+
+def _kind_of_work(folder: Path) -> Any:
+    """What the manifest of a folder says it is; None where it says nothing that can be read."""
+    try:
+        return read_json(folder / MANIFEST).get(KIND)
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def working_in(folder: Path, kind: str) -> Iterator[None]:
     """Hold a folder that is worked in over several calls, of a kind ("run", "comparison"), while the `with` runs.
@@ -188,24 +238,14 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
 
 
 def _claim(folder: Path, kind: str) -> None:
-    if folder.is_symlink():
-        raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
+    check_workable(folder, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(folder.iterdir())
+        empty = _is_empty(folder)
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
     if empty:
         write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
-        return
-    try:
-        known = read_json(folder / MANIFEST).get(KIND)
-    except (OSError, ValueError):
-        known = None
-    if known != kind:
-        raise UsageError(
-            f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
-        )
 
 
 @contextmanager

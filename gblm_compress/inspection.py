@@ -6,7 +6,6 @@ table hides it, so `draw` shows how many weights survive in each column.
 
 import io
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress import sources
+from gblm_compress import artifact, sources
 from gblm_compress.architecture import prunable_layers, weight_matrix
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.errors import OutputError
 from gblm_compress.patterns import Pattern
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
@@ -83,7 +82,7 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
         ModelError: the folder is an export, or no causal language model.
     """
     if heat_map is not None:
-        _check_picture(heat_map, force)
+        artifact.check_picture(heat_map, force)
     sources.check_model(source, "inspect")
     model = sources.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
@@ -95,22 +94,6 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
     if heat_map is not None:
         draw(strips, heat_map, source.name)
     return InspectResult(source.name, tuple(reports), str(heat_map) if heat_map else None)
-
-
-def _check_picture(path: Path, force: bool) -> None:
-    """Raises:
-    UsageError: `path` does not end in .png, is a folder, exists, or lies where nothing can be written.
-    """
-    if path.suffix != ".png":
-        raise UsageError(f"heat map {str(path)!r}: a PNG is drawn; give a name that ends in .png")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"heat map {str(path)!r} is no file; give another name")
-    if path.exists() and not force:
-        raise UsageError(f"heat map {str(path)!r} exists; give another file, or --force to replace it")
-    if not path.parent.is_dir():
-        raise UsageError(f"heat map {str(path)!r}: there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"heat map {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
 
 
 def report(name: str, weight: Tensor) -> LayerReport:

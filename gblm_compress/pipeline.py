@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gblm_compress.benchmarking import benchmark
 from gblm_compress.checks import check, check_model
 from gblm_compress.comparison import compare
 from gblm_compress.doctor import environment
+from gblm_compress.errors import GblmError
 from gblm_compress.evaluation import evaluate, prepare
 from gblm_compress.exporters import export
 from gblm_compress.gates import GateOutcome, check_gates
@@ -71,6 +73,14 @@ def plan(recipe: Recipe) -> list[str]:
     return steps
 
 
+def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
+    """What is in the way of a run: another folder than of a run, or in one a foreign file where a stage will write."""
+    names = ["pruned", *(s.folder_name for s in recipe.export), *map(_dense_name, _dense_exports(recipe))]
+    return faults.collect([partial(artifact.check_workable, output, "run")]) or faults.collect(
+        partial(artifact.check_output, output / name, force=True) for name in names
+    )
+
+
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     """Carry out a recipe and write artefacts and `report.json` to `output`.
 
@@ -78,7 +88,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         GblmError: all that `check` finds, before anything is done; or of the stage that failed. A failed gate is no
             exception: see `RunReport.passed`.
     """
-    faults.raise_all(check(recipe, progress))
+    faults.raise_all(check(recipe, progress) + check_output(recipe, output))
     dense = resolve_model(recipe.model.source, progress)
     faults.raise_all(check_model(recipe, dense, progress))  # of a model that was fetched or converted only now
     with artifact.working_in(output, "run"):
@@ -119,9 +129,7 @@ def _run(recipe: Recipe, dense: ModelSource, output: Path, progress: Progress) -
         return ModelSource(name, output / name)
 
     exports = [do_export(pruned, settings.folder_name, settings) for settings in recipe.export]
-    baselines = [dense] + [
-        do_export(dense, f"dense-{settings.folder_name}", settings) for settings in _dense_exports(recipe)
-    ]
+    baselines = [dense] + [do_export(dense, _dense_name(settings), settings) for settings in _dense_exports(recipe)]
     models = [pruned] + [source for source in exports if not source.needs_cuda or "cuda" in device]
     evaluations: dict[str, dict[str, Any]] = {}
     if recipe.evaluate is not None:
@@ -171,6 +179,10 @@ def _dense_exports(recipe: Recipe) -> list[ExportSettings]:
         return []
     onnx = (settings for settings in recipe.export if settings.format == "onnx")
     return list(dict.fromkeys(settings.model_copy(update={"sparse": False, "kernels": False}) for settings in onnx))
+
+
+def _dense_name(settings: ExportSettings) -> str:
+    return f"dense-{settings.folder_name}"
 
 
 def _dump(settings: Any) -> Any:

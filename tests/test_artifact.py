@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from gblm_compress import artifact
-from gblm_compress.artifact import MANIFEST, atomic_folder, check_output, read_json, reserved, working_in, write_text
+from gblm_compress.artifact import (
+    MANIFEST,
+    atomic_folder,
+    check_output,
+    check_workable,
+    read_json,
+    reserved,
+    working_in,
+    write_text,
+)
 from gblm_compress.errors import OutputError, UsageError
 
 
@@ -227,6 +236,18 @@ def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
         with pytest.raises(UsageError, match="new or empty|root of the file system"), working_in(folder, "run"):
             pass
     assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_a_folder_to_work_in_is_looked_at_and_nothing_created(tmp_path) -> None:
+    check_workable(tmp_path / "new" / "folder", "run")
+    assert not names(tmp_path)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            check_workable(folder, "run")
+    with pytest.raises(UsageError, match="not the folder of a run; give a folder that is new or empty"):
+        check_workable(tmp_path, "run")
+    assert names(tmp_path) == ["file"]
 
 
 def test_json_is_valid_whatever_was_measured() -> None:

@@ -277,7 +277,9 @@ def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib', 'lm_eval'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    (tmp_path / "file").touch()
+    for name in ("file", "picture.png", "mine/thesis.tex"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     commands = [
         "prune ./gone -o x",
         "prune tiny -o x --calibration ./gone.txt",
@@ -290,8 +292,17 @@ def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
         "compare tiny --calibration gone.parquet",
         "compare ./gone --calibration demo --dataset demo",
         "benchmark tiny --baseline ./gone",
+        "compare tiny -o mine --calibration demo --dataset demo",
+        "compare tiny -o file/below --calibration demo --dataset demo",
         "inspect ./gone",
+        "inspect tiny --heat-map picture.jpg",
+        "inspect tiny --heat-map picture.png",
+        "inspect tiny --heat-map gone/picture.png",
         "run gone.yaml",
+        "run ci-smoke -o mine",
+        "run ci-smoke -o mine --dry-run",
+        "run ci-smoke -o file",
+        "run ci-smoke -o file/below --dry-run",
         "validate gone.yaml",
     ]
     done = subprocess.run(

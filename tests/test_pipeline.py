@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gblm_compress import pipeline, report, walk
+from gblm_compress.artifact import working_in
 from gblm_compress.errors import UsageError
 from gblm_compress.progress import Progress
 from gblm_compress.recipe import find_recipe, load_recipe
@@ -190,6 +191,16 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         pipeline.run(smoke(), tmp_path / "file" / "out", Progress(quiet=True))
+
+
+def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path, module_cache, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "prune", None)
+    with working_in(tmp_path, "run"):
+        for name in ("onnx", "dense-onnx"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"(?s)2 faults.*/onnx' exists and was not made.*/dense-onnx' exists"):
+        pipeline.run(smoke(), tmp_path, Progress(quiet=True))
 
 
 def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, module_cache) -> None:
