@@ -27,7 +27,7 @@ COMMANDS = {
 }
 INPUT = {"prune": "dense", "export": "pruned", "run": "dense"}
 AGAIN = {"prune": ["--resume", "--force"], "export": ["--force"], "run": []}
-OFTEN_ENOUGH = 60.0  # seconds, in which every command ends if it is let
+LONG_ENOUGH = 60.0  # seconds, in which every command ends if it is let
 
 
 def main(
@@ -42,33 +42,43 @@ def main(
         build_store(store)
         expected = {name: _expected(one, store, Path(place) / f"expected-{name}", name) for name in COMMANDS}
         seen: Counter[str] = Counter()
-        for number in range(kills):
+        faults = 0
+        for number in range(kills + pairs):
             name = list(COMMANDS)[number % len(COMMANDS)]
-            seen["killed before its end" if _kill(one, store, Path(place), name, expected, generator) else "ended"] += 1
-        for number in range(pairs):
-            name = list(COMMANDS)[number % len(COMMANDS)]
-            seen[_pair(one, other, store, Path(place), name, expected, generator)] += 1
+            try:
+                if number < kills:
+                    killed = _kill(one, store, Path(place), name, expected, generator)
+                    seen["killed before its end" if killed else "ended"] += 1
+                else:
+                    seen[_pair(one, other, store, Path(place), name, expected, generator)] += 1
+            except AssertionError as fault:
+                faults += 1
+                print(f"FAULT of {name}, number {number}: {fault}", flush=True)
+                shutil.rmtree(Path(place) / "work", ignore_errors=True)  # as the next one finds it after a success
     for what, count in sorted(seen.items()):
         print(f"{count:5} {what}")
+    if faults:
+        print(f"{faults:5} faults")
+        raise typer.Exit(1)
 
 
 def _expected(server: Server, store: Path, folder: Path, name: str) -> tuple[dict[str, str], float]:
     """What an undisturbed command leaves, and how long it takes."""
-    outcome = _run(server, store, folder, name, OFTEN_ENOUGH)
+    outcome = _run(server, store, folder, name, LONG_ENOUGH)
     assert outcome.code == 0, outcome.stderr
-    outcome = _run(server, store, folder, name, OFTEN_ENOUGH)  # the caches are warm now
+    outcome = _run(server, store, folder, name, LONG_ENOUGH)  # the caches are warm now
     content = _content(folder)
     shutil.rmtree(folder)
     return content, outcome.seconds
 
 
 def _kill(server: Server, store: Path, place: Path, name: str, expected: dict, generator: random.Random) -> bool:
-    """Kill a command some time before its end, as often as it takes, and let the last one end."""
+    """Kill a command at some moment, let the same command end after it, and say whether it was killed at all."""
     content, seconds = expected[name]
     folder = place / "work"
     first = _run(server, store, folder, name, generator.uniform(0, 1.1 * seconds))
     _check(folder, content, whole=False, in_one_piece=name != "run")
-    end = server.run(COMMANDS[name] + AGAIN[name], folder, place, OFTEN_ENOUGH)
+    end = server.run(COMMANDS[name] + AGAIN[name], folder, place, LONG_ENOUGH)
     assert end.code == 0, end.stderr
     _check(folder, content, whole=True)
     shutil.rmtree(folder)
@@ -88,7 +98,7 @@ def _pair(
 
     def run(number: int, server: Server, delay: float) -> None:
         threading.Event().wait(delay)
-        outcomes[number] = server.run(COMMANDS[name] + AGAIN[name], folder, caches[number], OFTEN_ENOUGH)
+        outcomes[number] = server.run(COMMANDS[name] + AGAIN[name], folder, caches[number], LONG_ENOUGH)
 
     threads = [
         threading.Thread(target=run, args=(0, one, 0.0)),
