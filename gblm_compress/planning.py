@@ -45,7 +45,7 @@ class Size:
         hidden = config.get("hidden_size") or config.get("n_embd") or 0
         heads = _largest(config.get("num_attention_heads") or config.get("n_head") or 0)
         inner = _largest(config.get("intermediate_size") or 4 * hidden)
-        vocabulary, length = config.get("vocab_size", 0), calibration.sequence_length
+        vocabulary, length = config.get("vocab_size") or 0, calibration.sequence_length
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
         self.outside_blocks = 2 * vocabulary * hidden * itemsize
