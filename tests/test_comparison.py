@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,5 +127,6 @@ def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     assert not (tmp_path / "grid").exists()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()
+    shutil.copy(tiny("llama").folder / "config.json", tmp_path / "export")
     with pytest.raises(ModelError, match="is an export"):
         compared(ModelSource("export", tmp_path / "export"), tmp_path / "grid", str(prose), str(prose), progress)

@@ -111,7 +111,8 @@ def heads_symbolic(content) -> None:
 
 
 def mask_of_four_dimensions(content) -> None:
-    content.input[1].type.tensor_type.shape.dim.extend(content.input[1].type.tensor_type.shape.dim)
+    dimensions = content.input[1].type.tensor_type.shape.dim
+    dimensions.extend(list(dimensions))  # without the copy it would follow its own end
 
 
 def present_missing(content) -> None:
