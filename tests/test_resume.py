@@ -68,8 +68,7 @@ def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
             return original(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            for module in (where, *([sys.modules["gblm_compress.checkpoint"].artifact] if where is artifact else [])):
-                patch.setattr(module, name, ends)
+            patch.setattr(where, name, ends)
             try:
                 run(tiny("llama"), output, prose, offload=offload, **settings)
             except Killed:
