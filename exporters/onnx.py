@@ -140,8 +140,8 @@ def export(
         (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
-        loading = _LOADING_KERNELS if settings.kernels else _LOADING
-        manifest.write_export(temporary, source=source, format=FORMAT, dtype=dtype, loading=loading, checks=checks)
+        how = _LOADING_KERNELS if settings.kernels else _LOADING
+        manifest.write_export(temporary, source=source, format=FORMAT, dtype=dtype, loading=how, checks=checks)
     exported = ModelSource(str(output), output)
     return ExportResult(
         format=FORMAT,
