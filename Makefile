@@ -28,8 +28,9 @@ $(VENV)/.installed: pyproject.toml
 quickstart: install
 	$(BIN)/gblm-compress run recipes/quickstart.yaml
 
+# A file of tests stays in one process, so that what it has prepared once serves all of it.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,6 +19,11 @@ from gblm_compress.tiny import VOCABULARY, build_tiny
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests take longest: they start first, beside the others."""
+    items.sort(key=lambda item: "real_model" not in item.keywords)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_libraries() -> None:
     silence_libraries()
