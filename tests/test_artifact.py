@@ -13,18 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress import artifact
-from gblm_compress.artifact import (
-    MANIFEST,
-    atomic_folder,
-    check_output,
-    check_workable,
-    read_json,
-    reserved,
-    working_in,
-    write_text,
-)
 from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.storage import outputs, records
+from gblm_compress.storage.folders import MANIFEST, atomic_folder
+from gblm_compress.storage.outputs import check_output, check_workable, reserved, working_in
+from gblm_compress.storage.records import read_json, write_text
 
 
 def make(target: Path, content: str = "content", force: bool = False) -> None:
@@ -129,7 +122,7 @@ def test_outputs_that_cannot_be(tmp_path) -> None:
     assert names(tmp_path) == ["empty", "file", "link"]
 
 
-HOLD = "import sys, time; from pathlib import Path; from gblm_compress.artifact import *\n"
+HOLD = "import sys, time; from pathlib import Path; from gblm_compress.storage.outputs import *\n"
 
 
 def holder(code: str, target: Path) -> subprocess.Popen[str]:
@@ -252,7 +245,7 @@ def test_a_folder_to_work_in_is_looked_at_and_nothing_created(tmp_path) -> None:
 
 def test_json_is_valid_whatever_was_measured() -> None:
     content = {"a": [1.5, math.inf, (math.nan, -math.inf)], "b": {"c": "é"}}
-    assert json.loads(artifact.as_json(content), parse_constant=pytest.fail) == {
+    assert json.loads(records.as_json(content), parse_constant=pytest.fail) == {
         "a": [1.5, None, [None, None]],
         "b": {"c": "é"},
     }
@@ -264,9 +257,9 @@ def test_a_name_that_is_no_unicode() -> None:
 
 
 def test_too_little_room(tmp_path) -> None:
-    artifact.check_space(tmp_path / "new" / "out", 1, "it")
+    outputs.check_space(tmp_path / "new" / "out", 1, "it")
     with pytest.raises(OutputError, match=rf"{re.escape(repr(str(tmp_path)))} has .* free; 1\.0 EB may be needed"):
-        artifact.check_space(tmp_path / "new" / "out", 10**18, "it")
+        outputs.check_space(tmp_path / "new" / "out", 10**18, "it")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\udcff"])

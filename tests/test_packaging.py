@@ -36,7 +36,7 @@ def test_generated_documentation_is_up_to_date(path: str) -> None:
 
 
 def test_the_readme_names_the_version_of_the_demo_package() -> None:
-    from gblm_compress.sources import DEMO_INSTALL
+    from gblm_compress.models.finding import DEMO_INSTALL
 
     package = DEMO_INSTALL.rpartition(" ")[2]
     assert package in (ROOT / "Makefile").read_text()
