@@ -452,7 +452,7 @@ def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path
             model.model.norm.weight.data *= 1.001
         return model
 
-    monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_norm)
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_norm)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight.*bit for bit"):
         exported(tiny, tmp_path, progress)
 
@@ -466,7 +466,7 @@ def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progre
             model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
         return model
 
-    monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_mask)
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_mask)
     with pytest.raises(VerificationError, match=r"h\.1\.attn\.attention\.bias: .* computes another buffer"):
         exported(family, tmp_path, progress, "gpt_neo")
 

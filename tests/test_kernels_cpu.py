@@ -76,8 +76,9 @@ def test_threads_are_torchs_own() -> None:
 PRODUCTS = """
 import threading
 import torch
-from gblm_compress.layouts.bitmask import pack, row_starts
 from gblm_compress.kernels import cpu
+from gblm_compress.kernels.masks import row_starts
+from gblm_compress.layouts.bitmask import pack
 
 torch.set_num_threads(4)
 weight = torch.randn(65, 200) * (torch.rand(65, 200) < 0.5)

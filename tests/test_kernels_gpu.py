@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 CHECK = """
 import sys, torch
 import tests.triton_interpreter
-from gblm_compress import bitmask, sparse24
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed
+from gblm_compress.layouts import bitmask, sparse24
 from gblm_compress.methods.patterns import Pattern
 
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_package_on_disk_is_listed() -> None:
     configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    homes = {name: ROOT / folder for name, folder in configuration["package-dir"].items()}
-    assert set(configuration["packages"]) == set(homes)
+    elsewhere = configuration["package-dir"]
+    homes = {name: ROOT / elsewhere.get(name, name.replace(".", "/")) for name in configuration["packages"]}
     found = {
         path.parent
         for top in ("gblm_compress", "cli", "exporters", "recipes")

@@ -19,7 +19,7 @@ from gblm_compress.settings import Recipe
 from gblm_compress.storage.paths import kind_of, local
 
 MOST_FAULTS = 100  # that are printed
-SHIPPED = Path(__file__).parent / "recipes"
+SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:

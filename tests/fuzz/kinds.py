@@ -210,9 +210,9 @@ def _write_gguf(path: Path) -> None:
 
 INTERRUPTED = """
 import os, sys
-from gblm_compress import pruning
 from gblm_compress.cli import app
-pruning._save = lambda *arguments: os._exit(0)
+from gblm_compress.pruning import stage
+stage._save = lambda *arguments: os._exit(0)
 app.main(sys.argv[1:])
 """
 

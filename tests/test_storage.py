@@ -122,7 +122,12 @@ def test_outputs_that_cannot_be(tmp_path) -> None:
     assert names(tmp_path) == ["empty", "file", "link"]
 
 
-HOLD = "import sys, time; from pathlib import Path; from gblm_compress.storage.outputs import *\n"
+HOLD = """
+import sys, time
+from pathlib import Path
+from gblm_compress.storage.folders import atomic_folder
+from gblm_compress.storage.outputs import reserved, working_in
+"""
 
 
 def holder(code: str, target: Path) -> subprocess.Popen[str]:
