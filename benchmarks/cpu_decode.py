@@ -29,15 +29,17 @@ from llama_cpp_model import LlamaCpp, write_gguf
 from rich.console import Console
 from rich.table import Table
 
-from gblm_compress import manifest
-from gblm_compress.bitmask import pack, row_starts
-from gblm_compress.doctor import environment
 from gblm_compress.kernels import cpu
-from gblm_compress.patterns import Pattern
+from gblm_compress.kernels.masks import row_starts
+from gblm_compress.layouts.bitmask import pack
+from gblm_compress.layouts.sparse_checkpoint import sparsify_
+from gblm_compress.machine.environment import environment
+from gblm_compress.measure.runtimes import OnnxRuntime, Runtime, TorchRuntime
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import manifest
+from gblm_compress.models.finding import resolve_model, silence_libraries
+from gblm_compress.models.loading import load_model
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import OnnxRuntime, Runtime, TorchRuntime
-from gblm_compress.sources import load_model, resolve_model, silence_libraries
-from gblm_compress.sparse_checkpoint import sparsify_
 
 SIZE, ROTATE_BYTES = 4096, 1 << 30
 

@@ -241,8 +241,8 @@ def masked(weight: Tensor) -> Tensor:
 
 def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     """The kernel grid; `rows` is filled as it goes."""
-    from gblm_compress import cuda_linear
-    from gblm_compress.cuda_linear import DENSE, Choice
+    from gblm_compress.layouts import cuda_linear
+    from gblm_compress.layouts.cuda_linear import DENSE, Choice
 
     if not bench.on_cuda:
         cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
@@ -305,8 +305,8 @@ def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
 
 def pack_both(weight: Tensor) -> dict[str, Any]:
     """The weight in both layouts, as the kernels read them."""
-    from gblm_compress import bitmask, sparse24
     from gblm_compress.kernels import gpu
+    from gblm_compress.layouts import bitmask, sparse24
 
     mask, values = bitmask.pack(weight)
     kept, positions = sparse24.pack(weight)
@@ -380,8 +380,8 @@ def block_layers(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     """Prefill and decode of a whole model; `rows` is filled as it goes."""
-    from gblm_compress.architecture import cache_argument
-    from gblm_compress.sparse_checkpoint import sparsify_
+    from gblm_compress.layouts.sparse_checkpoint import sparsify_
+    from gblm_compress.models.architecture import cache_argument
 
     dense = random_llama(bench, bench.size.model)
     names = block_layers(dense)
@@ -571,14 +571,14 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: st
     """(seconds, peak of device memory in bytes) of the walk over a checkpoint whose blocks are read one at a time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gblm_compress.block_weights import StreamedWeights
-    from gblm_compress.hidden_states import StatePool
+    from gblm_compress.calibration.block_weights import StreamedWeights
+    from gblm_compress.calibration.hidden_states import StatePool
+    from gblm_compress.calibration.ranks import Ranks
+    from gblm_compress.models.source import ModelSource
     from gblm_compress.progress import Progress
-    from gblm_compress.ranks import Ranks
-    from gblm_compress.run_folder import RunFolder
+    from gblm_compress.pruning.run_folder import RunFolder
+    from gblm_compress.pruning.walk import Walk
     from gblm_compress.settings import PruneSettings
-    from gblm_compress.sources import ModelSource
-    from gblm_compress.walk import Walk
 
     config = LlamaConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -697,9 +697,9 @@ def first_line(error: Exception) -> str:
 
 def environment(bench: Bench) -> dict[str, Any]:
     """The machine and its versions, and what its memory can do."""
-    from gblm_compress import doctor
+    from gblm_compress.machine import environment
 
-    found = doctor.environment() | {"dtype": str(bench.dtype), "dry_run": not bench.on_cuda}
+    found = environment.environment() | {"dtype": str(bench.dtype), "dry_run": not bench.on_cuda}
     if bench.on_cuda:
         properties = torch.cuda.get_device_properties(0)
         source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")

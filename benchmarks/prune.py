@@ -40,10 +40,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from gblm_compress import manifest
-from gblm_compress.doctor import environment
+from gblm_compress.machine.environment import environment
+from gblm_compress.models import manifest
+from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.sources import ModelSource, resolve_model
 
 Rows = list[dict[str, Any]]
 SAMPLE_EVERY_S = 0.02

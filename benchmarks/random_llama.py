@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gblm_compress.sources import save_tokenizer
-from gblm_compress.tiny import VOCABULARY, byte_tokenizer
+from gblm_compress.models.loading import save_tokenizer
+from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
 DEVIATION = 0.02
 INDEX = "model.safetensors.index.json"

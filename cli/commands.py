@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 import gblm_compress
-from gblm_compress import artifact
 from gblm_compress.cli import options as o
 from gblm_compress.cli import summaries
 from gblm_compress.errors import GateError
@@ -29,6 +28,7 @@ from gblm_compress.settings import (
     PruneSettings,
     ResourceSettings,
 )
+from gblm_compress.storage import outputs, records
 
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 
@@ -92,13 +92,13 @@ def prune(
     resources = o.fill(ResourceSettings, arguments)
 
     reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
-    artifact.check_output(output, force)
+    outputs.check_output(output, force)
     texts = [text.dataset] if settings.needs_text else []
     progress, source = _start(model, quiet=quiet or not reports, texts=texts)
 
-    from gblm_compress import pruning
+    from gblm_compress.pruning import stage
 
-    result = pruning.prune(
+    result = stage.prune(
         source,
         output,
         settings,
@@ -128,7 +128,7 @@ def export(
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
     settings = o.fill(ExportSettings, locals())
 
-    artifact.check_output(output, force)
+    outputs.check_output(output, force)
     progress, source = _start(model, quiet=quiet)
 
     from gblm_compress import exporters
@@ -159,7 +159,7 @@ def evaluate(
     models = [model, baseline] if baseline else [model]
     progress, source, *dense = _start(*models, quiet=quiet, texts=[settings.dataset], tasks=settings.include_path)
 
-    from gblm_compress import evaluation
+    from gblm_compress.measure import evaluation
 
     result = evaluation.evaluate(
         source, settings, baseline=dense[0] if dense else None, dtype=place.dtype, device=device, progress=progress
@@ -198,11 +198,11 @@ def compare(
     evaluation = o.fill(EvaluateSettings, arguments, sequence_length="evaluation_length")
     place = o.fill(ModelSettings, arguments, source="model")
 
-    artifact.check_workable(output, "comparison")
+    outputs.check_workable(output, "comparison")
     texts = [text.dataset, evaluation.dataset]
     progress, source = _start(model, quiet=quiet, texts=texts, tasks=evaluation.include_path)
 
-    from gblm_compress import comparison
+    from gblm_compress.runs import comparison
 
     result = comparison.compare(
         source, output, grid, text, evaluation, dtype=place.dtype, device=device, progress=progress
@@ -233,7 +233,7 @@ def benchmark(
     progress, *sources = _start(*models, *baseline, quiet=quiet)
     contenders, baselines = sources[: len(models)], sources[len(models) :]
 
-    from gblm_compress import benchmarking
+    from gblm_compress.measure import benchmarking
 
     result = benchmarking.benchmark(
         contenders, baselines, settings, dtype=place.dtype, device=device, progress=progress
@@ -252,10 +252,10 @@ def inspect(
 ) -> None:
     """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
     if heat_map is not None:
-        artifact.check_picture(heat_map, force)
+        outputs.check_picture(heat_map, force)
     progress, source = _start(model, quiet=quiet)
 
-    from gblm_compress import inspection
+    from gblm_compress.measure import inspection
 
     result = inspection.inspect(source, heat_map, progress, force=force)
     _show(result.as_dict(), summaries.inspect, json_)
@@ -275,14 +275,15 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Carry out a recipe: prune, export, evaluate, benchmark, check gates."""
-    from gblm_compress.recipe import find_recipe, load_recipe
+    from gblm_compress.runs.recipe import find_recipe, load_recipe
 
     path = find_recipe(recipe)
     loaded = load_recipe(path, tuple(set_ or ()))
     folder = output or Path("runs") / path.stem
-    artifact.check_workable(folder, "run")
+    outputs.check_workable(folder, "run")
 
-    from gblm_compress import checks, faults, pipeline
+    from gblm_compress import faults
+    from gblm_compress.runs import checks, pipeline
 
     progress = _progress(quiet)
     if dry_run:
@@ -298,12 +299,13 @@ def run(
 
 def validate(recipe: o.RecipeFile, json_: o.Json = False) -> None:
     """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
-    from gblm_compress.recipe import find_recipe, load_recipe
+    from gblm_compress.runs.recipe import find_recipe, load_recipe
 
     path = find_recipe(recipe)
     loaded = load_recipe(path)
 
-    from gblm_compress import checks, faults
+    from gblm_compress import faults
+    from gblm_compress.runs import checks
 
     faults.raise_all(checks.check(loaded, _progress(quiet=True)))
     notes = summaries.unchecked(checks.unchecked(loaded))
@@ -312,7 +314,7 @@ def validate(recipe: o.RecipeFile, json_: o.Json = False) -> None:
 
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from gblm_compress.recipe import schema
+    from gblm_compress.runs.recipe import schema
 
     print(json.dumps(schema(), indent=2))
 
@@ -321,7 +323,7 @@ def doctor(json_: o.Json = False) -> None:
     """Say what this machine has, and what each finding enables."""
     from dataclasses import asdict
 
-    from gblm_compress.doctor import diagnose
+    from gblm_compress.measure.doctor import diagnose
 
     findings = [asdict(finding) for finding in diagnose()]
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
@@ -331,7 +333,7 @@ COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, validate,
 
 
 def _progress(quiet: bool) -> Progress:
-    from gblm_compress.sources import silence_libraries
+    from gblm_compress.models.finding import silence_libraries
 
     silence_libraries()
     return Progress(quiet)
@@ -341,9 +343,9 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
     """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
     before a download, and before the seconds that torch and transformers take to load.
     """
-    from gblm_compress.sources import resolve_model, silence_libraries
-    from gblm_compress.text import check_source
-    from gblm_compress.zero_shot import check_folder
+    from gblm_compress.calibration.text import check_source
+    from gblm_compress.measure.zero_shot import check_folder
+    from gblm_compress.models.finding import resolve_model, silence_libraries
 
     for text in texts:
         check_source(text)
@@ -358,7 +360,7 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
 def _show(content: Any, summary: Any, as_json: bool) -> None:
     """Print a result: one JSON document, or a summary for people."""
     if as_json:
-        print(artifact.as_json(content if isinstance(content, dict) else content.as_dict()), end="")
+        print(records.as_json(content if isinstance(content, dict) else content.as_dict()), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
     parts = summary(content)

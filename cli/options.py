@@ -7,7 +7,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from gblm_compress.errors import UsageError
-from gblm_compress.recipe import describe_fault, faults_of
+from gblm_compress.runs.recipe import describe_fault, faults_of
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,

@@ -21,7 +21,7 @@ def _pairs(rows: list[tuple[str, str]]) -> Table:
 
 
 def prune(result: dict[str, Any]) -> list[Any]:
-    from gblm_compress.manifest import reasons
+    from gblm_compress.models.manifest import reasons
 
     layers, weights, nonzeros = result["layers"], result["weights"], result["nonzeros"]
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers.values()}))
@@ -198,7 +198,7 @@ def unchecked(names: list[str]) -> list[str]:
 
 
 def run(result: Any) -> list[Any]:
-    from gblm_compress import report
+    from gblm_compress.runs import report
 
     parts: list[Any] = [report.table(result.rows)]
     if result.gates:

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gblm_compress import artifact
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import Pattern
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models.loading import check_model
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.sources import ModelSource, check_model
+from gblm_compress.storage import outputs
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
@@ -65,7 +66,7 @@ def export(
         GblmError: as the exporter says.
     """
     check(source, settings)
-    with artifact.reserved(output, force, [source.folder]):
+    with outputs.reserved(output, force, [source.folder]):
         return _exporter(settings).export(source, output, settings, force=force, progress=progress)
 
 

@@ -21,19 +21,20 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import artifact, manifest, sources
-from gblm_compress.architecture import prunable_layers, weight_matrix
-from gblm_compress.bitmask import WORD
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import ExportResult, check_is_pruned
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
 from gblm_compress.exporters.verification import real_text
 from gblm_compress.kernels import cpu
-from gblm_compress.patterns import Pattern
+from gblm_compress.kernels.masks import WORD
+from gblm_compress.measure.runtimes import OnnxRuntime, Runtime, TorchRuntime
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import OnnxRuntime, Runtime, TorchRuntime
 from gblm_compress.settings import ExportSettings
-from gblm_compress.sources import ModelSource
+from gblm_compress.storage import folders, outputs
 
 FORMAT = "onnx"
 GRAPH, DATA = "model.onnx", "model.onnx.data"
@@ -77,7 +78,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         cpu.onnxruntime_library()
     if source is None:
         return
-    skeleton = sources.load_skeleton(source)
+    skeleton = loading.load_skeleton(source)
     if kinds := {type(layer).__name__ for layer in DynamicCache(config=skeleton.config).layers} - {"DynamicLayer"}:
         raise _not_plain(source, ", ".join(sorted(kinds)))
     if settings.kernels:
@@ -93,7 +94,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
 def _dtype(source: ModelSource, settings: ExportSettings) -> str:
     if settings.dtype != "auto":
         return settings.dtype
-    return stored if (stored := sources.stored_dtype(source)) in DTYPES else "float32"
+    return stored if (stored := loading.stored_dtype(source)) in DTYPES else "float32"
 
 
 def export(
@@ -113,13 +114,13 @@ def export(
     """
     start = time.perf_counter()
     dtype = _dtype(source, settings)
-    model = sources.load_model(source, dtype)
-    tokenizer = sources.load_tokenizer(source)
+    model = loading.load_model(source, dtype)
+    tokenizer = loading.load_tokenizer(source)
     layers = manifest.pruned_layers(source, model)
     if settings.sparse or settings.kernels:
         check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers})
-    wider = getattr(torch, dtype).itemsize / getattr(torch, sources.stored_dtype(source)).itemsize
-    artifact.check_space(output, int(source.bytes_on_disk * wider), "the export")
+    wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
+    outputs.check_space(output, int(source.bytes_on_disk * wider), "the export")
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
     program = _trace(model, source)
     _name_cache(program, source)
@@ -130,13 +131,13 @@ def export(
         encode_initializers_(program, pruned)
     elif settings.kernels:
         use_kernels_(program, pruned)
-    with artifact.atomic_folder(output, force=force) as temporary:
+    with folders.atomic_folder(output, force=force) as temporary:
         progress.say("saving …")
         ir.save(program, temporary / GRAPH, external_data=DATA)
         model.config.save_pretrained(temporary)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
-        sources.save_tokenizer(tokenizer, temporary)
+        loading.save_tokenizer(tokenizer, temporary)
         (temporary / "genai_config.json").write_text(json.dumps(genai_config(program, model.config), indent=2) + "\n")
         progress.say("verifying in ONNX Runtime …")
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)

@@ -18,8 +18,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from gblm_compress.bitmask import WORD, check, pack, row_starts, unpack
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.kernels.masks import WORD, row_starts
+from gblm_compress.layouts.bitmask import check, pack, unpack
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
 DOMAIN, OPERATOR = "gblm", "BitmaskLinear"

@@ -12,19 +12,20 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gblm_compress import artifact, manifest, sources
-from gblm_compress.architecture import weight_matrix
-from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import ExportResult, check_is_pruned
 from gblm_compress.exporters.verification import real_text
-from gblm_compress.patterns import Pattern
+from gblm_compress.layouts.bitmask import same_bits
+from gblm_compress.layouts.sparse_checkpoint import linear_layer, save_packed, sparsify_
+from gblm_compress.layouts.sparse_linear import SparseLinear
+from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.runtimes import TorchRuntime
 from gblm_compress.settings import ExportSettings
-from gblm_compress.sources import ModelSource
-from gblm_compress.sparse_checkpoint import linear_layer, save_packed, sparsify_
-from gblm_compress.sparse_linear import SparseLinear
+from gblm_compress.storage import folders, outputs
 
 _LOADING = """\
 import gblm_compress  # teaches transformers the packed layout; without it this folder does not load
@@ -68,14 +69,14 @@ def export(
             logits.
     """
     start = time.perf_counter()
-    dtype = sources.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
-    model, tokenizer = sources.load_model(source, dtype), sources.load_tokenizer(source)
+    dtype = loading.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
+    model, tokenizer = loading.load_model(source, dtype), loading.load_tokenizer(source)
     pruned = {name: linear_layer(model, name) for name in manifest.pruned_layers(source, model)}
     before = {name: layer.weight._version for name, layer in pruned.items()}
     reference = _Run.of(model, real_text(tokenizer, model.config.vocab_size))
     changed = [name for name, version in before.items() if pruned[name].weight._version != version]
     if changed:
-        model = sources.load_model(source, dtype)  # as it is before it runs
+        model = loading.load_model(source, dtype)  # as it is before it runs
     names = [name for name in pruned if name not in changed]
     dense = {name: weight_matrix(model.get_submodule(name)).detach() for name in names}
     layout = LAYOUT_OF[settings.format]
@@ -86,10 +87,10 @@ def export(
     sparsify_(model, names, layout)
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
-    artifact.check_space(output, source.bytes_on_disk, "the export")
-    with artifact.atomic_folder(output, force=force) as temporary:
+    outputs.check_space(output, source.bytes_on_disk, "the export")
+    with folders.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)
-        sources.save_tokenizer(tokenizer, temporary)
+        loading.save_tokenizer(tokenizer, temporary)
         progress.say("verifying …")
         difference = _verify(ModelSource(str(output), temporary), model, dense, reference)
         checks = {
@@ -155,7 +156,7 @@ def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], refer
     Returns:
         The largest difference of a logit, relative to the largest logit.
     """
-    model = sources.load_model(exported)
+    model = loading.load_model(exported)
     for name, weight in dense.items():
         sparse = model.get_submodule(name)
         if not isinstance(sparse, SparseLinear) or not same_bits(sparse.dense_weight(), weight):
@@ -170,7 +171,7 @@ def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], refer
         if pair[0] is None or pair[1] is None or not same_bits(pair[0], pair[1]):
             raise VerificationError(f"{name}: the reloaded folder computes another buffer than its source")
     difference = float((run.logits - reference.logits).abs().max() / reference.logits.abs().max())
-    tolerance = TOLERANCE[sources.stored_dtype(exported)]
+    tolerance = TOLERANCE[loading.stored_dtype(exported)]
     if not difference <= tolerance:
         raise VerificationError(
             f"logits of the reloaded folder and its source differ by {difference:.2e} of the largest logit on "

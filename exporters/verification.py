@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gblm_compress import text
+from gblm_compress.calibration import text
 
 TOKENS = 64
 

@@ -45,13 +45,13 @@ class _SparseCheckpoints(MetaPathFinder):
 
             def then_register(module: ModuleType) -> None:
                 execute(module)
-                import_module("gblm_compress.sparse_checkpoint")
+                import_module("gblm_compress.layouts.sparse_checkpoint")
 
             spec.loader.exec_module = then_register  # type: ignore[method-assign]
         return spec
 
 
 if _SparseCheckpoints.TRIGGER in sys.modules:
-    import_module("gblm_compress.sparse_checkpoint")
+    import_module("gblm_compress.layouts.sparse_checkpoint")
 else:
     sys.meta_path.insert(0, _SparseCheckpoints())

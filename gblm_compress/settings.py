@@ -20,11 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from gblm_compress import presets, suggestions
-from gblm_compress.allocation import Budget, Override, allocate
+from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
-from gblm_compress.saliency import SALIENCIES
+from gblm_compress.methods import presets
+from gblm_compress.methods.allocation import Budget, Override, allocate
+from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
+from gblm_compress.methods.saliency import SALIENCIES
 
 Method = Literal["gblm", "wanda", "gradient", "magnitude", "regional", "obs"]
 GradientNorm = Literal["l1", "l2"]

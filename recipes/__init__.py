@@ -1,1 +1,1 @@
-"""The recipes that ship with gblm-compress; `gblm_compress.recipe` finds them by name."""
+"""The recipes that ship with gblm-compress; `gblm_compress.runs.recipe` finds them by name."""

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.block_weights import ResidentWeights
-from gblm_compress.calibration import BlockCalls, BlockReplay
-from gblm_compress.hidden_states import StatePool
+from gblm_compress.calibration.block_weights import ResidentWeights
+from gblm_compress.calibration.blocks import BlockCalls, BlockReplay
+from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.models.finding import silence_libraries
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
-from gblm_compress.ranks import Ranks
-from gblm_compress.sources import CACHE_VARIABLE, ModelSource, silence_libraries
-from gblm_compress.tiny import VOCABULARY, build_tiny
+from gblm_compress.storage.cache import CACHE_VARIABLE
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
@@ -63,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSourc
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
     """A text file of the demo's prose, long enough for a few windows of bytes."""
-    from gblm_compress.text import load_text
+    from gblm_compress.calibration.text import load_text
 
     path = tmp_path / "prose.txt"
     path.write_text(load_text("demo", "calibration")[:6000])

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gblm_compress.allocation import Budget, GlobalRanking, outlier_share, owl, spread
-from gblm_compress.architecture import prunable_layers, weight_matrix
-from gblm_compress.patterns import Pattern
-from gblm_compress.pruning import prune_
+from gblm_compress.methods.allocation import Budget, GlobalRanking, outlier_share, owl, spread
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.tiny import tiny_model
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import PruneSettings
-from gblm_compress.tiny import tiny_model
 from tests.conftest import samples
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gblm_compress import attention as module
-from gblm_compress.attention import attention, chunked_attention
-from gblm_compress.tiny import tiny_model
+from gblm_compress.calibration import attention as module
+from gblm_compress.calibration.attention import attention, chunked_attention
+from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, samples
 
 

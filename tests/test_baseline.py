@@ -3,14 +3,14 @@ import shutil
 
 import pytest
 
-from gblm_compress.baseline import check_baseline
 from gblm_compress.errors import UsageError
-from gblm_compress.evaluation import evaluate
-from gblm_compress.manifest import MANIFEST
-from gblm_compress.pruning import prune
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.models.baseline import check_baseline
+from gblm_compress.models.manifest import MANIFEST
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
-from gblm_compress.sources import ModelSource
-from gblm_compress.tiny import build_tiny
 
 
 @pytest.fixture

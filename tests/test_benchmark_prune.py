@@ -13,10 +13,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import pruning
 from gblm_compress.cli.app import main as command_line
+from gblm_compress.models.tiny import VOCABULARY, tiny_model
+from gblm_compress.pruning import stage
 from gblm_compress.settings import PruneSettings
-from gblm_compress.tiny import VOCABULARY, tiny_model
 from tests.conftest import samples
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -56,7 +56,7 @@ def test_pruning_gives_the_masks_of_the_reference(load, kind, pattern, norm, pro
     ids = samples(6, 48)
     slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
     expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
-    results = pruning.prune_(fast, ids, PruneSettings(pattern=pattern, gradient_norm=norm), progress)
+    results = stage.prune_(fast, ids, PruneSettings(pattern=pattern, gradient_norm=norm), progress)
     assert list(results) == list(expected)
     same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]
     agreement = sum(int(layer.sum()) for layer in same) / sum(layer.numel() for layer in same)
@@ -157,7 +157,7 @@ def test_every_section_runs(script, tmp_path, monkeypatch) -> None:
         return costs[-1]
 
     costs: list = []
-    monkeypatch.setattr(pruning, "prune", cost_of)
+    monkeypatch.setattr(stage, "prune", cost_of)
     monkeypatch.setattr(script, "measured", measured)
     bench = script.Bench(script.TOY, tmp_path, 1, Console(quiet=True))
     results = {name: script.SECTIONS[name](bench) for name in ("blocks", "large", "methods", "gemm")}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gblm_compress import errors
-from gblm_compress.benchmark_worker import failure, vocabulary
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError
-from gblm_compress.sources import ModelSource
+from gblm_compress.measure.benchmark_worker import failure, vocabulary
+from gblm_compress.models.source import ModelSource
 
 
 def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
@@ -20,7 +20,7 @@ def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
     }  # fmt: skip
     requests = [setup, {"batch": -1, "prompt": 4, "generate": 2, "seed": 0}]
     done = subprocess.run(
-        [sys.executable, "-m", "gblm_compress.benchmark_worker"],
+        [sys.executable, "-m", "gblm_compress.measure.benchmark_worker"],
         input="".join(json.dumps(request) + "\n" for request in requests),
         capture_output=True,
         text=True,

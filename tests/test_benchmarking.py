@@ -1,12 +1,13 @@
 import pytest
 
-from gblm_compress.benchmarking import NO_SPEED_UP, Spread, benchmark, compare
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export
-from gblm_compress.pruning import prune
+from gblm_compress.measure.benchmarking import NO_SPEED_UP, Spread, benchmark, compare
+from gblm_compress.models.loading import load_model, load_tokenizer, save_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.sources import ModelSource, load_model, load_tokenizer, save_tokenizer
-from gblm_compress.tiny import build_tiny
 
 SHORT = {"prompt": 8, "generate": 4, "repeats": 5, "warmup": 1}
 
@@ -73,7 +74,7 @@ def test_the_dense_folder_is_the_baseline_in_every_dtype_that_torch_models_have(
 
 
 def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
-    monkeypatch.setattr("gblm_compress.benchmarking._worker", None)
+    monkeypatch.setattr("gblm_compress.measure.benchmarking._worker", None)
     settings = BenchmarkSettings(prompt=600, generate=4)
     with pytest.raises(UsageError) as found:
         benchmark([tiny("llama")], [tiny("qwen2")], settings, device="gpu9", progress=progress)

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.bitmask import PADDING, bits, check, pack, row_counts, row_starts, same_bits, unpack
 from gblm_compress.errors import ModelError
+from gblm_compress.kernels.masks import PADDING, bits, row_counts, row_starts
+from gblm_compress.layouts.bitmask import check, pack, same_bits, unpack
 
 
 @given(

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from gblm_compress.architecture import prunable_layers
-from gblm_compress.block_statistics import gram_matrices, regional_norms
-from gblm_compress.calibration import Block, activation_norms
+from gblm_compress.calibration.block_statistics import gram_matrices, regional_norms
+from gblm_compress.calibration.blocks import Block, activation_norms
 from gblm_compress.errors import ModelError
-from gblm_compress.gram import activation_norms_of
-from gblm_compress.tiny import tiny_model
+from gblm_compress.methods.gram import activation_norms_of
+from gblm_compress.models.architecture import prunable_layers
+from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, replay, samples
 
 

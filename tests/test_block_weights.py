@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gblm_compress.block_weights import ResidentWeights, StreamedWeights
+from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
+from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import ModelError
-from gblm_compress.hidden_states import StatePool
-from gblm_compress.pruning import prune
+from gblm_compress.models.loading import load_model, load_skeleton
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.sources import ModelSource, load_model, load_skeleton
 from tests.conftest import ARCHITECTURES, samples
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.architecture import find_blocks, prunable_layers
-from gblm_compress.block_weights import ResidentWeights
-from gblm_compress.calibration import BlockCalls, activation_norms
+from gblm_compress.calibration.block_weights import ResidentWeights
+from gblm_compress.calibration.blocks import BlockCalls, activation_norms
 from gblm_compress.errors import ModelError
-from gblm_compress.tiny import tiny_model
+from gblm_compress.models.architecture import find_blocks, prunable_layers
+from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, replay, samples
 
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import checkpoint as checkpoint_module
-from gblm_compress.checkpoint import Checkpoint, save_durably
 from gblm_compress.errors import ModelError
+from gblm_compress.models import checkpoint as checkpoint_module
+from gblm_compress.models.checkpoint import Checkpoint, save_durably
 from tests.conftest import ARCHITECTURES
 
 

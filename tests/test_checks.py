@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress import pipeline
-from gblm_compress.checks import check, unchecked
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
+from gblm_compress.runs import pipeline
+from gblm_compress.runs.checks import check, unchecked
 from gblm_compress.settings import Recipe
 
 PARTS = {
@@ -111,7 +111,7 @@ def test_a_cache_that_onnx_has_no_words_for(tiny, progress, tmp_path) -> None:
 
 
 def test_a_float16_checkpoint_and_kernels(tiny, progress, tmp_path, monkeypatch) -> None:
-    from gblm_compress.sources import load_model
+    from gblm_compress.models.loading import load_model
 
     monkeypatch.setattr(cpu, "onnxruntime_library", lambda: Path())
     load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")

@@ -170,9 +170,9 @@ def test_schema_and_doctor_and_version() -> None:
 
 
 def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_path) -> None:
-    from gblm_compress import pipeline
     from gblm_compress.cli.app import _run
-    from gblm_compress.gates import GateOutcome
+    from gblm_compress.runs import pipeline
+    from gblm_compress.runs.gates import GateOutcome
 
     gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
     stage = pipeline.Stage("prune", True, 0.0, {})
@@ -185,8 +185,8 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
 
 
 def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
-    from gblm_compress import doctor
     from gblm_compress.cli.app import _run
+    from gblm_compress.measure import doctor
 
     def interrupt():
         raise KeyboardInterrupt
@@ -213,8 +213,8 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
     ],
 )
 def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, raised, code, message) -> None:
-    from gblm_compress import doctor
     from gblm_compress.cli import app
+    from gblm_compress.measure import doctor
 
     def fail():
         raise raised

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gblm_compress import comparison
-from gblm_compress.comparison import Cell, CompareResult, compare, draw, rows
 from gblm_compress.errors import DataError, ModelError, UsageError
-from gblm_compress.evaluation import evaluate
-from gblm_compress.pruning import prune
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
+from gblm_compress.runs import comparison
+from gblm_compress.runs.comparison import Cell, CompareResult, compare, draw, rows
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
-from gblm_compress.sources import ModelSource
 
 
 def cell(method: str, seed: int, perplexity: float, **other) -> Cell:

@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from gblm_compress import bitmask, sparse24, sparse_linear
-from gblm_compress.patterns import Pattern
-from gblm_compress.sources import CACHE_VARIABLE
-from gblm_compress.sparse_linear import LAYOUTS, UNPACKED, BitmaskLinear, Sparse24Linear
+from gblm_compress.layouts import bitmask, sparse24, sparse_linear
+from gblm_compress.layouts.sparse_linear import LAYOUTS, UNPACKED, BitmaskLinear, Sparse24Linear
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.storage.cache import CACHE_VARIABLE
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
 if find_spec("triton"):
-    from gblm_compress import cuda_linear
-    from gblm_compress.cuda_linear import DENSE, TOKENS, Choice, Operands
     from gblm_compress.kernels import gpu
     from gblm_compress.kernels.gpu import Packed
+    from gblm_compress.layouts import cuda_linear
+    from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Choice, Operands
 
 ALGORITHM = 7
 

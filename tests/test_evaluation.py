@@ -4,13 +4,14 @@ import shutil
 import pytest
 import torch
 
+from gblm_compress.calibration.text import load_text
 from gblm_compress.errors import ModelError
-from gblm_compress.evaluation import evaluate, mean_and_standard_error, mean_kl, top1_agreement
 from gblm_compress.exporters.verification import real_text
-from gblm_compress.pruning import prune
+from gblm_compress.measure.evaluation import evaluate, mean_and_standard_error, mean_kl, top1_agreement
+from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
-from gblm_compress.sources import ModelSource, load_model, load_tokenizer
-from gblm_compress.text import load_text
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:

@@ -8,16 +8,17 @@ import onnx
 import pytest
 import torch
 
-from gblm_compress.bitmask import pack
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
 from gblm_compress.exporters import export, onnx_bitmask, verification
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
-from gblm_compress.pruning import prune
-from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.layouts.bitmask import pack
+from gblm_compress.measure.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.models.loading import load_model
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer, tiny_model
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.sources import ModelSource, load_model
-from gblm_compress.tiny import byte_tokenizer, tiny_model
 
 
 def _operator_is_compiled() -> bool:

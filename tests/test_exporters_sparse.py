@@ -11,15 +11,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.benchmarking import benchmark
-from gblm_compress.bitmask import same_bits
 from gblm_compress.errors import ModelError, UsageError, VerificationError
-from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
 from gblm_compress.exporters import sparse as exporters_sparse
-from gblm_compress.inspection import inspect
-from gblm_compress.model_files import SPARSE_INDEX, SPARSE_SINGLE
-from gblm_compress.pruning import prune
+from gblm_compress.layouts.bitmask import same_bits
+from gblm_compress.layouts.sparse_checkpoint import save_packed
+from gblm_compress.layouts.sparse_linear import BitmaskLinear, Sparse24Linear, SparseLinear
+from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.inspection import inspect
+from gblm_compress.models.files import SPARSE_INDEX, SPARSE_SINGLE
+from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.loading import load_model
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -27,10 +33,6 @@ from gblm_compress.settings import (
     ExportSettings,
     PruneSettings,
 )
-from gblm_compress.sources import ModelSource, load_model, resolve_model
-from gblm_compress.sparse_checkpoint import save_packed
-from gblm_compress.sparse_linear import BitmaskLinear, Sparse24Linear, SparseLinear
-from gblm_compress.tiny import VOCABULARY, byte_tokenizer
 from tests.conftest import ARCHITECTURES
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -442,7 +444,7 @@ def test_verification_notices_a_changed_weight(format, layer, tiny, tmp_path, pr
 
 
 def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path, progress, monkeypatch) -> None:
-    load = exporters_sparse.sources.load_model
+    load = exporters_sparse.loading.load_model
 
     def with_another_norm(source, *arguments):
         model = load(source, *arguments)
@@ -450,13 +452,13 @@ def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path
             model.model.norm.weight.data *= 1.001
         return model
 
-    monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_norm)
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_norm)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight.*bit for bit"):
         exported(tiny, tmp_path, progress)
 
 
 def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progress, monkeypatch) -> None:
-    load = exporters_sparse.sources.load_model
+    load = exporters_sparse.loading.load_model
 
     def with_another_mask(source, *arguments):
         model = load(source, *arguments)
@@ -464,7 +466,7 @@ def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progre
             model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
         return model
 
-    monkeypatch.setattr(exporters_sparse.sources, "load_model", with_another_mask)
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_mask)
     with pytest.raises(VerificationError, match=r"h\.1\.attn\.attention\.bias: .* computes another buffer"):
         exported(family, tmp_path, progress, "gpt_neo")
 

@@ -7,16 +7,16 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.architecture import prunable_layers, weight_matrix
-from gblm_compress.block_pruning import prune_block_
-from gblm_compress.distillation import distil_, head_inputs
 from gblm_compress.errors import ModelError
-from gblm_compress.fitting import fit
-from gblm_compress.pruning import prune_
-from gblm_compress.reconstruction import reconstruct_, relative_error
+from gblm_compress.methods.zeros import has_negative_zeros
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.tiny import tiny_model
+from gblm_compress.pruning.block_pruning import prune_block_
+from gblm_compress.pruning.distillation import distil_, head_inputs
+from gblm_compress.pruning.fitting import fit
+from gblm_compress.pruning.reconstruction import reconstruct_, relative_error
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import PruneSettings
-from gblm_compress.tiny import tiny_model
-from gblm_compress.zeros import has_negative_zeros
 from tests.conftest import replay, samples
 
 TINY = {

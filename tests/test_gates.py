@@ -1,8 +1,8 @@
 import pytest
 
-from gblm_compress.benchmarking import NO_SPEED_UP, Spread, compare
 from gblm_compress.errors import UsageError
-from gblm_compress.gates import check_gates
+from gblm_compress.measure.benchmarking import NO_SPEED_UP, Spread, compare
+from gblm_compress.runs.gates import check_gates
 from gblm_compress.settings import GateSettings
 
 EVALUATION = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm_compress.errors import ModelError
-from gblm_compress.gguf_file import check
+from gblm_compress.models.gguf_file import check
 
 
 @pytest.fixture(scope="module")

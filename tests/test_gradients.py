@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import gradients
-from gblm_compress.architecture import prunable_layers
-from gblm_compress.block_weights import ResidentWeights
-from gblm_compress.calibration import BlockCalls
+from gblm_compress.calibration import gradients
+from gblm_compress.calibration.block_weights import ResidentWeights
+from gblm_compress.calibration.blocks import BlockCalls
+from gblm_compress.calibration.gradients import gradient_norms
+from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
-from gblm_compress.gradients import gradient_norms
-from gblm_compress.hidden_states import StatePool
+from gblm_compress.models.architecture import prunable_layers
+from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.ranks import Ranks
-from gblm_compress.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, in_memory, samples
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gblm_compress.errors import UsageError
-from gblm_compress.inspection import STRIP, as_strips, inspect, report, scale, survivors
-from gblm_compress.pruning import prune
+from gblm_compress.measure.inspection import STRIP, as_strips, inspect, report, scale, survivors
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
-from gblm_compress.sources import ModelSource
 
 
 def test_report_finds_the_structure() -> None:
@@ -81,7 +81,7 @@ def test_what_stands_in_the_way_of_a_picture_is_found_before_the_model_is_loaded
 ) -> None:
     (tmp_path / "kept.png").write_bytes(b"kept")
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("gblm_compress.sources.load_model", None)
+    monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
     with pytest.raises(UsageError, match=message):
         inspect(tiny("gpt2"), tmp_path / name, progress)
     assert (tmp_path / "kept.png").read_bytes() == b"kept"

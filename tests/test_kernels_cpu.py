@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from gblm_compress.bitmask import pack, row_starts
 from gblm_compress.errors import UsageError
 from gblm_compress.kernels import cpu
-from gblm_compress.sparse_linear import linear_by_tiles
+from gblm_compress.kernels.masks import row_starts
+from gblm_compress.layouts.bitmask import pack
+from gblm_compress.layouts.sparse_linear import linear_by_tiles
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -60,7 +61,7 @@ def test_linear_and_expand(dtype: torch.dtype, path: str, threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gblm_compress.sparse_linear.TILE_BYTES", 20_000)  # several tiles, the last one ragged
+    monkeypatch.setattr("gblm_compress.layouts.sparse_linear.TILE_BYTES", 20_000)  # several tiles, the last one ragged
     weight = weight_of(65, 128, dtype)
     mask, values = pack(weight)
     x = torch.randn(19, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -75,8 +76,9 @@ def test_threads_are_torchs_own() -> None:
 PRODUCTS = """
 import threading
 import torch
-from gblm_compress.bitmask import pack, row_starts
 from gblm_compress.kernels import cpu
+from gblm_compress.kernels.masks import row_starts
+from gblm_compress.layouts.bitmask import pack
 
 torch.set_num_threads(4)
 weight = torch.randn(65, 200) * (torch.rand(65, 200) < 0.5)

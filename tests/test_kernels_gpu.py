@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 CHECK = """
 import sys, torch
 import tests.triton_interpreter
-from gblm_compress import bitmask, sparse24
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed
-from gblm_compress.patterns import Pattern
+from gblm_compress.layouts import bitmask, sparse24
+from gblm_compress.methods.patterns import Pattern
 
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 ragged = (9, 301) if layout == "bitmask" else (9, 300)
@@ -79,8 +79,8 @@ def test_tilings_for_every_number_of_tokens() -> None:
 
 
 def test_block_starts_are_counts_of_what_stands_before() -> None:
-    from gblm_compress.bitmask import pack
     from gblm_compress.kernels import gpu
+    from gblm_compress.layouts.bitmask import pack
 
     weight = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).relu()
     starts = gpu.block_starts(pack(weight)[0])

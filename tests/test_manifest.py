@@ -9,12 +9,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from gblm_compress import manifest
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import export
-from gblm_compress.pruning import prune
+from gblm_compress.models import manifest
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.sources import ModelSource
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from gblm_compress import measurements
-from gblm_compress.sources import CACHE_VARIABLE
+from gblm_compress.machine import measurements
+from gblm_compress.storage.cache import CACHE_VARIABLE
 
 
 def any_number(value) -> bool:

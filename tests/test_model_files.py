@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import manifest
 from gblm_compress.errors import GblmError, ModelError, VerificationError
-from gblm_compress.model_files import bytes_of, check_folder, files_of, read_header, weight_files
-from gblm_compress.pruning import prune
+from gblm_compress.models import manifest
+from gblm_compress.models.files import bytes_of, check_folder, files_of, read_header, weight_files
+from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.sources import ModelSource, load_model, load_tokenizer, resolve_model
 
 MAGNITUDE = PruneSettings(method="magnitude")
 ONE_SHARD = "model-00001-of-00001.safetensors"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress.paths import kind_of, local
+from gblm_compress.storage.paths import kind_of, local
 
 
 def test_kinds(tmp_path) -> None:

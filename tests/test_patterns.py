@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm_compress.errors import UsageError
-from gblm_compress.patterns import Pattern, keep_largest
+from gblm_compress.methods.patterns import Pattern, keep_largest
 
 
 def slow_keep(score: list[float], magnitude: list[float], keep: int) -> list[bool]:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from gblm_compress import pipeline, report, walk
-from gblm_compress.artifact import working_in
 from gblm_compress.errors import UsageError
+from gblm_compress.models.loading import load_model, load_tokenizer, save_tokenizer
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.recipe import find_recipe, load_recipe
+from gblm_compress.pruning import walk
+from gblm_compress.runs import pipeline, report
+from gblm_compress.runs.recipe import find_recipe, load_recipe
 from gblm_compress.settings import EvaluateSettings
-from gblm_compress.sources import ModelSource, load_model, load_tokenizer, save_tokenizer
+from gblm_compress.storage.outputs import working_in
 
 SMOKE = ("benchmark.batch=[1]",)
 

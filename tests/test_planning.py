@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from gblm_compress import planning
-from gblm_compress.ranks import Ranks
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.pruning import planning
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 
 

@@ -13,18 +13,21 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import manifest, planning, presets, pruning, sources
 from gblm_compress import settings as settings_module
-from gblm_compress.architecture import prunable_layers, weight_matrix
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.evaluation import mean_kl
-from gblm_compress.patterns import Pattern
+from gblm_compress.measure.evaluation import mean_kl
+from gblm_compress.methods import presets
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import prune, prune_
-from gblm_compress.ranks import Ranks
+from gblm_compress.pruning import planning, stage
+from gblm_compress.pruning.stage import prune, prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.sources import CACHE_VARIABLE, ModelSource
-from gblm_compress.tiny import tiny_model
+from gblm_compress.storage.cache import CACHE_VARIABLE
 from tests.conftest import ARCHITECTURES, samples
 from tests.test_calibration import slow_activation_norms
 
@@ -402,7 +405,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     measured = []
-    monkeypatch.setattr(pruning, "_faster_dtype", lambda: measured.append(0) or faster)
+    monkeypatch.setattr(stage, "_faster_dtype", lambda: measured.append(0) or faster)
     folder = tmp_path / "model"
     tiny_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
     for path in tiny("llama").folder.glob("token*"):
@@ -414,7 +417,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
             CalibrationSettings(dataset=str(prose), samples=2, sequence_length=16), progress=progress,
         )  # fmt: skip
         assert manifest.read(Path(result.folder))["compute"]["dtype"] == expected
-        assert sources.stored_dtype(ModelSource("pruned", Path(result.folder))) == stored
+        assert loading.stored_dtype(ModelSource("pruned", Path(result.folder))) == stored
     assert len(measured) == (stored == "bfloat16")
 
 
@@ -422,19 +425,19 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
 def test_the_faster_dtype_is_that_of_the_faster_product(faster, monkeypatch) -> None:
     seconds = {torch.bfloat16: 3.0, torch.float32: 3.0} | {getattr(torch, faster): 2.0}
     times = lambda product, number, repeat: [0.0] + [seconds[product().dtype]] * (repeat - 1)  # noqa: E731
-    monkeypatch.setattr(pruning.timeit, "repeat", times)
-    assert pruning._faster_dtype() == faster
+    monkeypatch.setattr(stage.timeit, "repeat", times)
+    assert stage._faster_dtype() == faster
 
 
 def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     """What does not hold on every rank is not done."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(pruning, "_faster_dtype", lambda: "bfloat16")
-    monkeypatch.setattr(sources, "stored_dtype", lambda source: "bfloat16")
+    monkeypatch.setattr(stage, "_faster_dtype", lambda: "bfloat16")
+    monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
     settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
     size = planning.Size(tiny("llama"), "float32", settings, text)
     for others in (True, False):
         group = Ranks(0, 2)
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
-        assert pruning._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
+        assert stage._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
         assert planning.memory_plan(size, ResourceSettings(), settings, "cpu", group).by_sample is others

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
-from gblm_compress.pruning import prune
-from gblm_compress.ranks import Ranks, device_of_rank
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -56,8 +56,8 @@ def test_two_ranks_agree_with_one_process(settings, tiny, tmp_path, prose, progr
 
 DIES = """
 import os, sys
-from gblm_compress import walk
 from gblm_compress.cli import app
+from gblm_compress.pruning import walk
 if os.environ["RANK"] == "1":
     walk.prune_block_ = lambda *args: os._exit(9)
 app.main(sys.argv[1:])
@@ -90,11 +90,12 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tiny, tmp_path, pros
 SAVES_FOR_LONG = """
 import os, sys, time
 from datetime import timedelta
-from gblm_compress import pruning, ranks
+from gblm_compress.calibration import ranks
 from gblm_compress.cli import app
+from gblm_compress.pruning import stage
 ranks.TIMEOUT = timedelta(seconds=3)
-original = pruning._save
-pruning._save = lambda *args: (time.sleep(8), original(*args))[1]
+original = stage._save
+stage._save = lambda *args: (time.sleep(8), original(*args))[1]
 app.main(sys.argv[1:])
 """
 
@@ -108,8 +109,8 @@ def test_the_first_rank_may_save_for_longer_than_others_wait(tiny, tmp_path, pro
 
 FAILS = """
 import os, sys
-from gblm_compress import walk
 from gblm_compress.cli import app
+from gblm_compress.pruning import walk
 from gblm_compress.errors import ModelError
 if os.environ["RANK"] == sys.argv[1]:
     def fail(*args):

@@ -17,15 +17,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gblm_compress import manifest
-from gblm_compress.evaluation import evaluate
 from gblm_compress.exporters import export
-from gblm_compress.patterns import Pattern
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import manifest
+from gblm_compress.models.finding import DEMO_PACKAGE, resolve_model
+from gblm_compress.models.loading import load_model
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import prune
-from gblm_compress.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
-from gblm_compress.sources import CACHE_VARIABLE, DEMO_PACKAGE, ModelSource, load_model, resolve_model
+from gblm_compress.storage.cache import CACHE_VARIABLE
 
 pytestmark = [
     pytest.mark.real_model,

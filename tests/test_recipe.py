@@ -6,9 +6,9 @@ import jsonschema
 import pytest
 import yaml
 
-from gblm_compress import yaml_nodes
 from gblm_compress.errors import RecipeError, UsageError
-from gblm_compress.recipe import SHIPPED, find_recipe, load_recipe, schema
+from gblm_compress.runs import yaml_nodes
+from gblm_compress.runs.recipe import SHIPPED, find_recipe, load_recipe, schema
 from gblm_compress.settings import Recipe
 
 ROOT = Path(__file__).parents[1]

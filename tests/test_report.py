@@ -1,9 +1,9 @@
 import json
 
-from gblm_compress import report
-from gblm_compress.gates import GateOutcome
 from gblm_compress.printing import PlainConsole
-from gblm_compress.report import Row
+from gblm_compress.runs import report
+from gblm_compress.runs.gates import GateOutcome
+from gblm_compress.runs.report import Row
 
 NAME = "[/]$\\frac{$\x1b[2J\udcff<b>\n"
 

@@ -15,16 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress import artifact, calibration, manifest, pruning
-from gblm_compress.allocation import Budget
+from gblm_compress.calibration import blocks
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
-from gblm_compress.patterns import Pattern
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import manifest
+from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import prune
-from gblm_compress.ranks import Ranks
-from gblm_compress.run_folder import RunFolder
+from gblm_compress.pruning import stage
+from gblm_compress.pruning.run_folder import RunFolder
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.tiny import tiny_model
+from gblm_compress.storage import records
 
 GBLM = {"pattern": "2:4"}
 FITTED = {"method": "wanda", "update": "reconstruct", "reconstruction_epochs": 1, "distillation_epochs": 1}
@@ -46,7 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(("where", "name"), [(calibration._Call, "run"), (artifact, "rename_durably")])
+@pytest.mark.parametrize(("where", "name"), [(blocks._Call, "run"), (records, "rename_durably")])
 @pytest.mark.parametrize(
     ("settings", "offload"),
     [(GBLM, False), (GBLM, True), ({"allocation": "owl"}, True), ({"method": "magnitude"}, False), (FITTED, False)],
@@ -58,7 +61,7 @@ def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
     """Ended before the n-th run of a block on a sample, or the n-th file that becomes durable, for every n."""
     run(tiny("llama"), tmp_path / "whole", prose, offload=offload, **settings)
     expected, output, original = content(tmp_path / "whole"), tmp_path / "out", getattr(where, name)
-    step = 1 if where is artifact else 5
+    step = 1 if where is records else 5
     for stop in range(1, 200, step):
         calls = count(1)
 
@@ -93,9 +96,9 @@ def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) 
         patch.setattr(manifest, "verify", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     calls = count()
-    original = calibration._Call.run
-    monkeypatch.setattr(calibration._Call, "run", lambda *args: (next(calls), original(*args))[1])
-    monkeypatch.setattr("gblm_compress.walk.prune_block_", None)
+    original = blocks._Call.run
+    monkeypatch.setattr(blocks._Call, "run", lambda *args: (next(calls), original(*args))[1])
+    monkeypatch.setattr("gblm_compress.pruning.walk.prune_block_", None)
     run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
     assert next(calls) == 0
 
@@ -103,15 +106,15 @@ def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) 
 CHAIN = """
 import os, signal, sys
 from pathlib import Path
-from gblm_compress import artifact
+from gblm_compress.storage import records
 from gblm_compress.cli import app
-original, left = artifact.rename_durably, [2]
+original, left = records.rename_durably, [2]
 def kills(source, target):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     original(source, target)
-artifact.rename_durably = kills
+records.rename_durably = kills
 app.main(sys.argv[1:])
 """
 
@@ -137,7 +140,7 @@ def test_a_process_killed_again_and_again_comes_to_its_end(tiny, tmp_path, prose
 
 def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
         run(tiny("llama"), tmp_path / "out", prose, resume=True, samples=2, method="wanda")
@@ -149,7 +152,7 @@ def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch
 def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
     run(tiny("llama"), tmp_path / "whole", prose, **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, **settings)
     folder, (name, *_) = tmp_path / ".out.pruning", ["distilled-1", "block-1"][settings is GBLM :]
     path = folder / f"{name}.safetensors"
@@ -178,7 +181,7 @@ DAMAGE = [
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, tiny, tmp_path, prose, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pruning, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
     record = tmp_path / ".out.pruning" / "run.json"
     record.unlink() if damage is None else record.write_text(damage)
@@ -200,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) ->
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruning, "_save", interrupt)
+    monkeypatch.setattr(stage, "_save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tiny("llama"), tmp_path / "out", prose, progress=Progress(), method="magnitude")
     assert "the same command with --resume goes on from there" in capsys.readouterr().err
@@ -209,7 +212,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) ->
 
 @pytest.mark.parametrize("at", ["block-1", "model.safetensors"])
 def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, prose, monkeypatch) -> None:
-    original = artifact.to_disk
+    original = records.to_disk
 
     def full(file) -> None:
         if at in file.name:
@@ -219,7 +222,7 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, pr
     before = content(tiny("llama").folder)
     kept = "No space left on device.*finished blocks are kept: make room and give the same command with --resume"
     with monkeypatch.context() as patch, pytest.raises(OutputError, match=kept):
-        patch.setattr(artifact, "to_disk", full)
+        patch.setattr(records, "to_disk", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert not (tmp_path / "out").exists() and content(tiny("llama").folder) == before
     run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
@@ -243,7 +246,7 @@ def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(tiny, t
 def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(calibration._Call, "run", None)
+    monkeypatch.setattr(blocks._Call, "run", None)
     with pytest.raises(UsageError, match=r"1\.0 kB free; .* may be needed"):
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
@@ -257,7 +260,7 @@ def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(OutputError):
-        patch.setattr(artifact, "to_disk", full)
+        patch.setattr(records, "to_disk", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     usage, folder = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning"
     finished = content(folder)

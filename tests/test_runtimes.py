@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gblm_compress.errors import ModelError
-from gblm_compress.runtimes import OnnxRuntime, greedy_tokens
-from gblm_compress.sources import ModelSource
+from gblm_compress.measure.runtimes import OnnxRuntime, greedy_tokens
+from gblm_compress.models.source import ModelSource
 
 VOCABULARY = 8
 IDS = torch.arange(5).unsqueeze(0)

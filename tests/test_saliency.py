@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gblm_compress.saliency import SALIENCIES, Statistics
+from gblm_compress.methods.saliency import SALIENCIES, Statistics
 
 SLOW = {
     "magnitude": lambda w, a, g, alpha: abs(w),

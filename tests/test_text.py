@@ -8,9 +8,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gblm_compress import text
-from gblm_compress.errors import DataError, ModelError
-from gblm_compress.text import (
+from gblm_compress.calibration import text
+from gblm_compress.calibration.text import (
     calibration_windows,
     consecutive_windows,
     demo_paragraphs,
@@ -19,7 +18,8 @@ from gblm_compress.text import (
     random_windows,
     tokenize,
 )
-from gblm_compress.tiny import byte_tokenizer
+from gblm_compress.errors import DataError, ModelError
+from gblm_compress.models.tiny import byte_tokenizer
 
 
 def test_demo_parts_are_disjoint_real_prose() -> None:
@@ -216,7 +216,7 @@ def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
 
 def test_looking_for_a_file_loads_no_torch() -> None:
     code = (
-        "import sys, gblm_compress.text as t; t.check_source('demo'); "
+        "import sys, gblm_compress.calibration.text as t; t.check_source('demo'); "
         "assert not {'torch', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

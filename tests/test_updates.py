@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError
-from gblm_compress.gram import inverse_factor, reconstruction_error
-from gblm_compress.patterns import Pattern
-from gblm_compress.refinement import swap
-from gblm_compress.updates import least_squares, obs, sparsegpt
+from gblm_compress.methods.gram import inverse_factor, reconstruction_error
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.refinement import swap
+from gblm_compress.methods.updates import least_squares, obs, sparsegpt
 
 KINDS = ("full", "rank-deficient", "dead columns", "one token", "all zero")
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress import yaml_nodes
-from gblm_compress.yaml_nodes import YamlFaults, read
+from gblm_compress.runs import yaml_nodes
+from gblm_compress.runs.yaml_nodes import YamlFaults, read
 
 
 def value(text: str | bytes) -> object:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress import zero_shot
 from gblm_compress.errors import DataError, MissingDependencyError, ModelError, NotEnoughMemoryError, UsageError
-from gblm_compress.evaluation import evaluate
+from gblm_compress.measure import zero_shot
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.zero_shot import recovery, score
+from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import EvaluateSettings
-from gblm_compress.sources import ModelSource, load_model, load_tokenizer
-from gblm_compress.tiny import build_tiny
-from gblm_compress.zero_shot import recovery, score
 
 TASKS = Path(__file__).parent / "zero_shot_tasks"
 DATA = Path(os.environ.get("GBLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "zero_shot"

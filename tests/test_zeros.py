@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gblm_compress.zeros import count_nonzeros, has_negative_zeros, is_finite, keep_only, positive_zeros
+from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite, keep_only, positive_zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gblm_compress.bitmask import WORD
 from gblm_compress.errors import MissingDependencyError, UsageError
+from gblm_compress.kernels.masks import WORD
 
 PATHS = ("portable", "avx2", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gblm_compress.bitmask import WORD, bits, row_starts
+from gblm_compress.kernels.masks import WORD, bits, row_starts
 
 MAX_TOKENS = 64
 GRAIN = 256  # columns between two block starts of the bitmask layout; they add 32 bits to 256 weights

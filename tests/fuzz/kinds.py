@@ -13,13 +13,16 @@ import numpy
 from gguf import GGUFWriter
 from hypothesis import strategies as st
 
+from gblm_compress.calibration.text import demo_paragraphs
 from gblm_compress.exporters import export
+from gblm_compress.models.finding import silence_libraries
+from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import prune
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.sources import CACHE_VARIABLE, ModelSource, load_model, load_tokenizer, silence_libraries
-from gblm_compress.text import demo_paragraphs
-from gblm_compress.tiny import build_tiny
+from gblm_compress.storage.cache import CACHE_VARIABLE
 from tests.fuzz.mutations import ODD_TEXTS, Draw, spoil
 
 SHORT = ["--sequence-length", "16"]
@@ -207,9 +210,9 @@ def _write_gguf(path: Path) -> None:
 
 INTERRUPTED = """
 import os, sys
-from gblm_compress import pruning
 from gblm_compress.cli import app
-pruning._save = lambda *arguments: os._exit(0)
+from gblm_compress.pruning import stage
+stage._save = lambda *arguments: os._exit(0)
 app.main(sys.argv[1:])
 """
 

@@ -83,8 +83,15 @@ def _import_what_commands_import() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from optimum.exporters.tasks import TasksManager  # noqa: F401
 
-    from gblm_compress import checks, comparison, inspection, pipeline, recipe, sparse_checkpoint  # noqa: F401
     from gblm_compress.exporters import onnx, sparse  # noqa: F401
+    from gblm_compress.layouts import sparse_checkpoint  # noqa: F401
+    from gblm_compress.measure import inspection  # noqa: F401
+    from gblm_compress.runs import (
+        checks,  # noqa: F401
+        comparison,  # noqa: F401
+        pipeline,  # noqa: F401
+        recipe,  # noqa: F401
+    )
 
 
 def _run(main: Any, arguments: list[str], folder: str, cache: str, seconds: float) -> dict[str, Any]:

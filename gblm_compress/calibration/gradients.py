@@ -1,0 +1,215 @@
+"""Gradient norms of the dense model, in one of two orders. A gradient is added up and freed as soon as it is known.
+
+Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
+backward. At any time there are the hidden states between blocks, and of one block its activations for one sample and
+its float32 accumulators. In multiplications and additions, for P weights in the blocks and T tokens: 2PT forward, 2PT
+to compute blocks again, 4PT backward.
+
+Sample by sample: each goes through all blocks and back. At any time there are the activations of one sample in all
+blocks, and the accumulators of all blocks. 2PT forward, 4PT backward.
+
+The same operations on the same numbers in the same order: the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.block_weights import Weights
+from gblm_compress.calibration.blocks import BlockCalls, BlockReplay, only_requires_grad
+from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.models.architecture import check_finite
+from gblm_compress.progress import Progress
+from gblm_compress.settings import GradientNorm
+
+LOSS_TOKENS = 128
+"""Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
+
+
+def gradient_norms(
+    weights: Weights,
+    calls: BlockCalls,
+    per_block: list[dict[str, nn.Module]],
+    norm: GradientNorm,
+    pool: StatePool,
+    save: Callable[[int, dict[str, Tensor]], None],
+    progress: Progress,
+    ranks: Ranks,
+    skip: frozenset[int] = frozenset(),
+    by_sample: bool = False,
+) -> None:
+    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
+
+    g_n is the gradient of sample n's mean next-token cross-entropy (arXiv 2311.04902, section 3), from one backward
+    pass a sample. Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs
+    backward.
+
+    Args:
+        weights: the dense model; sample by sample, all of it must be in memory.
+        calls: how its blocks are called, and the samples.
+        per_block: {name: Linear or Conv1D} of each block.
+        norm: "l1" (p = 1) or "l2" (p = 2).
+        pool: where hidden states are kept.
+        save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
+        skip: blocks whose gradients are known already.
+        by_sample: the order of the work, see above.
+
+    Raises:
+        ModelError: a gradient is NaN or infinite; the message names the layer.
+    """
+    wanted = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
+    if not wanted:
+        return
+    if by_sample:
+        sums = _by_sample(weights, calls, wanted, norm, progress)
+    else:
+        sums = _by_block(weights, calls, wanted, norm, pool, progress)
+    for index, of_block in sums:
+        ranks.sum_(of_block.values())
+        for name, total in of_block.items():
+            check_finite(name, "gradients", total)
+            if norm == "l2":
+                total.sqrt_()
+        save(index, of_block)
+
+
+Sums = Iterable[tuple[int, dict[str, Tensor]]]  # block, {layer: Σ_n |g_n|^p}; the last block first
+
+
+def _by_block(
+    weights: Weights,
+    calls: BlockCalls,
+    wanted: dict[int, dict[str, nn.Module]],
+    norm: GradientNorm,
+    pool: StatePool,
+    progress: Progress,
+) -> Sums:
+    inputs = _block_inputs(weights, calls, pool, progress)
+    upstream = inputs.pop()
+    with weights.outer(), only_requires_grad(weights.model, []):
+        for sample, ids in enumerate(progress.track(calls.samples, "loss", "samples")):
+            upstream[sample] = _loss_gradient(calls, ids, upstream[sample])
+    lowest = min(wanted)
+    order = list(reversed(range(lowest, len(weights.blocks))))
+    for index in progress.track(order, "gradients", "blocks", tokens=_tokens(calls)):
+        states = inputs.pop()
+        with weights.block(index) as block, _accumulated(block, wanted.get(index, {}), norm) as sums:
+            for sample, hidden in enumerate(states):
+                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
+                torch.autograd.backward(output, upstream[sample])
+                if leaf.grad is not None:
+                    upstream[sample] = leaf.grad
+        states.release()
+        if index in wanted:
+            yield index, sums
+    for states in (*inputs, upstream):
+        states.release()
+
+
+def _by_sample(
+    weights: Weights, calls: BlockCalls, wanted: dict[int, dict[str, nn.Module]], norm: GradientNorm, progress: Progress
+) -> Sums:
+    lowest = min(wanted)
+    with ExitStack() as within:
+        blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
+        within.enter_context(weights.outer())
+        within.enter_context(only_requires_grad(weights.model, []))
+        sums = {index: within.enter_context(_accumulated(blocks[index], wanted[index], norm)) for index in wanted}
+        for ids in progress.track(calls.samples, "gradients", "samples", tokens=_tokens(calls)):
+            hidden, ran = calls.embed(ids), []
+            for index, block in enumerate(blocks):
+                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
+                hidden = output.detach()
+                if index >= lowest:
+                    ran.append((leaf, output))
+            upstream = _loss_gradient(calls, ids, hidden)
+            while ran:
+                leaf, output = ran.pop()
+                torch.autograd.backward(output, upstream)
+                del output
+                if leaf.grad is not None:
+                    upstream = leaf.grad
+    for index in sorted(sums, reverse=True):
+        yield index, sums.pop(index)
+
+
+def _run(
+    calls: BlockCalls, index: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """A block's input as a leaf of autograd, and its output with the graph between them."""
+    leaf = hidden.detach().requires_grad_(needs_gradient)
+    with torch.enable_grad():
+        return leaf, calls.calls[index].run(block, leaf)
+
+
+def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress: Progress) -> list[HiddenStates]:
+    """The hidden states of all samples before each block, and after the last."""
+    replay = BlockReplay(calls, weights, pool, Ranks())
+    found = [replay.hidden]
+    for index in progress.track(range(len(weights.blocks)), "forward", "blocks", tokens=_tokens(calls)):
+        states = pool.states(len(calls.samples))
+        with weights.block(index):
+            replay.advance(index, into=states)
+        replay.hidden = states
+        found.append(states)
+    return found
+
+
+def _loss_gradient(calls: BlockCalls, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of a sample's mean next-token cross-entropy to the last block's output [1, length, hidden size].
+
+    Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time.
+    """
+    gradient = torch.zeros_like(hidden)
+    last = ids.shape[1] - 1
+    for start in range(0, last, LOSS_TOKENS):
+        end = min(start + LOSS_TOKENS, last)
+        leaf = hidden[:, start:end].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = calls.logits(ids[:, start:end], leaf)
+        # The gradient to the logits: probabilities, less one for the token that follows.
+        errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1
+        logits.backward(errors.div_(last).to(logits.dtype))  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        gradient[:, start:end] = leaf.grad
+    return gradient
+
+
+@contextmanager
+def _accumulated(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
+    """Sums of |g|^p in float32 over the backward passes within the `with`.
+
+    A gradient is added and freed as soon as autograd has produced it.
+    """
+    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
+
+    def reduce_gradient(total: Tensor, weight: Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        weight.grad = None
+        if norm == "l1":
+            total.add_(gradient.abs_())
+        else:
+            gradient = gradient.float()
+            total.addcmul_(gradient, gradient)
+
+    with only_requires_grad(block, parameters.values()):
+        hooks = [
+            weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
+            for name, weight in parameters.items()
+        ]
+        try:
+            yield sums
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _tokens(calls: BlockCalls) -> int:
+    return sum(ids.numel() for ids in calls.samples)

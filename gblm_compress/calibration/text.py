@@ -1,0 +1,370 @@
+"""Text for calibration and evaluation: where it comes from, and the windows of tokens drawn from it.
+
+SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local `.txt`, `.jsonl`
+or `.parquet` file (column `text`). Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
+from gblm_compress.storage.paths import kind_of, local
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Role = Literal["calibration", "evaluation"]
+
+# As the reference scripts of SparseGPT, Wanda and GBLM read them.
+_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+_WIKITEXT2_PARTS = {"calibration": ("train", " "), "evaluation": ("test", "\n\n")}
+_C4 = "allenai/c4"
+_C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
+_C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
+
+FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+MAX_LINE = 64 << 20
+"""Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
+
+MAX_PARQUET = 2 << 30
+"""Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
+
+DRAWS = 100_000
+"""How many documents of C4 may be too short in a row before the search for a long one ends."""
+
+
+def calibration_windows(
+    tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
+) -> list[Tensor]:
+    """Windows as the reference scripts draw them: from documents of one shard for `c4`, else from the whole text.
+
+    Args:
+        tokenizer, vocabulary: as for `tokenize`.
+        source: SRC.
+        samples: how many windows.
+        length: tokens in each.
+        seed: of `random.Random`.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: the source does not exist, cannot be read, or holds less than a window.
+        ModelError: as `tokenize`.
+    """
+    if source == "c4":
+        documents = _dataset(source, _C4, data_files={"part": _C4_CALIBRATION}, split="part")
+        return document_windows(tokenizer, vocabulary, documents, samples, length, seed, source)
+    ids = tokenize(tokenizer, vocabulary, load_text(source, "calibration"))
+    return random_windows(ids, samples, length, seed, source)
+
+
+def check_source(source: str) -> None:
+    """Refuse at once what names a local file and is none that can be read; of the hub it asks nothing.
+
+    Raises:
+        DataError: there is no such file, or it is of another kind.
+    """
+    path = local(source)
+    if source in ("demo", "wikitext2", "c4"):
+        return
+    kind = kind_of(path)
+    if path.suffix in FILES and kind != "file":
+        raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
+    if path.suffix not in FILES and (kind is not None or source.startswith((".", "/", "~"))):
+        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+
+
+def is_here(source: str) -> bool:
+    """Whether a text is read from this machine rather than from the hub."""
+    return source == "demo" or local(source).suffix in FILES
+
+
+def load_text(source: str, role: Role) -> str:
+    """The text of `source`, its documents joined; `role` picks the part where a source has several.
+
+    For calibration `c4` is not joined: see `calibration_windows`.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, or has no text.
+    """
+    check_source(source)
+    if source == "demo":
+        text = "\n\n".join(demo_paragraphs(role))
+    elif source == "wikitext2":
+        split, joint = _WIKITEXT2_PARTS[role]
+        text = joint.join(_column(_dataset(source, *_WIKITEXT2, split=split), source))
+    elif source == "c4":
+        assert role == "evaluation", "calibration draws from c4 document by document"
+        rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
+        text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
+    elif local(source).suffix in FILES:
+        text = _read_file(local(source), source)
+    else:
+        text = "\n\n".join(_hub_documents(source, role))
+    if not text.strip():
+        raise DataError(f"dataset {source!r} holds no text")
+    return text
+
+
+def files(source: str) -> list[Path]:
+    """The local file that `source` names, if it does."""
+    path = local(source)
+    return [path] if kind_of(path) == "file" else []
+
+
+def demo_paragraphs(role: Role) -> list[str]:
+    """Prose of the Python language reference that CPython carries, in disjoint parts for the two roles.
+
+    A paragraph that recurs between topics counts once. Its SHA-256 decides the part: three in four belong
+    to calibration, one in four to evaluation, the same on every machine.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = dict.fromkeys(
+        " ".join(paragraph.split())
+        for _, topic in sorted(topics.items())
+        for paragraph in topic.split("\n\n")
+        if paragraph.strip()
+    )
+
+    def part(paragraph: str) -> Role:
+        return "evaluation" if hashlib.sha256(paragraph.encode()).digest()[0] % 4 == 0 else "calibration"
+
+    return [paragraph for paragraph in paragraphs if part(paragraph) == role]
+
+
+def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
+    """The text tokenized whole, as the reference does: token ids [tokens], int64.
+
+    Args:
+        vocabulary: how many tokens the model has embeddings for.
+
+    Raises:
+        ModelError: the tokenizer gives an id that is not among them.
+    """
+    import torch
+
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids) and (largest := int(ids.max())) >= vocabulary:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
+            f"{vocabulary - 1}; give the tokenizer that belongs to the model, or resize its embeddings "
+            "(`model.resize_token_embeddings(len(tokenizer))`)"
+        )
+    return ids
+
+
+def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
+    """Calibration windows as the reference draws them: `start = randint(0, tokens - length - 1)` for each.
+
+    Args:
+        ids: token ids [tokens].
+        samples: how many windows.
+        length: tokens in each.
+        seed: of `random.Random`.
+        source: named in the error.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    if len(ids) < length + 1:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length + 1}; "
+            "give a longer text or a smaller --sequence-length"
+        )
+    generator = random.Random(seed)
+    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+def document_windows(
+    tokenizer: Any,
+    vocabulary: int,
+    documents: Sequence[Mapping[str, str]],
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+) -> list[Tensor]:
+    """Windows within single documents: `randint(0, documents - 1)` until one is longer than `length`, and in that one
+    `start = randint(0, tokens - length - 1)`. The reference draws from C4 so.
+
+    Args:
+        tokenizer, vocabulary: as for `tokenize`.
+        documents: each with a key `text`.
+        samples, length, seed, source: as for `random_windows`.
+
+    Returns:
+        `samples` tensors [1, length].
+
+    Raises:
+        DataError: no document that is long enough is found.
+        ModelError: as `tokenize`.
+    """
+    generator = random.Random(seed)
+    windows = []
+    for _ in range(samples):
+        for _ in range(DRAWS):
+            ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
+            if len(ids) > length:
+                break
+        else:
+            raise DataError(
+                f"dataset {source!r}: none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
+                "--sequence-length"
+            )
+        start = generator.randint(0, len(ids) - length - 1)
+        windows.append(ids[start : start + length].unsqueeze(0))
+    return windows
+
+
+def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
+    """Evaluation windows: the text cut into non-overlapping windows, an incomplete last one dropped.
+
+    Args:
+        ids: token ids [tokens].
+        length: tokens in each window.
+        limit: at most this many, from the start; None for all.
+        source: named in the error.
+
+    Returns:
+        [windows, length].
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    count = len(ids) // length
+    if count == 0:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length}; "
+            "give a longer text or a smaller --sequence-length"
+        )
+    return ids[: count * length].reshape(count, length)[:limit]
+
+
+def fingerprint(windows: Iterable[Tensor]) -> str:
+    """SHA-256 over the token ids, in order."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_file(path: Path, source: str) -> str:
+    try:
+        if path.suffix == ".jsonl":
+            return "\n\n".join(_jsonl(path, source))
+        if path.suffix == ".parquet":
+            return "\n\n".join(_parquet(path, source))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"dataset {source!r} cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataError(f"dataset {source!r} cannot be read ({first_line(error)})") from error
+
+
+def _jsonl(path: Path, source: str) -> Iterator[str]:
+    """The documents of a file with one JSON object a line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"dataset {source!r}, line {number}"
+            if len(line) > MAX_LINE:
+                raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
+            try:
+                content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(content) if content else {"text": None}
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where} is no object; every line is one with a 'text'")
+            yield from _text_of(row, where)
+
+
+def _parquet(path: Path, source: str) -> Iterator[str]:
+    from pyarrow import parquet, types
+
+    left = MAX_PARQUET
+    with _reading(source):
+        schema = parquet.read_schema(path)
+    names = schema.names
+    # As a dictionary, a text that many rows repeat is in memory once.
+    repeated = ["text"] if "text" in names and not types.is_nested(schema.field("text").type) else None
+    with _reading(source), parquet.ParquetFile(path, read_dictionary=repeated) as file:
+        for batch in file.iter_batches(batch_size=64, columns=["text"]) if "text" in names else ():
+            for cell in batch.column(0):
+                for text in _text_of({"text": cell.as_py()}, f"dataset {source!r}"):
+                    size = len(text.encode())
+                    left -= size
+                    if size > MAX_LINE:
+                        raise DataError(f"dataset {source!r}: a text of more than {MAX_LINE:,} bytes is no document")
+                    if left < 0:
+                        raise DataError(
+                            f"dataset {source!r} holds more than {MAX_PARQUET:,} bytes of text; give a part of it"
+                        )
+                    yield text
+        if "text" not in names:
+            yield from _text_of(dict.fromkeys(names), f"dataset {source!r}")
+
+
+def _text_of(row: Mapping[str, Any], where: str) -> Iterator[str]:
+    """The text of a document: none where it is null."""
+    if "text" not in row:
+        raise DataError(f"{where} has no column 'text'; it has {', '.join(map(repr, islice(row, 8))) or 'none'}")
+    text = row["text"]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise DataError(f"{where}: its 'text' is no text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: its 'text' is no Unicode ({first_line(error)})") from error
+    yield text
+
+
+def _hub_documents(source: str, role: Role) -> Iterable[str]:
+    location, _, split = source.partition("@")
+    name, _, config = location.partition(":")
+    default_split = "train" if role == "calibration" else "test"
+    return _column(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
+
+
+def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    advice = (
+        "; give 'demo', 'wikitext2', 'c4', a hub dataset as owner/name[:config][@split], or a .txt, .jsonl or .parquet "
+        "file"
+    )
+    with _reading(source, advice):
+        return datasets.load_dataset(*args, **kwargs)
+
+
+def _column(rows: Any, source: str) -> Iterator[str]:
+    with _reading(source):
+        for row in rows:
+            yield from _text_of(row, f"dataset {source!r}")
+
+
+@contextmanager
+def _reading(source: str, advice: str = "") -> Iterator[None]:
+    """The hub client, its transport, the readers of files and the splits each raise their own kinds for bad data."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, GblmError) or is_out_of_memory(error):
+            raise
+        raise DataError(f"dataset {source!r} cannot be read ({first_line(error)}){advice}") from error

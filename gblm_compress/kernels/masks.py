@@ -1,0 +1,28 @@
+"""The words of a mask: bit b of word w is column 64·w + b. Kernels and layouts both rest on this."""
+
+import torch
+from torch import Tensor
+
+WORD = 64
+PADDING = 64
+
+
+def bits(mask: Tensor, columns: int) -> Tensor:
+    """The mask as booleans [rows, columns]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    spread = (mask.view(torch.uint8).unsqueeze(-1) >> shifts) & 1
+    return spread.reshape(mask.shape[0], -1)[:, :columns].bool()
+
+
+def row_starts(mask: Tensor) -> Tensor:
+    """Where each row's values begin [rows], int64."""
+    counts = row_counts(mask)
+    return torch.cumsum(counts, 0) - counts
+
+
+def row_counts(mask: Tensor) -> Tensor:
+    """How many bits each row has [rows], int64: neighbouring counts of 1, 2 and 4 bits are added within each word."""
+    words = mask - ((mask >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(1)

@@ -1,0 +1,1 @@
+"""How zeros are packed, the linear layer that multiplies packed weights, and loading it through transformers."""

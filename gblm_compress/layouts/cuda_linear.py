@@ -1,0 +1,268 @@
+"""Products with packed weights on CUDA: which kernel runs for which number of tokens is measured for each shape.
+
+Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), for 2:4 torch's
+semi-structured kernels (cuSPARSELt with the algorithm that its own search finds, and CUTLASS), and the dense product of
+the weight, unpacked for the call. Each is timed on the device, the L2 cache flushed, for token counts that are powers
+of two; the fastest for each make the plan of a shape, which is kept in the cache folder.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
+
+from gblm_compress.errors import first_line
+from gblm_compress.kernels import gpu
+from gblm_compress.kernels.gpu import Packed, Tiling
+from gblm_compress.machine import measurements
+from gblm_compress.progress import Progress
+
+TOKENS = tuple(2**power for power in range(13))  # 1 … 4096; a plan has a word for each
+FEWEST_FOR_TORCH = 8  # tokens; below, torch's semi-structured kernels would be padded to that
+# cuSPARSELt reads a copy of the weight in a format of its own; it must be worth those bytes.
+WORTH_A_COPY = 1.1
+AGREEMENT = 0.02  # largest difference from the dense product, as a fraction of its largest value
+ALGORITHMS = 1 << 10  # above any number that cuSPARSELt gives one
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
+REPEATS, WARM_UP = 9, 2
+_HEAD_START = 10_000_000  # clock cycles that the device waits while the host queues a batch of calls
+
+
+class Choice(NamedTuple):
+    """A kernel, and its variant: the fields of a `Tiling`, or the number of a cuSPARSELt algorithm.
+
+    Attributes:
+        kernel: "triton", "cusparselt", "cutlass" or "dense".
+    """
+
+    kernel: str
+    variant: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return ":".join((self.kernel, ",".join(str(int(part)) for part in self.variant))).rstrip(":")
+
+
+DENSE = Choice("dense")
+
+
+class Operands(NamedTuple):
+    """What torch's kernels need beside a sparse24 weight; empty where none is needed.
+
+    Attributes:
+        cusparselt: the weight in cuSPARSELt's own format, 9/16 of the dense bytes once more.
+        cutlass: the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared.
+    """
+
+    cusparselt: Tensor
+    cutlass: Tensor
+
+
+def plan(weight: Packed) -> str:
+    """The choice for each of `TOKENS`, as words; measured once for a shape, dtype and machine."""
+    rows, columns = weight.shape
+    device = weight.values.device
+    machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    what = f"cuda {weight.layout} {rows}x{columns} {weight.values.dtype}"
+    return measurements.remembered(machine, what, lambda: _measured_plan(weight), lambda words: is_plan(words, weight))
+
+
+def is_plan(words: Any, weight: Packed) -> bool:
+    """Whether these can be a plan for that weight: for each of `TOKENS` a choice that could have been measured."""
+    try:
+        chosen = choices(words) if isinstance(words, str) and words else ()
+    except ValueError:  # of what is no number
+        return False
+    return len(chosen) == len(TOKENS) and all(map(partial(_could_run, weight), chosen, TOKENS))
+
+
+def _could_run(weight: Packed, choice: Choice, tokens: int) -> bool:
+    kernel, variant = choice
+    if kernel == "triton":
+        return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.layout, tokens)]
+    if kernel == "dense":
+        return not variant
+    if weight.layout != "sparse24" or tokens < FEWEST_FOR_TORCH:
+        return False
+    if kernel == "cusparselt":
+        return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS
+    return kernel == "cutlass" and not variant and not _needed_by_cutlass(weight.shape)
+
+
+def choices(plan: str) -> tuple[Choice, ...]:
+    """The words of a plan; without one, dense throughout."""
+    return tuple(_choice(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
+
+
+_choices = cache(choices)
+
+
+def choose(plan: str, tokens: int) -> Choice:
+    """What runs for that many tokens: what was measured for the next power of two."""
+    return _choices(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
+
+
+def _choice(word: str) -> Choice:
+    kernel, _, variant = word.partition(":")
+    return Choice(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
+
+
+def run(choice: Choice, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None) -> Tensor:
+    """x Wᵀ + b on the chosen kernel.
+
+    Args:
+        x: [tokens, columns], at least one token, in the dtype of the values.
+        operands: what torch's kernels need, where one of them is the choice.
+
+    Returns:
+        [tokens, rows].
+    """
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if choice.kernel == "triton":
+            rows, columns, warps, tensor_cores, programs = choice.variant
+            return gpu.linear(x, weight, bias, Tiling(rows, columns, warps, bool(tensor_cores), programs))
+        if choice.kernel == "dense":
+            return torch.nn.functional.linear(x, gpu.expand(weight), bias)
+        assert operands is not None
+        tokens = x.shape[0]
+        inputs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8)).contiguous().T  # their tiles are 8 tokens wide
+        if choice.kernel == "cusparselt":
+            y = torch._cslt_sparse_mm(
+                operands.cusparselt, inputs, bias=bias, transpose_result=True, alg_id=choice.variant[0]
+            )
+        elif bias is None:
+            y = torch._sparse_semi_structured_mm(weight.values, operands.cutlass, inputs).T
+        else:
+            y = torch._sparse_semi_structured_addmm(bias, weight.values, operands.cutlass, inputs).T
+        return y[:tokens].contiguous()
+
+
+def operands(weight: Packed, kernels: set[str]) -> Operands:
+    """What the named kernels need.
+
+    Raises:
+        RuntimeError: torch's kernels do not take the shape, dtype or device, and say so.
+    """
+    none = weight.values.new_empty(0)
+    return Operands(
+        cusparselt_operand(gpu.expand(weight)) if "cusparselt" in kernels else none,
+        cutlass_operand(weight.places, weight.shape) if "cutlass" in kernels else none,
+    )
+
+
+def cusparselt_operand(dense: Tensor) -> Tensor:
+    """A 2:4 matrix in cuSPARSELt's format."""
+    SparseSemiStructuredTensorCUSPARSELT._validate_device_dim_dtype_shape(dense)
+    return torch._cslt_compress(dense)
+
+
+def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The positions of sparse24 in the order in which CUTLASS reads them: the same bits, by tiles.
+
+    Args:
+        positions: [rows, columns / 8], uint8; rows a multiple of 32 and columns of 64.
+
+    Returns:
+        [rows, columns / 16], int16.
+    """
+    rows, columns = shape
+    if needed := _needed_by_cutlass(shape):
+        raise RuntimeError(f"a weight of {rows}×{columns}: CUTLASS needs {needed}")
+    words = positions.contiguous().view(torch.int16)
+    order = _calculate_meta_reordering_scatter_offsets(  # type: ignore[no-untyped-call]
+        rows, columns // 16, torch.int16, positions.device
+    )
+    return torch.empty_like(words).view(-1).scatter_(0, order, words.view(-1)).view(words.shape)
+
+
+def _needed_by_cutlass(shape: tuple[int, int]) -> str:
+    """What CUTLASS needs of a shape that it does not take; empty for one that it does."""
+    limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
+    multiples = limits.sparse_min_rows, limits.sparse_min_cols
+    taken = not any(size % multiple for size, multiple in zip(shape, multiples, strict=True))
+    return "" if taken else "multiples of {} and {}".format(*multiples)
+
+
+def _measured_plan(weight: Packed) -> str:
+    rows, columns = weight.shape
+    Progress().say(f"timing kernels for {weight.layout} weights of {rows}×{columns} (once on this machine) …")
+    with torch.cuda.device_of(weight.values), torch.no_grad():  # type: ignore[no-untyped-call]
+        return " ".join(str(fastest(measure(weight, tokens)[0])) for tokens in TOKENS)
+
+
+def fastest(times: dict[Choice, float]) -> Choice:
+    """The choice with the least time, where cuSPARSELt must be worth its copy of the weight."""
+    return min(times, key=lambda choice: times[choice] * (WORTH_A_COPY if choice.kernel == "cusparselt" else 1.0))
+
+
+def measure(weight: Packed, tokens: int) -> tuple[dict[Choice, float], dict[str, str]]:
+    """Milliseconds of every candidate for that many tokens, and of those that do not run, why."""
+    generator = torch.Generator(weight.values.device).manual_seed(0)
+    x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.values.device).to(weight.values.dtype)
+    expected = torch.nn.functional.linear(x, gpu.expand(weight))
+    times: dict[Choice, float] = {}
+    excluded: dict[str, str] = {}
+    for kernel in ("dense", "triton", "cusparselt", "cutlass"):
+        try:
+            found = _candidates(kernel, weight, x)
+        except RuntimeError as error:
+            excluded[kernel] = first_line(error)
+            continue
+        for choice, call in found.items():
+            try:
+                if not _agrees(call(), expected):
+                    warnings.warn(f"{choice} computes another product on this GPU and is not used", stacklevel=2)
+                    excluded[str(choice)] = "another product"
+                    continue
+                times[choice] = milliseconds(call)
+            except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
+                excluded[str(choice)] = f"{type(error).__name__}: {first_line(error)}"
+    return times, excluded
+
+
+def _candidates(kernel: str, weight: Packed, x: Tensor) -> dict[Choice, Callable[[], Tensor]]:
+    """The choices of one kernel that can be asked for so many tokens, ready to call."""
+    tokens = x.shape[0]
+    needed: Operands | None = None
+    if kernel == "triton":
+        found = [Choice(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.layout, tokens)]
+    elif kernel == "dense":
+        found = [DENSE]
+    elif weight.layout != "sparse24" or tokens < FEWEST_FOR_TORCH:
+        found = []
+    else:
+        needed = operands(weight, {kernel})
+        algorithm = (
+            (torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True),)
+            if kernel == "cusparselt"
+            else ()
+        )
+        found = [Choice(kernel, algorithm)]
+    return {choice: partial(run, choice, x, weight, None, needed) for choice in found}
+
+
+def _agrees(got: Tensor, expected: Tensor) -> bool:
+    return bool((got - expected).abs().max() <= AGREEMENT * expected.abs().max())
+
+
+def milliseconds(call: Callable[[], Tensor]) -> float:
+    """Median device time of a call whose operands come from memory: the L2 cache is flushed before each."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    event = partial(torch.cuda.Event, enable_timing=True)
+    spans = [(event(), event()) for _ in range(REPEATS)]
+    for _ in range(WARM_UP):
+        call()
+    # The device waits until the host has queued everything, so that no gap between launches is measured.
+    torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+    for start, end in spans:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in spans)

@@ -1,0 +1,80 @@
+"""The `sparse24` layout: a 2:4 matrix as its values and the 2-bit position of each within its group of four.
+
+Two values are stored for every four weights, in order of position. The positions of one group take 4 bits,
+low pair first; two groups share a byte, the first in the low half. A group with fewer than two nonzeros is
+filled up with zeros at free positions, so that the layout has one size: 9/16 of dense in 16 bit, 17/32 in
+32 bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.layouts.packed import DTYPES, check_tensor
+from gblm_compress.methods.patterns import Pattern
+
+_PATTERN = Pattern("2:4")
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a 2:4 matrix.
+
+    Args:
+        weight: [rows, columns], at most 2 nonzeros in every 4 consecutive columns, columns a multiple of 4.
+
+    Returns:
+        values [rows, columns / 2] in the dtype of `weight`, and positions [rows, ceil(columns / 8)] in uint8.
+
+    Raises:
+        UsageError: the matrix is not 2:4.
+    """
+    if violation := _PATTERN.first_violation(weight):
+        raise UsageError(f"the matrix is not 2:4: {violation}")
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, columns // 4, 4)
+    # Stable, so that nonzeros come first and each kind stays in order; then both in order of position.
+    chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    values = groups.gather(-1, chosen).reshape(rows, columns // 2)
+    nibbles = (chosen[..., 0] | (chosen[..., 1] << 2)).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return values.contiguous(), (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+
+
+def unpack(values: Tensor, positions: Tensor) -> Tensor:
+    """The dense matrix [rows, columns] of `pack`, bit for bit.
+
+    Args:
+        values: [rows, columns / 2].
+        positions: [rows, ceil(columns / 8)], uint8.
+    """
+    rows, half = values.shape
+    nibbles = torch.stack((positions & 0xF, positions >> 4), dim=-1).reshape(rows, -1)[:, : half // 2]
+    chosen = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
+    dense = values.new_zeros(rows, half // 2, 4)
+    dense.scatter_(-1, chosen, values.reshape(rows, half // 2, 2))
+    return dense.reshape(rows, half * 2)
+
+
+def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
+    """Hold two tensors against the layout of a matrix of that shape; what passes, kernels may read.
+
+    The two positions of a group are distinct and in order, so that each matrix has one form and no value is lost.
+
+    Raises:
+        ModelError: they are no such matrix; the message begins with the tensor's name.
+    """
+    rows, columns = shape
+    if columns % 4:
+        raise ModelError(f"values: {columns} columns are not a multiple of 4, which the sparse24 layout needs")
+    check_tensor("values", values, DTYPES, (rows, columns // 2))
+    check_tensor("positions", positions, (torch.uint8,), (rows, -(-columns // 8)))
+    low = (positions & 3) < ((positions >> 2) & 3)
+    high = ((positions >> 4) & 3) < (positions >> 6)
+    if columns % 8:
+        high[:, -1] = positions[:, -1] >> 4 == 0
+    if not bool((low & high).all()):
+        bad = int((~(low & high)).sum())
+        raise ModelError(f"positions: {bad} bytes hold no two increasing positions in each group; the file is damaged")

@@ -1,0 +1,188 @@
+"""Sparse checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as sparse models.
+
+The weights are plain tensors in safetensors, `config.json` has a `quantization_config` with method `gblm_sparse`, and
+transformers' own quantizer registry, which importing `gblm_compress` fills, puts `SparseLinear` modules in place of
+the linear layers before the tensors are loaded.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gblm_compress.errors import ModelError
+from gblm_compress.layouts.sparse_linear import LAYOUTS, SparseLinear
+from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
+from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
+from gblm_compress.storage.records import read_json
+
+
+@register_quantization_config(SPARSE_METHOD)
+class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` says of a sparse checkpoint.
+
+    Attributes:
+        layout: one of `LAYOUTS`.
+        layers: {layer: `SparseLinear.description()`}.
+    """
+
+    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "", **unknown: Any) -> None:
+        self.quant_method = SPARSE_METHOD
+        self.layout = layout
+        self.layers = {} if layers is None else layers
+
+
+@register_quantizer(SPARSE_METHOD)
+class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the listed layers by empty `SparseLinear`s, for transformers to load their tensors into."""
+
+    requires_calibration = True  # transformers must not try to make such weights from dense ones
+    quantization_config: SparseConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        layout, layers = self.quantization_config.layout, self.quantization_config.layers
+        if not isinstance(layout, str) or layout not in LAYOUTS:
+            raise self._error(model, f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}")
+        if not isinstance(layers, dict) or not layers:
+            raise self._error(model, "quantization_config names no packed layers, so it is damaged")
+        for name, description in layers.items():
+            with self._named_errors(model, f"quantization_config, layer {name!r}: "):
+                empty = _like(linear_layer(model, name), layout, description, model.config.dtype)
+                model.set_submodule(name, empty)
+
+    # transformers gives the config to one of these two, depending on its version, before it looks for the weights.
+    def update_attn_implementation(self, config: Any) -> Any:
+        return _with_weights_named(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        return _with_weights_named(config)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers marks what it has loaded, and fills all else as if it were to be trained
+        optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            missing = not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
+            if missing and not any(pattern.search(name) for pattern in optional):
+                raise self._error(model, f"{name}: no such tensor is in the folder, so it is incomplete")
+        for name in self.quantization_config.layers:
+            layer = model.get_submodule(name)
+            layer.loading = False
+            with self._named_errors(model, f"{name}."):
+                layer.prepare()
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """True for packed tensors: transformers then leaves it to their layer to find a shape wrong."""
+        layer, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(layer)
+        return isinstance(module, SparseLinear) and tensor in module.PACKED
+
+    def _error(self, model: Any, reason: str) -> ModelError:
+        return ModelError(f"{str(model.name_or_path)!r}: {reason}")
+
+    @contextmanager
+    def _named_errors(self, model: Any, prefix: str) -> Iterator[None]:
+        try:
+            yield
+        except ModelError as error:
+            raise self._error(model, f"{prefix}{error}") from error
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+
+def _with_weights_named(config: Any) -> Any:
+    """Say where the weights of a packed folder are, unless `save_pretrained` has given them the ordinary name again."""
+    for name in (SPARSE_SINGLE, SPARSE_INDEX):
+        if cached_file(config._name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None:
+            config.transformers_weights = name
+            break
+    return config
+
+
+def save_packed(model: Any, folder: Path) -> None:
+    """`save_pretrained`, with weights called so that transformers without this package finds none.
+
+    It would ignore the packed tensors otherwise, and fill the layers with random numbers.
+    """
+    model.save_pretrained(folder)
+    for path in sorted(folder.glob("model*.safetensors")):
+        path.rename(folder / _packed_name(path.name))
+    index = folder / INDEX
+    if index.exists():
+        content = read_json(index)
+        content["weight_map"] = {name: _packed_name(file) for name, file in content["weight_map"].items()}
+        (folder / SPARSE_INDEX).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        index.unlink()
+
+
+def _packed_name(file: str) -> str:
+    return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
+
+
+def sparsify_(model: Any, names: list[str], layout: str = "bitmask") -> None:
+    """Replace the named linear layers of a model by `SparseLinear`s with the same values, in place.
+
+    Raises:
+        UsageError: the layout cannot hold a weight.
+        ModelError: a name is not that of a linear layer, or a weight is not finite.
+    """
+    layers = {}
+    for name in names:
+        dense = linear_layer(model, name)
+        try:
+            sparse: SparseLinear = LAYOUTS[layout].from_dense(weight_matrix(dense).detach(), dense.bias)
+        except ModelError as error:
+            raise ModelError(f"{name}.{error}") from error
+        sparse.transposed = is_transposed(dense)
+        model.set_submodule(name, sparse)
+        layers[name] = sparse.description()
+    config = SparseConfig(layers, layout)
+    model.config.quantization_config = config
+    model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = SPARSE_METHOD
+
+
+def linear_layer(model: nn.Module, name: str) -> Any:
+    """The layer of that name.
+
+    Raises:
+        ModelError: there is none, or it is not one that can be pruned.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"{type(model).__name__} has no layer {name!r}") from error
+    tied = getattr(model, "all_tied_weights_keys", {}).items()
+    if not is_linear(module) or any(f"{name}.weight" in pair for pair in tied):
+        kind = type(module).__name__
+        raise ModelError(f"{name!r} is a {kind}; only Linear and Conv1D layers with weights of their own can be packed")
+    return module
+
+
+def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> SparseLinear:
+    """An empty layer in the place of a dense one, for transformers to fill."""
+    shape, bias = list(weight_matrix(dense).shape), dense.bias is not None
+    if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
+        raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
+    others = {key: value for key, value in description.items() if key not in ("shape", "bias")}
+    try:
+        layer = LAYOUTS[layout](shape, bias, dtype or torch.float32, "meta", **others)
+    except TypeError as error:
+        raise ModelError(f"it is described as {description!r}; {error}") from error
+    layer.transposed, layer.loading = is_transposed(dense), True
+    return layer

@@ -1,0 +1,79 @@
+"""Versions and hardware of this machine, as recorded with every measurement."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import gblm_compress
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "optimum", "datasets", "safetensors", "triton")
+INSTRUCTION_SETS = {
+    "avx2": "fp32 kernels of torch and ONNX Runtime at half the width of AVX-512",
+    "avx512f": "full-width fp32 kernels",
+    "avx512_bf16": "bf16 at twice the fp32 rate: --dtype bfloat16 pays off",
+    "amx_bf16": "bf16 matrix units: --dtype bfloat16 pays off most",
+}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as plain values."""
+    return {
+        "gblm_compress": gblm_compress.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in cpu_flags()],
+        "gpus": gpus(),
+        "packages": {name: found for name in (*PACKAGES, onnxruntime_package()) if (found := version_of(name))},
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's own name for itself."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    for line in _cpuinfo():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def gpus() -> list[dict[str, Any]]:
+    import torch
+
+    return [
+        {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
+        for index in range(torch.cuda.device_count())
+        for properties in [torch.cuda.get_device_properties(index)]
+    ]
+
+
+def onnxruntime_package() -> str:
+    return "onnxruntime-gpu" if version_of("onnxruntime-gpu") else "onnxruntime"
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,4 @@
+"""What a model is like.
+
+Perplexity, fidelity, zero-shot accuracy, latency, memory, zeros; in torch or ONNX Runtime.
+"""

@@ -1,0 +1,111 @@
+"""One model in a process of its own, timed on request: `python -m gblm_compress.measure.benchmark_worker`.
+
+A process per model keeps peak memory and load time apart; the parent (`benchmarking`) asks them in turn, so
+that all models see the same machine. Requests and answers are lines of JSON on stdin and stdout.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, first_line, is_out_of_memory
+from gblm_compress.machine.memory import peak_memory
+from gblm_compress.measure.runtimes import Runtime, load_runtime
+from gblm_compress.models.finding import silence_libraries
+from gblm_compress.models.source import ModelSource
+
+
+def main() -> None:
+    """Load the model named in the first request, then answer the others until stdin ends."""
+    # Whatever a library prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    silence_libraries()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        _serve(answer)
+    except Exception as error:  # the parent raises it; a terminal has one program that speaks
+        answer(failure(error))
+
+
+def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
+    setup = json.loads(sys.stdin.readline())
+    source = ModelSource(setup["name"], Path(setup["folder"]))
+    with peak_memory(setup["device"]) as memory:
+        start = time.perf_counter()
+        passes = (setup["prompt"], 1)
+        runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=passes)
+        loaded = time.perf_counter() - start
+        kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
+        size = vocabulary(source)
+        answer({"load_seconds": loaded, "provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels})
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request.get("finish"):
+                break
+            answer(generate(runtime, size, **request))
+    answer({"peak_memory_bytes": memory.peak_bytes})
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An error as an answer: its message, and the name of the kind in `errors` that the parent raises it as."""
+    if isinstance(error, GblmError):
+        return {"error": str(error), "kind": type(error).__name__}
+    if is_out_of_memory(error):
+        advice = "give a smaller --batch, a shorter --prompt, or fewer models at a time"
+        return {"error": f"memory ran out ({first_line(error)}); {advice}", "kind": NotEnoughMemoryError.__name__}
+    said = f"{type(error).__name__}: {first_line(error)}"
+    return {"error": f"a model cannot be timed ({said})", "kind": GblmError.__name__}
+
+
+def vocabulary(source: ModelSource) -> int:
+    """The number of different tokens that a model knows, by its `config.json`.
+
+    Raises:
+        ModelError: it does not say.
+    """
+    size: int | None = (source.config | (source.config.get("text_config") or {})).get("vocab_size")
+    if size is None:
+        raise ModelError(f"{source.name!r}: config.json has no vocab_size, of which prompts are drawn; add it")
+    return size
+
+
+def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
+    """Time one greedy generation from a prompt of random tokens.
+
+    Returns:
+        prefill_seconds: from the prompt to the first token (TTFT).
+        decode_seconds: for the `generate - 1` tokens after it.
+        tokens: what was generated, [batch][generate].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)
+    start = time.perf_counter()
+    token, cache = runtime.prefill(ids)
+    first = time.perf_counter()
+    tokens = [token]
+    for _ in range(generate - 1):
+        token, cache = runtime.decode(token, cache)
+        tokens.append(token)
+    end = time.perf_counter()
+    return {
+        "prefill_seconds": first - start,
+        "decode_seconds": end - first,
+        "tokens": torch.cat(tokens, dim=1).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""The benchmark stage: latency and memory of models beside their dense baseline, in one run.
+
+Every model lives in a worker process; in each round every model generates once, in alternating order, so
+that a drift of the machine hits all alike. The first rounds are warm-up and dropped.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from gblm_compress import errors, faults
+from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.machine.environment import environment
+from gblm_compress.measure.runtimes import runtime_of
+from gblm_compress.models import loading
+from gblm_compress.models.baseline import check_baseline
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.settings import BenchmarkSettings, RuntimeName
+
+NO_SPEED_UP = "no significant speed-up"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 10th and 90th percentile over the rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(values: list[float]) -> "Spread":
+        """The spread of some measurements."""
+        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+        return Spread(median, p10, p90)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model's figure against the baseline's.
+
+    Attributes:
+        ratio: baseline median over model median; above 1 is faster.
+        low, high: the ends of its interval: the baseline's p10 over the model's p90, and the other way round.
+        verdict: the ratio in words, or `NO_SPEED_UP` where the interval holds 1 (the p10–p90 intervals overlap).
+    """
+
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model at one batch size.
+
+    Attributes:
+        ttft_ms: time to first token (prefill), milliseconds.
+        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation.
+        tokens_per_second: generated tokens of all sequences per second of decode, median.
+        peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
+        prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
+        same_tokens_as_baseline: whether greedy decoding generated the same tokens.
+        prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
+            linear layers, or ONNX operators with their execution provider.
+    """
+
+    model: str
+    runtime: str
+    provider: str
+    dtype: str
+    batch: int
+    ttft_ms: Spread
+    tpot_ms: Spread
+    tokens_per_second: float
+    peak_memory_bytes: int
+    load_seconds: float
+    bytes_on_disk: int
+    prefill_kernels: dict[str, int]
+    decode_kernels: dict[str, int]
+    prefill_speedup: Comparison | None = None
+    decode_speedup: Comparison | None = None
+    same_tokens_as_baseline: bool | None = None
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The outcome of the stage."""
+
+    measurements: tuple[Measurement, ...]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def benchmark(
+    models: list[ModelSource],
+    baselines: list[ModelSource],
+    settings: BenchmarkSettings,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress,
+) -> BenchmarkResult:
+    """Time `models` against their baseline in the same runtime and dtype.
+
+    Args:
+        models: Hugging Face folders (torch) and ONNX exports (ONNX Runtime).
+        baselines: the dense model: its Hugging Face folder, which is timed in every dtype that a torch model has, and
+            an ONNX export for each dtype of the ONNX models.
+        dtype: of the torch models that are stored dense; exports have their own.
+
+    Raises:
+        GblmError: as `check`.
+    """
+    faults.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
+    device = loading.choose_device(device)
+    threads = settings.threads or torch.get_num_threads()
+    lanes = _lanes(models, settings, dtype, device)
+    measurements = [
+        measurement
+        for lane, contenders in lanes.items()
+        for measurement in _benchmark_lane(
+            [_baseline_of(contenders[0], lane, baselines), *contenders], lane, settings, device, threads, progress
+        )
+    ]
+    return BenchmarkResult(
+        tuple(measurements),
+        settings.model_dump(mode="json"),
+        {**environment(), "threads": threads, "device": device},
+    )
+
+
+def check(
+    models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
+) -> list[GblmError]:
+    """The faults of a benchmark that show before it: a device that is absent, models that are too short for prompt and
+    generation, that run in none of `settings.runtimes`, or that have no baseline of their runtime, dtype, architecture
+    and origin.
+    """
+    absent = faults.collect([partial(loading.choose_device, device)])
+    found = absent + faults.collect(
+        partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
+        for model in (*models, *baselines)
+    )
+    lanes = _lanes(models, settings, dtype, "cpu" if absent else loading.choose_device(device))
+    if not lanes:
+        found.append(
+            UsageError(
+                f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
+                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime (make one with "
+                "`gblm-compress export MODEL -o OUT --format onnx`)"
+            )
+        )
+    return found + faults.collect(
+        partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
+    )
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """What dense and pruned must share to be compared."""
+
+    runtime: RuntimeName
+    dtype: str
+
+
+def _lanes(
+    models: list[ModelSource], settings: BenchmarkSettings, dtype: str, device: str
+) -> dict[_Lane, list[ModelSource]]:
+    """The models that are timed, by what they are timed in; what torch loads dense is given a dtype."""
+    lanes: dict[_Lane, list[ModelSource]] = {}
+    for model in models:
+        own = loading.stored_dtype(model) if model.is_export else loading.choose_dtype(dtype, model, device)
+        lane = _Lane(runtime_of(model), own)
+        if lane.runtime in settings.runtimes:
+            lanes.setdefault(lane, []).append(model)
+    return lanes
+
+
+def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
+    """The first baseline that runs in the model's lane: an export has one dtype, a dense folder is loaded in any.
+
+    Raises:
+        UsageError: there is none, or it is another model.
+    """
+    for baseline in baselines:
+        fits = not baseline.is_export or loading.stored_dtype(baseline) == lane.dtype
+        if runtime_of(baseline) == lane.runtime and fits:
+            check_baseline(model, baseline)
+            return baseline
+    advice = (
+        f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` "
+        "and give --baseline DENSE-ONNX"
+        if lane.runtime == "onnxruntime"
+        else "give the dense Hugging Face folder as --baseline"
+    )
+    raise UsageError(
+        f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared within "
+        f"one runtime and dtype: {advice}"
+    )
+
+
+def _benchmark_lane(
+    contenders: list[ModelSource],
+    lane: _Lane,
+    settings: BenchmarkSettings,
+    device: str,
+    threads: int,
+    progress: Progress,
+) -> list[Measurement]:
+    """Time the models of one lane, the first of which is the baseline."""
+    runtime = lane.runtime
+    with ExitStack() as stack:
+        workers = []
+        for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
+            workers.append(stack.enter_context(_worker(source, lane.dtype, device, threads, settings)))
+        rounds = settings.warmup + settings.repeats
+        runs: dict[tuple[int, int], list[dict[str, Any]]] = {
+            (batch, index): [] for batch in settings.batch for index in range(len(workers))
+        }
+        with progress.counter(f"timing ({runtime})", "generations", rounds * len(runs)) as advance:
+            for batch in settings.batch:
+                for number in range(rounds):
+                    order = list(enumerate(workers))
+                    for index, worker in order if number % 2 == 0 else reversed(order):
+                        request = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
+                        run = worker.ask({**request, "seed": number})
+                        if number >= settings.warmup:
+                            runs[batch, index].append(run)
+                        advance()
+        finals = [worker.ask({"finish": True}) for worker in workers]
+    measurements = []
+    for number, batch in enumerate(settings.batch):
+        base = _times(runs[batch, 0], settings)
+        for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
+            ttft, tpot = _times(runs[batch, index], settings)
+            prefill_kernels, decode_kernels = worker.facts["kernels"][number]
+            measurements.append(
+                Measurement(
+                    model=source.name,
+                    runtime=runtime,
+                    provider=worker.facts["provider"],
+                    dtype=worker.facts["dtype"],
+                    batch=batch,
+                    ttft_ms=ttft,
+                    tpot_ms=tpot,
+                    tokens_per_second=batch * 1000 / tpot.median,
+                    peak_memory_bytes=final["peak_memory_bytes"],
+                    load_seconds=worker.facts["load_seconds"],
+                    bytes_on_disk=source.bytes_on_disk,
+                    prefill_kernels=prefill_kernels,
+                    decode_kernels=decode_kernels,
+                    prefill_speedup=compare(base[0], ttft) if index else None,
+                    decode_speedup=compare(base[1], tpot) if index else None,
+                    same_tokens_as_baseline=(
+                        all(a["tokens"] == b["tokens"] for a, b in zip(runs[batch, 0], runs[batch, index], strict=True))
+                        if index
+                        else None
+                    ),
+                )
+            )
+    return measurements
+
+
+def compare(baseline: Spread, model: Spread) -> Comparison:
+    """The speed-up of `model`, and what may be said about it."""
+    ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
+    verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
+    return Comparison(ratio, low, high, verdict)
+
+
+def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread]:
+    """(TTFT, TPOT) in milliseconds."""
+    return (
+        Spread.of([1000 * run["prefill_seconds"] for run in runs]),
+        Spread.of([1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs]),
+    )
+
+
+class _Worker:
+    """A model in a process of its own; `facts` is its answer to the first request."""
+
+    def __init__(self, process: "subprocess.Popen[str]", setup: dict[str, Any]) -> None:
+        self._process = process
+        self._name = setup["name"]
+        self.facts = self.ask(setup)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            hint = "; it was killed, most likely for want of memory" if code == -9 else ""
+            raise GblmError(f"the benchmark process of {self._name!r} ended with exit status {code}{hint}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer
+
+
+@contextmanager
+def _worker(
+    source: ModelSource, dtype: str, device: str, threads: int, settings: BenchmarkSettings
+) -> Iterator[_Worker]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gblm_compress.measure.benchmark_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    setup = {
+        "name": source.name,
+        "folder": str(source.folder.absolute()),
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "batch": settings.batch,
+        "prompt": settings.prompt,
+    }
+    try:
+        yield _Worker(process, setup)
+    finally:
+        process.kill()
+        process.communicate()

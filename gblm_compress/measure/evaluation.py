@@ -1,0 +1,208 @@
+"""The evaluation stage: perplexity, and fidelity to the dense model.
+
+Perplexity follows the protocol of the GPTQ, SparseGPT, Wanda and GBLM papers: the text is joined, tokenized
+whole and cut into non-overlapping windows; each window predicts its tokens 2 … L from those before them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from gblm_compress import faults
+from gblm_compress.calibration import text
+from gblm_compress.errors import GblmError, ModelError
+from gblm_compress.measure import zero_shot
+from gblm_compress.measure.runtimes import load_runtime
+from gblm_compress.measure.zero_shot import ZeroShot
+from gblm_compress.models import loading
+from gblm_compress.models.baseline import check_baseline
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.settings import EvaluateSettings
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a model stays to the dense one, over the same predicted tokens.
+
+    Attributes:
+        mean_kl: mean of KL(dense ‖ model) over tokens, in nats.
+        top1_agreement: fraction of tokens with the same most probable prediction.
+    """
+
+    mean_kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The outcome of the stage.
+
+    Attributes:
+        perplexity: exp of the mean cross-entropy over all predicted tokens.
+        perplexity_error: its standard error, from the spread of the windows' means (delta method); None for
+            a single window.
+        cross_entropy: the mean itself, in nats per token.
+        windows, predicted_tokens: how much text it stands on.
+        baseline_perplexity: that of the dense model, when there is one.
+        zero_shot: accuracies on tasks, when any were asked for.
+    """
+
+    model: str
+    dataset: str
+    perplexity: float
+    perplexity_error: float | None
+    cross_entropy: float
+    windows: int
+    predicted_tokens: int
+    sequence_length: int
+    dtype: str
+    provider: str
+    baseline_perplexity: float | None = None
+    fidelity: Fidelity | None = None
+    zero_shot: ZeroShot | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
+    """What an evaluation reads, so that its absence shows before any work: the windows of text [windows, length].
+
+    Raises:
+        GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
+    """
+    faults.raise_all(check([source], settings, progress))
+    return _windows(source, settings, progress)
+
+
+def _windows(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
+    progress.say(f"reading {settings.dataset} …")
+    tokenizer, vocabulary = loading.load_tokenizer(source), loading.vocabulary_of(source)
+    ids = text.tokenize(tokenizer, vocabulary, text.load_text(settings.dataset, "evaluation"))
+    return text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
+
+
+def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
+    """The faults of an evaluation that show before it: of its tasks, of a text that is a file here, of the models."""
+    looks: list[Callable[[], object]] = [partial(text.check_source, settings.dataset)]
+    if settings.tasks:
+        looks.append(partial(zero_shot.task_manager, settings.tasks, settings.include_path, progress))
+    return faults.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
+
+
+def evaluate(
+    source: ModelSource,
+    settings: EvaluateSettings,
+    *,
+    baseline: ModelSource | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress,
+) -> EvaluateResult:
+    """Measure the perplexity of a model, and its fidelity to `baseline` on the same windows.
+
+    Args:
+        source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
+        baseline: the dense model.
+
+    Raises:
+        GblmError: as `prepare`; the device is absent, or the baseline is another model.
+    """
+    given = [source] if baseline is None else [source, baseline]
+    looks: list[Callable[[], object]] = [partial(loading.choose_device, device)]
+    if baseline is not None:
+        looks.append(partial(check_baseline, source, baseline))
+    faults.raise_all(check(given, settings, progress) + faults.collect(looks))
+    windows = _windows(source, settings, progress)
+    device = loading.choose_device(device)
+    threads = torch.get_num_threads()
+    progress.say(f"loading {source.name} …")
+    model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, threads)
+    dense = None
+    if baseline is not None:
+        progress.say(f"loading {baseline.name} …")
+        dense = load_runtime(baseline, loading.choose_dtype(dtype, baseline, device), device, threads)
+    losses, dense_losses, divergences, agreements = [], [], [], []
+    for window in progress.track(list(windows), "evaluating", unit="windows"):
+        logits = model.logits(window.unsqueeze(0))[0, :-1]
+        losses.append(_cross_entropy(logits, window))
+        if dense is not None:
+            reference = dense.logits(window.unsqueeze(0))[0, :-1]
+            dense_losses.append(_cross_entropy(reference, window))
+            divergences.append(mean_kl(reference, logits))
+            agreements.append(top1_agreement(reference, logits))
+    mean, error = mean_and_standard_error(losses)
+    if not math.isfinite(mean):
+        raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
+    tasks = None
+    if settings.tasks:
+        answered = _answers(model, source, settings, progress)
+        tasks = zero_shot.score(answered, _answers(dense, baseline, settings, progress) if baseline else None)
+    return EvaluateResult(
+        model=source.name,
+        dataset=settings.dataset,
+        perplexity=_exp(mean),
+        perplexity_error=None if error is None else _exp(mean) * error,
+        cross_entropy=mean,
+        windows=len(windows),
+        predicted_tokens=windows.numel() - len(windows),
+        sequence_length=settings.sequence_length,
+        dtype=model.dtype,
+        provider=model.provider,
+        baseline_perplexity=_exp(sum(dense_losses) / len(dense_losses)) if dense_losses else None,
+        fidelity=Fidelity(_mean(divergences), _mean(agreements)) if dense else None,
+        zero_shot=tasks,
+    )
+
+
+def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
+    if settings.tasks and source.is_onnx:
+        raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
+    loading.check_length(source, settings.sequence_length)
+
+
+def _answers(
+    runtime: Any, source: ModelSource, settings: EvaluateSettings, progress: Progress
+) -> dict[str, tuple[str, list[float]]]:
+    progress.say(f"asking {source.name} …")
+    tokenizer = loading.load_tokenizer(source)
+    return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
+
+
+def mean_kl(reference: Tensor, logits: Tensor) -> float:
+    """Mean over tokens of KL(softmax(reference) ‖ softmax(logits)) in nats; both [tokens, vocabulary]."""
+    return float(kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True))
+
+
+def top1_agreement(reference: Tensor, logits: Tensor) -> float:
+    """Fraction of tokens whose most probable prediction is the same; both [tokens, vocabulary]."""
+    return float((reference.argmax(-1) == logits.argmax(-1)).double().mean())
+
+
+def mean_and_standard_error(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and the standard error of the mean (None for one value)."""
+    mean = _mean(values)
+    if len(values) < 2:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _cross_entropy(logits: Tensor, window: Tensor) -> float:
+    return float(cross_entropy(logits, window[1:]))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,4 @@
+"""The mathematics of pruning.
+
+Saliencies, patterns, allocations, refinements, updates. Tensors in, tensors out; no model, no I/O.
+"""

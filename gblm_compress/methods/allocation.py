@@ -1,0 +1,167 @@
+"""Allocation: which pattern and sparsity each layer gets.
+
+`allocate` lays down what the user asked for: one budget everywhere, and exceptions by layer name. `owl` and
+`sensitivities` find how much each layer should keep, from statistics of the dense model; `spread` turns that into
+budgets that keep as many weights in all as the uniform ones.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from gblm_compress.errors import UsageError
+from gblm_compress.methods.patterns import DENSE, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OUTLIER = 5.0
+"""A weight is an outlier where its score exceeds the mean of its block this many times (OWL's M)."""
+
+_BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one layer may keep.
+
+    Attributes:
+        pattern: which weights compete.
+        sparsity: fraction of zeros.
+    """
+
+    pattern: Pattern
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Override:
+    """An exception to the uniform allocation, for the layers whose full name matches `layers`."""
+
+    layers: str
+    budget: Budget
+
+
+def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, ...]) -> dict[str, Budget]:
+    """The budget of every layer; where several overrides match, the last one counts.
+
+    Raises:
+        UsageError: an override matches no layer.
+    """
+    names = list(names)
+    budgets = dict.fromkeys(names, uniform)
+    for override in overrides:
+        matches = [name for name in names if fnmatchcase(name, override.layers)]
+        if not matches:
+            raise UsageError(
+                f"override {override.layers!r} matches none of the pruned layers, for example {names[0]!r}"
+            )
+        budgets.update(dict.fromkeys(matches, override.budget))
+    return budgets
+
+
+def outlier_share(scores: "Sequence[Tensor]") -> float:
+    """The share of a block's weights whose score |W|·A exceeds `OUTLIER` times the mean over the block (the layerwise
+    outlier distribution of OWL, arXiv 2310.05175, section 3.2; "layer" there is the block with all its matrices).
+    """
+    weights = sum(score.numel() for score in scores)
+    mean = sum(float(score.double().sum()) for score in scores) / weights
+    return sum(int((score > OUTLIER * mean).sum()) for score in scores) / weights
+
+
+def owl(outlier_shares: dict[str, float], density: float, deviation: float) -> dict[str, float]:
+    """The fraction of weights that each layer keeps by OWL (arXiv 2310.05175, section 3.3, and its code).
+
+    The more outliers, the more is kept: densities are an affine image of the outlier shares, their highest and
+    lowest 2·`deviation` apart and their mean `density`.
+
+    Args:
+        outlier_shares: {layer name: outlier share of its block}.
+        density: fraction of weights to keep on average.
+        deviation: λ, published as 0.08.
+    """
+    low, high = min(outlier_shares.values()), max(outlier_shares.values())
+    scale = 2 * deviation / (high - low) if high > low else 0.0
+    raised = {name: (share - low) * scale for name, share in outlier_shares.items()}
+    mean = sum(raised.values()) / len(raised)
+    return {name: density + value - mean for name, value in raised.items()}
+
+
+class GlobalRanking:
+    """How many of each layer's weights are among the most important of the whole model, by |W|·G.
+
+    Layers are added one at a time and only a histogram of each is kept: 8192 bins of a 32nd of a power of two.
+    """
+
+    def __init__(self) -> None:
+        self._histograms: dict[str, Tensor] = {}
+
+    def add(self, name: str, score: "Tensor") -> None:
+        """Count the scores of a layer; any shape, not negative. A score of zero counts as the lowest."""
+        logarithms = score.flatten().float().log2().clamp(_LOWEST, _HIGHEST)
+        self._histograms[name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
+
+    def densities(self, density: float) -> dict[str, float]:
+        """The fraction of each layer that a single threshold keeps, set so that `density` of all weights survive."""
+        total = sum(self._histograms.values())
+        above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
+        first = int((above >= density * above[0]).sum()) - 1
+        # The bin of the threshold is kept in part, in every layer the same part.
+        part = float((density * above[0] - (above[first] - total[first])) / total[first])  # type: ignore[index]
+        return {
+            name: float((histogram[first + 1 :].sum() + part * histogram[first]) / histogram.sum())
+            for name, histogram in self._histograms.items()
+        }
+
+
+def spread(
+    budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float], deviation: float
+) -> dict[str, Budget]:
+    """Budgets that follow `densities` and keep in all what `budgets` do.
+
+    Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
+    right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
+    above; at 2:4 with the usual deviation that leaves every layer at 2.
+
+    Args:
+        budgets: {name: budget before}, of the layers that take part, all of one pattern.
+        sizes: {name: weights of the layer}.
+        densities: {name: the fraction that it should keep}.
+        deviation: the largest change of a density.
+    """
+    wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
+    n_m = next(iter(budgets.values())).pattern.n_m
+    least, most = (1 / n_m[1], 1.0) if n_m is not None else (0.01, 0.99)
+
+    def limited(shift: float) -> dict[str, float]:
+        result = {}
+        for name, budget in budgets.items():
+            own = 1 - budget.sparsity
+            low, high = max(own - deviation, min(own, least)), min(own + deviation, max(own, most))
+            result[name] = min(max(densities[name] + shift, low), high)
+        return result
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(value * sizes[name] for name, value in limited(middle).items()) < wanted:
+            low = middle
+        else:
+            high = middle
+    chosen = limited(low)
+    if n_m is None:
+        return {name: Budget(budgets[name].pattern, 1 - chosen[name]) for name in budgets}
+    return _whole_groups(chosen, sizes, n_m[1], wanted)
+
+
+def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wanted: float) -> dict[str, Budget]:
+    """N:M of each layer, with Σ N/M · size as near to `wanted` as it can be without being above (largest remainder)."""
+    kept = {name: int(density * m + 1e-9) for name, density in densities.items()}
+    left = wanted * (1 + 1e-9) - sum(kept[name] / m * sizes[name] for name in kept)
+    for name in sorted(kept, key=lambda name: kept[name] - densities[name] * m):
+        if sizes[name] / m <= left and kept[name] < densities[name] * m:
+            kept[name] += 1
+            left -= sizes[name] / m
+    patterns = {name: Pattern(DENSE) if n == m else Pattern(f"{n}:{m}") for name, n in kept.items()}
+    return {name: Budget(pattern, pattern.sparsity(None)) for name, pattern in patterns.items()}

@@ -1,0 +1,131 @@
+"""Updates: what happens to the weights that survive. Pure functions on one layer.
+
+All take the dense weight W [out_features, in_features] in float32 and the Gram matrix H [in_features, in_features]
+of the layer's input, and return the new weight with exact zeros outside the mask.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gblm_compress.methods.gram import DAMPING, damped, inverse_factor
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.zeros import keep_only
+
+COLUMNS = 128
+"""Columns between two propagations of the accumulated error to the rest of the matrix."""
+
+
+def obs(weight: Tensor, keep: Tensor, gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
+
+    Column by column, what pruning a weight does to the output is undone as well as the columns to its right can.
+
+    Args:
+        weight: W [out_features, in_features].
+        keep: mask of any saliency, True = keep.
+        gram: H.
+
+    Returns:
+        [out_features, in_features].
+    """
+    return _propagate(weight, inverse_factor(gram, damping), lambda start, end, current: keep[:, start:end], 1)[0]
+
+
+def sparsegpt(
+    weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT whole (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are being updated.
+
+    The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
+    for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
+
+    Returns:
+        The new weight and the mask, True = keep; both [out_features, in_features].
+    """
+    factor = inverse_factor(gram, damping)
+    # Damping alone would make an input that is always zero look as powerful as it is itself.
+    sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
+
+    def choose(start: int, end: int, current: Tensor) -> Tensor:
+        return pattern.mask((current * sharpness[start:end]).square(), current, sparsity, before=start)
+
+    step = pattern.n_m[1] if pattern.n_m is not None else COLUMNS
+    return _propagate(weight, factor, choose, step)
+
+
+def _propagate(
+    weight: Tensor, factor: Tensor, choose: Callable[[int, int, Tensor], Tensor], step: int
+) -> tuple[Tensor, Tensor]:
+    """The blocked algorithm: `choose` gives the mask of columns start … end from their values at that moment.
+
+    Args:
+        step: for how many columns at a time a mask is chosen.
+    """
+    result = weight.clone()
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    columns = weight.shape[1]
+    width = step * max(1, COLUMNS // step)
+    for left in range(0, columns, width):
+        right = min(left + width, columns)
+        errors = result.new_zeros(weight.shape[0], right - left)
+        for column in range(left, right):
+            if (column - left) % step == 0:
+                end = min(column + step, right)
+                mask[:, column:end] = choose(column, end, result[:, column:end])
+            error = torch.where(mask[:, column], 0.0, result[:, column]) / factor[column, column]
+            result[:, column:right] -= error.unsqueeze(1) * factor[column, column:right]
+            errors[:, column - left] = error
+        result[:, right:] -= errors @ factor[left:right, right:]
+    return keep_only(result, mask), mask
+
+
+def least_squares(
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    damping: float = DAMPING,
+    tolerance: float = 1e-2,
+    max_iterations: int = 100,
+) -> Tensor:
+    """The surviving weights that minimise the layer's reconstruction error for a given mask.
+
+    Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
+    (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
+    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
+    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
+
+    Args:
+        weight: W [out_features, in_features].
+        keep: mask, True = keep.
+        gram: H.
+        damping: λ in shares of the mean of H's diagonal.
+
+    Returns:
+        [out_features, in_features].
+    """
+    hessian = damped(gram, damping)
+    inverse_diagonal = hessian.diagonal().reciprocal()
+    mask = keep.to(weight.dtype)
+    solution = weight * mask
+    residual = (weight - solution) @ hessian * mask
+    direction = residual * inverse_diagonal
+    product = (residual * direction).sum(1)
+    goal = tolerance**2 * product
+    for _ in range(max_iterations):
+        active = product > goal
+        if not active.any():
+            break
+        image = direction @ hessian * mask
+        curvature = (direction * image).sum(1)
+        # A row that is done stands still; without the guard its 0/0 would be NaN.
+        length = torch.where(active, product / curvature.clamp_min(torch.finfo(weight.dtype).tiny), 0.0).unsqueeze(1)
+        solution += length * direction
+        residual -= length * image
+        preconditioned = residual * inverse_diagonal
+        new_product = (residual * preconditioned).sum(1)
+        ratio = new_product / product.clamp_min(torch.finfo(weight.dtype).tiny)
+        direction = preconditioned + ratio.unsqueeze(1) * direction
+        product = new_product
+    return solution

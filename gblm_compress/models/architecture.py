@@ -1,0 +1,202 @@
+"""Where a transformers decoder keeps the weights that pruning is for: its blocks and their linear layers.
+
+Nothing here knows a model by name. A decoder is a model with a `ModuleList` of blocks; what is pruned are
+the `Linear` and `Conv1D` modules inside them, so that embeddings, heads and norms are out of reach.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.methods.zeros import is_finite
+
+# Routers decide which expert runs; a pruned one changes the model's wiring, not its precision. A router is told by the
+# name or the class of any module on the way to a layer: Hunyuan's is `mlp.gate.wg` in a HunYuanMoEV1Gate, JetMoe's
+# `mlp.router.layer` in a JetMoeTopKGating. A `gate_proj` is an ordinary layer.
+_ROUTER_NAME = re.compile(r".*router.*|gate|.*expert_gate")
+_ROUTER_CLASS = re.compile(r".*Router.*|.*TopK?Gat(e|ing)|.*MoE(V\d+)?Gate", re.IGNORECASE)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one weight matrix that can be pruned."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as [in_features, out_features], as GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)
+
+
+def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
+    """A tensor in the stored layout of the layer's weight, as [out_features, in_features], sharing its memory."""
+    return stored.T if is_transposed(module) else stored
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out_features, in_features], sharing its memory."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return as_matrix(module, weight)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this version of transformers calls the KV cache: `past_key_values`, or `cache` from 5.20 or so on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
+
+    Raises:
+        ModelError: there is none.
+    """
+
+    def linear_weights(module: nn.Module) -> int:
+        return sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m))
+
+    candidates = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    name = max(candidates, key=lambda name: linear_weights(candidates[name]), default=None)
+    if name is None or linear_weights(candidates[name]) == 0:
+        raise ModelError(
+            f"{type(model).__name__} has no prunable layer: no ModuleList of blocks with Linear or Conv1D "
+            "layers was found; decoders such as Llama, Mistral, Qwen, GPT-2 and OPT have one"
+        )
+    return name, list(candidates[name])
+
+
+def prunable_layers(
+    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
+) -> list[dict[str, nn.Module]]:
+    """The layers to prune, block by block, as {full name: module} in the model's order.
+
+    Args:
+        model: a decoder.
+        targets: shell-style patterns over full module names; a layer must match one.
+        ignore: patterns whose matches are left alone, beside the routers, which always are.
+
+    Raises:
+        UsageError: a pattern matches no weight of the model.
+        ModelError: nothing is left to prune.
+    """
+    prefix, blocks = find_blocks(model)
+    weighted = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    for option, patterns in (("targets", targets), ("ignore", ignore)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in weighted):
+                raise UsageError(
+                    f"{option} pattern {pattern!r} matches no module of the model; "
+                    f"its layers are named like {prefix + '.0.' + _first_linear(blocks[0])!r} "
+                    "(* stands for any text)"
+                )
+    wanted = {name for name, _, reason in linear_weights(model, targets, ignore) if reason is None}
+    layers = [
+        {
+            full_name: module
+            for name, module in block.named_modules()
+            if (full_name := f"{prefix}.{index}.{name}") in wanted
+        }
+        for index, block in enumerate(blocks)
+    ]
+    if not any(layers):
+        raise ModelError(
+            f"no prunable layer is left: targets {list(targets)} less ignore {list(ignore)} selects none of the "
+            f"Linear or Conv1D layers in {prefix}"
+        )
+    return layers
+
+
+def linear_weights(
+    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
+) -> list[tuple[str, int, str | None]]:
+    """Every weight by which the model multiplies its hidden states, as (name, number of weights, why it is not pruned).
+
+    The reason is None for the layers that are pruned, unless an override or the allocation leaves one dense. Names are
+    those of layers, or of parameters where no layer of its own holds the weight (fused experts, routers). Works on
+    models whose parameters are on the meta device.
+
+    Args:
+        targets: as for `prunable_layers`.
+        ignore: as for `prunable_layers`.
+    """
+    prefix, _ = find_blocks(model)
+    head, embedding = _head_and_embedding(model)
+
+    def reason(name: str, module: nn.Module) -> str | None:
+        if module is head:
+            return "embedding tied" if embedding is not None and module.weight is embedding.weight else "head"
+        if not name.startswith(prefix + "."):
+            return "outside the blocks"
+        if _is_router(model, name):
+            return "router"
+        if not is_linear(module):
+            return f"layer of type {type(module).__name__}"
+        if not any(fnmatchcase(name, pattern) for pattern in targets):
+            return "not targeted"
+        matches = (pattern for pattern in ignore if fnmatchcase(name, pattern))
+        return next((f"ignored by pattern {pattern!r}" for pattern in matches), None)
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found.append((name, module.weight.numel(), reason(name, module)))
+        else:
+            found += [
+                (f"{name}.{parameter_name}", parameter.numel(), why)
+                for parameter_name, parameter, why in _bare_matrices(model, name, module)
+            ]
+    return found
+
+
+def _head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The layer that makes logits and the embedding of tokens, where the model says which they are."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None, None
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def _bare_matrices(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """The matrices that a module holds itself, with why they are not pruned: experts in one tensor, and routers."""
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if "bias" in parameter_name or parameter.dim() < 2:
+            continue
+        if _is_router(model, name):
+            yield parameter_name, parameter, "router"
+        elif "expert" in name.rpartition(".")[2] or "Expert" in type(module).__name__:
+            yield parameter_name, parameter, f"fused experts ({parameter.dim()}-D parameter)"
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether the module called `name` is a router or part of one."""
+    module = model
+    for part in name.split("."):
+        module = module.get_submodule(part)
+        if _ROUTER_NAME.fullmatch(part) or _ROUTER_CLASS.fullmatch(type(module).__name__):
+            return True
+    return False
+
+
+def _first_linear(block: nn.Module) -> str:
+    return next((name for name, module in block.named_modules() if is_linear(module)), "…")
+
+
+def check_finite(name: str, what: str, values: Tensor) -> None:
+    """Raises:
+    ModelError: `values` hold NaN or infinity; the message names the layer.
+    """
+    if not is_finite(values):
+        bad = int((~torch.isfinite(values)).sum())
+        advice = (
+            "the checkpoint is damaged"
+            if what == "weights"
+            else "compute in a wider range with --dtype float32 (or bfloat16 instead of float16)"
+        )
+        raise ModelError(f"{name}: {bad} of {values.numel()} {what} are NaN or infinite; {advice}")

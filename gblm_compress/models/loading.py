@@ -1,0 +1,213 @@
+"""Models and tokenizers in memory, devices and dtypes.
+
+Pickled weights are never loaded and code that ships with a model is never run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
+from gblm_compress.models.files import GRAPH
+from gblm_compress.models.source import ModelSource
+
+_SAMPLE = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
+
+
+def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
+    """The causal language model in eval mode on `device`.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a sparse folder's.
+        device: "cpu", "cuda", "cuda:1", …
+
+    Raises:
+        ModelError: the folder is no causal language model, or its weights do not load completely.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_causal_lm(source)
+    if source.is_sparse:
+        dtype = "auto"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for bad files
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"model {source.name!r}: cannot be loaded ({first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
+            f"first {missing[0]!r}; it is incomplete or of another architecture than config.json says"
+        )
+    return model.eval().to(device)
+
+
+def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
+    """The causal language model in eval mode with its parameters on the meta device; its buffers are real.
+
+    Args:
+        dtype: as for `load_model`.
+
+    Raises:
+        ModelError: the folder is no causal language model.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_causal_lm(source)
+    dtype = stored_dtype(source) if dtype == "auto" else dtype
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+        model.tie_weights()  # making it empty has untied it
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
+    return model.eval().requires_grad_(False)
+
+
+def check_model(source: ModelSource, verb: str) -> None:
+    """Raises:
+    ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it holds no
+        causal language model.
+    """
+    original = f"{verb} the Hugging Face folder that it was made from"
+    if source.is_sparse:
+        raise ModelError(f"model {source.name!r} is an export; {original}")
+    if source.is_onnx:
+        raise ModelError(
+            f"model {source.name!r} is an export, for it holds {GRAPH}; {original}, or remove that file if it does not "
+            "belong there"
+        )
+    check_causal_lm(source)
+
+
+def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
+    """Raises:
+    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some.
+    """
+    positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
+    scaled = rotary.get("rope_type", rotary.get("type", "default")) != "default"
+    if positions and tokens > positions and not scaled:
+        raise UsageError(
+            f"model {source.name!r} has {positions} positions; {what} is {tokens}, give {positions} or less"
+        )
+
+
+def check_causal_lm(source: ModelSource) -> None:
+    """Ask optimum's TasksManager which task the model's class is for.
+
+    Raises:
+        ModelError: it is no causal language model, or its class is not known.
+    """
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    if source.is_onnx:
+        raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
+    for architecture in source.config.get("architectures") or []:
+        model_class = getattr(transformers, architecture, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise ModelError(
+                f"model {source.name!r}: transformers {transformers.__version__} does not know the architecture "
+                f"{architecture}; custom code that ships with a model is not run"
+            )
+        try:
+            task = TasksManager.infer_task_from_model(model_class)
+        except ValueError:  # the name fits none of its tasks
+            task = "no task that optimum knows"
+        if task != "text-generation":
+            raise ModelError(f"model {source.name!r}: {architecture} is for {task}; a causal language model is needed")
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer beside the model.
+
+    Raises:
+        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are
+            missing, transformers makes an empty one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        known = set(tokenizer(_SAMPLE, verbose=False)["input_ids"]) - set(tokenizer.all_special_ids)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
+        raise ModelError(
+            f"model {source.name!r}: its tokenizer knows no word of {_SAMPLE!r}; its tokenizer files are missing or do "
+            "not fit: put those of the original model (tokenizer.json, say) into the folder"
+        )
+    return tokenizer
+
+
+def vocabulary_of(source: ModelSource) -> int:
+    """How many tokens a model has embeddings for, by its config and the defaults of its architecture.
+
+    Raises:
+        ModelError: the config does not load, or names no vocabulary.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        return int(config.get_text_config().vocab_size)
+    except Exception as error:  # as in load_model
+        raise ModelError(f"model {source.name!r}: its config names no vocabulary ({first_line(error)})") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer so that older transformers, optimum-onnx and onnxruntime-genai read it too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = tokenizer.model_input_names  # theirs includes token_type_ids
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def choose_device(requested: str) -> str:
+    """ "auto" becomes "cuda" where there is one, else "cpu"; anything else is checked.
+
+    Raises:
+        MissingDependencyError: a CUDA device is asked for and torch finds none.
+        UsageError: the device is of no known kind.
+    """
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(requested).type
+    except RuntimeError as error:
+        raise UsageError(f"device {requested!r} is not known; give auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MissingDependencyError(
+            f"device {requested!r} was asked for, but torch {torch.__version__} finds no CUDA device; "
+            "give --device cpu, or see `gblm-compress doctor`"
+        )
+    return requested
+
+
+def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
+    """The dtype to compute in: what was asked for; by default float32 on a CPU, the checkpoint's own elsewhere."""
+    if requested != "auto":
+        return requested
+    return "float32" if device == "cpu" else stored_dtype(source)
+
+
+def stored_dtype(source: ModelSource) -> str:
+    """The dtype of the checkpoint, as config.json states it; float32 where it does not."""
+    return source.config.get("dtype") or source.config.get("torch_dtype") or "float32"

@@ -1,0 +1,373 @@
+"""The manifest of a folder that this program made: what was done, from what, and what its tensors must look like.
+
+`write` and `write_export` put `gblm_manifest.json` and a model card into a folder; `verify` reopens a pruned folder and
+holds every pruned tensor against the manifest. Nothing in it depends on the time of day: same seed, same bytes.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from jinja2 import Environment
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+import gblm_compress
+from gblm_compress.errors import ModelError, UsageError, VerificationError, first_line
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
+from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
+from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.files import weight_files
+from gblm_compress.models.source import ModelSource
+from gblm_compress.printing import printable
+from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.records import read_json
+
+PACKAGES = ("torch", "transformers", "safetensors")
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Layer(BaseModel):
+    """A pruned layer, as the manifest states it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    pattern: str
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+    nonzeros: _Count
+    transposed: bool
+
+
+class _LeftDense(BaseModel):
+    """Linear weights that were not pruned, as the manifest states them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    weights: _Count
+    reason: str
+
+
+class _Calibration(CalibrationSettings):
+    """The text that statistics were measured on."""
+
+    fingerprint: str
+
+
+class _Base(BaseModel):
+    """The model that a folder was made from."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What is read again of a manifest, with the types it must have."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: Literal["pruned", "export"]
+    base_model: _Base
+    layers: dict[str, _Layer] = {}
+    left_dense: dict[str, _LeftDense] = {}
+    prune: PruneSettings | None = None
+    calibration: _Calibration | None = None
+
+    @model_validator(mode="after")
+    def _pruned_layers_are_listed(self) -> Self:
+        if (self.kind == "pruned" or self.prune) and not (self.layers and self.prune):
+            raise ValueError("what is pruned has its settings and its layers listed")
+        return self
+
+
+_PROVENANCE = """
+| | |
+| --- | --- |
+| saliency | {{ settings.method }} |
+| pattern | {{ settings.pattern }} |
+{% if settings.allocation != "uniform" -%}
+| allocation | {{ settings.allocation }} |
+{% endif -%}
+{% if settings.refine != "none" -%}
+| refinement of the mask | {{ settings.refine }} |
+{% endif -%}
+{% if settings["update"] != "none" -%}
+| update of the survivors | {{ settings["update"] }} |
+{% endif -%}
+{% if settings.distillation_epochs -%}
+| distillation | at most {{ settings.distillation_epochs }} passes over the calibration text |
+{% endif -%}
+{% if settings.method in ("gblm", "gradient") -%}
+| gradient norm | {{ settings.gradient_norm }} |
+{% endif -%}
+{% if settings.method == "gblm" -%}
+| alpha | {{ settings.alpha }} |
+{% endif -%}
+{% if calibration -%}
+| calibration | {{ calibration.samples }} samples of {{ calibration.sequence_length }} tokens, \
+seed {{ calibration.seed }} |
+{% endif -%}
+| pruned layers | {{ layers | length }}, with {{ "%.1f" % (100 * share) }} % of all linear weights |
+| nonzeros in them | {{ "{:,}".format(nonzeros) }} of {{ "{:,}".format(weights) }} |
+| left dense | {{ dense or "no linear layer" }} |
+"""
+
+_HEAD = """---
+base_model: {{ base | tojson }}
+library_name: {{ library }}
+tags: [pruned, sparse, gblm-compress]
+---
+# {{ title }}
+"""
+
+_PRUNED_CARD = (
+    _HEAD
+    + """
+{{ base }} with {{ "%.1f" % (100 * zeros) }} % of the weights in its {{ layers | length }} pruned layers set to zero \
+by gblm-compress {{ version }}, without retraining on anything but the calibration text.
+"""
+    + _PROVENANCE
+    + """
+The weights are stored dense; `AutoModelForCausalLM.from_pretrained` loads this folder as it is. Every parameter, the
+fingerprint of the calibration text and the nonzeros of each layer are in `gblm_manifest.json`.
+"""
+)
+
+_EXPORT_CARD = (
+    _HEAD
+    + """
+{{ base }}{{ ", pruned and" if settings else "," }} exported as {{ format }} in {{ dtype }} by gblm-compress \
+{{ version }}.
+
+```python
+{{ loading }}
+```
+{% if settings %}"""
+    + _PROVENANCE
+    + """{% endif %}
+What was exported, and what verification found, is in `gblm_manifest.json`.
+"""
+)
+
+
+def write(
+    folder: Path,
+    *,
+    source: ModelSource,
+    settings: dict[str, Any],
+    calibration: dict[str, Any] | None,
+    compute: dict[str, str],
+    layers: dict[str, dict[str, Any]],
+    left_dense: dict[str, dict[str, Any]],
+) -> None:
+    """Write the manifest and the model card of a pruned folder.
+
+    Args:
+        layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
+        left_dense: {name: {"weights", "reason"}} of all other linear weights.
+    """
+    content = {
+        "kind": "pruned",
+        "gblm_compress": gblm_compress.__version__,
+        "base_model": _base_model(source),
+        "source_sha256": source.fingerprint,
+        "prune": settings,
+        "calibration": calibration,
+        "compute": compute,
+        "versions": {package: version(package) for package in PACKAGES},
+        "layers": layers,
+        "left_dense": left_dense,
+    }
+    title = f"{_short(content)}, {settings['method']}, {settings['pattern']}"
+    _write(folder, content, _PRUNED_CARD, "transformers", title)
+
+
+def write_export(
+    folder: Path, *, source: ModelSource, format: str, dtype: str, loading: str, checks: dict[str, Any]
+) -> None:
+    """Write the manifest and the model card of an export; both carry on what the source's manifest says.
+
+    Args:
+        loading: the lines of Python that load the folder, for the card.
+        checks: what verification found.
+    """
+    pruned = read(source.folder) if is_ours(source.folder) else {}
+    content: dict[str, Any] = {
+        "kind": "export",
+        "gblm_compress": gblm_compress.__version__,
+        "format": format,
+        "dtype": dtype,
+        "base_model": _base_model(source),
+        "source_sha256": source.fingerprint,
+        "checks": checks,
+        "versions": {package: version(package) for package in PACKAGES},
+        **{key: pruned[key] for key in ("prune", "calibration", "layers", "left_dense") if key in pruned},
+    }
+    library = "onnx" if format == "onnx" else "transformers"
+    _write(folder, content, _EXPORT_CARD, library, f"{_short(content)}, {format}", loading=loading)
+
+
+def _write(folder: Path, content: dict[str, Any], card: str, library: str, title: str, **more: str) -> None:
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    layers: dict[str, dict[str, Any]] = content.get("layers", {})
+    left_dense: dict[str, dict[str, Any]] = content.get("left_dense", {})
+    nonzeros = sum(layer["nonzeros"] for layer in layers.values())
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+    total = weights + sum(dense["weights"] for dense in left_dense.values())
+    text = Environment(finalize=_plain).from_string(card).render(
+        base=printable(content["base_model"]["name"]),
+        title=title,
+        library=library,
+        version=gblm_compress.__version__,
+        settings=content.get("prune"),
+        calibration=content.get("calibration"),
+        format=content.get("format"),
+        dtype=content.get("dtype"),
+        layers=layers,
+        nonzeros=nonzeros,
+        weights=weights,
+        share=weights / total if total else 0.0,
+        dense=reasons(left_dense),
+        zeros=1 - nonzeros / weights if weights else 0.0,
+        **{name: Markup(code) for name, code in more.items()},
+    )  # fmt: skip
+    (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    """Text from outside as a card shows it: one line, neither Markdown nor HTML. Code of our own stays as it is."""
+    if type(value) is not str:
+        return value
+    return _MARKDOWN.sub(r"\\\1", printable(value)).replace("<", "&lt;")
+
+
+_MARKDOWN = re.compile(r"([\\`|\[\]])")
+
+
+def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
+    """What was left dense and why, in words: how many layers and weights for each reason."""
+    layers: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for dense in left_dense.values():
+        layers[dense["reason"]] += 1
+        weights[dense["reason"]] += dense["weights"]
+    return "; ".join(
+        f"{reason}: {count} layer{'s' * (count > 1)}, {weights[reason]:,} weights" for reason, count in layers.items()
+    )
+
+
+def _base_model(source: ModelSource) -> dict[str, str]:
+    """The dense model that everything started from: its fingerprint, and its hub id or the name of its folder.
+
+    Where it lies on this machine's disk is nobody else's business.
+    """
+    if is_ours(source.folder):
+        base: dict[str, str] = read(source.folder)["base_model"]
+        return base
+    name = source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
+    return {"name": name, "sha256": source.fingerprint}
+
+
+def _short(content: dict[str, Any]) -> str:
+    name: str = content["base_model"]["name"]
+    return name.rpartition("/")[2]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder carries a manifest."""
+    return (folder / MANIFEST).exists()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a pruned or exported folder.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    try:
+        content = read_json(folder / MANIFEST)
+        _Manifest.model_validate(content)
+        for layer in content.get("layers", {}).values():
+            Pattern(layer["pattern"])
+        return content
+    except FileNotFoundError as error:
+        raise ModelError(f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`") from error
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({where}: {fault['msg']})") from error
+    except (OSError, ValueError, UsageError) as error:
+        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({first_line(error)})") from error
+
+
+def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
+    """The layers that pruning touched; without a manifest, all that it would touch by default.
+
+    Raises:
+        ModelError: the manifest is damaged, or names what is no linear layer of that shape in the model.
+    """
+    if not is_ours(source.folder):
+        return [name for block in prunable_layers(model) for name in block]
+    modules, layers = dict(model.named_modules()), read(source.folder)["layers"]
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if module is None or not is_linear(module) or list(weight_matrix(module).shape) != layer["shape"]:
+            raise ModelError(
+                f"{str(source.folder)!r}: {MANIFEST} lists {name!r} with shape {layer['shape']}, and the model has no "
+                "such linear layer; the manifest belongs to another model"
+            )
+    return list(layers)
+
+
+def verify(folder: Path) -> None:
+    """Reopen a pruned folder and check each pruned tensor against its pattern and its manifest.
+
+    Raises:
+        VerificationError: a tensor is missing, breaks its pattern, has another number of nonzeros, or holds
+            -0.0, NaN or infinity; the message names it.
+    """
+    layers = read(folder)["layers"]
+    seen = set()
+    for name, tensor in tensors(folder):
+        layer = name.removesuffix(".weight")
+        if layer not in layers or layer == name:
+            continue
+        seen.add(layer)
+        _verify_tensor(name, tensor, layers[layer])
+    if missing := sorted(set(layers) - seen):
+        raise VerificationError(f"{missing[0]}.weight: the manifest lists it, but no tensor of that name was saved")
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a model's safetensors files, one at a time.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    for path in weight_files(folder):
+        for name in keys(path):
+            yield name, read_tensor(path, name)
+
+
+def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:
+    shape = tuple(layer["shape"])
+    if layer["transposed"]:
+        tensor = tensor.T
+    if tensor.shape != shape:
+        raise VerificationError(f"{name}: saved with shape {tuple(tensor.shape)}, the manifest says {shape}")
+    if not is_finite(tensor):
+        raise VerificationError(f"{name}: holds NaN or infinite values")
+    if has_negative_zeros(tensor):
+        raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
+    if violation := Pattern(layer["pattern"]).first_violation(tensor):
+        raise VerificationError(f"{name}: breaks pattern {layer['pattern']} at {violation}")
+    if (nonzeros := count_nonzeros(tensor)) != layer["nonzeros"]:
+        raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {layer['nonzeros']}")

@@ -1,0 +1,78 @@
+"""A model as the user named it, and the local folder that holds it."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gblm_compress.models import files
+from gblm_compress.models.files import GRAPH, SPARSE_METHOD
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as the user named it, and the local folder that holds it."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The folder's config.json.
+
+        Raises:
+            ModelError: there is none, or it is damaged.
+        """
+        return files.read_config(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of the files that make the model.
+
+        Raises:
+            ModelError: a file of the model is missing or damaged.
+        """
+        digest = hashlib.sha256()
+        for path in files.files_of(self.folder):
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the folder is an ONNX export rather than a model for torch."""
+        return (self.folder / GRAPH).exists()
+
+    @property
+    def needs_operator(self) -> bool:
+        """Whether the ONNX export runs on this package's operator for ONNX Runtime (`export --kernels`)."""
+        import onnx
+
+        graph = onnx.load(self.folder / GRAPH, load_external_data=False)
+        return any(opset.domain == "gblm" for opset in graph.opset_import)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the folder is a sparse checkpoint (`export --format bitmask` or `semi-structured`)."""
+        return self._quantization.get("quant_method") == SPARSE_METHOD
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether only CUDA has kernels for the layout of the folder (`export --format semi-structured`)."""
+        return self.is_sparse and self._quantization.get("layout") == "sparse24"
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        return self.config.get("quantization_config") or {}
+
+    @property
+    def is_export(self) -> bool:
+        """Whether the folder was exported from a pruned one, in a dtype of its own."""
+        return self.is_onnx or self.is_sparse
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
+        return files.bytes_of(self.folder)

@@ -1,0 +1,112 @@
+"""Distillation: all surviving weights fitted at once, so that the pruned model predicts what the dense one does."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import kl_div
+
+from gblm_compress.calibration.blocks import only_requires_grad
+from gblm_compress.errors import ModelError
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.fitting import Fit, fit
+from gblm_compress.pruning.reconstruction import autocast, write_
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass once the input of the head is known."""
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, samples: Sequence[Tensor], progress: Progress) -> list[Tensor]:
+    """What goes into the model's head for every sample, each [1, length, hidden size].
+
+    From the dense model these are its predictions at a hundredth of the size: the head is never pruned.
+
+    Raises:
+        ModelError: the model has no head.
+    """
+    found: list[Tensor] = []
+
+    def stop(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _HeadReached
+
+    hook = _head(model).register_forward_pre_hook(stop)
+    try:
+        for ids in progress.track(samples, "dense predictions", unit="samples"):
+            try:
+                model(input_ids=ids, use_cache=False)
+            except _HeadReached:
+                continue
+    finally:
+        hook.remove()
+    return found
+
+
+def distil_(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    samples: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    epochs: int,
+    rate: float,
+    compute: str,
+    progress: Progress,
+) -> Fit:
+    """Fit the surviving weights of all layers by Adam, in place: the mean KL(dense ‖ pruned) over tokens is the loss.
+
+    Args:
+        model: a pruned causal language model.
+        layers: {full name: pruned layer}.
+        samples: token ids, each [1, length].
+        teacher: `head_inputs` of the dense model for the same samples.
+        epochs, rate, compute: as for `reconstruction.reconstruct_`.
+
+    Returns:
+        The mean KL divergence on held-out samples in nats per token, before and after.
+    """
+    head = _head(model)
+    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach() for name in layers}
+
+    def loss(masters: dict[str, Tensor], index: int) -> Tensor:
+        student = {key: master.to(weights[key].dtype) for key, master in masters.items()}
+        with autocast(samples[index].device, compute), _beside(head, teacher[index]):
+            output = functional_call(model, student, kwargs={"input_ids": samples[index], "use_cache": False})
+        predicted, target = (logits.float().log_softmax(-1) for logits in output.logits)
+        return kl_div(predicted, target.detach(), reduction="batchmean", log_target=True)
+
+    with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:
+        fitted, result = fit(weights, loss, len(samples), epochs=epochs, rate=rate, step_done=advance)
+    write_(weights, fitted)
+    return result
+
+
+@contextmanager
+def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Let the head put its output for other inputs beside its own, as a second sample, so that what a model does to
+    its logits behind the head (a scale, a cap) is done to both.
+    """
+
+    def append(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = module.forward(inputs)
+        return torch.cat([output, other])
+
+    hook = head.register_forward_hook(append)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _head(model: nn.Module) -> nn.Module:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output head; distillation needs a model that predicts tokens")
+    return head

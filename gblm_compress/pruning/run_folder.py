@@ -1,0 +1,225 @@
+"""The folder of a run that is under way: what is finished lies here, durable, until the output is whole.
+
+.OUTPUT.pruning/
+    run.json                 what the run is: settings, text, model; and the budgets once they are known
+    gradients-7.safetensors  gradient norms of block 7, until it is pruned
+    block-7.safetensors      the pruned weights of block 7, in the dtype of computation
+    distilled-7.safetensors  those after the distillation
+    states/                  hidden states that found no room in memory; worthless after an interruption
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Strict
+from torch import Tensor
+
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
+from gblm_compress.storage import records
+
+IDENTITY = "run.json"
+_TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
+_PASSING = re.compile(  # hidden states, and what is written aside
+    r"states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|\.gblm-[0-9a-f]{16}\.partial-.*"
+)
+
+
+class _Record(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    identity: dict[str, Any]
+    budgets: dict[str, Annotated[tuple[str, float], Strict(False)]] | None = None  # a list in JSON
+    distilled: bool = False
+
+
+def path_of(output: Path) -> Path:
+    """The run folder of an output folder: hidden, beside it."""
+    return output.with_name(f".{output.name}.pruning")
+
+
+class RunFolder:
+    """Finished work of a run. Only the first rank writes; the others wait for it.
+
+    Attributes:
+        resumed: whether it goes on with what was there.
+        damaged: the files of it that no longer hold what was written; they are gone, and their work is done again.
+
+    Args:
+        folder: need not exist.
+        identity: everything that decides the outcome, as JSON can hold it.
+        resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
+        ranks: the processes of the run; all of them see the folder.
+
+    Raises:
+        UsageError: what is there belongs to a run with another identity, cannot be read, or is not of a run at all.
+        OutputError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
+        self.folder, self._ranks = folder, ranks
+        self.states = folder / "states" / str(ranks.rank)
+        known = self._read(resume)
+        same = known is not None and known.identity == identity
+        self.resumed = same and resume is not False
+        if known and resume and not same:
+            changed = [key for key in identity if known.identity.get(key) != identity[key]]
+            raise UsageError(
+                f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "
+                "then, or leave out --resume to start anew"
+            )
+        # What is there is asked now, and kept up in memory: later the first rank may be ahead of the others by a file.
+        files = self._own_files() if self.resumed else []
+        self.damaged = [path.name for path in files if not is_intact(path)]
+        self._files = {path.stem for path in files if path.name not in self.damaged}
+        self._record = known if known and self.resumed else _Record(identity=identity)
+        if any(name.startswith("distilled") for name in self.damaged):
+            self._record.distilled = False
+        ranks.wait()  # before the first rank changes anything
+        try:
+            if ranks.is_first:
+                if not self.resumed:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir(parents=True)
+                for name in self.damaged:
+                    (folder / name).unlink()
+                shutil.rmtree(folder / "states", ignore_errors=True)
+            if self.resumed and not self.damaged:
+                ranks.wait()
+            else:
+                self._write()
+            self.states.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
+
+    @property
+    def bytes(self) -> int:
+        """What the finished work takes on the disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    @property
+    def budgets(self) -> dict[str, Budget] | None:
+        """The budget of each layer, once it was decided."""
+        stored = self._record.budgets
+        if stored is None:
+            return None
+        return {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
+
+    @budgets.setter
+    def budgets(self, budgets: dict[str, Budget]) -> None:
+        self._record.budgets = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
+        self._write()
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the finished blocks hold the weights of the distillation already."""
+        return self._record.distilled
+
+    def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
+        """Keep the gradient norms {layer name: G} of a block."""
+        self._save(f"gradients-{block}", norms)
+
+    def gradients(self, block: int) -> dict[str, Tensor]:
+        """The gradient norms of a block that `has_gradients`, else none."""
+        return self._load(f"gradients-{block}")
+
+    def has_gradients(self, block: int) -> bool:
+        """Whether the block's gradients were measured, or are not needed any more."""
+        return f"gradients-{block}" in self._files or self.has_finished(block)
+
+    def finish(self, block: int, weights: dict[str, Tensor]) -> None:
+        """Keep the final weights {layer name: weight in its stored layout} of a block."""
+        self._save(f"block-{block}", weights)
+        self._files.discard(f"gradients-{block}")
+        if self._ranks.is_first:
+            self._path(f"gradients-{block}").unlink(missing_ok=True)
+
+    def has_finished(self, block: int) -> bool:
+        """Whether the block is pruned."""
+        return f"block-{block}" in self._files
+
+    def finished(self, block: int) -> dict[str, Tensor]:
+        """The final weights of a finished block."""
+        return self._load(self._finished_name(block))
+
+    def layers(self, block: int) -> list[str]:
+        """The names of the layers of a finished block."""
+        return keys(self._path(self._finished_name(block)))
+
+    def finished_layer(self, block: int, name: str) -> Tensor:
+        """The final weight of one layer of a finished block."""
+        return read_tensor(self._path(self._finished_name(block)), name)
+
+    def finish_distilled(self, per_block: list[dict[str, Tensor]]) -> None:
+        """Keep the weights of all blocks after the distillation in place of those before: all of them, or none."""
+        for block, weights in enumerate(per_block):
+            self._save(f"distilled-{block}", weights)
+        self._record.distilled = True
+        self._write()
+
+    def remove(self) -> None:
+        """The run is over. No rank waits for another here: it may have failed, or be busy for long."""
+        if self._ranks.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _finished_name(self, block: int) -> str:
+        return f"{'distilled' if self.distilled else 'block'}-{block}"
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self._ranks.is_first:
+            save_durably(self._path(name), tensors)
+        self._files.add(name)
+        self._ranks.wait()
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        path = self._path(name)
+        return {key: read_tensor(path, key) for key in keys(path)} if name in self._files else {}
+
+    def _own_files(self) -> list[Path]:
+        """The files of tensors that are there.
+
+        Raises:
+            UsageError: something else lies in the folder, which would be lost with it.
+        """
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        files = [path for path in entries if _TENSORS.fullmatch(path.name)]
+        plain = [path for path in files if path.is_file() and not path.is_symlink()]
+        foreign = [p for p in entries if p not in plain and p.name != IDENTITY and not _PASSING.fullmatch(p.name)]
+        if foreign:
+            raise UsageError(
+                f"{str(self.folder)!r} is where finished blocks are kept, and holds {foreign[0].name!r}; move it away"
+            )
+        return files
+
+    def _read(self, resume: bool | None) -> _Record | None:
+        """What `run.json` says; None where there is none, or where it is damaged and nobody insists on going on."""
+        path, files = self.folder / IDENTITY, self._own_files()
+        try:
+            if not path.exists() and not files:
+                return None
+            record = _Record.model_validate(records.read_sealed(path))
+            for pattern, _ in (record.budgets or {}).values():
+                Pattern(pattern)
+            return record
+        except (OSError, ValueError, UsageError) as error:  # pydantic's ValidationError is a ValueError
+            if not resume:
+                return None
+            raise UsageError(
+                f"{str(path)!r} is missing or damaged, so that the interrupted run cannot be resumed; leave out "
+                "--resume to start anew"
+            ) from error
+
+    def _write(self) -> None:
+        if self._ranks.is_first:
+            records.write_sealed(self.folder / IDENTITY, self._record.model_dump(mode="json"))
+        self._ranks.wait()

@@ -1,0 +1,207 @@
+"""The report of a run: one table of dense against pruned, as rows for the terminal, `report.json` and a web page."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from gblm_compress.models.source import ModelSource
+from gblm_compress.printing import plain_figures, printable, printable_lines
+from gblm_compress.storage import records
+
+REPORT, PAGE = "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one runtime at one batch size; a field is None where it was not measured.
+
+    Attributes:
+        nonzero_fraction: of the weights in the pruned layers.
+        ttft_ms, tpot_ms: medians in milliseconds.
+        decode_verdict: the speed-up against dense in words.
+    """
+
+    model: str
+    runtime: str
+    dtype: str | None
+    batch: int | None
+    perplexity: float | None
+    perplexity_error: float | None
+    nonzero_fraction: float
+    bytes_on_disk: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    prefill_verdict: str | None
+    decode_verdict: str | None
+    peak_memory_bytes: int | None
+
+
+def rows(
+    dense: ModelSource,
+    pruned: ModelSource,
+    exports: list[ModelSource],
+    baselines: list[ModelSource],
+    prune_result: dict[str, Any],
+    evaluations: dict[str, dict[str, Any]],
+    measurements: list[dict[str, Any]],
+) -> list[Row]:
+    """The summary: every model and export, each batch size a row; dense first within a runtime."""
+    density = prune_result["nonzeros"] / prune_result["weights"]
+    result = []
+    ordered = [dense, pruned] + [b for b in baselines if b.is_onnx] + exports
+    for source in sorted(ordered, key=lambda s: (_runtime(s) != "torch", _runtime(s))):
+        is_dense = source in baselines
+        label = "dense" if source is dense else source.name
+        evaluation = evaluations.get(source.name)
+        perplexity = evaluation["perplexity"] if evaluation else None
+        error = evaluation["perplexity_error"] if evaluation else None
+        if source is dense and evaluations:
+            perplexity = next(iter(evaluations.values()))["baseline_perplexity"]
+        timed: list[Any] = [m for m in measurements if m["model"] == source.name] or [None]
+        for m in timed:
+            result.append(
+                Row(
+                    model=label,
+                    runtime=_runtime(source),
+                    dtype=m and m["dtype"],
+                    batch=m and m["batch"],
+                    perplexity=perplexity,
+                    perplexity_error=error,
+                    nonzero_fraction=1.0 if is_dense else density,
+                    bytes_on_disk=source.bytes_on_disk,
+                    ttft_ms=m and m["ttft_ms"]["median"],
+                    tpot_ms=m and m["tpot_ms"]["median"],
+                    prefill_verdict=m and m["prefill_speedup"] and m["prefill_speedup"]["verdict"],
+                    decode_verdict=m and m["decode_speedup"] and m["decode_speedup"]["verdict"],
+                    peak_memory_bytes=m and m["peak_memory_bytes"],
+                )
+            )
+    return result
+
+
+def _runtime(source: ModelSource) -> str:
+    if source.needs_cuda:
+        return "torch (CUDA)"
+    return "onnxruntime" if source.is_onnx else "torch"
+
+
+COLUMNS = (
+    "model", "runtime", "batch", "perplexity", "nonzero", "on disk", "TTFT ms", "TPOT ms", "decode against dense"
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, one cell for each of `COLUMNS`."""
+    perplexity = "" if row.perplexity is None else f"{row.perplexity:.2f}"
+    if row.perplexity_error is not None:
+        perplexity += f" ±{row.perplexity_error:.2f}"
+    return [
+        row.model,
+        row.runtime + (f" {row.dtype}" if row.dtype else ""),
+        "" if row.batch is None else str(row.batch),
+        perplexity,
+        f"{100 * row.nonzero_fraction:.1f} %",
+        decimal(row.bytes_on_disk),
+        "" if row.ttft_ms is None else f"{row.ttft_ms:.1f}",
+        "" if row.tpot_ms is None else f"{row.tpot_ms:.1f}",
+        row.decode_verdict or ("not timed" if row.tpot_ms is None else ""),
+    ]
+
+
+def table(summary: list[Row]) -> Table:
+    """The summary for a terminal."""
+    result = Table(*COLUMNS[:2])
+    for column in COLUMNS[2:8]:
+        result.add_column(column, justify="right")
+    result.add_column(COLUMNS[8])
+    for row in summary:
+        result.add_row(*cells(row))
+    return result
+
+
+def gate_table(gates: list[Any]) -> Table:
+    """The gates for a terminal."""
+    result = Table("gate", "of", "limit", "measured", "lower end", "holds")
+    for gate in gates:
+        holds = Text("yes") if gate.passed else Text("no", style="bold red")
+        low = "" if gate.low is None else f"{gate.low:.3f}"
+        result.add_row(gate.gate, gate.subject, f"{gate.limit:g}", f"{gate.measured:.3f}", low, holds)
+    return result
+
+
+def write(content: dict[str, Any], output: Path) -> None:
+    """Write `report.json` and the page made of it."""
+    records.write_text(output / REPORT, records.as_json(content))
+    summary = [Row(**row) for row in content["rows"]]
+    page = Environment(autoescape=True, finalize=_shown).from_string(_PAGE)
+    html = page.render(
+        columns=COLUMNS,
+        rows=[cells(row) for row in summary],
+        gates=content["gates"],
+        stages=content["stages"],
+        environment=content["environment"],
+        recipe=json.dumps(content["recipe"], indent=2),
+        plot=_plot(summary),
+    )
+    records.write_text(output / PAGE, html)
+
+
+def _shown(value: Any) -> Any:
+    """Text that every file can hold: names may have bytes that are no UTF-8."""
+    return printable_lines(value) if isinstance(value, str) else value
+
+
+@plain_figures()
+def _plot(summary: list[Row]) -> str | None:
+    """Decode latency as bars, one for each timed row, as base64 PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [row for row in summary if row.tpot_ms is not None]
+    if not timed:
+        return None
+    figure = Figure(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    labels = [f"{printable(row.model)}, {row.runtime}, batch {row.batch}" for row in timed]
+    colours = ["#888888" if row.decode_verdict is None else "#2a7de1" for row in timed]
+    bars = axis.barh(range(len(timed)), [row.tpot_ms or 0.0 for row in timed], color=colours)
+    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.set_yticks(range(len(timed)), labels)
+    axis.invert_yaxis()
+    axis.margins(x=0.1)
+    axis.set_xlabel("milliseconds per generated token (median); grey is dense")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>gblm-compress report</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; } 
+td, th { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; }
+.no { color: #b00; font-weight: bold; } pre { background: #f5f5f5; padding: 1rem; overflow: auto; }
+</style>
+<h1>gblm-compress report</h1>
+<table><tr>{% for c in columns %}<th>{{ c }}{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>{% endfor %}</table>
+{% if plot %}<img alt="decode latency" src="data:image/png;base64,{{ plot }}">{% endif %}
+{% if gates %}<h2>Gates</h2><table><tr><th>gate<th>of<th>limit<th>measured<th>lower end<th>holds</tr>
+{% for g in gates %}<tr><td>{{ g.gate }}<td>{{ g.subject }}<td>{{ g.limit }}<td>{{ "%.3f" % g.measured }}
+<td>{{ "" if g.low is none else "%.3f" % g.low }}
+<td{% if not g.passed %} class="no"{% endif %}>{{ "yes" if g.passed else "no" }}</tr>{% endfor %}</table>{% endif %}
+<h2>Stages</h2><table><tr><th>stage<th>seconds<th></tr>{% for s in stages %}
+<tr><td>{{ s.name }}<td>{{ "%.1f" % s.seconds }}<td>{{ "reused" if s.reused }}</tr>{% endfor %}</table>
+<h2>Conditions</h2><pre>{% for k, v in environment.items() %}{{ k }}: {{ v }}
+{% endfor %}</pre><h2>Recipe</h2><pre>{{ recipe }}</pre></html>
+"""

@@ -1,0 +1,99 @@
+"""Records of our own: JSON that is written whole or not at all, read within limits, and sealed where it is trusted."""
+
+import hashlib
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from gblm_compress.errors import OutputError
+
+SEAL = "sha256"  # key of a record: the hash of its other keys
+_LARGEST_JSON = 256 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: there is no such regular file, or it cannot be read.
+        ValueError: its content is no JSON object; the message says why.
+    """
+    if not path.is_file():  # never wait for a pipe or read a device
+        raise FileNotFoundError(f"{path.name} is missing or no regular file")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
+    try:
+        content = json.loads(path.read_bytes().decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file whole or not at all, whatever happens to process or machine."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(content)
+            to_disk(file)
+        rename_durably(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a record of our own as JSON, durably, with a hash of its content: see `read_sealed`."""
+    write_text(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of a record that `write_sealed` wrote.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not what was written, to the last value.
+    """
+    content = read_json(path)
+    if content.pop(SEAL, None) != _seal(content):
+        raise ValueError("its content is not that of which it states the hash")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def as_json(content: Any) -> str:
+    """JSON that every reader takes: what is not finite, a perplexity for instance, is null."""
+    return json.dumps(_finite(content), indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_disk(file: IO[Any]) -> None:
+    """Flush and fsync."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename within a folder, and fsync the folder before going on."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

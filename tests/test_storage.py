@@ -1,0 +1,305 @@
+"""Folders of results: whole or absent, written by one process at a time, replaced only if this program made them."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.storage import outputs, records
+from gblm_compress.storage.folders import MANIFEST, atomic_folder
+from gblm_compress.storage.outputs import check_output, check_workable, reserved, working_in
+from gblm_compress.storage.records import read_json, write_text
+
+
+def make(target: Path, content: str = "content", force: bool = False) -> None:
+    """A result as a stage makes it."""
+    with reserved(target, force), atomic_folder(target, force=force) as folder:
+        (folder / "file").write_text(content)
+        (folder / "file").chmod(0o600)
+        (folder / MANIFEST).write_text("{}")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_success_replaces_and_leaves_nothing_beside(tmp_path) -> None:
+    target = tmp_path / "a" / "out"
+    for content in ("one", "two"):
+        make(target, content, force=True)
+        assert (target / "file").read_text() == content
+    assert names(tmp_path / "a") == ["out"]
+    assert read_json(target / MANIFEST) == {"files": ["file", MANIFEST]}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((target / "file").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~umask
+
+
+def test_failure_leaves_what_was_there(tmp_path) -> None:
+    target = tmp_path / "out"
+    make(target, "old")
+    with (
+        pytest.raises(ZeroDivisionError),
+        reserved(target, force=True),
+        atomic_folder(target, force=True) as folder,
+    ):
+        (folder / "file").write_text("new")
+        raise ZeroDivisionError
+    assert (target / "file").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(ZeroDivisionError), reserved(tmp_path / "deep" / "er" / "out", force=False):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["out"]
+
+
+def test_only_what_this_program_made_is_replaced(tmp_path) -> None:
+    make(tmp_path / "ours")
+    with pytest.raises(UsageError, match="exists; give another folder, or --force"):
+        make(tmp_path / "ours")
+    (tmp_path / "ours" / "thesis.tex").write_text("years")
+    with pytest.raises(UsageError, match=r"holds 'thesis\.tex', which this program did not write"):
+        make(tmp_path / "ours", force=True)
+    (tmp_path / "ours" / "thesis.tex").unlink()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years")
+    for content in (None, "{}", "[]", '{"files": "x"}', '{"files": ["thesis.tex"]}', '{"kind": "run"}', "{"):
+        if content is not None:
+            (tmp_path / "theirs" / MANIFEST).write_text(content)
+        with pytest.raises(UsageError, match="was not made by this program"):
+            make(tmp_path / "theirs", force=True)
+    assert (tmp_path / "theirs" / "thesis.tex").read_text() == "years"
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(UsageError, match="exists"), reserved(target, force=False), atomic_folder(target) as folder:
+        (folder / "file").write_text("new")
+        target.mkdir()
+        (target / "thesis.tex").write_text("years")
+    assert names(tmp_path) == ["out"] and names(target) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("spelling", ["{model}", "{parent}", "{parent}/../parent", "{link}", "{parent}/model/"])
+def test_an_input_or_what_holds_one_is_no_output(spelling, tmp_path) -> None:
+    model = tmp_path / "parent" / "model"
+    make(model)
+    (tmp_path / "link").symlink_to(model)
+    output = Path(spelling.format(model=model, parent=model.parent, link=tmp_path / "link"))
+    with pytest.raises(UsageError, match="(is|holds) the input"), reserved(output, force=True, inputs=[model]):
+        pass
+    assert names(model) == ["file", MANIFEST]
+
+
+def test_outputs_that_cannot_be(tmp_path) -> None:
+    check_output(tmp_path / "new" / "deep", force=False)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    check_output(tmp_path / "empty", force=False)
+    for name, message in [
+        ("file", "is a file"),
+        ("file/below", "cannot be written"),
+        ("link", "is a link"),
+        ("x" * 300, "File name too long"),
+        ("x" * 245, "more than 240 bytes"),
+        ("é" * 121, "more than 240 bytes"),
+        ("new/" + "y" * 300, "File name too long"),
+        ("empty/..", "has no name of its own|exists"),
+    ]:
+        for force in (False, True):
+            with pytest.raises(UsageError, match=message), reserved(tmp_path / name, force):
+                pass
+    assert names(tmp_path) == ["empty", "file", "link"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gblm_compress.storage.folders import atomic_folder
+from gblm_compress.storage.outputs import reserved, working_in
+"""
+
+
+def holder(code: str, target: Path) -> subprocess.Popen[str]:
+    """Another process that runs `code`, which prints a line once it holds the folder `target`."""
+    command = [sys.executable, "-c", HOLD + code, str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("hold", ["reserved(Path(sys.argv[1]), False)", "working_in(Path(sys.argv[1]), 'run')"])
+def test_a_second_process_stops_at_once_and_a_dead_one_holds_nothing(hold, tmp_path) -> None:
+    target = tmp_path / "out"
+    first = holder(f"with {hold}: print('held', flush=True); time.sleep(60)", target)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"is being written by process {first.pid}; wait"):
+            make(target)
+    kill(first)
+    if target.exists():  # what it claimed
+        shutil.rmtree(target)
+    make(target)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("at", ["filling", "replacing"])
+def test_what_a_killed_process_left_goes_and_its_predecessor_comes_back(at, tmp_path) -> None:
+    target = tmp_path / "out"
+    make(target, "old")
+    rename = "Path.rename = lambda self, to: (original(self, to), print('held', flush=True), time.sleep(60))"
+    code = {
+        "filling": "(folder / 'file').write_text('new'); print('held', flush=True); time.sleep(60)",
+        "replacing": f"original = Path.rename; {rename}",
+    }[at]
+    both = "with reserved(Path(sys.argv[1]), True), atomic_folder(Path(sys.argv[1]), force=True) as folder:"
+    process = holder(f"{both}\n    {code}", target)
+    kill(process)
+    assert len(names(tmp_path)) == 3 and target.exists() == (at == "filling")
+    with pytest.raises(UsageError, match="exists"):
+        make(target)
+    assert names(tmp_path) == ["out"] and (target / "file").read_text() == "old"
+    make(target, "new", force=True)
+    assert names(tmp_path) == ["out"] and (target / "file").read_text() == "new"
+
+
+def test_nothing_of_others_beside_an_output_is_touched(tmp_path) -> None:
+    """Neither what looks like a leftover, nor the work in progress of an output with a similar name."""
+    long = tmp_path / ("b" * 200 + "1")
+    others = [tmp_path / ".out.partial-notes", tmp_path / ".out.replaced", tmp_path / ".out.pruning"]
+    for folder in others:
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("years")
+    with reserved(long, force=False), atomic_folder(long) as live:
+        (live / "file").write_text("in progress")
+        for name in ("b" * 200 + "2", "out"):
+            make(tmp_path / name)
+            make(tmp_path / name, force=True)
+        assert (live / "file").read_text() == "in progress"
+    assert all(names(folder) == ["thesis.tex"] for folder in others)
+
+
+def test_a_lock_that_names_nobody_is_taken_over(tmp_path, monkeypatch) -> None:
+    """Its owner was killed before it could write its number."""
+    lock = tmp_path / ".out.lock"
+    lock.write_text("")
+    with pytest.raises(UsageError, match="is being written by process"):
+        make(tmp_path / "out")
+    os.utime(lock, (0, 0))
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_one_folder_has_one_lock_whatever_links_lead_to_it(tmp_path) -> None:
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with working_in(tmp_path / "real" / "run", "run"):
+        with pytest.raises(UsageError, match="is being written by process"):
+            make(tmp_path / "link" / "run")
+        with pytest.raises(UsageError, match="is a link"), working_in(tmp_path / "link", "run"):
+            pass
+
+
+def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
+    with working_in(tmp_path / "runs" / "a", "run"):
+        (tmp_path / "runs" / "a" / "result").write_text("")
+    with working_in(tmp_path / "runs" / "a", "run"):
+        pass
+    with (
+        pytest.raises(UsageError, match="not the folder of a comparison"),
+        working_in(tmp_path / "runs/a", "comparison"),
+    ):
+        pass
+    with working_in(tmp_path / "nothing" / "came", "run"):
+        pass
+    assert names(tmp_path) == ["runs"] and names(tmp_path / "runs") == ["a"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    monkeypatch.chdir(tmp_path / "mine")
+    for folder in (Path(), Path(".."), tmp_path / "mine", Path("/")):
+        with pytest.raises(UsageError, match="new or empty|root of the file system"), working_in(folder, "run"):
+            pass
+    assert names(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_a_folder_to_work_in_is_looked_at_and_nothing_created(tmp_path) -> None:
+    check_workable(tmp_path / "new" / "folder", "run")
+    assert not names(tmp_path)
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            check_workable(folder, "run")
+    with pytest.raises(UsageError, match="not the folder of a run; give a folder that is new or empty"):
+        check_workable(tmp_path, "run")
+    assert names(tmp_path) == ["file"]
+
+
+def test_json_is_valid_whatever_was_measured() -> None:
+    content = {"a": [1.5, math.inf, (math.nan, -math.inf)], "b": {"c": "é"}}
+    assert json.loads(records.as_json(content), parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None, None]],
+        "b": {"c": "é"},
+    }
+
+
+def test_a_name_that_is_no_unicode() -> None:
+    with pytest.raises(UsageError, match="is no Unicode name"):
+        check_output(Path("out-\udcff"), force=False)
+
+
+def test_too_little_room(tmp_path) -> None:
+    outputs.check_space(tmp_path / "new" / "out", 1, "it")
+    with pytest.raises(OutputError, match=rf"{re.escape(repr(str(tmp_path)))} has .* free; 1\.0 EB may be needed"):
+        outputs.check_space(tmp_path / "new" / "out", 10**18, "it")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\udcff"])
+def test_json_that_is_no_object(content, tmp_path) -> None:
+    (tmp_path / "x.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "x.json")
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "y.json").write_text(json.dumps({"a": 1}))
+    assert read_json(tmp_path / "y.json") == {"a": 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
+@pytest.mark.parametrize("folder", [".", "..", "../here"])
+def test_the_folder_one_is_in_is_not_replaced(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="is where you are"):
+        check_output(Path(folder), force=True)
+    check_output(Path("new"), force=False)
+
+
+def test_a_place_where_nothing_can_be_created() -> None:
+    with pytest.raises(UsageError, match="'/proc/new' cannot be written: .* in '/proc'"):
+        check_output(Path("/proc/new"), force=False)
+
+
+def test_write_text_is_whole_or_nothing(tmp_path) -> None:
+    write_text(tmp_path / "x", "content")
+    assert (tmp_path / "x").read_text() == "content"
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_text(tmp_path / "gone" / "x", "content")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
