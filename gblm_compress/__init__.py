@@ -14,17 +14,31 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gblm_compress.kernels.cpu import onnxruntime_library as onnxruntime_library
+    from gblm_compress.api import benchmark, compare, evaluate, export, inspect, load, prune, run
+    from gblm_compress.errors import GblmError
+    from gblm_compress.kernels.cpu import onnxruntime_library
 
 __version__ = "0.1.0"
 
-_HOME_OF = {"onnxruntime_library": "gblm_compress.kernels.cpu"}
-__all__ = ["__version__", "onnxruntime_library"]
+__all__ = [
+    "GblmError",
+    "__version__",
+    "benchmark",
+    "compare",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "onnxruntime_library",
+    "prune",
+    "run",
+]
+_HOME_OF = {"GblmError": "gblm_compress.errors", "onnxruntime_library": "gblm_compress.kernels.cpu"}
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME_OF:
-        return getattr(import_module(_HOME_OF[name]), name)
+    if name in __all__:
+        return getattr(import_module(_HOME_OF.get(name, "gblm_compress.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

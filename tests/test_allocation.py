@@ -11,7 +11,7 @@ from gblm_compress.methods.allocation import Budget, GlobalRanking, outlier_shar
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.stage import prune_
+from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
 

@@ -14,8 +14,8 @@ from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.pruning.distillation import distil_, head_inputs
 from gblm_compress.pruning.fitting import fit
+from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.reconstruction import reconstruct_, relative_error
-from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import replay, samples
 

@@ -25,7 +25,8 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, stage
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
 from tests.conftest import ARCHITECTURES, samples

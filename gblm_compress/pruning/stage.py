@@ -6,17 +6,15 @@ folder of the run, and how the output is put together from the source and the fi
 
 import math
 import shutil
-import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import costs, run_folder
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.budgeting import planned_budgets
-from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY, Plan, Size, check_disk, memory_plan
+from gblm_compress.pruning.planning import Plan, Size, check_disk, memory_plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
@@ -60,11 +58,12 @@ class PruneResult:
     """The outcome of the stage. Only the two measurements differ between runs with the same seed.
 
     Attributes:
+        folder: what was written; None where a model in memory was pruned in place.
         layers: the pruned ones.
         left_dense: all other linear weights of the model, and why they were not pruned.
     """
 
-    folder: str
+    folder: str | None
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]
     seconds: float
@@ -253,37 +252,17 @@ def _walk(
     )
     layers = walk.prune_()
     exceptions = frozenset(name for name in run.budgets or {} if name not in layers)
-    left_dense = {
-        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
-        for name, weights, reason in linear_weights(walk.weights.model, settings.targets, settings.ignore)
-        if name not in layers
-    }
+    left_dense = left_dense_of(walk.weights.model, settings, layers)
     return _Walked(layers, left_dense, exceptions, len(walk.weights.blocks), _checkpoint(source, walk.weights.model))
 
 
-def prune_(
-    model: nn.Module, samples: Sequence[Tensor], settings: PruneSettings, progress: Progress
-) -> dict[str, LayerResult]:
-    """Prune a model in memory, in place.
-
-    Args:
-        model: a causal language model in eval mode.
-        samples: token ids, each [1, length]; may be empty for a method that needs no text.
-        settings: what to prune and how.
-
-    Returns:
-        {layer name: what became of it}.
-
-    Raises:
-        ModelError: a value is NaN or infinite, or the architecture is not supported.
-        UsageError: a width does not divide by M, or a name pattern matches nothing.
-    """
-    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
-        run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
-        budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
-        device = next(model.parameters()).device
-        pool = StatePool(run.states, budget, device)
-        return Walk(ResidentWeights(model), samples, settings, run, pool, progress, Ranks()).prune_()
+def left_dense_of(model: nn.Module, settings: PruneSettings, layers: Collection[str]) -> dict[str, LeftDense]:
+    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned."""
+    return {
+        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
+        for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
+        if name not in layers
+    }
 
 
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:

@@ -1,0 +1,81 @@
+"""Pruning a model in memory, in place."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import Tensor, nn
+
+from gblm_compress.calibration import text
+from gblm_compress.calibration.block_weights import ResidentWeights
+from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import UsageError
+from gblm_compress.machine.memory import peak_memory
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.block_pruning import LayerResult
+from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY
+from gblm_compress.pruning.run_folder import RunFolder
+from gblm_compress.pruning.stage import PruneResult, left_dense_of
+from gblm_compress.pruning.walk import Walk
+from gblm_compress.settings import CalibrationSettings, PruneSettings
+
+
+def prune_in_place(
+    model: Any, tokenizer: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
+) -> PruneResult:
+    """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode.
+
+    Args:
+        tokenizer: for the calibration text; may be None for a method that needs none.
+
+    Raises:
+        GblmError: as `prune_`; the text cannot be read or is too short, or there is no tokenizer for it.
+    """
+    start = time.perf_counter()
+    samples: list[Tensor] = []
+    if settings.needs_text:
+        if tokenizer is None:
+            raise UsageError(f"method {settings.method} reads text: give the tokenizer of the model")
+        size = calibration.samples, calibration.sequence_length, calibration.seed
+        vocabulary = model.get_input_embeddings().num_embeddings
+        samples = text.calibration_windows(tokenizer, vocabulary, calibration.dataset, *size)
+    model.eval()
+    with peak_memory(str(model.device)) as memory:
+        layers = prune_(model, [ids.to(model.device) for ids in samples], settings, progress)
+    return PruneResult(
+        folder=None,
+        layers=layers,
+        left_dense=left_dense_of(model, settings, layers),
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=memory.peak_bytes,
+        calibration_fingerprint=text.fingerprint(samples) if samples else None,
+    )
+
+
+def prune_(
+    model: nn.Module, samples: Sequence[Tensor], settings: PruneSettings, progress: Progress
+) -> dict[str, LayerResult]:
+    """Prune a model in memory, in place.
+
+    Args:
+        model: a causal language model in eval mode.
+        samples: token ids, each [1, length]; may be empty for a method that needs no text.
+        settings: what to prune and how.
+
+    Returns:
+        {layer name: what became of it}.
+
+    Raises:
+        ModelError: a value is NaN or infinite, or the architecture is not supported.
+        UsageError: a width does not divide by M, or a name pattern matches nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+        run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
+        budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+        device = next(model.parameters()).device
+        pool = StatePool(run.states, budget, device)
+        return Walk(ResidentWeights(model), samples, settings, run, pool, progress, Ranks()).prune_()

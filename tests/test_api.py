@@ -1,0 +1,152 @@
+"""The Python API: its names are pinned, its documentation runs, and it gives what the commands give."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+import gblm_compress
+from gblm_compress.calibration.text import calibration_windows, load_text
+from gblm_compress.errors import UsageError
+from gblm_compress.models.tiny import VOCABULARY
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = {"samples": 3, "sequence_length": 32}
+
+
+def test_the_public_names() -> None:
+    assert gblm_compress.__all__ == [
+        "GblmError", "__version__", "benchmark", "compare", "evaluate", "export", "inspect", "load",
+        "onnxruntime_library", "prune", "run",
+    ]  # fmt: skip
+    for name in gblm_compress.__all__:
+        assert getattr(gblm_compress, name).__doc__
+    with pytest.raises(AttributeError, match="nonsense"):
+        gblm_compress.nonsense  # noqa: B018
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, gblm_compress; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_signature_shows_every_setting() -> None:
+    shown = inspect.signature(gblm_compress.prune).parameters
+    fields = (*PruneSettings.model_fields, *CalibrationSettings.model_fields, *ResourceSettings.model_fields)
+    assert {*fields} - {*shown} == {"dataset"}
+    assert shown["samples"].default == 128 and "settings" not in shown
+    assert inspect.signature(gblm_compress.export).parameters["format"].default is inspect.Parameter.empty
+
+
+def test_the_page_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), {})
+    assert (tmp_path / "out" / "run" / "report.json").is_file()
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((DOCS / "python.ipynb").read_text())["cells"]
+    names: dict[str, object] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), f"docs/python.ipynb, cell {number}", "exec"), names)
+    assert (tmp_path / "out" / "survivors.png").is_file()
+
+
+def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
+    settings = {"method": "wanda", "pattern": "2:4"}
+    model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    expected, _ = gblm_compress.load(tiny("llama").folder)
+    result = gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
+    windows = calibration_windows(tokenizer, VOCABULARY, str(prose), 3, 32, 0)
+    prune_(expected, windows, PruneSettings(**settings), Progress(quiet=True))
+    for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert result.folder is None and result.nonzeros * 2 == result.weights
+    assert result.linear_weights > result.weights  # the head is among those left dense
+
+
+def test_a_model_in_memory_is_left_alone_where_a_folder_is_written(tiny, prose, tmp_path) -> None:
+    model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = gblm_compress.prune(
+        model, tmp_path / "out", tokenizer=tokenizer, calibration=prose, method="wanda", quiet=True, **TEXT
+    )
+    assert result.folder == str(tmp_path / "out")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    from_path = gblm_compress.prune(
+        tiny("llama").folder, tmp_path / "again", calibration=prose, method="wanda", quiet=True, **TEXT
+    )
+    assert from_path.layers == result.layers
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
+    texts = [part for part in load_text("demo", "calibration")[:6000].split("\n\n") if part.strip()]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fingerprints = set()
+    for number, given in enumerate((texts, Dataset.from_dict({"text": texts}), str(path), path)):
+        done = gblm_compress.prune(
+            tiny("llama").folder, tmp_path / f"{number}", calibration=given, method="wanda", quiet=True, **TEXT
+        )
+        fingerprints.add(done.calibration_fingerprint)
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: gblm_compress.prune("tiny"), "is on disk; give the output folder"),
+        (lambda model: gblm_compress.prune(model, calibration="demo"), "give the tokenizer of the model"),
+        (lambda model: gblm_compress.prune(model, "x", calibration="demo"), "needs its tokenizer"),
+        (lambda model: gblm_compress.prune("tiny", "x", methd="gblm"), "methd: unknown; did you mean 'method'"),
+        (lambda model: gblm_compress.prune("tiny", "x", samples=0), "samples: .*, got 0"),
+        (lambda model: gblm_compress.export("tiny", "x", format="gguf"), "export: format: .*\"gguf\""),
+        (lambda model: gblm_compress.export("tiny", "x"), "export: format: missing"),
+        (lambda model: gblm_compress.run({"model": "tiny", "prun": 1}, "x"), "unknown; did you mean 'prune'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _ = gblm_compress.load(tiny("llama").folder)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        call(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_other_functions_are_the_commands(tiny, prose, tmp_path) -> None:
+    dense = tiny("llama").folder
+    model, tokenizer = gblm_compress.load(dense)
+    gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, method="wanda", quiet=True, **TEXT)
+    exported = gblm_compress.export(model, tmp_path / "onnx", tokenizer=tokenizer, format="onnx", quiet=True)
+    assert exported.folder == str(tmp_path / "onnx")
+    zeros = gblm_compress.inspect(model, tokenizer=tokenizer, quiet=True)
+    assert zeros.nonzeros * 2 == zeros.weights
+    common = {"dataset": prose, "sequence_length": 32, "max_windows": 2, "quiet": True}
+    beside = gblm_compress.evaluate(tmp_path / "onnx", **common)
+    direct = gblm_compress.evaluate(model, tokenizer=tokenizer, baseline=dense, **common)
+    assert direct.perplexity != direct.baseline_perplexity
+    assert beside.perplexity == pytest.approx(direct.perplexity, rel=1e-4)
+    grid = gblm_compress.compare(
+        dense, tmp_path / "grid", methods=("magnitude",), patterns=("2:4",), seeds=1,
+        calibration={"dataset": prose, **TEXT}, evaluation={"dataset": prose, "sequence_length": 32, "max_windows": 2},
+        quiet=True,
+    )  # fmt: skip
+    assert [cell.method for cell in grid.cells] == ["magnitude"]
