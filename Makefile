@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test lint docs fuzz sanitize
+.PHONY: install quickstart test test-fast lint docs fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,9 @@ quickstart: install
 # A file of tests stays in one process, so that what it has prepared once serves all of it.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -18,11 +18,19 @@ from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.storage.cache import CACHE_VARIABLE
 
+# Files whose tests start processes, trace graphs, or run on the real model.
+SLOW = (
+    "api", "benchmark_gpu", "benchmark_prune", "benchmark_worker", "benchmarking", "cli", "comparison", "exporters_onnx",
+    "exporters_sparse", "fuzz", "kernels_gpu", "pipeline", "ranks", "real_model", "resume", "zero_shot",
+)  # fmt: skip
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model's tests take longest: they start first, beside the others."""
+    """`make test-fast` leaves the slow files out. The real model's tests take longest: they start first."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
     items.sort(key=lambda item: "real_model" not in item.keywords)
 
 
