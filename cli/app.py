@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import typer
 
 from gblm_compress.cli import commands
+from gblm_compress.cli.options import PanelCommand
 from gblm_compress.errors import (
     GblmError,
     NotEnoughMemoryError,
@@ -36,11 +37,10 @@ app = typer.Typer(
     help="Prune Hugging Face language models, export them, and measure what it really buys.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
 )
 for command in commands.COMMANDS:
-    app.command(no_args_is_help=command not in (commands.doctor, commands.schema))(command)
+    app.command(cls=PanelCommand, no_args_is_help=command not in (commands.doctor, commands.schema))(command)
 app.callback()(commands.program)
 
 

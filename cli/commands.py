@@ -15,6 +15,7 @@ import typer
 import gblm_compress
 from gblm_compress.cli import options as o
 from gblm_compress.cli import summaries
+from gblm_compress.cli.options import Spelt, from_settings
 from gblm_compress.errors import GateError
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
@@ -24,7 +25,6 @@ from gblm_compress.settings import (
     CompareSettings,
     EvaluateSettings,
     ExportSettings,
-    ModelSettings,
     PruneSettings,
     ResourceSettings,
 )
@@ -47,50 +47,20 @@ def program(
     """What holds for every command: only `--version`."""
 
 
+@from_settings
 def prune(
     model: o.Model,
     output: o.Output,
-    preset: o.Preset = None,
-    method: o.Method = None,
-    pattern: o.Pattern = o.default(PruneSettings, "pattern"),
-    sparsity: o.Sparsity = None,
-    calibration: o.Calibration = o.default(CalibrationSettings, "dataset"),
-    samples: o.Samples = o.default(CalibrationSettings, "samples"),
-    sequence_length: o.CalibrationLength = o.default(CalibrationSettings, "sequence_length"),
-    seed: o.Seed = o.default(CalibrationSettings, "seed"),
-    update: o.Update = None,
-    refine: o.Refine = None,
-    allocation: o.Allocation = None,
-    deviation: o.Deviation = None,
-    override: o.Overrides = None,
-    gradient_norm: o.GradientNorm = None,
-    alpha: o.Alpha = None,
-    alpha_scale: o.AlphaScale = None,
-    damping: o.Damping = None,
-    reconstruction_epochs: o.ReconstructionEpochs = None,
-    reconstruction_rounds: o.ReconstructionRounds = None,
-    reconstruction_rate: o.ReconstructionRate = None,
-    distillation_epochs: o.DistillationEpochs = None,
-    distillation_rate: o.DistillationRate = None,
-    fit_dtype: o.FitDtype = None,
-    targets: o.Targets = None,
-    ignore: o.Ignore = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    memory: o.Memory = None,
-    offload: o.Offload = None,
+    settings: Annotated[PruneSettings, Spelt(rename={"overrides": "override"})],
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
+    place: o.Place,
+    resources: ResourceSettings,
     resume: o.Resume = False,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Set the least important weights to zero; with a preset or an update, fit the others to make up for it."""
-    arguments = locals()
-    settings = o.fill(PruneSettings, arguments, overrides="override")
-    text = o.fill(CalibrationSettings, arguments, dataset="calibration")
-    place = o.fill(ModelSettings, arguments, source="model")
-    resources = o.fill(ResourceSettings, arguments)
-
     reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
     outputs.check_output(output, force)
     texts = [text.dataset] if settings.needs_text else []
@@ -106,7 +76,7 @@ def prune(
         resources=resources,
         resume=resume,
         dtype=place.dtype,
-        device=device,
+        device=place.device,
         force=force,
         progress=progress,
     )
@@ -114,20 +84,16 @@ def prune(
         _show(result.as_dict(), summaries.prune, json_)
 
 
+@from_settings
 def export(
     model: o.Model,
     output: o.Output,
-    format: o.Format,
-    dtype: o.ExportDtype = "auto",
-    sparse: o.Sparse = False,
-    kernels: o.Kernels = False,
+    settings: ExportSettings,
     force: o.Force = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
-    settings = o.fill(ExportSettings, locals())
-
     outputs.check_output(output, force)
     progress, source = _start(model, quiet=quiet)
 
@@ -137,67 +103,46 @@ def export(
     _show(result.as_dict(), summaries.export, json_)
 
 
+@from_settings
 def evaluate(
     model: o.Model,
-    dataset: o.Dataset = o.default(EvaluateSettings, "dataset"),
-    sequence_length: o.EvaluationLength = o.default(EvaluateSettings, "sequence_length"),
-    max_windows: o.MaxWindows = None,
+    settings: EvaluateSettings,
+    place: o.Place,
     baseline: o.Baseline = None,
-    tasks: o.Tasks = None,
-    limit: o.Limit = None,
-    include_path: o.IncludePath = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Measure perplexity, fidelity to the dense model, and zero-shot accuracy."""
-    arguments = locals()
-    settings = o.fill(EvaluateSettings, arguments)
-    place = o.fill(ModelSettings, arguments, source="model")
-
     models = [model, baseline] if baseline else [model]
     progress, source, *dense = _start(*models, quiet=quiet, texts=[settings.dataset], tasks=settings.include_path)
 
     from gblm_compress.measure import evaluation
 
     result = evaluation.evaluate(
-        source, settings, baseline=dense[0] if dense else None, dtype=place.dtype, device=device, progress=progress
+        source,
+        settings,
+        baseline=dense[0] if dense else None,
+        dtype=place.dtype,
+        device=place.device,
+        progress=progress,
     )
     _show(result.as_dict(), summaries.evaluate, json_)
 
 
+@from_settings
 def compare(
     model: o.Model,
-    methods: o.Methods = None,
-    patterns: o.Patterns = None,
-    seeds: o.Seeds = o.default(CompareSettings, "seeds"),
-    calibration: o.Calibration = o.default(CalibrationSettings, "dataset"),
-    samples: o.Samples = o.default(CalibrationSettings, "samples"),
-    sequence_length: o.CalibrationLength = o.default(CalibrationSettings, "sequence_length"),
-    dataset: o.Dataset = o.default(EvaluateSettings, "dataset"),
-    evaluation_length: Annotated[int, typer.Option(help="Tokens in a window of the evaluation.")] = o.default(
-        EvaluateSettings, "sequence_length"
-    ),
-    max_windows: o.MaxWindows = None,
-    tasks: o.Tasks = None,
-    limit: o.Limit = None,
-    include_path: o.IncludePath = None,
+    grid: CompareSettings,
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"}, leave_out={"seed": 0})],
+    evaluation: Annotated[EvaluateSettings, Spelt(rename={"sequence_length": "evaluation_length"})],
+    place: o.Place,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the records, table and plot.")] = Path(
         "comparison"
     ),
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
-    arguments = locals()
-    grid = o.fill(CompareSettings, arguments)
-    text = o.fill(CalibrationSettings, arguments, dataset="calibration")
-    evaluation = o.fill(EvaluateSettings, arguments, sequence_length="evaluation_length")
-    place = o.fill(ModelSettings, arguments, source="model")
-
     outputs.check_workable(output, "comparison")
     texts = [text.dataset, evaluation.dataset]
     progress, source = _start(model, quiet=quiet, texts=texts, tasks=evaluation.include_path)
@@ -205,38 +150,28 @@ def compare(
     from gblm_compress.runs import comparison
 
     result = comparison.compare(
-        source, output, grid, text, evaluation, dtype=place.dtype, device=device, progress=progress
+        source, output, grid, text, evaluation, dtype=place.dtype, device=place.device, progress=progress
     )
     _show(result.as_dict(), summaries.compare, json_)
 
 
+@from_settings
 def benchmark(
     models: o.Models,
     baseline: o.Baselines,
-    batch: o.Batch = "1",
-    prompt: o.Prompt = o.default(BenchmarkSettings, "prompt"),
-    generate: o.Generate = o.default(BenchmarkSettings, "generate"),
-    runtimes: o.Runtimes = None,
-    repeats: o.Repeats = o.default(BenchmarkSettings, "repeats"),
-    warmup: o.Warmup = o.default(BenchmarkSettings, "warmup"),
-    threads: o.Threads = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
+    settings: BenchmarkSettings,
+    place: o.Place,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Time models beside the dense one, in one run: latency, throughput, memory, size."""
-    arguments = locals()
-    settings = o.fill(BenchmarkSettings, arguments)
-    place = o.fill(ModelSettings, arguments | {"source": models[0]})
-
     progress, *sources = _start(*models, *baseline, quiet=quiet)
     contenders, baselines = sources[: len(models)], sources[len(models) :]
 
     from gblm_compress.measure import benchmarking
 
     result = benchmarking.benchmark(
-        contenders, baselines, settings, dtype=place.dtype, device=device, progress=progress
+        contenders, baselines, settings, dtype=place.dtype, device=place.device, progress=progress
     )
     _show(result.as_dict(), summaries.benchmark, json_)
 

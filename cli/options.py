@@ -1,162 +1,246 @@
-"""Options that several commands share, with their help taken from the settings they fill."""
+"""Options made from the fields of settings, and those that fill no settings.
 
+A command takes settings as parameters; `from_settings` turns each into one option per field. A new option is therefore
+a new field: its type, range, default, description and panel are all that `--help`, parsing and completion need.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
+from typer.core import TyperCommand
 
+from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
 from gblm_compress.runs.recipe import describe_fault, faults_of
-from gblm_compress.settings import (
-    BenchmarkSettings,
-    CalibrationSettings,
-    CompareSettings,
-    EvaluateSettings,
-    ExportSettings,
-    ModelSettings,
-    PruneSettings,
-    ResourceSettings,
-)
+from gblm_compress.settings import ModelSettings, OverrideSettings, Panel, Settings
 
-S = TypeVar("S", bound=BaseModel)
+TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
 
 
-def option(settings: type[BaseModel], field: str, *names: str) -> Any:
-    """An option that fills `field`, described by it."""
-    return typer.Option(*names, help=settings.model_fields[field].description)
+@dataclass(frozen=True)
+class Spelt:
+    """How a command offers settings: `Annotated[EvaluateSettings, Spelt(rename={"dataset": "text"})]`.
+
+    Attributes:
+        rename: {field: the name of its option}, where they differ.
+        leave_out: {field: the value it has in this command}, for fields without an option.
+    """
+
+    rename: Mapping[str, str] = field(default_factory=dict)
+    leave_out: Mapping[str, Any] = field(default_factory=dict)
 
 
-def split(values: list[str] | str | None) -> tuple[str, ...] | None:
-    """The parts of an option that may be repeated, or given once with commas; None where it was not given."""
-    given = [values] if isinstance(values, str) else values or []
-    return tuple(part.strip() for value in given for part in value.split(",") if part.strip()) or None
+@dataclass(frozen=True)
+class Syntax:
+    """How nested settings are written as one text."""
+
+    metavar: str
+    example: str
+    parse: Callable[[str], dict[str, Any]]
 
 
-def several(settings: type[BaseModel], field: str) -> Any:
-    """An option that fills `field` with several values."""
-    return typer.Option(help=settings.model_fields[field].description, callback=split)
+def from_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with every parameter that is settings replaced by options, one for each field.
+
+    An option that is not given leaves its field to a preset, or to the default.
+
+    Raises:
+        TypeError: a name in `Spelt` is no field of the settings.
+        ValueError: two options have one name.
+    """
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    own, parts = [], {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if offered := _settings_of(parameter.annotation):
+            parts[parameter.name] = offered
+            parameters += _parameters(*offered)
+        else:
+            own.append(parameter.name)
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def with_settings(context: typer.Context, **arguments: Any) -> None:
+        given = {name: value for name, value in arguments.items() if _is_given(context, name)}
+        filled = {name: _fill(settings, spelt, given) for name, (settings, spelt) in parts.items()}
+        command(**{name: arguments[name] for name in own}, **filled)
+
+    cast(Any, with_settings).__signature__ = inspect.Signature(parameters)
+    return with_settings
 
 
-def overrides(values: list[str] | None) -> tuple[dict[str, Any], ...] | None:
-    """`LAYERS=PATTERN[@SPARSITY]` as `OverrideSettings` take it."""
-    parsed = []
-    for value in values or []:
-        layers, equals, budget = value.partition("=")
-        pattern, at, sparsity = budget.partition("@")
-        if not (layers and equals and pattern):
-            raise UsageError(f"--override {value!r}: give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'")
-        parsed.append({"layers": layers, "pattern": pattern, **({"sparsity": sparsity} if at else {})})
-    return tuple(parsed) or None
+class PanelCommand(TyperCommand):
+    """A command whose help lists the options panel by panel, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """As the base class, with a section for each panel."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
+                panels.setdefault(panel or Panel.COMMON.value, []).append(record)
+        alone = len(panels.keys() - {"Arguments"}) == 1
+        for panel, records in panels.items():
+            with formatter.section("Options" if alone and panel != "Arguments" else panel):
+                formatter.write_dl(records)
 
 
-def fill(settings: type[S], arguments: dict[str, Any], **names: str) -> S:
-    """The settings that a command's arguments make.
+def _settings_of(annotation: Any) -> tuple[type[Settings], Spelt] | None:
+    """The settings that a command's parameter is, and how they are offered; None where it is something else."""
+    kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    if not (isinstance(kind, type) and issubclass(kind, Settings)):
+        return None
+    spelt = next((entry for entry in metadata if isinstance(entry, Spelt)), Spelt())
+    for name in (*spelt.rename, *spelt.leave_out):
+        if name not in kind.model_fields:
+            raise TypeError(f"{name!r} is no field of {kind.__name__}; there are {', '.join(kind.model_fields)}")
+    return kind, spelt
 
-    Args:
-        arguments: of the command; one that was not given (None) is left to the settings' defaults, or to a preset.
-        names: {field: the argument that fills it}, where it is not called as the field is.
+
+def _parameters(settings: type[Settings], spelt: Spelt) -> list[inspect.Parameter]:
+    schemas = settings.model_json_schema()["properties"]
+    return [
+        _parameter(settings, name, spelt.rename.get(name, name), schemas[name])
+        for name in settings.model_fields
+        if name not in spelt.leave_out
+    ]
+
+
+def _parameter(settings: type[Settings], name: str, spelling: str, schema: dict[str, Any]) -> inspect.Parameter:
+    """A parameter as Typer reads it, for the option that fills one field."""
+    described = settings.model_fields[name]
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+    schema = kinds[0] if len(kinds) == 1 else {}  # what may be of several kinds is text, which the settings read
+    several = schema.get("type") == "array"
+    schema = schema["items"] if several else schema
+    kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, name)
+    choices = suggestions.choices(settings, name)
+    default = described.get_default(call_default_factory=True)
+    flag = f"--{spelling.replace('_', '-')}"
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool and default is not False else flag,
+        help=_help(described.description or "", choices, _range(schema), syntax),
+        metavar=syntax.metavar if syntax else f"<{kind.__name__}>,..." if several else None,
+        autocompletion=_completion(choices, several) if choices else None,
+        rich_help_panel=next((entry.value for entry in described.metadata if isinstance(entry, Panel)), None),
+    )
+    if several:
+        kind, default = list[str], None if default is None else [str(value) for value in default]
+    return inspect.Parameter(
+        spelling,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[kind | None, option],
+        default=inspect.Parameter.empty if described.is_required() else default,
+    )
+
+
+def _help(description: str, choices: tuple[str, ...], limits: str, syntax: Syntax | None) -> str:
+    """The description, and what it does not say itself: an example, the choices, the range."""
+    explained = set(choices) <= set(re.findall(r"[\w-]+", description))
+    named = "" if explained else f"[{', '.join(choices)}]"
+    return " ".join(filter(None, (description, syntax.example if syntax else "", named, limits)))
+
+
+def _range(schema: dict[str, Any]) -> str:
+    low = [f"{schema[key]}{sign}" for key, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if key in schema]
+    high = [f"{sign}{schema[key]}" for key, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if key in schema]
+    return f"[{''.join(low)}x{''.join(high)}]" if low or high else ""
+
+
+def _completion(choices: tuple[str, ...], several: bool) -> Callable[[str], list[str]]:
+    """What a shell offers: the choices, in a list those of its last part."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, _ = incomplete.rpartition(",") if several else ("", "", "")
+        return [before + comma + choice for choice in choices]
+
+    return complete
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _syntax(settings: type[Settings], name: str) -> Syntax | None:
+    """How the items of a field are written, where they are settings themselves."""
+    arguments = get_args(settings.model_fields[name].annotation)
+    return next((SYNTAXES[kind] for kind in arguments if isinstance(kind, type) and kind in SYNTAXES), None)
+
+
+def _fill(settings: type[Settings], spelt: Spelt, given: dict[str, Any]) -> Settings:
+    """The settings that the options given on the command line make.
 
     Raises:
         UsageError: with all faults, by the names of the options.
     """
-    given = {field: arguments.get(names.get(field, field)) for field in settings.model_fields}
+    values = dict(spelt.leave_out)
+    for name in settings.model_fields:
+        value = given.get(spelt.rename.get(name, name))
+        if isinstance(value, list):
+            syntax = _syntax(settings, name)
+            value = tuple(syntax.parse(part) if syntax else part for part in _split(value)) or None
+        if value is not None and name not in spelt.leave_out:
+            values[name] = value
     try:
-        return settings(**{field: value for field, value in given.items() if value is not None})
+        return settings(**values)
     except ValidationError as error:
-        raise UsageError("\n".join(_fault(fault, settings, names) for fault in faults_of(error))) from error
+        raise UsageError("\n".join(_fault(fault, settings, spelt.rename) for fault in faults_of(error))) from error
 
 
-def _fault(fault: Any, settings: type[BaseModel], names: dict[str, str]) -> str:
+def _split(values: list[str]) -> list[str]:
+    """The parts of an option that may be repeated, or given once with commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def _fault(fault: Any, settings: type[BaseModel], rename: Mapping[str, str]) -> str:
     """A fault of settings with the option's spelling, and of several exceptions the one that has it."""
     text = describe_fault(fault, settings, spell=lambda key, value: f"--{key.replace('_', '-')} {value}")
     if not fault["loc"]:
         return text
-    field, *inner = fault["loc"]
-    where = f"--{names.get(field, field).replace('_', '-')}"
+    name, *inner = fault["loc"]
+    where = f"--{rename.get(name, name).replace('_', '-')}"
     if len(inner) > 1:
         where += f" (number {inner[0] + 1}), {inner[1]}"
     return f"{where}: {text.partition(': ')[2]}"
 
 
-def default(settings: type[BaseModel], field: str) -> Any:
-    """The default of a field."""
-    return settings.model_fields[field].default
+def _override(text: str) -> dict[str, Any]:
+    """`LAYERS=PATTERN[@SPARSITY]` as `OverrideSettings` take it."""
+    layers, equals, budget = text.partition("=")
+    pattern, at, sparsity = budget.partition("@")
+    if not (layers and equals and pattern):
+        raise UsageError(f"--override {text!r}: give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'")
+    return {"layers": layers, "pattern": pattern, **({"sparsity": sparsity} if at else {})}
 
+
+SYNTAXES: dict[type, Syntax] = {
+    OverrideSettings: Syntax(
+        "LAYERS=PATTERN[@SPARSITY],...",
+        "For example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'.",
+        _override,
+    ),
+}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
+Place = Annotated[ModelSettings, Spelt(leave_out={"source": ""})]  # where to compute, whichever the model
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-Dtype = Annotated[str, option(ModelSettings, "dtype")]
-Device = Annotated[str, option(ModelSettings, "device")]
-
-Preset = Annotated[str | None, option(PruneSettings, "preset")]
-Method = Annotated[str | None, option(PruneSettings, "method")]
-Pattern = Annotated[str, option(PruneSettings, "pattern")]
-Sparsity = Annotated[float | None, option(PruneSettings, "sparsity")]
-GradientNorm = Annotated[str | None, option(PruneSettings, "gradient_norm")]
-Alpha = Annotated[float | None, option(PruneSettings, "alpha")]
-AlphaScale = Annotated[str | None, option(PruneSettings, "alpha_scale")]
-Allocation = Annotated[str | None, option(PruneSettings, "allocation")]
-Deviation = Annotated[float | None, option(PruneSettings, "deviation")]
-Refine = Annotated[str | None, option(PruneSettings, "refine")]
-Update = Annotated[str | None, option(PruneSettings, "update")]
-Damping = Annotated[float | None, option(PruneSettings, "damping")]
-ReconstructionEpochs = Annotated[int | None, option(PruneSettings, "reconstruction_epochs")]
-ReconstructionRounds = Annotated[int | None, option(PruneSettings, "reconstruction_rounds")]
-ReconstructionRate = Annotated[float | None, option(PruneSettings, "reconstruction_rate")]
-DistillationEpochs = Annotated[int | None, option(PruneSettings, "distillation_epochs")]
-DistillationRate = Annotated[float | None, option(PruneSettings, "distillation_rate")]
-FitDtype = Annotated[str | None, option(PruneSettings, "fit_dtype")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--override",
-        metavar="LAYERS=PATTERN[@SPARSITY]",
-        help="An exception, for example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'; repeatable.",
-        callback=overrides,
-    ),
-]
-Memory = Annotated[str | None, option(ResourceSettings, "memory")]
-Offload = Annotated[bool | None, option(ResourceSettings, "offload", "--offload/--no-offload")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
-Targets = Annotated[list[str] | None, several(PruneSettings, "targets")]
-Ignore = Annotated[list[str] | None, several(PruneSettings, "ignore")]
-Calibration = Annotated[str, option(CalibrationSettings, "dataset", "--calibration")]
-Samples = Annotated[int, option(CalibrationSettings, "samples")]
-CalibrationLength = Annotated[int, option(CalibrationSettings, "sequence_length", "--sequence-length")]
-Seed = Annotated[int, option(CalibrationSettings, "seed")]
-
-Format = Annotated[str, option(ExportSettings, "format")]
-ExportDtype = Annotated[str, option(ExportSettings, "dtype", "--dtype")]
-Sparse = Annotated[bool, option(ExportSettings, "sparse", "--sparse")]
-Kernels = Annotated[bool, option(ExportSettings, "kernels", "--kernels")]
-
-Dataset = Annotated[str, option(EvaluateSettings, "dataset")]
-EvaluationLength = Annotated[int, option(EvaluateSettings, "sequence_length", "--sequence-length")]
-Tasks = Annotated[list[str] | None, several(EvaluateSettings, "tasks")]
-Limit = Annotated[int | None, option(EvaluateSettings, "limit")]
-IncludePath = Annotated[str | None, option(EvaluateSettings, "include_path")]
-MaxWindows = Annotated[int | None, option(EvaluateSettings, "max_windows")]
 Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
-
-Methods = Annotated[list[str] | None, several(CompareSettings, "methods")]
-Patterns = Annotated[list[str] | None, several(CompareSettings, "patterns")]
-Seeds = Annotated[int, option(CompareSettings, "seeds")]
-
 Baselines = Annotated[
     list[str],
     typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export."),
 ]
-Batch = Annotated[str, several(BenchmarkSettings, "batch")]
-Prompt = Annotated[int, option(BenchmarkSettings, "prompt")]
-Generate = Annotated[int, option(BenchmarkSettings, "generate")]
-Repeats = Annotated[int, option(BenchmarkSettings, "repeats")]
-Warmup = Annotated[int, option(BenchmarkSettings, "warmup")]
-Runtimes = Annotated[list[str] | None, several(BenchmarkSettings, "runtimes")]
-Threads = Annotated[int | None, option(BenchmarkSettings, "threads")]

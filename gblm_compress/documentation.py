@@ -54,9 +54,9 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def _command_default(value: Any) -> str:
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return ""
-    return f"`{value}`"
+    return f"`{', '.join(value) if isinstance(value, list) else value}`"
 
 
 def _section(name: str, model: type[BaseModel]) -> list[str]:

@@ -5,6 +5,7 @@ module loads no torch.
 """
 
 import re
+from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -75,6 +76,15 @@ def _budget(pattern: str, sparsity: float | None) -> Budget:
         raise ValueError(str(error)) from error
 
 
+class Panel(Enum):
+    """Where `--help` lists the option of a field; Common where the field names none."""
+
+    COMMON = "Common"
+    METHOD = "Method"
+    FIT = "Fit"
+    RESOURCES = "Resources"
+
+
 class Settings(BaseModel):
     """Frozen, and strict about keys: a misspelt one is an error, never ignored."""
 
@@ -85,12 +95,12 @@ class ModelSettings(Settings):
     """The dense model, and how to compute with it."""
 
     source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
-    dtype: Dtype = Field(
+    dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
         description="To compute in; auto is the checkpoint's own on CUDA and float32 on a CPU, where prune computes in "
         "bfloat16 if the checkpoint is and the CPU is faster at it.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
 
 class CalibrationSettings(Settings):
@@ -105,12 +115,12 @@ class CalibrationSettings(Settings):
 class ResourceSettings(Settings):
     """What pruning may use. None of it changes the result."""
 
-    memory: Memory | None = Field(
+    memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
         None,
         description="Memory to plan with, for example 4GiB: a model that does not fit stays on disk, and so do hidden "
         "states; 80 % of what is free if unset.",
     )
-    offload: bool | None = Field(
+    offload: Annotated[bool | None, Panel.RESOURCES] = Field(
         None, description="Keep the model on disk and one block at a time in memory; if unset, where it would not fit."
     )
 
@@ -145,56 +155,68 @@ class PruneSettings(Settings):
     sparsity: Fraction | None = Field(
         None, description="Fraction of zeros, 0.5 by default; N:M fixes it and needs none."
     )
-    gradient_norm: GradientNorm = Field(
-        "l1", description="How the gradients of several samples combine: l1 (if unset) or l2."
+    gradient_norm: Annotated[GradientNorm, Panel.METHOD] = Field(
+        "l1", description="How the gradients of several samples combine: l1 or l2."
     )
-    alpha: float = Field(100.0, ge=0, description="Weight of the gradient term in gblm and regional; 100 if unset.")
-    alpha_scale: AlphaScale = Field(
+    alpha: Annotated[float, Panel.METHOD] = Field(
+        100.0, ge=0, description="Weight of the gradient term in gblm and regional."
+    )
+    alpha_scale: Annotated[AlphaScale, Panel.METHOD] = Field(
         "published",
         description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
         "published 128 samples of 2048 tokens.",
     )
-    allocation: Allocation = Field(
+    allocation: Annotated[Allocation, Panel.METHOD] = Field(
         "uniform",
         description="How much each layer keeps: uniform; owl: more where a block has outliers; sensitivity: one "
         "threshold on the gradient scores of the whole model.",
     )
-    deviation: float = Field(0.08, gt=0, lt=1, description="How far owl and sensitivity move a layer's density.")
-    refine: Refinement = Field("none", description="swap: exchange weights of a mask while that lowers the error.")
-    update: Update = Field(
+    deviation: Annotated[float, Panel.METHOD] = Field(
+        0.08, gt=0, lt=1, description="How far owl and sensitivity move a layer's density."
+    )
+    refine: Annotated[Refinement, Panel.METHOD] = Field(
+        "none", description="swap: exchange weights of a mask while that lowers the error."
+    )
+    update: Annotated[Update, Panel.FIT] = Field(
         "none",
         description="What happens to the survivors: none; obs: SparseGPT's error propagation; least-squares: the "
         "optimum for the layer; reconstruct: least-squares, then Adam on the block's output.",
     )
-    damping: float = Field(
+    damping: Annotated[float, Panel.FIT] = Field(
         0.01, gt=0, description="Damping of obs and least-squares, in shares of the mean input power."
     )
-    reconstruction_epochs: int = Field(
+    reconstruction_epochs: Annotated[int, Panel.FIT] = Field(
         3, ge=1, le=MANY, description="Update reconstruct: passes over the samples, at most."
     )
-    reconstruction_rounds: int = Field(
+    reconstruction_rounds: Annotated[int, Panel.FIT] = Field(
         1,
         ge=1,
         le=MANY,
         description="Update reconstruct: number of fits. After the first fit, the mask is re-chosen before each fit; "
         "pruned weights are updated too.",
     )
-    reconstruction_rate: float = Field(
+    reconstruction_rate: Annotated[float, Panel.FIT] = Field(
         0.007, gt=0, description="Update reconstruct: Adam's step in shares of a layer's root mean square weight."
     )
-    distillation_epochs: int = Field(
+    distillation_epochs: Annotated[int, Panel.FIT] = Field(
         0,
         ge=0,
         le=MANY,
         description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
     )
-    distillation_rate: float = Field(0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate.")
-    fit_dtype: FitDtype = Field(
+    distillation_rate: Annotated[float, Panel.FIT] = Field(
+        0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate."
+    )
+    fit_dtype: Annotated[FitDtype, Panel.FIT] = Field(
         "float32", description="Dtype of products in reconstruction and distillation; weights are always float32."
     )
-    targets: tuple[str, ...] = Field(("*",), description="Shell-style patterns of the layers to prune.")
-    ignore: tuple[str, ...] = Field((), description="Patterns of the layers to leave alone.")
-    overrides: tuple[OverrideSettings, ...] = Field((), description="Exceptions by layer; the last match counts.")
+    targets: Annotated[tuple[str, ...], Panel.METHOD] = Field(
+        ("*",), description="Shell-style patterns of the layers to prune."
+    )
+    ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field((), description="Patterns of the layers to leave alone.")
+    overrides: Annotated[tuple[OverrideSettings, ...], Panel.METHOD] = Field(
+        (), description="Exceptions by layer; the last match counts."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -334,7 +356,7 @@ class EvaluateSettings(Settings):
     """What to evaluate on."""
 
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window of the evaluation.")
     max_windows: int | None = Field(
         None, ge=1, le=MANY, description="At most this many windows, from the start; all if unset."
     )
@@ -404,7 +426,7 @@ class BenchmarkSettings(Settings):
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"), min_length=1, description="Whose models are timed."
     )
-    threads: int | None = Field(
+    threads: Annotated[int | None, Panel.RESOURCES] = Field(
         None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."
     )
 
