@@ -219,12 +219,12 @@ def run(
 
     from gblm_compress import faults
     from gblm_compress.runs import checks, pipeline
+    from gblm_compress.runs import dry_run as looking
 
     progress = _progress(quiet)
     if dry_run:
-        faults.raise_all(checks.check(loaded, progress) + pipeline.check_output(loaded, folder))
-        content = {"output": str(folder), "steps": pipeline.plan(loaded), "unchecked": checks.unchecked(loaded)}
-        return _show(content, summaries.plan, json_)
+        faults.raise_all(checks.check(loaded, progress) + checks.check_output(loaded, folder))
+        return _show(looking.dry_run(loaded, folder, progress).as_dict(), summaries.dry_run, json_)
     result = pipeline.run(loaded, folder, progress)
     _show(result, summaries.run, json_)
     if not result.passed:

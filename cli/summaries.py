@@ -187,9 +187,36 @@ def inspect(result: dict[str, Any]) -> list[Any]:
     return [table, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
 
 
-def plan(content: dict[str, Any]) -> list[Any]:
-    steps = [f"{i}. {step}" for i, step in enumerate(content["steps"], 1)]
-    return [*steps, f"output: {content['output']}", *unchecked(content["unchecked"])]
+def dry_run(content: dict[str, Any]) -> list[Any]:
+    table = Table("", "stage", "what would happen")
+    table.add_column("disk, at most", justify="right")
+    table.add_column("last time", justify="right")
+    for i, step in enumerate(content["steps"], 1):
+        reused, disk = step["fate"] == "reuse", step["disk"]
+        stays, seconds = (disk and disk["stays"]), step["seconds"]
+        cells = ("" if reused or not stays else decimal(stays), "" if seconds is None else f"{seconds:.0f} s")
+        table.add_row(str(i), step["does"], step["fate"], *cells)
+    limits = ", ".join(f"{name} {value}" for name, value in content["gates"].items())
+    return [
+        table,
+        *([f"gates to check: {limits}"] if limits else []),
+        _disk(content["bytes"], content["free_bytes"]),
+        _time(content["seconds"]),
+        f"output: {content['output']}",
+        *unchecked(content["unchecked"]),
+    ]
+
+
+def _disk(needed: int | None, free: int) -> str:
+    if needed is None:
+        return f"disk: not known until the model is on this machine; {decimal(free)} are free"
+    return f"disk: at most {decimal(needed)}, temporary files included; {decimal(free)} are free"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "time: not known; some of these stages have not been done in this folder yet"
+    return f"time: {seconds:.0f} s when these stages were last done in this folder"
 
 
 def unchecked(names: list[str]) -> list[str]:

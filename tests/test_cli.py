@@ -139,7 +139,7 @@ def test_bad_input_gets_one_message_and_its_code(tmp_path, arguments, code, mess
 def test_run_dry_run_and_validate(tmp_path) -> None:
     done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"][0] == "prune tiny by gblm, 1:4"
+    assert json.loads(done.stdout)["steps"][0]["does"] == "prune tiny by gblm, 1:4"
     assert not list(tmp_path.iterdir())
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
     for arguments in (("--dry-run",), ()):
@@ -175,7 +175,7 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
     from gblm_compress.runs.gates import GateOutcome
 
     gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
-    stage = pipeline.Stage("prune", True, 0.0, {})
+    stage = pipeline.Outcome("prune", True, 0.0, {})
     failed = pipeline.RunReport({}, str(tmp_path), {}, [stage], [], [gate])
     monkeypatch.setattr(pipeline, "run", lambda *args: failed)
     assert _run(["run", "ci-smoke", "-o", str(tmp_path)]) == 6

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 from gblm_compress.errors import UsageError
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_tokenizer, save_tokenizer
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
-from gblm_compress.runs import pipeline, report
+from gblm_compress.runs import pipeline, report, stages
+from gblm_compress.runs.dry_run import dry_run
 from gblm_compress.runs.recipe import find_recipe, load_recipe
-from gblm_compress.settings import EvaluateSettings
+from gblm_compress.runs.stages import Evaluate, Job, Recorded, stages_of
 from gblm_compress.storage.outputs import working_in
 
 SMOKE = ("benchmark.batch=[1]",)
@@ -111,7 +115,7 @@ def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(walk, "prune_block_", count_block)
-            patch.setattr(pipeline, "export", end_before_exports)
+            patch.setattr(stages, "export", end_before_exports)
             pipeline.run(smoke(*recipe_overrides), tmp_path / "out", Progress(quiet=True))
         assert not list(tmp_path.glob("out/.pruned*"))
         pruned.clear()
@@ -159,6 +163,31 @@ def test_a_change_of_a_task_or_its_data_is_evaluated_again(finished, module_cach
         assert done() == {"evaluate pruned", "evaluate bitmask"}
 
 
+def test_the_dense_model_reads_every_window_once_for_all_evaluations(finished, module_cache, monkeypatch) -> None:
+    """And every figure is what a run gave whose evaluations have nothing in common."""
+    output, first = finished
+    original, read = TorchRuntime.logits, []
+
+    def logits(runtime, ids):
+        read.append(runtime.model.config.name_or_path)
+        return original(runtime, ids)
+
+    for path in output.glob(".stages/evaluate-*.json"):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchRuntime, "logits", logits)
+        again = pipeline.run(smoke(), output, Progress(quiet=True))
+    windows = smoke().evaluate.max_windows
+    names = [Path(name).name for name in read]
+    assert {name: names.count(name) for name in names} == {"tiny": windows, "pruned": windows, "bitmask": windows}
+    assert again.rows == first.rows
+    for stage in stages_of(Job(smoke(), resolve_model("tiny", Progress(quiet=True)), True, output)):
+        if isinstance(stage, Evaluate):
+            alone = evaluate(stage.source, stage.settings, baseline=stage.job.dense, progress=Progress(quiet=True))
+            (outcome,) = (outcome for outcome in again.stages if outcome.name == stage.name)
+            assert outcome.result == json.loads(json.dumps(alone.as_dict()))
+
+
 def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
     output, _ = finished
     (output / "semi-structured" / "gblm_sparse.safetensors").write_bytes(b"junk")
@@ -196,7 +225,7 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
 
 
 def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path, module_cache, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "prune", None)
+    monkeypatch.setattr(stages, "prune", None)
     with working_in(tmp_path, "run"):
         for name in ("onnx", "dense-onnx"):
             (tmp_path / name).mkdir()
@@ -217,17 +246,75 @@ def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, mod
     assert result.passed
 
 
-def test_tasks_are_asked_in_torch_only(tiny, tmp_path) -> None:
-    (tmp_path / "model.onnx").touch()
-    settings = EvaluateSettings(tasks=("piqa",), sequence_length=64)
-    assert pipeline._measurable(settings, tiny("llama")) == settings
-    assert pipeline._measurable(settings, ModelSource("onnx", tmp_path)) == EvaluateSettings(sequence_length=64)
+def test_the_list_of_stages_names_all_of_them(finished, module_cache) -> None:
+    output, result = finished
+    listed = stages_of(Job.without_model(smoke(), output))
+    assert [stage.name for stage in listed] == [outcome.name for outcome in result.stages]
+    assert listed[0].does == "prune tiny by gblm, 2:4"
+    assert any("dense model to onnx" in stage.does for stage in listed)
+    written = {stage.folder.name for stage in listed if isinstance(stage, Recorded) and stage.folder}
+    assert written == {path.name for path in output.iterdir() if path.is_dir()} - {".stages"}
 
 
-def test_the_plan_names_every_stage() -> None:
-    steps = pipeline.plan(smoke())
-    assert len(steps) == 8
-    tasks = pipeline.plan(smoke("evaluate.tasks=[piqa]"))
-    assert "evaluate on demo and by piqa (tasks in torch only)" in tasks
-    assert steps[0] == "prune tiny by gblm, 2:4"
-    assert any("dense model to onnx" in step for step in steps) and "gates" in steps[-1]
+def test_tasks_are_asked_in_torch_only(tmp_path) -> None:
+    listed = stages_of(Job.without_model(smoke("evaluate.tasks=[piqa]"), tmp_path))
+    asked = {stage.name: stage.settings.tasks for stage in listed if isinstance(stage, Evaluate)}
+    assert asked == {"evaluate pruned": ("piqa",), "evaluate bitmask": ("piqa",), "evaluate onnx": ()}
+    assert "evaluate pruned on demo and by piqa" in [stage.does for stage in listed]
+
+
+def fates(recipe, output: Path) -> dict[str, str]:
+    return {step.name: step.fate for step in dry_run(recipe, output, Progress(quiet=True)).steps}
+
+
+def test_a_dry_run_of_a_new_folder(tmp_path, module_cache) -> None:
+    output = tmp_path / "new"
+    seen = dry_run(smoke("gates.max_mean_kl=1"), output, Progress(quiet=True))
+    assert {step.fate for step in seen.steps} == {"do"} and seen.seconds is None
+    assert seen.gates["max_mean_kl"] == 1 and not output.exists()
+    assert seen.bytes == sum(s.disk.stays for s in seen.steps) + max(s.disk.meanwhile for s in seen.steps)
+    assert seen.as_dict()["bytes"] == seen.bytes > 0
+
+
+def test_a_dry_run_says_what_is_reused_and_how_long_the_rest_took(finished, module_cache) -> None:
+    output, _ = finished
+    first = pipeline.run(smoke(), output, Progress(quiet=True))
+    seconds = {outcome.name: outcome.seconds for outcome in first.stages}
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    seen = dry_run(smoke(), output, Progress(quiet=True))
+    assert {step.fate for step in seen.steps} == {"reuse"} and (seen.bytes, seen.seconds) == (0, 0)
+    again = dry_run(smoke("evaluate.max_windows=3"), output, Progress(quiet=True))
+    assert [step.name for step in again.to_do] == ["evaluate pruned", "evaluate bitmask", "evaluate onnx"]
+    assert again.seconds == pytest.approx(sum(seconds[step.name] for step in again.to_do))
+
+    anew = fates(smoke("prune.alpha=77"), output)
+    assert anew.pop("prune") == "do" and anew.pop("export dense-onnx") == "reuse"
+    assert set(anew.values()) == {"reuse if its inputs come out the same"}
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_the_artefacts_take_no_more_disk_than_a_dry_run_says(finished, tmp_path, module_cache) -> None:
+    output, _ = finished
+    for step in dry_run(smoke(), tmp_path, Progress(quiet=True)).steps:
+        name = step.name.removeprefix("export ").replace("prune", "pruned")
+        if (output / name).is_dir():
+            graph = output / name / "model.onnx"  # is not counted: its size is that of a model of any width
+            written = ModelSource(name, output / name).bytes_on_disk - (graph.stat().st_size if graph.exists() else 0)
+            assert 0 < written <= step.disk.stays
+
+
+def test_a_dry_run_of_a_model_that_is_not_here(finished, tmp_path, module_cache) -> None:
+    output, _ = finished
+    seen = dry_run(smoke("model=owner/model"), tmp_path, Progress(quiet=True))
+    assert {step.fate for step in seen.steps} == {"do"} and seen.bytes is None
+    assert seen.unchecked == ["model owner/model"]
+    assert fates(smoke("model=owner/model"), output)["prune"] == "reuse if its inputs come out the same"
+
+
+def test_a_dry_run_of_a_grid_looks_at_every_cell(tmp_path, module_cache) -> None:
+    grid = "compare={methods: [wanda, fast], patterns: ['2:4'], seeds: 2}"
+    seen = dry_run(smoke(grid, "export=[]", "benchmark=null", "gates={}"), tmp_path, Progress(quiet=True))
+    assert [step.does for step in seen.steps[2:]] == [
+        f"compare: {method} 2:4 seed {seed}" for method in ("wanda", "fast") for seed in (0, 1)
+    ]

@@ -18,6 +18,7 @@ from gblm_compress import faults
 from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, ModelError
 from gblm_compress.measure import zero_shot
+from gblm_compress.measure.reference import Reference, ask
 from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.measure.zero_shot import ZeroShot
 from gblm_compress.models import loading
@@ -102,7 +103,7 @@ def evaluate(
     source: ModelSource,
     settings: EvaluateSettings,
     *,
-    baseline: ModelSource | None = None,
+    baseline: ModelSource | Reference | None = None,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress,
@@ -111,41 +112,39 @@ def evaluate(
 
     Args:
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
-        baseline: the dense model.
+        baseline: the dense model; a `Reference` to it computes once what several evaluations need.
 
     Raises:
         GblmError: as `prepare`; the device is absent, or the baseline is another model.
     """
-    given = [source] if baseline is None else [source, baseline]
+    reference = Reference(baseline, dtype=dtype, device=device) if isinstance(baseline, ModelSource) else baseline
+    given = [source] if reference is None else [source, reference.source]
     looks: list[Callable[[], object]] = [partial(loading.choose_device, device)]
-    if baseline is not None:
-        looks.append(partial(check_baseline, source, baseline))
+    if reference is not None:
+        looks.append(partial(check_baseline, source, reference.source))
     faults.raise_all(check(given, settings, progress) + faults.collect(looks))
     windows = _windows(source, settings, progress)
     device = loading.choose_device(device)
-    threads = torch.get_num_threads()
     progress.say(f"loading {source.name} …")
-    model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, threads)
-    dense = None
-    if baseline is not None:
-        progress.say(f"loading {baseline.name} …")
-        dense = load_runtime(baseline, loading.choose_dtype(dtype, baseline, device), device, threads)
+    model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
     losses, dense_losses, divergences, agreements = [], [], [], []
     for window in progress.track(list(windows), "evaluating", unit="windows"):
         logits = model.logits(window.unsqueeze(0))[0, :-1]
         losses.append(_cross_entropy(logits, window))
-        if dense is not None:
-            reference = dense.logits(window.unsqueeze(0))[0, :-1]
-            dense_losses.append(_cross_entropy(reference, window))
-            divergences.append(mean_kl(reference, logits))
-            agreements.append(top1_agreement(reference, logits))
+        if reference is not None:
+            dense = reference.logits(window, progress)
+            dense_losses.append(_cross_entropy(dense, window))
+            divergences.append(mean_kl(dense, logits))
+            agreements.append(top1_agreement(dense, logits))
     mean, error = mean_and_standard_error(losses)
     if not math.isfinite(mean):
         raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
     tasks = None
     if settings.tasks:
-        answered = _answers(model, source, settings, progress)
-        tasks = zero_shot.score(answered, _answers(dense, baseline, settings, progress) if baseline else None)
+        answered = ask(source, model, settings, progress)
+        tasks = zero_shot.score(answered, reference.answers(settings, progress) if reference else None)
+    if reference is not None:
+        reference.unload()
     return EvaluateResult(
         model=source.name,
         dataset=settings.dataset,
@@ -158,7 +157,7 @@ def evaluate(
         dtype=model.dtype,
         provider=model.provider,
         baseline_perplexity=_exp(sum(dense_losses) / len(dense_losses)) if dense_losses else None,
-        fidelity=Fidelity(_mean(divergences), _mean(agreements)) if dense else None,
+        fidelity=Fidelity(_mean(divergences), _mean(agreements)) if reference else None,
         zero_shot=tasks,
     )
 
@@ -167,14 +166,6 @@ def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
     if settings.tasks and source.is_onnx:
         raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
     loading.check_length(source, settings.sequence_length)
-
-
-def _answers(
-    runtime: Any, source: ModelSource, settings: EvaluateSettings, progress: Progress
-) -> dict[str, tuple[str, list[float]]]:
-    progress.say(f"asking {source.name} …")
-    tokenizer = loading.load_tokenizer(source)
-    return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
 
 
 def mean_kl(reference: Tensor, logits: Tensor) -> float:

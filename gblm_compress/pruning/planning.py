@@ -71,6 +71,10 @@ class Size:
         at_the_end = FIT_BYTES * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.distillation_epochs else 0)
 
+    def kept(self, settings: PruneSettings) -> int:
+        """What a run keeps on disk until its output is whole: finished blocks and gradients."""
+        return self.weights * (2 if settings.distillation_epochs else 1) + self.gradients
+
     def states(self, by_sample: bool) -> int:
         """Hidden states at the places where they are kept at the same time."""
         return max(0 if by_sample else self._states_of_gradients, self._states_of_pruning)
@@ -124,7 +128,6 @@ def check_disk(run: RunFolder, size: Size, settings: PruneSettings, plan: Plan) 
     """Raises:
     OutputError: less is free than output, gradients, blocks and hidden states may need beyond what is finished.
     """
-    blocks = size.weights * (2 if settings.distillation_epochs else 1)
-    kept = max(0, blocks + size.gradients - run.bytes)
+    kept = max(0, size.kept(settings) - run.bytes)
     needed = size.checkpoint + kept + max(0, size.states(plan.by_sample) - plan.states)
     outputs.check_space(run.folder.parent, needed, "the output, and for finished blocks until it is whole")

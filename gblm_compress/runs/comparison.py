@@ -27,8 +27,8 @@ from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import planned_budgets
 from gblm_compress.pruning.stage import prune
-from gblm_compress.runs.stages import evaluation_hash, run_stage, text_hash
-from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
+from gblm_compress.runs.reuse import carry_out, evaluation_hash, text_hash
+from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 from gblm_compress.storage import outputs, records
 
 REPORT, PLOT = "comparison.json", "comparison.png"
@@ -134,32 +134,13 @@ def _compare(
     faults.raise_all(absent + check(source, settings, calibration, evaluation, progress))
     prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     device = loading.choose_device(device)
-    cells = []
-    for pattern in settings.patterns:
-        for method in settings.methods:
-            for seed in range(settings.seeds):
-                drawn = calibration.model_copy(update={"seed": seed})
-                job = (source, output, method, pattern, drawn, evaluation, dtype, device, progress.quiet)
-                stage = run_stage(
-                    output,
-                    f"{method} {pattern} seed {seed}",
-                    [
-                        source.fingerprint,
-                        settings.prune_settings(method, pattern).model_dump(mode="json"),
-                        drawn.model_dump(mode="json"),
-                        evaluation.model_dump(mode="json"),
-                        [text_hash(drawn.dataset), evaluation_hash(evaluation), dtype, device],
-                    ],
-                    lambda job=job: _in_own_process(job),  # type: ignore[misc]
-                    None,
-                    progress,
-                )
-                cells.append(Cell(**stage.result))
+    grid = cells(source, output, settings, calibration, evaluation, dtype, device)
+    done = [Cell(**carry_out(output, cell, progress).result) for cell in grid]
     result = CompareResult(
         model=source.name,
-        dense_perplexity=cells[0].dense_perplexity,
-        rows=rows(cells),
-        cells=cells,
+        dense_perplexity=done[0].dense_perplexity,
+        rows=rows(done),
+        cells=done,
         calibration=calibration.model_dump(mode="json", exclude={"seed"}),
         evaluation=evaluation.model_dump(mode="json"),
         environment=environment(),
@@ -251,50 +232,97 @@ def draw(result: CompareResult, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _in_own_process(job: tuple[Any, ...]) -> Cell:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_cell, *job).result()
-        except BrokenProcessPool as error:
-            raise ModelError(
-                f"the process that pruned by {job[2]} with {job[3]} was killed, most likely for want of memory; the "
-                "same command goes on from here, with fewer --samples or a shorter --sequence-length it needs less"
-            ) from error
-
-
-def _cell(
+def cells(
     source: ModelSource,
     output: Path,
-    method: str,
-    pattern: str,
+    settings: CompareSettings,
     calibration: CalibrationSettings,
     evaluation: EvaluateSettings,
     dtype: str,
     device: str,
-    quiet: bool,
-) -> Cell:
-    finding.silence_libraries()
-    progress = Progress(quiet)
-    settings = CompareSettings.prune_settings(method, pattern)
-    with tempfile.TemporaryDirectory(prefix=".cell-", dir=output) as folder:
-        pruned = ModelSource(method, Path(folder) / "pruned")
-        cost = prune(source, pruned.folder, settings, calibration, dtype=dtype, device=device, progress=progress)
-        found = evaluate(pruned, evaluation, baseline=source, dtype=dtype, device=device, progress=progress)
-    assert found.baseline_perplexity is not None and found.fidelity is not None
-    tasks = found.zero_shot
-    return Cell(
-        method=method,
-        pattern=pattern,
-        seed=calibration.seed,
-        perplexity=found.perplexity,
-        dense_perplexity=found.baseline_perplexity,
-        mean_kl=found.fidelity.mean_kl,
-        top1_agreement=found.fidelity.top1_agreement,
-        accuracy=tasks.mean_accuracy if tasks else None,
-        recovery=tasks.recovery.ratio if tasks and tasks.recovery else None,
-        seconds=cost.seconds,
-        peak_memory_bytes=cost.peak_memory_bytes,
-    )
+) -> list["GridCell"]:
+    """The cells of a grid, in the order in which they are done."""
+    return [
+        GridCell(source, output, method, pattern, drawn, evaluation, dtype, device)
+        for pattern in settings.patterns
+        for method in settings.methods
+        for drawn in (calibration.model_copy(update={"seed": seed}) for seed in range(settings.seeds))
+    ]
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """The stage that makes a `Cell`: one method with one pattern and one seed, pruned and evaluated.
+
+    Attributes:
+        output: folder of the comparison.
+        calibration: with the seed of the cell.
+    """
+
+    source: ModelSource
+    output: Path
+    method: str
+    pattern: str
+    calibration: CalibrationSettings
+    evaluation: EvaluateSettings
+    dtype: str
+    device: str
+
+    folder = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.pattern} seed {self.calibration.seed}"
+
+    @property
+    def settings(self) -> PruneSettings:
+        """What its method stands for."""
+        return CompareSettings.prune_settings(self.method, self.pattern)
+
+    def inputs(self) -> list[Any]:
+        texts = [text_hash(self.calibration.dataset), evaluation_hash(self.evaluation)]
+        settings = [part.model_dump(mode="json") for part in (self.settings, self.calibration, self.evaluation)]
+        return [self.source.fingerprint, *settings, *texts, self.dtype, self.device]
+
+    def work(self, progress: Progress) -> Cell:
+        return _in_own_process(self, progress.quiet)
+
+    def prune_and_evaluate(self, quiet: bool) -> Cell:
+        """The work itself, in a process whose peak memory is that of the cell."""
+        finding.silence_libraries()
+        progress = Progress(quiet)
+        with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as folder:
+            pruned = ModelSource(self.method, Path(folder) / "pruned")
+            place: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "progress": progress}
+            cost = prune(self.source, pruned.folder, self.settings, self.calibration, **place)
+            found = evaluate(pruned, self.evaluation, baseline=self.source, **place)
+        assert found.baseline_perplexity is not None and found.fidelity is not None
+        tasks = found.zero_shot
+        return Cell(
+            method=self.method,
+            pattern=self.pattern,
+            seed=self.calibration.seed,
+            perplexity=found.perplexity,
+            dense_perplexity=found.baseline_perplexity,
+            mean_kl=found.fidelity.mean_kl,
+            top1_agreement=found.fidelity.top1_agreement,
+            accuracy=tasks.mean_accuracy if tasks else None,
+            recovery=tasks.recovery.ratio if tasks and tasks.recovery else None,
+            seconds=cost.seconds,
+            peak_memory_bytes=cost.peak_memory_bytes,
+        )
+
+
+def _in_own_process(cell: GridCell, quiet: bool) -> Cell:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(cell.prune_and_evaluate, quiet).result()
+        except BrokenProcessPool as error:
+            raise ModelError(
+                f"the process that pruned by {cell.method} with {cell.pattern} was killed, most likely for want of "
+                "memory; the same command goes on from here, with fewer --samples or a shorter --sequence-length it "
+                "needs less"
+            ) from error
 
 
 def _mean_of_known(values: list[float | None]) -> float | None:

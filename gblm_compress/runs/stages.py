@@ -1,107 +1,477 @@
-"""Stages on record: what is already done is not done again.
+"""The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it.
 
-A stage's key is a hash of everything that decides its outcome: settings, the content of its inputs, versions, and
-for timings the machine. A stage whose key is on record, and whose folder still has the content it had, is reused.
+A stage says in one place what it is called and does, what decides its outcome, what is in its way before any work, what
+disk it takes, and does it. What is reused is in `reuse`.
 """
 
-import hashlib
-import json
-import re
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel
 
+from gblm_compress import exporters, faults
 from gblm_compress.calibration import text
-from gblm_compress.errors import ModelError, OutputError, first_line
+from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.exporters import export
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure import zero_shot
+from gblm_compress.measure import evaluation
+from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.reference import Reference
+from gblm_compress.measure.runtimes import check_onnx_provider
+from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import EvaluateSettings
-from gblm_compress.storage import records
+from gblm_compress.pruning.budgeting import planned_budgets
+from gblm_compress.pruning.planning import Size
+from gblm_compress.pruning.stage import prune
+from gblm_compress.runs import comparison
+from gblm_compress.runs.comparison import compare
+from gblm_compress.runs.reuse import evaluation_hash, text_hash
+from gblm_compress.settings import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    CompareSettings,
+    EvaluateSettings,
+    ExportSettings,
+    PruneSettings,
+    Recipe,
+)
 
-STAGES = ".stages"
+Look = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage as it went: whether it was reused, how long it took, and its result as plain values."""
+class Job:
+    """What all stages of a run share.
 
-    name: str
-    reused: bool
-    seconds: float
-    result: dict[str, Any]
+    Attributes:
+        dense: the model of the recipe; where it is not `here` yet, it has no folder to look at, only a name.
+        output: folder of the run.
+    """
+
+    recipe: Recipe
+    dense: ModelSource
+    here: bool
+    output: Path
+
+    @classmethod
+    def without_model(cls, recipe: Recipe, output: Path) -> "Job":
+        """A run of whose model only the name is known."""
+        name = recipe.model.source
+        return cls(recipe, ModelSource(name, Path(name)), False, output)
+
+    @property
+    def dtype(self) -> str:
+        """What the recipe says of the dtype to compute in; "auto" leaves it to each model."""
+        return self.recipe.model.dtype
+
+    @cached_property
+    def device(self) -> str:
+        """Where the recipe runs; as it asks, where that is absent."""
+        absent = faults.collect([partial(loading.choose_device, self.recipe.model.device)])
+        return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
+
+    @cached_property
+    def pruned(self) -> ModelSource:
+        """What the pruning writes."""
+        return ModelSource("pruned", self.output / "pruned")
+
+    @cached_property
+    def patterns(self) -> dict[str, Pattern]:
+        """{layer: pattern} of what will be pruned; under the recipe's key where the model is not here.
+
+        Raises:
+            GblmError: a pattern does not fit a layer, or a name matches none.
+        """
+        if not self.here:
+            return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
+        budgets = planned_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
+        return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The dense model, for all evaluations; `close` it at the end of the run."""
+        several = any(Export(self, settings).runs_here for settings in self.recipe.export)
+        folder = self.output if several else None
+        return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
+
+    def bytes_in(self, dtype: str) -> int:
+        """Bytes of the dense weights in a dtype; "auto" is the checkpoint's own."""
+        stored = loading.stored_dtype(self.dense)
+        itemsize = getattr(torch, stored if dtype == "auto" else dtype).itemsize
+        return self.dense.bytes_on_disk // getattr(torch, stored).itemsize * int(itemsize)
 
 
-class _Record(BaseModel):
-    """A finished stage, as it is on disk."""
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of weights and logits that a stage writes at most: those that stay, and those beside them while it works.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    A tokenizer and an ONNX graph, which are small beside weights, are not counted.
+    """
 
-    key: str
-    content: str | None
-    seconds: float
-    result: dict[str, Any]
-
-
-def run_stage(
-    output: Path, name: str, inputs: Any, work: Callable[[], Any], folder: Path | None, progress: Progress
-) -> Stage:
-    """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
-    versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
-    key = hashlib.sha256(json.dumps([name, inputs, versions], sort_keys=True).encode()).hexdigest()
-    record_path = output / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', name)}.json"
-    record = _record(record_path, progress)
-    if record is not None and record.key == key and record.content == _content(folder):
-        progress.say(f"• {name}: reused")
-        return Stage(name, True, record.seconds, record.result)
-    progress.say(f"• {name}")
-    try:
-        record_path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{str(record_path)!r} cannot be replaced: {error.strerror}; remove it") from error
-    start = time.perf_counter()
-    result = json.loads(json.dumps(work().as_dict()))
-    seconds = time.perf_counter() - start
-    record = _Record(key=key, content=_content(folder), seconds=seconds, result=result)
-    record_path.parent.mkdir(exist_ok=True)
-    records.write_sealed(record_path, record.model_dump())
-    return Stage(name, False, seconds, result)
+    stays: int = 0
+    meanwhile: int = 0
 
 
-def _record(path: Path, progress: Progress) -> _Record | None:
-    """What is on record of a stage; None where there is nothing, or nothing that can be read."""
-    if not path.exists():
+@dataclass(frozen=True)
+class Stage(ABC):
+    """One stage of a run."""
+
+    job: Job
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called; no other stage of the run is called so."""
+
+    @property
+    @abstractmethod
+    def does(self) -> str:
+        """What it does, in words."""
+
+    @abstractmethod
+    def check(self, progress: Progress) -> list[GblmError]:
+        """What is in its way, as far as recipe, machine and a model that is here tell. Nothing is fetched."""
+
+    def disk(self) -> Disk:
+        """What disk it takes at most; the model must be here."""
+        return Disk()
+
+    @abstractmethod
+    def work(self, progress: Progress) -> Any:
+        """Do it, and return a frozen result with `as_dict()`."""
+
+
+@dataclass(frozen=True)
+class Recorded(Stage):
+    """A stage that is recorded when it is done, and reused while nothing that decides its outcome changes."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it writes; None where its result is all."""
         return None
-    try:
-        return _Record.model_validate(records.read_sealed(path))
-    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        progress.say(f"{path} is damaged and ignored ({first_line(error)})")
-        return None
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[ModelSource, ...]:
+        """The models that it reads, which the stages before it make."""
+
+    @abstractmethod
+    def decides(self) -> list[Any]:
+        """What else decides its outcome, as plain values."""
+
+    def inputs(self) -> list[Any]:
+        """Everything that decides its outcome; the models that it reads must be there."""
+        return [[source.fingerprint for source in self.reads], *self.decides()]
 
 
-def _content(folder: Path | None) -> str | None:
-    """A fingerprint of a stage's folder; None where it has none, or it is gone or damaged."""
-    if folder is None or not folder.is_dir():
-        return None
-    try:
-        return ModelSource("", folder).fingerprint
-    except ModelError:
-        return None
+@dataclass(frozen=True)
+class Prune(Recorded):
+    """Prune the dense model."""
+
+    settings: PruneSettings
+    calibration: CalibrationSettings
+
+    name = "prune"
+
+    @property
+    def does(self) -> str:
+        return f"prune {self.job.dense.name} by {self.settings.method}, {self.settings.pattern}"
+
+    @property
+    def folder(self) -> Path:
+        return self.job.pruned.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.dense,)
+
+    def decides(self) -> list[Any]:
+        drawn = self.calibration if self.settings.needs_text else None
+        text_of = text_hash(drawn.dataset) if drawn else None
+        return [_plain(self.settings), _plain(drawn), text_of, self.job.dtype, self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        looks: list[Look] = []
+        if self.settings.needs_text:
+            looks.append(partial(text.check_source, self.calibration.dataset))
+            if self.job.here:
+                length = self.calibration.sequence_length
+                looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
+        return faults.collect([*looks, lambda: self.job.patterns])
+
+    def disk(self) -> Disk:
+        dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
+        size = Size(self.job.dense, dtype, self.settings, self.calibration)
+        return Disk(size.checkpoint, size.kept(self.settings))
+
+    def work(self, progress: Progress) -> Any:
+        return prune(
+            self.job.dense,
+            self.folder,
+            self.settings,
+            self.calibration,
+            resources=self.job.recipe.resources,
+            resume=None,
+            dtype=self.job.dtype,
+            device=self.job.device,
+            force=True,
+            progress=progress,
+        )
 
 
-def text_hash(dataset: str | None) -> str | None:
-    """The content of a local text file, as a hash; the name alone says nothing of it."""
-    for path in text.files(dataset or ""):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return None
+@dataclass(frozen=True)
+class Export(Recorded):
+    """Export the pruned model, or the dense one that an export of it is timed against."""
+
+    settings: ExportSettings
+    of_dense: bool = False
+
+    @property
+    def source(self) -> ModelSource:
+        """What is exported."""
+        return self.job.dense if self.of_dense else self.job.pruned
+
+    @cached_property
+    def artefact(self) -> ModelSource:
+        """What is written."""
+        name = f"dense-{self.settings.folder_name}" if self.of_dense else self.settings.folder_name
+        return ModelSource(name, self.job.output / name)
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether ONNX Runtime runs it."""
+        return self.settings.format == "onnx"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the device of the run has kernels for it."""
+        return self.settings.format != "semi-structured" or "cuda" in self.job.device
+
+    @property
+    def name(self) -> str:
+        return f"export {self.artefact.name}"
+
+    @property
+    def does(self) -> str:
+        if self.of_dense:
+            return f"export the dense model to onnx ({self.settings.dtype}), the baseline of the benchmark"
+        return f"export to {self.settings.format} ({self.settings.dtype})"
+
+    @property
+    def folder(self) -> Path:
+        return self.artefact.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.source,)
+
+    def decides(self) -> list[Any]:
+        return [_plain(self.settings)]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        dense = self.job.dense if self.job.here else None
+        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
+        patterns = {} if unfit or self.of_dense else self.job.patterns
+        return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
+
+    def disk(self) -> Disk:
+        widened = self.is_onnx and self.settings.dtype == "auto" and loading.stored_dtype(self.job.dense) == "bfloat16"
+        return Disk(self.job.bytes_in("float32" if widened else self.settings.dtype))
+
+    def work(self, progress: Progress) -> Any:
+        return export(self.source, self.folder, self.settings, force=True, progress=progress)
 
 
-def evaluation_hash(settings: EvaluateSettings) -> list[Any]:
-    """The content of what an evaluation names: its text, and the files of its tasks."""
-    return [text_hash(settings.dataset), zero_shot.fingerprint(settings.tasks, settings.include_path)]
+@dataclass(frozen=True)
+class Evaluate(Recorded):
+    """Evaluate the pruned model or an export of it, held against the dense one.
+
+    Attributes:
+        settings: without tasks for an ONNX export: lm-eval asks in torch only.
+    """
+
+    source: ModelSource
+    is_onnx: bool
+    settings: EvaluateSettings
+
+    @property
+    def name(self) -> str:
+        return f"evaluate {self.source.name}"
+
+    @property
+    def does(self) -> str:
+        asked = f" and by {', '.join(self.settings.tasks)}" if self.settings.tasks else ""
+        return f"evaluate {self.source.name} on {self.settings.dataset}{asked}"
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.dense, self.source)
+
+    def decides(self) -> list[Any]:
+        return [_plain(self.settings), evaluation_hash(self.settings), self.job.dtype, self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        """For an export, what the pruned model's evaluation does not show already."""
+        if self.is_onnx:
+            return faults.collect([partial(check_onnx_provider, self.job.device)])
+        if self.source is not self.job.pruned:
+            return []
+        return evaluation.check([self.job.dense] if self.job.here else [], self.settings, progress)
+
+    def disk(self) -> Disk:
+        """The logits of the dense model, which go when the run ends."""
+        room, windows = self.job.reference.room, self.settings.max_windows
+        if windows is None:  # as many as the text has
+            return Disk(meanwhile=room)
+        logits = windows * (self.settings.sequence_length - 1) * loading.vocabulary_of(self.job.dense)
+        return Disk(meanwhile=min(room, 4 * logits))
+
+    def work(self, progress: Progress) -> Any:
+        job = self.job
+        dense, dtype, device = job.reference, job.dtype, job.device
+        return evaluate(self.source, self.settings, baseline=dense, dtype=dtype, device=device, progress=progress)
+
+
+@dataclass(frozen=True)
+class Benchmark(Recorded):
+    """Time the pruned model and its exports beside the dense one."""
+
+    settings: BenchmarkSettings
+    models: tuple[ModelSource, ...]
+    baselines: tuple[ModelSource, ...]
+
+    name = "benchmark"
+
+    @property
+    def does(self) -> str:
+        return f"benchmark in {' and '.join(self.settings.runtimes)}"
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (*self.baselines, *self.models)
+
+    def decides(self) -> list[Any]:
+        return [_plain(self.settings), self.job.dtype, self.job.device, environment()]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        looks: list[Look] = [self._check_runtimes, self._check_gates]
+        if self.job.here:
+            length = self.settings.prompt + self.settings.generate
+            looks.append(partial(loading.check_length, self.job.dense, length, "benchmark.prompt plus generate"))
+        return faults.collect(looks)
+
+    def work(self, progress: Progress) -> Any:
+        job, models, baselines = self.job, list(self.models), list(self.baselines)
+        return benchmark(models, baselines, self.settings, dtype=job.dtype, device=job.device, progress=progress)
+
+    def _check_runtimes(self) -> None:
+        """Raises:
+        UsageError: nothing that the recipe makes is timed.
+        MissingDependencyError: ONNX Runtime lacks the device.
+        """
+        to_onnx = any(settings.format == "onnx" for settings in self.job.recipe.export)
+        if "torch" not in self.settings.runtimes and not to_onnx:
+            raise UsageError(
+                "benchmark.runtimes is onnxruntime alone, and no export is to onnx: nothing would be timed"
+            )
+        if to_onnx and "onnxruntime" in self.settings.runtimes:
+            check_onnx_provider(self.job.device)
+
+    def _check_gates(self) -> None:
+        """Raises:
+        UsageError: the artefact that the gates name is not timed.
+        """
+        artefact = self.job.recipe.gates.artefact
+        for settings in self.job.recipe.export:
+            if settings.folder_name == artefact:
+                runtime = "onnxruntime" if settings.format == "onnx" else "torch"
+                if runtime not in self.settings.runtimes:
+                    raise UsageError(f"gates.artefact {artefact!r} runs in {runtime}, which is not timed")
+                if not Export(self.job, settings).runs_here:
+                    raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
+        if artefact == "pruned" and "torch" not in self.settings.runtimes:
+            raise UsageError("gates.artefact 'pruned' runs in torch, which is not timed")
+
+
+@dataclass(frozen=True)
+class Compare(Stage):
+    """Compare methods, patterns and seeds. The cells of the grid have records, in its folder; it has none itself."""
+
+    settings: CompareSettings
+    calibration: CalibrationSettings
+    evaluation: EvaluateSettings
+
+    name = "compare"
+
+    @property
+    def does(self) -> str:
+        grid = f"{len(self.settings.methods)} methods, {len(self.settings.patterns)} patterns"
+        return f"compare {grid}, {self.settings.seeds} seeds"
+
+    @property
+    def home(self) -> Path:
+        """The folder of its records, table and plot."""
+        return self.job.output / "comparison"
+
+    def cells(self) -> list[comparison.GridCell]:
+        """What it does, cell by cell."""
+        job, settings = self.job, (self.settings, self.calibration, self.evaluation)
+        return comparison.cells(job.dense, self.home, *settings, job.dtype, job.device)
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        if not self.job.here:
+            return []
+        return comparison.check(self.job.dense, self.settings, self.calibration, self.evaluation, progress)
+
+    def disk(self) -> Disk:
+        """The largest pruned model, which goes once it is evaluated."""
+        dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
+        methods = {cell.settings for cell in self.cells()}
+        sizes = [(Size(self.job.dense, dtype, method, self.calibration), method) for method in methods]
+        return Disk(meanwhile=max(size.checkpoint + size.kept(method) for size, method in sizes))
+
+    def work(self, progress: Progress) -> Any:
+        job, settings = self.job, (self.settings, self.calibration, self.evaluation)
+        return compare(job.dense, self.home, *settings, dtype=job.dtype, device=job.device, progress=progress)
+
+
+def stages_of(job: Job) -> list[Stage]:
+    """The stages of a run, in their order."""
+    recipe = job.recipe
+    exports = [Export(job, settings) for settings in recipe.export]
+    baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(recipe)]
+    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
+    measured = [export for export in exports if export.runs_here]
+    if recipe.evaluate is not None:
+        without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})
+        stages.append(Evaluate(job, job.pruned, False, recipe.evaluate))
+        for export in measured:
+            settings = without_tasks if export.is_onnx else recipe.evaluate
+            stages.append(Evaluate(job, export.artefact, export.is_onnx, settings))
+    if recipe.benchmark is not None:
+        models = (job.pruned, *(export.artefact for export in measured))
+        dense = (job.dense, *(export.artefact for export in baselines))
+        stages.append(Benchmark(job, recipe.benchmark, models, dense))
+    if recipe.compare is not None and recipe.evaluate is not None:
+        stages.append(Compare(job, recipe.compare, recipe.calibration, recipe.evaluate))
+    return stages
+
+
+def _timed_against(recipe: Recipe) -> list[ExportSettings]:
+    """The exports of the dense model that the benchmark needs as baselines: one per dtype of the ONNX exports."""
+    if recipe.benchmark is None or "onnxruntime" not in recipe.benchmark.runtimes:
+        return []
+    onnx = (settings for settings in recipe.export if settings.format == "onnx")
+    return list(dict.fromkeys(settings.model_copy(update={"sparse": False, "kernels": False}) for settings in onnx))
+
+
+def _plain(settings: BaseModel | None) -> Any:
+    return settings and settings.model_dump(mode="json")

@@ -125,13 +125,17 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     """Raises:
     OutputError: less than `needed` bytes are free where `folder` will be.
     """
-    place = _existing_parent(folder)
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if free < needed:
         raise OutputError(
-            f"{str(place)!r} has {decimal(free)} free; {decimal(needed)} may be needed for {what}; free some, or write "
-            "elsewhere with -o"
+            f"{str(_existing_parent(folder))!r} has {decimal(free)} free; {decimal(needed)} may be needed for {what}; "
+            "free some, or write elsewhere with -o"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    return shutil.disk_usage(_existing_parent(folder)).free
 
 
 def check_picture(path: Path, force: bool) -> None:
