@@ -32,13 +32,13 @@ from rich.table import Table
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts.bitmask import pack
-from gblm_compress.layouts.sparse_checkpoint import sparsify_
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.runtimes import OnnxRuntime, Runtime, TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model
+from gblm_compress.models.packed_checkpoint import pack_
 from gblm_compress.progress import Progress
 
 SIZE, ROTATE_BYTES = 4096, 1 << 30
@@ -132,7 +132,7 @@ def model(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list
     dense = load_model(source, dtype)
     names = manifest.pruned_layers(source, dense)
     sparse = copy.deepcopy(dense)
-    sparsify_(sparse, names)
+    pack_(sparse, names)
     threads = torch.get_num_threads()
     ids = torch.randint(0, dense.config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0))
     runtimes: dict[str, Runtime | LlamaCpp] = {

@@ -380,8 +380,8 @@ def block_layers(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     """Prefill and decode of a whole model; `rows` is filled as it goes."""
-    from gblm_compress.layouts.sparse_checkpoint import sparsify_
     from gblm_compress.models.architecture import cache_argument
+    from gblm_compress.models.packed_checkpoint import pack_
 
     dense = random_llama(bench, bench.size.model)
     names = block_layers(dense)
@@ -391,7 +391,7 @@ def model(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     models = {"dense": dense}
     for layout in ("sparse24", "bitmask"):
         models[layout] = copy.deepcopy(dense)
-        sparsify_(models[layout], names, layout)
+        pack_(models[layout], names, layout)
     argument = cache_argument(dense)
     head = sum(p.nbytes for n, p in dense.named_parameters() if not n.startswith("model.embed") and not in_layers(n))
     block_bytes = {"dense": sum(dense.get_submodule(name).weight.nbytes for name in names)} | {

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gblm_compress.errors import UsageError
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.loading import check_model
 from gblm_compress.models.source import ModelSource
@@ -18,9 +20,8 @@ from gblm_compress.storage import outputs
 
 # Imported on use, so that no exporter's packages are needed by another's.
 EXPORTERS = {
-    "bitmask": "gblm_compress.exporters.sparse",
     "onnx": "gblm_compress.exporters.onnx",
-    "semi-structured": "gblm_compress.exporters.sparse",
+    **{layout.format: "gblm_compress.exporters.sparse" for layout in LAYOUTS.values()},
 }
 
 
@@ -70,19 +71,21 @@ def export(
         return _exporter(settings).export(source, output, settings, force=force, progress=progress)
 
 
-def check_is_pruned(weights: Mapping[str, Tensor]) -> None:
-    """Refuse to pack what packing would not make smaller: it costs a bit for each weight, and saves the zeros.
+def check_is_pruned(weights: Mapping[str, Tensor], packed: type[PackedLinear]) -> None:
+    """Refuse to pack what packing would not make smaller: it costs some bits for each weight, and saves the zeros.
 
     Raises:
         UsageError: so few of the weights are zeros.
     """
     total = sum(weight.numel() for weight in weights.values())
     zeros = total - sum(int((weight != 0).sum()) for weight in weights.values())
-    bits = 8 * next(iter(weights.values())).element_size()
-    if zeros * bits <= total:
+    width = 8 * next(iter(weights.values())).element_size()
+    each, nonzero = packed.bits(width)
+    if total * each + (total - zeros) * nonzero >= total * width:
+        pays = 100 * (1 - (width - each) / nonzero)
         raise UsageError(
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
-            f"take more bytes (packing pays from {100 / bits:.1f} %): the model is dense; prune it first"
+            f"take more bytes (packing pays from {pays:.1f} %): the model is dense; prune it first"
         )
 
 

@@ -27,6 +27,7 @@ from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, u
 from gblm_compress.exporters.verification import real_text
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
+from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.measure.runtimes import OnnxRuntime, Runtime, TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
@@ -118,7 +119,7 @@ def export(
     tokenizer = loading.load_tokenizer(source)
     layers = manifest.pruned_layers(source, model)
     if settings.sparse or settings.kernels:
-        check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers})
+        check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers}, BitmaskLinear)
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     outputs.check_space(output, int(source.bytes_on_disk * wider), "the export")
     progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")

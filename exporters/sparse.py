@@ -1,6 +1,6 @@
 """Export to sparse PyTorch: packed weights, smaller on disk and in memory, on kernels that exploit the zeros.
 
-Format "bitmask" takes any pattern, "semi-structured" 2:4 alone. After `import gblm_compress` the folder loads with
+One format for each layout in `LAYOUTS`. After `import gblm_compress` the folder loads with
 `AutoModelForCausalLM.from_pretrained`.
 """
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import ExportResult, check_is_pruned
 from gblm_compress.exporters.verification import real_text
-from gblm_compress.layouts.bitmask import same_bits
-from gblm_compress.layouts.sparse_checkpoint import linear_layer, save_packed, sparsify_
-from gblm_compress.layouts.sparse_linear import SparseLinear
+from gblm_compress.layouts import LAYOUTS, of_format
+from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.packed_checkpoint import linear_layer, pack_, save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -33,7 +34,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
-LAYOUT_OF = {"bitmask": "bitmask", "semi-structured": "sparse24"}
 # Largest difference of a logit, relative to the largest logit: the same products are summed in another order and, in
 # 16 bit, rounded to it after every layer.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -41,18 +41,25 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: a layer that is yet to be pruned will not be 2:4, which semi-structured needs.
+    UsageError: a layer that is yet to be pruned will not have the pattern that the format's layout needs.
     """
-    if settings.format == "semi-structured":
-        for name, pattern in (patterns or {}).items():
-            if not _is_2_4(pattern):
-                raise UsageError(f"{name}: pattern {pattern.name} is not 2:4, which export to semi-structured needs")
+    if (needed := LAYOUTS[_layout(settings)].pattern) is None:
+        return
+    for name, pattern in (patterns or {}).items():
+        if not _implies(pattern, Pattern(needed)):
+            raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
 
 
-def _is_2_4(pattern: Pattern) -> bool:
-    """Whether what has the pattern has at most two nonzeros in every aligned group of four."""
-    n, m = pattern.n_m or (1, 1)
-    return (n, m) == (1, 2) or (n <= 2 and m % 4 == 0)
+def _layout(settings: ExportSettings) -> str:
+    name = of_format(settings.format)
+    assert name is not None
+    return name
+
+
+def _implies(pattern: Pattern, needed: Pattern) -> bool:
+    """Whether what has the one pattern has the other, an N:M, too: as few nonzeros in each of its aligned groups."""
+    (n, m), (most, group) = pattern.n_m or (1, 1), needed.n_m or (1, 1)
+    return n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0
 
 
 def export(
@@ -79,12 +86,13 @@ def export(
         model = loading.load_model(source, dtype)  # as it is before it runs
     names = [name for name in pruned if name not in changed]
     dense = {name: weight_matrix(model.get_submodule(name)).detach() for name in names}
-    layout = LAYOUT_OF[settings.format]
-    if layout == "sparse24":
-        _check_2_4(dense)
-    check_is_pruned(dense)
+    layout = _layout(settings)
+    kind = LAYOUTS[layout].layer
+    if (needed := LAYOUTS[layout].pattern) is not None:
+        _check_pattern(dense, needed, settings.format)
+    check_is_pruned(dense, kind)
     progress.say("packing …")
-    sparsify_(model, names, layout)
+    pack_(model, names, layout)
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
     outputs.check_space(output, source.bytes_on_disk, "the export")
@@ -92,13 +100,13 @@ def export(
         save_packed(model, temporary)
         loading.save_tokenizer(tokenizer, temporary)
         progress.say("verifying …")
-        difference = _verify(ModelSource(str(output), temporary), model, dense, reference)
+        difference = _verify(ModelSource(str(output), temporary), model, kind, dense, reference)
         checks = {
             "packed_layers": len(names),
             **({"layers_left_dense": changed} if changed else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,
-            "restored_bit_for_bit": True,
+            **({"restored_within": kind.TOLERANCE} if kind.TOLERANCE else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],
         }
@@ -115,15 +123,15 @@ def export(
     )
 
 
-def _check_2_4(dense: dict[str, Tensor]) -> None:
-    pattern = Pattern("2:4")
+def _check_pattern(dense: dict[str, Tensor], needed: str, format: str) -> None:
+    pattern = Pattern(needed)
     broken = {name: violation for name, weight in dense.items() if (violation := pattern.first_violation(weight))}
     if broken:
         listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
         more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UsageError(
-            f"{len(broken)} of {len(dense)} layers are not 2:4, which semi-structured needs:\n{listed}{more}\n"
-            "prune with `--pattern 2:4` first"
+            f"{len(broken)} of {len(dense)} layers are not {needed}, which {format} needs:\n{listed}{more}\n"
+            f"prune with `--pattern {needed}` first"
         )
 
 
@@ -143,28 +151,36 @@ class _Run:
     @classmethod
     def of(cls, model: Any, ids: Tensor) -> Self:
         logits = TorchRuntime(model).logits(ids)
-        packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SparseLinear))
+        packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
         kept = model.state_dict()
         buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
         return cls(ids, logits, {name: buffer for name, buffer in buffers.items() if not name.startswith(packed)})
 
 
-def _verify(exported: ModelSource, written: Any, dense: dict[str, Tensor], reference: _Run) -> float:
+def _verify(
+    exported: ModelSource, written: Any, kind: type[PackedLinear], dense: dict[str, Tensor], reference: _Run
+) -> float:
     """Reload the folder as a user would. Compare every tensor with what was written, every packed weight with the dense
     one, and every buffer that is computed with the source's, all bit for bit; run it on what the source was run on.
+
+    Where the layout rounds, weights are compared within its tolerance, and the logits are held against those of the
+    model that was written: rounded weights have logits of their own.
 
     Returns:
         The largest difference of a logit, relative to the largest logit.
     """
     model = loading.load_model(exported)
     for name, weight in dense.items():
-        sparse = model.get_submodule(name)
-        if not isinstance(sparse, SparseLinear) or not same_bits(sparse.dense_weight(), weight):
-            raise VerificationError(f"{name}: the reloaded folder does not restore its weight bit for bit")
+        packed = model.get_submodule(name)
+        if not isinstance(packed, PackedLinear) or not packed.restores(weight):
+            how = f"within {kind.TOLERANCE:.0e} of the largest" if kind.TOLERANCE else "bit for bit"
+            raise VerificationError(f"{name}: the reloaded folder does not restore its weight {how}")
     restored = model.state_dict()
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):
             raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
+    if kind.TOLERANCE:
+        reference = _Run.of(written, reference.ids)
     run = _Run.of(model, reference.ids)
     for name in sorted(run.buffers.keys() | reference.buffers.keys()):
         pair = [buffers.get(name) for buffers in (run.buffers, reference.buffers)]

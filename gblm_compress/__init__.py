@@ -59,13 +59,13 @@ class _SparseCheckpoints(MetaPathFinder):
 
             def then_register(module: ModuleType) -> None:
                 execute(module)
-                import_module("gblm_compress.layouts.sparse_checkpoint")
+                import_module("gblm_compress.models.packed_checkpoint")
 
             spec.loader.exec_module = then_register  # type: ignore[method-assign]
         return spec
 
 
 if _SparseCheckpoints.TRIGGER in sys.modules:
-    import_module("gblm_compress.layouts.sparse_checkpoint")
+    import_module("gblm_compress.models.packed_checkpoint")
 else:
     sys.meta_path.insert(0, _SparseCheckpoints())

@@ -7,7 +7,7 @@ module loads no torch.
 import re
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
 
 from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.methods import presets
 from gblm_compress.methods.allocation import Budget, Override, allocate
 from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
@@ -38,7 +39,10 @@ Preset = Literal["fast", "balanced", "best"]
 FitDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
-Format = Literal["onnx", "bitmask", "semi-structured"]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal["onnx", *(layout.format for layout in LAYOUTS.values())]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit

@@ -91,7 +91,7 @@ def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatc
     assert "pydantic is not installed" in script.pruning(None, None, [])["skipped"]
     code = (
         "import sys; sys.modules['pydantic'] = None\n"
-        "import gblm_compress.layouts.cuda_linear, gblm_compress.layouts.sparse_checkpoint\n"
+        "import gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint\n"
         "import gblm_compress.measure.doctor"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from gblm_compress.errors import ModelError
 from gblm_compress.kernels.masks import PADDING, bits, row_counts, row_starts
-from gblm_compress.layouts.bitmask import check, pack, same_bits, unpack
+from gblm_compress.layouts.bitmask import check, pack, unpack
+from gblm_compress.layouts.packed import same_bits
 
 
 @given(

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from gblm_compress.layouts import bitmask, sparse24, sparse_linear
-from gblm_compress.layouts.sparse_linear import LAYOUTS, UNPACKED, BitmaskLinear, Sparse24Linear
+from gblm_compress.kernels import cpu
+from gblm_compress.layouts import LAYOUTS, bitmask, sparse24
+from gblm_compress.layouts.packed_linear import UNPACKED, PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.storage.cache import CACHE_VARIABLE
 
@@ -19,7 +20,7 @@ if find_spec("triton"):
     from gblm_compress.kernels import gpu
     from gblm_compress.kernels.gpu import Packed
     from gblm_compress.layouts import cuda_linear
-    from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Choice, Operands
+    from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Choice
 
 ALGORITHM = 7
 
@@ -43,6 +44,13 @@ def dense_of(weight: "Packed") -> Tensor:
     if weight.layout == "sparse24":
         return sparse24.unpack(weight.values, weight.places)
     return bitmask.unpack(weight.places, weight.values, weight.shape[1])
+
+
+def product_on_cuda(layer: PackedLinear, x: Tensor) -> Tensor:
+    """What the layer's operator computes for tensors on CUDA, called with tensors that are not."""
+    tensors = [layer.get_buffer(name) for name in (*layer.PACKED, *layer.DERIVED)]
+    product = {"bitmask": bitmask._linear_cuda, "sparse24": sparse24._linear_cuda}[layer.LAYOUT]
+    return product(x, tensors, layer.bias, layer.out_features, layer.in_features, layer.crossover, layer.plan)
 
 
 @pytest.fixture
@@ -204,25 +212,20 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bias: bool) -> None:
     timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
-    monkeypatch.setattr(sparse_linear, "cuda_kernels", lambda values: cuda_linear)
-    monkeypatch.setattr(sparse_linear.cpu, "available", lambda: False)  # a GPU's layer is what is tested
+    monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
+    monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
     weight = two_four(64, 64, seed=1)
     given = torch.randn(64).to(torch.bfloat16) if bias else None
-    layer = LAYOUTS[layout].from_dense(weight, given)
+    layer = LAYOUTS[layout].layer.from_dense(weight, given)
     many = "cuSPARSELt" if layout == "sparse24" else UNPACKED
     assert [layer.kernel(tokens) for tokens in (1, 64, 65)] == [f"{layout} Triton", f"{layout} Triton", many]
     assert layer.resident_bytes > layer.packed_bytes
-    operator = {"bitmask": sparse_linear._bitmask_linear_cuda, "sparse24": sparse_linear._sparse24_linear_cuda}[layout]
-    if isinstance(layer, BitmaskLinear):
-        rest = (layer.mask, layer.values, layer.starts, layer.bias, 64, 0, layer.plan)
-    else:
-        assert isinstance(layer, Sparse24Linear)
+    if isinstance(layer, sparse24.Sparse24Linear):
         assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no choice needs is not held
-        rest = (layer.values, layer.positions, layer.bias, layer.cusparselt, layer.cutlass, layer.plan)
     for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
         calls.clear()
         x = torch.randn(shape).to(torch.bfloat16)
-        torch.testing.assert_close(operator(x, *rest), torch.nn.functional.linear(x, weight, given))
+        torch.testing.assert_close(product_on_cuda(layer, x), torch.nn.functional.linear(x, weight, given))
         if layout == "bitmask" and kernel == "cusparselt":
             kernel = "expand"
         assert calls == ([kernel] if kernel else [])
@@ -232,11 +235,6 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
     """In 32 bit, and without Triton."""
     weight = two_four(8, 64).float()
-    layer = LAYOUTS[layout].from_dense(weight, None)
+    layer = LAYOUTS[layout].layer.from_dense(weight, None)
     x = torch.randn(3, 64)
-    got = (
-        sparse_linear._bitmask_linear_cuda(x, layer.mask, layer.values, layer.starts, None, 64, 0, "")
-        if layout == "bitmask"
-        else sparse_linear._sparse24_linear_cuda(x, layer.values, layer.positions, None, *Operands(x, x), "")
-    )
-    torch.testing.assert_close(got, x @ weight.T)
+    torch.testing.assert_close(product_on_cuda(layer, x), x @ weight.T)

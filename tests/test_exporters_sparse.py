@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.exporters import sparse as exporters_sparse
-from gblm_compress.layouts.bitmask import same_bits
-from gblm_compress.layouts.sparse_checkpoint import save_packed
-from gblm_compress.layouts.sparse_linear import BitmaskLinear, Sparse24Linear, SparseLinear
+from gblm_compress.layouts.bitmask import BitmaskLinear
+from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.layouts.sparse24 import Sparse24Linear
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
 from gblm_compress.models.files import SPARSE_INDEX, SPARSE_SINGLE
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model
+from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 from gblm_compress.pruning.stage import prune
@@ -110,7 +112,7 @@ def test_from_pretrained_gives_the_sparse_model(kind, format, pattern, layer, ti
     source, folder, result = exported(tiny, tmp_path, progress, kind, pattern, format=format)
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
-    assert all(isinstance(module, SparseLinear) for module in sparse.values())
+    assert all(isinstance(module, PackedLinear) for module in sparse.values())
     assert len(sparse) == result.checks["packed_layers"] == {"gpt2": 8, "opt": 12}.get(kind, 14)
     for name, tensor in dense.state_dict().items():
         if name.removesuffix(".weight") not in sparse:
@@ -448,7 +450,7 @@ def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path
 
     def with_another_norm(source, *arguments):
         model = load(source, *arguments)
-        if source.is_sparse:
+        if source.is_packed:
             model.model.norm.weight.data *= 1.001
         return model
 
@@ -462,7 +464,7 @@ def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progre
 
     def with_another_mask(source, *arguments):
         model = load(source, *arguments)
-        if source.is_sparse:
+        if source.is_packed:
             model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
         return model
 

@@ -11,7 +11,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts.bitmask import pack
-from gblm_compress.layouts.sparse_linear import linear_by_tiles
+from gblm_compress.layouts.bitmask_cpu import linear_by_tiles
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -61,7 +61,7 @@ def test_linear_and_expand(dtype: torch.dtype, path: str, threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gblm_compress.layouts.sparse_linear.TILE_BYTES", 20_000)  # several tiles, the last one ragged
+    monkeypatch.setattr("gblm_compress.layouts.bitmask_cpu.TILE_BYTES", 20_000)  # several tiles, the last one ragged
     weight = weight_of(65, 128, dtype)
     mask, values = pack(weight)
     x = torch.randn(19, 128, generator=torch.Generator().manual_seed(0)).to(dtype)

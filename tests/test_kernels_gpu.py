@@ -19,7 +19,7 @@ import sys, torch
 import tests.triton_interpreter
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed
-from gblm_compress.layouts import bitmask, sparse24
+from gblm_compress.layouts import bitmask, packed as packed_tensors, sparse24
 from gblm_compress.methods.patterns import Pattern
 
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
@@ -41,7 +41,7 @@ for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
     else:
         mask, values = bitmask.pack(weight)
         packed = Packed(layout, values, mask, gpu.block_starts(mask), (rows, columns))
-    assert bitmask.same_bits(gpu.expand(packed), weight)
+    assert packed_tensors.same_bits(gpu.expand(packed), weight)
     for tokens in (1, 2, 16) if rows < 10 else (1, 33):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         for given in (None, bias) if rows == 9 else (bias,):

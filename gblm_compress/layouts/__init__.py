@@ -1,1 +1,57 @@
-"""How zeros are packed, the linear layer that multiplies packed weights, and loading it through transformers."""
+"""How zeros are packed, and the linear layers that multiply packed weights: one file and one line in `LAYOUTS` each.
+
+See docs/adding-a-layout.md. Importing this registry loads no torch.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gblm_compress.layouts.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is said of a layout before its file is imported.
+
+    Attributes:
+        linear: its `PackedLinear`, as "module:class"; imported on use.
+        format: what `export --format` calls it.
+        kernels: the devices that have kernels for it; on others the weight is unpacked for every product.
+        pattern: the N:M that a weight must have; any if unset.
+    """
+
+    linear: str
+    format: str
+    kernels: tuple[str, ...]
+    pattern: str | None = None
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether only CUDA has kernels for it."""
+        return self.kernels == ("cuda",)
+
+    @property
+    def layer(self) -> "type[PackedLinear]":
+        """The class of its layers."""
+        module, _, name = self.linear.partition(":")
+        layer: type[PackedLinear] = getattr(import_module(module), name)
+        return layer
+
+
+# A folder's config.json has the name; commands and recipes have the format.
+LAYOUTS = {
+    "bitmask": Layout("gblm_compress.layouts.bitmask:BitmaskLinear", "bitmask", ("cpu", "cuda")),
+    "sparse24": Layout("gblm_compress.layouts.sparse24:Sparse24Linear", "semi-structured", ("cuda",), "2:4"),
+}
+
+
+def known(name: object) -> Layout | None:
+    """The layout of that name, which a file may have damaged; None where there is none."""
+    return LAYOUTS.get(name) if isinstance(name, str) else None
+
+
+def of_format(format: str) -> str | None:
+    """The name of the layout that `export --format` writes; None where the format is none of a layout."""
+    return next((name for name, layout in LAYOUTS.items() if layout.format == format), None)

@@ -6,13 +6,17 @@ Rows of the mask are whole 64-bit words: bit b of word w is column 64·w + b. Th
 """
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError
-from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts
+from gblm_compress.kernels import cpu
+from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, row_starts
+from gblm_compress.layouts.bitmask_cpu import crossover, linear_many
 from gblm_compress.layouts.packed import DTYPES, check_tensor
+from gblm_compress.layouts.packed_linear import PackedLinear, operator
 
 _INTEGER_OF = {4: torch.int32, 2: torch.int16}
 
@@ -44,13 +48,6 @@ def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
     return dense
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits (so that -0.0 differs from +0.0)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
 def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
     """Hold two tensors against the layout of a matrix of that shape; what passes, kernels may read.
 
@@ -73,3 +70,122 @@ def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
     check_tensor("values", values, DTYPES, values.shape)
     if values[nonzeros:].count_nonzero():
         raise ModelError(f"values: the last {PADDING} must be zeros of padding; the file is damaged")
+
+
+def _linear_cpu(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str = ""
+) -> Tensor:
+    mask, values, starts = tensors
+    flat = x.reshape(-1, columns)
+    if not cpu.available():
+        y = flat @ unpack(mask, values, columns).T
+    elif 0 < flat.shape[0] <= crossover:
+        y = cpu.linear(flat, mask, values, starts)
+    else:
+        y = linear_many(flat, mask, values, starts)
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def _linear_cuda(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
+) -> Tensor:
+    mask, values, starts = tensors
+    if not plan:
+        return nn.functional.linear(x, unpack(mask, values, columns), bias)
+    from gblm_compress.kernels.gpu import Packed
+    from gblm_compress.layouts import cuda_linear
+
+    weight = Packed("bitmask", values, mask, starts, (rows, columns))
+    return cuda_linear.linear(x, weight, bias, plan)
+
+
+class BitmaskLinear(PackedLinear):
+    """A `PackedLinear` in the bitmask layout.
+
+    Args:
+        nonzeros: how many weights are stored.
+
+    Attributes:
+        mask, values: as `pack` makes them.
+        starts: where each row's values begin, or on CUDA those of each block of columns.
+    """
+
+    LAYOUT = "bitmask"
+    PACKED = ("mask", "values")
+    DERIVED = ("starts",)
+    OPERATOR = operator("bitmask_linear", _linear_cpu, _linear_cuda)
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+
+    def __init__(
+        self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, *, nonzeros: int
+    ) -> None:
+        super().__init__(shape, bias, dtype, device)
+        if type(nonzeros) is not int or not 0 <= nonzeros <= self.out_features * self.in_features:
+            raise ModelError(f"nonzeros {nonzeros!r} is no number of weights of a matrix of shape {list(shape)}")
+        words = -(-self.in_features // WORD)
+        self.register_buffer("mask", torch.empty(self.out_features, words, dtype=torch.int64, device=device))
+        self.register_buffer("values", torch.empty(nonzeros + PADDING, dtype=dtype, device=device))
+
+    @staticmethod
+    def bits(width: int) -> tuple[int, int]:
+        return 1, width
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        mask, values = pack(weight)
+        empty = cls(weight.shape, bias is not None, weight.dtype, "meta", nonzeros=values.numel() - PADDING)
+        return empty.filled(bias, mask=mask, values=values)
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "nonzeros": self.values.numel() - PADDING}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._prepared:
+            self.prepare()
+        # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
+        on_cpu = self._on_cpu and x.is_cpu
+        if on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling():
+            tensors = (self.mask, self.values, self.starts)
+            return _linear_cpu(x, tensors, self.bias, self.out_features, self.in_features, self.crossover)
+        return super().forward(x)
+
+    def check(self) -> None:
+        check(self.mask, self.values, (self.out_features, self.in_features))
+        super().check()
+
+    def prepare(self) -> None:
+        # A copy: loaded tensors are parts of a mapped file, and what is written into that later must not move a kernel.
+        self._buffers["mask"] = self.mask.clone()
+        super().prepare()
+
+    def find_kernels(self) -> None:
+        self._on_cpu = self.mask.device.type == "cpu"
+        self.starts = row_starts(self.mask)
+        if self._on_cpu and cpu.available():
+            self.crossover = crossover(self.mask, self.values, self.starts, self.in_features)
+        elif cuda := self.cuda_kernels():
+            self.starts = cuda.gpu.block_starts(self.mask)
+            shape = (self.out_features, self.in_features)
+            self.plan = cuda.plan(cuda.gpu.Packed("bitmask", self.values, self.mask, self.starts, shape))
+
+    def kernel(self, tokens: int) -> str:
+        if not self._prepared:
+            self.prepare()
+        if not (self._on_cpu and cpu.available()):
+            return super().kernel(tokens)
+        path = cpu.path(self.values.dtype)
+        if tokens <= self.crossover:
+            return f"bitmask {path}"
+        many = cpu.has_many(self.values.dtype, path)
+        return f"bitmask {path}, many tokens" if many else "expanded tiles and dense GEMM"
+
+    def dense_weight(self) -> Tensor:
+        return unpack(self.mask, self.values, self.in_features)
+
+    def extra_repr(self) -> str:
+        density = (self.values.numel() - PADDING) / (self.in_features * self.out_features)
+        return f"{super().extra_repr()}, density={density:.3f}"

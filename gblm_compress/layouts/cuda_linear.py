@@ -112,6 +112,23 @@ def _choice(word: str) -> Choice:
     return Choice(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
 
 
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands | None = None) -> Tensor:
+    """x Wᵀ + b as the plan says.
+
+    Args:
+        x: [..., columns] in the dtype of the values.
+        operands: what torch's kernels need, where the plan has one of them.
+
+    Returns:
+        [..., rows].
+    """
+    rows, columns = weight.shape
+    flat = x.reshape(-1, columns)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], rows)
+    return run(choose(plan, len(flat)), flat, weight, bias, operands).reshape(*x.shape[:-1], rows)
+
+
 def run(choice: Choice, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None) -> Tensor:
     """x Wᵀ + b on the chosen kernel.
 

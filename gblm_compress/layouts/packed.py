@@ -1,4 +1,4 @@
-"""What a packed tensor must be before a kernel may read it.
+"""What every layout asks of tensors: what a packed one must be before a kernel may read it, and when two are the same.
 
 Each layout has one `check`, which whoever fills a layer calls once; kernels trust what it has passed.
 """
@@ -24,3 +24,10 @@ def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape
         raise ModelError(f"{name}: {given} {list(tensor.shape)}{gaps}; needs {' or '.join(needed)} {list(shape)}")
     if tensor.is_floating_point() and not is_finite(tensor):
         raise ModelError(f"{name}: holds NaN or infinite values; the file is damaged, or {tensor.dtype} is too narrow")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits (so that -0.0 differs from +0.0)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -7,12 +7,14 @@ filled up with zeros at free positions, so that the layout has one size: 9/16 of
 """
 
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.layouts.packed import DTYPES, check_tensor
+from gblm_compress.layouts.packed_linear import PackedLinear, operator
 from gblm_compress.methods.patterns import Pattern
 
 _PATTERN = Pattern("2:4")
@@ -78,3 +80,72 @@ def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
     if not bool((low & high).all()):
         bad = int((~(low & high)).sum())
         raise ModelError(f"positions: {bad} bytes hold no two increasing positions in each group; the file is damaged")
+
+
+def _linear_cpu(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, *_: Any) -> Tensor:
+    return nn.functional.linear(x, unpack(*tensors[:2]), bias)
+
+
+def _linear_cuda(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
+) -> Tensor:
+    values, positions, *operands = tensors
+    if not plan:
+        return nn.functional.linear(x, unpack(values, positions), bias)
+    from gblm_compress.kernels.gpu import Packed
+    from gblm_compress.layouts import cuda_linear
+
+    weight = Packed("sparse24", values, positions, values, (rows, columns))
+    return cuda_linear.linear(x, weight, bias, plan, cuda_linear.Operands(*operands))
+
+
+class Sparse24Linear(PackedLinear):
+    """A `PackedLinear` in the sparse24 layout.
+
+    Attributes:
+        values, positions: as `pack` makes them.
+        cusparselt, cutlass: `cuda_linear.Operands`, each empty where no choice of the plan needs it.
+    """
+
+    LAYOUT = "sparse24"
+    PACKED = ("values", "positions")
+    DERIVED = ("cusparselt", "cutlass")
+    OPERATOR = operator("sparse24_linear", _linear_cpu, _linear_cuda)
+    values: Tensor
+    positions: Tensor
+    cusparselt: Tensor
+    cutlass: Tensor
+
+    def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
+        super().__init__(shape, bias, dtype, device)
+        rows, columns = shape
+        if columns % 4:
+            raise ModelError(f"shape {list(shape)}: the sparse24 layout needs columns that are a multiple of 4")
+        self.register_buffer("values", torch.empty(rows, columns // 2, dtype=dtype, device=device))
+        self.register_buffer("positions", torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=device))
+
+    @staticmethod
+    def bits(width: int) -> tuple[int, int]:
+        return 1 + width // 2, 0
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        values, positions = pack(weight)
+        empty = cls(weight.shape, bias is not None, weight.dtype, "meta")
+        return empty.filled(bias, values=values, positions=positions)
+
+    def check(self) -> None:
+        check(self.values, self.positions, (self.out_features, self.in_features))
+        super().check()
+
+    def find_kernels(self) -> None:
+        self.cusparselt, self.cutlass = self.values.new_empty(0), self.values.new_empty(0)
+        if cuda := self.cuda_kernels():
+            shape = (self.out_features, self.in_features)
+            weight = cuda.gpu.Packed("sparse24", self.values, self.positions, self.values, shape)
+            self.plan = cuda.plan(weight)
+            needed = {choice.kernel for choice in cuda.choices(self.plan)}
+            self.cusparselt, self.cutlass = cuda.operands(weight, needed)
+
+    def dense_weight(self) -> Tensor:
+        return unpack(self.values, self.positions)

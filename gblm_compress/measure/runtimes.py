@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gblm_compress.errors import MissingDependencyError, ModelError
 from gblm_compress.kernels import cpu
-from gblm_compress.layouts.sparse_linear import SparseLinear
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
@@ -127,8 +127,8 @@ class TorchRuntime:
         return logits.float().cpu(), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, SparseLinear))]
-        return dict(Counter(m.kernel(tokens) if isinstance(m, SparseLinear) else "dense" for m in layers))
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
+        return dict(Counter(m.kernel(tokens) if isinstance(m, PackedLinear) else "dense" for m in layers))
 
     def _greedy(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)

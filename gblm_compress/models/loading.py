@@ -18,7 +18,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     """The causal language model in eval mode on `device`.
 
     Args:
-        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a sparse folder's.
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a packed folder's.
         device: "cpu", "cuda", "cuda:1", …
 
     Raises:
@@ -27,7 +27,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     from transformers import AutoModelForCausalLM
 
     check_causal_lm(source)
-    if source.is_sparse:
+    if source.is_packed:
         dtype = "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +81,7 @@ def check_model(source: ModelSource, verb: str) -> None:
         causal language model.
     """
     original = f"{verb} the Hugging Face folder that it was made from"
-    if source.is_sparse:
+    if source.is_packed:
         raise ModelError(f"model {source.name!r} is an export; {original}")
     if source.is_onnx:
         raise ModelError(

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gblm_compress.layouts import known
 from gblm_compress.models import files
 from gblm_compress.models.files import GRAPH, SPARSE_METHOD
 
@@ -54,14 +55,15 @@ class ModelSource:
         return any(opset.domain == "gblm" for opset in graph.opset_import)
 
     @property
-    def is_sparse(self) -> bool:
-        """Whether the folder is a sparse checkpoint (`export --format bitmask` or `semi-structured`)."""
+    def is_packed(self) -> bool:
+        """Whether the folder is a packed checkpoint, in one of `LAYOUTS`."""
         return self._quantization.get("quant_method") == SPARSE_METHOD
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether only CUDA has kernels for the layout of the folder (`export --format semi-structured`)."""
-        return self.is_sparse and self._quantization.get("layout") == "sparse24"
+        """Whether the folder is a packed checkpoint in a layout that only CUDA has kernels for."""
+        layout = known(self._quantization.get("layout")) if self.is_packed else None
+        return layout is not None and layout.needs_cuda
 
     @property
     def _quantization(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class ModelSource:
     @property
     def is_export(self) -> bool:
         """Whether the folder was exported from a pruned one, in a dtype of its own."""
-        return self.is_onnx or self.is_sparse
+        return self.is_onnx or self.is_packed
 
     @property
     def bytes_on_disk(self) -> int:

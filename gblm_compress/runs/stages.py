@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from gblm_compress import exporters, faults
+from gblm_compress import exporters, faults, layouts
 from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import export
@@ -253,7 +253,9 @@ class Export(Recorded):
     @property
     def runs_here(self) -> bool:
         """Whether the device of the run has kernels for it."""
-        return self.settings.format != "semi-structured" or "cuda" in self.job.device
+        layout = layouts.of_format(self.settings.format)
+        needs_cuda = layout is not None and layouts.LAYOUTS[layout].needs_cuda
+        return not needs_cuda or "cuda" in self.job.device
 
     @property
     def name(self) -> str:

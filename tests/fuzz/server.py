@@ -84,8 +84,8 @@ def _import_what_commands_import() -> None:
     from optimum.exporters.tasks import TasksManager  # noqa: F401
 
     from gblm_compress.exporters import onnx, sparse  # noqa: F401
-    from gblm_compress.layouts import sparse_checkpoint  # noqa: F401
     from gblm_compress.measure import inspection  # noqa: F401
+    from gblm_compress.models import packed_checkpoint  # noqa: F401
     from gblm_compress.runs import (
         checks,  # noqa: F401
         comparison,  # noqa: F401

@@ -5,13 +5,14 @@ from transformers.pytorch_utils import Conv1D
 
 from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
-from gblm_compress.layouts import sparse_linear
-from gblm_compress.layouts.bitmask import pack, same_bits
-from gblm_compress.layouts.sparse_checkpoint import sparsify_
-from gblm_compress.layouts.sparse_linear import LAYOUTS, BitmaskLinear, Sparse24Linear
+from gblm_compress.layouts import LAYOUTS, bitmask, bitmask_cpu
+from gblm_compress.layouts.bitmask import BitmaskLinear, pack
+from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.sparse24 import Sparse24Linear
 from gblm_compress.machine import measurements
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.packed_checkpoint import pack_
 from gblm_compress.models.tiny import tiny_model
 
 LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
@@ -31,7 +32,7 @@ def pair(
     holder = nn.Module()
     holder.layer = dense
     holder.config = type("Config", (), {})()
-    sparsify_(holder, ["layer"], layout)
+    pack_(holder, ["layer"], layout)
     return dense, holder.layer
 
 
@@ -65,10 +66,20 @@ def test_only_packed_weights_are_held(layout) -> None:
     assert held < 0.6 * dense.weight.nbytes
     assert sparse.packed_bytes < 0.55 * dense.weight.nbytes
     assert same_bits(sparse.dense_weight(), dense.weight.detach())
-    empty = LAYOUTS[layout](**sparse.description(), dtype=torch.float32)
+    empty = LAYOUTS[layout].layer(**sparse.description(), dtype=torch.float32)
     assert {name: b.shape for name, b in sparse.named_buffers() if name != "starts"} == {
         name: b.shape for name, b in empty.named_buffers() if name != "starts"
     }
+
+
+def test_a_layout_that_rounds_restores_within_its_tolerance(monkeypatch) -> None:
+    dense, packed = pair()
+    weight = dense.weight.detach()
+    assert packed.restores(weight) and not packed.restores(weight * 1.005)
+    monkeypatch.setattr(BitmaskLinear, "TOLERANCE", 0.01)
+    assert packed.restores(weight * 1.005) and not packed.restores(weight * 1.02)
+    assert not packed.restores(weight[1:]) and not packed.restores(weight.double())
+    assert not packed.restores(weight * float("nan"))
 
 
 @LAYOUT_NAMES
@@ -77,8 +88,10 @@ def test_moved_to_another_dtype_it_is_ready_again(layout, monkeypatch) -> None:
     x = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     dtype = torch.bfloat16
     prepared = []
-    prepare = LAYOUTS[layout].prepare
-    monkeypatch.setattr(LAYOUTS[layout], "prepare", lambda self: prepared.append(self.values.dtype) or prepare(self))
+    prepare = LAYOUTS[layout].layer.prepare
+    monkeypatch.setattr(
+        LAYOUTS[layout].layer, "prepare", lambda self: prepared.append(self.values.dtype) or prepare(self)
+    )
     expected = dense.to(dtype)(x.to(dtype))
     torch.testing.assert_close(sparse.to(dtype)(x.to(dtype)), expected, rtol=2e-2, atol=1e-2)
     assert prepared == [dtype]  # when it moved, not when it ran: compilers trace that
@@ -100,7 +113,7 @@ def test_2_4_says_that_a_cpu_unpacks_it() -> None:
 
 
 def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
-    monkeypatch.setattr(sparse_linear, "crossover", lambda *_: 4)
+    monkeypatch.setattr(bitmask, "crossover", lambda *_: 4)
     _, sparse = pair()
     if kernels == "no compiler":
         assert sparse.kernel(1) == "dense product of the unpacked weight"
@@ -114,7 +127,7 @@ def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
 @pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
     measured = []
-    monkeypatch.setattr(sparse_linear, "_measure_crossover", lambda *_: measured.append(1) or 5)
+    monkeypatch.setattr(bitmask_cpu, "_measure_crossover", lambda *_: measured.append(1) or 5)
     for _ in range(2):
         _, sparse = pair(40, 90)
         assert sparse.crossover == 5
@@ -126,7 +139,7 @@ def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
 @pytest.mark.parametrize("remembered", [40, 0, -1, 2.0, True, None, "5", [5]], ids=repr)
 def test_a_crossover_that_cannot_be_is_measured_again(remembered, monkeypatch) -> None:
     """40 tokens would be written beyond the sums of 8."""
-    monkeypatch.setattr(sparse_linear, "_measure_crossover", lambda *_: 5)
+    monkeypatch.setattr(bitmask_cpu, "_measure_crossover", lambda *_: 5)
     monkeypatch.setattr(measurements, "_known", lambda path, machine: {shape: remembered})
     shape = f"crossover 48x100 torch.float32 {torch.get_num_threads()} {cpu.path(torch.float32)}"
     _, sparse = pair()
@@ -138,7 +151,7 @@ def test_the_kernel_for_few_tokens_takes_no_more() -> None:
     _, sparse = pair()
     packed = (sparse.mask, sparse.values, sparse.starts)
     with pytest.raises(ValueError, match="for 9 tokens"):
-        sparse_linear._bitmask_linear(torch.ones(9, 100), *packed, None, 100, 40, "")
+        sparse.OPERATOR(torch.ones(9, 100), packed, None, 48, 100, 40, "")
     with pytest.raises(ValueError, match="for 9 tokens"):
         cpu.linear(torch.ones(9, 100), *packed)
     with pytest.raises(ValueError, match=r"no kernel portable for 9 tokens .*many=True"):
@@ -175,7 +188,7 @@ def test_a_whole_model_generates_the_same_tokens(layout) -> None:
             for name in names:
                 weight = weight_matrix(model.get_submodule(name)).detach()
                 weight[:, ::4] = weight[:, 1::4] = 0.0
-        sparsify_(sparse, names, layout)
+        pack_(sparse, names, layout)
         ids = torch.arange(20).unsqueeze(0)
         options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
         assert torch.equal(dense.generate(ids, **options), sparse.generate(ids, **options))
@@ -209,7 +222,7 @@ def test_what_is_filled_by_hand_is_checked_before_a_kernel_reads_it(layout, name
 @LAYOUT_NAMES
 def test_a_layer_that_nobody_filled_is_refused(layout) -> None:
     _, sparse = pair(layout=layout)
-    empty = LAYOUTS[layout](**sparse.description(), dtype=torch.float32)
+    empty = LAYOUTS[layout].layer(**sparse.description(), dtype=torch.float32)
     for name in empty.PACKED:
         empty.get_buffer(name).fill_(85)  # any content: it comes uninitialized
     with pytest.raises(ModelError, match=r"^(mask|values|positions): "):
@@ -221,7 +234,7 @@ def test_a_layer_that_nobody_filled_is_refused(layout) -> None:
 def test_a_shape_that_no_layer_has(layout, shape) -> None:
     options = {"nonzeros": 0} if layout == "bitmask" else {}
     with pytest.raises(ModelError, match="is not one of a matrix"):
-        LAYOUTS[layout](shape, False, torch.float32, **options)
+        LAYOUTS[layout].layer(shape, False, torch.float32, **options)
 
 
 def test_sparse24_needs_groups_of_four() -> None:
@@ -238,7 +251,7 @@ def test_the_weight_can_be_read_as_the_dense_layer_stores_it(layout, transposed)
         matrix.mul_(Pattern("2:4").mask(torch.rand(48, 100), matrix, 0.5)).add_(0.0)
     holder = nn.Module()
     holder.layer, holder.config = dense, type("Config", (), {})()
-    sparsify_(holder, ["layer"], layout)
+    pack_(holder, ["layer"], layout)
     assert torch.equal(holder.layer.weight, dense.weight)
     assert torch.equal(holder.layer.to(torch.bfloat16).weight, dense.weight.to(torch.bfloat16))
     with pytest.raises(AttributeError):

@@ -1,7 +1,7 @@
-"""Sparse checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as sparse models.
+"""Packed checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as models with packed layers.
 
 The weights are plain tensors in safetensors, `config.json` has a `quantization_config` with method `gblm_sparse`, and
-transformers' own quantizer registry, which importing `gblm_compress` fills, puts `SparseLinear` modules in place of
+transformers' own quantizer registry, which importing `gblm_compress` fills, puts `PackedLinear` modules in place of
 the linear layers before the tensors are loaded.
 """
 
@@ -20,19 +20,20 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.errors import ModelError
-from gblm_compress.layouts.sparse_linear import LAYOUTS, SparseLinear
+from gblm_compress.layouts import LAYOUTS, known
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
 from gblm_compress.storage.records import read_json
 
 
 @register_quantization_config(SPARSE_METHOD)
-class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` says of a sparse checkpoint.
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` says of a packed checkpoint.
 
     Attributes:
         layout: one of `LAYOUTS`.
-        layers: {layer: `SparseLinear.description()`}.
+        layers: {layer: `PackedLinear.description()`}.
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "", **unknown: Any) -> None:
@@ -42,15 +43,15 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(SPARSE_METHOD)
-class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the listed layers by empty `SparseLinear`s, for transformers to load their tensors into."""
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the listed layers by empty `PackedLinear`s, for transformers to load their tensors into."""
 
     requires_calibration = True  # transformers must not try to make such weights from dense ones
-    quantization_config: SparseConfig
+    quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layout, layers = self.quantization_config.layout, self.quantization_config.layers
-        if not isinstance(layout, str) or layout not in LAYOUTS:
+        if known(layout) is None:
             raise self._error(model, f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}")
         if not isinstance(layers, dict) or not layers:
             raise self._error(model, "quantization_config names no packed layers, so it is damaged")
@@ -84,7 +85,7 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         """True for packed tensors: transformers then leaves it to their layer to find a shape wrong."""
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
-        return isinstance(module, SparseLinear) and tensor in module.PACKED
+        return isinstance(module, PackedLinear) and tensor in module.PACKED
 
     def _error(self, model: Any, reason: str) -> ModelError:
         return ModelError(f"{str(model.name_or_path)!r}: {reason}")
@@ -133,8 +134,8 @@ def _packed_name(file: str) -> str:
     return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
 
 
-def sparsify_(model: Any, names: list[str], layout: str = "bitmask") -> None:
-    """Replace the named linear layers of a model by `SparseLinear`s with the same values, in place.
+def pack_(model: Any, names: list[str], layout: str = "bitmask") -> None:
+    """Replace the named linear layers of a model by `PackedLinear`s with the same values, in place.
 
     Raises:
         UsageError: the layout cannot hold a weight.
@@ -144,15 +145,15 @@ def sparsify_(model: Any, names: list[str], layout: str = "bitmask") -> None:
     for name in names:
         dense = linear_layer(model, name)
         try:
-            sparse: SparseLinear = LAYOUTS[layout].from_dense(weight_matrix(dense).detach(), dense.bias)
+            packed = LAYOUTS[layout].layer.from_dense(weight_matrix(dense).detach(), dense.bias)
         except ModelError as error:
             raise ModelError(f"{name}.{error}") from error
-        sparse.transposed = is_transposed(dense)
-        model.set_submodule(name, sparse)
-        layers[name] = sparse.description()
-    config = SparseConfig(layers, layout)
+        packed.transposed = is_transposed(dense)
+        model.set_submodule(name, packed)
+        layers[name] = packed.description()
+    config = PackedConfig(layers, layout)
     model.config.quantization_config = config
-    model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = SPARSE_METHOD
 
@@ -174,14 +175,14 @@ def linear_layer(model: nn.Module, name: str) -> Any:
     return module
 
 
-def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> SparseLinear:
+def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> PackedLinear:
     """An empty layer in the place of a dense one, for transformers to fill."""
     shape, bias = list(weight_matrix(dense).shape), dense.bias is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
     others = {key: value for key, value in description.items() if key not in ("shape", "bias")}
     try:
-        layer = LAYOUTS[layout](shape, bias, dtype or torch.float32, "meta", **others)
+        layer = LAYOUTS[layout].layer(shape, bias, dtype or torch.float32, "meta", **others)
     except TypeError as error:
         raise ModelError(f"it is described as {description!r}; {error}") from error
     layer.transposed, layer.loading = is_transposed(dense), True
