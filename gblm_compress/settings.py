@@ -5,9 +5,10 @@ module loads no torch.
 """
 
 import re
+from collections.abc import Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -25,17 +26,35 @@ from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.methods import presets
-from gblm_compress.methods.allocation import Budget, Override, allocate
+from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
+from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
-from gblm_compress.methods.saliency import SALIENCIES
+from gblm_compress.methods.refinement import REFINEMENTS, Refinement
+from gblm_compress.methods.saliency import METHODS, Method
+from gblm_compress.methods.updates import UPDATES, Update
 
-Method = Literal["gblm", "wanda", "gradient", "magnitude", "regional", "obs"]
+REGISTRIES: dict[str, Mapping[str, Choice]] = {
+    "method": METHODS,
+    "refine": REFINEMENTS,
+    "update": UPDATES,
+    "allocation": ALLOCATIONS,
+}
+"""{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
+
+if TYPE_CHECKING:  # a type checker cannot read a registry
+    MethodName: TypeAlias = str
+    RefinementName: TypeAlias = str
+    UpdateName: TypeAlias = str
+    AllocationName: TypeAlias = str
+    PresetName: TypeAlias = str
+else:
+    MethodName = Literal[*METHODS]
+    RefinementName = Literal[*REFINEMENTS]
+    UpdateName = Literal[*UPDATES]
+    AllocationName = Literal[*ALLOCATIONS]
+    PresetName = Literal[*presets.PRESETS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
-Allocation = Literal["uniform", "owl", "sensitivity"]
-Refinement = Literal["none", "swap"]
-Update = Literal["none", "obs", "least-squares", "reconstruct"]
-Preset = Literal["fast", "balanced", "best"]
 FitDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
@@ -44,6 +63,7 @@ if TYPE_CHECKING:
 else:
     Format = Literal["onnx", *(layout.format for layout in LAYOUTS.values())]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
+READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
@@ -87,6 +107,12 @@ class Panel(Enum):
     METHOD = "Method"
     FIT = "Fit"
     RESOURCES = "Resources"
+
+
+def _readers(key: str) -> str:
+    """Who reads a key that not all combinations read, in words; empty for a key that all of them read."""
+    distillation = ["distillation_epochs above 0"] if key in READ_BY_DISTILLATION else []
+    return ", or ".join(readers(key, REGISTRIES) + distillation)
 
 
 class Settings(BaseModel):
@@ -145,12 +171,12 @@ class OverrideSettings(Settings):
 class PruneSettings(Settings):
     """Everything that decides which weights survive and what they become, apart from the model and the text."""
 
-    preset: Preset | None = Field(
+    preset: PresetName | None = Field(
         None,
         description="A tested combination; stands for the keys that are not given. "
         + " ".join(f"{name}: {presets.describe(name)}." for name in presets.PRESETS),
     )
-    method: Method = Field("gblm", description="What a weight is worth: " + ", ".join(SALIENCIES) + "; gblm if unset.")
+    method: MethodName = Field("gblm", description=f"What a weight is worth. {describe(METHODS)}.")
     pattern: PatternName = Field(
         "unstructured",
         description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
@@ -163,31 +189,27 @@ class PruneSettings(Settings):
         "l1", description="How the gradients of several samples combine: l1 or l2."
     )
     alpha: Annotated[float, Panel.METHOD] = Field(
-        100.0, ge=0, description="Weight of the gradient term in gblm and regional."
+        100.0, ge=0, description=f"Weight of the gradient term, read with {_readers('alpha')}."
     )
     alpha_scale: Annotated[AlphaScale, Panel.METHOD] = Field(
         "published",
         description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
         "published 128 samples of 2048 tokens.",
     )
-    allocation: Annotated[Allocation, Panel.METHOD] = Field(
-        "uniform",
-        description="How much each layer keeps: uniform; owl: more where a block has outliers; sensitivity: one "
-        "threshold on the gradient scores of the whole model.",
+    allocation: Annotated[AllocationName, Panel.METHOD] = Field(
+        "uniform", description=f"How much each layer keeps. {describe(ALLOCATIONS)}."
     )
     deviation: Annotated[float, Panel.METHOD] = Field(
-        0.08, gt=0, lt=1, description="How far owl and sensitivity move a layer's density."
+        0.08, gt=0, lt=1, description=f"How far a layer's density may move, read with {_readers('deviation')}."
     )
-    refine: Annotated[Refinement, Panel.METHOD] = Field(
-        "none", description="swap: exchange weights of a mask while that lowers the error."
+    refine: Annotated[RefinementName, Panel.METHOD] = Field(
+        "none", description=f"What happens to the mask. {describe(REFINEMENTS)}."
     )
-    update: Annotated[Update, Panel.FIT] = Field(
-        "none",
-        description="What happens to the survivors: none; obs: SparseGPT's error propagation; least-squares: the "
-        "optimum for the layer; reconstruct: least-squares, then Adam on the block's output.",
+    update: Annotated[UpdateName, Panel.FIT] = Field(
+        "none", description=f"What happens to the survivors. {describe(UPDATES)}."
     )
     damping: Annotated[float, Panel.FIT] = Field(
-        0.01, gt=0, description="Damping of obs and least-squares, in shares of the mean input power."
+        0.01, gt=0, description=f"Damping in shares of the mean input power, read with {_readers('damping')}."
     )
     reconstruction_epochs: Annotated[int, Panel.FIT] = Field(
         3, ge=1, le=MANY, description="Update reconstruct: passes over the samples, at most."
@@ -246,54 +268,58 @@ class PruneSettings(Settings):
     @model_validator(mode="after")
     def _check_all_is_read(self) -> Self:
         preset = presets.PRESETS.get(self.preset or "", {})
-        for name, (read, where) in self._conditions().items():
-            value = getattr(self, name)
-            if not read and value not in (type(self).model_fields[name].default, preset.get(name)):
+        for name, field in type(self).model_fields.items():
+            value, where = getattr(self, name), _readers(name)
+            if where and name not in self.read and value not in (field.default, preset.get(name)):
                 raise ValueError(f"{name} {value} would do nothing: it is read with {where}")
         return self
 
-    def _conditions(self) -> dict[str, tuple[bool, str]]:
-        """The keys that not all combinations read: whether this one does, and which do."""
-        fits = self.update == "reconstruct"
-        reconstruction = (fits, "update reconstruct")
-        return {
-            "gradient_norm": (self.needs_gradients, "method gblm or gradient, or allocation sensitivity"),
-            "alpha": (self.method in ("gblm", "regional"), "method gblm or regional"),
-            "alpha_scale": (self.method == "gblm", "method gblm"),
-            "deviation": (self.allocation != "uniform", "allocation owl or sensitivity"),
-            "damping": (self.method == "obs" or self.update != "none", "method obs, or an update"),
-            "reconstruction_epochs": reconstruction,
-            "reconstruction_rounds": reconstruction,
-            "reconstruction_rate": reconstruction,
-            "distillation_rate": (self.distillation_epochs > 0, "distillation_epochs above 0"),
-            "fit_dtype": (fits or self.distillation_epochs > 0, "update reconstruct, or distillation_epochs above 0"),
-        }
+    @property
+    def choices(self) -> tuple[Method, Refinement, Update, Allocation]:
+        """The entries of the registries that the names stand for."""
+        return METHODS[self.method], REFINEMENTS[self.refine], UPDATES[self.update], ALLOCATIONS[self.allocation]
 
     @property
-    def needs_gram(self) -> bool:
-        """Whether the Gram matrices of the layers' inputs are read."""
-        return SALIENCIES[self.method].needs_gram or self.refine != "none" or self.update != "none"
+    def read(self) -> frozenset[str]:
+        """Which of the keys that not all combinations read are read by this one."""
+        keys = {key for choice in self.choices for key in choice.keys}
+        return frozenset(keys.union(READ_BY_DISTILLATION) if self.distillation_epochs else keys)
+
+    @property
+    def block_needs(self) -> Need:
+        """What is measured of each block when it is pruned."""
+        method, refinement, update, _ = self.choices
+        return method.needs | refinement.needs | update.needs
+
+    @property
+    def needs(self) -> Need:
+        """What is measured at all: of each block, and before, for the allocation."""
+        return self.block_needs | ALLOCATIONS[self.allocation].needs
 
     @property
     def needs_gradients(self) -> bool:
         """Whether the gradients of the dense model are read."""
-        return SALIENCIES[self.method].needs_gradients or self.allocation == "sensitivity"
+        return Need.GRADIENTS in self.needs
 
     @property
     def needs_blocks(self) -> bool:
-        """Whether the blocks are run one by one on the text."""
-        saliency = SALIENCIES[self.method]
-        return saliency.needs_activations or saliency.needs_regional or self.needs_gram
+        """Whether the blocks are run one by one on the text while they are pruned."""
+        return bool(self.block_needs & Need.BLOCKS) or self.fits_blocks
 
     @property
     def needs_text(self) -> bool:
         """Whether the method looks at calibration text at all."""
-        return self.needs_gradients or self.needs_blocks or self.allocation != "uniform" or self.distillation_epochs > 0
+        return bool(self.needs) or self.needs_blocks or self.distillation_epochs > 0
 
     @property
     def updates(self) -> bool:
         """Whether survivors change their values."""
-        return self.update != "none" or self.distillation_epochs > 0
+        return UPDATES[self.update].moves or self.distillation_epochs > 0
+
+    @property
+    def fits_blocks(self) -> bool:
+        """Whether the survivors of each block are fitted together to its output."""
+        return UPDATES[self.update].fits_block
 
     def effective_alpha(self, samples: int, sequence_length: int) -> float:
         """The factor of the gradient term for a calibration of this size.
@@ -399,17 +425,17 @@ class CompareSettings(Settings):
     def prune_settings(method: str, pattern: str) -> PruneSettings:
         """The settings that an entry of `methods` stands for."""
         first, *rest = method.split("+")
-        if first not in (*presets.PRESETS, *get_args(Method)):
-            known = ", ".join((*presets.PRESETS, *get_args(Method)))
+        if first not in (*presets.PRESETS, *METHODS):
+            known = ", ".join((*presets.PRESETS, *METHODS))
             if as_here := suggestions.ELSEWHERE.get(suggestions.plain(first)):
                 known += f"; {first} is here {'+'.join(as_here.values())}"
-            elif first in (*get_args(Update), *get_args(Refinement), *get_args(Allocation)):
+            elif first in (*UPDATES, *REFINEMENTS, *ALLOCATIONS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a saliency; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in presets.PRESETS else "method"): first}
         for part in rest:
-            kinds = {"update": Update, "refine": Refinement, "allocation": Allocation}
-            key = next((key for key, kind in kinds.items() if part in get_args(kind) and part != "none"), None)
+            kinds = (key for key in ("update", "refine", "allocation") if part in REGISTRIES[key])
+            key = next(kinds, None) if part != "none" else None
             if key is None or key in values:
                 raise ValueError(
                     f"method {method!r}: {part!r} is no update, refinement or allocation, or the second of its kind; "

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.models.architecture import check_finite, find_blocks, linear_weights, prunable_layers, weight_matrix
+from gblm_compress.methods.zeros import check_finite
+from gblm_compress.models.architecture import find_blocks, linear_weights, prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES
 

@@ -5,7 +5,6 @@ import shutil
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress import settings as settings_module
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.measure.evaluation import mean_kl
@@ -27,7 +25,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, stage
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
-from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
 from tests.conftest import ARCHITECTURES, samples
 from tests.test_calibration import slow_activation_norms
@@ -80,23 +78,15 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
     assert different / total < 1e-3  # a rounding difference may swap two weights of all but equal score
 
 
-CHOICES = {
-    "method": get_args(settings_module.Method),
-    "refine": get_args(settings_module.Refinement),
-    "update": get_args(settings_module.Update),
-    "allocation": get_args(settings_module.Allocation),
-}
-
-
-@pytest.mark.parametrize("method", CHOICES["method"])
+@pytest.mark.parametrize("method", REGISTRIES["method"])
 def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, progress: Progress) -> None:
     """All methods, refinements and updates; patterns, allocations, models and distillation take turns beside them."""
     ids = samples(2, 16)
-    for number, (refine, update) in enumerate(product(CHOICES["refine"], CHOICES["update"])):
+    for number, (refine, update) in enumerate(product(REGISTRIES["refine"], REGISTRIES["update"])):
         settings = PruneSettings(
             method=method, refine=refine, update=update,
             pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
-            allocation=CHOICES["allocation"][(number // 3) % 3],
+            allocation=list(REGISTRIES["allocation"])[(number // 3) % 3],
             distillation_epochs=number % 2,
             **({"reconstruction_epochs": 1, "reconstruction_rounds": 2} if update == "reconstruct" else {}),
         )  # fmt: skip

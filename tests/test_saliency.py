@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from gblm_compress.methods.saliency import SALIENCIES, Statistics
+from gblm_compress.errors import ModelError
+from gblm_compress.methods import saliency
+from gblm_compress.methods.choices import Statistics
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.saliency import METHODS, Rule
 
 SLOW = {
     "magnitude": lambda w, a, g, alpha: abs(w),
@@ -20,20 +24,20 @@ def test_score_is_the_formula_weight_by_weight(name: str) -> None:
     weight = torch.randn(5, 7, generator=generator)
     activation = torch.rand(7, generator=generator)
     gradient = torch.rand(5, 7, generator=generator)
-    score = SALIENCIES[name].score(weight, Statistics(activation, gradient, gradient), 100.0)
+    score = getattr(saliency, name)(weight, Statistics(activation, gradient, gradient), 100.0)
     for i in range(5):
         for j in range(7):
             expected = SLOW[name](float(weight[i, j]), float(activation[j]), float(gradient[i, j]), 100.0)
             assert float(score[i, j]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_declared_needs_are_what_is_read() -> None:
-    weight = torch.randn(3, 4)
-    full = Statistics(torch.rand(4), torch.rand(3, 4), torch.rand(3, 4))
-    for saliency in (SALIENCIES[name] for name in SLOW):
-        given = Statistics(
-            full.activation_norm if saliency.needs_activations else None,
-            full.gradient_norm if saliency.needs_gradients else None,
-            full.regional_norm if saliency.needs_regional else None,
-        )
-        assert torch.equal(saliency.score(weight, given, 2.0), saliency.score(weight, full, 2.0))
+@pytest.mark.parametrize("name", SLOW)
+def test_the_highest_scores_survive(name: str) -> None:
+    weight = torch.randn(5, 8)
+    statistics = Statistics(torch.rand(8), torch.rand(5, 8), torch.rand(5, 8))
+    rule = Rule("layer", Pattern("2:4"), 0.5, 100.0, 0.01)
+    selection = METHODS[name].select(weight, statistics, rule)
+    score = getattr(saliency, name)(weight, statistics, 100.0)
+    assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.updated
+    with pytest.raises(ModelError, match="layer: 40 of 40 scores are NaN or infinite"):
+        METHODS[name].select(weight * torch.inf, statistics, rule)

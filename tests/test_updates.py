@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError
+from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.gram import inverse_factor, reconstruction_error
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.refinement import swap
@@ -65,8 +66,8 @@ def test_obs_with_any_mask_is_column_by_column_obs(kind: str, pattern: str) -> N
     weight, gram = layer(kind, columns=160 if kind == "full" else 16)  # 160: more than one block of columns
     keep = wanda_mask(weight, gram, pattern)
     expected, _ = slow_obs(weight, gram, lambda part, current, diagonal: keep[:, part], 4)
-    torch.testing.assert_close(obs(weight, keep, gram).double(), expected, rtol=2e-3, atol=2e-3)
-    assert torch.equal(obs(weight, keep, gram) != 0, keep & (expected.abs() > 0))
+    torch.testing.assert_close(obs(weight, keep, Statistics(gram=gram)).double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(obs(weight, keep, Statistics(gram=gram)) != 0, keep & (expected.abs() > 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,9 +134,11 @@ def test_least_squares_is_near_the_optimum_where_one_input_dominates(power: floa
     scale[0] = power**0.5
     gram = gram * scale * scale.unsqueeze(1)
     keep = wanda_mask(weight, gram, "2:4")
-    optimum = error(weight, least_squares(weight, keep, gram, tolerance=1e-6, max_iterations=1000), gram)
+    optimum = error(
+        weight, least_squares(weight, keep, Statistics(gram=gram), tolerance=1e-6, max_iterations=1000), gram
+    )
     none = error(weight, weight * keep, gram)
-    assert none - error(weight, least_squares(weight, keep, gram), gram) > 0.99 * (none - optimum) > 0
+    assert none - error(weight, least_squares(weight, keep, Statistics(gram=gram)), gram) > 0.99 * (none - optimum) > 0
 
 
 def test_inverse_factor() -> None:
@@ -150,7 +153,7 @@ def test_inverse_factor() -> None:
 def test_least_squares_is_lstsq_on_the_support(kind: str, pattern: str) -> None:
     weight, gram = layer(kind)
     keep = wanda_mask(weight, gram, pattern)
-    result = least_squares(weight, keep, gram, tolerance=1e-6)
+    result = least_squares(weight, keep, Statistics(gram=gram), tolerance=1e-6)
     root = torch.linalg.cholesky(with_damping(gram)).T  # the damped error is ‖root (w − ŵ)‖²
     for row, support, got in zip(weight.double(), keep, result, strict=True):
         solution = torch.linalg.lstsq(root[:, support], (root @ row).unsqueeze(1)).solution.squeeze(1)
@@ -164,8 +167,8 @@ def test_updates_are_in_the_order_of_their_freedom(kind: str) -> None:
     weight, gram = layer(kind, rows=12)
     keep = wanda_mask(weight, gram, "2:4")
     none = error(weight, weight * keep, gram)
-    by_obs = error(weight, obs(weight, keep, gram), gram)
-    optimum = error(weight, least_squares(weight, keep, gram, tolerance=1e-6), gram)
+    by_obs = error(weight, obs(weight, keep, Statistics(gram=gram)), gram)
+    optimum = error(weight, least_squares(weight, keep, Statistics(gram=gram), tolerance=1e-6), gram)
     assert optimum <= by_obs * (1 + 1e-6) and by_obs <= none * (1 + 1e-6)
     if kind in ("full", "rank-deficient", "dead columns"):
         assert optimum < 0.9 * none
@@ -201,7 +204,7 @@ def slow_swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
 def test_swaps_are_those_of_exhaustive_search_and_never_raise_the_error(kind: str, pattern: str) -> None:
     weight, gram = layer(kind)
     start = wanda_mask(weight, gram, pattern)
-    result = swap(weight, start, gram, Pattern(pattern))
+    result = swap(weight, start, Statistics(gram=gram), Pattern(pattern))
     exhaustive = slow_swap(weight, start, gram, Pattern(pattern).n_m[1] if ":" in pattern else 16)
     before, after, best = (reconstruction_error(weight * ~mask, gram) for mask in (start, result, exhaustive))
     torch.testing.assert_close(after, best, rtol=1e-4, atol=1e-4)  # masks may differ in inputs that are always zero
@@ -215,7 +218,7 @@ def test_swaps_are_those_of_exhaustive_search_and_never_raise_the_error(kind: st
 def test_swaps_of_wide_rows_lower_the_error_with_few_candidates() -> None:
     weight, gram = layer(rows=8, columns=128)
     start = wanda_mask(weight, gram, "unstructured")
-    result = swap(weight, start, gram, Pattern("unstructured"))
+    result = swap(weight, start, Statistics(gram=gram), Pattern("unstructured"))
     before, after = (reconstruction_error(weight * ~mask, gram) for mask in (start, result))
     assert (after < before).all()
     assert torch.equal(result.sum(1), start.sum(1))
@@ -224,6 +227,6 @@ def test_swaps_of_wide_rows_lower_the_error_with_few_candidates() -> None:
 def test_swaps_go_on_until_none_helps() -> None:
     weight, gram = layer(rows=4, columns=1024)
     start = ~wanda_mask(weight, gram, "2:4")  # the worst: most groups have something to exchange
-    result = swap(weight, start, gram, Pattern("2:4"))
+    result = swap(weight, start, Statistics(gram=gram), Pattern("2:4"))
     assert ((result & ~start).sum(1) > 100).all()
-    assert torch.equal(swap(weight, result, gram, Pattern("2:4")), result)
+    assert torch.equal(swap(weight, result, Statistics(gram=gram), Pattern("2:4")), result)

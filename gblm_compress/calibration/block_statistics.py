@@ -1,10 +1,53 @@
-"""What a block's own inputs tell of its layers, beside the activation norms: Gram matrices and regional gradients."""
+"""The statistics of a block's layers: Gram matrices and regional gradients here, beside what is measured elsewhere."""
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.blocks import Block, only_requires_grad, sum_over_inputs
-from gblm_compress.models.architecture import check_finite
+from gblm_compress.calibration.blocks import Block, activation_norms, only_requires_grad, sum_over_inputs
+from gblm_compress.methods.choices import Need, Statistics
+from gblm_compress.methods.gram import activation_norms_of
+from gblm_compress.methods.zeros import check_finite
+from gblm_compress.models.architecture import as_matrix
+
+
+def layer_statistics(
+    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
+) -> dict[str, Statistics]:
+    """What is known of each layer.
+
+    Args:
+        block: the block and its inputs; None if none of `Need.BLOCKS` is needed.
+        layers: {name: Linear or Conv1D}; may be empty.
+        gradients: {name: G in the stored layout of the weight}; empty if it was not measured.
+        needs: what to measure.
+
+    Returns:
+        {name: its statistics; those of the size of the weight as [out_features, in_features]}.
+    """
+    grams: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
+    regional: dict[str, Tensor] = {}
+    if block is not None and layers:
+        if Need.GRAM in needs:
+            grams = gram_matrices(block, layers)
+            activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
+        elif Need.ACTIVATIONS in needs:
+            activations = activation_norms(block, layers)
+        if Need.REGIONAL in needs:
+            regional = regional_norms(block, layers)
+
+    def matrix(layer: nn.Module, stored: Tensor | None) -> Tensor | None:
+        return None if stored is None else as_matrix(layer, stored)
+
+    return {
+        name: Statistics(
+            activation_norm=activations.get(name),
+            gradient_norm=matrix(layer, gradients.get(name)),
+            regional_norm=matrix(layer, regional.get(name)),
+            gram=grams.get(name),
+        )
+        for name, layer in layers.items()
+    }
 
 
 def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from gblm_compress.calibration.block_weights import Weights
 from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
-from gblm_compress.models.architecture import check_finite
+from gblm_compress.methods.zeros import check_finite
 
 
 class BlockCalls:

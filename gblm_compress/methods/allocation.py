@@ -2,16 +2,21 @@
 
 `allocate` lays down what the user asked for: one budget everywhere, and exceptions by layer name. `owl` and
 `sensitivities` find how much each layer should keep, from statistics of the dense model; `spread` turns that into
-budgets that keep as many weights in all as the uniform ones.
+budgets that keep as many weights in all as the uniform ones. Add an allocation by writing one and listing it in
+`ALLOCATIONS`.
 """
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from gblm_compress.errors import UsageError
+from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.saliency import gradient, wanda
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +66,7 @@ def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, .
     return budgets
 
 
-def outlier_share(scores: "Sequence[Tensor]") -> float:
+def outlier_share(scores: Sequence[Tensor]) -> float:
     """The share of a block's weights whose score |W|·A exceeds `OUTLIER` times the mean over the block (the layerwise
     outlier distribution of OWL, arXiv 2310.05175, section 3.2; "layer" there is the block with all its matrices).
     """
@@ -97,7 +102,7 @@ class GlobalRanking:
     def __init__(self) -> None:
         self._histograms: dict[str, Tensor] = {}
 
-    def add(self, name: str, score: "Tensor") -> None:
+    def add(self, name: str, score: Tensor) -> None:
         """Count the scores of a layer; any shape, not negative. A score of zero counts as the lowest."""
         logarithms = score.flatten().float().log2().clamp(_LOWEST, _HIGHEST)
         self._histograms[name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
@@ -165,3 +170,73 @@ def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wa
             left -= sizes[name] / m
     patterns = {name: Pattern(DENSE) if n == m else Pattern(f"{n}:{m}") for name, n in kept.items()}
     return {name: Budget(pattern, pattern.sparsity(None)) for name, pattern in patterns.items()}
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A layer of the dense model, as an allocation sees it.
+
+    Attributes:
+        name: its full name.
+        weight: W [out_features, in_features] in float32.
+        statistics: what the allocation asks for.
+    """
+
+    name: str
+    weight: Tensor
+    statistics: Statistics
+
+
+Blocks = Iterable[Iterable[DenseLayer]]
+"""The layers block by block. Each is in memory only until the next is asked for; a block may have none."""
+
+
+def uniform(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
+    """No layer's density moves."""
+    return {}
+
+
+def by_outliers(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
+    """`owl`, from the scores |W|·A of each block."""
+    shares: dict[str, float] = {}
+    for block in blocks:
+        scores = {layer.name: wanda(layer.weight, layer.statistics, 0.0) for layer in block}
+        if scores:
+            shares |= dict.fromkeys(scores, outlier_share(list(scores.values())))
+    return owl(shares, density, deviation)
+
+
+def by_sensitivity(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
+    """`GlobalRanking`, by the scores |W|·G."""
+    ranking = GlobalRanking()
+    for block in blocks:
+        for layer in block:
+            ranking.add(layer.name, gradient(layer.weight, layer.statistics, 0.0))
+    return ranking.densities(density)
+
+
+@dataclass(frozen=True)
+class Allocation(Choice):
+    """An entry of `ALLOCATIONS`.
+
+    Attributes:
+        densities: of (the layers that no exception names, the fraction of weights to keep on average, the largest
+            change of a layer's fraction): {name: the fraction that the layer should keep}, for all layers, or for none
+            where every layer keeps its own. `spread` brings them to the right sum.
+    """
+
+    densities: Callable[[Blocks, float, float], dict[str, float]]
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Allocation(uniform, help="the same everywhere"),
+    "owl": Allocation(
+        by_outliers, help="more where a block has outliers", needs=Need.ACTIVATIONS, reads=("deviation",)
+    ),
+    "sensitivity": Allocation(
+        by_sensitivity,
+        help="one threshold on the gradient scores of the whole model",
+        needs=Need.GRADIENTS,
+        reads=("deviation",),
+    ),
+}

@@ -5,10 +5,14 @@ reconstruction error is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − 
 a method needs to know of the text.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from gblm_compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to a Gram matrix, as SparseGPT does (arXiv 2301.00774, section 4)."""
@@ -21,6 +25,8 @@ def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
 
 def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """H + λI, λ = `damping` times the mean of H's diagonal, or 1 where H = 0: positive definite for any H."""
+    import torch
+
     mean = gram.diagonal().mean()
     result = gram.clone()
     result.diagonal().add_(torch.where(mean == 0, 1.0, damping * mean))
@@ -42,6 +48,8 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         UsageError: `damping` is so small that rounding leaves the matrix singular.
     """
+    import torch
+
     lower, failed = torch.linalg.cholesky_ex(damped(gram.double(), damping))
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

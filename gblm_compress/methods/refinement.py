@@ -1,10 +1,21 @@
-"""Refinement of a mask: exchanges of single weights that lower the layer's reconstruction error."""
+"""Refinement of a mask: exchanges of single weights that lower the layer's reconstruction error.
 
-import torch
-from torch import Tensor
+All take the dense weight W [out_features, in_features] in float32, a mask of its shape that satisfies the pattern
+(True = keep), the layer's `Statistics` and the pattern, and return a mask that satisfies it too.
+"""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.gram import reconstruction_error
 from gblm_compress.methods.patterns import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CANDIDATES = 16
 """At most so many weights of each side of a group are offered for exchange: of an N:M group with M <= 16, all."""
@@ -13,7 +24,12 @@ WEIGHTS_AT_ONCE = 2**20
 """Rows are independent; so many weights' rows are worked on at a time, which bounds the memory for the pairs."""
 
 
-def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+def none(weight: Tensor, keep: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
+    """The very mask that is given."""
+    return keep
+
+
+def swap(weight: Tensor, keep: Tensor, statistics: Statistics, pattern: Pattern) -> Tensor:
     """1-swaps until none helps (SparseSwaps, arXiv 2512.10922): a kept weight goes, a pruned one of its group returns.
 
     With d the pruned part of a row w, and no update of the survivors, the error is dᵀHd. To prune p and revive q
@@ -24,14 +40,12 @@ def swap(weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern) -> Tensor
     In every round each row makes the best exchange that it finds among its groups' most promising candidates, if it
     lowers the error; the number of weights in a group never changes.
 
-    Args:
-        weight: W [out_features, in_features], dense.
-        keep: mask that satisfies `pattern`, True = keep.
-        gram: H.
-
     Returns:
         The new mask; no row's error is larger than before.
     """
+    import torch
+
+    gram = statistics.moments()
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
     if pattern.n_m is not None:
         kept, group = pattern.n_m
@@ -48,6 +62,8 @@ def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int, outs: int, bac
     group: columns of a group.
     outs, backs: how many kept and how many pruned weights of a group are candidates.
     """
+    import torch
+
     rows, columns = weight.shape
     diagonal = gram.diagonal()
     gradient = (weight * ~keep) @ gram  # Hd of every row, kept up to date
@@ -81,3 +97,20 @@ def _swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int, outs: int, bac
             weight[active, out].unsqueeze(1) * gram[out] - weight[active, back].unsqueeze(1) * gram[back]
         )
     return keep
+
+
+@dataclass(frozen=True)
+class Refinement(Choice):
+    """An entry of `REFINEMENTS`.
+
+    Attributes:
+        refine: of (W, mask, statistics of the layer, pattern).
+    """
+
+    refine: Callable[[Tensor, Tensor, Statistics, Pattern], Tensor]
+
+
+REFINEMENTS: dict[str, Refinement] = {
+    "none": Refinement(none, help="the mask stays as it is"),
+    "swap": Refinement(swap, help="exchange weights of a mask while that lowers the error", needs=Need.GRAM),
+}

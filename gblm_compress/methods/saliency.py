@@ -1,48 +1,67 @@
-"""Saliency: what a weight is worth. One pure function a method; add a method by writing one and listing it.
+"""Methods: which weights of a layer survive. One function a method; add a method by writing one and listing it.
 
-All take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and return a score of
-W's shape; the weights with the lowest score are pruned.
+Most are saliencies: they take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and
+return a score of W's shape; in each group of the pattern the weights with the lowest score are pruned. A method that
+chooses its mask in another way takes the `Rule` of the layer and returns a `Selection` itself, as `obs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from gblm_compress.methods.choices import Choice, Need, Statistics
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.updates import sparsegpt
+from gblm_compress.methods.zeros import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What calibration measured of one layer. A field is None where no saliency in use needs it.
+class Rule:
+    """What decides about one layer beside its weight and statistics.
 
     Attributes:
-        activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by
-            the number of samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over
-            all tokens, has none. It changes no order of wanda, but the weight of A beside α·G in gblm.
-        gradient_norm: G [out_features, in_features], (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of
-            the mean token cross-entropy of the dense model; p = 1 or 2.
-        regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
-            ‖block(X_n)‖₂, the norm of the dense block's whole output.
-        gram: H [in_features, in_features], XᵀX over all tokens of all samples.
+        layer: its name, for messages.
+        pattern: which weights compete.
+        sparsity: fraction of zeros.
+        alpha: factor of the gradient term, scaled to the calibration.
+        damping: of a Gram matrix, in shares of its mean diagonal.
     """
 
-    activation_norm: Tensor | None = None
-    gradient_norm: Tensor | None = None
-    regional_norm: Tensor | None = None
-    gram: Tensor | None = None
+    layer: str
+    pattern: Pattern
+    sparsity: float
+    alpha: float
+    damping: float
 
-    def activations(self) -> Tensor:
-        """A, where a saliency that declares the need for it may rely on it."""
-        assert self.activation_norm is not None, "this saliency must declare that it needs activations"
-        return self.activation_norm
 
-    def gradients(self) -> Tensor:
-        """G, where a saliency that declares the need for it may rely on it."""
-        assert self.gradient_norm is not None, "this saliency must declare that it needs gradients"
-        return self.gradient_norm
+@dataclass(frozen=True)
+class Selection:
+    """What a method chose.
+
+    Attributes:
+        keep: the mask [out_features, in_features], True = keep.
+        updated: {update: the weight that it leaves}, [out_features, in_features] with exact zeros outside the mask: of
+            an update that the method makes while it chooses, so that it need not be made again.
+    """
+
+    keep: Tensor
+    updated: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method(Choice):
+    """An entry of `METHODS`.
+
+    Attributes:
+        select: of (W, its statistics, the layer's rule).
+    """
+
+    select: Callable[[Tensor, Statistics, Rule], Selection]
 
 
 def magnitude(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
@@ -75,31 +94,44 @@ def regional(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 
     Both terms grow with the square root of the tokens in a sample and not with the number of samples.
     """
-    assert statistics.regional_norm is not None, "this saliency must declare that it needs regional gradients"
-    return weight.abs() * (statistics.activations() + alpha * statistics.regional_norm)
+    return weight.abs() * (statistics.activations() + alpha * statistics.regional())
 
 
-@dataclass(frozen=True)
-class Saliency:
-    """A scoring function and the statistics it reads.
+def by_score(score: Callable[[Tensor, Statistics, float], Tensor]) -> Callable[[Tensor, Statistics, Rule], Selection]:
+    """The method that keeps the weights with the highest `score`, a function of (W, its statistics, alpha).
 
-    Attributes:
-        score: None for obs, which has no score of a weight alone: its mask follows the weights while others make up
-            for those that are gone (`updates.sparsegpt`).
+    The method raises ModelError where a score is NaN or infinite.
     """
 
-    score: Callable[[Tensor, Statistics, float], Tensor] | None
-    needs_activations: bool = False
-    needs_gradients: bool = False
-    needs_regional: bool = False
-    needs_gram: bool = False
+    def select(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
+        scores = score(weight, statistics, rule.alpha)
+        check_finite(rule.layer, "scores", scores)
+        return Selection(rule.pattern.mask(scores, weight, rule.sparsity))
+
+    return select
 
 
-SALIENCIES: dict[str, Saliency] = {
-    "magnitude": Saliency(magnitude),
-    "gradient": Saliency(gradient, needs_gradients=True),
-    "wanda": Saliency(wanda, needs_activations=True),
-    "gblm": Saliency(gblm, needs_activations=True, needs_gradients=True),
-    "regional": Saliency(regional, needs_activations=True, needs_regional=True),
-    "obs": Saliency(None, needs_gram=True),
+def obs(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
+    """SparseGPT's mask, which follows the weights while update `obs` moves them (`updates.sparsegpt`)."""
+    updated, keep = sparsegpt(weight, statistics.moments(), rule.pattern, rule.sparsity, rule.damping)
+    return Selection(keep, {"obs": updated})
+
+
+METHODS: dict[str, Method] = {
+    "gblm": Method(
+        by_score(gblm),
+        help="magnitude × (input norm + alpha × gradient norm)",
+        needs=Need.ACTIVATIONS | Need.GRADIENTS,
+        reads=("alpha", "alpha_scale"),
+    ),
+    "wanda": Method(by_score(wanda), help="magnitude × input norm", needs=Need.ACTIVATIONS),
+    "gradient": Method(by_score(gradient), help="magnitude × gradient norm", needs=Need.GRADIENTS),
+    "magnitude": Method(by_score(magnitude), help="magnitude alone"),
+    "regional": Method(
+        by_score(regional),
+        help="magnitude × (input norm + alpha × norm of the block's own gradient), of Wanda++",
+        needs=Need.ACTIVATIONS | Need.REGIONAL,
+        reads=("alpha",),
+    ),
+    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, reads=("damping",)),
 }

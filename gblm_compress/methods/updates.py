@@ -1,36 +1,40 @@
 """Updates: what happens to the weights that survive. Pure functions on one layer.
 
-All take the dense weight W [out_features, in_features] in float32 and the Gram matrix H [in_features, in_features]
-of the layer's input, and return the new weight with exact zeros outside the mask.
+All take the dense weight W [out_features, in_features] in float32, the mask [out_features, in_features] (True = keep),
+the layer's `Statistics` and the damping of its Gram matrix H, and return the new weight with exact zeros outside the
+mask. Add an update by writing one and listing it in `UPDATES`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.gram import DAMPING, damped, inverse_factor
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import keep_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = 128
 """Columns between two propagations of the accumulated error to the rest of the matrix."""
 
 
-def obs(weight: Tensor, keep: Tensor, gram: Tensor, damping: float = DAMPING) -> Tensor:
+def none(weight: Tensor, keep: Tensor, statistics: Statistics, damping: float = DAMPING) -> Tensor:
+    """The survivors as they were."""
+    return keep_only(weight, keep)
+
+
+def obs(weight: Tensor, keep: Tensor, statistics: Statistics, damping: float = DAMPING) -> Tensor:
     """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
 
     Column by column, what pruning a weight does to the output is undone as well as the columns to its right can.
-
-    Args:
-        weight: W [out_features, in_features].
-        keep: mask of any saliency, True = keep.
-        gram: H.
-
-    Returns:
-        [out_features, in_features].
     """
-    return _propagate(weight, inverse_factor(gram, damping), lambda start, end, current: keep[:, start:end], 1)[0]
+    factor = inverse_factor(statistics.moments(), damping)
+    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1)[0]
 
 
 def sparsegpt(
@@ -44,6 +48,8 @@ def sparsegpt(
     Returns:
         The new weight and the mask, True = keep; both [out_features, in_features].
     """
+    import torch
+
     factor = inverse_factor(gram, damping)
     # Damping alone would make an input that is always zero look as powerful as it is itself.
     sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
@@ -63,6 +69,8 @@ def _propagate(
     Args:
         step: for how many columns at a time a mask is chosen.
     """
+    import torch
+
     result = weight.clone()
     mask = torch.zeros_like(weight, dtype=torch.bool)
     columns = weight.shape[1]
@@ -84,7 +92,7 @@ def _propagate(
 def least_squares(
     weight: Tensor,
     keep: Tensor,
-    gram: Tensor,
+    statistics: Statistics,
     damping: float = DAMPING,
     tolerance: float = 1e-2,
     max_iterations: int = 100,
@@ -97,15 +105,13 @@ def least_squares(
     was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
 
     Args:
-        weight: W [out_features, in_features].
-        keep: mask, True = keep.
-        gram: H.
         damping: λ in shares of the mean of H's diagonal.
-
-    Returns:
-        [out_features, in_features].
+        tolerance: how small the residual of a row becomes beside that of the start.
+        max_iterations: steps at most, where it does not become so small.
     """
-    hessian = damped(gram, damping)
+    import torch
+
+    hessian = damped(statistics.moments(), damping)
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
     solution = weight * mask
@@ -129,3 +135,38 @@ def least_squares(
         direction = preconditioned + ratio.unsqueeze(1) * direction
         product = new_product
     return solution
+
+
+@dataclass(frozen=True)
+class Update(Choice):
+    """An entry of `UPDATES`.
+
+    Attributes:
+        apply: of (W, mask, statistics of the layer, damping).
+        moves: whether survivors change their values.
+        fits_block: whether the layers of a block are fitted together to the output of the dense block
+            (`pruning.reconstruction`), from what `apply` leaves of each.
+    """
+
+    apply: Callable[[Tensor, Tensor, Statistics, float], Tensor]
+    moves: bool = True
+    fits_block: bool = False
+
+
+UPDATES: dict[str, Update] = {
+    "none": Update(none, help="they stay as they are", moves=False),
+    "obs": Update(
+        obs, help="SparseGPT's error propagation", needs=Need.GRAM | Need.FACTOR, reads=("damping",), passes=1.0
+    ),
+    "least-squares": Update(
+        least_squares, help="the optimum for the layer", needs=Need.GRAM, reads=("damping",), passes=1.0
+    ),
+    "reconstruct": Update(
+        least_squares,
+        help="least-squares, then Adam on the block's output",
+        needs=Need.GRAM,
+        reads=("damping", "reconstruction_epochs", "reconstruction_rounds", "reconstruction_rate", "fit_dtype"),
+        passes=1.0,
+        fits_block=True,
+    ),
+}

@@ -1,12 +1,17 @@
-"""The zeros of a weight: set, counted, and kept positive, in the forms that torch is fast at on a CPU.
+"""The zeros of a weight: set, counted, and kept positive; and values that are no numbers. All in forms that torch is
+fast at on a CPU.
 
 `masked_fill`, `count_nonzero` and `isfinite` take three to sixty times as long there as what is used here.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a float of that many bytes
+from typing import TYPE_CHECKING
+
+from gblm_compress.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def keep_only(weight: Tensor, keep: Tensor) -> Tensor:
@@ -21,7 +26,9 @@ def positive_zeros(weight: Tensor) -> Tensor:
 
 def has_negative_zeros(weight: Tensor) -> bool:
     """Whether any zero is -0.0, which is the smallest integer to its bits."""
-    bits = _BITS[weight.element_size()]
+    import torch
+
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return bool((weight.view(bits) == torch.iinfo(bits).min).any())
 
 
@@ -32,4 +39,20 @@ def count_nonzeros(weight: Tensor) -> int:
 
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; the least and the greatest are NaN if one is."""
+    import torch
+
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+def check_finite(name: str, what: str, values: Tensor) -> None:
+    """Raises:
+    ModelError: `values` hold NaN or infinity; the message names the layer.
+    """
+    if not is_finite(values):
+        bad = int((~values.isfinite()).sum())
+        advice = (
+            "the checkpoint is damaged"
+            if what == "weights"
+            else "compute in a wider range with --dtype float32 (or bfloat16 instead of float16)"
+        )
+        raise ModelError(f"{name}: {bad} of {values.numel()} {what} are NaN or infinite; {advice}")

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.methods.zeros import is_finite
 
 # Routers decide which expert runs; a pruned one changes the model's wiring, not its precision. A router is told by the
 # name or the class of any module on the way to a layer: Hunyuan's is `mlp.gate.wg` in a HunYuanMoEV1Gate, JetMoe's
@@ -186,17 +184,3 @@ def _is_router(model: nn.Module, name: str) -> bool:
 
 def _first_linear(block: nn.Module) -> str:
     return next((name for name, module in block.named_modules() if is_linear(module)), "…")
-
-
-def check_finite(name: str, what: str, values: Tensor) -> None:
-    """Raises:
-    ModelError: `values` hold NaN or infinity; the message names the layer.
-    """
-    if not is_finite(values):
-        bad = int((~torch.isfinite(values)).sum())
-        advice = (
-            "the checkpoint is damaged"
-            if what == "weights"
-            else "compute in a wider range with --dtype float32 (or bfloat16 instead of float16)"
-        )
-        raise ModelError(f"{name}: {bad} of {values.numel()} {what} are NaN or infinite; {advice}")

@@ -105,10 +105,10 @@ _PROVENANCE = """
 {% if settings.distillation_epochs -%}
 | distillation | at most {{ settings.distillation_epochs }} passes over the calibration text |
 {% endif -%}
-{% if settings.method in ("gblm", "gradient") -%}
+{% if "gradient_norm" in read -%}
 | gradient norm | {{ settings.gradient_norm }} |
 {% endif -%}
-{% if settings.method == "gblm" -%}
+{% if "alpha" in read -%}
 | alpha | {{ settings.alpha }} |
 {% endif -%}
 {% if calibration -%}
@@ -219,6 +219,7 @@ def _write(folder: Path, content: dict[str, Any], card: str, library: str, title
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     layers: dict[str, dict[str, Any]] = content.get("layers", {})
     left_dense: dict[str, dict[str, Any]] = content.get("left_dense", {})
+    settings = content.get("prune")
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
@@ -227,7 +228,8 @@ def _write(folder: Path, content: dict[str, Any], card: str, library: str, title
         title=title,
         library=library,
         version=gblm_compress.__version__,
-        settings=content.get("prune"),
+        settings=settings,
+        read=PruneSettings.model_validate(settings).read if settings else (),
         calibration=content.get("calibration"),
         format=content.get("format"),
         dtype=content.get("dtype"),

@@ -1,14 +1,15 @@
 """The budgets of a model's layers: what the settings ask for, spread by what the dense model says of each layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from gblm_compress.calibration.blocks import Block, activation_norms
+from gblm_compress.calibration.block_statistics import layer_statistics
+from gblm_compress.calibration.blocks import Block
 from gblm_compress.errors import UsageError
-from gblm_compress.methods.allocation import Budget, GlobalRanking, outlier_share, owl, spread
+from gblm_compress.methods.allocation import ALLOCATIONS, Budget, DenseLayer, spread
+from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
-from gblm_compress.methods.saliency import Statistics, wanda
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.settings import PruneSettings
 
@@ -53,37 +54,31 @@ def budgets(
     Args:
         per_block: the layers to prune, block by block.
         dense: for each block of the dense model, whose weights must be there when it is asked for: the block with its
-            inputs, which allocation owl reads, and {name: G in the stored layout of the weight}, which allocation
-            sensitivity reads. Not touched by allocation uniform.
+            inputs, or None if the allocation needs nothing that is measured on them, and {name: G in the stored layout
+            of the weight}, empty if it needs none. Not touched by an allocation that looks at no block.
 
     Raises:
         UsageError: an override matches no layer.
     """
-    names = [name for layers in per_block for name in layers]
-    uniform = settings.budgets(names)
-    if settings.allocation == "uniform" or all(map(settings.is_exception, names)):
+    uniform = settings.budgets([name for layers in per_block for name in layers])
+    free = [{name: layer for name, layer in layers.items() if not settings.is_exception(name)} for layers in per_block]
+    if not any(free):
         return uniform
-    density = 1 - settings.uniform_budget.sparsity
-    sizes: dict[str, int] = {}
-    shares: dict[str, float] = {}
-    ranking = GlobalRanking()
-    for layers, (block, gradients) in zip(per_block, dense, strict=True):
-        free = {name: layer for name, layer in layers.items() if not settings.is_exception(name)}
-        sizes |= {name: weight_matrix(layer).numel() for name, layer in free.items()}
-        if settings.allocation == "sensitivity":
-            for name, layer in free.items():
-                ranking.add(name, layer.get_parameter("weight").detach().abs() * gradients[name])
-        elif free:
-            assert block is not None, "owl reads the inputs of the dense blocks"
-            shares |= dict.fromkeys(free, _outlier_share(block, free))
-    densities = (
-        ranking.densities(density) if settings.allocation == "sensitivity" else owl(shares, density, settings.deviation)
+    allocation = ALLOCATIONS[settings.allocation]
+    blocks = (
+        _measured(block, layers, gradients, allocation.needs)
+        for layers, (block, gradients) in zip(free, dense, strict=True)
     )
+    densities = allocation.densities(blocks, 1 - settings.uniform_budget.sparsity, settings.deviation)
+    if not densities:
+        return uniform
+    sizes = {name: weight_matrix(layer).numel() for layers in free for name, layer in layers.items()}
     return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities, settings.deviation)
 
 
-def _outlier_share(block: Block, layers: dict[str, nn.Module]) -> float:
-    norms = activation_norms(block, layers)
-    return outlier_share(
-        [wanda(weight_matrix(layer).detach().float(), Statistics(norms[name]), 0.0) for name, layer in layers.items()]
-    )
+def _measured(
+    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
+) -> Iterator[DenseLayer]:
+    statistics = layer_statistics(block, layers, gradients, needs)
+    for name, layer in layers.items():
+        yield DenseLayer(name, weight_matrix(layer).detach().float(), statistics[name])

@@ -9,6 +9,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.calibration.gradients import LOSS_TOKENS
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
+from gblm_compress.methods.choices import Need
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.run_folder import RunFolder
@@ -56,15 +57,14 @@ class Size:
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
-        self._states_of_pruning = (2 + (settings.update == "reconstruct")) * place
+        self._states_of_pruning = (2 + settings.fits_blocks) * place
         weights, block = self.weights // itemsize, self.block // itemsize
-        factorised = "obs" in (settings.method, settings.update)
         rounds = ROUND_BYTES if settings.reconstruction_rounds > 1 else 0
         at_a_block = (
             12 * block  # accumulators, gradients, a layer's scores and masks
-            + (4 * (3 * hidden**2 + inner**2) if settings.needs_gram else 0)
-            + (FACTOR_BYTES * inner**2 if factorised else 0)
-            + ((FIT_BYTES + rounds) * block if settings.update == "reconstruct" else 0)
+            + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
+            + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
+            + ((FIT_BYTES + rounds) * block if settings.fits_blocks else 0)
             + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
             + self.activations // blocks
         )

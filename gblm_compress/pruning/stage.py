@@ -314,7 +314,7 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
     """Raises:
     UsageError: what is asked for does not run on several processes.
     """
-    if group.size > 1 and (settings.update == "reconstruct" or settings.distillation_epochs):
+    if group.size > 1 and (settings.fits_blocks or settings.distillation_epochs):
         raise UsageError(
             "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
             "choose --update least-squares, or run one process"
@@ -452,7 +452,7 @@ def _warnings(
 ) -> tuple[str, ...]:
     notes = []
     size = (calibration.samples, calibration.sequence_length)
-    if settings.method == "gblm" and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
+    if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
         notes.append(
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "

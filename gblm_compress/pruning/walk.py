@@ -21,9 +21,11 @@ from gblm_compress.calibration.blocks import Block, BlockCalls, BlockReplay
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.allocation import ALLOCATIONS, Budget
+from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
-from gblm_compress.models.architecture import check_finite, prunable_layers, weight_matrix
+from gblm_compress.methods.zeros import check_finite
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult, layer_result, prune_block_
 from gblm_compress.pruning.budgeting import budgets as layer_budgets
@@ -117,7 +119,7 @@ class Walk:
     def _dense_blocks(self, calls: BlockCalls | None) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
         """Every block of the dense model, for the allocation; measured only if it asks."""
         replay = None
-        if self.settings.allocation == "owl":
+        if ALLOCATIONS[self.settings.allocation].needs & Need.BLOCKS:
             assert calls is not None
             replay = BlockReplay(calls, self.weights, self.pool, self.ranks)
         blocks = range(len(self.weights.blocks))
@@ -140,7 +142,7 @@ class Walk:
         if settings.needs_blocks:
             assert calls is not None
             replay = BlockReplay(calls, self.weights, self.pool, self.ranks)
-            if settings.update == "reconstruct":
+            if settings.fits_blocks:
                 dense = BlockReplay(calls, self.weights, self.pool, self.ranks)
         results: dict[str, LayerResult] = {}
         # What goes into a block is needed as long as a block from there on is still to be pruned.

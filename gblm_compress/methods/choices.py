@@ -1,0 +1,117 @@
+"""What every entry of a registry says of itself, and the statistics that it may ask for.
+
+The registries `METHODS`, `REFINEMENTS`, `UPDATES` and `ALLOCATIONS` are the only lists of what can be chosen. Settings,
+help, generated documentation, and the plans of memory and time follow from their entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Need(Flag):
+    """What must be measured, or have room, for a choice."""
+
+    NOTHING = 0
+    ACTIVATIONS = auto()
+    """`Statistics.activation_norm`."""
+    GRADIENTS = auto()
+    """`Statistics.gradient_norm`."""
+    REGIONAL = auto()
+    """`Statistics.regional_norm`."""
+    GRAM = auto()
+    """`Statistics.gram`; it gives the activation norms too."""
+    FACTOR = auto()
+    """Memory to factorise a Gram matrix in float64."""
+    BLOCKS = ACTIVATIONS | REGIONAL | GRAM
+    """What is measured by running the blocks one by one on the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One entry of a registry; its function comes with the subclass.
+
+    Attributes:
+        help: what it does, as half a sentence for `--help` and the recipe reference.
+        needs: what is measured for it.
+        reads: the keys of `PruneSettings` that it reads and others may not, beside `gradient_norm`, which is read where
+            gradients are needed; giving one in vain is refused.
+        passes: what it costs beside its statistics, in forward passes over the calibration text.
+    """
+
+    help: str
+    needs: Need = Need.NOTHING
+    reads: tuple[str, ...] = ()
+    passes: float = 0.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that it reads and others may not."""
+        return ("gradient_norm", *self.reads) if Need.GRADIENTS in self.needs else self.reads
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration measured of one layer. A field is None where no choice in use needs it.
+
+    Attributes:
+        activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by
+            the number of samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over
+            all tokens, has none. It changes no order of wanda, but the weight of A beside α·G in gblm.
+        gradient_norm: G [out_features, in_features], (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of
+            the mean token cross-entropy of the dense model; p = 1 or 2.
+        regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
+            ‖block(X_n)‖₂, the norm of the dense block's whole output.
+        gram: H [in_features, in_features], XᵀX over all tokens of all samples.
+    """
+
+    activation_norm: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    regional_norm: Tensor | None = None
+    gram: Tensor | None = None
+
+    def activations(self) -> Tensor:
+        """A, for a choice that declares `Need.ACTIVATIONS` or `Need.GRAM`."""
+        return _measured(self.activation_norm, "Need.ACTIVATIONS")
+
+    def gradients(self) -> Tensor:
+        """G, for a choice that declares `Need.GRADIENTS`."""
+        return _measured(self.gradient_norm, "Need.GRADIENTS")
+
+    def regional(self) -> Tensor:
+        """R, for a choice that declares `Need.REGIONAL`."""
+        return _measured(self.regional_norm, "Need.REGIONAL")
+
+    def moments(self) -> Tensor:
+        """H, for a choice that declares `Need.GRAM`."""
+        return _measured(self.gram, "Need.GRAM")
+
+
+def _measured(value: Tensor | None, need: str) -> Tensor:
+    assert value is not None, f"what reads this must declare {need}"
+    return value
+
+
+def readers(key: str, registries: Mapping[str, Mapping[str, Choice]]) -> list[str]:
+    """Who reads a key, in words, for example ["method gblm or regional"]; empty for a key that is no choice's own.
+
+    Args:
+        registries: {how settings call the choice: its registry}.
+    """
+    found = []
+    for kind, registry in registries.items():
+        names = [name for name, choice in registry.items() if key in choice.keys]
+        if names:
+            found.append(f"{kind} " + " or ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:]))
+    return found
+
+
+def describe(registry: Mapping[str, Choice]) -> str:
+    """All names of a registry with their help, in one line."""
+    return "; ".join(f"{name}: {choice.help}" for name, choice in registry.items())
