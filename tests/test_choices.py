@@ -20,7 +20,7 @@ from gblm_compress.methods.updates import UPDATES
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import costs
-from gblm_compress.pruning.stage import prune_
+from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import REGISTRIES, PruneSettings
 from tests.conftest import samples
 
