@@ -1,5 +1,6 @@
 """A model whose blocks come from disk one at a time, against the same model in memory."""
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -109,3 +110,18 @@ def test_states_are_given_back_when_they_are_released(room: int, tmp_path: Path)
     assert torch.equal(states[2], tensors[0]) and torch.equal(states[1], tensors[1])
     states.release()
     assert pool.left == room and not list(tmp_path.iterdir())
+
+
+def test_a_tensor_of_another_shape_is_named_and_nothing_is_left(tiny, tmp_path, prose, progress) -> None:
+    shutil.copytree(tiny("llama").folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight has the shape .* needs"):
+        prune(
+            ModelSource("short", tmp_path / "model"), tmp_path / "out", PruneSettings(method="wanda"),
+            CalibrationSettings(dataset=str(prose), samples=2, sequence_length=16),
+            resources=ResourceSettings(offload=True), progress=progress,
+        )  # fmt: skip
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", prose.name}

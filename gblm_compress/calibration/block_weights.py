@@ -111,9 +111,14 @@ class StreamedWeights:
     def _read(self, groups: list[list[str]]) -> dict[str, Tensor]:
         tensors = {}
         for group in groups:
-            stored = self._checkpoint.read(next(name for name in group if name in self._checkpoint))
-            wanted = self.model.get_parameter(group[0]).dtype
-            tensors[group[0]] = stored.to(self._device, wanted)
+            name = next(name for name in group if name in self._checkpoint)
+            stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
+            if stored.shape != wanted.shape:
+                raise ModelError(
+                    f"{name} has the shape {list(stored.shape)} in the checkpoint; the architecture of config.json "
+                    f"needs {list(wanted.shape)}: the folder is damaged or of another model"
+                )
+            tensors[group[0]] = stored.to(self._device, wanted.dtype)
         return tensors
 
     @contextmanager
