@@ -41,7 +41,7 @@ class Toys(PruneSettings):
 
     toy_count: Annotated[int, Panel.FIT] = Field(3, ge=1, le=9, description="Toys in a box.")
     toy_kinds: tuple[Literal["ball", "kite"], ...] = Field(("ball",), description="What they are.")
-    toy_weight: float | None = Field(None, gt=0, lt=1, description="Of a toy, in kg.")
+    toy_weight: float | None = Field(None, gt=0, lt=1, description="Weight of the toy in kg.")
     toy_sizes: tuple[int, ...] | None = Field(default_factory=lambda: (2, 1), description="In cm.")
     toy_owner: int | str | None = Field(None, description="A number or a name.")
     wrapped: bool = Field(False, description="In paper.")
@@ -71,7 +71,7 @@ def test_a_field_is_an_option_without_another_edit() -> None:
     shown = " ".join(common.split())
     assert re.search(r"--toy-count <?\w+>? +Toys in a box\. \[1<=x<=9\] +\\?\[default: 3\]", " ".join(fit.split()))
     assert re.search(r"--toy-kinds <str>,\.\.\. What they are\. \[ball, kite\] \\?\[default: ball\]", shown)
-    assert re.search(r"--toy-weight <?\w+>? Of a toy, in kg\. \[0<x<1\]", shown)
+    assert re.search(r"--toy-weight <?\w+>? Weight of the toy in kg\. \[0<x<1\]", shown)
     assert "--wrapped In paper." in shown and "--no-wrapped" not in shown
     assert "--ribbon / --no-ribbon" in shown
     given = ask("--toy-count", "5", "--toy-weight", "0.5", "--wrapped", "--no-ribbon", "--method", "wanda")
