@@ -60,7 +60,7 @@ def prune(
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Set the least important weights to zero; with a preset or an update, fit the others to make up for it."""
+    """Set the least important weights to zero, and fit the others to make up for it."""
     reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
     outputs.check_output(output, force)
     texts = [text.dataset] if settings.needs_text else []

@@ -96,7 +96,7 @@ def prune(
     quiet: bool = False,
     **settings: Any,
 ) -> PruneResult:
-    """Set the least important weights to zero, and fit the others if a preset or an update says so.
+    """Set the least important weights to zero, and fit the others to make up for it.
 
     Args:
         model: a folder, a hub id, a .gguf file, "demo", "tiny", or a transformers model in memory.

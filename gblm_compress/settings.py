@@ -25,9 +25,9 @@ from pydantic import (
 from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.methods import presets
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
 from gblm_compress.methods.choices import Choice, Need, describe, readers
+from gblm_compress.methods.fits import FITS, PRESETS, describe_preset
 from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
@@ -44,15 +44,17 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
 if TYPE_CHECKING:  # a type checker cannot read a registry
     MethodName: TypeAlias = str
     RefinementName: TypeAlias = str
+    FitName: TypeAlias = str
     UpdateName: TypeAlias = str
     AllocationName: TypeAlias = str
     PresetName: TypeAlias = str
 else:
     MethodName = Literal[*METHODS]
     RefinementName = Literal[*REFINEMENTS]
+    FitName = Literal[*FITS]
     UpdateName = Literal[*UPDATES]
     AllocationName = Literal[*ALLOCATIONS]
-    PresetName = Literal[*presets.PRESETS]
+    PresetName = Literal[*PRESETS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 FitDtype = Literal["float32", "bfloat16"]
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 else:
     Format = Literal["onnx", *(layout.format for layout in LAYOUTS.values())]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
+FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
 READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
@@ -173,8 +176,8 @@ class PruneSettings(Settings):
 
     preset: PresetName | None = Field(
         None,
-        description="A tested combination; stands for the keys that are not given. "
-        + " ".join(f"{name}: {presets.describe(name)}." for name in presets.PRESETS),
+        description="A procedure as published; stands for the keys that are not given. "
+        + " ".join(f"{name}: {describe_preset(name)}." for name in PRESETS),
     )
     method: MethodName = Field("gblm", description=f"What a weight is worth. {describe(METHODS)}.")
     pattern: PatternName = Field(
@@ -205,8 +208,13 @@ class PruneSettings(Settings):
     refine: Annotated[RefinementName, Panel.METHOD] = Field(
         "none", description=f"What happens to the mask. {describe(REFINEMENTS)}."
     )
+    fit: FitName | None = Field(
+        "balanced",
+        description="What is fitted, by the surviving weights, to the dense model; stands for update and "
+        f"distillation_epochs. {describe(FITS)}.",
+    )
     update: Annotated[UpdateName, Panel.FIT] = Field(
-        "none", description=f"What happens to the survivors. {describe(UPDATES)}."
+        "reconstruct", description=f"What happens to the survivors, instead of a fit. {describe(UPDATES)}."
     )
     damping: Annotated[float, Panel.FIT] = Field(
         0.01, gt=0, description=f"Damping in shares of the mean input power, read with {_readers('damping')}."
@@ -234,7 +242,7 @@ class PruneSettings(Settings):
         0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate."
     )
     fit_dtype: Annotated[FitDtype, Panel.FIT] = Field(
-        "float32", description="Dtype of products in reconstruction and distillation; weights are always float32."
+        "bfloat16", description="Dtype of products in reconstruction and distillation; weights are always float32."
     )
     targets: Annotated[tuple[str, ...], Panel.METHOD] = Field(
         ("*",), description="Shell-style patterns of the layers to prune."
@@ -246,9 +254,28 @@ class PruneSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_preset(cls, values: Any) -> Any:
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return {**presets.PRESETS.get(preset, {}), **values} if isinstance(preset, str) else values
+    def _fill_in(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values["preset"], {}) if isinstance(values.get("preset"), str) else {}
+        own = FITTED & values.keys() and "fit" not in values
+        values = {**{key: value for key, value in preset.items() if not (own and key == "fit")}, **values}
+        if "fit" not in values and FITTED & values.keys():
+            values["fit"] = None
+        fit = values.get("fit", "balanced")
+        return {**FITS[fit].settings, **values} if isinstance(fit, str) and fit in FITS else values
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Self:
+        if self.fit is not None and (choice := FITS[self.fit]).settings != self.model_dump(include=set(FITTED)):
+            if self.update == choice.update and choice.distillation_epochs and self.distillation_epochs:
+                return self
+            stands = ", ".join(f"{key} {value}" for key, value in choice.settings.items())
+            raise ValueError(
+                f"fit {self.fit} is {stands}: it cannot be update {self.update} with {self.distillation_epochs} "
+                "epochs of distillation; give the fit, or the others without it"
+            )
+        return self
 
     @field_validator("pattern")
     @classmethod
@@ -267,7 +294,7 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _check_all_is_read(self) -> Self:
-        preset = presets.PRESETS.get(self.preset or "", {})
+        preset = PRESETS.get(self.preset or "", {})
         for name, field in type(self).model_fields.items():
             value, where = getattr(self, name), _readers(name)
             if where and name not in self.read and value not in (field.default, preset.get(name)):
@@ -399,11 +426,11 @@ class CompareSettings(Settings):
     """A grid of methods, patterns and seeds, all calibrated and evaluated alike."""
 
     methods: tuple[str, ...] = Field(
-        ("wanda", "gblm", "obs+obs", *presets.PRESETS),
+        ("paper", "sparsegpt", "gblm", "wanda", "obs"),
         min_length=1,
         max_length=100,
-        description="Each a preset or a saliency, and what else is chosen: wanda, best, obs+obs (SparseGPT), "
-        "gblm+swap+least-squares, wanda+owl, …",
+        description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), gblm+none, "
+        "obs+best, wanda+swap+least-squares, gblm+owl, …",
     )
     patterns: tuple[PatternName, ...] = Field(
         ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
@@ -425,23 +452,27 @@ class CompareSettings(Settings):
     def prune_settings(method: str, pattern: str) -> PruneSettings:
         """The settings that an entry of `methods` stands for."""
         first, *rest = method.split("+")
-        if first not in (*presets.PRESETS, *METHODS):
-            known = ", ".join((*presets.PRESETS, *METHODS))
+        if first not in (*PRESETS, *METHODS):
+            known = ", ".join((*PRESETS, *METHODS))
             if as_here := suggestions.ELSEWHERE.get(suggestions.plain(first)):
                 known += f"; {first} is here {'+'.join(as_here.values())}"
-            elif first in (*UPDATES, *REFINEMENTS, *ALLOCATIONS):
+            elif first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
-            raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a saliency; there are {known}")
-        values: dict[str, Any] = {"pattern": pattern, ("preset" if first in presets.PRESETS else "method"): first}
+            raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
+        values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
+        parts = {"fit": FITS, "update": UPDATES, "refine": REFINEMENTS, "allocation": ALLOCATIONS}
         for part in rest:
-            kinds = (key for key in ("update", "refine", "allocation") if part in REGISTRIES[key])
-            key = next(kinds, None) if part != "none" else None
-            if key is None or key in values:
+            key = next((key for key, known_parts in parts.items() if part in known_parts), None)
+            if key is None:
                 raise ValueError(
-                    f"method {method!r}: {part!r} is no update, refinement or allocation, or the second of its kind; "
-                    "give for example wanda+swap+least-squares"
+                    f"method {method!r}: {part!r} is no fit, update, refinement or allocation, or the second of its "
+                    "kind; give for example wanda+swap+least-squares"
                 )
             values[key] = part
+            del parts[key]
+            if key in ("fit", "update"):
+                parts.pop("fit", None)
+                parts.pop("update", None)
         return PruneSettings(**values)
 
 

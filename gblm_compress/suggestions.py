@@ -8,7 +8,6 @@ from pydantic import BaseModel
 
 # What other tools and papers call it: the settings that stand for it here. Compared without case and punctuation.
 ELSEWHERE: dict[str, dict[str, str]] = {
-    "sparsegpt": {"method": "obs", "update": "obs"},
     "wanda++": {"method": "regional"},
     "wandapp": {"method": "regional"},
     "gblmpruner": {"method": "gblm"},

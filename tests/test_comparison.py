@@ -26,13 +26,13 @@ def cell(method: str, seed: int, perplexity: float, **other) -> Cell:
 
 
 def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, progress, monkeypatch) -> None:
-    grid = CompareSettings(methods=("wanda", "fast"), patterns=("2:4",), seeds=1)
+    grid = CompareSettings(methods=("paper", "obs+fast"), patterns=("2:4",), seeds=1)
     text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32, seed=7)
     evaluation = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
     output = tmp_path / "grid"
     result = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
-    assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("wanda", "2:4", 0), ("fast", "2:4", 0)]
-    settings = PruneSettings(preset="fast", pattern="2:4")
+    assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("paper", "2:4", 0), ("obs+fast", "2:4", 0)]
+    settings = PruneSettings(method="obs", fit="fast", pattern="2:4")
     prune(tiny("llama"), tmp_path / "p", settings, text.model_copy(update={"seed": 0}), progress=progress)
     alone = evaluate(ModelSource("p", tmp_path / "p"), evaluation, baseline=tiny("llama"), progress=progress)
     assert result.cells[1].perplexity == pytest.approx(alone.perplexity, rel=1e-5)
@@ -42,7 +42,7 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     assert (output / comparison.PLOT).read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob(".cell-*"))
 
-    monkeypatch.setattr(comparison, "_in_own_process", lambda job: pytest.fail("a cell on record was run again"))
+    monkeypatch.setattr(comparison.GridCell, "work", lambda *_: pytest.fail("a cell on record was run again"))
     again = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
     assert again.cells == result.cells
 
@@ -73,7 +73,9 @@ def test_what_a_method_name_stands_for() -> None:
         "gblm", "swap", "least-squares", "owl", "4:8",
     )  # fmt: skip
     assert CompareSettings.prune_settings("obs+obs", "2:4") == PruneSettings(method="obs", update="obs", pattern="2:4")
-    assert CompareSettings.prune_settings("best", "2:4") == PruneSettings(preset="best", pattern="2:4")
+    assert CompareSettings.prune_settings("obs+best", "2:4") == PruneSettings(method="obs", fit="best", pattern="2:4")
+    paper = PruneSettings(preset="paper", method="gblm", fit="none", pattern="2:4")
+    assert CompareSettings.prune_settings("paper", "2:4") == paper
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) ->
 def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     tiny, prose, tmp_path, progress, monkeypatch
 ) -> None:
-    monkeypatch.setattr(comparison, "_in_own_process", None)
+    monkeypatch.setattr(comparison.GridCell, "work", None)
     with pytest.raises(DataError, match="gone.txt.*no such file"):
         compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
     assert not (tmp_path / "grid").exists()

@@ -1,22 +1,19 @@
-"""What settings cost, and which preset would do more."""
+"""What settings cost, and which ones would do more."""
 
 from collections.abc import Collection
 
 from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.presets import PRESETS
-from gblm_compress.methods.updates import UPDATES
+from gblm_compress.methods.fits import FITS
 from gblm_compress.settings import PruneSettings
 
 
-def better(settings: PruneSettings, able: Collection[str] = tuple(PRESETS)) -> str | None:
-    """The preset among `able` that is the next to do more for the survivors than these settings; None if none does."""
-    does_more: tuple[str, ...] = ("balanced",) if UPDATES[settings.update].moves else ("balanced", "fast")
-    if settings.fits_blocks:
-        does_more = ("best",)
+def better_fit(settings: PruneSettings, able: Collection[str] = tuple(FITS)) -> str | None:
+    """The fit among `able` that is the next to do more for the survivors than these settings; None if none does."""
     if settings.distillation_epochs:
-        does_more = ()
-    return next((name for name in does_more if name in able), None)
+        return None
+    order = ("best",) if settings.fits_blocks else ("balanced", "fast") if not settings.updates else ("balanced",)
+    return next((name for name in order if name in able), None)
 
 
 def passes(settings: PruneSettings) -> float:

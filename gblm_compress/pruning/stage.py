@@ -28,7 +28,7 @@ from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, 
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
-from gblm_compress.methods import presets
+from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import linear_weights, prunable_layers
@@ -317,7 +317,7 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
     if group.size > 1 and (settings.fits_blocks or settings.distillation_epochs):
         raise UsageError(
             "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
-            "choose --update least-squares, or run one process"
+            "choose --fit fast, or run one process"
         )
 
 
@@ -467,12 +467,13 @@ def _warnings(
             f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
         )
-    able = ["fast"] if group.size > 1 else [name for name in presets.PRESETS if name != "best" or not plan.offload]
-    better = costs.better(settings, able)
-    cost = costs.passes(PruneSettings(preset=better)) / costs.passes(settings) if better else 0.0
+    able = ["fast"] if group.size > 1 else [name for name in FITS if name != "best" or not plan.offload]
+    better = costs.better_fit(settings, able)
+    kept = settings.model_dump(exclude={"preset", "fit", "update", "distillation_epochs"}, exclude_defaults=True)
+    cost = costs.passes(PruneSettings(**kept, fit=better)) / costs.passes(settings) if better else 0.0
     if cost > 1:
         notes.append(
-            f"--preset {better} fits the surviving weights further and gives a better model at the same size; it takes "
+            f"--fit {better} fits the surviving weights further and gives a better model at the same size; it takes "
             f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
         )
     return tuple(notes)

@@ -1,7 +1,7 @@
 """A grid of pruning methods, patterns and seeds on one model: what each quality costs in time and memory.
 
-Every cell is pruned and evaluated in a process of its own, so that its peak memory is its own, and recorded at once;
-an interrupted comparison goes on where it stopped.
+Every cell is pruned in a process of its own, so that its peak memory is its own, and recorded at once; an interrupted
+comparison goes on where it stopped. All cells are evaluated against one `Reference`.
 """
 
 import math
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -21,12 +22,13 @@ from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import check as evaluate_faults
 from gblm_compress.measure.evaluation import evaluate, mean_and_standard_error, prepare
+from gblm_compress.measure.reference import Reference
 from gblm_compress.models import finding, loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import planned_budgets
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import PruneResult, prune
 from gblm_compress.runs.reuse import carry_out, evaluation_hash, text_hash
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 from gblm_compress.storage import outputs, records
@@ -96,7 +98,7 @@ class CompareResult:
 
 
 def compare(
-    source: ModelSource,
+    dense: ModelSource | Reference,
     output: Path,
     settings: CompareSettings,
     calibration: CalibrationSettings,
@@ -109,7 +111,7 @@ def compare(
     """Prune and evaluate every method with every pattern and seed, and write table and plot to `output`.
 
     Args:
-        source: the dense model.
+        dense: the model; a `Reference` to it computes once what this and other evaluations need.
         output: folder of the records; cells that are on record there with the same settings are not run again.
         calibration: seeds 0, 1, … take the place of its own.
 
@@ -117,11 +119,11 @@ def compare(
         GblmError: of the first cell that fails; those before it stay on record.
     """
     with outputs.working_in(output, "comparison"):
-        return _compare(source, output, settings, calibration, evaluation, dtype, device, progress)
+        return _compare(dense, output, settings, calibration, evaluation, dtype, device, progress)
 
 
 def _compare(
-    source: ModelSource,
+    dense: ModelSource | Reference,
     output: Path,
     settings: CompareSettings,
     calibration: CalibrationSettings,
@@ -130,12 +132,16 @@ def _compare(
     device: str,
     progress: Progress,
 ) -> CompareResult:
+    source = dense.source if isinstance(dense, Reference) else dense
     absent = faults.collect([partial(loading.choose_device, device)])
     faults.raise_all(absent + check(source, settings, calibration, evaluation, progress))
     prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
     device = loading.choose_device(device)
-    grid = cells(source, output, settings, calibration, evaluation, dtype, device)
-    done = [Cell(**carry_out(output, cell, progress).result) for cell in grid]
+    with ExitStack() as stack:
+        if isinstance(dense, ModelSource):
+            dense = stack.enter_context(closing(Reference(dense, dtype=dtype, device=device, folder=output)))
+        grid = cells(dense, output, settings, calibration, evaluation, dtype, device)
+        done = [Cell(**carry_out(output, cell, progress).result) for cell in grid]
     result = CompareResult(
         model=source.name,
         dense_perplexity=done[0].dense_perplexity,
@@ -233,7 +239,7 @@ def draw(result: CompareResult, path: Path) -> None:
 
 
 def cells(
-    source: ModelSource,
+    reference: Reference,
     output: Path,
     settings: CompareSettings,
     calibration: CalibrationSettings,
@@ -243,7 +249,7 @@ def cells(
 ) -> list["GridCell"]:
     """The cells of a grid, in the order in which they are done."""
     return [
-        GridCell(source, output, method, pattern, drawn, evaluation, dtype, device)
+        GridCell(reference, output, method, pattern, drawn, evaluation, dtype, device)
         for pattern in settings.patterns
         for method in settings.methods
         for drawn in (calibration.model_copy(update={"seed": seed}) for seed in range(settings.seeds))
@@ -255,11 +261,12 @@ class GridCell:
     """The stage that makes a `Cell`: one method with one pattern and one seed, pruned and evaluated.
 
     Attributes:
+        reference: the dense model.
         output: folder of the comparison.
         calibration: with the seed of the cell.
     """
 
-    source: ModelSource
+    reference: Reference
     output: Path
     method: str
     pattern: str
@@ -282,20 +289,15 @@ class GridCell:
     def inputs(self) -> list[Any]:
         texts = [text_hash(self.calibration.dataset), evaluation_hash(self.evaluation)]
         settings = [part.model_dump(mode="json") for part in (self.settings, self.calibration, self.evaluation)]
-        return [self.source.fingerprint, *settings, *texts, self.dtype, self.device]
+        return [self.reference.source.fingerprint, *settings, *texts, self.dtype, self.device]
 
     def work(self, progress: Progress) -> Cell:
-        return _in_own_process(self, progress.quiet)
-
-    def prune_and_evaluate(self, quiet: bool) -> Cell:
-        """The work itself, in a process whose peak memory is that of the cell."""
-        finding.silence_libraries()
-        progress = Progress(quiet)
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as folder:
             pruned = ModelSource(self.method, Path(folder) / "pruned")
-            place: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "progress": progress}
-            cost = prune(self.source, pruned.folder, self.settings, self.calibration, **place)
-            found = evaluate(pruned, self.evaluation, baseline=self.source, **place)
+            what = self.reference.source, pruned.folder, self.settings, self.calibration
+            cost = self._in_own_process(partial(_prune, *what, self.dtype, self.device, progress.quiet))
+            place = {"dtype": self.dtype, "device": self.device}
+            found = evaluate(pruned, self.evaluation, baseline=self.reference, **place, progress=progress)
         assert found.baseline_perplexity is not None and found.fidelity is not None
         tasks = found.zero_shot
         return Cell(
@@ -312,17 +314,29 @@ class GridCell:
             peak_memory_bytes=cost.peak_memory_bytes,
         )
 
+    def _in_own_process(self, prune: Callable[[], PruneResult]) -> PruneResult:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                return pool.submit(prune).result()
+            except BrokenProcessPool as error:
+                raise ModelError(
+                    f"the process that pruned by {self.method} with {self.pattern} was killed, most likely for want "
+                    "of memory; the same command goes on from here, with fewer --samples or a shorter "
+                    "--sequence-length it needs less"
+                ) from error
 
-def _in_own_process(cell: GridCell, quiet: bool) -> Cell:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(cell.prune_and_evaluate, quiet).result()
-        except BrokenProcessPool as error:
-            raise ModelError(
-                f"the process that pruned by {cell.method} with {cell.pattern} was killed, most likely for want of "
-                "memory; the same command goes on from here, with fewer --samples or a shorter --sequence-length it "
-                "needs less"
-            ) from error
+
+def _prune(
+    source: ModelSource,
+    output: Path,
+    settings: PruneSettings,
+    calibration: CalibrationSettings,
+    dtype: str,
+    device: str,
+    quiet: bool,
+) -> PruneResult:
+    finding.silence_libraries()
+    return prune(source, output, settings, calibration, dtype=dtype, device=device, progress=Progress(quiet))
 
 
 def _mean_of_known(values: list[float | None]) -> float | None:

@@ -98,7 +98,7 @@ class Job:
     @cached_property
     def reference(self) -> Reference:
         """The dense model, for all evaluations; `close` it at the end of the run."""
-        several = any(Export(self, settings).runs_here for settings in self.recipe.export)
+        several = self.recipe.compare or any(Export(self, settings).runs_here for settings in self.recipe.export)
         folder = self.output if several else None
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
 
@@ -426,7 +426,7 @@ class Compare(Stage):
     def cells(self) -> list[comparison.GridCell]:
         """What it does, cell by cell."""
         job, settings = self.job, (self.settings, self.calibration, self.evaluation)
-        return comparison.cells(job.dense, self.home, *settings, job.dtype, job.device)
+        return comparison.cells(job.reference, self.home, *settings, job.dtype, job.device)
 
     def check(self, progress: Progress) -> list[GblmError]:
         if not self.job.here:
@@ -442,7 +442,7 @@ class Compare(Stage):
 
     def work(self, progress: Progress) -> Any:
         job, settings = self.job, (self.settings, self.calibration, self.evaluation)
-        return compare(job.dense, self.home, *settings, dtype=job.dtype, device=job.device, progress=progress)
+        return compare(job.reference, self.home, *settings, dtype=job.dtype, device=job.device, progress=progress)
 
 
 def stages_of(job: Job) -> list[Stage]:
