@@ -595,7 +595,7 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: st
         walk = Walk(
             weights=StreamedWeights(ModelSource("random", folder), skeleton, bench.device),
             samples=samples,
-            settings=PruneSettings(method=method, pattern="2:4"),
+            settings=PruneSettings(method=method, pattern="2:4", fit="none"),
             run=run,
             pool=StatePool(run.states, 32 << 30, device),
             progress=Progress(quiet=True),

@@ -258,11 +258,10 @@ class PruneSettings(Settings):
         if not isinstance(values, dict):
             return values
         preset = PRESETS.get(values["preset"], {}) if isinstance(values.get("preset"), str) else {}
-        own = FITTED & values.keys() and "fit" not in values
-        values = {**{key: value for key, value in preset.items() if not (own and key == "fit")}, **values}
-        if "fit" not in values and FITTED & values.keys():
-            values["fit"] = None
-        fit = values.get("fit", "balanced")
+        if own := FITTED & values.keys():
+            preset = {key: value for key, value in preset.items() if key != "fit"}
+        values = {**preset, **values}
+        fit = values.setdefault("fit", None) if own or FITTED & preset.keys() else values.get("fit")
         return {**FITS[fit].settings, **values} if isinstance(fit, str) and fit in FITS else values
 
     @model_validator(mode="after")

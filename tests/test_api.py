@@ -69,7 +69,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
 
 
 def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
-    settings = {"method": "wanda", "pattern": "2:4"}
+    settings = {"method": "wanda", "pattern": "2:4", "fit": "none"}
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     expected, _ = gblm_compress.load(tiny("llama").folder)
     result = gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
@@ -85,12 +85,12 @@ def test_a_model_in_memory_is_left_alone_where_a_folder_is_written(tiny, prose, 
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = gblm_compress.prune(
-        model, tmp_path / "out", tokenizer=tokenizer, calibration=prose, method="wanda", quiet=True, **TEXT
+        model, tmp_path / "out", tokenizer=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
     )
     assert result.folder == str(tmp_path / "out")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     from_path = gblm_compress.prune(
-        tiny("llama").folder, tmp_path / "again", calibration=prose, method="wanda", quiet=True, **TEXT
+        tiny("llama").folder, tmp_path / "again", calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
     )
     assert from_path.layers == result.layers
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
@@ -104,7 +104,13 @@ def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
     fingerprints = set()
     for number, given in enumerate((texts, Dataset.from_dict({"text": texts}), str(path), path)):
         done = gblm_compress.prune(
-            tiny("llama").folder, tmp_path / f"{number}", calibration=given, method="wanda", quiet=True, **TEXT
+            tiny("llama").folder,
+            tmp_path / f"{number}",
+            calibration=given,
+            method="wanda",
+            fit="none",
+            quiet=True,
+            **TEXT,
         )
         fingerprints.add(done.calibration_fingerprint)
     assert len(fingerprints) == 1
@@ -134,7 +140,7 @@ def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> No
 def test_the_other_functions_are_the_commands(tiny, prose, tmp_path) -> None:
     dense = tiny("llama").folder
     model, tokenizer = gblm_compress.load(dense)
-    gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, method="wanda", quiet=True, **TEXT)
+    gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT)
     exported = gblm_compress.export(model, tmp_path / "onnx", tokenizer=tokenizer, format="onnx", quiet=True)
     assert exported.folder == str(tmp_path / "onnx")
     zeros = gblm_compress.inspect(model, tokenizer=tokenizer, quiet=True)

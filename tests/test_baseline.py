@@ -15,7 +15,7 @@ from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneS
 
 @pytest.fixture
 def pruned(tiny, tmp_path, progress) -> ModelSource:
-    settings = PruneSettings(method="magnitude", pattern="2:4")
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
     prune(tiny("llama"), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
     return ModelSource("pruned", tmp_path / "pruned")
 

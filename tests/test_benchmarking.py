@@ -62,7 +62,7 @@ def test_the_dense_folder_is_the_baseline_in_every_dtype_that_torch_models_have(
     model = load_model(tiny("llama"), "bfloat16")
     model.save_pretrained(dense.folder)
     save_tokenizer(load_tokenizer(tiny("llama")), dense.folder)
-    settings = PruneSettings(method="magnitude", pattern="2:4")
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
     prune(dense, tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
     pruned, packed = ModelSource("pruned", tmp_path / "pruned"), ModelSource("packed", tmp_path / "packed")
     export(pruned, packed.folder, ExportSettings(format="bitmask"), progress=progress)

@@ -60,7 +60,7 @@ def test_an_entry_is_all_that_settings_know_of_a_choice(kind: str, name: str) ->
     entry, schema = REGISTRIES[kind][name], PruneSettings.model_json_schema()["properties"]
     assert schema[kind]["enum"] == list(REGISTRIES[kind])
     assert f"{name}: {entry.help}" in schema[kind]["description"] and "|" not in entry.help
-    settings = PruneSettings(**{"method": "magnitude", kind: name})
+    settings = PruneSettings(**{"method": "magnitude", "update": "none", kind: name})
     assert settings.needs == entry.needs
     assert settings.needs_text == bool(entry.needs)
     assert set(entry.keys) == settings.read <= set(PruneSettings.model_fields)

@@ -70,7 +70,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
     ("arguments", "code", "message"),
     [
         (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
-        (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "sparsegpt is here --method obs --update obs"),
+        (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "sparsegpt is --preset sparsegpt"),
         (["prune", "tiny", "-o", "x", "--method", "owl"], 2, "owl is --allocation owl"),
         (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
@@ -101,7 +101,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
             2,
             "error: --runtimes: input should be 'torch' or 'onnxruntime', got \"foo\"",
         ),
-        (["compare", "tiny", "--methods", "wanda,foo"], 2, "method 'foo': 'foo' is neither a preset nor a saliency"),
+        (["compare", "tiny", "--methods", "wanda,foo"], 2, "method 'foo': 'foo' is neither a preset nor a method"),
         (["compare", "tiny", "--evaluation-length", "1"], 2, "error: --evaluation-length: input should be greater"),
         (["compare", "tiny", "--patterns", "2:4,5:4"], 2, "method 'wanda' with pattern '5:4': pattern '5:4' is not"),
         (

@@ -81,8 +81,8 @@ def test_what_a_method_name_stands_for() -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        (("wand",), "'wand' is neither a preset nor a saliency"),
-        (("wanda+swop",), "'swop' is no update, refinement or allocation"),
+        (("wand",), "'wand' is neither a preset nor a method"),
+        (("wanda+swop",), "'swop' is no fit, update, refinement or allocation"),
         (
             ("wanda+obs+least-squares",),
             "or the second of its kind",

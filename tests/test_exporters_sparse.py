@@ -92,7 +92,7 @@ def family(tmp_path):
 
 
 def exported(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto", format="bitmask"):
-    settings = PruneSettings(method="magnitude", pattern=pattern)
+    settings = PruneSettings(method="magnitude", pattern=pattern, fit="none")
     prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", tmp_path / "pruned")
     result = export(source, tmp_path / "sparse", ExportSettings(format=format, dtype=dtype), progress=progress)
@@ -289,7 +289,13 @@ def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, pro
         with pytest.raises(ModelError, match="is an export"):
             refused()
     with pytest.raises(ModelError, match="is an export"):
-        prune(folder, tmp_path / "x", PruneSettings(method="magnitude"), CalibrationSettings(), progress=progress)
+        prune(
+            folder,
+            tmp_path / "x",
+            PruneSettings(method="magnitude", fit="none"),
+            CalibrationSettings(),
+            progress=progress,
+        )
 
 
 UP = "model.layers.0.mlp.up_proj"  # [128, 64]

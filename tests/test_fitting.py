@@ -117,7 +117,7 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
     ids, unseen = samples(16, 48), samples(4, 48, seed=5)
     dense = tiny_model(kind)
     pruned = tiny_model(kind)
-    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="2:4"), progress=_quiet())
+    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress=_quiet())
     layers = prunable_layers(pruned)[0]
 
     def first_block(model, texts):
@@ -191,7 +191,7 @@ def test_head_inputs_give_the_logits(kind: str, progress) -> None:
 def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progress) -> None:
     ids, unseen = samples(16, 48), samples(4, 48, seed=5)
     dense, pruned = tiny_model(kind), tiny_model(kind)
-    prune_(pruned, ids, PruneSettings(method="wanda", pattern="2:4"), progress)
+    prune_(pruned, ids, PruneSettings(method="wanda", pattern="2:4", fit="none"), progress)
     layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
     masks = {name: layer.weight != 0 for name, layer in layers.items()}
 
@@ -229,7 +229,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
     ids = samples(16, 48)
     model = tiny_model("llama").bfloat16()
     dense = tiny_model("llama").bfloat16()
-    settings = PruneSettings(method="wanda", pattern="2:4")
+    settings = PruneSettings(method="wanda", pattern="2:4", fit="none")
     prune_(model, ids, settings, progress)
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     result = distil_(
@@ -264,7 +264,7 @@ def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(con
     dense, pruned = (transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
     pruned.load_state_dict(dense.state_dict())
     ids = samples(8)
-    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="1:4"), progress)
+    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="1:4", fit="none"), progress)
     with torch.no_grad():
         p, q = (model(input_ids=ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
     layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}

@@ -42,7 +42,7 @@ def test_the_scale_is_around_the_mean() -> None:
 
 @pytest.fixture
 def pruned(tiny, tmp_path, progress) -> ModelSource:
-    settings = PruneSettings(method="magnitude", pattern="2:4")
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
     prune(tiny("gpt2"), tmp_path / "p", settings, CalibrationSettings(), progress=progress)
     return ModelSource("p $x$ \n\x1b[31m", tmp_path / "p")
 

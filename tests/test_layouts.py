@@ -75,7 +75,7 @@ from gblm_compress.settings import ExportSettings
 
 build_tiny("llama", Path("tiny"))
 for arguments in (
-    ["prune", "tiny", "-o", "pruned", "--method", "magnitude", "--pattern", "2:4", "--quiet"],
+    ["prune", "tiny", "-o", "pruned", "--method", "magnitude", "--fit", "none", "--pattern", "2:4", "--quiet"],
     ["export", "pruned", "-o", "packed", "--format", "toy-int8", "--quiet"],
 ):
     sys.argv = ["gblm-compress", *arguments]

@@ -25,7 +25,7 @@ def folder(tiny, tmp_path, progress):
     prune(
         tiny("llama"),
         output,
-        PruneSettings(method="magnitude", pattern="2:4"),
+        PruneSettings(method="magnitude", pattern="2:4", fit="none"),
         CalibrationSettings(),
         progress=progress,
     )
@@ -79,7 +79,7 @@ def test_a_folder_without_manifest_is_no_pruned_one(tmp_path) -> None:
 
 def test_the_manifest_holds_every_parameter(folder) -> None:
     content = json.loads((folder / manifest.MANIFEST).read_text())
-    assert content["prune"] == PruneSettings(method="magnitude", pattern="2:4").model_dump(mode="json")
+    assert content["prune"] == PruneSettings(method="magnitude", pattern="2:4", fit="none").model_dump(mode="json")
     assert content["calibration"] is None  # magnitude looks at no text
     assert content["versions"]["torch"] == version("torch")
     assert "magnitude, 2:4" in (folder / "README.md").read_text()
@@ -90,7 +90,7 @@ def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_
     place = tmp_path / "evil\nlicense: mine\n# [red]"
     shutil.copytree(tiny("llama").folder, place)
     source = ModelSource(str(place), place)
-    settings = PruneSettings(method="magnitude", pattern="2:4", ignore=("*.0.self_attn.q_proj",))
+    settings = PruneSettings(method="magnitude", pattern="2:4", ignore=("*.0.self_attn.q_proj",), fit="none")
     result = prune(source, tmp_path / "out", settings, CalibrationSettings(), progress=progress)
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -132,7 +132,7 @@ def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, folder,
 
 
 def test_what_is_pruned_already_is_said(folder, tiny, tmp_path, progress) -> None:
-    settings = PruneSettings(method="magnitude", sparsity=0.3)
+    settings = PruneSettings(method="magnitude", sparsity=0.3, fit="none")
     again = prune(ModelSource("out", folder), tmp_path / "again", settings, CalibrationSettings(), progress=progress)
     assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint

@@ -19,7 +19,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 
-MAGNITUDE = PruneSettings(method="magnitude")
+MAGNITUDE = PruneSettings(method="magnitude", fit="none")
 ONE_SHARD = "model-00001-of-00001.safetensors"
 
 

@@ -85,9 +85,9 @@ def test_a_field_is_an_option_without_another_edit() -> None:
 def test_what_is_not_given_is_left_to_presets_and_defaults() -> None:
     assert ask() == Toys()
     assert ask().model_fields_set == set()
-    assert ask("--preset", "balanced") == Toys(preset="balanced")
-    given = ask("--preset", "balanced", "--method", "gblm")  # the default, but given
-    assert (given.method, given.update) == ("gblm", "reconstruct")
+    assert ask("--preset", "sparsegpt") == Toys(preset="sparsegpt")
+    given = ask("--preset", "sparsegpt", "--method", "gblm")  # the default, but given
+    assert (given.method, given.update) == ("gblm", "obs")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.measure.evaluation import mean_kl
-from gblm_compress.methods import presets
+from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -67,7 +67,7 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
     ids = samples()
     expected = slow_prune(tiny_model(kind), ids, method, norm, 100.0)
     model = tiny_model(kind)
-    results = prune_(model, ids, PruneSettings(method=method, gradient_norm=norm), progress)
+    results = prune_(model, ids, PruneSettings(method=method, gradient_norm=norm, fit="none"), progress)
     assert list(results) == list(expected)
     different = total = 0
     for name, mask in expected.items():
@@ -121,17 +121,42 @@ def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern
 
 
 def test_a_preset_is_its_settings_written_out(progress: Progress) -> None:
-    for name, keys in presets.PRESETS.items():
+    for name, keys in PRESETS.items():
         assert PruneSettings(preset=name).model_dump(exclude={"preset"}) == PruneSettings(**keys).model_dump(
             exclude={"preset"}
         )
-    chosen = PruneSettings(preset="balanced", method="gblm", reconstruction_epochs=1)
-    assert (chosen.method, chosen.update, chosen.reconstruction_epochs) == ("gblm", "reconstruct", 1)
+    chosen = PruneSettings(preset="paper", fit="fast", gradient_norm="l2")
+    assert (chosen.method, chosen.update, chosen.gradient_norm) == ("gblm", "least-squares", "l2")
+    assert PruneSettings(preset="paper", update="obs").fit is None
     assert PruneSettings.model_validate(chosen.model_dump()) == chosen
     one, other = tiny_model("llama"), tiny_model("llama")
-    prune_(one, samples(), PruneSettings(preset="fast"), progress)
-    prune_(other, samples(), PruneSettings(**presets.PRESETS["fast"]), progress)
+    prune_(one, samples(), PruneSettings(preset="sparsegpt"), progress)
+    prune_(other, samples(), PruneSettings(**PRESETS["sparsegpt"]), progress)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_fit_is_its_settings_written_out() -> None:
+    assert PruneSettings() == PruneSettings(fit="balanced")
+    for name, fit in FITS.items():
+        chosen, written = PruneSettings(fit=name), PruneSettings(**fit.settings)
+        assert written.fit is None and written.model_dump(exclude={"fit"}) == chosen.model_dump(exclude={"fit"})
+        assert PruneSettings.model_validate(chosen.model_dump()) == chosen
+    assert PruneSettings(fit="best", distillation_epochs=7).distillation_epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"fit": "none", "update": "obs"}, "fit none is update none, .* it cannot be update obs"),
+        ({"fit": "fast", "distillation_epochs": 3}, "with 3 epochs of distillation"),
+        ({"fit": "best", "distillation_epochs": 0}, "with 0 epochs of distillation"),
+        ({"fit": "bets"}, "'balanced' or 'best'"),
+        ({"fit": ["best"]}, "'balanced' or 'best'"),
+    ],
+)
+def test_a_fit_that_is_none_or_contradicted_is_refused(given, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PruneSettings(**given)
 
 
 def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progress) -> None:
@@ -141,7 +166,7 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     @torch.no_grad()
     def divergence(**settings) -> float:
         model = tiny_model("llama")
-        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", **settings), progress)
+        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", **({"update": "none"} | settings)), progress)
         return sum(mean_kl(dense(input_ids=i).logits[0], model(input_ids=i).logits[0]) for i in unseen)
 
     none, refined, fitted = divergence(), divergence(refine="swap"), divergence(update="least-squares")
@@ -155,13 +180,13 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
         ({"method": "wanda", "gradient_norm": "l2"}, {"method": "wanda", "allocation": "sensitivity"}),
         ({"method": "wanda", "alpha": 3.0}, {"method": "regional"}),
         ({"method": "regional", "alpha_scale": "normalised"}, {"method": "gblm"}),
-        ({"deviation": 0.2}, {"allocation": "owl"}),
-        ({"damping": 0.5}, {"update": "least-squares"}),
-        ({"preset": "fast", "reconstruction_epochs": 5}, {"preset": "balanced"}),
+        ({"fit": "none", "deviation": 0.2}, {"allocation": "owl"}),
+        ({"update": "none", "damping": 0.5}, {"update": "least-squares"}),
+        ({"fit": "fast", "reconstruction_epochs": 5}, {"fit": "balanced"}),
         ({"update": "least-squares", "reconstruction_rounds": 2}, {"update": "reconstruct"}),
         ({"update": "least-squares", "reconstruction_rate": 0.1}, {"update": "reconstruct"}),
-        ({"preset": "balanced", "distillation_rate": 0.1}, {"preset": "best"}),
-        ({"preset": "fast", "fit_dtype": "bfloat16"}, {"distillation_epochs": 1}),
+        ({"fit": "balanced", "distillation_rate": 0.1}, {"fit": "best"}),
+        ({"fit": "fast", "fit_dtype": "float32"}, {"fit": "best"}),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
@@ -173,22 +198,21 @@ def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
 
 @pytest.mark.parametrize("preset", ["bets", ["best"], 1])
 def test_a_preset_that_is_none_is_refused(preset) -> None:
-    with pytest.raises(ValidationError, match="'fast', 'balanced' or 'best'"):
+    with pytest.raises(ValidationError, match="'paper' or 'sparsegpt'"):
         PruneSettings(preset=preset)
 
 
 def test_what_a_preset_fills_in_and_defaults_written_out_are_no_fault() -> None:
-    assert PruneSettings(preset="balanced", update="least-squares").fit_dtype == "bfloat16"
-    assert PruneSettings.model_validate(PruneSettings(method="magnitude").model_dump()).alpha == 100
+    assert PruneSettings.model_validate(PruneSettings(method="magnitude", fit="none").model_dump()).alpha == 100
 
 
 def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
     for norm in ("l1", "l2"):
-        settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm)
+        settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm, fit="none")
         assert settings.effective_alpha(128, 2048) == 100
-        assert PruneSettings(gradient_norm=norm).effective_alpha(16, 512) == 100
-    assert PruneSettings(alpha_scale="normalised", gradient_norm="l1").effective_alpha(32, 512) == 200
-    assert PruneSettings(alpha_scale="normalised", gradient_norm="l2").effective_alpha(32, 2048) == 200
+        assert PruneSettings(gradient_norm=norm, fit="none").effective_alpha(16, 512) == 100
+    assert PruneSettings(alpha_scale="normalised", gradient_norm="l1", fit="none").effective_alpha(32, 512) == 200
+    assert PruneSettings(alpha_scale="normalised", gradient_norm="l2", fit="none").effective_alpha(32, 2048) == 200
 
 
 def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
@@ -197,7 +221,7 @@ def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Pro
     masks = []
     for repeats in (1, 3):
         model = tiny_model("llama")
-        prune_(model, ids * repeats, PruneSettings(alpha_scale="normalised", alpha=1.0), progress)
+        prune_(model, ids * repeats, PruneSettings(alpha_scale="normalised", alpha=1.0, fit="none"), progress)
         masks.append([p != 0 for p in model.parameters()])
     different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
     assert different <= 10  # a rounding difference may swap weights of all but equal score
@@ -219,7 +243,7 @@ def pruned(
     prune(
         tiny(kind) if isinstance(kind, str) else kind,
         output,
-        PruneSettings(**settings),
+        PruneSettings(**({"update": "none"} | settings)),
         CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
         progress=progress,
     )
@@ -278,7 +302,7 @@ def test_the_checkpoint_keeps_its_dtype_whatever_is_computed_in(compute, tiny, t
         prune(
             ModelSource("m", source),
             output,
-            PruneSettings(pattern="2:4"),
+            PruneSettings(pattern="2:4", fit="none"),
             CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32),
             dtype=compute,
             progress=progress,
@@ -302,7 +326,7 @@ def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress)
 
 def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> None:
     """Counted by hand: half of the weights are in block 0, and those of the other lose half of theirs."""
-    settings = PruneSettings(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},))
+    settings = PruneSettings(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},), fit="none")
     result = prune(
         tiny("llama"), tmp_path / "p", settings,
         CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32), progress=progress,
@@ -320,7 +344,7 @@ def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl", "sensitivity"])
 def test_exceptions_for_all_layers(allocation, progress) -> None:
-    settings = {"method": "wanda", "allocation": allocation}
+    settings = {"method": "wanda", "allocation": allocation, "fit": "none"}
     results = prune_(
         tiny_model("llama"),
         samples(),
@@ -352,7 +376,7 @@ def test_weights_that_are_not_finite_are_named(value, tiny, tmp_path, prose, pro
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 8192 weights are NaN or infinite"):
-        prune_(model, samples(), PruneSettings(), progress)
+        prune_(model, samples(), PruneSettings(fit="none"), progress)
 
 
 def test_activations_that_overflow_are_named(progress) -> None:
@@ -360,7 +384,7 @@ def test_activations_that_overflow_are_named(progress) -> None:
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1e30)
     model.model.layers[0].mlp.gate_proj.weight.data.fill_(1e30)
     with pytest.raises(ModelError, match=r"down_proj: .*activations are NaN or infinite"):
-        prune_(model, samples(), PruneSettings(method="wanda"), progress)
+        prune_(model, samples(), PruneSettings(method="wanda", fit="none"), progress)
 
 
 def test_an_existing_output_needs_force(tiny, tmp_path, prose, progress) -> None:
@@ -404,7 +428,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
     expected = faster if stored == "bfloat16" else "float32"
     for run in range(2):
         result = prune(
-            ModelSource("model", folder), tmp_path / str(run), PruneSettings(method="wanda"),
+            ModelSource("model", folder), tmp_path / str(run), PruneSettings(method="wanda", fit="none"),
             CalibrationSettings(dataset=str(prose), samples=2, sequence_length=16), progress=progress,
         )  # fmt: skip
         assert manifest.read(Path(result.folder))["compute"]["dtype"] == expected
@@ -425,7 +449,7 @@ def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(stage, "_faster_dtype", lambda: "bfloat16")
     monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
-    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
+    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
     size = planning.Size(tiny("llama"), "float32", settings, text)
     for others in (True, False):
         group = Ranks(0, 2)

@@ -51,7 +51,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 @pytest.fixture(scope="module")
 def pruned(dense: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     output = tmp_path_factory.mktemp("real") / "pruned"
-    prune(dense, output, PruneSettings(pattern="2:4", gradient_norm="l2"), SHORT, progress=Progress(quiet=True))
+    prune(
+        dense,
+        output,
+        PruneSettings(pattern="2:4", gradient_norm="l2", fit="none"),
+        SHORT,
+        progress=Progress(quiet=True),
+    )
     return ModelSource("pruned", output)
 
 
@@ -73,7 +79,7 @@ def test_pruned_folder_is_2_4_and_loads_anywhere(dense: ModelSource, pruned: Mod
 
 def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
     """Pruning with data must beat magnitude by far, on text it was not calibrated on."""
-    prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4"), SHORT, progress=progress)
+    prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4", fit="none"), SHORT, progress=progress)
     settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=8)
     good = evaluate(pruned, settings, baseline=dense, progress=progress)
     bad = evaluate(ModelSource("m", tmp_path / "m"), settings, progress=progress)

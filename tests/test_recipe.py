@@ -131,15 +131,15 @@ def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("setting", "hint"),
     [
-        ("prune: {method: sparsegpt}", 'got "sparsegpt"; sparsegpt is here method: obs update: obs'),
+        ("prune: {method: sparsegpt}", 'got "sparsegpt"; sparsegpt is preset: sparsegpt'),
         ("prune: {method: Wanda++}", "Wanda++ is here method: regional"),
         ("prune: {method: owl}", "owl is allocation: owl"),
-        ("prune: {method: best}", "best is preset: best"),
+        ("prune: {method: best}", "best is fit: best"),
         ("prune: {method: wnada}", "did you mean 'wanda'?"),
         ("prune: {update: least_squares}", "did you mean 'least-squares'?"),
         ("export: [{format: semi_structured}]", "did you mean 'semi-structured'?"),
         ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
-        ("compare: {methods: [sparsegpt]}", "sparsegpt is here obs+obs"),
+        ("compare: {methods: [Wanda-PP]}", "Wanda-PP is here regional"),
         ("compare: {methods: [owl]}", "for example wanda+owl"),
     ],
 )
@@ -237,7 +237,7 @@ def test_recipes_survive_a_round_trip() -> None:
 VALID = [
     "model: demo",
     "model: {source: demo, dtype: bfloat16, device: cpu}",
-    'model: demo\nprune: {pattern: "16:32", preset: best}',
+    'model: demo\nprune: {pattern: "16:32", preset: paper, fit: best}',
     "model: demo\nprune: {pattern: unstructured-per-matrix, sparsity: 0.6, alpha: 100, method: gblm}",
     "model: demo\nprune: {preset: null, sparsity: null, ignore: [a, b], targets: []}",
     'model: demo\nprune: {overrides: [{layers: a, pattern: dense}, {layers: b, pattern: "1:4"}]}',

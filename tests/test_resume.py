@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 def run(source, output: Path, prose: Path, *, resume=False, offload=False, samples=3, progress=None, **settings):
     return prune(
-        source, output, PruneSettings(**settings),
+        source, output, PruneSettings(**({"update": "none"} | settings)),
         CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32),
         resources=ResourceSettings(offload=offload), resume=resume, progress=progress or Progress(quiet=True),
     )  # fmt: skip

@@ -169,7 +169,7 @@ def build_store(store: Path) -> None:
     source = ModelSource("dense", model)
     beside("dense", lambda folder: None)
     beside("sharded", shard)
-    settings = PruneSettings(method="magnitude", pattern="2:4")
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
     pruned = ModelSource(
         "pruned",
         beside("pruned", lambda folder: prune(source, folder, settings, CalibrationSettings(), progress=progress)),
