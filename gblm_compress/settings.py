@@ -428,8 +428,8 @@ class CompareSettings(Settings):
         ("paper", "sparsegpt", "gblm", "wanda", "obs"),
         min_length=1,
         max_length=100,
-        description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), gblm+none, "
-        "obs+best, wanda+swap+least-squares, gblm+owl, …",
+        description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), "
+        "gblm+none, obs+best, wanda+swap+least-squares, gblm+owl, …",
     )
     patterns: tuple[PatternName, ...] = Field(
         ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
@@ -459,7 +459,12 @@ class CompareSettings(Settings):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
-        parts = {"fit": FITS, "update": UPDATES, "refine": REFINEMENTS, "allocation": ALLOCATIONS}
+        parts: dict[str, Mapping[str, Choice]] = {
+            "fit": FITS,
+            "update": UPDATES,
+            "refine": REFINEMENTS,
+            "allocation": ALLOCATIONS,
+        }
         for part in rest:
             key = next((key for key, known_parts in parts.items() if part in known_parts), None)
             if key is None:
