@@ -1,5 +1,6 @@
-"""Exporters: one file each, and one line each in `EXPORTERS`. See docs/adding-an-exporter.md."""
+"""Exporters: one file each, and one line each in `formats.FORMATS`. See docs/adding-an-exporter.md."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -9,20 +10,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gblm_compress.errors import UsageError
-from gblm_compress.layouts import LAYOUTS
+from gblm_compress.formats import FORMATS
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models.loading import check_model
+from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import outputs
-
-# Imported on use, so that no exporter's packages are needed by another's.
-EXPORTERS = {
-    "onnx": "gblm_compress.exporters.onnx",
-    **{layout.format: "gblm_compress.exporters.sparse" for layout in LAYOUTS.values()},
-}
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,12 @@ class ExportResult:
 class Exporter(Protocol):
     """What the module of an exporter provides.
 
-    `export` writes `output` whole or not at all, and reopens and verifies what it wrote before that. `check` is
-    `exporters.check` for its formats.
+    `check` is `exporters.check` for its formats. `export` writes the output whole or not at all, reopens and verifies
+    what it wrote before that, and returns what verification measured.
     """
 
-    export: Callable[..., ExportResult]
     check: Callable[[ModelSource | None, ExportSettings, Mapping[str, Pattern] | None], None]
+    export: Callable[..., dict[str, Any]]
 
 
 def export(
@@ -66,9 +61,21 @@ def export(
     Raises:
         GblmError: as the exporter says.
     """
+    start = time.perf_counter()
     check(source, settings)
     with outputs.reserved(output, force, [source.folder]):
-        return _exporter(settings).export(source, output, settings, force=force, progress=progress)
+        checks = _exporter(settings).export(source, output, settings, force=force, progress=progress)
+    written = ModelSource(str(output), output).bytes_on_disk
+    seconds = time.perf_counter() - start
+    return ExportResult(settings.format, str(output), written, source.bytes_on_disk, seconds, checks)
+
+
+def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
+    """What the exported weights have: for "auto" the checkpoint's own where the format has it."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    dtypes = FORMATS[settings.format].dtypes
+    return stored if (stored := stored_dtype(source)) in dtypes else dtypes[0]
 
 
 def check_is_pruned(weights: Mapping[str, Tensor], packed: type[PackedLinear]) -> None:
@@ -106,5 +113,5 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
 
 
 def _exporter(settings: ExportSettings) -> Exporter:
-    exporter: Exporter = import_module(EXPORTERS[settings.format])
+    exporter: Exporter = import_module(FORMATS[settings.format].exporter)
     return exporter

@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import re
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
-from gblm_compress.exporters import ExportResult, check_is_pruned
+from gblm_compress.exporters import check_is_pruned, dtype_of
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
 from gblm_compress.exporters.verification import real_text
 from gblm_compress.kernels import cpu
@@ -37,9 +36,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
 
-FORMAT = "onnx"
 GRAPH, DATA = "model.onnx", "model.onnx.data"
-DTYPES = ("float32", "float16")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 PROMPT_TOKENS = 16
@@ -83,7 +80,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     if kinds := {type(layer).__name__ for layer in DynamicCache(config=skeleton.config).layers} - {"DynamicLayer"}:
         raise _not_plain(source, ", ".join(sorted(kinds)))
     if settings.kernels:
-        if (dtype := _dtype(source, settings)) != "float32":
+        if (dtype := dtype_of(source, settings)) != "float32":
             raise UsageError(f"kernels run in float32; this model is exported in {dtype}: give dtype float32")
         for name in manifest.pruned_layers(source, skeleton) if patterns is None else patterns:
             if (width := weight_matrix(skeleton.get_submodule(name)).shape[1]) % WORD:
@@ -92,15 +89,9 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
                 )
 
 
-def _dtype(source: ModelSource, settings: ExportSettings) -> str:
-    if settings.dtype != "auto":
-        return settings.dtype
-    return stored if (stored := loading.stored_dtype(source)) in DTYPES else "float32"
-
-
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
-) -> ExportResult:
+) -> dict[str, Any]:
     """Write an ONNX folder: `model.onnx`, its data, tokenizer, config, generation config, `genai_config.json`.
 
     Args:
@@ -113,8 +104,7 @@ def export(
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
-    start = time.perf_counter()
-    dtype = _dtype(source, settings)
+    dtype = dtype_of(source, settings)
     model = loading.load_model(source, dtype)
     tokenizer = loading.load_tokenizer(source)
     layers = manifest.pruned_layers(source, model)
@@ -143,16 +133,10 @@ def export(
         progress.say("verifying in ONNX Runtime …")
         checks = _verify(temporary, model, tokenizer, dtype, layers, weights)
         how = _LOADING_KERNELS if settings.kernels else _LOADING
-        manifest.write_export(temporary, source=source, format=FORMAT, dtype=dtype, loading=how, checks=checks)
-    exported = ModelSource(str(output), output)
-    return ExportResult(
-        format=FORMAT,
-        folder=str(output),
-        bytes=exported.bytes_on_disk,
-        source_bytes=source.bytes_on_disk,
-        seconds=time.perf_counter() - start,
-        checks=checks,
-    )
+        manifest.write_export(
+            temporary, source=source, format=settings.format, dtype=dtype, library="onnx", loading=how, checks=checks
+        )
+    return checks
 
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:

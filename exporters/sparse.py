@@ -4,7 +4,6 @@ One format for each layout in `LAYOUTS`. After `import gblm_compress` the folder
 `AutoModelForCausalLM.from_pretrained`.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any, Self
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import ExportResult, check_is_pruned
+from gblm_compress.exporters import check_is_pruned, dtype_of
 from gblm_compress.exporters.verification import real_text
-from gblm_compress.layouts import LAYOUTS, of_format
+from gblm_compress.formats import FORMATS
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.runtimes import TorchRuntime
@@ -51,7 +51,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
 
 
 def _layout(settings: ExportSettings) -> str:
-    name = of_format(settings.format)
+    name = FORMATS[settings.format].layout
     assert name is not None
     return name
 
@@ -64,7 +64,7 @@ def _implies(pattern: Pattern, needed: Pattern) -> bool:
 
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
-) -> ExportResult:
+) -> dict[str, Any]:
     """Write a sparse checkpoint of a pruned model.
 
     A layer whose weight the model itself changes when it runs, as RWKV does, stays dense.
@@ -75,8 +75,7 @@ def export(
         VerificationError: the reloaded folder has not the source's weights and buffers bit for bit, or computes other
             logits.
     """
-    start = time.perf_counter()
-    dtype = loading.stored_dtype(source) if settings.dtype == "auto" else settings.dtype
+    dtype = dtype_of(source, settings)
     model, tokenizer = loading.load_model(source, dtype), loading.load_tokenizer(source)
     pruned = {name: linear_layer(model, name) for name in manifest.pruned_layers(source, model)}
     before = {name: layer.weight._version for name, layer in pruned.items()}
@@ -111,16 +110,15 @@ def export(
             "logits_tolerance": TOLERANCE[dtype],
         }
         manifest.write_export(
-            temporary, source=source, format=settings.format, dtype=dtype, loading=_LOADING, checks=checks
+            temporary,
+            source=source,
+            format=settings.format,
+            dtype=dtype,
+            library="transformers",
+            loading=_LOADING,
+            checks=checks,
         )
-    return ExportResult(
-        format=settings.format,
-        folder=str(output),
-        bytes=ModelSource("", output).bytes_on_disk,
-        source_bytes=source.bytes_on_disk,
-        seconds=time.perf_counter() - start,
-        checks=checks,
-    )
+    return checks
 
 
 def _check_pattern(dense: dict[str, Tensor], needed: str, format: str) -> None:

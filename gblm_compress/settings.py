@@ -24,7 +24,7 @@ from pydantic import (
 
 from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
-from gblm_compress.layouts import LAYOUTS
+from gblm_compress.formats import FORMATS
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, PRESETS, describe_preset
@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # a type checker cannot read a registry
     UpdateName: TypeAlias = str
     AllocationName: TypeAlias = str
     PresetName: TypeAlias = str
+    FormatName: TypeAlias = str
 else:
     MethodName = Literal[*METHODS]
     RefinementName = Literal[*REFINEMENTS]
@@ -55,15 +56,12 @@ else:
     UpdateName = Literal[*UPDATES]
     AllocationName = Literal[*ALLOCATIONS]
     PresetName = Literal[*PRESETS]
+    FormatName = Literal[*FORMATS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 FitDtype = Literal["float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 RuntimeName = Literal["torch", "onnxruntime"]
-if TYPE_CHECKING:
-    Format = str
-else:
-    Format = Literal["onnx", *(layout.format for layout in LAYOUTS.values())]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
 READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
@@ -381,7 +379,7 @@ class PruneSettings(Settings):
 class ExportSettings(Settings):
     """One export."""
 
-    format: Format = Field(description="What to write.")
+    format: FormatName = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
@@ -391,20 +389,27 @@ class ExportSettings(Settings):
     @property
     def folder_name(self) -> str:
         """What the folder of the export is called in a run."""
-        packed = "-sparse" if self.sparse else "-kernels" if self.kernels else ""
-        return self.format + packed + ("" if self.dtype == "auto" else f"-{self.dtype}")
+        options = (name if value is True else f"{name}-{value}" for name, value in self.own.items())
+        return "-".join([self.format, *options, *([] if self.dtype == "auto" else [self.dtype])])
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options beside the dtype that differ from their defaults; not all formats read them."""
+        return self.model_dump(exclude={"format", "dtype"}, exclude_defaults=True)
 
     @model_validator(mode="after")
-    def _check_onnx(self) -> Self:
-        for choice in ("sparse", "kernels"):
-            if getattr(self, choice) and self.format != "onnx":
-                raise ValueError(f"{choice} is a choice of format onnx; {self.format} always stores packed weights")
-        if self.format == "onnx" and self.dtype == "bfloat16":
-            raise ValueError("dtype bfloat16 cannot be exported to ONNX; give float32 or float16")
-        if self.kernels and self.dtype == "float16":
-            raise ValueError("kernels runs in float32; give that dtype")
+    def _check(self) -> Self:
+        format = FORMATS[self.format]
+        if self.dtype not in ("auto", *format.dtypes):
+            raise ValueError(f"{self.format} has no {self.dtype}; give {' or '.join(format.dtypes)}")
+        for name in self.own:
+            readers = [other for other, entry in FORMATS.items() if name in entry.reads]
+            if self.format not in readers:
+                raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
         if self.sparse and self.kernels:
             raise ValueError("kernels stores packed weights too; choose sparse or kernels")
+        if self.kernels and self.dtype not in ("auto", "float32"):
+            raise ValueError("kernels runs in float32; give that dtype")
         return self
 
 

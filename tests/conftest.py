@@ -21,8 +21,8 @@ from gblm_compress.storage.cache import CACHE_VARIABLE
 # Files whose tests start processes, trace graphs, or run on the real model.
 SLOW = (
     "api", "benchmark_gpu", "benchmark_prune", "benchmark_worker", "benchmarking", "cli", "comparison",
-    "exporters_onnx", "exporters_sparse", "fuzz", "kernels_gpu", "pipeline", "ranks", "real_model", "resume",
-    "zero_shot",
+    "docs", "exporters", "exporters_onnx", "exporters_sparse", "fuzz", "kernels_gpu", "pipeline", "ranks", "real_model",
+    "resume", "wheel", "zero_shot",
 )  # fmt: skip
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 

@@ -39,7 +39,7 @@ def test_a_recipe_without_faults(progress) -> None:
         ({"evaluate": {"dataset": "gone.jsonl", "sequence_length": 64}}, "dataset 'gone.jsonl': no such file"),
         ({"evaluate": {"dataset": "demo"}}, "512 positions; sequence length is 2048"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
-        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export is to onnx: nothing would be timed"),
+        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it: nothing would be timed"),
         ({"export": [{"format": "semi-structured"}]}, "pattern unstructured is not 2:4"),
         (
             {

@@ -101,7 +101,10 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
         ("model: demo\nx: " + "y" * 5000, "x: unknown key"),
         ("model: demo\nprune: " + "y" * 5000, 'got "yyy'),
-        ("model: demo\nexport: [{format: onnx, dtype: bfloat16}]", "bfloat16 cannot be exported to ONNX"),
+        (
+            "model: demo\nexport: [{format: onnx, dtype: bfloat16}]",
+            "export.0: onnx has no bfloat16; give float32 or float16",
+        ),
         ("model: demo\nexport: [{format: onnx, dtype: float16, kernels: true}]", "kernels runs in float32"),
         (
             "model: demo\nexport: [{format: onnx}]\nbenchmark: {}\ngates: {min_decode_speedup: 1.3, artefact: bitmask}",

@@ -50,8 +50,3 @@ LAYOUTS = {
 def known(name: object) -> Layout | None:
     """The layout of that name, which a file may have damaged; None where there is none."""
     return LAYOUTS.get(name) if isinstance(name, str) else None
-
-
-def of_format(format: str) -> str | None:
-    """The name of the layout that `export --format` writes; None where the format is none of a layout."""
-    return next((name for name, layout in LAYOUTS.items() if layout.format == format), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,6 +112,6 @@ def readers(key: str, registries: Mapping[str, Mapping[str, Choice]]) -> list[st
     return found
 
 
-def describe(registry: Mapping[str, Choice]) -> str:
+def describe(registry: Mapping[str, Any]) -> str:
     """All names of a registry with their help, in one line."""
     return "; ".join(f"{name}: {choice.help}" for name, choice in registry.items())

@@ -191,11 +191,19 @@ def write(
 
 
 def write_export(
-    folder: Path, *, source: ModelSource, format: str, dtype: str, loading: str, checks: dict[str, Any]
+    folder: Path,
+    *,
+    source: ModelSource,
+    format: str,
+    dtype: str,
+    library: str,
+    loading: str,
+    checks: dict[str, Any],
 ) -> None:
     """Write the manifest and the model card of an export; both carry on what the source's manifest says.
 
     Args:
+        library: what loads the folder, as the hub calls it.
         loading: the lines of Python that load the folder, for the card.
         checks: what verification found.
     """
@@ -211,7 +219,6 @@ def write_export(
         "versions": {package: version(package) for package in PACKAGES},
         **{key: pruned[key] for key in ("prune", "calibration", "layers", "left_dense") if key in pruned},
     }
-    library = "onnx" if format == "onnx" else "transformers"
     _write(folder, content, _EXPORT_CARD, library, f"{_short(content)}, {format}", loading=loading)
 
 

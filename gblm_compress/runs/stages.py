@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from gblm_compress import exporters, faults, layouts
+from gblm_compress import exporters, faults
 from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import export
+from gblm_compress.formats import FORMATS, Format
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
@@ -103,10 +104,9 @@ class Job:
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
 
     def bytes_in(self, dtype: str) -> int:
-        """Bytes of the dense weights in a dtype; "auto" is the checkpoint's own."""
-        stored = loading.stored_dtype(self.dense)
-        itemsize = getattr(torch, stored if dtype == "auto" else dtype).itemsize
-        return self.dense.bytes_on_disk // getattr(torch, stored).itemsize * int(itemsize)
+        """Bytes of the dense weights in a dtype."""
+        stored = getattr(torch, loading.stored_dtype(self.dense)).itemsize
+        return self.dense.bytes_on_disk // int(stored) * int(getattr(torch, dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -246,16 +246,14 @@ class Export(Recorded):
         return ModelSource(name, self.job.output / name)
 
     @property
-    def is_onnx(self) -> bool:
-        """Whether ONNX Runtime runs it."""
-        return self.settings.format == "onnx"
+    def format(self) -> Format:
+        """What is said of its format."""
+        return FORMATS[self.settings.format]
 
     @property
     def runs_here(self) -> bool:
         """Whether the device of the run has kernels for it."""
-        layout = layouts.of_format(self.settings.format)
-        needs_cuda = layout is not None and layouts.LAYOUTS[layout].needs_cuda
-        return not needs_cuda or "cuda" in self.job.device
+        return not self.format.needs_cuda or "cuda" in self.job.device
 
     @property
     def name(self) -> str:
@@ -263,9 +261,10 @@ class Export(Recorded):
 
     @property
     def does(self) -> str:
+        what = f"{self.settings.format} ({self.settings.dtype})"
         if self.of_dense:
-            return f"export the dense model to onnx ({self.settings.dtype}), the baseline of the benchmark"
-        return f"export to {self.settings.format} ({self.settings.dtype})"
+            return f"export the dense model to {what}, the baseline of the benchmark"
+        return f"export to {what}"
 
     @property
     def folder(self) -> Path:
@@ -285,8 +284,7 @@ class Export(Recorded):
         return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
 
     def disk(self) -> Disk:
-        widened = self.is_onnx and self.settings.dtype == "auto" and loading.stored_dtype(self.job.dense) == "bfloat16"
-        return Disk(self.job.bytes_in("float32" if widened else self.settings.dtype))
+        return Disk(self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings)))
 
     def work(self, progress: Progress) -> Any:
         return export(self.source, self.folder, self.settings, force=True, progress=progress)
@@ -297,11 +295,12 @@ class Evaluate(Recorded):
     """Evaluate the pruned model or an export of it, held against the dense one.
 
     Attributes:
-        settings: without tasks for an ONNX export: lm-eval asks in torch only.
+        runtime: what runs it.
+        settings: without tasks outside torch, where alone lm-eval asks.
     """
 
     source: ModelSource
-    is_onnx: bool
+    runtime: str
     settings: EvaluateSettings
 
     @property
@@ -322,7 +321,7 @@ class Evaluate(Recorded):
 
     def check(self, progress: Progress) -> list[GblmError]:
         """For an export, what the pruned model's evaluation does not show already."""
-        if self.is_onnx:
+        if self.runtime == "onnxruntime":
             return faults.collect([partial(check_onnx_provider, self.job.device)])
         if self.source is not self.job.pruned:
             return []
@@ -379,12 +378,12 @@ class Benchmark(Recorded):
         UsageError: nothing that the recipe makes is timed.
         MissingDependencyError: ONNX Runtime lacks the device.
         """
-        to_onnx = any(settings.format == "onnx" for settings in self.job.recipe.export)
-        if "torch" not in self.settings.runtimes and not to_onnx:
+        runtimes = {"torch", *(FORMATS[settings.format].runtime for settings in self.job.recipe.export)}
+        if not (timed := runtimes.intersection(self.settings.runtimes)):
             raise UsageError(
-                "benchmark.runtimes is onnxruntime alone, and no export is to onnx: nothing would be timed"
+                "benchmark.runtimes is onnxruntime alone, and no export runs in it: nothing would be timed"
             )
-        if to_onnx and "onnxruntime" in self.settings.runtimes:
+        if "onnxruntime" in timed:
             check_onnx_provider(self.job.device)
 
     def _check_gates(self) -> None:
@@ -394,10 +393,10 @@ class Benchmark(Recorded):
         artefact = self.job.recipe.gates.artefact
         for settings in self.job.recipe.export:
             if settings.folder_name == artefact:
-                runtime = "onnxruntime" if settings.format == "onnx" else "torch"
-                if runtime not in self.settings.runtimes:
-                    raise UsageError(f"gates.artefact {artefact!r} runs in {runtime}, which is not timed")
-                if not Export(self.job, settings).runs_here:
+                export = Export(self.job, settings)
+                if export.format.runtime not in self.settings.runtimes:
+                    raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
+                if not export.runs_here:
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
         if artefact == "pruned" and "torch" not in self.settings.runtimes:
             raise UsageError("gates.artefact 'pruned' runs in torch, which is not timed")
@@ -454,10 +453,10 @@ def stages_of(job: Job) -> list[Stage]:
     measured = [export for export in exports if export.runs_here]
     if recipe.evaluate is not None:
         without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})
-        stages.append(Evaluate(job, job.pruned, False, recipe.evaluate))
+        stages.append(Evaluate(job, job.pruned, "torch", recipe.evaluate))
         for export in measured:
-            settings = without_tasks if export.is_onnx else recipe.evaluate
-            stages.append(Evaluate(job, export.artefact, export.is_onnx, settings))
+            settings = recipe.evaluate if export.format.runtime == "torch" else without_tasks
+            stages.append(Evaluate(job, export.artefact, export.format.runtime, settings))
     if recipe.benchmark is not None:
         models = (job.pruned, *(export.artefact for export in measured))
         dense = (job.dense, *(export.artefact for export in baselines))
@@ -468,11 +467,11 @@ def stages_of(job: Job) -> list[Stage]:
 
 
 def _timed_against(recipe: Recipe) -> list[ExportSettings]:
-    """The exports of the dense model that the benchmark needs as baselines: one per dtype of the ONNX exports."""
-    if recipe.benchmark is None or "onnxruntime" not in recipe.benchmark.runtimes:
-        return []
-    onnx = (settings for settings in recipe.export if settings.format == "onnx")
-    return list(dict.fromkeys(settings.model_copy(update={"sparse": False, "kernels": False}) for settings in onnx))
+    """The exports of the dense model that the benchmark needs as baselines: one per format that another runtime than
+    torch runs, and dtype, without the format's own options."""
+    timed = set(recipe.benchmark.runtimes if recipe.benchmark else ()) - {"torch"}
+    others = (settings for settings in recipe.export if FORMATS[settings.format].runtime in timed)
+    return list(dict.fromkeys(ExportSettings(format=settings.format, dtype=settings.dtype) for settings in others))
 
 
 def _plain(settings: BaseModel | None) -> Any:

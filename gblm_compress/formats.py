@@ -1,0 +1,52 @@
+"""What a model can be written as: one line in `FORMATS` and one file in `exporters/` each.
+
+See docs/adding-an-exporter.md. Importing this registry loads no torch.
+"""
+
+from dataclasses import dataclass
+
+from gblm_compress.layouts import LAYOUTS, Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What is said of a format before its exporter is imported.
+
+    Attributes:
+        exporter: the module with its `check` and `export`; imported on use.
+        help: what is written, as half a sentence for `--help` and the recipe reference.
+        runtime: what executes it, "torch" or "onnxruntime".
+        dtypes: those that it can have; the first is taken where the checkpoint's own is none of them.
+        reads: the options of `ExportSettings` that it reads and others may not; giving one in vain is refused.
+        layout: the name in `LAYOUTS` of how it packs weights; None where it does not.
+    """
+
+    exporter: str
+    help: str
+    runtime: str = "torch"
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    reads: tuple[str, ...] = ()
+    layout: str | None = None
+
+    @property
+    def needs_cuda(self) -> bool:
+        """Whether only CUDA has kernels for it."""
+        return self.layout is not None and LAYOUTS[self.layout].needs_cuda
+
+
+def _packed(name: str, layout: Layout) -> Format:
+    kernels = " and ".join(device.upper() for device in layout.kernels)
+    help = f"packed weights for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
+    return Format(exporter="gblm_compress.exporters.sparse", help=help, layout=name)
+
+
+FORMATS = {
+    "onnx": Format(
+        exporter="gblm_compress.exporters.onnx",
+        help="one graph for ONNX Runtime, in float32 or float16",
+        runtime="onnxruntime",
+        dtypes=("float32", "float16"),
+        reads=("sparse", "kernels"),
+    ),
+    **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},
+}

@@ -1,0 +1,195 @@
+"""Commands and recipes of README.md and docs/: each is read by what it is for, up to where work would begin."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from torch.distributed.run import get_args_parser
+
+from gblm_compress.calibration import text
+from gblm_compress.cli.app import ClickException, app
+from gblm_compress.errors import GblmError
+from gblm_compress.measure import zero_shot
+from gblm_compress.models import finding
+from gblm_compress.runs import checks, pipeline, yaml_nodes
+from gblm_compress.runs.recipe import SHIPPED
+from gblm_compress.settings import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
+PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
+PROGRAMS = ("gblm-compress", "make", "python", "pip", "torchrun")
+GROUP: Any = typer.main.get_command(app)
+
+
+def blocks(*languages: str) -> list[str]:
+    return [block for page in PAGES for language, block in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def inline() -> Iterator[str]:
+    """What stands between backticks in the text, on one line."""
+    for page in PAGES:
+        for code in re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())):
+            yield " ".join(code.split())
+
+
+def command(line: str) -> list[str] | None:
+    """The words of a command from its program on, without what is set before it; None where there is none."""
+    line = re.sub(r"\b(RANK|NEW)\b", lambda found: PLACEHOLDERS[found[0]], line.partition(" > ")[0])
+    words = shlex.split(line, comments=True)
+    start = next((i for i, word in enumerate(words) if word in PROGRAMS), None)
+    before = words[:start]
+    is_set = before[:1] in ([], ["taskset"], ["env"]) or "=" in before[0]
+    return words[start:] if start is not None and is_set else None
+
+
+LINES = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
+LINES += [code for code in inline() if code.startswith(tuple(f"{program} " for program in PROGRAMS))]
+COMMANDS = [words for line in LINES if (words := command(line))]
+
+
+class WorkBegins(Exception):
+    """All that a user gave was read."""
+
+
+@pytest.fixture
+def stop_before_work(monkeypatch, tmp_path) -> None:
+    """Models and texts need not exist; files and folders that are written are looked for in an empty folder."""
+
+    def begin(*arguments: Any, **settings: Any) -> None:
+        raise WorkBegins
+
+    for module, name in ((finding, "resolve_model"), (checks, "check"), (pipeline, "run")):
+        monkeypatch.setattr(module, name, begin)
+    for module, name in ((text, "check_source"), (zero_shot, "check_folder")):
+        monkeypatch.setattr(module, name, lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-recipe.yaml").write_text("model: demo\n")
+
+
+def read_by_this_program(*arguments: str) -> None:
+    if len(arguments) == 1:  # a command by its name, or an option that does something at once
+        assert arguments[0] in GROUP.commands or arguments[0] in options_of(GROUP)
+        return
+    for path in (word for word in arguments if word.startswith(("tests/", "recipes/"))):
+        assert (ROOT / path).exists(), path
+    with pytest.raises(WorkBegins):
+        GROUP.main(args=list(arguments), standalone_mode=False)
+
+
+def read_by_make(target: str, *variables: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in (variable.partition("=")[0] for variable in variables):
+        assert re.search(rf"^{name} \?=", makefile, re.MULTILINE), name
+
+
+def read_by_python(*arguments: str) -> None:
+    by_name = arguments[0] == "-m"
+    script, given = arguments[by_name], {word for word in arguments if word.startswith("--")}
+    assert find_spec(script) if by_name else (ROOT / script).is_file(), script
+    assert not given or given <= options_of_script(*arguments[: by_name + 1])
+
+
+@cache
+def options_of_script(*script: str) -> set[str]:
+    environment = os.environ | {"PYTHONPATH": "."}
+    command = [sys.executable, *script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+
+
+def read_by_pip(verb: str, *arguments: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {f"{project['name']}[{extra}]" for extra in project["optional-dependencies"]}
+    assert verb == "install"
+    for what in (word for word in arguments if not word.startswith("--")):
+        assert what in {".", *extras} or what in (ROOT / "Makefile").read_text(), what
+
+
+def read_by_torchrun(*arguments: str) -> None:
+    given = get_args_parser().parse_args(arguments)
+    assert given.module and given.training_script == "gblm_compress"
+    read_by_this_program(*given.training_script_args)
+
+
+READERS = {
+    "gblm-compress": read_by_this_program,
+    "make": read_by_make,
+    "python": read_by_python,
+    "pip": read_by_pip,
+    "torchrun": read_by_torchrun,
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work) -> None:
+    READERS[words[0]](*words[1:])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gblm-compress frobnicate",
+        "gblm-compress prune MODEL -o pruned --pattrn 2:4",
+        "gblm-compress prune MODEL -o pruned --pattern 4:2",
+        "gblm-compress prune MODEL",
+        "gblm-compress run quickstart --set prune.patern=4:8",
+        "gblm-compress evaluate pruned --include-path tests/gone",
+        "torchrun --processes 2 -m gblm_compress prune MODEL -o pruned",
+        "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --gone",
+        "make gone",
+        "make fuzz HOURS=1",
+        "python benchmarks/gone.py",
+        "python benchmarks/gpu.py --gone 1",
+        "pip install gone",
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str, stop_before_work) -> None:
+    words = command(line)
+    assert words
+    with pytest.raises((AssertionError, SystemExit, GblmError, ClickException)):
+        READERS[words[0]](*words[1:])
+
+
+def test_no_block_is_left_out() -> None:
+    assert {words[0] for words in COMMANDS} == set(PROGRAMS) and len(COMMANDS) > 30
+    for block in blocks(""):
+        lines = block.replace("\\\n", " ").splitlines()
+        assert all(map(command, lines)) or "─" in block, block
+    languages = {language for page in PAGES for language, _ in BLOCK.findall(page.read_text())}
+    assert languages == {"", "python", "yaml"}
+
+
+def options_of(command: Any) -> set[str]:
+    return {spelling for option in command.params for spelling in (*option.opts, *option.secondary_opts)}
+
+
+def test_options_named_in_the_text_exist() -> None:
+    known = set().union(*map(options_of, (GROUP, *GROUP.commands.values())), {"--help", "--toy"})
+    named = {word for code in inline() if code.startswith("--") for word in code.split() if word.startswith("--")}
+    assert len(named) > 40 and not named - known
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition("\n")[0])
+def test_a_yaml_block_is_part_of_a_recipe_or_a_task_file(block: str) -> None:
+    part = yaml_nodes.read(block.encode(), str).plain()
+    if "task" in part:
+        tasks = (ROOT / "tests" / "zero_shot_tasks").glob("*.yaml")
+        assert part.keys() <= {key for task in tasks for key in yaml.safe_load(task.read_text())}
+        return
+    whole = yaml_nodes.read((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
+    assert Recipe.model_validate(whole | part, strict=True)

@@ -1,0 +1,127 @@
+"""The registry of formats, and an exporter from outside the package: that of docs/adding-an-exporter.md."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from gblm_compress.exporters import dtype_of
+from gblm_compress.formats import FORMATS
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.settings import ExportSettings, Recipe
+
+PAGE = Path(__file__).parents[1] / "docs" / "adding-an-exporter.md"
+OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
+
+
+@pytest.fixture(scope="module")
+def with_half(tmp_path_factory):
+    """Run the program with the exporter that the page adds, in a folder that holds a pruned model."""
+    folder = tmp_path_factory.mktemp("half")
+    entry, module = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (folder / "half.py").write_text(module)
+    (folder / "use.py").write_text(
+        "import sys\nfrom gblm_compress.formats import FORMATS, Format\n"
+        + entry.replace("gblm_compress.exporters.half", "half")
+        + "assert 'torch' not in sys.modules\nfrom gblm_compress.cli.app import main\nmain()\n"
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "use.py", *arguments], cwd=folder, capture_output=True, text=True)
+
+    text = ("--calibration", "demo", "--samples", "8", "--sequence-length", "32")
+    done = run("prune", "tiny", "-o", "pruned", "--method", "magnitude", *text, "--quiet")
+    assert done.returncode == 0, done.stderr
+    return folder, run
+
+
+def test_an_exporter_from_outside_writes_and_verifies(with_half) -> None:
+    folder, run = with_half
+    done = run("export", "pruned", "-o", "out", "--format", "half", "--quiet", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    source, written = (load_file(folder / name / "model.safetensors") for name in ("pruned", "out"))
+    assert (result["format"], result["checks"]["tensors_checked"] >= len(written)) == ("half", True)
+    assert 0.4 < result["bytes"] / result["source_bytes"] < 0.6
+    assert all((written[name] == source[name].half()).all() for name in source.keys() | written.keys())
+    manifest = json.loads((folder / "out" / "gblm_manifest.json").read_text())
+    assert (manifest["format"], manifest["dtype"]) == ("half", "float16")
+
+
+def test_a_recipe_evaluates_what_it_writes(with_half) -> None:
+    folder, run = with_half
+    (folder / "recipe.yaml").write_text(
+        "model: tiny\ncalibration: {dataset: demo, samples: 8, sequence_length: 32}\n"
+        "prune: {method: magnitude}\nexport: [{format: half}, {format: half, dtype: bfloat16}]\n"
+        "evaluate: {dataset: demo, sequence_length: 32, max_windows: 2}\n"
+    )
+    done = run("run", "recipe.yaml", "-o", "run", "--quiet", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["model"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows.keys() == {"dense", "pruned", "half", "half-bfloat16"}
+    assert rows["half"]["perplexity"] == pytest.approx(rows["pruned"]["perplexity"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--format", "haff"), "did you mean 'half'?"),
+        (("--format", "half", "--dtype", "float32"), "half has no float32; give float16 or bfloat16"),
+        (("--format", "half", "--sparse"), "sparse would do nothing: it is read with format onnx"),
+        (("--format", "half"), "'tiny' is not pruned"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(with_half, arguments, message) -> None:
+    refused = with_half[1]("export", "tiny", "-o", "x", *arguments)
+    assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_it_is_told_with_the_others(with_half) -> None:
+    _, run = with_half
+    assert "half: a dense checkpoint in 16 bit" in " ".join(run("export", "--help").stdout.split())
+    described = json.loads(run("schema").stdout)["$defs"]["ExportSettings"]["properties"]["format"]
+    assert "half" in described["enum"] and "half: a dense checkpoint in 16 bit" in described["description"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_entry_is_all_that_settings_know_of_a_format(name: str, tiny) -> None:
+    entry, described = FORMATS[name], ExportSettings.model_json_schema()["properties"]["format"]
+    assert described["enum"] == list(FORMATS) and f"{name}: {entry.help}" in described["description"]
+    assert set(entry.reads) <= OPTIONS
+    for option in OPTIONS:
+        if option in entry.reads:
+            assert ExportSettings(format=name, **{option: True}).folder_name == f"{name}-{option}"
+        else:
+            with pytest.raises(ValidationError, match=f"{option} would do nothing: it is read with format"):
+                ExportSettings(format=name, **{option: True})
+    assert dtype_of(tiny("llama"), ExportSettings(format=name)) == "float32"
+    for dtype in ("float32", "float16", "bfloat16"):
+        if dtype in entry.dtypes:
+            settings = ExportSettings(format=name, dtype=dtype)
+            assert (dtype_of(tiny("llama"), settings), settings.folder_name) == (dtype, f"{name}-{dtype}")
+        else:
+            with pytest.raises(ValidationError, match=f"{name} has no {dtype}; give {entry.dtypes[0]}"):
+                ExportSettings(format=name, dtype=dtype)
+
+
+def test_every_option_is_some_formats_and_every_layout_has_a_format() -> None:
+    assert {option for entry in FORMATS.values() for option in entry.reads} == OPTIONS
+    packing = {entry.layout: name for name, entry in FORMATS.items() if entry.layout}
+    assert packing == {name: layout.format for name, layout in LAYOUTS.items()}
+    assert {name for name, entry in FORMATS.items() if entry.needs_cuda} == {"semi-structured"}
+
+
+def test_exports_of_one_run_have_folders_of_their_own() -> None:
+    exports = [
+        {"format": name, "dtype": dtype, **own}
+        for name, entry in FORMATS.items()
+        for dtype in entry.dtypes[:1]
+        for own in ({}, *({option: True} for option in entry.reads))
+    ]
+    recipe = Recipe(model="tiny", export=exports)
+    assert len({export.folder_name for export in recipe.export}) == len(exports) > len(FORMATS)

@@ -1,0 +1,84 @@
+"""The wheel, as a user has it: built, installed into an environment of its own, and run there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gblm_compress
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("gblm_compress", "cli", "exporters", "recipes", "pyproject.toml", "README.md", "LICENSE")
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+
+
+def _done(*command: str | Path, cwd: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, as earlier builds leave files beside the sources that would be packed too."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    _done(*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", "dist", ".", cwd=folder)
+    (built,) = (folder / "dist").iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory) -> Path:
+    """The folder of the programs of an environment with the wheel. Other packages are those of this environment."""
+    home = tmp_path_factory.mktemp("environment")
+    _done(sys.executable, "-m", "venv", "--without-pip", ".", cwd=home)
+    _done(*PIP, "--python", home / "bin" / "python", "install", "--no-deps", "--no-index", wheel, cwd=home)
+    (packages,) = home.glob("lib/python*/site-packages")
+    # Only the folder is added: what links an editable install in it is not read.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return home / "bin"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    folder = f"gblm_compress-{gblm_compress.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"gblm_compress", folder}
+    sources = {
+        f"gblm_compress/{path.relative_to(ROOT / 'gblm_compress')}"
+        for pattern in ("*.py", "*/*.py", "*/*.yaml", "py.typed")
+        for path in (ROOT / "gblm_compress").glob(pattern)
+    }
+    missing = {name for name in names if name.startswith("gblm_compress/") and not name.endswith(".so")} ^ sources
+    assert not missing and len(sources) > 100
+
+
+def test_the_installed_program(installed: Path, tmp_path: Path) -> None:
+    def program(*arguments: str) -> str:
+        return _done(installed / "gblm-compress", *arguments, cwd=tmp_path)
+
+    code = "import gblm_compress, importlib.metadata as m; print(gblm_compress.__file__, m.version('gblm-compress'))"
+    home, version = _done(installed / "python", "-c", code, cwd=tmp_path).split()
+    assert Path(home).is_relative_to(installed.parent) and version == gblm_compress.__version__
+    assert program("--version").split() == [version]
+    assert "prune" in program("--help")
+    assert json.loads(program("schema"))["title"] == "Recipe"
+    assert "instruction set" in program("doctor")
+    assert program("validate", "ci-smoke").endswith("ci-smoke.yaml: valid\n")
+    text = ("--calibration", "demo", "--samples", "8", "--sequence-length", "32")
+    program("prune", "tiny", "-o", "pruned", "--method", "magnitude", *text, "--quiet")
+    assert json.loads(program("export", "pruned", "-o", "out", "--format", "bitmask", "--quiet", "--json"))["checks"]
+    evaluate = ("evaluate", "out", "--dataset", "demo", "--sequence-length", "32", "--max-windows", "2")
+    assert json.loads(program(*evaluate, "--quiet", "--json"))["perplexity"] > 1
