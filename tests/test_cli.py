@@ -75,7 +75,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
-        (["compare", "tiny", "--methods", "sparsegpt"], 2, "sparsegpt is here obs+obs"),
+        (["compare", "tiny", "--methods", "wanda_pp"], 2, "wanda_pp is here regional"),
         (
             ["prune", "tiny", "-o", "x", "--memory", "4"],
             2,
@@ -103,7 +103,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         ),
         (["compare", "tiny", "--methods", "wanda,foo"], 2, "method 'foo': 'foo' is neither a preset nor a method"),
         (["compare", "tiny", "--evaluation-length", "1"], 2, "error: --evaluation-length: input should be greater"),
-        (["compare", "tiny", "--patterns", "2:4,5:4"], 2, "method 'wanda' with pattern '5:4': pattern '5:4' is not"),
+        (["compare", "tiny", "--patterns", "2:4,5:4"], 2, "method 'paper' with pattern '5:4': pattern '5:4' is not"),
         (
             ["prune", "tiny", "-o", "x", "--override", "*=2:4", "--override", "*=unstructured@1.5"],
             2,
