@@ -278,9 +278,9 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
     """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
     before a download, and before the seconds that torch and transformers take to load.
     """
-    from gblm_compress.calibration.text import check_source
     from gblm_compress.measure.zero_shot import check_folder
     from gblm_compress.models.finding import resolve_model, silence_libraries
+    from gblm_compress.tasks.text import check_source
 
     for text in texts:
         check_source(text)

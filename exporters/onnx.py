@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import check_is_pruned, dtype_of
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
-from gblm_compress.exporters.verification import real_text
+from gblm_compress.exporters.verification import real_sample
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
@@ -35,6 +35,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
+from gblm_compress.tasks import task_of
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
@@ -66,7 +67,7 @@ _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: `kernels` in another dtype than float32.
+    UsageError: the model's task has no ONNX export, or `kernels` are in another dtype than float32.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the model's cache is no plain KV cache, or `kernels` do not run the width of a layer.
     """
@@ -77,6 +78,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     if source is None:
         return
     skeleton = loading.load_skeleton(source)
+    loading.task_of(source).example(skeleton.config)
     if kinds := {type(layer).__name__ for layer in DynamicCache(config=skeleton.config).layers} - {"DynamicLayer"}:
         raise _not_plain(source, ", ".join(sorted(kinds)))
     if settings.kernels:
@@ -140,20 +142,13 @@ def export(
 
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:
-    """The graph that transformers' exporter makes of the decode step with any number of tokens.
-
-    The example has a batch of two with padding: a mask of ones alone would let the tracer drop
-    `attention_mask` from the graph.
-    """
+    """The graph that transformers' exporter makes of the decode step with any number of tokens."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    ids = torch.arange(12).reshape(2, 6) % model.config.vocab_size
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
+    inputs = dict(task_of(type(model)).example(model.config))
     try:
         with _quiet_tracer():
-            inputs = {"input_ids": ids, "attention_mask": mask}
             stages = decompose_for_generation(model, inputs, multi_token_decode=True)
             decoder, example = stages["decode"]
             exported = OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True))
@@ -310,11 +305,11 @@ def _verify(
 ) -> dict[str, Any]:
     """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
     zeros = _verify_zeros(folder, model, layers, weights)
-    ids = real_text(tokenizer, model.config.vocab_size)
+    sample = real_sample(model, tokenizer)
     reference = TorchRuntime(model)
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
-    at_once = _check_logits(reference.logits(ids)[0], runtime.logits(ids)[0], dtype, "read at once")
-    expected, got = _decode_side_by_side(reference, runtime, ids[:, :PROMPT_TOKENS])
+    at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
+    expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
     one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
     # Where torch's two largest logits are further apart than twice the largest difference, no error of that size turns
     # the choice; of two that are nearer either may win. An export whose errors leave nothing decided is of no use.

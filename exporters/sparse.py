@@ -1,7 +1,7 @@
 """Export to sparse PyTorch: packed weights, smaller on disk and in memory, on kernels that exploit the zeros.
 
 One format for each layout in `LAYOUTS`. After `import gblm_compress` the folder loads with
-`AutoModelForCausalLM.from_pretrained`.
+`from_pretrained` of the class that loads its source.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import check_is_pruned, dtype_of
-from gblm_compress.exporters.verification import real_text
+from gblm_compress.exporters.verification import TOKENS, real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -27,12 +27,13 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
+from gblm_compress.tasks.task import Sample
 
 _LOADING = """\
 import gblm_compress  # teaches transformers the packed layout; without it this folder does not load
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+model = {auto_class}.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
 # Largest difference of a logit, relative to the largest logit: the same products are summed in another order and, in
 # 16 bit, rounded to it after every layer.
@@ -79,7 +80,7 @@ def export(
     model, tokenizer = loading.load_model(source, dtype), loading.load_tokenizer(source)
     pruned = {name: linear_layer(model, name) for name in manifest.pruned_layers(source, model)}
     before = {name: layer.weight._version for name, layer in pruned.items()}
-    reference = _Run.of(model, real_text(tokenizer, model.config.vocab_size))
+    reference = _Run.of(model, real_sample(model, tokenizer))
     changed = [name for name, version in before.items() if pruned[name].weight._version != version]
     if changed:
         model = loading.load_model(source, dtype)  # as it is before it runs
@@ -115,7 +116,7 @@ def export(
             format=settings.format,
             dtype=dtype,
             library="transformers",
-            loading=_LOADING,
+            loading=_LOADING.format(auto_class=loading.task_of(source).auto_class),
             checks=checks,
         )
     return checks
@@ -135,24 +136,26 @@ def _check_pattern(dense: dict[str, Tensor], needed: str, format: str) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a model makes of some tokens.
+    """What a model makes of a sample.
 
     Attributes:
-        logits: [1, tokens, vocabulary].
+        prediction: of its task; logits [1, tokens, vocabulary], say.
         buffers: those that its folder does not hold, as they are after the run.
     """
 
-    ids: Tensor
-    logits: Tensor
+    sample: Sample
+    prediction: Tensor
     buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, model: Any, ids: Tensor) -> Self:
-        logits = TorchRuntime(model).logits(ids)
+    def of(cls, model: Any, sample: Sample) -> Self:
+        prediction = TorchRuntime(model).predict(sample)
         packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
         kept = model.state_dict()
         buffers = {name: buffer for name, buffer in model.named_buffers() if name not in kept}
-        return cls(ids, logits, {name: buffer for name, buffer in buffers.items() if not name.startswith(packed)})
+        return cls(
+            sample, prediction, {name: buffer for name, buffer in buffers.items() if not name.startswith(packed)}
+        )
 
 
 def _verify(
@@ -178,17 +181,17 @@ def _verify(
         if name not in restored or not same_bits(restored[name], tensor):
             raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
     if kind.TOLERANCE:
-        reference = _Run.of(written, reference.ids)
-    run = _Run.of(model, reference.ids)
+        reference = _Run.of(written, reference.sample)
+    run = _Run.of(model, reference.sample)
     for name in sorted(run.buffers.keys() | reference.buffers.keys()):
         pair = [buffers.get(name) for buffers in (run.buffers, reference.buffers)]
         if pair[0] is None or pair[1] is None or not same_bits(pair[0], pair[1]):
             raise VerificationError(f"{name}: the reloaded folder computes another buffer than its source")
-    difference = float((run.logits - reference.logits).abs().max() / reference.logits.abs().max())
+    difference = float((run.prediction - reference.prediction).abs().max() / reference.prediction.abs().max())
     tolerance = TOLERANCE[loading.stored_dtype(exported)]
     if not difference <= tolerance:
         raise VerificationError(
             f"logits of the reloaded folder and its source differ by {difference:.2e} of the largest logit on "
-            f"{reference.ids.shape[1]} tokens of real text; {tolerance:.0e} is allowed"
+            f"{TOKENS} tokens of real text; {tolerance:.0e} is allowed"
         )
     return difference

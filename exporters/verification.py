@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from gblm_compress.calibration import text
+from gblm_compress.tasks import task_of
+from gblm_compress.tasks.task import Sample
 
 TOKENS = 64
 
 
-def real_text(tokenizer: Any, vocabulary: int) -> Tensor:
-    """The first tokens of the demo's evaluation text, [1, TOKENS].
+def real_sample(model: Any, tokenizer: Any) -> Sample:
+    """A sample of the demo's text, of `TOKENS` tokens.
 
     Raises:
         ModelError: the tokenizer gives ids beyond the model's vocabulary.
     """
-    return text.tokenize(tokenizer, vocabulary, text.load_text("demo", "evaluation")[:4000])[:TOKENS].unsqueeze(0)
+    return task_of(type(model)).calibration(tokenizer, model.config, "demo", samples=1, length=TOKENS, seed=0)[0]

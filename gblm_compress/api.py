@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gblm_compress import exporters
-from gblm_compress.calibration import text
 from gblm_compress.errors import UsageError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.measure import benchmarking, evaluation, inspection
@@ -48,6 +47,7 @@ from gblm_compress.settings import (
 )
 from gblm_compress.storage.cache import cache_folder
 from gblm_compress.storage.records import write_text
+from gblm_compress.tasks import text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -345,7 +345,7 @@ class PruneSettings(Settings):
         """Whether the survivors of each block are fitted together to its output."""
         return UPDATES[self.update].fits_block
 
-    def effective_alpha(self, samples: int, sequence_length: int) -> float:
+    def effective_alpha(self, samples: int, sequence_length: float) -> float:
         """The factor of the gradient term for a calibration of this size.
 
         The activation term of gblm grows with the square root of the tokens in a sample, the gradient term with the

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import ResidentWeights
-from gblm_compress.calibration.blocks import BlockCalls, BlockReplay
+from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.models.finding import silence_libraries
@@ -17,6 +18,8 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.tasks import TASKS
+from gblm_compress.tasks.task import Sample, Task
 
 # Files whose tests start processes, trace graphs, or run on the real model.
 SLOW = (
@@ -24,6 +27,7 @@ SLOW = (
     "docs", "exporters", "exporters_onnx", "exporters_sparse", "fuzz", "kernels_gpu", "pipeline", "ranks", "real_model",
     "resume", "wheel", "zero_shot",
 )  # fmt: skip
+CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
 
@@ -74,17 +78,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSourc
 @pytest.fixture
 def prose(tmp_path: Path) -> Path:
     """A text file of the demo's prose, long enough for a few windows of bytes."""
-    from gblm_compress.calibration.text import load_text
+    from gblm_compress.tasks.text import load_text
 
     path = tmp_path / "prose.txt"
     path.write_text(load_text("demo", "calibration")[:6000])
     return path
 
 
-def replay(model: nn.Module, ids: list[Tensor]) -> BlockReplay:
+def replay(model: nn.Module, samples: list[Sample], task: Task = CAUSAL_LM) -> BlockReplay:
     """The samples before the first block of a model in memory."""
     weights = ResidentWeights(model)
-    return BlockReplay(BlockCalls(weights, ids), weights, in_memory(), Ranks())
+    return BlockReplay(BlockCalls(weights, task, samples), weights, in_memory(), Ranks())
 
 
 def in_memory() -> StatePool:
@@ -92,7 +96,7 @@ def in_memory() -> StatePool:
     return StatePool(Path(), 1 << 40, torch.device("cpu"))
 
 
-def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Tensor]:
+def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Sample]:
     """Random token ids for the tiny models."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCABULARY, (1, length), generator=generator) for _ in range(count)]
+    return [{"input_ids": torch.randint(0, VOCABULARY, (1, length), generator=generator)} for _ in range(count)]

@@ -112,7 +112,7 @@ def test_owl_in_a_model_gives_blocks_with_outliers_more(progress) -> None:
 def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
     model, ids = tiny_model("llama"), samples()
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    loss = sum(model(input_ids=i, labels=i).loss for i in ids)
+    loss = sum(model(**i, labels=i["input_ids"]).loss for i in ids)
     weights = [layer.weight for layer in layers.values()]
     gradients = torch.autograd.grad(loss, weights)
     score = {

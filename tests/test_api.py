@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 
 import gblm_compress
-from gblm_compress.calibration.text import calibration_windows, load_text
 from gblm_compress.errors import UsageError
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.tasks.text import calibration_windows, load_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}
@@ -74,7 +74,7 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
     expected, _ = gblm_compress.load(tiny("llama").folder)
     result = gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
     windows = calibration_windows(tokenizer, VOCABULARY, str(prose), 3, 32, 0)
-    prune_(expected, windows, PruneSettings(**settings), Progress(quiet=True))
+    prune_(expected, [{"input_ids": window} for window in windows], PruneSettings(**settings), Progress(quiet=True))
     for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
     assert result.folder is None and result.nonzeros * 2 == result.weights

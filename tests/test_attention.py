@@ -86,9 +86,9 @@ def test_models_give_the_same_logits(kind: str, monkeypatch, exact) -> None:
     calls = []
     monkeypatch.setattr(torch, "baddbmm", lambda *a, run=torch.baddbmm, **k: calls.append(0) or run(*a, **k))
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
+        expected = model(**ids).logits
         with chunked_attention():
-            got = model(input_ids=ids).logits
+            got = model(**ids).logits
     assert calls, "the model did not take it"
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 

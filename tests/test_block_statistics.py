@@ -38,7 +38,7 @@ def test_gram_is_the_sum_of_outer_products_token_by_token(kind: str) -> None:
         model.get_submodule(name).register_forward_pre_hook(outer(name))
     with torch.no_grad():
         for sample in ids:
-            model(input_ids=sample)
+            model(**sample)
     norms = activation_norms(block, layers)
     for name, gram in grams.items():
         torch.testing.assert_close(gram.double(), slow[name], rtol=1e-4, atol=1e-3)
@@ -58,16 +58,17 @@ def test_regional_norms_are_gradients_of_the_block_output_by_finite_differences(
     block, layers = second_block(kind, samples())
     regional = regional_norms(block, layers)
     block.module.double()
-    double = Block(block.module, _double(block.call), [hidden.double() for hidden in block.inputs])
+    calls = [_double(call) for call in block.calls]
+    double = Block(block.module, calls, [hidden.double() for hidden in block.inputs], block.counted)
     for name, layer in layers.items():
         for index in ((0, 0), (3, 5)):
             squares = 0.0
-            for hidden in double.inputs:
+            for sample in range(len(double.inputs)):
                 norms = []
                 for step in (5e-3, -5e-3):
                     with torch.no_grad():
                         layer.weight[index] += step
-                        norms.append(float(double.run(hidden).norm()))
+                        norms.append(float(double.run(sample).norm()))
                         layer.weight[index] -= step
                 squares += ((norms[0] - norms[1]) / 1e-2) ** 2
             expected = (squares / len(double.inputs)) ** 0.5

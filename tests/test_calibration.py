@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import ResidentWeights
-from gblm_compress.calibration.blocks import BlockCalls, activation_norms
+from gblm_compress.calibration.blocks import activation_norms
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks, prunable_layers
 from gblm_compress.models.tiny import tiny_model
-from tests.conftest import ARCHITECTURES, replay, samples
+from tests.conftest import ARCHITECTURES, CAUSAL_LM, replay, samples
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -49,7 +50,7 @@ def slow_activation_norms(model, layers, ids):
         inputs = {}
         hooks = [layer.register_forward_pre_hook(partial(keep_input, inputs, name)) for name, layer in layers.items()]
         with torch.no_grad():
-            model(input_ids=sample, use_cache=False)
+            model(**sample, use_cache=False)
         for hook in hooks:
             hook.remove()
         for name, x in inputs.items():
@@ -108,19 +109,20 @@ def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
     ran = []
     for index, block in enumerate(model.model.layers):
         block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
-    BlockCalls(ResidentWeights(model), ids)
-    assert ran == [0, 0]  # for the first sample and the last
+    BlockCalls(ResidentWeights(model), CAUSAL_LM, ids)
+    assert ran == [0, 0]  # the first sample, twice
     assert all("forward" not in vars(block) for block in model.model.layers)
 
 
-def test_what_blocks_return_beside_the_hidden_states_is_given_back(monkeypatch) -> None:
-    """A model that unpacks what its blocks return, as Bamba does."""
-    model, ids = tiny_model("llama"), samples()
-    expected = replay(model, ids)
-    expected.advance(0)
+def give_beside(model, monkeypatch, compute) -> list:
+    """Let blocks return what `compute` gives beside the hidden states, and the model unpack it, as Bamba does.
+
+    Returns:
+        What the model has got so, also later.
+    """
     seen = []
     for block in model.model.layers:
-        monkeypatch.setattr(block, "forward", lambda *a, run=block.forward, **k: (run(*a, **k), "weights"))
+        monkeypatch.setattr(block, "forward", lambda *a, run=block.forward, **k: (run(*a, **k), compute()))
 
     class Unpack(torch.nn.ModuleList):
         def __getitem__(self, index):
@@ -134,12 +136,29 @@ def test_what_blocks_return_beside_the_hidden_states_is_given_back(monkeypatch) 
 
             return [unpacking(block) for block in super().__getitem__(index)]
 
-    original = model.model.layers
-    model.model.layers = Unpack(original)
+    model.model.layers = Unpack(model.model.layers)
+    return seen
+
+
+def test_what_blocks_return_beside_the_hidden_states_is_given_back(monkeypatch) -> None:
+    model, ids = tiny_model("llama"), samples()
+    expected = replay(model, ids)
+    expected.advance(0)
+    seen = give_beside(model, monkeypatch, lambda: "weights")
     got = replay(model, ids)
     got.advance(0)
     assert all(torch.equal(one, other) for one, other in zip(got.hidden, expected.hidden, strict=True))
     assert seen and set(seen) == {"weights"}
+
+
+def test_a_tensor_that_the_first_block_returns_is_each_samples_own_argument_of_the_next(monkeypatch) -> None:
+    model, ids, given = tiny_model("llama"), samples(3), {}
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    seen = give_beside(model, monkeypatch, lambda: given["input_ids"].sum())
+    _, blocks = find_blocks(model)
+    blocks[1].register_forward_pre_hook(lambda m, a, k: (a, {**k, "extra": seen[-1]}), with_kwargs=True)
+    _, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
+    assert [int(call.kwargs["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
 
 
 def test_a_mapping_that_blocks_fill_for_each_other_is_refused() -> None:
@@ -150,21 +169,37 @@ def test_a_mapping_that_blocks_fill_for_each_other_is_refused() -> None:
         replay(model, ids)
 
 
-def test_arguments_that_depend_on_the_text_are_refused() -> None:
-    model, ids = tiny_model("llama"), samples()
+def with_argument(model, compute) -> None:
+    """Give the second block an argument that is computed from (token ids, what the first block gives)."""
     _, blocks = find_blocks(model)
-    seen = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    seen = {}
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     blocks[1].register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "text": seen[-1]}), with_kwargs=True
+        lambda module, args, kwargs: (args, {**kwargs, "extra": compute(seen["input_ids"], args[0])}), with_kwargs=True
     )
-    with pytest.raises(ModelError, match="block 1: its argument 'text' depends on the text"):
-        replay(model, ids)
+
+
+def test_arguments_that_depend_on_what_blocks_compute_are_refused() -> None:
+    model = tiny_model("llama")
+    with_argument(model, lambda ids, hidden: hidden.sum())
+    with pytest.raises(ModelError, match="block 1: its argument 'extra' depends on what blocks before it compute"):
+        replay(model, samples())
+
+
+def test_each_sample_has_its_own_arguments_where_they_differ_and_one_memory_where_not() -> None:
+    model, ids = tiny_model("llama"), samples(3)
+    with_argument(model, lambda ids, hidden: ids.sum())
+    ids[2] = {"input_ids": ids[0]["input_ids"].flip(1)}  # of the same sum
+    first, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
+    assert first[0] is first[1] is first[2] and second[0] is second[2] is not second[1]
+    assert [int(call.kwargs["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
+    cosines = [call.kwargs["position_embeddings"][0] for call in second]
+    assert cosines[0] is cosines[1] is cosines[2]
 
 
 def test_loss_is_the_mean_over_predicted_tokens() -> None:
     """The loss behind the gradients is transformers' label loss; stated here independently of autograd."""
-    model, (ids, *_) = tiny_model("llama"), samples()
+    model, ids = tiny_model("llama"), samples()[0]["input_ids"]
     with torch.no_grad():
         output = model(input_ids=ids, labels=ids)
     terms = [cross_entropy(output.logits[0, t], ids[0, t + 1]) for t in range(ids.shape[1] - 1)]

@@ -17,7 +17,6 @@ import typer.main
 import yaml
 from torch.distributed.run import get_args_parser
 
-from gblm_compress.calibration import text
 from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
@@ -25,6 +24,7 @@ from gblm_compress.models import finding
 from gblm_compress.runs import checks, pipeline, yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED
 from gblm_compress.settings import Recipe
+from gblm_compress.tasks import text
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

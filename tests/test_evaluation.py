@@ -4,14 +4,14 @@ import shutil
 import pytest
 import torch
 
-from gblm_compress.calibration.text import load_text
 from gblm_compress.errors import ModelError
-from gblm_compress.exporters.verification import real_text
+from gblm_compress.exporters.verification import real_sample
 from gblm_compress.measure.evaluation import evaluate, mean_and_standard_error, mean_kl, top1_agreement
 from gblm_compress.models.loading import load_model, load_tokenizer
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.tasks.text import load_text
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
@@ -58,8 +58,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, prose, tmp
     calibration = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
     with pytest.raises(ModelError, match="token id 257, but the model has embeddings for 257 tokens"):
         prune(source, tmp_path / "out", PruneSettings(fit="none"), calibration, progress=progress)
-    with pytest.raises(ModelError, match="token id 247, but the model has embeddings for 9 tokens"):
-        real_text(tokenizer, 9)
+    model = load_model(source)
+    model.config.vocab_size = 9
+    with pytest.raises(ModelError, match="but the model has embeddings for 9 tokens"):
+        real_sample(model, tokenizer)
 
 
 def test_kl_and_agreement_against_loops() -> None:

@@ -77,7 +77,9 @@ def test_prefill_and_decode_with_any_batch_and_length(exported, batch: int) -> N
     model = load_model(source)
     runtime = OnnxRuntime(folder, "cpu", 1)
     ids = torch.randint(0, 257, (batch, 29), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(runtime.logits(ids), TorchRuntime(model).logits(ids), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        runtime.predict({"input_ids": ids}), TorchRuntime(model).predict({"input_ids": ids}), rtol=1e-3, atol=1e-3
+    )
     token, cache = runtime.prefill(ids[:, :20])
     for t in range(20, 29):  # teacher-forced decoding must see the cache
         token, cache = runtime.decode(ids[:, t : t + 1], cache)
@@ -155,7 +157,10 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, tmp_p
     weights = result.checks["zeros"] * 2  # half of them are zeros
     assert saved == pytest.approx(weights * (4 - 4 / 2 - 1 / 8), rel=0.05)
     ids = torch.arange(40).reshape(2, 20)
-    assert torch.equal(OnnxRuntime(sparse, "cpu", 1).logits(ids), OnnxRuntime(dense, "cpu", 1).logits(ids))
+    assert torch.equal(
+        OnnxRuntime(sparse, "cpu", 1).predict({"input_ids": ids}),
+        OnnxRuntime(dense, "cpu", 1).predict({"input_ids": ids}),
+    )
     assert result.checks["zeros"] == dense_result.checks["zeros"]
 
 
@@ -205,8 +210,10 @@ def test_kernels_give_the_same_tokens_at_half_the_file(exported, with_kernels) -
 @pytest.mark.parametrize("threads", [1, 2])
 def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int, threads: int) -> None:
     ids = torch.randint(0, 257, (2, tokens), generator=torch.Generator().manual_seed(tokens))
-    got = OnnxRuntime(with_kernels[1], "cpu", threads).logits(ids)
-    torch.testing.assert_close(got, OnnxRuntime(exported[1], "cpu", 1).logits(ids), rtol=1e-4, atol=1e-4)
+    got = OnnxRuntime(with_kernels[1], "cpu", threads).predict({"input_ids": ids})
+    torch.testing.assert_close(
+        got, OnnxRuntime(exported[1], "cpu", 1).predict({"input_ids": ids}), rtol=1e-4, atol=1e-4
+    )
 
 
 @needs_operator
@@ -249,7 +256,7 @@ def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage
     del model.graph.value_info[:]
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match=message):
-        OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1).logits(torch.arange(8).unsqueeze(0))
+        OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1).predict({"input_ids": torch.arange(8).unsqueeze(0)})
 
 
 def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
@@ -318,7 +325,7 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
 
 def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
     source, _, _ = exported
-    monkeypatch.setattr(OnnxRuntime, "logits", lambda self, ids: torch.zeros(1, ids.shape[1], 257))
+    monkeypatch.setattr(OnnxRuntime, "predict", lambda self, sample: torch.zeros(*sample["input_ids"].shape, 257))
     monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match="logits of ONNX Runtime and torch differ"):
         export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
@@ -343,7 +350,7 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
 def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = verification.real_text(tokenizer, 257)
+    ids = verification.real_sample(model, tokenizer)["input_ids"]
     chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.reconstruction import reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
-from tests.conftest import replay, samples
+from tests.conftest import CAUSAL_LM, replay, samples
 
 TINY = {
     "vocab_size": 257,
@@ -125,10 +125,9 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
 
     def error() -> float:
         block, reference = first_block(pruned, unseen), first_block(dense, unseen)
-        pairs = zip(block.inputs, reference.inputs, strict=True)
-        return sum(float(relative_error(block.run(x), reference.run(y))) for x, y in pairs)
+        return sum(float(relative_error(block.run(index), reference.run(index))) for index in range(len(unseen)))
 
-    targets = [first_block(dense, ids).run(hidden) for hidden in first_block(dense, ids).inputs]
+    targets = [first_block(dense, ids).run(index) for index in range(len(ids))]
     masks = {name: layer.weight != 0 for name, layer in layers.items()}
     others = {
         name: parameter.detach().clone()
@@ -155,7 +154,7 @@ def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: s
         model = tiny_model(kind)
         block = replay(model, ids).block(0)
         layers = prunable_layers(model)[0]
-        targets = [block.run(hidden) for hidden in block.inputs]
+        targets = [block.run(index) for index in range(len(ids))]
         settings = PruneSettings(
             method=method,
             pattern="2:4",
@@ -165,7 +164,7 @@ def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: s
             reconstruction_rounds=rounds,
         )
         prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), targets)
-        outputs = [block.run(block.inputs[index]) for index in (7, 15)]
+        outputs = [block.run(index) for index in (7, 15)]
         error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True)) / 2
         weights = {name: weight_matrix(layer).detach() for name, layer in layers.items()}
         for weight in weights.values():
@@ -182,9 +181,9 @@ def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: s
 def test_head_inputs_give_the_logits(kind: str, progress) -> None:
     model = tiny_model(kind)
     ids = samples(2)
-    for states, sample in zip(head_inputs(model, ids, progress), ids, strict=True):
+    for states, sample in zip(head_inputs(model, CAUSAL_LM, ids, progress), ids, strict=True):
         with torch.no_grad():
-            torch.testing.assert_close(model.get_output_embeddings()(states), model(input_ids=sample).logits)
+            torch.testing.assert_close(model.get_output_embeddings()(states), model(**sample).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -199,7 +198,7 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progres
     def divergence() -> float:
         total = 0.0
         for sample in unseen:
-            p, q = (model(input_ids=sample).logits[0] for model in (dense, pruned))
+            p, q = (model(**sample).logits[0] for model in (dense, pruned))
             soft = p.softmax(-1)
             total += float(cross_entropy(q, soft) - cross_entropy(p, soft))
         return total
@@ -208,8 +207,9 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progres
     result = distil_(
         pruned,
         layers,
+        CAUSAL_LM,
         ids,
-        head_inputs(dense, ids, progress),
+        head_inputs(dense, CAUSAL_LM, ids, progress),
         epochs=4,
         rate=0.02,
         compute="float32",
@@ -233,7 +233,15 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
     prune_(model, ids, settings, progress)
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     result = distil_(
-        model, layers, ids, head_inputs(dense, ids, progress), epochs=3, rate=1e-3, compute="float32", progress=progress
+        model,
+        layers,
+        CAUSAL_LM,
+        ids,
+        head_inputs(dense, CAUSAL_LM, ids, progress),
+        epochs=3,
+        rate=1e-3,
+        compute="float32",
+        progress=progress,
     )
     assert result.after < result.before
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -241,7 +249,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
 
 def test_a_model_without_a_head_is_refused(progress) -> None:
     with pytest.raises(ModelError, match="has no output head"):
-        head_inputs(tiny_model("llama").model.layers[0], samples(1), progress)
+        head_inputs(tiny_model("llama").model.layers[0], CAUSAL_LM, samples(1), progress)
 
 
 def _quiet():
@@ -266,8 +274,8 @@ def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(con
     ids = samples(8)
     prune_(pruned, ids, PruneSettings(method="magnitude", pattern="1:4", fit="none"), progress)
     with torch.no_grad():
-        p, q = (model(input_ids=ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
+        p, q = (model(**ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
     layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
-    teacher = head_inputs(dense, ids, progress)
-    result = distil_(pruned, layers, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress)
+    teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
+    result = distil_(pruned, layers, CAUSAL_LM, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress)
     assert result.before == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)

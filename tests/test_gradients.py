@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration import gradients
+from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import ResidentWeights
-from gblm_compress.calibration.blocks import BlockCalls
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
@@ -16,7 +15,8 @@ from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from tests.conftest import ARCHITECTURES, in_memory, samples
+from gblm_compress.tasks import causal_lm
+from tests.conftest import ARCHITECTURES, CAUSAL_LM, in_memory, samples
 
 
 def all_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,7 +29,7 @@ def norms_of(
     weights = ResidentWeights(model)
     found: dict[int, dict[str, Tensor]] = {}
     gradient_norms(
-        weights, BlockCalls(weights, ids), layers or prunable_layers(model), norm, pool or in_memory(),
+        weights, BlockCalls(weights, CAUSAL_LM, ids), layers or prunable_layers(model), norm, pool or in_memory(),
         lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(), skip, by_sample,
     )  # fmt: skip
     return found
@@ -39,7 +39,7 @@ def norms_of(
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("loss_tokens", [7, 256])
 def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str, loss_tokens: int, monkeypatch) -> None:
-    monkeypatch.setattr(gradients, "LOSS_TOKENS", loss_tokens)  # the samples have 24
+    monkeypatch.setattr(causal_lm, "LOSS_TOKENS", loss_tokens)  # the samples have 24
     model, ids = tiny_model(kind), samples()
     layers = all_layers(model)
     found = norms_of(model, ids, norm)
@@ -48,7 +48,7 @@ def test_gradient_norms_are_those_of_plain_autograd(kind: str, norm: str, loss_t
     per_sample = []
     for sample in ids:
         # transformers' own loss, not ours
-        loss = model(input_ids=sample, labels=sample).loss
+        loss = model(**sample, labels=sample["input_ids"]).loss
         per_sample.append(torch.autograd.grad(loss, [layer.weight for layer in layers.values()]))
     for index, name in enumerate(layers):
         stacked = torch.stack([sample[index] for sample in per_sample]).double()
@@ -122,7 +122,9 @@ def test_nothing_runs_backwards_below_the_lowest_block_that_is_pruned(by_sample:
 
 def test_states_on_disk_give_the_same_bits(tmp_path: Path) -> None:
     model, ids = tiny_model("qwen3"), samples()
-    pool = StatePool(tmp_path, 4 * ids[0].numel() * 64 * 4, torch.device("cpu"))  # room for one place of three samples
+    pool = StatePool(
+        tmp_path, 4 * ids[0]["input_ids"].numel() * 64 * 4, torch.device("cpu")
+    )  # room for one place of three samples
     before = pool.left
     spilled, whole = norms_of(model, ids, pool=pool), norms_of(model, ids)
     assert all(torch.equal(spilled[i][name], whole[i][name]) for i in whole for name in whole[i])

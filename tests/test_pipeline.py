@@ -166,16 +166,16 @@ def test_a_change_of_a_task_or_its_data_is_evaluated_again(finished, module_cach
 def test_the_dense_model_reads_every_window_once_for_all_evaluations(finished, module_cache, monkeypatch) -> None:
     """And every figure is what a run gave whose evaluations have nothing in common."""
     output, first = finished
-    original, read = TorchRuntime.logits, []
+    original, read = TorchRuntime.predict, []
 
-    def logits(runtime, ids):
+    def predict(runtime, sample):
         read.append(runtime.model.config.name_or_path)
-        return original(runtime, ids)
+        return original(runtime, sample)
 
     for path in output.glob(".stages/evaluate-*.json"):
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(TorchRuntime, "logits", logits)
+        patch.setattr(TorchRuntime, "predict", predict)
         again = pipeline.run(smoke(), output, Progress(quiet=True))
     windows = smoke().evaluate.max_windows
     names = [Path(name).name for name in read]

@@ -36,7 +36,7 @@ def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, to
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     total = dict.fromkeys(layers, 0.0)
     for sample in ids:
-        loss = model(input_ids=sample, labels=sample).loss
+        loss = model(**sample, labels=sample["input_ids"]).loss
         gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
         for name, gradient in zip(layers, gradients, strict=True):
             total[name] = total[name] + (gradient.abs() if norm == "l1" else gradient.double() ** 2)
@@ -167,7 +167,7 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     def divergence(**settings) -> float:
         model = tiny_model("llama")
         prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", **({"update": "none"} | settings)), progress)
-        return sum(mean_kl(dense(input_ids=i).logits[0], model(input_ids=i).logits[0]) for i in unseen)
+        return sum(mean_kl(dense(**i).logits[0], model(**i).logits[0]) for i in unseen)
 
     none, refined, fitted = divergence(), divergence(refine="swap"), divergence(update="least-squares")
     distilled = divergence(update="least-squares", distillation_epochs=3)

@@ -10,41 +10,39 @@ from gblm_compress.measure import zero_shot
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.reference import Reference
 from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import EvaluateSettings
+from tests.conftest import samples
 
-LENGTH, VOCABULARY = 8, 257
+LENGTH = 8
 
 
 @pytest.fixture
 def read(monkeypatch) -> list[int]:
     """The number of windows that went through a model, as a list with an entry for each."""
-    original, read = TorchRuntime.logits, []
+    original, read = TorchRuntime.predict, []
 
-    def logits(runtime, ids):
-        read.append(len(ids))
-        return original(runtime, ids)
+    def predict(runtime, sample):
+        read.append(len(sample["input_ids"]))
+        return original(runtime, sample)
 
-    monkeypatch.setattr(TorchRuntime, "logits", logits)
+    monkeypatch.setattr(TorchRuntime, "predict", predict)
     return read
-
-
-def windows(count: int) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("room", [0, 4 * (LENGTH - 1) * VOCABULARY, 1 << 30])
 def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress, monkeypatch, read, room) -> None:
     monkeypatch.setattr(reference_module, "MOST_KEPT", room)
     dense, direct = Reference(tiny("llama"), folder=tmp_path), Reference(tiny("llama"))
-    asked = windows(3)
-    first = [dense.logits(window, progress) for window in asked]
+    asked = samples(3, LENGTH)
+    first = [dense.rows(window, progress) for window in asked]
     dense.unload()
     read.clear()
-    again = [dense.logits(window, progress) for window in asked]
+    again = [dense.rows(window, progress) for window in asked]
     assert len(read) == {0: 3, 1 << 30: 0}.get(room, 2)
     for window, before, after in zip(asked, first, again, strict=True):
         assert before.shape == (LENGTH - 1, VOCABULARY)
-        assert torch.equal(before, after) and torch.equal(before, direct.logits(window, progress))
+        assert torch.equal(before, after) and torch.equal(before, direct.rows(window, progress))
     assert not list(tmp_path.iterdir())  # the file has no name that an end of the process would leave
     dense.close()
 
@@ -63,8 +61,8 @@ def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
             pass
 
     monkeypatch.setattr(reference_module.tempfile, "TemporaryFile", lambda **_: Full())
-    dense, (window,) = Reference(tiny("llama"), folder=tmp_path), windows(1)
-    assert torch.equal(dense.logits(window, progress), dense.logits(window, progress))
+    dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
+    assert torch.equal(dense.rows(window, progress), dense.rows(window, progress))
     assert len(read) == 2
     dense.close()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress.calibration import blocks
+from gblm_compress.calibration.block_calls import Call
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
 from gblm_compress.methods.allocation import Budget
@@ -49,7 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize(("where", "name"), [(blocks._Call, "run"), (records, "rename_durably")])
+@pytest.mark.parametrize(("where", "name"), [(Call, "run"), (records, "rename_durably")])
 @pytest.mark.parametrize(
     ("settings", "offload"),
     [(GBLM, False), (GBLM, True), ({"allocation": "owl"}, True), ({"method": "magnitude"}, False), (FITTED, False)],
@@ -96,8 +96,8 @@ def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) 
         patch.setattr(manifest, "verify", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     calls = count()
-    original = blocks._Call.run
-    monkeypatch.setattr(blocks._Call, "run", lambda *args: (next(calls), original(*args))[1])
+    original = Call.run
+    monkeypatch.setattr(Call, "run", lambda *args: (next(calls), original(*args))[1])
     monkeypatch.setattr("gblm_compress.pruning.walk.prune_block_", None)
     run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
     assert next(calls) == 0
@@ -246,7 +246,7 @@ def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(tiny, t
 def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(blocks._Call, "run", None)
+    monkeypatch.setattr(Call, "run", None)
     with pytest.raises(UsageError, match=r"1\.0 kB free; .* may be needed"):
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]

@@ -165,4 +165,4 @@ def test_another_interface_is_an_error_that_names_it(
     content = graph()
     change(content)
     with pytest.raises(ModelError, match=message):
-        runtime(content, tmp_path).logits(IDS)
+        runtime(content, tmp_path).predict({"input_ids": IDS})

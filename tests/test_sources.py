@@ -12,6 +12,7 @@ from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_tokenizer
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny, tiny_config
+from gblm_compress.tasks.text import vocabulary_of
 
 
 def test_a_folder_is_taken_as_it_is(tiny, progress) -> None:
@@ -147,13 +148,13 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, tmp_path, progress)
 
 
 def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
-    assert loading.vocabulary_of(tiny("gpt2")) == 257
+    assert vocabulary_of(loading.config_of(tiny("gpt2"))) == 257
     for config, expected in (
         ({"model_type": "gpt2"}, 50257),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert loading.vocabulary_of(ModelSource("m", tmp_path)) == expected
+        assert vocabulary_of(loading.config_of(ModelSource("m", tmp_path))) == expected
 
 
 def test_missing_tensors_are_an_error_not_random_weights(tmp_path, progress) -> None:

@@ -1,4 +1,4 @@
-"""What is measured on text.
+"""What is measured on samples.
 
-Samples, blocks with their inputs, statistics, gradients; in memory, on disk or on several processes.
+Blocks with their inputs, statistics, gradients; in memory, on disk or on several processes.
 """

@@ -51,7 +51,7 @@ def layer_statistics(
 
 
 def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """H = XᵀX of every layer's input, summed over all tokens of all samples.
+    """H = XᵀX of every layer's input, summed over all counted tokens of all samples.
 
     Layers with the very same input share one matrix. The diagonal is N·A² of `calibration.activation_norms` for N
     samples.
@@ -72,6 +72,8 @@ def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tenso
 def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     """R = sqrt(mean over samples of (∇_W ‖block(X_n)‖₂)²), X_n the inputs of sample n (Wanda++, arXiv 2503.04992).
 
+    What the block gives for padding is left out.
+
     Returns:
         {name: R in float32, in the stored layout of the weight}.
 
@@ -81,8 +83,9 @@ def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tens
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     with only_requires_grad(block.module, weights.values()), torch.enable_grad():
-        for hidden in block.inputs:
-            norm = block.call.run(block.module, hidden).float().norm()
+        for sample, hidden in enumerate(block.inputs):
+            output = block.calls[sample].run(block.module, hidden)
+            norm = block.without_padding(sample, output).float().norm()
             for total, gradient in zip(sums.values(), torch.autograd.grad(norm, list(weights.values())), strict=True):
                 total.addcmul_(gradient.float(), gradient.float())
     block.ranks.sum_(sums.values())

@@ -18,16 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.calibration.blocks import BlockCalls, BlockReplay, only_requires_grad
+from gblm_compress.calibration.blocks import BlockReplay, only_requires_grad
 from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GradientNorm
-
-LOSS_TOKENS = 128
-"""Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
 
 
 def gradient_norms(
@@ -44,9 +42,8 @@ def gradient_norms(
 ) -> None:
     """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
 
-    g_n is the gradient of sample n's mean next-token cross-entropy (arXiv 2311.04902, section 3), from one backward
-    pass a sample. Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs
-    backward.
+    g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a sample.
+    Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs backward.
 
     Args:
         weights: the dense model; sample by sample, all of it must be in memory.
@@ -91,15 +88,15 @@ def _by_block(
     inputs = _block_inputs(weights, calls, pool, progress)
     upstream = inputs.pop()
     with weights.outer(), only_requires_grad(weights.model, []):
-        for sample, ids in enumerate(progress.track(calls.samples, "loss", "samples")):
-            upstream[sample] = _loss_gradient(calls, ids, upstream[sample])
+        for sample in progress.track(range(len(calls.samples)), "loss", "samples"):
+            upstream[sample] = calls.loss_gradient(sample, upstream[sample])
     lowest = min(wanted)
     order = list(reversed(range(lowest, len(weights.blocks))))
-    for index in progress.track(order, "gradients", "blocks", tokens=_tokens(calls)):
+    for index in progress.track(order, "gradients", "blocks", tokens=calls.tokens):
         states = inputs.pop()
         with weights.block(index) as block, _accumulated(block, wanted.get(index, {}), norm) as sums:
             for sample, hidden in enumerate(states):
-                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
                 torch.autograd.backward(output, upstream[sample])
                 if leaf.grad is not None:
                     upstream[sample] = leaf.grad
@@ -119,14 +116,14 @@ def _by_sample(
         within.enter_context(weights.outer())
         within.enter_context(only_requires_grad(weights.model, []))
         sums = {index: within.enter_context(_accumulated(blocks[index], wanted[index], norm)) for index in wanted}
-        for ids in progress.track(calls.samples, "gradients", "samples", tokens=_tokens(calls)):
-            hidden, ran = calls.embed(ids), []
+        for sample in progress.track(range(len(calls.samples)), "gradients", "samples", tokens=calls.tokens):
+            hidden, ran = calls.embed(sample), []
             for index, block in enumerate(blocks):
-                leaf, output = _run(calls, index, block, hidden, needs_gradient=index > lowest)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
                 hidden = output.detach()
                 if index >= lowest:
                     ran.append((leaf, output))
-            upstream = _loss_gradient(calls, ids, hidden)
+            upstream = calls.loss_gradient(sample, hidden)
             while ran:
                 leaf, output = ran.pop()
                 torch.autograd.backward(output, upstream)
@@ -138,46 +135,25 @@ def _by_sample(
 
 
 def _run(
-    calls: BlockCalls, index: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
+    calls: BlockCalls, index: int, sample: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """A block's input as a leaf of autograd, and its output with the graph between them."""
+    """A block's input for a sample as a leaf of autograd, and its output with the graph between them."""
     leaf = hidden.detach().requires_grad_(needs_gradient)
     with torch.enable_grad():
-        return leaf, calls.calls[index].run(block, leaf)
+        return leaf, calls.calls[index][sample].run(block, leaf)
 
 
 def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress: Progress) -> list[HiddenStates]:
     """The hidden states of all samples before each block, and after the last."""
     replay = BlockReplay(calls, weights, pool, Ranks())
     found = [replay.hidden]
-    for index in progress.track(range(len(weights.blocks)), "forward", "blocks", tokens=_tokens(calls)):
+    for index in progress.track(range(len(weights.blocks)), "forward", "blocks", tokens=calls.tokens):
         states = pool.states(len(calls.samples))
         with weights.block(index):
             replay.advance(index, into=states)
         replay.hidden = states
         found.append(states)
     return found
-
-
-def _loss_gradient(calls: BlockCalls, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The gradient of a sample's mean next-token cross-entropy to the last block's output [1, length, hidden size].
-
-    Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time.
-    """
-    gradient = torch.zeros_like(hidden)
-    last = ids.shape[1] - 1
-    for start in range(0, last, LOSS_TOKENS):
-        end = min(start + LOSS_TOKENS, last)
-        leaf = hidden[:, start:end].detach().requires_grad_()
-        with torch.enable_grad():
-            logits = calls.logits(ids[:, start:end], leaf)
-        # The gradient to the logits: probabilities, less one for the token that follows.
-        errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
-        errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1
-        logits.backward(errors.div_(last).to(logits.dtype))  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
-        gradient[:, start:end] = leaf.grad
-    return gradient
 
 
 @contextmanager
@@ -209,7 +185,3 @@ def _accumulated(block: nn.Module, layers: dict[str, nn.Module], norm: GradientN
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _tokens(calls: BlockCalls) -> int:
-    return sum(ids.numel() for ids in calls.samples)

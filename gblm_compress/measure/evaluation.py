@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 
 from gblm_compress import faults
-from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, ModelError
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.reference import Reference, ask
@@ -26,6 +25,8 @@ from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
+from gblm_compress.tasks import text
+from gblm_compress.tasks.task import Sample
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,21 @@ class EvaluateResult:
         return asdict(self)
 
 
-def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
-    """What an evaluation reads, so that its absence shows before any work: the windows of text [windows, length].
+def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
+    """What an evaluation reads, so that its absence shows before any work: the samples.
 
     Raises:
         GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
     """
     faults.raise_all(check([source], settings, progress))
-    return _windows(source, settings, progress)
+    return _samples(source, settings, progress)
 
 
-def _windows(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Tensor:
+def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
     progress.say(f"reading {settings.dataset} …")
-    tokenizer, vocabulary = loading.load_tokenizer(source), loading.vocabulary_of(source)
-    ids = text.tokenize(tokenizer, vocabulary, text.load_text(settings.dataset, "evaluation"))
-    return text.consecutive_windows(ids, settings.sequence_length, settings.max_windows, settings.dataset)
+    tokenizer, config = loading.load_tokenizer(source), loading.config_of(source)
+    size = settings.sequence_length, settings.max_windows
+    return loading.task_of(source).evaluation(tokenizer, config, settings.dataset, *size)
 
 
 def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
@@ -123,19 +124,20 @@ def evaluate(
     if reference is not None:
         looks.append(partial(check_baseline, source, reference.source))
     faults.raise_all(check(given, settings, progress) + faults.collect(looks))
-    windows = _windows(source, settings, progress)
+    task, samples = loading.task_of(source), _samples(source, settings, progress)
     device = loading.choose_device(device)
     progress.say(f"loading {source.name} …")
     model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
-    losses, dense_losses, divergences, agreements = [], [], [], []
-    for window in progress.track(list(windows), "evaluating", unit="windows"):
-        logits = model.logits(window.unsqueeze(0))[0, :-1]
-        losses.append(_cross_entropy(logits, window))
+    losses, dense_losses, divergences, agreements, predicted = [], [], [], [], 0
+    for sample in progress.track(samples, "evaluating", unit="windows"):
+        rows = task.rows(model.predict(sample), sample)
+        losses.append(float(task.loss(rows, sample)))
+        predicted += len(rows)
         if reference is not None:
-            dense = reference.logits(window, progress)
-            dense_losses.append(_cross_entropy(dense, window))
-            divergences.append(mean_kl(dense, logits))
-            agreements.append(top1_agreement(dense, logits))
+            dense = reference.rows(sample, progress)
+            dense_losses.append(float(task.loss(dense, sample)))
+            divergences.append(mean_kl(dense, rows))
+            agreements.append(top1_agreement(dense, rows))
     mean, error = mean_and_standard_error(losses)
     if not math.isfinite(mean):
         raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
@@ -151,8 +153,8 @@ def evaluate(
         perplexity=_exp(mean),
         perplexity_error=None if error is None else _exp(mean) * error,
         cross_entropy=mean,
-        windows=len(windows),
-        predicted_tokens=windows.numel() - len(windows),
+        windows=len(samples),
+        predicted_tokens=predicted,
         sequence_length=settings.sequence_length,
         dtype=model.dtype,
         provider=model.provider,
@@ -185,10 +187,6 @@ def mean_and_standard_error(values: list[float]) -> tuple[float, float | None]:
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
-
-
-def _cross_entropy(logits: Tensor, window: Tensor) -> float:
-    return float(cross_entropy(logits, window[1:]))
 
 
 def _mean(values: list[float]) -> float:

@@ -16,6 +16,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.storage import outputs
+from gblm_compress.tasks.task import Sample, fingerprint
 
 MOST_KEPT = 16 << 30
 """Bytes of logits that are kept at most. Memory seldom caches more, and disks are slow."""
@@ -53,7 +54,7 @@ class Reference:
         self._runtime: Runtime | None = None
         self._file: IO[bytes] | None = None
         self._left = 0
-        self._kept: dict[bytes, tuple[int, torch.Size]] = {}  # by token ids: place in the file and shape
+        self._kept: dict[str, tuple[int, torch.Size]] = {}  # by sample: place in the file and shape
         self._answers: dict[tuple[Any, ...], Answers] = {}
 
     @property
@@ -61,15 +62,15 @@ class Reference:
         """Bytes of logits that it keeps at most, if nobody else fills the disk."""
         return 0 if self._folder is None else min(MOST_KEPT, outputs.free_bytes(self._folder) // 2)
 
-    def logits(self, window: Tensor, progress: Progress) -> Tensor:
-        """Logits [length - 1, vocabulary] in float32 that predict tokens 2 … of a window [length]."""
-        key = window.numpy().tobytes()
+    def rows(self, sample: Sample, progress: Progress) -> Tensor:
+        """What of the model's prediction for a sample is judged, [rows, …] in float32: see `Task.rows`."""
+        key = fingerprint([sample])
         if key in self._kept:
             return self._read(*self._kept[key])
-        logits = self._loaded(progress).logits(window.unsqueeze(0))[0, :-1].contiguous()
+        rows = loading.task_of(self.source).rows(self._loaded(progress).predict(sample), sample).contiguous()
         if self._folder is not None:
-            self._keep(key, logits)
-        return logits
+            self._keep(key, rows)
+        return rows
 
     def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
         """As `ask`."""
@@ -98,7 +99,7 @@ class Reference:
             self._runtime = load_runtime(self.source, dtype, device, torch.get_num_threads())
         return self._runtime
 
-    def _keep(self, key: bytes, logits: Tensor) -> None:
+    def _keep(self, key: str, logits: Tensor) -> None:
         if self._file is None:
             self._left = self.room
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - `close` closes it

@@ -25,6 +25,8 @@ from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import RuntimeName
+from gblm_compress.tasks import task_of
+from gblm_compress.tasks.task import Sample, on_device
 
 _LOGITS = "logits"
 _PAST = "past_key_values."
@@ -33,7 +35,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Runtime(Protocol):
-    """A loaded causal language model."""
+    """A loaded model; all but `predict` is for causal language models."""
 
     @property
     def provider(self) -> str:
@@ -43,8 +45,8 @@ class Runtime(Protocol):
     def dtype(self) -> str:
         """The dtype of the weights."""
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] in float32 on the CPU, for ids [batch, tokens]."""
+    def predict(self, sample: Sample) -> Tensor:
+        """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Read a prompt: the greedy next token of each sequence [batch, 1] and the KV cache."""
@@ -103,15 +105,16 @@ class TorchRuntime:
     """Eager torch on a transformers model."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self._task = model, task_of(type(model))
         self._cache_argument = cache_argument(model)
         self.provider = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
-        return logits.float().cpu()
+    def predict(self, sample: Sample) -> Tensor:
+        output = self.model(**self._task.arguments(on_device(sample, self.model.device)))
+        prediction: Tensor = getattr(output, self._task.output)
+        return prediction.float().cpu()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
@@ -177,7 +180,8 @@ class OnnxRuntime:
             self.dtype = self._interface.dtype
             self._kernels = self._profiled(sorted(set(profile))) if profile else {}
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def predict(self, sample: Sample) -> Tensor:
+        ids = sample["input_ids"]
         logits, _ = self._run(ids.numpy(), self._empty_cache(len(ids)), past=0)
         return torch.from_numpy(logits).float()
 

@@ -7,30 +7,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
+from gblm_compress.tasks import DEFAULT, TASKS
+from gblm_compress.tasks.task import Task
 
 _SAMPLE = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The causal language model in eval mode on `device`.
+    """The model in eval mode on `device`, of the class that its task says.
 
     Args:
         dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a packed folder's.
         device: "cpu", "cuda", "cuda:1", …
 
     Raises:
-        ModelError: the folder is no causal language model, or its weights do not load completely.
+        ModelError: the folder is for no task that is known, or its weights do not load completely.
     """
-    from transformers import AutoModelForCausalLM
-
-    check_causal_lm(source)
+    auto_class = _auto_class(source)
     if source.is_packed:
         dtype = "auto"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             source.folder,
             dtype=dtype,
             use_safetensors=True,
@@ -51,24 +52,24 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
 
 
 def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
-    """The causal language model in eval mode with its parameters on the meta device; its buffers are real.
+    """The model in eval mode with its parameters on the meta device; its buffers are real.
 
     Args:
         dtype: as for `load_model`.
 
     Raises:
-        ModelError: the folder is no causal language model.
+        ModelError: the folder is for no task that is known.
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    check_causal_lm(source)
+    auto_class = _auto_class(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+            model = auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.tie_weights()  # making it empty has untied it
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
@@ -77,8 +78,8 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
 
 def check_model(source: ModelSource, verb: str) -> None:
     """Raises:
-    ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it holds no
-        causal language model.
+    ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it is
+        for no task that is known.
     """
     original = f"{verb} the Hugging Face folder that it was made from"
     if source.is_packed:
@@ -88,7 +89,7 @@ def check_model(source: ModelSource, verb: str) -> None:
             f"model {source.name!r} is an export, for it holds {GRAPH}; {original}, or remove that file if it does not "
             "belong there"
         )
-    check_causal_lm(source)
+    task_of(source)
 
 
 def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
@@ -104,17 +105,15 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
         )
 
 
-def check_causal_lm(source: ModelSource) -> None:
-    """Ask optimum's TasksManager which task the model's class is for.
+def task_of(source: ModelSource) -> Task:
+    """What the model is for, by the class that its config names.
 
     Raises:
-        ModelError: it is no causal language model, or its class is not known.
+        ModelError: that is no task in `TASKS`, or its class is not known.
     """
     import transformers
-    from optimum.exporters.tasks import TasksManager
 
-    if source.is_onnx:
-        raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
+    found = TASKS[DEFAULT]
     for architecture in source.config.get("architectures") or []:
         model_class = getattr(transformers, architecture, None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -123,11 +122,23 @@ def check_causal_lm(source: ModelSource) -> None:
                 f"{architecture}; custom code that ships with a model is not run"
             )
         try:
-            task = TasksManager.infer_task_from_model(model_class)
-        except ValueError:  # the name fits none of its tasks
-            task = "no task that optimum knows"
-        if task != "text-generation":
-            raise ModelError(f"model {source.name!r}: {architecture} is for {task}; a causal language model is needed")
+            found = tasks.task_of(model_class)
+        except ModelError as error:
+            raise ModelError(f"model {source.name!r}: {error}") from error
+    return found
+
+
+def _auto_class(source: ModelSource) -> Any:
+    """The class of transformers that loads the model.
+
+    Raises:
+        ModelError: as `task_of`, or the folder is an ONNX export.
+    """
+    import transformers
+
+    if source.is_onnx:
+        raise ModelError(f"model {source.name!r} is an export; give the Hugging Face folder that it was exported from")
+    return getattr(transformers, task_of(source).auto_class)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -152,19 +163,18 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def vocabulary_of(source: ModelSource) -> int:
-    """How many tokens a model has embeddings for, by its config and the defaults of its architecture.
+def config_of(source: ModelSource) -> Any:
+    """The config as transformers has it, with the defaults of the architecture.
 
     Raises:
-        ModelError: the config does not load, or names no vocabulary.
+        ModelError: it does not load.
     """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        return int(config.get_text_config().vocab_size)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: its config names no vocabulary ({first_line(error)})") from error
+        raise ModelError(f"model {source.name!r}: its config cannot be loaded ({first_line(error)})") from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

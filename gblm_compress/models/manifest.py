@@ -24,6 +24,7 @@ from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_f
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import keys, read_tensor
 from gblm_compress.models.files import weight_files
+from gblm_compress.models.loading import task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import printable
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -136,7 +137,7 @@ by gblm-compress {{ version }}, without retraining on anything but the calibrati
 """
     + _PROVENANCE
     + """
-The weights are stored dense; `AutoModelForCausalLM.from_pretrained` loads this folder as it is. Every parameter, the
+The weights are stored dense; `{{ auto_class }}.from_pretrained` loads this folder as it is. Every parameter, the
 fingerprint of the calibration text and the nonzeros of each layer are in `gblm_manifest.json`.
 """
 )
@@ -187,7 +188,7 @@ def write(
         "left_dense": left_dense,
     }
     title = f"{_short(content)}, {settings['method']}, {settings['pattern']}"
-    _write(folder, content, _PRUNED_CARD, "transformers", title)
+    _write(folder, content, _PRUNED_CARD, "transformers", title, auto_class=task_of(source).auto_class)
 
 
 def write_export(

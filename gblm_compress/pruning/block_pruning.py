@@ -61,7 +61,7 @@ def prune_block_(
         {name: what became of it}.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
-    alpha = settings.effective_alpha(block.samples, block.inputs[0].shape[1]) if block else settings.alpha
+    alpha = settings.effective_alpha(block.samples, block.tokens) if block else settings.alpha
     rules = {
         name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha, settings.damping) for name in layers
     }

@@ -14,6 +14,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import Fit, fit
 from gblm_compress.pruning.reconstruction import autocast, write_
+from gblm_compress.tasks.task import Sample, Task
 
 
 class _HeadReached(Exception):
@@ -21,7 +22,7 @@ class _HeadReached(Exception):
 
 
 @torch.no_grad()
-def head_inputs(model: nn.Module, samples: Sequence[Tensor], progress: Progress) -> list[Tensor]:
+def head_inputs(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
     """What goes into the model's head for every sample, each [1, length, hidden size].
 
     From the dense model these are its predictions at a hundredth of the size: the head is never pruned.
@@ -37,9 +38,9 @@ def head_inputs(model: nn.Module, samples: Sequence[Tensor], progress: Progress)
 
     hook = _head(model).register_forward_pre_hook(stop)
     try:
-        for ids in progress.track(samples, "dense predictions", unit="samples"):
+        for sample in progress.track(samples, "dense predictions", unit="samples"):
             try:
-                model(input_ids=ids, use_cache=False)
+                model(**task.arguments(sample))
             except _HeadReached:
                 continue
     finally:
@@ -50,7 +51,8 @@ def head_inputs(model: nn.Module, samples: Sequence[Tensor], progress: Progress)
 def distil_(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    samples: Sequence[Tensor],
+    task: Task,
+    samples: Sequence[Sample],
     teacher: Sequence[Tensor],
     *,
     epochs: int,
@@ -58,12 +60,14 @@ def distil_(
     compute: str,
     progress: Progress,
 ) -> Fit:
-    """Fit the surviving weights of all layers by Adam, in place: the mean KL(dense ‖ pruned) over tokens is the loss.
+    """Fit the surviving weights of all layers by Adam, in place: the mean KL(dense ‖ pruned) over counted
+    tokens is the loss.
 
     Args:
-        model: a pruned causal language model.
+        model: the pruned model.
         layers: {full name: pruned layer}.
-        samples: token ids, each [1, length].
+        task: what the model is for; its prediction is taken for logits.
+        samples: its samples.
         teacher: `head_inputs` of the dense model for the same samples.
         epochs, rate, compute: as for `reconstruction.reconstruct_`.
 
@@ -75,9 +79,14 @@ def distil_(
 
     def loss(masters: dict[str, Tensor], index: int) -> Tensor:
         student = {key: master.to(weights[key].dtype) for key, master in masters.items()}
-        with autocast(samples[index].device, compute), _beside(head, teacher[index]):
-            output = functional_call(model, student, kwargs={"input_ids": samples[index], "use_cache": False})
-        predicted, target = (logits.float().log_softmax(-1) for logits in output.logits)
+        sample = samples[index]
+        with autocast(teacher[index].device, compute), _beside(head, teacher[index]):
+            output = functional_call(model, student, kwargs=task.arguments(sample))
+        counted = task.counted(sample)
+        predicted, target = (
+            (logits if counted is None else logits[counted[0]]).float().log_softmax(-1)
+            for logits in getattr(output, task.output)
+        )
         return kl_div(predicted, target.detach(), reduction="batchmean", log_target=True)
 
     with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:

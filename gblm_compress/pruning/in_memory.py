@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import Tensor, nn
+from torch import nn
 
-from gblm_compress.calibration import text
 from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
@@ -22,6 +21,8 @@ from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import PruneResult, left_dense_of
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings
+from gblm_compress.tasks import task_of
+from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
 def prune_in_place(
@@ -36,41 +37,40 @@ def prune_in_place(
         GblmError: as `prune_`; the text cannot be read or is too short, or there is no tokenizer for it.
     """
     start = time.perf_counter()
-    samples: list[Tensor] = []
+    samples: list[Sample] = []
     if settings.needs_text:
         if tokenizer is None:
             raise UsageError(f"method {settings.method} reads text: give the tokenizer of the model")
         size = calibration.samples, calibration.sequence_length, calibration.seed
-        vocabulary = model.get_input_embeddings().num_embeddings
-        samples = text.calibration_windows(tokenizer, vocabulary, calibration.dataset, *size)
+        samples = task_of(type(model)).calibration(tokenizer, model.config, calibration.dataset, *size)
     model.eval()
     with peak_memory(str(model.device)) as memory:
-        layers = prune_(model, [ids.to(model.device) for ids in samples], settings, progress)
+        layers = prune_(model, [on_device(sample, model.device) for sample in samples], settings, progress)
     return PruneResult(
         folder=None,
         layers=layers,
         left_dense=left_dense_of(model, settings, layers),
         seconds=time.perf_counter() - start,
         peak_memory_bytes=memory.peak_bytes,
-        calibration_fingerprint=text.fingerprint(samples) if samples else None,
+        calibration_fingerprint=fingerprint(samples) if samples else None,
     )
 
 
 def prune_(
-    model: nn.Module, samples: Sequence[Tensor], settings: PruneSettings, progress: Progress
+    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
 ) -> dict[str, LayerResult]:
     """Prune a model in memory, in place.
 
     Args:
-        model: a causal language model in eval mode.
-        samples: token ids, each [1, length]; may be empty for a method that needs no text.
+        model: a model in eval mode; its class says what it is for.
+        samples: of its task, on its device; may be empty for a method that needs no text.
         settings: what to prune and how.
 
     Returns:
         {layer name: what became of it}.
 
     Raises:
-        ModelError: a value is NaN or infinite, or the architecture is not supported.
+        ModelError: a value is NaN or infinite, or architecture or task is not supported.
         UsageError: a width does not divide by M, or a name pattern matches nothing.
     """
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
@@ -78,4 +78,6 @@ def prune_(
         budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
         device = next(model.parameters()).device
         pool = StatePool(run.states, budget, device)
-        return Walk(ResidentWeights(model), samples, settings, run, pool, progress, Ranks()).prune_()
+        return Walk(
+            ResidentWeights(model), task_of(type(model)), samples, settings, run, pool, progress, Ranks()
+        ).prune_()

@@ -6,7 +6,6 @@ import psutil
 import torch
 
 from gblm_compress.calibration import ranks
-from gblm_compress.calibration.gradients import LOSS_TOKENS
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Need
@@ -15,6 +14,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import outputs
+from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 
 SHARE_OF_FREE_MEMORY = 0.8
 """What a run takes of the memory that is free when it starts, unless it is told."""

@@ -63,8 +63,8 @@ def reconstruct_(
 
         hidden = block.inputs[index]
         with autocast(hidden.device, compute):
-            output = block.call.run(call, hidden)
-        return relative_error(output, targets[index])
+            output = block.calls[index].run(call, hidden)
+        return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
 
     fits: list[Fit] = []
     current = best = weights

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gblm_compress import __version__, faults
-from gblm_compress.calibration import ranks, text
+from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
@@ -43,6 +43,9 @@ from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import folders, outputs
+from gblm_compress.tasks import text
+from gblm_compress.tasks.task import Sample, on_device
+from gblm_compress.tasks.task import fingerprint as fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _prune(
     for note in pruned_before:
         progress.say(f"note: {note}")
     samples = _calibration_samples(source, tokenizer, calibration, progress) if settings.needs_text else []
-    fingerprint = text.fingerprint(samples) if samples else None
+    fingerprint = fingerprint_of(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
         dtype = _choose_dtype(dtype, source, device, group)
@@ -225,7 +228,7 @@ class _Walked:
 def _walk(
     source: ModelSource,
     settings: PruneSettings,
-    samples: list[Tensor],
+    samples: list[Sample],
     run: RunFolder,
     plan: Plan,
     dtype: str,
@@ -242,7 +245,8 @@ def _walk(
     _check_stored(source, weights.model, settings)
     walk = Walk(
         weights=weights,
-        samples=[ids.to(device) for ids in group.share(samples)] if samples else [],
+        task=loading.task_of(source),
+        samples=[on_device(sample, device) for sample in group.share(samples)] if samples else [],
         settings=settings,
         run=run,
         pool=StatePool(run.states, plan.states, torch.device(device)),
@@ -435,10 +439,10 @@ def _pruned_before(source: ModelSource) -> list[str]:
 
 def _calibration_samples(
     source: ModelSource, tokenizer: Any, calibration: CalibrationSettings, progress: Progress
-) -> list[Tensor]:
+) -> list[Sample]:
     progress.say(f"reading {calibration.dataset} …")
     size = calibration.samples, calibration.sequence_length, calibration.seed
-    return text.calibration_windows(tokenizer, loading.vocabulary_of(source), calibration.dataset, *size)
+    return loading.task_of(source).calibration(tokenizer, loading.config_of(source), calibration.dataset, *size)
 
 
 def _warnings(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
+from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.calibration.blocks import Block, BlockCalls, BlockReplay
+from gblm_compress.calibration.blocks import Block, BlockReplay
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
@@ -33,6 +34,7 @@ from gblm_compress.pruning.budgeting import uniform_budgets
 from gblm_compress.pruning.distillation import distil_, head_inputs
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import PruneSettings
+from gblm_compress.tasks.task import Sample, Task
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Walk:
 
     Attributes:
         weights: the dense model; in memory it is pruned in place.
-        samples: token ids of this process, each [1, length]; may be empty for a method that needs no text.
+        task: what the model is for.
+        samples: those of this process; may be empty for a method that needs no text.
         settings: what to prune and how.
         run: where finished work is kept; what is there already is not done again.
         pool: where hidden states are kept.
@@ -50,7 +53,8 @@ class Walk:
     """
 
     weights: Weights
-    samples: Sequence[Tensor]
+    task: Task
+    samples: Sequence[Sample]
     settings: PruneSettings
     run: RunFolder
     pool: StatePool
@@ -75,7 +79,7 @@ class Walk:
         settings = self.settings
         layers = prunable_layers(self.weights.model, settings.targets, settings.ignore)
         self._check(layers)
-        calls = BlockCalls(self.weights, self.samples) if settings.needs_text else None
+        calls = BlockCalls(self.weights, self.task, self.samples) if settings.needs_text else None
         if settings.needs_gradients:
             assert calls is not None
             self._measure_gradients(calls, layers)
@@ -87,7 +91,7 @@ class Walk:
         ]
         predictions = []
         if settings.distillation_epochs and not self.run.distilled:
-            predictions = head_inputs(self.weights.model, self.samples, self.progress)
+            predictions = head_inputs(self.weights.model, self.task, self.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
             results = self._distil_(layers, budgets, predictions)
@@ -147,7 +151,7 @@ class Walk:
         results: dict[str, LayerResult] = {}
         # What goes into a block is needed as long as a block from there on is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
-        tokens = sum(ids.numel() for ids in self.samples)
+        tokens = calls.tokens if calls else 0
         blocks = range(len(layers))
         for index in self.progress.track(blocks, f"pruning ({settings.method})", "blocks", tokens=tokens):
             with self.weights.block(index):
@@ -177,6 +181,7 @@ class Walk:
         distil_(
             self.weights.model,
             pruned,
+            self.task,
             self.samples,
             predictions,
             epochs=self.settings.distillation_epochs,

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from gblm_compress import faults
-from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
@@ -15,6 +14,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.runs.stages import Job, Recorded, stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
+from gblm_compress.tasks import text
 
 ANYWHERE = Path()  # the folder of a run is no matter to what its stages check
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress import faults
-from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import check as evaluate_faults
@@ -32,6 +31,7 @@ from gblm_compress.pruning.stage import PruneResult, prune
 from gblm_compress.runs.reuse import carry_out, evaluation_hash, text_hash
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 from gblm_compress.storage import outputs, records
+from gblm_compress.tasks import text
 
 REPORT, PLOT = "comparison.json", "comparison.png"
 

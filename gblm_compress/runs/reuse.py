@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from gblm_compress.calibration import text
 from gblm_compress.errors import ModelError, OutputError, first_line
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import zero_shot
@@ -22,6 +21,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.storage import records
+from gblm_compress.tasks import text
 
 STAGES = ".stages"
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel
 
 from gblm_compress import exporters, faults
-from gblm_compress.calibration import text
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.formats import FORMATS, Format
@@ -44,6 +43,7 @@ from gblm_compress.settings import (
     PruneSettings,
     Recipe,
 )
+from gblm_compress.tasks import text
 
 Look = Callable[[], object]
 
@@ -332,7 +332,7 @@ class Evaluate(Recorded):
         room, windows = self.job.reference.room, self.settings.max_windows
         if windows is None:  # as many as the text has
             return Disk(meanwhile=room)
-        logits = windows * (self.settings.sequence_length - 1) * loading.vocabulary_of(self.job.dense)
+        logits = windows * (self.settings.sequence_length - 1) * text.vocabulary_of(loading.config_of(self.job.dense))
         return Disk(meanwhile=min(room, 4 * logits))
 
     def work(self, progress: Progress) -> Any:

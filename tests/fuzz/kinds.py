@@ -13,7 +13,6 @@ import numpy
 from gguf import GGUFWriter
 from hypothesis import strategies as st
 
-from gblm_compress.calibration.text import demo_paragraphs
 from gblm_compress.exporters import export
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.loading import load_model, load_tokenizer
@@ -23,6 +22,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.tasks.text import demo_paragraphs
 from tests.fuzz.mutations import ODD_TEXTS, Draw, spoil
 
 SHORT = ["--sequence-length", "16"]

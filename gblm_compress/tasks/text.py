@@ -163,6 +163,18 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
     return ids
 
 
+def vocabulary_of(config: Any) -> int:
+    """How many tokens a model has embeddings for, by its config as transformers has it.
+
+    Raises:
+        ModelError: the config names no vocabulary.
+    """
+    try:
+        return int(config.get_text_config().vocab_size)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"the model's config names no vocabulary ({first_line(error)})") from error
+
+
 def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
     """Calibration windows as the reference draws them: `start = randint(0, tokens - length - 1)` for each.
 
@@ -252,14 +264,6 @@ def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str
             "give a longer text or a smaller --sequence-length"
         )
     return ids[: count * length].reshape(count, length)[:limit]
-
-
-def fingerprint(windows: Iterable[Tensor]) -> str:
-    """SHA-256 over the token ids, in order."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(window.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_file(path: Path, source: str) -> str:

@@ -1,0 +1,270 @@
+"""How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
+
+import operator
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.block_weights import Weights
+from gblm_compress.errors import ModelError
+from gblm_compress.tasks.task import Sample, Task
+
+
+class BlockCalls:
+    """How a model calls its blocks, and what it does before and after them.
+
+    The arguments of every block (masks, position embeddings, …) are recorded for every sample from a forward pass of
+    the model, in which at most the first block computes, and replayed; they are not rebuilt. The first sample is
+    recorded twice, with other hidden states, so that an architecture whose block arguments depend on what blocks
+    compute, or whose blocks do not form a chain, is refused instead of calibrated wrongly.
+
+    Args:
+        weights: a model in eval mode.
+        task: what it is for.
+        samples: its samples, all of one shape.
+
+    Attributes:
+        calls: for each block, the arguments of each sample; one object where they equal those of the first sample.
+        counted: for each sample, which tokens are counted, see `Task.counted`.
+        tokens: how many of all samples are counted.
+
+    Raises:
+        ModelError: the blocks cannot be replayed.
+    """
+
+    def __init__(self, weights: Weights, task: Task, samples: Sequence[Sample]) -> None:
+        shapes = {tuple(tensor.shape for tensor in sample.values()) for sample in samples}
+        assert len(shapes) == 1, "the samples of a task have one shape: it pads the shorter ones"
+        self._weights, self.task, self.samples = weights, task, samples
+        self.counted = [task.counted(sample) for sample in samples]
+        with weights.outer(), weights.block(0) as first_block:
+            first = _record_calls(weights, task.arguments(samples[0]), first_block)
+            _check_same_arguments(first, _record_calls(weights, task.arguments(samples[0]), first_block, negate=True))
+            # A tensor that the first block gives beside the hidden states may be an argument of the others.
+            like = None if _holds_tensor(first[0].beside) else first
+            recorded = [first]
+            for sample in samples[1:]:
+                calls = _record_calls(weights, task.arguments(sample), first_block, like)
+                recorded.append([_shared(call, of_first) for call, of_first in zip(calls, first, strict=True)])
+            self.calls = [list(of_block) for of_block in zip(*recorded, strict=True)]
+            self.tokens = counted_tokens(self.counted, self.embed(0))
+
+    @torch.no_grad()
+    def embed(self, sample: int) -> Tensor:
+        """What goes into the first block [1, tokens, hidden size]; needs `weights.outer()`."""
+
+        def stop(hidden: Tensor) -> Tensor:
+            raise _FirstBlockReached(hidden)
+
+        try:
+            self._without_blocks(self.samples[sample], stop)
+        except _FirstBlockReached as reached:
+            return reached.hidden
+        raise AssertionError("the first block ran when the calls were recorded")
+
+    def loss_gradient(self, sample: int, hidden: Tensor) -> Tensor:
+        """The gradient of a sample's loss to what the last block gives; needs `weights.outer()`.
+
+        Args:
+            hidden: the last block's output [1, tokens, hidden size].
+        """
+
+        def predict(sample: Sample, hidden: Tensor) -> Tensor:
+            return getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+
+        return self.task.loss_gradient(predict, self.samples[sample], hidden)
+
+    def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
+        """A forward pass of the model in which `instead` stands for all its blocks."""
+        model, path = self._weights.model, self._weights.prefix
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        stand_in = _StandIn(self._weights.blocks[0], instead, self.calls[0][0].beside)
+        blocks = getattr(holder, name)
+        setattr(holder, name, nn.ModuleList([stand_in]))
+        try:
+            return model(**self.task.arguments(sample))
+        finally:
+            setattr(holder, name, blocks)
+
+
+def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
+    """How many tokens of all samples are counted; `hidden` are the states of one, [1, tokens, hidden size]."""
+    return sum(hidden.shape[1] if mask is None else int(mask.sum()) for mask in counted)
+
+
+@dataclass
+class Call:
+    """One block's recorded arguments, less the hidden states: positional ones after them, and keywords.
+
+    Attributes:
+        beside: what a block returns after the hidden states; None if it returns nothing but those, and no tuple.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_is_keyword: bool
+    beside: tuple[Any, ...] | None = None
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        return _hidden_output(self.returned(block, hidden))
+
+    def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        if self.hidden_is_keyword:
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
+
+
+class _FirstBlockReached(Exception):
+    """Ends a forward pass once the input of the first block is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward pass once the last block was called."""
+
+
+class _StandIn(nn.Module):
+    """Takes the place of all blocks; what a model asks of a block beside calling it, the first block answers."""
+
+    def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], beside: tuple[Any, ...] | None) -> None:
+        super().__init__()
+        self._block, self._instead, self._beside = [block], instead, beside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._instead(_split_call(args, kwargs)[0])
+        return output if self._beside is None else (output, *self._beside)
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], dict(kwargs), hidden_is_keyword=False)
+    rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], Call((), rest, hidden_is_keyword=True)
+
+
+def _hidden_output(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def _record_calls(
+    weights: Weights,
+    arguments: dict[str, Any],
+    first_block: nn.Module,
+    like: list[Call] | None = None,
+    negate: bool = False,
+) -> list[Call]:
+    """How the model calls each of its blocks, checking that they form a chain.
+
+    Only the first block computes, to show what a block returns. The others give the negative of what they get: enough
+    to see whether the next one takes it.
+
+    Args:
+        arguments: of the model's forward pass.
+        first_block: with its weights.
+        like: calls that show what a block returns; then no block computes.
+        negate: whether the first block computes with the negative of what it gets.
+    """
+    model, blocks = weights.model, weights.blocks
+    calls: list[Call] = []
+    latest: list[Tensor] = []
+    with ExitStack() as within, suppress(_LastBlockReached):
+        compute = first_block.forward
+
+        def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split_call(args, kwargs)
+            if latest and hidden is not latest[0] and not torch.allclose(hidden, latest[0], 0, 0, equal_nan=True):
+                raise ModelError(
+                    f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
+                    "its input; architectures whose blocks do not form a chain are not supported"
+                )
+            if any(isinstance(value, MutableMapping) and not value for value in (*call.args, *call.kwargs.values())):
+                raise ModelError(
+                    f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
+                    "something on beside the hidden states; such architectures are not supported"
+                )
+            if like is not None:
+                output, call.beside = hidden, like[0].beside
+            elif calls:
+                output, call.beside = -hidden, calls[0].beside
+            else:
+                returned = call.returned(compute, -hidden if negate else hidden)
+                output, call.beside = _hidden_output(returned), returned[1:] if isinstance(returned, tuple) else None
+            latest[:] = [output]
+            calls.append(call)
+            if block is blocks[-1]:
+                raise _LastBlockReached
+            return output if call.beside is None else (output, *call.beside)
+
+        for block in blocks:
+            within.enter_context(_forward(block, partial(record, block)))
+        model(**arguments)
+    if len(calls) != len(blocks):
+        raise ModelError(
+            f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}; architectures that skip "
+            "or repeat blocks are not supported"
+        )
+    return calls
+
+
+def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        pairs = [
+            *((str(i), a, b) for i, (a, b) in enumerate(zip(one.args, other.args, strict=True))),
+            *((name, one.kwargs[name], other.kwargs.get(name)) for name in one.kwargs),
+        ]
+        for name, a, b in pairs:
+            if not _same(a, b):
+                raise ModelError(
+                    f"block {index}: its argument {name!r} depends on what blocks before it compute; such "
+                    "architectures are not supported"
+                )
+
+
+def _shared(call: Call, first: Call) -> Call:
+    """A call with every argument that equals the first sample's in that one's memory; `first` if they all do."""
+    args = tuple(b if _same(a, b) else a for a, b in zip(call.args, first.args, strict=True))
+    kwargs = {name: b if _same(a, b := first.kwargs.get(name)) else a for name, a in call.kwargs.items()}
+    same = all(map(operator.is_, (*args, *kwargs.values()), (*first.args, *map(first.kwargs.get, kwargs))))
+    return first if same else replace(call, args=args, kwargs=kwargs, beside=first.beside)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, type(a)) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or bool(a == b)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensor, value)))
+
+
+@contextmanager
+def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for the duration of a `with`; its hooks stay."""
+    of_class = "forward" not in vars(module)
+    before = module.forward
+    module.forward = instead
+    try:
+        yield
+    finally:
+        if of_class:
+            del module.forward
+        else:
+            module.forward = before

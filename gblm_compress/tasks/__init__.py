@@ -1,0 +1,43 @@
+"""What a model is for.
+
+The registry of tasks, a file for each, and the samples that they read. Importing a module loads no torch.
+"""
+
+from gblm_compress.errors import ModelError
+from gblm_compress.tasks.causal_lm import CausalLM
+from gblm_compress.tasks.task import Task
+
+TASKS: dict[str, Task] = {
+    "causal-lm": CausalLM(),
+}
+"""All tasks."""
+
+DEFAULT = "causal-lm"
+"""That of a model of which nothing tells the task."""
+
+
+def task_of(model_class: type) -> Task:
+    """The task that a class of models is for, as optimum's TasksManager knows it of the class or one above it.
+
+    A class from outside transformers that it does not know is for `DEFAULT`.
+
+    Raises:
+        ModelError: it is for a task that is not in `TASKS`, or a class of transformers for none.
+    """
+    from optimum.exporters.tasks import TasksManager
+
+    name = "no task that optimum knows"
+    for kind in model_class.__mro__:
+        try:
+            name = TasksManager.infer_task_from_model(kind)
+            break
+        except ValueError:  # the name fits none of its tasks
+            continue
+    else:
+        if not model_class.__module__.startswith("transformers."):
+            return TASKS[DEFAULT]
+    found = next((task for task in TASKS.values() if task.optimum == name), None)
+    if found is None:
+        needed = " or ".join(task.help for task in TASKS.values())
+        raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
+    return found

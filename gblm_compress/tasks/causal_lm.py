@@ -1,0 +1,76 @@
+"""Causal language modelling: every token is predicted from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gblm_compress.tasks import text
+from gblm_compress.tasks.task import Sample, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOSS_TOKENS = 128
+"""Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
+
+
+class CausalLM(Task):
+    """Samples are full windows of text, without padding; the loss is the mean cross-entropy of the next token."""
+
+    help = "a causal language model"
+    optimum = "text-generation"
+    auto_class = "AutoModelForCausalLM"
+
+    def calibration(
+        self, tokenizer: Any, config: Any, dataset: str, samples: int, length: int, seed: int
+    ) -> list[Sample]:
+        windows = text.calibration_windows(tokenizer, text.vocabulary_of(config), dataset, samples, length, seed)
+        return [{"input_ids": window} for window in windows]
+
+    def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+        """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
+        ids = text.tokenize(tokenizer, text.vocabulary_of(config), text.load_text(dataset, "evaluation"))
+        windows = text.consecutive_windows(ids, length, limit, dataset)
+        return [{"input_ids": window.unsqueeze(0)} for window in windows]
+
+    def example(self, config: Any) -> Sample:
+        """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
+        import torch
+
+        ids = torch.arange(12).reshape(2, 6) % config.vocab_size
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def arguments(self, sample: Sample) -> dict[str, Any]:
+        return {**sample, "use_cache": False}
+
+    def rows(self, prediction: Tensor, sample: Sample) -> Tensor:
+        """Logits [tokens - 1, vocabulary], of all tokens that another follows."""
+        return prediction[0, :-1]
+
+    def loss(self, rows: Tensor, sample: Sample) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(rows, sample["input_ids"][0, 1:])
+
+    def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
+        """Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time."""
+        import torch
+
+        ids = sample["input_ids"]
+        gradient = torch.zeros_like(hidden)
+        last = ids.shape[1] - 1
+        for start in range(0, last, LOSS_TOKENS):
+            end = min(start + LOSS_TOKENS, last)
+            leaf = hidden[:, start:end].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = predict({"input_ids": ids[:, start:end]}, leaf)
+            # The gradient to the logits: probabilities, less one for the token that follows.
+            errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1
+            logits.backward(errors.div_(last).to(logits.dtype))  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            gradient[:, start:end] = leaf.grad
+        return gradient
