@@ -140,12 +140,12 @@ def benchmark(result: dict[str, Any]) -> list[Any]:
     machine = result["environment"]
     return [
         table,
-        *_kernel_lines(result["measurements"]),
+        *kernel_lines(result["measurements"]),
         f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
     ]
 
 
-def _kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
+def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
     """What each model ran, with the batch sizes that it ran it for."""
     batches: dict[str, list[str]] = {}
     for m in measurements:

@@ -23,9 +23,8 @@ from gblm_compress.tasks.task import Sample, Task
 
 # Files whose tests start processes, trace graphs, or run on the real model.
 SLOW = (
-    "api", "benchmark_gpu", "benchmark_prune", "benchmark_worker", "benchmarking", "cli", "comparison",
-    "docs", "exporters", "exporters_onnx", "exporters_sparse", "fuzz", "kernels_gpu", "pipeline", "ranks", "real_model",
-    "resume", "wheel", "zero_shot",
+    "api", "benchmark_worker", "benchmarking", "cli", "comparison", "docs", "exporters", "fuzz", "gpu", "gpu_script",
+    "onnx", "pipeline", "prune_script", "ranks", "real_model", "resume", "sparse", "wheel", "zero_shot",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")

@@ -25,7 +25,7 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = "_bitmask"
 
 
-def _library_file() -> Path | None:
+def library_file() -> Path | None:
     folder = Path(__file__).parent
     return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / (_LIBRARY + suffix)).exists()), None)
 
@@ -33,7 +33,7 @@ def _library_file() -> Path | None:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, joined to torch's threads; None where the package was installed without a compiler."""
-    found = _library_file()
+    found = library_file()
     if found is None:
         return None
     kernels = ctypes.CDLL(str(found))
@@ -57,7 +57,7 @@ def onnxruntime_library() -> Path:
     Raises:
         MissingDependencyError: it was compiled without ONNX Runtime's C header, or not at all.
     """
-    found = _library_file()
+    found = library_file()
     if found is None or not hasattr(ctypes.CDLL(str(found)), "RegisterCustomOps"):
         raise MissingDependencyError(
             "the operator for ONNX Runtime was not compiled: "

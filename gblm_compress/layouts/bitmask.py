@@ -88,7 +88,7 @@ def _linear_cpu(
     return y.reshape(*x.shape[:-1], rows)
 
 
-def _linear_cuda(
+def linear_cuda(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
 ) -> Tensor:
     mask, values, starts = tensors
@@ -115,7 +115,7 @@ class BitmaskLinear(PackedLinear):
     LAYOUT = "bitmask"
     PACKED = ("mask", "values")
     DERIVED = ("starts",)
-    OPERATOR = operator("bitmask_linear", _linear_cpu, _linear_cuda)
+    OPERATOR = operator("bitmask_linear", _linear_cpu, linear_cuda)
     mask: Tensor
     values: Tensor
     starts: Tensor

@@ -52,7 +52,7 @@ def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int
     return remembered(
         _machine(),
         f"crossover {shape}",
-        lambda: _measure_crossover(mask, values, starts, columns),
+        lambda: measure_crossover(mask, values, starts, columns),
         lambda tokens: type(tokens) is int and 1 <= tokens <= cpu.FEW_TOKENS,
     )
 
@@ -64,7 +64,7 @@ def _machine() -> str:
     return f"{cpu_name()}, torch {torch.__version__}"
 
 
-def _measure_crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
+def measure_crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
     for tokens in range(cpu.FEW_TOKENS, 1, -1):
         x = torch.ones(tokens, columns, dtype=values.dtype)
         if _best_time(cpu.linear, x, mask, values, starts) <= _best_time(linear_many, x, mask, values, starts):

@@ -86,7 +86,7 @@ def _linear_cpu(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, *_: A
     return nn.functional.linear(x, unpack(*tensors[:2]), bias)
 
 
-def _linear_cuda(
+def linear_cuda(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
 ) -> Tensor:
     values, positions, *operands = tensors
@@ -110,7 +110,7 @@ class Sparse24Linear(PackedLinear):
     LAYOUT = "sparse24"
     PACKED = ("values", "positions")
     DERIVED = ("cusparselt", "cutlass")
-    OPERATOR = operator("sparse24_linear", _linear_cpu, _linear_cuda)
+    OPERATOR = operator("sparse24_linear", _linear_cpu, linear_cuda)
     values: Tensor
     positions: Tensor
     cusparselt: Tensor

@@ -25,7 +25,7 @@ def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Call
             measured again.
     """
     path = cache_folder() / FILE
-    known = _known(path, machine)
+    known = recorded(path, machine)
     if what not in known or not is_valid(known[what]):
         known[what] = measure()
         with suppress(OSError, OutputError):  # a cache that cannot be written makes nothing but the next start slower
@@ -38,7 +38,7 @@ def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Call
 
 
 @cache
-def _known(path: Path, machine: str) -> dict[str, Any]:
+def recorded(path: Path, machine: str) -> dict[str, Any]:
     return _read(path).get(machine, {})
 
 

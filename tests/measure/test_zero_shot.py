@@ -20,7 +20,7 @@ from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import EvaluateSettings
 
 TASKS = Path(__file__).parent / "zero_shot_tasks"
-DATA = Path(os.environ.get("GBLM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "zero_shot"
+DATA = Path(os.environ.get("GBLM_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "zero_shot"
 QUESTIONS = [{"question": f"Number {i} is", "choices": ["odd", "even or so", "x"], "label": i % 3} for i in range(12)]
 
 

@@ -37,7 +37,7 @@ from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.task import Sample, Task
 from tests.conftest import CAUSAL_LM, replay, samples
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding-a-task.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
 SAMPLES, LENGTH = 5, 24
 
 

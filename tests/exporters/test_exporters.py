@@ -15,7 +15,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.settings import ExportSettings, Recipe
 
-PAGE = Path(__file__).parents[1] / "docs" / "adding-an-exporter.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-an-exporter.md"
 OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
 
 

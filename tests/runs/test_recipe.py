@@ -11,7 +11,7 @@ from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED, find_recipe, load_recipe, schema
 from gblm_compress.settings import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)

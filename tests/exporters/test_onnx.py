@@ -262,7 +262,7 @@ def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage
 def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
     with pytest.raises(ValueError, match="choose sparse or kernels"):
         ExportSettings(format="onnx", sparse=True, kernels=True)
-    monkeypatch.setattr(cpu, "_library_file", lambda: None)
+    monkeypatch.setattr(cpu, "library_file", lambda: None)
     settings = ExportSettings(format="onnx", kernels=True)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):
         export(exported[0], tmp_path / "out", settings, progress=progress)

@@ -27,8 +27,8 @@ from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from tests.calibration.test_calibration import slow_activation_norms
 from tests.conftest import ARCHITECTURES, samples
-from tests.test_calibration import slow_activation_norms
 
 
 def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:

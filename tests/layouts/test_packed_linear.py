@@ -127,11 +127,11 @@ def test_it_says_which_kernel_it_runs(kernels: str, monkeypatch) -> None:
 @pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
     measured = []
-    monkeypatch.setattr(bitmask_cpu, "_measure_crossover", lambda *_: measured.append(1) or 5)
+    monkeypatch.setattr(bitmask_cpu, "measure_crossover", lambda *_: measured.append(1) or 5)
     for _ in range(2):
         _, sparse = pair(40, 90)
         assert sparse.crossover == 5
-        measurements._known.cache_clear()  # as in a new process
+        measurements.recorded.cache_clear()  # as in a new process
     assert len(measured) == 1
 
 
@@ -139,8 +139,8 @@ def test_the_crossover_is_measured_once_and_kept(monkeypatch) -> None:
 @pytest.mark.parametrize("remembered", [40, 0, -1, 2.0, True, None, "5", [5]], ids=repr)
 def test_a_crossover_that_cannot_be_is_measured_again(remembered, monkeypatch) -> None:
     """40 tokens would be written beyond the sums of 8."""
-    monkeypatch.setattr(bitmask_cpu, "_measure_crossover", lambda *_: 5)
-    monkeypatch.setattr(measurements, "_known", lambda path, machine: {shape: remembered})
+    monkeypatch.setattr(bitmask_cpu, "measure_crossover", lambda *_: 5)
+    monkeypatch.setattr(measurements, "recorded", lambda path, machine: {shape: remembered})
     shape = f"crossover 48x100 torch.float32 {torch.get_num_threads()} {cpu.path(torch.float32)}"
     _, sparse = pair()
     assert sparse.crossover == 5

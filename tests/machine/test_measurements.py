@@ -25,7 +25,7 @@ def test_measured_once_and_kept(folder) -> None:
         return 5
 
     assert [measurements.remembered("machine", "shape", measure, any_number) for _ in range(2)] == [5, 5]
-    measurements._known.cache_clear()  # as in a new process
+    measurements.recorded.cache_clear()  # as in a new process
     assert measurements.remembered("machine", "shape", measure, any_number) == 5
     assert len(measured) == 1
     assert measurements.remembered("another machine", "shape", lambda: 7, any_number) == 7
@@ -49,7 +49,7 @@ def test_what_another_process_measured_is_not_lost(folder) -> None:
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("in the way of a folder")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
-    measurements._known.cache_clear()
+    measurements.recorded.cache_clear()
     assert measurements.remembered("machine", "shape", lambda: 4, any_number) == 4
 
 
@@ -72,7 +72,7 @@ def test_what_is_damaged_is_measured_and_written_again(folder, content) -> None:
     path = folder / measurements.FILE
     path.parent.mkdir()
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    measurements._known.cache_clear()
+    measurements.recorded.cache_clear()
     assert measurements.remembered("machine", "shape", lambda: 5, any_number) == 5
     theirs = {"theirs": {"shape": 3}} if "theirs" in str(content) else {}
     assert json.loads(path.read_text()) == {"machine": {"shape": 5}} | theirs
@@ -83,6 +83,6 @@ def test_a_folder_or_a_pipe_in_its_place_is_left_alone(folder) -> None:
     for put in (path.mkdir, lambda: os.mkfifo(path)):
         folder.mkdir(exist_ok=True)
         put()
-        measurements._known.cache_clear()
+        measurements.recorded.cache_clear()
         assert measurements.remembered("machine", "shape", lambda: 5, any_number) == 5
         path.rmdir() if path.is_dir() else path.unlink()

@@ -132,5 +132,5 @@ def test_what_is_no_layout() -> None:
 
 def test_the_registry_loads_no_torch() -> None:
     code = "import sys, gblm_compress.layouts; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -105,12 +105,12 @@ def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_
 
 
 def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
-    from gblm_compress.cli.summaries import _kernel_lines
+    from gblm_compress.cli.summaries import kernel_lines
 
     def of(batch, prefill, decode):
         return {"model": "m", "batch": batch, "prefill_kernels": {prefill: 2}, "decode_kernels": {decode: 2}}
 
-    assert _kernel_lines([of(1, "many", "few"), of(2, "many", "few"), of(16, "many", "many")]) == [
+    assert kernel_lines([of(1, "many", "few"), of(2, "many", "few"), of(16, "many", "many")]) == [
         "m: prefill on 2 × many; decode on 2 × few (batch 1, 2)",
         "m: prefill and decode on 2 × many (batch 16)",
     ]

@@ -49,7 +49,7 @@ def dense_of(weight: "Packed") -> Tensor:
 def product_on_cuda(layer: PackedLinear, x: Tensor) -> Tensor:
     """What the layer's operator computes for tensors on CUDA, called with tensors that are not."""
     tensors = [layer.get_buffer(name) for name in (*layer.PACKED, *layer.DERIVED)]
-    product = {"bitmask": bitmask._linear_cuda, "sparse24": sparse24._linear_cuda}[layer.LAYOUT]
+    product = {"bitmask": bitmask.linear_cuda, "sparse24": sparse24.linear_cuda}[layer.LAYOUT]
     return product(x, tensors, layer.bias, layer.out_features, layer.in_features, layer.crossover, layer.plan)
 
 
@@ -184,7 +184,7 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, d
     assert cuda_linear.is_plan(good, weight) and "cutlass" in good
     assert not cuda_linear.is_plan(good, packed(two_four(64, 64), "bitmask"))
     assert not cuda_linear.is_plan(good, packed(two_four(16, 64), "sparse24"))  # too few rows for CUTLASS
-    monkeypatch.setattr(cuda_linear.measurements, "_known", lambda path, machine: {what: damage(good.split())})
+    monkeypatch.setattr(cuda_linear.measurements, "recorded", lambda path, machine: {what: damage(good.split())})
     what = "cuda sparse24 64x64 torch.bfloat16"
     assert cuda_linear.plan(weight) == good
 

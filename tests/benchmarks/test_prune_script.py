@@ -20,7 +20,7 @@ from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc of Linux")
 

@@ -94,7 +94,7 @@ def test_an_absent_package_and_an_unknown_task(progress, monkeypatch, tmp_path) 
 
 
 def test_an_operator_that_was_not_compiled(progress, monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_library_file", lambda: None)
+    monkeypatch.setattr(cpu, "library_file", lambda: None)
     (message,) = faults(progress, export=[{"format": "onnx", "kernels": True}])
     assert "operator for ONNX Runtime was not compiled" in message
 
