@@ -1,0 +1,45 @@
+"""The settings of every stage: one definition each, used by the command line, the recipes and Python alike.
+
+Field descriptions are the text of `--help`, of `gblm-compress schema` and of the recipe reference. Importing this
+package loads no torch.
+"""
+
+from gblm_compress.settings.fields import MANY, Panel, Settings
+from gblm_compress.settings.prune import (
+    PUBLISHED_CALIBRATION,
+    REGISTRIES,
+    GradientNorm,
+    OverrideSettings,
+    PruneSettings,
+)
+from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.stages import (
+    BenchmarkSettings,
+    CalibrationSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ModelSettings,
+    ResourceSettings,
+    RuntimeName,
+)
+
+__all__ = [
+    "MANY",
+    "PUBLISHED_CALIBRATION",
+    "REGISTRIES",
+    "BenchmarkSettings",
+    "CalibrationSettings",
+    "CompareSettings",
+    "EvaluateSettings",
+    "ExportSettings",
+    "GateSettings",
+    "GradientNorm",
+    "ModelSettings",
+    "OverrideSettings",
+    "Panel",
+    "PruneSettings",
+    "Recipe",
+    "ResourceSettings",
+    "RuntimeName",
+    "Settings",
+]

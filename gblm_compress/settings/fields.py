@@ -1,0 +1,59 @@
+"""What fields have in common: the base class, types, limits, and where `--help` lists them."""
+
+import re
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
+
+from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
+LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
+MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
+
+
+def _has_unit(value: Any) -> Any:
+    enough = (
+        re.fullmatch(MEMORY, value) if isinstance(value, str) else not isinstance(value, int) or value >= LEAST_MEMORY
+    )
+    if not enough:
+        raise ValueError(f"memory {value!r} has no unit, or not one that is known; give for example 4GiB or 4GB")
+    return value
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+# The rule of N < M is no matter of a regular expression: `Pattern` checks all of it, for the settings too.
+PatternName = Annotated[
+    str,
+    Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
+]
+PatternOrDense = Annotated[str, Field(json_schema_extra={"pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$"})]
+Memory = Annotated[
+    ByteSize,
+    BeforeValidator(_has_unit),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": MEMORY}, {"type": "integer", "minimum": LEAST_MEMORY}]}),
+]
+
+
+class Panel(Enum):
+    """Where `--help` lists the option of a field; Common where the field names none."""
+
+    COMMON = "Common"
+    METHOD = "Method"
+    FIT = "Fit"
+    RESOURCES = "Resources"
+
+
+class Settings(BaseModel):
+    """Frozen, and strict about keys: a misspelt one is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,0 +1,118 @@
+"""The settings of the stages beside pruning: model, text, resources, export, evaluation, benchmark."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from gblm_compress.formats import FORMATS
+from gblm_compress.methods.choices import describe
+from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings
+
+if TYPE_CHECKING:  # a type checker cannot read a registry
+    FormatName: TypeAlias = str
+else:
+    FormatName = Literal[*FORMATS]
+RuntimeName = Literal["torch", "onnxruntime"]
+
+
+class ModelSettings(Settings):
+    """The dense model, and how to compute with it."""
+
+    source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
+    dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
+        "auto",
+        description="To compute in; auto is the checkpoint's own on CUDA and float32 on a CPU, where prune computes in "
+        "bfloat16 if the checkpoint is and the CPU is faster at it.",
+    )
+    device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class CalibrationSettings(Settings):
+    """Which text the statistics are measured on."""
+
+    dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
+    seed: int = Field(0, description="Random seed for sampling windows.")
+
+
+class ResourceSettings(Settings):
+    """What pruning may use. None of it changes the result."""
+
+    memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
+        None,
+        description="Memory to plan with, for example 4GiB: a model that does not fit stays on disk, and so do hidden "
+        "states; 80 % of what is free if unset.",
+    )
+    offload: Annotated[bool | None, Panel.RESOURCES] = Field(
+        None, description="Keep the model on disk and one block at a time in memory; if unset, where it would not fit."
+    )
+
+
+class ExportSettings(Settings):
+    """One export."""
+
+    format: FormatName = Field(description=f"What to write. {describe(FORMATS)}.")
+    dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
+    sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
+    kernels: bool = Field(
+        False, description="ONNX: run pruned weights packed, on an operator of this package (CPU, float32)."
+    )
+
+    @property
+    def folder_name(self) -> str:
+        """What the folder of the export is called in a run."""
+        options = (name if value is True else f"{name}-{value}" for name, value in self.own.items())
+        return "-".join([self.format, *options, *([] if self.dtype == "auto" else [self.dtype])])
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options beside the dtype that differ from their defaults; not all formats read them."""
+        return self.model_dump(exclude={"format", "dtype"}, exclude_defaults=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        format = FORMATS[self.format]
+        if self.dtype not in ("auto", *format.dtypes):
+            raise ValueError(f"{self.format} has no {self.dtype}; give {' or '.join(format.dtypes)}")
+        for name in self.own:
+            readers = [other for other, entry in FORMATS.items() if name in entry.reads]
+            if self.format not in readers:
+                raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
+        if self.sparse and self.kernels:
+            raise ValueError("kernels stores packed weights too; choose sparse or kernels")
+        if self.kernels and self.dtype not in ("auto", "float32"):
+            raise ValueError("kernels runs in float32; give that dtype")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """What to evaluate on."""
+
+    dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window of the evaluation.")
+    max_windows: int | None = Field(
+        None, ge=1, le=MANY, description="At most this many windows, from the start; all if unset."
+    )
+    tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
+    limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
+    include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
+
+
+class BenchmarkSettings(Settings):
+    """What to time."""
+
+    batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
+    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt.")
+    generate: int = Field(32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first.")
+    repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
+    warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
+    runtimes: tuple[RuntimeName, ...] = Field(
+        ("torch", "onnxruntime"), min_length=1, description="Whose models are timed."
+    )
+    threads: Annotated[int | None, Panel.RESOURCES] = Field(
+        None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."
+    )
