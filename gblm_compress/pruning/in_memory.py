@@ -18,7 +18,8 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.stage import PruneResult, left_dense_of
+from gblm_compress.pruning.saving import left_dense_of
+from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.tasks import task_of

@@ -4,56 +4,43 @@ The walk over the blocks is in `walk.py`, what goes where is decided in `plannin
 folder of the run, and how the output is put together from the source and the finished blocks.
 """
 
-import math
-import shutil
 import time
 import timeit
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from gblm_compress import __version__, faults
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError, VerificationError
+from gblm_compress.errors import GblmError, OutputError, RankError, UsageError
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
-from gblm_compress.methods.fits import FITS
-from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
-from gblm_compress.models import loading, manifest
-from gblm_compress.models.architecture import linear_weights, prunable_layers
-from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import costs, run_folder
+from gblm_compress.pruning import run_folder, saving
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.budgeting import planned_budgets
+from gblm_compress.pruning.notes import closing_notes, pruned_before
 from gblm_compress.pruning.planning import Plan, Size, check_disk, memory_plan
 from gblm_compress.pruning.run_folder import RunFolder
+from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkpoint_of, left_dense_of
 from gblm_compress.pruning.walk import Walk
-from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.storage import folders, outputs
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.storage import outputs
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, on_device
 from gblm_compress.tasks.task import fingerprint as fingerprint_of
-
-
-@dataclass(frozen=True)
-class LeftDense:
-    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
-
-    weights: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -163,8 +150,8 @@ def _prune(
     faults.raise_all(faults.collect(looks))
     device = ranks.device_of_rank(loading.choose_device(device))
     tokenizer = loading.load_tokenizer(source)
-    pruned_before = _pruned_before(source)
-    for note in pruned_before:
+    before = pruned_before(source)
+    for note in before:
         progress.say(f"note: {note}")
     samples = _calibration_samples(source, tokenizer, calibration, progress) if settings.needs_text else []
     fingerprint = fingerprint_of(samples) if samples else None
@@ -194,7 +181,7 @@ def _prune(
             # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
                 progress.say("saving …")
-                layers = _save(source, output, run, walked, settings, tokenizer, identity, force, plan, progress)
+                layers = saving.save(source, output, run, walked, settings, tokenizer, identity, force, plan, progress)
             run.remove()
     seconds = time.perf_counter() - start
     return PruneResult(
@@ -204,25 +191,8 @@ def _prune(
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
-        warnings=(*pruned_before, *_warnings(settings, calibration, layers, walked, seconds, plan, group)),
+        warnings=(*before, *closing_notes(settings, calibration, layers, walked, seconds, plan, group)),
     )
-
-
-@dataclass(frozen=True)
-class _Walked:
-    """What is left of a walk once its model is released.
-
-    Attributes:
-        left_dense: see `PruneResult`.
-        exceptions: the layers among them that an exception or the allocation decided about.
-        blocks: how many the model has.
-    """
-
-    layers: dict[str, LayerResult]
-    left_dense: dict[str, LeftDense]
-    exceptions: frozenset[str]
-    blocks: int
-    checkpoint: Checkpoint
 
 
 def _walk(
@@ -235,14 +205,14 @@ def _walk(
     device: str,
     group: Ranks,
     progress: Progress,
-) -> _Walked:
+) -> Walked:
     """Prune every block and leave it finished in the run folder. The model is released at the end."""
     weights: Weights
     if plan.offload:
         weights = StreamedWeights(source, loading.load_skeleton(source, dtype), device)
     else:
         weights = ResidentWeights(loading.load_model(source, dtype, device))
-    _check_stored(source, weights.model, settings)
+    check_stored(source, weights.model, settings)
     walk = Walk(
         weights=weights,
         task=loading.task_of(source),
@@ -257,16 +227,7 @@ def _walk(
     layers = walk.prune_()
     exceptions = frozenset(name for name in run.budgets or {} if name not in layers)
     left_dense = left_dense_of(walk.weights.model, settings, layers)
-    return _Walked(layers, left_dense, exceptions, len(walk.weights.blocks), _checkpoint(source, walk.weights.model))
-
-
-def left_dense_of(model: nn.Module, settings: PruneSettings, layers: Collection[str]) -> dict[str, LeftDense]:
-    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned."""
-    return {
-        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
-        for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
-        if name not in layers
-    }
+    return Walked(layers, left_dense, exceptions, len(walk.weights.blocks), checkpoint_of(source, walk.weights.model))
 
 
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:
@@ -286,32 +247,6 @@ def _faster_dtype() -> str:
         x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
         seconds[dtype] = min(timeit.repeat(partial(torch.mm, x, weight), number=1, repeat=5)[1:])
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
-
-
-_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
-    """Raises:
-    ModelError: the files do not hold a layer's weight as the model does.
-    """
-    checkpoint = _checkpoint(source, model)
-    for block in prunable_layers(model, settings.targets, settings.ignore):
-        for name in block:
-            if f"{name}.weight" not in checkpoint:
-                raise ModelError(
-                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
-                    "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
-                )
-            if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
-                raise ModelError(
-                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored}, not as floating-point "
-                    "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
-                )
-
-
-def _checkpoint(source: ModelSource, model: Any) -> Checkpoint:
-    return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
 
 
 def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
@@ -349,135 +284,9 @@ def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Pr
         raise
 
 
-def _save(
-    source: ModelSource,
-    output: Path,
-    run: RunFolder,
-    walked: _Walked,
-    settings: PruneSettings,
-    tokenizer: Any,
-    identity: dict[str, Any],
-    force: bool,
-    plan: Plan,
-    progress: Progress,
-) -> dict[str, LayerResult]:
-    """Put the output together from the source and the finished blocks, and verify it."""
-    layers, checkpoint = walked.layers, walked.checkpoint
-    blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
-    results = dict(layers)
-
-    def changed(name: str) -> Tensor | None:
-        layer = name.removesuffix(".weight")
-        if layer == name or layer not in layers:
-            return None
-        stored = checkpoint.read(name)
-        computed = run.finished_layer(blocks[layer], layer)
-        # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
-        weight = positive_zeros(computed.to(stored.dtype)) if settings.updates else keep_only(stored, computed != 0)
-        results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
-        return weight
-
-    with folders.atomic_folder(output, force=force, inside=run.folder) as temporary:
-        checkpoint.rewrite(temporary, changed)
-        for name in ("config.json", "generation_config.json"):
-            if (source.folder / name).exists():
-                shutil.copyfile(source.folder / name, temporary / name)
-        loading.save_tokenizer(tokenizer, temporary)
-        manifest.write(
-            temporary,
-            source=source,
-            settings=identity["settings"],
-            calibration=identity["calibration"],
-            compute={"dtype": identity["dtype"], "device": identity["device"]},
-            layers={name: asdict(layer) for name, layer in results.items()},
-            left_dense={name: asdict(dense) for name, dense in walked.left_dense.items()},
-        )
-        progress.say("verifying …")
-        manifest.verify(temporary)
-        _verify_by_loading(ModelSource(str(output), temporary), results, plan)
-    return results
-
-
-def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], plan: Plan) -> None:
-    """Load the folder as its users will, block by block where it does not fit in memory, and count the weights it has.
-
-    Raises:
-        VerificationError: what transformers loads is not what the manifest says.
-    """
-    try:
-        model = loading.load_skeleton(written) if plan.offload else loading.load_model(written)
-        weights = StreamedWeights(written, model, "cpu") if plan.offload else ResidentWeights(model)
-        loading.load_tokenizer(written)
-    except ModelError as error:
-        raise VerificationError(f"the written folder does not load: {error}") from error
-    for index in range(len(weights.blocks)):
-        with weights.block(index):
-            for name, layer in layers.items():
-                if not name.startswith(f"{weights.prefix}.{index}."):
-                    continue
-                found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
-                if found != layer.nonzeros:
-                    raise VerificationError(
-                        f"{name}: transformers loads {found} nonzeros from the written folder, and {layer.nonzeros} "
-                        "were kept"
-                    )
-
-
-def _pruned_before(source: ModelSource) -> list[str]:
-    """What to say about a source that this program has pruned already."""
-    if not manifest.is_ours(source.folder):
-        return []
-    layers = manifest.read(source.folder).get("layers", {}).values()
-    weights = sum(math.prod(layer["shape"]) for layer in layers)
-    zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
-    patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
-    return [
-        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
-        "sparsity does nothing: prune the dense model to change method or pattern"
-    ]
-
-
 def _calibration_samples(
     source: ModelSource, tokenizer: Any, calibration: CalibrationSettings, progress: Progress
 ) -> list[Sample]:
     progress.say(f"reading {calibration.dataset} …")
     size = calibration.samples, calibration.sequence_length, calibration.seed
     return loading.task_of(source).calibration(tokenizer, loading.config_of(source), calibration.dataset, *size)
-
-
-def _warnings(
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    layers: dict[str, LayerResult],
-    walked: _Walked,
-    seconds: float,
-    plan: Plan,
-    group: Ranks,
-) -> tuple[str, ...]:
-    notes = []
-    size = (calibration.samples, calibration.sequence_length)
-    if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
-        notes.append(
-            f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
-            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
-            "(--alpha-scale normalised keeps its meaning)"
-        )
-    dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
-    weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense
-    uniform = weights * (1 - settings.uniform_budget.sparsity)
-    extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
-    if settings.overrides and extra > 0:
-        notes.append(
-            f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
-            f"({100 * extra / uniform:.1f} %)"
-        )
-    able = ["fast"] if group.size > 1 else [name for name in FITS if name != "best" or not plan.offload]
-    better = costs.better_fit(settings, able)
-    kept = settings.model_dump(exclude={"preset", "fit", "update", "distillation_epochs"}, exclude_defaults=True)
-    cost = costs.passes(PruneSettings(**kept, fit=better)) / costs.passes(settings) if better else 0.0
-    if cost > 1:
-        notes.append(
-            f"--fit {better} fits the surviving weights further and gives a better model at the same size; it takes "
-            f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
-        )
-    return tuple(notes)

@@ -11,7 +11,8 @@ from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.runs.stages import Job, Recorded, stages_of
+from gblm_compress.runs.job import Job, Recorded
+from gblm_compress.runs.stages import stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import text

@@ -8,8 +8,9 @@ from gblm_compress.models.finding import find_here
 from gblm_compress.progress import Progress
 from gblm_compress.runs import reuse
 from gblm_compress.runs.checks import unchecked
+from gblm_compress.runs.job import Disk, Job, Recorded
 from gblm_compress.runs.reuse import Record, Recordable
-from gblm_compress.runs.stages import Compare, Disk, Job, Recorded, stages_of
+from gblm_compress.runs.stages import Compare, stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
 

@@ -13,8 +13,9 @@ from gblm_compress.progress import Progress
 from gblm_compress.runs import report, reuse
 from gblm_compress.runs.checks import check, check_model, check_output
 from gblm_compress.runs.gates import GateOutcome, check_gates
+from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.stages import Benchmark, Evaluate, Export, Job, Recorded, stages_of
+from gblm_compress.runs.stages import Benchmark, Evaluate, Export, stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
 

@@ -4,14 +4,12 @@ A stage says in one place what it is called and does, what decides its outcome, 
 disk it takes, and does it. What is reused is in `reuse`.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 
 from gblm_compress import exporters, faults
@@ -22,17 +20,15 @@ from gblm_compress.machine.environment import environment
 from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.reference import Reference
 from gblm_compress.measure.runtimes import check_onnx_provider
-from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.budgeting import planned_budgets
 from gblm_compress.pruning.planning import Size
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import comparison
 from gblm_compress.runs.comparison import compare
+from gblm_compress.runs.job import Disk, Job, Recorded, Stage
 from gblm_compress.runs.reuse import evaluation_hash, text_hash
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -46,130 +42,6 @@ from gblm_compress.settings import (
 from gblm_compress.tasks import text
 
 Look = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all stages of a run share.
-
-    Attributes:
-        dense: the model of the recipe; where it is not `here` yet, it has no folder to look at, only a name.
-        output: folder of the run.
-    """
-
-    recipe: Recipe
-    dense: ModelSource
-    here: bool
-    output: Path
-
-    @classmethod
-    def without_model(cls, recipe: Recipe, output: Path) -> "Job":
-        """A run of whose model only the name is known."""
-        name = recipe.model.source
-        return cls(recipe, ModelSource(name, Path(name)), False, output)
-
-    @property
-    def dtype(self) -> str:
-        """What the recipe says of the dtype to compute in; "auto" leaves it to each model."""
-        return self.recipe.model.dtype
-
-    @cached_property
-    def device(self) -> str:
-        """Where the recipe runs; as it asks, where that is absent."""
-        absent = faults.collect([partial(loading.choose_device, self.recipe.model.device)])
-        return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
-
-    @cached_property
-    def pruned(self) -> ModelSource:
-        """What the pruning writes."""
-        return ModelSource("pruned", self.output / "pruned")
-
-    @cached_property
-    def patterns(self) -> dict[str, Pattern]:
-        """{layer: pattern} of what will be pruned; under the recipe's key where the model is not here.
-
-        Raises:
-            GblmError: a pattern does not fit a layer, or a name matches none.
-        """
-        if not self.here:
-            return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
-        budgets = planned_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
-        return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The dense model, for all evaluations; `close` it at the end of the run."""
-        several = self.recipe.compare or any(Export(self, settings).runs_here for settings in self.recipe.export)
-        folder = self.output if several else None
-        return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
-
-    def bytes_in(self, dtype: str) -> int:
-        """Bytes of the dense weights in a dtype."""
-        stored = getattr(torch, loading.stored_dtype(self.dense)).itemsize
-        return self.dense.bytes_on_disk // int(stored) * int(getattr(torch, dtype).itemsize)
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes of weights and logits that a stage writes at most: those that stay, and those beside them while it works.
-
-    A tokenizer and an ONNX graph, which are small beside weights, are not counted.
-    """
-
-    stays: int = 0
-    meanwhile: int = 0
-
-
-@dataclass(frozen=True)
-class Stage(ABC):
-    """One stage of a run."""
-
-    job: Job
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What it is called; no other stage of the run is called so."""
-
-    @property
-    @abstractmethod
-    def does(self) -> str:
-        """What it does, in words."""
-
-    @abstractmethod
-    def check(self, progress: Progress) -> list[GblmError]:
-        """What is in its way, as far as recipe, machine and a model that is here tell. Nothing is fetched."""
-
-    def disk(self) -> Disk:
-        """What disk it takes at most; the model must be here."""
-        return Disk()
-
-    @abstractmethod
-    def work(self, progress: Progress) -> Any:
-        """Do it, and return a frozen result with `as_dict()`."""
-
-
-@dataclass(frozen=True)
-class Recorded(Stage):
-    """A stage that is recorded when it is done, and reused while nothing that decides its outcome changes."""
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder that it writes; None where its result is all."""
-        return None
-
-    @property
-    @abstractmethod
-    def reads(self) -> tuple[ModelSource, ...]:
-        """The models that it reads, which the stages before it make."""
-
-    @abstractmethod
-    def decides(self) -> list[Any]:
-        """What else decides its outcome, as plain values."""
-
-    def inputs(self) -> list[Any]:
-        """Everything that decides its outcome; the models that it reads must be there."""
-        return [[source.fingerprint for source in self.reads], *self.decides()]
 
 
 @dataclass(frozen=True)
@@ -249,11 +121,6 @@ class Export(Recorded):
     def format(self) -> Format:
         """What is said of its format."""
         return FORMATS[self.settings.format]
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether the device of the run has kernels for it."""
-        return not self.format.needs_cuda or "cuda" in self.job.device
 
     @property
     def name(self) -> str:
@@ -396,7 +263,7 @@ class Benchmark(Recorded):
                 export = Export(self.job, settings)
                 if export.format.runtime not in self.settings.runtimes:
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
-                if not export.runs_here:
+                if not self.job.can_run(export.settings):
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
         if artefact == "pruned" and "torch" not in self.settings.runtimes:
             raise UsageError("gates.artefact 'pruned' runs in torch, which is not timed")
@@ -450,7 +317,7 @@ def stages_of(job: Job) -> list[Stage]:
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(recipe)]
     stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
-    measured = [export for export in exports if export.runs_here]
+    measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
         without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})
         stages.append(Evaluate(job, job.pruned, "torch", recipe.evaluate))

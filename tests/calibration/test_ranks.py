@@ -92,10 +92,10 @@ import os, sys, time
 from datetime import timedelta
 from gblm_compress.calibration import ranks
 from gblm_compress.cli import app
-from gblm_compress.pruning import stage
+from gblm_compress.pruning import saving
 ranks.TIMEOUT = timedelta(seconds=3)
-original = stage._save
-stage._save = lambda *args: (time.sleep(8), original(*args))[1]
+original = saving.save
+saving.save = lambda *args: (time.sleep(8), original(*args))[1]
 app.main(sys.argv[1:])
 """
 

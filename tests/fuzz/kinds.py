@@ -211,8 +211,8 @@ def _write_gguf(path: Path) -> None:
 INTERRUPTED = """
 import os, sys
 from gblm_compress.cli import app
-from gblm_compress.pruning import stage
-stage._save = lambda *arguments: os._exit(0)
+from gblm_compress.pruning import saving
+saving.save = lambda *arguments: os._exit(0)
 app.main(sys.argv[1:])
 """
 

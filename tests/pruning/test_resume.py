@@ -23,7 +23,7 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import stage
+from gblm_compress.pruning import saving
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
@@ -123,7 +123,7 @@ def test_a_process_killed_again_and_again_comes_to_its_end(tiny, tmp_path, prose
     """Each process is killed with SIGKILL when the second file of its own is about to become durable."""
     run(tiny("gpt2"), tmp_path / "whole", prose, **GBLM)
     arguments = [
-        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--calibration", str(prose),
+        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--fit", "none", "--calibration", str(prose),
         "--samples", "3", "--sequence-length", "32", "--json", "--quiet", "--no-offload",
     ]  # fmt: skip
     kills = 0
@@ -140,7 +140,7 @@ def test_a_process_killed_again_and_again_comes_to_its_end(tiny, tmp_path, prose
 
 def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
         run(tiny("llama"), tmp_path / "out", prose, resume=True, samples=2, method="wanda")
@@ -152,7 +152,7 @@ def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch
 def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
     run(tiny("llama"), tmp_path / "whole", prose, **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, **settings)
     folder, (name, *_) = tmp_path / ".out.pruning", ["distilled-1", "block-1"][settings is GBLM :]
     path = folder / f"{name}.safetensors"
@@ -181,7 +181,7 @@ DAMAGE = [
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, tiny, tmp_path, prose, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stage, "_save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
         run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
     record = tmp_path / ".out.pruning" / "run.json"
     record.unlink() if damage is None else record.write_text(damage)
@@ -203,7 +203,7 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) ->
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "_save", interrupt)
+    monkeypatch.setattr(saving, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tiny("llama"), tmp_path / "out", prose, progress=Progress(), method="magnitude")
     assert "the same command with --resume goes on from there" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
 from gblm_compress.runs import pipeline, report, stages
 from gblm_compress.runs.dry_run import dry_run
+from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.recipe import find_recipe, load_recipe
-from gblm_compress.runs.stages import Evaluate, Job, Recorded, stages_of
+from gblm_compress.runs.stages import Evaluate, stages_of
 from gblm_compress.storage.outputs import working_in
 
 SMOKE = ("benchmark.batch=[1]",)

@@ -1,0 +1,158 @@
+"""Put the output together from the source and the finished blocks, and verify it."""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
+from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
+from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import linear_weights, prunable_layers
+from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.block_pruning import LayerResult
+from gblm_compress.pruning.planning import Plan
+from gblm_compress.pruning.run_folder import RunFolder
+from gblm_compress.settings import PruneSettings
+from gblm_compress.storage import folders
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
+
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What is left of a walk once its model is released.
+
+    Attributes:
+        left_dense: see `PruneResult`.
+        exceptions: the layers among them that an exception or the allocation decided about.
+        blocks: how many the model has.
+    """
+
+    layers: dict[str, LayerResult]
+    left_dense: dict[str, LeftDense]
+    exceptions: frozenset[str]
+    blocks: int
+    checkpoint: Checkpoint
+
+
+def left_dense_of(model: nn.Module, settings: PruneSettings, layers: Collection[str]) -> dict[str, LeftDense]:
+    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned."""
+    return {
+        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
+        for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
+        if name not in layers
+    }
+
+
+_STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
+    """Raises:
+    ModelError: the files do not hold a layer's weight as the model does.
+    """
+    checkpoint = checkpoint_of(source, model)
+    for block in prunable_layers(model, settings.targets, settings.ignore):
+        for name in block:
+            if f"{name}.weight" not in checkpoint:
+                raise ModelError(
+                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
+                    "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
+                )
+            if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
+                raise ModelError(
+                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored}, not as floating-point "
+                    "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
+                )
+
+
+def checkpoint_of(source: ModelSource, model: Any) -> Checkpoint:
+    return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
+
+
+def save(
+    source: ModelSource,
+    output: Path,
+    run: RunFolder,
+    walked: Walked,
+    settings: PruneSettings,
+    tokenizer: Any,
+    identity: dict[str, Any],
+    force: bool,
+    plan: Plan,
+    progress: Progress,
+) -> dict[str, LayerResult]:
+    """Put the output together from the source and the finished blocks, and verify it."""
+    layers, checkpoint = walked.layers, walked.checkpoint
+    blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
+    results = dict(layers)
+
+    def changed(name: str) -> Tensor | None:
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in layers:
+            return None
+        stored = checkpoint.read(name)
+        computed = run.finished_layer(blocks[layer], layer)
+        # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
+        weight = positive_zeros(computed.to(stored.dtype)) if settings.updates else keep_only(stored, computed != 0)
+        results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
+        return weight
+
+    with folders.atomic_folder(output, force=force, inside=run.folder) as temporary:
+        checkpoint.rewrite(temporary, changed)
+        for name in ("config.json", "generation_config.json"):
+            if (source.folder / name).exists():
+                shutil.copyfile(source.folder / name, temporary / name)
+        loading.save_tokenizer(tokenizer, temporary)
+        manifest.write(
+            temporary,
+            source=source,
+            settings=identity["settings"],
+            calibration=identity["calibration"],
+            compute={"dtype": identity["dtype"], "device": identity["device"]},
+            layers={name: asdict(layer) for name, layer in results.items()},
+            left_dense={name: asdict(dense) for name, dense in walked.left_dense.items()},
+        )
+        progress.say("verifying …")
+        manifest.verify(temporary)
+        _verify_by_loading(ModelSource(str(output), temporary), results, plan)
+    return results
+
+
+def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], plan: Plan) -> None:
+    """Load the folder as its users will, block by block where it does not fit in memory, and count the weights it has.
+
+    Raises:
+        VerificationError: what transformers loads is not what the manifest says.
+    """
+    try:
+        model = loading.load_skeleton(written) if plan.offload else loading.load_model(written)
+        weights = StreamedWeights(written, model, "cpu") if plan.offload else ResidentWeights(model)
+        loading.load_tokenizer(written)
+    except ModelError as error:
+        raise VerificationError(f"the written folder does not load: {error}") from error
+    for index in range(len(weights.blocks)):
+        with weights.block(index):
+            for name, layer in layers.items():
+                if not name.startswith(f"{weights.prefix}.{index}."):
+                    continue
+                found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
+                if found != layer.nonzeros:
+                    raise VerificationError(
+                        f"{name}: transformers loads {found} nonzeros from the written folder, and {layer.nonzeros} "
+                        "were kept"
+                    )
