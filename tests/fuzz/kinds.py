@@ -33,6 +33,7 @@ SMALL_RECIPE = """\
 model: dense
 prune:
   method: magnitude
+  fit: none
 evaluate:
   dataset: text.txt
   sequence_length: 16
