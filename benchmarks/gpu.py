@@ -528,7 +528,8 @@ def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     size = bench.size
     shape = (1, size.sample_length)
     samples = [
-        torch.randint(0, size.pruned_model["vocab_size"], shape, device=bench.device) for _ in range(size.samples)
+        {"input_ids": torch.randint(0, size.pruned_model["vocab_size"], shape, device=bench.device)}
+        for _ in range(size.samples)
     ]
     few, many = size.pruned_blocks
     total = size.pruned_model["num_hidden_layers"]
@@ -567,7 +568,7 @@ def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     return {"left_out": left_out}
 
 
-def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: str) -> tuple[float, int]:
+def prune_streamed(bench: Bench, folder: Path, samples: list[dict[str, Tensor]], method: str) -> tuple[float, int]:
     """(seconds, peak of device memory in bytes) of the walk over a checkpoint whose blocks are read one at a time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -579,6 +580,7 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: st
     from gblm_compress.pruning.run_folder import RunFolder
     from gblm_compress.pruning.walk import Walk
     from gblm_compress.settings import PruneSettings
+    from gblm_compress.tasks import TASKS
 
     config = LlamaConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -594,6 +596,7 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[Tensor], method: st
         device = torch.device(bench.device)
         walk = Walk(
             weights=StreamedWeights(ModelSource("random", folder), skeleton, bench.device),
+            task=TASKS["causal-lm"],
             samples=samples,
             settings=PruneSettings(method=method, pattern="2:4", fit="none"),
             run=run,

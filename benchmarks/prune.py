@@ -175,7 +175,20 @@ class Bench:
     def ours(self, model: str, samples: int, length: int, *options: str) -> Cost:
         """`gblm-compress prune`, 2:4; streamed if `options` say so. Its folder is `self.output` until the next run."""
         text = ["--calibration", "demo", "--samples", str(samples), "--sequence-length", str(length)]
-        command = ["prune", model, "-o", str(self.output), "--pattern", "2:4", *text, "--force", "--quiet", *options]
+        command = [
+            "prune",
+            model,
+            "-o",
+            str(self.output),
+            "--pattern",
+            "2:4",
+            "--fit",
+            "none",
+            *text,
+            "--force",
+            "--quiet",
+            *options,
+        ]
         return self._told(command, measured(command))
 
     def reference(self, model: str, samples: int, length: int, folder: Path) -> Cost:

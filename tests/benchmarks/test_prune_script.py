@@ -54,10 +54,11 @@ def script(load):
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_pruning_gives_the_masks_of_the_reference(load, kind, pattern, norm, progress) -> None:
     reference = load("reference_gblm")
-    ids = samples(6, 48)
+    given = samples(6, 48)
+    ids = [sample["input_ids"] for sample in given]
     slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
     expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
-    results = prune_(fast, ids, PruneSettings(pattern=pattern, gradient_norm=norm, fit="none"), progress)
+    results = prune_(fast, given, PruneSettings(pattern=pattern, gradient_norm=norm, fit="none"), progress)
     assert list(results) == list(expected)
     same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]
     agreement = sum(int(layer.sum()) for layer in same) / sum(layer.numel() for layer in same)
@@ -92,7 +93,7 @@ def test_a_random_llama_is_whole_and_computes(load, tmp_path) -> None:
         n: tuple(m.weight.shape) for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)
     }
     assert found == shape.matrices()
-    ids = samples(1, 512)[0]
+    ids = samples(1, 512)[0]["input_ids"]
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())

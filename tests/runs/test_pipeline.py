@@ -314,8 +314,8 @@ def test_a_dry_run_of_a_model_that_is_not_here(finished, tmp_path, module_cache)
 
 
 def test_a_dry_run_of_a_grid_looks_at_every_cell(tmp_path, module_cache) -> None:
-    grid = "compare={methods: [wanda, fast], patterns: ['2:4'], seeds: 2}"
+    grid = "compare={methods: [wanda, paper], patterns: ['2:4'], seeds: 2}"
     seen = dry_run(smoke(grid, "export=[]", "benchmark=null", "gates={}"), tmp_path, Progress(quiet=True))
     assert [step.does for step in seen.steps[2:]] == [
-        f"compare: {method} 2:4 seed {seed}" for method in ("wanda", "fast") for seed in (0, 1)
+        f"compare: {method} 2:4 seed {seed}" for method in ("wanda", "paper") for seed in (0, 1)
     ]
