@@ -16,6 +16,24 @@ def better_fit(settings: PruneSettings, able: Collection[str] = tuple(FITS)) -> 
     return next((name for name in order if name in able), None)
 
 
+MASKS: dict[str, dict[str, float]] = {
+    "none": {"gblm": 119.6, "wanda": 116.0, "obs": 105.2, "regional": 125.9},
+    "fast": {"gblm": 52.4, "wanda": 51.9, "obs": 50.0, "regional": 56.3},
+    "balanced": {"gblm": 43.8, "wanda": 43.6},
+}
+"""{fit: {method: perplexity}} of SmolLM2-135M at 2:4: benchmarks/results/fits-2-4-smollm2-135m.json."""
+
+NOISE = 0.05
+"""Perplexities that are no further apart than this share do not rank two methods: single ties decide between them."""
+
+
+def better_method(settings: PruneSettings) -> str | None:
+    """The method whose mask was clearly better than that of these settings under the same fit; None if none was."""
+    measured = MASKS.get(settings.fit or "", {}) if settings.pattern == "2:4" and settings.refine == "none" else {}
+    best = min(measured, key=measured.__getitem__, default=settings.method)
+    return best if measured.get(settings.method, 0.0) * (1 - NOISE) > measured.get(best, 0.0) else None
+
+
 def passes(settings: PruneSettings) -> float:
     """About how many forward passes over the calibration text the settings cost, for an estimate of time.
 
