@@ -19,7 +19,8 @@ def better_fit(settings: PruneSettings, able: Collection[str] = tuple(FITS)) -> 
 MASKS: dict[str, dict[str, float]] = {
     "none": {"gblm": 119.6, "wanda": 116.0, "obs": 105.2, "regional": 125.9},
     "fast": {"gblm": 52.4, "wanda": 51.9, "obs": 50.0, "regional": 56.3},
-    "balanced": {"gblm": 43.8, "wanda": 43.6},
+    "balanced": {"gblm": 43.8, "wanda": 43.6, "obs": 43.7, "regional": 46.3},
+    "best": {"gblm": 42.0, "wanda": 41.7, "obs": 43.7, "regional": 43.8},
 }
 """{fit: {method: perplexity}} of SmolLM2-135M at 2:4: benchmarks/results/fits-2-4-smollm2-135m.json."""
 
