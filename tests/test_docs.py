@@ -188,7 +188,7 @@ def test_options_named_in_the_text_exist() -> None:
 def test_a_yaml_block_is_part_of_a_recipe_or_a_task_file(block: str) -> None:
     part = yaml_nodes.read(block.encode(), str).plain()
     if "task" in part:
-        tasks = (ROOT / "tests" / "zero_shot_tasks").glob("*.yaml")
+        tasks = (ROOT / "tests" / "measure" / "zero_shot_tasks").glob("*.yaml")
         assert part.keys() <= {key for task in tasks for key in yaml.safe_load(task.read_text())}
         return
     whole = yaml_nodes.read((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
