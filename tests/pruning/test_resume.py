@@ -123,7 +123,7 @@ def test_a_process_killed_again_and_again_comes_to_its_end(tiny, tmp_path, prose
     """Each process is killed with SIGKILL when the second file of its own is about to become durable."""
     run(tiny("gpt2"), tmp_path / "whole", prose, **GBLM)
     arguments = [
-        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--fit", "none",
+        "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--update", "none",
         "--calibration", str(prose),
         "--samples", "3", "--sequence-length", "32", "--json", "--quiet", "--no-offload",
     ]  # fmt: skip
