@@ -8,18 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gblm_compress.methods.choices import Choice
 
-
-@dataclass(frozen=True)
-class FitChoice(Choice):
+@dataclass(frozen=True, kw_only=True)
+class FitChoice:
     """An entry of `FITS`.
 
     Attributes:
+        help: what is fitted, as half a sentence for `--help` and the recipe reference.
         update: the update that it is.
         distillation_epochs: passes over the samples that fit all survivors to the dense model's predictions.
     """
 
+    help: str
     update: str
     distillation_epochs: int = 0
 

@@ -115,7 +115,7 @@ class PruneSettings(Settings):
     )
     fit: FitName | None = Field(
         "balanced",
-        description="What is fitted, by the surviving weights, to the dense model; stands for update and "
+        description="What of the dense model the surviving weights are fitted to; stands for update and "
         f"distillation_epochs. {describe(FITS)}.",
     )
     update: Annotated[UpdateName, Panel.FIT] = Field(
@@ -163,11 +163,15 @@ class PruneSettings(Settings):
         if not isinstance(values, dict):
             return values
         preset = PRESETS.get(values["preset"], {}) if isinstance(values.get("preset"), str) else {}
-        if own := FITTED & values.keys():
-            preset = {key: value for key, value in preset.items() if key != "fit"}
-        values = {**preset, **values}
-        fit = values.setdefault("fit", None) if own or FITTED & preset.keys() else values.get("fit")
-        return {**FITS[fit].settings, **values} if isinstance(fit, str) and fit in FITS else values
+        if "fit" in preset:
+            preset = FITS[preset["fit"]].settings | preset
+        # A fit replaces what it stands for in the preset, and the other way round.
+        replaced = {"fit"} if FITTED & values.keys() else FITTED if values.get("fit") is not None else set()
+        values = {key: value for key, value in preset.items() if key not in replaced} | values
+        if FITTED & values.keys():
+            values.setdefault("fit", None)
+        fit = values.get("fit")
+        return FITS[fit].settings | values if isinstance(fit, str) and fit in FITS else values
 
     @model_validator(mode="after")
     def _check_fit(self) -> Self:

@@ -1,6 +1,6 @@
 """A whole run, its grid of methods and its gates."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, Self
 
 from pydantic import (
@@ -12,7 +12,6 @@ from pydantic import (
 
 from gblm_compress import suggestions
 from gblm_compress.methods.allocation import ALLOCATIONS
-from gblm_compress.methods.choices import Choice
 from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
@@ -67,24 +66,22 @@ class CompareSettings(Settings):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
-        parts: dict[str, Mapping[str, Choice]] = {
+        parts: dict[str, Collection[str]] = {
             "fit": FITS,
             "update": UPDATES,
             "refine": REFINEMENTS,
             "allocation": ALLOCATIONS,
         }
         for part in rest:
-            key = next((key for key, known_parts in parts.items() if part in known_parts), None)
+            key = next((key for key, names in parts.items() if part in names), None)
             if key is None:
                 raise ValueError(
                     f"method {method!r}: {part!r} is no fit, update, refinement or allocation, or the second of its "
                     "kind; give for example wanda+swap+least-squares"
                 )
             values[key] = part
-            del parts[key]
-            if key in ("fit", "update"):
-                parts.pop("fit", None)
-                parts.pop("update", None)
+            for taken in ("fit", "update") if key in ("fit", "update") else (key,):
+                del parts[taken]
         return PruneSettings(**values)
 
 

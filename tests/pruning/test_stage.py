@@ -127,7 +127,15 @@ def test_a_preset_is_its_settings_written_out(progress: Progress) -> None:
         )
     chosen = PruneSettings(preset="paper", fit="fast", gradient_norm="l2")
     assert (chosen.method, chosen.update, chosen.gradient_norm) == ("gblm", "least-squares", "l2")
+    for given, update in (
+        ({"update": "obs"}, "obs"),
+        ({"distillation_epochs": 2}, "none"),
+        ({"fit": "best"}, "reconstruct"),
+    ):
+        assert PruneSettings(preset="paper", **given).update == update
     assert PruneSettings(preset="paper", update="obs").fit is None
+    assert PruneSettings(preset="sparsegpt", fit="best") == PruneSettings(preset="sparsegpt", method="obs", fit="best")
+    assert PruneSettings(preset="sparsegpt", distillation_epochs=2).update == "obs"
     assert PruneSettings.model_validate(chosen.model_dump()) == chosen
     one, other = tiny_model("llama"), tiny_model("llama")
     prune_(one, samples(), PruneSettings(preset="sparsegpt"), progress)
@@ -322,6 +330,21 @@ def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress)
     down = layers["model.layers.0.mlp.down_proj"]
     assert down["pattern"] == "unstructured" and down["nonzeros"] == 64 * 96
     assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+
+
+def test_a_better_fit_and_a_better_mask_are_told(tiny, tmp_path, prose, progress) -> None:
+    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
+
+    def notes(**settings) -> str:
+        output = tmp_path / settings["method"]
+        return "\n".join(
+            prune(tiny("llama"), output, PruneSettings(pattern="2:4", **settings), text, progress=progress).warnings
+        )
+
+    told = notes(method="regional", fit="none")
+    assert "--fit balanced fits the surviving weights further" in told
+    assert "--method obs chose a better mask for this fit where it was measured: perplexity 105.2 against 125.9" in told
+    assert "chose a better mask" not in notes(method="obs", fit="none")
 
 
 def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> None:
