@@ -33,7 +33,9 @@ from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts.bitmask import pack
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure.runtimes import OnnxRuntime, Runtime, TorchRuntime
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.measure.runtimes import Runtime
+from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries

@@ -9,9 +9,11 @@ holds, and runs, dense weights. The decoder of a weight with E elements in row-m
 
 No `Where` is used: ONNX Runtime does not fold it in float16.
 
-`use_kernels_` is for speed: the MatMul becomes the operator gblm.BitmaskLinear (kernels/onnxruntime_op.c).
+`use_kernels_` is for speed: MatMuls become the operators gblm.BitmaskLinear and, where the weight is dense,
+gblm.DenseLinear (kernels/onnxruntime_op.c).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,8 @@ from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts.bitmask import check, pack, unpack
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
-DOMAIN, OPERATOR = "gblm", "BitmaskLinear"
+DOMAIN, VERSION = "gblm", 2
+OPERATOR, DENSE_OPERATOR = "BitmaskLinear", "DenseLinear"
 DTYPES = ("float32", "float16")
 MAX_WEIGHTS = 8  # that one BitmaskLinear multiplies by
 
@@ -37,15 +40,9 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
     nodes: list[ir.Node] = []
     shared: dict[str, ir.Value] = {}
 
-    def constant(name: str, array: Any) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
-        graph.initializers[name] = value
-        return value
-
     def shared_constant(name: str, array: Any) -> ir.Value:
         if name not in shared:
-            shared[name] = constant(f"bitmask_decoder.{name}", array)
+            shared[name] = _initializer(graph, f"bitmask_decoder.{name}", array)
         return shared[name]
 
     def node(operator: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
@@ -66,10 +63,10 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
         flat = shared_constant("flat", np.array([-1], dtype=np.int64))
         axis = shared_constant("axis", np.array(0, dtype=np.int64))
         shape = shared_constant("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
-        shifted = node("BitShift", [constant(name + MASK, mask), shifts], direction="RIGHT")
+        shifted = node("BitShift", [_initializer(graph, name + MASK, mask), shifts], direction="RIGHT")
         bits = node("Cast", [node("Reshape", [node("BitwiseAnd", [shifted, one]), flat])], to=ir.DataType.INT32)
         places = node("Mul", [node("CumSum", [bits, axis]), bits])
-        decoded = node("Reshape", [node("Gather", [constant(name + VALUES, values), places], axis=0), shape])
+        decoded = node("Reshape", [node("Gather", [_initializer(graph, name + VALUES, values), places], axis=0), shape])
         decoded.shape, decoded.dtype = dense.shape, dense.dtype
         del graph.initializers[name]
         dense.replace_all_uses_with(decoded)
@@ -77,21 +74,35 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
     graph.insert_before(graph[0], nodes)
 
 
-def use_kernels_(program: ir.Model, names: list[str]) -> None:
-    """Multiply by the named initializers [in_features, out_features] with BitmaskLinear instead of MatMul, in place.
+def use_kernels_(program: ir.Model, names: list[str], *, half: bool = False) -> None:
+    """Multiply by the named initializers [in_features, out_features] with BitmaskLinear instead of MatMul, and by all
+    others with DenseLinear, in place. Activations stay in float32.
 
-    MatMuls of the same input become one BitmaskLinear, at the place of the first.
+    MatMuls of the same input become one BitmaskLinear, at the place of the first. An embedding that shares the weight
+    of the head reads DenseLinear's, which has its orientation.
+
+    Args:
+        half: store all these weights, and the embedding, in float16; they must be its numbers.
 
     Raises:
-        ModelError: a weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
+        ModelError: a named weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
     """
+    stored = np.float16 if half else np.float32
+    _use_bitmask(program, names, stored)
+    _use_dense(program, stored)
+    if half:
+        _halve_embeddings(program)
+    program.opset_imports[DOMAIN] = VERSION
+
+
+def _use_bitmask(program: ir.Model, names: list[str], stored: Any) -> None:
     graph = program.graph
     packed: dict[str, list[ir.Value]] = {}
     same_input: dict[ir.Value, list[ir.Node]] = {}
     for name in names:
         dense = graph.initializers[name]
         assert dense.const_value is not None
-        weight = torch.from_numpy(dense.const_value.numpy().T.copy())
+        weight = torch.from_numpy(_as_stored(name, dense.const_value.numpy().T, stored))
         used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
         if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
             raise ModelError(
@@ -100,12 +111,8 @@ def use_kernels_(program: ir.Model, names: list[str]) -> None:
                 "--sparse"
             )
         mask, values = pack(weight)
-        packed[name] = []
-        for suffix, tensor in ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask))):
-            value = ir.Value(name=name + suffix, const_value=ir.tensor(tensor.numpy(), name=name + suffix))
-            value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
-            graph.initializers[name + suffix] = value
-            packed[name].append(value)
+        parts = ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask)))
+        packed[name] = [_initializer(graph, name + suffix, tensor.numpy()) for suffix, tensor in parts]
         for matmul, _ in dense.uses():
             same_input.setdefault(matmul.inputs[0], []).append(matmul)
     order = {node: number for number, node in enumerate(graph)}
@@ -117,14 +124,97 @@ def use_kernels_(program: ir.Model, names: list[str]) -> None:
             node = ir.Node(DOMAIN, OPERATOR, [x, *weights], num_outputs=len(group), name=group[0].name)
             graph.insert_before(group[0], node)
             for matmul, output in zip(group, node.outputs, strict=True):
-                product = matmul.outputs[0]
-                output.shape, output.type = product.shape, product.type
-                product.replace_all_uses_with(output)
-                graph.remove(matmul, safe=True)
-                output.name = product.name
+                _replace(graph, matmul, output)
     for name in names:
         del graph.initializers[name]
-    program.opset_imports[DOMAIN] = 1
+
+
+def _use_dense(program: ir.Model, stored: Any) -> None:
+    graph = program.graph
+    turned: dict[ir.Value, ir.Value] = {}
+    for matmul in [node for node in graph if node.op_type == "MatMul"]:
+        weight = matmul.inputs[1]
+        producer = weight.producer()
+        before = producer.inputs[0] if producer is not None and _turns(producer) else weight
+        if before.name not in graph.initializers or before.const_value is None or len(before.shape or ()) != 2:
+            continue
+        if before not in turned:
+            array = before.const_value.numpy()
+            array = array.T if before is weight else array
+            if array.shape[1] % WORD or array.dtype != np.float32:
+                continue
+            name = f"{before.name}.rows"
+            turned[before] = _initializer(graph, name, _as_stored(name, array, stored))
+            same = [user.outputs[0] for user, _ in before.uses() if _turns(user)] if before is weight else [before]
+            for gather, _ in [use for value in same for use in value.uses() if use[0].op_type == "Gather"]:
+                _gather(graph, gather, turned[before])
+        node = ir.Node(DOMAIN, DENSE_OPERATOR, [matmul.inputs[0], turned[before]], name=matmul.name)
+        graph.insert_before(matmul, node)
+        _replace(graph, matmul, node.outputs[0])
+    for before in turned:
+        for user in [user for user, _ in before.uses() if _turns(user) and not user.outputs[0].uses()]:
+            graph.remove(user, safe=True)
+        if not before.uses():
+            del graph.initializers[before.name]
+
+
+def _turns(node: ir.Node) -> bool:
+    permutation = node.attributes.get("perm")
+    return node.op_type == "Transpose" and permutation is not None and tuple(permutation.as_ints()) == (1, 0)
+
+
+def _gather(graph: ir.Graph, gather: ir.Node, rows: ir.Value) -> None:
+    """Let a Gather read `rows`; what it gives stays float32."""
+    gather.replace_input_with(0, rows)
+    if rows.dtype == ir.DataType.FLOAT:
+        return
+    output = gather.outputs[0]
+    wide = ir.node("Cast", [output], attributes={"to": ir.DataType.FLOAT})
+    wide.outputs[0].shape, wide.outputs[0].dtype = output.shape, ir.DataType.FLOAT
+    graph.insert_after(gather, wide)
+    output.replace_all_uses_with(wide.outputs[0])
+    wide.replace_input_with(0, output)
+    output.dtype = rows.dtype
+
+
+def _halve_embeddings(program: ir.Model) -> None:
+    """Store in float16 what rows are gathered from."""
+    graph = program.graph
+    for gather in [node for node in graph if node.op_type == "Gather"]:
+        table = gather.inputs[0]
+        if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:
+            continue
+        if len(table.shape or ()) == 2 and len(table.uses()) == 1 and table.const_value is not None:
+            name = f"{table.name}.rows"
+            rows = _initializer(graph, name, _as_stored(name, table.const_value.numpy(), np.float16))
+            _gather(graph, gather, rows)
+            del graph.initializers[table.name]
+
+
+def _as_stored(name: str, array: Any, dtype: Any) -> Any:
+    """A copy of the array in another dtype, which must lose nothing."""
+    made = array.astype(dtype, order="C", copy=True)
+    if not np.array_equal(made.astype(array.dtype), array):
+        raise VerificationError(f"{name}: its numbers are not those of {np.dtype(dtype).name}")
+    return made
+
+
+def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    assert value.const_value is not None
+    value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+    graph.initializers[name] = value
+    return value
+
+
+def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Let `output` take the place of what a node of one output gives, under its name."""
+    product = node.outputs[0]
+    output.shape, output.type = product.shape, product.type
+    is_output = product.is_graph_output()
+    product.replace_all_uses_with(output, replace_graph_outputs=is_output)
+    graph.remove(node, safe=True)
+    output.name = product.name
 
 
 def encode(weight: Any) -> tuple[Any, Any] | None:
@@ -140,11 +230,14 @@ def encode(weight: Any) -> tuple[Any, Any] | None:
     return mask, values
 
 
-def decode(initializers: Any, name: str) -> Any:
-    """The elements of a weight as its initializers store them, in the order they store them.
+def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
+    """The weight [in_features, out_features], or the other way round, as its initializers store it.
+
+    Args:
+        shape: of the initializer before it was packed.
 
     Raises:
-        VerificationError: an initializer is missing or does not fit the others.
+        VerificationError: an initializer is missing or does not fit the others or the shape.
     """
 
     def stored(suffix: str, *dtypes: str) -> Any:
@@ -153,8 +246,13 @@ def decode(initializers: Any, name: str) -> Any:
             raise VerificationError(f"{name + suffix}: the graph has no such initializer of {' or '.join(dtypes)}")
         return value.const_value.numpy()
 
+    def checked(array: Any) -> Any:
+        if array.shape != shape:
+            raise VerificationError(f"{name}.shape: {list(array.shape)}; the weight has {list(shape)}")
+        return array
+
     if name in initializers:
-        return stored("", *DTYPES).reshape(-1)
+        return checked(stored("", *DTYPES))
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
@@ -164,7 +262,7 @@ def decode(initializers: Any, name: str) -> Any:
             raise VerificationError(f"{name}.{error}") from error
         if not torch.equal(starts, row_starts(mask)):
             raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
-        return unpack(mask, torch.tensor(values), mask.shape[1] * WORD).numpy().reshape(-1)
+        return checked(unpack(mask, torch.tensor(values), mask.shape[1] * WORD).numpy().T)
     alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
     if values.shape != (1 + alive.sum(),) or values[0] != 0:
         raise VerificationError(
@@ -172,4 +270,6 @@ def decode(initializers: Any, name: str) -> Any:
         )
     dense = np.zeros(alive.shape, values.dtype)
     dense[alive] = values[1:]
-    return dense
+    if dense.size != math.prod(shape):
+        raise VerificationError(f"{name + MASK}: {dense.size} bits; the weight has {list(shape)} elements")
+    return dense.reshape(shape)

@@ -18,7 +18,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix

@@ -15,7 +15,7 @@ class Format:
     Attributes:
         exporter: the module with its `check` and `export`; imported on use.
         help: what is written, as half a sentence for `--help` and the recipe reference.
-        runtime: what executes it, "torch" or "onnxruntime".
+        runtimes: what executes it, of `BenchmarkSettings.runtimes`; the first evaluates it.
         dtypes: those that it can have; the first is taken where the checkpoint's own is none of them.
         reads: the options of `ExportSettings` that it reads and others may not; giving one in vain is refused.
         layout: the name in `LAYOUTS` of how it packs weights; None where it does not.
@@ -23,10 +23,15 @@ class Format:
 
     exporter: str
     help: str
-    runtime: str = "torch"
+    runtimes: tuple[str, ...] = ("torch",)
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
     layout: str | None = None
+
+    @property
+    def runtime(self) -> str:
+        """What evaluates it."""
+        return self.runtimes[0]
 
     @property
     def needs_cuda(self) -> bool:
@@ -44,9 +49,9 @@ FORMATS = {
     "onnx": Format(
         exporter="gblm_compress.exporters.onnx",
         help="one graph for ONNX Runtime, in float32 or float16",
-        runtime="onnxruntime",
+        runtimes=("onnxruntime", "genai"),
         dtypes=("float32", "float16"),
-        reads=("sparse", "kernels"),
+        reads=("graph", "sparse", "kernels"),
     ),
     **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},
 }

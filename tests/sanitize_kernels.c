@@ -3,7 +3,7 @@
  * Compiled with -fsanitize=address,undefined. Compilers do not instrument masked vector instructions, so that each buffer also
  * ends at a page that cannot be touched, to the byte; what lies before it is poisoned, and must come out as it was.
  *
- * A case is one call of gblm_bitmask_linear or gblm_bitmask_expand: every element type, every path that the CPU has, widths
+ * A case is one call of gblm_bitmask_linear, packed or dense, or gblm_bitmask_expand: every element type, every path that the CPU has, widths
  * that are no whole words, rows that are no whole blocks, empty and full rows, few tokens and many, any number of threads in
  * teams of any size. A product is held against a naive one in double, an expansion against the matrix bit for bit. Hostile are
  * numbers that there is no code for, which must be refused with nothing written; bits beyond the last column, which must not
@@ -113,19 +113,21 @@ static void parallel(void (*function)(void *), void *data, unsigned asked, unsig
 
 /* ---- elements ---- */
 
-static const int size_of[TYPES] = {4, 2, 2};
-static const double epsilon[TYPES] = {1.2e-7, 1e-3, 8e-3};
+static const int size_of[TYPES] = {4, 2, 2, 2};
+static const double epsilon[TYPES] = {1.2e-7, 1e-3, 8e-3, 1.2e-7};
 static char pool[TYPES][POOL * 4]; /* random elements */
+
+static int type_of_x(int type) { return type == F16_X32 ? F32 : type; }
 
 static float element(int type, const void *array, int64_t at) {
     if (type == F32) return ((const float *)array)[at];
     const uint16_t half = ((const uint16_t *)array)[at];
-    return type == F16 ? f16_to_float(half) : bf16_to_float(half);
+    return type == BF16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
 static void put(int type, void *array, int64_t at, float value) {
     if (type == F32) ((float *)array)[at] = value;
-    else ((uint16_t *)array)[at] = type == F16 ? float_to_f16(value) : float_to_bf16(value);
+    else ((uint16_t *)array)[at] = type == BF16 ? float_to_bf16(value) : float_to_f16(value);
 }
 
 static void fill_pools(void) {
@@ -151,7 +153,7 @@ typedef struct {
     char *values, *x;
     int64_t *starts;
     int64_t rows, columns, words, tokens;
-    int type, path, threads, odd; /* odd: with bits beyond the last column, or values that are no numbers */
+    int type, path, threads, dense, odd; /* odd: with bits beyond the last column, or values that are no numbers */
 } Case;
 
 static Case case_of_any_kind(void) {
@@ -173,6 +175,8 @@ static Case case_of_any_kind(void) {
     c.words = (c.columns + 63) / 64;
     c.threads = 1 + (int)below(5);
     c.odd = below(8) == 0;
+    c.dense = gblm_x32(c.type) && below(4) == 0;
+    if (c.dense) c.columns = c.words * 64;
     c.mask = sized(&buffers[MASK], (size_t)(c.rows * c.words) * 8);
     c.starts = sized(&buffers[STARTS], (size_t)c.rows * 8);
     const int density = (int)below(5);
@@ -180,7 +184,7 @@ static Case case_of_any_kind(void) {
     int64_t bits = 0;
     for (int64_t r = 0; r < c.rows; r++) {
         c.starts[r] = bits;
-        const int of_row = below(8) ? density : (int)below(5);
+        const int of_row = c.dense ? 1 : below(8) ? density : (int)below(5);
         for (int64_t w = 0; w < c.words; w++) {
             uint64_t word = of_row == 0 ? 0 : of_row == 1 ? ~0ull : of_row == 2 ? number() & number() & number() : number();
             if (w == c.words - 1 && !c.odd) word &= last;
@@ -188,28 +192,29 @@ static Case case_of_any_kind(void) {
             bits += __builtin_popcountll(word);
         }
     }
-    c.values = sized(&buffers[VALUES], (size_t)((bits + 64) * size_of[c.type]));
+    const int64_t padding = c.dense ? 0 : 64;
+    c.values = sized(&buffers[VALUES], (size_t)((bits + padding) * size_of[c.type]));
     take_elements(c.type, c.values, bits);
     for (int64_t i = 0; c.odd && i < bits; i += 1 + below(9)) put(c.type, c.values, i, below(2) ? NAN : INFINITY);
-    memset(c.values + bits * size_of[c.type], 0, (size_t)(64 * size_of[c.type]));
+    memset(c.values + bits * size_of[c.type], 0, (size_t)(padding * size_of[c.type]));
     return c;
 }
 
 static int run(const Case *c, void *y, int64_t rows, int64_t words, int64_t tokens, int type, int path, int threads,
                void *panels) {
-    return gblm_bitmask_linear(c->mask, c->values, c->starts, c->x, y, panels, rows, words, tokens, type, path, threads);
+    return gblm_bitmask_linear(c->dense ? NULL : c->mask, c->values, c->dense ? NULL : c->starts, c->x, y, panels, rows, words, tokens, type, path, threads);
 }
 
 static void refuse_linear(const Case *c, void *y) {
     const int64_t edge = ONE_OF(INT64_MIN, -1, 0, 9, 64, INT64_MAX);
-    const int small = (int)ONE_OF(INT32_MIN, -1, 3, 4, 40, INT32_MAX);
+    const int small = (int)ONE_OF(INT32_MIN, -1, 4, 5, 40, INT32_MAX);
     int done = 1;
     switch (below(6)) {
     case 0: done = run(c, y, edge < 0 ? edge : -1, c->words, c->tokens, c->type, c->path, c->threads, NULL); break;
     case 1: done = run(c, y, c->rows, edge <= 0 ? edge : 0, c->tokens, c->type, c->path, c->threads, NULL); break;
     case 2: done = run(c, y, c->rows, c->words, edge, c->type, c->path, c->threads, NULL); break;
     case 3: done = run(c, y, c->rows, c->words, c->tokens, small, c->path, c->threads, NULL); break;
-    case 4: done = run(c, y, c->rows, c->words, c->tokens, c->type, small == 3 ? 4 : small, c->threads, NULL); break;
+    case 4: done = run(c, y, c->rows, c->words, c->tokens, c->type, small, c->threads, NULL); break;
     case 5: done = run(c, y, c->rows, c->words, c->tokens, c->type, c->path, small < 0 ? small : 0, NULL); break;
     }
     if (done || !untouched(&buffers[Y])) fail("a number out of range was taken");
@@ -218,11 +223,13 @@ static void refuse_linear(const Case *c, void *y) {
 static void linear(Case *c) {
     const int64_t stride = c->words * 64;
     const int many = c->tokens > FEW_TOKENS || (gblm_has_many(c->type, c->path) && below(4) == 0);
-    c->x = sized(&buffers[X], (size_t)(c->tokens * stride * size_of[c->type]));
-    take_elements(c->type, c->x, c->tokens * stride);
+    const int x_type = type_of_x(c->type);
+    const int64_t x_size = size_of[x_type];
+    c->x = sized(&buffers[X], (size_t)(c->tokens * stride * x_size));
+    take_elements(x_type, c->x, c->tokens * stride);
     for (int64_t t = 0; t < c->tokens; t++)
-        memset(c->x + (t * stride + c->columns) * size_of[c->type], 0, (size_t)((stride - c->columns) * size_of[c->type]));
-    void *y = sized(&buffers[Y], (size_t)(c->tokens * c->rows * size_of[c->type]));
+        memset(c->x + (t * stride + c->columns) * x_size, 0, (size_t)((stride - c->columns) * x_size));
+    void *y = sized(&buffers[Y], (size_t)(c->tokens * c->rows * x_size));
     if (below(50) == 0) {
         refuse_linear(c, y);
         return;
@@ -237,11 +244,11 @@ static void linear(Case *c) {
             for (int64_t w = 0; w < c->words; w++)
                 for (uint64_t bits = c->mask[r * c->words + w]; bits; bits &= bits - 1, v++) {
                     const double product = (double)element(c->type, c->values, v) *
-                                           element(c->type, c->x, t * stride + w * 64 + __builtin_ctzll(bits));
+                                           element(x_type, c->x, t * stride + w * 64 + __builtin_ctzll(bits));
                     sum += product;
                     scale += fabs(product);
                 }
-            if (!(fabs(element(c->type, y, t * c->rows + r) - sum) <= 1e-5 * scale + epsilon[c->type] * fabs(sum) + 1e-7))
+            if (!(fabs(element(x_type, y, t * c->rows + r) - sum) <= 1e-5 * scale + epsilon[c->type] * fabs(sum) + 1e-7))
                 fail("a product is wrong");
         }
 }
@@ -282,7 +289,7 @@ int main(int count, char **arguments) {
     gblm_set_parallel((void *)parallel, (void *)thread_number, (void *)team_size);
     for (long long done = 0; done < cases; done++) {
         Case c = case_of_any_kind();
-        if (c.tokens > FEW_TOKENS || below(3)) linear(&c);
+        if (c.tokens > FEW_TOKENS || c.dense || below(3)) linear(&c);
         else expand(&c);
         for (int i = 0; i < PANELS; i++) check_canary(&buffers[i]);
         by_path[c.type][c.path]++;
@@ -291,7 +298,7 @@ int main(int count, char **arguments) {
     for (int type = 0; type < TYPES; type++)
         for (int path = 0; path < PATHS; path++)
             if (by_path[type][path])
-                printf("  %-9s %-9s %lld\n", (const char *[]){"float32", "float16", "bfloat16"}[type],
+                printf("  %-12s %-9s %lld\n", (const char *[]){"float32", "float16", "bfloat16", "float16, x 32"}[type],
                        (const char *[]){"portable", "avx2", "avx512", "amx"}[path], by_path[type][path]);
     return 0;
 }

@@ -1,7 +1,7 @@
 /* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See bitmask.h.
  *
  * Every kernel computes rows [begin, end) for all tokens; each token of `x` is readable for whole words. Paths: portable C,
- * AVX2 (fp32), AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
+ * AVX2 (fp32 x), AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
  * attribute, so that one library runs anywhere; `gblm_paths` says what the CPU has.
  */
 #include "bitmask.h"
@@ -18,28 +18,29 @@ typedef void (*Kernel)(const Job *, int64_t begin, int64_t end);
 
 /* ---- portable ---- */
 
-#define PORTABLE(NAME, TYPE, TO_FLOAT)                                                  \
+#define PORTABLE(NAME, TYPE, TO_FLOAT, X_TYPE, X_TO_FLOAT)                              \
     static void portable_##NAME(const Job *job, int64_t begin, int64_t end) {           \
         const int64_t stride = job->words * 64;                                         \
         for (int64_t r = begin; r < end; r++) {                                         \
-            const TYPE *v = (const TYPE *)job->values + job->starts[r];                 \
+            const TYPE *v = (const TYPE *)job->values + gblm_start(job, r);             \
             float sums[FEW_TOKENS] = {0};                                               \
             for (int64_t w = 0; w < job->words; w++) {                                  \
-                uint64_t bits = job->mask[r * job->words + w];                          \
-                const TYPE *x = (const TYPE *)job->x + w * 64;                          \
+                uint64_t bits = gblm_bits(job, r, w);                                   \
+                const X_TYPE *x = (const X_TYPE *)job->x + w * 64;                      \
                 for (; bits; bits &= bits - 1, v++) {                                   \
                     const int b = __builtin_ctzll(bits);                                \
                     const float value = TO_FLOAT(*v);                                   \
                     for (int64_t t = 0; t < job->tokens; t++)                           \
-                        sums[t] += value * TO_FLOAT(x[t * stride + b]);                 \
+                        sums[t] += value * X_TO_FLOAT(x[t * stride + b]);               \
                 }                                                                       \
             }                                                                           \
-            for (int64_t t = 0; t < job->tokens; t++) gblm_put(job, t, r, sums[t]); \
+            for (int64_t t = 0; t < job->tokens; t++) gblm_put(job, t, r, sums[t]);     \
         }                                                                               \
     }
-PORTABLE(f32, float, f32_to_float)
-PORTABLE(f16, uint16_t, f16_to_float)
-PORTABLE(bf16, uint16_t, bf16_to_float)
+PORTABLE(f32, float, f32_to_float, float, f32_to_float)
+PORTABLE(f16, uint16_t, f16_to_float, uint16_t, f16_to_float)
+PORTABLE(bf16, uint16_t, bf16_to_float, uint16_t, bf16_to_float)
+PORTABLE(f16_x32, uint16_t, f16_to_float, float, f32_to_float)
 
 /* The bits of word w that are columns of a row. */
 static inline uint64_t in_row(int64_t columns, int64_t w) {
@@ -78,53 +79,78 @@ __attribute__((constructor)) static void avx2_fill_tables(void) {
         }
 }
 
-AVX2 static void avx2_f32(const Job *job, int64_t begin, int64_t end) {
-    const int64_t stride = job->words * 64, tokens = job->tokens;
-    for (int64_t r = begin; r < end; r++) {
-        const float *v = (const float *)job->values + job->starts[r];
-        const uint64_t *mask = job->mask + r * job->words;
-        __m256 sums[FEW_TOKENS];
-        for (int64_t t = 0; t < tokens; t++) sums[t] = _mm256_setzero_ps();
-        for (int64_t w = 0; w < job->words; w++) {
-            const float *x = (const float *)job->x + w * 64;
-            _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
-            _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);
-            for (int part = 0; part < 8; part++) {
-                const unsigned bits = mask[w] >> (8 * part) & 255;
-                const __m256 packed = _mm256_loadu_ps(v);
-                const __m256 spread = _mm256_permutevar8x32_ps(packed, _mm256_loadu_si256((const __m256i *)avx2_spread[bits]));
-                const __m256 value = _mm256_and_ps(spread, _mm256_loadu_ps((const float *)avx2_lanes[bits]));
-                for (int64_t t = 0; t < tokens; t++)
-                    sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + t * stride + 8 * part), sums[t]);
-                v += __builtin_popcount(bits);
-            }
-        }
-        for (int64_t t = 0; t < tokens; t++) {
-            const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums[t]), _mm256_extractf128_ps(sums[t], 1));
-            const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-            gblm_put(job, t, r, _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1))));
-        }
-    }
+/* 8 weights as fp32, and v moved past them. */
+AVX2 static inline __m256 avx2_spread_8(__m256 packed, unsigned bits) {
+    const __m256 spread = _mm256_permutevar8x32_ps(packed, _mm256_loadu_si256((const __m256i *)avx2_spread[bits]));
+    return _mm256_and_ps(spread, _mm256_loadu_ps((const float *)avx2_lanes[bits]));
 }
+AVX2 static inline __m256 avx2_packed_f32(const float **v, unsigned bits) {
+    const __m256 packed = _mm256_loadu_ps(*v);
+    *v += __builtin_popcount(bits);
+    return avx2_spread_8(packed, bits);
+}
+AVX2 static inline __m256 avx2_packed_f16(const uint16_t **v, unsigned bits) {
+    const __m256 packed = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)*v));
+    *v += __builtin_popcount(bits);
+    return avx2_spread_8(packed, bits);
+}
+AVX2 static inline __m256 avx2_dense_f32(const float **v, unsigned bits) {
+    (void)bits;
+    return _mm256_loadu_ps((*v += 8) - 8);
+}
+AVX2 static inline __m256 avx2_dense_f16(const uint16_t **v, unsigned bits) {
+    (void)bits;
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((*v += 8) - 8)));
+}
+
+#define AVX2_KERNEL(NAME, TYPE, EIGHT)                                                                              \
+    AVX2 static void NAME(const Job *job, int64_t begin, int64_t end) {                                             \
+        const int64_t stride = job->words * 64, tokens = job->tokens;                                               \
+        for (int64_t r = begin; r < end; r++) {                                                                     \
+            const TYPE *v = (const TYPE *)job->values + gblm_start(job, r);                                         \
+            __m256 sums[FEW_TOKENS];                                                                                \
+            for (int64_t t = 0; t < tokens; t++) sums[t] = _mm256_setzero_ps();                                     \
+            for (int64_t w = 0; w < job->words; w++) {                                                              \
+                const float *x = (const float *)job->x + w * 64;                                                    \
+                const uint64_t bits = gblm_bits(job, r, w);                                                         \
+                _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
+                _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
+                for (int part = 0; part < 8; part++) {                                                              \
+                    const __m256 value = EIGHT(&v, bits >> (8 * part) & 255);                                       \
+                    for (int64_t t = 0; t < tokens; t++)                                                            \
+                        sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + t * stride + 8 * part), sums[t]);      \
+                }                                                                                                   \
+            }                                                                                                       \
+            for (int64_t t = 0; t < tokens; t++) {                                                                  \
+                const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums[t]), _mm256_extractf128_ps(sums[t], 1)); \
+                const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));                                    \
+                gblm_put(job, t, r, _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1))));                \
+            }                                                                                                       \
+        }                                                                                                           \
+    }
+AVX2_KERNEL(avx2_f32, float, avx2_packed_f32)
+AVX2_KERNEL(avx2_f16_x32, uint16_t, avx2_packed_f16)
+AVX2_KERNEL(avx2_dense_f32_x32, float, avx2_dense_f32)
+AVX2_KERNEL(avx2_dense_f16_x32, uint16_t, avx2_dense_f16)
 
 /* ---- AVX-512 ---- */
 
 /* One token. Decoding is bound by memory, and one core fills more of its bandwidth with several streams: STREAMS rows, a
  * quarter of the share apart, are read side by side. Four sums a row hide the latency of the multiply-add. */
 #define STREAMS 4
-#define ONE_TOKEN(NAME, ATTRIBUTE, TYPE, WORD)                                                                       \
+#define ONE_TOKEN(NAME, ATTRIBUTE, TYPE, X_TYPE, WORD)                                                               \
     ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_rows(const Job *job, int64_t first, int64_t apart, \
                                                                             const int streams) {                     \
-        const TYPE *v[STREAMS], *x = (const TYPE *)job->x;                                                           \
-        const uint64_t *mask[STREAMS];                                                                               \
+        const TYPE *v[STREAMS];                                                                                      \
+        const X_TYPE *x = (const X_TYPE *)job->x;                                                                    \
         __m512 sums[STREAMS][4];                                                                                     \
         for (int i = 0; i < streams; i++) {                                                                          \
-            v[i] = (const TYPE *)job->values + job->starts[first + i * apart];                                       \
-            mask[i] = job->mask + (first + i * apart) * job->words;                                                  \
+            v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
             for (int j = 0; j < 4; j++) sums[i][j] = _mm512_setzero_ps();                                            \
         }                                                                                                            \
         for (int64_t w = 0; w < job->words; w++, x += 64)                                                            \
-            _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) v[i] = WORD(mask[i][w], v[i], x, sums[i]);     \
+            _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++)                                                \
+                v[i] = WORD(gblm_bits(job, first + i * apart, w), v[i], x, sums[i]);                                 \
         for (int i = 0; i < streams; i++)                                                                            \
             gblm_put(job, 0, first + i * apart, _mm512_reduce_add_ps(_mm512_add_ps(                                  \
                 _mm512_add_ps(sums[i][0], sums[i][1]), _mm512_add_ps(sums[i][2], sums[i][3]))));                     \
@@ -150,38 +176,105 @@ AVX512 static inline __attribute__((always_inline)) const float *word_f32(uint64
     F32_STEP(3, n3);
     return v + __builtin_popcountll(m);
 }
-ONE_TOKEN(avx512_f32_one, AVX512, float, word_f32)
+ONE_TOKEN(avx512_f32_one, AVX512, float, float, word_f32)
 
-/* Several tokens: each expanded vector is used once for every token. T is a constant, so the sums live in registers. */
-#define AVX512_F32(T)                                                                                               \
-    AVX512 static void avx512_f32_##T(const Job *job, int64_t begin, int64_t end) {                                 \
+/* fp16 values and fp32 x: 32 values are spread at a time and widened in halves. */
+AVX512_16 static inline __attribute__((always_inline)) const uint16_t *word_f16_x32(uint64_t m, const uint16_t *v,
+                                                                                    const float *x, __m512 *sums) {
+    _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
+#define F16_X32_STEP(J, OFFSET)                                                                                    \
+    do {                                                                                                           \
+        const __m512i spread = _mm512_maskz_expand_epi16((__mmask32)(m >> (32 * J)), _mm512_loadu_si512(v + OFFSET)); \
+        sums[2 * J] = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(spread)),                             \
+                                      _mm512_loadu_ps(x + 32 * J), sums[2 * J]);                                   \
+        sums[2 * J + 1] = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(spread, 1)),                   \
+                                          _mm512_loadu_ps(x + 32 * J + 16), sums[2 * J + 1]);                      \
+    } while (0)
+    F16_X32_STEP(0, 0);
+    F16_X32_STEP(1, __builtin_popcountll(m & 0xffffffff));
+    return v + __builtin_popcountll(m);
+}
+ONE_TOKEN(avx512_f16_x32_one, AVX512_16, uint16_t, float, word_f16_x32)
+
+AVX512 static inline __attribute__((always_inline)) const float *word_dense_f32(uint64_t m, const float *v, const float *x,
+                                                                                __m512 *sums) {
+    (void)m;
+    for (int j = 0; j < 4; j++) {
+        _mm_prefetch((const char *)(v + 1024 + 16 * j), _MM_HINT_T0);
+        sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(v + 16 * j), _mm512_loadu_ps(x + 16 * j), sums[j]);
+    }
+    return v + 64;
+}
+ONE_TOKEN(avx512_dense_f32_one, AVX512, float, float, word_dense_f32)
+
+AVX512_16 static inline __attribute__((always_inline)) const uint16_t *word_dense_f16(uint64_t m, const uint16_t *v,
+                                                                                      const float *x, __m512 *sums) {
+    (void)m;
+    for (int j = 0; j < 4; j++) {
+        if (j % 2 == 0) _mm_prefetch((const char *)(v + 2048 + 16 * j), _MM_HINT_T0);
+        const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(v + 16 * j)));
+        sums[j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + 16 * j), sums[j]);
+    }
+    return v + 64;
+}
+ONE_TOKEN(avx512_dense_f16_one, AVX512_16, uint16_t, float, word_dense_f16)
+
+/* 16 weights as fp32, and v moved past them. */
+AVX512 static inline __m512 packed_f32(const float **v, unsigned bits) {
+    const float *from = *v;
+    *v += __builtin_popcount(bits);
+    return expand_ps((__mmask16)bits, from);
+}
+AVX512_16 static inline __m512 packed_f16(const uint16_t **v, unsigned bits) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i *)*v);
+    *v += __builtin_popcount(bits);
+    return _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)bits, packed));
+}
+AVX512 static inline __m512 dense_f32(const float **v, unsigned bits) {
+    (void)bits;
+    return _mm512_loadu_ps((*v += 16) - 16);
+}
+AVX512_16 static inline __m512 dense_f16(const uint16_t **v, unsigned bits) {
+    (void)bits;
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((*v += 16) - 16)));
+}
+
+/* Several tokens: each vector of weights is used once for every token. T is a constant, so the sums live in registers. */
+#define TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, T)                                                               \
+    ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                  \
         const int64_t stride = job->words * 64;                                                                     \
         for (int64_t r = begin; r < end; r++) {                                                                     \
-            const float *v = (const float *)job->values + job->starts[r], *x = (const float *)job->x;               \
-            const uint64_t *mask = job->mask + r * job->words;                                                      \
+            const TYPE *v = (const TYPE *)job->values + gblm_start(job, r);                                         \
+            const float *x = (const float *)job->x;                                                                 \
             __m512 sums[T];                                                                                         \
             for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();                                              \
             for (int64_t w = 0; w < job->words; w++, x += 64) {                                                     \
-                uint64_t m = mask[w];                                                                               \
+                uint64_t m = gblm_bits(job, r, w);                                                                  \
                 _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
                 _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
                 for (int part = 0; part < 4; part++, m >>= 16) {                                                    \
-                    const __m512 value = expand_ps((__mmask16)m, v);                                                \
+                    const __m512 value = SIXTEEN(&v, (unsigned)m & 0xffff);                                         \
                     for (int t = 0; t < T; t++)                                                                     \
                         sums[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * stride + 16 * part), sums[t]);     \
-                    v += __builtin_popcount((unsigned)m & 0xffff);                                                  \
                 }                                                                                                   \
             }                                                                                                       \
-            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                  \
+            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                         \
         }                                                                                                           \
     }
-AVX512_F32(2) AVX512_F32(3) AVX512_F32(4) AVX512_F32(5) AVX512_F32(6) AVX512_F32(7) AVX512_F32(8)
-
-static void avx512_f32(const Job *job, int64_t begin, int64_t end) {
-    static const Kernel by_tokens[] = {avx512_f32_one, avx512_f32_2, avx512_f32_3, avx512_f32_4,
-                                       avx512_f32_5,   avx512_f32_6, avx512_f32_7, avx512_f32_8};
-    by_tokens[job->tokens - 1](job, begin, end);
-}
+#define KERNEL_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN)                                                                  \
+    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 2) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 3)                     \
+    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 4) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 5)                     \
+    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 6) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 7)                     \
+    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 8)                                                                   \
+    static void NAME(const Job *job, int64_t begin, int64_t end) {                                                  \
+        static const Kernel by_tokens[] = {NAME##_one, NAME##_2, NAME##_3, NAME##_4,                                \
+                                           NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                               \
+        by_tokens[job->tokens - 1](job, begin, end);                                                                \
+    }
+KERNEL_X32(avx512_f32, AVX512, float, packed_f32)
+KERNEL_X32(avx512_f16_x32, AVX512_16, uint16_t, packed_f16)
+KERNEL_X32(avx512_dense_f32, AVX512, float, dense_f32)
+KERNEL_X32(avx512_dense_f16, AVX512_16, uint16_t, dense_f16)
 
 /* bf16: 32 values a vector, products of pairs summed in float32 by vdpbf16ps. */
 AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf16(uint64_t m, const uint16_t *v,
@@ -195,7 +288,7 @@ AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf
     BF16_STEP(1, __builtin_popcountll(m & 0xffffffff));
     return v + __builtin_popcountll(m);
 }
-ONE_TOKEN(avx512_bf16_one, AVX512_BF16, uint16_t, word_bf16)
+ONE_TOKEN(avx512_bf16_one, AVX512_BF16, uint16_t, uint16_t, word_bf16)
 
 #define AVX512_BF16_TOKENS(T)                                                                                       \
     AVX512_BF16 static void avx512_bf16_##T(const Job *job, int64_t begin, int64_t end) {                           \
@@ -305,11 +398,13 @@ static int paths_of(int type) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (type == F32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths |= 1 << AVX2_PATH;
+    if (gblm_x32(type) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        (type == F32 || __builtin_cpu_supports("f16c")))
+        paths |= 1 << AVX2_PATH;
     const int base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const int expand16 = base && __builtin_cpu_supports("avx512vbmi2");
-    if ((type == F32 && base) || (type == F16 && expand16) ||
+    if ((type == F32 && base) || ((type == F16 || type == F16_X32) && expand16) ||
         (type == BF16 && expand16 && __builtin_cpu_supports("avx512bf16")))
         paths |= 1 << AVX512_PATH;
 #if defined(__linux__)
@@ -329,13 +424,16 @@ EXPORT int gblm_paths(int type) {
     return paths;
 }
 
-static Kernel kernel_of(int path, int type) {
-    static const Kernel portable[TYPES] = {portable_f32, portable_f16, portable_bf16};
+static Kernel kernel_of(int path, int type, int dense) {
+    static const Kernel portable[TYPES] = {portable_f32, portable_f16, portable_bf16, portable_f16_x32};
 #if defined(__x86_64__)
-    static const Kernel avx512[TYPES] = {avx512_f32, avx512_f16, avx512_bf16};
+    static const Kernel avx512[TYPES] = {avx512_f32, avx512_f16, avx512_bf16, avx512_f16_x32};
+    if (path >= AVX512_PATH && dense) return type == F32 ? avx512_dense_f32 : avx512_dense_f16;
     if (path >= AVX512_PATH) return avx512[type]; /* tiles do not pay for few tokens */
-    if (path == AVX2_PATH && type == F32) return avx2_f32;
+    if (path == AVX2_PATH && dense) return type == F32 ? avx2_dense_f32_x32 : avx2_dense_f16_x32;
+    if (path == AVX2_PATH) return type == F32 ? avx2_f32 : avx2_f16_x32;
 #endif
+    (void)path, (void)dense;
     return portable[type];
 }
 
@@ -358,7 +456,7 @@ static void few_tokens_part(void *argument, int index) {
 }
 
 void gblm_few_tokens(const Job *jobs, int count, const Threads *threads) {
-    Products products = {jobs, count, threads->count, kernel_of(jobs->path, jobs->type)};
+    Products products = {jobs, count, threads->count, kernel_of(jobs->path, jobs->type, !jobs->mask)};
     threads->run(threads->context, few_tokens_part, &products, threads->count);
 }
 
@@ -428,13 +526,15 @@ static int can_run(int64_t rows, int64_t words, int type, int path, int count) {
     return rows >= 0 && words > 0 && count > 0 && path >= 0 && path < PATHS && gblm_paths(type) >> path & 1;
 }
 
-/* y [tokens, rows] = x [tokens, words·64] Wᵀ, both in the type of the values, accumulated in float32. Without `panels`
+/* y [tokens, rows] = x [tokens, words·64] Wᵀ, both in the type of the values (fp32 with F16_X32), accumulated in float32.
+ * A dense weight, without mask and starts, is of type F32 or F16_X32. Without `panels`
  * at most FEW_TOKENS tokens; with them (gblm_panel_bytes) any number, on the path for many. Returns 0, and has done
  * nothing, where a number is not one that there is code for. */
 EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y,
                                void *panels, int64_t rows, int64_t words, int64_t tokens, int type, int path, int count) {
     const int many = panels != NULL;
     if (!can_run(rows, words, type, path, count) || tokens < 1) return 0;
+    if (!mask != !starts || (!mask && !gblm_x32(type))) return 0;
     if (many ? !gblm_has_many(type, path) : tokens > FEW_TOKENS) return 0;
     const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
     const Threads threads = openmp(count);
@@ -445,7 +545,7 @@ EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64
 /* Rows [first, first + count) dense, [count, columns], in the type of the values. Returns as gblm_bitmask_linear. */
 EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
                                int64_t rows, int64_t columns, int64_t words, int type, int path, int count) {
-    if (!can_run(rows, words, type, path, count) || first < 0 || columns <= (words - 1) * 64 || columns > words * 64)
+    if (!can_run(rows, words, type, path, count) || !mask || !starts || first < 0 || columns <= (words - 1) * 64 || columns > words * 64)
         return 0;
     const Job job = {.mask = mask, .values = values, .starts = starts, .words = words, .type = type, .path = path};
     const Threads threads = openmp(count);

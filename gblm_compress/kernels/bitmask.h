@@ -20,11 +20,11 @@
 #define EXPORT __attribute__((visibility("default")))
 #define FEW_TOKENS 8 /* the most that the kernels for decoding take */
 
-enum { F32, F16, BF16, TYPES };
+enum { F32, F16, BF16, F16_X32 /* fp16 values, fp32 x and y */, TYPES };
 enum { PORTABLE_PATH, AVX2_PATH, AVX512_PATH, AMX_PATH, PATHS };
 
 typedef struct {
-    const uint64_t *mask;
+    const uint64_t *mask; /* NULL: a dense weight, rows × words·64 values, of type F32 or F16_X32; starts is NULL too */
     const void *values;
     const int64_t *starts;
     const void *x; /* tokens × words·64 elements; columns past the last are zeros */
@@ -54,6 +54,16 @@ EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type);
 static inline void gblm_share(int64_t count, int parts, int index, int64_t *begin, int64_t *end) {
     *begin = count * index / parts;
     *end = count * (index + 1) / parts;
+}
+
+static inline int gblm_x32(int type) { return type == F32 || type == F16_X32; }
+
+/* Where a row's values begin, and the columns of its word w that have one. */
+static inline int64_t gblm_start(const Job *job, int64_t row) {
+    return job->starts ? job->starts[row] : row * job->words * 64;
+}
+static inline uint64_t gblm_bits(const Job *job, int64_t row, int64_t w) {
+    return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
 
 /* ---- element types, portable ---- */
@@ -108,7 +118,7 @@ static inline uint16_t float_to_f16(float f) {
 
 static inline void gblm_put(const Job *job, int64_t token, int64_t row, float sum) {
     const int64_t at = token * job->rows + row;
-    if (job->type == F32) ((float *)job->y)[at] = sum;
+    if (gblm_x32(job->type)) ((float *)job->y)[at] = sum;
     else ((uint16_t *)job->y)[at] = job->type == BF16 ? float_to_bf16(sum) : float_to_f16(sum);
 }
 

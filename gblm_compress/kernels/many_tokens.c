@@ -3,7 +3,7 @@
  * x is first packed, for the whole call, into panels of up to PANEL tokens in which the tokens of one column lie side by
  * side: [columns][tokens]. Then
  *
- * fp32 (AVX-512, AVX2): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
+ * fp32 x (AVX-512, AVX2): a vector holds one column of many tokens, and every stored weight is one multiply-add to it.
  * Zeros cost nothing, so that half the weights are half the arithmetic of a dense product. A mask word selects 64 columns,
  * whose part of the panel stays in the L1 cache while a block of rows passes over it.
  *
@@ -22,15 +22,15 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t rounded(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
-/* Columns of a panel, in units of 4 bytes: one fp32, or a pair of bf16. */
-static int64_t units(int64_t words, int type) { return words * (type == F32 ? 64 : 32); }
+/* Columns of a panel, in units of 4 bytes: one fp32 x, or a pair of bf16. */
+static int64_t units(int64_t words, int type) { return words * (gblm_x32(type) ? 64 : 32); }
 
 EXPORT int64_t gblm_panel_bytes(int64_t words, int64_t tokens, int type) {
     return units(words, type) * 4 * rounded(tokens);
 }
 
 EXPORT int gblm_has_many(int type, int path) {
-    return path >= AVX512_PATH ? type != F16 : path == AVX2_PATH && type == F32;
+    return path >= AVX512_PATH ? type != F16 : path == AVX2_PATH && gblm_x32(type);
 }
 
 /* Transpose 16 × 16 elements of 4 bytes in registers. */
@@ -142,20 +142,20 @@ AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t wi
     }
 }
 
-/* ---- fp32: one multiply-add of a vector of tokens for each stored weight ---- */
+/* ---- fp32 x: one multiply-add of a vector of tokens for each stored weight ---- */
 
 /* A panel of VECTORS vectors of tokens. Where these are few, several weights are taken at a time, each with sums of its own:
  * a sum that waits for its predecessor would wait longer than the arithmetic takes. */
-#define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, VECTORS)                                                      \
+#define SPARSE_PANEL(NAME, ATTRIBUTE, VECTOR, LANES, P, TYPE, WEIGHT, VECTORS)                                        \
     ATTRIBUTE static void NAME##_##VECTORS(const Job *job, const float *panel, float *sums, int64_t row, int rows) {  \
         enum { WIDTH = VECTORS * LANES, SETS = VECTORS > 4 ? 1 : 8 / VECTORS };                                       \
-        const float *values[ROWS];                                                                                    \
+        const TYPE *values[ROWS];                                                                                     \
         memset(sums, 0, ROWS * WIDTH * sizeof(float));                                                                \
-        for (int i = 0; i < rows; i++) values[i] = (const float *)job->values + job->starts[row + i];                 \
+        for (int i = 0; i < rows; i++) values[i] = (const TYPE *)job->values + gblm_start(job, row + i);              \
         for (int64_t w = 0; w < job->words; w++, panel += 64 * WIDTH)                                                 \
             for (int i = 0; i < rows; i++) {                                                                          \
-                uint64_t mask = job->mask[(row + i) * job->words + w];                                                \
-                const float *v = values[i], *next = v + __builtin_popcountll(mask);                                   \
+                uint64_t mask = gblm_bits(job, row + i, w);                                                           \
+                const TYPE *v = values[i], *next = v + __builtin_popcountll(mask);                                    \
                 VECTOR set[SETS][VECTORS];                                                                            \
                 for (int j = 0; j < VECTORS; j++) {                                                                   \
                     set[0][j] = P(loadu_ps)(sums + i * WIDTH + j * LANES);                                            \
@@ -166,13 +166,13 @@ AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t wi
                 while (v + SETS <= next)                                                                              \
                     for (int s = 0; s < SETS; s++, v++, mask &= mask - 1) {                                           \
                         const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                       \
-                        const VECTOR weight = P(set1_ps)(*v);                                                         \
+                        const VECTOR weight = WEIGHT(*v);                                                             \
                         for (int j = 0; j < VECTORS; j++)                                                             \
                             set[s][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[s][j]);                   \
                     }                                                                                                 \
                 for (; SETS > 1 && v < next; v++, mask &= mask - 1) {                                                 \
                     const float *x = panel + __builtin_ctzll(mask) * WIDTH;                                           \
-                    const VECTOR weight = P(set1_ps)(*v);                                                             \
+                    const VECTOR weight = WEIGHT(*v);                                                                 \
                     for (int j = 0; j < VECTORS; j++)                                                                 \
                         set[0][j] = P(fmadd_ps)(weight, P(loadu_ps)(x + j * LANES), set[0][j]);                       \
                 }                                                                                                     \
@@ -185,19 +185,27 @@ AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t wi
     }
 #define OF_512(OPERATION) _mm512_##OPERATION
 #define OF_256(OPERATION) _mm256_##OPERATION
-#define SPARSE_PANEL_512(VECTORS) SPARSE_PANEL(sparse_512, AVX512, __m512, 16, OF_512, VECTORS)
-#define SPARSE_PANEL_256(VECTORS) SPARSE_PANEL(sparse_256, AVX2, __m256, 8, OF_256, VECTORS)
+#define HALF_512(H) _mm512_cvtph_ps(_mm256_set1_epi16((short)(H)))
+#define HALF_256(H) _mm256_cvtph_ps(_mm_set1_epi16((short)(H)))
+#define SPARSE_PANEL_512(V)                                                                           \
+    SPARSE_PANEL(sparse_512, AVX512, __m512, 16, OF_512, float, _mm512_set1_ps, V)                     \
+    SPARSE_PANEL(half_512, AVX512_16, __m512, 16, OF_512, uint16_t, HALF_512, V)
+#define SPARSE_PANEL_256(V)                                                                           \
+    SPARSE_PANEL(sparse_256, AVX2, __m256, 8, OF_256, float, _mm256_set1_ps, V)                        \
+    SPARSE_PANEL(half_256, AVX2, __m256, 8, OF_256, uint16_t, HALF_256, V)
 SPARSE_PANEL_512(1) SPARSE_PANEL_512(2) SPARSE_PANEL_512(3) SPARSE_PANEL_512(4)
 SPARSE_PANEL_512(5) SPARSE_PANEL_512(6) SPARSE_PANEL_512(7) SPARSE_PANEL_512(8)
 SPARSE_PANEL_256(2) SPARSE_PANEL_256(4) SPARSE_PANEL_256(6) SPARSE_PANEL_256(8)
 
 typedef void (*SparsePanel)(const Job *, const float *panel, float *sums, int64_t row, int rows);
-static const SparsePanel sparse_512[] = {sparse_512_1, sparse_512_2, sparse_512_3, sparse_512_4,
-                                         sparse_512_5, sparse_512_6, sparse_512_7, sparse_512_8};
-static const SparsePanel sparse_256[] = {sparse_256_2, sparse_256_4, sparse_256_6, sparse_256_8};
+#define BY_VECTORS_512(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8}
+#define BY_VECTORS_256(NAME) {NAME##_2, NAME##_4, NAME##_6, NAME##_8}
+static const SparsePanel panels_512[2][8] = {BY_VECTORS_512(sparse_512), BY_VECTORS_512(half_512)};
+static const SparsePanel panels_256[2][4] = {BY_VECTORS_256(sparse_256), BY_VECTORS_256(half_256)};
 
 static void sparse_rows(const Work *work, const Job *job, int index) {
     float sums[ROWS * PANEL] __attribute__((aligned(64)));
+    const int half = job->type == F16_X32;
     int64_t begin, end, width;
     gblm_share(job->rows, work->parts, index, &begin, &end);
     for (int64_t first = 0; first < job->tokens; first += work->panel) {
@@ -205,11 +213,11 @@ static void sparse_rows(const Work *work, const Job *job, int index) {
         for (int64_t row = begin; row < end; row += ROWS) {
             const int rows = (int)least(ROWS, end - row);
             if (job->path == AVX512_PATH) {
-                sparse_512[width / 16 - 1](job, panel, sums, row, rows);
+                panels_512[half][width / 16 - 1](job, panel, sums, row, rows);
                 store(job, sums, width, row, rows, first);
                 continue;
             }
-            sparse_256[width / 16 - 1](job, panel, sums, row, rows);
+            panels_256[half][width / 16 - 1](job, panel, sums, row, rows);
             for (int64_t t = 0; t < least(width, job->tokens - first); t++)
                 for (int i = 0; i < rows; i++)
                     ((float *)job->y)[(first + t) * job->rows + row + i] = sums[i * width + t];
@@ -361,7 +369,7 @@ AMX static void amx_rows(const Work *work, const Job *job, int index) {
 static void product_part(void *argument, int index) {
     const Work *work = argument;
     void (*rows)(const Work *, const Job *, int) =
-        work->jobs->type == F32 ? sparse_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
+        gblm_x32(work->jobs->type) ? sparse_rows : work->jobs->path == AMX_PATH ? amx_rows : strip_rows;
     for (int i = 0; i < work->count; i++) rows(work, work->jobs + i, index);
 }
 

@@ -1,16 +1,24 @@
-/* The custom operator gblm.BitmaskLinear of ONNX Runtime: y = x Wᵀ in fp32, W in the bitmask layout, for one or more weights
- * that multiply the same x: fewer calls, one meeting of the threads, and x is packed once.
+/* The custom operators of ONNX Runtime in the domain gblm, version 2. y = x Wᵀ, x and y and the arithmetic in fp32, the
+ * weights in fp32 or fp16:
  *
  *     BitmaskLinear(x [..., words·64] float,
- *                   mask [rows, words] int64, values [nonzeros + 64] float, starts [rows] int64, … of the next weight)
+ *                   mask [rows, words] int64, values [nonzeros + 64] float or float16, starts [rows] int64,
+ *                   … of up to 7 more weights of the same words and type)
  *         -> y [..., rows] float, … of the next weight
+ *     DenseLinear(x [..., columns] float, weight [rows, columns] float or float16; columns is a multiple of 64)
+ *         -> y [..., rows] float
  *
- * The packed weights are constant initializers: a session checks every bit of them when it is made; what is left to check in a
- * run is x. ONNX Runtime may map the file with the initializers, at any offset: another process could write into it, so that what
- * decides where a kernel reads, mask and starts, is kept as a copy, and values that are not aligned are copied too.
+ * Bit b of word w of a row says whether column 64·w + b is among the values, which lie row after row; starts says where those
+ * of a row begin. Several weights that multiply the same x take one call: one meeting of the threads, and x is packed once.
+ * Version 1 had BitmaskLinear alone, in fp32; its graphs run.
  *
- * ONNX Runtime loads this library by its path and calls RegisterCustomOps. Compiled without ONNX Runtime's C header
- * (Debian: libonnxruntime-dev) it has no such function, and the rest of the library is the same.
+ * The weights are constant initializers: a session checks every bit of the masks when it is made; what is left to check in a
+ * run is x. ONNX Runtime may map the file with the initializers, at any offset: another process could write into it, so that
+ * what decides where a kernel reads, mask and starts, is kept as a copy, and values that are not aligned are copied too.
+ *
+ * ONNX Runtime 1.17 or newer loads this library by its path, from any language, and calls RegisterCustomOps. It needs nothing
+ * but the C library. Compiled without ONNX Runtime's C header (Debian: libonnxruntime-dev) it has no such function, and the
+ * rest of the library is the same.
  */
 #ifdef __has_include
 #if __has_include(<onnxruntime/onnxruntime_c_api.h>)
@@ -32,7 +40,7 @@
 
 enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64, PARALLEL_FOR_SINCE = 17 };
 static const OrtApi *ort;
-static int path, parts;
+static int path_of[2], parts; /* of fp32 and fp16 weights */
 
 #define TRY(CALL)                               \
     do {                                        \
@@ -98,10 +106,11 @@ typedef struct {
     void *owned[MAX_WEIGHTS][3]; /* copies of mask, starts and perhaps values */
 } Linear;
 
-static OrtStatusPtr out_of_memory(void) { return ort->CreateStatus(ORT_FAIL, "BitmaskLinear: out of memory"); }
+static OrtStatusPtr out_of_memory(void) { return ort->CreateStatus(ORT_FAIL, "gblm: out of memory"); }
 
-/* Constant input `index`, which must be of that type and rank; errors call it by its name in the graph. */
-static OrtStatusPtr constant(const OrtKernelInfo *info, size_t index, const char *role, ONNXTensorElementDataType type,
+/* Constant input `index`, which must be int64, or else float or float16, and of that rank; errors call it by its name in the
+ * graph. */
+static OrtStatusPtr constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role, int is_int64,
                              size_t rank, char name[200], Form *form, const void **data) {
     const OrtValue *value = NULL;
     int is_constant = 0;
@@ -112,20 +121,38 @@ static OrtStatusPtr constant(const OrtKernelInfo *info, size_t index, const char
         snprintf(name, 200, "input %zu", index);
     }
     TRY(ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
-    if (!is_constant || !value) return invalid("BitmaskLinear: %s '%s' must be a constant initializer", role, name);
+    if (!is_constant || !value)
+        return invalid("%s: %s '%s' must be a constant initializer", operator, role, name);
     TRY(form_of(value, form));
-    if (form->type != type || form->rank != rank)
-        return invalid("BitmaskLinear: %s '%s' must be a tensor of %s with %zu dimension%s; it has element type %d and %zu",
-                       role, name, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? "int64" : "float", rank,
-                       rank == 1 ? "" : "s", (int)form->type, form->rank);
+    const int fits = is_int64 ? form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                              : form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ||
+                                    form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    if (!fits || form->rank != rank)
+        return invalid("%s: %s '%s' must be a tensor of %s with %zu dimension%s; it has element type %d and %zu", operator,
+                       role, name, is_int64 ? "int64" : "float or float16", rank, rank == 1 ? "" : "s", (int)form->type,
+                       form->rank);
     return ort->GetTensorMutableData((OrtValue *)value, (void **)data);
+}
+
+/* The values of a weight, of which ONNX Runtime keeps the memory; copied where they are not aligned. */
+static OrtStatusPtr take_values(Job *job, const Form *form, const void *data, void **owned) {
+    job->type = form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? F32 : F16_X32;
+    job->path = path_of[job->type == F16_X32];
+    job->values = data;
+    const size_t size = job->type == F32 ? sizeof(float) : sizeof(uint16_t);
+    if ((uintptr_t)data % size == 0) return NULL;
+    size_t bytes = size;
+    for (size_t i = 0; i < form->rank; i++) bytes *= (size_t)form->shape[i];
+    if (!(*owned = malloc(bytes))) return out_of_memory();
+    job->values = memcpy(*owned, data, bytes);
+    return NULL;
 }
 
 static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job, void *owned[3]) {
     char name[200];
     const void *data;
     Form mask, values, starts;
-    TRY(constant(info, input, "mask", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 2, name, &mask, &data));
+    TRY(constant(info, "BitmaskLinear", input, "mask", 1, 2, name, &mask, &data));
     job->rows = mask.shape[0];
     job->words = mask.shape[1];
     if (job->rows < 1 || job->words < 1 || job->words > INT64_MAX / 64)
@@ -134,7 +161,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job,
     const size_t mask_bytes = (size_t)(job->rows * job->words) * sizeof *job->mask;
     if (!(job->mask = owned[0] = malloc(mask_bytes))) return out_of_memory();
     memcpy(owned[0], data, mask_bytes);
-    TRY(constant(info, input + 2, "starts", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 1, name, &starts, &data));
+    TRY(constant(info, "BitmaskLinear", input + 2, "starts", 1, 1, name, &starts, &data));
     if (starts.shape[0] != job->rows)
         return invalid("BitmaskLinear: starts '%s' has %lld elements; the mask has %lld rows", name,
                        (long long)starts.shape[0], (long long)job->rows);
@@ -149,19 +176,12 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job,
         for (int64_t word = 0; word < job->words; word++)
             bits += __builtin_popcountll(job->mask[row * job->words + word]);
     }
-    TRY(constant(info, input + 1, "values", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 1, name, &values, &job->values));
+    TRY(constant(info, "BitmaskLinear", input + 1, "values", 0, 1, name, &values, &data));
     if (values.shape[0] != bits + PADDING)
         return invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
                        "padding",
                        name, (long long)values.shape[0], (long long)bits, (long long)bits + PADDING, (int)PADDING);
-    if ((uintptr_t)job->values % sizeof(float)) {
-        const size_t values_bytes = (size_t)values.shape[0] * sizeof(float);
-        if (!(owned[2] = malloc(values_bytes))) return out_of_memory();
-        job->values = memcpy(owned[2], job->values, values_bytes);
-    }
-    job->type = F32;
-    job->path = path;
-    return NULL;
+    return take_values(job, &values, data, &owned[2]);
 }
 
 static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
@@ -179,8 +199,27 @@ static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
         if (linear->jobs[i].words != linear->jobs->words)
             return invalid("BitmaskLinear: the masks have %lld and %lld words in a row; all multiply the same x",
                            (long long)linear->jobs->words, (long long)linear->jobs[i].words);
+        if (linear->jobs[i].type != linear->jobs->type)
+            return invalid("BitmaskLinear: the values of weight 0 and weight %zu are of different types", i);
     }
     return NULL;
+}
+
+static OrtStatusPtr dense_weight_of(const OrtKernelInfo *info, Linear *linear) {
+    char name[200];
+    const void *data;
+    Form form;
+    size_t inputs;
+    TRY(ort->KernelInfo_GetInputCount(info, &inputs));
+    if (inputs != 2) return invalid("DenseLinear: needs x and a weight; it has %zu inputs", inputs);
+    TRY(constant(info, "DenseLinear", 1, "weight", 0, 2, name, &form, &data));
+    if (form.shape[0] < 1 || form.shape[1] < 1 || form.shape[1] % 64)
+        return invalid("DenseLinear: weight '%s' has shape [%lld, %lld]; it needs rows, and columns in multiples of 64", name,
+                       (long long)form.shape[0], (long long)form.shape[1]);
+    linear->count = 1;
+    linear->jobs->rows = form.shape[0];
+    linear->jobs->words = form.shape[1] / 64;
+    return take_values(linear->jobs, &form, data, &linear->owned[0][2]);
 }
 
 static void ORT_API_CALL destroy(void *kernel) {
@@ -190,14 +229,25 @@ static void ORT_API_CALL destroy(void *kernel) {
     free(linear);
 }
 
-static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
-    (void)op, (void)api;
+static OrtStatusPtr created(OrtStatusPtr (*weights)(const OrtKernelInfo *, Linear *), const OrtKernelInfo *info,
+                            void **kernel) {
     Linear *linear = calloc(1, sizeof *linear);
     if (!linear) return out_of_memory();
-    OrtStatusPtr status = weights_of(info, linear);
+    OrtStatusPtr status = weights(info, linear);
     if (status) destroy(linear);
     else *kernel = linear;
     return status;
+}
+
+static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
+    (void)op, (void)api;
+    return created(weights_of, info, kernel);
+}
+
+static OrtStatusPtr ORT_API_CALL create_dense(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info,
+                                              void **kernel) {
+    (void)op, (void)api;
+    return created(dense_weight_of, info, kernel);
 }
 
 /* ---- a run: x ---- */
@@ -205,6 +255,7 @@ static OrtStatusPtr ORT_API_CALL create(const OrtCustomOp *op, const OrtApi *api
 static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context) {
     const Linear *linear = kernel;
     const int count = linear->count;
+    const char *operator = linear->jobs->mask ? "BitmaskLinear" : "DenseLinear";
     const int64_t columns = linear->jobs->words * 64;
     Job jobs[MAX_WEIGHTS];
     Form form;
@@ -215,29 +266,29 @@ static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context
     TRY(form_of(input, &form));
     if (form.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || form.rank < 1 || form.rank > MAX_RANK ||
         form.shape[form.rank - 1] != columns)
-        return invalid("BitmaskLinear: x must be a tensor of float with 1 to %d dimensions, the last of %lld; it has element "
-                       "type %d and %zu dimensions, the last of %lld",
-                       (int)MAX_RANK, (long long)columns, (int)form.type, form.rank,
+        return invalid("%s: x must be a tensor of float with 1 to %d dimensions, the last of %lld; it has element type %d and "
+                       "%zu dimensions, the last of %lld",
+                       operator, (int)MAX_RANK, (long long)columns, (int)form.type, form.rank,
                        (long long)(form.rank && form.rank <= MAX_RANK ? form.shape[form.rank - 1] : 0));
     for (size_t i = 0; i + 1 < form.rank; i++)
         if (form.shape[i] == 0) tokens = 0;
     for (size_t i = 0; tokens && i + 1 < form.rank; i++)
-        if (__builtin_mul_overflow(tokens, form.shape[i], &tokens)) return invalid("BitmaskLinear: x has too many tokens");
+        if (__builtin_mul_overflow(tokens, form.shape[i], &tokens)) return invalid("%s: x has too many tokens", operator);
     TRY(ort->GetTensorMutableData((OrtValue *)input, (void **)&x));
     memcpy(jobs, linear->jobs, sizeof jobs);
     for (int i = 0; i < count; i++) {
         OrtValue *output = NULL;
         form.shape[form.rank - 1] = jobs[i].rows;
         TRY(ort->KernelContext_GetOutput(context, (size_t)i, form.shape, form.rank, &output));
-        if (!output) return invalid("BitmaskLinear: output %d has no name; each weight needs one", i);
+        if (!output) return invalid("%s: output %d has no name; each weight needs one", operator, i);
         TRY(ort->GetTensorMutableData(output, &jobs[i].y));
         jobs[i].x = x;
         jobs[i].tokens = tokens;
     }
     if (tokens == 0) return NULL;
     const Threads threads = {run_session, context, parts};
-    if (tokens > FEW_TOKENS && gblm_has_many(F32, path)) {
-        void *panels = aligned_alloc(64, (size_t)gblm_panel_bytes(jobs->words, tokens, F32));
+    if (tokens > FEW_TOKENS && gblm_has_many(jobs->type, jobs->path)) {
+        void *panels = aligned_alloc(64, (size_t)gblm_panel_bytes(jobs->words, tokens, jobs->type));
         if (!panels) return out_of_memory();
         for (int i = 0; i < count; i++) jobs[i].panels = panels;
         gblm_many_tokens(jobs, count, &threads);
@@ -261,12 +312,17 @@ static const char *ORT_API_CALL name(const OrtCustomOp *op) {
     return "BitmaskLinear";
 }
 
+static const char *ORT_API_CALL dense_name(const OrtCustomOp *op) {
+    (void)op;
+    return "DenseLinear";
+}
+
 static const char *ORT_API_CALL provider(const OrtCustomOp *op) {
     (void)op;
     return "CPUExecutionProvider";
 }
 
-/* x, and as many tensors as there are. */
+/* x and the weight, or as many tensors as there are. */
 static size_t ORT_API_CALL input_count(const OrtCustomOp *op) {
     (void)op;
     return 2;
@@ -290,6 +346,11 @@ static ONNXTensorElementDataType ORT_API_CALL output_type(const OrtCustomOp *op,
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL input_characteristic(const OrtCustomOp *op, size_t index) {
     (void)op;
     return index ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+}
+
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return INPUT_OUTPUT_REQUIRED;
 }
 
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL output_characteristic(const OrtCustomOp *op, size_t index) {
@@ -328,7 +389,7 @@ static OrtCustomOp operation = {
     .GetInputCharacteristic = input_characteristic,
     .GetOutputCharacteristic = output_characteristic,
     .GetVariadicInputMinArity = one,
-    .GetVariadicInputHomogeneity = none, /* masks and starts are int64, values float */
+    .GetVariadicInputHomogeneity = none, /* masks and starts are int64, values are not */
     .GetVariadicOutputMinArity = one,
     .GetVariadicOutputHomogeneity = one,
     .GetInputMemoryType = memory,
@@ -338,6 +399,8 @@ static OrtCustomOp operation = {
     .GetEndVersion = end_version,
 };
 
+static OrtCustomOp dense_operation; /* as `operation`, but for the name, the weight, and inputs that are no list */
+
 /* Called by ONNX Runtime for every session that asks for this library, from any thread. The domain lives as long as the
  * process. */
 EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
@@ -345,20 +408,25 @@ EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, c
     static OrtCustomOpDomain *domain;
     /* the oldest interface that has all that is used here, so that the header may be newer than the runtime */
     const OrtApi *api = base->GetApi(PARALLEL_FOR_SINCE);
-    if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "BitmaskLinear: needs ONNX Runtime 1.17 or newer");
+    if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "gblm: needs ONNX Runtime 1.17 or newer");
     OrtStatusPtr status = NULL;
     pthread_mutex_lock(&lock);
     if (!domain) {
         ort = api;
         operation.version = PARALLEL_FOR_SINCE;
-        const int paths = gblm_paths(F32);
-        for (int i = 0; i < PATHS; i++)
-            if (paths >> i & 1) path = i;
+        dense_operation = operation;
+        dense_operation.GetName = dense_name;
+        dense_operation.CreateKernelV2 = create_dense;
+        dense_operation.GetInputCharacteristic = dense_operation.GetOutputCharacteristic = required;
+        for (int half = 0; half < 2; half++)
+            for (int i = 0, paths = gblm_paths(half ? F16_X32 : F32); i < PATHS; i++)
+                if (paths >> i & 1) path_of[half] = i;
         const long processors = sysconf(_SC_NPROCESSORS_ONLN);
         parts = processors > 0 ? (int)processors : 1;
         OrtCustomOpDomain *made = NULL;
         status = ort->CreateCustomOpDomain("gblm", &made);
         if (!status) status = ort->CustomOpDomain_Add(made, &operation);
+        if (!status) status = ort->CustomOpDomain_Add(made, &dense_operation);
         if (!status) domain = made;
     }
     pthread_mutex_unlock(&lock);

@@ -46,7 +46,8 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
     with peak_memory(setup["device"]) as memory:
         start = time.perf_counter()
         passes = (setup["prompt"], 1)
-        runtime = load_runtime(source, setup["dtype"], setup["device"], setup["threads"], profile=passes)
+        where = setup["dtype"], setup["device"], setup["threads"]
+        runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes)
         loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         size = vocabulary(source)

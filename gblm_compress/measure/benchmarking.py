@@ -19,7 +19,7 @@ import torch
 from gblm_compress import errors, faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure.runtimes import runtime_of
+from gblm_compress.measure.runtimes import runtimes_of
 from gblm_compress.models import loading
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
@@ -161,7 +161,7 @@ def check(
         found.append(
             UsageError(
                 f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
-                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime (make one with "
+                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime and genai (make one with "
                 "`gblm-compress export MODEL -o OUT --format onnx`)"
             )
         )
@@ -185,9 +185,9 @@ def _lanes(
     lanes: dict[_Lane, list[ModelSource]] = {}
     for model in models:
         own = loading.stored_dtype(model) if model.is_export else loading.choose_dtype(dtype, model, device)
-        lane = _Lane(runtime_of(model), own)
-        if lane.runtime in settings.runtimes:
-            lanes.setdefault(lane, []).append(model)
+        for runtime in runtimes_of(model):
+            if runtime in settings.runtimes:
+                lanes.setdefault(_Lane(runtime, own), []).append(model)
     return lanes
 
 
@@ -199,13 +199,13 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
     """
     for baseline in baselines:
         fits = not baseline.is_export or loading.stored_dtype(baseline) == lane.dtype
-        if runtime_of(baseline) == lane.runtime and fits:
+        if lane.runtime in runtimes_of(baseline) and fits:
             check_baseline(model, baseline)
             return baseline
     advice = (
         f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` "
         "and give --baseline DENSE-ONNX"
-        if lane.runtime == "onnxruntime"
+        if lane.runtime != "torch"
         else "give the dense Hugging Face folder as --baseline"
     )
     raise UsageError(
@@ -227,7 +227,7 @@ def _benchmark_lane(
     with ExitStack() as stack:
         workers = []
         for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(_worker(source, lane.dtype, device, threads, settings)))
+            workers.append(stack.enter_context(_worker(source, lane, device, threads, settings)))
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -319,7 +319,7 @@ class _Worker:
 
 @contextmanager
 def _worker(
-    source: ModelSource, dtype: str, device: str, threads: int, settings: BenchmarkSettings
+    source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
 ) -> Iterator[_Worker]:
     process = subprocess.Popen(
         [sys.executable, "-m", "gblm_compress.measure.benchmark_worker"],
@@ -330,7 +330,8 @@ def _worker(
     setup = {
         "name": source.name,
         "folder": str(source.folder.absolute()),
-        "dtype": dtype,
+        "runtime": lane.runtime,
+        "dtype": lane.dtype,
         "device": device,
         "threads": threads,
         "batch": settings.batch,

@@ -1,37 +1,19 @@
-"""The runtimes that execute a model: torch and ONNX Runtime, behind one small protocol.
+"""The runtimes that execute a model, behind one small protocol: a file each, and a line in `load_runtime`.
 
-Both are measured and evaluated through it, so that a difference between two figures is a difference
+All are measured and evaluated through it, so that a difference between two figures is a difference
 between models or runtimes and never between two ways of calling them.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError, ModelError
-from gblm_compress.kernels import cpu
-from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models import loading
-from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import RuntimeName
-from gblm_compress.tasks import task_of
-from gblm_compress.tasks.task import Sample, on_device
-
-_LOGITS = "logits"
-_PAST = "past_key_values."
-_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+from gblm_compress.tasks.task import Sample
 
 
 class Runtime(Protocol):
@@ -64,270 +46,42 @@ class Runtime(Protocol):
         """
 
 
-def runtime_of(source: ModelSource) -> RuntimeName:
-    """The runtime that executes this folder: "onnxruntime" for an ONNX export, else "torch"."""
-    return "onnxruntime" if source.is_onnx else "torch"
+def runtimes_of(source: ModelSource) -> tuple[RuntimeName, ...]:
+    """The runtimes that execute this folder; the first is the one that evaluates it."""
+    return ("onnxruntime", "genai") if source.is_onnx else ("torch",)
 
 
-def load_runtime(source: ModelSource, dtype: str, device: str, threads: int, *, profile: Sequence[int] = ()) -> Runtime:
-    """Load a folder in the runtime that executes it.
+def load_runtime(
+    source: ModelSource,
+    dtype: str,
+    device: str,
+    threads: int,
+    *,
+    runtime: RuntimeName | None = None,
+    profile: Sequence[int] = (),
+) -> Runtime:
+    """Load a folder in a runtime that executes it.
 
     Args:
         dtype: for torch; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
         threads: intra-op threads on the CPU.
+        runtime: one of `runtimes_of`; its first if unset.
         profile: numbers of tokens that `kernels` will be asked about, which ONNX Runtime records at load.
     """
     torch.set_num_threads(threads)
-    if source.is_onnx:
+    chosen = runtime or runtimes_of(source)[0]
+    if chosen == "genai":
+        from gblm_compress.measure.genai_runtime import GenaiRuntime
+
+        return GenaiRuntime(source, device, threads)
+    if chosen == "onnxruntime":
+        from gblm_compress.measure.onnx_runtime import OnnxRuntime
+
         return OnnxRuntime(source, device, threads, profile=profile)
+    from gblm_compress.measure.torch_runtime import TorchRuntime
+
     return TorchRuntime(loading.load_model(source, dtype, device))
-
-
-def check_onnx_provider(device: str) -> str:
-    """The execution provider for a device.
-
-    Raises:
-        MissingDependencyError: the installed ONNX Runtime lacks it.
-    """
-    import onnxruntime
-
-    provider = _PROVIDERS.get(device.partition(":")[0], device)
-    if provider not in onnxruntime.get_available_providers():
-        raise MissingDependencyError(
-            f"ONNX Runtime {onnxruntime.__version__} has no {provider}; it has "
-            f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
-        )
-    return provider
-
-
-class TorchRuntime:
-    """Eager torch on a transformers model."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self._task = model, task_of(type(model))
-        self._cache_argument = cache_argument(model)
-        self.provider = str(model.device)
-        self.dtype = str(model.dtype).removeprefix("torch.")
-
-    @torch.inference_mode()
-    def predict(self, sample: Sample) -> Tensor:
-        output = self.model(**self._task.arguments(on_device(sample, self.model.device)))
-        prediction: Tensor = getattr(output, self._task.output)
-        return prediction.float().cpu()
-
-    @torch.inference_mode()
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._greedy(ids.to(self.model.device), None)
-
-    @torch.inference_mode()
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._greedy(ids, cache)
-
-    @torch.inference_mode()
-    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        logits, cache = self._step(ids.to(self.model.device), cache)
-        return logits.float().cpu(), cache
-
-    def kernels(self, tokens: int) -> dict[str, int]:
-        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
-        return dict(Counter(m.kernel(tokens) if isinstance(m, PackedLinear) else "dense" for m in layers))
-
-    def _greedy(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        logits, cache = self._step(ids, cache)
-        token = logits.argmax(-1, keepdim=True)
-        if token.is_cuda:
-            torch.cuda.synchronize(token.device)
-        return token, cache
-
-    def _step(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        past = {} if cache is None else {self._cache_argument: cache}
-        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
-        return output.logits[:, -1], output[self._cache_argument]
-
-
-class OnnxRuntime:
-    """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues."""
-
-    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
-        import onnxruntime
-
-        kind, _, index = device.partition(":")
-        provider = check_onnx_provider(device)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # errors come as exceptions
-        if source.needs_operator:
-            options.register_custom_ops_library(str(cpu.onnxruntime_library()))
-        providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
-        self._name = source.name
-        with TemporaryDirectory() as records:
-            if profile:
-                options.enable_profiling = True
-                options.profile_file_prefix = str(Path(records) / "profile")
-            with self._named_errors("load"):
-                self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)
-            self.provider = self._session.get_providers()[0]
-            if self.provider != provider:
-                raise MissingDependencyError(
-                    f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
-                    "versions it was built for are needed"
-                )
-            self._device = kind
-            self._device_id = int(index or 0)
-            self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-            self._interface = _Interface.of(self._session, source.name)
-            self.dtype = self._interface.dtype
-            self._kernels = self._profiled(sorted(set(profile))) if profile else {}
-
-    def predict(self, sample: Sample) -> Tensor:
-        ids = sample["input_ids"]
-        logits, _ = self._run(ids.numpy(), self._empty_cache(len(ids)), past=0)
-        return torch.from_numpy(logits).float()
-
-    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._greedy(ids, None)
-
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._greedy(ids, cache)
-
-    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        logits, cache = self._step(ids, cache)
-        return torch.from_numpy(logits).float(), cache
-
-    def kernels(self, tokens: int) -> dict[str, int]:
-        """As profiled for the largest recorded number of tokens that is not above; the graph is the same for all."""
-        assert self._kernels, "the runtime must be loaded with `profile`"
-        return self._kernels[max((n for n in self._kernels if n <= tokens), default=min(self._kernels))]
-
-    def _profiled(self, counts: list[int]) -> dict[int, dict[str, int]]:
-        for tokens in counts:
-            self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
-        runs: list[Counter[str]] = [Counter()]
-        for event in json.loads(Path(self._session.end_profiling()).read_text()):
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                runs[-1][f"{event['args']['op_name']} ({event['args']['provider']})"] += 1
-            elif event["name"] == "model_run":  # stands after the operators of its run
-                runs.append(Counter())
-        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
-
-    def _greedy(self, ids: Tensor, cache: list[Any] | None) -> tuple[Tensor, Any]:
-        logits, cache = self._step(ids, cache)
-        return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
-
-    def _step(self, ids: Tensor, cache: list[Any] | None) -> tuple[Any, list[Any]]:
-        past = 0 if cache is None else cache[0].shape()[2]
-        logits, cache = self._run(ids.numpy(), self._empty_cache(len(ids)) if cache is None else cache, past)
-        return logits[:, -1], cache
-
-    @contextmanager
-    def _named_errors(self, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # onnxruntime raises its own kinds, which share no base
-            if isinstance(error, MemoryError):
-                raise
-            raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
-
-    def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
-        batch, tokens = ids.shape
-        given = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64)}
-        if self._interface.takes_positions:
-            given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
-        with self._named_errors("run"):
-            binding = self._session.io_binding()
-            for name, value in given.items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            for name, value in zip(self._interface.past, cache, strict=True):
-                binding.bind_ortvalue_input(name, value)
-            binding.bind_output(_LOGITS, "cpu")
-            for name in self._interface.present:
-                binding.bind_output(name, self._device, self._device_id)
-            self._session.run_with_iobinding(binding)
-            logits, *present = binding.get_outputs()
-            logits = logits.numpy()
-        if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
-            raise _other_interface(
-                self._name,
-                f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
-                f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
-            )
-        return logits, present
-
-    def _empty_cache(self, batch: int) -> list[Any]:
-        dtype = np.dtype(self.dtype)
-        return [
-            self._ort_value(np.zeros((batch, heads, 0, width), dtype), self._device, self._device_id)
-            for heads, width in self._interface.past.values()
-        ]
-
-
-@dataclass(frozen=True)
-class _Interface:
-    """What a graph takes and gives, once it is known to be what an export of this program takes and gives.
-
-    Attributes:
-        dtype: of logits and KV cache.
-        past: {input of the KV cache: (heads, width of a head)}.
-        present: the outputs that continue them, in the same order.
-    """
-
-    dtype: str
-    takes_positions: bool
-    past: dict[str, tuple[int, int]]
-    present: tuple[str, ...]
-
-    @classmethod
-    def of(cls, session: Any, model: str) -> "_Interface":
-        """Read the inputs and outputs of a session.
-
-        Raises:
-            ModelError: one is missing, not known, or of another type or shape than an export has.
-        """
-        inputs = {value.name: value for value in session.get_inputs()}
-        outputs = {value.name: value for value in session.get_outputs()}
-
-        def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int) -> Any:
-            what = f"{'input' if values is inputs else 'output'} {name!r}"
-            if name not in values:
-                raise _other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
-            value = values[name]
-            if value.type not in types:
-                raise _other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
-            if len(value.shape) != rank:
-                raise _other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
-            return value
-
-        logits = tensor(outputs, _LOGITS, _ONNX_TYPES, 3)
-        for name in ("input_ids", "attention_mask", *({"position_ids"} & inputs.keys())):
-            tensor(inputs, name, ("tensor(int64)",), 2)
-        past = {}
-        for name in (name for name in inputs if name not in ("input_ids", "attention_mask", "position_ids")):
-            if not name.startswith(_PAST):
-                raise _other_interface(model, f"input {name!r} is not known")
-            shape = tensor(inputs, name, (logits.type,), 4).shape
-            _, heads, _, width = shape
-            if not all(isinstance(size, int) and size > 0 for size in (heads, width)):
-                raise _other_interface(
-                    model, f"input {name!r} has the shape {shape}; its second and fourth dimension must be numbers"
-                )
-            past[name] = heads, width
-            tensor(outputs, _present(name), (logits.type,), 4)
-        if not past:
-            raise _other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
-        return cls(_ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)))
-
-
-def _present(past: str) -> str:
-    """The output that continues an input of the KV cache."""
-    return "present." + past.removeprefix(_PAST)
-
-
-def _other_interface(model: str, what: str) -> ModelError:
-    return ModelError(
-        f"{model!r}: model.onnx is no export of this program: {what}; make it again with "
-        "`gblm-compress export MODEL -o OUT --format onnx`"
-    )
 
 
 def greedy_tokens(runtime: Runtime, ids: Tensor, count: int) -> list[int]:

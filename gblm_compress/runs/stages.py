@@ -14,13 +14,13 @@ from pydantic import BaseModel
 
 from gblm_compress import exporters, faults
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.exporters import export
+from gblm_compress.exporters import dtype_of, export
 from gblm_compress.formats import FORMATS, Format
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.runtimes import check_onnx_provider
+from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -37,7 +37,6 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
     PruneSettings,
-    Recipe,
 )
 from gblm_compress.tasks import text
 
@@ -245,12 +244,13 @@ class Benchmark(Recorded):
         UsageError: nothing that the recipe makes is timed.
         MissingDependencyError: ONNX Runtime lacks the device.
         """
-        runtimes = {"torch", *(FORMATS[settings.format].runtime for settings in self.job.recipe.export)}
+        runtimes = {"torch"}.union(*(FORMATS[settings.format].runtimes for settings in self.job.recipe.export))
         if not (timed := runtimes.intersection(self.settings.runtimes)):
             raise UsageError(
-                "benchmark.runtimes is onnxruntime alone, and no export runs in it: nothing would be timed"
+                f"benchmark.runtimes is {' and '.join(self.settings.runtimes)} alone, and no export runs in it: "
+                "nothing would be timed"
             )
-        if "onnxruntime" in timed:
+        if timed != {"torch"}:
             check_onnx_provider(self.job.device)
 
     def _check_gates(self) -> None:
@@ -261,7 +261,7 @@ class Benchmark(Recorded):
         for settings in self.job.recipe.export:
             if settings.folder_name == artefact:
                 export = Export(self.job, settings)
-                if export.format.runtime not in self.settings.runtimes:
+                if not set(export.format.runtimes) & set(self.settings.runtimes):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
@@ -315,7 +315,7 @@ def stages_of(job: Job) -> list[Stage]:
     """The stages of a run, in their order."""
     recipe = job.recipe
     exports = [Export(job, settings) for settings in recipe.export]
-    baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(recipe)]
+    baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
     stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
     measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
@@ -333,12 +333,18 @@ def stages_of(job: Job) -> list[Stage]:
     return stages
 
 
-def _timed_against(recipe: Recipe) -> list[ExportSettings]:
+def _timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model that the benchmark needs as baselines: one per format that another runtime than
-    torch runs, and dtype, without the format's own options."""
-    timed = set(recipe.benchmark.runtimes if recipe.benchmark else ()) - {"torch"}
-    others = (settings for settings in recipe.export if FORMATS[settings.format].runtime in timed)
-    return list(dict.fromkeys(ExportSettings(format=settings.format, dtype=settings.dtype) for settings in others))
+    torch runs, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
+    float16, so does the dense model."""
+    recipe = job.recipe
+    others = (settings for settings in recipe.export if FORMATS[settings.format].runtime != "torch")
+    timed = recipe.benchmark is not None and set(recipe.benchmark.runtimes) != {"torch"}
+    found = []
+    for settings in others if timed else ():
+        half = settings.kernels and dtype_of(job.dense, settings) == "float16"
+        found.append(ExportSettings(format=settings.format, dtype=settings.dtype, kernels=half))
+    return list(dict.fromkeys(found))
 
 
 def _plain(settings: BaseModel | None) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[*FORMATS]
-RuntimeName = Literal["torch", "onnxruntime"]
+RuntimeName = Literal["torch", "onnxruntime", "genai"]
 
 
 class ModelSettings(Settings):
@@ -57,9 +57,16 @@ class ExportSettings(Settings):
 
     format: FormatName = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
+    graph: Literal["fused", "plain"] | None = Field(
+        None,
+        description="ONNX: fused has few large operators, plain a node for each operation; fused if unset, where the "
+        "architecture has one.",
+    )
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
-        False, description="ONNX: run pruned weights packed, on an operator of this package (CPU, float32)."
+        False,
+        description="ONNX: multiply by packed weights as they are, on operators of this package (CPU; with dtype "
+        "float16 the weights are stored in it and the arithmetic is float32).",
     )
 
     @property
@@ -84,8 +91,6 @@ class ExportSettings(Settings):
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
         if self.sparse and self.kernels:
             raise ValueError("kernels stores packed weights too; choose sparse or kernels")
-        if self.kernels and self.dtype not in ("auto", "float32"):
-            raise ValueError("kernels runs in float32; give that dtype")
         return self
 
 
@@ -111,7 +116,10 @@ class BenchmarkSettings(Settings):
     repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
     warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
     runtimes: tuple[RuntimeName, ...] = Field(
-        ("torch", "onnxruntime"), min_length=1, description="Whose models are timed."
+        ("torch", "onnxruntime"),
+        min_length=1,
+        description="Where models are timed: Hugging Face folders in torch, ONNX exports in onnxruntime and in genai "
+        "(onnxruntime-genai).",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
         None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."

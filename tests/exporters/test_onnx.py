@@ -1,4 +1,4 @@
-"""ONNX folders: what verification accepts must be true, and what it must refuse it refuses."""
+"""Plain ONNX graphs, and what all graphs share: verification accepts what is true and refuses what is not."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import export, onnx_bitmask, verification
+from gblm_compress.exporters import export, onnx_bitmask, onnx_plain, verification
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
-from gblm_compress.measure.runtimes import OnnxRuntime, TorchRuntime, greedy_tokens
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.measure.runtimes import greedy_tokens
+from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
@@ -27,6 +29,8 @@ def _operator_is_compiled() -> bool:
     except MissingDependencyError:
         return False
 
+
+PLAIN = {"format": "onnx", "graph": "plain"}
 
 needs_operator = pytest.mark.skipif(
     not _operator_is_compiled(), reason="compiled without ONNX Runtime's C header (libonnxruntime-dev)"
@@ -43,7 +47,7 @@ def exported(tiny, tmp_path_factory):
     settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
     prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", base / "pruned")
-    result = export(source, base / "onnx", ExportSettings(format="onnx"), progress=progress)
+    result = export(source, base / "onnx", ExportSettings(**PLAIN), progress=progress)
     return source, ModelSource("onnx", base / "onnx"), result
 
 
@@ -128,29 +132,29 @@ def test_genai_config(exported) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gpt2", "opt"])
 def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
-    result = export(tiny(kind), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+    result = export(tiny(kind), tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
     assert result.checks["identical_greedy_tokens"] == 32
 
 
 def test_a_sliding_window_cache_is_refused_in_words_before_the_tracing(tiny, tmp_path, progress, monkeypatch) -> None:
-    monkeypatch.setattr(exporter, "_trace", None)
+    monkeypatch.setattr(onnx_plain, "_trace", None)
     for path in tiny("mistral").folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
     with pytest.raises(ModelError, match="sliding-window .* cannot be exported to ONNX yet"):
-        export(ModelSource("x", tmp_path), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(ModelSource("x", tmp_path), tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
 def test_float16(tiny, tmp_path, progress) -> None:
-    result = export(tiny("llama"), tmp_path / "out", ExportSettings(format="onnx", dtype="float16"), progress=progress)
+    result = export(tiny("llama"), tmp_path / "out", ExportSettings(**PLAIN, dtype="float16"), progress=progress)
     assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
     assert result.checks["logits_relative_difference"] < 2e-2
 
 
 def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, tmp_path, progress) -> None:
     source, dense, dense_result = exported
-    result = export(source, tmp_path / "out", ExportSettings(format="onnx", sparse=True), progress=progress)
+    result = export(source, tmp_path / "out", ExportSettings(**PLAIN, sparse=True), progress=progress)
     sparse = ModelSource("sparse", tmp_path / "out")
     onnx.checker.check_model(str(sparse.folder / "model.onnx"))
     saved = (dense.folder / "model.onnx.data").stat().st_size - (sparse.folder / "model.onnx.data").stat().st_size
@@ -165,7 +169,7 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, tmp_p
 
 
 def test_sparse_float16(exported, tmp_path, progress) -> None:
-    settings = ExportSettings(format="onnx", dtype="float16", sparse=True)
+    settings = ExportSettings(**PLAIN, dtype="float16", sparse=True)
     result = export(exported[0], tmp_path / "out", settings, progress=progress)
     assert result.checks["identical_greedy_tokens"] == 32
 
@@ -174,7 +178,7 @@ def test_onnx_runtime_folds_the_decoder(exported, tmp_path, progress) -> None:
     """What runs is dense: after load-time optimization no operator of the decoder is left."""
     import onnxruntime
 
-    export(exported[0], tmp_path / "out", ExportSettings(format="onnx", sparse=True), progress=progress)
+    export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, sparse=True), progress=progress)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options, providers=["CPUExecutionProvider"])
@@ -188,7 +192,7 @@ def with_kernels(exported, tmp_path_factory):
     from gblm_compress.progress import Progress
 
     folder = tmp_path_factory.mktemp("kernels") / "out"
-    settings = ExportSettings(format="onnx", kernels=True)
+    settings = ExportSettings(**PLAIN, kernels=True)
     return export(exported[0], folder, settings, progress=Progress(quiet=True)), ModelSource("kernels", folder)
 
 
@@ -263,7 +267,7 @@ def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress)
     with pytest.raises(ValueError, match="choose sparse or kernels"):
         ExportSettings(format="onnx", sparse=True, kernels=True)
     monkeypatch.setattr(cpu, "library_file", lambda: None)
-    settings = ExportSettings(format="onnx", kernels=True)
+    settings = ExportSettings(**PLAIN, kernels=True)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):
         export(exported[0], tmp_path / "out", settings, progress=progress)
 
@@ -272,12 +276,12 @@ def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress)
 def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypatch, progress) -> None:
     with monkeypatch.context() as patch, pytest.raises(ModelError, match="not a multiple of 48, which kernels need"):
         patch.setattr(exporter, "WORD", 48)
-        patch.setattr(exporter, "_trace", None)  # it takes minutes, and is not reached
-        export(exported[0], tmp_path / "out", ExportSettings(format="onnx", kernels=True), progress=progress)
-    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+        patch.setattr(onnx_plain, "_trace", None)  # it takes minutes, and is not reached
+        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
+    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     monkeypatch.setattr(onnx_bitmask, "WORD", 48)
     with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export with --sparse"):
-        export(exported[0], tmp_path / "out", ExportSettings(format="onnx", kernels=True), progress=progress)
+        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
 
 
 def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
@@ -305,9 +309,10 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
         values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_bitmask.decode(values, "w")
+        return onnx_bitmask.decode(values, "w", shape)
 
-    assert np.array_equal(decoded(), array.reshape(-1))
+    shape = array.T.shape if kernels else array.shape
+    assert np.array_equal(decoded(), array.T if kernels else array)
     damages = [
         {"mask": None},
         {"nonzeros": None},
@@ -318,6 +323,10 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
         {"nonzeros": values.astype(np.int64)},
         {"nonzeros": values + 1},
     ]
+    shape, right = (3, 64), shape
+    with pytest.raises(VerificationError, match=r"^w\.(mask|shape): .* the weight has \[3, 64\]"):
+        decoded()
+    shape = right
     for damage in damages + [{"starts": np.array(starts)} for starts in ([0, 2], [0], [0.0, 1.0]) if kernels]:
         with pytest.raises(VerificationError, match=r"^w\.(mask|nonzeros|starts|values): "):
             decoded(**damage)
@@ -326,9 +335,9 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
 def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
     source, _, _ = exported
     monkeypatch.setattr(OnnxRuntime, "predict", lambda self, sample: torch.zeros(*sample["input_ids"].shape, 257))
-    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match="logits of ONNX Runtime and torch differ"):
-        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
     assert not list(tmp_path.iterdir())
 
 
@@ -342,9 +351,9 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
         return logits, grown if cache is None else cache
 
     monkeypatch.setattr(OnnxRuntime, "last_logits", forgetful)
-    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match="of the largest logit on 32 tokens decoded one by one"):
-        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
 def near_ties(folder: Path) -> ModelSource:
@@ -366,7 +375,7 @@ def near_ties(folder: Path) -> ModelSource:
 def test_a_near_tie_is_no_fault(tmp_path, progress) -> None:
     """In float16 either of two logits that are nearly equal may be the larger one."""
     source = near_ties(tmp_path / "model")
-    result = export(source, tmp_path / "out", ExportSettings(format="onnx", dtype="float16"), progress=progress)
+    result = export(source, tmp_path / "out", ExportSettings(**PLAIN, dtype="float16"), progress=progress)
     assert 0 < result.checks["decided_greedy_tokens"] < 32
     assert result.checks["identical_greedy_tokens"] >= result.checks["decided_greedy_tokens"]
 
@@ -374,18 +383,18 @@ def test_a_near_tie_is_no_fault(tmp_path, progress) -> None:
 def test_an_export_that_decides_no_token_is_refused(exported, tmp_path, monkeypatch, progress) -> None:
     expected = torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(exporter, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
-    monkeypatch.setattr(exporter, "_trace", kept_trace(exported))
+    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     monkeypatch.setitem(exporter.TOLERANCE, "float32", 2e-2)
     with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
         expected[:, 0], expected[:, 1] = 1.005, 1.0
-        export(exported[0], tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
 def test_lost_zeros_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
     source, _, _ = exported
-    monkeypatch.setattr(exporter, "_trace", kept_trace(exported, noise=1e-7))
+    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported, noise=1e-7))
     with pytest.raises(VerificationError, match=r"no initializer of the graph holds its weight"):
-        export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
 def kept_trace(exported, noise: float = 0.0):

@@ -9,7 +9,7 @@ from gblm_compress.measure import reference as reference_module
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.reference import Reference
-from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import EvaluateSettings
 from tests.conftest import samples

@@ -10,7 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gblm_compress.errors import ModelError
-from gblm_compress.measure.runtimes import OnnxRuntime, greedy_tokens
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.measure.runtimes import greedy_tokens
 from gblm_compress.models.source import ModelSource
 
 VOCABULARY = 8

@@ -1,0 +1,178 @@
+"""The plain ONNX graph of a decoder, by transformers' exporter: any family that can be traced, one node an operation.
+
+Only `_trace` knows the exporter, which is experimental.
+"""
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import onnx_ir as ir
+
+from gblm_compress.errors import ModelError
+from gblm_compress.models.source import ModelSource
+from gblm_compress.tasks import task_of
+
+# Names of the dynamic dimensions; None is a fixed one.
+_DIMENSIONS: dict[str, list[str | None]] = {
+    "input_ids": ["batch_size", "sequence_length"],
+    "position_ids": ["batch_size", "sequence_length"],
+    "attention_mask": ["batch_size", "total_sequence_length"],
+    "logits": ["batch_size", "sequence_length", None],
+}
+_CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
+
+
+def check(source: ModelSource, config: Any) -> None:
+    """Raises:
+    ModelError: the model's cache is no plain KV cache.
+    """
+    from transformers import DynamicCache
+
+    if kinds := {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}:
+        raise _not_plain(source, ", ".join(sorted(kinds)))
+
+
+def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
+    """Trace the model.
+
+    Returns:
+        The graph and its `genai_config.json`.
+
+    Raises:
+        ModelError: transformers' exporter does not manage the architecture.
+    """
+    program = _trace(model, source)
+    _name_cache(program, source)
+    _name_dimensions(program)
+    return program, genai_config(program, model.config)
+
+
+def _trace(model: Any, source: ModelSource) -> ir.Model:
+    """The graph that transformers' exporter makes of the decode step with any number of tokens."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters.utils import decompose_for_generation
+
+    inputs = dict(task_of(type(model)).example(model.config))
+    try:
+        with _quiet_tracer():
+            stages = decompose_for_generation(model, inputs, multi_token_decode=True)
+            decoder, example = stages["decode"]
+            exported = OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True))
+            # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
+            return exported.program if hasattr(exported, "program") else exported.model
+    except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({reason})"
+        ) from error
+
+
+@contextmanager
+def _quiet_tracer() -> Iterator[None]:
+    """Silence what tracing prints and logs about its own insides; errors still come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _name_cache(program: ir.Model, source: ModelSource) -> None:
+    """Give the KV cache the names that optimum and onnxruntime-genai expect.
+
+    Raises:
+        ModelError: the graph has inputs or outputs that these clients do not know.
+    """
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        if match := _CACHE_NAME.fullmatch(value.name or ""):
+            direction, layer, kind = match.groups()
+            stem = "past_key_values" if direction == "input" else "present"
+            value.name = f"{stem}.{layer}.{'key' if kind == 'keys' else 'value'}"
+        elif value.name not in _DIMENSIONS:
+            raise _not_plain(source, value.name)
+
+
+def _not_plain(source: ModelSource, what: str | None) -> ModelError:
+    return ModelError(
+        f"{source.name!r}: its cache has {what}, which is no part of a plain KV cache; models with a sliding-window or "
+        "recurrent cache cannot be exported to ONNX yet (a window that is never reached can be switched off with "
+        '"sliding_window": null in config.json)'
+    )
+
+
+def _name_dimensions(program: ir.Model) -> None:
+    """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        assert value.name is not None and value.shape is not None
+        if value.name.startswith("past_key_values."):
+            wanted = ["batch_size", None, "past_sequence_length", None]
+        elif value.name.startswith("present."):
+            wanted = ["batch_size", None, "total_sequence_length", None]
+        else:
+            wanted = _DIMENSIONS[value.name]
+        dimensions = [
+            name if name is not None else int(str(dimension))
+            for name, dimension in zip(wanted, value.shape, strict=True)
+        ]
+        value.shape = ir.Shape(dimensions)
+
+
+def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
+    """The `genai_config.json` with which onnxruntime-genai runs the folder.
+
+    Head count and size are read off the graph's own cache inputs, the rest off the model's config.
+    """
+    cache = [value for value in program.graph.inputs if (value.name or "").startswith("past_key_values.")]
+    assert cache[0].shape is not None
+    _, kv_heads, _, head_size = cache[0].shape
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    present = {value.name for value in program.graph.inputs}
+    return {
+        "model": {
+            "type": config.model_type,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
+            "context_length": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": int(head_size),
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": len(cache) // 2,
+                "num_key_value_heads": int(kv_heads),
+                "inputs": {
+                    **{name: name for name in inputs if name in present},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": min(config.max_position_embeddings, 2048),
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

@@ -1,0 +1,90 @@
+"""onnxruntime-genai on an exported folder: its own loop, cache and choice of tokens around the same graph."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.kernels import cpu
+from gblm_compress.models.source import ModelSource
+from gblm_compress.tasks.task import Sample
+
+ROOM = 1024
+"""Tokens that the cache has room for beyond the prompt; the runtime allocates it whole."""
+
+
+class GenaiRuntime:
+    """A generation is a `Generator` of the library; it stands for the cache of the protocol."""
+
+    def __init__(self, source: ModelSource, device: str, threads: int) -> None:
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise MissingDependencyError(
+                "onnxruntime-genai is not installed; `pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) "
+                "or `pip install onnxruntime-genai`"
+            ) from error
+        self._library, self._name = onnxruntime_genai, source.name
+        session: dict[str, Any] = {"intra_op_num_threads": threads}
+        if source.needs_operator:
+            session["custom_ops_library"] = str(cpu.onnxruntime_library())
+        if not (source.folder / "genai_config.json").exists():
+            raise ModelError(f"{source.name!r}: it has no genai_config.json, which onnxruntime-genai needs")
+        self._operators = _operators(source)
+        try:
+            config = onnxruntime_genai.Config(str(source.folder))
+            config.clear_providers()
+            if device != "cpu":
+                config.append_provider("cuda")
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            self._model = onnxruntime_genai.Model(config)
+        except RuntimeError as error:
+            raise ModelError(f"{source.name!r}: onnxruntime-genai cannot load it ({str(error)[:300]})") from error
+        self._longest = source.config["max_position_embeddings"]
+        self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
+
+    def predict(self, sample: Sample) -> Tensor:
+        generator = self._generator(sample["input_ids"])
+        return torch.from_numpy(generator.get_output("logits")).float()
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        return self.decode(ids, self._generator(ids))
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """`ids` are those that the generator chose itself, and are not given to it again."""
+        cache.generate_next_token()
+        return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
+
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        """The library takes tokens of the caller's choice after a prompt for one sequence only."""
+        if cache is None:
+            cache = self._generator(ids)
+        else:
+            cache.append_tokens(ids.int().numpy())
+        return torch.from_numpy(cache.get_logits()).float()[:, -1], cache
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """The operators of the graph as it was exported: this runtime says nothing of what it makes of them."""
+        return self._operators
+
+    def _generator(self, ids: Tensor) -> Any:
+        batch, tokens = ids.shape
+        options = self._library.GeneratorParams(self._model)
+        longest = min(self._longest, tokens + ROOM)
+        options.set_search_options(batch_size=batch, max_length=longest, do_sample=False)
+        try:
+            generator = self._library.Generator(self._model, options)
+            generator.append_tokens(ids.int().numpy())
+        except RuntimeError as error:
+            raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
+        return generator
+
+
+def _operators(source: ModelSource) -> dict[str, int]:
+    import onnx
+
+    graph = onnx.load(source.folder / "model.onnx", load_external_data=False).graph
+    return dict(Counter(node.op_type for node in graph.node).most_common())

@@ -1,0 +1,189 @@
+"""Fused ONNX graphs: the same function as transformers', layer for layer found again, on the operators and in genai."""
+
+import json
+
+import onnx
+import pytest
+import torch
+import transformers
+
+from gblm_compress.errors import ModelError
+from gblm_compress.exporters import export, onnx_fused
+from gblm_compress.measure.genai_runtime import GenaiRuntime
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.measure.runtimes import greedy_tokens
+from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.models.loading import load_model
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer, tiny_model
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.stage import prune
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.exporters.test_onnx import needs_operator
+
+SIZES = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 0,
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(
+        **SIZES, attention_bias=True, rope_scaling={**LLAMA3, "original_max_position_embeddings": 128}
+    ),
+    "MistralForCausalLM": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
+    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**SIZES),
+    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
+    "GemmaForCausalLM": lambda: transformers.GemmaConfig(**SIZES, head_dim=32),
+    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, head_dim=32, sliding_window=16),
+    "GraniteForCausalLM": lambda: transformers.GraniteConfig(**SIZES),
+    "Ernie4_5ForCausalLM": lambda: transformers.Ernie4_5Config(**SIZES, head_dim=32),
+    "HunYuanDenseV1ForCausalLM": lambda: transformers.HunYuanDenseV1Config(**SIZES, head_dim=32),
+}
+
+
+def test_every_architecture_is_tried() -> None:
+    assert set(CONFIGS) == onnx_fused.ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_graph_of_each_architecture_is_the_same_function(name, tmp_path, progress) -> None:
+    """`export` verifies logits of 64 tokens, 32 decoded ones, and the zeros of every layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() == 2 else 0.05))
+    assert type(model).__name__ == name
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    source = ModelSource(name, tmp_path / "model")
+    checks = export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress).checks
+    assert checks["graph"] == "fused" and checks["layers_checked"] == 14 and checks["identical_greedy_tokens"] == 32
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """A tiny Llama with a tied head, pruned 2:4, its graph fused in every way."""
+    base = tmp_path_factory.mktemp("fused")
+    progress = Progress(quiet=True)
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
+    prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
+    source = ModelSource("pruned", base / "pruned")
+    ways = {"dense": {}, "sparse": {"sparse": True}, "kernels": {"kernels": True}}
+    ways |= {"half": {"kernels": True, "dtype": "float16"}, "float16": {"dtype": "float16"}}
+    results = {}
+    for name, options in ways.items():
+        settings = ExportSettings(format="onnx", **options)
+        results[name] = export(source, base / name, settings, progress=progress), ModelSource(name, base / name)
+    return source, results
+
+
+def operators(folder: ModelSource) -> list[str]:
+    return [node.op_type for node in onnx.load(folder.folder / "model.onnx", load_external_data=False).graph.node]
+
+
+@needs_operator
+def test_what_the_graphs_are_made_of(exported) -> None:
+    _, results = exported
+    assert all(result.checks["zeros"] == 36864 for result, _ in results.values())
+    found = {name: operators(folder) for name, (_, folder) in results.items()}
+    assert all(names.count("GroupQueryAttention") == 2 for names in found.values())
+    assert found["dense"].count("MatMul") == 11  # q, k and v are one
+    for name in ("kernels", "half"):
+        assert "MatMul" not in found[name] and "Transpose" not in found[name]
+        assert (found[name].count("BitmaskLinear"), found[name].count("DenseLinear")) == (8, 1)
+    size = {name: (folder.folder / "model.onnx.data").stat().st_size for name, (_, folder) in results.items()}
+    assert size["half"] < size["kernels"] < size["dense"] and size["sparse"] < size["dense"]
+    assert results["half"][1].config["dtype"] == "float16"
+
+
+@needs_operator
+def test_the_tied_embedding_is_the_head(exported) -> None:
+    """One matrix in the file serves both, in either dtype."""
+    _, results = exported
+    for name, dtype in (("kernels", onnx.TensorProto.FLOAT), ("half", onnx.TensorProto.FLOAT16)):
+        graph = onnx.load(results[name][1].folder / "model.onnx", load_external_data=False).graph
+        shared = [tensor for tensor in graph.initializer if list(tensor.dims) == [257, 64]]
+        assert [tensor.data_type for tensor in shared] == [dtype]
+        users = {node.op_type for node in graph.node if shared[0].name in node.input}
+        assert users == {"Gather", "DenseLinear"}
+
+
+@needs_operator
+@pytest.mark.parametrize("name", ["dense", "sparse", "kernels", "half"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_of_prompts_and_steps_are_those_of_torch(exported, name, batch) -> None:
+    source, results = exported
+    model = load_model(source, "float16" if name == "half" else "float32").float()
+    reference, runtime = TorchRuntime(model), OnnxRuntime(results[name][1], "cpu", 2)
+    ids = torch.randint(0, 257, (batch, 70), generator=torch.Generator().manual_seed(0))
+    expected = reference.predict({"input_ids": ids})
+    torch.testing.assert_close(runtime.predict({"input_ids": ids}), expected, **CLOSE)
+    logits, cache = runtime.last_logits(ids[:, :60], None)
+    for t in range(60, 70):
+        torch.testing.assert_close(logits, expected[:, t - 1], **CLOSE)
+        logits, cache = runtime.last_logits(ids[:, t : t + 1], cache)
+
+
+@needs_operator
+@pytest.mark.parametrize("name", ["dense", "kernels", "half"])
+def test_genai_runs_the_folder(exported, name) -> None:
+    _, results = exported
+    folder = results[name][1]
+    runtime, reference = GenaiRuntime(folder, "cpu", 1), OnnxRuntime(folder, "cpu", 1)
+    ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(1))
+    for row in ids.unsqueeze(1):
+        assert greedy_tokens(runtime, row, 12) == greedy_tokens(reference, row, 12)
+    both, _ = runtime.prefill(ids)
+    assert both.shape == (2, 1) and torch.equal(both, reference.prefill(ids)[0])
+    torch.testing.assert_close(runtime.last_logits(ids, None)[0], reference.last_logits(ids, None)[0], **CLOSE)
+    _, cache = runtime.last_logits(ids[:1], None)
+    grown, _ = runtime.last_logits(ids[:1, :1], cache)
+    expected = reference.last_logits(torch.cat([ids[:1], ids[:1, :1]], 1), None)[0]
+    torch.testing.assert_close(grown, expected, **CLOSE)
+    assert runtime.kernels(1)["GroupQueryAttention"] == 2
+
+
+@needs_operator
+def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path, progress) -> None:
+    settings = ExportSettings(format="onnx", kernels=True, dtype="float16")
+    result = export(tiny("llama"), tmp_path / "out", settings, progress=progress)
+    names = operators(ModelSource("dense", tmp_path / "out"))
+    assert names.count("DenseLinear") == 11 and "BitmaskLinear" not in names and "MatMul" not in names
+    assert result.checks["layers_checked"] == 0
+
+
+def test_models_without_a_fused_graph(tiny, tmp_path, progress, monkeypatch) -> None:
+    monkeypatch.setattr(onnx_fused, "build", None)
+    with pytest.raises(ModelError, match=r"no fused graph for GPT2LMHeadModel; export with --graph plain\. .*Llama"):
+        export(tiny("gpt2"), tmp_path / "out", ExportSettings(format="onnx", graph="fused"), progress=progress)
+    model = tiny_model("mistral")
+    model.config.sliding_window = 16
+    assert not onnx_fused.builds(model) and onnx_fused.builds(tiny_model("mistral"))
+
+
+def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, progress, monkeypatch) -> None:
+    monkeypatch.setattr(onnx_fused, "_OPTIONS", ("hf_remote=maybe",))
+    with pytest.raises(ModelError, match=r"builder does not manage LlamaForCausalLM \(.+\); export with --graph plain"):
+        export(tiny("llama"), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_genai_needs_its_config(exported, tmp_path) -> None:
+    for path in exported[1]["dense"][1].folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "genai_config.json").unlink()
+    with pytest.raises(ModelError, match=r"no genai_config\.json"):
+        GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "none"}}))
+    with pytest.raises(ModelError, match="onnxruntime-genai cannot load it"):
+        GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
