@@ -242,7 +242,7 @@ def masked(weight: Tensor) -> Tensor:
 def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     """The kernel grid; `rows` is filled as it goes."""
     from gblm_compress.layouts import cuda_linear
-    from gblm_compress.layouts.cuda_linear import DENSE, Choice
+    from gblm_compress.layouts.cuda_linear import DENSE, Candidate
 
     if not bench.on_cuda:
         cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
@@ -265,8 +265,8 @@ def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
                 times, why = cuda_linear.measure(pack, tokens)
                 excluded |= {f"{layout} {kernel}, {name}, {tokens} tokens": reason for kernel, reason in why.items()}
                 size = pack.values.nbytes + pack.places.nbytes + (pack.starts.nbytes if layout == "bitmask" else 0)
-                for kernel in sorted({choice.kernel for choice in times}):
-                    best: Choice = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
+                for kernel in sorted({candidate.kernel for candidate in times}):
+                    best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
                     title = {"triton": f"Triton {layout}", "dense": f"unpack {layout}, dense"}.get(kernel, kernel)
                     operands = cuda_linear.operands(pack, {kernel})
                     calls[title] = [

@@ -5,20 +5,14 @@ import io
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from gblm_compress import __version__
 from gblm_compress.cli import commands
 from gblm_compress.cli.options import PanelCommand
-from gblm_compress.errors import (
-    GblmError,
-    NotEnoughMemoryError,
-    OutputError,
-    UsageError,
-    first_line,
-    is_out_of_memory,
-)
+from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, UsageError, first_line, is_out_of_memory
 from gblm_compress.printing import printable_lines
 
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
@@ -41,7 +35,21 @@ app = typer.Typer(
 )
 for command in commands.COMMANDS:
     app.command(cls=PanelCommand, no_args_is_help=command not in (commands.doctor, commands.schema))(command)
-app.callback()(commands.program)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What holds for every command: only `--version`."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-import gblm_compress
 from gblm_compress.cli import options as o
 from gblm_compress.cli import summaries
 from gblm_compress.cli.options import Spelt, from_settings
@@ -23,6 +22,7 @@ from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
+    ComputeSettings,
     EvaluateSettings,
     ExportSettings,
     PruneSettings,
@@ -33,27 +33,13 @@ from gblm_compress.storage import outputs, records
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(gblm_compress.__version__)
-        raise typer.Exit
-
-
-def program(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """What holds for every command: only `--version`."""
-
-
 @from_settings
 def prune(
     model: o.Model,
     output: o.Output,
     settings: Annotated[PruneSettings, Spelt(rename={"overrides": "override"})],
     text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
-    place: o.Place,
+    compute: ComputeSettings,
     resources: ResourceSettings,
     resume: o.Resume = False,
     force: o.Force = False,
@@ -75,8 +61,8 @@ def prune(
         text,
         resources=resources,
         resume=resume,
-        dtype=place.dtype,
-        device=place.device,
+        dtype=compute.dtype,
+        device=compute.device,
         force=force,
         progress=progress,
     )
@@ -107,7 +93,7 @@ def export(
 def evaluate(
     model: o.Model,
     settings: EvaluateSettings,
-    place: o.Place,
+    compute: ComputeSettings,
     baseline: o.Baseline = None,
     json_: o.Json = False,
     quiet: o.Quiet = False,
@@ -122,8 +108,8 @@ def evaluate(
         source,
         settings,
         baseline=dense[0] if dense else None,
-        dtype=place.dtype,
-        device=place.device,
+        dtype=compute.dtype,
+        device=compute.device,
         progress=progress,
     )
     _show(result.as_dict(), summaries.evaluate, json_)
@@ -133,9 +119,9 @@ def evaluate(
 def compare(
     model: o.Model,
     grid: CompareSettings,
-    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"}, leave_out={"seed": 0})],
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"}, leave_out=("seed",))],
     evaluation: Annotated[EvaluateSettings, Spelt(rename={"sequence_length": "evaluation_length"})],
-    place: o.Place,
+    compute: ComputeSettings,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the records, table and plot.")] = Path(
         "comparison"
     ),
@@ -150,7 +136,7 @@ def compare(
     from gblm_compress.runs import comparison
 
     result = comparison.compare(
-        source, output, grid, text, evaluation, dtype=place.dtype, device=place.device, progress=progress
+        source, output, grid, text, evaluation, dtype=compute.dtype, device=compute.device, progress=progress
     )
     _show(result.as_dict(), summaries.compare, json_)
 
@@ -160,7 +146,7 @@ def benchmark(
     models: o.Models,
     baseline: o.Baselines,
     settings: BenchmarkSettings,
-    place: o.Place,
+    compute: ComputeSettings,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -171,7 +157,7 @@ def benchmark(
     from gblm_compress.measure import benchmarking
 
     result = benchmarking.benchmark(
-        contenders, baselines, settings, dtype=place.dtype, device=place.device, progress=progress
+        contenders, baselines, settings, dtype=compute.dtype, device=compute.device, progress=progress
     )
     _show(result.as_dict(), summaries.benchmark, json_)
 

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
 from gblm_compress.runs.recipe import describe_fault, faults_of
-from gblm_compress.settings import ModelSettings, OverrideSettings, Panel, Settings
+from gblm_compress.settings import OverrideSettings, Panel, Settings
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
@@ -31,11 +31,11 @@ class Spelt:
 
     Attributes:
         rename: {field: the name of its option}, where they differ.
-        leave_out: {field: the value it has in this command}, for fields without an option.
+        leave_out: the fields without an option, which keep their defaults.
     """
 
     rename: Mapping[str, str] = field(default_factory=dict)
-    leave_out: Mapping[str, Any] = field(default_factory=dict)
+    leave_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _parameter(settings: type[Settings], name: str, spelling: str, schema: dict[
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
     kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, name)
-    choices = suggestions.choices(settings, name)
+    choices = suggestions.allowed(settings, name)
     default = described.get_default(call_default_factory=True)
     flag = f"--{spelling.replace('_', '-')}"
     option = typer.Option(
@@ -182,7 +182,7 @@ def _fill(settings: type[Settings], spelt: Spelt, given: dict[str, Any]) -> Sett
     Raises:
         UsageError: with all faults, by the names of the options.
     """
-    values = dict(spelt.leave_out)
+    values: dict[str, Any] = {}
     for name in settings.model_fields:
         value = given.get(spelt.rename.get(name, name))
         if isinstance(value, list):
@@ -232,7 +232,6 @@ SYNTAXES: dict[type, Syntax] = {
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
-Place = Annotated[ModelSettings, Spelt(leave_out={"source": ""})]  # where to compute, whichever the model
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]

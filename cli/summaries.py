@@ -13,15 +13,15 @@ from gblm_compress.printing import printable
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def _pairs(rows: list[tuple[str, str]]) -> Table:
+def _pairs(pairs: list[tuple[str, str]]) -> Table:
     table = Table(show_header=False)
-    for row in rows:
-        table.add_row(*row)
+    for pair in pairs:
+        table.add_row(*pair)
     return table
 
 
 def prune(result: dict[str, Any]) -> list[Any]:
-    from gblm_compress.models.manifest import reasons
+    from gblm_compress.models.card import reasons
 
     layers, weights, nonzeros = result["layers"], result["weights"], result["nonzeros"]
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers.values()}))
@@ -63,18 +63,18 @@ def export(result: dict[str, Any]) -> Table:
 def evaluate(result: dict[str, Any]) -> list[Any]:
     error = result["perplexity_error"]
     windows = "1 window" if result["windows"] == 1 else f"{result['windows']} windows"
-    rows = [
+    pairs = [
         ("perplexity", f"{result['perplexity']:.3f}" + (f" ± {error:.3f}" if error is not None else "")),
         ("text", f"{result['dataset']}: {windows} of {result['sequence_length']} tokens"),
         ("computed in", f"{result['dtype']} on {result['provider']}"),
     ]
     if result["fidelity"] is not None:
-        rows[1:1] = [
+        pairs[1:1] = [
             ("perplexity, dense", f"{result['baseline_perplexity']:.3f}"),
             ("mean KL from dense", f"{result['fidelity']['mean_kl']:.4f} nats per token"),
             ("top-1 agreement", f"{100 * result['fidelity']['top1_agreement']:.2f} %"),
         ]
-    return [_pairs(rows), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
+    return [_pairs(pairs), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
 
 
 def _tasks_table(zero_shot: dict[str, Any]) -> Table:
@@ -98,17 +98,17 @@ def compare(result: dict[str, Any]) -> list[Any]:
     table = Table("method", "pattern")
     for name in ("seeds", "perplexity", "KL from dense", "accuracy", "recovery", "time", "peak memory"):
         table.add_column(name, justify="right")
-    for r in result["rows"]:
+    for m in result["rows"]:
         table.add_row(
-            r["method"],
-            r["pattern"],
-            str(r["seeds"]),
-            _with_error(r["perplexity"], r["perplexity_error"], 2),
-            _with_error(r["mean_kl"], r["mean_kl_error"], 3),
-            "" if r["accuracy"] is None else f"{r['accuracy']:.3f}",
-            "" if r["recovery"] is None else f"{r['recovery']:.3f}",
-            f"{r['seconds']:.0f} s",
-            decimal(r["peak_memory_bytes"]),
+            m["method"],
+            m["pattern"],
+            str(m["seeds"]),
+            _with_error(m["perplexity"], m["perplexity_error"], 2),
+            _with_error(m["mean_kl"], m["mean_kl_error"], 3),
+            "" if m["accuracy"] is None else f"{m['accuracy']:.3f}",
+            "" if m["recovery"] is None else f"{m['recovery']:.3f}",
+            f"{m['seconds']:.0f} s",
+            decimal(m["peak_memory_bytes"]),
         )
     return [table, f"dense: perplexity {result['dense_perplexity']:.2f}", f"plot: {result['plot']}"]
 

@@ -103,7 +103,7 @@ def prune(
         output: the folder to write, whole or not at all; the model is not changed. Without one a model in memory is
             pruned in place.
         tokenizer: of a model in memory, unless the method needs no text.
-        calibration: the name of a dataset, a text file, several texts, or rows with a column "text".
+        calibration: the name of a dataset, a text file, several texts, or mappings with a key "text".
         settings: fields of `PruneSettings`, `CalibrationSettings` and `ResourceSettings`.
 
     Raises:
@@ -344,8 +344,8 @@ def _dataset(texts: "Texts") -> str:
     """
     if isinstance(texts, str | os.PathLike):
         return str(texts)
-    rows = [dict(row) if isinstance(row, Mapping) else {"text": row} for row in texts]
-    content = "".join(json.dumps({"text": row.get("text")}) + "\n" for row in rows)
+    documents = [text if isinstance(text, Mapping) else {"text": text} for text in texts]
+    content = "".join(json.dumps({"text": document.get("text")}) + "\n" for document in documents)
     path = cache_folder() / "texts" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def _section(name: str, model: type[BaseModel]) -> list[str]:
     lines = [f"## {name}", "", *([model.__doc__, ""] if model is not Recipe and model.__doc__ else [])]
     lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     properties = model.model_json_schema()["properties"]
-    for key, field in model.model_fields.items():
+    for key, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         default = "required" if field.is_required() else _default(field)
         lines.append(f"| `{key}` | {_type(properties[key])} | {default} | {field.description} |")
     return [*lines, ""]

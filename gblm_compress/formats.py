@@ -19,6 +19,7 @@ class Format:
         dtypes: those that it can have; the first is taken where the checkpoint's own is none of them.
         reads: the options of `ExportSettings` that it reads and others may not; giving one in vain is refused.
         layout: the name in `LAYOUTS` of how it packs weights; None where it does not.
+        synonyms: what else it may be called.
     """
 
     exporter: str
@@ -27,6 +28,7 @@ class Format:
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
     layout: str | None = None
+    synonyms: tuple[str, ...] = ()
 
     @property
     def runtime(self) -> str:
@@ -42,7 +44,8 @@ class Format:
 def _packed(name: str, layout: Layout) -> Format:
     kernels = " and ".join(device.upper() for device in layout.kernels)
     help = f"packed weights for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
-    return Format(exporter="gblm_compress.exporters.sparse", help=help, layout=name)
+    synonyms = tuple(other for other in (name, layout.pattern) if other and other != layout.format)
+    return Format(exporter="gblm_compress.exporters.sparse", help=help, layout=name, synonyms=synonyms)
 
 
 FORMATS = {

@@ -7,13 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from gblm_compress.printing import PlainConsole, printable

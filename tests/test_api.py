@@ -17,7 +17,8 @@ from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.tasks.text import calibration_windows, load_text
+from gblm_compress.tasks.text import load_text
+from gblm_compress.tasks.windows import calibration_windows
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}

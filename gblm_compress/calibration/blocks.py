@@ -147,7 +147,7 @@ def sum_over_inputs(
         else:
             shared = before is not None and sum(total is before for total in sums.values()) > 1
             own = before.clone() if before is not None and shared else before
-            sums[name] = add(own, _counted_rows(name, args[0].detach(), counted).float())
+            sums[name] = add(own, _counted_tokens(name, args[0].detach(), counted).float())
             latest = (args[0], before, sums[name], {name})
         if not whole and len(ran) == len(layers):
             raise _AllLayersReached
@@ -166,17 +166,17 @@ def sum_over_inputs(
     return sums
 
 
-def _counted_rows(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:
+def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:
     """A layer's input [..., in_features] as [tokens, in_features], without padding."""
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    tokens = inputs.reshape(-1, inputs.shape[-1])
     if counted is None:
-        return rows
-    if len(rows) != counted.numel():
+        return tokens
+    if len(tokens) != counted.numel():
         raise ModelError(
-            f"{name}: the layer reads {len(rows)} rows of a sample of {counted.numel()} tokens, so that padding cannot "
-            "be told from text; give samples without padding, or add the layer to 'ignore'"
+            f"{name}: the layer reads {len(tokens)} rows of a sample of {counted.numel()} tokens, so that padding "
+            "cannot be told from text; give samples without padding, or add the layer to 'ignore'"
         )
-    return rows[counted.flatten()]
+    return tokens[counted.flatten()]
 
 
 class _AllLayersReached(Exception):

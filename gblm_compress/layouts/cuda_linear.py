@@ -20,6 +20,7 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 from gblm_compress.errors import first_line
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed, Tiling
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import measurements
 from gblm_compress.progress import Progress
 
@@ -34,7 +35,7 @@ REPEATS, WARM_UP = 9, 2
 _HEAD_START = 10_000_000  # clock cycles that the device waits while the host queues a batch of calls
 
 
-class Choice(NamedTuple):
+class Candidate(NamedTuple):
     """A kernel, and its variant: the fields of a `Tiling`, or the number of a cuSPARSELt algorithm.
 
     Attributes:
@@ -48,7 +49,7 @@ class Choice(NamedTuple):
         return ":".join((self.kernel, ",".join(str(int(part)) for part in self.variant))).rstrip(":")
 
 
-DENSE = Choice("dense")
+DENSE = Candidate("dense")
 
 
 class Operands(NamedTuple):
@@ -64,7 +65,7 @@ class Operands(NamedTuple):
 
 
 def plan(weight: Packed) -> str:
-    """The choice for each of `TOKENS`, as words; measured once for a shape, dtype and machine."""
+    """The fastest candidate for each of `TOKENS`, as words; measured once for a shape, dtype and machine."""
     rows, columns = weight.shape
     device = weight.values.device
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
@@ -73,43 +74,47 @@ def plan(weight: Packed) -> str:
 
 
 def is_plan(words: Any, weight: Packed) -> bool:
-    """Whether these can be a plan for that weight: for each of `TOKENS` a choice that could have been measured."""
+    """Whether these can be a plan for that weight: for each of `TOKENS` a candidate that could have been measured."""
     try:
-        chosen = choices(words) if isinstance(words, str) and words else ()
+        chosen = candidates(words) if isinstance(words, str) and words else ()
     except ValueError:  # of what is no number
         return False
     return len(chosen) == len(TOKENS) and all(map(partial(_could_run, weight), chosen, TOKENS))
 
 
-def _could_run(weight: Packed, choice: Choice, tokens: int) -> bool:
-    kernel, variant = choice
+def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
+    kernel, variant = candidate
     if kernel == "triton":
         return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.layout, tokens)]
     if kernel == "dense":
         return not variant
-    if weight.layout != "sparse24" or tokens < FEWEST_FOR_TORCH:
+    if not _fits_torch(weight, tokens):
         return False
     if kernel == "cusparselt":
         return len(variant) == 1 and 0 <= variant[0] < ALGORITHMS
     return kernel == "cutlass" and not variant and not _needed_by_cutlass(weight.shape)
 
 
-def choices(plan: str) -> tuple[Choice, ...]:
+def _fits_torch(weight: Packed, tokens: int) -> bool:
+    return LAYOUTS[weight.layout].pattern == "2:4" and tokens >= FEWEST_FOR_TORCH
+
+
+def candidates(plan: str) -> tuple[Candidate, ...]:
     """The words of a plan; without one, dense throughout."""
-    return tuple(_choice(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
+    return tuple(_candidate(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
 
 
-_choices = cache(choices)
+_candidates = cache(candidates)
 
 
-def choose(plan: str, tokens: int) -> Choice:
+def choose(plan: str, tokens: int) -> Candidate:
     """What runs for that many tokens: what was measured for the next power of two."""
-    return _choices(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
+    return _candidates(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
 
 
-def _choice(word: str) -> Choice:
+def _candidate(word: str) -> Candidate:
     kernel, _, variant = word.partition(":")
-    return Choice(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
+    return Candidate(kernel, tuple(int(part) for part in variant.split(",")) if variant else ())
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands | None = None) -> Tensor:
@@ -129,28 +134,30 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: 
     return run(choose(plan, len(flat)), flat, weight, bias, operands).reshape(*x.shape[:-1], rows)
 
 
-def run(choice: Choice, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None) -> Tensor:
-    """x Wᵀ + b on the chosen kernel.
+def run(
+    candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None
+) -> Tensor:
+    """x Wᵀ + b by a candidate.
 
     Args:
         x: [tokens, columns], at least one token, in the dtype of the values.
-        operands: what torch's kernels need, where one of them is the choice.
+        operands: what torch's kernels need, where it is one of them.
 
     Returns:
         [tokens, rows].
     """
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if choice.kernel == "triton":
-            rows, columns, warps, tensor_cores, programs = choice.variant
+        if candidate.kernel == "triton":
+            rows, columns, warps, tensor_cores, programs = candidate.variant
             return gpu.linear(x, weight, bias, Tiling(rows, columns, warps, bool(tensor_cores), programs))
-        if choice.kernel == "dense":
+        if candidate.kernel == "dense":
             return torch.nn.functional.linear(x, gpu.expand(weight), bias)
         assert operands is not None
         tokens = x.shape[0]
         inputs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8)).contiguous().T  # their tiles are 8 tokens wide
-        if choice.kernel == "cusparselt":
+        if candidate.kernel == "cusparselt":
             y = torch._cslt_sparse_mm(
-                operands.cusparselt, inputs, bias=bias, transpose_result=True, alg_id=choice.variant[0]
+                operands.cusparselt, inputs, bias=bias, transpose_result=True, alg_id=candidate.variant[0]
             )
         elif bias is None:
             y = torch._sparse_semi_structured_mm(weight.values, operands.cutlass, inputs).T
@@ -212,45 +219,45 @@ def _measured_plan(weight: Packed) -> str:
         return " ".join(str(fastest(measure(weight, tokens)[0])) for tokens in TOKENS)
 
 
-def fastest(times: dict[Choice, float]) -> Choice:
-    """The choice with the least time, where cuSPARSELt must be worth its copy of the weight."""
-    return min(times, key=lambda choice: times[choice] * (WORTH_A_COPY if choice.kernel == "cusparselt" else 1.0))
+def fastest(times: dict[Candidate, float]) -> Candidate:
+    """The candidate with the least time, where cuSPARSELt must be worth its copy of the weight."""
+    return min(times, key=lambda one: times[one] * (WORTH_A_COPY if one.kernel == "cusparselt" else 1.0))
 
 
-def measure(weight: Packed, tokens: int) -> tuple[dict[Choice, float], dict[str, str]]:
+def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[str, str]]:
     """Milliseconds of every candidate for that many tokens, and of those that do not run, why."""
     generator = torch.Generator(weight.values.device).manual_seed(0)
     x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.values.device).to(weight.values.dtype)
     expected = torch.nn.functional.linear(x, gpu.expand(weight))
-    times: dict[Choice, float] = {}
+    times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}
     for kernel in ("dense", "triton", "cusparselt", "cutlass"):
         try:
-            found = _candidates(kernel, weight, x)
+            found = _calls(kernel, weight, x)
         except RuntimeError as error:
             excluded[kernel] = first_line(error)
             continue
-        for choice, call in found.items():
+        for candidate, call in found.items():
             try:
                 if not _agrees(call(), expected):
-                    warnings.warn(f"{choice} computes another product on this GPU and is not used", stacklevel=2)
-                    excluded[str(choice)] = "another product"
+                    warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
+                    excluded[str(candidate)] = "another product"
                     continue
-                times[choice] = milliseconds(call)
+                times[candidate] = milliseconds(call)
             except Exception as error:  # Triton raises many kinds where a GPU lacks what a tiling needs
-                excluded[str(choice)] = f"{type(error).__name__}: {first_line(error)}"
+                excluded[str(candidate)] = f"{type(error).__name__}: {first_line(error)}"
     return times, excluded
 
 
-def _candidates(kernel: str, weight: Packed, x: Tensor) -> dict[Choice, Callable[[], Tensor]]:
-    """The choices of one kernel that can be asked for so many tokens, ready to call."""
+def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[], Tensor]]:
+    """The candidates of one kernel that can be asked for so many tokens, ready to call."""
     tokens = x.shape[0]
     needed: Operands | None = None
     if kernel == "triton":
-        found = [Choice(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.layout, tokens)]
+        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.layout, tokens)]
     elif kernel == "dense":
         found = [DENSE]
-    elif weight.layout != "sparse24" or tokens < FEWEST_FOR_TORCH:
+    elif not _fits_torch(weight, tokens):
         found = []
     else:
         needed = operands(weight, {kernel})
@@ -259,8 +266,8 @@ def _candidates(kernel: str, weight: Packed, x: Tensor) -> dict[Choice, Callable
             if kernel == "cusparselt"
             else ()
         )
-        found = [Choice(kernel, algorithm)]
-    return {choice: partial(run, choice, x, weight, None, needed) for choice in found}
+        found = [Candidate(kernel, algorithm)]
+    return {candidate: partial(run, candidate, x, weight, None, needed) for candidate in found}
 
 
 def _agrees(got: Tensor, expected: Tensor) -> bool:

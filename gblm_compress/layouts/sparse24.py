@@ -104,7 +104,7 @@ class Sparse24Linear(PackedLinear):
 
     Attributes:
         values, positions: as `pack` makes them.
-        cusparselt, cutlass: `cuda_linear.Operands`, each empty where no choice of the plan needs it.
+        cusparselt, cutlass: `cuda_linear.Operands`, each empty where no candidate of the plan needs it.
     """
 
     LAYOUT = "sparse24"
@@ -144,7 +144,7 @@ class Sparse24Linear(PackedLinear):
             shape = (self.out_features, self.in_features)
             weight = cuda.gpu.Packed("sparse24", self.values, self.positions, self.values, shape)
             self.plan = cuda.plan(weight)
-            needed = {choice.kernel for choice in cuda.choices(self.plan)}
+            needed = {candidate.kernel for candidate in cuda.candidates(self.plan)}
             self.cusparselt, self.cutlass = cuda.operands(weight, needed)
 
     def dense_weight(self) -> Tensor:

@@ -130,14 +130,14 @@ def evaluate(
     model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
     losses, dense_losses, divergences, agreements, predicted = [], [], [], [], 0
     for sample in progress.track(samples, "evaluating", unit="windows"):
-        rows = task.rows(model.predict(sample), sample)
-        losses.append(float(task.loss(rows, sample)))
-        predicted += len(rows)
+        judged = task.judged(model.predict(sample), sample)
+        losses.append(float(task.loss(judged, sample)))
+        predicted += len(judged)
         if reference is not None:
-            dense = reference.rows(sample, progress)
+            dense = reference.judged(sample, progress)
             dense_losses.append(float(task.loss(dense, sample)))
-            divergences.append(mean_kl(dense, rows))
-            agreements.append(top1_agreement(dense, rows))
+            divergences.append(mean_kl(dense, judged))
+            agreements.append(top1_agreement(dense, judged))
     mean, error = mean_and_standard_error(losses)
     if not math.isfinite(mean):
         raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
@@ -159,7 +159,7 @@ def evaluate(
         dtype=model.dtype,
         provider=model.provider,
         baseline_perplexity=_exp(sum(dense_losses) / len(dense_losses)) if dense_losses else None,
-        fidelity=Fidelity(_mean(divergences), _mean(agreements)) if reference else None,
+        fidelity=Fidelity(zero_shot.mean(divergences), zero_shot.mean(agreements)) if reference else None,
         zero_shot=tasks,
     )
 
@@ -182,15 +182,8 @@ def top1_agreement(reference: Tensor, logits: Tensor) -> float:
 
 def mean_and_standard_error(values: list[float]) -> tuple[float, float | None]:
     """The mean, and the standard error of the mean (None for one value)."""
-    mean = _mean(values)
-    if len(values) < 2:
-        return mean, None
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    error = math.sqrt(zero_shot.variance_of_mean(values)) if len(values) > 1 else None
+    return zero_shot.mean(values), error
 
 
 def _exp(value: float) -> float:

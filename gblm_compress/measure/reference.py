@@ -62,15 +62,15 @@ class Reference:
         """Bytes of logits that it keeps at most, if nobody else fills the disk."""
         return 0 if self._folder is None else min(MOST_KEPT, outputs.free_bytes(self._folder) // 2)
 
-    def rows(self, sample: Sample, progress: Progress) -> Tensor:
-        """What of the model's prediction for a sample is judged, [rows, …] in float32: see `Task.rows`."""
+    def judged(self, sample: Sample, progress: Progress) -> Tensor:
+        """What of the model's prediction for a sample is judged, [positions, …] in float32: see `Task.judged`."""
         key = fingerprint([sample])
         if key in self._kept:
             return self._read(*self._kept[key])
-        rows = loading.task_of(self.source).rows(self._loaded(progress).predict(sample), sample).contiguous()
+        judged = loading.task_of(self.source).judged(self._loaded(progress).predict(sample), sample).contiguous()
         if self._folder is not None:
-            self._keep(key, rows)
-        return rows
+            self._keep(key, judged)
+        return judged
 
     def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
         """As `ask`."""

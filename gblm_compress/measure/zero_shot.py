@@ -205,10 +205,10 @@ def score(
             TaskResult(
                 task=task,
                 metric=metric,
-                accuracy=_mean(correct),
-                error=math.sqrt(_variance_of_mean(correct)) if len(correct) > 1 else None,
+                accuracy=mean(correct),
+                error=math.sqrt(variance_of_mean(correct)) if len(correct) > 1 else None,
                 questions=len(correct),
-                dense_accuracy=None if reference is None else _mean(reference),
+                dense_accuracy=None if reference is None else mean(reference),
                 recovery=None if reference is None else recovery([correct], [reference]),
             )
         )
@@ -216,7 +216,7 @@ def score(
     theirs = [dense[task][1] for task in answered] if dense is not None else None
     return ZeroShot(
         tasks=tuple(results),
-        mean_accuracy=_mean([result.accuracy for result in results]),
+        mean_accuracy=mean([result.accuracy for result in results]),
         recovery=None if theirs is None else recovery(mine, theirs),
     )
 
@@ -233,24 +233,26 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
     Returns:
         None where the dense model has no right answer, or a task a single question.
     """
-    mean_model, mean_dense = _mean([_mean(x) for x in model]), _mean([_mean(y) for y in dense])
+    mean_model, mean_dense = mean([mean(x) for x in model]), mean([mean(y) for y in dense])
     if mean_dense == 0 or any(len(x) < 2 for x in model):
         return None
     ratio = mean_model / mean_dense
     variance = sum(
-        _variance_of_mean([a - ratio * b for a, b in zip(x, y, strict=True)]) for x, y in zip(model, dense, strict=True)
+        variance_of_mean([a - ratio * b for a, b in zip(x, y, strict=True)]) for x, y in zip(model, dense, strict=True)
     )
     half = TWO_SIDED_95 * math.sqrt(variance) / len(model) / mean_dense
     return Ratio(ratio, ratio - half, ratio + half)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Their sum over their number."""
     return sum(values) / len(values)
 
 
-def _variance_of_mean(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+def variance_of_mean(values: Sequence[float]) -> float:
+    """The square of its standard error; of two values or more."""
+    middle = mean(values)
+    return sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What every entry of a registry says of itself, and the statistics that it may ask for.
 
 The registries `METHODS`, `REFINEMENTS`, `UPDATES` and `ALLOCATIONS` are the only lists of what can be chosen. Settings,
-help, generated documentation, and the plans of memory and time follow from their entries.
+help, generated documentation, and the estimates of memory and time follow from their entries.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class Choice:
         reads: the keys of `PruneSettings` that it reads and others may not, beside `gradient_norm`, which is read where
             gradients are needed; giving one in vain is refused.
         passes: what it costs beside its statistics, in forward passes over the calibration text.
+        synonyms: what other tools and papers call it.
     """
 
     help: str
     needs: Need = Need.NOTHING
     reads: tuple[str, ...] = ()
     passes: float = 0.0
+    synonyms: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -14,13 +14,13 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.settings import PruneSettings
 
 
-def planned_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
-    """`uniform_budgets` of the layers of a model, whose weights may be on the meta device.
+def skeleton_budgets(skeleton: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
+    """`uniform_budgets` of the layers of a model whose weights may be on the meta device.
 
     Raises:
         UsageError, ModelError: also as `prunable_layers`.
     """
-    blocks = prunable_layers(model, settings.targets, settings.ignore)
+    blocks = prunable_layers(skeleton, settings.targets, settings.ignore)
     return uniform_budgets({name: layer for block in blocks for name, layer in block.items()}, settings)
 
 

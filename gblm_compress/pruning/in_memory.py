@@ -16,7 +16,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY
+from gblm_compress.pruning.placement import SHARE_OF_FREE_MEMORY
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.saving import left_dense_of
 from gblm_compress.pruning.stage import PruneResult

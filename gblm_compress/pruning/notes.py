@@ -8,7 +8,7 @@ from gblm_compress.models import manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import costs
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.planning import Plan
+from gblm_compress.pruning.placement import Placement
 from gblm_compress.pruning.saving import Walked
 from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings
 
@@ -33,7 +33,7 @@ def closing_notes(
     layers: dict[str, LayerResult],
     walked: Walked,
     seconds: float,
-    plan: Plan,
+    placement: Placement,
     group: Ranks,
 ) -> tuple[str, ...]:
     notes = []
@@ -53,7 +53,7 @@ def closing_notes(
             f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
         )
-    able = ["fast"] if group.size > 1 else [name for name in FITS if name != "best" or not plan.offload]
+    able = ["fast"] if group.size > 1 else [name for name in FITS if name != "best" or not placement.offload]
     better = costs.better_fit(settings, able)
     kept = settings.model_dump(exclude={"preset", "fit", "update", "distillation_epochs"}, exclude_defaults=True)
     cost = costs.passes(PruneSettings(**kept, fit=better)) / costs.passes(settings) if better else 0.0

@@ -18,7 +18,7 @@ from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.planning import Plan
+from gblm_compress.pruning.placement import Placement
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import PruneSettings
 from gblm_compress.storage import folders
@@ -93,7 +93,7 @@ def save(
     tokenizer: Any,
     identity: dict[str, Any],
     force: bool,
-    plan: Plan,
+    placement: Placement,
     progress: Progress,
 ) -> dict[str, LayerResult]:
     """Put the output together from the source and the finished blocks, and verify it."""
@@ -129,19 +129,19 @@ def save(
         )
         progress.say("verifying …")
         manifest.verify(temporary)
-        _verify_by_loading(ModelSource(str(output), temporary), results, plan)
+        _verify_by_loading(ModelSource(str(output), temporary), results, placement)
     return results
 
 
-def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], plan: Plan) -> None:
+def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], placement: Placement) -> None:
     """Load the folder as its users will, block by block where it does not fit in memory, and count the weights it has.
 
     Raises:
         VerificationError: what transformers loads is not what the manifest says.
     """
     try:
-        model = loading.load_skeleton(written) if plan.offload else loading.load_model(written)
-        weights = StreamedWeights(written, model, "cpu") if plan.offload else ResidentWeights(model)
+        model = loading.load_skeleton(written) if placement.offload else loading.load_model(written)
+        weights = StreamedWeights(written, model, "cpu") if placement.offload else ResidentWeights(model)
         loading.load_tokenizer(written)
     except ModelError as error:
         raise VerificationError(f"the written folder does not load: {error}") from error

@@ -1,6 +1,6 @@
 """The pruning stage: from a model source to a verified folder, resumable.
 
-The walk over the blocks is in `walk.py`, what goes where is decided in `planning.py`; here is what surrounds them: the
+The walk over the blocks is in `walk.py`, what goes where is decided in `placement.py`; here is what surrounds them: the
 folder of the run, and how the output is put together from the source and the finished blocks.
 """
 
@@ -30,9 +30,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import run_folder, saving
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.budgeting import planned_budgets
+from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.pruning.notes import closing_notes, pruned_before
-from gblm_compress.pruning.planning import Plan, Size, check_disk, memory_plan
+from gblm_compress.pruning.placement import Placement, Size, check_disk, choose_placement
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkpoint_of, left_dense_of
 from gblm_compress.pruning.walk import Walk
@@ -104,7 +104,7 @@ def prune(
         output: the new folder; it appears whole or not at all.
         resources: how much memory to take, and whether the model stays on disk.
         resume: go on with an interrupted run; it must be one of the same settings. None: go on if it is.
-        dtype: to compute in, see `ModelSettings`; the folder keeps the checkpoint's own.
+        dtype: to compute in, see `ComputeSettings`; the folder keeps the checkpoint's own.
         device: where to compute.
         force: replace an existing folder.
 
@@ -142,7 +142,7 @@ def _prune(
     loading.check_model(source, "prune")
     looks: list[Callable[[], object]] = [
         partial(loading.choose_device, device),
-        lambda: planned_budgets(loading.load_skeleton(source), settings),
+        lambda: skeleton_budgets(loading.load_skeleton(source), settings),
     ]
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
@@ -159,7 +159,7 @@ def _prune(
         _check_ranks(settings, group)
         dtype = _choose_dtype(dtype, source, device, group)
         size = Size(source, dtype, settings, calibration)
-        plan = memory_plan(size, resources, settings, device, group)
+        placement = choose_placement(size, resources, settings, device, group)
         identity = {
             "model": source.fingerprint,
             "settings": settings.model_dump(mode="json"),
@@ -173,15 +173,17 @@ def _prune(
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
         with _kept_where_resuming_helps(run, resume, progress):
-            check_disk(run, size, settings, plan)
-            place = "on disk, a block at a time in memory" if plan.offload else "in memory"
+            check_disk(run, size, settings, placement)
+            place = "on disk, a block at a time in memory" if placement.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
-            walked = _walk(source, settings, samples, run, plan, dtype, device, group, progress)
+            walked = _walk(source, settings, samples, run, placement, dtype, device, group, progress)
             layers = walked.layers
             # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
                 progress.say("saving …")
-                layers = saving.save(source, output, run, walked, settings, tokenizer, identity, force, plan, progress)
+                layers = saving.save(
+                    source, output, run, walked, settings, tokenizer, identity, force, placement, progress
+                )
             run.remove()
     seconds = time.perf_counter() - start
     return PruneResult(
@@ -191,7 +193,7 @@ def _prune(
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
-        warnings=(*before, *closing_notes(settings, calibration, layers, walked, seconds, plan, group)),
+        warnings=(*before, *closing_notes(settings, calibration, layers, walked, seconds, placement, group)),
     )
 
 
@@ -200,7 +202,7 @@ def _walk(
     settings: PruneSettings,
     samples: list[Sample],
     run: RunFolder,
-    plan: Plan,
+    placement: Placement,
     dtype: str,
     device: str,
     group: Ranks,
@@ -208,7 +210,7 @@ def _walk(
 ) -> Walked:
     """Prune every block and leave it finished in the run folder. The model is released at the end."""
     weights: Weights
-    if plan.offload:
+    if placement.offload:
         weights = StreamedWeights(source, loading.load_skeleton(source, dtype), device)
     else:
         weights = ResidentWeights(loading.load_model(source, dtype, device))
@@ -219,10 +221,10 @@ def _walk(
         samples=[on_device(sample, device) for sample in group.share(samples)] if samples else [],
         settings=settings,
         run=run,
-        pool=StatePool(run.states, plan.states, torch.device(device)),
+        pool=StatePool(run.states, placement.states, torch.device(device)),
         progress=progress,
         ranks=group,
-        by_sample=plan.by_sample,
+        by_sample=placement.by_sample,
     )
     layers = walk.prune_()
     exceptions = frozenset(name for name in run.budgets or {} if name not in layers)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from gblm_compress import faults
 from gblm_compress.errors import GblmError
@@ -16,11 +17,8 @@ from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.budgeting import planned_budgets
-from gblm_compress.settings import (
-    ExportSettings,
-    Recipe,
-)
+from gblm_compress.pruning.budgeting import skeleton_budgets
+from gblm_compress.settings import ExportSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Job:
         """
         if not self.here:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
-        budgets = planned_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
+        budgets = skeleton_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
         return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
 
     @cached_property
@@ -149,3 +147,8 @@ class Recorded(Stage):
     def inputs(self) -> list[Any]:
         """Everything that decides its outcome; the models that it reads must be there."""
         return [[source.fingerprint for source in self.reads], *self.decides()]
+
+
+def plain(settings: BaseModel | None) -> Any:
+    """Settings as JSON has them."""
+    return settings and settings.model_dump(mode="json")

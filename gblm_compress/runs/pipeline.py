@@ -11,11 +11,12 @@ from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report, reuse
+from gblm_compress.runs.artefacts import Export
 from gblm_compress.runs.checks import check, check_model, check_output
 from gblm_compress.runs.gates import GateOutcome, check_gates
 from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.stages import Benchmark, Evaluate, Export, stages_of
+from gblm_compress.runs.stages import Benchmark, Evaluate, stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
 
@@ -34,7 +35,7 @@ class RunReport:
     output: str
     environment: dict[str, Any]
     stages: list[Outcome]
-    rows: list[report.Row]
+    rows: list[report.ModelSummary]
     gates: list[GateOutcome] = field(default_factory=list)
     comparison: dict[str, Any] | None = None
 
@@ -90,7 +91,7 @@ def _carry_out(job: Job, progress: Progress) -> RunReport:
         output=str(job.output),
         environment=environment(),
         stages=list(outcomes.values()),
-        rows=report.rows(job.dense, job.pruned, of_pruned, baselines, results["prune"], evaluations, timings),
+        rows=report.summarise(job.dense, job.pruned, of_pruned, baselines, results["prune"], evaluations, timings),
         comparison=comparison,
         gates=check_gates(job.recipe.gates, evaluations.get(job.pruned.name), timings),
     )

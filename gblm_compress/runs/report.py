@@ -1,4 +1,4 @@
-"""The report of a run: one table of dense against pruned, as rows for the terminal, `report.json` and a web page."""
+"""The report of a run: one table of dense against pruned, for the terminal, `report.json` and a web page."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ REPORT, PAGE = "report.json", "report.html"
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelSummary:
     """One model in one runtime at one batch size; a field is None where it was not measured.
 
     Attributes:
@@ -44,7 +44,7 @@ class Row:
     peak_memory_bytes: int | None
 
 
-def rows(
+def summarise(
     dense: ModelSource,
     pruned: ModelSource,
     exports: list[ModelSource],
@@ -52,8 +52,8 @@ def rows(
     prune_result: dict[str, Any],
     evaluations: dict[str, dict[str, Any]],
     measurements: list[dict[str, Any]],
-) -> list[Row]:
-    """The summary: every model and export, each batch size a row; dense first within a runtime."""
+) -> list[ModelSummary]:
+    """A summary of every model and export at each batch size; dense first within a runtime."""
     density = prune_result["nonzeros"] / prune_result["weights"]
     result = []
     ordered = [dense, pruned] + [b for b in baselines if b.is_onnx] + exports
@@ -68,7 +68,7 @@ def rows(
         timed: list[Any] = [m for m in measurements if m["model"] == source.name] or [None]
         for m in timed:
             result.append(
-                Row(
+                ModelSummary(
                     model=label,
                     runtime=_runtime(source),
                     dtype=m and m["dtype"],
@@ -98,32 +98,32 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, one cell for each of `COLUMNS`."""
-    perplexity = "" if row.perplexity is None else f"{row.perplexity:.2f}"
-    if row.perplexity_error is not None:
-        perplexity += f" ±{row.perplexity_error:.2f}"
+def texts(model: ModelSummary) -> list[str]:
+    """A summary as text, one for each of `COLUMNS`."""
+    perplexity = "" if model.perplexity is None else f"{model.perplexity:.2f}"
+    if model.perplexity_error is not None:
+        perplexity += f" ±{model.perplexity_error:.2f}"
     return [
-        row.model,
-        row.runtime + (f" {row.dtype}" if row.dtype else ""),
-        "" if row.batch is None else str(row.batch),
+        model.model,
+        model.runtime + (f" {model.dtype}" if model.dtype else ""),
+        "" if model.batch is None else str(model.batch),
         perplexity,
-        f"{100 * row.nonzero_fraction:.1f} %",
-        decimal(row.bytes_on_disk),
-        "" if row.ttft_ms is None else f"{row.ttft_ms:.1f}",
-        "" if row.tpot_ms is None else f"{row.tpot_ms:.1f}",
-        row.decode_verdict or ("not timed" if row.tpot_ms is None else ""),
+        f"{100 * model.nonzero_fraction:.1f} %",
+        decimal(model.bytes_on_disk),
+        "" if model.ttft_ms is None else f"{model.ttft_ms:.1f}",
+        "" if model.tpot_ms is None else f"{model.tpot_ms:.1f}",
+        model.decode_verdict or ("not timed" if model.tpot_ms is None else ""),
     ]
 
 
-def table(summary: list[Row]) -> Table:
-    """The summary for a terminal."""
+def table(models: list[ModelSummary]) -> Table:
+    """The summaries for a terminal."""
     result = Table(*COLUMNS[:2])
     for column in COLUMNS[2:8]:
         result.add_column(column, justify="right")
     result.add_column(COLUMNS[8])
-    for row in summary:
-        result.add_row(*cells(row))
+    for model in models:
+        result.add_row(*texts(model))
     return result
 
 
@@ -140,16 +140,16 @@ def gate_table(gates: list[Any]) -> Table:
 def write(content: dict[str, Any], output: Path) -> None:
     """Write `report.json` and the page made of it."""
     records.write_text(output / REPORT, records.as_json(content))
-    summary = [Row(**row) for row in content["rows"]]
+    models = [ModelSummary(**values) for values in content["rows"]]
     page = Environment(autoescape=True, finalize=_shown).from_string(_PAGE)
     html = page.render(
         columns=COLUMNS,
-        rows=[cells(row) for row in summary],
+        rows=[texts(model) for model in models],
         gates=content["gates"],
         stages=content["stages"],
         environment=content["environment"],
         recipe=json.dumps(content["recipe"], indent=2),
-        plot=_plot(summary),
+        plot=_plot(models),
     )
     records.write_text(output / PAGE, html)
 
@@ -160,20 +160,20 @@ def _shown(value: Any) -> Any:
 
 
 @plain_figures()
-def _plot(summary: list[Row]) -> str | None:
-    """Decode latency as bars, one for each timed row, as base64 PNG."""
+def _plot(models: list[ModelSummary]) -> str | None:
+    """Decode latency as bars, one for each timed summary, as base64 PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timed = [row for row in summary if row.tpot_ms is not None]
+    timed = [model for model in models if model.tpot_ms is not None]
     if not timed:
         return None
     figure = Figure(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    labels = [f"{printable(row.model)}, {row.runtime}, batch {row.batch}" for row in timed]
-    colours = ["#888888" if row.decode_verdict is None else "#2a7de1" for row in timed]
-    bars = axis.barh(range(len(timed)), [row.tpot_ms or 0.0 for row in timed], color=colours)
+    labels = [f"{printable(model.model)}, {model.runtime}, batch {model.batch}" for model in timed]
+    colours = ["#888888" if model.decode_verdict is None else "#2a7de1" for model in timed]
+    bars = axis.barh(range(len(timed)), [model.tpot_ms or 0.0 for model in timed], color=colours)
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_yticks(range(len(timed)), labels)
     axis.invert_yaxis()

@@ -1,21 +1,20 @@
 """The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it.
 
 A stage says in one place what it is called and does, what decides its outcome, what is in its way before any work, what
-disk it takes, and does it. What is reused is in `reuse`.
+disk it takes, and does it. Those that write models are in `artefacts`, those that measure them here. What is reused is
+in `reuse`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from gblm_compress import exporters, faults
+from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.exporters import dtype_of, export
-from gblm_compress.formats import FORMATS, Format
+from gblm_compress.exporters import dtype_of
+from gblm_compress.formats import FORMATS
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
@@ -24,136 +23,22 @@ from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.planning import Size
-from gblm_compress.pruning.stage import prune
-from gblm_compress.runs import comparison
+from gblm_compress.pruning.placement import Size
+from gblm_compress.runs import comparison, grid
+from gblm_compress.runs.artefacts import Export, Prune
 from gblm_compress.runs.comparison import compare
-from gblm_compress.runs.job import Disk, Job, Recorded, Stage
-from gblm_compress.runs.reuse import evaluation_hash, text_hash
+from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
+from gblm_compress.runs.reuse import evaluation_hash
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
     EvaluateSettings,
     ExportSettings,
-    PruneSettings,
 )
-from gblm_compress.tasks import text
+from gblm_compress.tasks.windows import vocabulary_of
 
 Look = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Prune(Recorded):
-    """Prune the dense model."""
-
-    settings: PruneSettings
-    calibration: CalibrationSettings
-
-    name = "prune"
-
-    @property
-    def does(self) -> str:
-        return f"prune {self.job.dense.name} by {self.settings.method}, {self.settings.pattern}"
-
-    @property
-    def folder(self) -> Path:
-        return self.job.pruned.folder
-
-    @property
-    def reads(self) -> tuple[ModelSource, ...]:
-        return (self.job.dense,)
-
-    def decides(self) -> list[Any]:
-        drawn = self.calibration if self.settings.needs_text else None
-        text_of = text_hash(drawn.dataset) if drawn else None
-        return [_plain(self.settings), _plain(drawn), text_of, self.job.dtype, self.job.device]
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        looks: list[Look] = []
-        if self.settings.needs_text:
-            looks.append(partial(text.check_source, self.calibration.dataset))
-            if self.job.here:
-                length = self.calibration.sequence_length
-                looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
-        return faults.collect([*looks, lambda: self.job.patterns])
-
-    def disk(self) -> Disk:
-        dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
-        size = Size(self.job.dense, dtype, self.settings, self.calibration)
-        return Disk(size.checkpoint, size.kept(self.settings))
-
-    def work(self, progress: Progress) -> Any:
-        return prune(
-            self.job.dense,
-            self.folder,
-            self.settings,
-            self.calibration,
-            resources=self.job.recipe.resources,
-            resume=None,
-            dtype=self.job.dtype,
-            device=self.job.device,
-            force=True,
-            progress=progress,
-        )
-
-
-@dataclass(frozen=True)
-class Export(Recorded):
-    """Export the pruned model, or the dense one that an export of it is timed against."""
-
-    settings: ExportSettings
-    of_dense: bool = False
-
-    @property
-    def source(self) -> ModelSource:
-        """What is exported."""
-        return self.job.dense if self.of_dense else self.job.pruned
-
-    @cached_property
-    def artefact(self) -> ModelSource:
-        """What is written."""
-        name = f"dense-{self.settings.folder_name}" if self.of_dense else self.settings.folder_name
-        return ModelSource(name, self.job.output / name)
-
-    @property
-    def format(self) -> Format:
-        """What is said of its format."""
-        return FORMATS[self.settings.format]
-
-    @property
-    def name(self) -> str:
-        return f"export {self.artefact.name}"
-
-    @property
-    def does(self) -> str:
-        what = f"{self.settings.format} ({self.settings.dtype})"
-        if self.of_dense:
-            return f"export the dense model to {what}, the baseline of the benchmark"
-        return f"export to {what}"
-
-    @property
-    def folder(self) -> Path:
-        return self.artefact.folder
-
-    @property
-    def reads(self) -> tuple[ModelSource, ...]:
-        return (self.source,)
-
-    def decides(self) -> list[Any]:
-        return [_plain(self.settings)]
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        dense = self.job.dense if self.job.here else None
-        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
-        patterns = {} if unfit or self.of_dense else self.job.patterns
-        return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
-
-    def disk(self) -> Disk:
-        return Disk(self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings)))
-
-    def work(self, progress: Progress) -> Any:
-        return export(self.source, self.folder, self.settings, force=True, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -183,7 +68,7 @@ class Evaluate(Recorded):
         return (self.job.dense, self.source)
 
     def decides(self) -> list[Any]:
-        return [_plain(self.settings), evaluation_hash(self.settings), self.job.dtype, self.job.device]
+        return [plain(self.settings), evaluation_hash(self.settings), self.job.dtype, self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
         """For an export, what the pruned model's evaluation does not show already."""
@@ -198,7 +83,7 @@ class Evaluate(Recorded):
         room, windows = self.job.reference.room, self.settings.max_windows
         if windows is None:  # as many as the text has
             return Disk(meanwhile=room)
-        logits = windows * (self.settings.sequence_length - 1) * text.vocabulary_of(loading.config_of(self.job.dense))
+        logits = windows * (self.settings.sequence_length - 1) * vocabulary_of(loading.config_of(self.job.dense))
         return Disk(meanwhile=min(room, 4 * logits))
 
     def work(self, progress: Progress) -> Any:
@@ -226,7 +111,7 @@ class Benchmark(Recorded):
         return (*self.baselines, *self.models)
 
     def decides(self) -> list[Any]:
-        return [_plain(self.settings), self.job.dtype, self.job.device, environment()]
+        return [plain(self.settings), self.job.dtype, self.job.device, environment()]
 
     def check(self, progress: Progress) -> list[GblmError]:
         looks: list[Look] = [self._check_runtimes, self._check_gates]
@@ -289,10 +174,10 @@ class Compare(Stage):
         """The folder of its records, table and plot."""
         return self.job.output / "comparison"
 
-    def cells(self) -> list[comparison.GridCell]:
+    def cells(self) -> list[grid.CellStage]:
         """What it does, cell by cell."""
         job, settings = self.job, (self.settings, self.calibration, self.evaluation)
-        return comparison.cells(job.reference, self.home, *settings, job.dtype, job.device)
+        return grid.stages_of(job.reference, self.home, *settings, job.dtype, job.device)
 
     def check(self, progress: Progress) -> list[GblmError]:
         if not self.job.here:
@@ -345,7 +230,3 @@ def _timed_against(job: Job) -> list[ExportSettings]:
         half = settings.kernels and dtype_of(job.dense, settings) == "float16"
         found.append(ExportSettings(format=settings.format, dtype=settings.dtype, kernels=half))
     return list(dict.fromkeys(found))
-
-
-def _plain(settings: BaseModel | None) -> Any:
-    return settings and settings.model_dump(mode="json")

@@ -16,6 +16,7 @@ from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
+    ComputeSettings,
     EvaluateSettings,
     ExportSettings,
     ModelSettings,
@@ -30,6 +31,7 @@ __all__ = [
     "BenchmarkSettings",
     "CalibrationSettings",
     "CompareSettings",
+    "ComputeSettings",
     "EvaluateSettings",
     "ExportSettings",
     "GateSettings",

@@ -4,18 +4,13 @@ import re
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
 
 from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED
+from gblm_compress.suggestions import Synonyms
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DTYPE_SYNONYMS = Synonyms({"float32": ("fp32", "float"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)})
+Dtype = Annotated[Literal["auto", "float32", "float16", "bfloat16"], DTYPE_SYNONYMS]
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"

@@ -4,11 +4,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
@@ -18,7 +14,8 @@ from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.methods.updates import UPDATES, Update
-from gblm_compress.settings.fields import MANY, Fraction, Panel, PatternName, PatternOrDense, Settings
+from gblm_compress.settings.fields import DTYPE_SYNONYMS, MANY, Fraction, Panel, PatternName, PatternOrDense, Settings
+from gblm_compress.suggestions import synonyms_of
 
 REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "method": METHODS,
@@ -43,7 +40,7 @@ else:
     PresetName = Literal[*PRESETS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
-FitDtype = Literal["float32", "bfloat16"]
+FitDtype = Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
 READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
@@ -84,7 +81,9 @@ class PruneSettings(Settings):
         description="A procedure as published; stands for the keys that are not given. "
         + " ".join(f"{name}: {describe_preset(name)}." for name in PRESETS),
     )
-    method: MethodName = Field("gblm", description=f"What a weight is worth. {describe(METHODS)}.")
+    method: Annotated[MethodName, synonyms_of(METHODS)] = Field(
+        "gblm", description=f"What a weight is worth. {describe(METHODS)}."
+    )
     pattern: PatternName = Field(
         "unstructured",
         description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "

@@ -3,14 +3,8 @@
 from collections.abc import Collection
 from typing import Any, Self
 
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from gblm_compress import suggestions
 from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.refinement import REFINEMENTS
@@ -26,6 +20,7 @@ from gblm_compress.settings.stages import (
     ModelSettings,
     ResourceSettings,
 )
+from gblm_compress.suggestions import synonyms_of
 
 
 class CompareSettings(Settings):
@@ -60,8 +55,8 @@ class CompareSettings(Settings):
         first, *rest = method.split("+")
         if first not in (*PRESETS, *METHODS):
             known = ", ".join((*PRESETS, *METHODS))
-            if as_here := suggestions.ELSEWHERE.get(suggestions.plain(first)):
-                known += f"; {first} is here {'+'.join(as_here.values())}"
+            if as_here := synonyms_of(METHODS).find(first):
+                known += f"; {first} is here {as_here}"
             elif first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")

@@ -1,33 +1,37 @@
-"""The settings of the stages beside pruning: model, text, resources, export, evaluation, benchmark."""
+"""The settings of the stages beside pruning: computing, model, text, resources, export, evaluation, benchmark."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
 from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings
+from gblm_compress.suggestions import Synonyms, synonyms_of
 
 if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[*FORMATS]
 RuntimeName = Literal["torch", "onnxruntime", "genai"]
+RUNTIME_SYNONYMS = Synonyms({"torch": ("pytorch",), "onnxruntime": ("ort", "onnx"), "genai": ("onnxruntime-genai",)})
 
 
-class ModelSettings(Settings):
-    """The dense model, and how to compute with it."""
+class ComputeSettings(Settings):
+    """How to compute with a model."""
 
-    source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
         description="To compute in; auto is the checkpoint's own on CUDA and float32 on a CPU, where prune computes in "
         "bfloat16 if the checkpoint is and the CPU is faster at it.",
     )
     device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class ModelSettings(ComputeSettings):
+    """The dense model, and how to compute with it."""
+
+    source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
 
 
 class CalibrationSettings(Settings):
@@ -55,7 +59,7 @@ class ResourceSettings(Settings):
 class ExportSettings(Settings):
     """One export."""
 
-    format: FormatName = Field(description=f"What to write. {describe(FORMATS)}.")
+    format: Annotated[FormatName, synonyms_of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
     graph: Literal["fused", "plain"] | None = Field(
         None,
@@ -115,7 +119,7 @@ class BenchmarkSettings(Settings):
     generate: int = Field(32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first.")
     repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
     warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
-    runtimes: tuple[RuntimeName, ...] = Field(
+    runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
         description="Where models are timed: Hugging Face folders in torch, ONNX exports in onnxruntime and in genai "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.tasks import text
+from gblm_compress.tasks import text, windows
 from gblm_compress.tasks.task import Sample, Task
 
 if TYPE_CHECKING:
@@ -25,14 +25,15 @@ class CausalLM(Task):
     def calibration(
         self, tokenizer: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        windows = text.calibration_windows(tokenizer, text.vocabulary_of(config), dataset, samples, length, seed)
-        return [{"input_ids": window} for window in windows]
+        vocabulary = windows.vocabulary_of(config)
+        drawn = windows.calibration_windows(tokenizer, vocabulary, dataset, samples, length, seed)
+        return [{"input_ids": window} for window in drawn]
 
     def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
-        ids = text.tokenize(tokenizer, text.vocabulary_of(config), text.load_text(dataset, "evaluation"))
-        windows = text.consecutive_windows(ids, length, limit, dataset)
-        return [{"input_ids": window.unsqueeze(0)} for window in windows]
+        ids = windows.tokenize(tokenizer, windows.vocabulary_of(config), text.load_text(dataset, "evaluation"))
+        cut = windows.consecutive_windows(ids, length, limit, dataset)
+        return [{"input_ids": window.unsqueeze(0)} for window in cut]
 
     def example(self, config: Any) -> Sample:
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
@@ -46,14 +47,14 @@ class CausalLM(Task):
     def arguments(self, sample: Sample) -> dict[str, Any]:
         return {**sample, "use_cache": False}
 
-    def rows(self, prediction: Tensor, sample: Sample) -> Tensor:
+    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
         """Logits [tokens - 1, vocabulary], of all tokens that another follows."""
         return prediction[0, :-1]
 
-    def loss(self, rows: Tensor, sample: Sample) -> Tensor:
+    def loss(self, judged: Tensor, sample: Sample) -> Tensor:
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(rows, sample["input_ids"][0, 1:])
+        return cross_entropy(judged, sample["input_ids"][0, 1:])
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
         """Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time."""

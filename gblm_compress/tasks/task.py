@@ -50,15 +50,15 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, rows: Tensor, sample: Sample) -> Tensor:
+    def loss(self, judged: Tensor, sample: Sample) -> Tensor:
         """The loss of one sample, a scalar.
 
         Args:
-            rows: as `rows` gives them.
+            judged: as `judged` gives it.
         """
 
     def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
-        """Samples to evaluate on, at most `limit`, for a task whose loss is a cross-entropy in nats per row.
+        """Samples to evaluate on, at most `limit`, for a task whose loss is a cross-entropy in nats per position.
 
         Raises:
             UsageError: there is no evaluation of this task.
@@ -83,8 +83,8 @@ class Task(ABC):
         mask = sample.get("attention_mask")
         return None if mask is None or bool(mask.all()) else mask.bool()
 
-    def rows(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """What of a sample's prediction [1, tokens, …] is judged, [rows, …]: all tokens that are counted."""
+    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
+        """What of a sample's prediction [1, tokens, …] is judged, [positions, …]: all tokens that are counted."""
         counted = self.counted(sample)
         return prediction[0] if counted is None else prediction[counted]
 
@@ -102,7 +102,7 @@ class Task(ABC):
 
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            self.loss(self.rows(predict(sample, leaf), sample), sample).backward()  # type: ignore[no-untyped-call]
+            self.loss(self.judged(predict(sample, leaf), sample), sample).backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         return leaf.grad
 

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: where it comes from, and the windows of tokens drawn from it.
+"""Text for calibration and evaluation: where it comes from.
 
 SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local `.txt`, `.jsonl`
 or `.parquet` file (column `text`). Importing this module loads no torch.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
+from gblm_compress.errors import DataError, GblmError, first_line, is_out_of_memory
 from gblm_compress.storage.paths import kind_of, local
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Role = Literal["calibration", "evaluation"]
 
@@ -36,35 +35,6 @@ MAX_LINE = 64 << 20
 
 MAX_PARQUET = 2 << 30
 """Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
-
-DRAWS = 100_000
-"""How many documents of C4 may be too short in a row before the search for a long one ends."""
-
-
-def calibration_windows(
-    tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
-) -> list[Tensor]:
-    """Windows as the reference scripts draw them: from documents of one shard for `c4`, else from the whole text.
-
-    Args:
-        tokenizer, vocabulary: as for `tokenize`.
-        source: SRC.
-        samples: how many windows.
-        length: tokens in each.
-        seed: of `random.Random`.
-
-    Returns:
-        `samples` tensors [1, length].
-
-    Raises:
-        DataError: the source does not exist, cannot be read, or holds less than a window.
-        ModelError: as `tokenize`.
-    """
-    if source == "c4":
-        documents = _dataset(source, _C4, data_files={"part": _C4_CALIBRATION}, split="part")
-        return document_windows(tokenizer, vocabulary, documents, samples, length, seed, source)
-    ids = tokenize(tokenizer, vocabulary, load_text(source, "calibration"))
-    return random_windows(ids, samples, length, seed, source)
 
 
 def check_source(source: str) -> None:
@@ -91,7 +61,7 @@ def is_here(source: str) -> bool:
 def load_text(source: str, role: Role) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 
-    For calibration `c4` is not joined: see `calibration_windows`.
+    For calibration `c4` is not joined: see `windows.calibration_windows`.
 
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
@@ -101,11 +71,11 @@ def load_text(source: str, role: Role) -> str:
         text = "\n\n".join(demo_paragraphs(role))
     elif source == "wikitext2":
         split, joint = _WIKITEXT2_PARTS[role]
-        text = joint.join(_column(_dataset(source, *_WIKITEXT2, split=split), source))
+        text = joint.join(_texts(_dataset(source, *_WIKITEXT2, split=split), source))
     elif source == "c4":
         assert role == "evaluation", "calibration draws from c4 document by document"
-        rows = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
-        text = " ".join(islice(_column(rows, source), _C4_DOCUMENTS))
+        documents = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
+        text = " ".join(islice(_texts(documents, source), _C4_DOCUMENTS))
     elif local(source).suffix in FILES:
         text = _read_file(local(source), source)
     else:
@@ -113,6 +83,11 @@ def load_text(source: str, role: Role) -> str:
     if not text.strip():
         raise DataError(f"dataset {source!r} holds no text")
     return text
+
+
+def c4_documents() -> Any:
+    """The documents of one shard of C4, to draw calibration windows from: a sequence, each with a key `text`."""
+    return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part")
 
 
 def files(source: str) -> list[Path]:
@@ -142,130 +117,6 @@ def demo_paragraphs(role: Role) -> list[str]:
     return [paragraph for paragraph in paragraphs if part(paragraph) == role]
 
 
-def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
-    """The text tokenized whole, as the reference does: token ids [tokens], int64.
-
-    Args:
-        vocabulary: how many tokens the model has embeddings for.
-
-    Raises:
-        ModelError: the tokenizer gives an id that is not among them.
-    """
-    import torch
-
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) and (largest := int(ids.max())) >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
-            f"{vocabulary - 1}; give the tokenizer that belongs to the model, or resize its embeddings "
-            "(`model.resize_token_embeddings(len(tokenizer))`)"
-        )
-    return ids
-
-
-def vocabulary_of(config: Any) -> int:
-    """How many tokens a model has embeddings for, by its config as transformers has it.
-
-    Raises:
-        ModelError: the config names no vocabulary.
-    """
-    try:
-        return int(config.get_text_config().vocab_size)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"the model's config names no vocabulary ({first_line(error)})") from error
-
-
-def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
-    """Calibration windows as the reference draws them: `start = randint(0, tokens - length - 1)` for each.
-
-    Args:
-        ids: token ids [tokens].
-        samples: how many windows.
-        length: tokens in each.
-        seed: of `random.Random`.
-        source: named in the error.
-
-    Returns:
-        `samples` tensors [1, length].
-
-    Raises:
-        DataError: the text is shorter than one window.
-    """
-    if len(ids) < length + 1:
-        raise DataError(
-            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length + 1}; "
-            "give a longer text or a smaller --sequence-length"
-        )
-    generator = random.Random(seed)
-    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
-    return [ids[start : start + length].unsqueeze(0) for start in starts]
-
-
-def document_windows(
-    tokenizer: Any,
-    vocabulary: int,
-    documents: Sequence[Mapping[str, str]],
-    samples: int,
-    length: int,
-    seed: int,
-    source: str,
-) -> list[Tensor]:
-    """Windows within single documents: `randint(0, documents - 1)` until one is longer than `length`, and in that one
-    `start = randint(0, tokens - length - 1)`. The reference draws from C4 so.
-
-    Args:
-        tokenizer, vocabulary: as for `tokenize`.
-        documents: each with a key `text`.
-        samples, length, seed, source: as for `random_windows`.
-
-    Returns:
-        `samples` tensors [1, length].
-
-    Raises:
-        DataError: no document that is long enough is found.
-        ModelError: as `tokenize`.
-    """
-    generator = random.Random(seed)
-    windows = []
-    for _ in range(samples):
-        for _ in range(DRAWS):
-            ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
-            if len(ids) > length:
-                break
-        else:
-            raise DataError(
-                f"dataset {source!r}: none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
-                "--sequence-length"
-            )
-        start = generator.randint(0, len(ids) - length - 1)
-        windows.append(ids[start : start + length].unsqueeze(0))
-    return windows
-
-
-def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
-    """Evaluation windows: the text cut into non-overlapping windows, an incomplete last one dropped.
-
-    Args:
-        ids: token ids [tokens].
-        length: tokens in each window.
-        limit: at most this many, from the start; None for all.
-        source: named in the error.
-
-    Returns:
-        [windows, length].
-
-    Raises:
-        DataError: the text is shorter than one window.
-    """
-    count = len(ids) // length
-    if count == 0:
-        raise DataError(
-            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {length}; "
-            "give a longer text or a smaller --sequence-length"
-        )
-    return ids[: count * length].reshape(count, length)[:limit]
-
-
 def _read_file(path: Path, source: str) -> str:
     try:
         if path.suffix == ".jsonl":
@@ -288,12 +139,12 @@ def _jsonl(path: Path, source: str) -> Iterator[str]:
                 raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
             try:
                 content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(content) if content else {"text": None}
+                document = json.loads(content) if content else {"text": None}
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
-            if not isinstance(row, dict):
+            if not isinstance(document, dict):
                 raise DataError(f"{where} is no object; every line is one with a 'text'")
-            yield from _text_of(row, where)
+            yield from _text_of(document, where)
 
 
 def _parquet(path: Path, source: str) -> Iterator[str]:
@@ -303,7 +154,7 @@ def _parquet(path: Path, source: str) -> Iterator[str]:
     with _reading(source):
         schema = parquet.read_schema(path)
     names = schema.names
-    # As a dictionary, a text that many rows repeat is in memory once.
+    # As a dictionary, a text that many documents repeat is in memory once.
     repeated = ["text"] if "text" in names and not types.is_nested(schema.field("text").type) else None
     with _reading(source), parquet.ParquetFile(path, read_dictionary=repeated) as file:
         for batch in file.iter_batches(batch_size=64, columns=["text"]) if "text" in names else ():
@@ -322,11 +173,11 @@ def _parquet(path: Path, source: str) -> Iterator[str]:
             yield from _text_of(dict.fromkeys(names), f"dataset {source!r}")
 
 
-def _text_of(row: Mapping[str, Any], where: str) -> Iterator[str]:
+def _text_of(document: Mapping[str, Any], where: str) -> Iterator[str]:
     """The text of a document: none where it is null."""
-    if "text" not in row:
-        raise DataError(f"{where} has no column 'text'; it has {', '.join(map(repr, islice(row, 8))) or 'none'}")
-    text = row["text"]
+    if "text" not in document:
+        raise DataError(f"{where} has no column 'text'; it has {', '.join(map(repr, islice(document, 8))) or 'none'}")
+    text = document["text"]
     if text is None:
         return
     if not isinstance(text, str):
@@ -342,7 +193,7 @@ def _hub_documents(source: str, role: Role) -> Iterable[str]:
     location, _, split = source.partition("@")
     name, _, config = location.partition(":")
     default_split = "train" if role == "calibration" else "test"
-    return _column(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
+    return _texts(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
 
 
 def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
@@ -357,10 +208,10 @@ def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
         return datasets.load_dataset(*args, **kwargs)
 
 
-def _column(rows: Any, source: str) -> Iterator[str]:
+def _texts(documents: Any, source: str) -> Iterator[str]:
     with _reading(source):
-        for row in rows:
-            yield from _text_of(row, f"dataset {source!r}")
+        for document in documents:
+            yield from _text_of(document, f"dataset {source!r}")
 
 
 @contextmanager

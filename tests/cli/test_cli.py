@@ -74,7 +74,7 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["prune", "tiny", "-o", "x", "--method", "owl"], 2, "owl is --allocation owl"),
         (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
-        (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
+        (["evaluate", "tiny", "--dtype", "bf16"], 2, "bf16 is here --dtype bfloat16"),
         (["compare", "tiny", "--methods", "wanda_pp"], 2, "wanda_pp is here regional"),
         (
             ["prune", "tiny", "-o", "x", "--memory", "4"],

@@ -20,7 +20,7 @@ if find_spec("triton"):
     from gblm_compress.kernels import gpu
     from gblm_compress.kernels.gpu import Packed
     from gblm_compress.layouts import cuda_linear
-    from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Choice
+    from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Candidate
 
 ALGORITHM = 7
 
@@ -99,9 +99,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
     """A clock that gives each kernel its time; Triton's tilings are slower one after the other."""
 
     def milliseconds(call) -> float:
-        choice = call.args[0]
-        order = gpu.TILINGS[call.args[2].layout].index(gpu.Tiling(*choice.variant)) if choice.kernel == "triton" else 0
-        return times[choice.kernel] + order / 1000
+        candidate = call.args[0]
+        tilings = gpu.TILINGS[call.args[2].layout]
+        order = tilings.index(gpu.Tiling(*candidate.variant)) if candidate.kernel == "triton" else 0
+        return times[candidate.kernel] + order / 1000
 
     monkeypatch.setattr(cuda_linear, "milliseconds", milliseconds)
 
@@ -130,15 +131,15 @@ def test_every_kernel_computes_the_same_product(calls, tokens: int, bias: bool) 
     expected = torch.nn.functional.linear(x, weight, given)
     operands = cuda_linear.operands(packed(weight, "sparse24"), {"cusparselt", "cutlass"})
     tiling = tuple(map(int, gpu.tilings("sparse24", tokens)[0]))
-    for choice in (DENSE, Choice("triton", tiling), Choice("cusparselt", (ALGORITHM,)), Choice("cutlass")):
-        y = cuda_linear.run(choice, x, packed(weight, "sparse24"), given, operands)
+    for candidate in (DENSE, Candidate("triton", tiling), Candidate("cusparselt", (ALGORITHM,)), Candidate("cutlass")):
+        y = cuda_linear.run(candidate, x, packed(weight, "sparse24"), given, operands)
         assert y.shape == (tokens, 32) and y.is_contiguous()
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     assert calls == ["expand", "expand", "triton", "cusparselt", "cutlass"]  # the first for cuSPARSELt's operand
 
 
 def test_the_fastest_runs_and_a_copy_must_be_worth_it() -> None:
-    cslt, cutlass = Choice("cusparselt", (1,)), Choice("cutlass")
+    cslt, cutlass = Candidate("cusparselt", (1,)), Candidate("cutlass")
     assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.5}) == cslt
     assert cuda_linear.fastest({DENSE: 2.0, cslt: 1.0, cutlass: 1.05}) == cutlass
     assert cuda_linear.fastest({DENSE: 1.0, cslt: 0.95}) == DENSE
@@ -148,12 +149,12 @@ def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
     plan = cuda_linear._measured_plan(packed(two_four(64, 64), "sparse24"))
     assert len(plan.split()) == len(TOKENS)
-    first = {tokens: Choice("triton", tuple(map(int, gpu.tilings("sparse24", tokens)[0]))) for tokens in (1, 64)}
+    first = {tokens: Candidate("triton", tuple(map(int, gpu.tilings("sparse24", tokens)[0]))) for tokens in (1, 64)}
     assert cuda_linear.choose(plan, 1) == cuda_linear.choose(plan, 2) == first[1]
     assert cuda_linear.choose(plan, 3) == cuda_linear.choose(plan, 64) == first[64]
     for tokens in (65, 4096, 100_000):
-        assert cuda_linear.choose(plan, tokens) == Choice("cusparselt", (ALGORITHM,))
-    assert " ".join(map(str, cuda_linear.choices(plan))) == plan
+        assert cuda_linear.choose(plan, tokens) == Candidate("cusparselt", (ALGORITHM,))
+    assert " ".join(map(str, cuda_linear.candidates(plan))) == plan
     assert cuda_linear.choose("", 5) == DENSE
 
 
@@ -196,7 +197,7 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
     monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
     with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
         times, excluded = cuda_linear.measure(weight, 64)
-    assert {choice.kernel for choice in times} == {"dense", "triton"}
+    assert {candidate.kernel for candidate in times} == {"dense", "triton"}
     assert excluded["cusparselt:7"] == "another product" and "CUTLASS needs multiples" in excluded["cutlass"]
 
     def fails(*_) -> None:
@@ -221,7 +222,7 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
     assert [layer.kernel(tokens) for tokens in (1, 64, 65)] == [f"{layout} Triton", f"{layout} Triton", many]
     assert layer.resident_bytes > layer.packed_bytes
     if isinstance(layer, sparse24.Sparse24Linear):
-        assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no choice needs is not held
+        assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no candidate of the plan needs is not held
     for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
         calls.clear()
         x = torch.randn(shape).to(torch.bfloat16)

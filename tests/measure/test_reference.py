@@ -35,14 +35,14 @@ def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress
     monkeypatch.setattr(reference_module, "MOST_KEPT", room)
     dense, direct = Reference(tiny("llama"), folder=tmp_path), Reference(tiny("llama"))
     asked = samples(3, LENGTH)
-    first = [dense.rows(window, progress) for window in asked]
+    first = [dense.judged(window, progress) for window in asked]
     dense.unload()
     read.clear()
-    again = [dense.rows(window, progress) for window in asked]
+    again = [dense.judged(window, progress) for window in asked]
     assert len(read) == {0: 3, 1 << 30: 0}.get(room, 2)
     for window, before, after in zip(asked, first, again, strict=True):
         assert before.shape == (LENGTH - 1, VOCABULARY)
-        assert torch.equal(before, after) and torch.equal(before, direct.rows(window, progress))
+        assert torch.equal(before, after) and torch.equal(before, direct.judged(window, progress))
     assert not list(tmp_path.iterdir())  # the file has no name that an end of the process would leave
     dense.close()
 
@@ -62,7 +62,7 @@ def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
 
     monkeypatch.setattr(reference_module.tempfile, "TemporaryFile", lambda **_: Full())
     dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
-    assert torch.equal(dense.rows(window, progress), dense.rows(window, progress))
+    assert torch.equal(dense.judged(window, progress), dense.judged(window, progress))
     assert len(read) == 2
     dense.close()
 

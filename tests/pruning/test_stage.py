@@ -22,7 +22,7 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import planning, stage
+from gblm_compress.pruning import placement, stage
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
@@ -473,9 +473,9 @@ def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(stage, "_faster_dtype", lambda: "bfloat16")
     monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
     settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
+    size = placement.Size(tiny("llama"), "float32", settings, text)
     for others in (True, False):
         group = Ranks(0, 2)
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
         assert stage._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
-        assert planning.memory_plan(size, ResourceSettings(), settings, "cpu", group).by_sample is others
+        assert placement.choose_placement(size, ResourceSettings(), settings, "cpu", group).by_sample is others

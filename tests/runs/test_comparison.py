@@ -13,7 +13,8 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import comparison
-from gblm_compress.runs.comparison import Cell, CompareResult, compare, draw, rows
+from gblm_compress.runs.comparison import CompareResult, compare, draw, summarise
+from gblm_compress.runs.grid import Cell, CellStage
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 
 
@@ -42,19 +43,19 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     assert (output / comparison.PLOT).read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob(".cell-*"))
 
-    monkeypatch.setattr(comparison.GridCell, "work", lambda *_: pytest.fail("a cell on record was run again"))
+    monkeypatch.setattr(CellStage, "work", lambda *_: pytest.fail("a cell on record was run again"))
     again = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
     assert again.cells == result.cells
 
 
-def test_rows_are_means_and_standard_errors_over_seeds() -> None:
+def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
     cells = [
         cell("a", 0, 10.0, seconds=1.0, accuracy=0.5),
         cell("b", 0, 20.0),
         cell("a", 1, 12.0, seconds=3.0, peak_memory_bytes=30, accuracy=0.7),
         cell("a", 2, 17.0, seconds=2.0),
     ]
-    first, second = rows(cells)
+    first, second = summarise(cells)
     assert (first.method, first.seeds, first.perplexity, first.seconds) == ("a", 3, 13.0, 2.0)
     assert first.perplexity_error == pytest.approx(math.sqrt(13.0 / 3))
     assert first.peak_memory_bytes == 30 and first.accuracy == pytest.approx(0.6)
@@ -63,7 +64,7 @@ def test_rows_are_means_and_standard_errors_over_seeds() -> None:
 
 def test_the_plot_has_a_panel_for_every_pattern(tmp_path) -> None:
     cells = [cell("a", 0, 10.0), cell("a", 1, 11.0), cell("b", 0, 20.0, pattern="unstructured")]
-    draw(CompareResult("m", 9.0, rows(cells), cells, {}, {}), tmp_path / "p.png")
+    draw(CompareResult("m", 9.0, summarise(cells), cells, {}, {}), tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
@@ -112,7 +113,7 @@ def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) ->
 def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     tiny, prose, tmp_path, progress, monkeypatch
 ) -> None:
-    monkeypatch.setattr(comparison.GridCell, "work", None)
+    monkeypatch.setattr(CellStage, "work", None)
     with pytest.raises(DataError, match="gone.txt.*no such file"):
         compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
     assert not (tmp_path / "grid").exists()

@@ -13,7 +13,7 @@ from gblm_compress.models.loading import load_model, load_tokenizer, save_tokeni
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
-from gblm_compress.runs import pipeline, report, stages
+from gblm_compress.runs import artefacts, pipeline, report
 from gblm_compress.runs.dry_run import dry_run
 from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.recipe import find_recipe, load_recipe
@@ -73,7 +73,7 @@ def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
     assert rows["dense", "torch"].perplexity != pruned.perplexity
     assert rows["semi-structured", "torch (CUDA)"].tpot_ms is None
     assert pruned.decode_verdict and rows["dense", "torch"].decode_verdict is None
-    assert all(len(report.cells(row)) == len(report.COLUMNS) for row in result.rows)
+    assert all(len(report.texts(row)) == len(report.COLUMNS) for row in result.rows)
 
 
 def test_everything_is_reused_when_nothing_changed(finished, module_cache) -> None:
@@ -116,7 +116,7 @@ def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(walk, "prune_block_", count_block)
-            patch.setattr(stages, "export", end_before_exports)
+            patch.setattr(artefacts, "export", end_before_exports)
             pipeline.run(smoke(*recipe_overrides), tmp_path / "out", Progress(quiet=True))
         assert not list(tmp_path.glob("out/.pruned*"))
         pruned.clear()
@@ -226,7 +226,7 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
 
 
 def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path, module_cache, monkeypatch) -> None:
-    monkeypatch.setattr(stages, "prune", None)
+    monkeypatch.setattr(artefacts, "prune", None)
     with working_in(tmp_path, "run"):
         for name in ("onnx", "dense-onnx"):
             (tmp_path / name).mkdir()

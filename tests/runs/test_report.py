@@ -3,14 +3,21 @@ import json
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import report
 from gblm_compress.runs.gates import GateOutcome
-from gblm_compress.runs.report import Row
+from gblm_compress.runs.report import ModelSummary
 
 NAME = "[/]$\\frac{$\x1b[2J\udcff<b>\n"
 
 
-def row(**changes) -> Row:
-    values = dict.fromkeys(Row.__dataclass_fields__) | {"nonzero_fraction": 0.5, "bytes_on_disk": 10, "tpot_ms": 3.0}
-    return Row(**values | {"model": NAME, "runtime": "torch", "batch": 1} | changes)
+def summary() -> ModelSummary:
+    values = {
+        "model": NAME,
+        "runtime": "torch",
+        "batch": 1,
+        "nonzero_fraction": 0.5,
+        "bytes_on_disk": 10,
+        "tpot_ms": 3.0,
+    }
+    return ModelSummary(**dict.fromkeys(ModelSummary.__dataclass_fields__) | values)
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
@@ -20,14 +27,14 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
         for measured, passed in ((1.0, False), (2.0, True))
     ]
     console = PlainConsole(width=200, force_terminal=True, color_system="standard")
-    console.print(report.table([row()]))
+    console.print(report.table([summary()]))
     console.print(report.gate_table(gates))
     shown = capsys.readouterr().out
     assert shown.count(r"[/]$\frac{$\x1b[2J\udcff<b>\n") == 3
     assert "\x1b[2J" not in shown and "\x1b[1;31mno" in shown
 
     content = {
-        "rows": [vars(row())],
+        "rows": [vars(summary())],
         "gates": [vars(gate) for gate in gates],
         "stages": [],
         "environment": {"cpu": NAME},

@@ -208,11 +208,11 @@ def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, prose, 
 class PaddedLM(CausalLM):
     """Next tokens where `attention_mask` ends before the sample does."""
 
-    def rows(self, prediction, sample):
+    def judged(self, prediction, sample):
         return prediction[0, : int(sample["attention_mask"].sum()) - 1]
 
-    def loss(self, rows, sample):
-        return cross_entropy(rows, sample["input_ids"][0, 1 : len(rows) + 1])
+    def loss(self, judged, sample):
+        return cross_entropy(judged, sample["input_ids"][0, 1 : len(judged) + 1])
 
     loss_gradient = Task.loss_gradient
 

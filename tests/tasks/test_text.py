@@ -1,23 +1,16 @@
 import os
-import random
 import subprocess
 import sys
 
 import pyarrow
 import pytest
-import torch
 from pyarrow import parquet
 
-from gblm_compress.errors import DataError, ModelError
-from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.errors import DataError
 from gblm_compress.tasks import text
 from gblm_compress.tasks.text import (
-    calibration_windows,
-    consecutive_windows,
     demo_paragraphs,
     load_text,
-    random_windows,
-    tokenize,
 )
 
 
@@ -28,59 +21,6 @@ def test_demo_parts_are_disjoint_real_prose() -> None:
     assert 2 < sum(map(len, calibration)) / sum(map(len, evaluation)) < 4
     assert sum(map(len, evaluation)) > 50_000
     assert any("augmented assignment" in paragraph for paragraph in calibration + evaluation)
-
-
-def test_windows_are_drawn_as_the_reference_draws_them() -> None:
-    ids = torch.arange(1000)
-    generator = random.Random(7)
-    expected = []
-    for _ in range(5):
-        i = generator.randint(0, 1000 - 64 - 1)
-        expected.append(list(range(i, i + 64)))
-    assert [w[0].tolist() for w in random_windows(ids, 5, 64, 7, "x")] == expected
-    one, again, other = (torch.cat(random_windows(ids, 5, 64, seed, "x")) for seed in (7, 7, 8))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> None:
-    """The loop of GBLM-Pruner's lib/data.py (get_c4), on documents of which some are too short."""
-    tokenizer = byte_tokenizer()
-    documents = [{"text": f"{i:02} " * (3 + 7 * (i % 4))} for i in range(20)]
-    asked = []
-
-    def dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return documents
-
-    monkeypatch.setattr("datasets.load_dataset", dataset)
-    generator = random.Random(3)
-    expected = []
-    for _ in range(6):
-        while True:
-            ids = tokenizer(documents[generator.randint(0, 19)]["text"])["input_ids"]
-            if len(ids) > 30:
-                break
-        i = generator.randint(0, len(ids) - 30 - 1)
-        expected.append(ids[i : i + 30])
-    windows = calibration_windows(tokenizer, 257, "c4", 6, 30, 3)
-    assert [window[0].tolist() for window in windows] == expected
-    assert asked == [(("allenai/c4",), {"data_files": {"part": "en/c4-train.00000-of-01024.json.gz"}, "split": "part"})]
-    monkeypatch.setattr(text, "DRAWS", 50)
-    with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
-        calibration_windows(tokenizer, 257, "c4", 1, 500, 3)
-
-
-def test_consecutive_windows_do_not_overlap_and_drop_the_rest() -> None:
-    windows = consecutive_windows(torch.arange(35), 8, None, "x")
-    assert windows.flatten().tolist() == list(range(32)) and windows.shape == (4, 8)
-    assert consecutive_windows(torch.arange(35), 8, 2, "x").shape == (2, 8)
-
-
-@pytest.mark.parametrize("cut", [random_windows, consecutive_windows])
-def test_a_text_shorter_than_a_window_is_refused(cut) -> None:
-    arguments = (3, 64, 0) if cut is random_windows else (64, None)
-    with pytest.raises(DataError, match="'short' gives 10 tokens, but one window needs 6"):
-        cut(torch.arange(10), *arguments, "short")
 
 
 def test_local_files(tmp_path) -> None:
@@ -198,14 +138,14 @@ def test_a_parquet_file_that_unpacks_to_more_than_fits_is_refused(tmp_path, monk
     ],
 )
 def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
-    def rows():
+    def documents():
         yield {"text": "a"}
         raise raised
 
     def load_dataset(*args, **kwargs):
         raise raised
 
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows())
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: documents())
     with pytest.raises(expected, match=message):
         load_text("owner/name", "evaluation")
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -219,24 +159,6 @@ def test_looking_for_a_file_loads_no_torch() -> None:
         "assert not {'torch', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_tokenize_takes_the_text_whole() -> None:
-    assert tokenize(byte_tokenizer(), 257, "ab ab").tolist() == byte_tokenizer()("ab ab")["input_ids"]
-    assert len(tokenize(byte_tokenizer(), 257, "é" * 3000)) == 6000
-    assert len(tokenize(byte_tokenizer(), 257, "")) == 0
-
-
-def test_ids_beyond_the_embeddings_are_refused(monkeypatch) -> None:
-    message = r"gives the token id 257, but the model has embeddings for 257 tokens, 0 to 256; .*resize"
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    assert tokenize(tokenizer, 258, "a <new>")[-1] == 257
-    with pytest.raises(ModelError, match=message):
-        tokenize(tokenizer, 257, "a <new>")
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: [{"text": "a <new> " * 20}])
-    with pytest.raises(ModelError, match=message):
-        calibration_windows(tokenizer, 257, "c4", 1, 8, 0)
 
 
 @pytest.mark.parametrize("source", ["demo", "wikitext2", "c4", "owner/name:config@split"])

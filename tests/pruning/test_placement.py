@@ -3,35 +3,35 @@
 from types import SimpleNamespace
 
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.pruning import planning
+from gblm_compress.pruning import placement
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 
 
 def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
     text = CalibrationSettings(samples=2, sequence_length=512)
     one, whole = (
-        planning.Size(tiny("llama"), "float32", PruneSettings(method="wanda", distillation_epochs=epochs), text)
+        placement.Size(tiny("llama"), "float32", PruneSettings(method="wanda", distillation_epochs=epochs), text)
         for epochs in (0, 1)
     )
     vocabulary = tiny("llama").config["vocab_size"]
-    fit = planning.FIT_BYTES * whole.weights // 4
-    assert whole.working == fit + planning.LOGIT_BYTES * 512 * vocabulary + whole.activations > one.working
+    fit = placement.FIT_BYTES * whole.weights // 4
+    assert whole.working == fit + placement.LOGIT_BYTES * 512 * vocabulary + whole.activations > one.working
 
 
 def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
     text = CalibrationSettings(samples=2, sequence_length=64)
 
     def working(**chosen) -> int:
-        return planning.Size(
+        return placement.Size(
             tiny("llama"), "float32", PruneSettings(**({"method": "wanda", "update": "none"} | chosen)), text
         ).working
 
     inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
     assert working(update="least-squares") - working() == 4 * inputs
-    assert working(update="obs") - working(update="least-squares") == planning.FACTOR_BYTES * 128**2
+    assert working(update="obs") - working(update="least-squares") == placement.FACTOR_BYTES * 128**2
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds) for rounds in (1, 2))
-    block = planning.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
-    assert two - one == planning.ROUND_BYTES * block // 4
+    block = placement.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
+    assert two - one == placement.ROUND_BYTES * block // 4
     # At the end, where distillation needs the most, neither is there any more.
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds, distillation_epochs=1) for rounds in (1, 2))
     assert one == two == working(distillation_epochs=1)
@@ -39,23 +39,23 @@ def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
 
 def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
     settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
+    size = placement.Size(tiny("llama"), "float32", settings, text)
     enough = size.weights + size.working + size.gradients + size.activations
-    plan = planning.memory_plan(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
-    assert plan.by_sample and not plan.offload
-    plan = planning.memory_plan(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
-    assert not plan.by_sample and not plan.offload
-    assert not planning.memory_plan(
+    chosen = placement.choose_placement(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
+    assert chosen.by_sample and not chosen.offload
+    chosen = placement.choose_placement(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
+    assert not chosen.by_sample and not chosen.offload
+    assert not placement.choose_placement(
         size, ResourceSettings(memory=enough, offload=True), settings, "cpu", Ranks()
     ).by_sample
 
 
 def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
     settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
+    size = placement.Size(tiny("llama"), "float32", settings, text)
+    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    plan = planning.memory_plan(size, ResourceSettings(), settings, "cpu", Ranks())
-    assert plan.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
-    plan = planning.memory_plan(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
-    assert plan.states + size.weights + size.working == 10**9
+    chosen = placement.choose_placement(size, ResourceSettings(), settings, "cpu", Ranks())
+    assert chosen.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
+    chosen = placement.choose_placement(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
+    assert chosen.states + size.weights + size.working == 10**9

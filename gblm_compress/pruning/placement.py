@@ -1,4 +1,4 @@
-"""The plan of a pruning run: what it needs of memory and disk, and what therefore goes where."""
+"""What a pruning run needs of memory and disk, and what therefore goes where."""
 
 from dataclasses import dataclass
 
@@ -86,7 +86,7 @@ def _largest(value: int | list[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """What goes where.
 
     Attributes:
@@ -100,7 +100,9 @@ class Plan:
     by_sample: bool
 
 
-def memory_plan(size: Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks) -> Plan:
+def choose_placement(
+    size: Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks
+) -> Placement:
     """Raises:
     UsageError: it must stay on disk, and distillation needs it in memory.
     """
@@ -117,17 +119,17 @@ def memory_plan(size: Size, resources: ResourceSettings, settings: PruneSettings
         )
     by_sample = not offload and size.activations > 0 and needed + size.gradients + size.activations <= room
     held = (size.outside_blocks + size.block if offload else size.weights) + size.working
-    return Plan(
+    return Placement(
         offload=offload,
         states=max(0, host - held) if on_cpu else host,
         by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
     )
 
 
-def check_disk(run: RunFolder, size: Size, settings: PruneSettings, plan: Plan) -> None:
+def check_disk(run: RunFolder, size: Size, settings: PruneSettings, placement: Placement) -> None:
     """Raises:
     OutputError: less is free than output, gradients, blocks and hidden states may need beyond what is finished.
     """
     kept = max(0, size.kept(settings) - run.bytes)
-    needed = size.checkpoint + kept + max(0, size.states(plan.by_sample) - plan.states)
+    needed = size.checkpoint + kept + max(0, size.states(placement.by_sample) - placement.states)
     outputs.check_space(run.folder.parent, needed, "the output, and for finished blocks until it is whole")

@@ -1,0 +1,136 @@
+"""The stages of a run that write models: pruning and exports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from gblm_compress import exporters, faults
+from gblm_compress.errors import GblmError
+from gblm_compress.exporters import export
+from gblm_compress.formats import FORMATS, Format
+from gblm_compress.models import loading
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.placement import Size
+from gblm_compress.pruning.stage import prune
+from gblm_compress.runs.job import Disk, Recorded, plain
+from gblm_compress.runs.reuse import text_hash
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.tasks import text
+
+Look = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Prune(Recorded):
+    """Prune the dense model."""
+
+    settings: PruneSettings
+    calibration: CalibrationSettings
+
+    name = "prune"
+
+    @property
+    def does(self) -> str:
+        return f"prune {self.job.dense.name} by {self.settings.method}, {self.settings.pattern}"
+
+    @property
+    def folder(self) -> Path:
+        return self.job.pruned.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.dense,)
+
+    def decides(self) -> list[Any]:
+        drawn = self.calibration if self.settings.needs_text else None
+        text_of = text_hash(drawn.dataset) if drawn else None
+        return [plain(self.settings), plain(drawn), text_of, self.job.dtype, self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        looks: list[Look] = []
+        if self.settings.needs_text:
+            looks.append(partial(text.check_source, self.calibration.dataset))
+            if self.job.here:
+                length = self.calibration.sequence_length
+                looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
+        return faults.collect([*looks, lambda: self.job.patterns])
+
+    def disk(self) -> Disk:
+        dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
+        size = Size(self.job.dense, dtype, self.settings, self.calibration)
+        return Disk(size.checkpoint, size.kept(self.settings))
+
+    def work(self, progress: Progress) -> Any:
+        return prune(
+            self.job.dense,
+            self.folder,
+            self.settings,
+            self.calibration,
+            resources=self.job.recipe.resources,
+            resume=None,
+            dtype=self.job.dtype,
+            device=self.job.device,
+            force=True,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Export(Recorded):
+    """Export the pruned model, or the dense one that an export of it is timed against."""
+
+    settings: ExportSettings
+    of_dense: bool = False
+
+    @property
+    def source(self) -> ModelSource:
+        """What is exported."""
+        return self.job.dense if self.of_dense else self.job.pruned
+
+    @cached_property
+    def artefact(self) -> ModelSource:
+        """What is written."""
+        name = f"dense-{self.settings.folder_name}" if self.of_dense else self.settings.folder_name
+        return ModelSource(name, self.job.output / name)
+
+    @property
+    def format(self) -> Format:
+        """What is said of its format."""
+        return FORMATS[self.settings.format]
+
+    @property
+    def name(self) -> str:
+        return f"export {self.artefact.name}"
+
+    @property
+    def does(self) -> str:
+        what = f"{self.settings.format} ({self.settings.dtype})"
+        if self.of_dense:
+            return f"export the dense model to {what}, the baseline of the benchmark"
+        return f"export to {what}"
+
+    @property
+    def folder(self) -> Path:
+        return self.artefact.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.source,)
+
+    def decides(self) -> list[Any]:
+        return [plain(self.settings)]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        dense = self.job.dense if self.job.here else None
+        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
+        patterns = {} if unfit or self.of_dense else self.job.patterns
+        return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
+
+    def disk(self) -> Disk:
+        return Disk(self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings)))
+
+    def work(self, progress: Progress) -> Any:
+        return export(self.source, self.folder, self.settings, force=True, progress=progress)
