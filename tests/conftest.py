@@ -1,10 +1,16 @@
 """Shared fixtures: tiny random models on disk, a quiet progress, a cache folder of the test run's own."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Processes that share the cores: as many threads in each as there are cores would wait for those of the others.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
 import torch
 from torch import nn
 
@@ -20,22 +26,28 @@ from gblm_compress.progress import Progress
 from gblm_compress.storage.cache import CACHE_VARIABLE
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
+from tests.forks import Outcome, Server
 
-# Files whose tests start processes, trace graphs, or run on the real model.
+# Files whose tests start processes, trace graphs, or run on the real model; the longest first.
 SLOW = (
-    "api", "benchmark_worker", "benchmarking", "cli", "comparison", "docs", "exporters", "fuzz", "gpu", "gpu_script",
-    "onnx", "pipeline", "prune_script", "ranks", "real_model", "resume", "sparse", "wheel", "zero_shot",
+    "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "cli", "gpu", "resume", "api", "zero_shot", "gpu_script",
+    "ranks", "sparse", "benchmarking", "exporters", "wheel", "comparison", "docs", "benchmark_worker",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test-fast` leaves the slow files out. The real model's tests take longest: they start first."""
+    """`make test-fast` leaves the slow files out. In `make test` they start first: a long one would end alone."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW:
+        if place(item) < len(SLOW):
             item.add_marker("slow")
-    items.sort(key=lambda item: "real_model" not in item.keywords)
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -72,6 +84,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSourc
         return ModelSource(str(folder), folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Commands in processes of their own that need not import anything."""
+    with Server() as started:
+        yield started
+
+
+@pytest.fixture
+def program(server: Server, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """program("prune", "tiny"): the command as a user gives it, in the test's own folder."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    cache.mkdir(exist_ok=True)
+    return lambda *arguments: server.run(list(arguments), tmp_path, cache)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_every_fault_of_killed_and_paired_commands_is_reported(monkeypatch, caps
         raise AssertionError("a byte was lost")
 
     monkeypatch.setattr(processes, "Server", nullcontext)
-    monkeypatch.setattr(processes, "build_store", lambda _: None)
+    monkeypatch.setattr(processes, "build_store", lambda *_: None)
     monkeypatch.setattr(processes, "_expected", lambda *_: ({}, 1.0))
     monkeypatch.setattr(processes, "_kill", lambda *_: True)
     monkeypatch.setattr(processes, "_pair", fault)

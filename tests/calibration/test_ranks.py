@@ -14,6 +14,7 @@ from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
+from tests.forks import Outcome
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -30,19 +31,58 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, env=environment, timeout=300)
 
 
+PAIR = """
+import os, sys
+from gblm_compress.cli import app
+from gblm_compress.errors import ModelError
+from gblm_compress.pruning import walk
+second = os.fork()
+rank = "0" if second else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+os.environ["MASTER_PORT"], failing = sys.argv.pop(1), sys.argv.pop(1)
+if rank == failing:
+    def fail(*args):
+        raise ModelError("a fault of this rank alone")
+    walk.prune_block_ = fail
+try:
+    app.main()
+finally:
+    if second and os.waitpid(second, 0)[1]:
+        sys.exit(1)
+"""
+
+
+@pytest.fixture
+def pair(server, tmp_path_factory):
+    """Two ranks as torchrun would start them, which nothing watches over; the one that `failing` names cannot prune."""
+
+    def run(*command: str, failing: str = "") -> Outcome:
+        cache = tmp_path_factory.mktemp("cache")
+        return server.run([str(free_port()), failing, *command], cache, cache, code=PAIR)
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("start", "settings"),
     [
-        {"method": "gblm", "pattern": "2:4"},
-        {"method": "regional", "pattern": "2:4"},
-        {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"},
+        ("torchrun", {"method": "gblm", "pattern": "2:4"}),
+        ("forks", {"method": "regional", "pattern": "2:4"}),
+        ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
     ],
     ids=["gblm", "regional", "obs-sensitivity"],
 )
-def test_two_ranks_agree_with_one_process(settings, tiny, tmp_path, prose, progress) -> None:
+def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose, progress) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-    done = torchrun("-m", "gblm_compress", *arguments(tiny("llama"), tmp_path / "two", prose, *options))
-    assert done.returncode == 0, done.stderr
+    given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
+    done = torchrun("-m", "gblm_compress", *given) if start == "torchrun" else pair(*given)
+    assert '"folder"' in done.stdout, done.stderr
     assert done.stdout.count('"folder"') == 1  # the first rank alone reports
     prune(
         tiny("llama"), tmp_path / "one", PruneSettings(update="none", **settings),
@@ -68,9 +108,7 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tiny, tmp_path, pros
     """Without torchrun's own watch over its workers: the survivor must find out itself."""
     (tmp_path / "dies.py").write_text(DIES)
     ranks = []
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for rank in range(2):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
@@ -107,33 +145,16 @@ def test_the_first_rank_may_save_for_longer_than_others_wait(tiny, tmp_path, pro
     assert {path.name for path in tmp_path.iterdir()} == {"out", "saves.py", prose.name}
 
 
-FAILS = """
-import os, sys
-from gblm_compress.cli import app
-from gblm_compress.pruning import walk
-from gblm_compress.errors import ModelError
-if os.environ["RANK"] == sys.argv[1]:
-    def fail(*args):
-        raise ModelError("a fault of this rank alone")
-    walk.prune_block_ = fail
-app.main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_fault_of_one_rank_ends_all_with_its_message(rank, tiny, tmp_path, prose) -> None:
-    (tmp_path / "fails.py").write_text(FAILS)
-    start = time.monotonic()
-    done = torchrun(str(tmp_path / "fails.py"), rank, *arguments(tiny("llama"), tmp_path / "out", prose))
-    assert done.returncode != 0 and "error: a fault of this rank alone" in done.stderr
-    assert time.monotonic() - start < 120 and not (tmp_path / "out").exists()
+def test_a_fault_of_one_rank_ends_all_with_its_message(rank, pair, tiny, tmp_path, prose) -> None:
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), failing=rank)
+    assert done.code == 1 and "error: a fault of this rank alone" in done.stderr, done
+    assert not (tmp_path / "out").exists()
 
 
-def test_what_needs_one_process_or_more_samples_is_refused(tiny, tmp_path, prose) -> None:
-    done = torchrun(
-        "-m", "gblm_compress", *arguments(tiny("llama"), tmp_path / "out", prose, "--update", "reconstruct")
-    )
-    assert done.returncode != 0 and "do not run on several processes" in done.stderr
+def test_what_needs_one_process_or_more_samples_is_refused(pair, tiny, tmp_path, prose) -> None:
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose, "--update", "reconstruct"))
+    assert done.code == 1 and "do not run on several processes" in done.stderr, done
     with pytest.raises(UsageError, match="2 samples cannot be split over 3 processes"):
         Ranks(0, 3).share([1, 2])
 

@@ -1,7 +1,6 @@
-"""The program as a user meets it: in processes of its own, by exit code, stdout and stderr."""
+"""The program as a user meets it: in processes of its own, by exit code, stdout and stderr. Most are forks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +10,6 @@ import pytest
 from gblm_compress import errors
 
 ROOT = Path(__file__).parents[2]
-
-
-def program(*arguments: str, cwd: Path | None = None, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    if cache:
-        environment["GBLM_COMPRESS_CACHE"] = str(cache)
-    return subprocess.run(
-        [sys.executable, "-m", "gblm_compress", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-    )
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
@@ -39,16 +25,21 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert "--gradient-norm" in done.stdout
 
 
-def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) -> None:
-    """The README's chain, with --json: one document on stdout and nothing else."""
+def test_prune_export_evaluate_inspect_benchmark(program, tmp_path: Path, prose: Path) -> None:
+    """The README's chain, with --json: one document on stdout and nothing else, also from what is imported."""
 
     def step(*arguments: str):
-        done = program(*arguments, "--json", "--quiet", cwd=tmp_path, cache=tmp_path / "cache")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        done = program(*arguments, "--json", "--quiet")
+        assert (done.code, done.stderr) == (0, "")
         return json.loads(done.stdout)
 
-    result = step(
+    def started(*arguments: str):
+        command = [sys.executable, "-m", "gblm_compress", *arguments, "--json", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)
+
+    result = started(
         "prune", "tiny", "-o", "pruned", "--pattern", "2:4", "--calibration", str(prose), "--samples", "2",
         "--sequence-length", "32", "--ignore", "*.down_proj,*.o_proj",
     )  # fmt: skip
@@ -128,23 +119,23 @@ def test_prune_export_evaluate_inspect_benchmark(tmp_path: Path, prose: Path) ->
         (["export", "tiny", "-o", "x", "--format", "semi-structured"], 2, "prune with `--pattern 2:4` first"),
     ],
 )
-def test_bad_input_gets_one_message_and_its_code(tmp_path, arguments, code, message) -> None:
-    done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
-    assert (done.returncode, done.stdout) == (code, "")
+def test_bad_input_gets_one_message_and_its_code(program, tmp_path, arguments, code, message) -> None:
+    done = program(*arguments)
+    assert (done.code, done.stdout) == (code, "")
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr and "after validation" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+    assert not list(tmp_path.iterdir())
 
 
-def test_run_dry_run_and_validate(tmp_path) -> None:
-    done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_run_dry_run_and_validate(program, tmp_path) -> None:
+    done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json")
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["steps"][0]["does"] == "prune tiny by gblm, 1:4"
     assert not list(tmp_path.iterdir())
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
     for arguments in (("--dry-run",), ()):
-        done = program("run", "ci-smoke", *wrong, *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and not done.stdout
+        done = program("run", "ci-smoke", *wrong, *arguments)
+        assert done.code == 2 and not done.stdout
         assert "error: 2 faults" in done.stderr
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -152,17 +143,17 @@ def test_run_dry_run_and_validate(tmp_path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(bad))
-    assert done.returncode == 2 and "did you mean 'prune'?" in done.stderr
+    assert done.code == 2 and "did you mean 'prune'?" in done.stderr
     elsewhere = tmp_path / "elsewhere.yaml"
     elsewhere.write_text("model: owner/model\n")
     done = program("validate", str(elsewhere))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "not looked at before the run, as it is not on this machine yet: model owner/model" in done.stdout
     elsewhere.write_text("model: ./gone\ncalibration: {dataset: ./gone.txt}\n")
-    assert program("validate", str(elsewhere)).returncode == 2
+    assert program("validate", str(elsewhere)).code == 2
 
 
-def test_schema_and_doctor_and_version() -> None:
+def test_schema_and_doctor_and_version(program) -> None:
     assert json.loads(program("schema").stdout)["title"] == "Recipe"
     findings = {f["subject"]: f for f in json.loads(program("doctor", "--json").stdout)["findings"]}
     assert {"python", "torch", "gpu", "onnxruntime provider", "instruction set avx512f"} <= set(findings)
@@ -234,22 +225,38 @@ def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, ra
     assert message in shown and "Traceback (most recent call last)" in shown and "in fail" in shown
 
 
+READER_HAS_GONE = """
+import os, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.stdout = os.fdopen(1, "w")
+from gblm_compress.cli.app import main
+main()
+"""
+
+
 @pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run"])
-def test_a_reader_that_leaves_ends_the_program_quietly(command: str) -> None:
-    arguments = [sys.executable, "-m", "gblm_compress", *command.split()]
+def test_a_reader_that_leaves_ends_the_program_quietly(command: str, server, tmp_path) -> None:
+    done = server.run(command.split(), ROOT, tmp_path, code=READER_HAS_GONE)
+    assert (done.code, done.stderr) == (1, "")
+
+
+def test_nothing_is_said_of_it_at_the_end_of_the_process_either() -> None:
+    arguments = [sys.executable, "-m", "gblm_compress", "schema"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
 
 
-def test_closed_streams_are_no_fault() -> None:
-    for closed in (">&-", "2>&-", ">&- 2>&-"):
-        command = f"{sys.executable} -m gblm_compress validate quickstart {closed}"
-        assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True).returncode == 0
+@pytest.mark.parametrize("command", ["schema >&-", "schema 2>&-", "validate quickstart >&- 2>&-"])
+def test_closed_streams_are_no_fault(command: str) -> None:
+    whole = f"{sys.executable} -m gblm_compress {command}"
+    assert subprocess.run(whole, shell=True, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def test_control_characters_and_markup_reach_no_terminal(tmp_path) -> None:
+def test_control_characters_and_markup_reach_no_terminal(program) -> None:
     """In arguments, file names and models, in errors of this program and of the parser."""
     name = "./a\x1b[31m[red]\udcff\u202e\nb"
     for arguments in (
@@ -264,8 +271,8 @@ def test_control_characters_and_markup_reach_no_terminal(tmp_path) -> None:
         ("prune", "tiny", "-o", "x", "--pattern", name),
         ("compare", "tiny", "--methods", name),
     ):
-        done = program(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
-        assert done.returncode in (2, 3), done.stderr
+        done = program(*arguments)
+        assert done.code in (2, 3), done.stderr
         assert all(letter.isprintable() or letter == "\n" for letter in done.stderr), done.stderr
 
 

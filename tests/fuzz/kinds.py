@@ -1,10 +1,7 @@
 """What is spoilt, and which commands read it. All inputs are made once, small, by the program itself."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,8 @@ from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.storage.cache import CACHE_VARIABLE
 from gblm_compress.tasks.text import demo_paragraphs
+from tests.forks import PROGRAM, Server
 from tests.fuzz.mutations import ODD_TEXTS, Draw, spoil
 
 SHORT = ["--sequence-length", "16"]
@@ -144,7 +141,7 @@ ODD_ARGUMENTS = [
 ]  # fmt: skip
 
 
-def build_store(store: Path) -> None:
+def build_store(store: Path, server: Server) -> None:
     """Make every kind's unspoilt folder below `store`."""
     silence_libraries()
     progress, text = Progress(quiet=True), "\n\n".join(demo_paragraphs("evaluation")[:40])[:3000]
@@ -184,16 +181,21 @@ def build_store(store: Path) -> None:
     for name, wanted in exports.items():
         beside(name, lambda folder, wanted=wanted: export(pruned, folder, wanted, progress=progress))
     shutil.copytree(store / "dense", store / "ran")
-    command = [sys.executable, "-m", "gblm_compress", *RUN]
-    subprocess.run(command, cwd=store / "ran", check=True, stdout=subprocess.DEVNULL)
+    (store / "first-cache").mkdir()
+    _do(server, RUN, store / "ran", store / "first-cache")
     beside("gguf", lambda folder: _write_gguf(folder.with_name("tiny.gguf")))
     shutil.copytree(store / "bitmask", store / "cache")
     shutil.copytree(store / "dense", store / "run")
-    _interrupt_a_run(store / "run")
+    _do(server, _with(PRUNE, "dense"), store / "run", store / "first-cache", INTERRUPTED)
+    (store / "run" / ".out.lock").unlink()
+    assert (store / "run" / ".out.pruning" / "run.json").exists()
     (store / "cache" / "cache").mkdir()
-    with_cache = os.environ | {CACHE_VARIABLE: str(store / "cache" / "cache")}
-    command = [sys.executable, "-m", "gblm_compress", *_with(EVALUATE, "bitmask")]
-    subprocess.run(command, cwd=store / "cache", env=with_cache, check=True, stdout=subprocess.DEVNULL)
+    _do(server, _with(EVALUATE, "bitmask"), store / "cache", store / "cache" / "cache")
+
+
+def _do(server: Server, arguments: list[str], folder: Path, cache: Path, code: str = PROGRAM) -> None:
+    outcome = server.run(arguments, folder, cache, code=code)
+    assert outcome.code == 0, outcome.stderr
 
 
 def _write_gguf(path: Path) -> None:
@@ -209,20 +211,14 @@ def _write_gguf(path: Path) -> None:
     writer.close()
 
 
+# What a run has finished when it is killed before its last step.
 INTERRUPTED = """
-import os, sys
+import os
 from gblm_compress.cli import app
 from gblm_compress.pruning import saving
 saving.save = lambda *arguments: os._exit(0)
-app.main(sys.argv[1:])
+app.main()
 """
-
-
-def _interrupt_a_run(folder: Path) -> None:
-    """Leave what a run had finished when it was killed before its last step."""
-    subprocess.run([sys.executable, "-c", INTERRUPTED, *_with(PRUNE, "dense")], cwd=folder, check=True)
-    (folder / ".out.lock").unlink()
-    assert (folder / ".out.pruning" / "run.json").exists()
 
 
 def example(kind: Kind, folder: Path, draw: Draw) -> tuple[list[str], list[str]]:

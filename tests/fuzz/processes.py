@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
+from tests.forks import Outcome, Server
 from tests.fuzz.kinds import PRUNE, RUN, build_store
-from tests.fuzz.server import Outcome, Server
 
 COMMANDS = {
     "prune": ["prune", "dense", "-o", "out", *PRUNE[4:], "--method", "gblm", "--no-offload"],
@@ -39,7 +39,7 @@ def main(
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="gblm-fuzz-") as place, Server() as one, Server() as other:
         store = Path(place) / "store"
-        build_store(store)
+        build_store(store, one)
         expected = {name: _expected(one, store, Path(place) / f"expected-{name}", name) for name in COMMANDS}
         seen: Counter[str] = Counter()
         faults = 0

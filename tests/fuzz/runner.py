@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.forks import Outcome, Server
 from tests.fuzz.kinds import KINDS, Kind, build_store, example
 from tests.fuzz.mutations import Draw
-from tests.fuzz.server import Outcome, Server
 
 SECONDS = 10.0
 """What a command on a tiny model may take."""
@@ -86,5 +86,5 @@ def _content(folder: Path, kind: Kind) -> dict[str, str]:
 def runner(seconds: float = SECONDS) -> Iterator[Runner]:
     """A runner with folders of its own, which go at the end."""
     with tempfile.TemporaryDirectory(prefix="gblm-fuzz-store-") as store, Server() as server:
-        build_store(Path(store))
+        build_store(Path(store), server)
         yield Runner(server, Path(store), seconds)

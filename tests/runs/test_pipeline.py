@@ -244,6 +244,7 @@ def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, mod
     assert [(row.model, row.dtype) for row in result.rows] == [
         ("dense", "float32"), ("dense", "bfloat16"), ("pruned", "float32"), ("bitmask", "bfloat16")
     ]  # fmt: skip
+    assert [row.decode_verdict is None for row in result.rows] == [True, True, False, False]
     assert result.passed
 
 

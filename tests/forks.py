@@ -1,6 +1,7 @@
-"""A process that has everything imported and runs each command in a fork of itself: `python -m tests.fuzz.server`.
+"""A process that has everything imported and runs each command in a fork of itself: `python -m tests.forks`.
 
-Requests and answers are lines of JSON. A command that takes longer than it may is killed.
+A command has a process of its own without the seconds of processor time that importing takes. Requests and answers are
+lines of JSON. A command that takes longer than it may is killed.
 """
 
 import json
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+LONG_ENOUGH = 120.0  # seconds, in which every command on a tiny model ends also where other tests run
+PROGRAM = "from gblm_compress.cli.app import main\nmain()"
 MEMORY_LIMIT = 8 << 30  # bytes of address space that a command may take beyond what the server has
 
 
@@ -39,11 +42,20 @@ class Server:
     def __enter__(self) -> Self:
         # One thread each: a fork has only the thread that forked it, and a pool of the parent's would be missed.
         single = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GBLM_COMPRESS_TRACEBACK": "1"}
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "GBLM_COMPRESS_TRACEBACK": "1",
+            "COLUMNS": "120",
+        }
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.fuzz.server"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | single | environment,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | single | environment,
+        )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
         return self
 
@@ -51,18 +63,20 @@ class Server:
         self._process.kill()
         self._process.communicate()
 
-    def run(self, arguments: list[str], folder: Path, cache: Path, seconds: float) -> Outcome:
-        """Run `gblm-compress` with these arguments in a folder."""
+    def run(
+        self, arguments: list[str], folder: Path, cache: Path, seconds: float = LONG_ENOUGH, code: str = PROGRAM
+    ) -> Outcome:
+        """Run `gblm-compress`, or other code, with these arguments in a folder."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"arguments": arguments, "folder": str(folder), "cache": str(cache), "seconds": seconds}
+        request = {
+            "arguments": arguments, "folder": str(folder), "cache": str(cache), "seconds": seconds, "code": code
+        }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))
 
 
 def _serve() -> None:
-    from gblm_compress.cli import app
-
     _import_what_commands_import()
     # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
@@ -74,7 +88,7 @@ def _serve() -> None:
 
     answer("ready")
     for line in sys.stdin:
-        answer(json.dumps(_run(app.main, **json.loads(line))))
+        answer(json.dumps(_run(**json.loads(line))))
 
 
 def _import_what_commands_import() -> None:
@@ -94,27 +108,28 @@ def _import_what_commands_import() -> None:
     )
 
 
-def _run(main: Any, arguments: list[str], folder: str, cache: str, seconds: float) -> dict[str, Any]:
+def _run(arguments: list[str], folder: str, cache: str, seconds: float, code: str) -> dict[str, Any]:
     streams = [Path(cache) / name for name in ("stdout", "stderr")]
     start = time.monotonic()
     child = os.fork()
     if child == 0:
+        ended = 1
         try:
             for number, path in enumerate(streams, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.argv = ["gblm-compress", *arguments]
             os.chdir(folder)
             os.environ["GBLM_COMPRESS_CACHE"] = cache
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_LIMIT, -1))
-            main(arguments)
-        except SystemExit as end:
+            ended = _exit_code(code)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else 1)
         except BaseException as error:
             print(f"Traceback of what main let through: {error!r}", file=sys.stderr, flush=True)
-        os._exit(1)
+            ended = 1
+        os._exit(ended)
     status = _wait(child, start + seconds)
     return {
         "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
@@ -123,6 +138,14 @@ def _run(main: Any, arguments: list[str], folder: str, cache: str, seconds: floa
         "stderr": streams[1].read_text(errors="backslashreplace"),
         "seconds": time.monotonic() - start,
     }
+
+
+def _exit_code(code: str) -> int:
+    try:
+        exec(code, {"__name__": "__main__"})
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def _wait(child: int, deadline: float) -> int:
