@@ -1,4 +1,4 @@
-"""ONNX graphs around gblm.BitmaskLinear, sound and damaged: for the test of the operator and for `make sanitize`.
+"""ONNX graphs around the operators gblm, sound and damaged: for their test and for `make sanitize`.
 
 `python -m tests.hostile_graphs LIBRARY GRAPHS SEED` runs that many with a compiled library; `make sanitize` gives it
 one with sanitizers.
@@ -17,7 +17,8 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 PADDING, MAX_WEIGHTS, MAX_RANK = 64, 8, 8
-ROLES = ("mask", "values", "starts")
+ROLES = ("mask", "values", "starts", "weight")
+VALUES = (np.float32, np.float16)
 EDGES = (-(2**63), -1, 1, 64, 2**31, 2**40, 2**63 - 1)
 
 
@@ -26,13 +27,15 @@ class Case:
     """One node, and what it is given.
 
     Attributes:
-        tensors: the packed weights by name; `mask0`, `values0`, `starts0`, …
+        operator: the node's.
+        tensors: the packed weights by name; `mask0`, `values0`, `starts0`, …; or the dense one, `weight`.
         inputs: the node's inputs by name, in order.
         variable: those tensors that are inputs of the graph rather than initializers.
         outputs: the node's outputs.
         damages: what was done to it.
     """
 
+    operator: str
     x: np.ndarray
     tensors: dict[str, np.ndarray]
     inputs: list[str]
@@ -49,9 +52,9 @@ class Case:
             helper.make_tensor_value_info(name, kind(self.tensors[name].dtype), None) for name in sorted(self.variable)
         ]
         made = [helper.make_tensor_value_info(name, kind(np.dtype("f4")), None) for name in self.outputs if name]
-        node = helper.make_node("BitmaskLinear", self.inputs, self.outputs, domain="gblm")
+        node = helper.make_node(self.operator, self.inputs, self.outputs, domain="gblm")
         graph = helper.make_graph([node], "one", given, made, initializers)
-        opsets = [helper.make_opsetid("gblm", 1), helper.make_opsetid("", 20)]
+        opsets = [helper.make_opsetid("gblm", 2), helper.make_opsetid("", 20)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
     def feeds(self) -> dict[str, np.ndarray]:
@@ -60,15 +63,26 @@ class Case:
     def is_sound(self) -> bool:
         """Whether the operator must take it: its rules, written again."""
         count = len(self.outputs)
-        if not 1 <= count <= MAX_WEIGHTS or len(self.inputs) != 1 + 3 * count or self.inputs[0] != "x":
+        if not self.inputs or self.inputs[0] != "x" or not all(self.outputs):
             return False
-        if not all(self.outputs) or not all(name in self.tensors for name in self.inputs[1:]):
+        if not all(name in self.tensors for name in self.inputs[1:]) or self.variable & set(self.inputs):
             return False
-        if self.variable & set(self.inputs) or self.x.dtype != np.float32 or not 1 <= self.x.ndim <= MAX_RANK:
+        if self.x.dtype != np.float32 or not 1 <= self.x.ndim <= MAX_RANK:
             return False
-        for first in range(1, len(self.inputs), 3):
-            mask, values, starts = (self.tensors[name] for name in self.inputs[first : first + 3])
-            if (mask.dtype, values.dtype, starts.dtype) != (np.int64, np.float32, np.int64):
+        given = [self.tensors[name] for name in self.inputs[1:]]
+        if self.operator == "DenseLinear":
+            return (
+                len(given) == count == 1
+                and given[0].dtype in VALUES
+                and given[0].ndim == 2
+                and 0 not in given[0].shape
+                and given[0].shape[1] % 64 == 0
+                and given[0].shape[1] == self.x.shape[-1]
+            )
+        if not 1 <= count <= MAX_WEIGHTS or len(given) != 3 * count or len({v.dtype for v in given[1::3]}) > 1:
+            return False
+        for mask, values, starts in zip(given[::3], given[1::3], given[2::3], strict=True):
+            if mask.dtype != np.int64 or values.dtype not in VALUES or starts.dtype != np.int64:
                 return False
             if (mask.ndim, values.ndim, starts.ndim) != (2, 1, 1) or 0 in mask.shape:
                 return False
@@ -81,6 +95,8 @@ class Case:
 
     def products(self) -> list[np.ndarray]:
         """What a sound case must give."""
+        if self.operator == "DenseLinear":
+            return [self.x.astype(np.float64) @ self.tensors[self.inputs[1]].astype(np.float64).T]
         products = []
         for first in range(1, len(self.inputs), 3):
             mask, values, _ = (self.tensors[name] for name in self.inputs[first : first + 3])
@@ -93,23 +109,29 @@ class Case:
 
 def sound_case(pick: random.Random) -> Case:
     """A case that the operator must take."""
-    words, count = pick.randint(1, 3), pick.choice((1, 1, 2, 3, MAX_WEIGHTS))
     numbers = np.random.default_rng(pick.getrandbits(32))
-    tensors: dict[str, np.ndarray] = {}
-    for index in range(count):
-        alive = numbers.random((pick.choice((1, 2, 5, 17, 40)), words * 64)) < pick.choice((0, 0.1, 0.5, 1))
-        counts = alive.sum(1)
-        tensors[f"mask{index}"] = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
-        tensors[f"values{index}"] = np.append(numbers.normal(size=alive.sum()), np.zeros(PADDING)).astype(np.float32)
-        tensors[f"starts{index}"] = np.cumsum(counts) - counts
+    words, dtype, rows = pick.randint(1, 3), pick.choice(VALUES), (1, 2, 5, 17, 40)
     leading = pick.choice(((), (1,), (0,), (3,), (8,), (9,), (2, 7), (129,), (1,) * 7, (2, 0, 3)))
     x = numbers.normal(size=(*leading, words * 64)).astype(np.float32)
+    if pick.random() < 0.25:
+        weight = numbers.normal(size=(pick.choice(rows), words * 64)).astype(dtype)
+        return Case("DenseLinear", x, {"weight": weight}, ["x", "weight"], ["y0"], set(), [])
+    count = pick.choice((1, 1, 2, 3, MAX_WEIGHTS))
+    tensors: dict[str, np.ndarray] = {}
+    for index in range(count):
+        alive = numbers.random((pick.choice(rows), words * 64)) < pick.choice((0, 0.1, 0.5, 1))
+        counts = alive.sum(1)
+        tensors[f"mask{index}"] = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
+        tensors[f"values{index}"] = np.append(numbers.normal(size=alive.sum()), np.zeros(PADDING)).astype(dtype)
+        tensors[f"starts{index}"] = np.cumsum(counts) - counts
     outputs = [f"y{index}" for index in range(count)]
-    return Case(x, tensors, ["x", *tensors], outputs, set(), [])
+    return Case("BitmaskLinear", x, tensors, ["x", *tensors], outputs, set(), [])
 
 
-def _tensor(case: Case, pick: random.Random, role: str) -> str:
-    return pick.choice([name for name in case.tensors if name.startswith(role)])
+def _tensor(case: Case, pick: random.Random, *roles: str) -> str:
+    """One with one of these roles; of a node that has none, any."""
+    fitting = [name for name in case.tensors if name.startswith(roles)]
+    return pick.choice(fitting or list(case.tensors))
 
 
 def _bits(case: Case, pick: random.Random) -> None:
@@ -130,7 +152,7 @@ def _order(case: Case, pick: random.Random) -> None:
 
 
 def _length(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, pick.choice(("values", "starts", "mask")))
+    name = _tensor(case, pick, pick.choice(("values", "starts", "mask", "weight")))
     array = case.tensors[name]
     if array.size and array.ndim and pick.random() < 0.3:
         case.tensors[name] = np.pad(array, [(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1))

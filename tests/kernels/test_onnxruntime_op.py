@@ -1,6 +1,7 @@
-"""The operator gblm.BitmaskLinear on graphs from anywhere: computed right, or refused in words."""
+"""The operators gblm.BitmaskLinear and gblm.DenseLinear on graphs from anywhere: computed right, or refused in words."""
 
 import random
+import re
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ def given(x: np.ndarray):
         (changed("starts0", np.array([0, 2**62])), "starts 'starts0' says 4611686018427387904 at row 1"),
         (changed("starts0", np.array([0])), "starts 'starts0' has 1 elements; the mask has 2 rows"),
         (changed("values0", np.zeros(64, np.float32)), "values 'values0' has 64 elements; .* 2 bits, which takes 66"),
-        (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float with 1 dim"),
+        (changed("values0", np.zeros((1, 66), np.float32)), "values 'values0' must be a tensor of float or float16 w"),
         (lambda case: case.variable.add("values0"), "values 'values0' must be a constant initializer"),
         (lambda case: case.inputs.extend(case.inputs[1:] * 8), "of 1 to 8 weights, .* it has 28 inputs and 1 outputs"),
         (lambda case: case.inputs.extend(case.inputs[1:]), "an output for each; it has 7 inputs and 1 outputs"),
@@ -55,11 +56,40 @@ def given(x: np.ndarray):
 def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
     mask, values = np.array([[1], [2]]), np.append([3.0, 4.0], np.zeros(64)).astype(np.float32)
     tensors = {"mask0": mask, "values0": values, "starts0": np.array([0, 1])}
-    case = Case(np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
+    case = Case("BitmaskLinear", np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
     assert run(case, library) == ""
     damage(case)
-    with pytest.raises(Exception, match=message):
-        raise Exception(run(case, library))
+    assert re.search(message, run(case, library))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("weight", np.zeros((2, 65), np.float16)), r"weight 'weight' has shape \[2, 65\]; it needs rows, and"),
+        (changed("weight", np.zeros((0, 64), np.float16)), r"weight 'weight' has shape \[0, 64\]"),
+        (
+            changed("weight", np.zeros((2, 64))),
+            "weight 'weight' must be a tensor of float or float16 with 2 dimensions",
+        ),
+        (changed("weight", np.zeros(64, np.float32)), "with 2 dimensions; it has element type 1 and 1"),
+        (lambda case: case.variable.add("weight"), "DenseLinear: weight 'weight' must be a constant initializer"),
+        (given(np.zeros((3, 65), np.float32)), "DenseLinear: x must be .* the last of 64; .* the last of 65"),
+    ],
+)
+def test_what_is_wrong_with_a_dense_weight_is_said(library: str, damage, message: str) -> None:
+    tensors = {"weight": np.ones((2, 64), np.float16)}
+    case = Case("DenseLinear", np.ones((3, 64), np.float32), tensors, ["x", "weight"], ["y0"], set(), [])
+    assert run(case, library) == ""
+    damage(case)
+    assert re.search(message, run(case, library))
+
+
+def test_weights_of_one_node_have_one_type(library: str) -> None:
+    mask, starts = np.array([[1]]), np.array([0])
+    tensors = {"mask0": mask, "values0": np.ones(65, np.float32), "starts0": starts}
+    tensors |= {"mask1": mask, "values1": np.ones(65, np.float16), "starts1": starts}
+    case = Case("BitmaskLinear", np.ones((1, 64), np.float32), tensors, ["x", *tensors], ["y0", "y1"], set(), [])
+    assert "the values of weight 0 and weight 1 are of different types" in run(case, library)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
