@@ -1,4 +1,4 @@
-"""The operators gblm.BitmaskLinear and gblm.DenseLinear on graphs from anywhere: computed right, or refused in words."""
+"""The operators gblm.BitmaskLinear and DenseLinear on graphs from anywhere: computed right, or refused in words."""
 
 import random
 import re
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
         (changed("weight", np.zeros((0, 64), np.float16)), r"weight 'weight' has shape \[0, 64\]"),
         (
             changed("weight", np.zeros((2, 64))),
-            "weight 'weight' must be a tensor of float or float16 with 2 dimensions",
+            "weight 'weight' must be a tensor of float or float16 with 2 dim",
         ),
         (changed("weight", np.zeros(64, np.float32)), "with 2 dimensions; it has element type 1 and 1"),
         (lambda case: case.variable.add("weight"), "DenseLinear: weight 'weight' must be a constant initializer"),
