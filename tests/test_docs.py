@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
-PROGRAMS = ("gblm-compress", "make", "python", "pip", "torchrun")
+PROGRAMS = ("gblm-compress", "make", "python", "pip", "torchrun", "vllm")
 GROUP: Any = typer.main.get_command(app)
 
 
@@ -126,12 +126,20 @@ def read_by_torchrun(*arguments: str) -> None:
     read_by_this_program(*given.training_script_args)
 
 
+def read_by_vllm(*arguments: str) -> None:
+    """vLLM is not installed here; its tests run with the words that stand in this file."""
+    tested = (ROOT / "tests" / "serving" / "test_engine.py").read_text()
+    verb, _, *options = arguments
+    assert verb == "serve" and all(f'"{option}"' in tested for option in options if option.startswith("--"))
+
+
 READERS = {
     "gblm-compress": read_by_this_program,
     "make": read_by_make,
     "python": read_by_python,
     "pip": read_by_pip,
     "torchrun": read_by_torchrun,
+    "vllm": read_by_vllm,
 }
 
 
@@ -156,6 +164,8 @@ def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work)
         "python benchmarks/gone.py",
         "python benchmarks/gpu.py --gone 1",
         "pip install gone",
+        "vllm serve bitmask --gone",
+        "vllm bench bitmask",
     ],
 )
 def test_a_wrong_command_is_noticed(line: str, stop_before_work) -> None:

@@ -211,14 +211,17 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 def _openmp_of_torch() -> tuple[int | None, ...]:
-    """The entry points `_OPENMP` of the runtime that torch has loaded; Nones where it has none: one thread then."""
-    candidates = []
+    """The entry points `_OPENMP` of the runtime that torch runs on; Nones where it has none: one thread then.
+
+    One that was loaded before all else (LD_PRELOAD, as servers do) takes the place of the one that torch brings.
+    """
+    candidates: list[str | None] = []
     maps = Path("/proc/self/maps")
     if sys.platform == "linux" and maps.exists():
         loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
-        candidates = sorted(name for name in loaded if "libgomp" in name or "libiomp" in name)
-    # torch's own comes first: a path inside its package
-    candidates.sort(key=lambda name: "torch" not in name)
+        runtimes = [name for name in loaded if "libgomp" in name or "libiomp" in name]
+        # None is what all of the process sees; then torch's own comes first: a path inside its package
+        candidates = [None, *sorted(runtimes, key=lambda name: ("torch" not in name, name))]
     for name in candidates:
         runtime = ctypes.CDLL(name)
         if all(hasattr(runtime, name) for name in _OPENMP):

@@ -14,6 +14,14 @@ def bits(mask: Tensor, columns: int) -> Tensor:
     return spread.reshape(mask.shape[0], -1)[:, :columns].bool()
 
 
+def words(alive: Tensor) -> Tensor:
+    """The mask [rows, ceil(columns / 64)] of booleans [rows, columns]: what `bits` undoes."""
+    padded = torch.nn.functional.pad(alive, (0, -alive.shape[1] % WORD))
+    shifts = torch.arange(8, dtype=torch.uint8, device=alive.device)
+    bytes_of_8 = padded.reshape(len(alive), -1, 8).to(torch.uint8) << shifts
+    return bytes_of_8.sum(-1, dtype=torch.uint8).view(torch.int64)
+
+
 def row_starts(mask: Tensor) -> Tensor:
     """Where each row's values begin [rows], int64."""
     counts = row_counts(mask)

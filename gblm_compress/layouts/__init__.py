@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gblm_compress.errors import ModelError
+
 if TYPE_CHECKING:
     from gblm_compress.layouts.packed_linear import PackedLinear
 
@@ -45,6 +47,21 @@ LAYOUTS = {
     "bitmask": Layout("gblm_compress.layouts.bitmask:BitmaskLinear", "bitmask", ("cpu", "cuda")),
     "sparse24": Layout("gblm_compress.layouts.sparse24:Sparse24Linear", "semi-structured", ("cuda",), "2:4"),
 }
+
+
+def check_described(layout: object, layers: object) -> None:
+    """Hold what a folder's config.json says of layout and layers against what this version reads.
+
+    Raises:
+        ModelError: it says of none.
+    """
+    if known(layout) is None:
+        raise ModelError(
+            f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}; a newer gblm-compress may "
+            "have packed the folder"
+        )
+    if not isinstance(layers, dict) or not layers:
+        raise ModelError("quantization_config names no packed layers, so it is damaged")
 
 
 def known(name: object) -> Layout | None:

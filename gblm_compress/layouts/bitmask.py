@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
-from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, row_starts
+from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, row_starts, words
 from gblm_compress.layouts.bitmask_cpu import crossover, linear_many
 from gblm_compress.layouts.packed import DTYPES, check_tensor
 from gblm_compress.layouts.packed_linear import PackedLinear, operator
@@ -31,13 +31,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         mask [rows, ceil(columns / 64)] in int64, and values [nonzeros + PADDING] in the dtype of `weight`. What has a
         bit is everything but +0.0, so that the round trip is exact even for -0.0.
     """
-    rows, columns = weight.shape
     alive = weight.contiguous().view(_INTEGER_OF[weight.element_size()]) != 0
-    padded = torch.nn.functional.pad(alive, (0, -columns % WORD))
-    bytes_of_8 = padded.reshape(rows, -1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=weight.device)
-    mask = bytes_of_8.sum(-1, dtype=torch.uint8).view(torch.int64)
-    values = torch.cat([weight[alive], weight.new_zeros(PADDING)])
-    return mask, values
+    return words(alive), _padded(weight[alive])
+
+
+def _padded(*values: Tensor) -> Tensor:
+    return torch.cat([*values, values[0].new_zeros(PADDING)])
 
 
 def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -46,6 +45,27 @@ def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
     dense = values.new_zeros(alive.shape)
     dense[alive] = values[: values.numel() - PADDING]
     return dense
+
+
+def stack(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Packed matrices of as many columns each, one below the other, in memory of their own."""
+    masks, values = zip(*parts, strict=True)
+    return torch.cat(masks), _padded(*(stored[: len(stored) - PADDING] for stored in values))
+
+
+def cut(mask: Tensor, values: Tensor, columns: int, kept_rows: range, kept_columns: range) -> tuple[Tensor, Tensor]:
+    """Some rows and columns, each without gaps, of a packed matrix that passes `check`, in memory of their own."""
+    counts = row_counts(mask)
+    first = int(counts[: kept_rows.start].sum())
+    rows = slice(kept_rows.start, kept_rows.stop)
+    mask, values = mask[rows], values[first : first + int(counts[rows].sum())]
+    if kept_columns != range(columns):
+        alive = bits(mask, columns)
+        kept = torch.zeros(columns, dtype=torch.bool, device=mask.device)
+        kept[kept_columns.start : kept_columns.stop] = True
+        values = values[kept.expand_as(alive)[alive]]
+        mask = words(alive[:, kept_columns.start : kept_columns.stop])
+    return mask.clone(), _padded(values)
 
 
 def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
@@ -136,22 +156,32 @@ class BitmaskLinear(PackedLinear):
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        mask, values = pack(weight)
-        empty = cls(weight.shape, bias is not None, weight.dtype, "meta", nonzeros=values.numel() - PADDING)
-        return empty.filled(bias, mask=mask, values=values)
+        return cls.holding(weight.shape, *pack(weight)).filled(bias)
+
+    @classmethod
+    def holding(cls, shape: Sequence[int], *packed: Tensor, **sizes: Any) -> Self:
+        return super().holding(shape, *packed, **sizes, nonzeros=packed[1].numel() - PADDING)
+
+    @classmethod
+    def stack(cls, layers: Sequence[Self]) -> Self:
+        shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
+        return cls.holding(shape, *stack([(layer.mask, layer.values) for layer in layers]))
+
+    def cut(self, rows: range, columns: range) -> Self:
+        return self.holding((len(rows), len(columns)), *cut(self.mask, self.values, self.in_features, rows, columns))
 
     def description(self) -> dict[str, Any]:
         return {**super().description(), "nonzeros": self.values.numel() - PADDING}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self._prepared:
             self.prepare()
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
-        on_cpu = self._on_cpu and x.is_cpu
-        if on_cpu and type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
+        if eager and self._on_cpu and x.is_cpu:
             tensors = (self.mask, self.values, self.starts)
-            return _linear_cpu(x, tensors, self.bias, self.out_features, self.in_features, self.crossover)
-        return super().forward(x)
+            return _linear_cpu(x, tensors, bias, self.out_features, self.in_features, self.crossover)
+        return super().product(x, bias)
 
     def check(self) -> None:
         check(self.mask, self.values, (self.out_features, self.in_features))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.layouts.packed import check_tensor, same_bits
 
 UNPACKED = "dense product of the unpacked weight"
@@ -111,6 +111,36 @@ class PackedLinear(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def holding(cls, shape: Sequence[int], *packed: Tensor, **sizes: Any) -> Self:
+        """A layer without bias around packed tensors, which are neither checked nor copied.
+
+        Args:
+            packed: in the order of `PACKED`.
+            sizes: what `__init__` takes beside.
+        """
+        layer = cls(shape, False, torch.float32, "meta", **sizes)
+        for name, tensor in zip(cls.PACKED, packed, strict=True):
+            setattr(layer, name, tensor)
+        return layer
+
+    @classmethod
+    def stack(cls, layers: Sequence[Self]) -> Self:
+        """One layer for checked ones without bias and of as many inputs: their outputs one after the other.
+
+        Raises:
+            UsageError: the layout cannot be stacked.
+        """
+        raise UsageError(f"the {cls.LAYOUT} layout cannot be stacked")
+
+    def cut(self, rows: range, columns: range) -> Self:
+        """The layer, without bias, of some outputs and inputs, each without gaps; this one must be checked.
+
+        Raises:
+            UsageError: the layout cannot be cut there.
+        """
+        raise UsageError(f"the {self.LAYOUT} layout cannot be cut")
+
     def filled(self, bias: Tensor | None, **packed: Tensor) -> Self:
         """This layer with the packed tensors, prepared."""
         for name, tensor in packed.items():
@@ -125,10 +155,14 @@ class PackedLinear(nn.Module):
         return {"shape": [self.out_features, self.in_features], "bias": self.bias is not None}
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b with a bias from elsewhere."""
         if not self._prepared:
             self.prepare()
         tensors = [getattr(self, name) for name in (*self.PACKED, *self.DERIVED)]
-        return self.OPERATOR(x, tensors, self.bias, self.out_features, self.in_features, self.crossover, self.plan)
+        return self.OPERATOR(x, tensors, bias, self.out_features, self.in_features, self.crossover, self.plan)
 
     def kernel(self, tokens: int) -> str:
         """The kernel that `forward` runs for that many tokens, in words."""

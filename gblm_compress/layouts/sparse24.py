@@ -40,9 +40,17 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
     values = groups.gather(-1, chosen).reshape(rows, columns // 2)
     nibbles = (chosen[..., 0] | (chosen[..., 1] << 2)).to(torch.uint8)
-    if nibbles.shape[1] % 2:
-        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    return values.contiguous(), (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+    return values.contiguous(), _bytes(nibbles)
+
+
+def _bytes(nibbles: Tensor) -> Tensor:
+    """The positions of each group [rows, groups], two to a byte."""
+    even = torch.nn.functional.pad(nibbles, (0, nibbles.shape[1] % 2))
+    return (even[:, 0::2] | (even[:, 1::2] << 4)).contiguous()
+
+
+def _nibbles(positions: Tensor, groups: int) -> Tensor:
+    return torch.stack((positions & 0xF, positions >> 4), dim=-1).reshape(len(positions), -1)[:, :groups]
 
 
 def unpack(values: Tensor, positions: Tensor) -> Tensor:
@@ -53,11 +61,31 @@ def unpack(values: Tensor, positions: Tensor) -> Tensor:
         positions: [rows, ceil(columns / 8)], uint8.
     """
     rows, half = values.shape
-    nibbles = torch.stack((positions & 0xF, positions >> 4), dim=-1).reshape(rows, -1)[:, : half // 2]
+    nibbles = _nibbles(positions, half // 2)
     chosen = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
     dense = values.new_zeros(rows, half // 2, 4)
     dense.scatter_(-1, chosen, values.reshape(rows, half // 2, 2))
     return dense.reshape(rows, half * 2)
+
+
+def stack(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Packed matrices of as many columns each, one below the other, in memory of their own."""
+    values, positions = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(positions)
+
+
+def cut(values: Tensor, positions: Tensor, kept_rows: range, kept_columns: range) -> tuple[Tensor, Tensor]:
+    """Some rows and columns, each without gaps, of a packed matrix, in memory of their own.
+
+    Raises:
+        UsageError: the columns do not begin and end between groups of four.
+    """
+    first, last = kept_columns.start, kept_columns.stop
+    if first % 4 or last % 4:
+        raise UsageError(f"columns {first} to {last - 1}: the sparse24 layout can be cut at multiples of 4 only")
+    rows, groups = slice(kept_rows.start, kept_rows.stop), values.shape[1] // 2
+    nibbles = _nibbles(positions[rows], groups)[:, first // 4 : last // 4]
+    return values[rows, first // 2 : last // 2].clone(), _bytes(nibbles)
 
 
 def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
@@ -130,9 +158,15 @@ class Sparse24Linear(PackedLinear):
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        values, positions = pack(weight)
-        empty = cls(weight.shape, bias is not None, weight.dtype, "meta")
-        return empty.filled(bias, values=values, positions=positions)
+        return cls.holding(weight.shape, *pack(weight)).filled(bias)
+
+    @classmethod
+    def stack(cls, layers: Sequence[Self]) -> Self:
+        shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
+        return cls.holding(shape, *stack([(layer.values, layer.positions) for layer in layers]))
+
+    def cut(self, rows: range, columns: range) -> Self:
+        return self.holding((len(rows), len(columns)), *cut(self.values, self.positions, rows, columns))
 
     def check(self) -> None:
         check(self.values, self.positions, (self.out_features, self.in_features))

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.errors import ModelError
-from gblm_compress.layouts import LAYOUTS, known
+from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
@@ -51,10 +51,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layout, layers = self.quantization_config.layout, self.quantization_config.layers
-        if known(layout) is None:
-            raise self._error(model, f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}")
-        if not isinstance(layers, dict) or not layers:
-            raise self._error(model, "quantization_config names no packed layers, so it is damaged")
+        with self._named_errors(model, ""):
+            check_described(layout, layers)
         for name, description in layers.items():
             with self._named_errors(model, f"quantization_config, layer {name!r}: "):
                 empty = _like(linear_layer(model, name), layout, description, model.config.dtype)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -71,6 +73,31 @@ def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_threads_are_torchs_own() -> None:
     """No second OpenMP runtime: the entry points come from the one that torch loaded."""
     assert all(cpu._openmp_of_torch())
+
+
+RUNTIME = """
+typedef void work(void *);
+void GOMP_parallel(work *function, void *data, unsigned threads, unsigned flags) { function(data); }
+int omp_get_thread_num(void) { return 0; }
+int omp_get_num_threads(void) { return 1; }
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or which("cc") is None, reason="needs LD_PRELOAD and a C compiler")
+def test_a_runtime_that_is_preloaded_takes_the_place_of_torchs_own(tmp_path: Path) -> None:
+    """As vLLM preloads Intel's: torch's loops run on it, and kernels must not start threads beside them."""
+    library = tmp_path / "preloaded.so"
+    (tmp_path / "runtime.c").write_text(RUNTIME)
+    subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "runtime.c"), "-o", str(library)], check=True)
+    code = (
+        "import ctypes, torch; from gblm_compress.kernels import cpu; own = ctypes.CDLL(None); "
+        f"given = ctypes.CDLL({str(library)!r}); "
+        "address = lambda library: ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value; "
+        "assert address(own) == address(given) == cpu._openmp_of_torch()[0]"
+    )
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 PRODUCTS = """

@@ -232,6 +232,16 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
         assert calls == ([kernel] if kernel else [])
 
 
+@pytest.mark.parametrize("kernel", ["cusparselt:7", "cutlass"])
+def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, kernel: str) -> None:
+    """As a compiled graph that is kept on disk has it, after the kernels were measured anew."""
+    layer = sparse24.Sparse24Linear.from_dense(two_four(64, 64), None)
+    layer.plan = " ".join([kernel] * len(TOKENS))
+    with pytest.raises(RuntimeError, match=f"{kernel} is not prepared: a compiled graph has an older plan"):
+        product_on_cuda(layer, torch.randn(8, 64).to(torch.bfloat16))
+    assert not calls
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
     """In 32 bit, and without Triton."""

@@ -1,0 +1,8 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes before it reads a model."""
+
+from importlib import import_module
+
+
+def register() -> None:
+    """Teach vLLM the quantisation method that packed folders name in their config.json."""
+    import_module("gblm_compress.serving.vllm_layers")  # registers it

