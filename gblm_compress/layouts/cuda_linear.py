@@ -153,9 +153,9 @@ def run(
         if candidate.kernel == "dense":
             return torch.nn.functional.linear(x, gpu.expand(weight), bias)
         assert operands is not None
-        if not getattr(operands, choice.kernel).numel():
+        if not getattr(operands, candidate.kernel).numel():
             raise RuntimeError(
-                f"{choice} is not prepared: a compiled graph has an older plan; delete the compiler's cache"
+                f"{candidate} is not prepared: a compiled graph has an older plan; delete the compiler's cache"
             )
         tokens = x.shape[0]
         inputs = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8)).contiguous().T  # their tiles are 8 tokens wide

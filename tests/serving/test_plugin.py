@@ -148,7 +148,7 @@ def test_on_cuda_the_same_operator_runs_the_plan_of_the_merged_shape(config, lay
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
     monkeypatch.setattr(cuda_linear, "plan", lambda weight: planned.append(weight.shape) or plan)
     monkeypatch.setattr(gpu, "linear", lambda x, weight, *_: ran.append(weight.shape) or x @ dense.T)
-    plan = " ".join([str(cuda_linear.Choice("triton", tuple(map(int, tiling))))] * len(cuda_linear.TOKENS))
+    plan = " ".join([str(cuda_linear.Candidate("triton", tuple(map(int, tiling))))] * len(cuda_linear.TOKENS))
     dense = torch.cat(list(WEIGHTS.values())).bfloat16()
     layer = attention(config, layout, WEIGHTS, dtype=torch.bfloat16)
     layer.method.process_weights_after_loading(layer)
