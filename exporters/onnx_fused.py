@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from torch import nn
 
@@ -38,6 +39,7 @@ _WINDOWED = frozenset({"Gemma2ForCausalLM"})  # the same for models with sliding
 
 # For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
+_OPSET = 21  # of ONNX Runtime 1.20
 # Nothing is fetched, no code of a model is run, and every layer has the whole cache.
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false")
 
@@ -77,6 +79,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
     _fix_dimensions(program, config["model"]["decoder"]["head_size"])
+    _ask_for_no_more(program)
     return program, config
 
 
@@ -86,3 +89,15 @@ def _fix_dimensions(program: ir.Model, head_size: int) -> None:
         if (value.name or "").startswith(("past_key_values.", "present.")):
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:3], head_size])
+
+
+def _ask_for_no_more(program: ir.Model) -> None:
+    """Let the graph name the oldest operator set that has its operators, and no inputs that it leaves empty, so that
+    ONNX Runtime from 1.20 on loads it."""
+    latest, needed = program.opset_imports[""], 1
+    for node in program.graph:
+        if node.domain == "" and onnx.defs.has(node.op_type):
+            needed = max(needed, onnx.defs.get_schema(node.op_type, latest).since_version)
+        while node.inputs and node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
+    program.opset_imports[""] = max(needed, _OPSET)

@@ -106,6 +106,13 @@ def test_what_the_graphs_are_made_of(exported) -> None:
     assert results["half"][1].config["dtype"] == "float16"
 
 
+def test_the_graph_asks_for_no_newer_runtime_than_it_needs(exported) -> None:
+    """ONNX Runtime 1.20 knows opset 21, and GroupQueryAttention with at most nine inputs."""
+    model = onnx.load(exported[1]["dense"][1].folder / "model.onnx", load_external_data=False)
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 21, "com.microsoft": 1}
+    assert {len(node.input) for node in model.graph.node if node.op_type == "GroupQueryAttention"} == {9}
+
+
 @needs_operator
 def test_the_tied_embedding_is_the_head(exported) -> None:
     """One matrix in the file serves both, in either dtype."""
