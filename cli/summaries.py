@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from gblm_compress.machine.environment import QUIET
 from gblm_compress.printing import printable
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
@@ -138,10 +139,12 @@ def benchmark(result: dict[str, Any]) -> list[Any]:
             m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
         )
     machine = result["environment"]
+    busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores were busy with other work: the figures say little"
     return [
         table,
         *kernel_lines(result["measurements"]),
         f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
+        *([f"warning: {busy}"] if machine["busy_cores"] > QUIET else []),
     ]
 
 
@@ -157,7 +160,7 @@ def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
 
 def _products(kernels: dict[str, int]) -> str:
     """The kernels that multiply by weights; what else a graph has is in the JSON."""
-    products = {name: n for name, n in kernels.items() if not name.endswith("Provider)") or _PRODUCT.search(name)}
+    products = {name: n for name, n in kernels.items() if "(" not in name or _PRODUCT.search(name)}
     return ", ".join(f"{n} × {name}" for name, n in products.items())
 
 

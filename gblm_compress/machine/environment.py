@@ -19,6 +19,10 @@ INSTRUCTION_SETS = {
 }
 
 
+QUIET = 0.2
+"""Cores that may be busy with something else while a figure is measured: beyond, it says little."""
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware, as plain values."""
     return {
@@ -32,6 +36,11 @@ def environment() -> dict[str, Any]:
         "gpus": gpus(),
         "packages": {name: found for name in (*PACKAGES, onnxruntime_package()) if (found := version_of(name))},
     }
+
+
+def busy_cores(seconds: float = 0.5) -> float:
+    """How many cores other programs and threads keep busy now, looked at for that long."""
+    return (os.cpu_count() or 1) * psutil.cpu_percent(interval=seconds) / 100
 
 
 def cpu_name() -> str:

@@ -18,7 +18,7 @@ import torch
 
 from gblm_compress import errors, faults
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.runtimes import runtimes_of
 from gblm_compress.models import loading
 from gblm_compress.models.baseline import check_baseline
@@ -130,6 +130,7 @@ def benchmark(
     device = loading.choose_device(device)
     threads = settings.threads or torch.get_num_threads()
     lanes = _lanes(models, settings, dtype, device)
+    busy = busy_cores()
     measurements = [
         measurement
         for lane, contenders in lanes.items()
@@ -140,7 +141,7 @@ def benchmark(
     return BenchmarkResult(
         tuple(measurements),
         settings.model_dump(mode="json"),
-        {**environment(), "threads": threads, "device": device},
+        {**environment(), "threads": threads, "device": device, "busy_cores": busy},
     )
 
 

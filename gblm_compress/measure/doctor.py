@@ -28,9 +28,11 @@ def diagnose() -> list[Finding]:
     from gblm_compress.errors import MissingDependencyError
     from gblm_compress.kernels import cpu
 
+    busy = environment.busy_cores()
     findings = [
         Finding("python", platform.python_version(), "", sys.version_info >= (3, 11)),
         Finding("cpu", f"{environment.cpu_name()}, {os.cpu_count()} cores", ""),
+        Finding("busy cores", f"{busy:.1f}", f"`benchmark` says little above {environment.QUIET}"),
     ]
     for name in (*environment.PACKAGES, environment.onnxruntime_package()):
         found = environment.version_of(name)

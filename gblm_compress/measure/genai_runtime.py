@@ -87,4 +87,4 @@ def _operators(source: ModelSource) -> dict[str, int]:
     import onnx
 
     graph = onnx.load(source.folder / "model.onnx", load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+    return dict(Counter(f"{node.op_type} (onnxruntime-genai)" for node in graph.node).most_common())

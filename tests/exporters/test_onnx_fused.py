@@ -157,7 +157,7 @@ def test_genai_runs_the_folder(exported, name) -> None:
     grown, _ = runtime.last_logits(ids[:1, :1], cache)
     expected = reference.last_logits(torch.cat([ids[:1], ids[:1, :1]], 1), None)[0]
     torch.testing.assert_close(grown, expected, **CLOSE)
-    assert runtime.kernels(1)["GroupQueryAttention"] == 2
+    assert runtime.kernels(1)["GroupQueryAttention (onnxruntime-genai)"] == 2
 
 
 @needs_operator

@@ -46,7 +46,7 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None
         assert m.prefill_kernels == m.decode_kernels == {"dense": 15}  # 7 in each of two blocks, and the head
         assert (m.decode_speedup is None) == (m.model == dense.name)
     assert [m.same_tokens_as_baseline for m in result.measurements] == 2 * [None, False, True]
-    assert {"cpu", "cores", "packages", "threads", "device"} <= set(result.environment)
+    assert {"cpu", "cores", "packages", "threads", "device", "busy_cores"} <= set(result.environment)
 
 
 def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
