@@ -1,7 +1,6 @@
 """onnxruntime-genai on an exported folder: its own loop, cache and choice of tokens around the same graph."""
 
 import json
-from collections import Counter
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class GenaiRuntime:
             session["custom_ops_library"] = str(cpu.onnxruntime_library())
         if not (source.folder / "genai_config.json").exists():
             raise ModelError(f"{source.name!r}: it has no genai_config.json, which onnxruntime-genai needs")
-        self._operators = _operators(source)
+        self._operators = {f"{name} (onnxruntime-genai)": count for name, count in source.operators.items()}
         try:
             config = onnxruntime_genai.Config(str(source.folder))
             config.clear_providers()
@@ -81,10 +80,3 @@ class GenaiRuntime:
         except RuntimeError as error:
             raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
         return generator
-
-
-def _operators(source: ModelSource) -> dict[str, int]:
-    import onnx
-
-    graph = onnx.load(source.folder / "model.onnx", load_external_data=False).graph
-    return dict(Counter(f"{node.op_type} (onnxruntime-genai)" for node in graph.node).most_common())

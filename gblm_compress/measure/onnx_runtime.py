@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,25 @@ def check_onnx_provider(device: str) -> str:
     return provider
 
 
+@dataclass
+class _Cache:
+    """A KV cache on the device.
+
+    Attributes:
+        values: of `_Interface.past`, [batch, heads, tokens, width]; in shared memory, with room for more tokens.
+        length: tokens that are in it.
+    """
+
+    values: list[Any]
+    length: int
+
+
 class OnnxRuntime:
-    """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues."""
+    """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues.
+
+    A fused graph writes a step's keys and values into the memory of those before, which has room for more. A plain one
+    makes all of them anew in every step.
+    """
 
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
@@ -71,13 +88,13 @@ class OnnxRuntime:
             self._device = kind
             self._device_id = int(index or 0)
             self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-            self._interface = _Interface.of(self._session, source.name)
+            self._interface = _Interface.of(self._session, source.name, source.operators)
             self.dtype = self._interface.dtype
             self._kernels = self._profiled(sorted(set(profile))) if profile else {}
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
-        logits, _ = self._run(ids.numpy(), self._empty_cache(len(ids)), past=0)
+        logits, _ = self._run(ids.numpy(), self._empty(len(ids)))
         return torch.from_numpy(logits).float()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
@@ -106,13 +123,15 @@ class OnnxRuntime:
                 runs.append(Counter())
         return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
 
-    def _greedy(self, ids: Tensor, cache: list[Any] | None) -> tuple[Tensor, Any]:
+    def _greedy(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
-    def _step(self, ids: Tensor, cache: list[Any] | None) -> tuple[Any, list[Any]]:
-        past = 0 if cache is None else cache[0].shape()[2]
-        logits, cache = self._run(ids.numpy(), self._empty_cache(len(ids)) if cache is None else cache, past)
+    def _step(self, ids: Tensor, cache: _Cache | None) -> tuple[Any, _Cache]:
+        cache = cache or self._empty(len(ids))
+        if self._interface.shares_cache:
+            cache = self._with_room(cache, ids)
+        logits, cache = self._run(ids.numpy(), cache)
         return logits[:, -1], cache
 
     @contextmanager
@@ -124,20 +143,25 @@ class OnnxRuntime:
                 raise
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 
-    def _run(self, ids: Any, cache: list[Any], past: int) -> tuple[Any, list[Any]]:
+    def _run(self, ids: Any, cache: _Cache) -> tuple[Any, _Cache]:
         batch, tokens = ids.shape
-        given = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        past, length = cache.length, cache.length + tokens
+        given = {"input_ids": ids, "attention_mask": np.ones((batch, length), np.int64)}
         if self._interface.takes_positions:
-            given["position_ids"] = np.broadcast_to(np.arange(past, past + tokens), (batch, tokens))
+            given["position_ids"] = np.broadcast_to(np.arange(past, length), (batch, tokens))
+        in_place = cache.values[0].shape()[2] > past
         with self._named_errors("run"):
             binding = self._session.io_binding()
             for name, value in given.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            for name, value in zip(self._interface.past, cache, strict=True):
+            for name, value in zip(self._interface.past, cache.values, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output(_LOGITS, "cpu")
-            for name in self._interface.present:
-                binding.bind_output(name, self._device, self._device_id)
+            for name, value in zip(self._interface.present, cache.values, strict=True):
+                if in_place:
+                    binding.bind_ortvalue_output(name, value)
+                else:
+                    binding.bind_output(name, self._device, self._device_id)
             self._session.run_with_iobinding(binding)
             logits, *present = binding.get_outputs()
             logits = logits.numpy()
@@ -147,14 +171,26 @@ class OnnxRuntime:
                 f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
                 f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
             )
-        return logits, present
+        return logits, _Cache(cache.values if in_place else present, length)
 
-    def _empty_cache(self, batch: int) -> list[Any]:
+    def _with_room(self, cache: _Cache, ids: Tensor) -> _Cache:
+        """The cache with room for `ids` [batch, tokens]: itself, or a copy of twice the size that is needed."""
+        tokens = ids.shape[1]
+        if cache.values[0].shape()[2] >= cache.length + tokens:
+            return cache
+        room = 2 * (cache.length + tokens)
+        wider = [
+            np.pad(value.numpy(), [(0, 0), (0, 0), (0, room - value.shape()[2]), (0, 0)]) for value in cache.values
+        ]
+        return _Cache([self._ort_value(value, self._device, self._device_id) for value in wider], cache.length)
+
+    def _empty(self, batch: int) -> _Cache:
         dtype = np.dtype(self.dtype)
-        return [
+        values = [
             self._ort_value(np.zeros((batch, heads, 0, width), dtype), self._device, self._device_id)
             for heads, width in self._interface.past.values()
         ]
+        return _Cache(values, 0)
 
 
 @dataclass(frozen=True)
@@ -165,16 +201,21 @@ class _Interface:
         dtype: of logits and KV cache.
         past: {input of the KV cache: (heads, width of a head)}.
         present: the outputs that continue them, in the same order.
+        shares_cache: whether the graph can write its outputs into the memory of the inputs that they continue.
     """
 
     dtype: str
     takes_positions: bool
     past: dict[str, tuple[int, int]]
     present: tuple[str, ...]
+    shares_cache: bool
 
     @classmethod
-    def of(cls, session: Any, model: str) -> "_Interface":
+    def of(cls, session: Any, model: str, operators: Container[str]) -> "_Interface":
         """Read the inputs and outputs of a session.
+
+        Args:
+            operators: of its graph.
 
         Raises:
             ModelError: one is missing, not known, or of another type or shape than an export has.
@@ -210,7 +251,8 @@ class _Interface:
             tensor(outputs, _present(name), (logits.type,), 4)
         if not past:
             raise _other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
-        return cls(_ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)))
+        shares = "GroupQueryAttention" in operators
+        return cls(_ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)), shares)
 
 
 def _present(past: str) -> str:

@@ -1,6 +1,7 @@
 """A model as the user named it, and the local folder that holds it."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,13 +47,19 @@ class ModelSource:
         """Whether the folder is an ONNX export rather than a model for torch."""
         return (self.folder / GRAPH).exists()
 
-    @property
-    def needs_operator(self) -> bool:
-        """Whether the ONNX export runs on this package's operator for ONNX Runtime (`export --kernels`)."""
+    @cached_property
+    def operators(self) -> dict[str, int]:
+        """How often the graph of the ONNX export has each operator; with its domain where that is this package's."""
         import onnx
 
-        graph = onnx.load(self.folder / GRAPH, load_external_data=False)
-        return any(opset.domain == "gblm" for opset in graph.opset_import)
+        graph = onnx.load(self.folder / GRAPH, load_external_data=False).graph
+        names = ("gblm." * (node.domain == "gblm") + node.op_type for node in graph.node)
+        return dict(Counter(names).most_common())
+
+    @property
+    def needs_operator(self) -> bool:
+        """Whether the ONNX export runs on this package's operators for ONNX Runtime (`export --kernels`)."""
+        return any(name.startswith("gblm.") for name in self.operators)
 
     @property
     def is_packed(self) -> bool:
