@@ -152,43 +152,61 @@ def test_killed_while_it_answers_and_started_again(script, folders, tmp_path, mo
         assert_same(asked(script, second, script.requests(8)), answers)
 
 
-def small_llama(folder: Path, intermediate: int) -> Path:
-    """A random Llama whose heads are as wide as vLLM's attention on a CPU needs."""
+def small(kind: str, folder: Path, intermediate: int = 200) -> Path:
+    """A random model whose heads are as wide as vLLM's attention on a CPU needs."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=VOCABULARY - 1,
-        eos_token_id=VOCABULARY - 1,
-    )
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": VOCABULARY - 1, "eos_token_id": VOCABULARY - 1}
+    if kind == "gpt2":
+        config: Any = transformers.GPT2Config(**ids, n_positions=512, n_embd=128, n_layer=2, n_head=4)
+    else:
+        config = transformers.LlamaConfig(
+            **ids,
+            hidden_size=128,
+            intermediate_size=intermediate,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(0, 0.15)
+                elif name.endswith("bias"):
+                    parameter.normal_(0, 0.05)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize(("format", "pattern"), [("bitmask", "unstructured"), ("semi-structured", "2:4")])
-def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, format: str, pattern: str) -> None:
-    """Columns of `down_proj` are cut inside a word of the mask: 100 to each rank."""
-    made = exported(small_llama(tmp_path / "small", 200), tmp_path, pattern, format, sparsity=0.5)
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Arguments for two ranks, each on a core, or both on the only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    return "--tensor-parallel-size", "2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "pattern"),
+    [
+        ("llama", "bitmask", "unstructured"),
+        ("llama", "semi-structured", "2:4"),
+        ("gpt2", "bitmask", "unstructured"),  # q, k and v are one layer in the folder too, and have biases
+    ],
+)
+def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str, format: str, pattern: str) -> None:
+    """Columns of the Llama's `down_proj` are cut inside a word of the mask: 100 to each rank."""
+    made = exported(small(kind, tmp_path / "small"), tmp_path, pattern, format, sparsity=0.5)
     requests = [script.Request(request.prompt[:60], request.tokens) for request in script.requests(8)]
     with script.Server(made["dense"], tmp_path / "dense.log", (*EXACT, "--enforce-eager")) as server:
         expected = asked(script, server, requests)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, [*sorted(os.sched_getaffinity(0)), 0, 0][:2])))
-    two = (*EXACT, "--enforce-eager", "--tensor-parallel-size", "2")
-    with script.Server(made["sparse"], tmp_path / "sparse.log", two) as server:
+    with script.Server(
+        made["sparse"], tmp_path / "sparse.log", (*EXACT, "--enforce-eager", *two_ranks(monkeypatch))
+    ) as server:
         assert_same(expected, asked(script, server, requests))
 
 
@@ -200,14 +218,13 @@ def one_line(script: ModuleType, folder: Path, log: Path, line: str, *arguments:
 
 
 def test_groups_that_two_ranks_would_share_are_refused(script, tmp_path, monkeypatch) -> None:
-    made = exported(small_llama(tmp_path / "small", 204), tmp_path, "2:4", "semi-structured")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, [*sorted(os.sched_getaffinity(0)), 0, 0][:2])))
+    made = exported(small("llama", tmp_path / "small", 204), tmp_path, "2:4", "semi-structured")
     line = "model.layers.0.mlp.down_proj: columns 102 to 203: the sparse24 layout can be cut at multiples of 4 only"
-    one_line(script, made["sparse"], tmp_path / "log", line, "--tensor-parallel-size", "2")
+    one_line(script, made["sparse"], tmp_path / "log", line, *two_ranks(monkeypatch))
 
 
 def test_a_folder_of_a_newer_version_is_refused(script, tmp_path) -> None:
-    made = exported(small_llama(tmp_path / "small", 200), tmp_path, "unstructured", "bitmask", sparsity=0.5)["sparse"]
+    made = exported(small("llama", tmp_path / "small"), tmp_path, "unstructured", "bitmask", sparsity=0.5)["sparse"]
     newer = shutil.copytree(made, tmp_path / "newer")
     config = json.loads((newer / "config.json").read_text())
     config["quantization_config"]["layout"] = "bitmask2"
