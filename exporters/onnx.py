@@ -19,6 +19,7 @@ from gblm_compress.exporters import check_is_pruned, dtype_of, onnx_fused, onnx_
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
 from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.exporters.verification import real_sample
+from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
@@ -107,7 +108,8 @@ def export(
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers}, BitmaskLinear)
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
-    outputs.check_space(output, int(source.bytes_on_disk * wider), "the export")
+    copies = 1 + (FORMATS[settings.format].copies if graph_of(model, settings) == "fused" else 0)
+    outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
     with TemporaryDirectory(prefix=".onnx-", dir=output.absolute().parent) as scratch:
         if (graph := graph_of(model, settings)) == "fused":
             progress.say(f"building the fused graph of {type(model).__name__} …")

@@ -18,6 +18,7 @@ class Format:
         runtimes: what executes it, of `BenchmarkSettings.runtimes`; the first evaluates it.
         dtypes: those that it can have; the first is taken where the checkpoint's own is none of them.
         reads: the options of `ExportSettings` that it reads and others may not; giving one in vain is refused.
+        copies: how often the dense weights are on disk beside the output while it is made.
         layout: the name in `LAYOUTS` of how it packs weights; None where it does not.
         synonyms: what else it may be called.
     """
@@ -27,6 +28,7 @@ class Format:
     runtimes: tuple[str, ...] = ("torch",)
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
+    copies: int = 0
     layout: str | None = None
     synonyms: tuple[str, ...] = ()
 
@@ -55,6 +57,7 @@ FORMATS = {
         runtimes=("onnxruntime", "genai"),
         dtypes=("float32", "float16"),
         reads=("graph", "sparse", "kernels"),
+        copies=2,
     ),
     **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},
 }

@@ -130,7 +130,8 @@ class Export(Recorded):
         return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
 
     def disk(self) -> Disk:
-        return Disk(self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings)))
+        size = self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings))
+        return Disk(size, meanwhile=self.format.copies * size)
 
     def work(self, progress: Progress) -> Any:
         return export(self.source, self.folder, self.settings, force=True, progress=progress)

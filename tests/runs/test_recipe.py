@@ -105,7 +105,10 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
             "model: demo\nexport: [{format: onnx, dtype: bfloat16}]",
             "export.0: onnx has no bfloat16; give float32 or float16",
         ),
-        ("model: demo\nexport: [{format: onnx, dtype: float16, kernels: true}]", "kernels runs in float32"),
+        (
+            "model: demo\nexport: [{format: bitmask, graph: plain}]",
+            "graph would do nothing: it is read with format onnx",
+        ),
         (
             "model: demo\nexport: [{format: onnx}]\nbenchmark: {}\ngates: {min_decode_speedup: 1.3, artefact: bitmask}",
             "gates.artefact 'bitmask' is none of what the recipe makes: pruned, onnx",
