@@ -5,6 +5,8 @@ The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in o
 """
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +37,8 @@ from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+# For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
+LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 PROMPT_TOKENS = 16
@@ -126,6 +130,9 @@ def export(
         checks: dict[str, Any] = {"graph": graph, "nodes": len(program.graph)}
         with folders.atomic_folder(output, force=force) as temporary:
             progress.say("saving …")
+            if settings.kernels:
+                shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
+                genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
             _save(temporary, program, genai_config, model, tokenizer, dtype_of(source, settings))
             progress.say("verifying in ONNX Runtime …")
             checks |= _verify(temporary, model, tokenizer, dtype, layers, places)

@@ -203,9 +203,10 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
         if lane.runtime in runtimes_of(baseline) and fits:
             check_baseline(model, baseline)
             return baseline
+    kernels = " --kernels" if lane.dtype == "float16" and model.is_onnx and model.needs_operator else ""
+    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}{kernels}"
     advice = (
-        f"export the dense model with `gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}` "
-        "and give --baseline DENSE-ONNX"
+        f"export the dense model with `{export}` and give --baseline DENSE-ONNX"
         if lane.runtime != "torch"
         else "give the dense Hugging Face folder as --baseline"
     )

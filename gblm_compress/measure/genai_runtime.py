@@ -1,6 +1,7 @@
 """onnxruntime-genai on an exported folder: its own loop, cache and choice of tokens around the same graph."""
 
 import json
+from contextlib import chdir
 from typing import Any
 
 import torch
@@ -28,18 +29,21 @@ class GenaiRuntime:
             ) from error
         self._library, self._name = onnxruntime_genai, source.name
         session: dict[str, Any] = {"intra_op_num_threads": threads}
+        place = source.folder
         if source.needs_operator:
-            session["custom_ops_library"] = str(cpu.onnxruntime_library())
-        if not (source.folder / "genai_config.json").exists():
-            raise ModelError(f"{source.name!r}: it has no genai_config.json, which onnxruntime-genai needs")
+            # It loads a library from the model's folder or the working directory, and this program only its own.
+            library = cpu.onnxruntime_library()
+            session["custom_ops_library"], place = str(library), library.parent
+        _check_config(source)
         self._operators = {f"{name} (onnxruntime-genai)": count for name, count in source.operators.items()}
         try:
-            config = onnxruntime_genai.Config(str(source.folder))
+            config = onnxruntime_genai.Config(str(source.folder.absolute()))
             config.clear_providers()
             if device != "cpu":
                 config.append_provider("cuda")
             config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-            self._model = onnxruntime_genai.Model(config)
+            with chdir(place):
+                self._model = onnxruntime_genai.Model(config)
         except RuntimeError as error:
             raise ModelError(f"{source.name!r}: onnxruntime-genai cannot load it ({str(error)[:300]})") from error
         self._longest = source.config["max_position_embeddings"]
@@ -80,3 +84,19 @@ class GenaiRuntime:
         except RuntimeError as error:
             raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
         return generator
+
+
+def _check_config(source: ModelSource) -> None:
+    """Raises:
+    ModelError: `genai_config.json` is missing or damaged, or names a library of native code that would be loaded.
+    """
+    path = source.folder / "genai_config.json"
+    try:
+        config = json.loads(path.read_text())
+        session = config["model"]["decoder"].get("session_options", {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use") from error
+    if source.needs_operator:
+        session.pop("custom_ops_library", None)  # the program's own takes its place
+    if "custom_ops_library" in json.dumps(config):
+        raise ModelError(f"{source.name!r}: {path.name} names a library of native code; it is not loaded")

@@ -1,6 +1,8 @@
 """Fused ONNX graphs: the same function as transformers', layer for layer found again, on the operators and in genai."""
 
 import json
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -185,12 +187,41 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, p
     assert not list(tmp_path.iterdir())
 
 
+@needs_operator
+def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monkeypatch) -> None:
+    """The library lies in the folder for who loads it without this program, which itself takes its own."""
+    folder = exported[1]["kernels"][1]
+    monkeypatch.chdir(tmp_path)
+    expected = greedy_tokens(OnnxRuntime(folder, "cpu", 1), torch.arange(9).unsqueeze(0), 5)
+    assert greedy_tokens(GenaiRuntime(folder, "cpu", 1), torch.arange(9).unsqueeze(0), 5) == expected
+    code = (
+        "import numpy, onnxruntime_genai as genai\n"
+        f"model = genai.Model({str(folder.folder)!r})\n"
+        "options = genai.GeneratorParams(model)\noptions.set_search_options(max_length=14, do_sample=False)\n"
+        "generator = genai.Generator(model, options)\ngenerator.append_tokens(numpy.arange(9, dtype='i4')[None])\n"
+        "for _ in range(5): generator.generate_next_token()\nprint(generator.get_sequence(0)[9:].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stderr, json.loads(done.stdout)) == ("", expected)
+
+
+@pytest.mark.parametrize("where", ["decoder", "embedding"])
+def test_a_library_that_a_folder_names_is_not_loaded(exported, tmp_path, where) -> None:
+    for path in exported[1]["dense"][1].folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    config["model"].setdefault(where, {}).setdefault("session_options", {})["custom_ops_library"] = "evil.so"
+    (tmp_path / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"names a library of native code; it is not loaded"):
+        GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
+
+
 def test_genai_needs_its_config(exported, tmp_path) -> None:
     for path in exported[1]["dense"][1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "genai_config.json").unlink()
     with pytest.raises(ModelError, match=r"no genai_config\.json"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "none"}}))
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "none", "decoder": {}}}))
     with pytest.raises(ModelError, match="onnxruntime-genai cannot load it"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
