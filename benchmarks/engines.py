@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from cpu_decode import show
 from llama_cpp_model import LlamaCpp, write_gguf
-from rich.console import Console
-from rich.table import Table
 
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
@@ -124,14 +123,6 @@ def profile(source: ModelSource, threads: int, past: int = 128, steps: int = 30)
     spent = {name: median(run[name] for run in runs[2:-1]) / 1000 for name in names}
     spent["between operators"] = 2 * spent["whole"] - sum(spent.values())
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table of figures."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=160).print(table)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Export to ONNX: one graph for prefill and decode, verified in ONNX Runtime against torch.
 
-The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone, in optimum's
-`ORTModelForCausalLM` (names of inputs and outputs) and in onnxruntime-genai (`genai_config.json`).
+The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone and in
+onnxruntime-genai (`genai_config.json`); a plain one also in optimum's `ORTModelForCausalLM` (names of inputs and outputs).
 """
 
 import json
@@ -100,9 +100,9 @@ def export(
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
-    dtype = dtype_of(source, settings)
-    half = settings.kernels and dtype == "float16"  # weights only: the arithmetic is float32
-    model = loading.load_model(source, dtype)
+    stored = dtype = dtype_of(source, settings)
+    half = settings.kernels and stored == "float16"  # weights only: the arithmetic is float32
+    model = loading.load_model(source, stored)
     if half:
         model, dtype = model.float(), "float32"
     tokenizer = loading.load_tokenizer(source)
@@ -112,40 +112,44 @@ def export(
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers}, BitmaskLinear)
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
-    copies = 1 + (FORMATS[settings.format].copies if graph_of(model, settings) == "fused" else 0)
+    graph = graph_of(model, settings)
+    copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
     outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
-    with TemporaryDirectory(prefix=".onnx-", dir=output.absolute().parent) as scratch:
-        if (graph := graph_of(model, settings)) == "fused":
-            progress.say(f"building the fused graph of {type(model).__name__} …")
-            program, genai_config = onnx_fused.build(model, tokenizer, source, dtype, Path(scratch))
-        else:
-            progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
-            program, genai_config = onnx_plain.build(model, source)
-        places = onnx_weights.find(program, model)
-        pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
-        if settings.sparse:
-            encode_initializers_(program, pruned)
-        elif settings.kernels:
-            use_kernels_(program, pruned, half=half)
-        checks: dict[str, Any] = {"graph": graph, "nodes": len(program.graph)}
-        with folders.atomic_folder(output, force=force) as temporary:
-            progress.say("saving …")
-            if settings.kernels:
+    with folders.atomic_folder(output, force=force) as temporary:
+        with TemporaryDirectory(dir=temporary) as scratch:  # what is built, and its weights until they are saved
+            if graph == "fused":
+                progress.say(f"building the fused graph of {type(model).__name__} …")
+                program, genai_config = onnx_fused.build(model, tokenizer, source, dtype, Path(scratch))
+            else:
+                progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
+                program, genai_config = onnx_plain.build(model, source)
+            places = onnx_weights.find(program, model)
+            pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
+            if settings.sparse:
+                encode_initializers_(program, pruned)
+            elif settings.kernels:
+                use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
                 genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
-            _save(temporary, program, genai_config, model, tokenizer, dtype_of(source, settings))
-            progress.say("verifying in ONNX Runtime …")
-            checks |= _verify(temporary, model, tokenizer, dtype, layers, places)
-            how = _LOADING_KERNELS if settings.kernels else _LOADING
-            manifest.write_export(
-                temporary,
-                source=source,
-                format=settings.format,
-                dtype=dtype_of(source, settings),
-                library="onnx",
-                loading=how,
-                checks=checks,
-            )
+            progress.say("saving …")
+            _save(temporary, program, genai_config, model, tokenizer, stored)
+        progress.say("verifying in ONNX Runtime …")
+        checks = {
+            "graph": graph,
+            "nodes": len(program.graph),
+            "dtype": stored,
+            "arithmetic": dtype,
+            **_verify(temporary, model, tokenizer, dtype, layers, places),
+        }
+        manifest.write_export(
+            temporary,
+            source=source,
+            format=settings.format,
+            dtype=stored,
+            library="onnx",
+            loading=_LOADING_KERNELS if settings.kernels else _LOADING,
+            checks=checks,
+        )
     return checks
 
 
@@ -192,7 +196,6 @@ def _verify(
         "greedy_tokens": GREEDY_TOKENS,
         "decided_greedy_tokens": decided,
         "identical_greedy_tokens": int((expected.argmax(-1) == got.argmax(-1)).sum()),
-        "dtype": dtype,
         "provider": runtime.provider,
         **zeros,
     }

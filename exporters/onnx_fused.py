@@ -18,6 +18,7 @@ from torch import nn
 
 from gblm_compress.errors import ModelError
 from gblm_compress.models import loading
+from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
 
 ARCHITECTURES = frozenset(
@@ -46,9 +47,7 @@ _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false")
 
 def builds(model: nn.Module) -> bool:
     """Whether there is a fused graph of such a model."""
-    from transformers import DynamicCache
-
-    windowed = any(type(layer).__name__ != "DynamicLayer" for layer in DynamicCache(config=model.config).layers)
+    windowed = cache_kinds(model.config) != {"DynamicLayer"}
     return type(model).__name__ in (_WINDOWED if windowed else ARCHITECTURES)
 
 

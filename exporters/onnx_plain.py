@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gblm_compress.errors import ModelError
+from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -31,9 +32,7 @@ def check(source: ModelSource, config: Any) -> None:
     """Raises:
     ModelError: the model's cache is no plain KV cache.
     """
-    from transformers import DynamicCache
-
-    if kinds := {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}:
+    if kinds := cache_kinds(config) - {"DynamicLayer"}:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 

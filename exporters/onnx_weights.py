@@ -65,7 +65,7 @@ def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any
     while start < array.shape[1]:
         for layer, weight in by_row.get(_content(array[:, start]), ()):
             stop = start + len(weight)
-            if weight.shape[1] == len(array) and np.array_equal(weight.T, array[:, start:stop]):
+            if layer not in found and weight.shape[1] == len(array) and np.array_equal(weight.T, array[:, start:stop]):
                 found[layer] = Place(name, array.shape, start, stop)
                 start = stop
                 break

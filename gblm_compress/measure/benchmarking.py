@@ -256,7 +256,7 @@ def _benchmark_lane(
                     model=source.name,
                     runtime=runtime,
                     provider=worker.facts["provider"],
-                    dtype=worker.facts["dtype"],
+                    dtype=lane.dtype,
                     batch=batch,
                     ttft_ms=ttft,
                     tpot_ms=tpot,

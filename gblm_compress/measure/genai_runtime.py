@@ -10,6 +10,7 @@ from torch import Tensor
 from gblm_compress.errors import MissingDependencyError, ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.models.source import ModelSource
+from gblm_compress.storage.records import read_json
 from gblm_compress.tasks.task import Sample
 
 ROOM = 1024
@@ -92,11 +93,10 @@ def _check_config(source: ModelSource) -> None:
     """
     path = source.folder / "genai_config.json"
     try:
-        config = json.loads(path.read_text())
-        session = config["model"]["decoder"].get("session_options", {})
+        config = read_json(path)
+        if source.needs_operator:  # the program's own takes its place
+            config["model"]["decoder"]["session_options"].pop("custom_ops_library", None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use") from error
-    if source.needs_operator:
-        session.pop("custom_ops_library", None)  # the program's own takes its place
     if "custom_ops_library" in json.dumps(config):
         raise ModelError(f"{source.name!r}: {path.name} names a library of native code; it is not loaded")

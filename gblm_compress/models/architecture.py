@@ -49,6 +49,13 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def cache_kinds(config: Any) -> set[str]:
+    """The classes of transformers that hold the cache of a model; a plain KV cache is of "DynamicLayer" alone."""
+    from transformers import DynamicCache
+
+    return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+
+
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
 

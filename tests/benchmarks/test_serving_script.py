@@ -1,6 +1,5 @@
 """The load test of servers without vLLM: its requests, its figures, and servers that start, end and are killed."""
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+from tests.scripts import loaded
+
 SERVER = """
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -36,12 +36,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_serving", SCRIPT)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("serving") as module:
+        yield module
 
 
 @pytest.fixture

@@ -165,10 +165,13 @@ def test_genai_runs_the_folder(exported, name) -> None:
 @needs_operator
 def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path, progress) -> None:
     settings = ExportSettings(format="onnx", kernels=True, dtype="float16")
-    result = export(tiny("llama"), tmp_path / "out", settings, progress=progress)
-    names = operators(ModelSource("dense", tmp_path / "out"))
+    result = export(tiny("llama"), tmp_path / "new" / "out", settings, progress=progress)
+    names = operators(ModelSource("dense", tmp_path / "new" / "out"))
     assert names.count("DenseLinear") == 11 and "BitmaskLinear" not in names and "MatMul" not in names
     assert result.checks["layers_checked"] == 0
+    assert (result.checks["dtype"], result.checks["arithmetic"]) == ("float16", "float32")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert all(path.is_file() for path in (tmp_path / "new" / "out").iterdir())
 
 
 def test_models_without_a_fused_graph(tiny, tmp_path, progress, monkeypatch) -> None:

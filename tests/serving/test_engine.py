@@ -1,7 +1,6 @@
 """Packed folders in vLLM itself: served, asked by the official client, killed, started again. See `make test-vllm`."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import shutil
@@ -18,12 +17,12 @@ import torch
 import gblm_compress
 from gblm_compress.models.finding import DEMO_PACKAGE
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
+from tests.scripts import loaded
 
 pytestmark = [
     pytest.mark.real_model,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` has it"),
 ]
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 TIE = 1e-3  # of log-probabilities: between tokens that are closer either may win, in the dense model too
 LENGTH = ("--max-model-len", "512")
 EXACT = (*LENGTH, "--dtype", "float32")  # in 16 bit sums in another order change tokens
@@ -32,12 +31,8 @@ REQUESTS = 200
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_serving", SCRIPT)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("serving") as module:
+        yield module
 
 
 @pytest.fixture(scope="module", autouse=True)
