@@ -1,7 +1,8 @@
 """Export to ONNX: one graph for prefill and decode, verified in ONNX Runtime against torch.
 
 The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone and in
-onnxruntime-genai (`genai_config.json`); a plain one also in optimum's `ORTModelForCausalLM` (names of inputs and outputs).
+onnxruntime-genai (`genai_config.json`). A plain one also loads in optimum's `ORTModelForCausalLM`, by its names of
+inputs and outputs.
 """
 
 import json
