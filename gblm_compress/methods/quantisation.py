@@ -1,0 +1,146 @@
+"""Grids: the few values that a quantised weight may take. Pure functions on one layer.
+
+A weight on a grid is scale · level. Scales are float16, one for each group of neighbouring columns of a row, or one for
+a row. Levels are int8 and the same for a whole layer. int8 has all of them, -127 … 127. int4 has 16, chosen for the
+layer: pruning leaves a gap around zero, on which evenly spaced levels would waste some of so few.
+
+W is [rows, columns] in float32, `keep` a mask of its shape (True = survives).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gblm_compress.methods.zeros import keep_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST = 127
+LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}
+"""{kind of grid: how many levels it has}."""
+GROUPS = (32, 64, 128)
+"""Columns that may share a scale, beside all of a row."""
+SHRINKS = tuple(1 - step / 40 for step in range(13))
+"""Shares of the scale that would hold a group's largest weight: smaller ones cut it off, for the sake of the others."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the weights of a layer may lie.
+
+    Attributes:
+        scales: [rows, groups] in float16, not negative.
+        levels: [255] or [16] in int8, increasing.
+        group: columns that share a scale; None where all of a row do.
+    """
+
+    scales: Tensor
+    levels: Tensor
+    group: int | None
+
+    def scale_of(self, columns: int) -> Tensor:
+        """The scale of every weight, [rows, columns] in float32, or [rows, 1] where a row has one."""
+        scales = self.scales.float()
+        return scales if self.group is None else scales.repeat_interleave(self.group, 1)[:, :columns]
+
+
+def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, importance: Tensor | None = None) -> Grid:
+    """The grid with the least squared error for the survivors that a search over scales and levels finds.
+
+    Args:
+        kind: of `LEVELS`.
+        group: columns that share a scale; None for a whole row.
+        importance: what the squared error of a column counts, [columns]; all alike if unset.
+    """
+    import torch
+
+    weight = keep_only(weight, keep)
+    shares = torch.ones(weight.shape[1]) if importance is None else importance
+    counts = shares.to(weight) * keep
+    largest = _by_group(weight.abs(), group).amax(-1)
+    levels = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=weight.device)
+    grid = Grid(_half(largest / LARGEST), levels, group)
+    if kind == "int8":
+        return grid
+    grid = Grid(grid.scales, _best_levels(weight, counts, grid), group)
+    best = torch.full_like(largest, torch.inf)
+    scales = grid.scales
+    for shrink in SHRINKS:
+        tried = Grid(_half(largest * (shrink / LARGEST)), grid.levels, group)
+        error = _by_group((restore(nearest(weight, tried), tried) - weight).square() * counts, group).sum(-1)
+        scales = torch.where(error < best, tried.scales, scales)
+        best = torch.minimum(error, best)
+    grid = Grid(scales, grid.levels, group)
+    return Grid(scales, _best_levels(weight, counts, grid), group)
+
+
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """For every weight the nearest level, as its place in `grid.levels`: [rows, columns] in uint8."""
+    import torch
+
+    scale = grid.scale_of(weight.shape[1])
+    ratio = torch.where(scale > 0, weight / scale, 0.0)
+    levels = grid.levels.float()
+    return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def restore(codes: Tensor, grid: Grid) -> Tensor:
+    """The weights of places in `grid.levels`: [rows, columns] in float32."""
+    return grid.levels.float()[codes.int()] * grid.scale_of(codes.shape[1])
+
+
+def rounded(weight: Tensor, keep: Tensor, grid: Grid) -> Tensor:
+    """The survivors on their nearest grid points, +0.0 for all others: [rows, columns] in float32."""
+    return keep_only(restore(nearest(weight, grid), grid), keep)
+
+
+def _by_group(values: Tensor, group: int | None) -> Tensor:
+    """[rows, groups, columns of a group]; the last group is filled up with zeros."""
+    from torch.nn.functional import pad
+
+    size = values.shape[1] if group is None else group
+    return pad(values, (0, -values.shape[1] % size)).reshape(len(values), -1, size)
+
+
+def _half(scales: Tensor) -> Tensor:
+    """Scales in float16; one that is not zero stays above zero."""
+    import torch
+
+    tiny = torch.finfo(torch.float16).smallest_normal / 1024  # the least above zero
+    return torch.where(scales > 0, scales.clamp(min=tiny), 0.0).half()
+
+
+def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
+    """The 16 levels of the least squared error for given scales: the exact optimum over a histogram of the integers
+    -127 … 127, by dynamic programming over where the levels part (k-means in one dimension).
+    """
+    import torch
+
+    bins = 2 * LARGEST + 1
+    scale = grid.scale_of(weight.shape[1]).expand_as(weight)
+    ratio = torch.where(scale > 0, weight / scale, 0.0)
+    places = ratio.round().clamp(-LARGEST, LARGEST).long() + LARGEST
+    mass = torch.zeros(bins, dtype=torch.float64)
+    mass.index_add_(0, places.flatten().cpu(), (counts * scale.square()).double().flatten().cpu())
+    mass += mass.sum().clamp(min=1.0) * 1e-12  # so that every level has something to stand for
+    points = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.float64)
+    sums = torch.stack([mass, mass * points, mass * points.square()]).cumsum(1)
+    before = torch.nn.functional.pad(sums, (1, 0))
+    total, first, second = sums.unsqueeze(1) - before[:, :bins].unsqueeze(2)  # [start, end], both counted
+    error = torch.where(
+        torch.arange(bins) >= torch.arange(bins).unsqueeze(1), second - first.square() / total, torch.inf
+    )
+    least, chosen = error[0], []
+    for _ in range(LEVELS["int4"] - 1):
+        # the last part begins at `start`, the others end before it
+        sums_of = torch.nn.functional.pad(least[:-1], (1, 0), value=torch.inf).unsqueeze(1) + error
+        least, starts = sums_of.min(0)
+        chosen.append(starts)
+    levels, end = [], bins - 1
+    for starts in [*reversed(chosen), torch.zeros(bins, dtype=torch.long)]:
+        start = int(starts[end])
+        levels.append(round(float(first[start, end] / total[start, end])))
+        end = start - 1
+    return torch.tensor(levels[::-1], dtype=torch.int8, device=weight.device)

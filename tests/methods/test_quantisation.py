@@ -1,0 +1,93 @@
+"""Grids against loops that try every value."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from gblm_compress.methods import quantisation
+from gblm_compress.methods.quantisation import Grid, make_grid, nearest, restore, rounded
+
+INT8 = torch.arange(-127, 128, dtype=torch.int8)
+
+
+def _matrix(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return weight, weight.abs() > weight.abs().median()
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_each_weight_goes_to_the_nearest_level(group: int | None) -> None:
+    weight, _ = _matrix(3, 10)
+    levels = torch.tensor([-127, -80, -3, 0, 5, 66], dtype=torch.int8)
+    scales = torch.rand(3, 1 if group is None else 3, generator=torch.Generator().manual_seed(1)).half() / 50
+    grid = Grid(scales, levels, group)
+    values = restore(nearest(weight, grid), grid)
+    for row in range(3):
+        for column in range(10):
+            scale = float(scales[row, 0 if group is None else column // group])
+            tried = [scale * float(level) for level in levels]
+            wanted = min(tried, key=lambda value: abs(value - float(weight[row, column])))
+            assert float(values[row, column]) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_int8_errs_by_half_a_step_at_most(group: int | None) -> None:
+    weight, keep = _matrix(8, 100)
+    grid = make_grid(weight, keep, "int8", group)
+    assert grid.scales.shape == (8, 1 if group is None else 4) and torch.equal(grid.levels, INT8)
+    values = rounded(weight, keep, grid)
+    step = grid.scale_of(100).expand(8, 100)
+    assert bool(((values - weight).abs()[keep] <= 0.51 * step[keep]).all())
+    assert values[~keep].count_nonzero() == 0 and not torch.signbit(values[~keep]).any()
+    again = make_grid(values, values != 0, "int8", group)
+    assert torch.allclose(rounded(values, values != 0, again), values, atol=1e-3)
+
+
+def test_the_levels_of_int4_are_the_best_for_their_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 3 levels of 15 bins, all ways to part the bins can be tried."""
+    monkeypatch.setattr(quantisation, "LARGEST", 7)
+    monkeypatch.setitem(quantisation.LEVELS, "int4", 3)
+    integers = torch.tensor([[-7, -7, -6, -1, -1, 3, 3, 3, 4, 7, 7, 7.0]])
+    grid = Grid(torch.ones(1, 1).half(), torch.arange(-7, 8, dtype=torch.int8), None)
+    levels = quantisation._best_levels(integers, torch.ones_like(integers), grid).tolist()
+
+    def error(chosen: tuple[int, ...]) -> float:
+        return sum(min((float(value) - level) ** 2 for level in chosen) for value in integers[0])
+
+    assert error(tuple(levels)) == min(error(chosen) for chosen in combinations(range(-7, 8), 3))
+
+
+def test_int4_wastes_no_levels_on_the_gap_that_pruning_leaves() -> None:
+    weight, keep = _matrix(64, 256)
+    grid = make_grid(weight, keep, "int4", 64)
+    assert grid.levels.shape == (16,) and bool((grid.levels[1:] > grid.levels[:-1]).all())
+    error = (rounded(weight, keep, grid) - weight)[keep].square().mean()
+    gap = weight[keep].abs().min() / grid.scales.float().mean()
+    assert float(grid.levels.abs().min()) > 0.8 * float(gap)
+    # evenly spaced: the largest weight of a group at -8 or 7
+    largest = (weight * keep).abs().reshape(64, 4, 64).amax(-1)
+    even = Grid((largest / 7).half(), torch.arange(-8, 8).to(torch.int8), 64)
+    assert error < 0.7 * (rounded(weight, keep, even) - weight)[keep].square().mean()
+
+
+def test_important_columns_are_closer_to_the_grid() -> None:
+    weight, keep = _matrix(16, 64)
+    importance = torch.ones(64)
+    importance[:8] = 1000.0
+    plain, weighted = (make_grid(weight, keep, "int4", None, counts) for counts in (None, importance))
+    errors = [(rounded(weight, keep, grid) - weight).square()[:, :8].sum() for grid in (plain, weighted)]
+    assert errors[1] < errors[0]
+
+
+def test_rows_without_survivors_stay_zero() -> None:
+    weight, keep = torch.ones(2, 64), torch.zeros(2, 64, dtype=torch.bool)
+    for kind in ("int8", "int4"):
+        grid = make_grid(weight, keep, kind, 32)
+        assert rounded(weight, keep, grid).count_nonzero() == 0 and bool(grid.scales.isfinite().all())
+
+
+def test_tiny_scales_stay_above_zero() -> None:
+    weight = torch.full((1, 32), 1e-7)
+    grid = make_grid(weight, weight != 0, "int8", None)
+    assert bool((grid.scales > 0).all())
