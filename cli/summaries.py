@@ -62,20 +62,27 @@ def export(result: dict[str, Any]) -> Table:
 
 
 def evaluate(result: dict[str, Any]) -> list[Any]:
-    error = result["perplexity_error"]
+    metric = result["metrics"][0]
     windows = "1 window" if result["windows"] == 1 else f"{result['windows']} windows"
     pairs = [
-        ("perplexity", f"{result['perplexity']:.3f}" + (f" ± {error:.3f}" if error is not None else "")),
+        (metric, _with_error(result[metric], result[f"{metric}_error"], 3)),
         ("text", f"{result['dataset']}: {windows} of {result['sequence_length']} tokens"),
         ("computed in", f"{result['dtype']} on {result['provider']}"),
     ]
     if result["fidelity"] is not None:
         pairs[1:1] = [
-            ("perplexity, dense", f"{result['baseline_perplexity']:.3f}"),
-            ("mean KL from dense", f"{result['fidelity']['mean_kl']:.4f} nats per token"),
-            ("top-1 agreement", f"{100 * result['fidelity']['top1_agreement']:.2f} %"),
+            (f"{metric}, dense", f"{result[f'baseline_{metric}']:.3f}"),
+            *(_fidelity(name, value) for name, value in result["fidelity"].items()),
         ]
     return [_pairs(pairs), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
+
+
+def _fidelity(name: str, value: float) -> tuple[str, str]:
+    known = {
+        "mean_kl": ("mean KL from dense", f"{value:.4f} nats per token"),
+        "top1_agreement": ("top-1 agreement", f"{100 * value:.2f} %"),
+    }
+    return known.get(name, (f"{name.replace('_', ' ')} with dense", f"{value:.4f}"))
 
 
 def _tasks_table(zero_shot: dict[str, Any]) -> Table:

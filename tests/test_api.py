@@ -149,8 +149,8 @@ def test_the_other_functions_are_the_commands(tiny, prose, tmp_path) -> None:
     common = {"dataset": prose, "sequence_length": 32, "max_windows": 2, "quiet": True}
     beside = gblm_compress.evaluate(tmp_path / "onnx", **common)
     direct = gblm_compress.evaluate(model, tokenizer=tokenizer, baseline=dense, **common)
-    assert direct.perplexity != direct.baseline_perplexity
-    assert beside.perplexity == pytest.approx(direct.perplexity, rel=1e-4)
+    assert direct.metrics != direct.baseline
+    assert beside.metrics["perplexity"].value == pytest.approx(direct.metrics["perplexity"].value, rel=1e-4)
     grid = gblm_compress.compare(
         dense, tmp_path / "grid", methods=("magnitude",), patterns=("2:4",), seeds=1,
         calibration={"dataset": prose, **TEXT}, evaluation={"dataset": prose, "sequence_length": 32, "max_windows": 2},

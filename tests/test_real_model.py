@@ -85,15 +85,15 @@ def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
     settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=8)
     good = evaluate(pruned, settings, baseline=dense, progress=progress)
     bad = evaluate(ModelSource("m", tmp_path / "m"), settings, progress=progress)
-    assert good.baseline_perplexity < good.perplexity < bad.perplexity / 2
-    assert good.fidelity.mean_kl > 0
+    assert good.baseline["perplexity"].value < good.metrics["perplexity"].value < bad.metrics["perplexity"].value / 2
+    assert good.fidelity["mean_kl"] > 0
 
 
 @pytest.mark.skipif(not (WIKITEXT / "wiki.test.tokens").exists(), reason="WikiText-2 is not on this machine")
 def test_dense_perplexity_is_the_independent_one(dense, progress) -> None:
     settings = EvaluateSettings(dataset=str(WIKITEXT / "wiki.test.tokens"), sequence_length=512, max_windows=40)
     result = evaluate(dense, settings, dtype="bfloat16", progress=progress)
-    assert result.perplexity == pytest.approx(25.6, abs=0.15)
+    assert result.metrics["perplexity"].value == pytest.approx(25.6, abs=0.15)
 
 
 def test_onnx_export(pruned, tmp_path, progress) -> None:

@@ -1,4 +1,4 @@
-"""The evaluation stage: perplexity, and fidelity to the dense model.
+"""The evaluation stage: the metrics of a task, such as perplexity, and fidelity to the dense model.
 
 Perplexity follows the protocol of the GPTQ, SparseGPT, Wanda and GBLM papers: the text is joined, tokenized
 whole and cut into non-overlapping windows; each window predicts its tokens 2 … L from those before them.
@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import kl_div
 
 from gblm_compress import faults
 from gblm_compress.errors import GblmError, ModelError
@@ -26,20 +24,8 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.tasks import text
+from gblm_compress.tasks.metrics import Metric, mean
 from gblm_compress.tasks.task import Sample
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How close a model stays to the dense one, over the same predicted tokens.
-
-    Attributes:
-        mean_kl: mean of KL(dense ‖ model) over tokens, in nats.
-        top1_agreement: fraction of tokens with the same most probable prediction.
-    """
-
-    mean_kl: float
-    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -47,32 +33,34 @@ class EvaluateResult:
     """The outcome of the stage.
 
     Attributes:
-        perplexity: exp of the mean cross-entropy over all predicted tokens.
-        perplexity_error: its standard error, from the spread of the windows' means (delta method); None for
-            a single window.
-        cross_entropy: the mean itself, in nats per token.
+        metrics: how well the task is done, the metric that counts first: see `Task.metrics`.
         windows, predicted_tokens: how much text it stands on.
-        baseline_perplexity: that of the dense model, when there is one.
+        baseline: the metrics of the dense model, when there is one.
+        fidelity: how close the predictions stay to the dense model's, each a mean over the samples: see
+            `Task.fidelity`.
         zero_shot: accuracies on tasks, when any were asked for.
     """
 
     model: str
     dataset: str
-    perplexity: float
-    perplexity_error: float | None
-    cross_entropy: float
+    metrics: dict[str, Metric]
     windows: int
     predicted_tokens: int
     sequence_length: int
     dtype: str
     provider: str
-    baseline_perplexity: float | None = None
-    fidelity: Fidelity | None = None
+    baseline: dict[str, Metric] | None = None
+    fidelity: dict[str, float] | None = None
     zero_shot: ZeroShot | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON: a metric as NAME, NAME_error and baseline_NAME, `metrics` the list of names."""
+        plain = asdict(self)
+        baseline = plain.pop("baseline") or {}
+        for name, metric in plain["metrics"].items():
+            plain[name], plain[f"{name}_error"] = metric["value"], metric["error"]
+            plain[f"baseline_{name}"] = baseline[name]["value"] if baseline else None
+        return {**plain, "metrics": list(plain["metrics"])}
 
 
 def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
@@ -109,7 +97,7 @@ def evaluate(
     device: str = "auto",
     progress: Progress,
 ) -> EvaluateResult:
-    """Measure the perplexity of a model, and its fidelity to `baseline` on the same windows.
+    """Measure how well a model does its task, and its fidelity to `baseline` on the same windows.
 
     Args:
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
@@ -128,19 +116,19 @@ def evaluate(
     device = loading.choose_device(device)
     progress.say(f"loading {source.name} …")
     model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
-    losses, dense_losses, divergences, agreements, predicted = [], [], [], [], 0
+    measured, of_dense, likenesses, predicted = [], [], [], 0
     for sample in progress.track(samples, "evaluating", unit="windows"):
         judged = task.judged(model.predict(sample), sample)
-        losses.append(float(task.loss(judged, sample)))
+        measured.append(task.measure(judged, sample))
         predicted += len(judged)
         if reference is not None:
             dense = reference.judged(sample, progress)
-            dense_losses.append(float(task.loss(dense, sample)))
-            divergences.append(mean_kl(dense, judged))
-            agreements.append(top1_agreement(dense, judged))
-    mean, error = mean_and_standard_error(losses)
-    if not math.isfinite(mean):
-        raise ModelError(f"{source.name!r}: its cross-entropy is {mean}; the model produces NaN or infinite logits")
+            of_dense.append(task.measure(dense, sample))
+            likenesses.append(task.fidelity(dense, judged))
+    metrics = task.metrics(measured)
+    if not any(math.isfinite(metric.value) for metric in metrics.values()):
+        values = " and ".join(f"{name} is {metric.value}" for name, metric in metrics.items())
+        raise ModelError(f"{source.name!r}: its {values}; the model produces NaN or infinite predictions")
     tasks = None
     if settings.tasks:
         answered = ask(source, model, settings, progress)
@@ -150,16 +138,14 @@ def evaluate(
     return EvaluateResult(
         model=source.name,
         dataset=settings.dataset,
-        perplexity=_exp(mean),
-        perplexity_error=None if error is None else _exp(mean) * error,
-        cross_entropy=mean,
+        metrics=metrics,
         windows=len(samples),
         predicted_tokens=predicted,
         sequence_length=settings.sequence_length,
         dtype=model.dtype,
         provider=model.provider,
-        baseline_perplexity=_exp(sum(dense_losses) / len(dense_losses)) if dense_losses else None,
-        fidelity=Fidelity(zero_shot.mean(divergences), zero_shot.mean(agreements)) if reference else None,
+        baseline=task.metrics(of_dense) if reference else None,
+        fidelity={name: mean([one[name] for one in likenesses]) for name in likenesses[0]} if reference else None,
         zero_shot=tasks,
     )
 
@@ -168,23 +154,3 @@ def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
     if settings.tasks and source.is_onnx:
         raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
     loading.check_length(source, settings.sequence_length)
-
-
-def mean_kl(reference: Tensor, logits: Tensor) -> float:
-    """Mean over tokens of KL(softmax(reference) ‖ softmax(logits)) in nats; both [tokens, vocabulary]."""
-    return float(kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True))
-
-
-def top1_agreement(reference: Tensor, logits: Tensor) -> float:
-    """Fraction of tokens whose most probable prediction is the same; both [tokens, vocabulary]."""
-    return float((reference.argmax(-1) == logits.argmax(-1)).double().mean())
-
-
-def mean_and_standard_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and the standard error of the mean (None for one value)."""
-    error = math.sqrt(zero_shot.variance_of_mean(values)) if len(values) > 1 else None
-    return zero_shot.mean(values), error
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -25,6 +25,7 @@ from gblm_compress.errors import (
 )
 from gblm_compress.progress import Progress
 from gblm_compress.storage.paths import kind_of
+from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
 METRICS = ("acc_norm", "acc")
 """What counts as a task's accuracy, the first that it has: by length-normalised likelihood where the task offers it."""
@@ -201,12 +202,13 @@ def score(
     results = []
     for task, (metric, correct) in answered.items():
         reference = dense[task][1] if dense is not None else None
+        accuracy = mean_metric(correct)
         results.append(
             TaskResult(
                 task=task,
                 metric=metric,
-                accuracy=mean(correct),
-                error=math.sqrt(variance_of_mean(correct)) if len(correct) > 1 else None,
+                accuracy=accuracy.value,
+                error=accuracy.error,
                 questions=len(correct),
                 dense_accuracy=None if reference is None else mean(reference),
                 recovery=None if reference is None else recovery([correct], [reference]),
@@ -242,17 +244,6 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
     )
     half = TWO_SIDED_95 * math.sqrt(variance) / len(model) / mean_dense
     return Ratio(ratio, ratio - half, ratio + half)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Their sum over their number."""
-    return sum(values) / len(values)
-
-
-def variance_of_mean(values: Sequence[float]) -> float:
-    """The square of its standard error; of two values or more."""
-    middle = mean(values)
-    return sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import check as evaluate_faults
-from gblm_compress.measure.evaluation import mean_and_standard_error, prepare
+from gblm_compress.measure.evaluation import prepare
 from gblm_compress.measure.reference import Reference
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
@@ -29,6 +29,7 @@ from gblm_compress.runs.reuse import carry_out
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks import text
+from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
 
@@ -143,17 +144,17 @@ def summarise(cells: list[Cell]) -> list[MethodSummary]:
         groups.setdefault((cell.method, cell.pattern), []).append(cell)
     result = []
     for (method, pattern), group in groups.items():
-        perplexity, perplexity_error = mean_and_standard_error([cell.perplexity for cell in group])
-        divergence, divergence_error = mean_and_standard_error([cell.mean_kl for cell in group])
+        perplexity = mean_metric([cell.perplexity for cell in group])
+        divergence = mean_metric([cell.mean_kl for cell in group])
         result.append(
             MethodSummary(
                 method=method,
                 pattern=pattern,
                 seeds=len(group),
-                perplexity=perplexity,
-                perplexity_error=perplexity_error,
-                mean_kl=divergence,
-                mean_kl_error=divergence_error,
+                perplexity=perplexity.value,
+                perplexity_error=perplexity.error,
+                mean_kl=divergence.value,
+                mean_kl_error=divergence.error,
                 accuracy=_mean_of_known([cell.accuracy for cell in group]),
                 recovery=_mean_of_known([cell.recovery for cell in group]),
                 seconds=sum(cell.seconds for cell in group) / len(group),

@@ -110,16 +110,16 @@ class CellStage:
             cost = self._in_own_process(partial(_prune, *what, self.dtype, self.device, progress.quiet))
             place = {"dtype": self.dtype, "device": self.device}
             found = evaluate(pruned, self.evaluation, baseline=self.reference, **place, progress=progress)
-        assert found.baseline_perplexity is not None and found.fidelity is not None
+        assert found.baseline is not None and found.fidelity is not None
         tasks = found.zero_shot
         return Cell(
             method=self.method,
             pattern=self.pattern,
             seed=self.calibration.seed,
-            perplexity=found.perplexity,
-            dense_perplexity=found.baseline_perplexity,
-            mean_kl=found.fidelity.mean_kl,
-            top1_agreement=found.fidelity.top1_agreement,
+            perplexity=found.metrics["perplexity"].value,
+            dense_perplexity=found.baseline["perplexity"].value,
+            mean_kl=found.fidelity["mean_kl"],
+            top1_agreement=found.fidelity["top1_agreement"],
             accuracy=tasks.mean_accuracy if tasks else None,
             recovery=tasks.recovery.ratio if tasks and tasks.recovery else None,
             seconds=cost.seconds,

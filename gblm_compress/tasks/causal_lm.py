@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gblm_compress.tasks import text, windows
+from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class CausalLM(Task):
         from torch.nn.functional import cross_entropy
 
         return cross_entropy(judged, sample["input_ids"][0, 1:])
+
+    def metrics(self, measured: Sequence[float]) -> dict[str, Metric]:
+        cross_entropy = mean_metric(measured)
+        return {"perplexity": perplexity(cross_entropy), "cross_entropy": cross_entropy}
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
         """Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time."""

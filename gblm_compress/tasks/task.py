@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from gblm_compress.errors import UsageError
+from gblm_compress.tasks.metrics import Metric, mean_kl, mean_metric, top1_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,13 +59,25 @@ class Task(ABC):
         """
 
     def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
-        """Samples to evaluate on, at most `limit`, for a task whose loss is a cross-entropy in nats per position.
+        """Samples to evaluate on, at most `limit`.
 
         Raises:
             UsageError: there is no evaluation of this task.
             DataError, ModelError: as `calibration`.
         """
-        raise UsageError(f"{self.help} has no perplexity to evaluate; models of its kind can be pruned")
+        raise UsageError(f"there is no evaluation of {self.help}; models of its kind can be pruned")
+
+    def measure(self, judged: Tensor, sample: Sample) -> Any:
+        """What `metrics` needs of a sample: its loss, unless a task says otherwise."""
+        return float(self.loss(judged, sample))
+
+    def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
+        """How well the task is done, from what `measure` gave for all samples; the first counts."""
+        return {"loss": mean_metric(measured)}
+
+    def fidelity(self, reference: Tensor, judged: Tensor) -> dict[str, float]:
+        """How close what is judged of a sample is to what the dense model gives there; both [positions, classes]."""
+        return {"mean_kl": mean_kl(reference, judged), "top1_agreement": top1_agreement(reference, judged)}
 
     def example(self, config: Any) -> Sample:
         """The arguments with which a model is traced for ONNX: two samples, of which the first is padded.

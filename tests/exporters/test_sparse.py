@@ -225,7 +225,7 @@ def test_evaluate_and_benchmark_take_it(format, tiny, tmp_path, prose, progress)
     source, folder, _ = exported(tiny, tmp_path, progress, format=format)
     settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
     same = evaluate(folder, settings, baseline=source, progress=progress)
-    assert same.fidelity.mean_kl == pytest.approx(0, abs=1e-6)
+    assert same.fidelity["mean_kl"] == pytest.approx(0, abs=1e-6)
     result = benchmark(
         [folder], [source], BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1), progress=progress
     )

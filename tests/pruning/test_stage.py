@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.measure.evaluation import mean_kl
 from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
@@ -27,6 +26,7 @@ from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_calibration import slow_activation_norms
 from tests.conftest import ARCHITECTURES, samples
 

@@ -25,10 +25,12 @@ from gblm_compress.pruning.distillation import distil_, head_inputs
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
+from gblm_compress.runs.gates import check_gates
 from gblm_compress.settings import (
     CalibrationSettings,
     EvaluateSettings,
     ExportSettings,
+    GateSettings,
     PruneSettings,
     ResourceSettings,
 )
@@ -274,7 +276,7 @@ def test_experts_that_read_rows_of_their_own_choice_refuse_padding(encoder, pros
         activation_norms(states.block(1), prunable_layers(model)[1])
 
 
-def test_an_encoder_is_packed_and_what_its_task_does_not_answer_is_refused(encoder, tmp_path, prose, progress) -> None:
+def test_an_encoder_is_packed_and_has_no_export_to_onnx(encoder, tmp_path, prose, progress) -> None:
     text = CalibrationSettings(dataset=str(prose), samples=SAMPLES, sequence_length=LENGTH)
     prune(
         encoder, tmp_path / "pruned", PruneSettings(pattern="2:4", update="none"), text, device="cpu", progress=progress
@@ -283,10 +285,37 @@ def test_an_encoder_is_packed_and_what_its_task_does_not_answer_is_refused(encod
     assert "`AutoModel.from_pretrained` loads" in (pruned.folder / "README.md").read_text()
     done = export(pruned, tmp_path / "packed", ExportSettings(format="bitmask"), force=False, progress=progress)
     assert done.checks["packed_layers"] == 12 and done.checks["logits_relative_difference"] < 1e-4
-    with pytest.raises(UsageError, match="an encoder has no perplexity to evaluate"):
-        evaluate(pruned, EvaluateSettings(dataset=str(prose), sequence_length=LENGTH), device="cpu", progress=progress)
     with pytest.raises(UsageError, match="an encoder cannot be exported to ONNX"):
         export(pruned, tmp_path / "onnx", ExportSettings(format="onnx"), force=False, progress=progress)
+
+
+def test_an_encoder_is_judged_by_the_metrics_of_its_task(encoder, tmp_path, prose, progress) -> None:
+    pruned = ModelSource("pruned", tmp_path / "pruned")
+    prune(
+        encoder,
+        pruned.folder,
+        PruneSettings(method="magnitude", fit="none"),
+        CalibrationSettings(),
+        device="cpu",
+        progress=progress,
+    )
+    settings = EvaluateSettings(dataset=str(prose), sequence_length=LENGTH, max_windows=3)
+    found = evaluate(pruned, settings, baseline=encoder, device="cpu", progress=progress)
+    dense, other, norms, cosines = load_model(encoder), load_model(pruned), [], []
+    for ids in without_padding(TASKS["embedding"].evaluation(*_tokenizer_and_config(encoder), str(prose), LENGTH, 3)):
+        one, two = (model(input_ids=ids).last_hidden_state[0].detach().double() for model in (dense, other))
+        norms.append(float(two.norm()))
+        cosines.append(float(((one * two).sum(1) / one.norm(dim=1) / two.norm(dim=1)).mean()))
+    assert found.metrics["norm"].value == pytest.approx(sum(norms) / 3, rel=1e-4)
+    assert found.fidelity["cosine"] == pytest.approx(sum(cosines) / 3, rel=1e-4) and found.fidelity["cosine"] < 0.999
+    plain = found.as_dict()
+    assert plain["metrics"] == ["norm"] and plain["baseline_norm"] == found.baseline["norm"].value
+    (gate,) = check_gates(GateSettings(max_mean_kl=1.0), plain, [])  # which an encoder does not measure
+    assert not gate.passed
+
+
+def _tokenizer_and_config(source: ModelSource):
+    return load_tokenizer(source), config_of(source)
 
 
 def test_a_class_tells_its_task() -> None:

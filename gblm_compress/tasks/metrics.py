@@ -1,0 +1,58 @@
+"""Metrics: how well a task is done, and how close two predictions are. Pure functions; importing loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured value.
+
+    Attributes:
+        value: the measurement.
+        error: its standard error, from the spread over the samples; None where there is one sample.
+    """
+
+    value: float
+    error: float | None = None
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their sum over their number."""
+    return sum(values) / len(values)
+
+
+def variance_of_mean(values: Sequence[float]) -> float:
+    """The square of its standard error; of two values or more."""
+    middle = mean(values)
+    return sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+
+def mean_metric(values: Sequence[float]) -> Metric:
+    """The mean with its standard error."""
+    return Metric(mean(values), math.sqrt(variance_of_mean(values)) if len(values) > 1 else None)
+
+
+def perplexity(cross_entropy: Metric) -> Metric:
+    """exp of a mean cross-entropy in nats; its error by the delta method."""
+    value = math.exp(cross_entropy.value) if cross_entropy.value < 700 else math.inf
+    return Metric(value, None if cross_entropy.error is None else value * cross_entropy.error)
+
+
+def mean_kl(reference: Tensor, logits: Tensor) -> float:
+    """Mean over positions of KL(softmax(reference) ‖ softmax(logits)) in nats; both [positions, classes]."""
+    from torch.nn.functional import kl_div
+
+    return float(kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True))
+
+
+def top1_agreement(reference: Tensor, logits: Tensor) -> float:
+    """Fraction of positions whose most probable class is the same; both [positions, classes]."""
+    return float((reference.argmax(-1) == logits.argmax(-1)).double().mean())
