@@ -16,6 +16,7 @@ from gblm_compress.cli import options as o
 from gblm_compress.cli import summaries
 from gblm_compress.cli.options import Spelt, from_settings
 from gblm_compress.errors import GateError
+from gblm_compress.machine.environment import share_cores
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
@@ -202,12 +203,12 @@ def run(
     loaded = load_recipe(path, tuple(set_ or ()))
     folder = output or Path("runs") / path.stem
     outputs.check_workable(folder, "run")
+    progress = _progress(quiet)
 
     from gblm_compress import faults
     from gblm_compress.runs import checks, pipeline
     from gblm_compress.runs import dry_run as looking
 
-    progress = _progress(quiet)
     if dry_run:
         faults.raise_all(checks.check(loaded, progress) + checks.check_output(loaded, folder))
         return _show(looking.dry_run(loaded, folder, progress).as_dict(), summaries.dry_run, json_)
@@ -256,6 +257,7 @@ COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, validate,
 def _progress(quiet: bool) -> Progress:
     from gblm_compress.models.finding import silence_libraries
 
+    share_cores()
     silence_libraries()
     return Progress(quiet)
 
@@ -274,6 +276,7 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
     progress = Progress(quiet)
     paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
     sources = {name: resolve_model(name, progress) for name in paths_first}
+    share_cores()
     silence_libraries()
     return progress, *(sources[name] for name in models)
 

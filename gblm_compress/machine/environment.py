@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ INSTRUCTION_SETS = {
 
 QUIET = 0.2
 """Cores that may be busy with something else while a figure is measured: beyond, it says little."""
+SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"
+"""How often a thread of OpenMP asks whether it may go on before it sleeps; 300,000 times unless told otherwise."""
 
 
 def environment() -> dict[str, Any]:
@@ -41,6 +44,17 @@ def environment() -> dict[str, Any]:
 def busy_cores(seconds: float = 0.5) -> float:
     """How many cores other programs and threads keep busy now, looked at for that long."""
     return (os.cpu_count() or 1) * psutil.cpu_percent(interval=seconds) / 100
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep soon where they wait for each other, if other programs keep a core busy.
+
+    They spin for milliseconds otherwise, which is fastest on a quiet machine; beside others, a thread that spins takes
+    the core from the one that it waits for. Torch must not be loaded yet. What the user has set stays.
+    """
+    chosen = {"OMP_WAIT_POLICY", SPINS} & os.environ.keys()
+    if not chosen and "torch" not in sys.modules and busy_cores(0.2) > 0.5:
+        os.environ[SPINS] = FEW_SPINS
 
 
 def cpu_name() -> str:

@@ -17,6 +17,24 @@ def test_a_core_that_works_is_seen() -> None:
     assert 0.5 < found <= (os.cpu_count() or 1)
 
 
+@pytest.mark.parametrize(
+    ("busy", "given", "loaded", "spins"),
+    [
+        (1.0, {}, False, "3000"),
+        (0.1, {}, False, None),
+        (1.0, {"GOMP_SPINCOUNT": "7"}, False, "7"),
+        (1.0, {"OMP_WAIT_POLICY": "active"}, False, None),
+        (1.0, {}, True, None),  # too late
+    ],
+)
+def test_threads_sleep_soon_beside_other_work_unless_told_otherwise(monkeypatch, busy, given, loaded, spins) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(environment, "busy_cores", lambda seconds: busy)
+    monkeypatch.setattr(sys, "modules", {"torch": None} if loaded else {})
+    environment.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 @pytest.mark.parametrize(("busy", "lines"), [(0.1, []), (1.34, ["warning: 1.3 of 2 cores were busy with other work"])])
 def test_a_benchmark_beside_other_work_says_so(busy: float, lines: list[str]) -> None:
     machine = {"cpu": "a CPU", "threads": 2, "device": "cpu", "cores": 2, "busy_cores": busy}
