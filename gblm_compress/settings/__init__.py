@@ -21,7 +21,6 @@ from gblm_compress.settings.stages import (
     ExportSettings,
     ModelSettings,
     ResourceSettings,
-    RuntimeName,
 )
 
 __all__ = [
@@ -42,6 +41,5 @@ __all__ = [
     "PruneSettings",
     "Recipe",
     "ResourceSettings",
-    "RuntimeName",
     "Settings",
 ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[*FORMATS]
-RuntimeName = Literal["torch", "onnxruntime", "genai"]
+RuntimeName = Literal["torch", "vllm", "onnxruntime", "genai"]
 RUNTIME_SYNONYMS = Synonyms({"torch": ("pytorch",), "onnxruntime": ("ort", "onnx"), "genai": ("onnxruntime-genai",)})
 
 
@@ -122,8 +122,8 @@ class BenchmarkSettings(Settings):
     runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
-        description="Where models are timed: Hugging Face folders in torch, ONNX exports in onnxruntime and in genai "
-        "(onnxruntime-genai).",
+        description="Where models are timed: Hugging Face folders in torch and vllm (which needs an environment of its "
+        "own), ONNX exports in onnxruntime and genai (onnxruntime-genai).",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
         None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."

@@ -90,7 +90,7 @@ def test_prune_export_evaluate_inspect_benchmark(program, tmp_path: Path, prose:
         (
             ["benchmark", "tiny", "--baseline", "tiny", "--runtimes", "foo"],
             2,
-            "error: --runtimes: input should be 'torch', 'onnxruntime' or 'genai', got \"foo\"",
+            "error: --runtimes: input should be 'torch', 'vllm', 'onnxruntime' or 'genai', got \"foo\"",
         ),
         (["compare", "tiny", "--methods", "wanda,foo"], 2, "method 'foo': 'foo' is neither a preset nor a method"),
         (["compare", "tiny", "--evaluation-length", "1"], 2, "error: --evaluation-length: input should be greater"),

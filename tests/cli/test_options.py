@@ -180,7 +180,7 @@ def test_help_names_options_choices_ranges_and_panels(command: str, settings: ty
         ("prune --method g", ["gblm", "gradient"]),
         ("evaluate --dtype b", ["bfloat16"]),
         ("export --format ", ["onnx", "bitmask", "semi-structured"]),
-        ("benchmark --runtimes torch,", ["torch,torch", "torch,onnxruntime", "torch,genai"]),
+        ("benchmark --runtimes torch,", ["torch,torch", "torch,vllm", "torch,onnxruntime", "torch,genai"]),
     ],
 )
 def test_the_shell_completes_choices(words: str, completed: list[str]) -> None:

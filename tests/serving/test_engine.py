@@ -228,3 +228,24 @@ def test_a_folder_of_a_newer_version_is_refused(script, tmp_path) -> None:
         "layout 'bitmask2' is not known; this version reads bitmask and sparse24; a newer gblm-compress may have packed"
     )
     one_line(script, newer, tmp_path / "log", line)
+
+
+def test_benchmark_times_dense_and_packed_in_vllm(folders: dict[str, Path]) -> None:
+    """Of three sequences at once too; tokens as in torch, but where two are as good as each other."""
+    made = gblm_compress.benchmark(
+        folders["sparse"],
+        baseline=folders["dense"],
+        runtimes=["vllm"],
+        batch=[1, 3],
+        prompt=24,
+        generate=8,
+        repeats=5,
+        warmup=1,
+        dtype="float32",
+        quiet=True,
+    )
+    assert [(m.runtime, m.batch) for m in made.measurements] == [("vllm", 1), ("vllm", 1), ("vllm", 3), ("vllm", 3)]
+    dense, packed = made.measurements[:2]
+    assert set(dense.decode_kernels) == {"dense"}
+    assert {name.partition(" ")[0] for name in packed.decode_kernels} == {"bitmask"}
+    assert packed.same_tokens_as_baseline and packed.tpot_ms.median > 0

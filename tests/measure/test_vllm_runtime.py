@@ -1,0 +1,92 @@
+"""vLLM's engine stepped by hand, under a stand-in that reads prompts one after the other, as a scheduler may."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.measure.runtimes import check_installed, load_runtime
+
+
+class Engine:
+    """Answers a sequence with its last id plus 1, 2, …; one prompt is read at each step."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, list[int]] = {}
+        self.said: dict[str, list[int]] = {}
+        self.steps = 0
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
+        assert params.temperature == 0.0 and params.ignore_eos
+        self.requests[name] = prompt["prompt_token_ids"]
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            del self.requests[name]
+            self.said.pop(name, None)
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        waiting = next((name for name in self.requests if name not in self.said), None)
+        for name, said in self.said.items():
+            said.append(self.requests[name][-1] + len(said) + 1)
+        if waiting is not None:
+            self.said[waiting] = [self.requests[waiting][-1] + 1]
+        return [
+            SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=tuple(said))])
+            for name, said in self.said.items()
+        ]
+
+
+@pytest.fixture
+def engine(monkeypatch) -> Engine:
+    made = Engine()
+
+    def llm(folder: str, **options: Any) -> Any:
+        if options["dtype"] == "float16":
+            raise ValueError("no such dtype here\nand more")
+        return SimpleNamespace(llm_engine=made)
+
+    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    vllm.__version__, vllm.LLM, vllm.SamplingParams = "0", llm, SimpleNamespace
+    platforms.current_platform = SimpleNamespace(device_type="cpu")
+    vllm.__spec__ = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "0")  # and so put back
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    return made
+
+
+def test_sequences_that_are_ahead_wait_for_the_others(engine, tiny) -> None:
+    runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
+    for _ in range(2):  # the second generation drops the first
+        engine.steps = 0
+        token, cache = runtime.prefill(torch.tensor([[5, 10], [5, 20], [5, 30]]))
+        assert token.tolist() == [[11], [21], [31]] and engine.steps == 3
+        for number in range(2, 6):
+            token, cache = runtime.decode(token, cache)
+            assert token.tolist() == [[10 + number], [20 + number], [30 + number]]
+        assert engine.steps == 7 and len(engine.requests) == 3
+
+
+def test_what_vllm_does_not_do_is_told(engine, tiny) -> None:
+    with pytest.raises(ModelError, match=r"vLLM cannot load it \(no such dtype here\)"):
+        load_runtime(tiny("llama"), "float16", "cpu", 1, runtime="vllm")
+    with pytest.raises(UsageError, match="this vLLM is built for cpu"):
+        load_runtime(tiny("llama"), "float32", "cuda:0", 1, runtime="vllm")
+    runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
+    with pytest.raises(UsageError, match="evaluated in torch"):
+        runtime.predict({"input_ids": torch.tensor([[1]])})
+
+
+@pytest.mark.parametrize(("runtime", "package"), [("vllm", "vllm"), ("genai", "onnxruntime_genai")])
+def test_a_runtime_that_is_not_installed_is_named_before_any_work(monkeypatch, runtime: str, package: str) -> None:
+    monkeypatch.setattr("gblm_compress.measure.runtimes.find_spec", lambda name: None if name == package else name)
+    with pytest.raises(MissingDependencyError, match=f"runtime {runtime}: {package} is not installed; .*pip install"):
+        check_installed(runtime)
+    check_installed("torch")
