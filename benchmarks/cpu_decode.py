@@ -186,20 +186,25 @@ def model(options: argparse.Namespace, dtype: str) -> tuple[dict[str, Any], list
 
 def generations(
     runtimes: dict[str, Any], ids: torch.Tensor, rounds: int, generate: int
-) -> tuple[dict[str, tuple[float, float]], dict[str, list[int]]]:
-    """(median prefill, median ms a token) and the greedy tokens of each runtime, in interleaved rounds."""
+) -> tuple[dict[str, tuple[float, float]], dict[str, list[Any]]]:
+    """(median prefill, median ms a step) and the greedy tokens of each runtime, in interleaved rounds.
+
+    Args:
+        ids: prompts of the same length, decoded together.
+        generate: tokens for each prompt: the first by the prefill, the others by a step each.
+    """
     prefill: dict[str, list[float]] = {name: [] for name in runtimes}
     decode: dict[str, list[float]] = {name: [] for name in runtimes}
-    tokens: dict[str, list[int]] = {}
+    tokens: dict[str, list[Any]] = {}
     for number in range(rounds + 1):
         for name, runtime in runtimes.items():
             start = time.perf_counter()
             token, cache = runtime.prefill(ids)
             first = time.perf_counter()
-            tokens[name] = [int(token)]
+            tokens[name] = [token.tolist()]
             for _ in range(generate - 1):
                 token, cache = runtime.decode(token, cache)
-                tokens[name].append(int(token))
+                tokens[name].append(token.tolist())
             if number:
                 prefill[name].append(1000 * (first - start))
                 decode[name].append(1000 * (time.perf_counter() - first) / (generate - 1))

@@ -1,20 +1,24 @@
 """Zeros in the engines that people run: one pruned model, packed beside dense, in one process and one run.
 
     python benchmarks/engines.py PRUNED DENSE --folder exports --json result.json
+    python benchmarks/engines.py --random 1b --folder exports --dtypes float16 --prompt 256 --generate 16 --rounds 3
 
 Exports fused ONNX graphs of both models, with float32 and float16 weights (those that are in `--folder` already are
 taken as they are), and times them in ONNX Runtime and onnxruntime-genai, beside llama.cpp at the same precision where
 its package (llama-cpp-python) is installed: a decode step of one sequence and of several, and the prefill of a prompt.
 Medians over interleaved rounds; the first is warm-up. Then a decode step of each graph is profiled by operator.
+All weights of one dtype are in memory together.
+
+With `--random` the models are made in `--folder` too: a Llama of random float16 weights, too large for any cache, and
+the same one with half of every row zero, by magnitude.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -23,9 +27,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from cpu_decode import show
+from cpu_decode import generations, show
 from llama_cpp_model import LlamaCpp, write_gguf
+from random_llama import PRESETS, write_random_llama
 
+from gblm_compress.api import prune
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
 from gblm_compress.machine.environment import environment
@@ -46,10 +52,22 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 this package's dense operator, as the packed model's head does."""
 
 
-def exported(models: dict[str, ModelSource], folder: Path) -> dict[str, ModelSource]:
-    """The graphs, made where they are not in `folder`."""
+def random_models(preset: str, folder: Path) -> dict[str, ModelSource]:
+    """A random Llama and the pruned one, made where they are not in `folder`."""
+    models = {name: ModelSource(name, folder / f"{name}-model") for name in ("dense", "pruned")}
+    if not models["dense"].folder.exists():
+        write_random_llama(models["dense"].folder, PRESETS[preset], "float16")
+    if not models["pruned"].folder.exists():
+        prune(models["dense"].folder, models["pruned"].folder, method="magnitude", fit="none")
+    return models
+
+
+def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[str, ModelSource]:
+    """The graphs with weights of a dtype, made where they are not in `folder`."""
     found = {}
     for name, (model, settings) in GRAPHS.items():
+        if settings["dtype"] != dtype:
+            continue
         target = folder / name.replace(" ", "-")
         if not target.exists():
             export(models[model], target, ExportSettings(format="onnx", **settings), progress=Progress())
@@ -59,42 +77,20 @@ def exported(models: dict[str, ModelSource], folder: Path) -> dict[str, ModelSou
 
 @contextmanager
 def contenders(
-    graphs: dict[str, ModelSource], dense: ModelSource, threads: int, longest: int
+    graphs: dict[str, ModelSource], dense: ModelSource, dtype: str, threads: int, longest: int
 ) -> Iterator[dict[str, Any]]:
-    """Everything that is timed, by engine and weights."""
+    """All engines that are timed with weights of a dtype, by engine and weights."""
     found: dict[str, Any] = {}
     for runtime in ("onnxruntime", "genai"):
         for name, source in graphs.items():
             found[f"{runtime} {name}"] = load_runtime(source, "auto", "cpu", threads, runtime=runtime)
     with tempfile.TemporaryDirectory() as scratch:
-        llamas = []
-        for dtype in ("float32", "float16") if find_spec("llama_cpp") else ():
-            path = write_gguf(load_model(dense, "float32"), dtype, Path(scratch) / f"{dtype}.gguf")
-            llamas.append(LlamaCpp(path, threads, longest))
-            found[f"llama.cpp dense {dtype}"] = llamas[-1]
-        try:
+        if not find_spec("llama_cpp"):
             yield found
-        finally:
-            for llama in llamas:
-                llama.close()
-
-
-def timed(runtimes: dict[str, Any], ids: torch.Tensor, generate: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of the prefill of `ids` and of a decode step after it, in interleaved rounds."""
-    prefill: dict[str, list[float]] = {name: [] for name in runtimes}
-    decode: dict[str, list[float]] = {name: [] for name in runtimes}
-    for number in range(rounds + 1):
-        for name, runtime in runtimes.items():
-            start = time.perf_counter()
-            token, cache = runtime.prefill(ids)
-            first = time.perf_counter()
-            for _ in range(generate):
-                token, cache = runtime.decode(token, cache)
-            end = time.perf_counter()
-            if number:
-                prefill[name].append(1000 * (first - start))
-                decode[name].append(1000 * (end - first) / generate)
-    return {name: (median(prefill[name]), median(decode[name])) for name in runtimes}
+            return
+        path = write_gguf(load_model(dense, dtype), dtype, Path(scratch) / "dense.gguf")
+        with closing(LlamaCpp(path, threads, longest)) as llama:
+            yield {**found, f"llama.cpp dense {dtype}": llama}
 
 
 def profile(source: ModelSource, threads: int, past: int = 128, steps: int = 30) -> dict[str, float]:
@@ -125,12 +121,45 @@ def profile(source: ModelSource, threads: int, past: int = 128, steps: int = 30)
     return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
 
+def compared(
+    graphs: dict[str, ModelSource], dense: ModelSource, dtype: str, threads: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each engine and its weights of a dtype."""
+    ids = torch.randint(0, 1000, (options.parallel, options.prompt), generator=torch.Generator().manual_seed(0))
+    with contenders(graphs, dense, dtype, threads, options.prompt + options.generate + 1) as runtimes:
+        one, _ = generations(runtimes, ids[:1], options.rounds, options.generate)
+        several = {name: runtime for name, runtime in runtimes.items() if not isinstance(runtime, LlamaCpp)}
+        many, _ = generations(several, ids[:, :64], options.rounds, options.generate)
+    rows = []
+    for name, (prefill, decode) in one.items():
+        engine, kind, _ = name.split()
+        rivals = {"dense": one.get(f"{engine} dense {dtype}"), "llama.cpp": one.get(f"llama.cpp dense {dtype}")}
+        rows.append(
+            {
+                "engine": engine,
+                "weights": f"{kind} {dtype}",
+                "threads": threads,
+                "MB": graphs[f"{kind} {dtype}"].bytes_on_disk / 1e6 if engine != "llama.cpp" else None,
+                "ms_per_token": decode,
+                "prefill_ms": prefill,
+                f"ms_per_step_of_{options.parallel}": many[name][1] if name in many else None,
+                "decode_over_dense": rivals["dense"] and rivals["dense"][1] / decode,
+                "prefill_over_dense": rivals["dense"] and rivals["dense"][0] / prefill,
+                "parallel_over_dense": many[f"{engine} dense {dtype}"][1] / many[name][1] if name in many else None,
+                "decode_over_llama.cpp": rivals["llama.cpp"] and rivals["llama.cpp"][1] / decode,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     """Export, time, profile; print tables and write JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pruned", help="a pruned folder")
-    parser.add_argument("dense", help="the dense model that it was made from")
+    parser.add_argument("pruned", nargs="?", help="a pruned folder")
+    parser.add_argument("dense", nargs="?", help="the dense model that it was made from")
+    parser.add_argument("--random", choices=PRESETS, help="models with random weights of this size, in place of both")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16"), default=["float32", "float16"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=32)
@@ -138,36 +167,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if (options.random is None) != (options.dense is not None):
+        parser.error("give PRUNED and DENSE, or --random alone")
     silence_libraries()
-    models = {name: resolve_model(getattr(options, name), Progress(quiet=True)) for name in ("pruned", "dense")}
-    graphs = exported(models, options.folder)
+    if options.random:
+        models = random_models(options.random, options.folder)
+    else:
+        models = {name: resolve_model(getattr(options, name), Progress(quiet=True)) for name in ("pruned", "dense")}
     result: dict[str, Any] = {"environment": environment(), "rows": [], "profiles": []}
-    ids = torch.randint(0, 1000, (options.parallel, options.prompt), generator=torch.Generator().manual_seed(0))
-    for threads in options.threads:
-        with contenders(graphs, models["dense"], threads, options.prompt + options.generate + 1) as runtimes:
-            one = timed(runtimes, ids[:1], options.generate, options.rounds)
-            several = {name: runtime for name, runtime in runtimes.items() if not isinstance(runtime, LlamaCpp)}
-            many = timed(several, ids[:, :64], options.generate, options.rounds)
-        for name, (prefill, decode) in one.items():
-            engine, kind, dtype = name.split()
-            rivals = {"dense": one.get(f"{engine} dense {dtype}"), "llama.cpp": one.get(f"llama.cpp dense {dtype}")}
-            result["rows"].append(
-                {
-                    "engine": engine,
-                    "weights": f"{kind} {dtype}",
-                    "threads": threads,
-                    "MB": graphs[f"{kind} {dtype}"].bytes_on_disk / 1e6 if engine != "llama.cpp" else None,
-                    "ms_per_token": decode,
-                    "prefill_ms": prefill,
-                    f"ms_per_step_of_{options.parallel}": many[name][1] if name in many else None,
-                    "decode_over_dense": rivals["dense"] and rivals["dense"][1] / decode,
-                    "prefill_over_dense": rivals["dense"] and rivals["dense"][0] / prefill,
-                    "parallel_over_dense": many[f"{engine} dense {dtype}"][1] / many[name][1] if name in many else None,
-                    "decode_over_llama.cpp": rivals["llama.cpp"] and rivals["llama.cpp"][1] / decode,
-                }
-            )
-        for name, source in graphs.items():
-            result["profiles"].append({"weights": name, "threads": threads, "ms": profile(source, threads)})
+    for dtype in options.dtypes:
+        graphs = exported(models, options.folder, dtype)
+        for threads in options.threads:
+            result["rows"] += compared(graphs, models["dense"], dtype, threads, options)
+            for name, source in graphs.items():
+                result["profiles"].append({"weights": name, "threads": threads, "ms": profile(source, threads)})
     show(f"prompt of {options.prompt}, then {options.generate} greedy tokens", result["rows"])
     for entry in result["profiles"]:
         parts = list(entry["ms"].items())[:7]

@@ -7,6 +7,9 @@ Needs torch, triton and transformers, nothing else: no network, no data, no inst
 kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B parameters, 1 to 4096 tokens: torch's dense
              product, the Triton kernels of both layouts, cuSPARSELt, CUTLASS, and dense after unpacking. Each is
              repeated within a CUDA graph over copies of the weight that do not fit the L2 cache together.
+one token    the same layers in float16 and in bfloat16, for decoding one sequence: cuBLAS, as a linear layer and as a
+             matrix times a vector, beside Triton on half of the weights, unstructured (bitmask) and 2:4 (sparse24); and
+             what others have published.
 model        prefill and decode of a Llama of 1.1B parameters with random weights, 2:4, dense and in both layouts:
              eager, compiled, and both within CUDA graphs. The dense model has the same zeros.
 pruning      time and device memory to prune a few blocks of a LLaMA of 7B with random weights, streamed: the block at
@@ -31,7 +34,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,6 +123,27 @@ TOY = Size(
     samples=2,
     sample_length=16,
 )
+
+PUBLISHED = (
+    {
+        "what": "MACKO, products of a matrix and a vector: float16, half of the weights zero, unstructured",
+        "over_dense": [1.2, 1.5],
+        "source": "arXiv 2511.13061, abstract",
+    },
+    {
+        "what": "MACKO, Llama-2-7B pruned by Wanda: float16, half of the weights zero, generation on an RTX 4090",
+        "dense_tokens_per_second": 66.53,
+        "tokens_per_second": 98.60,
+        "over_dense": 1.48,
+        "source": "github.com/vlejd/macko_spmv, media/README.md",
+    },
+    {
+        "what": "MACKO on other GPUs: tested on an RTX 2080, 3090 and 4090; server GPUs (H100, V100) need a special "
+        "optimisation, and a matrix-vector product that matches cuBLAS on the H100 is still looked for",
+        "source": "github.com/vlejd/macko_spmv, README.md",
+    },
+)
+"""What others measured, on other GPUs: context, not a comparison."""
 
 
 class Clock:
@@ -226,28 +250,71 @@ class Bench:
         return dict(Counter(event.name for event in record.events() if event.device_type == kind).most_common())
 
 
-def two_four(rows: int, columns: int, bench: Bench) -> Tensor:
-    """A random 2:4 weight: of every four, the two largest."""
-    weight = torch.randn(rows, columns, device=bench.device)
-    return masked(weight).to(bench.dtype)
-
-
-def masked(weight: Tensor) -> Tensor:
-    """A weight without all but the two largest of every four; +0.0 elsewhere."""
-    groups = weight.reshape(len(weight), -1, 4)
-    lost = groups.abs().argsort(-1)[..., :2]
+def masked(weight: Tensor, group: int = 4) -> Tensor:
+    """A weight without all but the larger half of every `group` in a row: 2:4 by default; +0.0 elsewhere."""
+    groups = weight.reshape(len(weight), -1, group)
+    lost = groups.abs().argsort(-1)[..., : group // 2]
     return groups.scatter(-1, lost, 0.0).reshape(weight.shape)
 
 
-def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
-    """The kernel grid; `rows` is filled as it goes."""
+@dataclass(frozen=True)
+class Way:
+    """A way to multiply: each call computes the same product from another copy of the weight, of so many bytes."""
+
+    title: str
+    variant: str
+    bytes: int
+    calls: list[Callable[[], Any]]
+
+    def timed(self, bench: Bench, x: Tensor, rows: int) -> dict[str, Any]:
+        """What is measured of it, for a weight of so many rows."""
+        ms, timing = bench.rotated_milliseconds(self.calls)
+        moved = self.bytes + x.nbytes + len(x) * rows * x.element_size()
+        return {
+            "execution": self.title,
+            "variant": self.variant,
+            "ms": ms,
+            "gb_per_second": moved / ms / 1e6,
+            "timing": timing,
+        }
+
+
+def dense_way(bench: Bench, title: str, weight: Tensor, x: Tensor, product: Callable[[Tensor], Any]) -> Way:
+    """A dense product, a function of the weight."""
+    each = copies(bench, weight.nbytes, len(x), weight.clone)
+    return Way(title, "", weight.nbytes, [partial(product, weight) for weight in each])
+
+
+def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[str, str]]:
+    """The fastest variant of every kernel that multiplies by a packed weight; and of those that do not run, why."""
     from gblm_compress.layouts import cuda_linear
     from gblm_compress.layouts.cuda_linear import DENSE, Candidate
 
     if not bench.on_cuda:
         cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
-    weights = {name: two_four(*shape, bench) for name, shape in bench.size.layers.items()}
-    packed = {name: pack_both(weight) for name, weight in weights.items()}
+    times, excluded = cuda_linear.measure(packed, len(x))
+    layout = packed.layout
+    size = packed.values.nbytes + packed.places.nbytes + (packed.starts.nbytes if layout == "bitmask" else 0)
+    ways = []
+    for kernel in sorted({candidate.kernel for candidate in times}):
+        best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
+        title = {"triton": f"Triton {layout}", "dense": f"unpack {layout}, dense"}.get(kernel, kernel)
+        operands = cuda_linear.operands(packed, {kernel})
+        calls = [
+            partial(cuda_linear.run, best, x, each, None, cloned_operands(operands))
+            for each in copies(bench, size, len(x), partial(cloned, packed))
+        ]
+        ways.append(Way(title, str(best) if best != DENSE else "", size, calls))
+    return ways, {f"{layout} {kernel}": reason for kernel, reason in excluded.items()}
+
+
+def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
+    """The kernel grid; `rows` is filled as it goes."""
+    weights = {
+        name: masked(torch.randn(*shape, device=bench.device)).to(bench.dtype)
+        for name, shape in bench.size.layers.items()
+    }
+    packed = {name: [pack(layout, weight) for layout in ("sparse24", "bitmask")] for name, weight in weights.items()}
     excluded: dict[str, str] = {}
     left_out, names = [], {}
     for tokens in bench.size.tokens:
@@ -256,65 +323,76 @@ def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
                 left_out.append(f"{name}, {tokens} tokens")
                 continue
             x = torch.randn(tokens, weight.shape[1], device=bench.device).to(bench.dtype)
-            dense_copies = copies(bench, weight.nbytes, tokens, weight.clone)
-            calls: dict[str, list[Callable[[], Any]]] = {
-                "dense": [partial(nn.functional.linear, x, copy_) for copy_ in dense_copies]
-            }
-            bytes_of, variant = {"dense": weight.nbytes}, {"dense": ""}
-            for layout, pack in packed[name].items():
-                times, why = cuda_linear.measure(pack, tokens)
-                excluded |= {f"{layout} {kernel}, {name}, {tokens} tokens": reason for kernel, reason in why.items()}
-                size = pack.values.nbytes + pack.places.nbytes + (pack.starts.nbytes if layout == "bitmask" else 0)
-                for kernel in sorted({candidate.kernel for candidate in times}):
-                    best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
-                    title = {"triton": f"Triton {layout}", "dense": f"unpack {layout}, dense"}.get(kernel, kernel)
-                    operands = cuda_linear.operands(pack, {kernel})
-                    calls[title] = [
-                        partial(cuda_linear.run, best, x, each, None, cloned_operands(operands))
-                        for each in copies(bench, size, tokens, partial(cloned, pack))
-                    ]
-                    bytes_of[title], variant[title] = size, str(best) if best != DENSE else ""
+            ways = [dense_way(bench, "dense", weight, x, partial(nn.functional.linear, x))]
+            for pack_ in packed[name]:
+                found, why = packed_ways(bench, pack_, x)
+                ways += found
+                excluded |= {f"{kernel}, {name}, {tokens} tokens": reason for kernel, reason in why.items()}
             base = None
-            for title, rotated in calls.items():
-                ms, timing = bench.rotated_milliseconds(rotated)
+            for way in ways:
+                measured = way.timed(bench, x, len(weight))
+                ms = measured["ms"]
                 base = base or ms
-                moved = bytes_of[title] + x.nbytes + tokens * weight.shape[0] * weight.element_size()
-                limit = weight.nbytes / bytes_of[title]
+                limit = weight.nbytes / way.bytes
                 rows.append(
                     {
                         "layer": name,
                         "rows": weight.shape[0],
                         "columns": weight.shape[1],
                         "tokens": tokens,
-                        "execution": title,
-                        "variant": variant[title],
-                        "ms": ms,
+                        **measured,
                         "over_dense": base / ms,
                         "byte_limit": limit,
                         "share_of_byte_limit": base / ms / limit,
-                        "gb_per_second": moved / ms / 1e6,
                         "tflop_per_second_dense_equivalent": 2 * tokens * weight.numel() / ms / 1e9,
-                        "timing": timing,
                     }
                 )
                 if name == next(iter(weights)) and tokens in (1, 16, 2048, bench.size.tokens[-1]):
-                    names[f"{title}, {tokens} tokens"] = bench.kernel_names(rotated[0])
-            del calls
+                    names[f"{way.title}, {tokens} tokens"] = bench.kernel_names(way.calls[0])
+            del ways
     return {"excluded": excluded, "left_out": left_out, "profiler": names, "break_even": break_even(rows)}
 
 
-def pack_both(weight: Tensor) -> dict[str, Any]:
-    """The weight in both layouts, as the kernels read them."""
+def one_token(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
+    """cuBLAS and Triton for one token in both dtypes of 16 bits; `rows` is filled as it goes."""
+    left_out, names = [], {}
+    for dtype in ("float16", "bfloat16"):
+        here = replace(bench, dtype=getattr(torch, dtype))
+        for name, shape in bench.size.layers.items():
+            if clock.left < 0:
+                left_out.append(f"{name}, {dtype}")
+                continue
+            weight = torch.randn(*shape, device=bench.device).to(here.dtype)
+            x = torch.randn(1, shape[1], device=bench.device).to(here.dtype)
+            ways = [
+                dense_way(here, "cuBLAS, linear", weight, x, partial(nn.functional.linear, x)),
+                dense_way(here, "cuBLAS, matrix times vector", weight, x, lambda copy_, x=x: torch.mv(copy_, x[0])),
+            ]
+            for layout, group in (("bitmask", shape[1]), ("sparse24", 4)):
+                found, _ = packed_ways(here, pack(layout, masked(weight, group)), x)
+                ways += [way for way in found if way.title.startswith("Triton")]
+            measured = [way.timed(here, x, len(weight)) for way in ways]
+            cublas = min(row["ms"] for row in measured if row["execution"].startswith("cuBLAS"))
+            for way, row in zip(ways, measured, strict=True):
+                over = {"over_cublas": cublas / row["ms"], "byte_limit": weight.nbytes / way.bytes}
+                rows.append({"layer": name, "dtype": dtype, **row, **over})
+                if name == next(iter(bench.size.layers)):
+                    names[f"{way.title}, {dtype}"] = bench.kernel_names(way.calls[0])
+            del ways
+    return {"left_out": left_out, "profiler": names, "published": PUBLISHED}
+
+
+def pack(layout: str, weight: Tensor) -> Any:
+    """The weight in a layout, as the kernels read it."""
     from gblm_compress.kernels import gpu
     from gblm_compress.layouts import bitmask, sparse24
 
-    mask, values = bitmask.pack(weight)
-    kept, positions = sparse24.pack(weight)
     shape = (weight.shape[0], weight.shape[1])
-    return {
-        "sparse24": gpu.Packed("sparse24", kept, positions, kept, shape),
-        "bitmask": gpu.Packed("bitmask", values, mask, gpu.block_starts(mask), shape),
-    }
+    if layout == "sparse24":
+        values, positions = sparse24.pack(weight)
+        return gpu.Packed(layout, values, positions, values, shape)
+    mask, values = bitmask.pack(weight)
+    return gpu.Packed(layout, values, mask, gpu.block_starts(mask), shape)
 
 
 def cloned(packed: Any) -> Any:
@@ -721,6 +799,7 @@ def environment(bench: Bench) -> dict[str, Any]:
 # Each section fills rows of figures and returns facts about them; the number is its share of the time then left.
 SECTIONS: dict[str, tuple[Callable[[Bench, Clock, Rows], dict[str, Any]], float]] = {
     "kernels": (kernels, 0.4),
+    "one token": (one_token, 0.2),
     "model": (model, 0.75),
     "pruning": (pruning, 0.9),
     "onnxruntime": (onnxruntime, 1.0),
@@ -753,7 +832,7 @@ def main() -> None:
     """Run the sections, print tables, and write what there is after each of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--seconds", type=float, default=420, help="after which no further measurement begins")
+    parser.add_argument("--seconds", type=float, default=480, help="after which no further measurement begins")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--dry-run", action="store_true", help="at toy size on the CPU")

@@ -26,7 +26,11 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama; its head is not tied to its embeddings."""
+    """The sizes of a Llama.
+
+    Attributes:
+        tied: the head is the embeddings.
+    """
 
     hidden: int
     intermediate: int
@@ -34,6 +38,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    tied: bool = False
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """{name within a block: [out_features, in_features]} of its linear layers."""
@@ -57,10 +62,12 @@ class Shape:
             yield {f"{block}{name}.weight": shape for name, shape in self.matrices().items()} | {
                 f"{block}{name}.weight": (self.hidden,) for name in norms
             }
-        yield {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocabulary, self.hidden)}
+        head = {} if self.tied else {"lm_head.weight": (self.vocabulary, self.hidden)}
+        yield {"model.norm.weight": (self.hidden,), **head}
 
 
 PRESETS = {
+    "1b": Shape(hidden=2048, intermediate=8192, blocks=16, heads=32, kv_heads=8, vocabulary=32000, tied=True),
     "1.1b": Shape(hidden=2048, intermediate=5632, blocks=22, heads=32, kv_heads=4, vocabulary=32000),  # TinyLlama's
 }
 
@@ -97,7 +104,7 @@ def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
         architectures=["LlamaForCausalLM"],
         dtype=dtype,
         bos_token_id=VOCABULARY - 1,

@@ -1,25 +1,88 @@
 """One model in a process of its own, timed on request: `python -m gblm_compress.measure.benchmark_worker`.
 
-A process per model keeps peak memory and load time apart; the parent (`benchmarking`) asks them in turn, so
-that all models see the same machine. Requests and answers are lines of JSON on stdin and stdout.
+A process per model keeps peak memory and load time apart; the parent (`benchmarking`) asks each by its `Worker`, in
+turn, so that all models see the same machine. Requests and answers are lines of JSON on stdin and stdout.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, first_line, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
+from gblm_compress.settings import BenchmarkSettings
+
+
+class Worker:
+    """A model in a process of its own; `facts` is its answer to the first request."""
+
+    def __init__(self, process: "subprocess.Popen[str]", setup: dict[str, Any]) -> None:
+        self._process = process
+        self._name = setup["name"]
+        self.facts = self.ask(setup)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            GblmError: of the kind that the process met, or it ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            hint = "; it was killed, most likely for want of memory" if code == -9 else ""
+            raise GblmError(f"the benchmark process of {self._name!r} ended with exit status {code}{hint}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer
+
+
+@contextmanager
+def started(
+    source: ModelSource, runtime: str, dtype: str, device: str, threads: int, settings: BenchmarkSettings
+) -> Iterator[Worker]:
+    """The model, loaded in a process that ends with the context."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    setup = {
+        "name": source.name,
+        "folder": str(source.folder.absolute()),
+        "runtime": runtime,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "batch": settings.batch,
+        "prompt": settings.prompt,
+    }
+    try:
+        yield Worker(process, setup)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def main() -> None:

@@ -4,11 +4,7 @@ Every model lives in a worker process; in each round every model generates once,
 that a drift of the machine hits all alike. The first rounds are warm-up and dropped.
 """
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gblm_compress import errors, faults
+from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
+from gblm_compress.measure.benchmark_worker import started
 from gblm_compress.measure.runtimes import check_installed, runtimes_of
 from gblm_compress.models import loading
 from gblm_compress.models.baseline import check_baseline
@@ -45,8 +42,8 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One model's figure against the baseline's.
+class Speedup:
+    """One model's figure against the baseline's, and what may be said about it.
 
     Attributes:
         ratio: baseline median over model median; above 1 is faster.
@@ -58,6 +55,13 @@ class Comparison:
     low: float
     high: float
     verdict: str
+
+    @staticmethod
+    def of(baseline: Spread, model: Spread) -> "Speedup":
+        """The speed-up of `model`."""
+        ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
+        verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
+        return Speedup(ratio, low, high, verdict)
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class Measurement:
     bytes_on_disk: int
     prefill_kernels: dict[str, int]
     decode_kernels: dict[str, int]
-    prefill_speedup: Comparison | None = None
-    decode_speedup: Comparison | None = None
+    prefill_speedup: Speedup | None = None
+    decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
 
 
@@ -230,7 +234,7 @@ def _benchmark_lane(
     with ExitStack() as stack:
         workers = []
         for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(_worker(source, lane, device, threads, settings)))
+            workers.append(stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings)))
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -267,8 +271,8 @@ def _benchmark_lane(
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
                     decode_kernels=decode_kernels,
-                    prefill_speedup=compare(base[0], ttft) if index else None,
-                    decode_speedup=compare(base[1], tpot) if index else None,
+                    prefill_speedup=Speedup.of(base[0], ttft) if index else None,
+                    decode_speedup=Speedup.of(base[1], tpot) if index else None,
                     same_tokens_as_baseline=(
                         all(a["tokens"] == b["tokens"] for a, b in zip(runs[batch, 0], runs[batch, index], strict=True))
                         if index
@@ -279,69 +283,9 @@ def _benchmark_lane(
     return measurements
 
 
-def compare(baseline: Spread, model: Spread) -> Comparison:
-    """The speed-up of `model`, and what may be said about it."""
-    ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
-    verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
-    return Comparison(ratio, low, high, verdict)
-
-
 def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread]:
     """(TTFT, TPOT) in milliseconds."""
     return (
         Spread.of([1000 * run["prefill_seconds"] for run in runs]),
         Spread.of([1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs]),
     )
-
-
-class _Worker:
-    """A model in a process of its own; `facts` is its answer to the first request."""
-
-    def __init__(self, process: "subprocess.Popen[str]", setup: dict[str, Any]) -> None:
-        self._process = process
-        self._name = setup["name"]
-        self.facts = self.ask(setup)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self._process.wait()
-            hint = "; it was killed, most likely for want of memory" if code == -9 else ""
-            raise GblmError(f"the benchmark process of {self._name!r} ended with exit status {code}{hint}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise getattr(errors, answer["kind"])(answer["error"])
-        return answer
-
-
-@contextmanager
-def _worker(
-    source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
-) -> Iterator[_Worker]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gblm_compress.measure.benchmark_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    setup = {
-        "name": source.name,
-        "folder": str(source.folder.absolute()),
-        "runtime": lane.runtime,
-        "dtype": lane.dtype,
-        "device": device,
-        "threads": threads,
-        "batch": settings.batch,
-        "prompt": settings.prompt,
-    }
-    try:
-        yield _Worker(process, setup)
-    finally:
-        process.kill()
-        process.communicate()

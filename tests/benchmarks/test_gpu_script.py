@@ -1,19 +1,21 @@
 """The GPU benchmark at toy size on the CPU: that every section runs, and that what it says is what it measured."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.scripts import loaded
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
 RUN = """
@@ -28,12 +30,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("gpu") as module:
+        yield module
 
 
 def run(tmp_path: Path, *arguments: str) -> dict:
@@ -50,7 +48,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
 def test_every_section_runs(tmp_path) -> None:
     result = run(tmp_path)
     assert result["environment"]["dry_run"] is True
-    kernels, model, pruning, onnx = result["sections"].values()
+    kernels, one_token, model, pruning, onnx = result["sections"].values()
     assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == {
         (name, tokens)
         for name in ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
@@ -58,7 +56,15 @@ def test_every_section_runs(tmp_path) -> None:
     }
     assert any("cusparselt" in name for name in kernels["excluded"])  # with torch's reason: there is no CUDA
     assert all(row["ms"] > 0 and row["over_dense"] > 0 for row in kernels["rows"])
-    assert kernels["left_out"] == model["left_out"] == []
+    assert kernels["left_out"] == one_token["left_out"] == model["left_out"] == []
+    packed = ("Triton bitmask", "Triton sparse24")
+    for dtype in ("float16", "bfloat16"):
+        ms = {row["execution"]: row["ms"] for row in one_token["rows"] if row["dtype"] == dtype}
+        cublas = min(ms[name] for name in ("cuBLAS, linear", "cuBLAS, matrix times vector"))
+        over = {row["execution"]: row["over_cublas"] for row in one_token["rows"] if row["dtype"] == dtype}
+        assert over == {name: cublas / ms[name] for name in ("cuBLAS, linear", "cuBLAS, matrix times vector", *packed)}
+    assert "aten::mv" in one_token["profiler"]["cuBLAS, matrix times vector, float16"]
+    assert all(entry["source"] for entry in one_token["published"])
     measured = {(row["execution"], row["phase"], row["mode"]) for row in model["rows"]}
     assert measured == {
         (name, phase, mode)
@@ -80,8 +86,10 @@ def test_every_section_runs(tmp_path) -> None:
 
 def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
     result = run(tmp_path, "--seconds", "0")["sections"]
-    assert result["kernels"]["rows"] == result["model"]["rows"] == result["onnxruntime"]["rows"] == []
+    assert result["kernels"]["rows"] == result["one token"]["rows"] == []
+    assert result["model"]["rows"] == result["onnxruntime"]["rows"] == []
     assert result["kernels"]["left_out"] == ["toy, 1 tokens", "toy, 8 tokens"]
+    assert result["one token"]["left_out"] == ["toy, float16", "toy, bfloat16"]
     assert len(result["model"]["left_out"]) == 18 and len(result["pruning"]["left_out"]) == 4
 
 
@@ -103,12 +111,18 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.returncode == 1 and "no CUDA device here; --dry-run" in done.stderr
 
 
-def test_masked_is_two_of_four(script) -> None:
+def test_masked_keeps_the_larger_half_of_every_group(script) -> None:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    kept = script.masked(weight)
-    for old, new in zip(weight.reshape(-1, 4).tolist(), kept.reshape(-1, 4).tolist(), strict=True):
-        largest = sorted(old, key=abs)[2:]
-        assert new == [value if value in largest else 0.0 for value in old]
+    for group in (4, 16):
+        kept = script.masked(weight, group)
+        for old, new in zip(weight.reshape(-1, group).tolist(), kept.reshape(-1, group).tolist(), strict=True):
+            largest = sorted(old, key=abs)[group // 2 :]
+            assert new == [value if value in largest else 0.0 for value in old]
+
+
+def test_the_published_ratio_is_that_of_the_published_figures(script) -> None:
+    (whole,) = (entry for entry in script.PUBLISHED if "tokens_per_second" in entry)
+    assert whole["over_dense"] == round(whole["tokens_per_second"] / whole["dense_tokens_per_second"], 2)
 
 
 def test_break_even(script) -> None:

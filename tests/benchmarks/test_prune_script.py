@@ -1,6 +1,5 @@
 """The pruning benchmark at toy size; and its independent re-implementation of GBLM as an oracle of `prune_`."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from gblm_compress.pruning import stage
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
+from tests.scripts import loaded
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -26,34 +26,27 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 @pytest.fixture(scope="module")
-def load():
-    """load("prune"): a script of benchmarks/ as a module, importing its neighbours as it does when run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    loaded = {}
-
-    def module(name: str):
-        if name not in loaded:
-            spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-            sys.modules[spec.name] = loaded[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded[name])
-        return loaded[name]
-
-    yield module
-    sys.path.remove(str(BENCHMARKS))
-    for name in loaded:
-        del sys.modules[f"benchmark_{name}"]
+def script():
+    with loaded("prune") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
-def script(load):
-    return load("prune")
+def reference():
+    with loaded("reference_gblm") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def random_llama():
+    with loaded("random_llama") as module:
+        yield module
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "1:4"])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_pruning_gives_the_masks_of_the_reference(load, kind, pattern, norm, progress) -> None:
-    reference = load("reference_gblm")
+def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm, progress) -> None:
     given = samples(6, 48)
     ids = [sample["input_ids"] for sample in given]
     slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
@@ -65,23 +58,22 @@ def test_pruning_gives_the_masks_of_the_reference(load, kind, pattern, norm, pro
     assert agreement >= 0.999  # all but equal scores may change places by rounding
 
 
-def test_the_reference_keeps_the_highest_scores_of_each_group(load) -> None:
+def test_the_reference_keeps_the_highest_scores_of_each_group(reference) -> None:
     """Against sorted lists; with many ties, of the score alone and of score and magnitude."""
     generator = torch.Generator().manual_seed(0)
     score, weight = (torch.randint(0, 3, (5, 8), generator=generator).float() for _ in range(2))
     for pattern, keep, group in (("2:4", 2, 4), ("unstructured", 4, 8)):
-        mask = load("reference_gblm").survivors(score, weight, pattern)
+        mask = reference.survivors(score, weight, pattern)
         for row, start in ((row, start) for row in range(5) for start in range(0, 8, group)):
             own = range(start, start + group)
             best = sorted(own, key=lambda j, row=row: (-float(score[row, j]), -float(weight[row, j]), j))[:keep]
             assert [j for j in own if mask[row, j]] == sorted(best)
 
 
-def test_a_random_llama_is_whole_and_computes(load, tmp_path) -> None:
-    module = load("random_llama")
-    shape = module.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
-    total = module.write_random_llama(tmp_path / "one", shape)
-    module.write_random_llama(tmp_path / "two", shape)
+def test_a_random_llama_is_whole_and_computes(random_llama, tmp_path) -> None:
+    shape = random_llama.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
+    total = random_llama.write_random_llama(tmp_path / "one", shape)
+    random_llama.write_random_llama(tmp_path / "two", shape)
     shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
     assert len(shards) == 5 and all(
         (tmp_path / "two" / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in shards
@@ -98,12 +90,25 @@ def test_a_random_llama_is_whole_and_computes(load, tmp_path) -> None:
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
     with pytest.raises(SystemExit, match=f"--vocab 256 is too small: the tokenizer has {VOCABULARY}"):
-        module.write_random_llama(tmp_path / "three", module.Shape(64, 96, 1, 4, 2, 256))
+        random_llama.write_random_llama(tmp_path / "three", random_llama.Shape(64, 96, 1, 4, 2, 256))
 
 
-def test_the_preset_has_the_parameters_it_is_called_after(load) -> None:
-    shards = load("random_llama").PRESETS["1.1b"].shards()
-    assert sum(torch.Size(size).numel() for shard in shards for size in shard.values()) == 1_100_048_384  # TinyLlama's
+def test_a_tied_head_is_stored_once(random_llama, tmp_path) -> None:
+    shape = random_llama.Shape(hidden=32, intermediate=48, blocks=1, heads=2, kv_heads=1, vocabulary=300, tied=True)
+    total = random_llama.write_random_llama(tmp_path / "model", shape, "float16")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p.nbytes for p in model.parameters()) == total and model.dtype == torch.float16
+
+
+def test_the_presets_have_the_parameters_they_are_called_after(random_llama) -> None:
+    parameters = {
+        name: sum(torch.Size(size).numel() for shard in shape.shards() for size in shard.values())
+        for name, shape in random_llama.PRESETS.items()
+    }
+    assert parameters["1.1b"] == 1_100_048_384  # TinyLlama's
+    assert 1.0e9 < parameters["1b"] < 1.05e9
 
 
 def test_side_by_side_with_the_reference_in_processes_of_their_own(tmp_path) -> None:

@@ -121,7 +121,7 @@ def _types(layout: str, element: str, result: str) -> dict[str, str]:
 @pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
 @pytest.mark.parametrize(("element", "tokens"), [("bf16", 1), ("fp16", 64)])
 def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, tokens: int) -> None:
-    from gblm_compress.kernels import gpu
+    from gblm_compress.kernels import gpu, gpu_programs
 
     for tiling in gpu.tilings(layout, tokens):
         constants = {
@@ -133,16 +133,16 @@ def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, 
             "COLUMNS": tiling.columns,
         }
         types = _types(layout, element, element if tiling.programs == 1 else "fp32")
-        binary = compiled(gpu._linear, types, constants, tiling.warps)
+        binary = compiled(gpu_programs.linear, types, constants, tiling.warps)
         assert binary.asm["cubin"] and binary.metadata.shared <= 227 << 10
         assert ("mma" in binary.asm["ptx"]) == tiling.tensor_cores
 
 
 @pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
 def test_the_other_kernels_compile_for_an_h100(compiled, layout: str) -> None:
-    from gblm_compress.kernels import gpu
+    from gblm_compress.kernels import gpu, gpu_programs
 
     constants = {"BITMASK": layout == "bitmask", "ROWS": 8, "COLUMNS": gpu.GRAIN}
-    assert compiled(gpu._expand, _types(layout, "bf16", "bf16"), constants, 4).asm["cubin"]
+    assert compiled(gpu_programs.expand, _types(layout, "bf16", "bf16"), constants, 4).asm["cubin"]
     sums = {"partial": "*fp32", "bias": "*fp16", "y": "*fp16"}
-    assert compiled(gpu._add_up, sums, {"BIAS": True, "SPLITS": 4, "BLOCK": gpu.SUMMED_AT_ONCE}, 4).asm["cubin"]
+    assert compiled(gpu_programs.add_up, sums, {"BIAS": True, "SPLITS": 4, "BLOCK": gpu.SUMMED_AT_ONCE}, 4).asm["cubin"]

@@ -1,7 +1,7 @@
 import pytest
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.measure.benchmarking import NO_SPEED_UP, Spread, benchmark, compare
+from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread, benchmark
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import BenchmarkSettings
@@ -23,12 +23,12 @@ def test_spread_is_the_percentiles() -> None:
     ],
 )
 def test_overlapping_intervals_claim_nothing(baseline, model, verdict) -> None:
-    assert compare(baseline, model).verdict == verdict
+    assert Speedup.of(baseline, model).verdict == verdict
 
 
 def test_the_ends_of_a_speed_up_are_those_of_the_intervals() -> None:
-    comparison = compare(Spread(3.0, 2.0, 4.0), Spread(1.0, 0.5, 1.6))
-    assert (comparison.ratio, comparison.low, comparison.high) == (3.0, 2.0 / 1.6, 8.0)
+    speedup = Speedup.of(Spread(3.0, 2.0, 4.0), Spread(1.0, 0.5, 1.6))
+    assert (speedup.ratio, speedup.low, speedup.high) == (3.0, 2.0 / 1.6, 8.0)
 
 
 def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None:
@@ -50,7 +50,7 @@ def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None
 
 
 def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypatch) -> None:
-    monkeypatch.setattr("gblm_compress.measure.benchmarking._worker", None)
+    monkeypatch.setattr("gblm_compress.measure.benchmarking.started", None)
     settings = BenchmarkSettings(prompt=600, generate=4)
     with pytest.raises(UsageError) as found:
         benchmark([tiny("llama")], [tiny("qwen2")], settings, device="gpu9", progress=progress)

@@ -1,7 +1,7 @@
 import pytest
 
 from gblm_compress.errors import UsageError
-from gblm_compress.measure.benchmarking import NO_SPEED_UP, Spread, compare
+from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.runs.gates import check_gates
 from gblm_compress.settings import GateSettings
 
@@ -60,7 +60,7 @@ def test_speed_is_the_lower_end_of_the_best_significant_artefact_at_every_batch_
 
 def test_a_ratio_that_is_not_significant_passes_no_gate() -> None:
     """A model stored dense, of noisy timings: 2.2 times as fast by its medians, and no verdict."""
-    noisy = compare(Spread(2.2, 0.9, 3.0), Spread(1.0, 0.8, 1.5))
+    noisy = Speedup.of(Spread(2.2, 0.9, 3.0), Spread(1.0, 0.8, 1.5))
     assert noisy.verdict == NO_SPEED_UP and noisy.ratio == 2.2
     timed = measurement(1.0) | {"decode_speedup": vars(noisy)}
     (outcome,) = check_gates(GateSettings(min_decode_speedup=1.3), EVALUATION, [timed])
