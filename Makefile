@@ -69,7 +69,7 @@ KERNELS := gblm_compress/kernels
 SANITIZE := $(CC) -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: install
 	mkdir -p build
-	$(SANITIZE) tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c -lm -lpthread -o build/sanitize-kernels
+	$(SANITIZE) tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c $(KERNELS)/quantised.c -lm -lpthread -o build/sanitize-kernels
 	build/sanitize-kernels $(CASES) $(SEED)
 	CPATH=$(HEADERS)/usr/include $(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
 	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \

@@ -1,12 +1,17 @@
 """Does sparsity pay on this CPU? Kernels and a whole model, sparse beside dense, in one process and one run.
 
     python benchmarks/cpu_decode.py --model PRUNED --onnx PRUNED-ONNX PRUNED-ONNX-KERNELS --json result.json
+    python benchmarks/cpu_decode.py --quantised
 
 The kernel part times y = x Wᵀ for 4096×4096 weights, rotating over more matrices than the last-level cache holds:
 torch's dense product, a dense kernel written with the same care as ours (`dense_kernel.c`, the honest yardstick), and
 the bitmask kernel at 50 % unstructured and at 2:4. The model part decodes greedily in every way there is to run the
 same weights, in turn: torch dense and bitmask, ONNX Runtime dense and on our operator, llama.cpp where its package
 (llama-cpp-python) is installed. Medians over interleaved rounds; the first is warm-up.
+
+With --quantised only kernels of 8 and 4 bits are timed: packed at 50 % unstructured, beside dense ones written with the
+same care (`dense_quantised.c`). Matrices stay where the rounds leave them, in the cache if they fit; the best of all calls
+counts. Packed kernels round x to 16 bits, the yardsticks to 8.
 """
 
 import argparse
@@ -31,12 +36,14 @@ from rich.table import Table
 
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.bitmask import pack
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import manifest
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model
@@ -211,6 +218,66 @@ def generations(
     return {name: (median(prefill[name]), median(decode[name])) for name in runtimes}, tokens
 
 
+def quantised_yardstick() -> Any:
+    """`dense_quantised.c`, compiled now."""
+    library = Path(tempfile.mkdtemp()) / "dense_quantised.so"
+    source = Path(__file__).with_name("dense_quantised.c")
+    subprocess.run(["cc", "-O3", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).dense_quantised
+    function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 2
+    return function
+
+
+def quantised(rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Packed kernels of 8 and 4 bits beside the yardsticks, on one thread, for a weight of `rows` rows."""
+    x, y = torch.randn(1, SIZE), torch.empty(rows)
+    rounded = torch.randint(0, 255, (SIZE,), dtype=torch.uint8)
+    yardstick = quantised_yardstick()
+    candidates: dict[tuple[str, int, int], Callable[[], Any]] = {}
+    sizes: dict[tuple[str, int, int], int] = {}
+    for bits, layout in ((8, "bitmask-int8"), (4, "bitmask-int4")):
+        for group in (0, 64):
+            weight = torch.randint(0, 255, (rows, SIZE * bits // 8), dtype=torch.uint8)
+            scales, sums = torch.ones(rows, SIZE // group if group else 1).half(), torch.zeros(rows)
+            tensors = [weight, torch.nn.functional.pad(scales.flatten(), (0, 16)), sums, rounded, y]
+            dense, packed = ("dense", bits, group), ("packed", bits, group)
+            candidates[dense] = partial(_call_yardstick, yardstick, tensors, bits, group)
+            sizes[dense] = weight.nbytes + scales.nbytes
+            values = torch.randn(rows, SIZE)
+            values[torch.rand(rows, SIZE) < 0.5] = 0.0
+            keep = values != 0
+            levels = torch.arange(-120, 121, 16).char() if bits == 4 else torch.arange(-127, 128).char()
+            largest = values.abs().reshape(rows, scales.shape[1], -1).amax(-1)
+            layer = LAYOUTS[layout].layer.from_dense(
+                values * keep, None, grid=Grid((largest / 127).half(), levels, group or None)
+            )
+            candidates[packed] = partial(layer, x)
+            sizes[packed] = layer.packed_bytes
+    best = dict.fromkeys(candidates, float("inf"))
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                best[name] = min(best[name], time.perf_counter() - start)
+    return [
+        {
+            "shape": f"{rows}x{SIZE}",
+            "weights": f"{kind} int{bits}",
+            "group": group or "row",
+            "ms": 1000 * best[kind, bits, group],
+            "GB/s": sizes[kind, bits, group] / best[kind, bits, group] / 1e9,
+            "over_dense": best["dense", bits, group] / best[kind, bits, group],
+            "byte_limit": sizes["dense", bits, group] / sizes[kind, bits, group],
+        }
+        for kind, bits, group in candidates
+    ]
+
+
+def _call_yardstick(function: Any, tensors: list[torch.Tensor], bits: int, group: int) -> None:
+    function(*(tensor.data_ptr() for tensor in tensors), len(tensors[0]), SIZE, bits, group)
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """A table of figures."""
     table = Table(*rows[0], title=title)
@@ -224,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a pruned folder; without one, only kernels are timed")
     parser.add_argument("--onnx", nargs="*", default=[], metavar="FOLDER", help="its ONNX exports, dense and --kernels")
+    parser.add_argument("--quantised", action="store_true", help="time kernels of 8 and 4 bits, and nothing else")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=128)
@@ -233,6 +301,13 @@ def main() -> None:
     silence_libraries()
     if not cpu.available():
         raise SystemExit("the compiled kernels are missing: install with a C compiler at hand, then run this again")
+    if options.quantised:
+        torch.set_num_threads(1)
+        rows = [row for size in (SIZE, 4 * SIZE) for row in quantised(size, 6 * options.rounds)]
+        show("quantised kernels, 1 token, 1 thread, best of all calls", rows)
+        if options.json:
+            options.json.write_text(json.dumps({"environment": environment(), "quantised": rows}, indent=2) + "\n")
+        return
     result: dict[str, Any] = {"environment": environment(), "kernels": [], "models": [], "field": []}
     for threads in sorted(set(options.threads)):
         torch.set_num_threads(threads)

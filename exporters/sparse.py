@@ -92,7 +92,8 @@ def export(
         _check_pattern(dense, needed, settings.format)
     check_is_pruned(dense, kind)
     progress.say("packing …")
-    pack_(model, names, layout)
+    options = {name: getattr(settings, name) for name in FORMATS[settings.format].reads}
+    exact = pack_(model, names, layout, **options)
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
     outputs.check_space(output, source.bytes_on_disk, "the export")
@@ -104,6 +105,7 @@ def export(
         checks = {
             "packed_layers": len(names),
             **({"layers_left_dense": changed} if changed else {}),
+            **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,
             **({"restored_within": kind.TOLERANCE} if kind.TOLERANCE else {"restored_bit_for_bit": True}),

@@ -48,9 +48,11 @@ class Format:
 
 def _packed(name: str, layout: Layout) -> Format:
     kernels = " and ".join(device.upper() for device in layout.kernels)
-    help = f"packed weights for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
+    width = f" in {layout.width} bits" if layout.width else ""
+    help = f"packed weights{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
     synonyms = tuple(other for other in (name, layout.pattern) if other and other != layout.format)
-    return Format(exporter="gblm_compress.exporters.sparse", help=help, layout=name, synonyms=synonyms)
+    reads = ("group",) if layout.width else ()
+    return Format(exporter="gblm_compress.exporters.sparse", help=help, reads=reads, layout=name, synonyms=synonyms)
 
 
 FORMATS = {

@@ -3,7 +3,8 @@
  * Compiled with -fsanitize=address,undefined. Compilers do not instrument masked vector instructions, so that each buffer also
  * ends at a page that cannot be touched, to the byte; what lies before it is poisoned, and must come out as it was.
  *
- * A case is one call of gblm_bitmask_linear, packed or dense, or gblm_bitmask_expand: every element type, every path that the CPU has, widths
+ * A case is one call of gblm_bitmask_linear, packed or dense, gblm_bitmask_expand, gblm_quantised_linear or
+ * gblm_quantised_restore: every element type, every path that the CPU has, widths
  * that are no whole words, rows that are no whole blocks, empty and full rows, few tokens and many, any number of threads in
  * teams of any size. A product is held against a naive one in double, an expansion against the matrix bit for bit. Hostile are
  * numbers that there is no code for, which must be refused with nothing written; bits beyond the last column, which must not
@@ -26,7 +27,19 @@ EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64
 EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64_t *starts, void *dense, int64_t first,
                                int64_t rows, int64_t columns, int64_t words, int type, int path, int count);
 
+EXPORT int gblm_quantised_paths(void);
+EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);
+EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                 const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
+                                 int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type, int path,
+                                 int count);
+EXPORT int gblm_quantised_restore(const void *mask, const void *values, const int64_t *starts, const void *levels,
+                                  const void *scales, void *dense, int64_t first, int64_t rows, int64_t words, int64_t columns,
+                                  int64_t stride, int group, int type, int path, int count);
+
 enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
+
+static const char *const PATH_NAMES[PATHS] = {"portable", "avx2", "avx512", "amx"};
 
 static uint64_t state;
 static uint64_t number(void) { /* xorshift64* */
@@ -279,15 +292,122 @@ static void expand(Case *c) {
     }
 }
 
+/* ---- quantised weights ---- */
+
+enum { Q_MASK, Q_VALUES, Q_STARTS, Q_LEVELS, Q_SCALES, Q_SUMS, Q_X, Q_Y, Q_ROUNDED, Q_BUFFERS };
+static Buffer quantised_buffers[Q_BUFFERS];
+static double dense_weight[40][700];
+
+static void quantised(long long *by_path) {
+    Buffer *held = quantised_buffers;
+    const int type = (int)below(3), kind = (int)below(3), size = type == F32 ? 4 : 2, threads = 1 + (int)below(5); /* kind: int8, int4, all */
+    int path;
+    do path = (int)below(PATHS);
+    while (!(gblm_quantised_paths() >> path & 1));
+    const int group = (int)ONE_OF(0, 32, 64, 128), density = (int)below(4);
+    const int64_t rows = 1 + below(12), tokens = below(4) ? 1 + below(8) : ONE_OF(9, 16, 17, 30);
+    const int64_t columns = below(5) ? 1 + below(130) : ONE_OF(63, 64, 65, 128, 192, 511, 513, 700), words = (columns + 63) / 64;
+    const int64_t groups = group ? (columns + group - 1) / group : 1, stride = kind == 1 && below(2) ? 16 : 0;
+    uint64_t *mask = sized(held + Q_MASK, (size_t)(rows * words * 8));
+    int64_t *starts = sized(held + Q_STARTS, (size_t)rows * 8), bytes = 0;
+    int8_t *levels = sized(held + Q_LEVELS, (size_t)(stride ? 16 * rows : 16));
+    uint16_t *scales = sized(held + Q_SCALES, (size_t)(rows * groups * 2));
+    float *sums = sized(held + Q_SUMS, (size_t)rows * 4);
+    for (int64_t i = 0; i < (stride ? 16 * rows : 16); i++) levels[i] = (int8_t)(below(255) - 127);
+    for (int64_t i = 0; i < rows * groups; i++) scales[i] = float_to_f16((float)below(1000) / 1000);
+    for (int64_t r = 0; r < rows; r++) {
+        starts[r] = bytes;
+        for (int64_t w = 0; w < words; w++) {
+            uint64_t word = density == 0 ? 0 : density == 1 ? ~0ull : density == 2 ? number() & number() : number();
+            if (w == words - 1 && columns % 64) word &= (1ull << columns % 64) - 1;
+            mask[r * words + w] = word;
+            const int bits = __builtin_popcountll(word);
+            bytes += kind == 2 ? 64 : kind == 1 ? (bits + 1) / 2 : bits;
+        }
+    }
+    const int64_t padding = kind == 2 ? 0 : 64;
+    uint8_t *values = sized(held + Q_VALUES, (size_t)(bytes + padding));
+    for (int64_t i = 0; i < bytes; i++) {
+        values[i] = (uint8_t)number();
+        if (kind != 1 && values[i] == 128) values[i] = 129;
+    }
+    memset(values + bytes, 0, (size_t)padding);
+    for (int64_t r = 0; r < rows; r++) { /* the oracle's matrix */
+        const uint8_t *v = values + (kind == 2 ? r * words * 64 : starts[r]);
+        double sum = 0;
+        for (int64_t w = 0; w < words; w++) {
+            int at = 0;
+            for (int b = 0; b < 64; b++) {
+                const int64_t c = 64 * w + b;
+                const int stored = kind == 2 || (mask[r * words + w] >> b & 1);
+                if (kind == 2 && c >= columns) ((uint8_t *)v)[at] = 0;
+                const int level = !stored ? 0 : kind == 1 ? levels[r * stride + (v[at / 2] >> (at % 2 * 4) & 15)] : (int8_t)v[at];
+                at += stored;
+                if (c >= columns) continue;
+                const double scale = f16_to_float(scales[r * groups + (group ? c / group : 0)]);
+                dense_weight[r][c] = scale * level;
+                sum += group ? scale * level : level;
+            }
+            v += kind == 2 ? 64 : kind == 1 ? (at + 1) / 2 : at;
+        }
+        sums[r] = (float)sum;
+    }
+    const int hostile = below(50) == 0;
+    int fault[4] = {group, type, path, threads};
+    if (hostile) fault[below(4)] = (int)ONE_OF(INT32_MIN, -1, 5, 33, INT32_MAX);
+    const int refused = hostile && !(fault[3] > 0 && fault[0] == group && fault[1] == type && fault[2] == path);
+    void *const starts_or_none = kind == 2 ? NULL : starts, *const mask_or_none = kind == 2 ? NULL : mask;
+    void *const table = kind == 1 ? levels : NULL;
+    if (fault[3] > 16) fault[3] = 16;
+    if (below(3) == 0) {
+        const int64_t first = below(rows), count = below(rows - first + 1);
+        char *dense = sized(held + Q_Y, (size_t)(count * columns * size));
+        const int done = gblm_quantised_restore(mask_or_none, values, starts_or_none, table, scales, dense, first, count, words,
+                                                columns, stride, fault[0], fault[1], fault[2], fault[3]);
+        if (done == refused || (refused && !untouched(held + Q_Y))) fail("a restoration was taken or refused wrongly");
+        for (int64_t r = 0; done && r < count; r++)
+            for (int64_t c = 0; c < columns; c++) {
+                char expected[4];
+                put(type, expected, 0, (float)dense_weight[first + r][c]);
+                if (memcmp(expected, dense + (r * columns + c) * size, (size_t)size)) fail("a restored weight is wrong");
+            }
+    } else {
+        char *x = sized(held + Q_X, (size_t)(tokens * columns * size)), *y = sized(held + Q_Y, (size_t)(tokens * rows * size));
+        take_elements(type, x, tokens * columns);
+        void *rounded = sized(held + Q_ROUNDED, (size_t)gblm_quantised_bytes(words, tokens));
+        const int done = gblm_quantised_linear(mask_or_none, values, starts_or_none, table, scales, sums, x, y, rounded, rows,
+                                               words, columns, tokens, stride, fault[0], fault[1], fault[2], fault[3]);
+        if (done == refused || (refused && !untouched(held + Q_Y))) fail("a quantised product was taken or refused wrongly");
+        for (int64_t r = 0; done && r < rows; r++)
+            for (int64_t t = 0; t < tokens; t++) {
+                double sum = 0, scale = 0, weights = 0, most = 0;
+                for (int64_t c = 0; c < columns; c++) {
+                    const double input = element(type, x, t * columns + c), product = input * dense_weight[r][c];
+                    sum += product, scale += fabs(product), weights += fabs(dense_weight[r][c]), most = fmax(most, fabs(input));
+                }
+                const double allowed = 0.51 * most / 32767 * weights + 2e-5 * scale + epsilon[type] * fabs(sum) + 1e-7;
+                if (!(fabs(element(type, y, t * rows + r) - sum) <= allowed)) fail("a quantised product is wrong");
+            }
+    }
+    for (int i = 0; i < Q_BUFFERS; i++) check_canary(held + i);
+    by_path[path]++;
+}
+
 int main(int count, char **arguments) {
     if (count < 2) fail("give the number of cases");
     const long long cases = atoll(arguments[1]);
     state = 88172645463325252ull + (count > 2 ? strtoull(arguments[2], NULL, 10) : 0);
     long long by_path[TYPES][PATHS] = {0};
     for (int i = 0; i < BUFFERS; i++) buffers[i] = made();
+    long long quantised_by_path[PATHS] = {0};
+    for (int i = 0; i < Q_BUFFERS; i++) quantised_buffers[i] = made();
     fill_pools();
     gblm_set_parallel((void *)parallel, (void *)thread_number, (void *)team_size);
     for (long long done = 0; done < cases; done++) {
+        if (below(3) == 0) {
+            quantised(quantised_by_path);
+            continue;
+        }
         Case c = case_of_any_kind();
         if (c.tokens > FEW_TOKENS || c.dense || below(3)) linear(&c);
         else expand(&c);
@@ -299,6 +419,8 @@ int main(int count, char **arguments) {
         for (int path = 0; path < PATHS; path++)
             if (by_path[type][path])
                 printf("  %-12s %-9s %lld\n", (const char *[]){"float32", "float16", "bfloat16", "float16, x 32"}[type],
-                       (const char *[]){"portable", "avx2", "avx512", "amx"}[path], by_path[type][path]);
+                       PATH_NAMES[path], by_path[type][path]);
+    for (int path = 0; path < PATHS; path++)
+        if (quantised_by_path[path]) printf("  %-12s %-9s %lld\n", "quantised", PATH_NAMES[path], quantised_by_path[path]);
     return 0;
 }

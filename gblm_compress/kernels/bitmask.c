@@ -516,7 +516,7 @@ static void run_openmp(void *context, void (*part)(void *, int), void *work, int
     else gomp_parallel(region_part, &region, (unsigned)count, 0);
 }
 
-static Threads openmp(int count) {
+Threads gblm_threads(int count) {
     const Threads threads = {run_openmp, NULL, gomp_parallel ? count : 1};
     return threads;
 }
@@ -537,7 +537,7 @@ EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64
     if (!mask != !starts || (!mask && !gblm_x32(type))) return 0;
     if (many ? !gblm_has_many(type, path) : tokens > FEW_TOKENS) return 0;
     const Job job = {mask, values, starts, x, y, rows, words, tokens, type, path, panels};
-    const Threads threads = openmp(count);
+    const Threads threads = gblm_threads(count);
     (many ? gblm_many_tokens : gblm_few_tokens)(&job, 1, &threads);
     return 1;
 }
@@ -548,7 +548,7 @@ EXPORT int gblm_bitmask_expand(const void *mask, const void *values, const int64
     if (!can_run(rows, words, type, path, count) || !mask || !starts || first < 0 || columns <= (words - 1) * 64 || columns > words * 64)
         return 0;
     const Job job = {.mask = mask, .values = values, .starts = starts, .words = words, .type = type, .path = path};
-    const Threads threads = openmp(count);
+    const Threads threads = gblm_threads(count);
     Expansion work = {.job = &job, .parts = threads.count, .first = first, .count = rows, .columns = columns, .dense = dense};
     threads.run(threads.context, expand_part, &work, threads.count);
     return 1;

@@ -41,6 +41,9 @@ typedef struct {
     int count;
 } Threads;
 
+/* As many as are asked for, of the OpenMP runtime that was borrowed. */
+Threads gblm_threads(int count);
+
 /* y = x Wᵀ of each job, for up to FEW_TOKENS tokens. The jobs differ in mask, values, starts, y and rows alone. */
 void gblm_few_tokens(const Job *jobs, int count, const Threads *threads);
 

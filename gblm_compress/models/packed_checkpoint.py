@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         layout: one of `LAYOUTS`.
-        layers: {layer: `PackedLinear.description()`}.
+        layers: {layer: `PackedLinear.description()`, and "layout" where it has another}.
     """
 
     def __init__(self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "", **unknown: Any) -> None:
@@ -132,28 +132,41 @@ def _packed_name(file: str) -> str:
     return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
 
 
-def pack_(model: Any, names: list[str], layout: str = "bitmask") -> None:
+def pack_(model: Any, names: list[str], layout: str = "bitmask", **options: Any) -> list[str]:
     """Replace the named linear layers of a model by `PackedLinear`s with the same values, in place.
+
+    Args:
+        options: of the layout's `from_dense`.
+
+    Returns:
+        The layers that the layout would round too much, and that are packed exactly instead.
 
     Raises:
         UsageError: the layout cannot hold a weight.
         ModelError: a name is not that of a linear layer, or a weight is not finite.
     """
-    layers = {}
+    layers, exact = {}, []
     for name in names:
         dense = linear_layer(model, name)
+        weight = weight_matrix(dense).detach()
         try:
-            packed = LAYOUTS[layout].layer.from_dense(weight_matrix(dense).detach(), dense.bias)
+            packed = LAYOUTS[layout].layer.from_dense(weight, dense.bias, **options)
+            if packed.rounds_too_much(weight):
+                other = LAYOUTS[layout].exact
+                assert other is not None
+                packed = LAYOUTS[other].layer.from_dense(weight, dense.bias)
+                exact.append(name)
         except ModelError as error:
             raise ModelError(f"{name}.{error}") from error
         packed.transposed = is_transposed(dense)
         model.set_submodule(name, packed)
-        layers[name] = packed.description()
+        layers[name] = packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
     config = PackedConfig(layers, layout)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = SPARSE_METHOD
+    return exact
 
 
 def linear_layer(model: nn.Module, name: str) -> Any:
@@ -178,7 +191,9 @@ def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) 
     shape, bias = list(weight_matrix(dense).shape), dense.bias is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
-    others = {key: value for key, value in description.items() if key not in ("shape", "bias")}
+    layout = description.get("layout", layout)
+    check_described(layout, {"": description})
+    others = {key: value for key, value in description.items() if key not in ("shape", "bias", "layout")}
     try:
         layer = LAYOUTS[layout].layer(shape, bias, dtype or torch.float32, "meta", **others)
     except TypeError as error:

@@ -73,6 +73,12 @@ class ExportSettings(Settings):
         "float16 the weights are stored in it and the arithmetic is float32).",
     )
 
+    group: Literal[32, 64, 128] | None = Field(
+        None,
+        description="Columns that share a scale, in formats of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in "
+        "8 bits and 64 in 4 bits.",
+    )
+
     @property
     def folder_name(self) -> str:
         """What the folder of the export is called in a run."""

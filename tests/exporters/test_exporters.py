@@ -19,9 +19,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-an-exporter.md"
 OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
 
 
+OTHERS = {"graph": "plain", "group": 64}
+
+
 def given(option: str) -> dict[str, object]:
     """The option with a value other than its default."""
-    return {option: "plain" if option == "graph" else True}
+    return {option: OTHERS.get(option, True)}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_an_entry_is_all_that_settings_know_of_a_format(name: str, tiny) -> None
     for option in OPTIONS:
         if option in entry.reads:
             folder = ExportSettings(format=name, **given(option)).folder_name
-            assert folder == f"{name}-{option}" + "-plain" * (option == "graph")
+            assert folder == f"{name}-{option}" + (f"-{OTHERS[option]}" if option in OTHERS else "")
         else:
             with pytest.raises(ValidationError, match=f"{option} would do nothing: it is read with format"):
                 ExportSettings(format=name, **given(option))

@@ -22,6 +22,7 @@ if find_spec("triton"):
     from gblm_compress.layouts import cuda_linear
     from gblm_compress.layouts.cuda_linear import DENSE, TOKENS, Candidate
 
+WITH_KERNELS = pytest.mark.parametrize("layout", [name for name, entry in LAYOUTS.items() if "cuda" in entry.kernels])
 ALGORITHM = 7
 
 
@@ -209,7 +210,7 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
     assert set(excluded.values()) == {"ValueError: out of resource: shared memory"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@WITH_KERNELS
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bias: bool) -> None:
     timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
@@ -242,7 +243,7 @@ def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, 
     assert not calls
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@WITH_KERNELS
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
     """In 32 bit, and without Triton."""
     weight = two_four(8, 64).float()

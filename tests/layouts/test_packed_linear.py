@@ -8,6 +8,7 @@ from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS, bitmask, bitmask_cpu
 from gblm_compress.layouts.bitmask import BitmaskLinear, pack
 from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.layouts.sparse24 import Sparse24Linear
 from gblm_compress.machine import measurements
 from gblm_compress.methods.patterns import Pattern
@@ -18,10 +19,18 @@ from gblm_compress.models.tiny import tiny_model
 LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 
 
+def restored_(dense: nn.Module, packed: PackedLinear) -> None:
+    """Give a dense layer the weight that the packed one holds: the same, or what it was rounded to."""
+    if not LAYOUTS[packed.LAYOUT].width:
+        assert torch.equal(packed.dense_weight(), weight_matrix(dense))
+    with torch.no_grad():
+        weight_matrix(dense).copy_(packed.dense_weight())
+
+
 def pair(
     rows: int = 48, columns: int = 100, bias: bool = True, dtype: torch.dtype = torch.float32, layout: str = "bitmask"
 ):
-    """A dense linear layer with zeros, and its sparse form."""
+    """A dense linear layer with zeros, and its packed form; where that rounds, of the rounded weight."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dense = nn.Linear(columns, rows, bias=bias).to(dtype)
@@ -32,7 +41,8 @@ def pair(
     holder = nn.Module()
     holder.layer = dense
     holder.config = type("Config", (), {})()
-    pack_(holder, ["layer"], layout)
+    assert pack_(holder, ["layer"], layout) == []
+    restored_(dense, holder.layer)
     return dense, holder.layer
 
 
@@ -67,9 +77,9 @@ def test_only_packed_weights_are_held(layout) -> None:
     assert sparse.packed_bytes < 0.55 * dense.weight.nbytes
     assert same_bits(sparse.dense_weight(), dense.weight.detach())
     empty = LAYOUTS[layout].layer(**sparse.description(), dtype=torch.float32)
-    assert {name: b.shape for name, b in sparse.named_buffers() if name != "starts"} == {
-        name: b.shape for name, b in empty.named_buffers() if name != "starts"
-    }
+    assert [sparse.get_buffer(name).shape for name in sparse.PACKED] == [
+        empty.get_buffer(name).shape for name in empty.PACKED
+    ]
 
 
 def test_a_layout_that_rounds_restores_within_its_tolerance(monkeypatch) -> None:
@@ -89,9 +99,7 @@ def test_moved_to_another_dtype_it_is_ready_again(layout, monkeypatch) -> None:
     dtype = torch.bfloat16
     prepared = []
     prepare = LAYOUTS[layout].layer.prepare
-    monkeypatch.setattr(
-        LAYOUTS[layout].layer, "prepare", lambda self: prepared.append(self.values.dtype) or prepare(self)
-    )
+    monkeypatch.setattr(LAYOUTS[layout].layer, "prepare", lambda self: prepared.append(self.dtype) or prepare(self))
     expected = dense.to(dtype)(x.to(dtype))
     torch.testing.assert_close(sparse.to(dtype)(x.to(dtype)), expected, rtol=2e-2, atol=1e-2)
     assert prepared == [dtype]  # when it moved, not when it ran: compilers trace that
@@ -189,6 +197,8 @@ def test_a_whole_model_generates_the_same_tokens(layout) -> None:
                 weight = weight_matrix(model.get_submodule(name)).detach()
                 weight[:, ::4] = weight[:, 1::4] = 0.0
         pack_(sparse, names, layout)
+        for name in names:
+            restored_(dense.get_submodule(name), sparse.get_submodule(name))
         ids = torch.arange(20).unsqueeze(0)
         options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
         assert torch.equal(dense.generate(ids, **options), sparse.generate(ids, **options))
@@ -199,6 +209,11 @@ DAMAGED = [
     ("bitmask", "values", float("nan")),
     ("sparse24", "positions", 0),
     ("sparse24", "values", float("inf")),
+    ("bitmask-int8", "mask", -1),
+    ("bitmask-int8", "values", -128),
+    ("bitmask-int4", "levels", 3),
+    ("bitmask-int4", "scales", 0x7C00),
+    ("int8", "scales", -1),
 ]
 
 
@@ -224,15 +239,15 @@ def test_a_layer_that_nobody_filled_is_refused(layout) -> None:
     _, sparse = pair(layout=layout)
     empty = LAYOUTS[layout].layer(**sparse.description(), dtype=torch.float32)
     for name in empty.PACKED:
-        empty.get_buffer(name).fill_(85)  # any content: it comes uninitialized
-    with pytest.raises(ModelError, match=r"^(mask|values|positions): "):
+        empty.get_buffer(name).fill_(-1)  # any content: it comes uninitialized
+    with pytest.raises(ModelError, match=r"^(mask|values|positions|scales): "):
         empty(torch.ones(1, 100))
 
 
 @LAYOUT_NAMES
 @pytest.mark.parametrize("shape", [(0, 8), (8, -8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88"], ids=str)
 def test_a_shape_that_no_layer_has(layout, shape) -> None:
-    options = {"nonzeros": 0} if layout == "bitmask" else {}
+    options = {"bitmask": {"nonzeros": 0}, "bitmask-int8": {"stored": 0}, "bitmask-int4": {"stored": 0}}.get(layout, {})
     with pytest.raises(ModelError, match="is not one of a matrix"):
         LAYOUTS[layout].layer(shape, False, torch.float32, **options)
 
@@ -252,6 +267,7 @@ def test_the_weight_can_be_read_as_the_dense_layer_stores_it(layout, transposed)
     holder = nn.Module()
     holder.layer, holder.config = dense, type("Config", (), {})()
     pack_(holder, ["layer"], layout)
+    restored_(dense, holder.layer)
     assert torch.equal(holder.layer.weight, dense.weight)
     assert torch.equal(holder.layer.to(torch.bfloat16).weight, dense.weight.to(torch.bfloat16))
     with pytest.raises(AttributeError):

@@ -1,4 +1,7 @@
-"""Packed layers stacked and cut: bit for bit what packing the dense matrix, stacked or cut, gives."""
+"""Packed layers stacked and cut: bit for bit what packing the dense matrix, stacked or cut, gives.
+
+Where packing rounds, the weights stay those of the layers that were stacked or cut.
+"""
 
 from typing import Any
 
@@ -44,6 +47,8 @@ def holding(layout: str, weight: Tensor) -> PackedLinear:
 
 def same(layer: PackedLinear, weight: Tensor, layout: str) -> bool:
     layer.check()
+    if LAYOUTS[layout].width:
+        return same_bits(layer.dense_weight(), weight.contiguous())
     expected = packed(layout, weight)
     return (layer.out_features, layer.in_features) == tuple(weight.shape) and all(
         map(same_bits, tensors(layer), expected)
@@ -58,7 +63,7 @@ def test_stacked(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
     heights = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     weights = [matrix(layout, rows, columns, dtype, seed + i) for i, rows in enumerate(heights)]
     layers = [holding(layout, weight) for weight in weights]
-    assert same(LAYOUTS[layout].layer.stack(layers), torch.cat(weights), layout)
+    assert same(LAYOUTS[layout].layer.stack(layers), torch.cat([layer.dense_weight() for layer in layers]), layout)
 
 
 @LAYOUT_NAMES
@@ -66,14 +71,15 @@ def test_stacked(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
 @settings(max_examples=80, deadline=None)
 def test_cut(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
     """Where words of the mask, bytes of positions and rows begin and end anywhere."""
-    step = 4 if layout == "sparse24" else 1
+    step = {"sparse24": 4, "bitmask-int4": 64}.get(layout, 1)
     weight = matrix(layout, data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 40)), dtype, seed)
     rows, columns = weight.shape
     first, last = sorted(data.draw(st.lists(st.integers(0, rows), min_size=2, max_size=2, unique=True)))
-    left, right = sorted(data.draw(st.lists(st.integers(0, columns // step), min_size=2, max_size=2, unique=True)))
-    kept = range(first, last), range(left * step, right * step)
-    part = holding(layout, weight).cut(*kept)
-    assert same(part, weight[first:last, left * step : right * step], layout)
+    edges = st.sampled_from([*range(0, columns, step), columns])
+    left, right = sorted(data.draw(st.lists(edges, min_size=2, max_size=2, unique=True)))
+    whole = holding(layout, weight)
+    part = whole.cut(range(first, last), range(left, right))
+    assert same(part, whole.dense_weight()[first:last, left:right], layout)
 
 
 @LAYOUT_NAMES
@@ -108,6 +114,29 @@ def test_stored_zeros_stay_stored() -> None:
 def test_groups_of_2_4_are_not_cut_in_two() -> None:
     with pytest.raises(UsageError, match="columns 6 to 11: the sparse24 layout can be cut at multiples of 4 only"):
         holding("sparse24", matrix("sparse24", 2, 16, torch.float32, 0)).cut(range(2), range(6, 12))
+
+
+@pytest.mark.parametrize("layout", ["bitmask-int8", "bitmask-int4", "int8"])
+def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
+    whole = LAYOUTS[layout].layer.from_dense(matrix(layout, 4, 200, torch.float32, 0), None, group=64)
+    with pytest.raises(UsageError, match=f"columns 6 to 127: scales are shared by 64 columns, and the {layout} layout"):
+        whole.cut(range(4), range(6, 128))
+    for columns in (range(64, 128), range(128, 200), range(200)):
+        part = whole.cut(range(1, 3), columns)
+        part.check()
+        assert same_bits(part.dense_weight(), whole.dense_weight()[1:3, columns.start : columns.stop].contiguous())
+
+
+def test_int4_layers_with_other_levels_are_stacked() -> None:
+    kind = LAYOUTS["bitmask-int4"].layer
+    layers = [kind.from_dense(matrix("bitmask-int4", 5, 100, torch.float32, seed), None) for seed in range(3)]
+    whole = kind.stack(layers)
+    assert whole.get_buffer("levels").shape == (15, 16)
+    expected = torch.cat([layer.dense_weight() for layer in layers])
+    assert torch.equal(whole.dense_weight(), expected)
+    part = whole.cut(range(4, 11), range(100))
+    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(part(x), x @ expected[4:11].T, rtol=1e-3, atol=1e-3)
 
 
 def test_a_layout_that_says_nothing_of_it_is_neither_stacked_nor_cut(monkeypatch) -> None:

@@ -1,0 +1,79 @@
+"""The layout `int8`: every weight as a level of 8 bits, and scales. For weights without zeros, such as heads."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import ModelError
+from gblm_compress.kernels.cpu_quantised import Quantised
+from gblm_compress.kernels.masks import WORD
+from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.layouts.quantised import QuantisedLinear, group_of, quantised_operator
+from gblm_compress.methods.quantisation import LARGEST
+
+
+def _levels(tensors: Sequence[Tensor], columns: int) -> Tensor:
+    return tensors[1]
+
+
+def _weight(tensors: Sequence[Tensor], columns: int) -> Quantised:
+    scales, values, sums, _ = tensors
+    if columns % WORD:  # kernels read whole words
+        values = torch.nn.functional.pad(values, (0, -columns % WORD))
+    return Quantised(values, scales, sums, columns, group_of(columns, scales.shape[1]) or 0)
+
+
+class Int8Linear(QuantisedLinear):
+    """A `PackedLinear` in the int8 layout.
+
+    Attributes:
+        values: the levels, [rows, columns].
+    """
+
+    LAYOUT = "int8"
+    KIND = "int8"
+    PACKED = ("scales", "values")
+    DERIVED = ("sums", "like")
+    OPERATOR = quantised_operator("int8_linear", _weight, _levels)
+    TOLERANCE = 1 / LARGEST
+    LARGEST_ERROR = 0.03
+    levels_of = staticmethod(_levels)
+    kernel_weight = staticmethod(_weight)
+    values: Tensor
+
+    def __init__(
+        self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, group: int | None = None
+    ) -> None:
+        super().__init__(shape, bias, dtype, device, group)
+        self.register_buffer("values", torch.empty(tuple(shape), dtype=torch.int8, device=device))
+
+    @staticmethod
+    def bits(width: int) -> tuple[int, int]:
+        return 8, 0
+
+    @classmethod
+    def pack(cls, levels: Tensor, keep: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return (levels.contiguous(),)
+
+    @classmethod
+    def stack(cls, layers: Sequence[Self]) -> Self:
+        shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
+        scales, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in cls.PACKED)
+        whole = cls.holding(shape, scales, values)
+        whole.like = layers[0].like
+        return whole
+
+    def cut(self, rows: range, columns: range) -> Self:
+        scales = self.cut_scales(rows, columns)
+        values = self.values[rows.start : rows.stop, columns.start : columns.stop].clone()
+        layer = self.holding((len(rows), len(columns)), scales, values)
+        layer.like = self.like
+        return layer
+
+    def check(self) -> None:
+        check_tensor("values", self.values, (torch.int8,), (self.out_features, self.in_features))
+        if bool((self.values < -LARGEST).any()):
+            raise ModelError(f"values: a level is below -{LARGEST}; the file is damaged")
+        super().check()

@@ -1,0 +1,282 @@
+"""What layers of quantised weights share: scales beside levels, their kernels on a CPU, and how they are checked.
+
+Scales are stored as the bits of float16 in int16, so that whoever casts a model to another dtype leaves them as they are.
+The dtype of a layer is that of its inputs and outputs alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.kernels import cpu, cpu_quantised
+from gblm_compress.kernels.cpu_quantised import MOST_COLUMNS, Quantised
+from gblm_compress.layouts.bitmask_cpu import TILE_BYTES, measured_crossover
+from gblm_compress.layouts.packed import check_tensor, same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear, Product, operator
+from gblm_compress.methods.quantisation import GROUPS, LARGEST, Grid, make_grid, nearest, rounded
+
+EVERY = 1 << 40
+"""A crossover: the kernel is the faster one for any number of tokens."""
+_TRIED = (256, 64, 16, 8, 4, 2, 1)  # tokens
+_TRIED_ROWS = 1024
+_INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
+
+
+def groups_of(columns: int, group: int | None) -> int:
+    """How many scales a row has."""
+    return 1 if group is None else -(-columns // group)
+
+
+def group_of(columns: int, groups: int) -> int | None:
+    """How many columns share a scale where a row has so many scales; None for all of a row.
+
+    Raises:
+        ModelError: rows cannot have so many.
+    """
+    found = [group for group in (None, *GROUPS) if groups_of(columns, group) == groups]
+    if not found:
+        raise ModelError(f"scales: {groups} for each row; rows of {columns} columns have no such number of groups")
+    return found[0]
+
+
+def scale_of(scales: Tensor, columns: int) -> Tensor:
+    """The scale of every weight, in float32: [rows, columns], or [rows, 1] where a row has one."""
+    halves = scales.view(torch.float16)
+    return Grid(halves, halves, group_of(columns, scales.shape[1])).scale_of(columns)
+
+
+def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
+    """What kernels subtract [rows]: Σ scale · level of a row, or Σ level where the row has one scale; in float32."""
+    rows, columns = levels.shape
+    group = group_of(columns, scales.shape[1])
+    if group is None:
+        return levels.sum(1, dtype=torch.int64).float()
+    sums = nn.functional.pad(levels, (0, -columns % group)).reshape(rows, -1, group).sum(-1, dtype=torch.int64)
+    return (sums * scales.view(torch.float16).double()).sum(1).float()
+
+
+def linear_by_tiles(x: Tensor, weight: Quantised) -> Tensor:
+    """x Wᵀ for any number of tokens: tiles of rows restored into one buffer, each multiplied densely."""
+    rows, columns = weight.rows, weight.columns
+    size = min(rows, max(16, TILE_BYTES // (columns * x.element_size())))
+    tile = cpu.scratch(size * columns * x.element_size()).view(x.dtype).view(size, columns)
+    parts = [
+        x @ cpu_quantised.restore(weight, first, tile[: min(size, rows - first)]).T for first in range(0, rows, size)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def crossover(name: str, weight: Quantised, dtype: torch.dtype) -> int:
+    """The largest number of tokens, of those that are tried, for which the kernel beats tiles; `EVERY` after all."""
+    part = weight.first_rows(_TRIED_ROWS)
+    shape = f"{name} {weight.rows}x{weight.columns}/{weight.group} {dtype} {torch.get_num_threads()}"
+    tokens = measured_crossover(
+        f"{shape} {cpu.path(torch.int8)}",
+        _TRIED,
+        lambda tokens: torch.ones(tokens, weight.columns, dtype=dtype),
+        lambda x: cpu_quantised.linear(x, part),
+        lambda x: linear_by_tiles(x, part),
+    )
+    return EVERY if tokens == _TRIED[0] else tokens
+
+
+def _linear(x: Tensor, weight: Quantised, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + b: on the kernel up to so many tokens, beyond by tiles of restored rows."""
+    if x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype}; the layer's dtype is {dtype}")
+    flat = x.reshape(-1, weight.columns)
+    y = cpu_quantised.linear(flat, weight) if len(flat) <= crossover else linear_by_tiles(flat, weight)
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], weight.rows)
+
+
+def quantised_operator(
+    name: str,
+    kernel_weight: Callable[[Sequence[Tensor], int], Quantised],
+    levels_of: Callable[[Sequence[Tensor], int], Tensor],
+) -> Product:
+    """The registered product of a layout; the arguments are those methods of its layer."""
+
+    def unpacked(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, *_: Any) -> Tensor:
+        weight = levels_of(tensors, columns) * scale_of(tensors[0], columns)
+        return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
+
+    def on_cpu(
+        x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
+    ) -> Tensor:
+        if not crossover:
+            return unpacked(x, tensors, bias, rows, columns)
+        return _linear(x, kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
+
+    return operator(name, on_cpu, unpacked)
+
+
+class QuantisedLinear(PackedLinear):
+    """A `PackedLinear` whose weights are scale · level. A subclass says how levels are stored.
+
+    Args:
+        group: columns that share a scale; None where all of a row do.
+
+    Attributes:
+        KIND: of `methods.quantisation.LEVELS`.
+        GROUP: columns that share a scale where nothing else is asked for; None for all of a row.
+        LARGEST_ERROR: a layer of which rounding moves a larger share, Σ |W - rounded W| / Σ |W|, is for another layout.
+        PACKED: the scales first.
+        DERIVED: `like` last.
+        scales: [rows, groups], the bits of float16 as int16.
+        sums: [rows], as `row_sums` makes them.
+        like: nothing, in the dtype of inputs and outputs.
+    """
+
+    KIND: ClassVar[str]
+    GROUP: ClassVar[int | None] = None
+    LARGEST_ERROR: ClassVar[float]
+    scales: Tensor
+    sums: Tensor
+    like: Tensor
+
+    def __init__(
+        self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, group: int | None = None
+    ) -> None:
+        super().__init__(shape, bias, dtype, device)
+        if group is not None and (type(group) is not int or group not in GROUPS):
+            raise ModelError(f"group {group!r} is none of {', '.join(map(str, GROUPS))}, nor null for whole rows")
+        groups = groups_of(self.in_features, group)
+        self.register_buffer("scales", torch.empty(self.out_features, groups, dtype=torch.int16, device=device))
+        self.like = torch.empty(0, dtype=dtype)
+
+    @classmethod
+    def pack(cls, levels: Tensor, keep: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of `PACKED` after the scales.
+
+        Args:
+            levels: [rows, columns] in int8.
+            keep: which are stored, [rows, columns].
+            table: the levels that there are, increasing.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def levels_of(tensors: Sequence[Tensor], columns: int) -> Tensor:
+        """All levels, [rows, columns] in int8, of the tensors of `PACKED`; zeros where none is stored."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kernel_weight(tensors: Sequence[Tensor], columns: int) -> Quantised:
+        """The weight as kernels read it, of the tensors of `PACKED` and `DERIVED`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(
+        cls, weight: Tensor, bias: Tensor | None, *, group: int | None = None, grid: Grid | None = None
+    ) -> Self:
+        """As `PackedLinear.from_dense`: every weight that is not zero becomes the nearest point of its grid.
+
+        Args:
+            group: columns that share a scale, where the grid is made here; `GROUP` if unset.
+            grid: where the weights lie already, after a fit on it.
+        """
+        keep = weight != 0
+        grid = grid or make_grid(weight.float(), keep, cls.KIND, group or cls.GROUP)
+        levels = grid.levels[nearest(weight.float(), grid).int()]
+        scales = grid.scales.contiguous().view(torch.int16)
+        layer = cls.holding(weight.shape, scales, *cls.pack(levels, keep, grid.levels))
+        layer.like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return layer.filled(bias)
+
+    @classmethod
+    def holding(cls, shape: Sequence[int], *packed: Tensor, **sizes: Any) -> Self:
+        groups = packed[0].shape[1] if packed[0].dim() == 2 else 0
+        return super().holding(shape, *packed, **sizes, group=group_of(shape[1], groups))
+
+    def cut_scales(self, rows: range, columns: range) -> Tensor:
+        """The scales of some rows and columns.
+
+        Raises:
+            UsageError: the columns do not begin and end between groups.
+        """
+        scales, group = self.scales[rows.start : rows.stop], self.group
+        if group is None or columns == range(self.in_features):
+            return scales.clone()
+        if columns.start % group or (columns.stop % group and columns.stop != self.in_features):
+            raise UsageError(
+                f"columns {columns.start} to {columns.stop - 1}: scales are shared by {group} columns, and the "
+                f"{self.LAYOUT} layout can be cut at multiples of that only"
+            )
+        return scales[:, columns.start // group : -(-columns.stop // group)].contiguous()
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "group": self.group}
+
+    @property
+    def group(self) -> int | None:
+        """Columns that share a scale; None where all of a row do, or could."""
+        return group_of(self.in_features, self.scales.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The tensors of `PACKED`."""
+        return [self.get_buffer(name) for name in self.PACKED]
+
+    def table(self) -> Tensor:
+        """The levels that weights may have."""
+        return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=self.scales.device)
+
+    def check(self) -> None:
+        check_tensor(
+            "scales", self.scales, (torch.int16,), (self.out_features, groups_of(self.in_features, self.group))
+        )
+        if not bool(((self.scales >= 0) & (self.scales < _INFINITE)).all()):
+            raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
+        super().check()
+
+    def find_kernels(self) -> None:
+        self.sums = row_sums(self.levels_of(self.packed, self.in_features), self.scales)
+        self.like = self.like.to(self.scales.device)
+        self._weight: Quantised | None = None
+        if self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
+            tensors = [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
+            self._weight = self.kernel_weight(tensors, self.in_features)
+            self.crossover = crossover(self.LAYOUT, self._weight, self.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._prepared:
+            self.prepare()
+        # As in `BitmaskLinear`: the registered operator is for tracing.
+        eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
+        if eager and self._weight is not None and x.is_cpu:
+            return _linear(x, self._weight, bias, self.crossover, self.dtype)
+        return super().product(x, bias)
+
+    def kernel(self, tokens: int) -> str:
+        if not self._prepared:
+            self.prepare()
+        if self._weight is None:
+            return super().kernel(tokens)
+        return f"{self.LAYOUT} {cpu.path(torch.int8)}" if tokens <= self.crossover else "restored tiles and dense GEMM"
+
+    def dense_weight(self) -> Tensor:
+        levels = self.levels_of(self.packed, self.in_features)
+        return (levels * scale_of(self.scales, self.in_features)).to(self.dtype)
+
+    def restores(self, weight: Tensor) -> bool:
+        """Whether each weight of W is the nearest point of the grid to that of the matrix, and 0 where that is 0."""
+        if (weight.shape, weight.dtype) != ((self.out_features, self.in_features), self.dtype):
+            return False
+        grid = Grid(self.scales.view(torch.float16), self.table(), self.group)
+        return same_bits(self.dense_weight(), rounded(weight.float(), weight != 0, grid).to(weight.dtype))
+
+    def rounds_too_much(self, weight: Tensor) -> bool:
+        difference = self.dense_weight().float() - weight.float()
+        return bool(difference.abs().sum() > self.LARGEST_ERROR * weight.float().abs().sum())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group={self.group}"
