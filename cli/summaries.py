@@ -36,6 +36,7 @@ def prune(result: dict[str, Any]) -> list[Any]:
                 ),
                 ("pattern", f"{patterns}, verified on disk"),
                 ("nonzeros", f"{nonzeros:,} of {weights:,} ({100 * nonzeros / weights:.2f} %)"),
+                *([("grid", f"{result['grid']}; verified on disk")] if result["grid"] else []),
                 *([("left dense", dense)] if dense else []),
                 ("time", f"{result['seconds']:.1f} s"),
                 ("peak memory", decimal(result["peak_memory_bytes"])),

@@ -56,6 +56,6 @@ def plain(name: str) -> str:
 
 
 def _texts(annotation: Any) -> tuple[str, ...]:
-    if isinstance(annotation, str):
-        return (annotation,)
+    if isinstance(annotation, str | int):
+        return (str(annotation),)
     return tuple(text for argument in get_args(annotation) for text in _texts(argument))

@@ -1,4 +1,4 @@
-"""Grids: the few values that a quantised weight may take. Pure functions on one layer.
+"""Quantisers: the grids of few values that a quantised weight may take. Pure functions on one layer.
 
 A weight on a grid is scale · level. Scales are float16, one for each group of neighbouring columns of a row, or one for
 a row. Levels are int8 and the same for a whole layer. int8 has all of them, -127 … 127. int4 has 16, chosen for the
@@ -9,9 +9,12 @@ W is [rows, columns] in float32, `keep` a mask of its shape (True = survives).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from gblm_compress.methods.choices import Choice
 from gblm_compress.methods.zeros import keep_only
 
 if TYPE_CHECKING:
@@ -42,8 +45,20 @@ class Grid:
 
     def scale_of(self, columns: int) -> Tensor:
         """The scale of every weight, [rows, columns] in float32, or [rows, 1] where a row has one."""
-        scales = self.scales.float()
-        return scales if self.group is None else scales.repeat_interleave(self.group, 1)[:, :columns]
+        return self.spread(self.scales.float(), columns)
+
+    def spread(self, values: Tensor, columns: int) -> Tensor:
+        """A value of every scale as one of every weight, [rows, columns], or [rows, 1] where a row has one."""
+        return values if self.group is None else values.repeat_interleave(self.group, 1)[:, :columns]
+
+    def of_column(self, column: int) -> Grid:
+        """The grid of one column, as a matrix of its own."""
+        place = 0 if self.group is None else column // self.group
+        return Grid(self.scales[:, place : place + 1], self.levels, None)
+
+    def stretched(self, factors: Tensor) -> Grid:
+        """The grid with every scale multiplied, by factors [rows, groups]."""
+        return Grid(_half(self.scales.float() * factors), self.levels, self.group)
 
 
 def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, importance: Tensor | None = None) -> Grid:
@@ -96,6 +111,31 @@ def rounded(weight: Tensor, keep: Tensor, grid: Grid) -> Tensor:
     return keep_only(restore(nearest(weight, grid), grid), keep)
 
 
+def straight_through(weight: Tensor, factors: Tensor, grid: Grid) -> Tensor:
+    """The survivors of a weight on their nearest points of a stretched grid, in a form that can be fitted.
+
+    Gradients pass to the weight as if it had not been rounded (arXiv 1308.3432); those of a factor are the ones of
+    learned step sizes (LSQ, arXiv 1902.08153, eq. 3): the point less the weight within the grid, the point beyond it.
+
+    Args:
+        weight: zero where pruned.
+        factors: of the scales, [rows, groups].
+
+    Returns:
+        [rows, columns] in float32.
+    """
+    import torch
+
+    with torch.no_grad():
+        stretched = grid.stretched(factors)
+        point = rounded(weight, weight != 0, stretched)
+        scale = stretched.scale_of(weight.shape[1])
+        inside = (weight >= scale * grid.levels[0]) & (weight <= scale * grid.levels[-1])
+        slope = torch.where(inside, point - weight, point) / grid.spread(factors, weight.shape[1])
+    moved = (weight - weight.detach()) * inside
+    return point + moved + slope * grid.spread(factors - factors.detach(), weight.shape[1])
+
+
 def _by_group(values: Tensor, group: int | None) -> Tensor:
     """[rows, groups, columns of a group]; the last group is filled up with zeros."""
     from torch.nn.functional import pad
@@ -144,3 +184,26 @@ def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
         levels.append(round(float(first[start, end] / total[start, end])))
         end = start - 1
     return torch.tensor(levels[::-1], dtype=torch.int8, device=weight.device)
+
+
+@dataclass(frozen=True)
+class Quantiser(Choice):
+    """An entry of `QUANTISERS`.
+
+    Attributes:
+        make: the grid of a layer, of W, `keep`, `group` and `importance` as in `make_grid`; None where weights are not
+            rounded.
+        group: columns that share a scale unless the user says otherwise; None for a whole row.
+    """
+
+    make: Callable[..., Grid] | None = None
+    group: int | None = None
+
+
+QUANTISERS: dict[str, Quantiser] = {
+    "none": Quantiser(help="survivors stay floating-point numbers"),
+    "int8": Quantiser(make=partial(make_grid, kind="int8"), help="255 evenly spaced values", reads=("group",)),
+    "int4": Quantiser(
+        make=partial(make_grid, kind="int4"), group=64, help="16 values, chosen for each layer", reads=("group",)
+    ),
+}

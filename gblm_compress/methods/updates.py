@@ -3,6 +3,9 @@
 All take the dense weight W [out_features, in_features] in float32, the mask [out_features, in_features] (True = keep),
 the layer's `Statistics` and the damping of its Gram matrix H, and return the new weight with exact zeros outside the
 mask. Add an update by writing one and listing it in `UPDATES`.
+
+Where the survivors are quantised, an update has a second step, which knows the grid. It returns values of which the
+nearest grid points are the result, so that what is fitted later starts there and may still change its mind.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.gram import DAMPING, damped, inverse_factor
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import keep_only
 
 if TYPE_CHECKING:
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 128
 """Columns between two propagations of the accumulated error to the rest of the matrix."""
+
+SWEEPS = 4
+"""How often coordinate descent on a grid goes through all columns."""
 
 
 def none(weight: Tensor, keep: Tensor, statistics: Statistics, damping: float = DAMPING) -> Tensor:
@@ -61,13 +68,31 @@ def sparsegpt(
     return _propagate(weight, factor, choose, step)
 
 
+def obs_on_grid(
+    weight: Tensor, updated: Tensor, keep: Tensor, statistics: Statistics, damping: float, grid: Grid
+) -> Tensor:
+    """SparseGPT's joint pruning and quantisation with a given mask and grid (arXiv 2301.00774, section 3.5): as `obs`,
+    and the columns to the right also undo what rounding a survivor does to the output.
+    """
+    factor = inverse_factor(statistics.moments(), damping)
+    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
+
+
 def _propagate(
-    weight: Tensor, factor: Tensor, choose: Callable[[int, int, Tensor], Tensor], step: int
+    weight: Tensor,
+    factor: Tensor,
+    choose: Callable[[int, int, Tensor], Tensor],
+    step: int,
+    grid: Grid | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The blocked algorithm: `choose` gives the mask of columns start … end from their values at that moment.
 
     Args:
         step: for how many columns at a time a mask is chosen.
+        grid: what survivors are rounded to; they stay as they are without one.
+
+    Returns:
+        The survivors as they were when it was their turn, before rounding, and the mask.
     """
     import torch
 
@@ -82,9 +107,11 @@ def _propagate(
             if (column - left) % step == 0:
                 end = min(column + step, right)
                 mask[:, column:end] = choose(column, end, result[:, column:end])
-            error = torch.where(mask[:, column], 0.0, result[:, column]) / factor[column, column]
-            result[:, column:right] -= error.unsqueeze(1) * factor[column, column:right]
-            errors[:, column - left] = error
+            value, kept = result[:, column : column + 1], mask[:, column : column + 1]
+            point = value * kept if grid is None else rounded(value, kept, grid.of_column(column))
+            error = (value - point) / factor[column, column]
+            result[:, column + 1 : right] -= error * factor[column, column + 1 : right]
+            errors[:, column - left] = error.squeeze(1)
         result[:, right:] -= errors @ factor[left:right, right:]
     return keep_only(result, mask), mask
 
@@ -137,18 +164,49 @@ def least_squares(
     return solution
 
 
+def settle(weight: Tensor, updated: Tensor, keep: Tensor, statistics: Statistics, damping: float, grid: Grid) -> Tensor:
+    """Coordinate descent on the grid (QuantEase, arXiv 2309.01885, Algorithm 1) for a given mask.
+
+    Starting from the nearest grid points, column by column each survivor goes to the grid point that is best for the
+    layer's damped reconstruction error while all others stay where they are. No step raises the error.
+    """
+    hessian = damped(statistics.moments(), damping)
+    wishes, chosen = updated.clone(), rounded(updated, keep, grid)
+    columns = weight.shape[1]
+    for _ in range(SWEEPS):
+        for left in range(0, columns, COLUMNS):
+            right = min(left + COLUMNS, columns)
+            slope = (weight - chosen) @ hessian[:, left:right]
+            for column in range(left, right):
+                here, line = slice(column, column + 1), slice(column - left, column - left + 1)
+                wish = chosen[:, here] + slope[:, line] / hessian[column, column]
+                point = rounded(wish, keep[:, here], grid.of_column(column))
+                slope -= (point - chosen[:, here]) * hessian[column, left:right]
+                wishes[:, here], chosen[:, here] = wish, point
+    return keep_only(wishes, keep)
+
+
+def as_updated(
+    weight: Tensor, updated: Tensor, keep: Tensor, statistics: Statistics, damping: float, grid: Grid
+) -> Tensor:
+    """No step of its own: the updated survivors go to their nearest grid points."""
+    return updated
+
+
 @dataclass(frozen=True)
 class Update(Choice):
     """An entry of `UPDATES`.
 
     Attributes:
         apply: of (W, mask, statistics of the layer, damping).
+        on_grid: of (W, what `apply` left, mask, statistics, damping, grid), the second step for a quantised layer.
         moves: whether survivors change their values.
         fits_block: whether the layers of a block are fitted together to the output of the dense block
             (`pruning.reconstruction`), from what `apply` leaves of each.
     """
 
     apply: Callable[[Tensor, Tensor, Statistics, float], Tensor]
+    on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, float, Grid], Tensor] = as_updated
     moves: bool = True
     fits_block: bool = False
 
@@ -156,13 +214,19 @@ class Update(Choice):
 UPDATES: dict[str, Update] = {
     "none": Update(none, help="they stay as they are", moves=False),
     "obs": Update(
-        obs, help="SparseGPT's error propagation", needs=Need.GRAM | Need.FACTOR, reads=("damping",), passes=1.0
+        obs,
+        obs_on_grid,
+        help="SparseGPT's error propagation",
+        needs=Need.GRAM | Need.FACTOR,
+        reads=("damping",),
+        passes=1.0,
     ),
     "least-squares": Update(
-        least_squares, help="the optimum for the layer", needs=Need.GRAM, reads=("damping",), passes=1.0
+        least_squares, settle, help="the optimum for the layer", needs=Need.GRAM, reads=("damping",), passes=1.0
     ),
     "reconstruct": Update(
         least_squares,
+        settle,
         help="least-squares, then Adam on the block's output",
         needs=Need.GRAM,
         reads=("damping", "reconstruction_epochs", "reconstruction_rounds", "reconstruction_rate", "fit_dtype"),

@@ -28,6 +28,9 @@ _PROVENANCE = """
 {% if settings["update"] != "none" -%}
 | update of the survivors | {{ settings["update"] }} |
 {% endif -%}
+{% if grid -%}
+| grid of the survivors | {{ grid }} |
+{% endif -%}
 {% if settings.distillation_epochs -%}
 | distillation | at most {{ settings.distillation_epochs }} passes over the calibration text |
 {% endif -%}
@@ -62,6 +65,8 @@ by gblm-compress {{ version }}, without retraining on anything but the calibrati
 """
     + _PROVENANCE
     + """
+{% if grid %}The surviving weights lie on grids, each a scale times a level: both are in `gblm_grids.safetensors`.
+{% endif -%}
 The weights are stored dense; `{{ auto_class }}.from_pretrained` loads this folder as it is. Every parameter, the
 fingerprint of the calibration text and the nonzeros of each layer are in `gblm_manifest.json`.
 """
@@ -96,6 +101,7 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
     layers: dict[str, dict[str, Any]] = content.get("layers", {})
     left_dense: dict[str, dict[str, Any]] = content.get("left_dense", {})
     settings = content.get("prune")
+    filled = PruneSettings.model_validate(settings) if settings else None
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
@@ -105,7 +111,8 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
         library=library,
         version=gblm_compress.__version__,
         settings=settings,
-        read=PruneSettings.model_validate(settings).read if settings else (),
+        read=filled.read if filled else (),
+        grid=filled.grid if filled else None,
         calibration=content.get("calibration"),
         format=content.get("format"),
         dtype=content.get("dtype"),

@@ -77,11 +77,14 @@ class _Manifest(BaseModel):
     left_dense: dict[str, _LeftDense] = {}
     prune: PruneSettings | None = None
     calibration: _Calibration | None = None
+    grids_sha256: str | None = None
 
     @model_validator(mode="after")
     def _pruned_layers_are_listed(self) -> Self:
         if (self.kind == "pruned" or self.prune) and not (self.layers and self.prune):
             raise ValueError("what is pruned has its settings and its layers listed")
+        if self.kind == "pruned" and bool(self.prune and self.prune.grid) != bool(self.grids_sha256):
+            raise ValueError("grids_sha256 is there where the settings quantise, and nowhere else")
         return self
 
 
@@ -94,12 +97,14 @@ def write(
     compute: dict[str, str],
     layers: dict[str, dict[str, Any]],
     left_dense: dict[str, dict[str, Any]],
+    grids_sha256: str | None,
 ) -> None:
     """Write the manifest and the model card of a pruned folder.
 
     Args:
         layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
         left_dense: {name: {"weights", "reason"}} of all other linear weights.
+        grids_sha256: hash of the file of grids; None where there is none.
     """
     content = {
         "kind": "pruned",
@@ -112,8 +117,10 @@ def write(
         "versions": {package: version(package) for package in PACKAGES},
         "layers": layers,
         "left_dense": left_dense,
+        **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
     }
-    title = f"{_short(content)}, {settings['method']}, {settings['pattern']}"
+    on_grid = "" if grids_sha256 is None else f", {settings['quantise']}"
+    title = f"{_short(content)}, {settings['method']}, {settings['pattern']}{on_grid}"
     _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
 
 

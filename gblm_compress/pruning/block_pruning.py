@@ -13,11 +13,13 @@ from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.blocks import Block
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS, Rule, Selection
 from gblm_compress.methods.updates import UPDATES
-from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
+from gblm_compress.pruning.masters import write_
 from gblm_compress.pruning.reconstruction import reconstruct_
 from gblm_compress.settings import PruneSettings
 
@@ -47,7 +49,7 @@ def prune_block_(
     settings: PruneSettings,
     budgets: dict[str, Budget],
     targets: Sequence[Tensor] = (),
-) -> dict[str, LayerResult]:
+) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
     """Prune the layers of one block in place.
 
     Args:
@@ -58,17 +60,19 @@ def prune_block_(
         targets: the block's outputs in the dense model for every sample; needed to reconstruct it, else unused.
 
     Returns:
-        {name: what became of it}.
+        {name: what became of it}, and {name: grid} of the layers whose survivors lie on one.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
     alpha = settings.effective_alpha(block.samples, block.tokens) if block else settings.alpha
     rules = {
         name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha, settings.damping) for name in layers
     }
+    grids: dict[str, Grid] = {}
     for name, layer in layers.items():
-        weight = weight_matrix(layer).detach()
-        pruned = _prune_layer(weight.float(), statistics[name], rules[name], settings)
-        weight.copy_(positive_zeros(pruned.to(weight.dtype)))  # only now: a small weight may have become -0.0
+        values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], settings)
+        write_(layer, values, None if settings.fits_blocks else grid)  # a fit of the block rounds what it leaves
+        if grid is not None:
+            grids[name] = grid
 
     def choose(name: str, stored: Tensor) -> Tensor:
         values = as_matrix(layers[name], stored)
@@ -77,7 +81,7 @@ def prune_block_(
 
     if settings.fits_blocks and layers:
         assert block is not None and len(targets) == len(block.inputs), "the loop must pass the dense outputs"
-        reconstruct_(
+        _, grids = reconstruct_(
             block,
             layers,
             targets,
@@ -86,16 +90,28 @@ def prune_block_(
             compute=settings.fit_dtype,
             rounds=settings.reconstruction_rounds,
             choose=choose,
+            grids=grids,
         )
-    return {name: layer_result(layer, budgets[name]) for name, layer in layers.items()}
+    return {name: layer_result(layer, budgets[name]) for name, layer in layers.items()}, grids
 
 
-def _prune_layer(weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings) -> Tensor:
-    """The pruned and updated weight of one layer, [out_features, in_features] in float32."""
-    selection = _select(weight, statistics, rule, settings)
-    if settings.update in selection.updated:
-        return selection.updated[settings.update]
-    return UPDATES[settings.update].apply(weight, selection.keep, statistics, settings.damping)
+def _prune_layer(
+    weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings
+) -> tuple[Tensor, Grid | None]:
+    """The pruned and updated weight of one layer, [out_features, in_features] in float32, and the grid on whose nearest
+    points its survivors are to lie, if any.
+    """
+    selection, update = _select(weight, statistics, rule, settings), UPDATES[settings.update]
+    updated = selection.updated.get(settings.update)
+    if updated is None:
+        updated = update.apply(weight, selection.keep, statistics, settings.damping)
+    make = settings.quantiser.make
+    if make is None:
+        return updated, None
+    norm = statistics.activation_norm  # where it is measured for something else: no grid asks for text
+    importance = None if norm is None else norm.square()
+    grid = make(updated, selection.keep, group=settings.columns_of_a_scale, importance=importance)
+    return update.on_grid(weight, updated, selection.keep, statistics, settings.damping, grid), grid
 
 
 def _select(weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings) -> Selection:

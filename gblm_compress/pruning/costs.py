@@ -30,7 +30,8 @@ NOISE = 0.05
 
 def better_method(settings: PruneSettings) -> str | None:
     """The method whose mask was clearly better than that of these settings under the same fit; None if none was."""
-    measured = MASKS.get(settings.fit or "", {}) if settings.pattern == "2:4" and settings.refine == "none" else {}
+    as_measured = settings.pattern == "2:4" and settings.refine == "none" and not settings.grid
+    measured = MASKS.get(settings.fit or "", {}) if as_measured else {}
     best = min(measured, key=measured.__getitem__, default=settings.method)
     return best if measured.get(settings.method, 0.0) * (1 - NOISE) > measured.get(best, 0.0) else None
 

@@ -1,6 +1,6 @@
 """Distillation: all surviving weights fitted at once, so that the pruned model predicts what the dense one does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch.nn.functional import kl_div
 
 from gblm_compress.calibration.blocks import only_requires_grad
 from gblm_compress.errors import ModelError
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import Fit, fit
-from gblm_compress.pruning.reconstruction import autocast, write_
+from gblm_compress.pruning.masters import Masters
+from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.tasks.task import Sample, Task
 
 
@@ -59,7 +61,8 @@ def distil_(
     rate: float,
     compute: str,
     progress: Progress,
-) -> Fit:
+    grids: Mapping[str, Grid] | None = None,
+) -> tuple[Fit, dict[str, Grid]]:
     """Fit the surviving weights of all layers by Adam, in place: the mean KL(dense ‖ pruned) over counted
     tokens is the loss.
 
@@ -69,16 +72,21 @@ def distil_(
         task: what the model is for; its prediction is taken for logits.
         samples: its samples.
         teacher: `head_inputs` of the dense model for the same samples.
-        epochs, rate, compute: as for `reconstruction.reconstruct_`.
+        epochs, rate, compute, grids: as for `reconstruction.reconstruct_`.
 
     Returns:
-        The mean KL divergence on held-out samples in nats per token, before and after.
+        The mean KL divergence on held-out samples in nats per token, before and after; and the grids, with their scales
+        fitted.
     """
     head = _head(model)
-    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach() for name in layers}
+    grids = grids or {}
+    masters = Masters(
+        {f"{name}.weight": layer for name, layer in layers.items()},
+        {f"{name}.weight": grid for name, grid in grids.items()},
+    )
 
-    def loss(masters: dict[str, Tensor], index: int) -> Tensor:
-        student = {key: master.to(weights[key].dtype) for key, master in masters.items()}
+    def loss(seen: dict[str, Tensor], index: int) -> Tensor:
+        student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
         sample = samples[index]
         with autocast(teacher[index].device, compute), _beside(head, teacher[index]):
             output = functional_call(model, student, kwargs=task.arguments(sample))
@@ -90,9 +98,11 @@ def distil_(
         return kl_div(predicted, target.detach(), reduction="batchmean", log_target=True)
 
     with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:
-        fitted, result = fit(weights, loss, len(samples), epochs=epochs, rate=rate, step_done=advance)
-    write_(weights, fitted)
-    return result
+        fitted, result = fit(
+            masters.start, loss, len(samples), epochs=epochs, rate=rate, project=masters.seen, step_done=advance
+        )
+    written = masters.write_(fitted)
+    return result, {name: written[f"{name}.weight"] for name in grids}
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def fit(
     rate: float,
     batch: int = 2,
     revive: bool = False,
+    project: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda masters: masters,
     step_done: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], Fit]:
     """Minimise the mean of `loss` over samples; it sees the zeros of `weights` as zeros throughout.
@@ -54,6 +55,7 @@ def fit(
         batch: samples whose gradients one step averages.
         revive: pruned weights, zero in the loss, gather their steps as survivors do, so that a new mask can be chosen
             (the straight-through estimator of SR-STE, arXiv 2102.04010).
+        project: of the masters, what `loss` sees of them; differentiable.
         step_done: called after each sample of training.
 
     Returns:
@@ -73,7 +75,19 @@ def fit(
 
     def mean_held_out() -> float:
         with torch.no_grad():
-            return sum(float(loss(masters, index).detach()) for index in held_out) / len(held_out)
+            seen = project(masters)
+            return sum(float(loss(seen, index)) for index in held_out) / len(held_out)
+
+    def add_gradients(chosen: list[int]) -> None:
+        with torch.enable_grad():
+            projected = project(masters)
+            # What is projected takes the gradients of all samples before they go on to the masters.
+            seen = {name: one if one.is_leaf else one.detach().requires_grad_() for name, one in projected.items()}
+            for index in chosen:
+                (loss(seen, index) / len(chosen)).backward()  # type: ignore[no-untyped-call]
+                step_done()
+            through = [name for name in seen if seen[name] is not projected[name] and seen[name].grad is not None]
+            torch.autograd.backward([projected[name] for name in through], [seen[name].grad for name in through])
 
     before = best = mean_held_out()
     kept = {name: master.detach().clone() for name, master in masters.items()}
@@ -85,12 +99,8 @@ def fit(
         for epoch in range(1, epochs + 1):
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
             for start in range(0, len(order), batch):
-                chosen = order[start : start + batch]
                 adam.zero_grad()
-                for index in chosen:
-                    with torch.enable_grad():
-                        (loss(masters, index) / len(chosen)).backward()  # type: ignore[no-untyped-call]
-                    step_done()
+                add_gradients(order[start : start + batch])
                 if not revive:
                     for name, master in masters.items():
                         if master.grad is not None:

@@ -54,6 +54,7 @@ def prune_in_place(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint(samples) if samples else None,
+        grid=settings.grid,
     )
 
 

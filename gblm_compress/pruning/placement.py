@@ -22,6 +22,9 @@ SHARE_OF_FREE_MEMORY = 0.8
 FIT_BYTES = 24
 """For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
 
+GRID_BYTES = 12
+"""And where it is rounded meanwhile: gradients before they pass through, and what the scales' gradients need."""
+
 ROUND_BYTES = 12
 """And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
 
@@ -59,16 +62,17 @@ class Size:
         self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
         self._states_of_pruning = (2 + settings.fits_blocks) * place
         weights, block = self.weights // itemsize, self.block // itemsize
+        fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         rounds = ROUND_BYTES if settings.reconstruction_rounds > 1 else 0
         at_a_block = (
             12 * block  # accumulators, gradients, a layer's scores and masks
             + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
-            + ((FIT_BYTES + rounds) * block if settings.fits_blocks else 0)
+            + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)
             + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
             + self.activations // blocks
         )
-        at_the_end = FIT_BYTES * weights + LOGIT_BYTES * length * vocabulary + self.activations
+        at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
         self.working = max(at_a_block, at_the_end if settings.distillation_epochs else 0)
 
     def kept(self, settings: PruneSettings) -> int:

@@ -1,6 +1,6 @@
 """Reconstruction: the surviving weights of one block, fitted so that its output is that of the dense model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gblm_compress.calibration.blocks import Block, only_requires_grad
-from gblm_compress.methods.zeros import keep_only, positive_zeros
+from gblm_compress.methods.quantisation import Grid
+from gblm_compress.methods.zeros import keep_only
 from gblm_compress.pruning.fitting import Fit, fit
+from gblm_compress.pruning.masters import Masters
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ def reconstruct_(
     compute: str,
     rounds: int = 1,
     choose: Callable[[str, Tensor], Tensor] | None = None,
-) -> Fit:
+    grids: Mapping[str, Grid] | None = None,
+) -> tuple[Fit, dict[str, Grid]]:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
     In all rounds but the last the pruned weights gather steps too, and the next round begins with the mask of the
@@ -49,17 +52,24 @@ def reconstruct_(
         compute: float32 or bfloat16, of the products; weights and optimiser states are float32.
         rounds: how many fits of `epochs` each.
         choose: of (name, values of a layer as it stores its weight), the mask for them; needed for several rounds.
+        grids: {name: grid} of the layers whose survivors are rounded; what their weights hold need not be.
 
     Returns:
-        The relative error on held-out samples before the first round and after the best, and that round's epochs.
+        The relative error on held-out samples before the first round and after the best, and that round's epochs; and
+        the grids, with their scales fitted.
     """
     names = {id(module): name for name, module in block.module.named_modules()}
     keys = {name: f"{names[id(layer)]}.weight" for name, layer in layers.items()}
-    weights = {keys[name]: _weight(layer) for name, layer in layers.items()}
+    grids = grids or {}
+    masters = Masters(
+        {keys[name]: layer for name, layer in layers.items()}, {keys[name]: grid for name, grid in grids.items()}
+    )
 
-    def loss(masters: dict[str, Tensor], index: int) -> Tensor:
+    def loss(seen: dict[str, Tensor], index: int) -> Tensor:
+        weights = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(block.module, _like(masters, weights), args, kwargs)
+            return functional_call(block.module, weights, args, kwargs)
 
         hidden = block.inputs[index]
         with autocast(hidden.device, compute):
@@ -67,38 +77,25 @@ def reconstruct_(
         return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
 
     fits: list[Fit] = []
-    current = best = weights
+    current = best = masters.start
     with only_requires_grad(block.module, []):
         for left in reversed(range(rounds)):
-            values, found = fit(current, loss, len(block.inputs), epochs=epochs, rate=rate, revive=left > 0)
+            values, found = fit(
+                current, loss, len(block.inputs), epochs=epochs, rate=rate, revive=left > 0, project=masters.seen
+            )
             if all(found.after < earlier.after for earlier in fits):
                 best = {key: keep_only(values[key], current[key] != 0) for key in values}
             fits.append(found)
             if left == 0 or found.epochs == 0:  # the last; or one that moved nothing, and so would those after it
                 break
             assert choose is not None, "several rounds need a choice of masks"
-            current = {key: keep_only(values[key], choose(name, values[key])) for name, key in keys.items()}
+            current = values | {key: keep_only(values[key], choose(name, values[key])) for name, key in keys.items()}
             del values
-    write_(weights, best)
-    return replace(min(fits, key=lambda one: one.after), before=fits[0].before)
+    written = masters.write_(best)
+    result = replace(min(fits, key=lambda one: one.after), before=fits[0].before)
+    return result, {name: written[keys[name]] for name in grids}
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:
     """Products in `compute`; float32 leaves everything as it is."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
-
-
-@torch.no_grad()
-def write_(weights: dict[str, Tensor], fitted: dict[str, Tensor]) -> None:
-    """Copy fitted weights into the model's own, in their dtype; zeros are +0.0."""
-    for key, weight in weights.items():
-        weight.copy_(positive_zeros(fitted[key].to(weight.dtype)))
-
-
-def _like(masters: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: master.to(weights[key].dtype) for key, master in masters.items()}
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight.detach()

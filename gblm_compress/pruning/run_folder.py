@@ -3,13 +3,14 @@
 .OUTPUT.pruning/
     run.json                 what the run is: settings, text, model; and the budgets once they are known
     gradients-7.safetensors  gradient norms of block 7, until it is pruned
-    block-7.safetensors      the pruned weights of block 7, in the dtype of computation
+    block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and the grids they lie on
     distilled-7.safetensors  those after the distillation
     states/                  hidden states that found no room in memory; worthless after an interruption
 """
 
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,8 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid
+from gblm_compress.models import grids
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
 from gblm_compress.storage import records
 
@@ -134,9 +137,9 @@ class RunFolder:
         """Whether the block's gradients were measured, or are not needed any more."""
         return f"gradients-{block}" in self._files or self.has_finished(block)
 
-    def finish(self, block: int, weights: dict[str, Tensor]) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block."""
-        self._save(f"block-{block}", weights)
+    def finish(self, block: int, weights: dict[str, Tensor], on: Mapping[str, Grid] | None = None) -> None:
+        """Keep the final weights {layer name: weight in its stored layout} of a block, and the grids they lie on."""
+        self._save(f"block-{block}", weights | grids.as_tensors(on or {}))
         self._files.discard(f"gradients-{block}")
         if self._ranks.is_first:
             self._path(f"gradients-{block}").unlink(missing_ok=True)
@@ -147,20 +150,28 @@ class RunFolder:
 
     def finished(self, block: int) -> dict[str, Tensor]:
         """The final weights of a finished block."""
-        return self._load(self._finished_name(block))
+        stored = self._load(self._finished_name(block))
+        return {name: stored[name] for name in _layers(stored)}
+
+    def grids(self, block: int, group: int | None) -> dict[str, Grid]:
+        """The grids of the layers of a finished block, of which so many columns (None: a row) share a scale."""
+        return grids.read_from(self._path(self._finished_name(block)), group)
 
     def layers(self, block: int) -> list[str]:
         """The names of the layers of a finished block."""
-        return keys(self._path(self._finished_name(block)))
+        return _layers(keys(self._path(self._finished_name(block))))
 
     def finished_layer(self, block: int, name: str) -> Tensor:
         """The final weight of one layer of a finished block."""
         return read_tensor(self._path(self._finished_name(block)), name)
 
-    def finish_distilled(self, per_block: list[dict[str, Tensor]]) -> None:
-        """Keep the weights of all blocks after the distillation in place of those before: all of them, or none."""
+    def finish_distilled(self, per_block: list[dict[str, Tensor]], on: Mapping[str, Grid]) -> None:
+        """Keep the weights of all blocks after the distillation, and the grids they lie on, in place of those before:
+        all of them, or none.
+        """
         for block, weights in enumerate(per_block):
-            self._save(f"distilled-{block}", weights)
+            own = {name: on[name] for name in weights if name in on}
+            self._save(f"distilled-{block}", weights | grids.as_tensors(own))
         self._record.distilled = True
         self._write()
 
@@ -223,3 +234,9 @@ class RunFolder:
         if self._ranks.is_first:
             records.write_sealed(self.folder / IDENTITY, self._record.model_dump(mode="json"))
         self._ranks.wait()
+
+
+def _layers(names: Collection[str]) -> list[str]:
+    """The names of layers among those of the tensors of a block: all but the parts of their grids."""
+    parts = grids.parts_of(grids.layers_on_grids(names))
+    return [name for name in names if name not in parts]

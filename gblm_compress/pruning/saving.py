@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
-from gblm_compress.models import loading, manifest
+from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import linear_weights, prunable_layers
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.source import ModelSource
@@ -99,6 +100,9 @@ def save(
     """Put the output together from the source and the finished blocks, and verify it."""
     layers, checkpoint = walked.layers, walked.checkpoint
     blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
+    on: dict[str, Grid] = {}
+    for index in range(walked.blocks):
+        on |= run.grids(index, settings.columns_of_a_scale)
     results = dict(layers)
 
     def changed(name: str) -> Tensor | None:
@@ -107,8 +111,14 @@ def save(
             return None
         stored = checkpoint.read(name)
         computed = run.finished_layer(blocks[layer], layer)
-        # Without an update a survivor keeps its value to the last bit, whatever dtype it was judged in.
-        weight = positive_zeros(computed.to(stored.dtype)) if settings.updates else keep_only(stored, computed != 0)
+        if grid := on.get(layer):
+            matrix = computed.T if layers[layer].transposed else computed
+            point = rounded(matrix.float(), matrix != 0, grid)  # to the last bit, whatever dtype it was computed in
+            weight = positive_zeros((point.T if layers[layer].transposed else point).to(stored.dtype))
+        elif settings.updates:
+            weight = positive_zeros(computed.to(stored.dtype))
+        else:  # a survivor keeps its value to the last bit, whatever dtype it was judged in
+            weight = keep_only(stored, computed != 0)
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
@@ -126,9 +136,11 @@ def save(
             compute={"dtype": identity["dtype"], "device": identity["device"]},
             layers={name: asdict(layer) for name, layer in results.items()},
             left_dense={name: asdict(dense) for name, dense in walked.left_dense.items()},
+            grids_sha256=grids.write(temporary, on) if on else None,
         )
         progress.say("verifying …")
         manifest.verify(temporary)
+        grids.verify(ModelSource(str(output), temporary))
         _verify_by_loading(ModelSource(str(output), temporary), results, placement)
     return results
 

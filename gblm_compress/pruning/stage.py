@@ -51,6 +51,7 @@ class PruneResult:
         folder: what was written; None where a model in memory was pruned in place.
         layers: the pruned ones.
         left_dense: all other linear weights of the model, and why they were not pruned.
+        grid: what the survivors were rounded to, in words; None if they were not.
     """
 
     folder: str | None
@@ -59,6 +60,7 @@ class PruneResult:
     seconds: float
     peak_memory_bytes: int
     calibration_fingerprint: str | None = None
+    grid: str | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -193,6 +195,7 @@ def _prune(
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint,
+        grid=settings.grid,
         warnings=(*before, *closing_notes(settings, calibration, layers, walked, seconds, placement, group)),
     )
 

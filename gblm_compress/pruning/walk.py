@@ -25,6 +25,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
@@ -161,7 +162,7 @@ class Walk:
                     _overlay_(layers[index], run.finished(index))
                     results |= {name: layer_result(layer, budgets[name]) for name, layer in layers[index].items()}
                 else:
-                    results |= prune_block_(
+                    pruned, grids = prune_block_(
                         replay.block(index) if replay else None,
                         layers[index],
                         self._gradients(index),
@@ -169,7 +170,8 @@ class Walk:
                         budgets,
                         dense.hidden if dense else (),
                     )
-                    run.finish(index, _weights(layers[index]))
+                    results |= pruned
+                    run.finish(index, _weights(layers[index]), grids)
                 if replay and index < last:
                     replay.advance(index)
         return results
@@ -178,7 +180,10 @@ class Walk:
         self, layers: list[dict[str, nn.Module]], budgets: dict[str, Budget], predictions: list[Tensor]
     ) -> dict[str, LayerResult]:
         pruned = {name: layer for block in layers for name, layer in block.items()}
-        distil_(
+        on: dict[str, Grid] = {}
+        for block in range(len(layers)):
+            on |= self.run.grids(block, self.settings.columns_of_a_scale)
+        _, grids = distil_(
             self.weights.model,
             pruned,
             self.task,
@@ -188,8 +193,9 @@ class Walk:
             rate=self.settings.distillation_rate,
             compute=self.settings.fit_dtype,
             progress=self.progress,
+            grids=on,
         )
-        self.run.finish_distilled([_weights(block) for block in layers])
+        self.run.finish_distilled([_weights(block) for block in layers], grids)
         return {name: layer_result(layer, budgets[name]) for name, layer in pruned.items()}
 
 

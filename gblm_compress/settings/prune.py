@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, PRESETS, describe_preset
 from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, Quantiser
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.methods.updates import UPDATES, Update
@@ -22,8 +23,10 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "refine": REFINEMENTS,
     "update": UPDATES,
     "allocation": ALLOCATIONS,
+    "quantise": QUANTISERS,
 }
 """{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
+ROW = "row"  # of `PruneSettings.group`
 if TYPE_CHECKING:  # a type checker cannot read a registry
     MethodName: TypeAlias = str
     RefinementName: TypeAlias = str
@@ -31,6 +34,8 @@ if TYPE_CHECKING:  # a type checker cannot read a registry
     UpdateName: TypeAlias = str
     AllocationName: TypeAlias = str
     PresetName: TypeAlias = str
+    QuantiserName: TypeAlias = str
+    Group: TypeAlias = str | int
 else:
     MethodName = Literal[*METHODS]
     RefinementName = Literal[*REFINEMENTS]
@@ -38,12 +43,23 @@ else:
     UpdateName = Literal[*UPDATES]
     AllocationName = Literal[*ALLOCATIONS]
     PresetName = Literal[*PRESETS]
+    QuantiserName = Literal[*QUANTISERS]
+    Group = Literal[ROW, *GROUPS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 FitDtype = Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
 READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
+
+
+def _number(value: Any) -> Any:
+    """A number that was given as text, as on the command line."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _group_defaults() -> str:
+    return ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
 
 
 def _budget(pattern: str, sparsity: float | None) -> Budget:
@@ -119,6 +135,15 @@ class PruneSettings(Settings):
     )
     update: Annotated[UpdateName, Panel.FIT] = Field(
         "reconstruct", description=f"What happens to the survivors, instead of a fit. {describe(UPDATES)}."
+    )
+    quantise: QuantiserName = Field(
+        "none",
+        description="Grid of the surviving weights, on which they are fitted and stored. " + f"{describe(QUANTISERS)}.",
+    )
+    group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
+        None,
+        description=f"Weights of a row that share a scale, read with {_readers('group')}: row, or so many neighbouring "
+        f"columns; by default {_group_defaults()}.",
     )
     damping: Annotated[float, Panel.FIT] = Field(
         0.01, gt=0, description=f"Damping in shares of the mean input power, read with {_readers('damping')}."
@@ -209,9 +234,29 @@ class PruneSettings(Settings):
         return self
 
     @property
-    def choices(self) -> tuple[Method, Refinement, Update, Allocation]:
+    def choices(self) -> tuple[Method, Refinement, Update, Quantiser, Allocation]:
         """The entries of the registries that the names stand for."""
-        return METHODS[self.method], REFINEMENTS[self.refine], UPDATES[self.update], ALLOCATIONS[self.allocation]
+        update, allocation = UPDATES[self.update], ALLOCATIONS[self.allocation]
+        return METHODS[self.method], REFINEMENTS[self.refine], update, self.quantiser, allocation
+
+    @property
+    def quantiser(self) -> Quantiser:
+        """What the surviving weights are rounded by."""
+        return QUANTISERS[self.quantise]
+
+    @property
+    def columns_of_a_scale(self) -> int | None:
+        """How many columns of a row share a scale; None for all of them."""
+        if self.group is None:
+            return self.quantiser.group
+        return None if self.group == ROW else int(self.group)
+
+    @property
+    def grid(self) -> str | None:
+        """The grid of the survivors in words; None where they are not rounded."""
+        columns = self.columns_of_a_scale
+        shared = "row" if columns is None else f"{columns} columns"
+        return None if self.quantiser.make is None else f"{self.quantise}, a scale for every {shared}"
 
     @property
     def read(self) -> frozenset[str]:
@@ -222,8 +267,8 @@ class PruneSettings(Settings):
     @property
     def block_needs(self) -> Need:
         """What is measured of each block when it is pruned."""
-        method, refinement, update, _ = self.choices
-        return method.needs | refinement.needs | update.needs
+        method, refinement, update, quantiser, _ = self.choices
+        return method.needs | refinement.needs | update.needs | quantiser.needs
 
     @property
     def needs(self) -> Need:

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS, PRESETS
+from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
@@ -31,7 +32,7 @@ class CompareSettings(Settings):
         min_length=1,
         max_length=100,
         description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), "
-        "gblm+none, obs+best, wanda+swap+least-squares, gblm+owl, …",
+        "gblm+none, obs+best, wanda+swap+least-squares, gblm+owl, wanda+int4, …",
     )
     patterns: tuple[PatternName, ...] = Field(
         ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
@@ -57,7 +58,7 @@ class CompareSettings(Settings):
             known = ", ".join((*PRESETS, *METHODS))
             if as_here := synonyms_of(METHODS).find(first):
                 known += f"; {first} is here {as_here}"
-            elif first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS):
+            elif first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS, *QUANTISERS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
@@ -66,13 +67,14 @@ class CompareSettings(Settings):
             "update": UPDATES,
             "refine": REFINEMENTS,
             "allocation": ALLOCATIONS,
+            "quantise": QUANTISERS,
         }
         for part in rest:
             key = next((key for key, names in parts.items() if part in names), None)
             if key is None:
                 raise ValueError(
-                    f"method {method!r}: {part!r} is no fit, update, refinement or allocation, or the second of its "
-                    "kind; give for example wanda+swap+least-squares"
+                    f"method {method!r}: {part!r} is no fit, update, refinement, allocation or grid, or the second of "
+                    "its kind; give for example wanda+swap+least-squares"
                 )
             values[key] = part
             for taken in ("fit", "update") if key in ("fit", "update") else (key,):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from gblm_compress.methods.allocation import ALLOCATIONS, DenseLayer
 from gblm_compress.methods.choices import Need, Statistics, describe, readers
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS, Rule
 from gblm_compress.methods.updates import UPDATES
@@ -36,6 +37,7 @@ CALLS = {
     "refine": lambda name, w, s: REFINEMENTS[name].refine(w, w > w.median(1, keepdim=True).values, s, RULE.pattern),
     "update": lambda name, w, s: UPDATES[name].apply(w, w > 0, s, 0.01),
     "allocation": lambda name, w, s: ALLOCATIONS[name].densities([[DenseLayer("a", w, s)], []], 0.5, 0.08),
+    "quantise": lambda name, w, s: (make := QUANTISERS[name].make) and make(w, w > 0, group=None).scales,
 }
 ENTRIES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
 
@@ -86,6 +88,7 @@ TOYS = """
 import sys
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation
 from gblm_compress.methods.choices import Need
+from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method, by_score
 from gblm_compress.methods.updates import UPDATES, Update

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblm_compress.methods import quantisation
-from gblm_compress.methods.quantisation import Grid, make_grid, nearest, restore, rounded
+from gblm_compress.methods.quantisation import Grid, make_grid, nearest, restore, rounded, straight_through
 
 INT8 = torch.arange(-127, 128, dtype=torch.int8)
 
@@ -91,3 +91,41 @@ def test_tiny_scales_stay_above_zero() -> None:
     weight = torch.full((1, 32), 1e-7)
     grid = make_grid(weight, weight != 0, "int8", None)
     assert bool((grid.scales > 0).all())
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_a_column_has_the_grid_of_its_group(group: int | None) -> None:
+    weight, keep = _matrix(5, 10)
+    grid = make_grid(weight, keep, "int4", group)
+    columns = [rounded(weight[:, j : j + 1], keep[:, j : j + 1], grid.of_column(j)) for j in range(weight.shape[1])]
+    assert torch.equal(torch.cat(columns, 1), rounded(weight, keep, grid))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_gradients_pass_through_rounding_and_scales_get_their_own(group: int | None) -> None:
+    """Against the formulas of LSQ, weight by weight: level less w/s within the grid, the outermost level beyond it."""
+    weight, keep = _matrix(3, 10)
+    weight *= keep
+    levels = torch.tensor([-60, -30, -10, 12, 33, 50], dtype=torch.int8)
+    scales = torch.full((3, 1 if group is None else 3), 0.02).half()
+    factors = torch.rand(scales.shape, generator=torch.Generator().manual_seed(2)) / 2 + 0.75
+    grid = Grid(scales, levels, group)
+    weight.requires_grad_()
+    factors.requires_grad_()
+    seen = straight_through(weight, factors, grid)
+    assert torch.equal(seen.detach(), rounded(weight.detach(), keep, grid.stretched(factors.detach())))
+    outer = torch.randn(3, 10, generator=torch.Generator().manual_seed(3))
+    (seen * outer).sum().backward()
+    expected, beyond = torch.zeros_like(factors), 0
+    for i in range(3):
+        for j in range(10):
+            place = 0 if group is None else j // group
+            scale = float(grid.stretched(factors.detach()).scales[i, place])
+            ratio = float(weight[i, j].detach()) / scale
+            level = min(levels.tolist(), key=lambda one: abs(one - ratio)) if keep[i, j] else 0
+            outside = not -60 <= ratio <= 50
+            beyond += outside
+            assert float(weight.grad[i, j]) == (0.0 if outside else pytest.approx(float(outer[i, j])))
+            expected[i, place] += outer[i, j] * 0.02 * (level if outside else level - ratio)
+    assert 0 < beyond < 15
+    torch.testing.assert_close(factors.grad, expected, rtol=2e-3, atol=2e-3)

@@ -135,7 +135,7 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
         if name.removesuffix(".weight") not in layers
     }
     before = error()
-    result = reconstruct_(first_block(pruned, ids), layers, targets, epochs=4, rate=0.02, compute=compute)
+    result, _ = reconstruct_(first_block(pruned, ids), layers, targets, epochs=4, rate=0.02, compute=compute)
     assert result.after < 0.9 * result.before
     assert error() < 0.9 * before
     for name, layer in layers.items():
@@ -204,7 +204,7 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progres
         return total
 
     before = divergence()
-    result = distil_(
+    result, _ = distil_(
         pruned,
         layers,
         CAUSAL_LM,
@@ -232,7 +232,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
     settings = PruneSettings(method="wanda", pattern="2:4", fit="none")
     prune_(model, ids, settings, progress)
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    result = distil_(
+    result, _ = distil_(
         model,
         layers,
         CAUSAL_LM,
@@ -277,5 +277,7 @@ def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(con
         p, q = (model(**ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
     layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
     teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
-    result = distil_(pruned, layers, CAUSAL_LM, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress)
+    result, _ = distil_(
+        pruned, layers, CAUSAL_LM, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress
+    )
     assert result.before == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)

@@ -258,7 +258,7 @@ def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
         prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", update="none"), progress)
         layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
         teacher = head_inputs(dense, task, given, progress)
-        fitted = distil_(
+        fitted, _ = distil_(
             pruned, layers, task, given, teacher, epochs=1, rate=1e-3, compute="float32", progress=progress
         )
         losses.append(fitted.before)

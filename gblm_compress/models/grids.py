@@ -1,0 +1,134 @@
+"""The grids of a pruned folder: its weights are stored dense, and beside them is which values they may take.
+
+`gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of every layer on a grid. The manifest states the hash of
+that file; how many columns share a scale follows from the settings in it.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.methods.quantisation import LEVELS, Grid, rounded
+from gblm_compress.models import manifest
+from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.files import read_header
+from gblm_compress.models.source import ModelSource
+from gblm_compress.settings import PruneSettings
+
+GRIDS = "gblm_grids.safetensors"
+_PARTS = (".scales", ".levels")
+
+
+def as_tensors(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    """Grids {layer: grid} as a file holds them: {name: tensor}."""
+    values = [tensor for grid in grids.values() for tensor in (grid.scales, grid.levels)]
+    return dict(zip(parts_of(grids), values, strict=True))
+
+
+def parts_of(layers: Iterable[str]) -> list[str]:
+    """The names of the tensors that are the grids of these layers."""
+    return [f"{name}{part}" for name in layers for part in _PARTS]
+
+
+def layers_on_grids(names: Collection[str]) -> list[str]:
+    """The layers of which a file with tensors of these names holds the grids."""
+    found = [name.removesuffix(_PARTS[0]) for name in names if name.endswith(_PARTS[0])]
+    return [name for name in found if f"{name}{_PARTS[1]}" in names]
+
+
+def read_from(path: Path, group: int | None) -> dict[str, Grid]:
+    """The grids in a file, {layer: grid}, beside whatever else it holds.
+
+    Args:
+        group: columns that share a scale; None for a whole row.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    found = {}
+    for name in layers_on_grids(keys(path)):
+        scales, levels = (read_tensor(path, part) for part in parts_of([name]))
+        found[name] = Grid(scales, levels, group)
+    return found
+
+
+def write(folder: Path, grids: Mapping[str, Grid]) -> str:
+    """Write the grids {layer: grid} of a pruned folder; returns the hash of the file, for the manifest."""
+    path = folder / GRIDS
+    save_file({name: tensor.contiguous() for name, tensor in as_tensors(grids).items()}, path)
+    return _digest(path)
+
+
+def read_grids(source: ModelSource) -> dict[str, Grid]:
+    """The grid of every layer of a pruned folder, {layer: grid}; empty where its weights lie on none.
+
+    Raises:
+        ModelError: the manifest or the file is damaged, or they do not belong together.
+    """
+    content = manifest.read(source.folder) if manifest.is_ours(source.folder) else {}
+    stated = content.get("grids_sha256")
+    if stated is None:
+        return {}
+    path = source.folder / GRIDS
+    if not path.is_file():  # never wait for a pipe or read a device
+        raise ModelError(f"{str(path)!r} is missing or no regular file; the manifest says what it must hold")
+    read_header(path)
+    if _digest(path) != stated:
+        raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
+    settings, layers = PruneSettings.model_validate(content["prune"]), content["layers"]
+    if set(keys(path)) != set(parts_of(layers)):
+        raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
+    grids = read_from(path, settings.columns_of_a_scale)
+    for name, grid in grids.items():
+        _check(f"{str(path)!r}: {name}", grid, settings.quantise, layers[name])
+    return grids
+
+
+def _check(name: str, grid: Grid, kind: str, layer: dict[str, Any]) -> None:
+    """What is in a file must be before it is used, see `Grid`.
+
+    Raises:
+        ModelError: it is not that.
+    """
+    rows, columns = layer["shape"]
+    groups = 1 if grid.group is None else -(-columns // grid.group)
+    check_tensor(f"{name}.scales", grid.scales, [torch.float16], [rows, groups])
+    check_tensor(f"{name}.levels", grid.levels, [torch.int8], [LEVELS[kind]])
+    if (grid.scales < 0).any():
+        raise ModelError(f"{name}.scales: holds a scale below zero; the file is damaged")
+    if (grid.levels[1:] <= grid.levels[:-1]).any():
+        raise ModelError(f"{name}.levels: do not increase; the file is damaged")
+
+
+def verify(source: ModelSource) -> None:
+    """Hold every nonzero weight of a pruned folder against its grid, in the dtype in which it is stored.
+
+    Raises:
+        VerificationError: a weight is no point of its grid; the message names it.
+        ModelError: as `read_grids`.
+    """
+    grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
+    for name, tensor in manifest.tensors(source.folder) if grids else ():
+        layer = name.removesuffix(".weight")
+        if layer not in grids or layer == name:
+            continue
+        weight = tensor.T if layers[layer]["transposed"] else tensor
+        points = rounded(weight.float(), weight != 0, grids[layer]).to(weight.dtype)
+        if (off := weight != points).any():
+            row, column = off.nonzero()[0].tolist()
+            raise VerificationError(
+                f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; the "
+                f"nearest is {float(points[row, column]):g}"
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,73 @@
+"""What a fit moves and what the network sees of it: weights of layers, and the scales of those that lie on grids."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.methods.quantisation import Grid, rounded, straight_through
+from gblm_compress.methods.zeros import positive_zeros
+from gblm_compress.models.architecture import as_matrix, weight_matrix
+
+
+@dataclass(frozen=True)
+class Masters:
+    """The pruned layers of a network.
+
+    Beside its weight, a layer on a grid has factors of its scales [rows, groups] to be moved. The network sees its
+    survivors rounded; gradients pass through (`straight_through`).
+
+    Attributes:
+        layers: {name of the weight in the network: layer}.
+        grids: {name of the weight: grid}, of the layers that lie on one.
+    """
+
+    layers: Mapping[str, nn.Module]
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """What `fit` moves, as it is now; weights are not rounded."""
+        weights = {name: layer.get_parameter("weight").detach() for name, layer in self.layers.items()}
+        return weights | {_factors(name): torch.ones_like(grid.scales.float()) for name, grid in self.grids.items()}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the network stores a weight in."""
+        return self.layers[name].get_parameter("weight").dtype
+
+    def seen(self, moved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as the network is to see them, {name: in float32, as the layer stores it}."""
+        return {
+            name: as_matrix(layer, straight_through(as_matrix(layer, moved[name]), moved[_factors(name)], grid))
+            if (grid := self.grids.get(name))
+            else moved[name]
+            for name, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def write_(self, moved: dict[str, Tensor]) -> dict[str, Grid]:
+        """Write what was moved into the layers, on their grids and in their dtype; zeros are +0.0.
+
+        Returns:
+            {name of the weight: its grid as it is now}.
+        """
+        grids = {name: grid.stretched(moved[_factors(name)]) for name, grid in self.grids.items()}
+        for name, layer in self.layers.items():
+            write_(layer, as_matrix(layer, moved[name]), grids.get(name))
+        return grids
+
+
+@torch.no_grad()
+def write_(layer: nn.Module, values: Tensor, grid: Grid | None) -> None:
+    """Copy values [out_features, in_features] into a layer, the survivors on their nearest points of a grid if it has
+    one, in the layer's dtype; zeros are +0.0.
+    """
+    if grid is not None:
+        values = rounded(values, values != 0, grid)
+    weight = weight_matrix(layer)
+    weight.copy_(positive_zeros(values.to(weight.dtype)))  # only now: a small weight may have become -0.0
+
+
+def _factors(name: str) -> str:
+    return f"{name}, scales"

@@ -1,0 +1,140 @@
+"""Folders whose weights lie on grids: every weight is held against them, and what is damaged is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.exporters import export
+from gblm_compress.models import grids, loading, manifest
+from gblm_compress.models.grids import GRIDS, read_grids
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.stage import prune
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def pruned(source, output, progress, **settings) -> ModelSource:
+    chosen = PruneSettings(**{"method": "magnitude", "fit": "none"} | settings)
+    prune(source, output, chosen, CalibrationSettings(), progress=progress)
+    return ModelSource("out", output)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path, progress) -> ModelSource:
+    return pruned(tiny("llama"), tmp_path / "out", progress, quantise="int4", group=32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("bits", "group", "levels"), [("int8", None, 255), ("int4", None, 16), ("int4", 128, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path, progress) -> None:
+    """Looked up weight by weight, in the dtype of the checkpoint, whatever dtype the pruning computed in."""
+    source = ModelSource("source", tmp_path / "source")
+    loading.load_model(tiny(kind), dtype).save_pretrained(source.folder)
+    loading.load_tokenizer(tiny(kind)).save_pretrained(source.folder)
+    written = pruned(source, tmp_path / "out", progress, quantise=bits, group=group)
+    found, state = read_grids(written), load_file(tmp_path / "out" / "model.safetensors")
+    layers = manifest.read(tmp_path / "out")["layers"]
+    assert found.keys() == layers.keys()
+    name, grid = next((name, grid) for name, grid in found.items() if "mlp" in name)
+    stored = state[f"{name}.weight"]
+    assert stored.dtype == getattr(torch, dtype)
+    weight = stored.T if layers[name]["transposed"] else stored
+    assert len(grid.levels) == levels and grid.group == {None: None if bits == "int8" else 64}.get(group, group)
+    for row in range(0, len(weight), 17):
+        for column in range(weight.shape[1]):
+            scale = grid.scales[row, 0 if grid.group is None else column // grid.group].float()
+            points = (scale * grid.levels.float()).to(weight.dtype)
+            assert weight[row, column] == 0 or weight[row, column] in points
+    assert 0.4 < float((weight != 0).float().mean()) <= 0.5
+
+
+def test_a_folder_without_grids_has_none(tiny, tmp_path, progress) -> None:
+    assert read_grids(tiny("llama")) == {}
+    assert read_grids(pruned(tiny("llama"), tmp_path / "out", progress)) == {}
+    assert not (tmp_path / "out" / GRIDS).exists()
+
+
+def test_manifest_and_card_say_it(folder) -> None:
+    content = manifest.read(folder.folder)
+    assert (content["prune"]["quantise"], content["prune"]["group"]) == ("int4", 32)
+    assert GRIDS in content["files"]
+    card = (folder.folder / "README.md").read_text()
+    assert "| grid of the survivors | int4, a scale for every 32 columns |" in card and GRIDS in card
+
+
+def test_an_export_of_it_is_none(folder, tmp_path, progress) -> None:
+    export(folder, tmp_path / "export", ExportSettings(format="bitmask"), progress=progress)
+    assert read_grids(ModelSource("export", tmp_path / "export")) == {}
+
+
+def test_a_weight_off_its_grid_is_found_and_named(folder) -> None:
+    grids.verify(folder)
+    path = folder.folder / "model.safetensors"
+    state = load_file(path)
+    row, column = state[f"{LAYER}.weight"].nonzero()[-1].tolist()
+    state[f"{LAYER}.weight"][row, column] *= 1.001
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=rf"{LAYER}.*row {row}, column {column} is no point of its grid"):
+        grids.verify(folder)
+
+
+def restated(folder: ModelSource, change) -> None:
+    """Change the grids, and the hash that the manifest states."""
+    state = load_file(folder.folder / GRIDS)
+    change(state)
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder.folder / GRIDS)
+    path = folder.folder / manifest.MANIFEST
+    content = json.loads(path.read_text()) | {"grids_sha256": grids._digest(folder.folder / GRIDS)}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(f"{LAYER}.levels"), "does not hold the grids of the layers"),
+        (lambda s: s.update({"other.scales": s[f"{LAYER}.scales"].clone()}), "does not hold the grids of the layers"),
+        (lambda s: s[f"{LAYER}.scales"].mul_(-1), "a scale below zero"),
+        (lambda s: s[f"{LAYER}.scales"].fill_(float("inf")), "NaN or infinite"),
+        (lambda s: s.update({f"{LAYER}.scales": s[f"{LAYER}.scales"].float()}), "needs float16"),
+        (lambda s: s.update({f"{LAYER}.scales": s[f"{LAYER}.scales"][:, :1]}), r"needs float16 \[128, 2\]"),
+        (lambda s: s.update({f"{LAYER}.levels": s[f"{LAYER}.levels"][:15]}), r"needs int8 \[16\]"),
+        (lambda s: s[f"{LAYER}.levels"].zero_(), "do not increase"),
+    ],
+)  # fmt: skip
+def test_grids_from_anywhere(change, message: str, folder) -> None:
+    restated(folder, lambda state: None)
+    assert read_grids(folder)
+    restated(folder, change)
+    with pytest.raises(ModelError, match=message):
+        read_grids(folder)
+
+
+def test_a_changed_or_missing_file_is_no_grid(folder) -> None:
+    path = folder.folder / GRIDS
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelError, match="not the file of which the manifest states the hash"):
+        read_grids(folder)
+    path.write_bytes(content[:-3])
+    with pytest.raises(ModelError, match="damaged safetensors file"):
+        read_grids(folder)
+    path.unlink()
+    with pytest.raises(ModelError, match="missing or no regular file"):
+        read_grids(folder)
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="missing or no regular file"):
+        read_grids(folder)
+
+
+@pytest.mark.parametrize("change", [{"grids_sha256": None}, {"grids_sha256": 5}])
+def test_a_manifest_that_does_not_name_its_grids_is_damaged(change, folder) -> None:
+    path = folder.folder / manifest.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match="is damaged"):
+        read_grids(folder)
