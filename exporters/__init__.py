@@ -96,6 +96,43 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: type[PackedLinear]) -
         )
 
 
+def check_patterns(patterns: Mapping[str, Pattern], needed: str, what: str) -> None:
+    """Refuse layers that will not have the N:M pattern that something needs.
+
+    Args:
+        patterns: {layer: the pattern that it will have}.
+
+    Raises:
+        UsageError: one will not.
+    """
+    for name, pattern in patterns.items():
+        if not _implies(pattern, Pattern(needed)):
+            raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which {what} needs")
+
+
+def check_weights(weights: Mapping[str, Tensor], needed: str, what: str) -> None:
+    """Refuse layers that have not the N:M pattern that something needs.
+
+    Raises:
+        UsageError: some have not; the first five are listed.
+    """
+    pattern = Pattern(needed)
+    broken = {name: violation for name, weight in weights.items() if (violation := pattern.first_violation(weight))}
+    if broken:
+        listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
+        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UsageError(
+            f"{len(broken)} of {len(weights)} layers are not {needed}, which {what} needs:\n{listed}{more}\n"
+            f"prune with `--pattern {needed}` first"
+        )
+
+
+def _implies(pattern: Pattern, needed: Pattern) -> bool:
+    """Whether what has the one pattern has the other, an N:M, too: as few nonzeros in each of its aligned groups."""
+    (n, m), (most, group) = pattern.n_m or (1, 1), needed.n_m or (1, 1)
+    return n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0
+
+
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
     """Find what makes an export impossible, without loading weights.
 

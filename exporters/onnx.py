@@ -18,8 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters import check_is_pruned, dtype_of, onnx_fused, onnx_plain, onnx_weights
+from gblm_compress.exporters import (
+    check_is_pruned,
+    check_patterns,
+    check_weights,
+    dtype_of,
+    onnx_fused,
+    onnx_plain,
+    onnx_weights,
+)
 from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
+from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.exporters.verification import real_sample
 from gblm_compress.formats import FORMATS
@@ -60,12 +69,14 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export.
+    UsageError: the model's task has no ONNX export, or `gemm` and a layer that will not be 2:4.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
+    if settings.gemm:
+        check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
         return
     skeleton = loading.load_skeleton(source)
@@ -94,7 +105,7 @@ def export(
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
-            never pruned runs on the dense operator.
+            never pruned runs on the dense operator. With `gemm`, their products are Gemms.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
@@ -110,8 +121,11 @@ def export(
     layers = manifest.pruned_layers(source, model)
     if settings.kernels and not manifest.is_ours(source.folder):
         layers = []  # the dense model, on kernels of the same care
+    weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     if layers and (settings.sparse or settings.kernels):
-        check_is_pruned({name: weight_matrix(model.get_submodule(name)).detach() for name in layers}, BitmaskLinear)
+        check_is_pruned(weights, BitmaskLinear)
+    if settings.gemm:
+        check_weights(weights, PATTERN, "gemm")
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -128,6 +142,8 @@ def export(
             pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
             if settings.sparse:
                 encode_initializers_(program, pruned)
+            elif settings.gemm:
+                use_gemm_(program, pruned)
             elif settings.kernels:
                 use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)

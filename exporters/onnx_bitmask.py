@@ -25,6 +25,7 @@ from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts.bitmask import check, pack, unpack
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
+ROWS = ".rows"  # of a weight that is stored as [out_features, in_features]
 DOMAIN, VERSION = "gblm", 2
 OPERATOR, DENSE_OPERATOR = "BitmaskLinear", "DenseLinear"
 DTYPES = ("float32", "float16")
@@ -42,7 +43,7 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
 
     def shared_constant(name: str, array: Any) -> ir.Value:
         if name not in shared:
-            shared[name] = _initializer(graph, f"bitmask_decoder.{name}", array)
+            shared[name] = initializer(graph, f"bitmask_decoder.{name}", array)
         return shared[name]
 
     def node(operator: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
@@ -63,10 +64,10 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
         flat = shared_constant("flat", np.array([-1], dtype=np.int64))
         axis = shared_constant("axis", np.array(0, dtype=np.int64))
         shape = shared_constant("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
-        shifted = node("BitShift", [_initializer(graph, name + MASK, mask), shifts], direction="RIGHT")
+        shifted = node("BitShift", [initializer(graph, name + MASK, mask), shifts], direction="RIGHT")
         bits = node("Cast", [node("Reshape", [node("BitwiseAnd", [shifted, one]), flat])], to=ir.DataType.INT32)
         places = node("Mul", [node("CumSum", [bits, axis]), bits])
-        decoded = node("Reshape", [node("Gather", [_initializer(graph, name + VALUES, values), places], axis=0), shape])
+        decoded = node("Reshape", [node("Gather", [initializer(graph, name + VALUES, values), places], axis=0), shape])
         decoded.shape, decoded.dtype = dense.shape, dense.dtype
         del graph.initializers[name]
         dense.replace_all_uses_with(decoded)
@@ -112,7 +113,7 @@ def _use_bitmask(program: ir.Model, names: list[str], stored: Any) -> None:
             )
         mask, values = pack(weight)
         parts = ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask)))
-        packed[name] = [_initializer(graph, name + suffix, tensor.numpy()) for suffix, tensor in parts]
+        packed[name] = [initializer(graph, name + suffix, tensor.numpy()) for suffix, tensor in parts]
         for matmul, _ in dense.uses():
             same_input.setdefault(matmul.inputs[0], []).append(matmul)
     order = {node: number for number, node in enumerate(graph)}
@@ -124,7 +125,7 @@ def _use_bitmask(program: ir.Model, names: list[str], stored: Any) -> None:
             node = ir.Node(DOMAIN, OPERATOR, [x, *weights], num_outputs=len(group), name=group[0].name)
             graph.insert_before(group[0], node)
             for matmul, output in zip(group, node.outputs, strict=True):
-                _replace(graph, matmul, output)
+                replace(graph, matmul, output)
     for name in names:
         del graph.initializers[name]
 
@@ -143,14 +144,14 @@ def _use_dense(program: ir.Model, stored: Any) -> None:
             array = array.T if before is weight else array
             if array.shape[1] % WORD or array.dtype != np.float32:
                 continue
-            name = f"{before.name}.rows"
-            turned[before] = _initializer(graph, name, _as_stored(name, array, stored))
+            name = f"{before.name}{ROWS}"
+            turned[before] = initializer(graph, name, _as_stored(name, array, stored))
             same = [user.outputs[0] for user, _ in before.uses() if _turns(user)] if before is weight else [before]
             for gather, _ in [use for value in same for use in value.uses() if use[0].op_type == "Gather"]:
                 _gather(graph, gather, turned[before])
         node = ir.Node(DOMAIN, DENSE_OPERATOR, [matmul.inputs[0], turned[before]], name=matmul.name)
         graph.insert_before(matmul, node)
-        _replace(graph, matmul, node.outputs[0])
+        replace(graph, matmul, node.outputs[0])
     for before in turned:
         for user in [user for user, _ in before.uses() if _turns(user) and not user.outputs[0].uses()]:
             graph.remove(user, safe=True)
@@ -185,8 +186,8 @@ def _halve_embeddings(program: ir.Model) -> None:
         if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:
             continue
         if len(table.shape or ()) == 2 and len(table.uses()) == 1 and table.const_value is not None:
-            name = f"{table.name}.rows"
-            rows = _initializer(graph, name, _as_stored(name, table.const_value.numpy(), np.float16))
+            name = f"{table.name}{ROWS}"
+            rows = initializer(graph, name, _as_stored(name, table.const_value.numpy(), np.float16))
             _gather(graph, gather, rows)
             del graph.initializers[table.name]
 
@@ -199,7 +200,8 @@ def _as_stored(name: str, array: Any, dtype: Any) -> Any:
     return made
 
 
-def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """An initializer of that name, added to the graph."""
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     assert value.const_value is not None
     value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
@@ -207,7 +209,7 @@ def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     return value
 
 
-def _replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     """Let `output` take the place of what a node of one output gives, under its name."""
     product = node.outputs[0]
     output.shape, output.type = product.shape, product.type
@@ -253,6 +255,8 @@ def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
 
     if name in initializers:
         return checked(stored("", *DTYPES))
+    if name + ROWS in initializers:
+        return checked(stored(ROWS, *DTYPES).T)
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))

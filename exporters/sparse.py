@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, dtype_of
+from gblm_compress.errors import VerificationError
+from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of
 from gblm_compress.exporters.verification import TOKENS, real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
@@ -46,21 +46,13 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     """
     if (needed := LAYOUTS[_layout(settings)].pattern) is None:
         return
-    for name, pattern in (patterns or {}).items():
-        if not _implies(pattern, Pattern(needed)):
-            raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
+    check_patterns(patterns or {}, needed, f"export to {settings.format}")
 
 
 def _layout(settings: ExportSettings) -> str:
     name = FORMATS[settings.format].layout
     assert name is not None
     return name
-
-
-def _implies(pattern: Pattern, needed: Pattern) -> bool:
-    """Whether what has the one pattern has the other, an N:M, too: as few nonzeros in each of its aligned groups."""
-    (n, m), (most, group) = pattern.n_m or (1, 1), needed.n_m or (1, 1)
-    return n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0
 
 
 def export(
@@ -89,7 +81,7 @@ def export(
     layout = _layout(settings)
     kind = LAYOUTS[layout].layer
     if (needed := LAYOUTS[layout].pattern) is not None:
-        _check_pattern(dense, needed, settings.format)
+        check_weights(dense, needed, settings.format)
     check_is_pruned(dense, kind)
     progress.say("packing …")
     options = {name: getattr(settings, name) for name in FORMATS[settings.format].reads}
@@ -122,18 +114,6 @@ def export(
             checks=checks,
         )
     return checks
-
-
-def _check_pattern(dense: dict[str, Tensor], needed: str, format: str) -> None:
-    pattern = Pattern(needed)
-    broken = {name: violation for name, weight in dense.items() if (violation := pattern.first_violation(weight))}
-    if broken:
-        listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
-        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UsageError(
-            f"{len(broken)} of {len(dense)} layers are not {needed}, which {format} needs:\n{listed}{more}\n"
-            f"prune with `--pattern {needed}` first"
-        )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,22 @@ def check_onnx_provider(device: str) -> str:
     return provider
 
 
+def _register_operators(options: Any) -> None:
+    """Raises:
+    MissingDependencyError: this package's operators were not compiled, or the installed ONNX Runtime refuses them.
+    """
+    import onnxruntime
+
+    library = cpu.onnxruntime_library()
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # onnxruntime raises its own kinds, which share no base
+        raise MissingDependencyError(
+            f"ONNX Runtime {onnxruntime.__version__} does not take the operators of gblm-compress "
+            f"({str(error)[:300]}); install a newer one, or export without --kernels"
+        ) from error
+
+
 @dataclass
 class _Cache:
     """A KV cache on the device.
@@ -70,7 +86,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors come as exceptions
         if source.needs_operator:
-            options.register_custom_ops_library(str(cpu.onnxruntime_library()))
+            _register_operators(options)
         providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
         self._name = source.name
         with TemporaryDirectory() as records:

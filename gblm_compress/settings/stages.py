@@ -72,6 +72,11 @@ class ExportSettings(Settings):
         description="ONNX: multiply by packed weights as they are, on operators of this package (CPU; with dtype "
         "float16 the weights are stored in it and the arithmetic is float32).",
     )
+    gemm: bool = Field(
+        False,
+        description="ONNX: write products of pruned weights, which must be 2:4, as Gemm on 2-D inputs, for TensorRT's "
+        "2:4 kernels.",
+    )
 
     group: Literal[32, 64, 128] | None = Field(
         None,
@@ -99,8 +104,8 @@ class ExportSettings(Settings):
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
-        if self.sparse and self.kernels:
-            raise ValueError("kernels stores packed weights too; choose sparse or kernels")
+        if len(ways := [name for name in ("sparse", "kernels", "gemm") if getattr(self, name)]) > 1:
+            raise ValueError(f"each is a way of its own to write the pruned weights; choose {' or '.join(ways)}")
         return self
 
 

@@ -180,6 +180,19 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, spars
     assert result.checks["zeros"] == dense_result.checks["zeros"]
 
 
+def test_gemm_on_a_plain_graph(exported, tmp_path) -> None:
+    _, dense, dense_result = exported
+    result, folder = exported_again(exported, tmp_path / "out", gemm=True)
+    assert result.checks["zeros"] == dense_result.checks["zeros"] and result.checks["identical_greedy_tokens"] == 32
+    assert dense.operators["MatMul"] - folder.operators["MatMul"] == folder.operators["Gemm"] == 14
+    assert not any("microsoft" in node.domain for node in onnx.load(folder.folder / "model.onnx").graph.node)
+    ids = torch.arange(40).reshape(2, 20)
+    expected = OnnxRuntime(dense, "cpu", 1).predict({"input_ids": ids})
+    torch.testing.assert_close(
+        OnnxRuntime(folder, "cpu", 1).predict({"input_ids": ids}), expected, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_sparse_float16(exported, tmp_path, progress) -> None:
     settings = ExportSettings(**PLAIN, dtype="float16", sparse=True)
     result = export(exported[0], tmp_path / "out", settings, progress=progress)
@@ -210,6 +223,20 @@ def test_kernels_give_the_same_tokens_at_half_the_file(exported, with_kernels) -
     graph = onnx.load(packed.folder / "model.onnx", load_external_data=False).graph
     weights = [len(node.input) // 3 for node in graph.node if node.op_type == "BitmaskLinear"]
     assert weights == [3, 1, 2, 1] * 2  # q, k and v multiply the same input, as do gate and up
+
+
+@needs_operator
+def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch) -> None:
+    import onnxruntime
+
+    class Old(onnxruntime.SessionOptions):
+        def register_custom_ops_library(self, path: str) -> None:
+            raise RuntimeError("gblm: needs ONNX Runtime 1.17 or newer")
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Old)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.16.3")
+    with pytest.raises(MissingDependencyError, match=r"^ONNX Runtime 1\.16\.3 .* \(gblm: needs .* install a newer"):
+        OnnxRuntime(with_kernels[1], "cpu", 1)
 
 
 @needs_operator
@@ -269,6 +296,8 @@ def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage
 def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
     with pytest.raises(ValueError, match="choose sparse or kernels"):
         ExportSettings(format="onnx", sparse=True, kernels=True)
+    with pytest.raises(ValueError, match="choose kernels or gemm"):
+        ExportSettings(format="onnx", gemm=True, kernels=True)
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     settings = ExportSettings(**PLAIN, kernels=True)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):

@@ -1,14 +1,21 @@
 """The operators gblm.BitmaskLinear and DenseLinear on graphs from anywhere: computed right, or refused in words."""
 
+import ctypes
 import random
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from gblm_compress.errors import MissingDependencyError
+from gblm_compress.exporters.onnx_bitmask import use_kernels_
 from gblm_compress.kernels import cpu
 from tests.hostile_graphs import Case, cases, run, sound_case
 
@@ -124,3 +131,74 @@ def test_sessions_of_several_threads(library: str) -> None:
     pick = random.Random(0)
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda case: run(case, library), [sound_case(pick) for _ in range(64)])) == {""}
+
+
+class OrtApiBase(ctypes.Structure):
+    """As ONNX Runtime's C header has it: what an interface of that version is, and the version of the library."""
+
+    _fields_ = [("GetApi", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)), ("GetVersionString", ctypes.c_void_p)]
+
+
+def test_a_runtime_that_is_too_old_is_told_what_is_needed(library: str) -> None:
+    """One that has the interface of version 16, of which CreateStatus is the first function, and no later one."""
+    asked: list[int] = []
+    said: list[tuple[int, bytes]] = []
+
+    def create_status(code: int, message: bytes) -> int:
+        said.append((code, message))
+        return 1234
+
+    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(create_status)
+    interface = ctypes.cast(create, ctypes.c_void_p)
+
+    def get_api(version: int) -> int | None:
+        asked.append(version)
+        return ctypes.addressof(interface) if version <= 16 else None
+
+    base = OrtApiBase(OrtApiBase._fields_[0][1](get_api), None)
+    register = ctypes.CDLL(library).RegisterCustomOps
+    register.argtypes, register.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
+    assert register(None, ctypes.addressof(base)) == 1234
+    assert (asked, said) == ([17, 1], [(1, b"gblm: needs ONNX Runtime 1.17 or newer")])  # 1 is ORT_FAIL
+
+
+@pytest.fixture(scope="module")
+def one_product(tmp_path_factory) -> Path:
+    """`one_product.c`, compiled against the ONNX Runtime of this Python."""
+    folder = tmp_path_factory.mktemp("c")
+    compiler = shutil.which("cc")
+    runtime = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
+    if compiler is None or runtime is None:
+        pytest.skip("no C compiler, or an ONNX Runtime without libonnxruntime.so")
+    (folder / "libonnxruntime.so.1").symlink_to(runtime)
+    program = folder / "one_product"
+    command = [compiler, "-Wall", "-Wextra", "-Werror", f"-I{sys.prefix}/onnxruntime/usr/include"]
+    command += [Path(__file__).with_name("one_product.c"), "-o", program, runtime, f"-Wl,-rpath,{folder}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "onnxruntime_c_api.h: No such file" in done.stderr:
+        pytest.skip("ONNX Runtime's C header is missing (libonnxruntime-dev)")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_program_in_c(library: str, one_product: Path, tmp_path, half: bool) -> None:
+    """It registers the library by its path, opens what an export writes, and gets numpy's product."""
+    generator = np.random.default_rng(0)
+    weight = (generator.standard_normal((128, 40)) * (generator.random((128, 40)) < 0.5)).astype(np.float16)
+    nodes = [onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", None]) for name in "xy")
+    initializers = [onnx.numpy_helper.from_array(weight.astype(np.float32), "weight")]
+    graph = onnx.helper.make_graph(nodes, "product", [x], [y], initializers)
+    opset = [onnx.helper.make_opsetid("", 18)]
+    program = ir.from_proto(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10))
+    use_kernels_(program, ["weight"], half=half)
+    ir.save(program, tmp_path / "model.onnx", external_data="model.onnx.data")
+    shutil.copy(library, tmp_path / "gblm_onnxruntime.so")
+    done = subprocess.run([one_product, tmp_path, "128", "40"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = (np.arange(128) % 7 - 3) @ weight.astype(np.float64)
+    np.testing.assert_allclose([float(line) for line in done.stdout.split()], expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "gblm_onnxruntime.so").unlink()
+    done = subprocess.run([one_product, tmp_path, "128", "40"], capture_output=True, text=True)
+    assert done.returncode == 1 and "gblm_onnxruntime.so" in done.stderr
