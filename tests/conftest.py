@@ -19,6 +19,7 @@ from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, build_tiny
@@ -127,3 +128,13 @@ def samples(count: int = 3, length: int = 24, seed: int = 0) -> list[Sample]:
     """Random token ids for the tiny models."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(0, VOCABULARY, (1, length), generator=generator)} for _ in range(count)]
+
+
+def greedy_tokens(runtime: Runtime, ids: torch.Tensor, count: int) -> list[int]:
+    """The `count` tokens that greedy decoding appends to the prompt `ids` [1, tokens]."""
+    token, cache = runtime.prefill(ids)
+    tokens = [int(token)]
+    while len(tokens) < count:
+        token, cache = runtime.decode(token, cache)
+        tokens.append(int(token))
+    return tokens

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import greedy_tokens
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
@@ -31,6 +30,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from tests.conftest import greedy_tokens
 
 pytestmark = [
     pytest.mark.real_model,

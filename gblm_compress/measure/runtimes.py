@@ -108,13 +108,3 @@ def load_runtime(
     from gblm_compress.measure.torch_runtime import TorchRuntime
 
     return TorchRuntime(loading.load_model(source, dtype, device))
-
-
-def greedy_tokens(runtime: Runtime, ids: Tensor, count: int) -> list[int]:
-    """The `count` tokens that greedy decoding appends to the prompt `ids` [1, tokens]."""
-    token, cache = runtime.prefill(ids)
-    tokens = [int(token)]
-    while len(tokens) < count:
-        token, cache = runtime.decode(token, cache)
-        tokens.append(int(token))
-    return tokens

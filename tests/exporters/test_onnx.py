@@ -14,7 +14,6 @@ from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import greedy_tokens
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
@@ -22,6 +21,7 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.conftest import greedy_tokens
 
 
 def _operator_is_compiled() -> bool:

@@ -13,7 +13,6 @@ from gblm_compress.errors import ModelError
 from gblm_compress.exporters import export, onnx_fused
 from gblm_compress.measure.genai_runtime import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import greedy_tokens
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
@@ -21,6 +20,7 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.conftest import greedy_tokens
 from tests.exporters.test_onnx import needs_operator
 
 SIZES = {

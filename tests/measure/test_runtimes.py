@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gblm_compress.errors import ModelError
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import greedy_tokens
 from gblm_compress.models.source import ModelSource
+from tests.conftest import greedy_tokens
 
 VOCABULARY = 8
 IDS = torch.arange(5).unsqueeze(0)
