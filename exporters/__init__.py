@@ -71,7 +71,10 @@ def export(
 
 
 def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
-    """What the exported weights have: for "auto" the checkpoint's own where the format has it."""
+    """What the exported weights have, or compute in where they are levels: for "auto" the checkpoint's own where the
+    format has it."""
+    if settings.quantise:
+        return "float32"
     if settings.dtype != "auto":
         return settings.dtype
     dtypes = FORMATS[settings.format].dtypes

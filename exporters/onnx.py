@@ -27,20 +27,24 @@ from gblm_compress.exporters import (
     onnx_plain,
     onnx_weights,
 )
-from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_, use_kernels_
+from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
+from gblm_compress.exporters.onnx_kernels import use_kernels_
 from gblm_compress.exporters.onnx_weights import Place
+from gblm_compress.exporters.quantised import check_group, round_layers_, round_tables_
 from gblm_compress.exporters.verification import real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
+from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -50,7 +54,7 @@ GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2}  # the last where inputs are rounded to 16 bits
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
@@ -105,7 +109,8 @@ def export(
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
-            never pruned runs on the dense operator. With `gemm`, their products are Gemms.
+            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits; the model
+            whose weights are so rounded is what is verified. With `gemm`, their products are Gemms.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
@@ -119,13 +124,21 @@ def export(
         model, dtype = model.float(), "float32"
     tokenizer = loading.load_tokenizer(source)
     layers = manifest.pruned_layers(source, model)
-    if settings.kernels and not manifest.is_ours(source.folder):
+    is_dense = settings.kernels and not manifest.is_ours(source.folder)
+    if is_dense:
         layers = []  # the dense model, on kernels of the same care
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights, BitmaskLinear)
     if settings.gemm:
         check_weights(weights, PATTERN, "gemm")
+    packed: dict[str, QuantisedLinear] = {}
+    tables: list[QuantisedLinear] = []
+    if settings.quantise:
+        grids = read_grids(source)
+        check_group(grids, settings.group)
+        layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
+        packed, tables = round_layers_(model, layout, grids, settings.group), round_tables_(model)
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -145,7 +158,8 @@ def export(
             elif settings.gemm:
                 use_gemm_(program, pruned)
             elif settings.kernels:
-                use_kernels_(program, pruned, half=half)
+                merged = onnx_weights.stacked(packed, places)
+                use_kernels_(program, list(merged) or pruned, half=half, packed=merged or None, tables=tables)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
                 genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
             progress.say("saving …")
@@ -155,8 +169,9 @@ def export(
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
+            **({"weights": settings.quantise} if settings.quantise else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, tokenizer, dtype, layers, places),
+            **_verify(temporary, model, tokenizer, "levels" if settings.quantise else dtype, layers, places),
         }
         manifest.write_export(
             temporary,

@@ -9,8 +9,7 @@ holds, and runs, dense weights. The decoder of a weight with E elements in row-m
 
 No `Where` is used: ONNX Runtime does not fold it in float16.
 
-`use_kernels_` is for speed: MatMuls become the operators gblm.BitmaskLinear and, where the weight is dense,
-gblm.DenseLinear (kernels/onnxruntime_op.c).
+`onnx_kernels` is for speed.
 """
 
 import math
@@ -19,17 +18,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.kernels.masks import WORD, row_starts
-from gblm_compress.layouts.bitmask import check, pack, unpack
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.bitmask import check, unpack
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
 ROWS = ".rows"  # of a weight that is stored as [out_features, in_features]
-DOMAIN, VERSION = "gblm", 2
-OPERATOR, DENSE_OPERATOR = "BitmaskLinear", "DenseLinear"
 DTYPES = ("float32", "float16")
-MAX_WEIGHTS = 8  # that one BitmaskLinear multiplies by
+SCALES, LEVELS = ".scales", ".levels"
+QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), LEVELS: ("int8",)}
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
@@ -75,131 +75,6 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
     graph.insert_before(graph[0], nodes)
 
 
-def use_kernels_(program: ir.Model, names: list[str], *, half: bool = False) -> None:
-    """Multiply by the named initializers [in_features, out_features] with BitmaskLinear instead of MatMul, and by all
-    others with DenseLinear, in place. Activations stay in float32.
-
-    MatMuls of the same input become one BitmaskLinear, at the place of the first. An embedding that shares the weight
-    of the head reads DenseLinear's, which has its orientation.
-
-    Args:
-        half: store all these weights, and the embedding, in float16; they must be its numbers.
-
-    Raises:
-        ModelError: a named weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
-    """
-    stored = np.float16 if half else np.float32
-    _use_bitmask(program, names, stored)
-    _use_dense(program, stored)
-    if half:
-        _halve_embeddings(program)
-    program.opset_imports[DOMAIN] = VERSION
-
-
-def _use_bitmask(program: ir.Model, names: list[str], stored: Any) -> None:
-    graph = program.graph
-    packed: dict[str, list[ir.Value]] = {}
-    same_input: dict[ir.Value, list[ir.Node]] = {}
-    for name in names:
-        dense = graph.initializers[name]
-        assert dense.const_value is not None
-        weight = torch.from_numpy(_as_stored(name, dense.const_value.numpy().T, stored))
-        used_by = {f"{node.op_type} input {index}" for node, index in dense.uses()}
-        if used_by != {"MatMul input 1"} or weight.shape[1] % WORD:
-            raise ModelError(
-                f"{name}: {OPERATOR} takes the place of a MatMul whose in_features is a multiple of {WORD}; this "
-                f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with "
-                "--sparse"
-            )
-        mask, values = pack(weight)
-        parts = ((MASK, mask), (VALUES, values), (STARTS, row_starts(mask)))
-        packed[name] = [initializer(graph, name + suffix, tensor.numpy()) for suffix, tensor in parts]
-        for matmul, _ in dense.uses():
-            same_input.setdefault(matmul.inputs[0], []).append(matmul)
-    order = {node: number for number, node in enumerate(graph)}
-    for x, matmuls in same_input.items():
-        matmuls.sort(key=order.__getitem__)
-        for first in range(0, len(matmuls), MAX_WEIGHTS):
-            group = matmuls[first : first + MAX_WEIGHTS]
-            weights = [value for matmul in group for value in packed[matmul.inputs[1].name]]
-            node = ir.Node(DOMAIN, OPERATOR, [x, *weights], num_outputs=len(group), name=group[0].name)
-            graph.insert_before(group[0], node)
-            for matmul, output in zip(group, node.outputs, strict=True):
-                replace(graph, matmul, output)
-    for name in names:
-        del graph.initializers[name]
-
-
-def _use_dense(program: ir.Model, stored: Any) -> None:
-    graph = program.graph
-    turned: dict[ir.Value, ir.Value] = {}
-    for matmul in [node for node in graph if node.op_type == "MatMul"]:
-        weight = matmul.inputs[1]
-        producer = weight.producer()
-        before = producer.inputs[0] if producer is not None and _turns(producer) else weight
-        if before.name not in graph.initializers or before.const_value is None or len(before.shape or ()) != 2:
-            continue
-        if before not in turned:
-            array = before.const_value.numpy()
-            array = array.T if before is weight else array
-            if array.shape[1] % WORD or array.dtype != np.float32:
-                continue
-            name = f"{before.name}{ROWS}"
-            turned[before] = initializer(graph, name, _as_stored(name, array, stored))
-            same = [user.outputs[0] for user, _ in before.uses() if _turns(user)] if before is weight else [before]
-            for gather, _ in [use for value in same for use in value.uses() if use[0].op_type == "Gather"]:
-                _gather(graph, gather, turned[before])
-        node = ir.Node(DOMAIN, DENSE_OPERATOR, [matmul.inputs[0], turned[before]], name=matmul.name)
-        graph.insert_before(matmul, node)
-        replace(graph, matmul, node.outputs[0])
-    for before in turned:
-        for user in [user for user, _ in before.uses() if _turns(user) and not user.outputs[0].uses()]:
-            graph.remove(user, safe=True)
-        if not before.uses():
-            del graph.initializers[before.name]
-
-
-def _turns(node: ir.Node) -> bool:
-    permutation = node.attributes.get("perm")
-    return node.op_type == "Transpose" and permutation is not None and tuple(permutation.as_ints()) == (1, 0)
-
-
-def _gather(graph: ir.Graph, gather: ir.Node, rows: ir.Value) -> None:
-    """Let a Gather read `rows`; what it gives stays float32."""
-    gather.replace_input_with(0, rows)
-    if rows.dtype == ir.DataType.FLOAT:
-        return
-    output = gather.outputs[0]
-    wide = ir.node("Cast", [output], attributes={"to": ir.DataType.FLOAT})
-    wide.outputs[0].shape, wide.outputs[0].dtype = output.shape, ir.DataType.FLOAT
-    graph.insert_after(gather, wide)
-    output.replace_all_uses_with(wide.outputs[0])
-    wide.replace_input_with(0, output)
-    output.dtype = rows.dtype
-
-
-def _halve_embeddings(program: ir.Model) -> None:
-    """Store in float16 what rows are gathered from."""
-    graph = program.graph
-    for gather in [node for node in graph if node.op_type == "Gather"]:
-        table = gather.inputs[0]
-        if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:
-            continue
-        if len(table.shape or ()) == 2 and len(table.uses()) == 1 and table.const_value is not None:
-            name = f"{table.name}{ROWS}"
-            rows = initializer(graph, name, _as_stored(name, table.const_value.numpy(), np.float16))
-            _gather(graph, gather, rows)
-            del graph.initializers[table.name]
-
-
-def _as_stored(name: str, array: Any, dtype: Any) -> Any:
-    """A copy of the array in another dtype, which must lose nothing."""
-    made = array.astype(dtype, order="C", copy=True)
-    if not np.array_equal(made.astype(array.dtype), array):
-        raise VerificationError(f"{name}: its numbers are not those of {np.dtype(dtype).name}")
-    return made
-
-
 def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     """An initializer of that name, added to the graph."""
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
@@ -217,6 +92,21 @@ def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     product.replace_all_uses_with(output, replace_graph_outputs=is_output)
     graph.remove(node, safe=True)
     output.name = product.name
+
+
+def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Tensor:
+    """The weight [rows, columns] of the inputs of gblm.QuantisedLinear."""
+    kind = LAYOUTS["bitmask-int4" if levels.size else "bitmask-int8"].layer
+    parts = [torch.tensor(scales.view("int16")), torch.tensor(mask), torch.tensor(values)]
+    if levels.size:
+        parts.append(torch.tensor(levels).reshape(-1, 16))
+    try:
+        layer = kind.holding((len(mask), mask.shape[1] * WORD), *parts)
+        layer.check()
+    except ModelError as error:
+        raise VerificationError(f"{name}.{error}") from error
+    layer.like = torch.empty(0)  # float32
+    return layer.dense_weight()
 
 
 def encode(weight: Any) -> tuple[Any, Any] | None:
@@ -257,6 +147,8 @@ def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
         return checked(stored("", *DTYPES))
     if name + ROWS in initializers:
         return checked(stored(ROWS, *DTYPES).T)
+    if name + SCALES in initializers:
+        return checked(_dequantised(name, *(stored(part, *dtypes) for part, dtypes in QUANTISED.items())).numpy().T)
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))

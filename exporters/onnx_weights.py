@@ -1,14 +1,18 @@
 """Where the linear layers of a model are in the initializers of an ONNX graph."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
+
+Packed = TypeVar("Packed", bound=PackedLinear)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
             program.graph.initializers[value.name] = value
             found[whole] = Place(value.name, array.shape, 0, array.shape[1])
     return found
+
+
+def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
+    """The packed weights of layers, one below the other as they lie side by side in an initializer: {initializer: …}.
+
+    Args:
+        packed: {layer: its weight}; of the layers of an initializer all or none.
+    """
+    together: dict[str, list[str]] = {}
+    for layer in sorted(packed.keys() & places.keys(), key=lambda layer: places[layer].start):
+        together.setdefault(places[layer].initializer, []).append(layer)
+    parts = {name: [packed[layer] for layer in layers] for name, layers in together.items()}
+    return {name: own[0] if len(own) == 1 else own[0].stack(own) for name, own in parts.items()}
 
 
 def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any]]]) -> dict[str, Place]:

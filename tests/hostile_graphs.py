@@ -17,8 +17,9 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 PADDING, MAX_WEIGHTS, MAX_RANK = 64, 8, 8
-ROLES = ("mask", "values", "starts", "weight")
+ROLES = ("mask", "values", "starts", "weight", "scales", "levels")
 VALUES = (np.float32, np.float16)
+QUANTISED, LEVELS, MOST_COLUMNS = ("mask", "values", "scales", "levels"), (np.int8, np.uint8), 1 << 16
 EDGES = (-(2**63), -1, 1, 64, 2**31, 2**40, 2**63 - 1)
 
 
@@ -28,7 +29,8 @@ class Case:
 
     Attributes:
         operator: the node's.
-        tensors: the packed weights by name; `mask0`, `values0`, `starts0`, …; or the dense one, `weight`.
+        tensors: the packed weights by name; `mask0`, `values0`, `starts0` or `scales0`, `levels0`, …; or the dense one,
+            `weight`.
         inputs: the node's inputs by name, in order.
         variable: those tensors that are inputs of the graph rather than initializers.
         outputs: the node's outputs.
@@ -54,7 +56,7 @@ class Case:
         made = [helper.make_tensor_value_info(name, kind(np.dtype("f4")), None) for name in self.outputs if name]
         node = helper.make_node(self.operator, self.inputs, self.outputs, domain="gblm")
         graph = helper.make_graph([node], "one", given, made, initializers)
-        opsets = [helper.make_opsetid("gblm", 2), helper.make_opsetid("", 20)]
+        opsets = [helper.make_opsetid("gblm", 3), helper.make_opsetid("", 20)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
     def feeds(self) -> dict[str, np.ndarray]:
@@ -79,6 +81,10 @@ class Case:
                 and given[0].shape[1] % 64 == 0
                 and given[0].shape[1] == self.x.shape[-1]
             )
+        if self.operator == "QuantisedLinear":
+            weights = [given[first : first + 4] for first in range(0, len(given), 4)]
+            sound = 1 <= count <= MAX_WEIGHTS and len(given) == 4 * count
+            return sound and all(_columns(*weight) == self.x.shape[-1] for weight in weights)
         if not 1 <= count <= MAX_WEIGHTS or len(given) != 3 * count or len({v.dtype for v in given[1::3]}) > 1:
             return False
         for mask, values, starts in zip(given[::3], given[1::3], given[2::3], strict=True):
@@ -98,6 +104,11 @@ class Case:
         if self.operator == "DenseLinear":
             return [self.x.astype(np.float64) @ self.tensors[self.inputs[1]].astype(np.float64).T]
         products = []
+        for first in range(1, len(self.inputs), 4) if self.operator == "QuantisedLinear" else ():
+            weight = restored(*(self.tensors[name] for name in self.inputs[first : first + 4]))
+            products.append(_rounded(self.x) @ weight.T)
+        if products:
+            return products
         for first in range(1, len(self.inputs), 3):
             mask, values, _ = (self.tensors[name] for name in self.inputs[first : first + 3])
             alive = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
@@ -105,6 +116,75 @@ class Case:
             dense[alive] = values[:-PADDING]
             products.append(self.x.astype(np.float64) @ dense.T)
         return products
+
+
+def _columns(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> int | None:
+    """How many columns a quantised weight has; None where it is none."""
+    if (mask.dtype, scales.dtype, levels.dtype) != (np.int64, np.float16, np.int8) or values.dtype not in LEVELS:
+        return None
+    places = values.dtype == np.uint8
+    if (mask.ndim, scales.ndim, levels.ndim) != (2, 2, 1):
+        return None
+    if mask.shape == (0, 0):
+        if places or values.ndim != 2 or 0 in values.shape or values.shape[1] % 64:
+            return None
+        rows, columns = values.shape
+    else:
+        rows, columns = mask.shape[0], 64 * mask.shape[1]
+        counts = np.bitwise_count(mask.view(np.uint64)).astype(np.int64)
+        stored = ((counts + 1) // 2 if places else counts).sum()
+        if 0 in mask.shape or values.ndim != 1 or len(values) != stored + PADDING:
+            return None
+    if columns > MOST_COLUMNS or len(levels) not in ((16, 16 * rows) if places else (0,)) or len(scales) != rows:
+        return None
+    return columns if scales.shape[1] in (1, columns / 32, columns / 64, columns / 128) else None
+
+
+def _rounded(x: np.ndarray) -> np.ndarray:
+    """x as the operator for quantised weights takes it: in 16 bits, with one scale for each token."""
+    step = np.abs(x).max(-1, keepdims=True, initial=0).astype(np.float64) / 32767
+    return np.rint(x / np.where(step > 0, step, 1)) * step
+
+
+def restored(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """The weight that is sound, value by value."""
+    if not mask.size:
+        weight = values.astype(np.float64)
+    else:
+        weight = np.zeros((mask.shape[0], mask.shape[1] * 64))
+        at = 0  # in bytes, or in halves of them
+        for row, word in np.ndindex(mask.shape):
+            for bit in range(64):
+                if int(mask[row, word]) >> bit & 1:
+                    column, level = 64 * word + bit, values[at // 2] if levels.size else values[at]
+                    if levels.size:
+                        place = int(level) >> 4 * (at % 2) & 15
+                        level = levels[16 * (row if len(levels) > 16 else 0) + place]
+                    weight[row, column] = level
+                    at += 1
+            at += at % 2 if levels.size else 0
+    return weight * np.repeat(scales.astype(np.float64), weight.shape[1] // scales.shape[1], axis=1)
+
+
+def _quantised_weight(numbers: np.random.Generator, pick: random.Random, rows: int, words: int) -> list[np.ndarray]:
+    """Mask, values, scales and levels of a weight."""
+    groups = pick.choice([1, *(words * 64 // group for group in (32, 64, 128) if words * 64 % group == 0)])
+    scales = numbers.uniform(0, 0.02, size=(rows, groups)).astype(np.float16)
+    kind = pick.choice(("dense", "int8", "int4", "int4 by row"))
+    nothing = np.zeros(0, np.int8)
+    if kind == "dense":
+        values = numbers.integers(-127, 128, size=(rows, words * 64), dtype=np.int8)
+        return [np.zeros((0, 0), np.int64), values, scales, nothing]
+    alive = numbers.random((rows, words * 64)) < pick.choice((0, 0.1, 0.5, 1))
+    mask = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
+    counts = np.bitwise_count(mask.view(np.uint64)).astype(np.int64)
+    stored = counts.sum() if kind == "int8" else ((counts + 1) // 2).sum()
+    padding = np.zeros(PADDING, np.int8)
+    if kind == "int8":
+        return [mask, np.append(numbers.integers(-127, 128, size=stored, dtype=np.int8), padding), scales, nothing]
+    levels = numbers.integers(-127, 128, size=16 if kind == "int4" else 16 * rows, dtype=np.int8)
+    values = np.append(numbers.integers(0, 256, size=stored, dtype=np.uint8), padding.view(np.uint8))
+    return [mask, values, scales, levels]
 
 
 def sound_case(pick: random.Random) -> Case:
@@ -117,14 +197,19 @@ def sound_case(pick: random.Random) -> Case:
         weight = numbers.normal(size=(pick.choice(rows), words * 64)).astype(dtype)
         return Case("DenseLinear", x, {"weight": weight}, ["x", "weight"], ["y0"], set(), [])
     count = pick.choice((1, 1, 2, 3, MAX_WEIGHTS))
+    outputs = [f"y{index}" for index in range(count)]
     tensors: dict[str, np.ndarray] = {}
+    if pick.random() < 0.4:
+        for index in range(count):
+            parts = _quantised_weight(numbers, pick, pick.choice(rows), words)
+            tensors |= dict(zip([f"{role}{index}" for role in QUANTISED], parts, strict=True))
+        return Case("QuantisedLinear", x, tensors, ["x", *tensors], outputs, set(), [])
     for index in range(count):
         alive = numbers.random((pick.choice(rows), words * 64)) < pick.choice((0, 0.1, 0.5, 1))
         counts = alive.sum(1)
         tensors[f"mask{index}"] = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
         tensors[f"values{index}"] = np.append(numbers.normal(size=alive.sum()), np.zeros(PADDING)).astype(dtype)
         tensors[f"starts{index}"] = np.cumsum(counts) - counts
-    outputs = [f"y{index}" for index in range(count)]
     return Case("BitmaskLinear", x, tensors, ["x", *tensors], outputs, set(), [])
 
 
@@ -152,7 +237,7 @@ def _order(case: Case, pick: random.Random) -> None:
 
 
 def _length(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, pick.choice(("values", "starts", "mask", "weight")))
+    name = _tensor(case, pick, pick.choice(ROLES))
     array = case.tensors[name]
     if array.size and array.ndim and pick.random() < 0.3:
         case.tensors[name] = np.pad(array, [(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1))
@@ -162,7 +247,7 @@ def _length(case: Case, pick: random.Random) -> None:
 
 def _type(case: Case, pick: random.Random) -> None:
     name = _tensor(case, pick, pick.choice(ROLES))
-    kinds = (np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint8, np.bool_)
+    kinds = (np.int8, np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint8, np.bool_)
     with np.errstate(all="ignore"):
         case.tensors[name] = case.tensors[name].astype(pick.choice(kinds))
 
@@ -274,7 +359,9 @@ def run(case: Case, library: str) -> str:
         return str(error)
     assert case.is_sound(), case.damages
     for y, expected in zip(got, case.products(), strict=True):
-        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+        # an input half way between two steps of 16 bits may go either way
+        tolerance = 1e-3 if case.operator == "QuantisedLinear" else 1e-4
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=tolerance)
     return ""
 
 

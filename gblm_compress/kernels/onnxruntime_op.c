@@ -1,4 +1,4 @@
-/* The custom operators of ONNX Runtime in the domain gblm, version 2. y = x Wᵀ, x and y and the arithmetic in fp32, the
+/* The custom operators of ONNX Runtime in the domain gblm, version 3. y = x Wᵀ, x and y and the arithmetic in fp32, the
  * weights in fp32 or fp16:
  *
  *     BitmaskLinear(x [..., words·64] float,
@@ -10,7 +10,8 @@
  *
  * Bit b of word w of a row says whether column 64·w + b is among the values, which lie row after row; starts says where those
  * of a row begin. Several weights that multiply the same x take one call: one meeting of the threads, and x is packed once.
- * Version 1 had BitmaskLinear alone, in fp32; its graphs run.
+ * QuantisedLinear is in onnxruntime_quantised.c. Version 1 had BitmaskLinear alone, in fp32, version 2 not QuantisedLinear;
+ * their graphs run.
  *
  * The weights are constant initializers: a session checks every bit of the masks when it is made; what is left to check in a
  * run is x. ONNX Runtime may map the file with the initializers, at any offset: another process could write into it, so that
@@ -20,61 +21,34 @@
  * but the C library. Compiled without ONNX Runtime's C header (Debian: libonnxruntime-dev) it has no such function, and the
  * rest of the library is the same.
  */
-#ifdef __has_include
-#if __has_include(<onnxruntime/onnxruntime_c_api.h>)
-#define GBLM_HEADER <onnxruntime/onnxruntime_c_api.h>
-#elif __has_include(<onnxruntime_c_api.h>)
-#define GBLM_HEADER <onnxruntime_c_api.h>
-#endif
-#endif
+#include "onnxruntime_op.h"
 
 #ifdef GBLM_HEADER
-#include GBLM_HEADER
-#include <pthread.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <unistd.h>
+enum { PARALLEL_FOR_SINCE = 17 };
+const OrtApi *gblm_ort;
+int gblm_parts;
+static int path_of[2]; /* of fp32 and fp16 weights */
 
-#include "bitmask.h"
-
-enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64, PARALLEL_FOR_SINCE = 17 };
-static const OrtApi *ort;
-static int path_of[2], parts; /* of fp32 and fp16 weights */
-
-#define TRY(CALL)                               \
-    do {                                        \
-        OrtStatusPtr status = (CALL);           \
-        if (status) return status;              \
-    } while (0)
-
-__attribute__((format(printf, 1, 2))) static OrtStatusPtr invalid(const char *format, ...) {
+OrtStatusPtr gblm_invalid(const char *format, ...) {
     char message[512];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(message, sizeof message, format, arguments);
     va_end(arguments);
-    return ort->CreateStatus(ORT_INVALID_ARGUMENT, message);
+    return gblm_ort->CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
 
-/* A value's type and shape: undefined where it is no tensor; of more than MAX_RANK dimensions only their number. */
-typedef struct {
-    ONNXTensorElementDataType type;
-    size_t rank;
-    int64_t shape[MAX_RANK];
-} Form;
-
-static OrtStatusPtr form_of(const OrtValue *value, Form *form) {
+OrtStatusPtr gblm_form_of(const OrtValue *value, Form *form) {
     OrtTensorTypeAndShapeInfo *info;
     int is_tensor = 0;
     memset(form, 0, sizeof *form);
-    if (value) TRY(ort->IsTensor(value, &is_tensor));
+    if (value) TRY(gblm_ort->IsTensor(value, &is_tensor));
     if (!is_tensor) return NULL; /* of undefined type */
-    TRY(ort->GetTensorTypeAndShape(value, &info));
-    OrtStatusPtr status = ort->GetTensorElementType(info, &form->type);
-    if (!status) status = ort->GetDimensionsCount(info, &form->rank);
-    if (!status && form->rank <= MAX_RANK) status = ort->GetDimensions(info, form->shape, form->rank);
-    ort->ReleaseTensorTypeAndShapeInfo(info);
+    TRY(gblm_ort->GetTensorTypeAndShape(value, &info));
+    OrtStatusPtr status = gblm_ort->GetTensorElementType(info, &form->type);
+    if (!status) status = gblm_ort->GetDimensionsCount(info, &form->rank);
+    if (!status && form->rank <= MAX_RANK) status = gblm_ort->GetDimensions(info, form->shape, form->rank);
+    gblm_ort->ReleaseTensorTypeAndShapeInfo(info);
     return status;
 }
 
@@ -89,11 +63,11 @@ static void region_part(void *argument, size_t index) {
 }
 
 /* On the threads of the session. */
-static void run_session(void *context, void (*part)(void *, int), void *work, int count) {
+void gblm_run_session(void *context, void (*part)(void *, int), void *work, int count) {
     Region region = {part, work};
-    OrtStatusPtr status = ort->KernelContext_ParallelFor(context, region_part, (size_t)count, 0, &region);
+    OrtStatusPtr status = gblm_ort->KernelContext_ParallelFor(context, region_part, (size_t)count, 0, &region);
     if (!status) return;
-    ort->ReleaseStatus(status);
+    gblm_ort->ReleaseStatus(status);
     for (int i = 0; i < count; i++) part(work, i);
 }
 
@@ -106,32 +80,35 @@ typedef struct {
     void *owned[MAX_WEIGHTS][3]; /* copies of mask, starts and perhaps values */
 } Linear;
 
-static OrtStatusPtr out_of_memory(void) { return ort->CreateStatus(ORT_FAIL, "gblm: out of memory"); }
+OrtStatusPtr gblm_out_of_memory(void) { return gblm_ort->CreateStatus(ORT_FAIL, "gblm: out of memory"); }
 
-/* Constant input `index`, which must be int64, or else float or float16, and of that rank; errors call it by its name in the
- * graph. */
-static OrtStatusPtr constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role, int is_int64,
-                             size_t rank, char name[200], Form *form, const void **data) {
+OrtStatusPtr gblm_constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role,
+                           const char *types, size_t rank, char name[200], Form *form, const void **data) {
+    static const struct {
+        const char *name;
+        ONNXTensorElementDataType type;
+    } known[] = {{"int64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},     {"float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+                 {"float or float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}, {"float or float16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+                 {"int8", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8},       {"int8 or uint8", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8},
+                 {"int8 or uint8", ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8}};
     const OrtValue *value = NULL;
-    int is_constant = 0;
+    int is_constant = 0, fits = 0;
     size_t size = 200;
-    OrtStatusPtr unnamed = ort->KernelInfo_GetInputName(info, index, name, &size);
+    OrtStatusPtr unnamed = gblm_ort->KernelInfo_GetInputName(info, index, name, &size);
     if (unnamed) {
-        ort->ReleaseStatus(unnamed);
+        gblm_ort->ReleaseStatus(unnamed);
         snprintf(name, 200, "input %zu", index);
     }
-    TRY(ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+    TRY(gblm_ort->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
     if (!is_constant || !value)
-        return invalid("%s: %s '%s' must be a constant initializer", operator, role, name);
-    TRY(form_of(value, form));
-    const int fits = is_int64 ? form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                              : form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ||
-                                    form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-    if (!fits || form->rank != rank)
-        return invalid("%s: %s '%s' must be a tensor of %s with %zu dimension%s; it has element type %d and %zu", operator,
-                       role, name, is_int64 ? "int64" : "float or float16", rank, rank == 1 ? "" : "s", (int)form->type,
-                       form->rank);
-    return ort->GetTensorMutableData((OrtValue *)value, (void **)data);
+        return gblm_invalid("%s: %s '%s' must be a constant initializer", operator, role, name);
+    TRY(gblm_form_of(value, form));
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        fits |= form->type == known[i].type && !strcmp(known[i].name, types);
+    if (!fits || (rank ? form->rank != rank : form->rank < 1 || form->rank > 2))
+        return gblm_invalid("%s: %s '%s' must be a tensor of %s with %zu dimension%s; it has element type %d and %zu", operator,
+                            role, name, types, rank ? rank : 2, rank == 1 ? "" : "s", (int)form->type, form->rank);
+    return gblm_ort->GetTensorMutableData((OrtValue *)value, (void **)data);
 }
 
 /* The values of a weight, of which ONNX Runtime keeps the memory; copied where they are not aligned. */
@@ -143,7 +120,7 @@ static OrtStatusPtr take_values(Job *job, const Form *form, const void *data, vo
     if ((uintptr_t)data % size == 0) return NULL;
     size_t bytes = size;
     for (size_t i = 0; i < form->rank; i++) bytes *= (size_t)form->shape[i];
-    if (!(*owned = malloc(bytes))) return out_of_memory();
+    if (!(*owned = malloc(bytes))) return gblm_out_of_memory();
     job->values = memcpy(*owned, data, bytes);
     return NULL;
 }
@@ -152,33 +129,33 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job,
     char name[200];
     const void *data;
     Form mask, values, starts;
-    TRY(constant(info, "BitmaskLinear", input, "mask", 1, 2, name, &mask, &data));
+    TRY(gblm_constant(info, "BitmaskLinear", input, "mask", "int64", 2, name, &mask, &data));
     job->rows = mask.shape[0];
     job->words = mask.shape[1];
     if (job->rows < 1 || job->words < 1 || job->words > INT64_MAX / 64)
-        return invalid("BitmaskLinear: mask '%s' has shape [%lld, %lld]; it needs at least one row and one word", name,
+        return gblm_invalid("BitmaskLinear: mask '%s' has shape [%lld, %lld]; it needs at least one row and one word", name,
                        (long long)job->rows, (long long)job->words);
     const size_t mask_bytes = (size_t)(job->rows * job->words) * sizeof *job->mask;
-    if (!(job->mask = owned[0] = malloc(mask_bytes))) return out_of_memory();
+    if (!(job->mask = owned[0] = malloc(mask_bytes))) return gblm_out_of_memory();
     memcpy(owned[0], data, mask_bytes);
-    TRY(constant(info, "BitmaskLinear", input + 2, "starts", 1, 1, name, &starts, &data));
+    TRY(gblm_constant(info, "BitmaskLinear", input + 2, "starts", "int64", 1, name, &starts, &data));
     if (starts.shape[0] != job->rows)
-        return invalid("BitmaskLinear: starts '%s' has %lld elements; the mask has %lld rows", name,
+        return gblm_invalid("BitmaskLinear: starts '%s' has %lld elements; the mask has %lld rows", name,
                        (long long)starts.shape[0], (long long)job->rows);
     const size_t starts_bytes = (size_t)job->rows * sizeof *job->starts;
-    if (!(job->starts = owned[1] = malloc(starts_bytes))) return out_of_memory();
+    if (!(job->starts = owned[1] = malloc(starts_bytes))) return gblm_out_of_memory();
     memcpy(owned[1], data, starts_bytes);
     int64_t bits = 0;
     for (int64_t row = 0; row < job->rows; row++) {
         if (job->starts[row] != bits)
-            return invalid("BitmaskLinear: starts '%s' says %lld at row %lld; the rows before it have %lld bits", name,
+            return gblm_invalid("BitmaskLinear: starts '%s' says %lld at row %lld; the rows before it have %lld bits", name,
                            (long long)job->starts[row], (long long)row, (long long)bits);
         for (int64_t word = 0; word < job->words; word++)
             bits += __builtin_popcountll(job->mask[row * job->words + word]);
     }
-    TRY(constant(info, "BitmaskLinear", input + 1, "values", 0, 1, name, &values, &data));
+    TRY(gblm_constant(info, "BitmaskLinear", input + 1, "values", "float or float16", 1, name, &values, &data));
     if (values.shape[0] != bits + PADDING)
-        return invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
+        return gblm_invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
                        "padding",
                        name, (long long)values.shape[0], (long long)bits, (long long)bits + PADDING, (int)PADDING);
     return take_values(job, &values, data, &owned[2]);
@@ -186,21 +163,21 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job,
 
 static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
     size_t inputs, outputs;
-    TRY(ort->KernelInfo_GetInputCount(info, &inputs));
-    TRY(ort->KernelInfo_GetOutputCount(info, &outputs));
+    TRY(gblm_ort->KernelInfo_GetInputCount(info, &inputs));
+    TRY(gblm_ort->KernelInfo_GetOutputCount(info, &outputs));
     const size_t count = inputs / 3;
     if (inputs % 3 != 1 || count < 1 || count > MAX_WEIGHTS || outputs != count)
-        return invalid("BitmaskLinear: needs x, then mask, values and starts of 1 to %d weights, and an output for each; it "
+        return gblm_invalid("BitmaskLinear: needs x, then mask, values and starts of 1 to %d weights, and an output for each; it "
                        "has %zu inputs and %zu outputs",
                        (int)MAX_WEIGHTS, inputs, outputs);
     linear->count = (int)count;
     for (size_t i = 0; i < count; i++) {
         TRY(weight_at(info, 3 * i + 1, linear->jobs + i, linear->owned[i]));
         if (linear->jobs[i].words != linear->jobs->words)
-            return invalid("BitmaskLinear: the masks have %lld and %lld words in a row; all multiply the same x",
+            return gblm_invalid("BitmaskLinear: the masks have %lld and %lld words in a row; all multiply the same x",
                            (long long)linear->jobs->words, (long long)linear->jobs[i].words);
         if (linear->jobs[i].type != linear->jobs->type)
-            return invalid("BitmaskLinear: the values of weight 0 and weight %zu are of different types", i);
+            return gblm_invalid("BitmaskLinear: the values of weight 0 and weight %zu are of different types", i);
     }
     return NULL;
 }
@@ -210,11 +187,11 @@ static OrtStatusPtr dense_weight_of(const OrtKernelInfo *info, Linear *linear) {
     const void *data;
     Form form;
     size_t inputs;
-    TRY(ort->KernelInfo_GetInputCount(info, &inputs));
-    if (inputs != 2) return invalid("DenseLinear: needs x and a weight; it has %zu inputs", inputs);
-    TRY(constant(info, "DenseLinear", 1, "weight", 0, 2, name, &form, &data));
+    TRY(gblm_ort->KernelInfo_GetInputCount(info, &inputs));
+    if (inputs != 2) return gblm_invalid("DenseLinear: needs x and a weight; it has %zu inputs", inputs);
+    TRY(gblm_constant(info, "DenseLinear", 1, "weight", "float or float16", 2, name, &form, &data));
     if (form.shape[0] < 1 || form.shape[1] < 1 || form.shape[1] % 64)
-        return invalid("DenseLinear: weight '%s' has shape [%lld, %lld]; it needs rows, and columns in multiples of 64", name,
+        return gblm_invalid("DenseLinear: weight '%s' has shape [%lld, %lld]; it needs rows, and columns in multiples of 64", name,
                        (long long)form.shape[0], (long long)form.shape[1]);
     linear->count = 1;
     linear->jobs->rows = form.shape[0];
@@ -232,7 +209,7 @@ static void ORT_API_CALL destroy(void *kernel) {
 static OrtStatusPtr created(OrtStatusPtr (*weights)(const OrtKernelInfo *, Linear *), const OrtKernelInfo *info,
                             void **kernel) {
     Linear *linear = calloc(1, sizeof *linear);
-    if (!linear) return out_of_memory();
+    if (!linear) return gblm_out_of_memory();
     OrtStatusPtr status = weights(info, linear);
     if (status) destroy(linear);
     else *kernel = linear;
@@ -252,6 +229,34 @@ static OrtStatusPtr ORT_API_CALL create_dense(const OrtCustomOp *op, const OrtAp
 
 /* ---- a run: x ---- */
 
+OrtStatusPtr gblm_take_x(OrtKernelContext *context, const char *operator, int64_t columns, Form *form, const void **x,
+                         int64_t *tokens) {
+    const OrtValue *input;
+    *tokens = 1;
+    TRY(gblm_ort->KernelContext_GetInput(context, 0, &input));
+    TRY(gblm_form_of(input, form));
+    if (form->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || form->rank < 1 || form->rank > MAX_RANK ||
+        form->shape[form->rank - 1] != columns)
+        return gblm_invalid("%s: x must be a tensor of float with 1 to %d dimensions, the last of %lld; it has element type %d "
+                            "and %zu dimensions, the last of %lld",
+                            operator, (int)MAX_RANK, (long long)columns, (int)form->type, form->rank,
+                            (long long)(form->rank && form->rank <= MAX_RANK ? form->shape[form->rank - 1] : 0));
+    for (size_t i = 0; i + 1 < form->rank; i++)
+        if (form->shape[i] == 0) *tokens = 0;
+    for (size_t i = 0; *tokens && i + 1 < form->rank; i++)
+        if (__builtin_mul_overflow(*tokens, form->shape[i], tokens))
+            return gblm_invalid("%s: x has too many tokens", operator);
+    return gblm_ort->GetTensorMutableData((OrtValue *)input, (void **)x);
+}
+
+OrtStatusPtr gblm_take_y(OrtKernelContext *context, const char *operator, int index, Form *form, int64_t rows, void **y) {
+    OrtValue *output = NULL;
+    form->shape[form->rank - 1] = rows;
+    TRY(gblm_ort->KernelContext_GetOutput(context, (size_t)index, form->shape, form->rank, &output));
+    if (!output) return gblm_invalid("%s: output %d has no name; each weight needs one", operator, index);
+    return gblm_ort->GetTensorMutableData(output, y);
+}
+
 static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context) {
     const Linear *linear = kernel;
     const int count = linear->count;
@@ -259,37 +264,20 @@ static OrtStatusPtr ORT_API_CALL compute(void *kernel, OrtKernelContext *context
     const int64_t columns = linear->jobs->words * 64;
     Job jobs[MAX_WEIGHTS];
     Form form;
-    const OrtValue *input;
     const void *x;
-    int64_t tokens = 1;
-    TRY(ort->KernelContext_GetInput(context, 0, &input));
-    TRY(form_of(input, &form));
-    if (form.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || form.rank < 1 || form.rank > MAX_RANK ||
-        form.shape[form.rank - 1] != columns)
-        return invalid("%s: x must be a tensor of float with 1 to %d dimensions, the last of %lld; it has element type %d and "
-                       "%zu dimensions, the last of %lld",
-                       operator, (int)MAX_RANK, (long long)columns, (int)form.type, form.rank,
-                       (long long)(form.rank && form.rank <= MAX_RANK ? form.shape[form.rank - 1] : 0));
-    for (size_t i = 0; i + 1 < form.rank; i++)
-        if (form.shape[i] == 0) tokens = 0;
-    for (size_t i = 0; tokens && i + 1 < form.rank; i++)
-        if (__builtin_mul_overflow(tokens, form.shape[i], &tokens)) return invalid("%s: x has too many tokens", operator);
-    TRY(ort->GetTensorMutableData((OrtValue *)input, (void **)&x));
+    int64_t tokens;
+    TRY(gblm_take_x(context, operator, columns, &form, &x, &tokens));
     memcpy(jobs, linear->jobs, sizeof jobs);
     for (int i = 0; i < count; i++) {
-        OrtValue *output = NULL;
-        form.shape[form.rank - 1] = jobs[i].rows;
-        TRY(ort->KernelContext_GetOutput(context, (size_t)i, form.shape, form.rank, &output));
-        if (!output) return invalid("%s: output %d has no name; each weight needs one", operator, i);
-        TRY(ort->GetTensorMutableData(output, &jobs[i].y));
+        TRY(gblm_take_y(context, operator, i, &form, jobs[i].rows, &jobs[i].y));
         jobs[i].x = x;
         jobs[i].tokens = tokens;
     }
     if (tokens == 0) return NULL;
-    const Threads threads = {run_session, context, parts};
+    const Threads threads = {gblm_run_session, context, gblm_parts};
     if (tokens > FEW_TOKENS && gblm_has_many(jobs->type, jobs->path)) {
         void *panels = aligned_alloc(64, (size_t)gblm_panel_bytes(jobs->words, tokens, jobs->type));
-        if (!panels) return out_of_memory();
+        if (!panels) return gblm_out_of_memory();
         for (int i = 0; i < count; i++) jobs[i].panels = panels;
         gblm_many_tokens(jobs, count, &threads);
         free(panels);
@@ -399,7 +387,7 @@ static OrtCustomOp operation = {
     .GetEndVersion = end_version,
 };
 
-static OrtCustomOp dense_operation; /* as `operation`, but for the name, the weight, and inputs that are no list */
+static OrtCustomOp quantised_operation, dense_operation; /* as `operation`, but for the name, the weight, and inputs that are no list */
 
 /* Called by ONNX Runtime for every session that asks for this library, from any thread. The domain lives as long as the
  * process. */
@@ -412,7 +400,7 @@ EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, c
     OrtStatusPtr status = NULL;
     pthread_mutex_lock(&lock);
     if (!domain) {
-        ort = api;
+        gblm_ort = api;
         operation.version = PARALLEL_FOR_SINCE;
         dense_operation = operation;
         dense_operation.GetName = dense_name;
@@ -422,11 +410,14 @@ EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, c
             for (int i = 0, paths = gblm_paths(half ? F16_X32 : F32); i < PATHS; i++)
                 if (paths >> i & 1) path_of[half] = i;
         const long processors = sysconf(_SC_NPROCESSORS_ONLN);
-        parts = processors > 0 ? (int)processors : 1;
+        gblm_parts = processors > 0 ? (int)processors : 1;
         OrtCustomOpDomain *made = NULL;
-        status = ort->CreateCustomOpDomain("gblm", &made);
-        if (!status) status = ort->CustomOpDomain_Add(made, &operation);
-        if (!status) status = ort->CustomOpDomain_Add(made, &dense_operation);
+        status = gblm_ort->CreateCustomOpDomain("gblm", &made);
+        if (!status) status = gblm_ort->CustomOpDomain_Add(made, &operation);
+        if (!status) status = gblm_ort->CustomOpDomain_Add(made, &dense_operation);
+        quantised_operation = operation;
+        gblm_make_quantised(&quantised_operation);
+        if (!status) status = gblm_ort->CustomOpDomain_Add(made, &quantised_operation);
         if (!status) domain = made;
     }
     pthread_mutex_unlock(&lock);

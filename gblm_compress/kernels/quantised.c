@@ -9,29 +9,14 @@
  * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 multiplies q in 16 bits. Products are summed as
  * integers along a group, or along a row that has one scale.
  *
- * The caller guarantees what bitmask.h says, and that levels are within -127 … 127. `values` is readable for 64 bytes past
- * the last; rows are at most MOST_WORDS words, lest an integer overflows.
+ * The caller guarantees what quantised.h says.
  */
 #include <float.h>
 
-#include "bitmask.h"
+#include "quantised.h"
 
-enum { MOST_WORDS = 1024, BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
+enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
 enum { LEVELS, PLACES, DENSE, KINDS };
-
-typedef struct {
-    const uint64_t *mask;  /* NULL: all are stored, rows × words·64 levels */
-    const uint8_t *values;
-    const int64_t *starts; /* the byte where a row begins; NULL with mask */
-    const int8_t *levels;  /* 16 for all rows or for each; NULL: values are levels */
-    const uint16_t *scales;
-    const float *sums;     /* of a row: Σ scale · level, or Σ level where the row has one scale */
-    const void *x;         /* rounded: tokens × words × 64 int16, or × (64 high bytes, 64 low bytes) */
-    const float *x_scales;
-    void *y;
-    int64_t rows, words, tokens, columns, groups, stride; /* stride: from row to row in levels */
-    int group, type, path; /* group: 0 for a row; type: of x and y */
-} Quantised;
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
     return job->mask ? job->starts[row] : row * job->words * 64;
@@ -410,7 +395,7 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
 /* ---- choice of path, and work shared by threads ---- */
 
 /* Bit p of the result is set where the CPU can run path p. */
-EXPORT int gblm_quantised_paths(void) {
+int gblm_quantised_paths(void) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -434,8 +419,8 @@ static Rounding rounding_of(int path, int type) {
 }
 
 typedef struct {
-    const Quantised *job;
-    int parts;
+    const Quantised *job; /* to multiply, `count` of them */
+    int count, parts;
     int64_t first;      /* row to restore */
     char *dense;        /* NULL: multiply */
     const char *inputs; /* x as it comes */
@@ -456,11 +441,7 @@ static void round_part(void *argument, int index) {
             round(work->inputs + t * from, job->columns, job->words, job->path == AVX512_PATH, (char *)job->x + t * to);
 }
 
-static void multiply_part(void *argument, int index) {
-    const Share *work = argument;
-    Quantised job = *work->job;
-    int64_t begin, end;
-    gblm_share(job.rows, work->parts, index, &begin, &end);
+static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
     for (int64_t left = job.tokens; left > 0; left -= FEW_TOKENS) {
         job.tokens = left < FEW_TOKENS ? left : FEW_TOKENS;
 #if defined(__x86_64__)
@@ -471,6 +452,15 @@ static void multiply_part(void *argument, int index) {
         job.x = (const char *)job.x + FEW_TOKENS * bytes_a_token(job.words);
         job.y = (char *)job.y + FEW_TOKENS * job.rows * (job.type == F32 ? 4 : 2);
         job.x_scales += FEW_TOKENS;
+    }
+}
+
+static void multiply_part(void *argument, int index) {
+    const Share *work = argument;
+    int64_t begin, end;
+    for (int i = 0; i < work->count; i++) {
+        gblm_share(work->job[i].rows, work->parts, index, &begin, &end);
+        multiply_rows(work->job[i], begin, end);
     }
 }
 
@@ -498,12 +488,25 @@ static int can_run(const Quantised *job, int count) {
            !(job->levels && !job->mask) && (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
 }
 
-static int64_t groups_of(int64_t columns, int group) { return group > 0 ? (columns + group - 1) / group : 1; }
+static inline int64_t groups_of(int64_t columns, int group) { return group > 0 ? (columns + group - 1) / group : 1; }
 static int64_t in_eights(int64_t tokens) { return (tokens + FEW_TOKENS - 1) / FEW_TOKENS * FEW_TOKENS; }
 
 /* What gblm_quantised_linear needs as `rounded`. */
-EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens) {
+int64_t gblm_quantised_bytes(int64_t words, int64_t tokens) {
     return in_eights(tokens) * (bytes_a_token(words) + (int64_t)sizeof(float));
+}
+
+void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *rounded, const Threads *threads) {
+    const int64_t size = bytes_a_token(jobs->words), tokens = jobs->tokens, eights = in_eights(tokens);
+    memset((char *)rounded + tokens * size, 0, (size_t)((eights - tokens) * size)); /* kernels compute up to 8 tokens */
+    float *x_scales = (float *)((char *)rounded + eights * size);
+    for (int i = 0; i < count; i++) jobs[i].x = rounded, jobs[i].x_scales = x_scales;
+    Share work = {.job = jobs, .count = count, .parts = tokens > FEW_TOKENS ? threads->count : 1, .inputs = inputs,
+                  .x_scales = x_scales};
+    if (work.parts == 1) round_part(&work, 0); /* less work than a region of threads */
+    else threads->run(threads->context, round_part, &work, threads->count);
+    work.parts = threads->count;
+    threads->run(threads->context, multiply_part, &work, threads->count);
 }
 
 /* y [tokens, rows] = x [tokens, columns] Wᵀ, x and y of `type`. Returns 0, and has done nothing, where a number is not one
@@ -515,16 +518,8 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int
     Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
                      groups_of(columns, group), stride, group, type, path};
     if (!can_run(&job, count) || tokens < 1) return 0;
-    const int64_t size = bytes_a_token(words), eights = in_eights(tokens);
-    memset((char *)rounded + tokens * size, 0, (size_t)((eights - tokens) * size)); /* kernels compute up to 8 tokens */
-    float *x_scales = (float *)((char *)rounded + eights * size);
-    job.x_scales = x_scales;
     const Threads threads = gblm_threads(count);
-    Share work = {.job = &job, .parts = tokens > FEW_TOKENS ? threads.count : 1, .inputs = x, .x_scales = x_scales};
-    if (work.parts == 1) round_part(&work, 0); /* less work than a region of threads */
-    else threads.run(threads.context, round_part, &work, threads.count);
-    work.parts = threads.count;
-    threads.run(threads.context, multiply_part, &work, threads.count);
+    gblm_quantised_run(&job, 1, x, rounded, &threads);
     return 1;
 }
 

@@ -77,11 +77,14 @@ class ExportSettings(Settings):
         description="ONNX: write products of pruned weights, which must be 2:4, as Gemm on 2-D inputs, for TensorRT's "
         "2:4 kernels.",
     )
-
+    quantise: Literal["int8", "int4"] | None = Field(
+        None,
+        description="ONNX with kernels: store weights as levels of 8 or 4 bits, those of head and embedding of 8.",
+    )
     group: Literal[32, 64, 128] | None = Field(
         None,
-        description="Columns that share a scale, in formats of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in "
-        "8 bits and 64 in 4 bits.",
+        description="Columns that share a scale, of levels of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in 8 "
+        "bits and 64 in 4 bits.",
     )
 
     @property
@@ -104,6 +107,10 @@ class ExportSettings(Settings):
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
+        if self.quantise and not (self.kernels and self.dtype in ("auto", "float32")):
+            raise ValueError("quantise needs kernels, and their arithmetic is float32: give no other dtype")
+        if self.group and "quantise" in format.reads and not self.quantise:
+            raise ValueError("group would do nothing without quantise")
         if len(ways := [name for name in ("sparse", "kernels", "gemm") if getattr(self, name)]) > 1:
             raise ValueError(f"each is a way of its own to write the pruned weights; choose {' or '.join(ways)}")
         return self

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import ExportResult, export, onnx_bitmask, onnx_plain, verification
+from gblm_compress.exporters import ExportResult, export, onnx_bitmask, onnx_kernels, onnx_plain, verification
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
@@ -311,7 +311,7 @@ def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypa
         patch.setattr(onnx_plain, "_trace", None)  # it takes minutes, and is not reached
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    monkeypatch.setattr(onnx_bitmask, "WORD", 48)
+    monkeypatch.setattr(onnx_kernels, "WORD", 48)
     with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export with --sparse"):
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
 

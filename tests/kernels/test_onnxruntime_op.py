@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from gblm_compress.errors import MissingDependencyError
-from gblm_compress.exporters.onnx_bitmask import use_kernels_
+from gblm_compress.exporters.onnx_kernels import use_kernels_
 from gblm_compress.kernels import cpu
 from tests.hostile_graphs import Case, cases, run, sound_case
 
@@ -91,6 +91,43 @@ def test_what_is_wrong_with_a_dense_weight_is_said(library: str, damage, message
     assert re.search(message, run(case, library))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("mask0", np.ones((2, 1025), np.int64)), r"mask 'mask0' has shape \[2, 1025\]; it .* 1 to 1024 words"),
+        (
+            changed("values0", np.zeros(67, np.uint8)),
+            "values beside levels 'levels0' have 67 .*; the mask takes 66 with",
+        ),
+        (changed("values0", np.zeros(66, np.int16)), "values 'values0' must be a tensor of int8 or uint8 with 1 dim"),
+        (
+            changed("levels0", np.zeros(15, np.int8)),
+            "levels 'levels0' have 15 elements; values of int8 need none, of uin",
+        ),
+        (
+            changed("scales0", np.zeros((2, 3), np.float16)),
+            r"scales 'scales0' have shape \[2, 3\]; 2 rows of 64 columns",
+        ),
+        (changed("scales0", np.zeros((2, 1), np.float32)), "scales 'scales0' must be a tensor of float16 with 2 dim"),
+        (changed("mask0", np.zeros((0, 0), np.int64)), "values 'values0' must be a tensor of int8 with 2 dimensions"),
+        (lambda case: case.inputs.pop(), "mask, values, scales and levels of 1 to 8 weights, .* it has 4 inputs and 1"),
+        (given(np.zeros((3, 65), np.float32)), "QuantisedLinear: x must be .* the last of 64; .* the last of 65"),
+    ],
+)
+def test_what_is_wrong_with_a_quantised_weight_is_said(library: str, damage, message: str) -> None:
+    mask, scales = np.array([[1], [6]]), np.ones((2, 1), np.float16)
+    tensors = {
+        "mask0": mask,
+        "values0": np.ones(66, np.uint8),
+        "scales0": scales,
+        "levels0": np.arange(16, dtype=np.int8),
+    }
+    case = Case("QuantisedLinear", np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
+    assert run(case, library) == ""
+    damage(case)
+    assert re.search(message, run(case, library))
+
+
 def test_weights_of_one_node_have_one_type(library: str) -> None:
     mask, starts = np.array([[1]]), np.array([0])
     tensors = {"mask0": mask, "values0": np.ones(65, np.float32), "starts0": starts}
@@ -105,7 +142,7 @@ def test_weights_beside_the_graph(library: str, tmp_path, offset: int) -> None:
     case = sound_case(random.Random(4))
     model = onnx.load_from_string(case.model())
     content = b""
-    for tensor in model.graph.initializer:
+    for tensor in (tensor for tensor in model.graph.initializer if tensor.raw_data):
         content += bytes(-len(content) % 8 + offset)
         place = {"location": "data", "offset": len(content), "length": len(tensor.raw_data)}
         content += tensor.raw_data

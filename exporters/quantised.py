@@ -1,0 +1,67 @@
+"""Weights as levels of 8 or 4 bits, for exports: a model's own weights become the points that are stored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gblm_compress.errors import UsageError
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.quantised import QuantisedLinear
+from gblm_compress.methods.quantisation import LEVELS, Grid
+from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
+
+TABLES = "int8"
+"""The layout of head and embedding."""
+
+
+def check_group(grids: Mapping[str, Grid], group: int | None) -> None:
+    """Raises:
+    UsageError: a group is asked for, and the weights lie on grids already.
+    """
+    if grids and group is not None:
+        own = next(iter(grids.values())).group
+        raise UsageError(f"group {group}: the model was pruned onto grids of {own or 'whole rows'}; leave --group out")
+
+
+@torch.no_grad()
+def round_layers_(
+    model: nn.Module, layout: str, grids: Mapping[str, Grid], group: int | None
+) -> dict[str, QuantisedLinear]:
+    """Round all linear layers of the blocks, in place.
+
+    Args:
+        layout: a quantised one of `LAYOUTS`.
+        grids: {layer: where its weights lie already}; a grid of more levels than the layout has is made anew.
+        group: columns that share a scale, where grids are made; the layout's own if unset.
+
+    Returns:
+        {layer: its packed weight}.
+    """
+    kind: Any = LAYOUTS[layout].layer
+    packed = {}
+    layers: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+    for name, layer in layers.items():
+        grid = grids.get(name)
+        fits = grid is not None and len(grid.levels) <= LEVELS[kind.KIND]
+        packed[name] = kind.from_dense(weight_matrix(layer).float(), None, group=group, grid=grid if fits else None)
+        layer.weight.copy_(as_matrix(layer, packed[name].dense_weight()))
+    return packed
+
+
+@torch.no_grad()
+def round_tables_(model: Any) -> list[QuantisedLinear]:
+    """Round head and embedding, in place; one weight where they are tied.
+
+    Returns:
+        The packed weights.
+    """
+    kind: Any = LAYOUTS[TABLES].layer
+    packed: dict[int, QuantisedLinear] = {}
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        weight = None if module is None else module.weight
+        if weight is not None and weight.data_ptr() not in packed:
+            packed[weight.data_ptr()] = kind.from_dense(weight.float(), None)
+            weight.copy_(packed[weight.data_ptr()].dense_weight())
+    return list(packed.values())

@@ -1,0 +1,63 @@
+/* What the operators for ONNX Runtime share. Without ONNX Runtime's C header GBLM_HEADER is not defined, and there are none. */
+#ifndef GBLM_ONNXRUNTIME_OP_H
+#define GBLM_ONNXRUNTIME_OP_H
+
+#ifdef __has_include
+#if __has_include(<onnxruntime/onnxruntime_c_api.h>)
+#define GBLM_HEADER <onnxruntime/onnxruntime_c_api.h>
+#elif __has_include(<onnxruntime_c_api.h>)
+#define GBLM_HEADER <onnxruntime_c_api.h>
+#endif
+#endif
+
+#ifdef GBLM_HEADER
+#include GBLM_HEADER
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "bitmask.h"
+
+enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64 };
+extern const OrtApi *gblm_ort;
+extern int gblm_parts; /* threads that share a product, at most */
+
+#define TRY(CALL)                               \
+    do {                                        \
+        OrtStatusPtr status = (CALL);           \
+        if (status) return status;              \
+    } while (0)
+
+/* A value's type and shape: undefined where it is no tensor; of more than MAX_RANK dimensions only their number. */
+typedef struct {
+    ONNXTensorElementDataType type;
+    size_t rank;
+    int64_t shape[MAX_RANK];
+} Form;
+
+__attribute__((format(printf, 1, 2))) OrtStatusPtr gblm_invalid(const char *format, ...);
+OrtStatusPtr gblm_out_of_memory(void);
+OrtStatusPtr gblm_form_of(const OrtValue *value, Form *form);
+
+/* Constant input `index`, which must be of `types` ("int64", "float16", "int8", "float or float16", "int8 or uint8") and of
+ * that rank, 0 for 1 or 2; errors call it by its name in the graph. */
+OrtStatusPtr gblm_constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role,
+                           const char *types, size_t rank, char name[200], Form *form, const void **data);
+
+/* Input x, float [..., columns], its form, and how many tokens it has. */
+OrtStatusPtr gblm_take_x(OrtKernelContext *context, const char *operator, int64_t columns, Form *form, const void **x,
+                         int64_t *tokens);
+
+/* Output `index`, float [..., rows], where `form` is that of x. */
+OrtStatusPtr gblm_take_y(OrtKernelContext *context, const char *operator, int index, Form *form, int64_t rows, void **y);
+
+/* `run` of Threads on those of the session, whose kernel context is the context. */
+void gblm_run_session(void *context, void (*part)(void *work, int index), void *work, int count);
+
+/* Turn a copy of BitmaskLinear's operator into QuantisedLinear's. */
+void gblm_make_quantised(OrtCustomOp *operation);
+#endif
+
+#endif

@@ -1,0 +1,36 @@
+/* What the kernels of quantised weights are given. See quantised.c.
+ *
+ * Masks and starts are as bitmask.h says, but starts count bytes. Levels are within -127 … 127. `values` is readable for 64
+ * bytes past the last; rows are at most MOST_WORDS words, lest an integer overflows. All of it is the caller's to guarantee.
+ */
+#ifndef GBLM_QUANTISED_H
+#define GBLM_QUANTISED_H
+
+#include "bitmask.h"
+
+enum { MOST_WORDS = 1024 };
+
+typedef struct {
+    const uint64_t *mask;  /* NULL: all are stored, rows × words·64 levels */
+    const uint8_t *values;
+    const int64_t *starts; /* the byte where a row begins; NULL with mask */
+    const int8_t *levels;  /* 16 for all rows or for each; NULL: values are levels */
+    const uint16_t *scales;
+    const float *sums;     /* of a row: Σ scale · level, or Σ level where the row has one scale */
+    const void *x;         /* rounded: tokens × words × 64 int16, or × (64 high bytes, 64 low bytes) */
+    const float *x_scales;
+    void *y;
+    int64_t rows, words, tokens, columns, groups, stride; /* stride: from row to row in levels */
+    int group, type, path; /* group: 0 for a row; type: of x and y */
+} Quantised;
+
+/* y = x Wᵀ of each job, for any number of tokens. The jobs differ in the weight, y and rows alone; x is rounded for all of
+ * them at once.
+ *
+ * inputs: x as it comes, tokens × columns of `type`. rounded: gblm_quantised_bytes of scratch. */
+void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *rounded, const Threads *threads);
+
+EXPORT int64_t gblm_quantised_bytes(int64_t words, int64_t tokens);
+EXPORT int gblm_quantised_paths(void); /* bit p is set where the CPU can run path p */
+
+#endif
