@@ -10,8 +10,8 @@ same weights, in turn: torch dense and bitmask, ONNX Runtime dense and on our op
 (llama-cpp-python) is installed. Medians over interleaved rounds; the first is warm-up.
 
 With --quantised only kernels of 8 and 4 bits are timed: packed at 50 % unstructured, beside dense ones written with the
-same care (`dense_quantised.c`). Matrices stay where the rounds leave them, in the cache if they fit; the best of all calls
-counts. Packed kernels round x to 16 bits, the yardsticks to 8.
+same care (`dense_quantised.c`). Matrices stay where rounds leave them, in the cache if they fit; the best call counts.
+Packed kernels round x to 16 bits, the yardsticks to 8.
 """
 
 import argparse

@@ -84,10 +84,12 @@ def export(
         check_weights(dense, needed, settings.format)
     check_is_pruned(dense, kind)
     progress.say("packing …")
-    options = {name: getattr(settings, name) for name in FORMATS[settings.format].reads}
-    exact = pack_(model, names, layout, **options)
+    options = {"group": settings.group} if LAYOUTS[layout].width else {}
+    tables = None if settings.keep_head else LAYOUTS[layout].tables
+    exact, dense_tables = pack_(model, names, layout, tables, **options)
+    dense |= dense_tables
     dense_bytes = sum(weight.nbytes for weight in dense.values())
-    packed_bytes = sum(model.get_submodule(name).packed_bytes for name in names)
+    packed_bytes = sum(model.get_submodule(name).packed_bytes for name in dense)
     outputs.check_space(output, source.bytes_on_disk, "the export")
     with folders.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)
@@ -95,12 +97,12 @@ def export(
         progress.say("verifying …")
         difference = _verify(ModelSource(str(output), temporary), model, kind, dense, reference)
         checks = {
-            "packed_layers": len(names),
+            "packed_layers": len(dense),
             **({"layers_left_dense": changed} if changed else {}),
             **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,
-            **({"restored_within": kind.TOLERANCE} if kind.TOLERANCE else {"restored_bit_for_bit": True}),
+            **(_rounding(model, dense, kind) if kind.TOLERANCE else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],
         }
@@ -114,6 +116,11 @@ def export(
             checks=checks,
         )
     return checks
+
+
+def _rounding(model: Any, dense: dict[str, Tensor], kind: type[PackedLinear]) -> dict[str, float]:
+    errors = [model.get_submodule(name).error(weight) for name, weight in dense.items()]
+    return {"restored_within": kind.TOLERANCE, "largest_rounding_error": max(errors)}
 
 
 @dataclass(frozen=True)

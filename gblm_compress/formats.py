@@ -51,7 +51,7 @@ def _packed(name: str, layout: Layout) -> Format:
     width = f" in {layout.width} bits" if layout.width else ""
     help = f"packed weights{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
     synonyms = tuple(other for other in (name, layout.pattern) if other and other != layout.format)
-    reads = ("group",) if layout.width else ()
+    reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
     return Format(exporter="gblm_compress.exporters.sparse", help=help, reads=reads, layout=name, synonyms=synonyms)
 
 

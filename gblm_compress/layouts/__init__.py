@@ -24,6 +24,7 @@ class Layout:
         pattern: the N:M that a weight must have; any if unset.
         width: bits of a stored weight; those of the dtype if unset.
         exact: the layout for a layer that this one would round too much; None where it rounds nothing.
+        tables: the layout for the model's head and embedding; None where these stay as they are.
     """
 
     linear: str
@@ -32,6 +33,7 @@ class Layout:
     pattern: str | None = None
     width: int | None = None
     exact: str | None = None
+    tables: str | None = None
 
     @property
     def needs_cuda(self) -> bool:
@@ -47,7 +49,7 @@ class Layout:
 
 
 def _quantised(linear: str, format: str, width: int) -> Layout:
-    return Layout(f"gblm_compress.layouts.{linear}", format, ("cpu",), width=width, exact="bitmask")
+    return Layout(f"gblm_compress.layouts.{linear}", format, ("cpu",), width=width, exact="bitmask", tables="int8")
 
 
 # A folder's config.json has the name; commands and recipes have the format.
@@ -68,7 +70,7 @@ def check_described(layout: object, layers: object) -> None:
     """
     if known(layout) is None:
         raise ModelError(
-            f"layout {layout!r} is not known; this version reads {' and '.join(LAYOUTS)}; a newer gblm-compress may "
+            f"layout {layout!r} is not known; this version reads {', '.join(LAYOUTS)}; a newer gblm-compress may "
             "have packed the folder"
         )
     if not isinstance(layers, dict) or not layers:

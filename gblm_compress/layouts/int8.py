@@ -10,7 +10,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.kernels.cpu_quantised import Quantised
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed import check_tensor
-from gblm_compress.layouts.quantised import QuantisedLinear, group_of, quantised_operator
+from gblm_compress.layouts.quantised import QuantisedLinear, group_of, quantised_operator, scale_of
 from gblm_compress.methods.quantisation import LARGEST
 
 
@@ -71,6 +71,13 @@ class Int8Linear(QuantisedLinear):
         layer = self.holding((len(rows), len(columns)), scales, values)
         layer.like = self.like
         return layer
+
+    def look_up(self, numbers: Tensor) -> Tensor:
+        if not self._prepared:
+            self.prepare()
+        chosen = numbers.flatten()
+        rows = self.values[chosen] * scale_of(self.scales[chosen], self.in_features)
+        return rows.to(self.dtype).reshape(*numbers.shape, self.in_features)
 
     def check(self) -> None:
         check_tensor("values", self.values, (torch.int8,), (self.out_features, self.in_features))

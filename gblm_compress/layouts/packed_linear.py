@@ -66,6 +66,7 @@ class PackedLinear(nn.Module):
         OPERATOR: the product, made by `operator`.
         TOLERANCE: largest difference of a restored weight, as a fraction of the largest weight of the matrix; 0 where
             all are restored bit for bit.
+        LARGEST_ERROR: a layer with a larger `error` is for the layout that `Layout.exact` names.
         transposed: whether the layer stands for one that stores its weight as [in_features, out_features].
         loading: whether transformers is filling it: `weight` has no values yet.
 
@@ -78,6 +79,7 @@ class PackedLinear(nn.Module):
     DERIVED: ClassVar[tuple[str, ...]] = ()
     OPERATOR: ClassVar[Product]
     TOLERANCE: ClassVar[float] = 0.0
+    LARGEST_ERROR: ClassVar[float] = float("inf")
 
     def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
         super().__init__()
@@ -176,6 +178,14 @@ class PackedLinear(nn.Module):
         words = {"triton": f"{self.LAYOUT} Triton", "cusparselt": "cuSPARSELt", "cutlass": "CUTLASS", "dense": UNPACKED}
         return words[kernel]
 
+    def look_up(self, numbers: Tensor) -> Tensor:
+        """Rows of W [..., in_features] for their numbers [...].
+
+        Raises:
+            UsageError: the layout cannot be read row by row.
+        """
+        raise UsageError(f"rows cannot be looked up in the {self.LAYOUT} layout")
+
     def dense_weight(self) -> Tensor:
         """W, bit for bit or within `TOLERANCE`."""
         raise NotImplementedError
@@ -189,9 +199,10 @@ class PackedLinear(nn.Module):
             return False
         return bool((restored - weight).abs().max() <= self.TOLERANCE * weight.abs().max())
 
-    def rounds_too_much(self, weight: Tensor) -> bool:
-        """Whether W is too far from that matrix, of which it was packed, for the layout to be of use."""
-        return False
+    def error(self, weight: Tensor) -> float:
+        """What share of that matrix rounding moved: Σ |W - weight| / Σ |weight|."""
+        moved = (self.dense_weight().float() - weight.float()).abs().sum()
+        return float(moved / weight.float().abs().sum().clamp(min=1e-30))
 
     def check(self) -> None:
         """Hold the packed tensors against layout and shape.

@@ -1,6 +1,6 @@
 """What layers of quantised weights share: scales beside levels, their kernels on a CPU, and how they are checked.
 
-Scales are stored as the bits of float16 in int16, so that whoever casts a model to another dtype leaves them as they are.
+Scales are stored as the bits of float16 in int16, so that casting a model to another dtype leaves them as they are.
 The dtype of a layer is that of its inputs and outputs alone.
 """
 
@@ -124,7 +124,6 @@ class QuantisedLinear(PackedLinear):
     Attributes:
         KIND: of `methods.quantisation.LEVELS`.
         GROUP: columns that share a scale where nothing else is asked for; None for all of a row.
-        LARGEST_ERROR: a layer of which rounding moves a larger share, Σ |W - rounded W| / Σ |W|, is for another layout.
         PACKED: the scales first.
         DERIVED: `like` last.
         scales: [rows, groups], the bits of float16 as int16.
@@ -134,7 +133,6 @@ class QuantisedLinear(PackedLinear):
 
     KIND: ClassVar[str]
     GROUP: ClassVar[int | None] = None
-    LARGEST_ERROR: ClassVar[float]
     scales: Tensor
     sums: Tensor
     like: Tensor
@@ -145,8 +143,9 @@ class QuantisedLinear(PackedLinear):
         super().__init__(shape, bias, dtype, device)
         if group is not None and (type(group) is not int or group not in GROUPS):
             raise ModelError(f"group {group!r} is none of {', '.join(map(str, GROUPS))}, nor null for whole rows")
-        groups = groups_of(self.in_features, group)
-        self.register_buffer("scales", torch.empty(self.out_features, groups, dtype=torch.int16, device=device))
+        self.group = group
+        size = (self.out_features, groups_of(self.in_features, group))
+        self.register_buffer("scales", torch.empty(size, dtype=torch.int16, device=device))
         self.like = torch.empty(0, dtype=dtype)
 
     @classmethod
@@ -213,11 +212,6 @@ class QuantisedLinear(PackedLinear):
         return {**super().description(), "group": self.group}
 
     @property
-    def group(self) -> int | None:
-        """Columns that share a scale; None where all of a row do, or could."""
-        return group_of(self.in_features, self.scales.shape[1])
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.like.dtype
 
@@ -236,6 +230,8 @@ class QuantisedLinear(PackedLinear):
         )
         if not bool(((self.scales >= 0) & (self.scales < _INFINITE)).all()):
             raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
+        if self.get_buffer("values").any() and not self.scales.any():  # what is cast to int16 becomes zero
+            raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
         super().check()
 
     def find_kernels(self) -> None:
@@ -273,10 +269,6 @@ class QuantisedLinear(PackedLinear):
             return False
         grid = Grid(self.scales.view(torch.float16), self.table(), self.group)
         return same_bits(self.dense_weight(), rounded(weight.float(), weight != 0, grid).to(weight.dtype))
-
-    def rounds_too_much(self, weight: Tensor) -> bool:
-        difference = self.dense_weight().float() - weight.float()
-        return bool(difference.abs().sum() > self.LARGEST_ERROR * weight.float().abs().sum())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group={self.group}"

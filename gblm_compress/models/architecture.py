@@ -133,7 +133,7 @@ def linear_weights(
         ignore: as for `prunable_layers`.
     """
     prefix, _ = find_blocks(model)
-    head, embedding = _head_and_embedding(model)
+    head, embedding = head_and_embedding(model)
 
     def reason(name: str, module: nn.Module) -> str | None:
         if module is head:
@@ -161,7 +161,7 @@ def linear_weights(
     return found
 
 
-def _head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+def head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """The layer that makes logits and the embedding of tokens, where the model says which they are."""
     if not hasattr(model, "get_output_embeddings"):
         return None, None

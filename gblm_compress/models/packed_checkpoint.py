@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
@@ -21,9 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.errors import ModelError
 from gblm_compress.layouts import LAYOUTS, check_described
+from gblm_compress.layouts.packed_embedding import PackedEmbedding
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
+from gblm_compress.models.packed_tables import check_embeddings, dense_embedding, look_up_, own_layer, pack_tables_
 from gblm_compress.storage.records import read_json
 
 
@@ -34,12 +36,20 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         layout: one of `LAYOUTS`.
         layers: {layer: `PackedLinear.description()`, and "layout" where it has another}.
+        embeddings: {embedding: the layer whose rows it looks up}.
     """
 
-    def __init__(self, layers: dict[str, dict[str, Any]] | None = None, layout: str = "", **unknown: Any) -> None:
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        layout: str = "",
+        embeddings: dict[str, str] | None = None,
+        **unknown: Any,
+    ) -> None:
         self.quant_method = SPARSE_METHOD
         self.layout = layout
         self.layers = {} if layers is None else layers
+        self.embeddings = {} if embeddings is None else embeddings
 
 
 @register_quantizer(SPARSE_METHOD)
@@ -51,12 +61,21 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layout, layers = self.quantization_config.layout, self.quantization_config.layers
+        embeddings = self.quantization_config.embeddings
         with self._named_errors(model, ""):
             check_described(layout, layers)
+            check_embeddings(embeddings, layers)
+        own = {own_layer(name): name for name, layer in embeddings.items() if layer == own_layer(name)}
         for name, description in layers.items():
             with self._named_errors(model, f"quantization_config, layer {name!r}: "):
-                empty = _like(linear_layer(model, name), layout, description, model.config.dtype)
-                model.set_submodule(name, empty)
+                if name in own:
+                    empty = _like(dense_embedding(model, own[name]), layout, description, model.config.dtype)
+                    model.set_submodule(own[name], PackedEmbedding(empty, own=True))
+                    continue
+                dense = linear_layer(model, name, tied=name in embeddings.values())
+                model.set_submodule(name, _like(dense, layout, description, model.config.dtype))
+        with self._named_errors(model, "quantization_config, "):
+            look_up_(model, embeddings)
 
     # transformers gives the config to one of these two, depending on its version, before it looks for the weights.
     def update_attn_implementation(self, config: Any) -> Any:
@@ -132,14 +151,18 @@ def _packed_name(file: str) -> str:
     return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
 
 
-def pack_(model: Any, names: list[str], layout: str = "bitmask", **options: Any) -> list[str]:
+def pack_(
+    model: Any, names: list[str], layout: str = "bitmask", tables: str | None = None, **options: Any
+) -> tuple[list[str], dict[str, Tensor]]:
     """Replace the named linear layers of a model by `PackedLinear`s with the same values, in place.
 
     Args:
+        tables: the layout for head and embedding; they stay as they are if unset.
         options: of the layout's `from_dense`.
 
     Returns:
-        The layers that the layout would round too much, and that are packed exactly instead.
+        The layers that the layout would round too much, and that are packed exactly instead; and {layer: its dense
+        weight} of head and embedding.
 
     Raises:
         UsageError: the layout cannot hold a weight.
@@ -151,26 +174,34 @@ def pack_(model: Any, names: list[str], layout: str = "bitmask", **options: Any)
         weight = weight_matrix(dense).detach()
         try:
             packed = LAYOUTS[layout].layer.from_dense(weight, dense.bias, **options)
-            if packed.rounds_too_much(weight):
-                other = LAYOUTS[layout].exact
-                assert other is not None
+            other = LAYOUTS[layout].exact
+            if other is not None and packed.error(weight) > packed.LARGEST_ERROR:
                 packed = LAYOUTS[other].layer.from_dense(weight, dense.bias)
                 exact.append(name)
         except ModelError as error:
             raise ModelError(f"{name}.{error}") from error
         packed.transposed = is_transposed(dense)
         model.set_submodule(name, packed)
-        layers[name] = packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
-    config = PackedConfig(layers, layout)
+        layers[name] = _described(packed, layout)
+    dense_tables, embeddings = pack_tables_(model, tables) if tables else ({}, {})
+    layers |= {name: _described(model.get_submodule(name), layout) for name in dense_tables}
+    config = PackedConfig(layers, layout, embeddings)
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = SPARSE_METHOD
-    return exact
+    return exact, dense_tables
 
 
-def linear_layer(model: nn.Module, name: str) -> Any:
+def _described(packed: PackedLinear, layout: str) -> dict[str, Any]:
+    return packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
+
+
+def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
     """The layer of that name.
+
+    Args:
+        tied: whether it may share its weight.
 
     Raises:
         ModelError: there is none, or it is not one that can be pruned.
@@ -179,8 +210,8 @@ def linear_layer(model: nn.Module, name: str) -> Any:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"{type(model).__name__} has no layer {name!r}") from error
-    tied = getattr(model, "all_tied_weights_keys", {}).items()
-    if not is_linear(module) or any(f"{name}.weight" in pair for pair in tied):
+    pairs = getattr(model, "all_tied_weights_keys", {}).items()
+    if not is_linear(module) or (not tied and any(f"{name}.weight" in pair for pair in pairs)):
         kind = type(module).__name__
         raise ModelError(f"{name!r} is a {kind}; only Linear and Conv1D layers with weights of their own can be packed")
     return module
@@ -188,7 +219,7 @@ def linear_layer(model: nn.Module, name: str) -> Any:
 
 def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> PackedLinear:
     """An empty layer in the place of a dense one, for transformers to fill."""
-    shape, bias = list(weight_matrix(dense).shape), dense.bias is not None
+    shape, bias = list(weight_matrix(dense).shape), getattr(dense, "bias", None) is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
     layout = description.get("layout", layout)

@@ -59,6 +59,10 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
     def from_config(cls, config: dict[str, Any]) -> "PackedConfig":
         layout, layers = config.get("layout"), config.get("layers")
         check_described(layout, layers)
+        if config.get("embeddings"):
+            raise ModelError(
+                "head and embedding of the folder are packed, which vLLM does not read; export with `--keep-head`"
+            )
         assert isinstance(layout, str) and isinstance(layers, dict)
         return cls(layout, layers)
 
@@ -72,7 +76,12 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
             if inside := [name for name in self.layers if experts.match(name)]:
                 raise ModelError(f"{inside[0]!r} is packed; vLLM has it in a {type(layer).__name__}, which stays dense")
             return None
-        return PackedLinearMethod(self.layout, prefix, described) if described else UnquantizedLinearMethod()
+        if not described:
+            return UnquantizedLinearMethod()
+        layouts = {description.get("layout", self.layout) for description in described}
+        if len(layouts) > 1:
+            raise ModelError(f"{prefix}: its parts are packed as {' and '.join(sorted(layouts))}; vLLM has them in one")
+        return PackedLinearMethod(layouts.pop(), prefix, described)
 
     def _described(self, prefix: str) -> list[dict[str, Any]]:
         """What is said of those layers of the folder that are in a layer of vLLM."""
@@ -154,7 +163,8 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 def _empty(kind: type[PackedLinear], description: Any, dtype: torch.dtype) -> PackedLinear:
     """A layer of that description without values."""
     try:
-        return kind(**{"dtype": dtype, "device": "meta", **description})
+        sizes = {key: value for key, value in description.items() if key != "layout"}
+        return kind(**{"dtype": dtype, "device": "meta", **sizes})
     except TypeError as error:
         raise ModelError(
             f"it is described as {description!r}; {error}; a newer gblm-compress may have packed it"

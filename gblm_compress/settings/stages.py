@@ -87,6 +87,11 @@ class ExportSettings(Settings):
         "bits and 64 in 4 bits.",
     )
 
+    keep_head: bool = Field(
+        False,
+        description="Leave head and embedding as they are; formats of 8 and 4 bits store them in 8 bits otherwise.",
+    )
+
     @property
     def folder_name(self) -> str:
         """What the folder of the export is called in a run."""

@@ -69,21 +69,23 @@ def test_weights_on_a_grid_are_restored_bit_for_bit(layout, group, dtype) -> Non
 def test_what_is_not_the_nearest_point_is_no_restoration(layout, group) -> None:
     weight = sparse_weight(9, 200)
     packed = LAYOUTS[layout].layer.from_dense(weight, None, group=group)
-    assert packed.restores(weight) and not packed.rounds_too_much(weight)
+    assert packed.restores(weight) and packed.error(weight) < packed.LARGEST_ERROR
     for other in (weight * 1.1, torch.where(weight == 0, 1.0, weight), weight.half(), weight[1:]):
         assert not packed.restores(other)
 
 
 @QUANTISED
-def test_a_weight_that_is_rounded_too_much(layout, monkeypatch) -> None:
-    """Where few weights decide the scale of many; 16 levels follow them further than this."""
+def test_the_error_is_the_share_that_rounding_moved(layout) -> None:
+    """It grows where few weights decide the scale of many; 16 levels follow them further than this."""
     weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
     kind = LAYOUTS[layout].layer
-    assert not kind.from_dense(weight, None).rounds_too_much(weight)
+    packed = kind.from_dense(weight, None)
+    pairs = zip(packed.dense_weight().flatten().tolist(), weight.flatten().tolist(), strict=True)
+    moved = sum(abs(held - given) for held, given in pairs)
+    assert packed.error(weight) == pytest.approx(moved / float(weight.abs().sum()), rel=1e-4)
+    assert packed.error(weight) < kind.LARGEST_ERROR
     weight[:, ::50] = 10.0 + 2 * torch.arange(24).reshape(4, 6)
-    if layout == "bitmask-int4":
-        monkeypatch.setattr(kind, "LARGEST_ERROR", 0.05)
-    assert kind.from_dense(weight, None).rounds_too_much(weight)
+    assert (kind.from_dense(weight, None).error(weight) > kind.LARGEST_ERROR) == (layout != "bitmask-int4")
 
 
 @pytest.mark.parametrize(("layout", "bits_a_weight"), [("bitmask-int8", 5.25), ("bitmask-int4", 3.25), ("int8", 8.25)])

@@ -41,7 +41,7 @@ def pair(
     holder = nn.Module()
     holder.layer = dense
     holder.config = type("Config", (), {})()
-    assert pack_(holder, ["layer"], layout) == []
+    assert pack_(holder, ["layer"], layout) == ([], {})
     restored_(dense, holder.layer)
     return dense, holder.layer
 

@@ -12,7 +12,8 @@ from gblm_compress.layouts.packed import same_bits
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.serving.parts import DENSE, Parts
 
-LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
+EXACT = [name for name, layout in LAYOUTS.items() if layout.exact is None]
+LAYOUT_NAMES = pytest.mark.parametrize("layout", EXACT)
 COLUMNS = 72  # more than one word of a mask, and halves that end inside one
 Weights = dict[Hashable, Tensor]
 
@@ -96,6 +97,23 @@ def test_a_part_that_was_left_dense_is_packed(layout: str) -> None:
     read(layer, layout, {0: gate})
     layer.take(DENSE, up, 1)
     assert same_bits(whole(layer), torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in EXACT])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounded_parts_stay_as_they_were_rounded(layout: str, dtype: torch.dtype) -> None:
+    """Each with scales and levels of its own, a part that was left dense among them."""
+    kind = LAYOUTS[layout].layer
+    weights: Weights = {part: matrix(8, seed) for seed, part in enumerate("qkv")}
+    layer = parts(layout, {"q": range(2, 6), "k": range(8), "v": range(4)})
+    read(layer, layout, {part: weights[part] for part in "qk"})
+    layer.take(DENSE, weights["v"], "v")
+    made = layer.whole(torch.device("cpu"), dtype)
+    q, k, v = (kind.from_dense(weight, None).dense_weight() for weight in weights.values())
+    assert same_bits(made.dense_weight(), torch.cat([q[2:6], k, v[:4]]).to(dtype))
+    x = torch.randn(2, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = x.double() @ made.dense_weight().double().T
+    torch.testing.assert_close(made(x).double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_dense_part_of_any_pattern_fits_into_bitmask_only() -> None:

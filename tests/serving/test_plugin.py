@@ -23,7 +23,8 @@ from gblm_compress.models.files import SPARSE_METHOD
 from tests.serving import fake_vllm
 
 ROOT = Path(__file__).parents[2]
-LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
+EXACT = [name for name, layout in LAYOUTS.items() if layout.exact is None]
+LAYOUT_NAMES = pytest.mark.parametrize("layout", EXACT)
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 COLUMNS = 64
 QKV: list[tuple[Any, int, int]] = [("q", 32, 1), ("k", 16, 1), ("v", 16, 1)]
@@ -190,7 +191,7 @@ def test_names_are_mapped_as_vllm_maps_those_of_the_model(config) -> None:
     [
         (
             {"layout": "csr"},
-            "layout 'csr' is not known; this version reads bitmask and sparse24; a newer gblm-compress",
+            "layout 'csr' is not known; this version reads bitmask, sparse24, ",
         ),
         ({"layout": None}, "layout None is not known"),
         ({"layers": {}}, "quantization_config names no packed layers, so it is damaged"),
@@ -241,3 +242,36 @@ def test_weights_are_loaded_once(config) -> None:
     layer.method.process_weights_after_loading(layer)
     with pytest.raises(ModelError, match="cannot be loaded a second time"):
         mask.weight_loader(mask, torch.zeros(1), "q")  # type: ignore[attr-defined]
+
+
+def test_a_packed_embedding_is_one_line(config) -> None:
+    with pytest.raises(ModelError, match="which vLLM does not read; export with `--keep-head`"):
+        config("bitmask-int8", {"lm_head": matrix(8)}, {"embeddings": {"model.embed_tokens": "lm_head"}})
+
+
+def test_parts_in_other_layouts_are_one_line(config) -> None:
+    """As where one of them would have been rounded too much."""
+    names = {f"{ATTENTION}.{part}_proj": weight for part, weight in WEIGHTS.items()}
+    made = config("bitmask-int8", names)
+    made.layers[f"{ATTENTION}.k_proj"]["layout"] = "bitmask"
+    with pytest.raises(ModelError, match=r"qkv_proj: its parts are packed as bitmask and bitmask-int8; vLLM has them"):
+        fake_vllm.LinearBase(made, f"{ATTENTION}.qkv_proj", QKV, COLUMNS)
+
+
+def test_a_layer_in_a_layout_of_its_own(config) -> None:
+    weight, name = matrix(16, 4), f"{MLP}.down_proj"
+    made = config("bitmask", {name: weight})
+    made.layout, made.layers[name]["layout"] = "bitmask-int8", "bitmask"
+    layer = fake_vllm.LinearBase(made, name, [(None, 16, 1)], COLUMNS)
+    layer.load(None, **packed("bitmask", weight))
+    layer.method.process_weights_after_loading(layer)
+    assert same_bits(layer.packed.dense_weight(), weight)
+
+
+def test_rounded_weights_run_too(config) -> None:
+    layer = attention(config, "bitmask-int8", WEIGHTS)
+    layer.method.process_weights_after_loading(layer)
+    held = [LAYOUTS["bitmask-int8"].layer.from_dense(weight, None).dense_weight() for weight in WEIGHTS.values()]
+    assert same_bits(layer.packed.dense_weight(), torch.cat(held))
+    x = torch.randn(3, COLUMNS)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, torch.cat(held)), rtol=1e-3, atol=1e-3)
