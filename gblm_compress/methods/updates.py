@@ -178,10 +178,10 @@ def settle(weight: Tensor, updated: Tensor, keep: Tensor, statistics: Statistics
             right = min(left + COLUMNS, columns)
             slope = (weight - chosen) @ hessian[:, left:right]
             for column in range(left, right):
-                here, line = slice(column, column + 1), slice(column - left, column - left + 1)
-                wish = chosen[:, here] + slope[:, line] / hessian[column, column]
+                here, place = slice(column, column + 1), column - left
+                wish = chosen[:, here] + slope[:, place : place + 1] / hessian[column, column]
                 point = rounded(wish, keep[:, here], grid.of_column(column))
-                slope -= (point - chosen[:, here]) * hessian[column, left:right]
+                slope[:, place + 1 :] -= (point - chosen[:, here]) * hessian[column, column + 1 : right]
                 wishes[:, here], chosen[:, here] = wish, point
     return keep_only(wishes, keep)
 

@@ -167,7 +167,7 @@ def build_store(store: Path, server: Server) -> None:
     source = ModelSource("dense", model)
     beside("dense", lambda folder: None)
     beside("sharded", shard)
-    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none", quantise="int8")
     pruned = ModelSource(
         "pruned",
         beside("pruned", lambda folder: prune(source, folder, settings, CalibrationSettings(), progress=progress)),

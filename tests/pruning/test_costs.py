@@ -24,7 +24,13 @@ def test_a_mask_is_recommended_where_it_was_clearly_better(monkeypatch) -> None:
     assert costs.better_method(PruneSettings(pattern="2:4", fit="fast")) == "obs"
     assert costs.better_method(PruneSettings(pattern="2:4", fit="fast", method="wanda")) is None  # within the noise
     assert costs.better_method(PruneSettings(pattern="2:4", fit="fast", method="obs")) is None
-    for others in ({"pattern": "4:8"}, {"fit": "balanced"}, {"method": "magnitude"}, {"refine": "swap"}):
+    for others in (
+        {"pattern": "4:8"},
+        {"fit": "balanced"},
+        {"method": "magnitude"},
+        {"refine": "swap"},
+        {"quantise": "int8"},
+    ):
         assert costs.better_method(PruneSettings(**{"pattern": "2:4", "fit": "fast"} | others)) is None
 
 

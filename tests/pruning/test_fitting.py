@@ -8,6 +8,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from gblm_compress.errors import ModelError
+from gblm_compress.methods.quantisation import make_grid
 from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
@@ -15,6 +16,7 @@ from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.pruning.distillation import distil_, head_inputs
 from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.masters import write_
 from gblm_compress.pruning.reconstruction import reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
 from tests.conftest import CAUSAL_LM, replay, samples
@@ -89,6 +91,22 @@ def test_pruned_weights_gather_the_steps_of_a_straight_through_estimator() -> No
     assert fitted["w"][2] < -0.01  # the truth is -2, and the weight was pruned
     seen_alone, _ = fit({"w": start}, loss, 9, epochs=1, rate=0.02)
     torch.testing.assert_close(fitted["w"] * mask, seen_alone["w"])
+
+
+def test_a_projection_is_what_the_loss_sees_of_the_masters() -> None:
+    """Against the fit of a loss that projects by itself."""
+    _, loss = line(9)
+    start = {"w": torch.tensor([3.0, 0.0, -2.0, 0.0]), "scale": torch.tensor([1.5])}
+
+    def project(masters):
+        return {"w": masters["w"] * masters["scale"]}
+
+    expected, by_itself = fit(start, lambda masters, index: loss(project(masters), index), 9, epochs=3, rate=0.02)
+    fitted, projected = fit(start, loss, 9, epochs=3, rate=0.02, project=project)
+    assert projected.epochs > 0 and projected.after == pytest.approx(by_itself.after)
+    for name in start:
+        torch.testing.assert_close(fitted[name], expected[name])
+        assert not torch.equal(fitted[name][start[name] != 0], start[name][start[name] != 0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -177,6 +195,42 @@ def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: s
     assert any(not torch.equal(mask, found[2][1][name]) for name, mask in found[1][1].items())
 
 
+def off_grid(layers, grids) -> int:
+    """How many weights are neither zero nor a level times their scale."""
+    count = 0
+    for name, layer in layers.items():
+        weight, grid = weight_matrix(layer).detach(), grids[name]
+        for row, column in weight.nonzero().tolist():
+            scale = grid.scales[row, 0 if grid.group is None else column // grid.group].float()
+            count += float(weight[row, column]) not in (scale * grid.levels.float()).tolist()
+    return count
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_block_is_fitted_through_its_grids(kind: str) -> None:
+    """The fit lowers the error of the rounded block, moves scales, and ends on the grids."""
+    ids = samples(16, 48)
+    errors = {}
+    for update in ("least-squares", "reconstruct"):
+        model = tiny_model(kind)
+        block = replay(model, ids).block(0)
+        layers = prunable_layers(model)[0]
+        targets = [block.run(index) for index in range(len(ids))]
+        settings = PruneSettings(method="wanda", pattern="2:4", update=update, quantise="int4", group=32)
+        results, grids = prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), targets)
+        outputs = [block.run(index) for index in (7, 15)]
+        error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True))
+        assert off_grid(layers, grids) == 0
+        for name, layer in layers.items():
+            weight = weight_matrix(layer).detach().contiguous()
+            assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and not has_negative_zeros(weight)
+            assert results[name].nonzeros == int((weight != 0).sum())
+        errors[update] = error, grids
+    assert errors["reconstruct"][0] < 0.95 * errors["least-squares"][0]
+    name = next(iter(layers))
+    assert not torch.equal(*(grids[name].scales for _, grids in errors.values()))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 def test_head_inputs_give_the_logits(kind: str, progress) -> None:
     model = tiny_model(kind)
@@ -222,6 +276,24 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progres
         assert not torch.signbit(layer.weight[layer.weight == 0]).any()
     assert torch.equal(pruned.get_output_embeddings().weight, dense.get_output_embeddings().weight)
     assert all(p.requires_grad for p in pruned.parameters())
+
+
+def test_a_model_is_distilled_on_its_grids(progress) -> None:
+    ids = samples(16, 48)
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+    grids = {}
+    for name, layer in layers.items():
+        weight = weight_matrix(layer).detach()
+        keep = weight.abs() > weight.abs().median()
+        grids[name] = make_grid(weight, keep, "int4", 32)
+        write_(layer, weight * keep, grids[name])
+    teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
+    how = {"epochs": 3, "rate": 0.01, "compute": "float32", "progress": progress}
+    result, fitted = distil_(model, layers, CAUSAL_LM, ids, teacher, grids=grids, **how)
+    assert result.after < 0.98 * result.before
+    assert off_grid(layers, fitted) == 0
+    assert all(not torch.equal(fitted[name].scales, grid.scales) for name, grid in grids.items())
 
 
 def test_masters_are_float32_where_the_model_is_not(progress) -> None:

@@ -32,6 +32,7 @@ def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds) for rounds in (1, 2))
     block = placement.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
     assert two - one == placement.ROUND_BYTES * block // 4
+    assert working(update="reconstruct", quantise="int4") - one == placement.GRID_BYTES * block // 4
     # At the end, where distillation needs the most, neither is there any more.
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds, distillation_epochs=1) for rounds in (1, 2))
     assert one == two == working(distillation_epochs=1)

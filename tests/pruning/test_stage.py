@@ -161,9 +161,11 @@ def test_a_fit_is_its_settings_written_out() -> None:
         ({"fit": "best", "distillation_epochs": 0}, "with 0 epochs of distillation"),
         ({"fit": "bets"}, "'balanced' or 'best'"),
         ({"fit": ["best"]}, "'balanced' or 'best'"),
+        ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128"),
+        ({"quantise": "int5"}, "'int8' or 'int4'"),
     ],
 )
-def test_a_fit_that_is_none_or_contradicted_is_refused(given, message) -> None:
+def test_a_fit_or_grid_that_is_none_or_contradicted_is_refused(given, message) -> None:
     with pytest.raises(ValidationError, match=message):
         PruneSettings(**given)
 
@@ -183,6 +185,21 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     assert refined < none and distilled < fitted < none
 
 
+def test_the_columns_of_a_scale() -> None:
+    def grid(**given) -> tuple[int | None, str | None]:
+        settings = PruneSettings(method="wanda", **given)
+        assert PruneSettings.model_validate_json(settings.model_dump_json()) == settings
+        return settings.columns_of_a_scale, settings.grid
+
+    assert grid() == (None, None)
+    assert grid(quantise="int8") == (None, "int8, a scale for every row")
+    assert grid(quantise="int4") == (64, "int4, a scale for every 64 columns")
+    assert grid(quantise="int8", group="128") == grid(quantise="int8", group=128) == (
+        128, "int8, a scale for every 128 columns",
+    )  # fmt: skip
+    assert grid(quantise="int4", group="row")[0] is None
+
+
 @pytest.mark.parametrize(
     ("given", "read"),
     [
@@ -196,6 +213,8 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
         ({"update": "least-squares", "reconstruction_rate": 0.1}, {"update": "reconstruct"}),
         ({"fit": "balanced", "distillation_rate": 0.1}, {"fit": "best"}),
         ({"fit": "fast", "fit_dtype": "float32"}, {"fit": "best"}),
+        ({"group": 64}, {"quantise": "int8"}),
+        ({"group": "row"}, {"quantise": "int4"}),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(given, read) -> None:

@@ -83,7 +83,7 @@ def test_what_a_method_name_stands_for() -> None:
     ("methods", "message"),
     [
         (("wand",), "'wand' is neither a preset nor a method"),
-        (("wanda+swop",), "'swop' is no fit, update, refinement or allocation"),
+        (("wanda+swop",), "'swop' is no fit, update, refinement, allocation or grid"),
         (
             ("wanda+obs+least-squares",),
             "or the second of its kind",
