@@ -87,11 +87,8 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     loading.task_of(source).example(skeleton.config)
     if graph_of(skeleton, settings) == "plain":
         onnx_plain.check(source, skeleton.config)
-    elif not onnx_fused.builds(skeleton):
-        raise ModelError(
-            f"{source.name!r}: there is no fused graph for {type(skeleton).__name__}; export with --graph plain. "
-            f"Fused graphs exist for {', '.join(sorted(onnx_fused.ARCHITECTURES))}"
-        )
+    elif reason := onnx_fused.why_not(skeleton):
+        raise ModelError(f"{source.name!r}: there is no fused graph of it, export with --graph plain; {reason}")
     if settings.kernels:
         for name in manifest.pruned_layers(source, skeleton) if patterns is None else patterns:
             if (width := weight_matrix(skeleton.get_submodule(name)).shape[1]) % WORD:
@@ -199,7 +196,7 @@ def _save(
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
     """The graph of an export: the one asked for, or else the fused one where there is one."""
-    return settings.graph or ("fused" if onnx_fused.builds(model) else "plain")
+    return settings.graph or ("plain" if onnx_fused.why_not(model) else "fused")
 
 
 def _verify(

@@ -3,11 +3,11 @@
 `encode_initializers_` is for storage only: ONNX Runtime folds the decoder when it loads the graph, so that the session
 holds, and runs, dense weights. The decoder of a weight with E elements in row-major order:
 
-    bytes [E/8, 1] ─BitShift(0…7)─► ─BitwiseAnd(1)─► ─Reshape─► bits [E] ─Cast─► int32
+    bytes [E/8, 1] ─BitwiseAnd(1, 2, 4 … 128)─► [E/8, 8] ─Reshape─► [E] ─Cast─► bool ─Cast─► bits, int32
     bits ─CumSum─► · bits = for each weight, its place among the nonzeros counted from 1, and 0 for a zero
     Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
 
-No `Where` is used: ONNX Runtime does not fold it in float16.
+No `Where` is used: ONNX Runtime does not fold it in float16. No `BitShift`: OpenVINO rounds it to nearest.
 
 `onnx_kernels` is for speed.
 """
@@ -59,13 +59,12 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
         if packed is None:
             continue
         mask, values = packed
-        shifts = shared_constant("shifts", np.arange(8, dtype=np.uint8))
-        one = shared_constant("one", np.array([1], dtype=np.uint8))
+        powers = shared_constant("powers", 1 << np.arange(8, dtype=np.uint8))
         flat = shared_constant("flat", np.array([-1], dtype=np.int64))
         axis = shared_constant("axis", np.array(0, dtype=np.int64))
         shape = shared_constant("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
-        shifted = node("BitShift", [initializer(graph, name + MASK, mask), shifts], direction="RIGHT")
-        bits = node("Cast", [node("Reshape", [node("BitwiseAnd", [shifted, one]), flat])], to=ir.DataType.INT32)
+        chosen = node("Reshape", [node("BitwiseAnd", [initializer(graph, name + MASK, mask), powers]), flat])
+        bits = node("Cast", [node("Cast", [chosen], to=ir.DataType.BOOL)], to=ir.DataType.INT32)
         places = node("Mul", [node("CumSum", [bits, axis]), bits])
         decoded = node("Reshape", [node("Gather", [initializer(graph, name + VALUES, values), places], axis=0), shape])
         decoded.shape, decoded.dtype = dense.shape, dense.dtype

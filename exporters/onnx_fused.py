@@ -25,18 +25,35 @@ ARCHITECTURES = frozenset(
     {
         "Ernie4_5ForCausalLM",
         "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
         "GemmaForCausalLM",
         "GraniteForCausalLM",
         "HunYuanDenseV1ForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
+        "NemotronForCausalLM",
+        "Phi3ForCausalLM",
+        "PhiForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM",
     }
 )
 """Those of the builder's whose graphs are the same function as transformers' (tests/exporters/test_onnx_fused.py)."""
 
-_WINDOWED = frozenset({"Gemma2ForCausalLM"})  # the same for models with sliding windows
+WINDOWED = frozenset(
+    f"{name}ForCausalLM" for name in ("Gemma2", "Gemma3", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
+)
+"""Those of them that are the same with sliding windows too."""
+
+_ROPE_TYPES = {
+    "GraniteForCausalLM": {"linear"},
+    "HunYuanDenseV1ForCausalLM": {"dynamic"},
+    "LlamaForCausalLM": {"llama3"},
+}
+"""The types of rotary embedding that come out right, beside the default; the builder ignores some."""
+
+_WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, and it has others"}
 
 # For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
@@ -45,10 +62,24 @@ _OPSET = 21  # of ONNX Runtime 1.20
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false")
 
 
-def builds(model: nn.Module) -> bool:
-    """Whether there is a fused graph of such a model."""
-    windowed = cache_kinds(model.config) != {"DynamicLayer"}
-    return type(model).__name__ in (_WINDOWED if windowed else ARCHITECTURES)
+def why_not(model: nn.Module) -> str | None:
+    """Why there is no fused graph of such a model; None where there is one."""
+    name, config = type(model).__name__, model.config
+    if name not in ARCHITECTURES:
+        exist = f"there are fused graphs of {', '.join(sorted(ARCHITECTURES))}"
+        return f"{name}: {_WRONG.get(name, exist)}"
+    known = {"DynamicLayer", "DynamicSlidingWindowLayer"} if name in WINDOWED else {"DynamicLayer"}
+    if others := cache_kinds(config) - known:
+        return f"{name}: a cache of {', '.join(sorted(others))} does not come out right"
+    if others := _rope_types(config) - {"default"} - _ROPE_TYPES.get(name, set()):
+        return f"{name}: a rotary embedding of type {', '.join(sorted(others))} is not known to come out right"
+    return None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
 
 
 def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: Path) -> tuple[ir.Model, dict[str, Any]]:
@@ -63,8 +94,12 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     given, built = folder / "model", folder / "graph"
     model.save_pretrained(given)
     loading.save_tokenizer(tokenizer, given)
+    stored = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(_in_terms_of_the_builder(stored)))
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given, "-o", built, *_ARGUMENTS[dtype]]
     command += ["-c", folder / "cache", "--extra_options", *_OPTIONS]
+    if type(model).__name__ == "Phi3ForCausalLM":
+        command += ["fuse_mlp_gate_up=true"]  # as they are one layer of the model
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )
@@ -77,9 +112,36 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     program = ir.load(built / "model.onnx")
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
+    _leave_out_rotary(program, [not used for used in getattr(model.config, "no_rope_layers", None) or ()])
     _fix_dimensions(program, config["model"]["decoder"]["head_size"])
     _ask_for_no_more(program)
     return program, config
+
+
+def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json, with what the builder would not find in it, and takes something else for."""
+    made = dict(config)
+    for norm in ("layer_norm_eps", "norm_eps"):
+        if norm in config:
+            made.setdefault("rms_norm_eps", config[norm])
+    if config.get("sliding_window") and "layer_types" not in config:
+        made["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope and "sliding_attention" in rope:
+        local = rope["sliding_attention"]["rope_theta"]
+        made["rope_parameters"] = {**rope, **rope["full_attention"], "rope_local_base_freq": local}
+    if config["architectures"] == ["SmolLM3ForCausalLM"]:  # it is a Llama in which some layers have no rotary embedding
+        made["architectures"] = ["LlamaForCausalLM"]
+    return made
+
+
+def _leave_out_rotary(program: ir.Model, without: list[bool]) -> None:
+    """Take the rotary embedding out of the attention of layers, by number."""
+    attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]
+    for node in [node for node, left_out in zip(attentions, without, strict=False) if left_out]:
+        node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+        node.replace_input_with(7, None)  # the tables of cosines and sines
+        node.replace_input_with(8, None)
 
 
 def _fix_dimensions(program: ir.Model, head_size: int) -> None:

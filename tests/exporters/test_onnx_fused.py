@@ -14,9 +14,10 @@ from gblm_compress.exporters import export, onnx_fused
 from gblm_compress.measure.genai_runtime import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer, tiny_model
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
@@ -37,23 +38,37 @@ SIZES = {
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WINDOW = {"sliding_window": 16}  # the texts that exports are verified on are longer
+WINDOWS = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+BOTH = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
 CONFIGS = {
     "LlamaForCausalLM": lambda: transformers.LlamaConfig(
         **SIZES, attention_bias=True, rope_scaling={**LLAMA3, "original_max_position_embeddings": 128}
     ),
-    "MistralForCausalLM": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
-    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**SIZES),
-    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
+    "MistralForCausalLM": lambda: transformers.MistralConfig(**SIZES, **WINDOW),
+    "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(**SIZES, **WINDOWS),
+    "Qwen3ForCausalLM": lambda: transformers.Qwen3Config(**SIZES, **WINDOWS, head_dim=32),
     "GemmaForCausalLM": lambda: transformers.GemmaConfig(**SIZES, head_dim=32),
-    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, head_dim=32, sliding_window=16),
-    "GraniteForCausalLM": lambda: transformers.GraniteConfig(**SIZES),
+    "Gemma2ForCausalLM": lambda: transformers.Gemma2Config(**SIZES, **BOTH),
+    "Gemma3ForCausalLM": lambda: transformers.Gemma3TextConfig(**SIZES, **BOTH),
+    "GraniteForCausalLM": lambda: transformers.GraniteConfig(
+        **SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    ),
     "Ernie4_5ForCausalLM": lambda: transformers.Ernie4_5Config(**SIZES, head_dim=32),
-    "HunYuanDenseV1ForCausalLM": lambda: transformers.HunYuanDenseV1Config(**SIZES, head_dim=32),
+    "HunYuanDenseV1ForCausalLM": lambda: transformers.HunYuanDenseV1Config(
+        **SIZES, head_dim=32, rope_scaling={"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}
+    ),
+    "NemotronForCausalLM": lambda: transformers.NemotronConfig(**SIZES),
+    "PhiForCausalLM": lambda: transformers.PhiConfig(**SIZES),
+    "Phi3ForCausalLM": lambda: transformers.Phi3Config(**SIZES, **WINDOW, original_max_position_embeddings=512),
+    "SmolLM3ForCausalLM": lambda: transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
 }
 
 
 def test_every_architecture_is_tried() -> None:
     assert set(CONFIGS) == onnx_fused.ARCHITECTURES
+    windowed = {name for name, config in CONFIGS.items() if cache_kinds(config()) != {"DynamicLayer"}}
+    assert windowed | {"SmolLM3ForCausalLM"} == onnx_fused.WINDOWED
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -69,7 +84,8 @@ def test_the_graph_of_each_architecture_is_the_same_function(name, tmp_path, pro
     byte_tokenizer().save_pretrained(tmp_path / "model")
     source = ModelSource(name, tmp_path / "model")
     checks = export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress).checks
-    assert checks["graph"] == "fused" and checks["layers_checked"] == 14 and checks["identical_greedy_tokens"] == 32
+    assert checks["graph"] == "fused" and checks["identical_greedy_tokens"] == 32
+    assert checks["layers_checked"] == {"Phi3": 8, "Phi": 12, "Nemotron": 12}.get(name.removesuffix("ForCausalLM"), 14)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +194,29 @@ def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path
 
 def test_models_without_a_fused_graph(tiny, tmp_path, progress, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "build", None)
-    with pytest.raises(ModelError, match=r"no fused graph for GPT2LMHeadModel; export with --graph plain\. .*Llama"):
+    with pytest.raises(ModelError, match=r"no fused graph of it, .* plain; GPT2LMHeadModel: .*graphs of Ernie.*Llama"):
         export(tiny("gpt2"), tmp_path / "out", ExportSettings(format="onnx", graph="fused"), progress=progress)
-    model = tiny_model("mistral")
-    model.config.sliding_window = 16
-    assert not onnx_fused.builds(model) and onnx_fused.builds(tiny_model("mistral"))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: transformers.OlmoConfig(**SIZES), "OlmoForCausalLM: onnxruntime-genai's builder gives it RMS norms"),
+        (
+            lambda: transformers.LlamaConfig(**SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+            "LlamaForCausalLM: a rotary embedding of type linear is not known",
+        ),
+        (
+            lambda: transformers.LlamaConfig(**SIZES, sliding_window=16),
+            "LlamaForCausalLM: a cache of DynamicSlidingWindowLayer does not",
+        ),
+        (lambda: transformers.LlamaConfig(**SIZES), None),
+    ],
+)
+def test_what_comes_out_wrong_is_refused(config, reason) -> None:
+    with torch.device("meta"):
+        found = onnx_fused.why_not(transformers.AutoModelForCausalLM.from_config(config()))
+    assert found == reason if reason is None else found.startswith(reason)
 
 
 def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, progress, monkeypatch) -> None:
