@@ -9,7 +9,7 @@ from torch import nn
 from gblm_compress.errors import UsageError
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.quantised import QuantisedLinear
-from gblm_compress.methods.quantisation import LEVELS, Grid
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 
 TABLES = "int8"
@@ -43,9 +43,8 @@ def round_layers_(
     packed = {}
     layers: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     for name, layer in layers.items():
-        grid = grids.get(name)
-        fits = grid is not None and len(grid.levels) <= LEVELS[kind.KIND]
-        packed[name] = kind.from_dense(weight_matrix(layer).float(), None, group=group, grid=grid if fits else None)
+        grid = grids.get(name) if kind.holds(grids.get(name)) else None
+        packed[name] = kind.from_dense(weight_matrix(layer).float(), None, group=group, grid=grid)
         layer.weight.copy_(as_matrix(layer, packed[name].dense_weight()))
     return packed
 

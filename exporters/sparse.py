@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gblm_compress.errors import VerificationError
 from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of
+from gblm_compress.exporters.quantised import check_group
 from gblm_compress.exporters.verification import TOKENS, real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
@@ -22,6 +23,7 @@ from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.grids import read_grids
 from gblm_compress.models.packed_checkpoint import linear_layer, pack_, save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -84,7 +86,9 @@ def export(
         check_weights(dense, needed, settings.format)
     check_is_pruned(dense, kind)
     progress.say("packing …")
-    options = {"group": settings.group} if LAYOUTS[layout].width else {}
+    grids = read_grids(source) if LAYOUTS[layout].width else {}
+    check_group(grids, settings.group)
+    options: dict[str, Any] = {"grids": grids, "group": settings.group} if LAYOUTS[layout].width else {}
     tables = None if settings.keep_head else LAYOUTS[layout].tables
     exact, dense_tables = pack_(model, names, layout, tables, **options)
     dense |= dense_tables

@@ -16,7 +16,7 @@ from gblm_compress.kernels.cpu_quantised import MOST_COLUMNS, Quantised
 from gblm_compress.layouts.bitmask_cpu import TILE_BYTES, measured_crossover
 from gblm_compress.layouts.packed import check_tensor, same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear, Product, operator
-from gblm_compress.methods.quantisation import GROUPS, LARGEST, Grid, make_grid, nearest, rounded
+from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
 
 EVERY = 1 << 40
 """A crossover: the kernel is the faster one for any number of tokens."""
@@ -186,6 +186,11 @@ class QuantisedLinear(PackedLinear):
         layer = cls.holding(weight.shape, scales, *cls.pack(levels, keep, grid.levels))
         layer.like = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return layer.filled(bias)
+
+    @classmethod
+    def holds(cls, grid: Grid | None) -> bool:
+        """Whether weights on that grid are stored as they are: it has no more levels than the layout."""
+        return grid is not None and len(grid.levels) <= LEVELS[cls.KIND]
 
     @classmethod
     def holding(cls, shape: Sequence[int], *packed: Tensor, **sizes: Any) -> Self:

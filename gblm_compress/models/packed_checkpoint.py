@@ -7,7 +7,7 @@ the linear layers before the tensors are loaded.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed_embedding import PackedEmbedding
 from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
 from gblm_compress.models.packed_tables import check_embeddings, dense_embedding, look_up_, own_layer, pack_tables_
@@ -152,12 +153,18 @@ def _packed_name(file: str) -> str:
 
 
 def pack_(
-    model: Any, names: list[str], layout: str = "bitmask", tables: str | None = None, **options: Any
+    model: Any,
+    names: list[str],
+    layout: str = "bitmask",
+    tables: str | None = None,
+    grids: Mapping[str, Grid] | None = None,
+    **options: Any,
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Replace the named linear layers of a model by `PackedLinear`s with the same values, in place.
 
     Args:
         tables: the layout for head and embedding; they stay as they are if unset.
+        grids: {layer: where its weights lie}, for a quantised layout.
         options: of the layout's `from_dense`.
 
     Returns:
@@ -173,7 +180,10 @@ def pack_(
         dense = linear_layer(model, name)
         weight = weight_matrix(dense).detach()
         try:
-            packed = LAYOUTS[layout].layer.from_dense(weight, dense.bias, **options)
+            kind: Any = LAYOUTS[layout].layer
+            grid = (grids or {}).get(name)
+            own = {"grid": grid} if grid is not None and kind.holds(grid) else {}
+            packed = kind.from_dense(weight, dense.bias, **options, **own)
             other = LAYOUTS[layout].exact
             if other is not None and packed.error(weight) > packed.LARGEST_ERROR:
                 packed = LAYOUTS[other].layer.from_dense(weight, dense.bias)

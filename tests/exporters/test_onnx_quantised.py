@@ -126,6 +126,22 @@ def test_weights_pruned_onto_grids_are_stored_as_they_are(tiny, tmp_path, prose,
             assert any(p.shape == dense.shape and np.allclose(p, dense, rtol=1e-6, atol=0) for p in parts), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "format"), [("int4", "bitmask-int4"), ("int4", "bitmask-int8"), ("int8", "bitmask-int8")]
+)
+def test_weights_pruned_onto_grids_are_packed_as_they_are(tiny, tmp_path, progress, kind: str, format: str) -> None:
+    settings = PruneSettings(method="magnitude", fit="none", quantise=kind, group=32)
+    prune(tiny("llama"), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
+    source, packed = (ModelSource(name, tmp_path / name) for name in ("pruned", "packed"))
+    with pytest.raises(UsageError, match="group 64: the model was pruned onto grids of 32; leave --group out"):
+        export(source, packed.folder, ExportSettings(format=format, group=64), force=False, progress=progress)
+    export(source, packed.folder, ExportSettings(format=format), force=False, progress=progress)
+    loaded = load_model(packed)
+    for name, weight in load_model(source, "float32").named_parameters():
+        if "proj" in name:
+            assert torch.equal(loaded.get_submodule(name.removesuffix(".weight")).dense_weight(), weight), name
+
+
 def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
     _, folder = exported(tiny("llama"), tmp_path / "out", progress, quantise="int8")
     graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
