@@ -58,8 +58,9 @@ _WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, an
 # For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
-# Nothing is fetched, no code of a model is run, and every layer has the whole cache.
-_OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false")
+# Nothing is fetched, no code of a model is run, every layer has the whole cache, and norms of queries and keys are
+# nodes of their own: inside attention they are for CUDA only.
+_OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false", "fuse_qk_norm_gqa=false")
 
 
 def why_not(model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gblm_compress.errors import ModelError
+from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
@@ -46,6 +47,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
         ModelError: transformers' exporter does not manage the architecture.
     """
     program = _trace(model, source)
+    slim_(program)
     _name_cache(program, source)
     _name_dimensions(program)
     return program, genai_config(program, model.config)

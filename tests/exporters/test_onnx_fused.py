@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -71,8 +72,10 @@ def test_every_architecture_is_tried() -> None:
     assert windowed | {"SmolLM3ForCausalLM"} == onnx_fused.WINDOWED
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_the_graph_of_each_architecture_is_the_same_function(name, tmp_path, progress) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in sorted(CONFIGS)), ("Gemma3ForCausalLM", "float16")]
+)
+def test_the_graph_of_each_architecture_is_the_same_function(name, dtype, tmp_path, progress) -> None:
     """`export` verifies logits of 64 tokens, 32 decoded ones, and the zeros of every layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -83,7 +86,7 @@ def test_the_graph_of_each_architecture_is_the_same_function(name, tmp_path, pro
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     source = ModelSource(name, tmp_path / "model")
-    checks = export(source, tmp_path / "out", ExportSettings(format="onnx"), progress=progress).checks
+    checks = export(source, tmp_path / "out", ExportSettings(format="onnx", dtype=dtype), progress=progress).checks
     assert checks["graph"] == "fused" and checks["identical_greedy_tokens"] == 32
     assert checks["layers_checked"] == {"Phi3": 8, "Phi": 12, "Nemotron": 12}.get(name.removesuffix("ForCausalLM"), 14)
 
@@ -159,6 +162,19 @@ def test_logits_of_prompts_and_steps_are_those_of_torch(exported, name, batch) -
     for t in range(60, 70):
         torch.testing.assert_close(logits, expected[:, t - 1], **CLOSE)
         logits, cache = runtime.last_logits(ids[:, t : t + 1], cache)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "gemm"])
+def test_openvino_runs_the_graph(exported, name) -> None:
+    """In float32, which it must be asked for where the CPU has AMX, and one sequence, all that it takes of GQA."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    folder = exported[1][name][1]
+    model = openvino.Core().compile_model(folder.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    ids = torch.randint(0, 257, (1, 20), generator=torch.Generator().manual_seed(0))
+    cache = {value.any_name: np.zeros((1, 2, 0, 16), np.float32) for value in model.inputs if "past" in value.any_name}
+    given = {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 20), np.int64), **cache}
+    expected = OnnxRuntime(folder, "cpu", 1).predict({"input_ids": ids})
+    torch.testing.assert_close(torch.from_numpy(model(given)["logits"]), expected, **CLOSE)
 
 
 @needs_operator

@@ -1,0 +1,96 @@
+"""Rewriting of what torch's exporter writes in many nodes, in standard operators, so that runtimes see what it is.
+
+Each rule names what it takes for what. Where a graph has something else, a rule changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from gblm_compress.exporters.onnx_bitmask import initializer, replace
+
+_START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice without one
+
+
+def slim_(program: ir.Model) -> None:
+    """Apply all rules, in place."""
+    rules: dict[str, Callable[[ir.Graph, ir.Node], ir.Node | None]] = {
+        "Mul": _division,
+        "Reshape": _transpose,
+        "MatMul": _scaled_once,
+    }
+    for node in list(program.graph):
+        rule = rules.get(node.op_type)
+        made = rule(program.graph, node) if rule is not None else None
+        if made is not None:
+            program.graph.insert_before(node, made)
+            replace(program.graph, node, made.outputs[0])
+    RemoveUnusedNodesPass()(program)
+
+
+def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """x · Reciprocal(√v) as x / √v, by which ONNX Runtime recognises an RMS norm and makes one operator of it."""
+    for x, other in (node.inputs, reversed(node.inputs)):
+        inverse = _made_by(other, "Reciprocal")
+        if inverse is not None and _made_by(inverse.inputs[0], "Sqrt") is not None:
+            return ir.node("Div", [x, inverse.inputs[0]])
+    return None
+
+
+def _transpose(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """The transpose of matrices [batch, heads, tokens, width], made in three dimensions, as one Transpose."""
+    turned = _made_by(node.inputs[0], "Transpose")
+    flat = _made_by(turned.inputs[0], "Reshape") if turned is not None else None
+    if turned is None or flat is None or tuple(turned.attributes["perm"].as_ints()) != (0, 2, 1):
+        return None
+    x = flat.inputs[0]
+    first, tokens, width = (_START, -2), (-2, -1), (-1, _END)
+    if x is None or x.shape is None or len(x.shape) != 4:
+        return None
+    if _sizes(flat.inputs[1], x) != [-1, tokens, width] or _sizes(node.inputs[1], x) != [first, width, tokens]:
+        return None
+    return ir.node("Transpose", [x], attributes={"perm": [0, 1, 3, 2]})
+
+
+def _scaled_once(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """(q·a) × (k·b) as (q·ab) × k: the keys are all those of the cache."""
+    left, right = (_made_by(value, "Mul") for value in node.inputs)
+    if left is None or right is None:
+        return None
+    (q, a), (k, b) = left.inputs, right.inputs
+    factors = [value.const_value.numpy() for value in (a, b) if value is not None and value.const_value is not None]
+    if len(factors) != 2 or any(factor.ndim for factor in factors):
+        return None
+    both = np.prod([factor.astype(np.float64).item() for factor in factors]).astype(factors[0].dtype)
+    name = f"scale.{both}"
+    scaled = ir.node("Mul", [q, graph.initializers.get(name) or initializer(graph, name, both)])
+    scaled.outputs[0].shape, scaled.outputs[0].type = left.outputs[0].shape, left.outputs[0].type
+    graph.insert_before(node, scaled)
+    return ir.node("MatMul", [scaled.outputs[0], k])
+
+
+def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and producer.op_type == operator else None
+
+
+def _sizes(shape: ir.Value | None, x: ir.Value) -> list[Any]:
+    """What a shape is put together from: numbers, and (start, end) for dimensions of `x`; None for anything else."""
+    parts = _made_by(shape, "Concat")
+    found: list[Any] = []
+    for part in parts.inputs if parts is not None else ():
+        cut = _made_by(part, "Slice")
+        whole = _made_by(cut.inputs[0], "Shape") if cut is not None else None
+        if cut is not None and whole is not None and whole.inputs[0] is x:
+            found.append(tuple(_number(value) for value in cut.inputs[1:3]))
+        else:
+            found.append(_number(part))
+    return found
+
+
+def _number(value: ir.Value | None) -> int | None:
+    constant = value.const_value if value is not None else None
+    return int(constant.numpy().item()) if constant is not None and constant.size == 1 else None
