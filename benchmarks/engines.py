@@ -3,9 +3,10 @@
     python benchmarks/engines.py PRUNED DENSE --folder exports --json result.json
     python benchmarks/engines.py --random 1b --folder exports --dtypes float16 --prompt 256 --generate 16 --rounds 3
 
-Exports fused ONNX graphs of both models, with float32 and float16 weights (those that are in `--folder` already are
-taken as they are), and times them in ONNX Runtime and onnxruntime-genai, beside llama.cpp at the same precision where
-its package (llama-cpp-python) is installed: a decode step of one sequence and of several, and the prefill of a prompt.
+Exports fused ONNX graphs of both models, with weights in float32 and float16 and as levels of 8 and 4 bits (those that
+are in `--folder` already are taken as they are), and times them in ONNX Runtime and onnxruntime-genai, beside llama.cpp
+at the same precision (Q8_0 in 8 bits, Q4_0 in 4) where its package (llama-cpp-python) is installed: a decode step of
+one sequence and of several, and the prefill of a prompt.
 Medians over interleaved rounds; the first is warm-up. Then a decode step of each graph is profiled by operator.
 All weights of one dtype are in memory together.
 
@@ -15,6 +16,9 @@ the same one with half of every row zero, by magnitude.
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -47,9 +51,15 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     "packed float32": ("pruned", {"dtype": "float32", "kernels": True}),
     "dense float16": ("dense", {"dtype": "float16", "kernels": True}),
     "packed float16": ("pruned", {"dtype": "float16", "kernels": True}),
+    "dense int8": ("dense", {"quantise": "int8", "kernels": True}),
+    "packed int8": ("pruned", {"quantise": "int8", "kernels": True}),
+    "dense int4": ("dense", {}),
+    "packed int4": ("pruned", {"quantise": "int4", "kernels": True}),
 }
 """Each graph's model and export settings. ONNX Runtime has no fast float16 on x86, so that dense float16 weights run on
-this package's dense operator, as the packed model's head does."""
+this package's dense operator, as the packed model's head does; so do those of 8 bits. Dense int4 is ONNX Runtime's own
+MatMulNBits, as onnxruntime-genai's builder writes it."""
+DTYPES = tuple(dict.fromkeys(name.split()[1] for name in GRAPHS))
 
 
 def random_models(preset: str, folder: Path) -> dict[str, ModelSource]:
@@ -66,13 +76,23 @@ def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[s
     """The graphs with weights of a dtype, made where they are not in `folder`."""
     found = {}
     for name, (model, settings) in GRAPHS.items():
-        if settings["dtype"] != dtype:
+        if name.split()[1] != dtype:
             continue
         target = folder / name.replace(" ", "-")
-        if not target.exists():
+        if not target.exists() and not settings:
+            build_int4(models[model], target)
+        elif not target.exists():
             export(models[model], target, ExportSettings(format="onnx", **settings), progress=Progress())
         found[name] = ModelSource(name, target)
     return found
+
+
+def build_int4(model: ModelSource, target: Path) -> None:
+    """Weights of 4 bits as onnxruntime-genai makes them by default: groups of 32 columns, the head in 8 bits or 4."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model.folder, "-o", target]
+    with tempfile.TemporaryDirectory() as cache:
+        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", cache], check=True, stdout=sys.stderr)
+    shutil.copy(model.folder / "config.json", target)
 
 
 @contextmanager
@@ -83,12 +103,16 @@ def contenders(
     found: dict[str, Any] = {}
     for runtime in ("onnxruntime", "genai"):
         for name, source in graphs.items():
+            if runtime == "onnxruntime" and not GRAPHS[name][1]:
+                continue  # the builder leaves sizes open that this package's runtime reads from the graph
             found[f"{runtime} {name}"] = load_runtime(source, "auto", "cpu", threads, runtime=runtime)
     with tempfile.TemporaryDirectory() as scratch:
         if not find_spec("llama_cpp"):
             yield found
             return
-        path = write_gguf(load_model(dense, dtype), dtype, Path(scratch) / "dense.gguf")
+        path = write_gguf(
+            load_model(dense, dtype if dtype.startswith("float") else "float32"), dtype, Path(scratch) / "dense.gguf"
+        )
         with closing(LlamaCpp(path, threads, longest)) as llama:
             yield {**found, f"llama.cpp dense {dtype}": llama}
 
@@ -134,6 +158,7 @@ def compared(
     for name, (prefill, decode) in one.items():
         engine, kind, _ = name.split()
         rivals = {"dense": one.get(f"{engine} dense {dtype}"), "llama.cpp": one.get(f"llama.cpp dense {dtype}")}
+        dense_many = many.get(f"{engine} dense {dtype}")
         rows.append(
             {
                 "engine": engine,
@@ -145,7 +170,7 @@ def compared(
                 f"ms_per_step_of_{options.parallel}": many[name][1] if name in many else None,
                 "decode_over_dense": rivals["dense"] and rivals["dense"][1] / decode,
                 "prefill_over_dense": rivals["dense"] and rivals["dense"][0] / prefill,
-                "parallel_over_dense": many[f"{engine} dense {dtype}"][1] / many[name][1] if name in many else None,
+                "parallel_over_dense": dense_many[1] / many[name][1] if dense_many and name in many else None,
                 "decode_over_llama.cpp": rivals["llama.cpp"] and rivals["llama.cpp"][1] / decode,
             }
         )
@@ -159,7 +184,7 @@ def main() -> None:
     parser.add_argument("dense", nargs="?", help="the dense model that it was made from")
     parser.add_argument("--random", choices=PRESETS, help="models with random weights of this size, in place of both")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "float16"), default=["float32", "float16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=32)
@@ -179,7 +204,7 @@ def main() -> None:
         graphs = exported(models, options.folder, dtype)
         for threads in options.threads:
             result["rows"] += compared(graphs, models["dense"], dtype, threads, options)
-            for name, source in graphs.items():
+            for name, source in ((name, source) for name, source in graphs.items() if GRAPHS[name][1]):
                 result["profiles"].append({"weights": name, "threads": threads, "ms": profile(source, threads)})
     show(f"prompt of {options.prompt}, then {options.generate} greedy tokens", result["rows"])
     for entry in result["profiles"]:
