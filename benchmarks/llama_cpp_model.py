@@ -51,6 +51,20 @@ def write_gguf(model: Any, kind: str, path: Path) -> Path:
     return path
 
 
+def read_gguf(path: Path, model: Any) -> Any:
+    """The model with the weights of a file that `write_gguf` wrote, and llama.cpp perhaps quantised."""
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, parameter in model.named_parameters():
+        tensor = stored[names.get_name(name, try_suffixes=(".weight",))]
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(parameter.shape)
+        if "q_proj" in name or "k_proj" in name:
+            pairs = weight.reshape(-1, config.head_dim // 2, 2, *weight.shape[1:])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        parameter.copy_(weight)
+    return model
+
+
 def _interleave_rotary(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     """llama.cpp rotates neighbouring pairs, transformers the two halves of a head."""
     halves = weight.reshape(-1, 2, head_size // 2, *weight.shape[1:])

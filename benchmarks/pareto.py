@@ -1,0 +1,143 @@
+r"""Bytes against quality: a dense model in llama.cpp's formats beside pruned ones in this package's, on the same text.
+
+    python benchmarks/pareto.py DENSE --pruned balanced=PRUNED int4-fit=PRUNED-INT4 --dataset wiki.test.tokens \
+        --folder exports --json pareto.json --plot pareto.png
+
+Each pruned model is exported with `--format onnx --kernels` in float16, int8 and int4 (those that are in `--folder`
+already are taken as they are; one that was pruned onto grids of 4 bits in int4 alone) and evaluated in ONNX Runtime, so
+that what the kernels round is counted. The dense model is quantised by llama.cpp (llama-cpp-python), restored, and
+evaluated in torch: what llama.cpp does to activations is not counted. Bytes are those of all weights, which a decode
+step reads: of the exports the data file, of GGUF files their tensors. Both store a tied head once.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from cpu_decode import show
+from llama_cpp_model import read_gguf, write_gguf
+
+import gblm_compress
+from gblm_compress.exporters.onnx import DATA
+from gblm_compress.machine.environment import environment
+from gblm_compress.models.finding import resolve_model, silence_libraries
+from gblm_compress.models.grids import read_grids
+from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K")
+WAYS: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": "float16"},
+    "int8": {"quantise": "int8"},
+    "int4": {"quantise": "int4"},
+}
+
+
+def quantised(plain: Path, format: str, path: Path) -> Path:
+    """A GGUF file in another of llama.cpp's formats."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format}")
+    failed = llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), params)
+    if failed:
+        raise RuntimeError(f"llama.cpp cannot write {format}")
+    return path
+
+
+def of_llama_cpp(dense: ModelSource, judge: Any) -> list[dict[str, Any]]:
+    """A row for each of `FORMATS`, and for float16."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = write_gguf(load_model(dense, "float32"), "float16", Path(scratch) / "plain.gguf")
+        for format in ("F16", *FORMATS):
+            path = plain if format == "F16" else quantised(plain, format, Path(scratch) / f"{format}.gguf")
+            size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+            model = read_gguf(path, load_model(dense, "float32"))
+            rows.append(
+                {"model": "dense", "weights": format, "MB": size / 1e6, **judge(model, tokenizer=load_tokenizer(dense))}
+            )
+            if path != plain:
+                path.unlink()
+    return rows
+
+
+def of_exports(name: str, pruned: ModelSource, folder: Path, judge: Any) -> list[dict[str, Any]]:
+    """A row for each of `WAYS` that keeps what the model was fitted to."""
+    grids = read_grids(pruned)
+    fours = bool(grids) and len(next(iter(grids.values())).levels) == 16
+    rows = []
+    for weights, settings in WAYS.items():
+        if grids and weights != ("int4" if fours else "int8"):
+            continue
+        target = folder / f"{name}-{weights}"
+        if not target.exists():
+            gblm_compress.export(pruned.folder, target, format="onnx", kernels=True, **settings)
+        rows.append({"model": name, "weights": weights, "MB": (target / DATA).stat().st_size / 1e6, **judge(target)})
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity over megabytes, a line for each model."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = sorted((row for row in rows if row["model"] == name), key=lambda row: row["MB"])
+        size, value = [row["MB"] for row in own], [row["perplexity"] for row in own]
+        axes.plot(size, value, "o-", label=name)
+        for row in own:
+            axes.annotate(
+                row["weights"], (row["MB"], row["perplexity"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+    axes.set(xlabel="weights, MB", ylabel="perplexity", xscale="log", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Export, evaluate, print a table; write JSON and plot where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dense")
+    parser.add_argument("--pruned", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
+    parser.add_argument("--dataset", default="wikitext2")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    silence_libraries()
+    dense = resolve_model(options.dense, Progress(quiet=True))
+
+    def judge(model: Any, **of_model: Any) -> dict[str, float | None]:
+        size = {"sequence_length": options.length, "max_windows": options.windows, "dtype": "float32"}
+        found = gblm_compress.evaluate(
+            model, baseline=dense.folder, dataset=options.dataset, quiet=True, **size, **of_model
+        )
+        perplexity = found.metrics["perplexity"]
+        return {"perplexity": perplexity.value, "error": perplexity.error, **(found.fidelity or {})}
+
+    rows = of_llama_cpp(dense, judge)
+    for named in options.pruned:
+        name, _, folder = named.partition("=")
+        rows += of_exports(name, ModelSource(name, Path(folder)), options.folder, judge)
+    show(f"{options.windows} windows of {options.length} tokens of {Path(options.dataset).name}", rows)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    if options.plot:
+        draw(rows, options.plot)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
