@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from gblm_compress.errors import VerificationError
@@ -151,14 +152,29 @@ class _Run:
         )
 
 
+def _check_products(name: str, packed: PackedLinear) -> None:
+    """Raises:
+    VerificationError: for a token, or for many, the layer computes another product than its restored weight.
+    """
+    weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
+    for tokens in (1, TOKENS):
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, packed.in_features, generator=generator).to(packed.dtype)
+        expected = x.float() @ weight.T
+        difference = (packed.product(x, None).float() - expected).abs().max()
+        if not difference <= allowed * expected.abs().max():
+            raise VerificationError(f"{name}: its {packed.kernel(tokens)} is not the product of its weight")
+
+
 def _verify(
     exported: ModelSource, written: Any, kind: type[PackedLinear], dense: dict[str, Tensor], reference: _Run
 ) -> float:
     """Reload the folder as a user would. Compare every tensor with what was written, every packed weight with the dense
     one, and every buffer that is computed with the source's, all bit for bit; run it on what the source was run on.
 
-    Where the layout rounds, weights are compared within its tolerance, and the logits are held against those of the
-    model that was written: rounded weights have logits of their own.
+    Where the layout rounds, weights are compared within its tolerance, every layer multiplies numbers as its restored
+    weight does, and the logits are held against those of the model that was written: rounded weights have logits of
+    their own.
 
     Returns:
         The largest difference of a logit, relative to the largest logit.
@@ -169,6 +185,8 @@ def _verify(
         if not isinstance(packed, PackedLinear) or not packed.restores(weight):
             how = f"within {kind.TOLERANCE:.0e} of the largest" if kind.TOLERANCE else "bit for bit"
             raise VerificationError(f"{name}: the reloaded folder does not restore its weight {how}")
+        if kind.TOLERANCE:
+            _check_products(name, packed)
     restored = model.state_dict()
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import export
-from gblm_compress.layouts import LAYOUTS
+from gblm_compress.kernels import cpu
+from gblm_compress.layouts import LAYOUTS, quantised
 from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.layouts.int8 import Int8Linear
 from gblm_compress.layouts.packed import same_bits
@@ -211,6 +212,15 @@ def test_verification_notices_a_changed_weight(format, pruned, tmp_path, monkeyp
     with pytest.raises(VerificationError, match=r"does not restore its weight"):
         export(pruned("llama"), tmp_path / "x", ExportSettings(format=format), progress=QUIET)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_verification_notices_a_wrong_product(tokens, pruned, tmp_path, monkeypatch) -> None:
+    linear = quantised._linear
+    monkeypatch.setattr(quantised, "_linear", lambda x, *rest: linear(x, *rest) * (1.01 if len(x) == tokens else 1.0))
+    with pytest.raises(VerificationError, match=r"model\.layers\.0.* is not the product of its weight"):
+        export(pruned("llama"), tmp_path / "x", ExportSettings(format="bitmask-int8"), progress=QUIET)
 
 
 HALF_NAN = 0x7E00
