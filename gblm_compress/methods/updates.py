@@ -171,19 +171,22 @@ def settle(weight: Tensor, updated: Tensor, keep: Tensor, statistics: Statistics
     layer's damped reconstruction error while all others stay where they are. No step raises the error.
     """
     hessian = damped(statistics.moments(), damping)
-    wishes, chosen = updated.clone(), rounded(updated, keep, grid)
+    # Transposed, so that a column lies in one piece of memory.
+    goal, wishes, mask, chosen = (
+        matrix.T.contiguous() for matrix in (weight, updated, keep, rounded(updated, keep, grid))
+    )
     columns = weight.shape[1]
     for _ in range(SWEEPS):
         for left in range(0, columns, COLUMNS):
             right = min(left + COLUMNS, columns)
-            slope = (weight - chosen) @ hessian[:, left:right]
+            slope = hessian[left:right] @ (goal - chosen)
             for column in range(left, right):
-                here, place = slice(column, column + 1), column - left
-                wish = chosen[:, here] + slope[:, place : place + 1] / hessian[column, column]
-                point = rounded(wish, keep[:, here], grid.of_column(column))
-                slope[:, place + 1 :] -= (point - chosen[:, here]) * hessian[column, column + 1 : right]
-                wishes[:, here], chosen[:, here] = wish, point
-    return keep_only(wishes, keep)
+                place = column - left
+                wish = chosen[column] + slope[place] / hessian[column, column]
+                point = rounded(wish.unsqueeze(1), mask[column].unsqueeze(1), grid.of_column(column)).squeeze(1)
+                slope[place + 1 :].addr_(hessian[column + 1 : right, column], point - chosen[column], alpha=-1)
+                wishes[column], chosen[column] = wish, point
+    return keep_only(wishes.T, keep)
 
 
 def as_updated(

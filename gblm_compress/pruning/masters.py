@@ -10,13 +10,16 @@ from gblm_compress.methods.quantisation import Grid, rounded, straight_through
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 
+SCALE_RATE = 0.1
+"""Steps of a scale beside those of a weight, both relative to their sizes: a scale moves a whole group."""
+
 
 @dataclass(frozen=True)
 class Masters:
     """The pruned layers of a network.
 
-    Beside its weight, a layer on a grid has factors of its scales [rows, groups] to be moved. The network sees its
-    survivors rounded; gradients pass through (`straight_through`).
+    Beside its weight, a layer on a grid has numbers [rows, groups] to be moved, which stretch its scales. The network
+    sees its survivors rounded; gradients pass through (`straight_through`).
 
     Attributes:
         layers: {name of the weight in the network: layer}.
@@ -30,7 +33,7 @@ class Masters:
     def start(self) -> dict[str, Tensor]:
         """What `fit` moves, as it is now; weights are not rounded."""
         weights = {name: layer.get_parameter("weight").detach() for name, layer in self.layers.items()}
-        return weights | {_factors(name): torch.ones_like(grid.scales.float()) for name, grid in self.grids.items()}
+        return weights | {_scales(name): torch.ones_like(grid.scales.float()) for name, grid in self.grids.items()}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What the network stores a weight in."""
@@ -39,7 +42,7 @@ class Masters:
     def seen(self, moved: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as the network is to see them, {name: in float32, as the layer stores it}."""
         return {
-            name: as_matrix(layer, straight_through(as_matrix(layer, moved[name]), moved[_factors(name)], grid))
+            name: as_matrix(layer, straight_through(as_matrix(layer, moved[name]), _stretch(moved, name), grid))
             if (grid := self.grids.get(name))
             else moved[name]
             for name, layer in self.layers.items()
@@ -52,7 +55,7 @@ class Masters:
         Returns:
             {name of the weight: its grid as it is now}.
         """
-        grids = {name: grid.stretched(moved[_factors(name)]) for name, grid in self.grids.items()}
+        grids = {name: grid.stretched(_stretch(moved, name)) for name, grid in self.grids.items()}
         for name, layer in self.layers.items():
             write_(layer, as_matrix(layer, moved[name]), grids.get(name))
         return grids
@@ -69,5 +72,10 @@ def write_(layer: nn.Module, values: Tensor, grid: Grid | None) -> None:
     weight.copy_(positive_zeros(values.to(weight.dtype)))  # only now: a small weight may have become -0.0
 
 
-def _factors(name: str) -> str:
+def _scales(name: str) -> str:
     return f"{name}, scales"
+
+
+def _stretch(moved: dict[str, Tensor], name: str) -> Tensor:
+    """The factors of a layer's scales: 1 at the start."""
+    return 1 + SCALE_RATE * (moved[_scales(name)] - 1)

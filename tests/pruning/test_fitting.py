@@ -200,9 +200,10 @@ def off_grid(layers, grids) -> int:
     count = 0
     for name, layer in layers.items():
         weight, grid = weight_matrix(layer).detach(), grids[name]
-        for row, column in weight.nonzero().tolist():
-            scale = grid.scales[row, 0 if grid.group is None else column // grid.group].float()
-            count += float(weight[row, column]) not in (scale * grid.levels.float()).tolist()
+        for column in range(weight.shape[1]):
+            scale = grid.scales[:, 0 if grid.group is None else column // grid.group].float()
+            points = torch.cat([scale.unsqueeze(1) * grid.levels.float(), torch.zeros(len(scale), 1)], 1)
+            count += int((weight[:, column : column + 1] != points).all(1).sum())
     return count
 
 
@@ -226,7 +227,7 @@ def test_a_block_is_fitted_through_its_grids(kind: str) -> None:
             assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and not has_negative_zeros(weight)
             assert results[name].nonzeros == int((weight != 0).sum())
         errors[update] = error, grids
-    assert errors["reconstruct"][0] < 0.95 * errors["least-squares"][0]
+    assert errors["reconstruct"][0] < 0.98 * errors["least-squares"][0]
     name = next(iter(layers))
     assert not torch.equal(*(grids[name].scales for _, grids in errors.values()))
 
@@ -289,7 +290,7 @@ def test_a_model_is_distilled_on_its_grids(progress) -> None:
         grids[name] = make_grid(weight, keep, "int4", 32)
         write_(layer, weight * keep, grids[name])
     teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
-    how = {"epochs": 3, "rate": 0.01, "compute": "float32", "progress": progress}
+    how = {"epochs": 3, "rate": 0.03, "compute": "float32", "progress": progress}
     result, fitted = distil_(model, layers, CAUSAL_LM, ids, teacher, grids=grids, **how)
     assert result.after < 0.98 * result.before
     assert off_grid(layers, fitted) == 0
