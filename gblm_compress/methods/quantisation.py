@@ -25,6 +25,8 @@ LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}
 """{kind of grid: how many levels it has}."""
 GROUPS = (32, 64, 128)
 """Columns that may share a scale, beside all of a row."""
+EVEN = tuple(range(-8, 8))
+"""Levels of int4 where nothing is known of the inputs."""
 SHRINKS = tuple(1 - step / 40 for step in range(13))
 """Shares of the scale that would hold a group's largest weight: smaller ones cut it off, for the sake of the others."""
 
@@ -64,21 +66,25 @@ class Grid:
 def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, importance: Tensor | None = None) -> Grid:
     """The grid with the least squared error for the survivors that a search over scales and levels finds.
 
+    Where nothing is known of the inputs, int4 has even steps, zero among them: the weights that count most may be small
+    ones of strong inputs, and no level may be far from them.
+
     Args:
         kind: of `LEVELS`.
         group: columns that share a scale; None for a whole row.
-        importance: what the squared error of a column counts, [columns]; all alike if unset.
+        importance: what the squared error of a column counts, [columns]: the power of its input; unset if unknown.
     """
     import torch
 
     weight = keep_only(weight, keep)
-    shares = torch.ones(weight.shape[1]) if importance is None else importance
-    counts = shares.to(weight) * keep
+    counts = torch.zeros_like(weight) if importance is None else importance.to(weight) * keep
     largest = _by_group(weight.abs(), group).amax(-1)
     levels = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=weight.device)
     grid = Grid(_half(largest / LARGEST), levels, group)
     if kind == "int8":
         return grid
+    if importance is None:
+        return Grid(_half(largest / EVEN[-1]), torch.tensor(EVEN, dtype=torch.int8, device=weight.device), group)
     grid = Grid(grid.scales, _best_levels(weight, counts, grid), group)
     best = torch.full_like(largest, torch.inf)
     scales = grid.scales

@@ -76,7 +76,7 @@ def test_what_is_not_the_nearest_point_is_no_restoration(layout, group) -> None:
 
 @QUANTISED
 def test_the_error_is_the_share_that_rounding_moved(layout) -> None:
-    """It grows where few weights decide the scale of many; 16 levels follow them further than this."""
+    """It grows where few weights decide the scale of many."""
     weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
     kind = LAYOUTS[layout].layer
     packed = kind.from_dense(weight, None)
@@ -85,7 +85,7 @@ def test_the_error_is_the_share_that_rounding_moved(layout) -> None:
     assert packed.error(weight) == pytest.approx(moved / float(weight.abs().sum()), rel=1e-4)
     assert packed.error(weight) < kind.LARGEST_ERROR
     weight[:, ::50] = 10.0 + 2 * torch.arange(24).reshape(4, 6)
-    assert (kind.from_dense(weight, None).error(weight) > kind.LARGEST_ERROR) == (layout != "bitmask-int4")
+    assert kind.from_dense(weight, None).error(weight) > kind.LARGEST_ERROR
 
 
 @pytest.mark.parametrize(("layout", "bits_a_weight"), [("bitmask-int8", 5.25), ("bitmask-int4", 3.25), ("int8", 8.25)])

@@ -60,14 +60,12 @@ def test_the_levels_of_int4_are_the_best_for_their_histogram(monkeypatch: pytest
 
 def test_int4_wastes_no_levels_on_the_gap_that_pruning_leaves() -> None:
     weight, keep = _matrix(64, 256)
-    grid = make_grid(weight, keep, "int4", 64)
+    grid = make_grid(weight, keep, "int4", 64, torch.ones(256))
     assert grid.levels.shape == (16,) and bool((grid.levels[1:] > grid.levels[:-1]).all())
     error = (rounded(weight, keep, grid) - weight)[keep].square().mean()
     gap = weight[keep].abs().min() / grid.scales.float().mean()
     assert float(grid.levels.abs().min()) > 0.8 * float(gap)
-    # evenly spaced: the largest weight of a group at -8 or 7
-    largest = (weight * keep).abs().reshape(64, 4, 64).amax(-1)
-    even = Grid((largest / 7).half(), torch.arange(-8, 8).to(torch.int8), 64)
+    even = make_grid(weight, keep, "int4", 64)
     assert error < 0.7 * (rounded(weight, keep, even) - weight)[keep].square().mean()
 
 
@@ -75,9 +73,19 @@ def test_important_columns_are_closer_to_the_grid() -> None:
     weight, keep = _matrix(16, 64)
     importance = torch.ones(64)
     importance[:8] = 1000.0
-    plain, weighted = (make_grid(weight, keep, "int4", None, counts) for counts in (None, importance))
+    plain, weighted = (make_grid(weight, keep, "int4", None, counts) for counts in (torch.ones(64), importance))
     errors = [(rounded(weight, keep, grid) - weight).square()[:, :8].sum() for grid in (plain, weighted)]
     assert errors[1] < errors[0]
+
+
+def test_int4_has_even_steps_where_nothing_is_known_of_the_inputs() -> None:
+    weight, keep = _matrix(8, 100)
+    grid = make_grid(weight, keep, "int4", 64)
+    assert grid.levels.tolist() == list(range(-8, 8))
+    for row in range(8):
+        for group in range(2):
+            largest = (weight * keep)[row, 64 * group : 64 * (group + 1)].abs().max()
+            assert float(grid.scales[row, group]) == pytest.approx(float(largest) / 7, rel=1e-3)
 
 
 def test_rows_without_survivors_stay_zero() -> None:
