@@ -31,7 +31,8 @@ from tests.forks import Outcome, Server
 
 # Files whose tests start processes, trace graphs, or run on the real model; the longest first.
 SLOW = (
-    "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "cli", "gpu", "resume", "api", "zero_shot",
+    "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "onnx_quantised", "cli", "gpu", "resume",
+    "quantised", "grids", "api", "zero_shot",
     "gpu_script", "engines_script", "ranks", "sparse", "benchmarking", "exporters", "wheel", "comparison", "docs",
     "benchmark_worker",
 )  # fmt: skip

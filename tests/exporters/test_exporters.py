@@ -19,12 +19,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-an-exporter.md"
 OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
 
 
-OTHERS = {"graph": "plain", "group": 64}
+OTHERS = {"graph": "plain", "group": 64, "quantise": "int8"}
+COMPANY = {("onnx", "quantise"): ("kernels",), ("onnx", "group"): ("kernels", "quantise")}
+"""{(format, option): the options that it needs}."""
 
 
-def given(option: str) -> dict[str, object]:
-    """The option with a value other than its default."""
-    return {option: OTHERS.get(option, True)}
+def given(format: str, option: str) -> dict[str, object]:
+    """The option with a value other than its default, and what it needs."""
+    return {name: OTHERS.get(name, True) for name in (*COMPANY.get((format, option), ()), option)}
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +105,12 @@ def test_an_entry_is_all_that_settings_know_of_a_format(name: str, tiny) -> None
     assert set(entry.reads) <= OPTIONS
     for option in OPTIONS:
         if option in entry.reads:
-            folder = ExportSettings(format=name, **given(option)).folder_name
-            assert folder == f"{name}-{option}" + (f"-{OTHERS[option]}" if option in OTHERS else "")
+            options = given(name, option)
+            parts = [f"{other}-{value}" if other in OTHERS else other for other, value in options.items()]
+            assert ExportSettings(format=name, **options).folder_name == "-".join([name, *parts])
         else:
             with pytest.raises(ValidationError, match=f"{option} would do nothing: it is read with format"):
-                ExportSettings(format=name, **given(option))
+                ExportSettings(format=name, **given(name, option))
     assert dtype_of(tiny("llama"), ExportSettings(format=name)) == "float32"
     for dtype in ("float32", "float16", "bfloat16"):
         if dtype in entry.dtypes:
@@ -130,7 +133,7 @@ def test_exports_of_one_run_have_folders_of_their_own() -> None:
         {"format": name, "dtype": dtype, **own}
         for name, entry in FORMATS.items()
         for dtype in entry.dtypes[:1]
-        for own in ({}, *map(given, entry.reads))
+        for own in ({}, *(given(name, option) for option in entry.reads))
     ]
     recipe = Recipe(model="tiny", export=exports)
     assert len({export.folder_name for export in recipe.export}) == len(exports) > len(FORMATS)

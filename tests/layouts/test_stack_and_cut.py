@@ -16,6 +16,7 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import make_grid
 
 LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -129,7 +130,9 @@ def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
 
 def test_int4_layers_with_other_levels_are_stacked() -> None:
     kind = LAYOUTS["bitmask-int4"].layer
-    layers = [kind.from_dense(matrix("bitmask-int4", 5, 100, torch.float32, seed), None) for seed in range(3)]
+    weights = [matrix("bitmask-int4", 5, 100, torch.float32, seed) for seed in range(3)]
+    grids = [make_grid(weight, weight != 0, "int4", 64, torch.ones(100)) for weight in weights]
+    layers = [kind.from_dense(weight, None, grid=grid) for weight, grid in zip(weights, grids, strict=True)]
     whole = kind.stack(layers)
     assert whole.get_buffer("levels").shape == (15, 16)
     expected = torch.cat([layer.dense_weight() for layer in layers])

@@ -287,7 +287,7 @@ def test_a_model_is_distilled_on_its_grids(progress) -> None:
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach()
         keep = weight.abs() > weight.abs().median()
-        grids[name] = make_grid(weight, keep, "int4", 32)
+        grids[name] = make_grid(weight, keep, "int4", 32, torch.ones(weight.shape[1]))
         write_(layer, weight * keep, grids[name])
     teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
     how = {"epochs": 3, "rate": 0.03, "compute": "float32", "progress": progress}

@@ -196,10 +196,10 @@ def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, prose, 
 
     finish = RunFolder.finish
 
-    def interrupted(run, block, weights) -> None:
+    def interrupted(run, block, *rest) -> None:
         if block == 1:
             raise KeyboardInterrupt
-        finish(run, block, weights)
+        finish(run, block, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunFolder, "finish", interrupted)
