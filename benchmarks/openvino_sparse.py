@@ -33,7 +33,7 @@ def product(rows: int, columns: int, zeros: float) -> Any:
 
 
 def milliseconds(rows: int, columns: int, zeros: float, tokens: int, repeats: int) -> tuple[float, float]:
-    """Of the dense and of the packed weight.
+    """The time of a product with the dense weight, and with the packed one.
 
     Raises:
         AssertionError: they give different products.

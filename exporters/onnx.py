@@ -131,11 +131,15 @@ def export(
         check_weights(weights, PATTERN, "gemm")
     packed: dict[str, QuantisedLinear] = {}
     tables: list[QuantisedLinear] = []
+    rounding: dict[str, Any] = {}
     if settings.quantise:
         grids = read_grids(source)
         check_group(grids, settings.group)
         layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
-        packed, tables = round_layers_(model, layout, grids, settings.group), round_tables_(model)
+        packed, moved = round_layers_(model, layout, grids, settings.group)
+        tables = round_tables_(model, layout)
+        much = [name for name, share in moved.items() if share > packed[name].LARGEST_ERROR]
+        rounding = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -166,7 +170,7 @@ def export(
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
-            **({"weights": settings.quantise} if settings.quantise else {}),
+            **({"weights": settings.quantise, **rounding} if settings.quantise else {}),
             "arithmetic": dtype,
             **_verify(temporary, model, tokenizer, "levels" if settings.quantise else dtype, layers, places),
         }

@@ -78,7 +78,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Of all layers."""
+    """The types of rotary embedding that the layers have."""
     rope = getattr(config, "rope_parameters", None) or {}
     return {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
 

@@ -12,9 +12,6 @@ from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 
-TABLES = "int8"
-"""The layout of head and embedding."""
-
 
 def check_group(grids: Mapping[str, Grid], group: int | None) -> None:
     """Raises:
@@ -28,7 +25,7 @@ def check_group(grids: Mapping[str, Grid], group: int | None) -> None:
 @torch.no_grad()
 def round_layers_(
     model: nn.Module, layout: str, grids: Mapping[str, Grid], group: int | None
-) -> dict[str, QuantisedLinear]:
+) -> tuple[dict[str, QuantisedLinear], dict[str, float]]:
     """Round all linear layers of the blocks, in place.
 
     Args:
@@ -37,26 +34,32 @@ def round_layers_(
         group: columns that share a scale, where grids are made; the layout's own if unset.
 
     Returns:
-        {layer: its packed weight}.
+        {layer: its packed weight}, and {layer: what share of it rounding moved}.
     """
     kind: Any = LAYOUTS[layout].layer
-    packed = {}
+    packed, moved = {}, {}
     layers: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     for name, layer in layers.items():
         grid = grids.get(name) if kind.holds(grids.get(name)) else None
         packed[name] = kind.from_dense(weight_matrix(layer).float(), None, group=group, grid=grid)
+        moved[name] = packed[name].error(weight_matrix(layer))
         layer.weight.copy_(as_matrix(layer, packed[name].dense_weight()))
-    return packed
+    return packed, moved
 
 
 @torch.no_grad()
-def round_tables_(model: Any) -> list[QuantisedLinear]:
+def round_tables_(model: Any, layout: str) -> list[QuantisedLinear]:
     """Round head and embedding, in place; one weight where they are tied.
+
+    Args:
+        layout: that of the layers.
 
     Returns:
         The packed weights.
     """
-    kind: Any = LAYOUTS[TABLES].layer
+    tables = LAYOUTS[layout].tables
+    assert tables is not None, "a layout that rounds names one for head and embedding"
+    kind: Any = LAYOUTS[tables].layer
     packed: dict[int, QuantisedLinear] = {}
     for module in (model.get_output_embeddings(), model.get_input_embeddings()):
         weight = None if module is None else module.weight

@@ -12,8 +12,6 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks.task import Sample
 
-ROOM = 1024
-"""Tokens that may follow a prompt."""
 CACHE_GIB = "1"
 """What the KV cache takes on a CPU, where vLLM would reserve most of the memory."""
 
@@ -37,10 +35,10 @@ class VllmRuntime:
 
         if current_platform.device_type != device.partition(":")[0]:
             raise UsageError(f"this vLLM is built for {current_platform.device_type}; give --device accordingly")
-        self._params = vllm.SamplingParams(temperature=0.0, max_tokens=ROOM, ignore_eos=True, detokenize=False)
+        self._params = vllm.SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, detokenize=False)
         try:
             self._llm = vllm.LLM(str(source.folder), dtype=dtype, enable_prefix_caching=False, disable_log_stats=True)
-        except Exception as error:
+        except Exception as error:  # vLLM, transformers and torch each raise their own kinds for what does not load
             raise ModelError(f"{source.name!r}: vLLM cannot load it ({first_line(error)})") from error
         self._engine = self._llm.llm_engine
         self._tokens: dict[str, list[int]] = {}
@@ -83,6 +81,8 @@ class VllmRuntime:
     def _next(self, number: int) -> Tensor:
         """Token `number` of every sequence, [batch, 1]; the engine is stepped until all have it."""
         while any(len(tokens) < number for tokens in self._tokens.values()):
+            if not self._engine.has_unfinished_requests():
+                raise ModelError("vLLM ended a sequence early; give a smaller --prompt or --generate")
             for output in self._engine.step():
                 if output.request_id in self._tokens:
                     self._tokens[output.request_id] = list(output.outputs[0].token_ids)

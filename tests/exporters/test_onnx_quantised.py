@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
+from gblm_compress.layouts.bitmask_quantised import BitmaskInt8Linear
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
@@ -101,6 +102,15 @@ def test_int8_rounds_each_row_by_its_largest_weight(pruned, tmp_path, progress) 
         for column in range(weight.shape[1]):
             expected[row, column] = np.clip(np.rint(weight[row, column] / scale), -127, 127) * scale
     assert any(w.shape == weight.shape and np.allclose(w, expected, atol=1e-7) for w in weights_in(folder))
+
+
+def test_layers_of_which_rounding_moved_much_are_named(pruned, tmp_path, progress, monkeypatch) -> None:
+    plain, _ = exported(pruned, tmp_path / "plain", progress, quantise="int8")
+    assert 0 < plain.checks["largest_rounding_error"] < 0.03 and "layers_rounded_much" not in plain.checks
+    monkeypatch.setattr(BitmaskInt8Linear, "LARGEST_ERROR", plain.checks["largest_rounding_error"] * 0.999)
+    named, _ = exported(pruned, tmp_path / "named", progress, quantise="int8")
+    names = named.checks["layers_rounded_much"]
+    assert 0 < len(names) < 14 and all(name.endswith("down_proj") for name in names)
 
 
 def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path, progress) -> None:

@@ -18,6 +18,7 @@ class Engine:
         self.requests: dict[str, list[int]] = {}
         self.said: dict[str, list[int]] = {}
         self.steps = 0
+        self.most = 100  # tokens of a sequence
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
         assert params.temperature == 0.0 and params.ignore_eos
@@ -27,6 +28,9 @@ class Engine:
         for name in names:
             del self.requests[name]
             self.said.pop(name, None)
+
+    def has_unfinished_requests(self) -> bool:
+        return all(len(said) < self.most for said in self.said.values())
 
     def step(self) -> list[Any]:
         self.steps += 1
@@ -72,6 +76,15 @@ def test_sequences_that_are_ahead_wait_for_the_others(engine, tiny) -> None:
             token, cache = runtime.decode(token, cache)
             assert token.tolist() == [[10 + number], [20 + number], [30 + number]]
         assert engine.steps == 7 and len(engine.requests) == 3
+
+
+def test_a_sequence_that_ends_early_is_an_error(engine, tiny) -> None:
+    runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
+    engine.most = 2
+    token, cache = runtime.prefill(torch.tensor([[5, 10]]))
+    token, cache = runtime.decode(token, cache)
+    with pytest.raises(ModelError, match="ended a sequence early; give a smaller --prompt or --generate"):
+        runtime.decode(token, cache)
 
 
 def test_what_vllm_does_not_do_is_told(engine, tiny) -> None:
