@@ -73,12 +73,13 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export, or `gemm` and a layer that will not be 2:4.
+    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as for `check_group`.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
+    check_group(source, settings.group)
     if settings.gemm:
         check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
@@ -134,7 +135,6 @@ def export(
     rounding: dict[str, Any] = {}
     if settings.quantise:
         grids = read_grids(source)
-        check_group(grids, settings.group)
         layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
         packed, moved = round_layers_(model, layout, grids, settings.group)
         tables = round_tables_(model, layout)

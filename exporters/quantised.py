@@ -11,13 +11,16 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
+from gblm_compress.models.grids import read_grids
+from gblm_compress.models.source import ModelSource
 
 
-def check_group(grids: Mapping[str, Grid], group: int | None) -> None:
+def check_group(source: ModelSource | None, group: int | None) -> None:
     """Raises:
-    UsageError: a group is asked for, and the weights lie on grids already.
+    UsageError: a group is asked for, and the model's weights lie on grids already.
+    ModelError: its grids are damaged.
     """
-    if grids and group is not None:
+    if source is not None and group is not None and (grids := read_grids(source)):
         own = next(iter(grids.values())).group
         raise UsageError(f"group {group}: the model was pruned onto grids of {own or 'whole rows'}; leave --group out")
 

@@ -45,8 +45,10 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: a layer that is yet to be pruned will not have the pattern that the format's layout needs.
+    UsageError: a layer that is yet to be pruned will not have the pattern that the format's layout needs, or as for
+        `check_group`.
     """
+    check_group(source, settings.group)
     if (needed := LAYOUTS[_layout(settings)].pattern) is None:
         return
     check_patterns(patterns or {}, needed, f"export to {settings.format}")
@@ -88,7 +90,6 @@ def export(
     check_is_pruned(dense, kind)
     progress.say("packing …")
     grids = read_grids(source) if LAYOUTS[layout].width else {}
-    check_group(grids, settings.group)
     options: dict[str, Any] = {"grids": grids, "group": settings.group} if LAYOUTS[layout].width else {}
     tables = None if settings.keep_head else LAYOUTS[layout].tables
     exact, dense_tables = pack_(model, names, layout, tables, **options)
