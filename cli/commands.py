@@ -27,6 +27,7 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
     PruneSettings,
+    RecoverSettings,
     ResourceSettings,
 )
 from gblm_compress.storage import outputs, records
@@ -69,6 +70,33 @@ def prune(
     )
     if reports:
         _show(result.as_dict(), summaries.prune, json_)
+
+
+@from_settings
+def recover(
+    model: o.Pruned,
+    teacher: o.Teacher,
+    output: o.Output,
+    settings: RecoverSettings,
+    compute: Annotated[ComputeSettings, Spelt(leave_out=("dtype",))],
+    resume: o.Resume = False,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a pruned model to predict what the dense one does; its pattern stays."""
+    reports = os.environ.get("RANK", "0") == "0"
+    outputs.check_output(output, force)
+    texts = [*(each.dataset for each in settings.data), *settings.disjoint_from]
+    progress, source, dense = _start(model, teacher, quiet=quiet or not reports, texts=texts)
+
+    from gblm_compress.recovery import stage
+
+    result = stage.recover(
+        source, dense, output, settings, resume=resume, device=compute.device, force=force, progress=progress
+    )
+    if reports:
+        _show(result.as_dict(), summaries.recover, json_)
 
 
 @from_settings
@@ -251,7 +279,7 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
+COMMANDS = (prune, recover, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
 
 
 def _progress(quiet: bool) -> Progress:

@@ -26,7 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Prune
+from gblm_compress.runs.artefacts import Export, Prune, Recover
 from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
 from gblm_compress.runs.reuse import evaluation_hash
@@ -206,7 +206,12 @@ def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
-    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
+    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration)]
+    if recipe.recover is not None:
+        evaluated = (*recipe.recover.disjoint_from, *([recipe.evaluate.dataset] if recipe.evaluate else []))
+        disjoint = recipe.recover.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
+        stages.append(Recover(job, disjoint))
+    stages += [*exports, *baselines]
     measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
         without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})

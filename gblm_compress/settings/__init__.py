@@ -13,6 +13,7 @@ from gblm_compress.settings.prune import (
     PruneSettings,
 )
 from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -40,6 +41,8 @@ __all__ = [
     "Panel",
     "PruneSettings",
     "Recipe",
+    "RecoverSettings",
     "ResourceSettings",
     "Settings",
+    "Source",
 ]
