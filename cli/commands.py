@@ -20,6 +20,7 @@ from gblm_compress.machine.environment import share_cores
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
@@ -142,6 +143,24 @@ def evaluate(
         progress=progress,
     )
     _show(result.as_dict(), summaries.evaluate, json_)
+
+
+@from_settings
+def advise(
+    model: o.Model,
+    settings: AdviseSettings,
+    pruning: Annotated[PruneSettings, Spelt(rename={"overrides": "override"})],
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Predict what compressing a model would bring on this machine, before any of it is done."""
+    progress, source = _start(model, quiet=quiet)
+
+    from gblm_compress.runs import advice
+
+    result = advice.advise(source, settings, pruning, text, progress=progress)
+    _show(result.as_dict(), summaries.advise, json_)
 
 
 @from_settings
@@ -279,7 +298,7 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (prune, recover, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
+COMMANDS = (advise, prune, recover, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
 
 
 def _progress(quiet: bool) -> Progress:

@@ -47,6 +47,32 @@ def prune(result: dict[str, Any]) -> list[Any]:
     ]
 
 
+def advise(result: dict[str, Any]) -> list[Any]:
+    table = Table("way")
+    for name in ("weights", "ms per token", "from–to"):
+        table.add_column(name, justify="right")
+    for p in result["predictions"]:
+        spread = f"{p['low']:.1f}–{p['high']:.1f}"
+        table.add_row(p["name"], decimal(p["bytes"]), f"{p['ms_per_token']:.1f}", spread)
+    pruning = f"about {_duration(result['pruning_seconds'])}, {decimal(result['pruning_memory_bytes'])} of memory, "
+    return [
+        table,
+        *result["sentences"],
+        f"Pruning so would take {pruning}{decimal(result['pruning_disk_bytes'])} of disk.",
+        *(f"note: {way} cannot be had: {reason}" for way, reason in result["left_out"].items()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
 def recover(result: dict[str, Any]) -> list[Any]:
     table = Table("tokens", "training loss", "KL, held out", "mask moved")
     for column in table.columns:

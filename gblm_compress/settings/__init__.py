@@ -15,6 +15,7 @@ from gblm_compress.settings.prune import (
 from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
 from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     ComputeSettings,
@@ -28,6 +29,7 @@ __all__ = [
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
+    "AdviseSettings",
     "BenchmarkSettings",
     "CalibrationSettings",
     "CompareSettings",
