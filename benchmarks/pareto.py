@@ -26,7 +26,7 @@ from gblm_compress.exporters.onnx import DATA
 from gblm_compress.machine.environment import environment
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
@@ -60,7 +60,7 @@ def of_llama_cpp(dense: ModelSource, judge: Any) -> list[dict[str, Any]]:
             size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
             model = read_gguf(path, load_model(dense, "float32"))
             rows.append(
-                {"model": "dense", "weights": format, "MB": size / 1e6, **judge(model, tokenizer=load_tokenizer(dense))}
+                {"model": "dense", "weights": format, "MB": size / 1e6, **judge(model, processor=load_processor(dense))}
             )
             if path != plain:
                 path.unlink()
