@@ -25,7 +25,7 @@ def save(
     output: Path,
     student: Any,
     training: Training,
-    tokenizer: Any,
+    processor: Any,
     settings: RecoverSettings,
     windows: Windows,
     force: bool,
@@ -50,7 +50,7 @@ def save(
         for name in ("config.json", "generation_config.json"):
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, temporary / name)
-        loading.save_tokenizer(tokenizer, temporary)
+        loading.save_processor(processor, temporary, source)
         written = Checkpoint(temporary, student.state_dict(), student.base_model_prefix)
         layers = manifest.read(source.folder)["layers"]
         state = training.progress

@@ -32,7 +32,7 @@ from gblm_compress.recovery.texts import Windows, windows_of
 from gblm_compress.recovery.training import Budget, Training
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
-from gblm_compress.tasks import text
+from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
 BYTES_A_WEIGHT = 30
@@ -92,8 +92,8 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) 
         GblmError: all faults at once.
     """
     looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings)]
-    looks += [partial(text.check_source, each.dataset) for each in settings.data]
-    looks += [partial(text.check_source, other) for other in settings.disjoint_from]
+    task = loading.task_of(source)
+    looks += [partial(task.data_files, name) for name in settings.datasets]
     looks += [partial(loading.check_length, source, settings.sequence_length)]
     faults.raise_all(faults.collect(looks))
 
@@ -133,7 +133,7 @@ def recover(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    inputs = [source.folder, teacher.folder, *(path for each in settings.data for path in text.files(each.dataset))]
+    inputs = [source.folder, teacher.folder, *(path for name in settings.datasets for path in data_files(name))]
     with outputs.reserved(output, force, inputs, ranks.is_first_started()):
         start = time.monotonic()
         check(source, teacher, settings)
@@ -170,9 +170,9 @@ def _recover(
     """The training, once its folder is written; and the seconds of the runs that it went on from."""
     if settings.batch < group.size:
         raise UsageError(f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more")
-    task, tokenizer = loading.task_of(source), loading.load_tokenizer(source)
+    task, processor = loading.task_of(source), loading.load_processor(source)
     progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
-    windows = windows_of(task, tokenizer, loading.config_of(source), settings)
+    windows = windows_of(task, processor, loading.config_of(source), settings)
     identity = {
         "model": source.fingerprint,
         "teacher": teacher.fingerprint,
@@ -215,7 +215,7 @@ def _recover(
         training.run(checkpoints, progress)
         if group.is_first:
             progress.say("saving …")
-            save(source, output, student, training, tokenizer, settings, windows, force)
+            save(source, output, student, training, processor, settings, windows, force)
         checkpoints.remove()
     return training, windows, before
 

@@ -44,7 +44,7 @@ class Windows:
         return read / max(1, len({index for step in self.steps for index in step}))
 
 
-def windows_of(task: Task, tokenizer: Any, config: Any, settings: RecoverSettings) -> Windows:
+def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:
     """Read the texts, cut them into windows and choose the order.
 
     Each text gives its share of the windows; one that is too short is read again, in another order.
@@ -62,7 +62,7 @@ def windows_of(task: Task, tokenizer: Any, config: Any, settings: RecoverSetting
     generator = torch.Generator().manual_seed(settings.seed)
     for source in settings.data:
         share = source.weight / total
-        found = task.training(tokenizer, config, source.dataset, length, int(share * needed * length) + length)
+        found = task.training(processor, config, source.dataset, length, int(share * needed * length) + length)
         if len(found) < 2:
             raise DataError(
                 f"dataset {source.dataset!r} holds {len(found)} windows of {length} tokens, and two are needed: one to "
@@ -76,7 +76,7 @@ def windows_of(task: Task, tokenizer: Any, config: Any, settings: RecoverSetting
         samples += found
     order = _mixed(queues, needed)
     steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
-    return Windows(samples, held_out, steps, _overlap(tokenizer, samples, settings.disjoint_from))
+    return Windows(samples, held_out, steps, _overlap(processor, samples, settings.disjoint_from))
 
 
 class _Queue:
@@ -104,14 +104,14 @@ def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
     return order
 
 
-def _overlap(tokenizer: Any, samples: Sequence[Sample], others: Sequence[str]) -> dict[str, float]:
+def _overlap(processor: Any, samples: Sequence[Sample], others: Sequence[str]) -> dict[str, float]:
     """Raises:
     DataError: the samples hold too much of another text.
     """
     if not others:
         return {}
     known: dict[str, int] = {}
-    own = np.unique(np.concatenate([grams(tokenizer.decode(each["input_ids"][0]), known) for each in samples]))
+    own = np.unique(np.concatenate([grams(processor.decode(each["input_ids"][0]), known) for each in samples]))
     found = {}
     for other in others:
         theirs = np.unique(grams(text.load_text(other, "evaluation"), known))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -21,7 +21,7 @@ from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import generate, vocabulary
-from gblm_compress.measure.runtimes import Runtime, load_runtime
+from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.source import ModelSource
@@ -135,6 +135,8 @@ def advise(
     """
     start = time.monotonic()
     loading.check_model(source, "ask about")
+    if not (task := loading.task_of(source)).generates:
+        raise ModelError(f"model {source.name!r} is {task.help}, and advice is for models that generate text")
     need = 2 * source.bytes_on_disk
     if need > psutil.virtual_memory().available:
         raise NotEnoughMemoryError(
@@ -142,13 +144,13 @@ def advise(
             f"{psutil.virtual_memory().available / 1e9:.1f} GB are free; ask on a larger machine"
         )
     with TemporaryDirectory() as scratch:
-        model, tokenizer = loading.load_model(source), loading.load_tokenizer(source)
+        model, processor = loading.load_model(source), loading.load_processor(source)
         blocks = len(find_blocks(model)[1])
         numbers = (1, min(settings.blocks, blocks))
         if numbers[0] == numbers[1]:
             raise ModelError(f"model {source.name!r} has {blocks} block; whatever is asked, benchmark it whole")
         folder = Path(scratch)
-        cut = {number: _cut(model, tokenizer, number, folder / f"dense-{number}") for number in reversed(numbers)}
+        cut = {number: _cut(model, processor, number, folder / f"dense-{number}") for number in reversed(numbers)}
         del model
         forward = _whole(*numbers, blocks, *(_forward_seconds(cut[number]) for number in numbers))
         half = {number: _pruned(each, pruning, folder / f"pruned-{number}") for number, each in cut.items()}
@@ -180,7 +182,7 @@ def advise(
     )
 
 
-def _cut(model: Any, tokenizer: Any, number: int, folder: Path) -> ModelSource:
+def _cut(model: Any, processor: Any, number: int, folder: Path) -> ModelSource:
     """The model's first blocks, as a folder; the model keeps no others.
 
     Raises:
@@ -197,7 +199,7 @@ def _cut(model: Any, tokenizer: Any, number: int, folder: Path) -> ModelSource:
         if isinstance(value, list) and len(value) == len(blocks):
             setattr(config, key, value[:number])
     model.save_pretrained(folder)
-    loading.save_tokenizer(tokenizer, folder)
+    loading.save_processor(processor, folder)
     return ModelSource(folder.name, folder)
 
 
@@ -211,7 +213,7 @@ def _pruned(source: ModelSource, pruning: PruneSettings, folder: Path) -> ModelS
 def _predict(
     way: Way, folders: dict[int, ModelSource], blocks: int, settings: AdviseSettings, scratch: Path
 ) -> Prediction:
-    runtimes: dict[int, Runtime] = {}
+    runtimes: dict[int, Generating] = {}
     sizes: dict[int, int] = {}
     threads = settings.threads or torch.get_num_threads()
     for number, source in folders.items():
@@ -225,7 +227,7 @@ def _predict(
             stored = getattr(torch, loading.stored_dtype(source)).itemsize
             wider = getattr(torch, way.dtype).itemsize / stored
         sizes[number] = int(wider * artefact.bytes_on_disk)
-        runtimes[number] = load_runtime(artefact, way.dtype, "cpu", threads)
+        runtimes[number] = cast(Generating, load_runtime(artefact, way.dtype, "cpu", threads))
     size = vocabulary(next(iter(folders.values())))
     spent: dict[int, list[float]] = {number: [] for number in runtimes}
     for number_of_round in range(ROUNDS + 1):

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import exporters, faults
+from gblm_compress import exporters, faults, tasks
 from gblm_compress.errors import GblmError
 from gblm_compress.exporters import export
 from gblm_compress.formats import FORMATS, Format
@@ -17,9 +17,8 @@ from gblm_compress.pruning.placement import Size
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
-from gblm_compress.runs.reuse import text_hash
+from gblm_compress.runs.reuse import data_hash
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, RecoverSettings
-from gblm_compress.tasks import text
 
 Look = Callable[[], object]
 
@@ -47,13 +46,14 @@ class Prune(Recorded):
 
     def decides(self) -> list[Any]:
         drawn = self.calibration if self.settings.needs_text else None
-        text_of = text_hash(drawn.dataset) if drawn else None
+        text_of = data_hash(drawn.dataset) if drawn else None
         return [plain(self.settings), plain(drawn), text_of, self.job.dtype, self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
         looks: list[Look] = []
         if self.settings.needs_text:
-            looks.append(partial(text.check_source, self.calibration.dataset))
+            task = loading.task_of(self.job.dense) if self.job.here else tasks
+            looks.append(partial(task.data_files, self.calibration.dataset))
             if self.job.here:
                 length = self.calibration.sequence_length
                 looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
@@ -104,12 +104,11 @@ class Recover(Recorded):
         return (self.job.as_pruned, self.job.dense)
 
     def decides(self) -> list[Any]:
-        texts = (*(each.dataset for each in self.settings.data), *self.settings.disjoint_from)
-        return [plain(self.settings), [text_hash(each) for each in texts], self.job.device]
+        return [plain(self.settings), [data_hash(name) for name in self.settings.datasets], self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
-        texts = (*(each.dataset for each in self.settings.data), *self.settings.disjoint_from)
-        looks: list[Look] = [partial(text.check_source, each) for each in texts]
+        task = loading.task_of(self.job.dense) if self.job.here else tasks
+        looks: list[Look] = [partial(task.data_files, name) for name in self.settings.datasets]
         if self.job.here:
             length = self.settings.sequence_length
             looks.append(partial(loading.check_length, self.job.dense, length, "recover.sequence_length"))

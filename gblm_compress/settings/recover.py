@@ -123,6 +123,11 @@ class RecoverSettings(Settings):
         return self
 
     @property
+    def datasets(self) -> tuple[str, ...]:
+        """All texts that are read."""
+        return (*(source.dataset for source in self.data), *self.disjoint_from)
+
+    @property
     def steps(self) -> int:
         """How many steps the tokens make."""
         return self.tokens // (self.batch * self.sequence_length)

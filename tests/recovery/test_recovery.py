@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 from gblm_compress.errors import DataError, ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
-from gblm_compress.models.loading import config_of, load_model, load_tokenizer
+from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import BETAS, schedule_of
@@ -94,7 +94,7 @@ def test_it_is_adam_on_the_divergence_from_dense_with_the_zeros_kept(pruned, tin
     result = run(source, teacher, tmp_path / "out", prose)
     assert result.best == len(result.curve) - 1 and result.after < result.before  # so that the last weights are kept
     settings = RecoverSettings(**(SMALL | {"data": (str(prose),)}))
-    windows = windows_of(CAUSAL_LM, load_tokenizer(source), config_of(source), settings)
+    windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
     expected = by_hand(source, teacher, windows, settings)
     got, before = weights(tmp_path / "out"), weights(source.folder)
     for name, tensor in got.items():
@@ -200,7 +200,7 @@ def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_pat
     paths[0].write_text(prose[:20_000])
     paths[1].write_text(prose[20_000:22_000])
     source = tiny("llama")
-    given = load_tokenizer(source), config_of(source)
+    given = load_processor(source), config_of(source)
     data = (f"{paths[0]}=3", f"{paths[1]}=1")
     settings = RecoverSettings(data=data, sequence_length=32, batch=4, tokens=32 * 400)
     windows = windows_of(CAUSAL_LM, *given, settings)

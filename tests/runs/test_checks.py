@@ -145,5 +145,5 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     absent = recipe(model="owner/model", calibration={"dataset": "c4"}, export=[{"format": "semi-structured"}])
     (fault,) = check(absent, progress)
     assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
-    assert unchecked(absent) == ["model owner/model", "text c4"]
+    assert unchecked(absent) == ["model owner/model", "dataset c4"]
     assert unchecked(recipe()) == []
