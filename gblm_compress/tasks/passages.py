@@ -56,7 +56,7 @@ class PassageTask(Task):
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
         import torch
 
-        ids = torch.arange(12).reshape(2, 6) % config.vocab_size
+        ids = torch.arange(12).reshape(2, 6) % vocabulary_of(config)
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
         return self._with_types({"input_ids": ids, "attention_mask": mask}, config)
