@@ -2,7 +2,7 @@
 
 The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone and in
 onnxruntime-genai (`genai_config.json`). A plain one also loads in optimum's `ORTModelForCausalLM`, by its names of
-inputs and outputs.
+inputs and outputs. Models that generate nothing have a graph of one forward pass (`onnx_forward`).
 """
 
 import json
@@ -17,12 +17,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import (
     check_is_pruned,
     check_patterns,
     check_weights,
     dtype_of,
+    onnx_forward,
     onnx_fused,
     onnx_plain,
     onnx_rounding,
@@ -39,6 +40,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
+from gblm_compress.measure.onnx_forward import OnnxForward
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Generating
 from gblm_compress.measure.torch_runtime import TorchRuntime
@@ -88,8 +90,12 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         return
     skeleton = loading.load_skeleton(source)
     loading.task_of(source).example(skeleton.config)
+    generates = loading.task_of(source).generates
+    if settings.quantise and not generates:
+        raise UsageError("quantise is for causal language models; export to bitmask-int8 or with --kernels alone")
     if graph_of(skeleton, settings) == "plain":
-        onnx_plain.check(source, skeleton.config)
+        if generates:
+            onnx_plain.check(source, skeleton.config)
     elif reason := onnx_fused.why_not(skeleton):
         raise ModelError(f"{source.name!r}: there is no fused graph of it, export with --graph plain; {reason}")
     if settings.kernels:
@@ -118,7 +124,8 @@ def export(
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
-    stored = dtype = dtype_of(source, settings)
+    task, stored = loading.task_of(source), dtype_of(source, settings)
+    dtype = stored
     half = settings.kernels and stored == "float16"  # weights only: the arithmetic is float32
     model = loading.load_model(source, stored)
     if half:
@@ -145,7 +152,7 @@ def export(
                 program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
-                program, genai_config = onnx_plain.build(model, source)
+                program, genai_config = (onnx_plain if task.generates else onnx_forward).build(model, source)
             places = onnx_weights.find(program, model)
             pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
             if settings.sparse:
@@ -159,13 +166,14 @@ def export(
                 else:
                     use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
-                genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+                if genai_config:
+                    genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
             elif rounded:
                 use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
-            _save(temporary, program, genai_config, model, processor, stored)
+            _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
-        sample = loading.task_of(source).probe(processor, model.config)
+        sample = task.probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
@@ -194,15 +202,22 @@ def _exactness(settings: ExportSettings, dtype: str) -> str:
 
 
 def _save(
-    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, processor: Any, dtype: str
+    folder: Path,
+    program: ir.Model,
+    genai_config: dict[str, Any],
+    model: Any,
+    processor: Any,
+    source: ModelSource,
+    dtype: str,
 ) -> None:
     ir.save(program, folder / GRAPH, external_data=DATA)
     model.config.dtype = dtype  # of the weights
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    loading.save_processor(processor, folder)
-    (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
+    loading.save_processor(processor, folder, source)
+    if genai_config:
+        (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
 
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
@@ -216,6 +231,11 @@ def _verify(
     """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
     zeros = _verify_zeros(folder, model, layers, places)
     reference = TorchRuntime(model)
+    if not reference.task.generates:
+        forward = OnnxForward(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
+        difference = _check_logits(reference.predict(sample)[0], forward.predict(sample)[0], dtype, "read at once")
+        tolerance = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[dtype]}
+        return {**tolerance, "provider": forward.provider, **zeros}
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
     at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
     expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])

@@ -180,10 +180,7 @@ def check_length(model: ModelSource, settings: BenchmarkSettings, key: str = "")
     """Raises:
     UsageError: the model has fewer positions than it is timed on.
     """
-    if loading.task_of(model).generates:
-        loading.check_length(model, settings.prompt + settings.generate, f"{key}prompt plus generate")
-    else:
-        loading.check_length(model, settings.prompt, f"{key}prompt")
+    loading.check_length(model, settings.prompt + settings.generate, f"{key}prompt plus generate")
 
 
 @dataclass(frozen=True)

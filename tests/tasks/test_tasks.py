@@ -21,7 +21,7 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_model
-from gblm_compress.pruning.distillation import distil_, head_inputs
+from gblm_compress.pruning.distillation import distil_, predictions
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
@@ -257,7 +257,7 @@ def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
         pruned = tiny_model("llama")
         prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", update="none"), progress)
         layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
-        teacher = head_inputs(dense, task, given, progress)
+        teacher = predictions(dense, task, given, progress)
         fitted, _ = distil_(
             pruned, layers, task, given, teacher, epochs=1, rate=1e-3, compute="float32", progress=progress
         )
