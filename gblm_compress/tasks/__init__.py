@@ -11,12 +11,14 @@ from gblm_compress.errors import ModelError
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
+from gblm_compress.tasks.image_classification import ImageClassification
 from gblm_compress.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
     "embedding": Embedding(),
     "classification": Classification(),
+    "image-classification": ImageClassification(),
 }
 """All tasks."""
 
