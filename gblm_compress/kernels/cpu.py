@@ -43,8 +43,8 @@ def library() -> ctypes.CDLL | None:
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
     kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
     kernels.gblm_quantised_bytes.argtypes, kernels.gblm_quantised_bytes.restype = [size, size], size
-    kernels.gblm_quantised_linear.argtypes = [pointer] * 9 + [size] * 5 + [ctypes.c_int] * 4
-    kernels.gblm_quantised_restore.argtypes = [pointer] * 6 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_linear.argtypes = [pointer] * 10 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_restore.argtypes = [pointer] * 7 + [size] * 5 + [ctypes.c_int] * 4
     kernels.gblm_set_parallel.argtypes = [pointer] * len(_OPENMP)
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels

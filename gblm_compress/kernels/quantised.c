@@ -19,12 +19,28 @@ enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /*
 enum { LEVELS, PLACES, DENSE, KINDS };
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
+    if (job->patterns) return row * (job->levels ? job->columns / 4 : job->columns / 2);
     return job->mask ? job->starts[row] : row * job->words * 64;
 }
+
+/* The mask of 64 columns whose patterns these 6 bytes are: three bits move to each group of four, by halves. */
+static inline uint64_t two_of_four(const uint8_t *patterns) {
+    uint64_t bits = 0;
+    memcpy(&bits, patterns, 6);
+    bits = (bits & 0xffffff) | (bits & 0xffffff000000) << 8;
+    bits = (bits & 0x00000fff00000fff) | (bits & 0x00fff00000fff000) << 4;
+    bits = (bits & 0x003f003f003f003f) | (bits & 0x0fc00fc00fc00fc0) << 2;
+    bits = (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
+    const uint64_t parity = (bits ^ bits >> 1 ^ bits >> 2) & 0x1111111111111111;
+    return bits | parity << 3;
+}
 static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
+    if (job->patterns) return two_of_four(job->patterns + 6 * (row * job->words + w));
     return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
-static inline int kind_of(const Quantised *job) { return !job->mask ? DENSE : job->levels ? PLACES : LEVELS; }
+static inline int kind_of(const Quantised *job) {
+    return !job->mask && !job->patterns ? DENSE : job->levels ? PLACES : LEVELS;
+}
 static inline float scale_at(const Quantised *job, int64_t row, int64_t group) {
     return group < job->groups ? f16_to_float(job->scales[row * job->groups + group]) : 0.0f;
 }
@@ -485,7 +501,8 @@ static int can_run(const Quantised *job, int count) {
     return job->rows >= 0 && job->words > 0 && job->words <= MOST_WORDS && job->columns > (job->words - 1) * 64 &&
            job->columns <= job->words * 64 && count > 0 && path >= 0 && path < PATHS && job->type >= 0 && job->type <= BF16 &&
            (group == 0 || group == 32 || group == 64 || group == 128) && !job->mask == !job->starts &&
-           !(job->levels && !job->mask) && (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
+           !(job->patterns && (job->mask || job->columns % 4)) && !(job->levels && kind_of(job) == DENSE) &&
+           (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
 }
 
 static inline int64_t groups_of(int64_t columns, int group) { return group > 0 ? (columns + group - 1) / group : 1; }
@@ -511,11 +528,11 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
 
 /* y [tokens, rows] = x [tokens, columns] Wᵀ, x and y of `type`. Returns 0, and has done nothing, where a number is not one
  * that there is code for. */
-EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
-                                 const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
-                                 int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type,
-                                 int path, int count) {
-    Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
+EXPORT int gblm_quantised_linear(const void *mask, const void *patterns, const void *values, const int64_t *starts,
+                                 const void *levels, const void *scales, const float *sums, const void *x, void *y,
+                                 void *rounded, int64_t rows, int64_t words, int64_t columns, int64_t tokens, int64_t stride,
+                                 int group, int type, int path, int count) {
+    Quantised job = {mask, patterns, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
                      groups_of(columns, group), stride, group, type, path};
     if (!can_run(&job, count) || tokens < 1) return 0;
     const Threads threads = gblm_threads(count);
@@ -524,10 +541,10 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int
 }
 
 /* Rows [first, first + rows) dense, [rows, columns] in `type`. Returns as gblm_quantised_linear. */
-EXPORT int gblm_quantised_restore(const void *mask, const void *values, const int64_t *starts, const void *levels,
-                                  const void *scales, void *dense, int64_t first, int64_t rows, int64_t words, int64_t columns,
-                                  int64_t stride, int group, int type, int path, int count) {
-    const Quantised job = {.mask = mask, .values = values, .starts = starts, .levels = levels, .scales = scales, .rows = rows,
+EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const void *values, const int64_t *starts,
+                                  const void *levels, const void *scales, void *dense, int64_t first, int64_t rows,
+                                  int64_t words, int64_t columns, int64_t stride, int group, int type, int path, int count) {
+    const Quantised job = {.mask = mask, .patterns = patterns, .values = values, .starts = starts, .levels = levels, .scales = scales, .rows = rows,
                            .words = words, .columns = columns, .groups = groups_of(columns, group), .stride = stride,
                            .group = group, .type = type, .path = path};
     if (!can_run(&job, count) || first < 0) return 0;

@@ -94,15 +94,11 @@ def _linear(x: Tensor, weight: Quantised, bias: Tensor | None, crossover: int, d
     return y.reshape(*x.shape[:-1], weight.rows)
 
 
-def quantised_operator(
-    name: str,
-    kernel_weight: Callable[[Sequence[Tensor], int], Quantised],
-    levels_of: Callable[[Sequence[Tensor], int], Tensor],
-) -> Product:
-    """The registered product of a layout; the arguments are those methods of its layer."""
+def _operator(layer: "type[QuantisedLinear]") -> Product:
+    """The registered product of a layout."""
 
     def unpacked(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, *_: Any) -> Tensor:
-        weight = levels_of(tensors, columns) * scale_of(tensors[0], columns)
+        weight = layer.levels_of(tensors, columns) * scale_of(tensors[0], columns)
         return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
 
     def on_cpu(
@@ -110,9 +106,9 @@ def quantised_operator(
     ) -> Tensor:
         if not crossover:
             return unpacked(x, tensors, bias, rows, columns)
-        return _linear(x, kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
+        return _linear(x, layer.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
 
-    return operator(name, on_cpu, unpacked)
+    return operator(f"{layer.LAYOUT.replace('-', '_')}_linear", on_cpu, unpacked)
 
 
 class QuantisedLinear(PackedLinear):
@@ -137,6 +133,10 @@ class QuantisedLinear(PackedLinear):
     sums: Tensor
     like: Tensor
 
+    def __init_subclass__(cls) -> None:
+        if "LAYOUT" in vars(cls):
+            cls.OPERATOR = _operator(cls)
+
     def __init__(
         self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, group: int | None = None
     ) -> None:
@@ -159,15 +159,16 @@ class QuantisedLinear(PackedLinear):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def levels_of(tensors: Sequence[Tensor], columns: int) -> Tensor:
+    @classmethod
+    def levels_of(cls, tensors: Sequence[Tensor], columns: int) -> Tensor:
         """All levels, [rows, columns] in int8, of the tensors of `PACKED`; zeros where none is stored."""
         raise NotImplementedError
 
-    @staticmethod
-    def kernel_weight(tensors: Sequence[Tensor], columns: int) -> Quantised:
-        """The weight as kernels read it, of the tensors of `PACKED` and `DERIVED`."""
-        raise NotImplementedError
+    @classmethod
+    def kernel_weight(cls, tensors: Sequence[Tensor], columns: int) -> Quantised:
+        """The weight as kernels read it, of the tensors of `PACKED` and `DERIVED`, which have its names."""
+        held = dict(zip((*cls.PACKED, *cls.DERIVED[:-1]), tensors, strict=False))
+        return Quantised(columns=columns, group=group_of(columns, held["scales"].shape[1]) or 0, **held)
 
     @classmethod
     def from_dense(
@@ -235,7 +236,7 @@ class QuantisedLinear(PackedLinear):
         )
         if not bool(((self.scales >= 0) & (self.scales < _INFINITE)).all()):
             raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
-        if self.get_buffer("values").any() and not self.scales.any():  # what is cast to int16 becomes zero
+        if not self.scales.any() and self.levels_of(self.packed, self.in_features).any():  # cast to int16, all are zero
             raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
         super().check()
 
