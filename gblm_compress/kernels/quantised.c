@@ -23,19 +23,29 @@ static inline int64_t row_start(const Quantised *job, int64_t row) {
     return job->mask ? job->starts[row] : row * job->words * 64;
 }
 
-/* The mask of 64 columns whose patterns these 6 bytes are: three bits move to each group of four, by halves. */
-static inline uint64_t two_of_four(const uint8_t *patterns) {
-    uint64_t bits = 0;
-    memcpy(&bits, patterns, 6);
+/* The 48 bits of the patterns of 64 columns. */
+static inline uint64_t patterns_at(const Quantised *job, int64_t row, int64_t w) {
+    const uint8_t *patterns = job->patterns + 6 * (row * job->words + w);
+    uint32_t low;
+    uint16_t high;
+    memcpy(&low, patterns, 4);
+    memcpy(&high, patterns + 4, 2);
+    return low | (uint64_t)high << 32;
+}
+
+/* Three bits to each group of four, by halves. */
+static inline uint64_t three_of_four(uint64_t bits) {
     bits = (bits & 0xffffff) | (bits & 0xffffff000000) << 8;
     bits = (bits & 0x00000fff00000fff) | (bits & 0x00fff00000fff000) << 4;
     bits = (bits & 0x003f003f003f003f) | (bits & 0x0fc00fc00fc00fc0) << 2;
-    bits = (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
+    return (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
+}
+static inline uint64_t with_parity(uint64_t bits) {
     const uint64_t parity = (bits ^ bits >> 1 ^ bits >> 2) & 0x1111111111111111;
     return bits | parity << 3;
 }
 static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
-    if (job->patterns) return two_of_four(job->patterns + 6 * (row * job->words + w));
+    if (job->patterns) return with_parity(three_of_four(patterns_at(job, row, w)));
     return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
 static inline int kind_of(const Quantised *job) {
@@ -206,12 +216,13 @@ AVX2 static void avx2_rows(const Quantised *job, int64_t begin, int64_t end) {
             table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
         __m256 sums[FEW_TOKENS];
         for (int64_t t = 0; t < job->tokens; t++) sums[t] = _mm256_setzero_ps();
+        uint64_t bits = 0;
         for (int64_t first = 0; first < columns; first += span) {
             __m256i products[FEW_TOKENS];
             for (int64_t t = 0; t < job->tokens; t++) products[t] = _mm256_setzero_si256();
             for (int64_t c = first; c < first + span && c < columns; c += 16) {
-                const uint64_t bits = row_bits(job, r, c / 64);
                 if (c % 64 == 0) {
+                    bits = row_bits(job, r, c / 64);
                     _mm_prefetch((const char *)places + 1024, _MM_HINT_T0);
                     if (kind == PLACES) {
                         avx2_look_up(places, table, word);
@@ -245,6 +256,11 @@ AVX2 static void avx2_rows(const Quantised *job, int64_t begin, int64_t end) {
 #define STREAMS 4
 
 ROUNDED_TYPES(avx512, VNNI)
+
+VNNI INLINE uint64_t vnni_bits(const Quantised *job, int64_t row, int64_t w) {
+    if (job->patterns) return with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
+    return row_bits(job, row, w);
+}
 
 /* The levels of a word's 64 columns, and v moved past them. */
 VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind) {
@@ -306,7 +322,7 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
             }
         for (int64_t w = block; w < last; w++, x += 128)
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {
-                const __m512i levels = word_of(row_bits(job, first + i * apart, w), v + i, table[i], kind);
+                const __m512i levels = word_of(vnni_bits(job, first + i * apart, w), v + i, table[i], kind);
                 const int64_t in_block = w - block;
                 __m512 scale = _mm512_setzero_ps();
                 if (group == 32)

@@ -71,7 +71,7 @@ class _Sparse24(MaskedLinear):
         codes, groups = patterns.codes(self.patterns), self.in_features // 4
         bad = int(((codes[:, :groups] == 0) | (codes[:, :groups] == 7)).sum() + codes[:, groups:].count_nonzero())
         if bad:
-            raise ModelError(f"patterns: {bad} are not of two in four columns; the file is damaged")
+            raise ModelError(f"patterns: {bad} codes do not stand for two of four columns; the file is damaged")
 
 
 class Sparse24Int8Linear(_Sparse24, MaskedInt8Linear):
