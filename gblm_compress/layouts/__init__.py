@@ -50,7 +50,7 @@ class Layout:
 
 def _quantised(linear: str, format: str, width: int, pattern: str | None = None) -> Layout:
     module = f"gblm_compress.layouts.{linear}"
-    return Layout(module, format, ("cpu",), pattern, width=width, exact="bitmask", tables="int8")
+    return Layout(module, format, ("cpu", "cuda"), pattern, width=width, exact="bitmask", tables="int8")
 
 
 # A folder's config.json has the name; commands and recipes have the format.

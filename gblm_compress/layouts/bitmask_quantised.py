@@ -23,7 +23,7 @@ class _Bitmask(MaskedLinear):
 
     Attributes:
         mask: as in the bitmask layout.
-        starts: the byte at which each row begins.
+        starts: `row_starts`, or on CUDA where each block of columns begins.
     """
 
     DERIVED = ("starts", "sums", "like")
@@ -65,6 +65,18 @@ class _Bitmask(MaskedLinear):
     def check_stored(self) -> None:
         check_mask(self.mask, (self.out_features, self.in_features))
 
+    def find_kernels(self) -> None:
+        if cuda := self.cuda_kernels():
+            self.starts = cuda.gpu.block_starts(self.mask, whole_bytes=self.KIND == "int4")
+        else:
+            self.starts = self.row_starts(self.mask)
+        super().find_kernels()
+
+    @staticmethod
+    def row_starts(mask: Tensor) -> Tensor:
+        """At which byte the values of each row begin [rows]."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         density = int(row_counts(self.mask).sum()) / (self.in_features * self.out_features)
         return f"{super().extra_repr()}, density={density:.3f}"
@@ -80,9 +92,7 @@ class BitmaskInt8Linear(_Bitmask, MaskedInt8Linear):
     def bits(width: int) -> tuple[int, int]:
         return 1, 8
 
-    def find_kernels(self) -> None:
-        self.starts = row_starts(self.mask)
-        super().find_kernels()
+    row_starts = staticmethod(row_starts)
 
 
 class BitmaskInt4Linear(_Bitmask, MaskedInt4Linear):
@@ -95,7 +105,7 @@ class BitmaskInt4Linear(_Bitmask, MaskedInt4Linear):
     def bits(width: int) -> tuple[int, int]:
         return 1, 4
 
-    def find_kernels(self) -> None:
-        _, starts = bytes_before(self.mask)
-        self.starts = starts.reshape(self.mask.shape)[:, 0].contiguous()
-        super().find_kernels()
+    @staticmethod
+    def row_starts(mask: Tensor) -> Tensor:
+        _, starts = bytes_before(mask)
+        return starts.reshape(mask.shape)[:, 0].contiguous()

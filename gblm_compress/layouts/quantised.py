@@ -1,27 +1,23 @@
-"""What layers of quantised weights share: scales beside levels, their kernels on a CPU, and how they are checked.
+"""What layers of quantised weights share: scales beside levels, which kernels run, and how they are checked.
 
 Scales are stored as the bits of float16 in int16, so that casting a model to another dtype leaves them as they are.
 The dtype of a layer is that of its inputs and outputs alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.kernels import cpu, cpu_quantised
+from gblm_compress.kernels import cpu
 from gblm_compress.kernels.cpu_quantised import MOST_COLUMNS, Quantised
-from gblm_compress.layouts.bitmask_cpu import TILE_BYTES, measured_crossover
 from gblm_compress.layouts.packed import check_tensor, same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear, Product, operator
+from gblm_compress.layouts.quantised_cpu import crossover, linear
 from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
 
-EVERY = 1 << 40
-"""A crossover: the kernel is the faster one for any number of tokens."""
-_TRIED = (256, 64, 16, 8, 4, 2, 1)  # tokens
-_TRIED_ROWS = 1024
 _INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
 
 
@@ -58,44 +54,17 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     return (sums * scales.view(torch.float16).double()).sum(1).float()
 
 
-def linear_by_tiles(x: Tensor, weight: Quantised) -> Tensor:
-    """x Wᵀ for any number of tokens: tiles of rows restored into one buffer, each multiplied densely."""
-    rows, columns = weight.rows, weight.columns
-    size = min(rows, max(16, TILE_BYTES // (columns * x.element_size())))
-    tile = cpu.scratch(size * columns * x.element_size()).view(x.dtype).view(size, columns)
-    parts = [
-        x @ cpu_quantised.restore(weight, first, tile[: min(size, rows - first)]).T for first in range(0, rows, size)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def crossover(name: str, weight: Quantised, dtype: torch.dtype) -> int:
-    """The largest number of tokens, of those that are tried, for which the kernel beats tiles; `EVERY` after all."""
-    part = weight.first_rows(_TRIED_ROWS)
-    shape = f"{name} {weight.rows}x{weight.columns}/{weight.group} {dtype} {torch.get_num_threads()}"
-    tokens = measured_crossover(
-        f"{shape} {cpu.path(torch.int8)}",
-        _TRIED,
-        lambda tokens: torch.ones(tokens, weight.columns, dtype=dtype),
-        lambda x: cpu_quantised.linear(x, part),
-        lambda x: linear_by_tiles(x, part),
-    )
-    return EVERY if tokens == _TRIED[0] else tokens
-
-
-def _linear(x: Tensor, weight: Quantised, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + b: on the kernel up to so many tokens, beyond by tiles of restored rows."""
-    if x.dtype != dtype:
-        raise ValueError(f"x is {x.dtype}; the layer's dtype is {dtype}")
-    flat = x.reshape(-1, weight.columns)
-    y = cpu_quantised.linear(flat, weight) if len(flat) <= crossover else linear_by_tiles(flat, weight)
-    if bias is not None:
-        y = y + bias
-    return y.reshape(*x.shape[:-1], weight.rows)
-
-
 def _operator(layer: "type[QuantisedLinear]") -> Product:
     """The registered product of a layout."""
+
+    def on_cuda(
+        x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
+    ) -> Tensor:
+        if not plan:
+            return unpacked(x, tensors, bias, rows, columns)
+        from gblm_compress.layouts import cuda_linear
+
+        return cuda_linear.linear(x, layer.gpu_weight(tensors, columns), bias, plan)
 
     def unpacked(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, *_: Any) -> Tensor:
         weight = layer.levels_of(tensors, columns) * scale_of(tensors[0], columns)
@@ -106,9 +75,9 @@ def _operator(layer: "type[QuantisedLinear]") -> Product:
     ) -> Tensor:
         if not crossover:
             return unpacked(x, tensors, bias, rows, columns)
-        return _linear(x, layer.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
+        return linear(x, layer.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
 
-    return operator(f"{layer.LAYOUT.replace('-', '_')}_linear", on_cpu, unpacked)
+    return operator(f"{layer.LAYOUT.replace('-', '_')}_linear", on_cpu, on_cuda)
 
 
 class QuantisedLinear(PackedLinear):
@@ -166,9 +135,28 @@ class QuantisedLinear(PackedLinear):
 
     @classmethod
     def kernel_weight(cls, tensors: Sequence[Tensor], columns: int) -> Quantised:
-        """The weight as kernels read it, of the tensors of `PACKED` and `DERIVED`, which have its names."""
+        """The weight as kernels of a CPU read it, of the tensors of `PACKED` and `DERIVED`, which have its names."""
         held = dict(zip((*cls.PACKED, *cls.DERIVED[:-1]), tensors, strict=False))
         return Quantised(columns=columns, group=group_of(columns, held["scales"].shape[1]) or 0, **held)
+
+    @classmethod
+    def gpu_weight(cls, tensors: Sequence[Tensor], columns: int) -> Any:
+        """The weight as kernels of a GPU read it, `gpu.Packed`, of the same tensors."""
+        from gblm_compress.kernels.gpu import Packed
+
+        held = dict(zip((*cls.PACKED, *cls.DERIVED), tensors, strict=True))
+        scales, values = held["scales"], held["values"]
+        return Packed(
+            cls.LAYOUT,
+            values,
+            held[cls.PACKED[1]],  # what says which are stored
+            held.get("starts", values),
+            (len(scales), columns),
+            scales,
+            held.get("levels"),
+            group_of(columns, scales.shape[1]) or 0,
+            held["like"].dtype,
+        )
 
     @classmethod
     def from_dense(
@@ -244,8 +232,10 @@ class QuantisedLinear(PackedLinear):
         self.sums = row_sums(self.levels_of(self.packed, self.in_features), self.scales)
         self.like = self.like.to(self.scales.device)
         self._weight: Quantised | None = None
-        if self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
-            tensors = [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
+        tensors = [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
+        if cuda := self.cuda_kernels():
+            self.plan = cuda.plan(self.gpu_weight(tensors, self.in_features))
+        elif self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
             self._weight = self.kernel_weight(tensors, self.in_features)
             self.crossover = crossover(self.LAYOUT, self._weight, self.dtype)
 
@@ -255,7 +245,7 @@ class QuantisedLinear(PackedLinear):
         # As in `BitmaskLinear`: the registered operator is for tracing.
         eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
         if eager and self._weight is not None and x.is_cpu:
-            return _linear(x, self._weight, bias, self.crossover, self.dtype)
+            return linear(x, self._weight, bias, self.crossover, self.dtype)
         return super().product(x, bias)
 
     def kernel(self, tokens: int) -> str:

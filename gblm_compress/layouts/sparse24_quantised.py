@@ -1,5 +1,4 @@
-"""The layouts `sparse24-int8` and `sparse24-int4`: the patterns of a 2:4 matrix, the levels of two weights of every four,
-and scales.
+"""The layouts `sparse24-int8` and `sparse24-int4`: patterns of a 2:4 matrix, levels of half its weights, scales.
 
 A pattern takes 3 bits (`kernels.patterns`). A group with fewer than two nonzeros is filled up with zeros at free
 positions, so that the layouts have one size: in groups of 64 columns 5 and 3 bits a weight.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu, cpu_quantised
-from gblm_compress.layouts import LAYOUTS, quantised
+from gblm_compress.layouts import LAYOUTS, quantised, quantised_cpu
 from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.layouts.int8 import Int8Linear
 from gblm_compress.layouts.packed import same_bits
@@ -230,7 +230,7 @@ def test_verification_notices_a_wrong_product(tokens, pruned, tmp_path, monkeypa
     linear = cpu_quantised.linear
     wrong = {tokens: 1.01}
     monkeypatch.setattr(cpu_quantised, "linear", lambda x, *rest: linear(x, *rest) * wrong.get(len(x), 1.0))
-    monkeypatch.setattr(quantised, "crossover", lambda *arguments: quantised.EVERY)
+    monkeypatch.setattr(quantised, "crossover", lambda *arguments: quantised_cpu.EVERY)
     with pytest.raises(VerificationError, match=r"model\.layers\.0.* is not the product of its weight"):
         export(pruned("llama"), tmp_path / "x", ExportSettings(format="bitmask-int8"), progress=QUIET)
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from gblm_compress.layouts import LAYOUTS
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
 # In a process of its own: the interpreter is chosen by an environment variable when triton is imported.
@@ -19,23 +21,45 @@ import sys, torch
 import tests.triton_interpreter
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed
-from gblm_compress.layouts import bitmask, packed as packed_tensors, sparse24
+from gblm_compress.layouts import LAYOUTS, bitmask, packed as packed_tensors, sparse24
+from gblm_compress.kernels import cpu
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid
 
+cpu.available = lambda: False  # a GPU's layer is what is tested
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-ragged = (9, 301) if layout == "bitmask" else (9, 300)
+grouped = "int" in layout
+ragged = (9, 300) if LAYOUTS[layout].pattern else (9, 301)
+
+
+def quantised(weight, group):
+    # on a random grid: restored, and as a layer on a GPU hands it to the kernels
+    kind = LAYOUTS[layout].layer
+    table = torch.arange(-127, 128) if kind.KIND == "int8" else torch.arange(-45, 50, 6)  # none is zero
+    scales = torch.rand(len(weight), 1 if group is None else -(-weight.shape[1] // group), generator=generator)
+    layer = kind.from_dense(weight, None, grid=Grid((scales / 40 + 0.01).half(), table.char(), group))
+    if layer.PACKED[-1] == "levels" and len(weight) > 5:  # a table for each row, as of stacked layers
+        layer.levels = layer.levels + torch.arange(len(weight)).char()[:, None]
+    if "mask" in layer.PACKED:
+        layer.starts = gpu.block_starts(layer.mask, whole_bytes=kind.KIND == "int4")
+    tensors = [layer.get_buffer(name) for name in (*layer.PACKED, *layer.DERIVED)]
+    return layer.dense_weight(), kind.gpu_weight(tensors, weight.shape[1])
+
+
 for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
     generator = torch.Generator().manual_seed(rows * columns)
     weight = torch.randn(rows, columns, generator=generator)
-    pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
+    pattern = Pattern(LAYOUTS[layout].pattern or "unstructured")
     weight[~pattern.mask(torch.rand(rows, columns, generator=generator), weight, 0.5)] = 0
     if rows > 2:
         weight[1] = 0
-        if layout == "bitmask":
+        if not LAYOUTS[layout].pattern:
             weight[2] = 1
     weight = weight.to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype)
-    if layout == "sparse24":
+    if grouped:
+        weight, packed = quantised(weight, {5: 32, 19: 64, 1: 128}.get(rows))
+    elif layout == "sparse24":
         values, positions = sparse24.pack(weight)
         packed = Packed(layout, values, positions, values, (rows, columns))
     else:
@@ -56,7 +80,7 @@ for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
 """
 
 
-@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_against_the_dense_product(layout: str, dtype: str) -> None:
     done = subprocess.run(
@@ -71,8 +95,9 @@ def test_against_the_dense_product(layout: str, dtype: str) -> None:
 def test_tilings_for_every_number_of_tokens() -> None:
     from gblm_compress.kernels import gpu
 
-    for layout, tilings in gpu.TILINGS.items():
-        assert gpu.tilings(layout, 1) == list(tilings)
+    assert set(gpu.FORMS) == set(LAYOUTS)
+    for layout, form in gpu.FORMS.items():
+        assert gpu.tilings(layout, 1) == list(form.tilings)
         for tokens in (3, 16, gpu.MAX_TOKENS):
             assert gpu.tilings(layout, tokens) and all(t.tensor_cores for t in gpu.tilings(layout, tokens))
         assert not gpu.tilings(layout, gpu.MAX_TOKENS + 1)
