@@ -39,7 +39,7 @@ EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const 
 
 enum { CANARY = 64, FILL = 0xa5, LARGEST = 32 << 20, POOL = 1 << 16 };
 
-static const char *const PATH_NAMES[PATHS] = {"portable", "avx2", "avx512", "amx"};
+static const char *const PATH_NAMES[PATHS] = {"portable", "neon", "avx2", "avx512", "amx"};
 
 static uint64_t state;
 static uint64_t number(void) { /* xorshift64* */
@@ -220,7 +220,7 @@ static int run(const Case *c, void *y, int64_t rows, int64_t words, int64_t toke
 
 static void refuse_linear(const Case *c, void *y) {
     const int64_t edge = ONE_OF(INT64_MIN, -1, 0, 9, 64, INT64_MAX);
-    const int small = (int)ONE_OF(INT32_MIN, -1, 4, 5, 40, INT32_MAX);
+    const int small = (int)ONE_OF(INT32_MIN, -1, 5, 6, 40, INT32_MAX);
     int done = 1;
     switch (below(6)) {
     case 0: done = run(c, y, edge < 0 ? edge : -1, c->words, c->tokens, c->type, c->path, c->threads, NULL); break;

@@ -6,7 +6,7 @@
  *
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
  * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
- * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 multiplies q in 16 bits. Products are summed as
+ * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 and NEON multiply q in 16 bits. Products are summed as
  * integers along a group, or along a row that has one scale.
  *
  * The caller guarantees what quantised.h says.
@@ -114,6 +114,9 @@ static inline uint32_t bits_f16(uint16_t x) {
 ROUNDED_TYPES(portable, )
 typedef float (*Rounding)(const void *, int64_t, int64_t, int, void *);
 
+/* The products of some rows, for up to FEW_TOKENS tokens. */
+typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
+
 /* ---- portable ---- */
 
 static inline int level_at(const Quantised *job, const uint8_t *values, const int8_t *levels, int64_t at) {
@@ -164,16 +167,82 @@ static void portable_restore(const Quantised *job, int64_t begin, int64_t end, v
     }
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 
-/* ---- AVX2: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
+/* ---- AVX2 and NEON: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
 
-static uint8_t avx2_bytes[256][8]; /* where byte i is taken from; 128 where there is none */
+static uint8_t shuffles[256][8]; /* where byte i is taken from; 128 where there is none */
 
-__attribute__((constructor)) static void avx2_fill_bytes(void) {
+__attribute__((constructor)) static void fill_shuffles(void) {
     for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, next = 0; lane < 8; lane++) avx2_bytes[mask][lane] = mask >> lane & 1 ? (uint8_t)next++ : 128;
+        for (int lane = 0, next = 0; lane < 8; lane++) shuffles[mask][lane] = mask >> lane & 1 ? (uint8_t)next++ : 128;
 }
+#endif
+
+#if defined(__aarch64__)
+
+/* The levels of 64 places. */
+static inline void neon_look_up(const uint8_t *places, int8x16_t table, int8_t *levels) {
+    for (int half = 0; half < 2; half++) {
+        const uint8x16_t packed = vld1q_u8(places + 16 * half);
+        const int8x16_t even = vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15))),
+                        odd = vqtbl1q_s8(table, vshrq_n_u8(packed, 4));
+        vst1q_s8(levels + 32 * half, vzip1q_s8(even, odd));
+        vst1q_s8(levels + 32 * half + 16, vzip2q_s8(even, odd));
+    }
+}
+
+/* 8 weights in 16 bits, and v moved past them. */
+static inline int16x8_t neon_eight(const int8_t **v, unsigned bits) {
+    const int8x8_t weights = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
+    *v += __builtin_popcount(bits);
+    return vmovl_s8(weights);
+}
+
+static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
+    const int64_t columns = job->words * 64, span = job->group ? job->group : PERIOD;
+    const int kind = kind_of(job);
+    for (int64_t r = begin; r < end; r++) {
+        const int8_t *v = (const int8_t *)job->values + row_start(job, r);
+        const uint8_t *places = (const uint8_t *)v;
+        const int8x16_t table = kind == PLACES ? vld1q_s8(job->levels + r * job->stride) : vdupq_n_s8(0);
+        int8_t word[72] = {0}; /* levels of the present word; 8 bytes are read at a time */
+        float32x4_t sums[FEW_TOKENS];
+        uint64_t bits = 0;
+        for (int64_t t = 0; t < job->tokens; t++) sums[t] = vdupq_n_f32(0);
+        for (int64_t first = 0; first < columns; first += span) {
+            int32x4_t low[FEW_TOKENS], high[FEW_TOKENS];
+            for (int64_t t = 0; t < job->tokens; t++) low[t] = high[t] = vdupq_n_s32(0);
+            for (int64_t c = first; c < first + span && c < columns; c += 8) {
+                if (c % 64 == 0) {
+                    bits = row_bits(job, r, c / 64);
+                    if (kind == PLACES) {
+                        neon_look_up(places, table, word);
+                        v = word;
+                    }
+                    places += bytes_of(job, __builtin_popcountll(bits));
+                }
+                const int16x8_t weights =
+                    kind == DENSE ? vmovl_s8(vld1_s8((v += 8) - 8)) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255);
+                for (int64_t t = 0; t < job->tokens; t++) {
+                    const int16x8_t x = vld1q_s16((const int16_t *)job->x + t * columns + c);
+                    low[t] = vmlal_s16(low[t], vget_low_s16(weights), vget_low_s16(x));
+                    high[t] = vmlal_high_s16(high[t], weights, x);
+                }
+            }
+            const float scale = job->group ? scale_at(job, r, first / span) : 1.0f;
+            for (int64_t t = 0; t < job->tokens; t++) {
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(low[t]), scale);
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(high[t]), scale);
+            }
+        }
+        const float scale = job->group ? 1.0f : scale_at(job, r, 0);
+        for (int64_t t = 0; t < job->tokens; t++) put(job, t, r, vaddvq_f32(sums[t]) * scale * job->x_scales[t]);
+    }
+}
+#endif
+
+#if defined(__x86_64__)
 
 ROUNDED_TYPES(avx2, AVX2)
 
@@ -190,10 +259,10 @@ AVX2 static inline void avx2_look_up(const uint8_t *places, __m256i table, int8_
 /* 16 weights in 16 bits, and v moved past them. */
 AVX2 static inline __m256i avx2_sixteen(const int8_t **v, unsigned bits) {
     const __m128i first = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                           _mm_loadl_epi64((const __m128i *)avx2_bytes[bits & 255]));
+                                           _mm_loadl_epi64((const __m128i *)shuffles[bits & 255]));
     *v += __builtin_popcount(bits & 255);
     const __m128i second = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                            _mm_loadl_epi64((const __m128i *)avx2_bytes[bits >> 8]));
+                                            _mm_loadl_epi64((const __m128i *)shuffles[bits >> 8]));
     *v += __builtin_popcount(bits >> 8);
     return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
 }
@@ -373,7 +442,6 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
 #define VNNI_KIND(KIND) VNNI_GROUP(KIND, 0) VNNI_GROUP(KIND, 32) VNNI_GROUP(KIND, 64) VNNI_GROUP(KIND, 128)
 VNNI_KIND(LEVELS) VNNI_KIND(PLACES) VNNI_KIND(DENSE)
 
-typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
 #define BY_TOKENS(KIND, GROUP) \
     {vnni_##KIND##_##GROUP##_1, vnni_##KIND##_##GROUP##_2, vnni_##KIND##_##GROUP##_4, vnni_##KIND##_##GROUP##_8}
 #define BY_GROUP(KIND) {BY_TOKENS(KIND, 0), BY_TOKENS(KIND, 32), BY_TOKENS(KIND, 64), BY_TOKENS(KIND, 128)}
@@ -429,7 +497,9 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
 /* Bit p of the result is set where the CPU can run path p. */
 int gblm_quantised_paths(void) {
     int paths = 1 << PORTABLE_PATH;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+    paths |= 1 << NEON_PATH;
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         paths |= 1 << AVX2_PATH;
@@ -473,14 +543,20 @@ static void round_part(void *argument, int index) {
             round(work->inputs + t * from, job->columns, job->words, job->path == AVX512_PATH, (char *)job->x + t * to);
 }
 
+static Rows rows_of(int path) {
+#if defined(__x86_64__)
+    if (path != PORTABLE_PATH) return path == AVX512_PATH ? vnni_any : avx2_rows;
+#elif defined(__aarch64__)
+    if (path == NEON_PATH) return neon_rows;
+#endif
+    (void)path;
+    return portable_rows;
+}
+
 static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
     for (int64_t left = job.tokens; left > 0; left -= FEW_TOKENS) {
         job.tokens = left < FEW_TOKENS ? left : FEW_TOKENS;
-#if defined(__x86_64__)
-        if (job.path != PORTABLE_PATH) (job.path == AVX512_PATH ? vnni_any : avx2_rows)(&job, begin, end);
-        else
-#endif
-            portable_rows(&job, begin, end);
+        rows_of(job.path)(&job, begin, end);
         job.x = (const char *)job.x + FEW_TOKENS * bytes_a_token(job.words);
         job.y = (char *)job.y + FEW_TOKENS * job.rows * (job.type == F32 ? 4 : 2);
         job.x_scales += FEW_TOKENS;

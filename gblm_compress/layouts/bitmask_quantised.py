@@ -66,11 +66,14 @@ class _Bitmask(MaskedLinear):
         check_mask(self.mask, (self.out_features, self.in_features))
 
     def find_kernels(self) -> None:
-        if cuda := self.cuda_kernels():
-            self.starts = cuda.gpu.block_starts(self.mask, whole_bytes=self.KIND == "int4")
-        else:
-            self.starts = self.row_starts(self.mask)
+        self.starts = self.row_starts(self.mask)
         super().find_kernels()
+
+    def for_gpu(self) -> Any:
+        from gblm_compress.kernels import gpu
+
+        self.starts = gpu.block_starts(self.mask, whole_bytes=self.KIND == "int4")
+        return super().for_gpu()
 
     @staticmethod
     def row_starts(mask: Tensor) -> Tensor:

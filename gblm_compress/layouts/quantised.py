@@ -14,9 +14,10 @@ from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.cpu_quantised import MOST_COLUMNS, Quantised
 from gblm_compress.layouts.packed import check_tensor, same_bits
-from gblm_compress.layouts.packed_linear import PackedLinear, Product, operator
+from gblm_compress.layouts.packed_linear import PackedLinear, operator
 from gblm_compress.layouts.quantised_cpu import crossover, linear
-from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
+from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest
+from gblm_compress.methods.quantisation import rounded as on_grid
 
 _INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
 
@@ -54,32 +55,6 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     return (sums * scales.view(torch.float16).double()).sum(1).float()
 
 
-def _operator(layer: "type[QuantisedLinear]") -> Product:
-    """The registered product of a layout."""
-
-    def on_cuda(
-        x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
-    ) -> Tensor:
-        if not plan:
-            return unpacked(x, tensors, bias, rows, columns)
-        from gblm_compress.layouts import cuda_linear
-
-        return cuda_linear.linear(x, layer.gpu_weight(tensors, columns), bias, plan)
-
-    def unpacked(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, *_: Any) -> Tensor:
-        weight = layer.levels_of(tensors, columns) * scale_of(tensors[0], columns)
-        return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
-
-    def on_cpu(
-        x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
-    ) -> Tensor:
-        if not crossover:
-            return unpacked(x, tensors, bias, rows, columns)
-        return linear(x, layer.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
-
-    return operator(f"{layer.LAYOUT.replace('-', '_')}_linear", on_cpu, on_cuda)
-
-
 class QuantisedLinear(PackedLinear):
     """A `PackedLinear` whose weights are scale · level. A subclass says how levels are stored.
 
@@ -104,7 +79,7 @@ class QuantisedLinear(PackedLinear):
 
     def __init_subclass__(cls) -> None:
         if "LAYOUT" in vars(cls):
-            cls.OPERATOR = _operator(cls)
+            cls.OPERATOR = operator(f"{cls.LAYOUT.replace('-', '_')}_linear", cls.linear_cpu, cls.linear_cuda)
 
     def __init__(
         self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, group: int | None = None
@@ -159,6 +134,45 @@ class QuantisedLinear(PackedLinear):
         )
 
     @classmethod
+    def linear_cpu(
+        cls,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        crossover: int,
+        plan: str,
+    ) -> Tensor:
+        """The product on a CPU, see `operator`."""
+        if not crossover:
+            return cls._unpacked(x, tensors, bias, columns)
+        return linear(x, cls.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
+
+    @classmethod
+    def linear_cuda(
+        cls,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        crossover: int,
+        plan: str,
+    ) -> Tensor:
+        """The product on CUDA, see `operator`."""
+        if not plan:
+            return cls._unpacked(x, tensors, bias, columns)
+        from gblm_compress.layouts import cuda_linear
+
+        return cuda_linear.linear(x, cls.gpu_weight(tensors, columns), bias, plan)
+
+    @classmethod
+    def _unpacked(cls, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, columns: int) -> Tensor:
+        weight = cls.levels_of(tensors, columns) * scale_of(tensors[0], columns)
+        return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
+
+    @classmethod
     def from_dense(
         cls, weight: Tensor, bias: Tensor | None, *, group: int | None = None, grid: Grid | None = None
     ) -> Self:
@@ -168,13 +182,18 @@ class QuantisedLinear(PackedLinear):
             group: columns that share a scale, where the grid is made here; `GROUP` if unset.
             grid: where the weights lie already, after a fit on it.
         """
+        return cls.rounded(weight, group, grid).filled(bias)
+
+    @classmethod
+    def rounded(cls, weight: Tensor, group: int | None = None, grid: Grid | None = None) -> Self:
+        """As `from_dense`, without bias and not prepared."""
         keep = weight != 0
         grid = grid or make_grid(weight.float(), keep, cls.KIND, group or cls.GROUP)
         levels = grid.levels[nearest(weight.float(), grid).int()]
         scales = grid.scales.contiguous().view(torch.int16)
         layer = cls.holding(weight.shape, scales, *cls.pack(levels, keep, grid.levels))
         layer.like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return layer.filled(bias)
+        return layer
 
     @classmethod
     def holds(cls, grid: Grid | None) -> bool:
@@ -214,6 +233,15 @@ class QuantisedLinear(PackedLinear):
         """The tensors of `PACKED`."""
         return [self.get_buffer(name) for name in self.PACKED]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of `PACKED` and `DERIVED`."""
+        return [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
+
+    def for_gpu(self) -> Any:
+        """`gpu_weight`; fills what of `DERIVED` it needs."""
+        return self.gpu_weight(self.tensors, self.in_features)
+
     def table(self) -> Tensor:
         """The levels that weights may have."""
         return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=self.scales.device)
@@ -232,11 +260,10 @@ class QuantisedLinear(PackedLinear):
         self.sums = row_sums(self.levels_of(self.packed, self.in_features), self.scales)
         self.like = self.like.to(self.scales.device)
         self._weight: Quantised | None = None
-        tensors = [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
         if cuda := self.cuda_kernels():
-            self.plan = cuda.plan(self.gpu_weight(tensors, self.in_features))
+            self.plan = cuda.plan(self.for_gpu())
         elif self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
-            self._weight = self.kernel_weight(tensors, self.in_features)
+            self._weight = self.kernel_weight(self.tensors, self.in_features)
             self.crossover = crossover(self.LAYOUT, self._weight, self.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,7 +291,7 @@ class QuantisedLinear(PackedLinear):
         if (weight.shape, weight.dtype) != ((self.out_features, self.in_features), self.dtype):
             return False
         grid = Grid(self.scales.view(torch.float16), self.table(), self.group)
-        return same_bits(self.dense_weight(), rounded(weight.float(), weight != 0, grid).to(weight.dtype))
+        return same_bits(self.dense_weight(), on_grid(weight.float(), weight != 0, grid).to(weight.dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group={self.group}"
