@@ -25,36 +25,38 @@ from gblm_compress.exporters import (
     dtype_of,
     onnx_fused,
     onnx_plain,
+    onnx_rounding,
     onnx_weights,
+    quantised,
 )
-from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
+from gblm_compress.exporters.onnx_bitmask import encode_initializers_
+from gblm_compress.exporters.onnx_decoding import decode
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
+from gblm_compress.exporters.onnx_nbits import use_nbits_
 from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.exporters.quantised import check_group, round_layers_, round_tables_
-from gblm_compress.exporters.verification import real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
-from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Runtime
+from gblm_compress.measure.runtimes import Generating
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
-from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
+from gblm_compress.tasks.task import Sample
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2}  # the last where inputs are rounded to 16 bits
+# Operators for levels round inputs to 16 bits, those for blocks to 8.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
@@ -73,13 +75,13 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as for `check_group`.
+    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as `quantised.check`.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
-    check_group(source, settings.group)
+    quantised.check(source, settings)
     if settings.gemm:
         check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
@@ -107,8 +109,9 @@ def export(
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
-            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits; the model
-            whose weights are so rounded is what is verified. With `gemm`, their products are Gemms.
+            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits, without
+            `kernels` blocks of ONNX Runtime; the model whose weights are so rounded is what is verified. With `gemm`,
+            their products are Gemms.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
@@ -120,7 +123,7 @@ def export(
     model = loading.load_model(source, stored)
     if half:
         model, dtype = model.float(), "float32"
-    tokenizer = loading.load_tokenizer(source)
+    processor = loading.load_processor(source)
     layers = manifest.pruned_layers(source, model)
     is_dense = settings.kernels and not manifest.is_ours(source.folder)
     if is_dense:
@@ -130,16 +133,7 @@ def export(
         check_is_pruned(weights, BitmaskLinear)
     if settings.gemm:
         check_weights(weights, PATTERN, "gemm")
-    packed: dict[str, QuantisedLinear] = {}
-    tables: list[QuantisedLinear] = []
-    rounding: dict[str, Any] = {}
-    if settings.quantise:
-        grids = read_grids(source)
-        layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
-        packed, moved = round_layers_(model, layout, grids, settings.group)
-        tables = round_tables_(model, layout)
-        much = [name for name, share in moved.items() if share > packed[name].LARGEST_ERROR]
-        rounding = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
+    rounded = onnx_rounding.round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -148,7 +142,7 @@ def export(
         with TemporaryDirectory(dir=temporary) as scratch:  # what is built, and its weights until they are saved
             if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
-                program, genai_config = onnx_fused.build(model, tokenizer, source, dtype, Path(scratch))
+                program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
                 program, genai_config = onnx_plain.build(model, source)
@@ -159,20 +153,26 @@ def export(
             elif settings.gemm:
                 use_gemm_(program, pruned)
             elif settings.kernels:
-                merged = onnx_weights.stacked(packed, places)
-                use_kernels_(program, list(merged) or pruned, half=half, packed=merged or None, tables=tables)
+                if rounded:
+                    merged = onnx_weights.stacked(rounded.layers, places)
+                    use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
+                else:
+                    use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
                 genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+            elif rounded:
+                use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
-            _save(temporary, program, genai_config, model, tokenizer, stored)
+            _save(temporary, program, genai_config, model, processor, stored)
         progress.say("verifying in ONNX Runtime …")
+        sample = loading.task_of(source).probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
-            **({"weights": settings.quantise, **rounding} if settings.quantise else {}),
+            **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, tokenizer, "levels" if settings.quantise else dtype, layers, places),
+            **_verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
         }
         manifest.write_export(
             temporary,
@@ -186,15 +186,22 @@ def export(
     return checks
 
 
+def _exactness(settings: ExportSettings, dtype: str) -> str:
+    """The entry of `TOLERANCE` that an export is held to."""
+    if settings.quantise:
+        return "levels" if settings.kernels else "blocks"
+    return dtype
+
+
 def _save(
-    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, tokenizer: Any, dtype: str
+    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, processor: Any, dtype: str
 ) -> None:
     ir.save(program, folder / GRAPH, external_data=DATA)
     model.config.dtype = dtype  # of the weights
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    loading.save_tokenizer(tokenizer, folder)
+    loading.save_processor(processor, folder)
     (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
 
 
@@ -204,11 +211,10 @@ def graph_of(model: nn.Module, settings: ExportSettings) -> str:
 
 
 def _verify(
-    folder: Path, model: Any, tokenizer: Any, dtype: str, layers: list[str], places: dict[str, Place]
+    folder: Path, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
 ) -> dict[str, Any]:
     """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
     zeros = _verify_zeros(folder, model, layers, places)
-    sample = real_sample(model, tokenizer)
     reference = TorchRuntime(model)
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
     at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
@@ -234,7 +240,7 @@ def _verify(
     }
 
 
-def _decode_side_by_side(reference: Runtime, runtime: Runtime, prompt: Tensor) -> tuple[Tensor, Tensor]:
+def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
     reference chooses: so that every step can be compared, whatever the other would have chosen before."""
     ids, cache, other_cache = prompt, None, None

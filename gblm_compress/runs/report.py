@@ -24,17 +24,20 @@ class ModelSummary:
     """One model in one runtime at one batch size; a field is None where it was not measured.
 
     Attributes:
+        metric: the one of its task that counts first, perplexity say.
+        value, error: of that metric.
         nonzero_fraction: of the weights in the pruned layers.
-        ttft_ms, tpot_ms: medians in milliseconds.
-        decode_verdict: the speed-up against dense in words.
+        ttft_ms, tpot_ms: medians in milliseconds; TTFT is the forward pass where nothing is generated.
+        prefill_verdict, decode_verdict: the speed-up against dense in words.
     """
 
     model: str
     runtime: str
     dtype: str | None
     batch: int | None
-    perplexity: float | None
-    perplexity_error: float | None
+    metric: str | None
+    value: float | None
+    error: float | None
     nonzero_fraction: float
     bytes_on_disk: int
     ttft_ms: float | None
@@ -55,16 +58,17 @@ def summarise(
 ) -> list[ModelSummary]:
     """A summary of every model and export at each batch size; dense first within a runtime."""
     density = prune_result["nonzeros"] / prune_result["weights"]
+    metric = next((name for evaluation in evaluations.values() for name in evaluation["metrics"]), None)
     result = []
     ordered = [dense, pruned] + [b for b in baselines if b.is_onnx] + exports
     for source in sorted(ordered, key=lambda s: (_runtime(s) != "torch", _runtime(s))):
         is_dense = source in baselines
         label = "dense" if source is dense else source.name
         evaluation = evaluations.get(source.name)
-        perplexity = evaluation["perplexity"] if evaluation else None
-        error = evaluation["perplexity_error"] if evaluation else None
-        if source is dense and evaluations:
-            perplexity = next(iter(evaluations.values()))["baseline_perplexity"]
+        value = evaluation[metric] if evaluation and metric else None
+        error = evaluation[f"{metric}_error"] if evaluation and metric else None
+        if source is dense and metric:
+            value = next(iter(evaluations.values()))[f"baseline_{metric}"]
         timed: list[Any] = [m for m in measurements if m["model"] == source.name] or [None]
         for m in timed:
             result.append(
@@ -73,12 +77,13 @@ def summarise(
                     runtime=_runtime(source),
                     dtype=m and m["dtype"],
                     batch=m and m["batch"],
-                    perplexity=perplexity,
-                    perplexity_error=error,
+                    metric=metric,
+                    value=value,
+                    error=error,
                     nonzero_fraction=1.0 if is_dense else density,
                     bytes_on_disk=source.bytes_on_disk,
                     ttft_ms=m and m["ttft_ms"]["median"],
-                    tpot_ms=m and m["tpot_ms"]["median"],
+                    tpot_ms=m and m["tpot_ms"] and m["tpot_ms"]["median"],
                     prefill_verdict=m and m["prefill_speedup"] and m["prefill_speedup"]["verdict"],
                     decode_verdict=m and m["decode_speedup"] and m["decode_speedup"]["verdict"],
                     peak_memory_bytes=m and m["peak_memory_bytes"],
@@ -93,37 +98,55 @@ def _runtime(source: ModelSource) -> str:
     return "onnxruntime" if source.is_onnx else "torch"
 
 
-COLUMNS = (
-    "model", "runtime", "batch", "perplexity", "nonzero", "on disk", "TTFT ms", "TPOT ms", "decode against dense"
-)  # fmt: skip
+def columns(models: list[ModelSummary]) -> list[str]:
+    """The heads of the table's columns."""
+    metric = next((model.metric for model in models if model.metric), "perplexity")
+    times = ["TTFT ms", "TPOT ms", "decode against dense"] if generate(models) else ["forward ms", "against dense"]
+    return ["model", "runtime", "batch", metric, "nonzero", "on disk", *times]
 
 
-def texts(model: ModelSummary) -> list[str]:
-    """A summary as text, one for each of `COLUMNS`."""
-    perplexity = "" if model.perplexity is None else f"{model.perplexity:.2f}"
-    if model.perplexity_error is not None:
-        perplexity += f" ±{model.perplexity_error:.2f}"
+def generate(models: list[ModelSummary]) -> bool:
+    """Whether they generate, as far as was measured."""
+    return not any(model.ttft_ms is not None and model.tpot_ms is None for model in models)
+
+
+def texts(model: ModelSummary, generates: bool) -> list[str]:
+    """A summary as text, one for each of `columns`."""
+    digits = 2 if model.metric == "perplexity" else 4
+    value = "" if model.value is None else f"{model.value:.{digits}f}"
+    if model.error is not None:
+        value += f" ±{model.error:.{digits}f}"
+    tpot = "" if model.tpot_ms is None else f"{model.tpot_ms:.1f}"
     return [
         model.model,
         model.runtime + (f" {model.dtype}" if model.dtype else ""),
         "" if model.batch is None else str(model.batch),
-        perplexity,
+        value,
         f"{100 * model.nonzero_fraction:.1f} %",
         decimal(model.bytes_on_disk),
         "" if model.ttft_ms is None else f"{model.ttft_ms:.1f}",
-        "" if model.tpot_ms is None else f"{model.tpot_ms:.1f}",
-        model.decode_verdict or ("not timed" if model.tpot_ms is None else ""),
+        *([tpot] if generates else []),
+        _verdict(model, generates) or ("not timed" if _time(model, generates) is None else ""),
     ]
+
+
+def _time(model: ModelSummary, generates: bool) -> float | None:
+    return model.tpot_ms if generates else model.ttft_ms
+
+
+def _verdict(model: ModelSummary, generates: bool) -> str | None:
+    return model.decode_verdict if generates else model.prefill_verdict
 
 
 def table(models: list[ModelSummary]) -> Table:
     """The summaries for a terminal."""
-    result = Table(*COLUMNS[:2])
-    for column in COLUMNS[2:8]:
+    heads, generates = columns(models), generate(models)
+    result = Table(*heads[:2])
+    for column in heads[2:-1]:
         result.add_column(column, justify="right")
-    result.add_column(COLUMNS[8])
+    result.add_column(heads[-1])
     for model in models:
-        result.add_row(*texts(model))
+        result.add_row(*texts(model, generates))
     return result
 
 
@@ -143,8 +166,8 @@ def write(content: dict[str, Any], output: Path) -> None:
     models = [ModelSummary(**values) for values in content["rows"]]
     page = Environment(autoescape=True, finalize=_shown).from_string(_PAGE)
     html = page.render(
-        columns=COLUMNS,
-        rows=[texts(model) for model in models],
+        columns=columns(models),
+        rows=[texts(model, generate(models)) for model in models],
         gates=content["gates"],
         stages=content["stages"],
         environment=content["environment"],
@@ -161,24 +184,26 @@ def _shown(value: Any) -> Any:
 
 @plain_figures()
 def _plot(models: list[ModelSummary]) -> str | None:
-    """Decode latency as bars, one for each timed summary, as base64 PNG."""
+    """Latency of decode, or of the forward pass, as bars, one for each timed summary, as base64 PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timed = [model for model in models if model.tpot_ms is not None]
+    generates = generate(models)
+    timed = [model for model in models if _time(model, generates) is not None]
     if not timed:
         return None
     figure = Figure(figsize=(8, 0.5 * len(timed) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     labels = [f"{printable(model.model)}, {model.runtime}, batch {model.batch}" for model in timed]
-    colours = ["#888888" if model.decode_verdict is None else "#2a7de1" for model in timed]
-    bars = axis.barh(range(len(timed)), [model.tpot_ms or 0.0 for model in timed], color=colours)
+    colours = ["#888888" if _verdict(model, generates) is None else "#2a7de1" for model in timed]
+    bars = axis.barh(range(len(timed)), [_time(model, generates) or 0.0 for model in timed], color=colours)
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_yticks(range(len(timed)), labels)
     axis.invert_yaxis()
     axis.margins(x=0.1)
-    axis.set_xlabel("milliseconds per generated token (median); grey is dense")
+    what = "generated token" if generates else "forward pass"
+    axis.set_xlabel(f"milliseconds per {what} (median); grey is dense")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -195,7 +220,7 @@ td, th { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; 
 <h1>gblm-compress report</h1>
 <table><tr>{% for c in columns %}<th>{{ c }}{% endfor %}</tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>{% endfor %}</table>
-{% if plot %}<img alt="decode latency" src="data:image/png;base64,{{ plot }}">{% endif %}
+{% if plot %}<img alt="latency" src="data:image/png;base64,{{ plot }}">{% endif %}
 {% if gates %}<h2>Gates</h2><table><tr><th>gate<th>of<th>limit<th>measured<th>lower end<th>holds</tr>
 {% for g in gates %}<tr><td>{{ g.gate }}<td>{{ g.subject }}<td>{{ g.limit }}<td>{{ "%.3f" % g.measured }}
 <td>{{ "" if g.low is none else "%.3f" % g.low }}

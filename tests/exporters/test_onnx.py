@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import ExportResult, export, onnx_bitmask, onnx_kernels, onnx_plain, verification
+from gblm_compress.exporters import (
+    ExportResult,
+    export,
+    onnx_bitmask,
+    onnx_decoding,
+    onnx_kernels,
+    onnx_plain,
+)
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
@@ -21,7 +28,7 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import greedy_tokens
+from tests.conftest import CAUSAL_LM, greedy_tokens
 
 
 def _operator_is_compiled() -> bool:
@@ -341,7 +348,7 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
         values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_bitmask.decode(values, "w", shape)
+        return onnx_decoding.decode(values, "w", shape)
 
     shape = array.T.shape if kernels else array.shape
     assert np.array_equal(decoded(), array.T if kernels else array)
@@ -391,7 +398,7 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
 def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = verification.real_sample(model, tokenizer)["input_ids"]
+    ids = CAUSAL_LM.probe(tokenizer, model.config)["input_ids"]
     chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)
