@@ -5,7 +5,7 @@ positions, so that the layouts have one size: in groups of 64 columns 5 and 3 bi
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _Sparse24(MaskedLinear):
         filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero, or else what `error` finds
         return super().pack(torch.where(keep, levels, filler), stored.reshape(keep.shape), table)
 
-    def cut(self, rows: range, columns: range) -> "_Sparse24":
+    def cut(self, rows: range, columns: range) -> Self:
         sparse24.check_cut(columns, self.LAYOUT)
         return super().cut(rows, columns)
 
