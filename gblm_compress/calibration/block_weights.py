@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 
 
@@ -64,7 +65,7 @@ class StreamedWeights:
         self.model = model
         self.prefix, self.blocks = find_blocks(self.model)
         self._device = torch.device(device)
-        self._checkpoint = Checkpoint(source.folder, self.model.state_dict(), self.model.base_model_prefix)
+        self._checkpoint = Checkpoint(source.folder, TensorNames(self.model))
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._latest = 0
@@ -77,8 +78,8 @@ class StreamedWeights:
         for group in groups:
             if not any(name in self._checkpoint for name in group):
                 raise ModelError(
-                    f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or "
-                    "transformers converts it while loading, which --offload cannot do"
+                    f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or of "
+                    "another architecture than config.json says"
                 )
         for name, buffer in self.model.named_buffers():
             if name in self._checkpoint:

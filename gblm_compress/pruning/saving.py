@@ -16,6 +16,7 @@ from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zero
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import linear_weights, prunable_layers
 from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
@@ -71,8 +72,8 @@ def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings)
         for name in block:
             if f"{name}.weight" not in checkpoint:
                 raise ModelError(
-                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
-                    "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
+                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}; save the model with "
+                    "save_pretrained first, or add the layer to --ignore"
                 )
             if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
                 raise ModelError(
@@ -82,7 +83,7 @@ def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings)
 
 
 def checkpoint_of(source: ModelSource, model: Any) -> Checkpoint:
-    return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
+    return Checkpoint(source.folder, TensorNames(model))
 
 
 def save(
