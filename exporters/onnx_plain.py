@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
-from gblm_compress.models.architecture import cache_kinds
+from gblm_compress.models.architecture import cache_kinds, sliding_windows
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -27,13 +28,17 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "logits": ["batch_size", "sequence_length", None],
 }
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
+_WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
+_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+"""The classes of caches that come out as keys and values alone."""
+
 
 
 def check(source: ModelSource, config: Any) -> None:
     """Raises:
-    ModelError: the model's cache is no plain KV cache.
+    ModelError: the model's cache has more than keys and values.
     """
-    if kinds := cache_kinds(config) - {"DynamicLayer"}:
+    if kinds := cache_kinds(config) - _KINDS:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
@@ -48,6 +53,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
     """
     program = _trace(model, source)
     slim_(program)
+    _fold_windows_(program, model.config)
     _name_cache(program, source)
     _name_dimensions(program)
     return program, genai_config(program, model.config)
@@ -86,6 +92,22 @@ def _quiet_tracer() -> Iterator[None]:
         logging.disable(before)
 
 
+def _fold_windows_(program: ir.Model, config: Any) -> None:
+    """Make the width of sliding windows, which the cache brings along, the constant that it is.
+
+    The graph's cache keeps all tokens, and its masks hide those that are outside the window.
+    """
+    layers, graph = sliding_windows(config), program.graph
+    for value in list(graph.inputs):
+        if match := _WINDOW_NAME.fullmatch(value.name or ""):
+            graph.inputs.remove(value)
+            value.const_value = ir.tensor(np.array(layers[int(match[2])], np.int64), name=value.name)
+            graph.register_initializer(value)
+    for value in list(graph.outputs):
+        if _WINDOW_NAME.fullmatch(value.name or ""):
+            graph.outputs.remove(value)
+
+
 def _name_cache(program: ir.Model, source: ModelSource) -> None:
     """Give the KV cache the names that optimum and onnxruntime-genai expect.
 
@@ -103,9 +125,8 @@ def _name_cache(program: ir.Model, source: ModelSource) -> None:
 
 def _not_plain(source: ModelSource, what: str | None) -> ModelError:
     return ModelError(
-        f"{source.name!r}: its cache has {what}, which is no part of a plain KV cache; models with a sliding-window or "
-        "recurrent cache cannot be exported to ONNX yet (a window that is never reached can be switched off with "
-        '"sliding_window": null in config.json)'
+        f"{source.name!r}: its cache has {what} beside keys and values, for which ONNX exports have no inputs and "
+        "outputs; export to a sparse PyTorch format"
     )
 
 

@@ -78,6 +78,13 @@ def cache_kinds(config: Any) -> set[str]:
     return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
 
 
+def sliding_windows(config: Any) -> list[int | None]:
+    """How many tokens the cache of each layer may forget those before; None for a layer without a window."""
+    from transformers import DynamicCache
+
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
 
@@ -88,10 +95,11 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     def linear_weights(module: nn.Module) -> int:
         return sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m))
 
+    decoder = _decoder(model)
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(_decoder(model))
+        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(decoder)
     }
     name = max(candidates, key=lambda name: linear_weights(candidates[name]), default=None)
     if name is None or linear_weights(candidates[name]) == 0:
@@ -103,10 +111,10 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def _decoder(model: nn.Module) -> str:
-    """The path of the part of a model that makes text from tokens; empty where the model is that."""
+    """What names in the part of a model that makes text from tokens begin with; empty where the model is that part."""
     find = getattr(model, "get_decoder", None)
     decoder = find() if find is not None else None
-    return next((name for name, module in model.named_modules() if module is decoder), "")
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def prunable_layers(

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gblm_compress.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -143,7 +145,8 @@ class StackedExperts(Experts):
                 outputs.append(self.run(expert, x))
             else:
                 routed = x.ne(0).any(-1)
-                outputs.append(torch.zeros_like(x).index_put((routed,), self.run(expert, x[routed])))
+                own = self.run(expert, x[routed])
+                outputs.append(own.new_zeros(x.shape).index_put((routed,), own))
         return torch.cat(outputs)
 
 
@@ -221,6 +224,22 @@ def unfused(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in replaced.items():
             model.set_submodule(name, module)
+
+
+def run_all_(model: nn.Module) -> None:
+    """Let every expert run on every token from now on, so that all are measured on all of the text.
+
+    Raises:
+        UsageError: the model has no experts.
+    """
+    experts = experts_of(model)
+    if not experts:
+        raise UsageError(
+            f"{type(model).__name__} has no mixture of experts, so that no tokens can go to all of them; leave out "
+            "--experts all"
+        )
+    for mixture in experts.values():
+        mixture.every_token = True
 
 
 def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:

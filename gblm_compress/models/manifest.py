@@ -41,6 +41,7 @@ class _Layer(BaseModel):
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
     nonzeros: _Count
     transposed: bool
+    by_magnitude: bool = False
 
 
 class _LeftDense(BaseModel):
@@ -103,7 +104,7 @@ def write(
     """Write the manifest and the model card of a pruned folder.
 
     Args:
-        layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
+        layers: {name: {"pattern", "shape", "nonzeros", "transposed", "by_magnitude"}} of the pruned layers.
         left_dense: {name: {"weights", "reason"}} of all other linear weights.
         grids_sha256: hash of the file of grids; None where there is none.
     """

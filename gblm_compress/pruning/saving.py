@@ -1,7 +1,7 @@
 """Put the output together from the source and the finished blocks, and verify it."""
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import grids, loading, manifest
@@ -51,10 +53,20 @@ class Walked:
     checkpoint: Checkpoint
 
 
-def left_dense_of(model: nn.Module, settings: PruneSettings, layers: Collection[str]) -> dict[str, LeftDense]:
-    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned."""
+UNSEEN = "never ran on the calibration text"
+
+
+def left_dense_of(
+    model: nn.Module, settings: PruneSettings, layers: Collection[str], budgets: Mapping[str, Budget]
+) -> dict[str, LeftDense]:
+    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned.
+
+    Args:
+        budgets: what was to become of the layers.
+    """
+    unseen = {name for name, budget in budgets.items() if budget.pattern.name != DENSE and name not in layers}
     return {
-        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
+        name: LeftDense(weights, reason or (UNSEEN if name in unseen else "left dense by an exception or the allocation"))
         for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
         if name not in layers
     }

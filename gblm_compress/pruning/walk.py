@@ -95,7 +95,8 @@ class Walk:
             predictions = head_inputs(self.weights.model, self.task, self.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
-            results = self._distil_(layers, budgets, predictions)
+            pruned = [{name: layer for name, layer in block.items() if name in results} for block in layers]
+            results = self._distil_(pruned, budgets, predictions)
         return results
 
     def _check(self, layers: list[dict[str, nn.Module]]) -> None:
@@ -160,7 +161,7 @@ class Walk:
                     dense.advance(index)
                 if run.has_finished(index):
                     _overlay_(layers[index], run.finished(index))
-                    results |= {name: layer_result(layer, budgets[name]) for name, layer in layers[index].items()}
+                    results |= self._results({name: layers[index][name] for name in run.layers(index)}, budgets)
                 else:
                     pruned, grids = prune_block_(
                         replay.block(index) if replay else None,
@@ -171,7 +172,8 @@ class Walk:
                         dense.hidden if dense else (),
                     )
                     results |= pruned
-                    run.finish(index, _weights(layers[index]), grids)
+                    by_magnitude = [name for name, result in pruned.items() if result.by_magnitude]
+                    run.finish(index, _weights({name: layers[index][name] for name in pruned}), grids, by_magnitude)
                 if replay and index < last:
                     replay.advance(index)
         return results
@@ -196,7 +198,11 @@ class Walk:
             grids=on,
         )
         self.run.finish_distilled([_weights(block) for block in layers], grids)
-        return {name: layer_result(layer, budgets[name]) for name, layer in pruned.items()}
+        return self._results(pruned, budgets)
+
+    def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:
+        by_magnitude = self.run.by_magnitude
+        return {name: layer_result(layer, budgets[name], name in by_magnitude) for name, layer in layers.items()}
 
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -205,5 +211,5 @@ def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _overlay_(layers: dict[str, nn.Module], finished: dict[str, Tensor]) -> None:
-    for name, layer in layers.items():
-        layer.get_parameter("weight").copy_(finished[name])
+    for name, weight in finished.items():
+        layers[name].get_parameter("weight").copy_(weight)

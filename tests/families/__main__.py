@@ -68,9 +68,9 @@ def take(name: str, folder: Path, steps=STEPS) -> dict[str, str]:
             zeros = 1 - result.nonzeros / result.weights
             done["share"] = "ok" if share >= 0.9 else f"{100*share:.1f} %: " + str({n: (d.weights, d.reason) for n, d in list(result.left_dense.items()) if d.reason not in ("head", "embedding tied", "router", "outside the blocks")})[:600]
             done["zeros"] = f"{zeros:.3f}"
-            step("offload", lambda: run(folder / "streamed", PruneSettings(method="gblm", sparsity=0.5, fit="fast"), True))
+            if "offload" in steps: step("offload", lambda: run(folder / "streamed", PruneSettings(method="gblm", sparsity=0.5, fit="fast"), True))
             source = ModelSource(name, pruned)
-            step("bitmask", lambda: export(source, folder / "bitmask", ExportSettings(format="bitmask"), progress=QUIET))
+            if "bitmask" in steps: step("bitmask", lambda: export(source, folder / "bitmask", ExportSettings(format="bitmask"), progress=QUIET))
             if "onnx" in steps:
                 step("onnx", lambda: export(source, folder / "onnx", ExportSettings(format="onnx", graph="plain"), progress=QUIET))
     return done
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--no-onnx", action="store_true")
+    parser.add_argument("--steps", nargs="*", default=list(STEPS))
     options = parser.parse_args()
     silence_libraries()
     warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def main() -> None:
     for name in options.families or families():
         with tempfile.TemporaryDirectory(prefix=f"family-{name}-") as folder:
             start = time.time()
-            results[name] = take(name, Path(folder), STEPS[:-1] if options.no_onnx else STEPS)
+            results[name] = take(name, Path(folder), options.steps)
             print(name, f"{time.time() - start:.1f} s", flush=True)
             for what, outcome in results[name].items():
                 if outcome != "ok" and what not in ("seconds", "zeros"): print("    ", what, outcome, flush=True)
@@ -96,4 +96,5 @@ def main() -> None:
             options.output.write_text(json.dumps(results, indent=1))
     print({s: sum(r.get(s) == "ok" for r in results.values()) for s in STEPS}, "all:", sum(all(r.get(s) == "ok" for s in STEPS) for r in results.values()), "of", len(results))
 
-main()
+if __name__ == "__main__":
+    main()
