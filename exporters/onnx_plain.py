@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.models.architecture import cache_kinds, sliding_windows
+from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -29,6 +30,9 @@ _DIMENSIONS: dict[str, list[str | None]] = {
 }
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
+_UNLIMITED = 1 << 20
+"""The context length of a model whose positions have no limit, as attention by distance has none."""
+
 _KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 """The classes of caches that come out as keys and values alone."""
 
@@ -157,20 +161,24 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
     _, kv_heads, _, head_size = cache[0].shape
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     present = {value.name for value in program.graph.inputs}
+    config = config.get_text_config()
+    length = _first_of(config, POSITIONS) or _UNLIMITED
+    end = getattr(config, "eos_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     return {
         "model": {
             "type": config.model_type,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
-            "context_length": config.max_position_embeddings,
+            "bos_token_id": getattr(config, "bos_token_id", None),
+            "eos_token_id": end,
+            "pad_token_id": pad if pad is not None else end,
+            "context_length": length,
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": int(head_size),
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
+                "hidden_size": _first_of(config, WIDTHS),
+                "num_attention_heads": _first_of(config, HEADS),
                 "num_hidden_layers": len(cache) // 2,
                 "num_key_value_heads": int(kv_heads),
                 "inputs": {
@@ -187,7 +195,7 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": min(config.max_position_embeddings, 2048),
+            "max_length": min(length, 2048),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
@@ -198,3 +206,8 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
+
+
+def _first_of(config: Any, names: Iterable[str]) -> Any:
+    """What a config says under the first of these names that it has; None where it has none."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -65,7 +65,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a sparse checkpoint of a pruned model.
 
-    A layer whose weight the model itself changes when it runs, as RWKV does, stays dense.
+    A layer whose weight the model itself changes when it runs, as RWKV does, or uses in several blocks stays dense.
 
     Raises:
         UsageError: the layout cannot hold a pruned layer or would not save bytes, or the output is in the way.

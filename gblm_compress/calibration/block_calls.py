@@ -15,6 +15,10 @@ from gblm_compress.errors import ModelError
 from gblm_compress.tasks.task import Sample, Task
 
 
+class NoChainError(ModelError):
+    """The blocks of a model cannot be run one by one: something goes from one to another beside the hidden states."""
+
+
 class BlockCalls:
     """How a model calls its blocks, and what it does before and after them.
 
@@ -34,7 +38,7 @@ class BlockCalls:
         tokens: how many of all samples are counted.
 
     Raises:
-        ModelError: the blocks cannot be replayed.
+        NoChainError: the blocks cannot be replayed.
     """
 
     def __init__(self, weights: Weights, task: Task, samples: Sequence[Sample]) -> None:
@@ -188,14 +192,14 @@ def _record_calls(
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden, call = _split_call(args, kwargs)
             if latest and hidden is not latest[0] and not torch.allclose(hidden, latest[0], 0, 0, equal_nan=True):
-                raise ModelError(
+                raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
-                    "its input; architectures whose blocks do not form a chain are not supported"
+                    "its input"
                 )
             if any(isinstance(value, MutableMapping) and not value for value in (*call.args, *call.kwargs.values())):
-                raise ModelError(
+                raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
-                    "something on beside the hidden states; such architectures are not supported"
+                    "something on beside the hidden states"
                 )
             if like is not None:
                 output, call.beside = hidden, like[0].beside
@@ -211,13 +215,10 @@ def _record_calls(
             return output if call.beside is None else (output, *call.beside)
 
         for block in blocks:
-            within.enter_context(_forward(block, partial(record, block)))
+            within.enter_context(forward_replaced(block, partial(record, block)))
         model(**arguments)
     if len(calls) != len(blocks):
-        raise ModelError(
-            f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}; architectures that skip "
-            "or repeat blocks are not supported"
-        )
+        raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
 
 
@@ -229,10 +230,7 @@ def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
         ]
         for name, a, b in pairs:
             if not _same(a, b):
-                raise ModelError(
-                    f"block {index}: its argument {name!r} depends on what blocks before it compute; such "
-                    "architectures are not supported"
-                )
+                raise NoChainError(f"block {index}: its argument {name!r} depends on what blocks before it compute")
 
 
 def _shared(call: Call, first: Call) -> Call:
@@ -256,7 +254,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 @contextmanager
-def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else for the duration of a `with`; its hooks stay."""
     of_class = "forward" not in vars(module)
     before = module.forward

@@ -31,6 +31,10 @@ class ResidentWeights:
         self.model = model
         self.prefix, self.blocks = find_blocks(model)
 
+    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+        """The layers of `prunable_layers`, by these blocks."""
+        return layers
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block, with its weights."""
@@ -70,6 +74,12 @@ class StreamedWeights:
         self._reader = ThreadPoolExecutor(1)
         self._latest = 0
         groups = _tied_parameters(self.model)
+        shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
+        if any(self._block_of(name) for name in shared):
+            raise ModelError(
+                f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a time in "
+                "memory; give --no-offload"
+            )
         self._blocks = [
             [group for group in groups if group[0].startswith(f"{self.prefix}.{index}.")]
             for index in range(len(self.blocks))
@@ -86,6 +96,10 @@ class StreamedWeights:
                 buffer.copy_(self._checkpoint.read(name))
         _buffers_to(self.model, self._device)
 
+    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+        """The layers of `prunable_layers`, by these blocks."""
+        return layers
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block, with its weights."""
@@ -97,6 +111,10 @@ class StreamedWeights:
             self._ahead = (following, self._reader.submit(self._read, self._blocks[following]))
         with self._placed(self._blocks[index], tensors):
             yield self.blocks[index]
+
+    def _block_of(self, name: str) -> str:
+        """The number of the block that a tensor is in; empty for one outside the blocks."""
+        return name.removeprefix(f"{self.prefix}.").partition(".")[0] if name.startswith(f"{self.prefix}.") else ""
 
     @property
     def _reads_ahead(self) -> bool:

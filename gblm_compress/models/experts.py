@@ -114,7 +114,8 @@ class RoutedExperts(Experts):
         output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
         if self.runs_all:
             total = max(self.count, getattr(self.rest, "total_experts", 0))
-            shares = weights.new_zeros(len(x), total).scatter_add(1, index, weights)
+            chosen = index[:, :, None] == torch.arange(total, device=index.device)
+            shares = (weights[:, :, None] * chosen).sum(1)
             for expert in range(self.count):
                 output = output + self.run(expert, x) * shares[:, expert, None]
             if total > self.count:

@@ -44,6 +44,11 @@ def closing_notes(
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
             "(--alpha-scale normalised keeps its meaning)"
         )
+    if walked.whole:
+        notes.append(
+            "the blocks of this architecture pass more on than hidden states, so that all layers were measured in the dense "
+            "model at once"
+        )
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
         notes.append(
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by magnitude, "

@@ -135,6 +135,11 @@ class RunFolder:
         """Keep the gradient norms {layer name: G} of a block."""
         self._save(f"gradients-{block}", norms)
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks the finished work is of."""
+        return sum(name.startswith("block-") for name in self._files)
+
     def gradients(self, block: int) -> dict[str, Tensor]:
         """The gradient norms of a block that `has_gradients`, else none."""
         return self._load(f"gradients-{block}")

@@ -43,13 +43,15 @@ class Walked:
     Attributes:
         left_dense: see `PruneResult`.
         exceptions: the layers among them that an exception or the allocation decided about.
-        blocks: how many the model has.
+        blocks: how many were pruned one after the other.
+        whole: whether all blocks of the model were pruned as one.
     """
 
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]
     exceptions: frozenset[str]
     blocks: int
+    whole: bool
     checkpoint: Checkpoint
 
 

@@ -240,7 +240,8 @@ def _walk(
     budgets = run.budgets or {}
     exceptions = frozenset(name for name, budget in budgets.items() if budget.pattern.name == DENSE)
     left_dense = left_dense_of(walk.weights.model, settings, layers, budgets)
-    return Walked(layers, left_dense, exceptions, len(walk.weights.blocks), checkpoint_of(source, walk.weights.model))
+    whole = run.blocks < len(weights.blocks)
+    return Walked(layers, left_dense, exceptions, run.blocks, whole, checkpoint_of(source, weights.model))
 
 
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:

@@ -10,7 +10,7 @@ the start or from where an interrupted run ended (`run_folder`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gblm_compress.calibration.blocks import Block, BlockReplay
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.whole_calls import calls_of
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
@@ -80,7 +81,13 @@ class Walk:
         settings = self.settings
         layers = prunable_layers(self.weights.model, settings.targets, settings.ignore)
         self._check(layers)
-        calls = BlockCalls(self.weights, self.task, self.samples) if settings.needs_text else None
+        if not settings.needs_text:
+            return self._with(None, layers)
+        weights, calls = calls_of(self.weights, self.task, self.samples)
+        return replace(self, weights=weights)._with(calls, weights.per_block(layers))
+
+    def _with(self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]]) -> dict[str, LayerResult]:
+        settings = self.settings
         if settings.needs_gradients:
             assert calls is not None
             self._measure_gradients(calls, layers)
