@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, first_line, is_out_of_memory
 from gblm_compress.tasks.task import Sample, Task
 
 
@@ -92,9 +92,26 @@ class BlockCalls:
         blocks = getattr(holder, name)
         setattr(holder, name, nn.ModuleList([stand_in]))
         try:
-            return model(**self.task.arguments(sample))
+            return run_model(model, self.task.arguments(sample))
         finally:
             setattr(holder, name, blocks)
+
+
+def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """A forward pass of the model.
+
+    Raises:
+        ModelError: the model does not run on these arguments, or on a part of a sample.
+    """
+    try:
+        return model(**arguments)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on text alone as a causal language model does ({first_line(error)}); it "
+            "cannot be pruned with a method that reads text: --method magnitude reads none"
+        ) from error
 
 
 def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
@@ -216,7 +233,7 @@ def _record_calls(
 
         for block in blocks:
             within.enter_context(forward_replaced(block, partial(record, block)))
-        model(**arguments)
+        run_model(model, arguments)
     if len(calls) != len(blocks):
         raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls

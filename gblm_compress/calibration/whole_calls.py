@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_calls import BlockCalls, Call, NoChainError, counted_tokens, forward_replaced
+from gblm_compress.calibration.block_calls import BlockCalls, Call, NoChainError, counted_tokens, forward_replaced, run_model
 from gblm_compress.calibration.block_weights import ResidentWeights, Weights
 from gblm_compress.errors import ModelError
 from gblm_compress.tasks.task import Sample, Task
@@ -81,7 +81,7 @@ class WholeCalls(BlockCalls):
 
         with forward_replaced(self._weights.blocks[0], stop), torch.no_grad():
             try:
-                self._weights.model(**self.task.arguments(sample))
+                run_model(self._weights.model, self.task.arguments(sample))
             except _DecoderReached:
                 return found[0]
         raise ModelError(f"{type(self._weights.model).__name__} does not call its decoder; it cannot be pruned")
@@ -96,7 +96,7 @@ class WholeCalls(BlockCalls):
             return made
 
         with forward_replaced(self._weights.blocks[0], output):
-            return self._weights.model(**self.task.arguments(sample))
+            return run_model(self._weights.model, self.task.arguments(sample))
 
 
 class _DecoderReached(Exception):

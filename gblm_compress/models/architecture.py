@@ -95,26 +95,34 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     def linear_weights(module: nn.Module) -> int:
         return sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m))
 
-    decoder = _decoder(model)
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and name.startswith(decoder)
-    }
-    name = max(candidates, key=lambda name: linear_weights(candidates[name]), default=None)
-    if name is None or linear_weights(candidates[name]) == 0:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    for narrower in (_in_decoder, _of_text_length):  # other towers of the model may be larger
+        lists = narrower(model, lists) or lists
+    name = max(lists, key=lambda name: linear_weights(lists[name]), default=None)
+    if name is None or linear_weights(lists[name]) == 0:
         raise ModelError(
             f"{type(model).__name__} has no prunable layer: no ModuleList of blocks with Linear or Conv1D "
             "layers was found; decoders such as Llama, Mistral, Qwen, GPT-2 and OPT have one"
         )
-    return name, list(candidates[name])
+    return name, list(lists[name])
 
 
-def _decoder(model: nn.Module) -> str:
-    """What names in the part of a model that makes text from tokens begin with; empty where the model is that part."""
+_Lists = dict[str, nn.ModuleList]
+
+
+def _in_decoder(model: nn.Module, lists: _Lists) -> _Lists:
+    """Those in the part of a model that makes text from tokens."""
     find = getattr(model, "get_decoder", None)
     decoder = find() if find is not None else None
-    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return {name: module for name, module in lists.items() if id(module) in within}
+
+
+def _of_text_length(model: Any, lists: _Lists) -> _Lists:
+    """Those of as many blocks as the config says that the part for text has."""
+    config = getattr(model, "config", None)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    return {name: module for name, module in lists.items() if len(module) == layers}
 
 
 def prunable_layers(

@@ -215,6 +215,12 @@ def _described(packed: PackedLinear, layout: str) -> dict[str, Any]:
     return packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
 
 
+def is_tied(model: nn.Module, name: str) -> bool:
+    """Whether the layer of that name shares its weight with another one."""
+    pairs = getattr(model, "all_tied_weights_keys", {}).items()
+    return any(f"{name}.weight" in pair for pair in pairs)
+
+
 def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
     """The layer of that name.
 
@@ -228,8 +234,7 @@ def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"{type(model).__name__} has no layer {name!r}") from error
-    pairs = getattr(model, "all_tied_weights_keys", {}).items()
-    if not is_linear(module) or (not tied and any(f"{name}.weight" in pair for pair in pairs)):
+    if not is_linear(module) or (not tied and is_tied(model, name)):
         kind = type(module).__name__
         raise ModelError(f"{name!r} is a {kind}; only Linear and Conv1D layers with weights of their own can be packed")
     return module
