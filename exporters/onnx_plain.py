@@ -37,7 +37,6 @@ _KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 """The classes of caches that come out as keys and values alone."""
 
 
-
 def check(source: ModelSource, config: Any) -> None:
     """Raises:
     ModelError: the model's cache has more than keys and values.

@@ -1,7 +1,7 @@
 """How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
 
 import operator
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,14 @@ class BlockCalls:
         """
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
-            return getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            if prediction.shape[:-1] != hidden.shape[:-1]:
+                raise ModelError(
+                    f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
+                    f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
+                    "choose a method without gradients, such as --method wanda"
+                )
+            return prediction
 
         return self.task.loss_gradient(predict, self.samples[sample], hidden)
 
@@ -109,8 +116,8 @@ def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            f"{type(model).__name__} does not run on text alone as a causal language model does ({first_line(error)}); it "
-            "cannot be pruned with a method that reads text: --method magnitude reads none"
+            f"{type(model).__name__} does not run on text alone as a causal language model does ({first_line(error)}); "
+            "prune it with a method that reads no text: --method magnitude"
         ) from error
 
 
@@ -261,6 +268,8 @@ def _shared(call: Call, first: Call) -> Call:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):
         return isinstance(b, type(a)) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or bool(a == b)

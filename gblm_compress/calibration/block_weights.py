@@ -77,8 +77,8 @@ class StreamedWeights:
         shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
         if any(self._block_of(name) for name in shared):
             raise ModelError(
-                f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a time in "
-                "memory; give --no-offload"
+                f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a "
+                "time in memory; give --no-offload"
             )
         self._blocks = [
             [group for group in groups if group[0].startswith(f"{self.prefix}.{index}.")]
@@ -88,8 +88,8 @@ class StreamedWeights:
         for group in groups:
             if not any(name in self._checkpoint for name in group):
                 raise ModelError(
-                    f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or of "
-                    "another architecture than config.json says"
+                    f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or "
+                    "of another architecture than config.json says"
                 )
         for name, buffer in self.model.named_buffers():
             if name in self._checkpoint:

@@ -13,7 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_calls import BlockCalls, Call, NoChainError, counted_tokens, forward_replaced, run_model
+from gblm_compress.calibration.block_calls import (
+    BlockCalls,
+    Call,
+    NoChainError,
+    counted_tokens,
+    forward_replaced,
+    run_model,
+)
 from gblm_compress.calibration.block_weights import ResidentWeights, Weights
 from gblm_compress.errors import ModelError
 from gblm_compress.tasks.task import Sample, Task

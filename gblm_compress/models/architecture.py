@@ -19,8 +19,8 @@ from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.models.experts import experts_of
 
 # Routers decide which expert runs; a pruned one changes the model's wiring, not its precision. A router is told by what
-# it does, see `_routers`, or by the name or the class of any module on the way to a layer: Hunyuan's is `mlp.gate.wg` in
-# a HunYuanMoEV1Gate, JetMoe's `mlp.router.layer` in a JetMoeTopKGating. A `gate_proj` is an ordinary layer.
+# it does, see `_routers`, or by the name or the class of any module on the way to a layer: Hunyuan's is `mlp.gate.wg`
+# in a HunYuanMoEV1Gate, JetMoe's `mlp.router.layer` in a JetMoeTopKGating. A `gate_proj` is an ordinary layer.
 _ROUTER_NAME = re.compile(r".*router.*|gate|.*expert_gate")
 _ROUTER_CLASS = re.compile(r".*Router.*|.*TopK?Gat(e|ing)|.*MoE(V\d+)?Gate", re.IGNORECASE)
 
@@ -95,7 +95,9 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     def linear_weights(module: nn.Module) -> int:
         return sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m))
 
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     for narrower in (_in_decoder, _of_text_length):  # other towers of the model may be larger
         lists = narrower(model, lists) or lists
     name = max(lists, key=lambda name: linear_weights(lists[name]), default=None)
@@ -120,8 +122,10 @@ def _in_decoder(model: nn.Module, lists: _Lists) -> _Lists:
 
 def _of_text_length(model: Any, lists: _Lists) -> _Lists:
     """Those of as many blocks as the config says that the part for text has."""
-    config = getattr(model, "config", None)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    config: Any = getattr(model, "config", None)
+    layers = (
+        getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    )
     return {name: module for name, module in lists.items() if len(module) == layers}
 
 
@@ -233,8 +237,8 @@ def _bare_matrices(
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """The paths of what decides between the experts of mixtures: beside the experts, a module whose matrix has an output
-    for each of them, or for fewer (one gate for the experts that are shared, say).
+    """The paths of what decides between the experts of mixtures: beside the experts, a module whose matrix has an
+    output for each of them, or for fewer (one gate for the experts that are shared, say).
     """
     found = set()
     for path, experts in experts_of(model).items():

@@ -1,7 +1,7 @@
 """A model's weights as they lie on disk: safetensors files, read one tensor at a time and rewritten in one stream.
 
-Nothing here holds more than one tensor, or the experts of one block. Files are mapped only while a tensor is read, so that the pages of a large
-checkpoint do not pile up in the resident memory of the process.
+Nothing here holds more than one tensor, or the experts of one block. Files are mapped only while a tensor is read, so
+that the pages of a large checkpoint do not pile up in the resident memory of the process.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Which tensors of a model's files make which tensors of the model, by transformers' own conversion mapping.
 
-transformers renames and converts tensors while it loads a checkpoint: Mixtral's files have a matrix for each expert, and
-its model has one parameter for all of them. Only this module knows that mapping. It goes both ways, so that files keep
-their own names and layout when what the model has of them is changed.
+transformers renames and converts tensors while it loads a checkpoint: Mixtral's files have a matrix for each expert,
+and its model has one parameter for all of them. Only this module knows that mapping. It goes both ways, so that files
+keep their own names and layout when what the model has of them is changed.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -41,7 +41,7 @@ class Part:
 
     def view(self, fused: Tensor, expert: int, experts: int) -> Tensor:
         """The weight of one expert [out_features, in_features], in the memory of the fused one."""
-        own = fused[expert] if fused.dim() == 3 else fused.unflatten(0, (experts, -1))[expert]
+        own = fused[expert] if fused.dim() == 3 else fused.view(experts, -1, fused.shape[-1])[expert]
         return own.T if self.transposed else own
 
 
@@ -121,7 +121,7 @@ class RoutedExperts(Experts):
             if total > self.count:
                 output = output + x * shares[:, self.count :].sum(-1, keepdim=True)
         else:
-            for expert in index.unique().tolist():
+            for expert in torch.unique(index).tolist():
                 token, choice = torch.where(index == expert)
                 own = self.run(expert, x[token]) if expert < self.count else x[token]
                 output.index_add_(0, token, (own * weights[token, choice, None]).to(output.dtype))
@@ -155,7 +155,7 @@ class SortedExperts(Experts):
     """One layer for each expert; tokens come sorted by expert, a number of them for each (JetMoe)."""
 
     def forward(self, inputs: Tensor, sizes: list[int]) -> Tensor:
-        return torch.cat([self.layers(expert)[0](x) for expert, x in enumerate(inputs.split(sizes))])
+        return torch.cat([self.layers(expert)[0](x) for expert, x in enumerate(torch.split(inputs, sizes))])
 
 
 class SharedExperts(Experts):

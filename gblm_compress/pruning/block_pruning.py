@@ -24,9 +24,8 @@ from gblm_compress.pruning.masters import write_
 from gblm_compress.pruning.reconstruction import reconstruct_
 from gblm_compress.settings import PruneSettings
 
-
 FEW_TOKENS = 32
-"""An expert that fewer tokens of the calibration text are routed to is pruned by magnitude: its statistics say little."""
+"""An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""
 
 _BY_MAGNITUDE = {"method": "magnitude", "update": "none", "refine": "none"}
 
@@ -111,7 +110,7 @@ def prune_block_(
 def _with_few_tokens(
     block: Block | None, layers: dict[str, nn.Module], statistics: dict[str, Statistics]
 ) -> frozenset[str]:
-    """The layers of experts that too few tokens were routed to; where only gradients are measured, those without any."""
+    """The layers of experts that too few tokens were routed to; where gradients alone are measured, those without."""
     if block is None:
         measured = {name: one.gradient_norm for name, one in statistics.items()}
         return frozenset(name for name, norm in measured.items() if norm is not None and not norm.any())

@@ -68,7 +68,9 @@ def left_dense_of(
     """
     unseen = {name for name, budget in budgets.items() if budget.pattern.name != DENSE and name not in layers}
     return {
-        name: LeftDense(weights, reason or (UNSEEN if name in unseen else "left dense by an exception or the allocation"))
+        name: LeftDense(
+            weights, reason or (UNSEEN if name in unseen else "left dense by an exception or the allocation")
+        )
         for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
         if name not in layers
     }

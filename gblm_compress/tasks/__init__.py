@@ -19,8 +19,8 @@ DEFAULT = "causal-lm"
 def task_of(model_class: type) -> Task:
     """The task that a class of models is for, as optimum's TasksManager knows it of the class or one above it.
 
-    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or sound
-    too is a language model: its other parts stay as they are.
+    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or
+    sound too is a language model: its other parts stay as they are.
 
     Raises:
         ModelError: it is for a task that is not in `TASKS`, or a class of transformers for none.

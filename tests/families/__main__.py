@@ -31,7 +31,9 @@ def main() -> None:
                 outcomes = take(name, Path(folder), options.steps)
             results[name] = results.get(name, {}) | outcomes
             RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-            print(name, *(f"\n    {step}: {outcome}" for step, outcome in outcomes.items() if outcome != "ok"), flush=True)
+            print(
+                name, *(f"\n    {step}: {outcome}" for step, outcome in outcomes.items() if outcome != "ok"), flush=True
+            )
     PAGE.write_text(page(results))
 
 

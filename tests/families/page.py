@@ -11,12 +11,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _HEAD = """\
 # Model families
 
-`make test-families` builds a tiny model of every decoder family that the installed transformers knows, from the family's
-own config class and with random weights, and takes it through every step. This page is its result. A tiny model shows
-that a family works, and nothing about speed or quality.
+`make test-families` builds a tiny model of every decoder family that the installed transformers knows, from the
+family's own config class and with random weights, and takes it through every step. This page is its result. A tiny
+model shows that a family works, and nothing about speed or quality.
 
-- **prune**: `--method gblm --fit balanced`, at 50 %. At least 90 % of the linear weights in the blocks are pruned, routers
-  apart. The folder is reopened by transformers and its zeros are counted.
+- **prune**: `--method gblm --fit balanced`, at 50 %. At least 90 % of the linear weights in the blocks are pruned,
+  routers apart. The folder is reopened by transformers and its zeros are counted.
 - **offload**: the same with `--fit fast`, the model on disk and a block at a time in memory.
 - **bitmask**: the pruned folder packed, loaded again by transformers, compared bit for bit and by its logits.
 - **onnx**: the plain graph in ONNX Runtime against torch, at once and token by token.
