@@ -20,6 +20,7 @@ from gblm_compress.machine.environment import share_cores
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
@@ -27,6 +28,7 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
     PruneSettings,
+    RecoverSettings,
     ResourceSettings,
 )
 from gblm_compress.storage import outputs, records
@@ -72,6 +74,33 @@ def prune(
 
 
 @from_settings
+def recover(
+    model: o.Pruned,
+    teacher: o.Teacher,
+    output: o.Output,
+    settings: RecoverSettings,
+    compute: Annotated[ComputeSettings, Spelt(leave_out=("dtype",))],
+    resume: o.Resume = False,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a pruned model to predict what the dense one does; its pattern stays."""
+    reports = os.environ.get("RANK", "0") == "0"
+    outputs.check_output(output, force)
+    datasets = settings.datasets
+    progress, source, dense = _start(model, teacher, quiet=quiet or not reports, datasets=datasets)
+
+    from gblm_compress.recovery import stage
+
+    result = stage.recover(
+        source, dense, output, settings, resume=resume, device=compute.device, force=force, progress=progress
+    )
+    if reports:
+        _show(result.as_dict(), summaries.recover, json_)
+
+
+@from_settings
 def export(
     model: o.Model,
     output: o.Output,
@@ -114,6 +143,24 @@ def evaluate(
         progress=progress,
     )
     _show(result.as_dict(), summaries.evaluate, json_)
+
+
+@from_settings
+def advise(
+    model: o.Model,
+    settings: AdviseSettings,
+    pruning: Annotated[PruneSettings, Spelt(rename={"overrides": "override"})],
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Predict what compressing a model would bring on this machine, before any of it is done."""
+    progress, source = _start(model, quiet=quiet)
+
+    from gblm_compress.runs import advice
+
+    result = advice.advise(source, settings, pruning, text, progress=progress)
+    _show(result.as_dict(), summaries.advise, json_)
 
 
 @from_settings
@@ -251,7 +298,7 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
+COMMANDS = (advise, prune, recover, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
 
 
 def _progress(quiet: bool) -> Progress:

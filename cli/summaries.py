@@ -47,6 +47,59 @@ def prune(result: dict[str, Any]) -> list[Any]:
     ]
 
 
+def advise(result: dict[str, Any]) -> list[Any]:
+    table = Table("way")
+    for name in ("weights", "ms per token", "from–to"):
+        table.add_column(name, justify="right")
+    for p in result["predictions"]:
+        spread = f"{p['low']:.1f}–{p['high']:.1f}"
+        table.add_row(p["name"], decimal(p["bytes"]), f"{p['ms_per_token']:.1f}", spread)
+    pruning = f"about {_duration(result['pruning_seconds'])}, {decimal(result['pruning_memory_bytes'])} of memory, "
+    return [
+        table,
+        *result["sentences"],
+        f"Pruning so would take {pruning}{decimal(result['pruning_disk_bytes'])} of disk.",
+        *(f"note: {way} cannot be had: {reason}" for way, reason in result["left_out"].items()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def recover(result: dict[str, Any]) -> list[Any]:
+    table = Table("tokens", "training loss", "KL, held out", "mask moved")
+    for column in table.columns:
+        column.justify = "right"
+    for number, look in enumerate(result["curve"]):
+        loss = "" if look["loss"] is None else f"{look['loss']:.4f}"
+        mark = " *" if number == result["best"] else ""
+        table.add_row(f"{look['tokens']:,}", loss, f"{look['held_out']:.4f}{mark}", f"{100 * look['moved']:.1f} %")
+    kept = result["curve"][result["best"]]
+    overlaps = [(f"overlap with {name}", f"{100 * share:.2f} %") for name, share in result["overlap"].items()]
+    return [
+        table,
+        _pairs(
+            [
+                ("KL from dense", f"{result['before']:.4f} before, {result['after']:.4f} after, nats per token"),
+                ("kept", f"the weights after {kept['tokens']:,} tokens (*)"),
+                ("trained", f"{result['trained']:,} weights; the pattern is verified on disk"),
+                ("text", f"each window read {result['passes']:.1f} times on average"),
+                *overlaps,
+                ("time", f"{result['seconds']:.1f} s"),
+                ("peak memory", decimal(result["peak_memory_bytes"])),
+                ("written to", result["folder"]),
+            ]
+        ),
+    ]
+
+
 def export(result: dict[str, Any]) -> Table:
     size = f"{decimal(result['bytes'])} (source {decimal(result['source_bytes'])})"
     checks = [(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))

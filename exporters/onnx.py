@@ -26,18 +26,20 @@ from gblm_compress.exporters import (
     onnx_forward,
     onnx_fused,
     onnx_plain,
+    onnx_rounding,
     onnx_weights,
+    quantised,
 )
-from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
+from gblm_compress.exporters.onnx_bitmask import encode_initializers_
+from gblm_compress.exporters.onnx_decoding import decode
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
+from gblm_compress.exporters.onnx_nbits import use_nbits_
 from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.exporters.quantised import check_group, round_layers_, round_tables_
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
-from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.measure.onnx_forward import OnnxForward
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Generating
@@ -45,7 +47,6 @@ from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
-from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -56,7 +57,8 @@ GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2}  # the last where inputs are rounded to 16 bits
+# Operators for levels round inputs to 16 bits, those for blocks to 8.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
 
@@ -75,13 +77,13 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as for `check_group`.
+    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as `quantised.check`.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
-    check_group(source, settings.group)
+    quantised.check(source, settings)
     if settings.gemm:
         check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
@@ -113,8 +115,9 @@ def export(
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
-            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits; the model
-            whose weights are so rounded is what is verified. With `gemm`, their products are Gemms.
+            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits, without
+            `kernels` blocks of ONNX Runtime; the model whose weights are so rounded is what is verified. With `gemm`,
+            their products are Gemms.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
@@ -137,16 +140,7 @@ def export(
         check_is_pruned(weights, BitmaskLinear)
     if settings.gemm:
         check_weights(weights, PATTERN, "gemm")
-    packed: dict[str, QuantisedLinear] = {}
-    tables: list[QuantisedLinear] = []
-    rounding: dict[str, Any] = {}
-    if settings.quantise:
-        grids = read_grids(source)
-        layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
-        packed, moved = round_layers_(model, layout, grids, settings.group)
-        tables = round_tables_(model, layout)
-        much = [name for name, share in moved.items() if share > packed[name].LARGEST_ERROR]
-        rounding = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
+    rounded = onnx_rounding.round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -166,11 +160,16 @@ def export(
             elif settings.gemm:
                 use_gemm_(program, pruned)
             elif settings.kernels:
-                merged = onnx_weights.stacked(packed, places)
-                use_kernels_(program, list(merged) or pruned, half=half, packed=merged or None, tables=tables)
+                if rounded:
+                    merged = onnx_weights.stacked(rounded.layers, places)
+                    use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
+                else:
+                    use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
                 if genai_config:
                     genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+            elif rounded:
+                use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
             _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
@@ -179,9 +178,9 @@ def export(
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
-            **({"weights": settings.quantise, **rounding} if settings.quantise else {}),
+            **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, sample, "levels" if settings.quantise else dtype, layers, places),
+            **_verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
         }
         manifest.write_export(
             temporary,
@@ -193,6 +192,13 @@ def export(
             checks=checks,
         )
     return checks
+
+
+def _exactness(settings: ExportSettings, dtype: str) -> str:
+    """The entry of `TOLERANCE` that an export is held to."""
+    if settings.quantise:
+        return "levels" if settings.kernels else "blocks"
+    return dtype
 
 
 def _save(

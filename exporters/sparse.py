@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import VerificationError
-from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of
-from gblm_compress.exporters.quantised import check_group
+from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of, quantised
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -45,9 +44,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
     UsageError: a layer that is yet to be pruned will not have the pattern that the format's layout needs, or as for
-        `check_group`.
+        `quantised.check`.
     """
-    check_group(source, settings.group)
+    quantised.check(source, settings)
     if (needed := LAYOUTS[_layout(settings)].pattern) is None:
         return
     check_patterns(patterns or {}, needed, f"export to {settings.format}")

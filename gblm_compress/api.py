@@ -31,6 +31,8 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.in_memory import prune_in_place
 from gblm_compress.pruning.stage import PruneResult
+from gblm_compress.recovery import stage as recovery_stage
+from gblm_compress.recovery.stage import RecoverResult
 from gblm_compress.runs import comparison, pipeline
 from gblm_compress.runs.comparison import CompareResult
 from gblm_compress.runs.pipeline import RunReport
@@ -43,6 +45,7 @@ from gblm_compress.settings import (
     ExportSettings,
     PruneSettings,
     Recipe,
+    RecoverSettings,
     ResourceSettings,
 )
 from gblm_compress.storage.cache import cache_folder
@@ -129,6 +132,37 @@ def prune(
             force=force,
             progress=progress,
         )
+
+
+@_takes(RecoverSettings)
+def recover(
+    pruned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    teacher: str | os.PathLike[str],
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> RecoverResult:
+    """Train a pruned model to predict what the dense one does; its pattern stays.
+
+    Args:
+        pruned: a folder that `prune` wrote.
+        output: the folder to write, whole or not at all.
+        teacher: the dense model that it was pruned from.
+        settings: fields of `RecoverSettings`.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    (what,) = _filled((RecoverSettings,), settings, "recover")
+    progress = _progress(quiet)
+    source, dense = (resolve_model(os.fspath(model), progress) for model in (pruned, teacher))
+    return recovery_stage.recover(
+        source, dense, Path(output), what, resume=resume, device=device, force=force, progress=progress
+    )
 
 
 @_takes(ExportSettings)

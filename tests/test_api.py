@@ -27,7 +27,7 @@ TEXT = {"samples": 3, "sequence_length": 32}
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
         "GblmError", "__version__", "benchmark", "compare", "evaluate", "export", "inspect", "load",
-        "onnxruntime_library", "prune", "run",
+        "onnxruntime_library", "prune", "recover", "run",
     ]  # fmt: skip
     for name in gblm_compress.__all__:
         assert getattr(gblm_compress, name).__doc__

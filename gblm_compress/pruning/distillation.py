@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gblm_compress.calibration.blocks import only_requires_grad
+from gblm_compress.errors import ModelError
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
@@ -27,7 +28,7 @@ def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progres
     """What of the model's prediction is judged for every sample. Where a head makes logits over a vocabulary of it,
     what goes into the head, [1, length, hidden size]: a hundredth of the size, and the head is never pruned.
     """
-    head, found = _head(model), list[Tensor]()
+    head, found = head_and_embedding(model)[0], list[Tensor]()
     if head is None:
         for sample in progress.track(samples, "dense predictions", unit="samples"):
             found.append(task.judged(getattr(model(**task.arguments(sample)), task.output), sample))
@@ -76,7 +77,7 @@ def distil_(
     Returns:
         The mean divergence on held-out samples, before and after; and the grids, with their scales fitted.
     """
-    head = _head(model)
+    head = head_and_embedding(model)[0]
     grids = grids or {}
     masters = Masters(
         {f"{name}.weight": layer for name, layer in layers.items()},
@@ -86,7 +87,7 @@ def distil_(
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
         student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
         sample = samples[index]
-        with autocast(teacher[index].device, compute), _beside(head, teacher[index]) if head else nullcontext():
+        with autocast(teacher[index].device, compute), beside(head, teacher[index]) if head else nullcontext():
             output = getattr(functional_call(model, student, kwargs=task.arguments(sample)), task.output)
         if head is None:
             return task.divergence(teacher[index], task.judged(output, sample))
@@ -103,7 +104,7 @@ def distil_(
 
 
 @contextmanager
-def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
+def beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
     """Let the head put its output for other inputs beside its own, as a second sample, so that what a model does to
     its logits behind the head (a scale, a cap) is done to both.
     """
@@ -120,6 +121,14 @@ def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits over a vocabulary, where there is one."""
-    return head_and_embedding(model)[0]
+def head_of(model: nn.Module) -> nn.Module:
+    """The layer that makes the logits.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output head; distillation needs a model that predicts tokens")
+    return head

@@ -83,9 +83,9 @@ def _all_of(faults: list[str]) -> RecipeError:
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
     result = Recipe.model_json_schema()
-    # A plain string stands for a model section with only a source.
-    reference = result["properties"]["model"].pop("$ref")
-    result["properties"]["model"]["anyOf"] = [{"$ref": reference}, {"type": "string"}]
+    # A plain string stands for a model section with only a source, and for a text with its weight.
+    for section in (result["properties"]["model"], result["$defs"]["RecoverSettings"]["properties"]["data"]["items"]):
+        section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
 
 

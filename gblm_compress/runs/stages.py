@@ -26,7 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Prune
+from gblm_compress.runs.artefacts import Export, Prune, Recover
 from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
 from gblm_compress.runs.reuse import evaluation_hash
@@ -205,7 +205,12 @@ def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
-    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
+    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration)]
+    if recipe.recover is not None:
+        evaluated = (*recipe.recover.disjoint_from, *([recipe.evaluate.dataset] if recipe.evaluate else []))
+        disjoint = recipe.recover.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
+        stages.append(Recover(job, disjoint))
+    stages += [*exports, *baselines]
     measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
         without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})
@@ -225,7 +230,7 @@ def stages_of(job: Job) -> list[Stage]:
 def _timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model that the benchmark needs as baselines: one per format that is timed in a runtime
     of its own, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
-    float16, so does the dense model."""
+    float16, so does the dense model, and where weights are levels of 8 or 4 bits, it is ONNX Runtime's own."""
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
@@ -233,5 +238,6 @@ def _timed_against(job: Job) -> list[ExportSettings]:
         if not timed & set(FORMATS[settings.format].runtimes):
             continue
         half = settings.kernels and dtype_of(job.dense, settings) == "float16"
-        found.append(ExportSettings(format=settings.format, dtype=settings.dtype, kernels=half))
+        stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
+        found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))

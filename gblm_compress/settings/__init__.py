@@ -13,7 +13,9 @@ from gblm_compress.settings.prune import (
     PruneSettings,
 )
 from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     ComputeSettings,
@@ -27,6 +29,7 @@ __all__ = [
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
+    "AdviseSettings",
     "BenchmarkSettings",
     "CalibrationSettings",
     "CompareSettings",
@@ -40,6 +43,8 @@ __all__ = [
     "Panel",
     "PruneSettings",
     "Recipe",
+    "RecoverSettings",
     "ResourceSettings",
     "Settings",
+    "Source",
 ]

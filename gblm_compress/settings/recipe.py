@@ -13,6 +13,7 @@ from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
 from gblm_compress.settings.fields import MANY, PatternName, Settings
 from gblm_compress.settings.prune import PruneSettings
+from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -118,6 +119,9 @@ class Recipe(Settings):
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
+    recover: RecoverSettings | None = Field(
+        None, description="Training of the pruned model; the trained one is then exported and measured."
+    )
     resources: ResourceSettings = Field(
         default_factory=ResourceSettings, description="Memory for pruning; does not affect the result."
     )
@@ -148,7 +152,7 @@ class Recipe(Settings):
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
             raise ValueError("a gate on speed needs a 'benchmark' section")
-        artefacts = ["pruned", *(export.folder_name for export in self.export)]
+        artefacts = ["recovered" if self.recover else "pruned", *(export.folder_name for export in self.export)]
         if gates.artefact not in (None, *artefacts):
             raise ValueError(
                 f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {', '.join(artefacts)}"

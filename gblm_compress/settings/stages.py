@@ -82,12 +82,13 @@ class ExportSettings(Settings):
     )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
-        description="ONNX with kernels: store weights as levels of 8 or 4 bits, those of head and embedding of 8.",
+        description="ONNX: store weights as levels of 8 or 4 bits, those of head and embedding of 8; without kernels "
+        "on ONNX Runtime's own operator, which spares no zeros.",
     )
     group: Literal[32, 64, 128] | None = Field(
         None,
         description="Columns that share a scale, of levels of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in 8 "
-        "bits and 64 in 4 bits.",
+        "bits and 64 in 4 bits, and 32 on ONNX Runtime's own operator.",
     )
 
     keep_head: bool = Field(
@@ -115,13 +116,25 @@ class ExportSettings(Settings):
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
-        if self.quantise and not (self.kernels and self.dtype in ("auto", "float32")):
-            raise ValueError("quantise needs kernels, and their arithmetic is float32: give no other dtype")
+        if self.quantise and self.dtype not in ("auto", "float32"):
+            raise ValueError("quantise: the arithmetic beside the levels is float32; give no other dtype")
+        if self.quantise and (self.sparse or self.gemm):
+            raise ValueError("quantise writes weights as levels, and sparse and gemm as floats; leave one out")
         if self.group and "quantise" in format.reads and not self.quantise:
             raise ValueError("group would do nothing without quantise")
         if len(ways := [name for name in ("sparse", "kernels", "gemm") if getattr(self, name)]) > 1:
             raise ValueError(f"each is a way of its own to write the pruned weights; choose {' or '.join(ways)}")
         return self
+
+
+class AdviseSettings(Settings):
+    """What advice is asked for."""
+
+    target: Literal["bytes", "latency"] = Field(
+        "latency", description="What is to be small: bytes of the weights, or latency (time for a token)."
+    )
+    blocks: int = Field(5, ge=2, le=MANY, description="Blocks of the larger of the two models that are tried.")
+    threads: int | None = Field(None, ge=1, le=MANY, description="Threads of the CPU; all cores if unset.")
 
 
 class EvaluateSettings(Settings):

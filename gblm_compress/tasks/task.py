@@ -133,6 +133,15 @@ class Task(ABC):
             judged: as `judged` gives it.
         """
 
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+        """Samples to train on, in the order of the text and all of one shape: about so many tokens, or all there are.
+
+        Raises:
+            UsageError: models of this task are not trained.
+            DataError, ModelError: as `calibration`.
+        """
+        raise UsageError(f"there is no training of {self.help}; recover a pruned causal language model")
+
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Samples to evaluate on, at most `limit`.
 

@@ -27,6 +27,9 @@ _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
 FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+CHARACTERS_OF_A_TOKEN = 6
+"""At most, on average, in prose; vocabularies of today have four to five."""
+
 MAX_LINE = 64 << 20
 """Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
 
@@ -76,6 +79,23 @@ def load_text(source: str, role: Role) -> str:
     if not text.strip():
         raise DataError(f"dataset {source!r} holds no text")
     return text
+
+
+def training_text(source: str, tokens: int) -> str:
+    """The text of `source` to train on: that for calibration, and of `c4` as many documents as that many tokens take.
+
+    Raises:
+        DataError: as `load_text`.
+    """
+    if source != "c4":
+        return load_text(source, "calibration")
+    documents, characters = [], 0
+    for document in _texts(c4_documents(), source):
+        documents.append(document)
+        characters += len(document)
+        if characters > tokens * CHARACTERS_OF_A_TOKEN:
+            break
+    return "\n\n".join(documents)
 
 
 def c4_documents() -> Any:

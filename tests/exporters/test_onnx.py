@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import ExportResult, export, onnx_bitmask, onnx_kernels, onnx_plain
+from gblm_compress.exporters import (
+    ExportResult,
+    export,
+    onnx_bitmask,
+    onnx_decoding,
+    onnx_kernels,
+    onnx_plain,
+)
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
@@ -341,7 +348,7 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
         values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_bitmask.decode(values, "w", shape)
+        return onnx_decoding.decode(values, "w", shape)
 
     shape = array.T.shape if kernels else array.shape
     assert np.array_equal(decoded(), array.T if kernels else array)

@@ -323,3 +323,23 @@ def test_a_dry_run_of_a_grid_looks_at_every_cell(tmp_path, module_cache) -> None
     assert [step.does for step in seen.steps[2:]] == [
         f"compare: {method} 2:4 seed {seed}" for method in ("wanda", "paper") for seed in (0, 1)
     ]
+
+
+def test_a_recovered_model_is_what_is_exported_and_measured(tmp_path, module_cache) -> None:
+    recipe = smoke(
+        "recover.data=[demo]", "recover.tokens=1280", "recover.sequence_length=32", "recover.batch=2",
+        "export=[{format: bitmask}]", "benchmark=null", "gates={}",
+    )  # fmt: skip
+    result = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
+    names = [
+        stage.name for stage in stages_of(Job(recipe, resolve_model("tiny", Progress(quiet=True)), True, tmp_path))
+    ]
+    assert names == ["prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
+    for folder in ("recovered", "bitmask"):
+        text = (tmp_path / "run" / folder / "gblm_manifest.json").read_text()
+        assert ('"recovery"' in text) == (folder == "recovered")
+    source = json.loads((tmp_path / "run" / "bitmask" / "gblm_manifest.json").read_text())["source_sha256"]
+    assert source == ModelSource("recovered", tmp_path / "run" / "recovered").fingerprint
+    again = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
+    assert all(stage["reused"] for stage in again.as_dict()["stages"]), again.as_dict()["stages"]
+    assert result.as_dict()["rows"] == again.as_dict()["rows"]
