@@ -244,9 +244,10 @@ def _benchmark_lane(
     """Time the models of one lane, the first of which is the baseline."""
     runtime = lane.runtime
     with ExitStack() as stack:
-        workers = []
-        for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings)))
+        workers = [
+            stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings))
+            for source in progress.track(contenders, f"loading ({runtime})", unit="models")
+        ]
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -256,8 +257,8 @@ def _benchmark_lane(
                 for number in range(rounds):
                     order = list(enumerate(workers))
                     for index, worker in order if number % 2 == 0 else reversed(order):
-                        request = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
-                        run = worker.ask({**request, "seed": number})
+                        what = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
+                        run = worker.ask(what | {"seed": number})
                         if number >= settings.warmup:
                             runs[batch, index].append(run)
                         advance()
