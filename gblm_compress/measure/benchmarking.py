@@ -160,7 +160,10 @@ def check(
     and origin.
     """
     absent = faults.collect([partial(loading.choose_device, device)])
-    found = absent + faults.collect(partial(check_length, model, settings) for model in (*models, *baselines))
+    found = absent + faults.collect(
+        partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
+        for model in (*models, *baselines)
+    )
     lanes = _lanes(models, settings, dtype, "cpu" if absent else loading.choose_device(device))
     if not lanes:
         found.append(
@@ -174,13 +177,6 @@ def check(
     return found + faults.collect(
         partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
-
-
-def check_length(model: ModelSource, settings: BenchmarkSettings, key: str = "") -> None:
-    """Raises:
-    UsageError: the model has fewer positions than it is timed on.
-    """
-    loading.check_length(model, settings.prompt + settings.generate, f"{key}prompt plus generate")
 
 
 @dataclass(frozen=True)
