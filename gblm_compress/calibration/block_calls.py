@@ -79,14 +79,7 @@ class BlockCalls:
         """
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
-            prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
-            if prediction.shape[:-1] != hidden.shape[:-1]:
-                raise ModelError(
-                    f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
-                    f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
-                    "choose a method without gradients, such as --method wanda"
-                )
-            return prediction
+            return getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
 
         return self.task.loss_gradient(predict, self.samples[sample], hidden)
 

@@ -77,7 +77,7 @@ def distil_(
     Returns:
         The mean divergence on held-out samples, before and after; and the grids, with their scales fitted.
     """
-    head, _ = head_and_embedding(model)
+    head = head_and_embedding(model)[0]
     grids = grids or {}
     masters = Masters(
         {f"{name}.weight": layer for name, layer in layers.items()},

@@ -13,7 +13,7 @@ from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
-from gblm_compress.pruning.distillation import distil_, predictions
+from gblm_compress.pruning.distillation import distil_, head_of, predictions
 from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.masters import write_
@@ -322,7 +322,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
 
 def test_a_model_without_a_head_is_refused(progress) -> None:
     with pytest.raises(ModelError, match="has no output head"):
-        predictions(tiny_model("llama").model.layers[0], CAUSAL_LM, samples(1), progress)
+        head_of(tiny_model("llama").model.layers[0])
 
 
 def _quiet():
