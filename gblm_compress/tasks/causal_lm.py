@@ -86,8 +86,8 @@ class CausalLM(Task):
                 logits = predict({"input_ids": ids[:, start:end]}, leaf)
             if logits.shape[:-1] != leaf.shape[:-1]:
                 raise ModelError(
-                    f"the model gives {list(logits.shape)} for hidden states {list(leaf.shape)}, not a prediction for each "
-                    "token, so that there is no gradient to measure; choose a method without gradients, such as "
+                    f"the model gives {list(logits.shape)} for hidden states {list(leaf.shape)}, not a prediction for "
+                    "each token, so that there is no gradient to measure; choose a method without gradients, such as "
                     "--method wanda"
                 )
             # The gradient to the logits: probabilities, less one for the token that follows.

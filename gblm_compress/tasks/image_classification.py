@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.errors import DataError, ModelError, first_line
+from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory
 from gblm_compress.tasks import images
 from gblm_compress.tasks.classes import Classes
 from gblm_compress.tasks.images import Label, Picture, Pictures
@@ -33,12 +33,8 @@ class ImageClassification(Classes):
     sample = "image"
 
     def check_processor(self, processor: Any) -> None:
-        try:
-            found = processor(_made(64, "RGB"), return_tensors="pt", **_as_given(processor, 3))
-        except Exception as error:  # a config can hold anything, and what reads it raises what it likes
-            raise ModelError(f"its image processor does not process an image ({first_line(error)})") from error
-        if "pixel_values" not in found:
-            raise ModelError(f"its image processor makes {', '.join(found)}, and no pixel_values")
+        if "pixel_values" not in processor.model_input_names:
+            raise ModelError(f"its image processor makes {', '.join(processor.model_input_names)}, and no pixel_values")
 
     def data_files(self, dataset: str) -> list[Path]:
         return images.data_files(dataset)
@@ -54,7 +50,7 @@ class ImageClassification(Classes):
         return with_draws(list(Preprocessed(processor, config, pictures)), seed)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
-        """All images in the dataset's order; where there is a limit, drawn at random: a folder is in order of classes."""
+        """All images in the dataset's order; where there is a limit, drawn at random, for folders go class by class."""
         return Preprocessed(processor, config, images.read(dataset, "evaluation", limit, seed=0))
 
     def probe(self, processor: Any, config: Any) -> Sample:
@@ -127,10 +123,9 @@ def labels_of(pictures: Pictures, config: Any) -> list[int]:
     if all(picture.label is None for picture in pictures.found):
         return []
     known = {str(name).lower(): int(number) for number, name in config.id2label.items()}
-    if not any(_number(name, known, config.num_labels) is not None for name in pictures.classes):
-        known |= {name.lower(): number for number, name in enumerate(pictures.classes)} if (
-            len(pictures.classes) == config.num_labels
-        ) else {}
+    unknown = all(_number(name, known, config.num_labels) is None for name in pictures.classes)
+    if unknown and len(pictures.classes) == config.num_labels:
+        known = {name.lower(): number for number, name in enumerate(pictures.classes)}
     return [_class_of(picture, known, config) for picture in pictures.found]
 
 
@@ -141,8 +136,8 @@ def _class_of(picture: Picture, known: dict[str, int], config: Any) -> int:
     if number is None:
         names = ", ".join(str(config.id2label[number]) for number in sorted(config.id2label)[:8])
         raise DataError(
-            f"{picture.where}: the label {picture.label!r} is none of the model's {config.num_labels}; give a number from "
-            f"0 to {config.num_labels - 1}, or a name: {names}"
+            f"{picture.where}: the label {picture.label!r} is none of the model's {config.num_labels}; give a number "
+            f"from 0 to {config.num_labels - 1}, or a name: {names}"
         )
     return number
 
@@ -160,18 +155,20 @@ def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
     """What the processor makes of an image, [1, channels, height, width].
 
     Raises:
-        DataError: the processor does not take it.
-        ModelError: it is of another size than the model takes.
+        ModelError: the processor does not take it, or makes it another size than the model takes.
     """
     try:
-        found: Tensor = processor(image, return_tensors="pt", **_as_given(processor, config.num_channels))["pixel_values"]
-    except Exception as error:  # as in `check_processor`
-        raise DataError(f"{where}: the image processor does not take it ({first_line(error)})") from error
+        options = _as_given(processor, config.num_channels)
+        found: Tensor = processor(image, return_tensors="pt", **options)["pixel_values"]
+    except Exception as error:  # its config can hold anything, and what reads it raises what it likes
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"the image processor does not take {where} ({first_line(error)})") from error
     wanted = (1, config.num_channels, *_size(config))
     if found.shape != wanted and (found.shape[:2] != wanted[:2] or _takes_one_size(config)):
         raise ModelError(
-            f"the image processor makes {' × '.join(map(str, found.shape[1:]))} numbers of an image, and the model takes "
-            f"{' × '.join(map(str, wanted[1:]))}; set size, do_resize and crop_size in preprocessor_config.json"
+            f"the image processor makes {' × '.join(map(str, found.shape[1:]))} numbers of {where}, and the model "
+            f"takes {' × '.join(map(str, wanted[1:]))}; set size, do_resize and crop_size in preprocessor_config.json"
         )
     return found
 
@@ -199,7 +196,7 @@ def _size(config: Any) -> tuple[int, int]:
 
 def _mode(config: Any) -> str:
     if config.num_channels not in MODES:
-        raise ModelError(f"the model takes images of {config.num_channels} channels; 1 (grey) and 3 (colours) are known")
+        raise ModelError(f"the model takes images of {config.num_channels} channels; 1 (grey) and 3 (colours) work")
     return MODES[config.num_channels]
 
 

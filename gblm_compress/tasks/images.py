@@ -236,7 +236,7 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
     if beside is not None:
         (labelled,), values = _idx(beside, source, dimensions=1)
         if labelled != count:
-            raise DataError(f"dataset {source!r}: {count} images in {path.name}, and {labelled} labels in {beside.name}")
+            raise DataError(f"dataset {source!r}: {count} images in {path.name}, {labelled} labels in {beside.name}")
         labels = list(values)
     size = height * width
 
