@@ -225,6 +225,8 @@ def _record_calls(
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
                 output, call.beside = _hidden_output(returned), returned[1:] if isinstance(returned, tuple) else None
+                if output.shape != hidden.shape:
+                    raise _changing_size(model, hidden, output)
             latest[:] = [output]
             calls.append(call)
             if block is blocks[-1]:
@@ -237,6 +239,14 @@ def _record_calls(
     if len(calls) != len(blocks):
         raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
+
+
+def _changing_size(model: nn.Module, hidden: Tensor, output: Tensor) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of {list(hidden.shape)}; "
+        "architectures whose blocks change their size, such as Swin, are pruned without data alone: give --method "
+        "magnitude --fit none"
+    )
 
 
 def _check_same_arguments(first: list[Call], second: list[Call]) -> None:

@@ -184,7 +184,8 @@ def _takes_one_size(config: Any) -> bool:
 
     from transformers import AutoModelForImageClassification
 
-    model_class = AutoModelForImageClassification._model_mapping[type(config)]
+    found = AutoModelForImageClassification._model_mapping[type(config)]
+    model_class = found[0] if isinstance(found, tuple) else found
     return "interpolate_pos_encoding" in inspect.signature(model_class.forward).parameters
 
 

@@ -160,7 +160,7 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
 def _of_file(path: Path, label: Label) -> Picture:
     from PIL import Image
 
-    return Picture(f"image {str(path)!r}", label, lambda: Image.open(path))
+    return Picture(f"image {str(path)!r}", label, lambda: Image.open(io.BytesIO(path.read_bytes())))
 
 
 def _of_parquet(path: Path, source: str, count: int | None, seed: int) -> list[Picture]:
