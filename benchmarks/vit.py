@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--images", required=True, help="The dataset to calibrate and to evaluate on.")
     parser.add_argument("--samples", type=int, default=128, help="Images to calibrate on.")
-    parser.add_argument(
-        "--drawn-labels", action="store_true", help="Calibrate as if the data had no labels."
-    )
+    parser.add_argument("--drawn-labels", action="store_true", help="Calibrate as if the data had no labels.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="As in `compare --methods`.")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="As in `compare --patterns`.")
     parser.add_argument("--sparsity", type=float, help="Of unstructured patterns; 0.5 unless given.")
