@@ -71,7 +71,7 @@ class ImageClassification(Classes):
         """Logits [1, classes]."""
         return prediction
 
-    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, float, float] | None:
+    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, ...] | None:
         """Whether the label is the likeliest class, whether it is among the five likeliest, and the cross-entropy."""
         if "labels" not in sample:
             return None
