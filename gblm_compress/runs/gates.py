@@ -8,6 +8,9 @@ from gblm_compress.errors import UsageError
 from gblm_compress.measure.benchmarking import NO_SPEED_UP
 from gblm_compress.settings import GateSettings
 
+MORE_IS_BETTER = ("spearman", "accuracy", "top1_accuracy")
+"""Metrics of tasks of which a share is kept."""
+
 
 @dataclass(frozen=True)
 class GateOutcome:
@@ -52,8 +55,11 @@ def check_gates(
     if evaluation is not None:
         # what a task does not measure passes no gate
         increase = evaluation.get("perplexity", math.nan) / evaluation.get("baseline_perplexity", math.nan) - 1
+        metric = next((name for name in evaluation.get("metrics", ()) if name in MORE_IS_BETTER), "")
+        retained = evaluation.get(metric, math.nan) / evaluation.get(f"baseline_{metric}", math.nan)
         fidelity = evaluation["fidelity"]
         at_most("max_perplexity_increase", "pruned", gates.max_perplexity_increase, increase)
+        at_least("min_retained", "pruned", gates.min_retained, retained)
         at_most("max_mean_kl", "pruned", gates.max_mean_kl, fidelity.get("mean_kl", math.nan))
         at_least("min_top1_agreement", "pruned", gates.min_top1_agreement, fidelity.get("top1_agreement", math.nan))
     for gate, limit, speedup in (

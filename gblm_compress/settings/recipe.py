@@ -89,6 +89,12 @@ class GateSettings(Settings):
     max_perplexity_increase: float | None = Field(
         None, ge=0, description="Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %."
     )
+    min_retained: float | None = Field(
+        None,
+        ge=0,
+        description="Share of the dense model's metric that is kept, of those of which more is better: Spearman's "
+        "correlation of embeddings, accuracy.",
+    )
     min_decode_speedup: float | None = Field(
         None,
         gt=0,
@@ -137,9 +143,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Self:
         gates = self.gates
-        of_evaluation = (gates.max_perplexity_increase, gates.max_mean_kl, gates.min_top1_agreement)
+        of_evaluation = (
+            gates.max_perplexity_increase, gates.min_retained, gates.max_mean_kl, gates.min_top1_agreement
+        )  # fmt: skip
         if self.evaluate is None and any(gate is not None for gate in of_evaluation):
-            raise ValueError("a gate on perplexity, KL or agreement needs an 'evaluate' section")
+            raise ValueError("a gate on perplexity, another metric, KL or agreement needs an 'evaluate' section")
         if self.evaluate is None and self.compare is not None:
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
