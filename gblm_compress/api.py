@@ -33,8 +33,8 @@ from gblm_compress.pruning.in_memory import prune_in_place
 from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.runs import comparison, pipeline
 from gblm_compress.runs.comparison import CompareResult
-from gblm_compress.runs.pipeline import RunReport
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
+from gblm_compress.runs.run_report import RunReport
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,

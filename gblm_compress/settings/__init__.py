@@ -5,6 +5,7 @@ package loads no torch.
 """
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
+from gblm_compress.settings.gates import GATES, Gate, GateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -12,7 +13,7 @@ from gblm_compress.settings.prune import (
     OverrideSettings,
     PruneSettings,
 )
-from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.recipe import CompareSettings, Recipe
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -24,6 +25,7 @@ from gblm_compress.settings.stages import (
 )
 
 __all__ = [
+    "GATES",
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
@@ -33,6 +35,7 @@ __all__ = [
     "ComputeSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "Gate",
     "GateSettings",
     "GradientNorm",
     "ModelSettings",

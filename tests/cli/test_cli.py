@@ -164,15 +164,16 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
     from gblm_compress.cli.app import _run
     from gblm_compress.runs import pipeline
     from gblm_compress.runs.gates import GateOutcome
+    from gblm_compress.runs.run_report import RunReport
 
     gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
     stage = pipeline.Outcome("prune", True, 0.0, {})
-    failed = pipeline.RunReport({}, str(tmp_path), {}, [stage], [], [gate])
+    failed = RunReport({}, str(tmp_path), {}, [stage], [], [gate])
     monkeypatch.setattr(pipeline, "run", lambda *args: failed)
     assert _run(["run", "ci-smoke", "-o", str(tmp_path)]) == 6
     captured = capsys.readouterr()
     assert "min_decode_speedup" in captured.out and "reused: prune" in captured.out
-    assert "1 of 1 gates failed" in captured.err
+    assert "1 of 1 gates failed\nmin_decode_speedup on pruned in torch, batch 1: 1.00×; at least 1.30×" in captured.err
 
 
 def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
