@@ -30,7 +30,9 @@ def bpe_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
 def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> list[dict[str, torch.Tensor]]:
     """Windows [length] of all texts, one after the other without overlap."""
     ids = torch.cat([torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in texts])
-    return [{"input_ids": window, "labels": window} for window in ids[: len(ids) // length * length].reshape(-1, length)]
+    return [
+        {"input_ids": window, "labels": window} for window in ids[: len(ids) // length * length].reshape(-1, length)
+    ]
 
 
 def train(folder: Path, texts: list[str], length: int, epochs: float, batch: int, rate: float) -> dict[str, float]:

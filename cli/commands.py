@@ -187,10 +187,7 @@ def inspect(
 
 def run(
     recipe: o.RecipeFile,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50."),
-    ] = None,
+    set_: o.Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the artefacts; runs/RECIPE if unset.")
@@ -256,14 +253,14 @@ def report(
         raise faults.together(GateError, f"{len(worse)} figures got worse", worse)
 
 
-def validate(recipe: o.RecipeFile, json_: o.Json = False) -> None:
+def validate(recipe: o.RecipeFile, set_: o.Set = None, json_: o.Json = False) -> None:
     """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
     from gblm_compress import faults
     from gblm_compress.runs.recipe import find_recipe, load_recipe
 
     def look() -> Any:
         path = find_recipe(recipe)
-        loaded = load_recipe(path)
+        loaded = load_recipe(path, tuple(set_ or ()))
 
         from gblm_compress.runs import checks
 

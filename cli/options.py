@@ -233,6 +233,9 @@ SYNTAXES: dict[type, Syntax] = {
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50.")
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]

@@ -6,7 +6,7 @@ from pathlib import Path
 from gblm_compress.runs import page, tables
 from gblm_compress.runs.charts import Chart, trend
 from gblm_compress.runs.figures import Figure
-from gblm_compress.runs.run_report import RunReport, headline
+from gblm_compress.runs.run_report import RunReport, headline, when
 from gblm_compress.runs.tables import Cell, Table
 
 LOWER_IS_BETTER = {"perplexity": "perplexity", "loss": "loss", "mean_kl": "KL divergence", "bytes": "bytes on disk",
@@ -14,6 +14,7 @@ LOWER_IS_BETTER = {"perplexity": "perplexity", "loss": "loss", "mean_kl": "KL di
 HIGHER_IS_BETTER = {"top1_agreement": "same token as dense", "task_accuracy": "task accuracy",
                     "task_recovery": "task recovery", "tokens_per_second": "tokens/s", "decode_speedup": "decode ×",
                     "prefill_speedup": "prefill ×"}  # fmt: skip
+MOST = 4  # of what got worse, that the page says at its head
 SMALL = 0.01
 """By how much a figure without an interval may change, as a fraction, and count as the same."""
 
@@ -78,7 +79,7 @@ def runs(reports: Sequence[RunReport]) -> Table:
         state = (
             Cell("no gates") if not report.gates else Cell("PASS", 1, "good") if not failed else Cell("FAIL", 0, "bad")
         )
-        rows.append([Cell(_name(report)), Cell(report.finished), state, Cell(headline(report))])
+        rows.append([Cell(_name(report)), Cell(when(report)), state, Cell(headline(report))])
     return Table("Runs", {"run": False, "finished": False, "gates": False, "in short": False}, rows)
 
 
@@ -95,7 +96,7 @@ def html(reports: Sequence[RunReport]) -> str:
     return page.render(
         title=f"{len(reports)} runs of {now.model}",
         verdict=None,
-        headline=[headline(now), *([f"Worse than before: {'; '.join(worse)}."] if worse else ["Nothing got worse."])],
+        headline=[headline(now), _in_words(worse)],
         subtitle=f"the last run, {_name(now)}, against {_name(before)}",
         charts=charts,
         tables=[table, runs(reports), *tables.of(now)],
@@ -103,6 +104,13 @@ def html(reports: Sequence[RunReport]) -> str:
         commands=now.commands,
         recipe=now.recipe,
     )
+
+
+def _in_words(worse: list[str]) -> str:
+    if not worse:
+        return "Nothing got worse."
+    more = f"; and {len(worse) - MOST} more" if len(worse) > MOST else ""
+    return f"Worse than before: {'; '.join(worse[:MOST])}{more}."
 
 
 def _name(report: RunReport) -> str:

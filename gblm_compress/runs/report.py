@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 from gblm_compress.printing import printable
 from gblm_compress.runs import charts, images, page, tables
-from gblm_compress.runs.run_report import REPORT, RunReport, headline
+from gblm_compress.runs.run_report import REPORT, RunReport, headline, when
 from gblm_compress.runs.tables import Table
 from gblm_compress.storage import records
 
@@ -34,7 +34,7 @@ def html(report: RunReport) -> str:
         title=f"{report.model}: {report.method}",
         verdict=verdict(report),
         headline=[headline(report)],
-        subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {report.finished}",
+        subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {when(report)}",
         charts=charts.of(report),
         tables=tables.of(report),
         conditions=report.conditions,

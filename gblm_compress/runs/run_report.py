@@ -116,6 +116,11 @@ def read(folder: Path) -> RunReport:
         ) from error
 
 
+def when(report: RunReport) -> str:
+    """The end of a run, to the minute."""
+    return f"{report.finished[:16].replace('T', ' ')} UTC"
+
+
 def headline(report: RunReport) -> str:
     """Size, speed and quality of the best artefact beside the dense model, in one sentence."""
     row = report.best
