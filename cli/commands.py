@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gblm_compress import __version__
 from gblm_compress.cli import layout, summaries
 from gblm_compress.cli import options as o
 from gblm_compress.cli.options import Spelt, from_settings
@@ -253,6 +254,25 @@ def report(
         raise faults.together(GateError, f"{len(worse)} figures got worse", worse)
 
 
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `run` wrote.")],
+    artefact: Annotated[str, typer.Argument(metavar="ARTEFACT", help="The name of a folder in it: pruned, bitmask, …")],
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Repository to push to. If unset, nothing leaves the machine."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    json_: o.Json = False,
+) -> None:
+    """Show the complete model card and the files of an artefact; with --push-to-hub, push them to the hub."""
+    from gblm_compress.runs import pushing, run_report
+
+    prepared = pushing.prepare(run_report.read(run), run, artefact)
+    address = pushing.push(prepared, push_to_hub, private=private) if push_to_hub else None
+    content = {"card": prepared.card, "files": [*prepared.files, pushing.CARD], "pushed_to": address}
+    _show(content, summaries.push, json_)
+
+
 def validate(recipe: o.RecipeFile, set_: o.Set = None, json_: o.Json = False) -> None:
     """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
     from gblm_compress import faults
@@ -294,15 +314,24 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, report, validate, schema, doctor)
+COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, report, push, validate, schema, doctor)
 
 
 def _progress(quiet: bool) -> Progress:
+    progress = _started(quiet)
+
     from gblm_compress.models.finding import silence_libraries
 
     share_cores()
     silence_libraries()
-    return Progress(quiet)
+    return progress
+
+
+def _started(quiet: bool) -> Progress:
+    """A sign of life before the seconds that torch and transformers take to load."""
+    progress = Progress(quiet)
+    progress.say(f"gblm-compress {__version__} starts …")
+    return progress
 
 
 def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | None = None) -> tuple[Any, ...]:
@@ -316,7 +345,7 @@ def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | No
     for text in texts:
         check_source(text)
     check_folder(tasks)
-    progress = Progress(quiet)
+    progress = _started(quiet)
     paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
     sources = {name: resolve_model(name, progress) for name in paths_first}
     share_cores()

@@ -3,11 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.printing import printable
+from gblm_compress.printing import PlainConsole, printable
 
 if TYPE_CHECKING:
     from gblm_compress.runs.tables import Table as Content
@@ -27,19 +26,17 @@ def titled(content: "Content") -> list[Any]:
     return [table, *content.all_notes]
 
 
-def show(part: Any, console: Console) -> None:
+def show(part: Any, console: PlainConsole) -> None:
     """Print a table or a sentence. A table that is wider than the console is stacked: a line for each row, and below
     it every other cell with its heading."""
-    if isinstance(part, Table) and _width(part, console) > console.width:
-        for line in _stacked(part):
-            console.print(line, overflow="ignore")
-    elif isinstance(part, Table):
+    if isinstance(part, Table) and _width(part, console) <= console.width:
         console.print(part)
     else:
-        console.print(part, overflow="ignore", no_wrap=not console.is_terminal, crop=False)
+        for sentence in _stacked(part) if isinstance(part, Table) else [part]:
+            console.say(sentence)
 
 
-def _width(table: Table, console: Console) -> int:
+def _width(table: Table, console: PlainConsole) -> int:
     return console.measure(table, options=console.options.update(width=1000)).maximum
 
 

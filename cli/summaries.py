@@ -260,6 +260,11 @@ def report(reports: list[Any], changes: Any, content: dict[str, Any]) -> list[An
     return [*parts, f"page: {content['page']}"]
 
 
+def push(content: dict[str, Any]) -> list[Any]:
+    said = f"pushed to {content['pushed_to']}" if content["pushed_to"] else "not pushed; give --push-to-hub OWNER/NAME"
+    return [*content["card"].splitlines(), f"files: {', '.join(content['files'])}", said]
+
+
 def doctor(content: dict[str, Any]) -> Table:
     table = Table("", "found", "enables")
     for finding in content["findings"]:

@@ -45,11 +45,8 @@ def run(folder: Path, **given: str) -> Job:
     files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     for path in files.values():
         path.touch()
-    fixed = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "RUNNER_TEMP": str(folder),
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "PYTHONPATH": search}
     job = Job({}, "", "", "")
     for step in (step for step in ACTION["runs"]["steps"] if "run" in step):
         assert step["shell"] == "bash" and "${{" not in step["run"]  # values are never part of a script
@@ -69,7 +66,8 @@ INSTALL = f"--dry-run --no-deps --no-build-isolation {ROOT}"  # pip reads the pa
 
 
 def test_a_run_whose_gate_fails_is_annotated_and_summarised(tmp_path) -> None:
-    asked = "gates.artefact=pruned\ngates.max_bytes_ratio=0.9\nbenchmark=null\nexport=[]\nprune.fit=none\ngates.min_decode_speedup=null"
+    gates = "gates={artefact: pruned, max_bytes_ratio: 0.9}"
+    asked = "\n".join((gates, "benchmark=null", "export=[]", "prune.fit=none"))
     job = run(tmp_path, recipe="ci-smoke", set=asked, install=INSTALL)
     assert job.codes == {"Install": 0, "Check the recipe": 0, "Run": 6}, job.log
     (annotation,) = [line for line in job.log.splitlines() if line.startswith("::error")]

@@ -51,14 +51,14 @@ def verdict(report: RunReport) -> str | None:
 def markdown(report: RunReport) -> str:
     """A summary for a job's page: the verdict, the headline, the tables, and the names of the gates that failed."""
     word = verdict(report)
-    lines = [f"<!-- {MARK} -->", f"## {f'{word}: ' if word else ''}{_plain(report.model)}: {_plain(report.method)}", ""]
-    lines += [_plain(headline(report)), ""]
+    lines = [f"<!-- {MARK} -->", f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
+    lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:
-        lines += ["Failed gates:", "", *(f"- {_plain(sentence(gate))}" for gate in failed), ""]
+        lines += ["Failed gates:", "", *(f"- {plain(sentence(gate))}" for gate in failed), ""]
     for table in tables.of(report):
         if table.title in SHORT:
-            lines += _markdown_table(table)
-    lines += [*(f"- {_plain(name)}: {_plain(value)}" for name, value in report.conditions.items()), ""]
+            lines += markdown_table(table)
+    lines += [*(f"- {plain(name)}: {plain(value)}" for name, value in report.conditions.items()), ""]
     return "\n".join(lines)
 
 
@@ -90,14 +90,15 @@ def sentence(gate: Any) -> str:
     return f"{gate.gate} on {gate.subject}: {tables.with_unit(gate.measured, unit)}{end}; {limit} is needed"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """A table under its title, as lines."""
     lines = [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |"]
     lines.append("| " + " | ".join("---:" if number else "---" for number in table.columns.values()) + " |")
-    lines += ["| " + " | ".join(_plain(cell.text) for cell in row) + " |" for row in table.rows]
+    lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in table.rows]
     return [*lines, "", *(f"{note}\n" for note in table.all_notes)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text from outside as Markdown shows it: one line, neither markup nor HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]|#" else c for c in printable(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")

@@ -123,9 +123,11 @@ def when(report: RunReport) -> str:
 
 def headline(report: RunReport) -> str:
     """Size, speed and quality of the best artefact beside the dense model, in one sentence."""
-    row = report.best
-    if row is None:
-        return "Nothing was measured."
+    return headline_of(report, report.best) if report.best else "Nothing was measured."
+
+
+def headline_of(report: RunReport, row: ModelSummary) -> str:
+    """The same of any artefact."""
     found, parts = report.figures(row), []
     parts.append(f"{found['bytes_ratio'].value:.2f}× the bytes of the dense model")
     if speedup := found.get("decode_speedup"):

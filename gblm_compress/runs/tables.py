@@ -137,7 +137,7 @@ def gates(report: RunReport) -> Table:
         ]
         for gate in report.gates
     ]
-    columns = {"gate": False, "of": False, "limit": True, "measured": True, "worse end": True, "holds": False}
+    columns = {"gate": False, "of": False, "limit": True, "found": True, "worst": True, "holds": False}
     return Table("Gates", columns, rows)
 
 

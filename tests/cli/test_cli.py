@@ -237,7 +237,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run"])
+@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run --quiet"])
 def test_a_reader_that_leaves_ends_the_program_quietly(command: str, server, tmp_path) -> None:
     done = server.run(command.split(), ROOT, tmp_path, code=READER_HAS_GONE)
     assert (done.code, done.stderr) == (1, "")
