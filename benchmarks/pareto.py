@@ -27,7 +27,7 @@ from gblm_compress.exporters.onnx import DATA
 from gblm_compress.machine.environment import environment
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
@@ -67,7 +67,7 @@ def of_llama_cpp(dense: ModelSource, judge: Any) -> list[dict[str, Any]]:
                     "model": "dense, llama.cpp",
                     "weights": format,
                     "MB": size / 1e6,
-                    **judge(model, tokenizer=load_tokenizer(dense)),
+                    **judge(model, processor=load_processor(dense)),
                 }
             )
             if path != plain:

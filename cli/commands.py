@@ -22,6 +22,7 @@ from gblm_compress.machine.environment import share_cores
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
@@ -29,6 +30,7 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
     PruneSettings,
+    RecoverSettings,
     ResourceSettings,
 )
 from gblm_compress.storage import outputs, records
@@ -53,8 +55,8 @@ def prune(
     """Set the least important weights to zero, and fit the others to make up for it."""
     reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
     outputs.check_output(output, force)
-    texts = [text.dataset] if settings.needs_text else []
-    progress, source = _start(model, quiet=quiet or not reports, texts=texts)
+    datasets = [text.dataset] if settings.needs_text else []
+    progress, source = _start(model, quiet=quiet or not reports, datasets=datasets)
 
     from gblm_compress.pruning import stage
 
@@ -72,6 +74,33 @@ def prune(
     )
     if reports:
         _show(result.as_dict(), summaries.prune, json_)
+
+
+@from_settings
+def recover(
+    model: o.Pruned,
+    teacher: o.Teacher,
+    output: o.Output,
+    settings: RecoverSettings,
+    compute: Annotated[ComputeSettings, Spelt(leave_out=("dtype",))],
+    resume: o.Resume = False,
+    force: o.Force = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Train a pruned model to predict what the dense one does; its pattern stays."""
+    reports = os.environ.get("RANK", "0") == "0"
+    outputs.check_output(output, force)
+    datasets = settings.datasets
+    progress, source, dense = _start(model, teacher, quiet=quiet or not reports, datasets=datasets)
+
+    from gblm_compress.recovery import stage
+
+    result = stage.recover(
+        source, dense, output, settings, resume=resume, device=compute.device, force=force, progress=progress
+    )
+    if reports:
+        _show(result.as_dict(), summaries.recover, json_)
 
 
 @from_settings
@@ -102,9 +131,9 @@ def evaluate(
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy."""
+    """Measure perplexity or the metric of another task, fidelity to the dense model, and zero-shot accuracy."""
     models = [model, baseline] if baseline else [model]
-    progress, source, *dense = _start(*models, quiet=quiet, texts=[settings.dataset], tasks=settings.include_path)
+    progress, source, *dense = _start(*models, quiet=quiet, datasets=[settings.dataset], include=settings.include_path)
 
     from gblm_compress.measure import evaluation
 
@@ -117,6 +146,24 @@ def evaluate(
         progress=progress,
     )
     _show(result.as_dict(), summaries.evaluate, json_)
+
+
+@from_settings
+def advise(
+    model: o.Model,
+    settings: AdviseSettings,
+    pruning: Annotated[PruneSettings, Spelt(rename={"overrides": "override"})],
+    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Predict what compressing a model would bring on this machine, before any of it is done."""
+    progress, source = _start(model, quiet=quiet)
+
+    from gblm_compress.runs import advice
+
+    result = advice.advise(source, settings, pruning, text, progress=progress)
+    _show(result.as_dict(), summaries.advise, json_)
 
 
 @from_settings
@@ -134,8 +181,8 @@ def compare(
 ) -> None:
     """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
     outputs.check_workable(output, "comparison")
-    texts = [text.dataset, evaluation.dataset]
-    progress, source = _start(model, quiet=quiet, texts=texts, tasks=evaluation.include_path)
+    datasets = [text.dataset, evaluation.dataset]
+    progress, source = _start(model, quiet=quiet, datasets=datasets, include=evaluation.include_path)
 
     from gblm_compress.runs import comparison
 
@@ -314,7 +361,9 @@ def doctor(json_: o.Json = False) -> None:
     _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (prune, export, evaluate, compare, benchmark, inspect, run, report, push, validate, schema, doctor)
+COMMANDS = (
+    advise, prune, recover, export, evaluate, compare, benchmark, inspect, run, report, push, validate, schema, doctor
+)  # fmt: skip
 
 
 def _progress(quiet: bool) -> Progress:
@@ -334,17 +383,17 @@ def _started(quiet: bool) -> Progress:
     return progress
 
 
-def _start(*models: str, quiet: bool, texts: Sequence[str] = (), tasks: str | None = None) -> tuple[Any, ...]:
+def _start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str | None = None) -> tuple[Any, ...]:
     """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
     before a download, and before the seconds that torch and transformers take to load.
     """
+    from gblm_compress import tasks
     from gblm_compress.measure.zero_shot import check_folder
     from gblm_compress.models.finding import resolve_model, silence_libraries
-    from gblm_compress.tasks.text import check_source
 
-    for text in texts:
-        check_source(text)
-    check_folder(tasks)
+    for name in datasets:
+        tasks.data_files(name)
+    check_folder(include)
     progress = _started(quiet)
     paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
     sources = {name: resolve_model(name, progress) for name in paths_first}

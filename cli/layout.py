@@ -17,7 +17,11 @@ COLOURS = {"good": "green", "bad": "bold red", "": ""}
 def titled(content: "Content") -> list[Any]:
     """A table of a report under its title, with its notes."""
     table = Table(
-        title=Text(content.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title=Text(content.title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for heading, number in content.columns.items():
         table.add_column(heading, justify="right" if number else "left")

@@ -35,13 +35,12 @@ from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
 from gblm_compress.exporters.onnx_nbits import use_nbits_
 from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.exporters.verification import real_sample
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Runtime
+from gblm_compress.measure.runtimes import Generating
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
@@ -50,6 +49,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
+from gblm_compress.tasks.task import Sample
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
@@ -123,7 +123,7 @@ def export(
     model = loading.load_model(source, stored)
     if half:
         model, dtype = model.float(), "float32"
-    tokenizer = loading.load_tokenizer(source)
+    processor = loading.load_processor(source)
     layers = manifest.pruned_layers(source, model)
     is_dense = settings.kernels and not manifest.is_ours(source.folder)
     if is_dense:
@@ -142,7 +142,7 @@ def export(
         with TemporaryDirectory(dir=temporary) as scratch:  # what is built, and its weights until they are saved
             if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
-                program, genai_config = onnx_fused.build(model, tokenizer, source, dtype, Path(scratch))
+                program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
                 program, genai_config = onnx_plain.build(model, source)
@@ -163,15 +163,16 @@ def export(
             elif rounded:
                 use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
-            _save(temporary, program, genai_config, model, tokenizer, stored)
+            _save(temporary, program, genai_config, model, processor, stored)
         progress.say("verifying in ONNX Runtime …")
+        sample = loading.task_of(source).probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, tokenizer, _exactness(settings, dtype), layers, places),
+            **_verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
         }
         manifest.write_export(
             temporary,
@@ -193,14 +194,14 @@ def _exactness(settings: ExportSettings, dtype: str) -> str:
 
 
 def _save(
-    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, tokenizer: Any, dtype: str
+    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, processor: Any, dtype: str
 ) -> None:
     ir.save(program, folder / GRAPH, external_data=DATA)
     model.config.dtype = dtype  # of the weights
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    loading.save_tokenizer(tokenizer, folder)
+    loading.save_processor(processor, folder)
     (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
 
 
@@ -210,11 +211,10 @@ def graph_of(model: nn.Module, settings: ExportSettings) -> str:
 
 
 def _verify(
-    folder: Path, model: Any, tokenizer: Any, dtype: str, layers: list[str], places: dict[str, Place]
+    folder: Path, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
 ) -> dict[str, Any]:
     """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
     zeros = _verify_zeros(folder, model, layers, places)
-    sample = real_sample(model, tokenizer)
     reference = TorchRuntime(model)
     runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
     at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
@@ -240,7 +240,7 @@ def _verify(
     }
 
 
-def _decode_side_by_side(reference: Runtime, runtime: Runtime, prompt: Tensor) -> tuple[Tensor, Tensor]:
+def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
     reference chooses: so that every step can be compared, whatever the other would have chosen before."""
     ids, cache, other_cache = prompt, None, None

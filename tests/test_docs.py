@@ -17,6 +17,7 @@ import typer.main
 import yaml
 from torch.distributed.run import get_args_parser
 
+from gblm_compress import tasks
 from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
@@ -24,7 +25,6 @@ from gblm_compress.models import finding
 from gblm_compress.runs import checks, pipeline, yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED
 from gblm_compress.settings import Recipe
-from gblm_compress.tasks import text
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -73,7 +73,7 @@ def stop_before_work(monkeypatch, tmp_path) -> None:
 
     for module, name in ((finding, "resolve_model"), (checks, "check"), (pipeline, "run")):
         monkeypatch.setattr(module, name, begin)
-    for module, name in ((text, "check_source"), (zero_shot, "check_folder")):
+    for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-recipe.yaml").write_text("model: demo\n")

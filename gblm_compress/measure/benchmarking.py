@@ -69,9 +69,11 @@ class Measurement:
     """One model at one batch size.
 
     Attributes:
-        ttft_ms: time to first token (prefill), milliseconds.
-        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation.
+        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated, milliseconds.
+        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation; None
+            where nothing is generated, as all that is of decode.
         tokens_per_second: generated tokens of all sequences per second of decode, median.
+        samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
         peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
@@ -85,13 +87,14 @@ class Measurement:
     dtype: str
     batch: int
     ttft_ms: Spread
-    tpot_ms: Spread
-    tokens_per_second: float
+    tpot_ms: Spread | None
+    tokens_per_second: float | None
+    samples_per_second: float | None
     peak_memory_bytes: int
     load_seconds: float
     bytes_on_disk: int
     prefill_kernels: dict[str, int]
-    decode_kernels: dict[str, int]
+    decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
@@ -157,10 +160,7 @@ def check(
     and origin.
     """
     absent = faults.collect([partial(loading.choose_device, device)])
-    found = absent + faults.collect(
-        partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
-        for model in (*models, *baselines)
-    )
+    found = absent + faults.collect(partial(check_length, model, settings) for model in (*models, *baselines))
     lanes = _lanes(models, settings, dtype, "cpu" if absent else loading.choose_device(device))
     if not lanes:
         found.append(
@@ -174,6 +174,16 @@ def check(
     return found + faults.collect(
         partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
+
+
+def check_length(model: ModelSource, settings: BenchmarkSettings, key: str = "") -> None:
+    """Raises:
+    UsageError: the model has fewer positions than it is timed on.
+    """
+    if loading.task_of(model).generates:
+        loading.check_length(model, settings.prompt + settings.generate, f"{key}prompt plus generate")
+    else:
+        loading.check_length(model, settings.prompt, f"{key}prompt")
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,7 @@ def _benchmark_lane(
         base = _times(runs[batch, 0], settings)
         for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
-            prefill_kernels, decode_kernels = worker.facts["kernels"][number]
+            prefill_kernels, *decode_kernels = worker.facts["kernels"][number]
             measurements.append(
                 Measurement(
                     model=source.name,
@@ -265,17 +275,18 @@ def _benchmark_lane(
                     batch=batch,
                     ttft_ms=ttft,
                     tpot_ms=tpot,
-                    tokens_per_second=batch * 1000 / tpot.median,
+                    tokens_per_second=batch * 1000 / tpot.median if tpot else None,
+                    samples_per_second=None if tpot else batch * 1000 / ttft.median,
                     peak_memory_bytes=final["peak_memory_bytes"],
                     load_seconds=worker.facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
-                    decode_kernels=decode_kernels,
+                    decode_kernels=decode_kernels[0] if decode_kernels else None,
                     prefill_speedup=Speedup.of(base[0], ttft) if index else None,
-                    decode_speedup=Speedup.of(base[1], tpot) if index else None,
+                    decode_speedup=Speedup.of(base[1], tpot) if index and base[1] and tpot else None,
                     same_tokens_as_baseline=(
                         all(a["tokens"] == b["tokens"] for a, b in zip(runs[batch, 0], runs[batch, index], strict=True))
-                        if index
+                        if index and tpot
                         else None
                     ),
                 )
@@ -283,9 +294,7 @@ def _benchmark_lane(
     return measurements
 
 
-def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread]:
-    """(TTFT, TPOT) in milliseconds."""
-    return (
-        Spread.of([1000 * run["prefill_seconds"] for run in runs]),
-        Spread.of([1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs]),
-    )
+def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread | None]:
+    """(TTFT, TPOT) in milliseconds; no TPOT where nothing was generated."""
+    decoded = [1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs if "decode_seconds" in run]
+    return Spread.of([1000 * run["prefill_seconds"] for run in runs]), Spread.of(decoded) if decoded else None

@@ -14,7 +14,7 @@ from filelock import SoftFileLock
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
 from gblm_compress.models import files, gguf_file
-from gblm_compress.models.loading import save_tokenizer
+from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.storage import folders
@@ -194,4 +194,4 @@ def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     del model.quantization_method
     del model.config.quantization_config
     model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    save_processor(tokenizer, folder)

@@ -124,6 +124,32 @@ def write(
     _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
 
 
+def write_recovered(
+    folder: Path, *, source: ModelSource, recovery: dict[str, Any], nonzeros: dict[str, int], grids_sha256: str | None
+) -> None:
+    """Write the manifest and the model card of a pruned folder whose weights were trained.
+
+    Args:
+        source: the pruned folder; its manifest is carried on.
+        recovery: what was done, and what it brought.
+        nonzeros: {pruned layer: how many it has now}.
+        grids_sha256: as for `write`.
+    """
+    pruned = read(source.folder)
+    layers = {name: {**layer, "nonzeros": nonzeros[name]} for name, layer in pruned["layers"].items()}
+    content = {
+        **{key: value for key, value in pruned.items() if key != "grids_sha256"},
+        "gblm_compress": gblm_compress.__version__,
+        "source_sha256": source.fingerprint,
+        "versions": {package: version(package) for package in PACKAGES},
+        "layers": layers,
+        "recovery": recovery,
+        **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
+    }
+    title = f"{_short(content)}, {pruned['prune']['method']}, {pruned['prune']['pattern']}, recovered"
+    _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
+
+
 def write_export(
     folder: Path,
     *,

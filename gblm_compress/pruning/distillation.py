@@ -38,7 +38,7 @@ def head_inputs(model: nn.Module, task: Task, samples: Sequence[Sample], progres
         found.append(args[0])
         raise _HeadReached
 
-    hook = _head(model).register_forward_pre_hook(stop)
+    hook = head_of(model).register_forward_pre_hook(stop)
     try:
         for sample in progress.track(samples, "dense predictions", unit="samples"):
             try:
@@ -78,7 +78,7 @@ def distil_(
         The mean KL divergence on held-out samples in nats per token, before and after; and the grids, with their scales
         fitted.
     """
-    head = _head(model)
+    head = head_of(model)
     grids = grids or {}
     masters = Masters(
         {f"{name}.weight": layer for name, layer in layers.items()},
@@ -88,7 +88,7 @@ def distil_(
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
         student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
         sample = samples[index]
-        with autocast(teacher[index].device, compute), _beside(head, teacher[index]):
+        with autocast(teacher[index].device, compute), beside(head, teacher[index]):
             output = functional_call(model, student, kwargs=task.arguments(sample))
         counted = task.counted(sample)
         predicted, target = (
@@ -106,7 +106,7 @@ def distil_(
 
 
 @contextmanager
-def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
+def beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
     """Let the head put its output for other inputs beside its own, as a second sample, so that what a model does to
     its logits behind the head (a scale, a cap) is done to both.
     """
@@ -123,7 +123,12 @@ def _beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _head(model: nn.Module) -> nn.Module:
+def head_of(model: nn.Module) -> nn.Module:
+    """The layer that makes the logits.
+
+    Raises:
+        ModelError: the model has none.
+    """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if not isinstance(head, nn.Module):

@@ -19,7 +19,8 @@ def method(recipe: Recipe, pruned: dict[str, Any]) -> str:
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
     fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""
     grid = f", {pruned['grid']}" if pruned["grid"] else ""
-    return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{fit}{grid}"
+    trained = ", recovered" if recipe.recover else ""
+    return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{fit}{grid}{trained}"
 
 
 def of(
@@ -37,7 +38,7 @@ def of(
             f"{text.dataset}: {text.samples} samples of {text.sequence_length} tokens, seed {text.seed}"
         )
     if evaluation:
-        size = f"{evaluation['windows']} samples of at most {evaluation['sequence_length']} tokens"
+        size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
         found["evaluation"] = f"{evaluation['dataset']}: {size}"
     here = environment()
     if timings:

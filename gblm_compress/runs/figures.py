@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from gblm_compress.measure.benchmarking import Spread
 from gblm_compress.measure.zero_shot import TWO_SIDED_95, Ratio, ZeroShot
 from gblm_compress.runs.summary import ModelSummary
 
@@ -38,9 +39,10 @@ def figures(row: ModelSummary, dense_bytes: int) -> dict[str, Figure]:
         for name, spread in (("ttft_ms", timing.ttft_ms), ("tpot_ms", timing.tpot_ms)):
             if spread:
                 found[name] = Figure(spread.median, spread.p10, spread.p90)
-        if spread := timing.tpot_ms:
-            low, high = (timing.batch * 1000 / end for end in (spread.p90, spread.p10))
-            found["tokens_per_second"] = Figure(timing.tokens_per_second, low, high)
+        if timing.tpot_ms:
+            found["tokens_per_second"] = _rate(timing.batch, timing.tpot_ms)
+        else:
+            found["samples_per_second"] = _rate(timing.batch, timing.ttft_ms)
         for name, speedup in (
             ("decode_speedup", timing.decode_speedup),
             ("prefill_speedup", timing.prefill_speedup),
@@ -48,6 +50,11 @@ def figures(row: ModelSummary, dense_bytes: int) -> dict[str, Figure]:
             if speedup:
                 found[name] = Figure(speedup.ratio, speedup.low, speedup.high)
     return found
+
+
+def _rate(batch: int, spread: Spread) -> Figure:
+    """How many there are in a second, where a batch of them takes so many milliseconds."""
+    return Figure(*(1000 * batch / end for end in (spread.median, spread.p90, spread.p10)))
 
 
 def _accuracy(tasks: ZeroShot) -> Figure:

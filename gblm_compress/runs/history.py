@@ -9,11 +9,24 @@ from gblm_compress.runs.figures import Figure
 from gblm_compress.runs.run_report import RunReport, headline, when
 from gblm_compress.runs.tables import Cell, Table
 
-LOWER_IS_BETTER = {"perplexity": "perplexity", "loss": "loss", "mean_kl": "KL divergence", "bytes": "bytes on disk",
-                   "memory": "peak memory", "ttft_ms": "TTFT", "tpot_ms": "TPOT"}  # fmt: skip
-HIGHER_IS_BETTER = {"top1_agreement": "same token as dense", "task_accuracy": "task accuracy",
-                    "task_recovery": "task recovery", "tokens_per_second": "tokens/s", "decode_speedup": "decode ×",
-                    "prefill_speedup": "prefill ×"}  # fmt: skip
+LOWER_IS_BETTER = {
+    "perplexity": "perplexity",
+    "loss": "loss",
+    "mean_kl": "KL divergence",
+    "bytes": "bytes on disk",
+    "memory": "peak memory",
+    "ttft_ms": "TTFT",
+    "tpot_ms": "TPOT",
+}
+HIGHER_IS_BETTER = {
+    "top1_agreement": "same token as dense",
+    "task_accuracy": "task accuracy",
+    "task_recovery": "task recovery",
+    "tokens_per_second": "tokens/s",
+    "samples_per_second": "samples/s",
+    "decode_speedup": "decode ×",
+    "prefill_speedup": "prefill ×",
+}
 MOST = 4  # of what got worse, that the page says at its head
 SMALL = 0.01
 """By how much a figure without an interval may change, as a fraction, and count as the same."""

@@ -138,7 +138,8 @@ def headline_of(report: RunReport, row: ModelSummary) -> str:
         dense = f"{number(metric.dense)} → " if metric.dense is not None else ""
         parts.append(f"{name} {dense}{number(metric.value, metric.error)}")
     if "top1_agreement" in found:
-        parts.append(f"the same answer as dense in {100 * found['top1_agreement'].value:.0f} % of tokens")
+        of = "tokens" if "perplexity" in row.metrics else "predictions"
+        parts.append(f"the same answer as dense in {100 * found['top1_agreement'].value:.0f} % of {of}")
     if "task_recovery" in found:
         kept = found["task_recovery"]
         parts.append(f"{kept.value:.2f}× the accuracy on tasks{interval(kept)}")

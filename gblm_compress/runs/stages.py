@@ -16,17 +16,17 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure import evaluation
+from gblm_compress.measure import benchmarking, evaluation
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.onnx_runtime import check_onnx_provider
+from gblm_compress.measure.onnx_session import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Prune
+from gblm_compress.runs.artefacts import Export, Prune, Recover
 from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
 from gblm_compress.runs.reuse import evaluation_hash
@@ -38,7 +38,6 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
 )
-from gblm_compress.tasks.windows import vocabulary_of
 
 Look = Callable[[], object]
 
@@ -86,8 +85,9 @@ class Evaluate(Recorded):
         room, windows = self.job.reference.room, self.settings.max_windows
         if windows is None:  # as many as the text has
             return Disk(meanwhile=room)
-        logits = windows * (self.settings.sequence_length - 1) * vocabulary_of(loading.config_of(self.job.dense))
-        return Disk(meanwhile=min(room, 4 * logits))
+        config, length = loading.config_of(self.job.dense), self.settings.sequence_length
+        values = windows * loading.task_of(self.job.dense).judged_values(config, length)
+        return Disk(meanwhile=min(room, 4 * values))
 
     def work(self, progress: Progress) -> Any:
         job = self.job
@@ -128,8 +128,7 @@ class Benchmark(Recorded):
     def check(self, progress: Progress) -> list[GblmError]:
         looks: list[Look] = [self._check_runtimes, self._check_gates]
         if self.job.here:
-            length = self.settings.prompt + self.settings.generate
-            looks.append(partial(loading.check_length, self.job.dense, length, "benchmark.prompt plus generate"))
+            looks.append(partial(benchmarking.check_length, self.job.dense, self.settings, "benchmark."))
         return faults.collect(looks)
 
     def work(self, progress: Progress) -> Any:
@@ -169,9 +168,9 @@ class Benchmark(Recorded):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
-            if artefact == "pruned" and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
+            if artefact == self.job.pruned.name and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
                 raise UsageError(
-                    f"gates.artefact 'pruned' runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"
+                    f"gates.artefact {artefact!r} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"
                 )
 
 
@@ -222,7 +221,12 @@ def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
-    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration), *exports, *baselines]
+    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration)]
+    if recipe.recover is not None:
+        evaluated = (*recipe.recover.disjoint_from, *([recipe.evaluate.dataset] if recipe.evaluate else []))
+        disjoint = recipe.recover.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
+        stages.append(Recover(job, disjoint))
+    stages += [*exports, *baselines]
     measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
         without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})

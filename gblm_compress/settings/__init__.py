@@ -14,7 +14,9 @@ from gblm_compress.settings.prune import (
     PruneSettings,
 )
 from gblm_compress.settings.recipe import CompareSettings, Recipe
+from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     ComputeSettings,
@@ -29,6 +31,7 @@ __all__ = [
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
+    "AdviseSettings",
     "BenchmarkSettings",
     "CalibrationSettings",
     "CompareSettings",
@@ -43,6 +46,8 @@ __all__ = [
     "Panel",
     "PruneSettings",
     "Recipe",
+    "RecoverSettings",
     "ResourceSettings",
     "Settings",
+    "Source",
 ]

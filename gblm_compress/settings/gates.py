@@ -58,6 +58,7 @@ GATES: dict[str, Gate] = {
     "max_ttft_ms": Gate(help="Longest time to the first token, in milliseconds.", needs="benchmark", unit="ms"),
     "max_tpot_ms": Gate(help="Longest time per token after it, in milliseconds.", needs="benchmark", unit="ms"),
     "min_tokens_per_second": Gate(help="Fewest generated tokens per second, of all sequences.", needs="benchmark"),
+    "min_samples_per_second": Gate(help="Fewest samples per second of forward pass.", needs="benchmark"),
     "min_decode_speedup": Gate(help="Least TPOT of dense over TPOT.", needs="benchmark", unit="×"),
     "min_prefill_speedup": Gate(help="Least TTFT of dense over TTFT.", needs="benchmark", unit="×"),
 }  # fmt: skip

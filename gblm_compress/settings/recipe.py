@@ -15,6 +15,7 @@ from gblm_compress.methods.updates import UPDATES
 from gblm_compress.settings.fields import MANY, PatternName, Settings
 from gblm_compress.settings.gates import GATES, GateSettings
 from gblm_compress.settings.prune import PruneSettings
+from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -92,6 +93,9 @@ class Recipe(Settings):
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
+    recover: RecoverSettings | None = Field(
+        None, description="Training of the pruned model; the trained one is then exported and measured."
+    )
     resources: ResourceSettings = Field(
         default_factory=ResourceSettings, description="Memory for pruning; does not affect the result."
     )
@@ -143,8 +147,9 @@ class Recipe(Settings):
                 section = "'evaluate' section with tasks" if needed == "tasks" else f"{needed!r} section"
                 raise ValueError(f"gate {name} needs {'an' if section[1] == 'e' else 'a'} {section}")
         formats = {export.folder_name: FORMATS[export.format] for export in self.export}
-        if gates.artefact not in (None, "pruned", *formats):
-            made = ", ".join(("pruned", *formats))
+        made_first = "recovered" if self.recover else "pruned"
+        if gates.artefact not in (None, made_first, *formats):
+            made = ", ".join((made_first, *formats))
             raise ValueError(f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {made}")
         if gates.artefact is None:
             for name, limit in gates.limits.items():

@@ -124,6 +124,16 @@ class ExportSettings(Settings):
         return self
 
 
+class AdviseSettings(Settings):
+    """What advice is asked for."""
+
+    target: Literal["bytes", "latency"] = Field(
+        "latency", description="What is to be small: bytes of the weights, or latency (time for a token)."
+    )
+    blocks: int = Field(5, ge=2, le=MANY, description="Blocks of the larger of the two models that are tried.")
+    threads: int | None = Field(None, ge=1, le=MANY, description="Threads of the CPU; all cores if unset.")
+
+
 class EvaluateSettings(Settings):
     """What to evaluate on."""
 

@@ -30,6 +30,9 @@ _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
 FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+CHARACTERS_OF_A_TOKEN = 6
+"""At most, on average, in prose; vocabularies of today have four to five."""
+
 MAX_LINE = 64 << 20
 """Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
 
@@ -37,25 +40,21 @@ MAX_PARQUET = 2 << 30
 """Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
 
 
-def check_source(source: str) -> None:
-    """Refuse at once what names a local file and is none that can be read; of the hub it asks nothing.
+def data_files(source: str) -> list[Path]:
+    """The local file that a source names, if it does; of the hub it asks nothing.
 
     Raises:
         DataError: there is no such file, or it is of another kind.
     """
     path = local(source)
     if source in ("demo", "wikitext2", "c4"):
-        return
+        return []
     kind = kind_of(path)
     if path.suffix in FILES and kind != "file":
         raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
     if path.suffix not in FILES and (kind is not None or source.startswith((".", "/", "~"))):
         raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
-
-
-def is_here(source: str) -> bool:
-    """Whether a text is read from this machine rather than from the hub."""
-    return source == "demo" or local(source).suffix in FILES
+    return [path] if path.suffix in FILES else []
 
 
 def load_text(source: str, role: Role) -> str:
@@ -66,7 +65,7 @@ def load_text(source: str, role: Role) -> str:
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
     """
-    check_source(source)
+    data_files(source)
     if source == "demo":
         text = "\n\n".join(demo_paragraphs(role))
     elif source == "wikitext2":
@@ -85,15 +84,26 @@ def load_text(source: str, role: Role) -> str:
     return text
 
 
+def training_text(source: str, tokens: int) -> str:
+    """The text of `source` to train on: that for calibration, and of `c4` as many documents as that many tokens take.
+
+    Raises:
+        DataError: as `load_text`.
+    """
+    if source != "c4":
+        return load_text(source, "calibration")
+    documents, characters = [], 0
+    for document in _texts(c4_documents(), source):
+        documents.append(document)
+        characters += len(document)
+        if characters > tokens * CHARACTERS_OF_A_TOKEN:
+            break
+    return "\n\n".join(documents)
+
+
 def c4_documents() -> Any:
     """The documents of one shard of C4, to draw calibration windows from: a sequence, each with a key `text`."""
     return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part")
-
-
-def files(source: str) -> list[Path]:
-    """The local file that `source` names, if it does."""
-    path = local(source)
-    return [path] if kind_of(path) == "file" else []
 
 
 def demo_paragraphs(role: Role) -> list[str]:

@@ -16,7 +16,6 @@ from gblm_compress.exporters import (
     onnx_decoding,
     onnx_kernels,
     onnx_plain,
-    verification,
 )
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
@@ -29,7 +28,7 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import greedy_tokens
+from tests.conftest import CAUSAL_LM, greedy_tokens
 
 
 def _operator_is_compiled() -> bool:
@@ -399,7 +398,7 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
 def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = verification.real_sample(model, tokenizer)["input_ids"]
+    ids = CAUSAL_LM.probe(tokenizer, model.config)["input_ids"]
     chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)

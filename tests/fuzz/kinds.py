@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gblm_compress.exporters import export
 from gblm_compress.models.finding import silence_libraries
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
@@ -162,7 +162,7 @@ def build_store(store: Path, server: Server) -> None:
 
     def shard(folder: Path) -> None:
         load_model(source).save_pretrained(folder, max_shard_size="100KB")
-        load_tokenizer(source).save_pretrained(folder)
+        load_processor(source).save_pretrained(folder)
 
     source = ModelSource("dense", model)
     beside("dense", lambda folder: None)

@@ -21,7 +21,8 @@ def row(model: str, tpot: float | None, bytes_: int, perplexity: float | None, d
     if tpot is not None:
         timing = Measurement(
             model=model, runtime="torch", provider="cpu", dtype="float32", batch=batch, ttft_ms=spread(5 * tpot),
-            tpot_ms=spread(tpot), tokens_per_second=1000 * batch / tpot, peak_memory_bytes=3 * bytes_,
+            tpot_ms=spread(tpot), tokens_per_second=1000 * batch / tpot, samples_per_second=None,
+            peak_memory_bytes=3 * bytes_,
             load_seconds=1.5, bytes_on_disk=bytes_, prefill_kernels={"Linear": 7}, decode_kernels={"Bitmask": 7},
             prefill_speedup=None if dense else Speedup.of(spread(100), spread(5 * tpot)),
             decode_speedup=None if dense else Speedup.of(spread(20), spread(tpot)),

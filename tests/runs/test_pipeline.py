@@ -10,7 +10,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.finding import resolve_model
-from gblm_compress.models.loading import load_model, load_tokenizer, save_tokenizer
+from gblm_compress.models.loading import load_model, load_processor, save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
@@ -258,7 +258,7 @@ def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path,
 def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, module_cache) -> None:
     """Dense is timed in float32 beside what is stored dense, and in bfloat16 beside what is packed in it."""
     load_model(tiny("llama"), "bfloat16").save_pretrained(tmp_path / "model")
-    save_tokenizer(load_tokenizer(tiny("llama")), tmp_path / "model")
+    save_processor(load_processor(tiny("llama")), tmp_path / "model")
     recipe = smoke(f"model={tmp_path / 'model'}", "export=[{format: bitmask}]", "gates.max_perplexity_increase=100")
     result = pipeline.run(recipe, tmp_path / "out", Progress(quiet=True))
     assert [(row.model, row.dtype) for row in result.rows] == [
@@ -342,3 +342,23 @@ def test_a_dry_run_of_a_grid_looks_at_every_cell(tmp_path, module_cache) -> None
     assert [step.does for step in seen.steps[2:]] == [
         f"compare: {method} 2:4 seed {seed}" for method in ("wanda", "paper") for seed in (0, 1)
     ]
+
+
+def test_a_recovered_model_is_what_is_exported_and_measured(tmp_path, module_cache) -> None:
+    recipe = smoke(
+        "recover.data=[demo]", "recover.tokens=1280", "recover.sequence_length=32", "recover.batch=2",
+        "export=[{format: bitmask}]", "benchmark=null", "gates={}",
+    )  # fmt: skip
+    result = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
+    names = [
+        stage.name for stage in stages_of(Job(recipe, resolve_model("tiny", Progress(quiet=True)), True, tmp_path))
+    ]
+    assert names == ["prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
+    for folder in ("recovered", "bitmask"):
+        text = (tmp_path / "run" / folder / "gblm_manifest.json").read_text()
+        assert ('"recovery"' in text) == (folder == "recovered")
+    source = json.loads((tmp_path / "run" / "bitmask" / "gblm_manifest.json").read_text())["source_sha256"]
+    assert source == ModelSource("recovered", tmp_path / "run" / "recovered").fingerprint
+    again = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
+    assert all(stage["reused"] for stage in again.as_dict()["stages"]), again.as_dict()["stages"]
+    assert result.as_dict()["rows"] == again.as_dict()["rows"]

@@ -18,7 +18,7 @@ from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.architecture import prunable_layers
-from gblm_compress.models.loading import config_of, load_model, load_tokenizer
+from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_model
 from gblm_compress.pruning.distillation import distil_, head_inputs
@@ -63,7 +63,7 @@ def encoder(tmp_path, monkeypatch) -> ModelSource:
 
 def drawn(source: ModelSource, prose: Path) -> list[Sample]:
     size = SAMPLES, LENGTH, 0
-    found = TASKS["embedding"].calibration(load_tokenizer(source), config_of(source), str(prose), *size)
+    found = TASKS["embedding"].calibration(load_processor(source), config_of(source), str(prose), *size)
     assert len({int(sample["attention_mask"].sum()) for sample in found}) > 2  # lengths differ
     return found
 
@@ -311,7 +311,7 @@ def test_an_encoder_is_judged_by_the_metrics_of_its_task(encoder, tmp_path, pros
 
 
 def _tokenizer_and_config(source: ModelSource):
-    return load_tokenizer(source), config_of(source)
+    return load_processor(source), config_of(source)
 
 
 def test_a_class_tells_its_task() -> None:
