@@ -195,8 +195,13 @@ def test_options_named_in_the_text_exist() -> None:
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition("\n")[0])
-def test_a_yaml_block_is_part_of_a_recipe_or_a_task_file(block: str) -> None:
+def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_before_work) -> None:
     part = yaml_nodes.read(block.encode(), str).plain()
+    if scripts := [job["script"] for job in part.values() if isinstance(job, dict) and "script" in job]:
+        for words in (command(line) for script in scripts for line in script):
+            assert words
+            READERS[words[0]](*words[1:])
+        return
     if "task" in part:
         tasks = (ROOT / "tests" / "measure" / "zero_shot_tasks").glob("*.yaml")
         assert part.keys() <= {key for task in tasks for key in yaml.safe_load(task.read_text())}
