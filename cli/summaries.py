@@ -269,7 +269,7 @@ def dry_run(content: dict[str, Any]) -> list[Any]:
         stays, seconds = (disk and disk["stays"]), step["seconds"]
         cells = ("" if reused or not stays else decimal(stays), "" if seconds is None else f"{seconds:.0f} s")
         table.add_row(str(i), step["does"], step["fate"], *cells)
-    limits = ", ".join(f"{name} {value}" for name, value in content["gates"].items())
+    limits = ", ".join(f"{name} {value}" for group in content["gates"] for name, value in group.items())
     return [
         table,
         *([f"gates to check: {limits}"] if limits else []),

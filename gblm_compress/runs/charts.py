@@ -14,6 +14,7 @@ COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#5
 """Grey for dense, then colours that people with each kind of colour blindness tell apart (Okabe and Ito), all of them
 readable on white and on near-black."""
 DENSE = "dense"
+PARTS = ("packed products", "dense products", "head", "attention", "rest")
 ROW = 26  # pixels of a row of labels
 
 
@@ -97,6 +98,48 @@ def byte_limit(report: RunReport) -> Chart | None:
     )
 
 
+def step(report: RunReport) -> Chart | None:
+    """Where the time of a decode step goes."""
+    values: list[Spec] = [
+        {"row": printable(f"{row.model} · {row.runtime}"), "part": part, "ms": ms, "place": PARTS.index(part)}
+        for row in report.rows
+        if row.timing and row.batch == report.smallest_batch
+        for part, ms in row.timing.step_ms.items()
+    ]
+    if not values:
+        return None
+    order = list(dict.fromkeys(value["row"] for value in values))
+    colour = {"domain": list(PARTS), "range": [COLOURS[i] for i in (1, 0, 2, 3, 4)]}
+    return Chart(
+        "step",
+        "Where a decode step's time goes",
+        "Milliseconds of each part of a step on one token, profiled apart from the timings and without a prompt: what "
+        "zeros shorten is the products, and attention, norms and the rest stay.",
+        {
+            "data": {"values": values},
+            "height": ROW * len(order),
+            "mark": {"type": "bar"},
+            "encoding": {
+                "x": {"field": "ms", "type": "quantitative", "title": "milliseconds"},
+                "order": {"field": "place"},
+                "color": {
+                    "field": "part",
+                    "type": "nominal",
+                    "title": None,
+                    "scale": colour,
+                    "legend": {"orient": "top"},
+                },
+                "tooltip": [
+                    {"field": "row", "title": "of"},
+                    {"field": "part"},
+                    {"field": "ms", "type": "quantitative", "format": ".2f"},
+                ],
+                **_rows(order),
+            },
+        },
+    )
+
+
 def perplexity_by_method(report: RunReport) -> Chart | None:
     """Perplexity of a grid."""
     return _methods(report, "perplexity", "Perplexity by method")
@@ -154,6 +197,7 @@ CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
     next_token,
     first_token,
     byte_limit,
+    step,
     perplexity_by_method,
     divergence_by_method,
     sparsity,

@@ -25,6 +25,7 @@ def row(model: str, tpot: float | None, bytes_: int, perplexity: float | None, d
             peak_memory_bytes=3 * bytes_,
             load_seconds=1.5, bytes_on_disk=bytes_, prefill_kernels={"Linear": 7}, decode_kernels={"Bitmask": 7},
             prefill_speedup=None if dense else Speedup.of(spread(100), spread(5 * tpot)),
+            step_ms={"packed products": tpot / 2, "rest": tpot / 4},
             decode_speedup=None if dense else Speedup.of(spread(20), spread(tpot)),
         )  # fmt: skip
     metrics = {} if perplexity is None else {"perplexity": Quality(perplexity, None if dense else 0.5, 20.0)}

@@ -21,8 +21,8 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
 def test_the_charts_that_there_is_data_for() -> None:
     everything = [chart.name for chart in charts.of(report())]
     assert everything == [
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "methods-perplexity",
-        "methods-mean-kl", "sparsity",
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
+        "methods-perplexity", "methods-mean-kl", "sparsity",
     ]  # fmt: skip
     assert charts.of(report(rows=[], comparison=None, layers=[])) == []
 
@@ -36,6 +36,8 @@ def test_points_and_byte_limit_are_what_was_measured() -> None:
     assert (points["bitmask"]["y_low"], points["bitmask"]["y_high"]) == (23.5, 24.5)
     (line,) = [layer["data"]["values"] for layer in by_name["quality-bytes"]["layer"] if "data" in layer]
     assert line == [{"x": 0.6, "y": 24.0}, {"x": 1.0, "y": 20.0}]
+    parts = {(value["row"], value["part"]): value["ms"] for value in by_name["step"]["data"]["values"]}
+    assert parts["bitmask · torch", "packed products"] == 5.0 and parts["bitmask · torch", "rest"] == 2.5
     limits = {value["row"]: value["limit"] for value in by_name["byte-limit"]["data"]["values"]}
     assert limits == {"pruned · torch ×1": 1.0, "bitmask · torch ×1": 1_000_000 / 600_000}
 

@@ -63,7 +63,7 @@ def test_artefacts_and_report(finished) -> None:
     assert "dense-onnx" in html and "vegaEmbed" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "sparsity"
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step", "sparsity"
     }  # fmt: skip
 
 
