@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-fast test-vllm lint docs docs-site fuzz sanitize
+.PHONY: install quickstart test test-fast test-arm test-vllm lint docs docs-site fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -80,3 +80,10 @@ sanitize: install
 	CPATH=$(HEADERS)/usr/include $(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
 	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m tests.hostile_graphs build/sanitize-operator.so $(GRAPHS) $(SEED)
+
+# The kernels' harness on an emulated ARM: see docs/contributing.md.
+test-arm:
+	mkdir -p build
+	aarch64-linux-gnu-gcc -O2 tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c $(KERNELS)/quantised.c \
+		-lm -lpthread -o build/kernels-aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels-aarch64 $(CASES) $(SEED)

@@ -17,7 +17,7 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
 from gblm_compress.measure.runtimes import check_installed, runtimes_of
-from gblm_compress.models import loading
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -191,7 +191,11 @@ def check_length(model: ModelSource, settings: BenchmarkSettings, key: str = "")
 
 @dataclass(frozen=True)
 class _Lane:
-    """What dense and pruned must share to be compared."""
+    """What dense and pruned must share to be compared.
+
+    Attributes:
+        dtype: of the weights, see `manifest.weights_of`.
+    """
 
     runtime: str
     dtype: str
@@ -203,7 +207,7 @@ def _lanes(
     """The models that are timed, by what they are timed in; what torch loads dense is given a dtype."""
     lanes: dict[_Lane, list[ModelSource]] = {}
     for model in models:
-        own = loading.stored_dtype(model) if model.is_export else loading.choose_dtype(dtype, model, device)
+        own = manifest.weights_of(model) if model.is_export else loading.choose_dtype(dtype, model, device)
         for runtime in runtimes_of(model):
             if runtime in settings.runtimes:
                 lanes.setdefault(_Lane(runtime, own), []).append(model)
@@ -217,12 +221,13 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
         UsageError: there is none, or it is another model.
     """
     for baseline in baselines:
-        fits = not baseline.is_export or loading.stored_dtype(baseline) == lane.dtype
+        fits = not baseline.is_export or manifest.weights_of(baseline) == lane.dtype
         if lane.runtime in runtimes_of(baseline) and fits:
             check_baseline(model, baseline)
             return baseline
     kernels = " --kernels" if lane.dtype == "float16" and model.is_onnx and model.needs_operator else ""
-    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}{kernels}"
+    stored = f"--quantise {lane.dtype}" if lane.dtype.startswith("int") else f"--dtype {lane.dtype}{kernels}"
+    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx {stored}"
     advice = (
         f"export the dense model with `{export}` and give --baseline DENSE-ONNX"
         if lane.runtime != "torch"

@@ -21,7 +21,7 @@ from gblm_compress.models import card
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import keys, read_tensor
 from gblm_compress.models.files import weight_files
-from gblm_compress.models.loading import task_of
+from gblm_compress.models.loading import stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.storage.folders import MANIFEST
@@ -202,6 +202,12 @@ def _base_model(source: ModelSource) -> dict[str, str]:
 def _short(content: dict[str, Any]) -> str:
     name: str = content["base_model"]["name"]
     return name.rpartition("/")[2]
+
+
+def weights_of(source: ModelSource) -> str:
+    """What weights are stored in: a dtype, or int8 or int4 in an ONNX export with levels of so many bits."""
+    checks = read(source.folder).get("checks", {}) if source.is_onnx and is_ours(source.folder) else {}
+    return str(checks.get("weights", stored_dtype(source)))
 
 
 def is_ours(folder: Path) -> bool:

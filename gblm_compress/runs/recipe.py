@@ -82,9 +82,9 @@ def _all_of(messages: list[str]) -> RecipeError:
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
     result = Recipe.model_json_schema()
-    # A plain string stands for a model section with only a source.
-    reference = result["properties"]["model"].pop("$ref")
-    result["properties"]["model"]["anyOf"] = [{"$ref": reference}, {"type": "string"}]
+    # A plain string stands for a model section with only a source, and for a text with its weight.
+    for section in (result["properties"]["model"], result["$defs"]["RecoverSettings"]["properties"]["data"]["items"]):
+        section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
     # A mapping stands for a sequence of one.
     gates = result["properties"]["gates"]
     gates["anyOf"] = [gates["items"], {"type": gates.pop("type"), "items": gates.pop("items")}]

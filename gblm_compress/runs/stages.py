@@ -246,7 +246,8 @@ def stages_of(job: Job) -> list[Stage]:
 def _timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model that the benchmark needs as baselines: one per format that is timed in a runtime
     of its own, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
-    float16, so does the dense model, once it is here to say that it is of float16."""
+    float16, so does the dense model, once it is here to say so, and where weights are levels of 8 or 4 bits, it is ONNX
+    Runtime's own."""
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
@@ -255,5 +256,6 @@ def _timed_against(job: Job) -> list[ExportSettings]:
             continue
         known = job.here or settings.dtype != "auto"
         half = settings.kernels and known and dtype_of(job.dense, settings) == "float16"
-        found.append(ExportSettings(format=settings.format, dtype=settings.dtype, kernels=half))
+        stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
+        found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))

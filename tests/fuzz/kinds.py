@@ -111,7 +111,7 @@ def _models() -> dict[str, Kind]:
         ),
         "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, dense, "--resume"),), (".out.pruning",)),
     }
-    for name in ("bitmask", "semi-structured", "onnx", "onnx-kernels"):
+    for name in ("bitmask", "semi-structured", "bitmask-int8", "semi-structured-int4", "onnx", "onnx-kernels"):
         kinds[f"{name} folder"] = Kind(name, (f"{name}/*",), (_with(EVALUATE, name),))
     return kinds
 
@@ -175,6 +175,8 @@ def build_store(store: Path, server: Server) -> None:
     exports = {
         "bitmask": ExportSettings(format="bitmask"),
         "semi-structured": ExportSettings(format="semi-structured"),
+        "bitmask-int8": ExportSettings(format="bitmask-int8"),
+        "semi-structured-int4": ExportSettings(format="semi-structured-int4"),
         "onnx": ExportSettings(format="onnx"),
         "onnx-kernels": ExportSettings(format="onnx", kernels=True),
     }
