@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-fast test-families test-vllm lint docs fuzz sanitize
+.PHONY: install quickstart test test-fast test-families test-arm test-vllm lint docs docs-site fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,11 @@ fuzz: install
 docs: install
 	$(BIN)/python -m gblm_compress.documentation
 
+# The site in build/site. Once mkdocs-material is here, nothing is fetched.
+docs-site: docs
+	$(BIN)/python -c 'import material' || $(BIN)/pip install --quiet '.[docs]'
+	$(BIN)/python docs/site.py
+
 # The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
 CASES ?= 100000
 GRAPHS ?= 3000
@@ -78,3 +83,10 @@ sanitize: install
 	CPATH=$(HEADERS)/usr/include $(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
 	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m tests.hostile_graphs build/sanitize-operator.so $(GRAPHS) $(SEED)
+
+# The kernels' harness on an emulated ARM: see docs/contributing.md.
+test-arm:
+	mkdir -p build
+	aarch64-linux-gnu-gcc -O2 tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c $(KERNELS)/quantised.c \
+		-lm -lpthread -o build/kernels-aarch64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels-aarch64 $(CASES) $(SEED)

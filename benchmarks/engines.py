@@ -16,9 +16,6 @@ the same one with half of every row zero, by magnitude.
 
 import argparse
 import json
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -51,14 +48,14 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     "packed float32": ("pruned", {"dtype": "float32", "kernels": True}),
     "dense float16": ("dense", {"dtype": "float16", "kernels": True}),
     "packed float16": ("pruned", {"dtype": "float16", "kernels": True}),
-    "dense int8": ("dense", {"quantise": "int8", "kernels": True}),
+    "dense int8": ("dense", {"quantise": "int8"}),
     "packed int8": ("pruned", {"quantise": "int8", "kernels": True}),
-    "dense int4": ("dense", {}),
+    "dense int4": ("dense", {"quantise": "int4"}),
     "packed int4": ("pruned", {"quantise": "int4", "kernels": True}),
 }
 """Each graph's model and export settings. ONNX Runtime has no fast float16 on x86, so that dense float16 weights run on
-this package's dense operator, as the packed model's head does; so do those of 8 bits. Dense int4 is ONNX Runtime's own
-MatMulNBits, as onnxruntime-genai's builder writes it."""
+this package's dense operator, as the packed model's head does. Dense weights of 8 and 4 bits run on ONNX Runtime's own
+MatMulNBits."""
 DTYPES = tuple(dict.fromkeys(name.split()[1] for name in GRAPHS))
 
 
@@ -79,20 +76,10 @@ def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[s
         if name.split()[1] != dtype:
             continue
         target = folder / name.replace(" ", "-")
-        if not target.exists() and not settings:
-            build_int4(models[model], target)
-        elif not target.exists():
+        if not target.exists():
             export(models[model], target, ExportSettings(format="onnx", **settings), progress=Progress())
         found[name] = ModelSource(name, target)
     return found
-
-
-def build_int4(model: ModelSource, target: Path) -> None:
-    """Weights of 4 bits as onnxruntime-genai makes them by default: groups of 32 columns, the head in 8 bits or 4."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model.folder, "-o", target]
-    with tempfile.TemporaryDirectory() as cache:
-        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", cache], check=True, stdout=sys.stderr)
-    shutil.copy(model.folder / "config.json", target)
 
 
 @contextmanager
@@ -103,8 +90,6 @@ def contenders(
     found: dict[str, Any] = {}
     for runtime in ("onnxruntime", "genai"):
         for name, source in graphs.items():
-            if runtime == "onnxruntime" and not GRAPHS[name][1]:
-                continue  # the builder leaves sizes open that this package's runtime reads from the graph
             found[f"{runtime} {name}"] = load_runtime(source, "auto", "cpu", threads, runtime=runtime)
     with tempfile.TemporaryDirectory() as scratch:
         if not find_spec("llama_cpp"):
@@ -204,7 +189,7 @@ def main() -> None:
         graphs = exported(models, options.folder, dtype)
         for threads in options.threads:
             result["rows"] += compared(graphs, models["dense"], dtype, threads, options)
-            for name, source in ((name, source) for name, source in graphs.items() if GRAPHS[name][1]):
+            for name, source in graphs.items():
                 result["profiles"].append({"weights": name, "threads": threads, "ms": profile(source, threads)})
     show(f"prompt of {options.prompt}, then {options.generate} greedy tokens", result["rows"])
     for entry in result["profiles"]:

@@ -10,6 +10,7 @@ kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B paramet
 one token    the same layers in float16 and in bfloat16, for decoding one sequence: cuBLAS, as a linear layer and as a
              matrix times a vector, beside Triton on half of the weights, unstructured (bitmask) and 2:4 (sparse24); and
              what others have published.
+levels       the same in bfloat16 for weights of 8 bits, a scale for each row, and of 4, a scale for each 64 columns.
 model        prefill and decode of a Llama of 1.1B parameters with random weights, 2:4, dense and in both layouts:
              eager, compiled, and both within CUDA graphs. The dense model has the same zeros.
 pruning      time and device memory to prune a few blocks of a LLaMA of 7B with random weights, streamed: the block at
@@ -124,6 +125,7 @@ TOY = Size(
     sample_length=16,
 )
 
+LEVELS = ("bitmask-int8", "sparse24-int8", "bitmask-int4", "sparse24-int4")
 PUBLISHED = (
     {
         "what": "MACKO, products of a matrix and a vector: float16, half of the weights zero, unstructured",
@@ -294,7 +296,7 @@ def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[s
         cuda_linear.milliseconds = lambda call: bench.wall_milliseconds(call, 1)
     times, excluded = cuda_linear.measure(packed, len(x))
     layout = packed.layout
-    size = packed.values.nbytes + packed.places.nbytes + (packed.starts.nbytes if layout == "bitmask" else 0)
+    size = packed.nbytes
     ways = []
     for kernel in sorted({candidate.kernel for candidate in times}):
         best: Candidate = min((c for c in times if c.kernel == kernel), key=lambda c: times[c])
@@ -353,10 +355,18 @@ def kernels(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     return {"excluded": excluded, "left_out": left_out, "profiler": names, "break_even": break_even(rows)}
 
 
-def one_token(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
-    """cuBLAS and Triton for one token in both dtypes of 16 bits; `rows` is filled as it goes."""
+def one_token(
+    bench: Bench,
+    clock: Clock,
+    rows: Rows,
+    dtypes: tuple[str, ...] = ("float16", "bfloat16"),
+    layouts: tuple[str, ...] = ("bitmask", "sparse24"),
+) -> dict[str, Any]:
+    """cuBLAS and Triton for one token; `rows` is filled as it goes."""
+    from gblm_compress.layouts import LAYOUTS
+
     left_out, names = [], {}
-    for dtype in ("float16", "bfloat16"):
+    for dtype in dtypes:
         here = replace(bench, dtype=getattr(torch, dtype))
         for name, shape in bench.size.layers.items():
             if clock.left < 0:
@@ -368,7 +378,8 @@ def one_token(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
                 dense_way(here, "cuBLAS, linear", weight, x, partial(nn.functional.linear, x)),
                 dense_way(here, "cuBLAS, matrix times vector", weight, x, lambda copy_, x=x: torch.mv(copy_, x[0])),
             ]
-            for layout, group in (("bitmask", shape[1]), ("sparse24", 4)):
+            for layout in layouts:
+                group = 4 if LAYOUTS[layout].pattern else shape[1]
                 found, _ = packed_ways(here, pack(layout, masked(weight, group)), x)
                 ways += [way for way in found if way.title.startswith("Triton")]
             measured = [way.timed(here, x, len(weight)) for way in ways]
@@ -385,8 +396,11 @@ def one_token(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
 def pack(layout: str, weight: Tensor) -> Any:
     """The weight in a layout, as the kernels read it."""
     from gblm_compress.kernels import gpu
-    from gblm_compress.layouts import bitmask, sparse24
+    from gblm_compress.layouts import LAYOUTS, bitmask, sparse24
 
+    if LAYOUTS[layout].width:
+        kind: Any = LAYOUTS[layout].layer
+        return kind.rounded(weight).for_gpu()
     shape = (weight.shape[0], weight.shape[1])
     if layout == "sparse24":
         values, positions = sparse24.pack(weight)
@@ -397,9 +411,8 @@ def pack(layout: str, weight: Tensor) -> Any:
 
 def cloned(packed: Any) -> Any:
     """A copy in memory of its own."""
-    values = packed.values.clone()
-    starts = values if packed.layout == "sparse24" else packed.starts.clone()
-    return packed._replace(values=values, places=packed.places.clone(), starts=starts)
+    tensors = {part.data_ptr(): part.clone() for part in packed if isinstance(part, Tensor)}
+    return type(packed)(*(tensors[part.data_ptr()] if isinstance(part, Tensor) else part for part in packed))
 
 
 def cloned_operands(operands: Any) -> Any:
@@ -800,6 +813,7 @@ def environment(bench: Bench) -> dict[str, Any]:
 SECTIONS: dict[str, tuple[Callable[[Bench, Clock, Rows], dict[str, Any]], float]] = {
     "kernels": (kernels, 0.4),
     "one token": (one_token, 0.2),
+    "levels": (partial(one_token, dtypes=("bfloat16",), layouts=LEVELS), 0.2),
     "model": (model, 0.75),
     "pruning": (pruning, 0.9),
     "onnxruntime": (onnxruntime, 1.0),

@@ -4,8 +4,9 @@ r"""Bytes against quality: a dense model in llama.cpp's formats beside pruned on
         --folder exports --json pareto.json --plot pareto.png
 
 Each pruned model is exported with `--format onnx --kernels` in float16, int8 and int4 (those that are in `--folder`
-already are taken as they are; one that was pruned onto grids of 4 bits in int4 alone) and evaluated in ONNX Runtime, so
-that what the kernels round is counted. The dense model is quantised by llama.cpp (llama-cpp-python), restored, and
+already are taken as they are; one that was pruned onto grids of 4 bits in int4 alone), the dense one without kernels in
+int8 and int4, and evaluated in ONNX Runtime, so that what the operators round is counted. The dense model is also
+quantised by llama.cpp (llama-cpp-python), restored, and
 evaluated in torch: what llama.cpp does to activations is not counted. Bytes are those of all weights, which a decode
 step reads: of the exports the data file, of GGUF files their tensors. Both store a tied head once.
 """
@@ -26,16 +27,18 @@ from gblm_compress.exporters.onnx import DATA
 from gblm_compress.machine.environment import environment
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
 FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K")
-WAYS: dict[str, dict[str, Any]] = {
-    "float16": {"dtype": "float16"},
-    "int8": {"quantise": "int8"},
-    "int4": {"quantise": "int4"},
+PACKED: dict[str, dict[str, Any]] = {
+    "float16": {"dtype": "float16", "kernels": True},
+    "int8": {"quantise": "int8", "kernels": True},
+    "int4": {"quantise": "int4", "kernels": True},
 }
+BLOCKS: dict[str, dict[str, Any]] = {"int8": {"quantise": "int8"}, "int4": {"quantise": "int4"}}
+"""The ways to export a pruned model, and a dense one on ONNX Runtime's own operator."""
 
 
 def quantised(plain: Path, format: str, path: Path) -> Path:
@@ -60,24 +63,31 @@ def of_llama_cpp(dense: ModelSource, judge: Any) -> list[dict[str, Any]]:
             size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
             model = read_gguf(path, load_model(dense, "float32"))
             rows.append(
-                {"model": "dense", "weights": format, "MB": size / 1e6, **judge(model, tokenizer=load_tokenizer(dense))}
+                {
+                    "model": "dense, llama.cpp",
+                    "weights": format,
+                    "MB": size / 1e6,
+                    **judge(model, processor=load_processor(dense)),
+                }
             )
             if path != plain:
                 path.unlink()
     return rows
 
 
-def of_exports(name: str, pruned: ModelSource, folder: Path, judge: Any) -> list[dict[str, Any]]:
-    """A row for each of `WAYS` that keeps what the model was fitted to."""
-    grids = read_grids(pruned)
+def of_exports(
+    name: str, model: ModelSource, ways: dict[str, dict[str, Any]], folder: Path, judge: Any
+) -> list[dict[str, Any]]:
+    """A row for each of the ways to export that keeps what the model was fitted to."""
+    grids = read_grids(model)
     fours = bool(grids) and len(next(iter(grids.values())).levels) == 16
     rows = []
-    for weights, settings in WAYS.items():
+    for weights, settings in ways.items():
         if grids and weights != ("int4" if fours else "int8"):
             continue
-        target = folder / f"{name}-{weights}"
+        target = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{weights}"
         if not target.exists():
-            gblm_compress.export(pruned.folder, target, format="onnx", kernels=True, **settings)
+            gblm_compress.export(model.folder, target, format="onnx", **settings)
         rows.append({"model": name, "weights": weights, "MB": (target / DATA).stat().st_size / 1e6, **judge(target)})
     return rows
 
@@ -128,9 +138,10 @@ def main() -> None:
         return {"perplexity": perplexity.value, "error": perplexity.error, **(found.fidelity or {})}
 
     rows = of_llama_cpp(dense, judge)
+    rows += of_exports("dense, ONNX Runtime", dense, BLOCKS, options.folder, judge)
     for named in options.pruned:
         name, _, folder = named.partition("=")
-        rows += of_exports(name, ModelSource(name, Path(folder)), options.folder, judge)
+        rows += of_exports(name, ModelSource(name, Path(folder)), PACKED, options.folder, judge)
     show(f"{options.windows} windows of {options.length} tokens of {Path(options.dataset).name}", rows)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gblm_compress.models.loading import save_tokenizer
+from gblm_compress.models.loading import save_processor
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
 DEVIATION = 0.02
@@ -110,7 +110,7 @@ def write_random_llama(folder: Path, shape: Shape, dtype: str = "bfloat16", seed
         bos_token_id=VOCABULARY - 1,
         eos_token_id=VOCABULARY - 1,
     ).save_pretrained(folder)
-    save_tokenizer(byte_tokenizer(), folder)
+    save_processor(byte_tokenizer(), folder)
     return total
 
 

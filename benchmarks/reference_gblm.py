@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gblm_compress.models.finding import resolve_model
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.progress import Progress
 from gblm_compress.tasks.windows import calibration_windows
 
@@ -145,7 +145,7 @@ def main() -> None:
     quiet = Progress(quiet=True)
     source = resolve_model(options.model, quiet)
     size = (options.samples, options.sequence_length, options.seed)
-    samples = calibration_windows(load_tokenizer(source), source.config["vocab_size"], options.calibration, *size)
+    samples = calibration_windows(load_processor(source), source.config["vocab_size"], options.calibration, *size)
     model = load_model(source, "float32")
     gradients = gradient_norms(model, samples)
     middle = time.perf_counter()

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from gblm_compress import suggestions
 from gblm_compress.errors import UsageError
 from gblm_compress.runs.recipe import describe_fault, faults_of
-from gblm_compress.settings import OverrideSettings, Panel, Settings
+from gblm_compress.settings import OverrideSettings, Panel, Settings, Source
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
@@ -44,7 +44,7 @@ class Syntax:
 
     metavar: str
     example: str
-    parse: Callable[[str], dict[str, Any]]
+    parse: Callable[[str], Any]
 
 
 def from_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -213,6 +213,11 @@ def _fault(fault: Any, settings: type[BaseModel], rename: Mapping[str, str]) -> 
     return f"{where}: {text.partition(': ')[2]}"
 
 
+def _text(text: str) -> str:
+    """What the settings read themselves."""
+    return text
+
+
 def _override(text: str) -> dict[str, Any]:
     """`LAYERS=PATTERN[@SPARSITY]` as `OverrideSettings` take it."""
     layers, equals, budget = text.partition("=")
@@ -228,11 +233,17 @@ SYNTAXES: dict[type, Syntax] = {
         "For example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'.",
         _override,
     ),
+    Source: Syntax("SRC[=WEIGHT],...", "For example c4, or wiki.txt=0.5,c4=0.5.", _text),
 }
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Pruned = Annotated[str, typer.Argument(metavar="PRUNED", help="A folder that `prune` wrote.")]
+Teacher = Annotated[str, typer.Option(help="The dense model that it was pruned from.")]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50.")
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]

@@ -8,7 +8,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.machine.environment import QUIET
+from gblm_compress.cli import layout
+from gblm_compress.machine.environment import noisy
 from gblm_compress.printing import printable
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
@@ -47,6 +48,59 @@ def prune(result: dict[str, Any]) -> list[Any]:
     ]
 
 
+def advise(result: dict[str, Any]) -> list[Any]:
+    table = Table("way")
+    for name in ("weights", "ms per token", "from–to"):
+        table.add_column(name, justify="right")
+    for p in result["predictions"]:
+        spread = f"{p['low']:.1f}–{p['high']:.1f}"
+        table.add_row(p["name"], decimal(p["bytes"]), f"{p['ms_per_token']:.1f}", spread)
+    pruning = f"about {_duration(result['pruning_seconds'])}, {decimal(result['pruning_memory_bytes'])} of memory, "
+    return [
+        table,
+        *result["sentences"],
+        f"Pruning so would take {pruning}{decimal(result['pruning_disk_bytes'])} of disk.",
+        *(f"note: {way} cannot be had: {reason}" for way, reason in result["left_out"].items()),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def recover(result: dict[str, Any]) -> list[Any]:
+    table = Table("tokens", "training loss", "KL, held out", "mask moved")
+    for column in table.columns:
+        column.justify = "right"
+    for number, look in enumerate(result["curve"]):
+        loss = "" if look["loss"] is None else f"{look['loss']:.4f}"
+        mark = " *" if number == result["best"] else ""
+        table.add_row(f"{look['tokens']:,}", loss, f"{look['held_out']:.4f}{mark}", f"{100 * look['moved']:.1f} %")
+    kept = result["curve"][result["best"]]
+    overlaps = [(f"overlap with {name}", f"{100 * share:.2f} %") for name, share in result["overlap"].items()]
+    return [
+        table,
+        _pairs(
+            [
+                ("KL from dense", f"{result['before']:.4f} before, {result['after']:.4f} after, nats per token"),
+                ("kept", f"the weights after {kept['tokens']:,} tokens (*)"),
+                ("trained", f"{result['trained']:,} weights; the pattern is verified on disk"),
+                ("text", f"each window read {result['passes']:.1f} times on average"),
+                *overlaps,
+                ("time", f"{result['seconds']:.1f} s"),
+                ("peak memory", decimal(result["peak_memory_bytes"])),
+                ("written to", result["folder"]),
+            ]
+        ),
+    ]
+
+
 def export(result: dict[str, Any]) -> Table:
     size = f"{decimal(result['bytes'])} (source {decimal(result['source_bytes'])})"
     checks = [(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
@@ -63,25 +117,26 @@ def export(result: dict[str, Any]) -> Table:
 
 
 def evaluate(result: dict[str, Any]) -> list[Any]:
-    metric = result["metrics"][0]
-    windows = "1 window" if result["windows"] == 1 else f"{result['windows']} windows"
-    pairs = [
-        (metric, _with_error(result[metric], result[f"{metric}_error"], 3)),
-        ("text", f"{result['dataset']}: {windows} of {result['sequence_length']} tokens"),
+    samples = f"{result['windows']} {result['sample']}{'s' * (result['windows'] != 1)}"
+    length = f" of {result['sequence_length']} tokens" if result["sample"] == "window" else ""
+    pairs = []
+    for metric in result["metrics"][:1]:
+        pairs.append((metric, _with_error(result[metric], result[f"{metric}_error"], 3)))
+        if result["fidelity"] is not None:
+            pairs.append((f"{metric}, dense", f"{result[f'baseline_{metric}']:.3f}"))
+    pairs += [_fidelity(name, value, result["sample"]) for name, value in (result["fidelity"] or {}).items()]
+    pairs += [
+        ("data", f"{result['dataset']}: {samples}{length}"),
         ("computed in", f"{result['dtype']} on {result['provider']}"),
     ]
-    if result["fidelity"] is not None:
-        pairs[1:1] = [
-            (f"{metric}, dense", f"{result[f'baseline_{metric}']:.3f}"),
-            *(_fidelity(name, value) for name, value in result["fidelity"].items()),
-        ]
     return [_pairs(pairs), *([_tasks_table(result["zero_shot"])] if result["zero_shot"] else [])]
 
 
-def _fidelity(name: str, value: float) -> tuple[str, str]:
+def _fidelity(name: str, value: float, sample: str) -> tuple[str, str]:
     known = {
-        "mean_kl": ("mean KL from dense", f"{value:.4f} nats per token"),
+        "mean_kl": ("mean KL from dense", f"{value:.4f} nats per {'token' if sample == 'window' else sample}"),
         "top1_agreement": ("top-1 agreement", f"{100 * value:.2f} %"),
+        "top10_agreement": ("dense top 10 kept", f"{100 * value:.2f} %"),
     }
     return known.get(name, (f"{name.replace('_', ' ')} with dense", f"{value:.4f}"))
 
@@ -127,32 +182,33 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def benchmark(result: dict[str, Any]) -> list[Any]:
+    generates = any(m["tpot_ms"] for m in result["measurements"])
     table = Table("model", "runtime")
-    for name in ("batch", "TTFT ms (p10–p90)", "TPOT ms (p10–p90)", "tokens/s", "peak", "load s", "on disk"):
+    times = ("TTFT ms (p10–p90)", "TPOT ms (p10–p90)", "tokens/s") if generates else ("ms (p10–p90)", "samples/s")
+    for name in ("batch", *times, "peak", "load s", "on disk"):
         table.add_column(name, justify="right")
-    table.add_column("prefill")
-    table.add_column("decode")
+    for name in ("prefill", "decode") if generates else ("against dense",):
+        table.add_column(name)
     for m in result["measurements"]:
+        speedups = (m["prefill_speedup"], m["decode_speedup"]) if generates else (m["prefill_speedup"],)
         table.add_row(
             m["model"],
             f"{m['runtime']} {m['dtype']} ({m['provider']})",
             str(m["batch"]),
             _spread(m["ttft_ms"]),
-            _spread(m["tpot_ms"]),
-            f"{m['tokens_per_second']:.1f}",
+            *([_spread(m["tpot_ms"])] if generates else []),
+            f"{m['tokens_per_second'] if generates else m['samples_per_second']:.1f}",
             decimal(m["peak_memory_bytes"]),
             f"{m['load_seconds']:.1f}",
             decimal(m["bytes_on_disk"]),
-            m["prefill_speedup"]["verdict"] if m["prefill_speedup"] else "baseline",
-            m["decode_speedup"]["verdict"] if m["decode_speedup"] else "baseline",
+            *(speedup["verdict"] if speedup else "baseline" for speedup in speedups),
         )
     machine = result["environment"]
-    busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores were busy with other work: the figures say little"
     return [
         table,
         *kernel_lines(result["measurements"]),
         f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
-        *([f"warning: {busy}"] if machine["busy_cores"] > QUIET else []),
+        *([f"warning: {warning}"] if (warning := noisy(machine)) else []),
     ]
 
 
@@ -160,10 +216,16 @@ def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
     """What each model ran, with the batch sizes that it ran it for."""
     batches: dict[str, list[str]] = {}
     for m in measurements:
-        prefill, decode = _products(m["prefill_kernels"]), _products(m["decode_kernels"])
-        both = f"prefill on {prefill}; decode on {decode}" if prefill != decode else f"prefill and decode on {decode}"
-        batches.setdefault(f"{m['model']}: {both}", []).append(str(m["batch"]))
+        batches.setdefault(f"{m['model']}: {_passes(m)}", []).append(str(m["batch"]))
     return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
+
+
+def _passes(m: dict[str, Any]) -> str:
+    prefill = _products(m["prefill_kernels"])
+    if m["decode_kernels"] is None:
+        return f"forward pass on {prefill}"
+    decode = _products(m["decode_kernels"])
+    return f"prefill on {prefill}; decode on {decode}" if prefill != decode else f"prefill and decode on {decode}"
 
 
 def _products(kernels: dict[str, int]) -> str:
@@ -207,7 +269,7 @@ def dry_run(content: dict[str, Any]) -> list[Any]:
         stays, seconds = (disk and disk["stays"]), step["seconds"]
         cells = ("" if reused or not stays else decimal(stays), "" if seconds is None else f"{seconds:.0f} s")
         table.add_row(str(i), step["does"], step["fate"], *cells)
-    limits = ", ".join(f"{name} {value}" for name, value in content["gates"].items())
+    limits = ", ".join(f"{name} {value}" for group in content["gates"] for name, value in group.items())
     return [
         table,
         *([f"gates to check: {limits}"] if limits else []),
@@ -237,18 +299,32 @@ def unchecked(names: list[str]) -> list[str]:
 
 def run(result: Any) -> list[Any]:
     from gblm_compress.runs import report
+    from gblm_compress.runs.run_report import REPORT, headline
+    from gblm_compress.runs.tables import of
 
-    parts: list[Any] = [report.table(result.rows)]
-    if result.gates:
-        parts.append(report.gate_table(result.gates))
-    if result.comparison:
-        parts += compare(result.comparison)
+    verdict, output = report.verdict(result), Path(result.output)
+    parts: list[Any] = [part for table in of(result) if table.title in report.SHORT for part in layout.titled(table)]
     reused = [stage.name for stage in result.stages if stage.reused]
     if reused:
         parts.append("reused: " + ", ".join(reused))
-    output = Path(result.output)
-    parts += [f"artefacts: {output}", f"report: {output / report.REPORT} (and {report.PAGE} for people)"]
-    return parts
+    if warning := result.conditions.get("warning"):
+        parts.append(f"warning: {warning}")
+    parts += [f"artefacts: {output}", f"report: {output / report.PAGE} (and {REPORT}, {report.PICTURES}/)"]
+    sentence = headline(result)
+    colour = "bold red" if verdict == "FAIL" else "bold"
+    return [*parts, "", Text.assemble((f"{verdict}: " if verdict else "", colour), printable(sentence))]
+
+
+def report(reports: list[Any], changes: Any, content: dict[str, Any]) -> list[Any]:
+    from gblm_compress.runs.history import runs
+
+    parts: list[Any] = [*layout.titled(runs(reports)), *(layout.titled(changes) if changes else [])]
+    return [*parts, f"page: {content['page']}"]
+
+
+def push(content: dict[str, Any]) -> list[Any]:
+    said = f"pushed to {content['pushed_to']}" if content["pushed_to"] else "not pushed; give --push-to-hub OWNER/NAME"
+    return [*content["card"].splitlines(), f"files: {', '.join(content['files'])}", said]
 
 
 def doctor(content: dict[str, Any]) -> Table:

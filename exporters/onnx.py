@@ -2,7 +2,7 @@
 
 The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone and in
 onnxruntime-genai (`genai_config.json`). A plain one also loads in optimum's `ORTModelForCausalLM`, by its names of
-inputs and outputs.
+inputs and outputs. Models that generate nothing have a graph of one forward pass (`onnx_forward`).
 """
 
 import json
@@ -15,36 +15,33 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import (
     check_is_pruned,
     check_patterns,
     check_weights,
     dtype_of,
+    onnx_forward,
     onnx_fused,
     onnx_plain,
+    onnx_rounding,
     onnx_weights,
+    quantised,
 )
-from gblm_compress.exporters.onnx_bitmask import decode, encode_initializers_
+from gblm_compress.exporters.onnx_bitmask import encode_initializers_
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
-from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.exporters.quantised import check_group, round_layers_, round_tables_
-from gblm_compress.exporters.verification import real_sample
+from gblm_compress.exporters.onnx_nbits import use_nbits_
+from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
-from gblm_compress.layouts.quantised import QuantisedLinear
-from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Runtime
-from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
-from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -53,10 +50,6 @@ from gblm_compress.storage import folders, outputs
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-# Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2}  # the last where inputs are rounded to 16 bits
-PROMPT_TOKENS = 16
-GREEDY_TOKENS = 32
 
 _LOADING = """\
 import onnxruntime
@@ -73,21 +66,25 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as for `check_group`.
+    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as `quantised.check`.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
-    check_group(source, settings.group)
+    quantised.check(source, settings)
     if settings.gemm:
         check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
         return
     skeleton = loading.load_skeleton(source)
     loading.task_of(source).example(skeleton.config)
+    generates = loading.task_of(source).generates
+    if settings.quantise and not generates:
+        raise UsageError("quantise is for causal language models; export to bitmask-int8 or with --kernels alone")
     if graph_of(skeleton, settings) == "plain":
-        onnx_plain.check(source, skeleton.config)
+        if generates:
+            onnx_plain.check(source, skeleton.config)
     elif reason := onnx_fused.why_not(skeleton):
         raise ModelError(f"{source.name!r}: there is no fused graph of it, export with --graph plain; {reason}")
     if settings.kernels:
@@ -107,20 +104,22 @@ def export(
         settings: dtype "float32" or "float16"; "auto" takes the checkpoint's own, float32 for a bfloat16 one, since
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
-            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits; the model
-            whose weights are so rounded is what is verified. With `gemm`, their products are Gemms.
+            never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits, without
+            `kernels` blocks of ONNX Runtime; the model whose weights are so rounded is what is verified. With `gemm`,
+            their products are Gemms.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
-    stored = dtype = dtype_of(source, settings)
+    task, stored = loading.task_of(source), dtype_of(source, settings)
+    dtype = stored
     half = settings.kernels and stored == "float16"  # weights only: the arithmetic is float32
     model = loading.load_model(source, stored)
     if half:
         model, dtype = model.float(), "float32"
-    tokenizer = loading.load_tokenizer(source)
+    processor = loading.load_processor(source)
     layers = manifest.pruned_layers(source, model)
     is_dense = settings.kernels and not manifest.is_ours(source.folder)
     if is_dense:
@@ -130,16 +129,7 @@ def export(
         check_is_pruned(weights, BitmaskLinear)
     if settings.gemm:
         check_weights(weights, PATTERN, "gemm")
-    packed: dict[str, QuantisedLinear] = {}
-    tables: list[QuantisedLinear] = []
-    rounding: dict[str, Any] = {}
-    if settings.quantise:
-        grids = read_grids(source)
-        layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
-        packed, moved = round_layers_(model, layout, grids, settings.group)
-        tables = round_tables_(model, layout)
-        much = [name for name, share in moved.items() if share > packed[name].LARGEST_ERROR]
-        rounding = {"largest_rounding_error": max(moved.values()), **({"layers_rounded_much": much} if much else {})}
+    rounded = onnx_rounding.round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
@@ -148,10 +138,10 @@ def export(
         with TemporaryDirectory(dir=temporary) as scratch:  # what is built, and its weights until they are saved
             if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
-                program, genai_config = onnx_fused.build(model, tokenizer, source, dtype, Path(scratch))
+                program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
-                program, genai_config = onnx_plain.build(model, source)
+                program, genai_config = (onnx_plain if task.generates else onnx_forward).build(model, source)
             places = onnx_weights.find(program, model)
             pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
             if settings.sparse:
@@ -159,20 +149,27 @@ def export(
             elif settings.gemm:
                 use_gemm_(program, pruned)
             elif settings.kernels:
-                merged = onnx_weights.stacked(packed, places)
-                use_kernels_(program, list(merged) or pruned, half=half, packed=merged or None, tables=tables)
+                if rounded:
+                    merged = onnx_weights.stacked(rounded.layers, places)
+                    use_kernels_(program, list(merged), packed=merged, tables=rounded.tables)
+                else:
+                    use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
-                genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+                if genai_config:
+                    genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+            elif rounded:
+                use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
-            _save(temporary, program, genai_config, model, tokenizer, stored)
+            _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
+        sample = task.probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
-            **({"weights": settings.quantise, **rounding} if settings.quantise else {}),
+            **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, tokenizer, "levels" if settings.quantise else dtype, layers, places),
+            **verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
         }
         manifest.write_export(
             temporary,
@@ -186,97 +183,32 @@ def export(
     return checks
 
 
+def _exactness(settings: ExportSettings, dtype: str) -> str:
+    """The entry of `TOLERANCE` that an export is held to."""
+    if settings.quantise:
+        return "levels" if settings.kernels else "blocks"
+    return dtype
+
+
 def _save(
-    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, tokenizer: Any, dtype: str
+    folder: Path,
+    program: ir.Model,
+    genai_config: dict[str, Any],
+    model: Any,
+    processor: Any,
+    source: ModelSource,
+    dtype: str,
 ) -> None:
     ir.save(program, folder / GRAPH, external_data=DATA)
     model.config.dtype = dtype  # of the weights
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    loading.save_tokenizer(tokenizer, folder)
-    (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
+    loading.save_processor(processor, folder, source)
+    if genai_config:
+        (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
 
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
     """The graph of an export: the one asked for, or else the fused one where there is one."""
     return settings.graph or ("plain" if onnx_fused.why_not(model) else "fused")
-
-
-def _verify(
-    folder: Path, model: Any, tokenizer: Any, dtype: str, layers: list[str], places: dict[str, Place]
-) -> dict[str, Any]:
-    """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
-    zeros = _verify_zeros(folder, model, layers, places)
-    sample = real_sample(model, tokenizer)
-    reference = TorchRuntime(model)
-    runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
-    at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
-    expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
-    one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
-    # Where torch's two largest logits are further apart than twice the largest difference, no error of that size turns
-    # the choice; of two that are nearer either may win. An export whose errors leave nothing decided is of no use.
-    largest = expected.topk(2).values
-    decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
-    if not decided:
-        raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, more than the choice "
-            f"of any of {GREEDY_TOKENS} tokens bears; export in float32"
-        )
-    return {
-        "logits_relative_difference": max(at_once, one_by_one),
-        "logits_tolerance": TOLERANCE[dtype],
-        "greedy_tokens": GREEDY_TOKENS,
-        "decided_greedy_tokens": decided,
-        "identical_greedy_tokens": int((expected.argmax(-1) == got.argmax(-1)).sum()),
-        "provider": runtime.provider,
-        **zeros,
-    }
-
-
-def _decode_side_by_side(reference: Runtime, runtime: Runtime, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
-    reference chooses: so that every step can be compared, whatever the other would have chosen before."""
-    ids, cache, other_cache = prompt, None, None
-    expected, got = [], []
-    for _ in range(GREEDY_TOKENS):
-        logits, cache = reference.last_logits(ids, cache)
-        other, other_cache = runtime.last_logits(ids, other_cache)
-        expected.append(logits[0])
-        got.append(other[0])
-        ids = logits.argmax(-1, keepdim=True)
-    return torch.stack(expected), torch.stack(got)
-
-
-def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
-    """The largest difference relative to the largest logit.
-
-    Raises:
-        VerificationError: it is more than the dtype allows.
-    """
-    difference = float((expected - got).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE[dtype]:
-        raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {len(expected)} "
-            f"tokens {how}; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
-        )
-    return difference
-
-
-def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dict[str, Place]) -> dict[str, int]:
-    """Count the zeros of every pruned layer in its initializer, as saved, against the layer."""
-    initializers = ir.load(folder / GRAPH).graph.initializers
-    decoded: dict[str, Any] = {}
-    total = 0
-    for layer in layers:
-        expected = int((weight_matrix(model.get_submodule(layer)).detach() == 0).sum())
-        if layer not in places:
-            raise VerificationError(f"{layer}: no initializer of the graph holds its weight")
-        place = places[layer]
-        if place.initializer not in decoded:
-            decoded = {place.initializer: decode(initializers, place.initializer, place.shape)}
-        got = int((place.of(decoded[place.initializer]) == 0).sum())
-        if got != expected:
-            raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
-        total += got
-    return {"layers_checked": len(layers), "zeros": total}

@@ -12,24 +12,13 @@ No `Where` is used: ONNX Runtime does not fold it in float16. No `BitShift`: Ope
 `onnx_kernels` is for speed.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
-
-from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.kernels.masks import WORD, row_starts
-from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.bitmask import check, unpack
 
 MASK, VALUES, STARTS = ".mask", ".nonzeros", ".starts"
 ROWS = ".rows"  # of a weight that is stored as [out_features, in_features]
-DTYPES = ("float32", "float16")
-SCALES, LEVELS = ".scales", ".levels"
-QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), LEVELS: ("int8",)}
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
@@ -93,21 +82,6 @@ def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     output.name = product.name
 
 
-def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Tensor:
-    """The weight [rows, columns] of the inputs of gblm.QuantisedLinear."""
-    kind = LAYOUTS["bitmask-int4" if levels.size else "bitmask-int8"].layer
-    parts = [torch.tensor(scales.view("int16")), torch.tensor(mask), torch.tensor(values)]
-    if levels.size:
-        parts.append(torch.tensor(levels).reshape(-1, 16))
-    try:
-        layer = kind.holding((len(mask), mask.shape[1] * WORD), *parts)
-        layer.check()
-    except ModelError as error:
-        raise VerificationError(f"{name}.{error}") from error
-    layer.like = torch.empty(0)  # float32
-    return layer.dense_weight()
-
-
 def encode(weight: Any) -> tuple[Any, Any] | None:
     """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None where that saves nothing.
 
@@ -119,52 +93,3 @@ def encode(weight: Any) -> tuple[Any, Any] | None:
     if weight.size % 8 or mask.nbytes + values.nbytes >= weight.nbytes:
         return None
     return mask, values
-
-
-def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
-    """The weight [in_features, out_features], or the other way round, as its initializers store it.
-
-    Args:
-        shape: of the initializer before it was packed.
-
-    Raises:
-        VerificationError: an initializer is missing or does not fit the others or the shape.
-    """
-
-    def stored(suffix: str, *dtypes: str) -> Any:
-        value = initializers.get(name + suffix)
-        if value is None or value.const_value is None or value.const_value.numpy().dtype not in dtypes:
-            raise VerificationError(f"{name + suffix}: the graph has no such initializer of {' or '.join(dtypes)}")
-        return value.const_value.numpy()
-
-    def checked(array: Any) -> Any:
-        if array.shape != shape:
-            raise VerificationError(f"{name}.shape: {list(array.shape)}; the weight has {list(shape)}")
-        return array
-
-    if name in initializers:
-        return checked(stored("", *DTYPES))
-    if name + ROWS in initializers:
-        return checked(stored(ROWS, *DTYPES).T)
-    if name + SCALES in initializers:
-        return checked(_dequantised(name, *(stored(part, *dtypes) for part, dtypes in QUANTISED.items())).numpy().T)
-    values = stored(VALUES, *DTYPES)
-    if name + STARTS in initializers:
-        mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
-        try:
-            check(mask, torch.tensor(values), (len(mask), mask.shape[-1] * WORD))
-        except ModelError as error:
-            raise VerificationError(f"{name}.{error}") from error
-        if not torch.equal(starts, row_starts(mask)):
-            raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
-        return checked(unpack(mask, torch.tensor(values), mask.shape[1] * WORD).numpy().T)
-    alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
-    if values.shape != (1 + alive.sum(),) or values[0] != 0:
-        raise VerificationError(
-            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits, which takes one more"
-        )
-    dense = np.zeros(alive.shape, values.dtype)
-    dense[alive] = values[1:]
-    if dense.size != math.prod(shape):
-        raise VerificationError(f"{name + MASK}: {dense.size} bits; the weight has {list(shape)} elements")
-    return dense.reshape(shape)

@@ -94,7 +94,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     """
     given, built = folder / "model", folder / "graph"
     model.save_pretrained(given)
-    loading.save_tokenizer(tokenizer, given)
+    loading.save_processor(tokenizer, given)
     stored = json.loads((given / "config.json").read_text())
     (given / "config.json").write_text(json.dumps(_in_terms_of_the_builder(stored)))
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given, "-o", built, *_ARGUMENTS[dtype]]

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import VerificationError
-from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of
-from gblm_compress.exporters.quantised import check_group
-from gblm_compress.exporters.verification import TOKENS, real_sample
+from gblm_compress.exporters import check_is_pruned, check_patterns, check_weights, dtype_of, quantised
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -34,10 +32,10 @@ from gblm_compress.tasks.task import Sample
 
 _LOADING = """\
 import gblm_compress  # teaches transformers the packed layout; without it this folder does not load
-from transformers import {auto_class}, AutoTokenizer
+from transformers import {auto_class}, {processor_class}
 
 model = {auto_class}.from_pretrained("THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
+{processor} = {processor_class}.from_pretrained("THIS FOLDER")"""
 # Largest difference of a logit, relative to the largest logit: the same products are summed in another order and, in
 # 16 bit, rounded to it after every layer.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -46,9 +44,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
     UsageError: a layer that is yet to be pruned will not have the pattern that the format's layout needs, or as for
-        `check_group`.
+        `quantised.check`.
     """
-    check_group(source, settings.group)
+    quantised.check(source, settings)
     if (needed := LAYOUTS[_layout(settings)].pattern) is None:
         return
     check_patterns(patterns or {}, needed, f"export to {settings.format}")
@@ -74,12 +72,13 @@ def export(
             logits.
     """
     dtype = dtype_of(source, settings)
-    model, tokenizer = loading.load_model(source, dtype), loading.load_tokenizer(source)
+    model, processor = loading.load_model(source, dtype), loading.load_processor(source)
+    task = loading.task_of(source)
     layers = manifest.pruned_layers(source, model)
     shared = [name for name in layers if is_tied(model, name)]
     pruned = {name: linear_layer(model, name) for name in layers if name not in shared}
     before = {name: layer.weight._version for name, layer in pruned.items()}
-    reference = _Run.of(model, real_sample(model, tokenizer))
+    reference = _Run.of(model, task.probe(processor, model.config))
     changed = [name for name, version in before.items() if pruned[name].weight._version != version]
     if changed:
         model = loading.load_model(source, dtype)  # as it is before it runs
@@ -101,7 +100,7 @@ def export(
     outputs.check_space(output, source.bytes_on_disk, "the export")
     with folders.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)
-        loading.save_tokenizer(tokenizer, temporary)
+        loading.save_processor(processor, temporary, source)
         progress.say("verifying …")
         difference = _verify(ModelSource(str(output), temporary), model, kind, dense, reference)
         checks = {
@@ -120,7 +119,11 @@ def export(
             format=settings.format,
             dtype=dtype,
             library="transformers",
-            loading=_LOADING.format(auto_class=loading.task_of(source).auto_class),
+            loading=_LOADING.format(
+                auto_class=task.auto_class,
+                processor=task.processor.name.replace(" ", "_"),
+                processor_class=task.processor.auto_class,
+            ),
             checks=checks,
         )
     return checks
@@ -160,7 +163,7 @@ def _check_products(name: str, packed: PackedLinear) -> None:
     VerificationError: for a token, or for many, the layer computes another product than its restored weight.
     """
     weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
-    for tokens in (1, TOKENS):
+    for tokens in (1, 64):
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, packed.in_features, generator=generator).to(packed.dtype)
         expected = x.float() @ weight.T
@@ -205,7 +208,7 @@ def _verify(
     tolerance = TOLERANCE[loading.stored_dtype(exported)]
     if not difference <= tolerance:
         raise VerificationError(
-            f"logits of the reloaded folder and its source differ by {difference:.2e} of the largest logit on "
-            f"{TOKENS} tokens of real text; {tolerance:.0e} is allowed"
+            f"predictions of the reloaded folder and its source differ by {difference:.2e} of the largest value "
+            f"on real data; {tolerance:.0e} is allowed"
         )
     return difference

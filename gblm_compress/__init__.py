@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gblm_compress.api import benchmark, compare, evaluate, export, inspect, load, prune, run
+    from gblm_compress.api import benchmark, compare, evaluate, export, inspect, load, prune, recover, run
     from gblm_compress.errors import GblmError
     from gblm_compress.kernels.cpu import onnxruntime_library
 
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "onnxruntime_library",
     "prune",
+    "recover",
     "run",
 ]
 _HOME_OF = {"GblmError": "gblm_compress.errors", "onnxruntime_library": "gblm_compress.kernels.cpu"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from gblm_compress import exporters
+from gblm_compress import exporters, tasks
 from gblm_compress.errors import UsageError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.measure import benchmarking, evaluation, inspection
@@ -31,10 +31,12 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.in_memory import prune_in_place
 from gblm_compress.pruning.stage import PruneResult
+from gblm_compress.recovery import stage as recovery_stage
+from gblm_compress.recovery.stage import RecoverResult
 from gblm_compress.runs import comparison, pipeline
 from gblm_compress.runs.comparison import CompareResult
-from gblm_compress.runs.pipeline import RunReport
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
+from gblm_compress.runs.run_report import RunReport
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -43,15 +45,16 @@ from gblm_compress.settings import (
     ExportSettings,
     PruneSettings,
     Recipe,
+    RecoverSettings,
     ResourceSettings,
 )
 from gblm_compress.storage.cache import cache_folder
 from gblm_compress.storage.records import write_text
-from gblm_compress.tasks import text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
     Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel
     Texts: TypeAlias = str | os.PathLike[str] | Iterable[str] | Iterable[Mapping[str, Any]]
 
@@ -87,7 +90,7 @@ def prune(
     model: "Model",
     output: str | os.PathLike[str] | None = None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "Processor | None" = None,
     calibration: "Texts" = "c4",
     dtype: str = "auto",
     device: str = "auto",
@@ -102,7 +105,7 @@ def prune(
         model: a folder, a hub id, a .gguf file, "demo", "tiny", or a transformers model in memory.
         output: the folder to write, whole or not at all; the model is not changed. Without one a model in memory is
             pruned in place.
-        tokenizer: of a model in memory, unless the method needs no text.
+        processor: the tokenizer (or image processor) of a model in memory, unless the method needs no data.
         calibration: the name of a dataset, a text file, several texts, or mappings with a key "text".
         settings: fields of `PruneSettings`, `CalibrationSettings` and `ResourceSettings`.
 
@@ -115,8 +118,8 @@ def prune(
     if output is None:
         if isinstance(model, str | os.PathLike):
             raise UsageError(f"model {str(model)!r} is on disk; give the output folder of the pruned one")
-        return prune_in_place(model, tokenizer, what, sample, progress)
-    with _on_disk(model, tokenizer, progress) as source:
+        return prune_in_place(model, processor, what, sample, progress)
+    with _on_disk(model, processor, progress) as source:
         return stage.prune(
             source,
             Path(output),
@@ -131,12 +134,43 @@ def prune(
         )
 
 
+@_takes(RecoverSettings)
+def recover(
+    pruned: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    teacher: str | os.PathLike[str],
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> RecoverResult:
+    """Train a pruned model to predict what the dense one does; its pattern stays.
+
+    Args:
+        pruned: a folder that `prune` wrote.
+        output: the folder to write, whole or not at all.
+        teacher: the dense model that it was pruned from.
+        settings: fields of `RecoverSettings`.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    (what,) = _filled((RecoverSettings,), settings, "recover")
+    progress = _progress(quiet)
+    source, dense = (resolve_model(os.fspath(model), progress) for model in (pruned, teacher))
+    return recovery_stage.recover(
+        source, dense, Path(output), what, resume=resume, device=device, force=force, progress=progress
+    )
+
+
 @_takes(ExportSettings)
 def export(
     model: "Model",
     output: str | os.PathLike[str],
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "Processor | None" = None,
     force: bool = False,
     quiet: bool = False,
     **settings: Any,
@@ -151,7 +185,7 @@ def export(
     """
     (what,) = _filled((ExportSettings,), settings, "export")
     progress = _progress(quiet)
-    with _on_disk(model, tokenizer, progress) as source:
+    with _on_disk(model, processor, progress) as source:
         return exporters.export(source, Path(output), what, force=force, progress=progress)
 
 
@@ -161,18 +195,18 @@ def evaluate(
     *,
     baseline: "Model | None" = None,
     dataset: "Texts" = "wikitext2",
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "Processor | None" = None,
     dtype: str = "auto",
     device: str = "auto",
     quiet: bool = False,
     **settings: Any,
 ) -> EvaluateResult:
-    """Measure perplexity, fidelity to the dense model, and zero-shot accuracy.
+    """Measure perplexity or the metric of another task, fidelity to the dense model, and zero-shot accuracy.
 
     Args:
         baseline: the dense model.
         dataset: as `calibration` of `prune`.
-        tokenizer: of models in memory.
+        processor: of models in memory.
         settings: fields of `EvaluateSettings`.
 
     Raises:
@@ -180,7 +214,7 @@ def evaluate(
     """
     (what,) = _filled((EvaluateSettings,), settings | {"dataset": _dataset(dataset)}, "evaluate")
     progress = _progress(quiet)
-    with _on_disk(model, tokenizer, progress) as source, _perhaps_on_disk(baseline, tokenizer, progress) as dense:
+    with _on_disk(model, processor, progress) as source, _perhaps_on_disk(baseline, processor, progress) as dense:
         return evaluation.evaluate(source, what, baseline=dense, dtype=dtype, device=device, progress=progress)
 
 
@@ -214,7 +248,7 @@ def inspect(
     model: "Model",
     heat_map: str | os.PathLike[str] | None = None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "Processor | None" = None,
     force: bool = False,
     quiet: bool = False,
 ) -> InspectResult:
@@ -227,7 +261,7 @@ def inspect(
         GblmError: of the kind that says what is wrong.
     """
     progress = _progress(quiet)
-    with _on_disk(model, tokenizer, progress) as source:
+    with _on_disk(model, processor, progress) as source:
         return inspection.inspect(source, None if heat_map is None else Path(heat_map), progress, force=force)
 
 
@@ -236,7 +270,7 @@ def compare(
     model: "Model",
     output: str | os.PathLike[str],
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "Processor | None" = None,
     calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     dtype: str = "auto",
@@ -259,7 +293,7 @@ def compare(
     (sample,) = _filled((CalibrationSettings,), _with_dataset(calibration), "calibration")
     (held_out,) = _filled((EvaluateSettings,), _with_dataset(evaluation), "evaluation")
     progress = _progress(quiet)
-    with _on_disk(model, tokenizer, progress) as source:
+    with _on_disk(model, processor, progress) as source:
         return comparison.compare(
             source, Path(output), grid, sample, held_out, dtype=dtype, device=device, progress=progress
         )
@@ -291,8 +325,8 @@ def run(
 
 def load(
     model: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto", quiet: bool = False
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model of a folder, dense or packed, in eval mode, and its tokenizer.
+) -> "tuple[PreTrainedModel, Processor]":
+    """The model of a folder, dense or packed, in eval mode, and its tokenizer or image processor.
 
     Raises:
         GblmError: of the kind that says what is wrong.
@@ -300,7 +334,7 @@ def load(
     source = resolve_model(str(model), _progress(quiet))
     device = loading.choose_device(device)
     loaded = loading.load_model(source, loading.choose_dtype(dtype, source, device), device)
-    return loaded, loading.load_tokenizer(source)
+    return loaded, loading.load_processor(source)
 
 
 def _progress(quiet: bool) -> Progress:
@@ -309,27 +343,27 @@ def _progress(quiet: bool) -> Progress:
 
 
 @contextmanager
-def _on_disk(model: "Model", tokenizer: Any, progress: Progress) -> Iterator[ModelSource]:
+def _on_disk(model: "Model", processor: Any, progress: Progress) -> Iterator[ModelSource]:
     """A model as a folder; one in memory is saved to a temporary one."""
     if isinstance(model, str | os.PathLike):
         yield resolve_model(str(model), progress)
         return
     if getattr(model, "hf_quantizer", None) is not None:
         raise UsageError("the model in memory is packed or quantised; give the folder that it was loaded from")
-    if tokenizer is None:
-        raise UsageError("a model in memory needs its tokenizer; give tokenizer=")
+    if processor is None:
+        raise UsageError("a model in memory needs its tokenizer or image processor; give processor=")
     with TemporaryDirectory(prefix="gblm-") as folder:
         model.save_pretrained(folder)
-        loading.save_tokenizer(tokenizer, Path(folder))
+        loading.save_processor(processor, Path(folder))
         yield ModelSource(model.config.name_or_path or type(model).__name__, Path(folder))
 
 
 @contextmanager
-def _perhaps_on_disk(model: "Model | None", tokenizer: Any, progress: Progress) -> Iterator[ModelSource | None]:
+def _perhaps_on_disk(model: "Model | None", processor: Any, progress: Progress) -> Iterator[ModelSource | None]:
     if model is None:
         yield None
         return
-    with _on_disk(model, tokenizer, progress) as source:
+    with _on_disk(model, processor, progress) as source:
         yield source
 
 
@@ -345,12 +379,12 @@ def _dataset(texts: "Texts") -> str:
     if isinstance(texts, str | os.PathLike):
         return str(texts)
     documents = [text if isinstance(text, Mapping) else {"text": text} for text in texts]
-    content = "".join(json.dumps({"text": document.get("text")}) + "\n" for document in documents)
+    content = "".join(json.dumps(dict(document)) + "\n" for document in documents)
     path = cache_folder() / "texts" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, content)
-    text.check_source(str(path))
+    tasks.data_files(str(path))
     return str(path)
 
 

@@ -50,7 +50,8 @@ def _packed(name: str, layout: Layout) -> Format:
     kernels = " and ".join(device.upper() for device in layout.kernels)
     width = f" in {layout.width} bits" if layout.width else ""
     help = f"packed weights{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
-    synonyms = tuple(other for other in (name, layout.pattern) if other and other != layout.format)
+    pattern = None if layout.width else layout.pattern
+    synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)
     reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
     return Format(exporter="gblm_compress.exporters.sparse", help=help, reads=reads, layout=name, synonyms=synonyms)
 

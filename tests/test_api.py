@@ -27,7 +27,7 @@ TEXT = {"samples": 3, "sequence_length": 32}
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
         "GblmError", "__version__", "benchmark", "compare", "evaluate", "export", "inspect", "load",
-        "onnxruntime_library", "prune", "run",
+        "onnxruntime_library", "prune", "recover", "run",
     ]  # fmt: skip
     for name in gblm_compress.__all__:
         assert getattr(gblm_compress, name).__doc__
@@ -73,7 +73,7 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
     settings = {"method": "wanda", "pattern": "2:4", "fit": "none"}
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     expected, _ = gblm_compress.load(tiny("llama").folder)
-    result = gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
+    result = gblm_compress.prune(model, processor=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
     windows = calibration_windows(tokenizer, VOCABULARY, str(prose), 3, 32, 0)
     prune_(expected, [{"input_ids": window} for window in windows], PruneSettings(**settings), Progress(quiet=True))
     for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
@@ -86,7 +86,7 @@ def test_a_model_in_memory_is_left_alone_where_a_folder_is_written(tiny, prose, 
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = gblm_compress.prune(
-        model, tmp_path / "out", tokenizer=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
+        model, tmp_path / "out", processor=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
     )
     assert result.folder == str(tmp_path / "out")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -141,14 +141,14 @@ def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> No
 def test_the_other_functions_are_the_commands(tiny, prose, tmp_path) -> None:
     dense = tiny("llama").folder
     model, tokenizer = gblm_compress.load(dense)
-    gblm_compress.prune(model, tokenizer=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT)
-    exported = gblm_compress.export(model, tmp_path / "onnx", tokenizer=tokenizer, format="onnx", quiet=True)
+    gblm_compress.prune(model, processor=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT)
+    exported = gblm_compress.export(model, tmp_path / "onnx", processor=tokenizer, format="onnx", quiet=True)
     assert exported.folder == str(tmp_path / "onnx")
-    zeros = gblm_compress.inspect(model, tokenizer=tokenizer, quiet=True)
+    zeros = gblm_compress.inspect(model, processor=tokenizer, quiet=True)
     assert zeros.nonzeros * 2 == zeros.weights
     common = {"dataset": prose, "sequence_length": 32, "max_windows": 2, "quiet": True}
     beside = gblm_compress.evaluate(tmp_path / "onnx", **common)
-    direct = gblm_compress.evaluate(model, tokenizer=tokenizer, baseline=dense, **common)
+    direct = gblm_compress.evaluate(model, processor=tokenizer, baseline=dense, **common)
     assert direct.metrics != direct.baseline
     assert beside.metrics["perplexity"].value == pytest.approx(direct.metrics["perplexity"].value, rel=1e-4)
     grid = gblm_compress.compare(

@@ -231,7 +231,10 @@ def _record_calls(
                 output, call.beside = -hidden, calls[0].beside
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
-                output, call.beside = _hidden_output(returned), tuple(returned[1:]) if isinstance(returned, tuple | list) else None
+                output, call.beside = (
+                    _hidden_output(returned),
+                    tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
+                )
             latest[:] = [output]
             calls.append(call)
             if block is blocks[-1]:

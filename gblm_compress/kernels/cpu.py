@@ -1,7 +1,7 @@
 """The CPU kernels of the bitmask layout: the compiled library, its paths, and the threads it borrows.
 
 The library is plain C, built with the package; where no compiler was at hand it is missing, and `available()` says so.
-`GBLM_COMPRESS_KERNEL` forces a path (portable, avx2, avx512, amx).
+`GBLM_COMPRESS_KERNEL` forces a path (portable, neon, avx2, avx512, amx).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels.masks import WORD
 
-PATHS = ("portable", "avx2", "avx512", "amx")
+PATHS = ("portable", "neon", "avx2", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -43,8 +43,8 @@ def library() -> ctypes.CDLL | None:
     kernels.gblm_bitmask_expand.argtypes = [pointer] * 4 + [size] * 4 + [ctypes.c_int] * 3
     kernels.gblm_panel_bytes.argtypes, kernels.gblm_panel_bytes.restype = [size, size, ctypes.c_int], size
     kernels.gblm_quantised_bytes.argtypes, kernels.gblm_quantised_bytes.restype = [size, size], size
-    kernels.gblm_quantised_linear.argtypes = [pointer] * 9 + [size] * 5 + [ctypes.c_int] * 4
-    kernels.gblm_quantised_restore.argtypes = [pointer] * 6 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_linear.argtypes = [pointer] * 10 + [size] * 5 + [ctypes.c_int] * 4
+    kernels.gblm_quantised_restore.argtypes = [pointer] * 7 + [size] * 5 + [ctypes.c_int] * 4
     kernels.gblm_set_parallel.argtypes = [pointer] * len(_OPENMP)
     kernels.gblm_set_parallel(*_openmp_of_torch())
     return kernels

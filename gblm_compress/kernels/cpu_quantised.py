@@ -1,6 +1,6 @@
 """The CPU kernels of quantised weights: products, by eight tokens, and the restoration of rows. See quantised.c."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ class Quantised:
         sums: as `row_sums` makes them.
         columns: of the weight.
         group: columns that share a scale; 0 where all of a row do.
-        mask, starts: [rows, words] int64, and the byte at which each row begins; None where all weights are stored.
+        mask, starts: [rows, words] int64, and the byte at which each row begins; None where all weights are stored, and
+            with patterns.
         levels: [1, 16] or [rows, 16] in int8; None where values are levels.
+        patterns: [rows, words·6] in uint8, as `kernels.patterns` makes them; None where the weight is not 2:4.
     """
 
     values: Tensor
@@ -34,6 +36,7 @@ class Quantised:
     mask: Tensor | None = None
     starts: Tensor | None = None
     levels: Tensor | None = None
+    patterns: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -45,12 +48,10 @@ class Quantised:
 
     def first_rows(self, count: int) -> "Quantised":
         """The first rows, of the same memory."""
-        mask, starts, levels = (
-            None if tensor is None else tensor[: max(count, 2)] for tensor in (self.mask, self.starts, self.levels)
-        )
-        return Quantised(
-            self.values, self.scales[:count], self.sums[:count], self.columns, self.group, mask, starts, levels
-        )
+        rows = ("mask", "starts", "levels", "patterns")
+        held = {name: tensor for name in rows if (tensor := getattr(self, name)) is not None}
+        part = {name: tensor[: max(count, 2)] for name, tensor in held.items()}
+        return replace(self, scales=self.scales[:count], sums=self.sums[:count], **part)
 
     @property
     def stride(self) -> int:
@@ -83,6 +84,7 @@ def linear(x: Tensor, weight: Quantised, kernel: str | None = None) -> Tensor:
     words, kernel = weight.words, kernel or path(torch.int8)
     done = kernels.gblm_quantised_linear(
         _address(weight.mask),
+        _address(weight.patterns),
         weight.values.data_ptr(),
         _address(weight.starts),
         _address(weight.levels),
@@ -123,6 +125,7 @@ def restore(weight: Quantised, first: int, out: Tensor, kernel: str | None = Non
     kernel = kernel or path(torch.int8)
     done = kernels.gblm_quantised_restore(
         _address(weight.mask),
+        _address(weight.patterns),
         weight.values.data_ptr(),
         _address(weight.starts),
         _address(weight.levels),

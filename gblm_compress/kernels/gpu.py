@@ -1,18 +1,18 @@
 """Products of the packed layouts on the GPU: few tokens, fp16 and bf16, reading only packed bytes.
 
-`gpu_programs` has the Triton code; here is how a product is cut into programs. In the bitmask layout the running sum of
-the bits says where each weight's value lies; `block_starts` says where the values of each block begin, so that blocks
-do not wait for each other.
+`gpu_programs` has the Triton code; here is how a product is cut into programs. In the bitmask layouts the running
+sum of the bits says where each weight's value lies; `block_starts` says where the values of each block begin, so that
+blocks do not wait for each other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from gblm_compress.kernels import gpu_programs
-from gblm_compress.kernels.masks import WORD, bits, row_starts
+from gblm_compress.kernels.masks import WORD, row_counts
 
 MAX_TOKENS = 64
 GRAIN = 256  # columns between two block starts of the bitmask layout; they add 32 bits to 256 weights
@@ -37,26 +37,49 @@ class Tiling(NamedTuple):
     programs: int
 
 
-TILINGS = {
-    "sparse24": (
-        Tiling(4, 1024, 4, False, 1),
-        Tiling(4, 512, 4, False, 1024),
-        Tiling(2, 1024, 4, False, 1),
-        Tiling(8, 512, 4, False, 1),
-        Tiling(16, 256, 4, True, 512),
-        Tiling(16, 256, 4, True, 1),
-        Tiling(32, 256, 4, True, 512),
-        Tiling(64, 128, 4, True, 512),
-    ),
-    "bitmask": (
-        Tiling(4, GRAIN, 4, False, 1),
-        Tiling(4, GRAIN, 4, False, 1024),
-        Tiling(8, GRAIN, 4, False, 1),
-        Tiling(2, GRAIN, 2, False, 1),
-        Tiling(16, GRAIN, 4, True, 512),
-        Tiling(16, GRAIN, 4, True, 1),
-        Tiling(32, GRAIN, 8, True, 512),
-    ),
+_TWO_OF_FOUR = (
+    Tiling(4, 1024, 4, False, 1),
+    Tiling(4, 512, 4, False, 1024),
+    Tiling(2, 1024, 4, False, 1),
+    Tiling(8, 512, 4, False, 1),
+    Tiling(16, 256, 4, True, 512),
+    Tiling(16, 256, 4, True, 1),
+    Tiling(32, 256, 4, True, 512),
+    Tiling(64, 128, 4, True, 512),
+)
+_MASK = (
+    Tiling(4, GRAIN, 4, False, 1),
+    Tiling(4, GRAIN, 4, False, 1024),
+    Tiling(8, GRAIN, 4, False, 1),
+    Tiling(2, GRAIN, 2, False, 1),
+    Tiling(16, GRAIN, 4, True, 512),
+    Tiling(16, GRAIN, 4, True, 1),
+    Tiling(32, GRAIN, 8, True, 512),
+)
+
+
+class Form(NamedTuple):
+    """What the kernels know of a layout.
+
+    Attributes:
+        stored: which weights are: "mask", "two of four" or "all".
+        width: bits of one.
+        tilings: to be tried.
+    """
+
+    stored: str
+    width: int
+    tilings: tuple[Tiling, ...]
+
+
+FORMS = {
+    "bitmask": Form("mask", 16, _MASK),
+    "bitmask-int8": Form("mask", 8, _MASK),
+    "bitmask-int4": Form("mask", 4, _MASK),
+    "sparse24": Form("two of four", 16, _TWO_OF_FOUR),
+    "sparse24-int8": Form("two of four", 8, _TWO_OF_FOUR),
+    "sparse24-int4": Form("two of four", 4, _TWO_OF_FOUR),
+    "int8": Form("all", 8, _TWO_OF_FOUR),
 }
 
 
@@ -64,11 +87,15 @@ class Packed(NamedTuple):
     """A packed weight as the kernels read it.
 
     Attributes:
-        layout: "sparse24" or "bitmask".
-        values: [rows, columns / 2], or [nonzeros + padding]; float16 or bfloat16.
-        places: positions [rows, ceil(columns / 8)] in uint8, or mask [rows, words] in int64.
-        starts: `block_starts` of a bitmask; not read for sparse24.
+        layout: of `FORMS`.
+        values: as the layout stores them; in 16 bits float16 or bfloat16.
+        places: mask [rows, words] in int64, positions or patterns [rows, bytes] in uint8; unread where all are stored.
+        starts: `block_starts` of a mask; not read without one.
         shape: (rows, columns).
+        scales: [rows, groups], the bits of float16 as int16; None for 16 bits, as the rest of them.
+        levels: the table of int4 [1 or rows, 16] in int8; None for int8.
+        group: columns that share a scale; 0 where all of a row do.
+        rounded_to: the dtype of x, and of restored weights.
     """
 
     layout: str
@@ -76,28 +103,45 @@ class Packed(NamedTuple):
     places: Tensor
     starts: Tensor
     shape: tuple[int, int]
+    scales: Tensor | None = None
+    levels: Tensor | None = None
+    group: int = 0
+    rounded_to: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of x, and of restored weights."""
+        return self.rounded_to or self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that the kernels read, each tensor once."""
+        tensors = [tensor for tensor in self if isinstance(tensor, Tensor)]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def block_starts(mask: Tensor) -> Tensor:
+def block_starts(mask: Tensor, whole_bytes: bool = False) -> Tensor:
     """Where the values of every `GRAIN` columns of a row begin.
 
     Args:
         mask: [rows, words], int64.
+        whole_bytes: values are halves of bytes, and those of each word begin with a byte.
 
     Returns:
         [rows, ceil(words / (GRAIN / 64))], int32.
     """
-    words = GRAIN // WORD
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % words))
-    counts = bits(padded, padded.shape[1] * WORD).reshape(len(mask), -1, GRAIN).sum(-1)
-    return (row_starts(mask).unsqueeze(1) + counts.cumsum(1) - counts).to(torch.int32).contiguous()
+    counts = row_counts(mask.reshape(-1, 1))
+    if whole_bytes:
+        counts += counts % 2
+    before = (counts.cumsum(0) - counts).reshape(mask.shape)
+    return before[:, :: GRAIN // WORD].to(torch.int32).contiguous()
 
 
 def tilings(layout: str, tokens: int) -> list[Tiling]:
     """The tilings that take so many tokens."""
     if tokens > MAX_TOKENS:
         return []
-    return [tiling for tiling in TILINGS[layout] if tokens <= 2 or tiling.tensor_cores]
+    return [tiling for tiling in FORMS[layout].tilings if tokens <= 2 or tiling.tensor_cores]
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Tensor:
@@ -122,13 +166,10 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Te
         *_pointers(weight),
         given,
         partial,
-        rows,
-        columns,
-        weight.places.shape[1],
-        weight.starts.shape[-1],
+        *_sizes(weight),
         tokens,
         share,
-        BITMASK=weight.layout == "bitmask",
+        **_constants(weight),
         TENSOR_CORES=tiling.tensor_cores,
         BIAS=bias is not None and splits == 1,
         TOKENS=max(triton.next_power_of_2(tokens), 16 if tiling.tensor_cores else 1),
@@ -155,15 +196,12 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Te
 def expand(weight: Packed) -> Tensor:
     """The dense weight [rows, columns], bit for bit."""
     rows, columns = weight.shape
-    dense = weight.values.new_empty(rows, columns)
+    dense = weight.values.new_empty(rows, columns, dtype=weight.dtype)
     gpu_programs.expand[(triton.cdiv(rows, 8), triton.cdiv(columns, GRAIN))](
         *_pointers(weight),
         dense,
-        rows,
-        columns,
-        weight.places.shape[1],
-        weight.starts.shape[-1],
-        BITMASK=weight.layout == "bitmask",
+        *_sizes(weight),
+        **_constants(weight),
         ROWS=8,
         COLUMNS=GRAIN,
         **OPTIONS,
@@ -171,8 +209,28 @@ def expand(weight: Packed) -> Tensor:
     return dense
 
 
-def _pointers(weight: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, places and starts as the kernels read them: sparse24 by pairs of values, the mask by words of 32 bits."""
-    if weight.layout == "bitmask":
-        return weight.values, weight.places.view(torch.int32), weight.starts
-    return weight.values.view(torch.int32), weight.places, weight.starts
+def _pointers(weight: Packed) -> tuple[Tensor, ...]:
+    """Values, places, starts, scales and levels as the kernels read them: of 2:4 two values at once, the mask by words
+    of 32 bits. What is not read is some tensor.
+    """
+    stored, width, _ = FORMS[weight.layout]
+    values, places = weight.values, weight.places
+    if stored == "mask":
+        places = places.view(torch.int32)
+    elif stored == "two of four":
+        values = values.view({16: torch.int32, 8: torch.int16, 4: torch.uint8}[width])
+    scales = values if weight.scales is None else weight.scales.view(torch.float16)
+    return values, places, weight.starts, scales, values if weight.levels is None else weight.levels
+
+
+def _sizes(weight: Packed) -> tuple[int, ...]:
+    """Rows, columns, and the strides between rows of places, starts, scales and levels."""
+    strides = [
+        0 if tensor is None or len(tensor) == 1 else tensor.shape[-1] for tensor in (weight.scales, weight.levels)
+    ]
+    return *weight.shape, weight.places.shape[-1], weight.starts.shape[-1], *strides
+
+
+def _constants(weight: Packed) -> dict[str, Any]:
+    stored, width, _ = FORMS[weight.layout]
+    return {"STORED": stored, "WIDTH": width, "GROUP": weight.group}

@@ -10,57 +10,157 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sparse24_block(  # type: ignore[no-untyped-def]
-    values, positions, row, first_column, rows, columns, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _two_of_four(  # type: ignore[no-untyped-def]
+    places, line, group, inside, width, WIDTH: tl.constexpr
 ):
-    """The bits of a block [ROWS, COLUMNS] in int16: what stands in each column is one of two values, or nothing."""
+    """Where in every four columns the two stored weights stand, of positions or, in 8 and 4 bits, of patterns."""
+    if WIDTH == 16:
+        two_groups = tl.load(places + line * width + group[None, :] // 2, mask=inside, other=0).to(tl.int32)
+        nibble = two_groups >> (group % 2 * 4)[None, :]
+        one, two = nibble & 3, (nibble >> 2) & 3
+    else:
+        at = (group * 3 // 8)[None, :]
+        low = tl.load(places + line * width + at, mask=inside, other=0).to(tl.int32)
+        high = tl.load(places + line * width + at + 1, mask=inside & (at + 1 < width), other=0).to(tl.int32)
+        code = ((low | high << 8) >> (group * 3 % 8)[None, :]) & 7
+        fourth = (code ^ code >> 1 ^ code >> 2) & 1
+        one = tl.where(code & 1 == 1, 0, tl.where(code & 2 == 2, 1, 2))
+        two = tl.where(fourth == 1, 3, tl.where(code & 4 == 4, 2, 1))
+    return one, two
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sparse24_block(  # type: ignore[no-untyped-def]
+    values, places, levels, row, first_column, rows, columns, width, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A block [ROWS, COLUMNS] in int32, of levels or the bits of 16: each column has one of two values, or nothing."""
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)
     inside = (row < rows)[:, None] & (group < columns // 4)[None, :]
     line = row.to(tl.int64)[:, None]
-    pair = tl.load(values + line * (columns // 4) + group[None, :], mask=inside, other=0)
-    two_groups = tl.load(positions + line * width + group[None, :] // 2, mask=inside, other=0).to(tl.int32)
-    nibble = two_groups >> (group % 2 * 4)[None, :]
-    one, two = nibble & 3, (nibble >> 2) & 3
-    low, high = pair & 0xFFFF, pair >> 16
+    pair = tl.load(values + line * (columns // 4) + group[None, :], mask=inside, other=0).to(tl.int32)
+    one, two = _two_of_four(places, line, group, inside, width, WIDTH)
+    if WIDTH == 16:
+        low, high = pair & 0xFFFF, pair >> 16
+    elif WIDTH == 8:
+        low, high = pair << 24 >> 24, pair >> 8
+    else:
+        low = tl.load(levels + line * stride + (pair & 15), mask=inside, other=0).to(tl.int32)
+        high = tl.load(levels + line * stride + (pair >> 4), mask=inside, other=0).to(tl.int32)
     column_0 = tl.where(one == 0, low, 0)
     column_1 = tl.where(one == 1, low, tl.where(two == 1, high, 0))
     column_2 = tl.where(one == 2, low, tl.where(two == 2, high, 0))
     column_3 = tl.where(two == 3, high, 0)
     even, odd = tl.interleave(column_0, column_2), tl.interleave(column_1, column_3)
-    return tl.interleave(even, odd).to(tl.int16)
+    return tl.interleave(even, odd)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _bitmask_block(  # type: ignore[no-untyped-def]
-    values, mask, starts, row, first_column, rows, columns, width, blocks, COLUMNS: tl.constexpr
+    values,
+    mask,
+    starts,
+    levels,
+    row,
+    first_column,
+    rows,
+    columns,
+    width,
+    blocks,
+    stride,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """A block [ROWS, COLUMNS] of the weight; COLUMNS is the grain of the starts."""
+    """A block [ROWS, COLUMNS] of values or levels; COLUMNS is the grain of the starts."""
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     line = row.to(tl.int64)[:, None]
     word = tl.load(mask + line * (width * 2) + column[None, :] // 32, mask=inside, other=0)
     bit = (word >> (column % 32)[None, :]) & 1
+    step = bit
+    if WIDTH == 4:  # a word of 64 columns begins with a byte: after an odd number of places half a byte is empty
+        odd = word ^ tl.load(mask + line * (width * 2) + (column[None, :] // 32 ^ 1), mask=inside, other=0)
+        odd ^= odd >> 16
+        odd ^= odd >> 8
+        odd ^= odd >> 4
+        odd ^= odd >> 2
+        odd ^= odd >> 1
+        step += tl.where((column % 64 == 63)[None, :], odd & 1, 0)
     start = tl.load(starts + row.to(tl.int64) * blocks + first_column // COLUMNS, mask=row < rows, other=0)
-    place = start[:, None] + tl.cumsum(bit, 1) - bit
-    return tl.load(values + place, mask=bit == 1, other=0.0)
+    place = start[:, None] + tl.cumsum(step, 1) - step
+    if WIDTH == 4:
+        two = tl.load(values + place // 2, mask=bit == 1, other=0).to(tl.int32)
+        block = tl.load(levels + line * stride + (two >> (place % 2 * 4) & 15), mask=bit == 1, other=0)
+    else:
+        block = tl.load(values + place, mask=bit == 1, other=0)
+    return block
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _block(  # type: ignore[no-untyped-def]
+    values,
+    places,
+    starts,
+    scales,
+    levels,
+    row,
+    first_column,
+    rows,
+    columns,
+    width,
+    blocks,
+    groups,
+    stride,
+    ELEMENT: tl.constexpr,
+    STORED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block [ROWS, COLUMNS] of the weight in ELEMENT: as it is stored, or scale · level, rounded once."""
+    column = first_column + tl.arange(0, COLUMNS)
+    line = row.to(tl.int64)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if STORED == "mask":
+        block = _bitmask_block(
+            values, places, starts, levels, row, first_column, rows, columns, width, blocks, stride, WIDTH, COLUMNS
+        )
+    elif STORED == "two of four":
+        block = _sparse24_block(values, places, levels, row, first_column, rows, columns, width, stride, WIDTH, COLUMNS)
+    else:
+        block = tl.load(values + line[:, None] * columns + column[None, :], mask=inside, other=0)
+    if WIDTH == 16:
+        weight = block.to(tl.int16).to(ELEMENT, bitcast=True) if STORED == "two of four" else block
+    else:
+        if GROUP:
+            scale = tl.load(scales + line[:, None] * groups + (column // GROUP)[None, :], mask=inside, other=0.0)
+        else:
+            scale = tl.load(scales + line, mask=row < rows, other=0.0)[:, None]
+        weight = (block.to(tl.float32) * scale.to(tl.float32)).to(ELEMENT)
+    return weight
 
 
 # One compilation serves every number of tokens and of blocks, where these would be special at 1 and at multiples of 16.
-@triton.jit(do_not_specialize=["blocks", "tokens", "share"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["blocks", "groups", "stride", "tokens", "share"])  # type: ignore[untyped-decorator]
 def linear(  # type: ignore[no-untyped-def]
     x,
     values,
     places,
     starts,
+    scales,
+    levels,
     bias,
     y,
     rows,
     columns,
     width,
     blocks,
+    groups,
+    stride,
     tokens,
     share,
-    BITMASK: tl.constexpr,
+    STORED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -76,11 +176,26 @@ def linear(  # type: ignore[no-untyped-def]
         total = tl.zeros((TOKENS, ROWS, COLUMNS), dtype=tl.float32)
     begin = split * share * COLUMNS
     for first_column in range(begin, min(begin + share * COLUMNS, columns), COLUMNS):
-        if BITMASK:
-            weight = _bitmask_block(values, places, starts, row, first_column, rows, columns, width, blocks, COLUMNS)
-        else:
-            block = _sparse24_block(values, places, row, first_column, rows, columns, width, ROWS, COLUMNS)
-            weight = block.to(x.dtype.element_ty, bitcast=True)
+        weight = _block(
+            values,
+            places,
+            starts,
+            scales,
+            levels,
+            row,
+            first_column,
+            rows,
+            columns,
+            width,
+            blocks,
+            groups,
+            stride,
+            x.dtype.element_ty,
+            STORED,
+            WIDTH,
+            GROUP,
+            COLUMNS,
+        )
         column = first_column + tl.arange(0, COLUMNS)
         inputs = tl.load(
             x + token[:, None] * columns + column[None, :],
@@ -117,22 +232,43 @@ def expand(  # type: ignore[no-untyped-def]
     values,
     places,
     starts,
+    scales,
+    levels,
     dense,
     rows,
     columns,
     width,
     blocks,
-    BITMASK: tl.constexpr,
+    groups,
+    stride,
+    STORED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(1) * COLUMNS
-    if BITMASK:
-        weight = _bitmask_block(values, places, starts, row, first_column, rows, columns, width, blocks, COLUMNS)
-    else:
-        block = _sparse24_block(values, places, row, first_column, rows, columns, width, ROWS, COLUMNS)
-        weight = block.to(dense.dtype.element_ty, bitcast=True)
+    weight = _block(
+        values,
+        places,
+        starts,
+        scales,
+        levels,
+        row,
+        first_column,
+        rows,
+        columns,
+        width,
+        blocks,
+        groups,
+        stride,
+        dense.dtype.element_ty,
+        STORED,
+        WIDTH,
+        GROUP,
+        COLUMNS,
+    )
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(dense + row.to(tl.int64)[:, None] * columns + column[None, :], weight, mask=inside)

@@ -6,7 +6,7 @@
  *
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
  * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
- * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 multiplies q in 16 bits. Products are summed as
+ * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 and NEON multiply q in 16 bits. Products are summed as
  * integers along a group, or along a row that has one scale.
  *
  * The caller guarantees what quantised.h says.
@@ -19,12 +19,38 @@ enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /*
 enum { LEVELS, PLACES, DENSE, KINDS };
 
 static inline int64_t row_start(const Quantised *job, int64_t row) {
+    if (job->patterns) return row * (job->levels ? job->columns / 4 : job->columns / 2);
     return job->mask ? job->starts[row] : row * job->words * 64;
 }
+
+/* The 48 bits of the patterns of 64 columns. */
+static inline uint64_t patterns_at(const Quantised *job, int64_t row, int64_t w) {
+    const uint8_t *patterns = job->patterns + 6 * (row * job->words + w);
+    uint32_t low;
+    uint16_t high;
+    memcpy(&low, patterns, 4);
+    memcpy(&high, patterns + 4, 2);
+    return low | (uint64_t)high << 32;
+}
+
+/* Three bits to each group of four, by halves. */
+static inline uint64_t three_of_four(uint64_t bits) {
+    bits = (bits & 0xffffff) | (bits & 0xffffff000000) << 8;
+    bits = (bits & 0x00000fff00000fff) | (bits & 0x00fff00000fff000) << 4;
+    bits = (bits & 0x003f003f003f003f) | (bits & 0x0fc00fc00fc00fc0) << 2;
+    return (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
+}
+static inline uint64_t with_parity(uint64_t bits) {
+    const uint64_t parity = (bits ^ bits >> 1 ^ bits >> 2) & 0x1111111111111111;
+    return bits | parity << 3;
+}
 static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
+    if (job->patterns) return with_parity(three_of_four(patterns_at(job, row, w)));
     return job->mask ? job->mask[row * job->words + w] : ~0ull;
 }
-static inline int kind_of(const Quantised *job) { return !job->mask ? DENSE : job->levels ? PLACES : LEVELS; }
+static inline int kind_of(const Quantised *job) {
+    return !job->mask && !job->patterns ? DENSE : job->levels ? PLACES : LEVELS;
+}
 static inline float scale_at(const Quantised *job, int64_t row, int64_t group) {
     return group < job->groups ? f16_to_float(job->scales[row * job->groups + group]) : 0.0f;
 }
@@ -88,6 +114,9 @@ static inline uint32_t bits_f16(uint16_t x) {
 ROUNDED_TYPES(portable, )
 typedef float (*Rounding)(const void *, int64_t, int64_t, int, void *);
 
+/* The products of some rows, for up to FEW_TOKENS tokens. */
+typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
+
 /* ---- portable ---- */
 
 static inline int level_at(const Quantised *job, const uint8_t *values, const int8_t *levels, int64_t at) {
@@ -138,16 +167,82 @@ static void portable_restore(const Quantised *job, int64_t begin, int64_t end, v
     }
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 
-/* ---- AVX2: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
+/* ---- AVX2 and NEON: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
 
-static uint8_t avx2_bytes[256][8]; /* where byte i is taken from; 128 where there is none */
+static uint8_t shuffles[256][8]; /* where byte i is taken from; 128 where there is none */
 
-__attribute__((constructor)) static void avx2_fill_bytes(void) {
+__attribute__((constructor)) static void fill_shuffles(void) {
     for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, next = 0; lane < 8; lane++) avx2_bytes[mask][lane] = mask >> lane & 1 ? (uint8_t)next++ : 128;
+        for (int lane = 0, next = 0; lane < 8; lane++) shuffles[mask][lane] = mask >> lane & 1 ? (uint8_t)next++ : 128;
 }
+#endif
+
+#if defined(__aarch64__)
+
+/* The levels of 64 places. */
+static inline void neon_look_up(const uint8_t *places, int8x16_t table, int8_t *levels) {
+    for (int half = 0; half < 2; half++) {
+        const uint8x16_t packed = vld1q_u8(places + 16 * half);
+        const int8x16_t even = vqtbl1q_s8(table, vandq_u8(packed, vdupq_n_u8(15))),
+                        odd = vqtbl1q_s8(table, vshrq_n_u8(packed, 4));
+        vst1q_s8(levels + 32 * half, vzip1q_s8(even, odd));
+        vst1q_s8(levels + 32 * half + 16, vzip2q_s8(even, odd));
+    }
+}
+
+/* 8 weights in 16 bits, and v moved past them. */
+static inline int16x8_t neon_eight(const int8_t **v, unsigned bits) {
+    const int8x8_t weights = vtbl1_s8(vld1_s8(*v), vld1_s8((const int8_t *)shuffles[bits]));
+    *v += __builtin_popcount(bits);
+    return vmovl_s8(weights);
+}
+
+static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
+    const int64_t columns = job->words * 64, span = job->group ? job->group : PERIOD;
+    const int kind = kind_of(job);
+    for (int64_t r = begin; r < end; r++) {
+        const int8_t *v = (const int8_t *)job->values + row_start(job, r);
+        const uint8_t *places = (const uint8_t *)v;
+        const int8x16_t table = kind == PLACES ? vld1q_s8(job->levels + r * job->stride) : vdupq_n_s8(0);
+        int8_t word[72] = {0}; /* levels of the present word; 8 bytes are read at a time */
+        float32x4_t sums[FEW_TOKENS];
+        uint64_t bits = 0;
+        for (int64_t t = 0; t < job->tokens; t++) sums[t] = vdupq_n_f32(0);
+        for (int64_t first = 0; first < columns; first += span) {
+            int32x4_t low[FEW_TOKENS], high[FEW_TOKENS];
+            for (int64_t t = 0; t < job->tokens; t++) low[t] = high[t] = vdupq_n_s32(0);
+            for (int64_t c = first; c < first + span && c < columns; c += 8) {
+                if (c % 64 == 0) {
+                    bits = row_bits(job, r, c / 64);
+                    if (kind == PLACES) {
+                        neon_look_up(places, table, word);
+                        v = word;
+                    }
+                    places += bytes_of(job, __builtin_popcountll(bits));
+                }
+                const int16x8_t weights =
+                    kind == DENSE ? vmovl_s8(vld1_s8((v += 8) - 8)) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255);
+                for (int64_t t = 0; t < job->tokens; t++) {
+                    const int16x8_t x = vld1q_s16((const int16_t *)job->x + t * columns + c);
+                    low[t] = vmlal_s16(low[t], vget_low_s16(weights), vget_low_s16(x));
+                    high[t] = vmlal_high_s16(high[t], weights, x);
+                }
+            }
+            const float scale = job->group ? scale_at(job, r, first / span) : 1.0f;
+            for (int64_t t = 0; t < job->tokens; t++) {
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(low[t]), scale);
+                sums[t] = vfmaq_n_f32(sums[t], vcvtq_f32_s32(high[t]), scale);
+            }
+        }
+        const float scale = job->group ? 1.0f : scale_at(job, r, 0);
+        for (int64_t t = 0; t < job->tokens; t++) put(job, t, r, vaddvq_f32(sums[t]) * scale * job->x_scales[t]);
+    }
+}
+#endif
+
+#if defined(__x86_64__)
 
 ROUNDED_TYPES(avx2, AVX2)
 
@@ -164,10 +259,10 @@ AVX2 static inline void avx2_look_up(const uint8_t *places, __m256i table, int8_
 /* 16 weights in 16 bits, and v moved past them. */
 AVX2 static inline __m256i avx2_sixteen(const int8_t **v, unsigned bits) {
     const __m128i first = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                           _mm_loadl_epi64((const __m128i *)avx2_bytes[bits & 255]));
+                                           _mm_loadl_epi64((const __m128i *)shuffles[bits & 255]));
     *v += __builtin_popcount(bits & 255);
     const __m128i second = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                            _mm_loadl_epi64((const __m128i *)avx2_bytes[bits >> 8]));
+                                            _mm_loadl_epi64((const __m128i *)shuffles[bits >> 8]));
     *v += __builtin_popcount(bits >> 8);
     return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
 }
@@ -190,12 +285,13 @@ AVX2 static void avx2_rows(const Quantised *job, int64_t begin, int64_t end) {
             table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
         __m256 sums[FEW_TOKENS];
         for (int64_t t = 0; t < job->tokens; t++) sums[t] = _mm256_setzero_ps();
+        uint64_t bits = 0;
         for (int64_t first = 0; first < columns; first += span) {
             __m256i products[FEW_TOKENS];
             for (int64_t t = 0; t < job->tokens; t++) products[t] = _mm256_setzero_si256();
             for (int64_t c = first; c < first + span && c < columns; c += 16) {
-                const uint64_t bits = row_bits(job, r, c / 64);
                 if (c % 64 == 0) {
+                    bits = row_bits(job, r, c / 64);
                     _mm_prefetch((const char *)places + 1024, _MM_HINT_T0);
                     if (kind == PLACES) {
                         avx2_look_up(places, table, word);
@@ -229,6 +325,11 @@ AVX2 static void avx2_rows(const Quantised *job, int64_t begin, int64_t end) {
 #define STREAMS 4
 
 ROUNDED_TYPES(avx512, VNNI)
+
+VNNI INLINE uint64_t vnni_bits(const Quantised *job, int64_t row, int64_t w) {
+    if (job->patterns) return with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
+    return row_bits(job, row, w);
+}
 
 /* The levels of a word's 64 columns, and v moved past them. */
 VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind) {
@@ -290,7 +391,7 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
             }
         for (int64_t w = block; w < last; w++, x += 128)
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {
-                const __m512i levels = word_of(row_bits(job, first + i * apart, w), v + i, table[i], kind);
+                const __m512i levels = word_of(vnni_bits(job, first + i * apart, w), v + i, table[i], kind);
                 const int64_t in_block = w - block;
                 __m512 scale = _mm512_setzero_ps();
                 if (group == 32)
@@ -341,7 +442,6 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
 #define VNNI_KIND(KIND) VNNI_GROUP(KIND, 0) VNNI_GROUP(KIND, 32) VNNI_GROUP(KIND, 64) VNNI_GROUP(KIND, 128)
 VNNI_KIND(LEVELS) VNNI_KIND(PLACES) VNNI_KIND(DENSE)
 
-typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
 #define BY_TOKENS(KIND, GROUP) \
     {vnni_##KIND##_##GROUP##_1, vnni_##KIND##_##GROUP##_2, vnni_##KIND##_##GROUP##_4, vnni_##KIND##_##GROUP##_8}
 #define BY_GROUP(KIND) {BY_TOKENS(KIND, 0), BY_TOKENS(KIND, 32), BY_TOKENS(KIND, 64), BY_TOKENS(KIND, 128)}
@@ -397,7 +497,9 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
 /* Bit p of the result is set where the CPU can run path p. */
 int gblm_quantised_paths(void) {
     int paths = 1 << PORTABLE_PATH;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+    paths |= 1 << NEON_PATH;
+#elif defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         paths |= 1 << AVX2_PATH;
@@ -441,14 +543,20 @@ static void round_part(void *argument, int index) {
             round(work->inputs + t * from, job->columns, job->words, job->path == AVX512_PATH, (char *)job->x + t * to);
 }
 
+static Rows rows_of(int path) {
+#if defined(__x86_64__)
+    if (path != PORTABLE_PATH) return path == AVX512_PATH ? vnni_any : avx2_rows;
+#elif defined(__aarch64__)
+    if (path == NEON_PATH) return neon_rows;
+#endif
+    (void)path;
+    return portable_rows;
+}
+
 static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
     for (int64_t left = job.tokens; left > 0; left -= FEW_TOKENS) {
         job.tokens = left < FEW_TOKENS ? left : FEW_TOKENS;
-#if defined(__x86_64__)
-        if (job.path != PORTABLE_PATH) (job.path == AVX512_PATH ? vnni_any : avx2_rows)(&job, begin, end);
-        else
-#endif
-            portable_rows(&job, begin, end);
+        rows_of(job.path)(&job, begin, end);
         job.x = (const char *)job.x + FEW_TOKENS * bytes_a_token(job.words);
         job.y = (char *)job.y + FEW_TOKENS * job.rows * (job.type == F32 ? 4 : 2);
         job.x_scales += FEW_TOKENS;
@@ -485,7 +593,8 @@ static int can_run(const Quantised *job, int count) {
     return job->rows >= 0 && job->words > 0 && job->words <= MOST_WORDS && job->columns > (job->words - 1) * 64 &&
            job->columns <= job->words * 64 && count > 0 && path >= 0 && path < PATHS && job->type >= 0 && job->type <= BF16 &&
            (group == 0 || group == 32 || group == 64 || group == 128) && !job->mask == !job->starts &&
-           !(job->levels && !job->mask) && (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
+           !(job->patterns && (job->mask || job->columns % 4)) && !(job->levels && kind_of(job) == DENSE) &&
+           (job->stride == 0 || job->stride == 16) && gblm_quantised_paths() >> path & 1;
 }
 
 static inline int64_t groups_of(int64_t columns, int group) { return group > 0 ? (columns + group - 1) / group : 1; }
@@ -511,11 +620,11 @@ void gblm_quantised_run(Quantised *jobs, int count, const void *inputs, void *ro
 
 /* y [tokens, rows] = x [tokens, columns] Wᵀ, x and y of `type`. Returns 0, and has done nothing, where a number is not one
  * that there is code for. */
-EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int64_t *starts, const void *levels,
-                                 const void *scales, const float *sums, const void *x, void *y, void *rounded, int64_t rows,
-                                 int64_t words, int64_t columns, int64_t tokens, int64_t stride, int group, int type,
-                                 int path, int count) {
-    Quantised job = {mask, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
+EXPORT int gblm_quantised_linear(const void *mask, const void *patterns, const void *values, const int64_t *starts,
+                                 const void *levels, const void *scales, const float *sums, const void *x, void *y,
+                                 void *rounded, int64_t rows, int64_t words, int64_t columns, int64_t tokens, int64_t stride,
+                                 int group, int type, int path, int count) {
+    Quantised job = {mask, patterns, values, starts, levels, scales, sums, rounded, NULL, y, rows, words, tokens, columns,
                      groups_of(columns, group), stride, group, type, path};
     if (!can_run(&job, count) || tokens < 1) return 0;
     const Threads threads = gblm_threads(count);
@@ -524,10 +633,10 @@ EXPORT int gblm_quantised_linear(const void *mask, const void *values, const int
 }
 
 /* Rows [first, first + rows) dense, [rows, columns] in `type`. Returns as gblm_quantised_linear. */
-EXPORT int gblm_quantised_restore(const void *mask, const void *values, const int64_t *starts, const void *levels,
-                                  const void *scales, void *dense, int64_t first, int64_t rows, int64_t words, int64_t columns,
-                                  int64_t stride, int group, int type, int path, int count) {
-    const Quantised job = {.mask = mask, .values = values, .starts = starts, .levels = levels, .scales = scales, .rows = rows,
+EXPORT int gblm_quantised_restore(const void *mask, const void *patterns, const void *values, const int64_t *starts,
+                                  const void *levels, const void *scales, void *dense, int64_t first, int64_t rows,
+                                  int64_t words, int64_t columns, int64_t stride, int group, int type, int path, int count) {
+    const Quantised job = {.mask = mask, .patterns = patterns, .values = values, .starts = starts, .levels = levels, .scales = scales, .rows = rows,
                            .words = words, .columns = columns, .groups = groups_of(columns, group), .stride = stride,
                            .group = group, .type = type, .path = path};
     if (!can_run(&job, count) || first < 0) return 0;

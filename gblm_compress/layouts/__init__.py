@@ -48,8 +48,9 @@ class Layout:
         return layer
 
 
-def _quantised(linear: str, format: str, width: int) -> Layout:
-    return Layout(f"gblm_compress.layouts.{linear}", format, ("cpu",), width=width, exact="bitmask", tables="int8")
+def _quantised(linear: str, format: str, width: int, pattern: str | None = None) -> Layout:
+    module = f"gblm_compress.layouts.{linear}"
+    return Layout(module, format, ("cpu", "cuda"), pattern, width=width, exact="bitmask", tables="int8")
 
 
 # A folder's config.json has the name; commands and recipes have the format.
@@ -58,6 +59,8 @@ LAYOUTS = {
     "sparse24": Layout("gblm_compress.layouts.sparse24:Sparse24Linear", "semi-structured", ("cuda",), "2:4"),
     "bitmask-int8": _quantised("bitmask_quantised:BitmaskInt8Linear", "bitmask-int8", 8),
     "bitmask-int4": _quantised("bitmask_quantised:BitmaskInt4Linear", "bitmask-int4", 4),
+    "sparse24-int8": _quantised("sparse24_quantised:Sparse24Int8Linear", "semi-structured-int8", 8, "2:4"),
+    "sparse24-int4": _quantised("sparse24_quantised:Sparse24Int4Linear", "semi-structured-int4", 4, "2:4"),
     "int8": _quantised("int8:Int8Linear", "int8", 8),
 }
 

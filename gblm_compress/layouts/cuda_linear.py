@@ -20,7 +20,6 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 from gblm_compress.errors import first_line
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed, Tiling
-from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import measurements
 from gblm_compress.progress import Progress
 
@@ -69,7 +68,8 @@ def plan(weight: Packed) -> str:
     rows, columns = weight.shape
     device = weight.values.device
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    what = f"cuda {weight.layout} {rows}x{columns} {weight.values.dtype}"
+    grouped = f"/{weight.group}" if weight.scales is not None else ""
+    what = f"cuda {weight.layout} {rows}x{columns}{grouped} {weight.dtype}"
     return measurements.remembered(machine, what, lambda: _measured_plan(weight), lambda words: is_plan(words, weight))
 
 
@@ -96,7 +96,7 @@ def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
 
 
 def _fits_torch(weight: Packed, tokens: int) -> bool:
-    return LAYOUTS[weight.layout].pattern == "2:4" and tokens >= FEWEST_FOR_TORCH
+    return weight.layout == "sparse24" and tokens >= FEWEST_FOR_TORCH
 
 
 def candidates(plan: str) -> tuple[Candidate, ...]:
@@ -231,7 +231,7 @@ def fastest(times: dict[Candidate, float]) -> Candidate:
 def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[str, str]]:
     """Milliseconds of every candidate for that many tokens, and of those that do not run, why."""
     generator = torch.Generator(weight.values.device).manual_seed(0)
-    x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.values.device).to(weight.values.dtype)
+    x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.values.device).to(weight.dtype)
     expected = torch.nn.functional.linear(x, gpu.expand(weight))
     times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}

@@ -1,6 +1,7 @@
 """The layout `int8`: every weight as a level of 8 bits, and scales. For weights without zeros, such as heads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -10,19 +11,8 @@ from gblm_compress.errors import ModelError
 from gblm_compress.kernels.cpu_quantised import Quantised
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed import check_tensor
-from gblm_compress.layouts.quantised import QuantisedLinear, group_of, quantised_operator, scale_of
+from gblm_compress.layouts.quantised import QuantisedLinear, scale_of
 from gblm_compress.methods.quantisation import LARGEST
-
-
-def _levels(tensors: Sequence[Tensor], columns: int) -> Tensor:
-    return tensors[1]
-
-
-def _weight(tensors: Sequence[Tensor], columns: int) -> Quantised:
-    scales, values, sums, _ = tensors
-    if columns % WORD:  # kernels read whole words
-        values = torch.nn.functional.pad(values, (0, -columns % WORD))
-    return Quantised(values, scales, sums, columns, group_of(columns, scales.shape[1]) or 0)
 
 
 class Int8Linear(QuantisedLinear):
@@ -36,11 +26,8 @@ class Int8Linear(QuantisedLinear):
     KIND = "int8"
     PACKED = ("scales", "values")
     DERIVED = ("sums", "like")
-    OPERATOR = quantised_operator("int8_linear", _weight, _levels)
     TOLERANCE = 1 / LARGEST
     LARGEST_ERROR = 0.03
-    levels_of = staticmethod(_levels)
-    kernel_weight = staticmethod(_weight)
     values: Tensor
 
     def __init__(
@@ -56,6 +43,17 @@ class Int8Linear(QuantisedLinear):
     @classmethod
     def pack(cls, levels: Tensor, keep: Tensor, table: Tensor) -> tuple[Tensor, ...]:
         return (levels.contiguous(),)
+
+    @classmethod
+    def levels_of(cls, tensors: Sequence[Tensor], columns: int) -> Tensor:
+        return tensors[1]
+
+    @classmethod
+    def kernel_weight(cls, tensors: Sequence[Tensor], columns: int) -> Quantised:
+        weight = super().kernel_weight(tensors, columns)
+        if not columns % WORD:
+            return weight
+        return replace(weight, values=torch.nn.functional.pad(weight.values, (0, -columns % WORD)))  # whole words
 
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:

@@ -1,27 +1,24 @@
-"""What layers of quantised weights share: scales beside levels, their kernels on a CPU, and how they are checked.
+"""What layers of quantised weights share: scales beside levels, which kernels run, and how they are checked.
 
 Scales are stored as the bits of float16 in int16, so that casting a model to another dtype leaves them as they are.
 The dtype of a layer is that of its inputs and outputs alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.kernels import cpu, cpu_quantised
+from gblm_compress.kernels import cpu
 from gblm_compress.kernels.cpu_quantised import MOST_COLUMNS, Quantised
-from gblm_compress.layouts.bitmask_cpu import TILE_BYTES, measured_crossover
 from gblm_compress.layouts.packed import check_tensor, same_bits
-from gblm_compress.layouts.packed_linear import PackedLinear, Product, operator
-from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
+from gblm_compress.layouts.packed_linear import PackedLinear, operator
+from gblm_compress.layouts.quantised_cpu import crossover, linear
+from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest
+from gblm_compress.methods.quantisation import rounded as on_grid
 
-EVERY = 1 << 40
-"""A crossover: the kernel is the faster one for any number of tokens."""
-_TRIED = (256, 64, 16, 8, 4, 2, 1)  # tokens
-_TRIED_ROWS = 1024
 _INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
 
 
@@ -58,63 +55,6 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     return (sums * scales.view(torch.float16).double()).sum(1).float()
 
 
-def linear_by_tiles(x: Tensor, weight: Quantised) -> Tensor:
-    """x Wᵀ for any number of tokens: tiles of rows restored into one buffer, each multiplied densely."""
-    rows, columns = weight.rows, weight.columns
-    size = min(rows, max(16, TILE_BYTES // (columns * x.element_size())))
-    tile = cpu.scratch(size * columns * x.element_size()).view(x.dtype).view(size, columns)
-    parts = [
-        x @ cpu_quantised.restore(weight, first, tile[: min(size, rows - first)]).T for first in range(0, rows, size)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def crossover(name: str, weight: Quantised, dtype: torch.dtype) -> int:
-    """The largest number of tokens, of those that are tried, for which the kernel beats tiles; `EVERY` after all."""
-    part = weight.first_rows(_TRIED_ROWS)
-    shape = f"{name} {weight.rows}x{weight.columns}/{weight.group} {dtype} {torch.get_num_threads()}"
-    tokens = measured_crossover(
-        f"{shape} {cpu.path(torch.int8)}",
-        _TRIED,
-        lambda tokens: torch.ones(tokens, weight.columns, dtype=dtype),
-        lambda x: cpu_quantised.linear(x, part),
-        lambda x: linear_by_tiles(x, part),
-    )
-    return EVERY if tokens == _TRIED[0] else tokens
-
-
-def _linear(x: Tensor, weight: Quantised, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + b: on the kernel up to so many tokens, beyond by tiles of restored rows."""
-    if x.dtype != dtype:
-        raise ValueError(f"x is {x.dtype}; the layer's dtype is {dtype}")
-    flat = x.reshape(-1, weight.columns)
-    y = cpu_quantised.linear(flat, weight) if len(flat) <= crossover else linear_by_tiles(flat, weight)
-    if bias is not None:
-        y = y + bias
-    return y.reshape(*x.shape[:-1], weight.rows)
-
-
-def quantised_operator(
-    name: str,
-    kernel_weight: Callable[[Sequence[Tensor], int], Quantised],
-    levels_of: Callable[[Sequence[Tensor], int], Tensor],
-) -> Product:
-    """The registered product of a layout; the arguments are those methods of its layer."""
-
-    def unpacked(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, *_: Any) -> Tensor:
-        weight = levels_of(tensors, columns) * scale_of(tensors[0], columns)
-        return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
-
-    def on_cpu(
-        x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, columns: int, crossover: int, plan: str
-    ) -> Tensor:
-        if not crossover:
-            return unpacked(x, tensors, bias, rows, columns)
-        return _linear(x, kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
-
-    return operator(name, on_cpu, unpacked)
-
-
 class QuantisedLinear(PackedLinear):
     """A `PackedLinear` whose weights are scale · level. A subclass says how levels are stored.
 
@@ -136,6 +76,10 @@ class QuantisedLinear(PackedLinear):
     scales: Tensor
     sums: Tensor
     like: Tensor
+
+    def __init_subclass__(cls) -> None:
+        if "LAYOUT" in vars(cls):
+            cls.OPERATOR = operator(f"{cls.LAYOUT.replace('-', '_')}_linear", cls.linear_cpu, cls.linear_cuda)
 
     def __init__(
         self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, group: int | None = None
@@ -159,15 +103,74 @@ class QuantisedLinear(PackedLinear):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def levels_of(tensors: Sequence[Tensor], columns: int) -> Tensor:
+    @classmethod
+    def levels_of(cls, tensors: Sequence[Tensor], columns: int) -> Tensor:
         """All levels, [rows, columns] in int8, of the tensors of `PACKED`; zeros where none is stored."""
         raise NotImplementedError
 
-    @staticmethod
-    def kernel_weight(tensors: Sequence[Tensor], columns: int) -> Quantised:
-        """The weight as kernels read it, of the tensors of `PACKED` and `DERIVED`."""
-        raise NotImplementedError
+    @classmethod
+    def kernel_weight(cls, tensors: Sequence[Tensor], columns: int) -> Quantised:
+        """The weight as kernels of a CPU read it, of the tensors of `PACKED` and `DERIVED`, which have its names."""
+        held = dict(zip((*cls.PACKED, *cls.DERIVED[:-1]), tensors, strict=False))
+        return Quantised(columns=columns, group=group_of(columns, held["scales"].shape[1]) or 0, **held)
+
+    @classmethod
+    def gpu_weight(cls, tensors: Sequence[Tensor], columns: int) -> Any:
+        """The weight as kernels of a GPU read it, `gpu.Packed`, of the same tensors."""
+        from gblm_compress.kernels.gpu import Packed
+
+        held = dict(zip((*cls.PACKED, *cls.DERIVED), tensors, strict=True))
+        scales, values = held["scales"], held["values"]
+        return Packed(
+            cls.LAYOUT,
+            values,
+            held[cls.PACKED[1]],  # what says which are stored
+            held.get("starts", values),
+            (len(scales), columns),
+            scales,
+            held.get("levels"),
+            group_of(columns, scales.shape[1]) or 0,
+            held["like"].dtype,
+        )
+
+    @classmethod
+    def linear_cpu(
+        cls,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        crossover: int,
+        plan: str,
+    ) -> Tensor:
+        """The product on a CPU, see `operator`."""
+        if not crossover:
+            return cls._unpacked(x, tensors, bias, columns)
+        return linear(x, cls.kernel_weight(tensors, columns), bias, crossover, tensors[-1].dtype)
+
+    @classmethod
+    def linear_cuda(
+        cls,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        crossover: int,
+        plan: str,
+    ) -> Tensor:
+        """The product on CUDA, see `operator`."""
+        if not plan:
+            return cls._unpacked(x, tensors, bias, columns)
+        from gblm_compress.layouts import cuda_linear
+
+        return cuda_linear.linear(x, cls.gpu_weight(tensors, columns), bias, plan)
+
+    @classmethod
+    def _unpacked(cls, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, columns: int) -> Tensor:
+        weight = cls.levels_of(tensors, columns) * scale_of(tensors[0], columns)
+        return nn.functional.linear(x, weight.to(tensors[-1].dtype), bias)
 
     @classmethod
     def from_dense(
@@ -179,13 +182,18 @@ class QuantisedLinear(PackedLinear):
             group: columns that share a scale, where the grid is made here; `GROUP` if unset.
             grid: where the weights lie already, after a fit on it.
         """
+        return cls.rounded(weight, group, grid).filled(bias)
+
+    @classmethod
+    def rounded(cls, weight: Tensor, group: int | None = None, grid: Grid | None = None) -> Self:
+        """As `from_dense`, without bias and not prepared."""
         keep = weight != 0
         grid = grid or make_grid(weight.float(), keep, cls.KIND, group or cls.GROUP)
         levels = grid.levels[nearest(weight.float(), grid).int()]
         scales = grid.scales.contiguous().view(torch.int16)
         layer = cls.holding(weight.shape, scales, *cls.pack(levels, keep, grid.levels))
         layer.like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return layer.filled(bias)
+        return layer
 
     @classmethod
     def holds(cls, grid: Grid | None) -> bool:
@@ -225,6 +233,15 @@ class QuantisedLinear(PackedLinear):
         """The tensors of `PACKED`."""
         return [self.get_buffer(name) for name in self.PACKED]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of `PACKED` and `DERIVED`."""
+        return [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
+
+    def for_gpu(self) -> Any:
+        """`gpu_weight`; fills what of `DERIVED` it needs."""
+        return self.gpu_weight(self.tensors, self.in_features)
+
     def table(self) -> Tensor:
         """The levels that weights may have."""
         return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=self.scales.device)
@@ -235,7 +252,7 @@ class QuantisedLinear(PackedLinear):
         )
         if not bool(((self.scales >= 0) & (self.scales < _INFINITE)).all()):
             raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
-        if self.get_buffer("values").any() and not self.scales.any():  # what is cast to int16 becomes zero
+        if not self.scales.any() and self.levels_of(self.packed, self.in_features).any():  # cast to int16, all are zero
             raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
         super().check()
 
@@ -243,9 +260,10 @@ class QuantisedLinear(PackedLinear):
         self.sums = row_sums(self.levels_of(self.packed, self.in_features), self.scales)
         self.like = self.like.to(self.scales.device)
         self._weight: Quantised | None = None
-        if self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
-            tensors = [self.get_buffer(name) for name in (*self.PACKED, *self.DERIVED)]
-            self._weight = self.kernel_weight(tensors, self.in_features)
+        if cuda := self.cuda_kernels():
+            self.plan = cuda.plan(self.for_gpu())
+        elif self.scales.device.type == "cpu" and cpu.available() and self.in_features <= MOST_COLUMNS:
+            self._weight = self.kernel_weight(self.tensors, self.in_features)
             self.crossover = crossover(self.LAYOUT, self._weight, self.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -254,7 +272,7 @@ class QuantisedLinear(PackedLinear):
         # As in `BitmaskLinear`: the registered operator is for tracing.
         eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
         if eager and self._weight is not None and x.is_cpu:
-            return _linear(x, self._weight, bias, self.crossover, self.dtype)
+            return linear(x, self._weight, bias, self.crossover, self.dtype)
         return super().product(x, bias)
 
     def kernel(self, tokens: int) -> str:
@@ -273,7 +291,7 @@ class QuantisedLinear(PackedLinear):
         if (weight.shape, weight.dtype) != ((self.out_features, self.in_features), self.dtype):
             return False
         grid = Grid(self.scales.view(torch.float16), self.table(), self.group)
-        return same_bits(self.dense_weight(), rounded(weight.float(), weight != 0, grid).to(weight.dtype))
+        return same_bits(self.dense_weight(), on_grid(weight.float(), weight != 0, grid).to(weight.dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group={self.group}"

@@ -32,15 +32,27 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         UsageError: the matrix is not 2:4.
     """
-    if violation := _PATTERN.first_violation(weight):
-        raise UsageError(f"the matrix is not 2:4: {violation}")
-    rows, columns = weight.shape
-    groups = weight.reshape(rows, columns // 4, 4)
-    # Stable, so that nonzeros come first and each kind stays in order; then both in order of position.
-    chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
-    values = groups.gather(-1, chosen).reshape(rows, columns // 2)
+    chosen = two_of_four(weight)
+    rows, groups, _ = chosen.shape
+    values = weight.reshape(rows, groups, 4).gather(-1, chosen).reshape(rows, groups * 2)
     nibbles = (chosen[..., 0] | (chosen[..., 1] << 2)).to(torch.uint8)
     return values.contiguous(), _bytes(nibbles)
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """Which two of every four columns are stored, in order: [rows, columns / 4, 2].
+
+    Args:
+        weight: as of `pack`, or a mask.
+
+    Raises:
+        UsageError: the matrix is not 2:4.
+    """
+    if violation := _PATTERN.first_violation(weight):
+        raise UsageError(f"the matrix is not 2:4: {violation}")
+    groups = weight.reshape(len(weight), -1, 4)
+    # Stable, so that nonzeros come first and each kind stays in order; then both in order of position.
+    return (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
 
 
 def _bytes(nibbles: Tensor) -> Tensor:
@@ -80,12 +92,29 @@ def cut(values: Tensor, positions: Tensor, kept_rows: range, kept_columns: range
     Raises:
         UsageError: the columns do not begin and end between groups of four.
     """
+    check_cut(kept_columns, "sparse24")
     first, last = kept_columns.start, kept_columns.stop
-    if first % 4 or last % 4:
-        raise UsageError(f"columns {first} to {last - 1}: the sparse24 layout can be cut at multiples of 4 only")
     rows, groups = slice(kept_rows.start, kept_rows.stop), values.shape[1] // 2
     nibbles = _nibbles(positions[rows], groups)[:, first // 4 : last // 4]
     return values[rows, first // 2 : last // 2].clone(), _bytes(nibbles)
+
+
+def check_cut(columns: range, layout: str) -> None:
+    """Raises:
+    UsageError: the columns do not begin and end between groups of four.
+    """
+    if columns.start % 4 or columns.stop % 4:
+        raise UsageError(
+            f"columns {columns.start} to {columns.stop - 1}: the {layout} layout can be cut at multiples of 4 only"
+        )
+
+
+def check_columns(columns: int, layout: str) -> None:
+    """Raises:
+    ModelError: rows of so many columns are no groups of four.
+    """
+    if columns % 4:
+        raise ModelError(f"shape: {columns} columns are not a multiple of 4, which the {layout} layout needs")
 
 
 def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
@@ -97,8 +126,7 @@ def check(values: Tensor, positions: Tensor, shape: Sequence[int]) -> None:
         ModelError: they are no such matrix; the message begins with the tensor's name.
     """
     rows, columns = shape
-    if columns % 4:
-        raise ModelError(f"values: {columns} columns are not a multiple of 4, which the sparse24 layout needs")
+    check_columns(columns, "sparse24")
     check_tensor("values", values, DTYPES, (rows, columns // 2))
     check_tensor("positions", positions, (torch.uint8,), (rows, -(-columns // 8)))
     low = (positions & 3) < ((positions >> 2) & 3)
@@ -147,8 +175,7 @@ class Sparse24Linear(PackedLinear):
     def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
         super().__init__(shape, bias, dtype, device)
         rows, columns = shape
-        if columns % 4:
-            raise ModelError(f"shape {list(shape)}: the sparse24 layout needs columns that are a multiple of 4")
+        check_columns(columns, self.LAYOUT)
         self.register_buffer("values", torch.empty(rows, columns // 2, dtype=dtype, device=device))
         self.register_buffer("positions", torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=device))
 

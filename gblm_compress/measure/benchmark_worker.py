@@ -12,18 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, first_line, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
-from gblm_compress.measure.runtimes import Runtime, load_runtime
+from gblm_compress.measure.runtimes import Generating, Runtime, load_runtime
+from gblm_compress.models import loading
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.tasks.task import Task
 
 
 class Worker:
@@ -106,20 +109,33 @@ def main() -> None:
 def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
+    task = loading.task_of(source)
     with peak_memory(setup["device"]) as memory:
         start = time.perf_counter()
-        passes = (setup["prompt"], 1)
+        passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
         runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes)
         loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
-        size = vocabulary(source)
-        answer({"load_seconds": loaded, "provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels})
+        timed: Callable[..., dict[str, Any]]
+        if task.generates:
+            timed = partial(generate, cast(Generating, runtime), vocabulary(source))
+        else:
+            timed = partial(forward, runtime, task, loading.config_of(source))
+        answer(
+            {
+                "load_seconds": loaded,
+                "provider": runtime.provider,
+                "dtype": runtime.dtype,
+                "kernels": kernels,
+                "step_ms": runtime.step_ms(),
+            }
+        )
         for line in sys.stdin:
             request = json.loads(line)
             if request.get("finish"):
                 break
-            answer(generate(runtime, size, **request))
+            answer(timed(**request))
     answer({"peak_memory_bytes": memory.peak_bytes})
 
 
@@ -146,7 +162,21 @@ def vocabulary(source: ModelSource) -> int:
     return size
 
 
-def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
+def forward(
+    runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
+) -> dict[str, Any]:
+    """Time one forward pass of random samples, of a model that generates nothing.
+
+    Returns:
+        prefill_seconds: from the samples to the predictions.
+    """
+    sample = task.timed(config, batch, prompt, seed)
+    start = time.perf_counter()
+    runtime.predict(sample)
+    return {"prefill_seconds": time.perf_counter() - start}
+
+
+def generate(runtime: Generating, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
     """Time one greedy generation from a prompt of random tokens.
 
     Returns:

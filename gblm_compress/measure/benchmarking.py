@@ -5,7 +5,7 @@ that a drift of the machine hits all alike. The first rounds are warm-up and dro
 """
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
 from gblm_compress.measure.runtimes import check_installed, runtimes_of
-from gblm_compress.models import loading
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -69,14 +69,18 @@ class Measurement:
     """One model at one batch size.
 
     Attributes:
-        ttft_ms: time to first token (prefill), milliseconds.
-        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation.
+        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated, milliseconds.
+        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation; None
+            where nothing is generated, as all that is of decode.
         tokens_per_second: generated tokens of all sequences per second of decode, median.
+        samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
         peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
         prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
             linear layers, or ONNX operators with their execution provider.
+        step_ms: what the parts of a step took, profiled after loading and without a prompt; empty where the runtime
+            records none.
     """
 
     model: str
@@ -85,16 +89,18 @@ class Measurement:
     dtype: str
     batch: int
     ttft_ms: Spread
-    tpot_ms: Spread
-    tokens_per_second: float
+    tpot_ms: Spread | None
+    tokens_per_second: float | None
+    samples_per_second: float | None
     peak_memory_bytes: int
     load_seconds: float
     bytes_on_disk: int
     prefill_kernels: dict[str, int]
-    decode_kernels: dict[str, int]
+    decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
+    step_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,11 @@ def check(
 
 @dataclass(frozen=True)
 class _Lane:
-    """What dense and pruned must share to be compared."""
+    """What dense and pruned must share to be compared.
+
+    Attributes:
+        dtype: of the weights, see `manifest.weights_of`.
+    """
 
     runtime: str
     dtype: str
@@ -190,7 +200,7 @@ def _lanes(
     """The models that are timed, by what they are timed in; what torch loads dense is given a dtype."""
     lanes: dict[_Lane, list[ModelSource]] = {}
     for model in models:
-        own = loading.stored_dtype(model) if model.is_export else loading.choose_dtype(dtype, model, device)
+        own = manifest.weights_of(model) if model.is_export else loading.choose_dtype(dtype, model, device)
         for runtime in runtimes_of(model):
             if runtime in settings.runtimes:
                 lanes.setdefault(_Lane(runtime, own), []).append(model)
@@ -204,12 +214,13 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
         UsageError: there is none, or it is another model.
     """
     for baseline in baselines:
-        fits = not baseline.is_export or loading.stored_dtype(baseline) == lane.dtype
+        fits = not baseline.is_export or manifest.weights_of(baseline) == lane.dtype
         if lane.runtime in runtimes_of(baseline) and fits:
             check_baseline(model, baseline)
             return baseline
     kernels = " --kernels" if lane.dtype == "float16" and model.is_onnx and model.needs_operator else ""
-    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx --dtype {lane.dtype}{kernels}"
+    stored = f"--quantise {lane.dtype}" if lane.dtype.startswith("int") else f"--dtype {lane.dtype}{kernels}"
+    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx {stored}"
     advice = (
         f"export the dense model with `{export}` and give --baseline DENSE-ONNX"
         if lane.runtime != "torch"
@@ -232,9 +243,10 @@ def _benchmark_lane(
     """Time the models of one lane, the first of which is the baseline."""
     runtime = lane.runtime
     with ExitStack() as stack:
-        workers = []
-        for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings)))
+        workers = [
+            stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings))
+            for source in progress.track(contenders, f"loading ({runtime})", unit="models")
+        ]
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -244,8 +256,8 @@ def _benchmark_lane(
                 for number in range(rounds):
                     order = list(enumerate(workers))
                     for index, worker in order if number % 2 == 0 else reversed(order):
-                        request = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
-                        run = worker.ask({**request, "seed": number})
+                        what = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
+                        run = worker.ask(what | {"seed": number})
                         if number >= settings.warmup:
                             runs[batch, index].append(run)
                         advance()
@@ -255,7 +267,7 @@ def _benchmark_lane(
         base = _times(runs[batch, 0], settings)
         for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
-            prefill_kernels, decode_kernels = worker.facts["kernels"][number]
+            prefill_kernels, *decode_kernels = worker.facts["kernels"][number]
             measurements.append(
                 Measurement(
                     model=source.name,
@@ -265,17 +277,19 @@ def _benchmark_lane(
                     batch=batch,
                     ttft_ms=ttft,
                     tpot_ms=tpot,
-                    tokens_per_second=batch * 1000 / tpot.median,
+                    tokens_per_second=batch * 1000 / tpot.median if tpot else None,
+                    samples_per_second=None if tpot else batch * 1000 / ttft.median,
                     peak_memory_bytes=final["peak_memory_bytes"],
                     load_seconds=worker.facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
-                    decode_kernels=decode_kernels,
+                    decode_kernels=decode_kernels[0] if decode_kernels else None,
+                    step_ms=worker.facts["step_ms"],
                     prefill_speedup=Speedup.of(base[0], ttft) if index else None,
-                    decode_speedup=Speedup.of(base[1], tpot) if index else None,
+                    decode_speedup=Speedup.of(base[1], tpot) if index and base[1] and tpot else None,
                     same_tokens_as_baseline=(
                         all(a["tokens"] == b["tokens"] for a, b in zip(runs[batch, 0], runs[batch, index], strict=True))
-                        if index
+                        if index and tpot
                         else None
                     ),
                 )
@@ -283,9 +297,7 @@ def _benchmark_lane(
     return measurements
 
 
-def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread]:
-    """(TTFT, TPOT) in milliseconds."""
-    return (
-        Spread.of([1000 * run["prefill_seconds"] for run in runs]),
-        Spread.of([1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs]),
-    )
+def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread | None]:
+    """(TTFT, TPOT) in milliseconds; no TPOT where nothing was generated."""
+    decoded = [1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs if "decode_seconds" in run]
+    return Spread.of([1000 * run["prefill_seconds"] for run in runs]), Spread.of(decoded) if decoded else None

@@ -44,12 +44,13 @@ def diagnose() -> list[Finding]:
         Finding(f"instruction set {name}", "yes" if name in flags else "no", enables)
         for name, enables in environment.INSTRUCTION_SETS.items()
     ]
-    paths = cpu.paths(torch.float32)
+    paths, of_levels = cpu.paths(torch.float32), cpu.paths(torch.int8)
+    runs = f"bitmask folders run on the {paths[-1]} path, those of 8 and 4 bits on {of_levels[-1]}" if paths else ""
     findings.append(
         Finding(
             "sparse CPU kernels",
             ", ".join(paths) if paths else "not built: no C compiler was at hand at install",
-            f"bitmask folders run on the {paths[-1]} path" if paths else "bitmask folders run, unpacked and slow",
+            runs or "bitmask folders run, unpacked and slow",
             bool(paths),
         )
     )

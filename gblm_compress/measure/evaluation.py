@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from gblm_compress import faults
-from gblm_compress.errors import GblmError, ModelError
+from gblm_compress import faults, tasks
+from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.reference import Reference, ask
 from gblm_compress.measure.runtimes import load_runtime
@@ -23,7 +23,6 @@ from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
-from gblm_compress.tasks import text
 from gblm_compress.tasks.metrics import Metric, mean
 from gblm_compress.tasks.task import Sample
 
@@ -34,10 +33,11 @@ class EvaluateResult:
 
     Attributes:
         metrics: how well the task is done, the metric that counts first: see `Task.metrics`.
-        windows, predicted_tokens: how much text it stands on.
+        windows, predicted_tokens: how many samples and predictions it stands on.
+        sample: what a sample is called.
         baseline: the metrics of the dense model, when there is one.
-        fidelity: how close the predictions stay to the dense model's, each a mean over the samples: see
-            `Task.fidelity`.
+        fidelity: how close the predictions stay to the dense model's: means over the samples of `Task.fidelity`, and
+            `Task.agreement`.
         zero_shot: accuracies on tasks, when any were asked for.
     """
 
@@ -49,6 +49,7 @@ class EvaluateResult:
     sequence_length: int
     dtype: str
     provider: str
+    sample: str = "window"
     baseline: dict[str, Metric] | None = None
     fidelity: dict[str, float] | None = None
     zero_shot: ZeroShot | None = None
@@ -75,14 +76,16 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
 
 def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
     progress.say(f"reading {settings.dataset} …")
-    tokenizer, config = loading.load_tokenizer(source), loading.config_of(source)
+    processor, config = loading.load_processor(source), loading.config_of(source)
     size = settings.sequence_length, settings.max_windows
-    return loading.task_of(source).evaluation(tokenizer, config, settings.dataset, *size)
+    return loading.task_of(source).evaluation(processor, config, settings.dataset, *size)
 
 
 def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
     """The faults of an evaluation that show before it: of its tasks, of a text that is a file here, of the models."""
-    looks: list[Callable[[], object]] = [partial(text.check_source, settings.dataset)]
+    looks: list[Callable[[], object]] = [
+        lambda: (loading.task_of(models[0]) if models else tasks).data_files(settings.dataset)
+    ]
     if settings.tasks:
         looks.append(partial(zero_shot.task_manager, settings.tasks, settings.include_path, progress))
     return faults.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
@@ -117,7 +120,7 @@ def evaluate(
     progress.say(f"loading {source.name} …")
     model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
     measured, of_dense, likenesses, predicted = [], [], [], 0
-    for sample in progress.track(samples, "evaluating", unit="windows"):
+    for sample in progress.track(samples, "evaluating", unit=f"{task.sample}s"):
         judged = task.judged(model.predict(sample), sample)
         measured.append(task.measure(judged, sample))
         predicted += len(judged)
@@ -126,14 +129,17 @@ def evaluate(
             of_dense.append(task.measure(dense, sample))
             likenesses.append(task.fidelity(dense, judged))
     metrics = task.metrics(measured)
-    if not any(math.isfinite(metric.value) for metric in metrics.values()):
+    if metrics and not any(math.isfinite(metric.value) for metric in metrics.values()):
         values = " and ".join(f"{name} is {metric.value}" for name, metric in metrics.items())
         raise ModelError(f"{source.name!r}: its {values}; the model produces NaN or infinite predictions")
-    tasks = None
+    answers = None
     if settings.tasks:
         answered = ask(source, model, settings, progress)
-        tasks = zero_shot.score(answered, reference.answers(settings, progress) if reference else None)
+        answers = zero_shot.score(answered, reference.answers(settings, progress) if reference else None)
+    fidelity = None
     if reference is not None:
+        fidelity = {name: mean([one[name] for one in likenesses]) for name in likenesses[0]}
+        fidelity |= task.agreement(of_dense, measured)
         reference.unload()
     return EvaluateResult(
         model=source.name,
@@ -144,13 +150,16 @@ def evaluate(
         sequence_length=settings.sequence_length,
         dtype=model.dtype,
         provider=model.provider,
+        sample=task.sample,
         baseline=task.metrics(of_dense) if reference else None,
-        fidelity={name: mean([one[name] for one in likenesses]) for name in likenesses[0]} if reference else None,
-        zero_shot=tasks,
+        fidelity=fidelity,
+        zero_shot=answers,
     )
 
 
 def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
     if settings.tasks and source.is_onnx:
         raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
+    if settings.tasks and not (task := loading.task_of(source)).generates:
+        raise UsageError(f"model {source.name!r} is {task.help}; tasks of lm-eval are for causal language models")
     loading.check_length(source, settings.sequence_length)

@@ -1,60 +1,19 @@
-"""ONNX Runtime on an exported folder."""
+"""ONNX Runtime on the exported folder of a model that generates."""
 
-import json
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError, ModelError
-from gblm_compress.kernels import cpu
+from gblm_compress.measure.onnx_session import ONNX_TYPES, OnnxSession, kernels_of, other_interface
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks.task import Sample
 
 _LOGITS = "logits"
 _PAST = "past_key_values."
-_ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def check_onnx_provider(device: str) -> str:
-    """The execution provider for a device.
-
-    Raises:
-        MissingDependencyError: the installed ONNX Runtime lacks it.
-    """
-    import onnxruntime
-
-    provider = _PROVIDERS.get(device.partition(":")[0], device)
-    if provider not in onnxruntime.get_available_providers():
-        raise MissingDependencyError(
-            f"ONNX Runtime {onnxruntime.__version__} has no {provider}; it has "
-            f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
-        )
-    return provider
-
-
-def _register_operators(options: Any) -> None:
-    """Raises:
-    MissingDependencyError: this package's operators were not compiled, or the installed ONNX Runtime refuses them.
-    """
-    import onnxruntime
-
-    library = cpu.onnxruntime_library()
-    try:
-        options.register_custom_ops_library(str(library))
-    except Exception as error:  # onnxruntime raises its own kinds, which share no base
-        raise MissingDependencyError(
-            f"ONNX Runtime {onnxruntime.__version__} does not take the operators of gblm-compress "
-            f"({str(error)[:300]}); install a newer one, or export without --kernels"
-        ) from error
 
 
 @dataclass
@@ -80,33 +39,15 @@ class OnnxRuntime:
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
 
-        kind, _, index = device.partition(":")
-        provider = check_onnx_provider(device)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4  # errors come as exceptions
-        if source.needs_operator:
-            _register_operators(options)
-        providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
-        self._name = source.name
-        with TemporaryDirectory() as records:
-            if profile:
-                options.enable_profiling = True
-                options.profile_file_prefix = str(Path(records) / "profile")
-            with self._named_errors("load"):
-                self._session = onnxruntime.InferenceSession(source.folder / "model.onnx", options, providers=providers)
-            self.provider = self._session.get_providers()[0]
-            if self.provider != provider:
-                raise MissingDependencyError(
-                    f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
-                    "versions it was built for are needed"
-                )
-            self._device = kind
-            self._device_id = int(index or 0)
-            self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-            self._interface = _Interface.of(self._session, source.name, source.operators)
-            self.dtype = self._interface.dtype
-            self._kernels = self._profiled(sorted(set(profile))) if profile else {}
+        self._opened = OnnxSession(source, device, threads, profile=bool(profile))
+        self._name, self._session = source.name, self._opened.session
+        self.provider = self._opened.provider
+        self._device, self._device_id = self._opened.device, self._opened.device_id
+        self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._interface = _Interface.of(self._session, source.name, source.operators)
+        self.dtype = self._interface.dtype
+        counts = sorted(set(profile))
+        self._kernels = self._opened.profiled(counts, self._prefill_zeros) if counts else {}
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -123,21 +64,14 @@ class OnnxRuntime:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
 
-    def kernels(self, tokens: int) -> dict[str, int]:
-        """As profiled for the largest recorded number of tokens that is not above; the graph is the same for all."""
-        assert self._kernels, "the runtime must be loaded with `profile`"
-        return self._kernels[max((n for n in self._kernels if n <= tokens), default=min(self._kernels))]
+    def step_ms(self) -> dict[str, float]:
+        return self._opened.step_ms
 
-    def _profiled(self, counts: list[int]) -> dict[int, dict[str, int]]:
-        for tokens in counts:
-            self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
-        runs: list[Counter[str]] = [Counter()]
-        for event in json.loads(Path(self._session.end_profiling()).read_text()):
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                runs[-1][f"{event['args']['op_name']} ({event['args']['provider']})"] += 1
-            elif event["name"] == "model_run":  # stands after the operators of its run
-                runs.append(Counter())
-        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
+    def kernels(self, tokens: int) -> dict[str, int]:
+        return kernels_of(self._kernels, tokens)
+
+    def _prefill_zeros(self, tokens: int) -> None:
+        self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
 
     def _greedy(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
@@ -150,15 +84,6 @@ class OnnxRuntime:
         logits, cache = self._run(ids.numpy(), cache)
         return logits[:, -1], cache
 
-    @contextmanager
-    def _named_errors(self, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # onnxruntime raises its own kinds, which share no base
-            if isinstance(error, MemoryError):
-                raise
-            raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
-
     def _run(self, ids: Any, cache: _Cache) -> tuple[Any, _Cache]:
         batch, tokens = ids.shape
         past, length = cache.length, cache.length + tokens
@@ -166,7 +91,7 @@ class OnnxRuntime:
         if self._interface.takes_positions:
             given["position_ids"] = np.broadcast_to(np.arange(past, length), (batch, tokens))
         in_place = cache.values[0].shape()[2] > past
-        with self._named_errors("run"):
+        with self._opened.named_errors("run"):
             binding = self._session.io_binding()
             for name, value in given.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
@@ -182,7 +107,7 @@ class OnnxRuntime:
             logits, *present = binding.get_outputs()
             logits = logits.numpy()
         if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
-            raise _other_interface(
+            raise other_interface(
                 self._name,
                 f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
                 f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
@@ -242,42 +167,35 @@ class _Interface:
         def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int) -> Any:
             what = f"{'input' if values is inputs else 'output'} {name!r}"
             if name not in values:
-                raise _other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
+                raise other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
             value = values[name]
             if value.type not in types:
-                raise _other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
+                raise other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
             if len(value.shape) != rank:
-                raise _other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
+                raise other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
             return value
 
-        logits = tensor(outputs, _LOGITS, _ONNX_TYPES, 3)
+        logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
         for name in ("input_ids", "attention_mask", *({"position_ids"} & inputs.keys())):
             tensor(inputs, name, ("tensor(int64)",), 2)
         past = {}
         for name in (name for name in inputs if name not in ("input_ids", "attention_mask", "position_ids")):
             if not name.startswith(_PAST):
-                raise _other_interface(model, f"input {name!r} is not known")
+                raise other_interface(model, f"input {name!r} is not known")
             shape = tensor(inputs, name, (logits.type,), 4).shape
             _, heads, _, width = shape
             if not all(isinstance(size, int) and size > 0 for size in (heads, width)):
-                raise _other_interface(
+                raise other_interface(
                     model, f"input {name!r} has the shape {shape}; its second and fourth dimension must be numbers"
                 )
             past[name] = heads, width
             tensor(outputs, _present(name), (logits.type,), 4)
         if not past:
-            raise _other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
+            raise other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
         shares = "GroupQueryAttention" in operators
-        return cls(_ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)), shares)
+        return cls(ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)), shares)
 
 
 def _present(past: str) -> str:
     """The output that continues an input of the KV cache."""
     return "present." + past.removeprefix(_PAST)
-
-
-def _other_interface(model: str, what: str) -> ModelError:
-    return ModelError(
-        f"{model!r}: model.onnx is no export of this program: {what}; make it again with "
-        "`gblm-compress export MODEL -o OUT --format onnx`"
-    )

@@ -31,7 +31,7 @@ def ask(source: ModelSource, runtime: Any, settings: EvaluateSettings, progress:
         runtime: the loaded `source`, in torch.
     """
     progress.say(f"asking {source.name} …")
-    tokenizer = loading.load_tokenizer(source)
+    tokenizer = loading.load_processor(source)
     return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
 
 

@@ -19,7 +19,7 @@ from gblm_compress.tasks.task import Sample
 
 
 class Runtime(Protocol):
-    """A loaded model; all but `predict` is for causal language models."""
+    """A loaded model."""
 
     @property
     def provider(self) -> str:
@@ -32,6 +32,19 @@ class Runtime(Protocol):
     def predict(self, sample: Sample) -> Tensor:
         """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
 
+    def step_ms(self) -> dict[str, float]:
+        """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """What a pass over so many tokens, of all sequences together, runs, and how often.
+
+        In torch the kernels of the linear layers; in ONNX Runtime the operators and where they ran.
+        """
+
+
+class Generating(Runtime, Protocol):
+    """A loaded model that generates."""
+
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """Read a prompt: the greedy next token of each sequence [batch, 1] and the KV cache."""
 
@@ -41,16 +54,11 @@ class Runtime(Protocol):
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
 
-    def kernels(self, tokens: int) -> dict[str, int]:
-        """What a pass over so many tokens, of all sequences together, runs, and how often.
-
-        In torch the kernels of the linear layers; in ONNX Runtime the operators and where they ran.
-        """
-
 
 def runtimes_of(source: ModelSource) -> tuple[str, ...]:
-    """The runtimes that execute this folder; the first is the one that evaluates it."""
-    return FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
+    """The runtimes that execute this folder; the first is the one that evaluates it, the others only generate."""
+    runtimes = FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
+    return runtimes if loading.task_of(source).generates else runtimes[:1]
 
 
 PACKAGES = {
@@ -98,6 +106,10 @@ def load_runtime(
 
         return GenaiRuntime(source, device, threads)
     if chosen == "onnxruntime":
+        if not loading.task_of(source).generates:
+            from gblm_compress.measure.onnx_forward import OnnxForward
+
+            return OnnxForward(source, device, threads, profile=profile)
         from gblm_compress.measure.onnx_runtime import OnnxRuntime
 
         return OnnxRuntime(source, device, threads, profile=profile)

@@ -17,15 +17,15 @@ class TorchRuntime:
     """Eager torch on a transformers model."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self._task = model, task_of(type(model))
+        self.model, self.task = model, task_of(type(model))
         self._cache_argument = cache_argument(model)
         self.provider = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def predict(self, sample: Sample) -> Tensor:
-        output = self.model(**self._task.arguments(on_device(sample, self.model.device)))
-        prediction: Tensor = getattr(output, self._task.output)
+        output = self.model(**self.task.arguments(on_device(sample, self.model.device)))
+        prediction: Tensor = getattr(output, self.task.output)
         return prediction.float().cpu()
 
     @torch.inference_mode()
@@ -40,6 +40,9 @@ class TorchRuntime:
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids.to(self.model.device), cache)
         return logits.float().cpu(), cache
+
+    def step_ms(self) -> dict[str, float]:
+        return {}
 
     def kernels(self, tokens: int) -> dict[str, int]:
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]

@@ -24,13 +24,14 @@ GRAPH = "model.onnx"
 FLOATS = ("float32", "float16", "bfloat16")
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens|gblm_manifest)\.json"
+    r"|(preprocessor_config|processor_config|modules|sentence_bert_config)\.json"
     r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
 )
 """What beside weights or graph decides what a model computes; a note or a license does not."""
 
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".onnx", ".data")
 _OF_GRAPHS = (".onnx", ".data")
-_TEMPLATES = "additional_chat_templates"  # the one subfolder that transformers reads
+_FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no more
 
 
@@ -239,9 +240,8 @@ def _files(folder: Path) -> list[Path]:
     """What loading a model may open: files of the folder by their suffix, links and special files included."""
     try:
         entries = sorted(folder.iterdir())
-        templates = folder / _TEMPLATES
-        if templates.is_dir():
-            entries += sorted(templates.iterdir())
+        for below in sorted(path for pattern in _FOLDERS for path in folder.glob(pattern) if path.is_dir()):
+            entries += sorted(below.iterdir())
     except OSError as error:
         raise ModelError(f"{str(folder)!r} cannot be read: {error.strerror}") from error
     return [path for path in entries if path.suffix in _READ]

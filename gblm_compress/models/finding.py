@@ -14,7 +14,7 @@ from filelock import SoftFileLock
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
 from gblm_compress.models import files, gguf_file
-from gblm_compress.models.loading import save_tokenizer
+from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.storage import folders
@@ -180,7 +180,8 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
 def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    own_bar = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()  # transformers has no switch for it
+    # Its bar is for a terminal, where none of ours runs; transformers has no switch for it.
+    own_bar = nullcontext() if progress.console.is_terminal and not progress.quiet else redirect_stderr(io.StringIO())
     try:
         with own_bar:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
@@ -193,4 +194,4 @@ def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     del model.quantization_method
     del model.config.quantization_config
     model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    save_processor(tokenizer, folder)

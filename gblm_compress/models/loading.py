@@ -1,9 +1,10 @@
-"""Models and tokenizers in memory, devices and dtypes.
+"""Models and their processors in memory, devices and dtypes.
 
 Pickled weights are never loaded and code that ships with a model is never run.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
-
-_SAMPLE = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -101,8 +100,11 @@ def check_model(source: ModelSource, verb: str) -> None:
 
 def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
     """Raises:
-    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some.
+    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some. Only
+        for models that generate: the others cut what they read.
     """
+    if not task_of(source).generates:
+        return
     positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
     scaled = rotary.get("rope_type", rotary.get("type", "default")) != "default"
@@ -113,10 +115,10 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
 
 
 def task_of(source: ModelSource) -> Task:
-    """What the model is for, by the class that its config names.
+    """What the model is for, by the class that its config names and what else its folder says.
 
     Raises:
-        ModelError: that is no task in `TASKS`, or its class is not known.
+        ModelError: that is no task in `TASKS`, or its class is not known; or as `Task.of_folder`.
     """
     import transformers
 
@@ -132,7 +134,10 @@ def task_of(source: ModelSource) -> Task:
             found = tasks.task_of(model_class)
         except ModelError as error:
             raise ModelError(f"model {source.name!r}: {error}") from error
-    return found
+    try:
+        return found.of_folder(source.folder)
+    except ModelError as error:
+        raise ModelError(f"model {source.name!r}: {error}") from error
 
 
 def _auto_class(source: ModelSource) -> Any:
@@ -148,26 +153,25 @@ def _auto_class(source: ModelSource) -> Any:
     return getattr(transformers, task_of(source).auto_class)
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer beside the model.
+def load_processor(source: ModelSource) -> Any:
+    """The tokenizer or image processor beside the model, as its task needs one.
 
     Raises:
-        ModelError: there is none, it does not load, or it knows no words: where the files of the vocabulary are
-            missing, transformers makes an empty one.
+        ModelError: there is none, it does not load, or as `Task.check_processor`.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
+    task = task_of(source)
+    auto_class = getattr(transformers, task.processor.auto_class)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        known = set(tokenizer(_SAMPLE, verbose=False)["input_ids"]) - set(tokenizer.all_special_ids)
+        processor = auto_class.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+        task.check_processor(processor)
+    except ModelError as error:
+        raise ModelError(f"model {source.name!r}: {error}") from error
     except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: its tokenizer cannot be loaded ({first_line(error)})") from error
-    if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
-        raise ModelError(
-            f"model {source.name!r}: its tokenizer knows no word of {_SAMPLE!r}; its tokenizer files are missing or do "
-            "not fit: put those of the original model (tokenizer.json, say) into the folder"
-        )
-    return tokenizer
+        what = f"its {task.processor.name} cannot be loaded ({first_line(error)})"
+        raise ModelError(f"model {source.name!r}: {what}") from error
+    return processor
 
 
 def config_of(source: ModelSource) -> Any:
@@ -184,15 +188,25 @@ def config_of(source: ModelSource) -> Any:
         raise ModelError(f"model {source.name!r}: its config cannot be loaded ({first_line(error)})") from error
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer so that older transformers, optimum-onnx and onnxruntime-genai read it too."""
-    tokenizer.save_pretrained(folder)
+def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:
+    """Write a model's processor; a tokenizer so that older transformers, optimum-onnx and onnxruntime-genai read it.
+
+    Args:
+        source: the folder that the model comes from, whose `Task.companions` go along.
+    """
+    processor.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) if path.exists() else {}
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config["model_input_names"] = tokenizer.model_input_names  # theirs includes token_type_ids
+        config["model_input_names"] = processor.model_input_names  # theirs includes token_type_ids
         path.write_text(json.dumps(config, indent=2) + "\n")
+    if source is not None:
+        for pattern in task_of(source).companions:
+            for companion in source.folder.glob(pattern):
+                copied = folder / companion.relative_to(source.folder)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(companion, copied)
 
 
 def choose_device(requested: str) -> str:

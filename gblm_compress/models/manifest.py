@@ -22,7 +22,7 @@ from gblm_compress.models.architecture import is_linear, prunable_layers, weight
 from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
 from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.files import weight_files
-from gblm_compress.models.loading import load_skeleton, task_of
+from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.storage.folders import MANIFEST
@@ -126,6 +126,32 @@ def write(
     _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
 
 
+def write_recovered(
+    folder: Path, *, source: ModelSource, recovery: dict[str, Any], nonzeros: dict[str, int], grids_sha256: str | None
+) -> None:
+    """Write the manifest and the model card of a pruned folder whose weights were trained.
+
+    Args:
+        source: the pruned folder; its manifest is carried on.
+        recovery: what was done, and what it brought.
+        nonzeros: {pruned layer: how many it has now}.
+        grids_sha256: as for `write`.
+    """
+    pruned = read(source.folder)
+    layers = {name: {**layer, "nonzeros": nonzeros[name]} for name, layer in pruned["layers"].items()}
+    content = {
+        **{key: value for key, value in pruned.items() if key != "grids_sha256"},
+        "gblm_compress": gblm_compress.__version__,
+        "source_sha256": source.fingerprint,
+        "versions": {package: version(package) for package in PACKAGES},
+        "layers": layers,
+        "recovery": recovery,
+        **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
+    }
+    title = f"{_short(content)}, {pruned['prune']['method']}, {pruned['prune']['pattern']}, recovered"
+    _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
+
+
 def write_export(
     folder: Path,
     *,
@@ -178,6 +204,12 @@ def _base_model(source: ModelSource) -> dict[str, str]:
 def _short(content: dict[str, Any]) -> str:
     name: str = content["base_model"]["name"]
     return name.rpartition("/")[2]
+
+
+def weights_of(source: ModelSource) -> str:
+    """What weights are stored in: a dtype, or int8 or int4 in an ONNX export with levels of so many bits."""
+    checks = read(source.folder).get("checks", {}) if source.is_onnx and is_ours(source.folder) else {}
+    return str(checks.get("weights", stored_dtype(source)))
 
 
 def is_ours(folder: Path) -> bool:

@@ -94,7 +94,7 @@ def fit(
     best_epoch = 0
     if groups:
         adam = torch.optim.Adam(groups, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _schedule(step, epochs * steps_per_epoch))
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: schedule_of(step, epochs * steps_per_epoch))
         generator = torch.Generator().manual_seed(0)
         for epoch in range(1, epochs + 1):
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
@@ -123,7 +123,7 @@ def fit(
     return kept, Fit(before, best, best_epoch)
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule_of(step: int, steps: int) -> float:
     """The share of the peak learning rate at a step of `steps`."""
     warm_up = max(1, int(WARM_UP * steps))
     if step < warm_up:

@@ -28,12 +28,12 @@ from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
 def prune_in_place(
-    model: Any, tokenizer: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
+    model: Any, processor: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
 ) -> PruneResult:
     """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode.
 
     Args:
-        tokenizer: for the calibration text; may be None for a method that needs none.
+        processor: for the calibration data; may be None for a method that needs none.
 
     Raises:
         GblmError: as `prune_`; the text cannot be read or is too short, or there is no tokenizer for it.
@@ -41,10 +41,12 @@ def prune_in_place(
     start = time.perf_counter()
     samples: list[Sample] = []
     if settings.needs_text:
-        if tokenizer is None:
-            raise UsageError(f"method {settings.method} reads text: give the tokenizer of the model")
+        task = task_of(type(model))
+        if processor is None:
+            raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
+        task.check_processor(processor)
         size = calibration.samples, calibration.sequence_length, calibration.seed
-        samples = task_of(type(model)).calibration(tokenizer, model.config, calibration.dataset, *size)
+        samples = task.calibration(processor, model.config, calibration.dataset, *size)
     model.eval()
     samples = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):

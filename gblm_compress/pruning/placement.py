@@ -51,10 +51,11 @@ class Size:
         hidden = config.get("hidden_size") or config.get("n_embd") or 0
         heads = _largest(config.get("num_attention_heads") or config.get("n_head") or 0)
         inner = _largest(config.get("intermediate_size") or 4 * hidden)
-        vocabulary, length = config.get("vocab_size") or 0, calibration.sequence_length
+        tokens, length = config.get("vocab_size") or 0, calibration.sequence_length
+        vocabulary = tokens if loading.task_of(source).generates else 0  # of whose logits there are many
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize
-        self.outside_blocks = 2 * vocabulary * hidden * itemsize
+        self.outside_blocks = 2 * tokens * hidden * itemsize
         self.block = self.weights // blocks
         self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize

@@ -108,7 +108,7 @@ def save(
     run: RunFolder,
     walked: Walked,
     settings: PruneSettings,
-    tokenizer: Any,
+    processor: Any,
     identity: dict[str, Any],
     force: bool,
     placement: Placement,
@@ -144,7 +144,7 @@ def save(
         for name in ("config.json", "generation_config.json"):
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, temporary / name)
-        loading.save_tokenizer(tokenizer, temporary)
+        loading.save_processor(processor, temporary, source)
         manifest.write(
             temporary,
             source=source,
@@ -171,7 +171,7 @@ def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], pla
     try:
         model = loading.load_skeleton(written) if placement.offload else loading.load_model(written)
         weights = StreamedWeights(written, model, "cpu") if placement.offload else ResidentWeights(model)
-        loading.load_tokenizer(written)
+        loading.load_processor(written)
     except ModelError as error:
         raise VerificationError(f"the written folder does not load: {error}") from error
     for index in range(len(weights.blocks)):

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from gblm_compress import __version__, faults
+from gblm_compress import __version__, faults, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import GblmError, OutputError, RankError, UsageError
+from gblm_compress.errors import DataError, GblmError, OutputError, RankError, UsageError
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
@@ -40,7 +40,6 @@ from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkp
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import outputs
-from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, on_device
 from gblm_compress.tasks.task import fingerprint as fingerprint_of
 
@@ -115,7 +114,7 @@ def prune(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    with outputs.reserved(output, force, [source.folder, *text.files(calibration.dataset)], ranks.is_first_started()):
+    with outputs.reserved(output, force, [source.folder, *_files_of(calibration)], ranks.is_first_started()):
         return _prune(
             source,
             output,
@@ -150,16 +149,16 @@ def _prune(
     ]
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
-        looks.append(partial(text.check_source, calibration.dataset))
+        looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
         if calibration.experts == "all":
             looks.append(lambda: run_all_(loading.load_skeleton(source)))
     faults.raise_all(faults.collect(looks))
     device = ranks.device_of_rank(loading.choose_device(device))
-    tokenizer = loading.load_tokenizer(source)
+    processor = loading.load_processor(source)
     before = pruned_before(source)
     for note in before:
         progress.say(f"note: {note}")
-    samples = _calibration_samples(source, tokenizer, calibration, progress) if settings.needs_text else []
+    samples = _calibration_samples(source, processor, calibration, progress) if settings.needs_text else []
     fingerprint = fingerprint_of(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
@@ -188,7 +187,7 @@ def _prune(
             if group.is_first:
                 progress.say("saving …")
                 layers = saving.save(
-                    source, output, run, walked, settings, tokenizer, identity, force, placement, progress
+                    source, output, run, walked, settings, processor, identity, force, placement, progress
                 )
             run.remove()
     seconds = time.perf_counter() - start
@@ -298,9 +297,16 @@ def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Pr
         raise
 
 
+def _files_of(calibration: CalibrationSettings) -> list[Path]:
+    try:
+        return tasks.data_files(calibration.dataset)
+    except DataError:  # which is refused with all that is at fault
+        return []
+
+
 def _calibration_samples(
-    source: ModelSource, tokenizer: Any, calibration: CalibrationSettings, progress: Progress
+    source: ModelSource, processor: Any, calibration: CalibrationSettings, progress: Progress
 ) -> list[Sample]:
     progress.say(f"reading {calibration.dataset} …")
     size = calibration.samples, calibration.sequence_length, calibration.seed
-    return loading.task_of(source).calibration(tokenizer, loading.config_of(source), calibration.dataset, *size)
+    return loading.task_of(source).calibration(processor, loading.config_of(source), calibration.dataset, *size)

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import exporters, faults
+from gblm_compress import exporters, faults, tasks
 from gblm_compress.errors import GblmError
 from gblm_compress.exporters import export
 from gblm_compress.formats import FORMATS, Format
@@ -15,10 +15,10 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.pruning.stage import prune
+from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
-from gblm_compress.runs.reuse import text_hash
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.tasks import text
+from gblm_compress.runs.reuse import data_hash
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, RecoverSettings
 
 Look = Callable[[], object]
 
@@ -38,7 +38,7 @@ class Prune(Recorded):
 
     @property
     def folder(self) -> Path:
-        return self.job.pruned.folder
+        return self.job.as_pruned.folder
 
     @property
     def reads(self) -> tuple[ModelSource, ...]:
@@ -46,13 +46,14 @@ class Prune(Recorded):
 
     def decides(self) -> list[Any]:
         drawn = self.calibration if self.settings.needs_text else None
-        text_of = text_hash(drawn.dataset) if drawn else None
+        text_of = data_hash(drawn.dataset) if drawn else None
         return [plain(self.settings), plain(drawn), text_of, self.job.dtype, self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
         looks: list[Look] = []
         if self.settings.needs_text:
-            looks.append(partial(text.check_source, self.calibration.dataset))
+            task = loading.task_of(self.job.dense) if self.job.here else tasks
+            looks.append(partial(task.data_files, self.calibration.dataset))
             if self.job.here:
                 length = self.calibration.sequence_length
                 looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
@@ -72,6 +73,62 @@ class Prune(Recorded):
             resources=self.job.recipe.resources,
             resume=None,
             dtype=self.job.dtype,
+            device=self.job.device,
+            force=True,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Recover(Recorded):
+    """Train the pruned model to predict what the dense one does.
+
+    Attributes:
+        settings: of which the data holds nothing that the run evaluates on.
+    """
+
+    settings: RecoverSettings
+
+    name = "recover"
+
+    @property
+    def does(self) -> str:
+        return f"train the pruned model on {self.settings.tokens:,} tokens"
+
+    @property
+    def folder(self) -> Path:
+        return self.job.pruned.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.as_pruned, self.job.dense)
+
+    def decides(self) -> list[Any]:
+        return [plain(self.settings), [data_hash(name) for name in self.settings.datasets], self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        task = loading.task_of(self.job.dense) if self.job.here else tasks
+        looks: list[Look] = [partial(task.data_files, name) for name in self.settings.datasets]
+        if self.job.here:
+            length = self.settings.sequence_length
+            looks.append(partial(loading.check_length, self.job.dense, length, "recover.sequence_length"))
+        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
+        if not unfit:
+            patterns = {pattern.name for pattern in self.job.patterns.values()}
+            looks.append(partial(check_mask, self.settings, patterns, self.job.recipe.prune.grid is not None))
+        return faults.collect(looks)
+
+    def disk(self) -> Disk:
+        size = self.job.dense.bytes_on_disk
+        return Disk(size, meanwhile=CHECKPOINT_SIZES * size)
+
+    def work(self, progress: Progress) -> Any:
+        return recover(
+            self.job.as_pruned,
+            self.job.dense,
+            self.folder,
+            self.settings,
+            resume=None,
             device=self.job.device,
             force=True,
             progress=progress,

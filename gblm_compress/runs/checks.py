@@ -5,7 +5,7 @@ is here tell. Nothing is fetched, converted or computed.
 from functools import partial
 from pathlib import Path
 
-from gblm_compress import faults
+from gblm_compress import faults, tasks
 from gblm_compress.errors import GblmError
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
@@ -15,7 +15,6 @@ from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.stages import stages_of
 from gblm_compress.settings import Recipe
 from gblm_compress.storage import outputs
-from gblm_compress.tasks import text
 
 ANYWHERE = Path()  # the folder of a run is no matter to what its stages check
 
@@ -48,10 +47,10 @@ def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
 
 def unchecked(recipe: Recipe) -> list[str]:
     """What `check` does not look at, because it is on the hub or would have to be converted."""
-    texts = [recipe.calibration.dataset] if recipe.prune.needs_text else []
-    texts += [recipe.evaluate.dataset] if recipe.evaluate else []
+    datasets = [recipe.calibration.dataset] if recipe.prune.needs_text else []
+    datasets += [recipe.evaluate.dataset] if recipe.evaluate else []
     model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
-    return model + [f"text {name}" for name in dict.fromkeys(texts) if not text.is_here(name)]
+    return model + [f"dataset {name}" for name in dict.fromkeys(datasets) if not tasks.is_here(name)]
 
 
 def _check_stages(job: Job, progress: Progress) -> list[GblmError]:

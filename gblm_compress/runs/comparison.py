@@ -28,7 +28,6 @@ from gblm_compress.runs.grid import Cell
 from gblm_compress.runs.reuse import carry_out
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
 from gblm_compress.storage import outputs, records
-from gblm_compress.tasks import text
 from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
@@ -126,9 +125,12 @@ def check(
     methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
     if export := faults.collect([partial(loading.check_model, source, "compare")]):
         return export
+    task = loading.task_of(source)
+    if not task.generates:
+        return [UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")]
     looks: list[Callable[[], object]] = []
     if any(method.needs_text for method in methods):
-        looks.append(partial(text.check_source, calibration.dataset))
+        looks.append(partial(task.data_files, calibration.dataset))
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
     found = faults.collect(looks) + evaluate_faults([source], evaluation, progress)
     if found:

@@ -20,7 +20,7 @@ from gblm_compress.models import finding
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneResult, prune
-from gblm_compress.runs.reuse import evaluation_hash, text_hash
+from gblm_compress.runs.reuse import data_hash, evaluation_hash
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 
 
@@ -99,7 +99,7 @@ class CellStage:
         return CompareSettings.prune_settings(self.method, self.pattern)
 
     def inputs(self) -> list[Any]:
-        texts = [text_hash(self.calibration.dataset), evaluation_hash(self.evaluation)]
+        texts = [data_hash(self.calibration.dataset), evaluation_hash(self.evaluation)]
         settings = [part.model_dump(mode="json") for part in (self.settings, self.calibration, self.evaluation)]
         return [self.reference.source.fingerprint, *settings, *texts, self.dtype, self.device]
 

@@ -53,9 +53,14 @@ class Job:
         return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
 
     @cached_property
-    def pruned(self) -> ModelSource:
+    def as_pruned(self) -> ModelSource:
         """What the pruning writes."""
         return ModelSource("pruned", self.output / "pruned")
+
+    @cached_property
+    def pruned(self) -> ModelSource:
+        """The pruned model that is exported and measured: as it was pruned, or trained after that."""
+        return ModelSource("recovered", self.output / "recovered") if self.recipe.recover else self.as_pruned
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from gblm_compress import tasks
 from gblm_compress.errors import ModelError, OutputError, first_line
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure import zero_shot
@@ -21,7 +22,6 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 from gblm_compress.storage import records
-from gblm_compress.tasks import text
 
 STAGES = ".stages"
 
@@ -123,14 +123,16 @@ def _content(folder: Path | None) -> str | None:
         return None
 
 
-def text_hash(dataset: str | None) -> str | None:
-    """The content of a local text file, as a hash; the name alone says nothing of it."""
-    for path in text.files(dataset or ""):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return None
+def data_hash(dataset: str) -> str | None:
+    """The content of a local dataset, as a hash; the name alone says nothing of it."""
+    digest, paths = hashlib.sha256(), tasks.data_files(dataset)
+    for path in (below for given in paths for below in (given, *sorted(given.rglob("*")))):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if paths else None
 
 
 def evaluation_hash(settings: EvaluateSettings) -> list[Any]:
     """The content of what an evaluation names: its text, and the files of its tasks."""
-    return [text_hash(settings.dataset), zero_shot.fingerprint(settings.tasks, settings.include_path)]
+    return [data_hash(settings.dataset), zero_shot.fingerprint(settings.tasks, settings.include_path)]

@@ -5,6 +5,7 @@ package loads no torch.
 """
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
+from gblm_compress.settings.gates import GATES, Gate, GateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -12,8 +13,10 @@ from gblm_compress.settings.prune import (
     OverrideSettings,
     PruneSettings,
 )
-from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.recipe import CompareSettings, Recipe
+from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     ComputeSettings,
@@ -24,15 +27,18 @@ from gblm_compress.settings.stages import (
 )
 
 __all__ = [
+    "GATES",
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
+    "AdviseSettings",
     "BenchmarkSettings",
     "CalibrationSettings",
     "CompareSettings",
     "ComputeSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "Gate",
     "GateSettings",
     "GradientNorm",
     "ModelSettings",
@@ -40,6 +46,8 @@ __all__ = [
     "Panel",
     "PruneSettings",
     "Recipe",
+    "RecoverSettings",
     "ResourceSettings",
     "Settings",
+    "Source",
 ]

@@ -35,12 +35,15 @@ class ModelSettings(ComputeSettings):
 
 
 class CalibrationSettings(Settings):
-    """Which text the statistics are measured on."""
+    """Which data the statistics are measured on."""
 
-    dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
-    samples: int = Field(128, ge=1, le=MANY, description="Number of windows.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
-    seed: int = Field(0, description="Random seed for sampling windows.")
+    dataset: str = Field(
+        "c4",
+        description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file (.csv, too, for encoders), or 'demo'.",
+    )
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts for encoders.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
+    seed: int = Field(0, description="Random seed for sampling.")
     experts: Literal["routed", "all"] = Field(
         "routed",
         description="Mixtures of experts: measure each expert on the tokens that are routed to it, or on all tokens.",
@@ -83,12 +86,13 @@ class ExportSettings(Settings):
     )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
-        description="ONNX with kernels: store weights as levels of 8 or 4 bits, those of head and embedding of 8.",
+        description="ONNX: store weights as levels of 8 or 4 bits, those of head and embedding of 8; without kernels "
+        "on ONNX Runtime's own operator, which spares no zeros.",
     )
     group: Literal[32, 64, 128] | None = Field(
         None,
         description="Columns that share a scale, of levels of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in 8 "
-        "bits and 64 in 4 bits.",
+        "bits and 64 in 4 bits, and 32 on ONNX Runtime's own operator.",
     )
 
     keep_head: bool = Field(
@@ -116,8 +120,10 @@ class ExportSettings(Settings):
             readers = [other for other, entry in FORMATS.items() if name in entry.reads]
             if self.format not in readers:
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
-        if self.quantise and not (self.kernels and self.dtype in ("auto", "float32")):
-            raise ValueError("quantise needs kernels, and their arithmetic is float32: give no other dtype")
+        if self.quantise and self.dtype not in ("auto", "float32"):
+            raise ValueError("quantise: the arithmetic beside the levels is float32; give no other dtype")
+        if self.quantise and (self.sparse or self.gemm):
+            raise ValueError("quantise writes weights as levels, and sparse and gemm as floats; leave one out")
         if self.group and "quantise" in format.reads and not self.quantise:
             raise ValueError("group would do nothing without quantise")
         if len(ways := [name for name in ("sparse", "kernels", "gemm") if getattr(self, name)]) > 1:
@@ -125,13 +131,25 @@ class ExportSettings(Settings):
         return self
 
 
+class AdviseSettings(Settings):
+    """What advice is asked for."""
+
+    target: Literal["bytes", "latency"] = Field(
+        "latency", description="What is to be small: bytes of the weights, or latency (time for a token)."
+    )
+    blocks: int = Field(5, ge=2, le=MANY, description="Blocks of the larger of the two models that are tried.")
+    threads: int | None = Field(None, ge=1, le=MANY, description="Threads of the CPU; all cores if unset.")
+
+
 class EvaluateSettings(Settings):
     """What to evaluate on."""
 
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window of the evaluation.")
+    sequence_length: int = Field(
+        2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
+    )
     max_windows: int | None = Field(
-        None, ge=1, le=MANY, description="At most this many windows, from the start; all if unset."
+        None, ge=1, le=MANY, description="At most this many windows or rows, from the start; all if unset."
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
     limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
@@ -142,8 +160,10 @@ class BenchmarkSettings(Settings):
     """What to time."""
 
     batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
-    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt.")
-    generate: int = Field(32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first.")
+    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt, or in a text for encoders.")
+    generate: int = Field(
+        32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first. Encoders generate none."
+    )
     repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
     warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
     runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(

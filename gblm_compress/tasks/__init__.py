@@ -3,17 +3,47 @@
 The registry of tasks, a file for each, and the samples that they read. Importing a module loads no torch.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
+from gblm_compress import faults
 from gblm_compress.errors import ModelError
 from gblm_compress.tasks.causal_lm import CausalLM
+from gblm_compress.tasks.classification import Classification
+from gblm_compress.tasks.embedding import Embedding
 from gblm_compress.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
+    "embedding": Embedding(),
+    "classification": Classification(),
 }
 """All tasks."""
 
 DEFAULT = "causal-lm"
 """That of a model of which nothing tells the task."""
+
+
+def data_files(dataset: str) -> list[Path]:
+    """As `Task.data_files`, of a model that is not known yet: what the first task that can read the dataset says.
+
+    Raises:
+        DataError: no task can read it.
+    """
+    found: list[list[Path]] = []
+    looks: list[Callable[[], object]] = [
+        lambda task=task: found.append(task.data_files(dataset))  # type: ignore[misc]
+        for task in TASKS.values()
+    ]
+    unreadable = faults.collect(looks)
+    if not found:
+        raise unreadable[0]
+    return found[0]
+
+
+def is_here(dataset: str) -> bool:
+    """Whether a dataset is read from this machine rather than from the hub."""
+    return dataset == "demo" or bool(data_files(dataset))
 
 
 def task_of(model_class: type) -> Task:

@@ -22,17 +22,24 @@ class CausalLM(Task):
     help = "a causal language model"
     optimum = "text-generation"
     auto_class = "AutoModelForCausalLM"
+    generates = True
 
     def calibration(
-        self, tokenizer: Any, config: Any, dataset: str, samples: int, length: int, seed: int
+        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
         vocabulary = windows.vocabulary_of(config)
-        drawn = windows.calibration_windows(tokenizer, vocabulary, dataset, samples, length, seed)
+        drawn = windows.calibration_windows(processor, vocabulary, dataset, samples, length, seed)
         return [{"input_ids": window} for window in drawn]
 
-    def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+        """Windows of the whole text, one after the other without overlap."""
+        ids = windows.tokenize(processor, windows.vocabulary_of(config), text.training_text(dataset, tokens))
+        cut = windows.consecutive_windows(ids, length, None, dataset)
+        return [{"input_ids": window.unsqueeze(0)} for window in cut]
+
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
-        ids = windows.tokenize(tokenizer, windows.vocabulary_of(config), text.load_text(dataset, "evaluation"))
+        ids = windows.tokenize(processor, windows.vocabulary_of(config), text.load_text(dataset, "evaluation"))
         cut = windows.consecutive_windows(ids, length, limit, dataset)
         return [{"input_ids": window.unsqueeze(0)} for window in cut]
 
@@ -44,6 +51,9 @@ class CausalLM(Task):
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         return {"input_ids": ids, "attention_mask": mask}
+
+    def judged_values(self, config: Any, length: int) -> int:
+        return (length - 1) * windows.vocabulary_of(config)
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
         return {**sample, "use_cache": False}

@@ -5,16 +5,42 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.tasks import text
 from gblm_compress.tasks.metrics import Metric, mean_kl, mean_metric, top1_agreement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Sample: TypeAlias = "Mapping[str, Tensor]"
-"""One sample by the names of the model's arguments, each tensor [1, …]; beside them may be "labels"."""
+"""One sample by the names of the model's arguments, each tensor [1, …]; beside them may be `BESIDE`."""
+
+BESIDE = ("labels", "draw")
+"""What is no argument of the model: what should be predicted, and the seed of whatever a loss draws."""
+
+
+_WORDS = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns data into the arguments of a model, and lies in its folder.
+
+    Attributes:
+        name: what it is called in messages.
+        auto_class: the class of transformers that loads it.
+    """
+
+    name: str
+    auto_class: str
+
+
+TOKENIZER = Processor("tokenizer", "AutoTokenizer")
+IMAGE_PROCESSOR = Processor("image processor", "AutoImageProcessor")
 
 
 class Task(ABC):
@@ -25,30 +51,79 @@ class Task(ABC):
         optimum: what optimum's TasksManager calls the task of such a model's class.
         auto_class: the class of transformers that loads the model from its config.
         output: the field of the model's output, and output of an ONNX graph, that is its prediction.
+        processor: what turns data into samples.
+        companions: patterns of files that lie in a model's folder beside weights, config and processor, and go with
+            the model wherever it is written.
+        generates: whether the model generates tokens one by one, with a cache; all others are timed by their forward
+            pass, and run in torch and ONNX Runtime alone.
+        sample: what one sample is called.
     """
 
     help: ClassVar[str]
     optimum: ClassVar[str]
     auto_class: ClassVar[str]
     output: ClassVar[str] = "logits"
+    processor: ClassVar[Processor] = TOKENIZER
+    companions: ClassVar[tuple[str, ...]] = ()
+    generates: ClassVar[bool] = False
+    sample: ClassVar[str] = "window"
+
+    def of_folder(self, folder: Path) -> Task:
+        """The task as the files of a model's folder say it is to be done; where they say nothing, itself.
+
+        Raises:
+            ModelError: they say what is not supported, or are damaged.
+        """
+        return self
+
+    def check_processor(self, processor: Any) -> None:
+        """Raises:
+        ModelError: the processor is of no use: where the files of the vocabulary are missing, transformers makes a
+            tokenizer that knows no words.
+        """
+        known = set(processor(_WORDS, verbose=False)["input_ids"]) - set(processor.all_special_ids)
+        if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
+            raise ModelError(
+                f"its tokenizer knows no word of {_WORDS!r}; its tokenizer files are missing or do not fit: put those "
+                "of the original model (tokenizer.json, say) into the folder"
+            )
+
+    def data_files(self, dataset: str) -> list[Path]:
+        """The files or folders of this machine that a dataset is; none where it is elsewhere, or made.
+
+        It looks at names alone, loads no torch, and asks nothing of the hub.
+
+        Raises:
+            DataError: it names what is not there, or what this task cannot read.
+        """
+        return text.data_files(dataset)
 
     @abstractmethod
     def calibration(
-        self, tokenizer: Any, config: Any, dataset: str, samples: int, length: int, seed: int
+        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
         """Samples to calibrate on, all of one shape: shorter ones are padded.
 
         Args:
+            processor: of the kind that `processor` names.
             config: of the model, as transformers has it.
-            dataset: SRC, as `text` reads it.
+            dataset: SRC; `data_files` accepts it.
             samples: how many.
-            length: tokens in each, padding included.
+            length: tokens in each at most, for models of text.
             seed: of whatever is drawn.
 
         Raises:
             DataError: the source cannot be read, or holds too little.
-            ModelError: model and tokenizer do not fit.
+            ModelError: model and processor do not fit.
         """
+
+    def probe(self, processor: Any, config: Any) -> Sample:
+        """One sample of data that every machine has, on which exports are verified.
+
+        Raises:
+            ModelError: model and processor do not fit.
+        """
+        return self.calibration(processor, config, "demo", samples=1, length=64, seed=0)[0]
 
     @abstractmethod
     def loss(self, judged: Tensor, sample: Sample) -> Tensor:
@@ -58,7 +133,16 @@ class Task(ABC):
             judged: as `judged` gives it.
         """
 
-    def evaluation(self, tokenizer: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
+        """Samples to train on, in the order of the text and all of one shape: about so many tokens, or all there are.
+
+        Raises:
+            UsageError: models of this task are not trained.
+            DataError, ModelError: as `calibration`.
+        """
+        raise UsageError(f"there is no training of {self.help}; recover a pruned causal language model")
+
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Samples to evaluate on, at most `limit`.
 
         Raises:
@@ -79,6 +163,34 @@ class Task(ABC):
         """How close what is judged of a sample is to what the dense model gives there; both [positions, classes]."""
         return {"mean_kl": mean_kl(reference, judged), "top1_agreement": top1_agreement(reference, judged)}
 
+    def divergence(self, dense: Tensor, judged: Tensor) -> Tensor:
+        """How far what is judged of a sample is from the dense model's, differentiable, a scalar: what distillation
+        makes small. KL(dense ‖ judged) in nats per position, unless a task says otherwise.
+        """
+        from torch.nn.functional import kl_div
+
+        predicted, target = (logits.float().log_softmax(-1) for logits in (judged, dense.detach()))
+        return kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+    def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
+        """How close a model is to the dense one where that takes all samples together; both as `measure` gave them."""
+        return {}
+
+    def judged_values(self, config: Any, length: int) -> int:
+        """How many numbers of a sample's prediction are judged, at most; samples are of `length` tokens."""
+        return length * int(config.get_text_config().hidden_size)
+
+    def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
+        """Arguments [batch, …] for the forward pass that a benchmark times, of a task that generates nothing.
+
+        Args:
+            length: tokens in each, for models of text.
+
+        Raises:
+            UsageError: there is no benchmark of this task.
+        """
+        raise UsageError(f"there is no benchmark of {self.help}; models of its kind can be pruned")
+
     def example(self, config: Any) -> Sample:
         """The arguments with which a model is traced for ONNX: two samples, of which the first is padded.
 
@@ -89,7 +201,7 @@ class Task(ABC):
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
         """The arguments of the model's forward pass."""
-        return {name: tensor for name, tensor in sample.items() if name != "labels"}
+        return {name: tensor for name, tensor in sample.items() if name not in BESIDE}
 
     def counted(self, sample: Sample) -> Tensor | None:
         """Which tokens are no padding, bool [1, tokens]; None if all are counted."""
@@ -127,6 +239,26 @@ def fingerprint(samples: Iterable[Sample]) -> str:
         for tensor in sample.values():
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def with_draws(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The samples, each with a seed of its own, for a loss that draws something."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(0, 1 << 62, (len(samples),), generator=generator)
+    return [{**sample, "draw": seed.unsqueeze(0)} for sample, seed in zip(samples, seeds, strict=True)]
+
+
+def random_numbers(sample: Sample, count: int, *, normal: bool) -> Tensor:
+    """Numbers [count] that belong to a sample, in float32 on the CPU: of N(0, 1), or uniform in [0, 1).
+
+    Those of samples without "draw" are all of one seed.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(int(sample["draw"]) if "draw" in sample else 0)
+    return (torch.randn if normal else torch.rand)(count, generator=generator)
 
 
 def on_device(sample: Sample, device: Any) -> Sample:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gblm_compress.errors import DataError, GblmError, first_line, is_out_of_memory
 from gblm_compress.storage.paths import kind_of, local
-
-if TYPE_CHECKING:
-    pass
 
 Role = Literal["calibration", "evaluation"]
 
@@ -30,6 +27,9 @@ _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
 FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+CHARACTERS_OF_A_TOKEN = 6
+"""At most, on average, in prose; vocabularies of today have four to five."""
+
 MAX_LINE = 64 << 20
 """Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
 
@@ -37,25 +37,21 @@ MAX_PARQUET = 2 << 30
 """Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
 
 
-def check_source(source: str) -> None:
-    """Refuse at once what names a local file and is none that can be read; of the hub it asks nothing.
+def data_files(source: str) -> list[Path]:
+    """The local file that a source names, if it does; of the hub it asks nothing.
 
     Raises:
         DataError: there is no such file, or it is of another kind.
     """
     path = local(source)
     if source in ("demo", "wikitext2", "c4"):
-        return
+        return []
     kind = kind_of(path)
     if path.suffix in FILES and kind != "file":
         raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
     if path.suffix not in FILES and (kind is not None or source.startswith((".", "/", "~"))):
         raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
-
-
-def is_here(source: str) -> bool:
-    """Whether a text is read from this machine rather than from the hub."""
-    return source == "demo" or local(source).suffix in FILES
+    return [path] if path.suffix in FILES else []
 
 
 def load_text(source: str, role: Role) -> str:
@@ -66,7 +62,7 @@ def load_text(source: str, role: Role) -> str:
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
     """
-    check_source(source)
+    data_files(source)
     if source == "demo":
         text = "\n\n".join(demo_paragraphs(role))
     elif source == "wikitext2":
@@ -85,15 +81,26 @@ def load_text(source: str, role: Role) -> str:
     return text
 
 
+def training_text(source: str, tokens: int) -> str:
+    """The text of `source` to train on: that for calibration, and of `c4` as many documents as that many tokens take.
+
+    Raises:
+        DataError: as `load_text`.
+    """
+    if source != "c4":
+        return load_text(source, "calibration")
+    documents, characters = [], 0
+    for document in _texts(c4_documents(), source):
+        documents.append(document)
+        characters += len(document)
+        if characters > tokens * CHARACTERS_OF_A_TOKEN:
+            break
+    return "\n\n".join(documents)
+
+
 def c4_documents() -> Any:
     """The documents of one shard of C4, to draw calibration windows from: a sequence, each with a key `text`."""
     return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part")
-
-
-def files(source: str) -> list[Path]:
-    """The local file that `source` names, if it does."""
-    path = local(source)
-    return [path] if kind_of(path) == "file" else []
 
 
 def demo_paragraphs(role: Role) -> list[str]:
@@ -130,8 +137,12 @@ def _read_file(path: Path, source: str) -> str:
         raise DataError(f"dataset {source!r} cannot be read ({first_line(error)})") from error
 
 
-def _jsonl(path: Path, source: str) -> Iterator[str]:
-    """The documents of a file with one JSON object a line."""
+def json_objects(path: Path, source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with what to call it; empty lines are left out.
+
+    Raises:
+        DataError: a line is no object, or too long.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"dataset {source!r}, line {number}"
@@ -139,12 +150,37 @@ def _jsonl(path: Path, source: str) -> Iterator[str]:
                 raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
             try:
                 content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                document = json.loads(content) if content else {"text": None}
+                if not content:
+                    continue
+                document = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
             if not isinstance(document, dict):
                 raise DataError(f"{where} is no object; every line is one with a 'text'")
-            yield from _text_of(document, where)
+            yield where, document
+
+
+def parquet_rows(path: Path, source: str, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, of those of the columns that it has; of all where it has none of them.
+
+    Raises:
+        DataError: it is damaged, or holds more than `MAX_PARQUET` bytes of text.
+    """
+    from pyarrow import parquet
+
+    left = MAX_PARQUET
+    with _reading(source), parquet.ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if name in columns] or None
+        for batch in file.iter_batches(batch_size=64, columns=names):
+            left -= batch.nbytes
+            if left < 0:
+                raise DataError(f"dataset {source!r} holds more than {MAX_PARQUET:,} bytes; give a part of it")
+            yield from batch.to_pylist()
+
+
+def _jsonl(path: Path, source: str) -> Iterator[str]:
+    for where, document in json_objects(path, source):
+        yield from _text_of(document, where)
 
 
 def _parquet(path: Path, source: str) -> Iterator[str]:
@@ -190,10 +226,19 @@ def _text_of(document: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _hub_documents(source: str, role: Role) -> Iterable[str]:
+    return _texts(hub_rows(source, role), source)
+
+
+def hub_rows(source: str, role: Role) -> Any:
+    """The rows of a hub dataset, of the split that it names or that the role has.
+
+    Raises:
+        DataError: it cannot be had.
+    """
     location, _, split = source.partition("@")
     name, _, config = location.partition(":")
     default_split = "train" if role == "calibration" else "test"
-    return _texts(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
+    return _dataset(source, name, config or None, split=split or default_split, streaming=True)
 
 
 def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
 def test_every_section_runs(tmp_path) -> None:
     result = run(tmp_path)
     assert result["environment"]["dry_run"] is True
-    kernels, one_token, model, pruning, onnx = result["sections"].values()
+    kernels, one_token, levels, model, pruning, onnx = result["sections"].values()
     assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == {
         (name, tokens)
         for name in ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
@@ -56,7 +56,14 @@ def test_every_section_runs(tmp_path) -> None:
     }
     assert any("cusparselt" in name for name in kernels["excluded"])  # with torch's reason: there is no CUDA
     assert all(row["ms"] > 0 and row["over_dense"] > 0 for row in kernels["rows"])
-    assert kernels["left_out"] == one_token["left_out"] == model["left_out"] == []
+    assert [row["execution"] for row in levels["rows"]] == [
+        "cuBLAS, linear",
+        "cuBLAS, matrix times vector",
+        *(f"Triton {layout}" for layout in ("bitmask-int8", "sparse24-int8", "bitmask-int4", "sparse24-int4")),
+    ]
+    # 2 KiB of scales, starts and padding weigh in at toy size
+    assert all(row["byte_limit"] > 1 for row in levels["rows"] if "Triton" in row["execution"])
+    assert kernels["left_out"] == one_token["left_out"] == levels["left_out"] == model["left_out"] == []
     packed = ("Triton bitmask", "Triton sparse24")
     for dtype in ("float16", "bfloat16"):
         ms = {row["execution"]: row["ms"] for row in one_token["rows"] if row["dtype"] == dtype}
@@ -87,6 +94,7 @@ def test_every_section_runs(tmp_path) -> None:
 def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
     result = run(tmp_path, "--seconds", "0")["sections"]
     assert result["kernels"]["rows"] == result["one token"]["rows"] == []
+    assert result["levels"]["left_out"] == ["toy, bfloat16"]
     assert result["model"]["rows"] == result["onnxruntime"]["rows"] == []
     assert result["kernels"]["left_out"] == ["toy, 1 tokens", "toy, 8 tokens"]
     assert result["one token"]["left_out"] == ["toy, float16", "toy, bfloat16"]

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import ExportResult, export, onnx_bitmask, onnx_kernels, onnx_plain, verification
+from gblm_compress.exporters import (
+    ExportResult,
+    export,
+    onnx_bitmask,
+    onnx_decoding,
+    onnx_kernels,
+    onnx_plain,
+    onnx_verification,
+)
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts.bitmask import pack
@@ -21,7 +29,7 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import greedy_tokens
+from tests.conftest import CAUSAL_LM, greedy_tokens
 
 
 def _operator_is_compiled() -> bool:
@@ -341,7 +349,7 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
         values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_bitmask.decode(values, "w", shape)
+        return onnx_decoding.decode(values, "w", shape)
 
     shape = array.T.shape if kernels else array.shape
     assert np.array_equal(decoded(), array.T if kernels else array)
@@ -391,8 +399,8 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
 def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = verification.real_sample(model, tokenizer)["input_ids"]
-    chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
+    ids = CAUSAL_LM.probe(tokenizer, model.config)["input_ids"]
+    chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : onnx_verification.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)
     head = model.lm_head.weight.detach()
@@ -415,9 +423,9 @@ def test_a_near_tie_is_no_fault(tmp_path, progress) -> None:
 
 def test_an_export_that_decides_no_token_is_refused(exported, tmp_path, monkeypatch, progress) -> None:
     expected = torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(exporter, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
+    monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    monkeypatch.setitem(exporter.TOLERANCE, "float32", 2e-2)
+    monkeypatch.setitem(onnx_verification.TOLERANCE, "float32", 2e-2)
     with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
         expected[:, 0], expected[:, 1] = 1.005, 1.0
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)

@@ -8,7 +8,7 @@ import pytest
 
 from gblm_compress.errors import UsageError
 from gblm_compress.exporters import export
-from gblm_compress.exporters.onnx_bitmask import decode
+from gblm_compress.exporters.onnx_decoding import decode
 from gblm_compress.exporters.onnx_gemm import use_gemm_
 from gblm_compress.settings import ExportSettings
 

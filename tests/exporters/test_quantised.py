@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu, cpu_quantised
-from gblm_compress.layouts import LAYOUTS, quantised
+from gblm_compress.layouts import LAYOUTS, quantised, quantised_cpu
 from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.layouts.int8 import Int8Linear
 from gblm_compress.layouts.packed import same_bits
@@ -35,7 +35,7 @@ from gblm_compress.settings import (
 )
 from tests.exporters.test_sparse import UP, described, of_layer, replaced, with_value
 
-QUANTISED = [name for name, layout in LAYOUTS.items() if layout.exact]
+QUANTISED = {layout.format: layout for layout in LAYOUTS.values() if layout.exact}
 FORMATS = pytest.mark.parametrize("format", QUANTISED)
 IDS = torch.arange(20).unsqueeze(0)
 QUIET = Progress(quiet=True)
@@ -45,13 +45,17 @@ QUIET = Progress(quiet=True)
 def pruned(tiny, tmp_path_factory):
     """pruned("llama"): a pruned folder, written once."""
 
-    def make(kind: str) -> ModelSource:
+    def make(kind: str, pattern: str = "unstructured") -> ModelSource:
         folder = tmp_path_factory.mktemp(kind) / "pruned"
-        settings = PruneSettings(method="magnitude", pattern="unstructured", fit="none")
+        settings = PruneSettings(method="magnitude", pattern=pattern, fit="none")
         prune(tiny(kind), folder, settings, CalibrationSettings(), progress=QUIET)
         return ModelSource("pruned", folder)
 
     return cache(make)
+
+
+def pattern_of(format: str) -> str:
+    return QUANTISED[format].pattern or "unstructured"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,9 @@ def exported(pruned, tmp_path_factory):
 
     def make(format: str, kind: str = "llama", **options):
         folder = tmp_path_factory.mktemp(format) / "packed"
-        result = export(pruned(kind), folder, ExportSettings(format=format, **options), progress=QUIET)
+        result = export(
+            pruned(kind, pattern_of(format)), folder, ExportSettings(format=format, **options), progress=QUIET
+        )
         return ModelSource("packed", folder), result
 
     return cache(make)
@@ -90,14 +96,14 @@ def dense_again(model, source: ModelSource):
 def test_from_pretrained_computes_what_the_rounded_weights_do(format, kind, exported, pruned) -> None:
     folder, result = exported(format, kind)
     model = AutoModelForCausalLM.from_pretrained(folder.folder)
-    layer = LAYOUTS[format].layer
+    layer = QUANTISED[format].layer
     packed = [module for module in model.modules() if type(module) is layer]
     assert len(packed) + (format != "int8") == result.checks["packed_layers"] == {"llama": 15, "gpt2": 9}[kind]
     assert "layers_not_rounded" not in result.checks
-    dense = dense_again(model, pruned(kind))
+    dense = dense_again(model, pruned(kind, pattern_of(format)))
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
-    exact = logits(load_model(pruned(kind)))
-    assert 0 < (logits(model) - exact).abs().max() < (0.5 if format == "bitmask-int4" else 0.05) * exact.abs().max()
+    exact = logits(load_model(pruned(kind, pattern_of(format))))
+    assert 0 < (logits(model) - exact).abs().max() < (0.5 if format.endswith("-int4") else 0.05) * exact.abs().max()
     one = model(input_ids=IDS[:, :1]).logits
     torch.testing.assert_close(one, dense(input_ids=IDS[:, :1]).logits, rtol=1e-3, atol=1e-3)
 
@@ -112,7 +118,7 @@ def test_head_and_embedding_are_one_tensor_where_they_are_tied(format, exported,
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(head, Int8Linear) and embedding.rows is head
     assert torch.equal(embedding(IDS), head.dense_weight()[IDS])
-    dense = load_model(pruned("gpt2")).lm_head.weight
+    dense = load_model(pruned("gpt2", pattern_of(format))).lm_head.weight
     assert (head.dense_weight() - dense).abs().max() <= dense.abs().max() / 200
     moved = model.to(torch.bfloat16)
     assert moved.get_input_embeddings()(IDS).dtype == torch.bfloat16 and logits(moved).dtype == torch.bfloat16
@@ -173,11 +179,15 @@ def test_saved_again_cast_generated_and_compiled(format, kind, exported, tmp_pat
 def test_evaluate_and_benchmark_take_it(format, exported, pruned, prose) -> None:
     folder, _ = exported(format)
     settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
-    assert 0 < evaluate(folder, settings, baseline=pruned("llama"), progress=QUIET).fidelity["mean_kl"] < 1
+    assert (
+        0
+        < evaluate(folder, settings, baseline=pruned("llama", pattern_of(format)), progress=QUIET).fidelity["mean_kl"]
+        < 1
+    )
     timing = BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1)
-    result = benchmark([folder], [pruned("llama")], timing, progress=QUIET)
+    result = benchmark([folder], [pruned("llama", pattern_of(format))], timing, progress=QUIET)
     kernels = result.measurements[1].decode_kernels
-    assert sum(kernels.values()) == 15 and any(name.startswith(format) for name in kernels)
+    assert sum(kernels.values()) == 15 and any(name.startswith(QUANTISED[format].layer.LAYOUT) for name in kernels)
 
 
 def test_groups_stand_in_the_folder(exported) -> None:
@@ -193,7 +203,7 @@ def test_groups_stand_in_the_folder(exported) -> None:
 
 @FORMATS
 def test_a_layer_that_would_be_rounded_too_much_is_packed_exactly(format, exported, monkeypatch) -> None:
-    kind = LAYOUTS[format].layer
+    kind = QUANTISED[format].layer
     error = kind.error
     monkeypatch.setattr(kind, "error", lambda self, weight: error(self, weight) + (self.out_features == 32))
     folder, result = exported(format, dtype="bfloat16")
@@ -206,11 +216,11 @@ def test_a_layer_that_would_be_rounded_too_much_is_packed_exactly(format, export
 
 @FORMATS
 def test_verification_notices_a_changed_weight(format, pruned, tmp_path, monkeypatch) -> None:
-    kind = LAYOUTS[format].layer
+    kind = QUANTISED[format].layer
     dense_weight = kind.dense_weight
     monkeypatch.setattr(kind, "dense_weight", lambda self: dense_weight(self) * 1.001)
     with pytest.raises(VerificationError, match=r"does not restore its weight"):
-        export(pruned("llama"), tmp_path / "x", ExportSettings(format=format), progress=QUIET)
+        export(pruned("llama", pattern_of(format)), tmp_path / "x", ExportSettings(format=format), progress=QUIET)
     assert not (tmp_path / "x").exists()
 
 
@@ -220,7 +230,7 @@ def test_verification_notices_a_wrong_product(tokens, pruned, tmp_path, monkeypa
     linear = cpu_quantised.linear
     wrong = {tokens: 1.01}
     monkeypatch.setattr(cpu_quantised, "linear", lambda x, *rest: linear(x, *rest) * wrong.get(len(x), 1.0))
-    monkeypatch.setattr(quantised, "crossover", lambda *arguments: quantised.EVERY)
+    monkeypatch.setattr(quantised, "crossover", lambda *arguments: quantised_cpu.EVERY)
     with pytest.raises(VerificationError, match=r"model\.layers\.0.* is not the product of its weight"):
         export(pruned("llama"), tmp_path / "x", ExportSettings(format="bitmask-int8"), progress=QUIET)
 
@@ -269,6 +279,31 @@ DAMAGES = {
         (replaced(f"{UP}.values", lambda values: values[1:]), rf"{UP}\.values: shape .* take"),
         (replaced(f"{UP}.values", lambda values: values.to(torch.int8)), rf"{UP}\.values: int8 .* needs uint8"),
         (replaced(f"{UP}.mask", lambda mask: mask * 0), rf"{UP}\.values: shape"),
+    ],
+    "semi-structured-int8": [
+        (
+            replaced(f"{UP}.patterns", lambda patterns: patterns * 0),
+            rf"{UP}\.patterns: \d+ codes do not stand for two of four columns",
+        ),
+        (replaced(f"{UP}.patterns", with_value(5, 255)), rf"{UP}\.patterns: 16 codes do not stand for two"),
+        (
+            replaced(f"{UP}.patterns", lambda patterns: patterns[:, 1:]),
+            rf"{UP}\.patterns: uint8 \[128, 5\]; needs uint8 \[128, 6\]",
+        ),
+        (replaced(f"{UP}.patterns", lambda patterns: None), rf"{UP}\.patterns: no such tensor"),
+        (replaced(f"{UP}.values", lambda values: values[:-1]), rf"{UP}\.values: shape .* take"),
+        (replaced(f"{UP}.values", with_value(3, -128)), rf"{UP}\.values: a level is below -127"),
+        (replaced(f"{UP}.scales", with_value(3, HALF_NAN)), rf"{UP}\.scales: not all are finite"),
+        (of_layer(stored=4096), rf"layer '{UP}': .* unexpected keyword argument 'stored'"),
+    ],
+    "semi-structured-int4": [
+        (replaced(f"{UP}.levels", lambda levels: levels.flip(1)), rf"{UP}\.levels: they do not increase"),
+        (
+            replaced(f"{UP}.patterns", lambda patterns: patterns | 7),
+            rf"{UP}\.patterns: \d+ codes do not stand for two of four columns",
+        ),
+        (replaced(f"{UP}.patterns", lambda patterns: patterns.int()), rf"{UP}\.patterns: int32 .* needs uint8"),
+        (replaced(f"{UP}.values", with_value(-1, 1)), rf"{UP}\.values: the last 64 must be zeros"),
     ],
     "int8": [
         (replaced(f"{UP}.values", lambda values: values * 0 - 128), rf"{UP}\.values: a level is below -127"),

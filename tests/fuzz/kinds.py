@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gblm_compress.exporters import export
 from gblm_compress.models.finding import silence_libraries
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
@@ -111,7 +111,7 @@ def _models() -> dict[str, Kind]:
         ),
         "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, dense, "--resume"),), (".out.pruning",)),
     }
-    for name in ("bitmask", "semi-structured", "onnx", "onnx-kernels"):
+    for name in ("bitmask", "semi-structured", "bitmask-int8", "semi-structured-int4", "onnx", "onnx-kernels"):
         kinds[f"{name} folder"] = Kind(name, (f"{name}/*",), (_with(EVALUATE, name),))
     return kinds
 
@@ -162,7 +162,7 @@ def build_store(store: Path, server: Server) -> None:
 
     def shard(folder: Path) -> None:
         load_model(source).save_pretrained(folder, max_shard_size="100KB")
-        load_tokenizer(source).save_pretrained(folder)
+        load_processor(source).save_pretrained(folder)
 
     source = ModelSource("dense", model)
     beside("dense", lambda folder: None)
@@ -175,6 +175,8 @@ def build_store(store: Path, server: Server) -> None:
     exports = {
         "bitmask": ExportSettings(format="bitmask"),
         "semi-structured": ExportSettings(format="semi-structured"),
+        "bitmask-int8": ExportSettings(format="bitmask-int8"),
+        "semi-structured-int4": ExportSettings(format="semi-structured-int4"),
         "onnx": ExportSettings(format="onnx"),
         "onnx-kernels": ExportSettings(format="onnx", kernels=True),
     }

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from gblm_compress.layouts import LAYOUTS
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
 # In a process of its own: the interpreter is chosen by an environment variable when triton is imported.
@@ -19,36 +21,53 @@ import sys, torch
 import tests.triton_interpreter
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed
-from gblm_compress.layouts import bitmask, packed as packed_tensors, sparse24
+from gblm_compress.layouts import LAYOUTS, bitmask, packed as packed_tensors, sparse24
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid
 
 layout, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-ragged = (9, 301) if layout == "bitmask" else (9, 300)
+grouped = "int" in layout
+ragged = (9, 300) if LAYOUTS[layout].pattern else (9, 301)
+
+
+def quantised(weight, group):
+    # on a random grid: restored, and as a layer on a GPU hands it to the kernels
+    kind = LAYOUTS[layout].layer
+    table = torch.arange(-127, 128) if kind.KIND == "int8" else torch.arange(-45, 50, 6)  # none is zero
+    scales = torch.rand(len(weight), 1 if group is None else -(-weight.shape[1] // group), generator=generator)
+    layer = kind.rounded(weight, grid=Grid((scales / 40 + 0.01).half(), table.char(), group))
+    if layer.PACKED[-1] == "levels" and len(weight) > 5:  # a table for each row, as of stacked layers
+        layer.levels = layer.levels + torch.arange(len(weight)).char()[:, None]
+    return layer.dense_weight(), layer.for_gpu()
+
+
 for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
     generator = torch.Generator().manual_seed(rows * columns)
     weight = torch.randn(rows, columns, generator=generator)
-    pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
+    pattern = Pattern(LAYOUTS[layout].pattern or "unstructured")
     weight[~pattern.mask(torch.rand(rows, columns, generator=generator), weight, 0.5)] = 0
     if rows > 2:
         weight[1] = 0
-        if layout == "bitmask":
+        if not LAYOUTS[layout].pattern:
             weight[2] = 1
     weight = weight.to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype)
-    if layout == "sparse24":
+    if grouped:
+        weight, packed = quantised(weight, {5: 32, 19: 64, 1: 128}.get(rows))
+    elif layout == "sparse24":
         values, positions = sparse24.pack(weight)
         packed = Packed(layout, values, positions, values, (rows, columns))
     else:
         mask, values = bitmask.pack(weight)
         packed = Packed(layout, values, mask, gpu.block_starts(mask), (rows, columns))
     assert packed_tensors.same_bits(gpu.expand(packed), weight)
-    for tokens in (1, 2, 16) if rows < 10 else (1, 33):
+    for tokens in (1, 33) if rows > 10 else (1, 16) if grouped else (1, 2, 16):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         for given in (None, bias) if rows == 9 else (bias,):
             expected = x.double() @ weight.double().T + (0 if given is None else given.double())
             # sums are float32; y is rounded once
             error = 1e-5 * (x.double().abs() @ weight.double().abs().T) + torch.finfo(dtype).eps * expected.abs()
-            for tiling in gpu.tilings(layout, tokens):
+            for tiling in gpu.tilings(layout, tokens)[:: 2 if grouped else 1]:  # a layout of 16 bits has them too
                 got = gpu.linear(x, packed, given, tiling)
                 assert got.shape == expected.shape and got.dtype == dtype
                 wrong = ((got.double() - expected).abs() > error + 1e-30).sum()
@@ -56,7 +75,7 @@ for rows, columns in ((1, 4), (5, 64), ragged, (19, 1032)):
 """
 
 
-@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_against_the_dense_product(layout: str, dtype: str) -> None:
     done = subprocess.run(
@@ -71,8 +90,9 @@ def test_against_the_dense_product(layout: str, dtype: str) -> None:
 def test_tilings_for_every_number_of_tokens() -> None:
     from gblm_compress.kernels import gpu
 
-    for layout, tilings in gpu.TILINGS.items():
-        assert gpu.tilings(layout, 1) == list(tilings)
+    assert set(gpu.FORMS) == set(LAYOUTS)
+    for layout, form in gpu.FORMS.items():
+        assert gpu.tilings(layout, 1) == list(form.tilings)
         for tokens in (3, 16, gpu.MAX_TOKENS):
             assert gpu.tilings(layout, tokens) and all(t.tensor_cores for t in gpu.tilings(layout, tokens))
         assert not gpu.tilings(layout, gpu.MAX_TOKENS + 1)
@@ -112,20 +132,36 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _types(layout: str, element: str, result: str) -> dict[str, str]:
-    packed = (f"*{element}", "*i32", "*i32") if layout == "bitmask" else ("*i32", "*u8", f"*{element}")
-    return {"x": f"*{element}", "bias": f"*{element}", "y": f"*{result}", "dense": f"*{element}"} | dict(
-        zip(("values", "places", "starts"), packed, strict=True)
-    )
+    from gblm_compress.kernels.gpu import FORMS
+
+    stored, width, _ = FORMS[layout]
+    values = {
+        "mask": {16: f"*{element}", 8: "*i8", 4: "*u8"},
+        "two of four": {16: "*i32", 8: "*i16", 4: "*u8"},
+        "all": {8: "*i8"},
+    }[stored][width]
+    types = {"x": f"*{element}", "bias": f"*{element}", "y": f"*{result}", "dense": f"*{element}"}
+    types |= {"values": values, "places": {"mask": "*i32", "two of four": "*u8", "all": "*i8"}[stored]}
+    types["starts"] = "*i32" if stored == "mask" else values
+    return types | {"scales": values if width == 16 else "*fp16", "levels": "*i8" if width == 4 else values}
 
 
-@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
-@pytest.mark.parametrize(("element", "tokens"), [("bf16", 1), ("fp16", 64)])
+def _constants(layout: str) -> dict[str, object]:
+    from gblm_compress.kernels.gpu import FORMS
+
+    stored, width, _ = FORMS[layout]
+    return {"STORED": stored, "WIDTH": width, "GROUP": 0 if width == 16 else 64}
+
+
+@pytest.mark.parametrize(
+    ("layout", "element", "tokens"),
+    [*((layout, "bf16", 1) for layout in LAYOUTS), ("bitmask", "fp16", 64), ("sparse24", "fp16", 64)],
+)
 def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, tokens: int) -> None:
     from gblm_compress.kernels import gpu, gpu_programs
 
-    for tiling in gpu.tilings(layout, tokens):
-        constants = {
-            "BITMASK": layout == "bitmask",
+    for tiling in gpu.tilings(layout, tokens)[:: 4 if LAYOUTS[layout].width else 1]:  # one of each kind
+        constants = _constants(layout) | {
             "TENSOR_CORES": tiling.tensor_cores,
             "BIAS": tiling.programs == 1,
             "TOKENS": max(tokens, 16) if tiling.tensor_cores else tokens,
@@ -138,11 +174,16 @@ def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, 
         assert ("mma" in binary.asm["ptx"]) == tiling.tensor_cores
 
 
-@pytest.mark.parametrize("layout", ["bitmask", "sparse24"])
-def test_the_other_kernels_compile_for_an_h100(compiled, layout: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_unpacking_kernel_compiles_for_an_h100(compiled, layout: str) -> None:
     from gblm_compress.kernels import gpu, gpu_programs
 
-    constants = {"BITMASK": layout == "bitmask", "ROWS": 8, "COLUMNS": gpu.GRAIN}
+    constants = _constants(layout) | {"ROWS": 8, "COLUMNS": gpu.GRAIN}
     assert compiled(gpu_programs.expand, _types(layout, "bf16", "bf16"), constants, 4).asm["cubin"]
+
+
+def test_the_kernel_that_adds_up_compiles_for_an_h100(compiled) -> None:
+    from gblm_compress.kernels import gpu, gpu_programs
+
     sums = {"partial": "*fp32", "bias": "*fp16", "y": "*fp16"}
     assert compiled(gpu_programs.add_up, sums, {"BIAS": True, "SPLITS": 4, "BLOCK": gpu.SUMMED_AT_ONCE}, 4).asm["cubin"]

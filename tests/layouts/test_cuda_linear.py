@@ -11,6 +11,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS, bitmask, sparse24
 from gblm_compress.layouts.packed_linear import UNPACKED, PackedLinear
+from gblm_compress.layouts.quantised import scale_of
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.storage.cache import CACHE_VARIABLE
 
@@ -32,6 +33,16 @@ def two_four(rows: int, columns: int, seed: int = 0) -> Tensor:
     return (weight * Pattern("2:4").mask(weight.abs(), weight, 0.5)).add(0.0).to(torch.bfloat16)
 
 
+def restored(layout: str, weight: Tensor) -> Tensor:
+    """The weight itself, or what a layout that rounds restores of it, which it then holds bit for bit."""
+    kind = LAYOUTS[layout].layer
+    if not LAYOUTS[layout].width:
+        return weight
+    once = kind.rounded(weight).dense_weight()
+    assert torch.equal(kind.rounded(once).dense_weight(), once)
+    return once
+
+
 def packed(weight: Tensor, layout: str) -> "Packed":
     shape = tuple(weight.shape)
     if layout == "sparse24":
@@ -42,6 +53,10 @@ def packed(weight: Tensor, layout: str) -> "Packed":
 
 
 def dense_of(weight: "Packed") -> Tensor:
+    if weight.scales is not None:
+        tensors = [weight.scales, weight.places, weight.values, weight.levels]
+        levels = LAYOUTS[weight.layout].layer.levels_of(tensors, weight.shape[1])
+        return (levels * scale_of(weight.scales, weight.shape[1])).to(weight.dtype)
     if weight.layout == "sparse24":
         return sparse24.unpack(weight.values, weight.places)
     return bitmask.unpack(weight.places, weight.values, weight.shape[1])
@@ -50,7 +65,8 @@ def dense_of(weight: "Packed") -> Tensor:
 def product_on_cuda(layer: PackedLinear, x: Tensor) -> Tensor:
     """What the layer's operator computes for tensors on CUDA, called with tensors that are not."""
     tensors = [layer.get_buffer(name) for name in (*layer.PACKED, *layer.DERIVED)]
-    product = {"bitmask": bitmask.linear_cuda, "sparse24": sparse24.linear_cuda}[layer.LAYOUT]
+    of_16_bits = {"bitmask": bitmask.linear_cuda, "sparse24": sparse24.linear_cuda}
+    product = of_16_bits.get(layer.LAYOUT) or layer.linear_cuda
     return product(x, tensors, layer.bias, layer.out_features, layer.in_features, layer.crossover, layer.plan)
 
 
@@ -101,7 +117,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
 
     def milliseconds(call) -> float:
         candidate = call.args[0]
-        tilings = gpu.TILINGS[call.args[2].layout]
+        tilings = gpu.FORMS[call.args[2].layout].tilings
         order = tilings.index(gpu.Tiling(*candidate.variant)) if candidate.kernel == "triton" else 0
         return times[candidate.kernel] + order / 1000
 
@@ -216,7 +232,7 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
     timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
     monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
-    weight = two_four(64, 64, seed=1)
+    weight = restored(layout, two_four(64, 64, seed=1))
     given = torch.randn(64).to(torch.bfloat16) if bias else None
     layer = LAYOUTS[layout].layer.from_dense(weight, given)
     many = "cuSPARSELt" if layout == "sparse24" else UNPACKED
@@ -228,7 +244,7 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
         calls.clear()
         x = torch.randn(shape).to(torch.bfloat16)
         torch.testing.assert_close(product_on_cuda(layer, x), torch.nn.functional.linear(x, weight, given))
-        if layout == "bitmask" and kernel == "cusparselt":
+        if layout != "sparse24" and kernel == "cusparselt":
             kernel = "expand"
         assert calls == ([kernel] if kernel else [])
 
@@ -246,7 +262,7 @@ def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, 
 @WITH_KERNELS
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
     """In 32 bit, and without Triton."""
-    weight = two_four(8, 64).float()
+    weight = restored(layout, two_four(8, 64).float())
     layer = LAYOUTS[layout].layer.from_dense(weight, None)
     x = torch.randn(3, 64)
     torch.testing.assert_close(product_on_cuda(layer, x), x @ weight.T)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS, bitmask, bitmask_cpu
 from gblm_compress.layouts.bitmask import BitmaskLinear, pack
@@ -36,7 +36,7 @@ def pair(
         dense = nn.Linear(columns, rows, bias=bias).to(dtype)
         with torch.no_grad():
             importance = torch.rand(rows, columns)
-            pattern = Pattern("2:4" if layout == "sparse24" else "unstructured")
+            pattern = Pattern(LAYOUTS[layout].pattern or "unstructured")
             dense.weight.masked_fill_(~pattern.mask(importance, dense.weight, 0.5), 0.0)
     holder = nn.Module()
     holder.layer = dense
@@ -213,6 +213,8 @@ DAMAGED = [
     ("bitmask-int8", "values", -128),
     ("bitmask-int4", "levels", 3),
     ("bitmask-int4", "scales", 0x7C00),
+    ("sparse24-int8", "patterns", 0),
+    ("sparse24-int4", "patterns", 255),
     ("int8", "scales", -1),
 ]
 
@@ -240,7 +242,7 @@ def test_a_layer_that_nobody_filled_is_refused(layout) -> None:
     empty = LAYOUTS[layout].layer(**sparse.description(), dtype=torch.float32)
     for name in empty.PACKED:
         empty.get_buffer(name).fill_(-1)  # any content: it comes uninitialized
-    with pytest.raises(ModelError, match=r"^(mask|values|positions|scales): "):
+    with pytest.raises(ModelError, match=r"^(mask|values|positions|patterns|levels|scales): "):
         empty(torch.ones(1, 100))
 
 
@@ -252,9 +254,12 @@ def test_a_shape_that_no_layer_has(layout, shape) -> None:
         LAYOUTS[layout].layer(shape, False, torch.float32, **options)
 
 
-def test_sparse24_needs_groups_of_four() -> None:
-    with pytest.raises(ModelError, match="a multiple of 4"):
-        Sparse24Linear((8, 6), False, torch.float32)
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.pattern])
+def test_2_4_needs_groups_of_four(layout) -> None:
+    with pytest.raises(ModelError, match=f"6 columns are not a multiple of 4, which the {layout} layout needs"):
+        LAYOUTS[layout].layer((8, 6), False, torch.float32)
+    with pytest.raises(UsageError, match="the matrix is not 2:4: row 0, columns 0 to 3: 4 nonzeros, at most 2"):
+        LAYOUTS[layout].layer.from_dense(torch.ones(8, 8), None)
 
 
 @LAYOUT_NAMES

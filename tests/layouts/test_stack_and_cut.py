@@ -72,7 +72,7 @@ def test_stacked(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
 @settings(max_examples=80, deadline=None)
 def test_cut(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
     """Where words of the mask, bytes of positions and rows begin and end anywhere."""
-    step = {"sparse24": 4, "bitmask-int4": 64}.get(layout, 1)
+    step = 64 if layout.endswith("-int4") else 4 if LAYOUTS[layout].pattern else 1
     weight = matrix(layout, data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 40)), dtype, seed)
     rows, columns = weight.shape
     first, last = sorted(data.draw(st.lists(st.integers(0, rows), min_size=2, max_size=2, unique=True)))
@@ -112,25 +112,27 @@ def test_stored_zeros_stay_stored() -> None:
     assert part.values[:2].tolist() == [0.0, 3.0]
 
 
-def test_groups_of_2_4_are_not_cut_in_two() -> None:
-    with pytest.raises(UsageError, match="columns 6 to 11: the sparse24 layout can be cut at multiples of 4 only"):
-        holding("sparse24", matrix("sparse24", 2, 16, torch.float32, 0)).cut(range(2), range(6, 12))
+@pytest.mark.parametrize("layout", ["sparse24", "sparse24-int8"])
+def test_groups_of_2_4_are_not_cut_in_two(layout: str) -> None:
+    with pytest.raises(UsageError, match=f"columns 6 to 11: the {layout} layout can be cut at multiples of 4 only"):
+        holding(layout, matrix(layout, 2, 16, torch.float32, 0)).cut(range(2), range(6, 12))
 
 
-@pytest.mark.parametrize("layout", ["bitmask-int8", "bitmask-int4", "int8"])
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.width])
 def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
     whole = LAYOUTS[layout].layer.from_dense(matrix(layout, 4, 200, torch.float32, 0), None, group=64)
-    with pytest.raises(UsageError, match=f"columns 6 to 127: scales are shared by 64 columns, and the {layout} layout"):
-        whole.cut(range(4), range(6, 128))
+    with pytest.raises(UsageError, match=f"columns 8 to 127: scales are shared by 64 columns, and the {layout} layout"):
+        whole.cut(range(4), range(8, 128))
     for columns in (range(64, 128), range(128, 200), range(200)):
         part = whole.cut(range(1, 3), columns)
         part.check()
         assert same_bits(part.dense_weight(), whole.dense_weight()[1:3, columns.start : columns.stop].contiguous())
 
 
-def test_int4_layers_with_other_levels_are_stacked() -> None:
-    kind = LAYOUTS["bitmask-int4"].layer
-    weights = [matrix("bitmask-int4", 5, 100, torch.float32, seed) for seed in range(3)]
+@pytest.mark.parametrize("layout", ["bitmask-int4", "sparse24-int4"])
+def test_int4_layers_with_other_levels_are_stacked(layout: str) -> None:
+    kind = LAYOUTS[layout].layer
+    weights = [matrix(layout, 5, 100, torch.float32, seed) for seed in range(3)]
     grids = [make_grid(weight, weight != 0, "int4", 64, torch.ones(100)) for weight in weights]
     layers = [kind.from_dense(weight, None, grid=grid) for weight, grid in zip(weights, grids, strict=True)]
     whole = kind.stack(layers)

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.measure import benchmarking
 from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread, benchmark
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
@@ -66,6 +69,28 @@ def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
         UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"
     ):
         benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)
+
+
+def test_levels_are_timed_against_levels(tiny, progress, tmp_path) -> None:
+    """What is rounded is held against what is rounded, and neither against the other's floats."""
+    models = {}
+    for name, weights in (("packed", "int8"), ("rounded", "int8"), ("float", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+        (folder / "config.json").write_bytes((tiny("llama").folder / "config.json").read_bytes())
+        checks = {"weights": weights} if weights else {}
+        base = {"name": "tiny", "sha256": "0" * 64}
+        manifest = {"kind": "export", "base_model": base, "checks": checks}
+        (folder / "gblm_manifest.json").write_text(json.dumps(manifest))
+        models[name] = ModelSource(name, folder)
+    lane = benchmarking._Lane("onnxruntime", "int8")
+    settings = BenchmarkSettings(runtimes=("onnxruntime",))
+    assert list(benchmarking._lanes([models["packed"]], settings, "auto", "cpu")) == [lane]
+    found = benchmarking._baseline_of(models["packed"], lane, [models["float"], models["rounded"]])
+    assert found is models["rounded"]
+    with pytest.raises(UsageError, match="in int8, but no baseline does; .*--format onnx --quantise int8"):
+        benchmarking._baseline_of(models["packed"], lane, [models["float"]])
 
 
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from gblm_compress.errors import ModelError
-from gblm_compress.exporters.verification import real_sample
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks.text import load_text
+from tests.conftest import CAUSAL_LM
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
@@ -21,7 +21,7 @@ def test_perplexity_token_by_token(tiny, prose, progress) -> None:
         progress=progress,
     )
     model = load_model(tiny("llama"))
-    ids = load_tokenizer(tiny("llama"))(load_text(str(prose), "evaluation"))["input_ids"]
+    ids = load_processor(tiny("llama"))(load_text(str(prose), "evaluation"))["input_ids"]
     losses, means = [], []
     for start in range(0, 4 * 32, 32):
         window = ids[start : start + 32]
@@ -48,7 +48,7 @@ def test_a_model_is_identical_to_itself(tiny, prose, progress) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, prose, tmp_path, progress) -> None:
     source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_processor(source)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(source.folder)
     prose.write_text(f"<new> {prose.read_text()}")
@@ -61,4 +61,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny, prose, tmp
     model = load_model(source)
     model.config.vocab_size = 9
     with pytest.raises(ModelError, match="but the model has embeddings for 9 tokens"):
-        real_sample(model, tokenizer)
+        CAUSAL_LM.probe(tokenizer, model.config)

@@ -14,7 +14,7 @@ from gblm_compress.errors import DataError, MissingDependencyError, ModelError, 
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.zero_shot import recovery, score
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import EvaluateSettings
@@ -41,7 +41,7 @@ def own_task(tmp_path: Path) -> Path:
 
 def slow_answers(source: ModelSource) -> list[float]:
     """Whether the choice with the highest log-likelihood per character is the right one, a token at a time."""
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, tokenizer = load_model(source), load_processor(source)
     right = []
     for question in QUESTIONS:
         context = tokenizer(question["question"])["input_ids"]
@@ -87,7 +87,7 @@ def test_what_decides_the_outcome_of_tasks(own_task, monkeypatch) -> None:
 
 
 def test_limit_takes_the_first_questions(tiny, own_task, progress) -> None:
-    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
     answered = zero_shot.answers(model, tokenizer, ["parity"], 5, str(own_task), progress)
     assert answered == {"parity": ("acc_norm", slow_answers(tiny("llama"))[:5])}
 
@@ -123,7 +123,7 @@ def test_score_without_a_dense_model() -> None:
 
 def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
     source = tiny("llama")
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, tokenizer = load_model(source), load_processor(source)
     with pytest.raises(UsageError, match=r"task 'pariti' is not known to lm-eval"):
         zero_shot.answers(model, tokenizer, ["pariti"], None, str(own_task), progress)
     with pytest.raises(UsageError, match=r"no such folder"):
@@ -155,7 +155,7 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
 )
 def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, progress, spoil) -> None:
     spoil(own_task)
-    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
     with pytest.raises(DataError, match=r"tasks? '?parity"):
         zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
 
@@ -179,7 +179,7 @@ def _replace(folder: Path, old: str, new: str) -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_a_model_that_fails_is_no_fault_of_the_data(tiny, own_task, progress, monkeypatch, raised, expected) -> None:
-    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
 
     def fail(*args, **kwargs):
         raise raised
@@ -209,7 +209,7 @@ def test_task_files_for_the_real_benchmarks(tiny, tmp_path, progress) -> None:
         text = path.read_text().replace("DATA/", f"{DATA}/").replace("PREPARED/", f"{prepared}/")
         (folder / path.name).write_text(text)
     names = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    model, tokenizer = load_model(tiny("llama")), load_tokenizer(tiny("llama"))
+    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
     model.config.max_position_embeddings = 4096  # bytes are many tokens
     answered = zero_shot.answers(model, tokenizer, names, 4, str(folder), progress)
     assert {name: len(correct) for name, (_, correct) in answered.items()} == dict.fromkeys(names, 4)

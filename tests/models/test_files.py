@@ -14,7 +14,7 @@ from gblm_compress.errors import GblmError, ModelError, VerificationError
 from gblm_compress.models import manifest
 from gblm_compress.models.files import bytes_of, check_folder, files_of, read_header, weight_files
 from gblm_compress.models.finding import resolve_model
-from gblm_compress.models.loading import load_model, load_tokenizer
+from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
@@ -246,7 +246,7 @@ def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> Non
             try:
                 source = resolve_model(str(folder), progress)
                 load_model(source)
-                load_tokenizer(source)
+                load_processor(source)
             except GblmError as error:
                 assert str(error).count("\n") == 0
             path.rmdir() if spoilt is None else path.unlink()

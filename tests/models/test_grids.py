@@ -36,7 +36,7 @@ def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype,
     """Looked up weight by weight, in the dtype of the checkpoint, whatever dtype the pruning computed in."""
     source = ModelSource("source", tmp_path / "source")
     loading.load_model(tiny(kind), dtype).save_pretrained(source.folder)
-    loading.load_tokenizer(tiny(kind)).save_pretrained(source.folder)
+    loading.load_processor(tiny(kind)).save_pretrained(source.folder)
     written = pruned(source, tmp_path / "out", progress, quantise=bits, group=group)
     found, state = read_grids(written), load_file(tmp_path / "out" / "model.safetensors")
     layers = manifest.read(tmp_path / "out")["layers"]

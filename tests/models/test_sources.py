@@ -9,7 +9,7 @@ import torch
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import finding, loading
 from gblm_compress.models.finding import resolve_model
-from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_tokenizer
+from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny, tiny_config
 from gblm_compress.tasks.windows import vocabulary_of
@@ -19,7 +19,7 @@ def test_a_folder_is_taken_as_it_is(tiny, progress) -> None:
     source = resolve_model(str(tiny("llama").folder), progress)
     assert source.folder == tiny("llama").folder
     assert load_model(source).dtype == torch.float32
-    assert load_tokenizer(source)("a")["input_ids"]
+    assert load_processor(source)("a")["input_ids"]
 
 
 def test_tiny_is_made_once(progress) -> None:
@@ -135,7 +135,7 @@ def test_broken_folders_are_model_errors(tmp_path, progress, changes, message) -
     with pytest.raises(ModelError, match=message):
         source = resolve_model(name, progress)
         load_model(source)
-        load_tokenizer(source)
+        load_processor(source)
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"])
@@ -144,7 +144,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, tmp_path, progress)
     config = json.dumps({"tokenizer_class": kind}).encode()
     name = broken(tmp_path, tokenizer__json=None, tokenizer_config__json=config)
     with pytest.raises(ModelError, match="its tokenizer files are missing or do not fit"):
-        load_tokenizer(resolve_model(name, progress))
+        load_processor(resolve_model(name, progress))
 
 
 def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
@@ -215,7 +215,7 @@ def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
 def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> None:
     from gblm_compress.models.tiny import byte_tokenizer
 
-    loading.save_tokenizer(byte_tokenizer(), tmp_path)
+    loading.save_processor(byte_tokenizer(), tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]

@@ -38,6 +38,12 @@ def test_a_recipe_without_faults(progress) -> None:
         ({"calibration": {"dataset": "demo"}}, "512 positions; calibration.sequence_length is 2048"),
         ({"evaluate": {"dataset": "gone.jsonl", "sequence_length": 64}}, "dataset 'gone.jsonl': no such file"),
         ({"evaluate": {"dataset": "demo"}}, "512 positions; sequence length is 2048"),
+        ({"recover": {"data": ["gone.txt"]}}, "dataset 'gone.txt': no such file"),
+        ({"recover": {"sequence_length": 1024}}, "512 positions; recover.sequence_length is 1024"),
+        (
+            {"recover": {"mask": "exchange"}, "prune": {"pattern": "2:4"}},
+            "mask exchange is for unstructured patterns",
+        ),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
         ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it: nothing would be timed"),
         ({"export": [{"format": "semi-structured"}]}, "pattern unstructured is not 2:4"),
@@ -69,6 +75,16 @@ def test_a_recipe_without_faults(progress) -> None:
                 "gates": {"min_decode_speedup": 1.1, "artefact": "semi-structured"},
             },
             "gates.artefact 'semi-structured' is timed on CUDA only",
+        ),
+        (
+            {
+                "model": {"source": "tiny", "device": "cpu"},
+                "prune": {"pattern": "2:4"},
+                "export": [{"format": "semi-structured"}],
+                "evaluate": {"dataset": "demo", "sequence_length": 64},
+                "gates": {"max_mean_kl": 1.1, "artefact": "semi-structured"},
+            },
+            "gates.artefact 'semi-structured' is evaluated on CUDA only",
         ),
     ],
 )
@@ -139,5 +155,5 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     absent = recipe(model="owner/model", calibration={"dataset": "c4"}, export=[{"format": "semi-structured"}])
     (fault,) = check(absent, progress)
     assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
-    assert unchecked(absent) == ["model owner/model", "text c4"]
+    assert unchecked(absent) == ["model owner/model", "dataset c4"]
     assert unchecked(recipe()) == []

@@ -69,7 +69,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         f"{path}:3: prune.methd: unknown key; did you mean 'method'?",
         f"{path}:4: prune.pattern: pattern '4:2' is not known",
         f"{path}:6: export.0.format: input should be 'onnx', 'bitmask', 'semi-structured', 'bitmask-int8', "
-        "'bitmask-int4' or 'int8', got \"onx\"",
+        "'bitmask-int4', 'semi-structured-int8', 'semi-structured-int4' or 'int8', got \"onx\"",
         f"{path}:7: export.1.frmat: unknown key; did you mean 'format'?",
         f"{path}:7: export.1.format: missing; it is required",
         f"{path}:9: benchmark.batch.1: input should be greater than or equal to 1, got 0",
@@ -116,6 +116,21 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ),
         ("model: demo\nbenchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
         ("model: demo\ngates: {artefact: pruned}", "gates.artefact would do nothing"),
+        (
+            "model: demo\nevaluate: {}\ngates: {max_mean_k: 1}",
+            "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean",
+        ),
+        ("model: demo\ngates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
+        (
+            "model: demo\ngates:\n  - max_bytes: 1GB\n  - max_bytes: 1",
+            "r.yaml:4: gates.1.max_bytes: memory 1 has no unit",
+        ),
+        ("model: demo\nevaluate: {}\ngates: {min_task_accuracy: 0.5}", "needs an 'evaluate' section with tasks"),
+        (
+            "model: demo\nevaluate: {tasks: [piqa]}\nexport: [{format: onnx}]\n"
+            "gates: {min_task_accuracy: 0.5, artefact: onnx}",
+            "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
+        ),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:

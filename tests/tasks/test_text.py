@@ -6,6 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from gblm_compress import tasks
 from gblm_compress.errors import DataError
 from gblm_compress.tasks import text
 from gblm_compress.tasks.text import (
@@ -155,7 +156,7 @@ def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
 
 def test_looking_for_a_file_loads_no_torch() -> None:
     code = (
-        "import sys, gblm_compress.tasks.text as t; t.check_source('demo'); "
+        "import sys, gblm_compress.tasks.text as t; t.data_files('demo'); "
         "assert not {'torch', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -166,11 +167,13 @@ def test_a_look_at_a_text_reads_nothing(source, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     if ":" not in source:
         (tmp_path / source).mkdir()  # a folder of that name does not stand in its way
-    text.check_source(source)
+    assert text.data_files(source) == []
 
 
 def test_a_look_at_a_text_misses_what_is_not_there(tmp_path) -> None:
     for name in ("gone.txt", "gone.parquet", "."):
         with pytest.raises(DataError, match="no such file|file that exists"):
-            text.check_source(str(tmp_path / name))
-    assert text.is_here("demo") and text.is_here("x.jsonl") and not text.is_here("c4")
+            text.data_files(str(tmp_path / name))
+    (tmp_path / "x.jsonl").touch()
+    assert text.data_files(str(tmp_path / "x.jsonl")) == [tmp_path / "x.jsonl"]
+    assert tasks.is_here("demo") and tasks.is_here(str(tmp_path / "x.jsonl")) and not tasks.is_here("c4")

@@ -1,0 +1,146 @@
+"""Mask rules: whether the mask of a layer stays, or is learned, while the survivors are trained. Pure functions.
+
+A rule keeps a mask [out_features, in_features] (True = keep) beside the weights of a layer and says what the network
+sees of them, what becomes of their gradients, and which mask follows a step. Add one by writing it and
+listing it in `MASK_RULES`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gblm_compress.methods.patterns import UNSTRUCTURED, Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAST_EXCHANGE = 0.75
+"""The share of the training after which masks that are learned stay as they are, so that the weights settle."""
+
+EXCHANGED = 0.1
+"""The share of a row's survivors that the first exchange replaces."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the training a step is.
+
+    Attributes:
+        step: from 0.
+        steps: how many there will be.
+        every: steps between two changes of the mask.
+    """
+
+    step: int
+    steps: int
+    every: int
+
+    @property
+    def changes(self) -> bool:
+        """Whether the mask may change after this step."""
+        return (self.step + 1) % self.every == 0 and self.step + 1 <= LAST_EXCHANGE * self.steps
+
+    @property
+    def share(self) -> float:
+        """What is left of a share that falls to nothing as a half cosine (RigL, arXiv 1911.11134, section 3)."""
+        return 0.5 * (1 + math.cos(math.pi * (self.step + 1) / (LAST_EXCHANGE * self.steps)))
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """An entry of `MASK_RULES`: masks that stay as they are.
+
+    Attributes:
+        help: what happens to the mask, as half a sentence for `--help` and the recipe reference.
+        unstructured: whether it needs weights that compete by rows.
+        decays: whether it reads `mask_decay`.
+        moves: whether the mask changes.
+    """
+
+    help: str
+    unstructured: bool = False
+    decays: bool = False
+    moves: bool = False
+
+    def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """What the network multiplies by; differentiable."""
+        return weight
+
+    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float) -> Tensor:
+        """The gradient by which the weight moves."""
+        return gradient * keep
+
+    def next_mask(
+        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+    ) -> Tensor:
+        """The mask after a step.
+
+        Args:
+            weight: after the step, in float32.
+            gradient: of the loss to what the network saw, at the step.
+        """
+        return keep
+
+    def kept(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """The weights with which training goes on under a mask."""
+        return weight * keep
+
+
+class StraightThrough(MaskRule):
+    """SR-STE (arXiv 2102.04010, equation 9): pruned weights live on, take the gradients of what is seen in their place,
+    and decay; the mask is of the largest weights."""
+
+    def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return weight + (weight * ~keep).neg().detach()
+
+    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float) -> Tensor:
+        return gradient + decay * weight * ~keep
+
+    def next_mask(
+        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+    ) -> Tensor:
+        return pattern.mask(weight.abs(), weight, sparsity) if moment.changes else keep
+
+    def kept(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return weight
+
+
+class Exchange(MaskRule):
+    """RigL (arXiv 1911.11134): from time to time the smallest survivors of a row make room for as many pruned weights,
+    those with the largest gradients, which start from zero."""
+
+    def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return weight + (weight * ~keep).neg().detach()
+
+    def next_mask(
+        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+    ) -> Tensor:
+        if not moment.changes:
+            return keep
+        inf = float("inf")
+        survivors, pruned = keep.sum(1), (~keep).sum(1)
+        number = (EXCHANGED * moment.share * survivors).long().minimum(pruned)
+        # Ranks within a row, from 0: of survivors by magnitude, of pruned weights by gradient.
+        weakest = weight.abs().masked_fill(~keep, inf).argsort(dim=1, stable=True).argsort(dim=1)
+        strongest = gradient.abs().masked_fill(keep, -inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        leave = keep & (weakest < number[:, None])
+        enter = ~keep & (strongest < number[:, None])
+        return (keep & ~leave) | enter
+
+
+MASK_RULES: dict[str, MaskRule] = {
+    "fixed": MaskRule("the mask stays as it is"),
+    "sr-ste": StraightThrough(
+        "pruned weights are trained too and decay, and the largest weights are the mask (any pattern)",
+        decays=True,
+        moves=True,
+    ),
+    "exchange": Exchange(
+        f"the smallest survivors of each row make room for weights with large gradients ({UNSTRUCTURED} only)",
+        unstructured=True,
+        moves=True,
+    ),
+}
+"""All rules."""

@@ -1,0 +1,275 @@
+"""The recovery stage: from a pruned folder and the dense model to a trained folder of the same pattern, resumable."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+
+from gblm_compress import __version__, faults
+from gblm_compress.calibration import ranks
+from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
+from gblm_compress.machine.memory import peak_memory
+from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import grids, loading, manifest
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.recovery import kept
+from gblm_compress.recovery.kept import Kept, Look
+from gblm_compress.recovery.losses import Losses
+from gblm_compress.recovery.saving import save
+from gblm_compress.recovery.teacher import Teacher, check_same_head
+from gblm_compress.recovery.texts import Windows, windows_of
+from gblm_compress.recovery.training import Budget, Training
+from gblm_compress.settings import RecoverSettings
+from gblm_compress.storage import outputs
+from gblm_compress.tasks import data_files
+from gblm_compress.tasks.task import fingerprint, on_device
+
+BYTES_A_WEIGHT = 30
+"""Of the student: itself, master, gradient, two moments of Adam, the best so far, and what the network sees."""
+
+CHECKPOINT_SIZES = 18
+"""Of the model in 16 bits, that two checkpoints take at most: weights, two moments and the best in float32, twice."""
+
+SHARE_FOR_STATES = 0.3
+"""Of the memory that is free once the models are loaded, for what the dense model says of windows."""
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """The outcome of the stage.
+
+    Attributes:
+        folder: what was written.
+        tokens: trained on, over all looks.
+        best: number of the look whose weights were kept.
+        curve: all looks at held-out text.
+        passes: how often a window was read, on average.
+        overlap: {text that the data must not hold: the share of its 13-grams that it holds}.
+        trained: weights that were trained, zeros not counted.
+        seconds: of the whole stage, and of the runs before that it went on from.
+    """
+
+    folder: str
+    tokens: int
+    best: int
+    curve: tuple[Look, ...]
+    passes: float
+    overlap: dict[str, float]
+    trained: int
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def before(self) -> float:
+        """Mean KL from dense on held-out text at the start, in nats per token."""
+        return self.curve[0].held_out
+
+    @property
+    def after(self) -> float:
+        """The same of what was kept."""
+        return self.curve[self.best].held_out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "before": self.before, "after": self.after}
+
+
+def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) -> None:
+    """Find what makes a recovery impossible, without loading weights.
+
+    Raises:
+        GblmError: all faults at once.
+    """
+    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings)]
+    task = loading.task_of(source)
+    looks += [partial(task.data_files, name) for name in settings.datasets]
+    looks += [partial(loading.check_length, source, settings.sequence_length)]
+    faults.raise_all(faults.collect(looks))
+
+
+def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: bool) -> None:
+    """Raises:
+    UsageError: the mask rule does not do for the patterns, or for weights on grids.
+    """
+    rule = MASK_RULES[settings.mask]
+    if rule.moves and on_grids:
+        raise UsageError(f"mask {settings.mask} needs weights that move freely, and these lie on grids; give fixed")
+    if rule.unstructured and (others := sorted(name for name in patterns if Pattern(name).n_m)):
+        raise UsageError(f"mask {settings.mask} is for unstructured patterns, and layers are {', '.join(others)}")
+
+
+def recover(
+    source: ModelSource,
+    teacher: ModelSource,
+    output: Path,
+    settings: RecoverSettings,
+    *,
+    resume: bool | None = False,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress,
+) -> RecoverResult:
+    """Train the pruned model `source` to predict what `teacher` does; write and verify a folder of the same pattern.
+
+    Args:
+        source: a folder that `prune` wrote, never modified.
+        teacher: the dense model that it was pruned from.
+        output: the new folder; it appears whole or not at all.
+        resume: go on from the last checkpoint; it must be of the same settings. None: go on if it is.
+        device: where to compute.
+        force: replace an existing folder.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    inputs = [source.folder, teacher.folder, *(path for name in settings.datasets for path in data_files(name))]
+    with outputs.reserved(output, force, inputs, ranks.is_first_started()):
+        start = time.monotonic()
+        check(source, teacher, settings)
+        device = ranks.device_of_rank(loading.choose_device(device))
+        with peak_memory(device) as memory, ranks.joined(device) as group:
+            result = _recover(source, teacher, output, settings, resume, device, force, group, progress)
+        training, windows, before = result
+        seconds = before + time.monotonic() - start
+        state = training.progress
+        return RecoverResult(
+            folder=str(output),
+            tokens=state.curve[-1].tokens,
+            best=state.best,
+            curve=tuple(state.curve),
+            passes=windows.passes,
+            overlap=windows.overlap,
+            trained=training.trained,
+            seconds=seconds,
+            peak_memory_bytes=memory.peak_bytes,
+        )
+
+
+def _recover(
+    source: ModelSource,
+    teacher: ModelSource,
+    output: Path,
+    settings: RecoverSettings,
+    resume: bool | None,
+    device: str,
+    force: bool,
+    group: Ranks,
+    progress: Progress,
+) -> tuple[Training, Windows, float]:
+    """The training, once its folder is written; and the seconds of the runs that it went on from."""
+    if settings.batch < group.size:
+        raise UsageError(f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more")
+    task, processor = loading.task_of(source), loading.load_processor(source)
+    progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
+    windows = windows_of(task, processor, loading.config_of(source), settings)
+    identity = {
+        "model": source.fingerprint,
+        "teacher": teacher.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "text": fingerprint(windows.samples),
+        "device": device.partition(":")[0],
+        "processes": group.size,
+        "version": __version__,
+    }
+    checkpoints = Kept(kept.path_of(output), identity, resume, group)
+    with _kept_where_resuming_helps(checkpoints, resume, progress):
+        outputs.check_space(output, source.bytes_on_disk * (1 + CHECKPOINT_SIZES), "the output and its checkpoints")
+        student = loading.load_model(source, "float32", device)
+        compute = "bfloat16" if settings.fit_dtype == "bfloat16" else "float32"
+        dense = loading.load_model(teacher, compute, device)
+        check_same_head(dense, student, teacher.name)
+        samples = [on_device(sample, device) for sample in windows.samples]
+        pool = None
+        if windows.passes > 1:
+            room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
+            pool = StatePool(checkpoints.states, room, torch.device(device))
+        voice = Teacher(dense, task, samples, compute, pool, settings.hidden_weight > 0)
+        layers = manifest.read(source.folder)["layers"]
+        training = Training(
+            student,
+            {f"{name}.weight": student.get_submodule(name) for name in layers},
+            {f"{name}.weight": _budget(layer) for name, layer in layers.items()},
+            {f"{name}.weight": grid for name, grid in grids.read_grids(source).items()},
+            Losses(student, task, voice, samples, settings),
+            windows,
+            settings,
+            group,
+        )
+        done = "going on with" if checkpoints.is_there else "training"
+        progress.say(
+            f"{done} {source.name} on {device}: {settings.steps:,} steps of {settings.batch} × "
+            f"{settings.sequence_length} tokens, {len(windows.held_out)} windows held out …"
+        )
+        before = checkpoints.load()[0].seconds if checkpoints.is_there else 0.0
+        training.run(checkpoints, progress)
+        if group.is_first:
+            progress.say("saving …")
+            save(source, output, student, training, processor, settings, windows, force)
+        checkpoints.remove()
+    return training, windows, before
+
+
+def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) -> None:
+    loading.check_model(source, "recover")
+    if not manifest.is_ours(source.folder):
+        raise ModelError(
+            f"model {source.name!r} was not made by `gblm-compress prune`, so that nothing says which zeros must stay; "
+            "give a pruned folder"
+        )
+    content = manifest.read(source.folder)
+    loading.check_model(teacher, "learn from")
+    if manifest.is_ours(teacher.folder):
+        raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")
+    own, theirs = (loading.config_of(each).get_text_config() for each in (source, teacher))
+    if own.vocab_size != theirs.vocab_size:
+        raise UsageError(
+            f"teacher {teacher.name!r} has {theirs.vocab_size} tokens, and the pruned model {own.vocab_size}; give the "
+            "dense model that it was pruned from"
+        )
+    patterns = {layer["pattern"] for layer in content["layers"].values()}
+    check_mask(settings, patterns, bool(grids.read_grids(source)))
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in content["layers"].values())
+    needed, free = BYTES_A_WEIGHT * weights + teacher.bytes_on_disk, psutil.virtual_memory().available
+    if loading.choose_device("auto") == "cpu" and needed > free:
+        raise UsageError(
+            f"training {weights:,} weights takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+            f"free: models of up to about {free / (BYTES_A_WEIGHT + 4) / 1e9:.2f} billion weights fit; prune "
+            "with --fit balanced, which works on one block at a time"
+        )
+
+
+def _budget(layer: dict[str, Any]) -> Budget:
+    rows, columns = layer["shape"]
+    return Budget(Pattern(layer["pattern"]), 1 - layer["nonzeros"] / (rows * columns))
+
+
+@contextmanager
+def _kept_where_resuming_helps(checkpoints: Kept, resume: bool | None, progress: Progress) -> Iterator[None]:
+    """Leave the checkpoints after an interruption or a full disk; remove them where the same would happen again."""
+    again = "the same command" if resume is None else "the same command with --resume"
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.say(f"the last checkpoint is kept: {again} goes on from there")
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"cannot be written ({reason}); the last checkpoint is kept: make room and give {again}"
+        ) from error
+    except (OutputError, RankError):
+        raise
+    except GblmError:
+        checkpoints.remove()
+        raise

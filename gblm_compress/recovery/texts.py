@@ -1,0 +1,139 @@
+"""The windows of a training: mixed from several texts by weight, in an order that the seed alone decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+from gblm_compress.errors import DataError
+from gblm_compress.settings import RecoverSettings
+from gblm_compress.tasks import text
+from gblm_compress.tasks.task import Sample, Task
+
+HELD_OUT_EVERY = 32
+MOST_HELD_OUT = 32
+GRAM = 13
+"""Words in a row that count as a copy: GPT-3's measure of overlap (arXiv 2005.14165, appendix C)."""
+ALLOWED_OVERLAP = 0.02
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is trained on.
+
+    Attributes:
+        samples: all windows of all texts.
+        held_out: those that are looked at and not trained on, by number.
+        steps: the windows of every step, by number.
+        overlap: {text of `disjoint_from`: the share of its 13-grams that the data holds}.
+    """
+
+    samples: list[Sample]
+    held_out: list[int]
+    steps: list[list[int]]
+    overlap: dict[str, float]
+
+    @property
+    def passes(self) -> float:
+        """How often a window is read, on average."""
+        read = sum(len(step) for step in self.steps)
+        return read / max(1, len({index for step in self.steps for index in step}))
+
+
+def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:
+    """Read the texts, cut them into windows and choose the order.
+
+    Each text gives its share of the windows; one that is too short is read again, in another order.
+
+    Raises:
+        DataError: a text cannot be read or holds no two windows, or the data holds too much of a text that it must not.
+        ModelError: as `windows.tokenize`.
+        UsageError: models of that task are not trained.
+    """
+    length, needed = settings.sequence_length, settings.steps * settings.batch
+    total = sum(source.weight for source in settings.data)
+    samples: list[Sample] = []
+    held_out: list[int] = []
+    queues = []
+    generator = torch.Generator().manual_seed(settings.seed)
+    for source in settings.data:
+        share = source.weight / total
+        found = task.training(processor, config, source.dataset, length, int(share * needed * length) + length)
+        if len(found) < 2:
+            raise DataError(
+                f"dataset {source.dataset!r} holds {len(found)} windows of {length} tokens, and two are needed: one to "
+                "train on, one to hold out; give a longer text or a smaller --sequence-length"
+            )
+        numbers = range(len(samples), len(samples) + len(found))
+        few = max(1, min(len(found) // HELD_OUT_EVERY, int(MOST_HELD_OUT * share)))
+        aside = set(numbers[:: -(-len(found) // few)][:few])
+        held_out += sorted(aside)
+        queues.append(_Queue(share, [number for number in numbers if number not in aside], generator))
+        samples += found
+    order = _mixed(queues, needed)
+    steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
+    return Windows(samples, held_out, steps, _overlap(processor, samples, settings.disjoint_from))
+
+
+class _Queue:
+    """The windows of one text, again and again, each time in another order."""
+
+    def __init__(self, share: float, numbers: list[int], generator: torch.Generator) -> None:
+        self.share, self._numbers, self._generator = Fraction(share), numbers, generator
+        self.given = 0
+        self._left: list[int] = []
+
+    def next(self) -> int:
+        if not self._left:
+            order = torch.randperm(len(self._numbers), generator=self._generator).tolist()
+            self._left = [self._numbers[i] for i in order]
+        self.given += 1
+        return self._left.pop()
+
+
+def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
+    """So many windows; at any place each text has given its share, to the nearest window."""
+    order = []
+    for place in range(1, needed + 1):
+        behind = max(queues, key=lambda queue: queue.share * place - queue.given)
+        order.append(behind.next())
+    return order
+
+
+def _overlap(processor: Any, samples: Sequence[Sample], others: Sequence[str]) -> dict[str, float]:
+    """Raises:
+    DataError: the samples hold too much of another text.
+    """
+    if not others:
+        return {}
+    known: dict[str, int] = {}
+    own = np.unique(np.concatenate([grams(processor.decode(each["input_ids"][0]), known) for each in samples]))
+    found = {}
+    for other in others:
+        theirs = np.unique(grams(text.load_text(other, "evaluation"), known))
+        found[other] = float(np.isin(theirs, own).mean()) if len(theirs) else 0.0
+    if much := [f"{other!r} ({100 * share:.1f} %)" for other, share in found.items() if share > ALLOWED_OVERLAP]:
+        raise DataError(
+            f"the data holds {GRAM}-grams of {', '.join(much)}; {100 * ALLOWED_OVERLAP:.0f} % is allowed, so that an "
+            "evaluation on it says something: train on other text, or evaluate on other text"
+        )
+    return found
+
+
+def grams(prose: str, known: dict[str, int]) -> Any:
+    """A hash of every `GRAM` words in a row [words - GRAM + 1], in 64 bits, whatever their case.
+
+    Args:
+        known: {word: its number}; new words are added.
+    """
+    words = np.array([known.setdefault(word, len(known) + 1) for word in prose.lower().split()], np.uint64)
+    count = max(0, len(words) - GRAM + 1)
+    found = np.zeros(count, np.uint64)
+    with np.errstate(over="ignore"):
+        for place in range(GRAM):
+            found = found * _FACTOR + words[place : place + count]
+    return found

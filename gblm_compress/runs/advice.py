@@ -1,0 +1,301 @@
+"""What to expect of a model on this machine before anything is pruned: size and time of what could be made of it.
+
+The model's first block alone, and its first few, are pruned by magnitude, exported in every way that this machine runs,
+and timed. Both size and time are linear in the number of blocks, so that the whole model follows. How good a pruned
+model would be, nothing here says.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+
+from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
+from gblm_compress.exporters import export
+from gblm_compress.kernels import cpu
+from gblm_compress.machine.environment import busy_cores, environment
+from gblm_compress.measure.benchmark_worker import generate, vocabulary
+from gblm_compress.measure.runtimes import Generating, load_runtime
+from gblm_compress.models import loading
+from gblm_compress.models.architecture import find_blocks
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.costs import passes
+from gblm_compress.pruning.placement import Size
+from gblm_compress.pruning.stage import prune
+from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
+
+ROUNDS, TOKENS, PROMPT = 5, 12, 64
+WORTH = 1.15
+"""A gain below this is not worth the quality that pruning takes."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One thing that can be made of a model.
+
+    Attributes:
+        pruned: whether of the pruned one.
+        export: how it is written; None for the folder itself.
+        dtype: of the folder in torch, where it is that.
+        quantised: whether weights are rounded to 8 or 4 bits.
+    """
+
+    name: str
+    pruned: bool = False
+    export: dict[str, Any] | None = None
+    dtype: str = "auto"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are rounded to 8 or 4 bits."""
+        return self.export is not None and (
+            "quantise" in self.export or self.export["format"].endswith(("int8", "int4"))
+        )
+
+
+WAYS = (
+    Way("dense, torch float32", dtype="float32"),
+    Way("dense, torch bfloat16", dtype="bfloat16"),
+    Way("dense, ONNX float32", export={"format": "onnx", "dtype": "float32"}),
+    Way("dense, ONNX int8", export={"format": "onnx", "quantise": "int8"}),
+    Way("dense, ONNX int4", export={"format": "onnx", "quantise": "int4"}),
+    Way("packed, torch bitmask", True, {"format": "bitmask"}),
+    Way("packed, torch bitmask-int8", True, {"format": "bitmask-int8"}),
+    Way("packed, ONNX float16", True, {"format": "onnx", "dtype": "float16", "kernels": True}),
+    Way("packed, ONNX int8", True, {"format": "onnx", "quantise": "int8", "kernels": True}),
+    Way("packed, ONNX int4", True, {"format": "onnx", "quantise": "int4", "kernels": True}),
+)
+"""All that is tried."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is to be expected of the whole model in one way.
+
+    Attributes:
+        bytes: of the weights.
+        ms_per_token: of a decode step of one sequence; low and high are by the 10th and 90th percentiles.
+    """
+
+    name: str
+    pruned: bool
+    quantised: bool
+    bytes: int
+    ms_per_token: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The outcome.
+
+    Attributes:
+        predictions: by the target, the best first.
+        left_out: {way: why it cannot be had here}.
+        sentences: what follows, in words.
+        pruning_seconds, pruning_memory_bytes, pruning_disk_bytes: of pruning with the settings that were asked for.
+    """
+
+    predictions: tuple[Prediction, ...]
+    left_out: dict[str, str]
+    sentences: tuple[str, ...]
+    blocks: int
+    pruning_seconds: float
+    pruning_memory_bytes: int
+    pruning_disk_bytes: int
+    seconds: float
+    environment: dict[str, Any] = field(default_factory=environment)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def advise(
+    source: ModelSource,
+    settings: AdviseSettings,
+    pruning: PruneSettings,
+    calibration: CalibrationSettings,
+    *,
+    progress: Progress,
+) -> Advice:
+    """Predict size and speed of all ways to compress a model.
+
+    Raises:
+        ModelError: it is no decoder whose blocks can be left out, or is packed or exported already.
+        NotEnoughMemoryError: the dense model does not fit into memory.
+    """
+    start = time.monotonic()
+    loading.check_model(source, "ask about")
+    if not (task := loading.task_of(source)).generates:
+        raise ModelError(f"model {source.name!r} is {task.help}, and advice is for models that generate text")
+    need = 2 * source.bytes_on_disk
+    if need > psutil.virtual_memory().available:
+        raise NotEnoughMemoryError(
+            f"model {source.name!r} is loaded whole once, which takes {need / 1e9:.1f} GB, and "
+            f"{psutil.virtual_memory().available / 1e9:.1f} GB are free; ask on a larger machine"
+        )
+    with TemporaryDirectory() as scratch:
+        model, processor = loading.load_model(source), loading.load_processor(source)
+        blocks = len(find_blocks(model)[1])
+        numbers = (1, min(settings.blocks, blocks))
+        if numbers[0] == numbers[1]:
+            raise ModelError(f"model {source.name!r} has {blocks} block; whatever is asked, benchmark it whole")
+        folder = Path(scratch)
+        cut = {number: _cut(model, processor, number, folder / f"dense-{number}") for number in reversed(numbers)}
+        del model
+        forward = _whole(*numbers, blocks, *(_forward_seconds(cut[number]) for number in numbers))
+        half = {number: _pruned(each, pruning, folder / f"pruned-{number}") for number, each in cut.items()}
+        predictions, left_out = [], {}
+        with progress.counter("trying", "ways", len(WAYS)) as advance:
+            for way in WAYS:
+                try:
+                    folders = half if way.pruned else cut
+                    predictions.append(_predict(way, folders, blocks, settings, folder))
+                except GblmError as error:
+                    left_out[way.name] = str(error)
+                advance()
+    if not predictions:
+        raise UsageError(f"nothing can be made of {source.name!r} here: {next(iter(left_out.values()))}")
+    order = {"bytes": lambda p: p.bytes, "latency": lambda p: p.ms_per_token}
+    predictions.sort(key=order[settings.target])
+    dtype = loading.choose_dtype("auto", source, "cpu")
+    size = Size(source, dtype, pruning, calibration)
+    tokens = calibration.samples * calibration.sequence_length if pruning.needs_text else 0
+    return Advice(
+        predictions=tuple(predictions),
+        left_out=left_out,
+        sentences=tuple(_sentences(predictions, settings.target)),
+        blocks=blocks,
+        pruning_seconds=forward * tokens * passes(pruning),
+        pruning_memory_bytes=size.weights + size.working,
+        pruning_disk_bytes=size.checkpoint + size.kept(pruning),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _cut(model: Any, processor: Any, number: int, folder: Path) -> ModelSource:
+    """The model's first blocks, as a folder; the model keeps no others.
+
+    Raises:
+        ModelError: the config names no number of blocks, or others share their weights.
+    """
+    prefix, blocks = find_blocks(model)
+    parent, _, name = prefix.rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.nn.ModuleList(blocks[:number]))
+    config = model.config.get_text_config()
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise ModelError(f"{type(model).__name__}: its config names no number of blocks, so that none can be left out")
+    config.num_hidden_layers = number
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(blocks):
+            setattr(config, key, value[:number])
+    model.save_pretrained(folder)
+    loading.save_processor(processor, folder)
+    return ModelSource(folder.name, folder)
+
+
+def _pruned(source: ModelSource, pruning: PruneSettings, folder: Path) -> ModelSource:
+    """The same, pruned by magnitude in the pattern that was asked for."""
+    chosen = PruneSettings(method="magnitude", fit="none", pattern=pruning.pattern, sparsity=pruning.sparsity)
+    prune(source, folder, chosen, CalibrationSettings(), progress=Progress(quiet=True))
+    return ModelSource(folder.name, folder)
+
+
+def _predict(
+    way: Way, folders: dict[int, ModelSource], blocks: int, settings: AdviseSettings, scratch: Path
+) -> Prediction:
+    runtimes: dict[int, Generating] = {}
+    sizes: dict[int, int] = {}
+    threads = settings.threads or torch.get_num_threads()
+    for number, source in folders.items():
+        artefact = source
+        if way.export is not None:
+            name = f"{way.name}-{number}".replace(", ", "-").replace(" ", "-")
+            artefact = ModelSource(name, scratch / name)
+            export(source, artefact.folder, ExportSettings(**way.export), progress=Progress(quiet=True))
+        wider = 1.0
+        if way.dtype != "auto":
+            stored = getattr(torch, loading.stored_dtype(source)).itemsize
+            wider = getattr(torch, way.dtype).itemsize / stored
+        sizes[number] = int(wider * artefact.bytes_on_disk)
+        runtimes[number] = cast(Generating, load_runtime(artefact, way.dtype, "cpu", threads))
+    size = vocabulary(next(iter(folders.values())))
+    spent: dict[int, list[float]] = {number: [] for number in runtimes}
+    for number_of_round in range(ROUNDS + 1):
+        for number, runtime in runtimes.items():
+            done = generate(runtime, size, 1, PROMPT, TOKENS, seed=number_of_round)
+            if number_of_round:
+                spent[number].append(1000 * done["decode_seconds"] / (TOKENS - 1))
+    few, many = sorted(runtimes)
+    low, middle, high = (
+        _whole(few, many, blocks, float(np.percentile(spent[few], p)), float(np.percentile(spent[many], p)))
+        for p in (10, 50, 90)
+    )
+    whole = int(_whole(few, many, blocks, sizes[few], sizes[many]))
+    return Prediction(way.name, way.pruned, way.quantised, whole, middle, min(low, middle), max(high, middle))
+
+
+def _whole(few: int, many: int, blocks: int, of_few: float, of_many: float) -> float:
+    """What is linear in the number of blocks, for all of them."""
+    return of_few + (of_many - of_few) / (many - few) * (blocks - few)
+
+
+def _forward_seconds(source: ModelSource, tokens: int = 512) -> float:
+    """Seconds that a forward pass takes for a token."""
+    model = loading.load_model(source, "float32")
+    ids = torch.arange(tokens).reshape(1, -1) % vocabulary(source)
+    with torch.no_grad():
+        model(input_ids=ids)
+        start = time.perf_counter()
+        model(input_ids=ids)
+    return (time.perf_counter() - start) / tokens
+
+
+def _sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
+    """What follows from the predictions, in words."""
+    key: Callable[[Prediction], float] = (lambda p: p.bytes) if target == "bytes" else (lambda p: p.ms_per_token)
+    what = "bytes" if target == "bytes" else "time"
+    kinds = {
+        name: min((p for p in predictions if (p.pruned, p.quantised) == kind), key=key, default=None)
+        for name, kind in {
+            "dense": (False, False),
+            "quantised": (False, True),
+            "pruned": (True, False),
+            "both": (True, True),
+        }.items()
+    }
+    dense, quantised = kinds["dense"], kinds["quantised"]
+    best = min((p for p in (kinds["pruned"], kinds["both"]) if p is not None), key=key, default=None)
+    rival = min((p for p in (dense, quantised) if p is not None), key=key, default=None)
+    if best is None or rival is None:
+        return
+    if key(rival) / key(best) >= WORTH:
+        yield (
+            f"Pruning pays here: {best.name} needs {key(best) / key(rival):.2f} times the {what} of {rival.name}, the "
+            "best without zeros. What it costs in quality, `evaluate` tells."
+        )
+    elif dense is not None and quantised is not None and key(dense) / key(quantised) >= WORTH:
+        yield (
+            f"Just quantise: {quantised.name} needs {key(quantised) / key(dense):.2f} times the {what} of "
+            f"{dense.name}. The best with zeros, {best.name}, needs {key(best) / key(dense):.2f} times, at a price in "
+            "quality."
+        )
+    else:
+        smallest = min(predictions, key=key)
+        yield (
+            f"Leave the model as it is: nothing needs clearly less {what} than {rival.name}; {smallest.name} needs "
+            f"{key(smallest) / key(rival):.2f} times as much."
+        )
+    if busy_cores() > 0.5:
+        yield "Other programs were running: ask again on a quiet machine before you trust the times."
+    if not cpu.available():
+        yield "This package's kernels were not built, so that packed layers are restored for every product."

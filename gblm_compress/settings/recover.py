@@ -1,0 +1,139 @@
+"""What the training of a pruned model is: its text, length, loss and mask."""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from gblm_compress.methods.choices import describe
+from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.settings.fields import DTYPE_SYNONYMS, MANY, Panel, Settings
+
+_COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+MOST_TOKENS = 10**13
+
+
+def _count(value: Any) -> Any:
+    """A number of tokens that may be written with a unit: 500k, 2M, 1.5B."""
+    if isinstance(value, str):
+        if not re.fullmatch(_COUNT, value):
+            raise ValueError(f"{value!r} is no number of tokens; give for example 500k, 2M or 1.5B")
+        number = value.rstrip("kKmMbB")
+        return round(float(number) * _UNITS[value[len(number) :].lower()])
+    return value
+
+
+def _tokens(least: int) -> Any:
+    schema = {"anyOf": [{"type": "string", "pattern": _COUNT}, {"type": "integer", "minimum": least}]}
+    return Annotated[int, BeforeValidator(_count), Field(ge=least, le=MOST_TOKENS), WithJsonSchema(schema)]
+
+
+if TYPE_CHECKING:  # a type checker cannot read a registry, nor a type that is made
+    MaskName: TypeAlias = str
+    Tokens: TypeAlias = int
+    TokensOrNone: TypeAlias = int
+else:
+    MaskName = Literal[*MASK_RULES]
+    Tokens, TokensOrNone = _tokens(1), _tokens(0)
+
+
+class Source(Settings):
+    """A text to train on, and its share."""
+
+    dataset: str = Field(description="As calibration.dataset.")
+    weight: float = Field(1.0, gt=0, description="Share of the tokens, beside those of the others.")
+
+    def __str__(self) -> str:
+        return self.dataset if self.weight == 1 else f"{self.dataset}={self.weight:g}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """`SRC` or `SRC=WEIGHT`, as recipes and the command line may write it."""
+        if not isinstance(value, str):
+            return value
+        dataset, _, weight = value.rpartition("=")
+        if dataset and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", weight):
+            return {"dataset": dataset, "weight": float(weight)}
+        return {"dataset": value}
+
+
+class RecoverSettings(Settings):
+    """How a pruned model is trained to predict what the dense one does."""
+
+    data: tuple[Source, ...] = Field(
+        (Source(dataset="c4"),),
+        min_length=1,
+        max_length=100,
+        description="Texts to train on, and their weights; as calibration.dataset.",
+    )
+    tokens: Tokens = Field(
+        2_000_000, description="Tokens to train on: 500k, 2M, …; texts that are shorter are read again."
+    )
+    sequence_length: int = Field(512, ge=2, le=MANY, description="Tokens in a window.")
+    batch: int = Field(8, ge=1, le=MANY, description="Windows in a step.")
+    rate: float = Field(
+        0.002, gt=0, description="Adam's step at its largest, in shares of a tensor's root mean square weight."
+    )
+    text_weight: float = Field(
+        0.0, ge=0, le=1, description="Share of the loss that is the cross-entropy of the text; the rest is from dense."
+    )
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the hidden states' relative squared error, added to the loss (SquareHead, arXiv "
+        "2310.06927); takes another forward pass of the dense model where texts are read again.",
+    )
+    mask: MaskName = Field("fixed", description=f"Whether the mask is learned. {describe(MASK_RULES)}.")
+    mask_every: int = Field(10, ge=1, le=MANY, description="Steps between two changes of the mask.")
+    mask_decay: float = Field(
+        0.0002, ge=0, description="Decay of pruned weights, added to their gradients, read with mask sr-ste."
+    )
+    evaluate_every: TokensOrNone = Field(
+        0, description="Tokens between two looks at held-out text; a tenth of all if 0."
+    )
+    patience: int = Field(3, ge=1, le=MANY, description="Looks without a new best that end the training.")
+    checkpoint_minutes: Annotated[float, Panel.RESOURCES] = Field(
+        10.0, gt=0, description="Minutes between two checkpoints, from which --resume goes on."
+    )
+    fit_dtype: Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS, Panel.RESOURCES] = Field(
+        "bfloat16", description="Dtype of products; weights and Adam's state are always float32."
+    )
+    seed: int = Field(0, description="Of the order of the windows.")
+    disjoint_from: tuple[str, ...] = Field(
+        (),
+        max_length=100,
+        description="Texts that the data must not hold, such as those of evaluations: training is refused where more "
+        "than 2 % of their runs of 13 words are in it.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rule, fields = MASK_RULES[self.mask], type(self).model_fields
+        if not rule.decays and self.mask_decay != fields["mask_decay"].default:
+            raise ValueError(f"mask_decay would do nothing with mask {self.mask}")
+        if not rule.moves and self.mask_every != fields["mask_every"].default:
+            raise ValueError(f"mask_every would do nothing with mask {self.mask}")
+        if self.tokens < self.batch * self.sequence_length:
+            raise ValueError(
+                f"tokens is {self.tokens:,}, and one step takes {self.batch * self.sequence_length:,}: {self.batch} "
+                f"windows of {self.sequence_length}; give more tokens, or smaller steps"
+            )
+        return self
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All texts that are read."""
+        return (*(source.dataset for source in self.data), *self.disjoint_from)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the tokens make."""
+        return self.tokens // (self.batch * self.sequence_length)
+
+    @property
+    def look_every(self) -> int:
+        """Steps between two looks at held-out text."""
+        tokens = self.evaluate_every or self.tokens / 10
+        return max(1, round(tokens / (self.batch * self.sequence_length)))

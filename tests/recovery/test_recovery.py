@@ -1,0 +1,273 @@
+"""Recovery: against a plain loop, interrupted, on two processes, with masks that move, on grids; what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import kl_div
+
+from gblm_compress.errors import DataError, ModelError, UsageError
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models import manifest
+from gblm_compress.models.loading import config_of, load_model, load_processor
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.fitting import BETAS, schedule_of
+from gblm_compress.pruning.stage import prune
+from gblm_compress.recovery import texts
+from gblm_compress.recovery.kept import Kept
+from gblm_compress.recovery.stage import recover
+from gblm_compress.recovery.texts import grams, windows_of
+from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
+from gblm_compress.tasks.text import load_text
+from tests.calibration.test_ranks import torchrun
+from tests.conftest import CAUSAL_LM
+
+SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01, "fit_dtype": "float32"}
+
+
+class Killed(BaseException):
+    """Ends a run here and now; nothing in the program catches it."""
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny, tmp_path_factory):
+    """pruned(pattern): a tiny Llama, half of its weights zero."""
+
+    def make(pattern: str, **settings) -> ModelSource:
+        name = f"pruned-{pattern.replace(':', '-')}-{len(settings)}"
+        folder = tmp_path_factory.getbasetemp() / name
+        if not folder.exists():
+            chosen = PruneSettings(method="magnitude", fit="none", pattern=pattern, **settings)
+            prune(tiny("llama"), folder, chosen, CalibrationSettings(), progress=Progress(quiet=True))
+        return ModelSource(name, folder)
+
+    return make
+
+
+def run(source, teacher, output: Path, prose: Path, *, resume=False, **settings):
+    chosen = RecoverSettings(**(SMALL | {"data": (str(prose),)} | settings))
+    return recover(source, teacher, output, chosen, resume=resume, progress=Progress(quiet=True))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def by_hand(source, teacher, windows, settings) -> dict[str, torch.Tensor]:
+    """The weights after all steps, by a loop that knows nothing of the program's: every window through both models."""
+    student, dense = load_model(source, "float32"), load_model(teacher, "float32")
+    masks = {name: parameter.detach() != 0 for name, parameter in student.named_parameters() if parameter.dim() == 2}
+    trained = {
+        name: parameter
+        for name, parameter in student.named_parameters()
+        if "embed_tokens" not in name and "lm_head" not in name
+    }
+    groups = [
+        {"params": [p], "lr": settings.rate * float(p.detach()[p.detach() != 0].square().mean().sqrt())}
+        for p in trained.values()
+    ]
+    adam = torch.optim.Adam(groups, betas=BETAS)
+    rates = [group["lr"] for group in groups]
+    for step, batch in enumerate(windows.steps):
+        adam.zero_grad()
+        for index in batch:
+            ids = windows.samples[index]["input_ids"]
+            with torch.no_grad():
+                target = dense(ids).logits[0, :-1].log_softmax(-1)
+            own = student(ids).logits[0, :-1].log_softmax(-1)
+            (kl_div(own, target, reduction="batchmean", log_target=True) / len(batch)).backward()
+        for name, parameter in trained.items():
+            if name in masks:
+                parameter.grad *= masks[name]
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule_of(step, len(windows.steps))
+        adam.step()
+    return {name: parameter.detach() for name, parameter in student.named_parameters()}
+
+
+def test_it_is_adam_on_the_divergence_from_dense_with_the_zeros_kept(pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    result = run(source, teacher, tmp_path / "out", prose)
+    assert result.best == len(result.curve) - 1 and result.after < result.before  # so that the last weights are kept
+    settings = RecoverSettings(**(SMALL | {"data": (str(prose),)}))
+    windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
+    expected = by_hand(source, teacher, windows, settings)
+    got, before = weights(tmp_path / "out"), weights(source.folder)
+    for name, tensor in got.items():
+        assert torch.allclose(tensor.float(), expected[name], rtol=2e-2, atol=1e-3), name  # stored in bfloat16
+        assert not torch.signbit(tensor[tensor == 0]).any()
+    layers = manifest.read(tmp_path / "out")["layers"]
+    for name in layers:
+        assert ((before[f"{name}.weight"] == 0) <= (got[f"{name}.weight"] == 0)).all()
+        assert not torch.equal(before[f"{name}.weight"], got[f"{name}.weight"])
+    assert torch.equal(before["model.embed_tokens.weight"], got["model.embed_tokens.weight"])
+
+
+def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    source, teacher = pruned("unstructured"), tiny("llama")
+    options = {"mask": "exchange", "mask_every": 2, "evaluate_every": 128, "checkpoint_minutes": 1e-9}
+    run(source, teacher, tmp_path / "whole", prose, **options)
+    original, saved = Kept.save, []
+
+    def dies(self, *args) -> None:
+        original(self, *args)
+        saved.append(args)
+        if len(saved) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Kept, "save", dies)
+        run(source, teacher, tmp_path / "out", prose, **options)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.recovery").exists()
+    with pytest.raises(UsageError, match="other settings"):
+        run(source, teacher, tmp_path / "out", prose, resume=True, **options | {"rate": 0.02})
+    resumed = run(source, teacher, tmp_path / "out", prose, resume=True, **options)
+    assert resumed.curve[0].tokens == 0 and len(resumed.curve) == 6
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert not (tmp_path / ".out.recovery").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_or_done_again(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+
+    def dies(self, *args) -> None:
+        original(self, *args)
+        raise Killed
+
+    original = Kept.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Kept, "save", dies)
+        run(source, teacher, tmp_path / "out", prose, checkpoint_minutes=1e-9)
+    (state,) = (tmp_path / ".out.recovery").glob("state-*")
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        run(source, teacher, tmp_path / "out", prose, resume=True)
+    run(source, teacher, tmp_path / "out", prose, resume=None)
+
+
+def test_two_processes_agree_with_one(pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    run(source, teacher, tmp_path / "one", prose)
+    given = [
+        "-m", "gblm_compress", "recover", str(source.folder), "--teacher", str(teacher.folder),
+        "-o", str(tmp_path / "two"), "--data", str(prose), "--json",
+        *(part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))),
+    ]  # fmt: skip
+    done = torchrun(*given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 640
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=1e-3), name
+
+
+@pytest.mark.parametrize(("pattern", "mask"), [("2:4", "sr-ste"), ("unstructured", "exchange"), ("1:4", "sr-ste")])
+def test_a_learned_mask_has_the_pattern_and_moves(pattern, mask, pruned, tiny, tmp_path, prose) -> None:
+    source = pruned(pattern)
+    result = run(source, tiny("llama"), tmp_path / "out", prose, mask=mask, mask_every=1, tokens=1280, rate=0.01)
+    assert result.after < result.before and result.curve[result.best].moved > 0
+    before, after = weights(source.folder), weights(tmp_path / "out")
+    for name, layer in manifest.read(tmp_path / "out")["layers"].items():
+        weight = after[f"{name}.weight"]
+        assert Pattern(pattern).first_violation(weight) is None
+        assert int((weight != 0).sum()) == layer["nonzeros"] <= int((before[f"{name}.weight"] != 0).sum())
+
+
+def test_weights_on_grids_stay_on_them(pruned, tiny, tmp_path, prose) -> None:
+    source = pruned("unstructured", quantise="int8")
+    result = run(source, tiny("llama"), tmp_path / "out", prose)  # which verifies that they do
+    assert result.after < result.before
+    with pytest.raises(UsageError, match="lie on grids; give fixed"):
+        run(source, tiny("llama"), tmp_path / "other", prose, mask="sr-ste")
+
+
+@pytest.mark.parametrize("options", [{"hidden_weight": 0.5}, {"text_weight": 0.3}, {"tokens": 20_000, "patience": 1}])
+def test_the_loss_may_be_mixed_and_windows_read_again(options, pruned, tiny, tmp_path, prose) -> None:
+    result = run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose, **options)
+    assert result.after < result.before
+    assert (result.passes > 1) == ("tokens" in options)
+
+
+def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_path) -> None:
+    prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
+    paths[0].write_text(prose[:20_000])
+    paths[1].write_text(prose[20_000:22_000])
+    source = tiny("llama")
+    given = load_processor(source), config_of(source)
+    data = (f"{paths[0]}=3", f"{paths[1]}=1")
+    settings = RecoverSettings(data=data, sequence_length=32, batch=4, tokens=32 * 400)
+    windows = windows_of(CAUSAL_LM, *given, settings)
+    first = len(windows_of(CAUSAL_LM, *given, settings.model_copy(update={"data": settings.data[:1]})).samples)
+    order = [index for step in windows.steps for index in step]
+    assert len(order) == 400 and not set(order) & set(windows.held_out)
+    for end in range(1, len(order) + 1):  # at any place the share is right to the nearest window
+        assert abs(sum(index < first for index in order[:end]) - 0.75 * end) <= 1
+    assert {index < first for index in windows.held_out} == {True, False}
+    again = windows_of(CAUSAL_LM, *given, settings)
+    other = windows_of(CAUSAL_LM, *given, settings.model_copy(update={"seed": 1}))
+    assert windows.steps == again.steps != other.steps
+
+
+def test_grams_are_equal_where_all_their_words_are() -> None:
+    words = [f"w{number}" for number in (*range(20), *range(5, 18), 99)]
+    hashes = grams(" ".join(words).upper(), {"W7": 1}).tolist()
+    assert len(hashes) == len(words) - texts.GRAM + 1
+    for one in range(len(hashes)):
+        for other in range(len(hashes)):
+            same = words[one : one + texts.GRAM] == words[other : other + texts.GRAM]
+            assert (hashes[one] == hashes[other]) == same
+    assert len(grams("too few words", {})) == 0
+
+
+def test_data_that_holds_the_evaluation_is_refused(pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    (tmp_path / "part.txt").write_text(prose.read_text()[2000:4000])
+    with pytest.raises(DataError, match=r"13-grams of .*part.txt.* \([3-9]\d\.\d %\)"):  # cut at the windows' ends
+        run(source, teacher, tmp_path / "out", prose, disjoint_from=(str(tmp_path / "part.txt"),), sequence_length=128)
+    (tmp_path / "other.txt").write_text("0123456789 " * 40)
+    result = run(source, teacher, tmp_path / "out", prose, disjoint_from=(str(tmp_path / "other.txt"),))
+    assert result.overlap == {str(tmp_path / "other.txt"): 0.0}
+
+
+def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    with pytest.raises(ModelError, match="nothing says which zeros must stay"):
+        run(teacher, teacher, tmp_path / "out", prose)
+    with pytest.raises(UsageError, match="is pruned itself"):
+        run(source, source, tmp_path / "out", prose)
+    with pytest.raises(UsageError, match="its (head|embedding) is not that of the pruned model"):
+        run(source, tiny("mistral"), tmp_path / "out", prose)
+    with pytest.raises(UsageError, match="exchange is for unstructured patterns, and layers are 2:4"):
+        run(source, teacher, tmp_path / "out", prose, mask="exchange")
+    with pytest.raises(ValueError, match="one step takes 64"):
+        RecoverSettings(**SMALL | {"tokens": 63})
+    with pytest.raises(ValueError, match="mask_decay would do nothing with mask fixed"):
+        RecoverSettings(mask_decay=0.5)
+    with pytest.raises(ValueError, match="is no number of tokens"):
+        RecoverSettings(tokens="2 million")
+    assert RecoverSettings(tokens="1.5M").tokens == 1_500_000
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(DataError):
+        run(source, teacher, tmp_path / "out", tmp_path / "short.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt", "short.txt"]
+
+
+def test_a_training_that_diverges_ends_with_a_reason(pruned, tiny, tmp_path, prose) -> None:
+    with pytest.raises(ModelError, match="give a smaller --rate"):
+        run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose, rate=1e30)
+
+
+def test_the_command_says_what_it_brought(program, pruned, tiny, prose) -> None:
+    done = program(
+        "recover", str(pruned("2:4").folder), "--teacher", str(tiny("llama").folder), "-o", "out",
+        "--data", str(prose), "--tokens", "640", "--sequence-length", "32", "--batch", "2", "--rate", "0.01",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert "KL from dense" in done.stdout and "the weights after" in done.stdout
