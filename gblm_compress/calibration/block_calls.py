@@ -80,7 +80,7 @@ class BlockCalls:
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
             prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
-            if prediction.shape[:-1] != hidden.shape[:-1]:
+            if prediction.shape[:2] != hidden.shape[:2]:
                 raise ModelError(
                     f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
                     f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
