@@ -2,7 +2,7 @@
 
 The graph is fused (`onnx_fused`) or plain (`onnx_plain`). The folder loads in onnxruntime alone and in
 onnxruntime-genai (`genai_config.json`). A plain one also loads in optimum's `ORTModelForCausalLM`, by its names of
-inputs and outputs.
+inputs and outputs. Models that generate nothing have a graph of one forward pass (`onnx_forward`).
 """
 
 import json
@@ -15,14 +15,15 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import (
     check_is_pruned,
     check_patterns,
     check_weights,
     dtype_of,
+    onnx_forward,
     onnx_fused,
     onnx_plain,
     onnx_rounding,
@@ -30,18 +31,14 @@ from gblm_compress.exporters import (
     quantised,
 )
 from gblm_compress.exporters.onnx_bitmask import encode_initializers_
-from gblm_compress.exporters.onnx_decoding import decode
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
 from gblm_compress.exporters.onnx_nbits import use_nbits_
-from gblm_compress.exporters.onnx_weights import Place
+from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
-from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Generating
-from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
@@ -49,16 +46,10 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import folders, outputs
-from gblm_compress.tasks.task import Sample
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-# Largest difference of a logit, relative to the largest logit: rounding through all layers, not per operation.
-# Operators for levels round inputs to 16 bits, those for blocks to 8.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
-PROMPT_TOKENS = 16
-GREEDY_TOKENS = 32
 
 _LOADING = """\
 import onnxruntime
@@ -88,8 +79,12 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
         return
     skeleton = loading.load_skeleton(source)
     loading.task_of(source).example(skeleton.config)
+    generates = loading.task_of(source).generates
+    if settings.quantise and not generates:
+        raise UsageError("quantise is for causal language models; export to bitmask-int8 or with --kernels alone")
     if graph_of(skeleton, settings) == "plain":
-        onnx_plain.check(source, skeleton.config)
+        if generates:
+            onnx_plain.check(source, skeleton.config)
     elif reason := onnx_fused.why_not(skeleton):
         raise ModelError(f"{source.name!r}: there is no fused graph of it, export with --graph plain; {reason}")
     if settings.kernels:
@@ -118,7 +113,8 @@ def export(
         ModelError: transformers' exporter does not manage the architecture.
         VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
     """
-    stored = dtype = dtype_of(source, settings)
+    task, stored = loading.task_of(source), dtype_of(source, settings)
+    dtype = stored
     half = settings.kernels and stored == "float16"  # weights only: the arithmetic is float32
     model = loading.load_model(source, stored)
     if half:
@@ -145,7 +141,7 @@ def export(
                 program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
                 progress.say(f"tracing {type(model).__name__} (about a minute per 30 blocks) …")
-                program, genai_config = onnx_plain.build(model, source)
+                program, genai_config = (onnx_plain if task.generates else onnx_forward).build(model, source)
             places = onnx_weights.find(program, model)
             pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
             if settings.sparse:
@@ -159,20 +155,21 @@ def export(
                 else:
                     use_kernels_(program, pruned, half=half)
                 shutil.copy(cpu.onnxruntime_library(), temporary / LIBRARY)
-                genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
+                if genai_config:
+                    genai_config["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
             elif rounded:
                 use_nbits_(program, onnx_weights.stacked(rounded.layers, places), rounded.tables)
             progress.say("saving …")
-            _save(temporary, program, genai_config, model, processor, stored)
+            _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
-        sample = loading.task_of(source).probe(processor, model.config)
+        sample = task.probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **_verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
+            **verify(temporary, model, sample, _exactness(settings, dtype), layers, places),
         }
         manifest.write_export(
             temporary,
@@ -194,95 +191,24 @@ def _exactness(settings: ExportSettings, dtype: str) -> str:
 
 
 def _save(
-    folder: Path, program: ir.Model, genai_config: dict[str, Any], model: Any, processor: Any, dtype: str
+    folder: Path,
+    program: ir.Model,
+    genai_config: dict[str, Any],
+    model: Any,
+    processor: Any,
+    source: ModelSource,
+    dtype: str,
 ) -> None:
     ir.save(program, folder / GRAPH, external_data=DATA)
     model.config.dtype = dtype  # of the weights
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    loading.save_processor(processor, folder)
-    (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
+    loading.save_processor(processor, folder, source)
+    if genai_config:
+        (folder / "genai_config.json").write_text(json.dumps(genai_config, indent=2) + "\n")
 
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
     """The graph of an export: the one asked for, or else the fused one where there is one."""
     return settings.graph or ("plain" if onnx_fused.why_not(model) else "fused")
-
-
-def _verify(
-    folder: Path, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
-) -> dict[str, Any]:
-    """Reopen the folder in ONNX Runtime and compare it with torch on real text."""
-    zeros = _verify_zeros(folder, model, layers, places)
-    reference = TorchRuntime(model)
-    runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
-    at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
-    expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
-    one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
-    # Where torch's two largest logits are further apart than twice the largest difference, no error of that size turns
-    # the choice; of two that are nearer either may win. An export whose errors leave nothing decided is of no use.
-    largest = expected.topk(2).values
-    decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
-    if not decided:
-        raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {one_by_one:.2e} of the largest logit, more than the choice "
-            f"of any of {GREEDY_TOKENS} tokens bears; export in float32"
-        )
-    return {
-        "logits_relative_difference": max(at_once, one_by_one),
-        "logits_tolerance": TOLERANCE[dtype],
-        "greedy_tokens": GREEDY_TOKENS,
-        "decided_greedy_tokens": decided,
-        "identical_greedy_tokens": int((expected.argmax(-1) == got.argmax(-1)).sum()),
-        "provider": runtime.provider,
-        **zeros,
-    }
-
-
-def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
-    reference chooses: so that every step can be compared, whatever the other would have chosen before."""
-    ids, cache, other_cache = prompt, None, None
-    expected, got = [], []
-    for _ in range(GREEDY_TOKENS):
-        logits, cache = reference.last_logits(ids, cache)
-        other, other_cache = runtime.last_logits(ids, other_cache)
-        expected.append(logits[0])
-        got.append(other[0])
-        ids = logits.argmax(-1, keepdim=True)
-    return torch.stack(expected), torch.stack(got)
-
-
-def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
-    """The largest difference relative to the largest logit.
-
-    Raises:
-        VerificationError: it is more than the dtype allows.
-    """
-    difference = float((expected - got).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE[dtype]:
-        raise VerificationError(
-            f"logits of ONNX Runtime and torch differ by {difference:.2e} of the largest logit on {len(expected)} "
-            f"tokens {how}; {TOLERANCE[dtype]:.0e} is allowed in {dtype}"
-        )
-    return difference
-
-
-def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dict[str, Place]) -> dict[str, int]:
-    """Count the zeros of every pruned layer in its initializer, as saved, against the layer."""
-    initializers = ir.load(folder / GRAPH).graph.initializers
-    decoded: dict[str, Any] = {}
-    total = 0
-    for layer in layers:
-        expected = int((weight_matrix(model.get_submodule(layer)).detach() == 0).sum())
-        if layer not in places:
-            raise VerificationError(f"{layer}: no initializer of the graph holds its weight")
-        place = places[layer]
-        if place.initializer not in decoded:
-            decoded = {place.initializer: decode(initializers, place.initializer, place.shape)}
-        got = int((place.of(decoded[place.initializer]) == 0).sum())
-        if got != expected:
-            raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
-        total += got
-    return {"layers_checked": len(layers), "zeros": total}

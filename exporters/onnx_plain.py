@@ -1,6 +1,6 @@
 """The plain ONNX graph of a decoder, by transformers' exporter: any family that can be traced, one node an operation.
 
-Only `_trace` knows the exporter, which is experimental.
+Only `graph_of` and `_trace` know the exporter, which is experimental.
 """
 
 import io
@@ -55,17 +55,31 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:
     """The graph that transformers' exporter makes of the decode step with any number of tokens."""
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-    from transformers.exporters.utils import decompose_for_generation
+    with tracing(model, source):
+        from transformers.exporters.utils import decompose_for_generation
 
-    inputs = dict(task_of(type(model)).example(model.config))
+        inputs = dict(task_of(type(model)).example(model.config))
+        stages = decompose_for_generation(model, inputs, multi_token_decode=True)
+        return graph_of(*stages["decode"])
+
+
+def graph_of(module: Any, inputs: dict[str, Any]) -> ir.Model:
+    """The graph that transformers' exporter makes of a module, with dynamic dimensions; within `tracing`."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    exported = OnnxExporter().export(module, inputs, OnnxConfig(dynamic=True))
+    # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
+    return exported.program if hasattr(exported, "program") else exported.model
+
+
+@contextmanager
+def tracing(model: Any, source: ModelSource) -> Iterator[None]:
+    """Raises:
+    ModelError: for whatever the exporter raises within the `with`.
+    """
     try:
         with _quiet_tracer():
-            stages = decompose_for_generation(model, inputs, multi_token_decode=True)
-            decoder, example = stages["decode"]
-            exported = OnnxExporter().export(decoder, example, OnnxConfig(dynamic=True))
-            # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
-            return exported.program if hasattr(exported, "program") else exported.model
+            yield
     except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -163,7 +163,10 @@ def check(
     and origin.
     """
     absent = faults.collect([partial(loading.choose_device, device)])
-    found = absent + faults.collect(partial(check_length, model, settings) for model in (*models, *baselines))
+    found = absent + faults.collect(
+        partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
+        for model in (*models, *baselines)
+    )
     lanes = _lanes(models, settings, dtype, "cpu" if absent else loading.choose_device(device))
     if not lanes:
         found.append(
@@ -177,16 +180,6 @@ def check(
     return found + faults.collect(
         partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
-
-
-def check_length(model: ModelSource, settings: BenchmarkSettings, key: str = "") -> None:
-    """Raises:
-    UsageError: the model has fewer positions than it is timed on.
-    """
-    if loading.task_of(model).generates:
-        loading.check_length(model, settings.prompt + settings.generate, f"{key}prompt plus generate")
-    else:
-        loading.check_length(model, settings.prompt, f"{key}prompt")
 
 
 @dataclass(frozen=True)
@@ -250,9 +243,10 @@ def _benchmark_lane(
     """Time the models of one lane, the first of which is the baseline."""
     runtime = lane.runtime
     with ExitStack() as stack:
-        workers = []
-        for source in progress.track(contenders, f"loading ({runtime})", unit="models"):
-            workers.append(stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings)))
+        workers = [
+            stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings))
+            for source in progress.track(contenders, f"loading ({runtime})", unit="models")
+        ]
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
@@ -262,8 +256,8 @@ def _benchmark_lane(
                 for number in range(rounds):
                     order = list(enumerate(workers))
                     for index, worker in order if number % 2 == 0 else reversed(order):
-                        request = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
-                        run = worker.ask({**request, "seed": number})
+                        what = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
+                        run = worker.ask(what | {"seed": number})
                         if number >= settings.warmup:
                             runs[batch, index].append(run)
                         advance()

@@ -17,15 +17,15 @@ class TorchRuntime:
     """Eager torch on a transformers model."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self._task = model, task_of(type(model))
+        self.model, self.task = model, task_of(type(model))
         self._cache_argument = cache_argument(model)
         self.provider = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
     def predict(self, sample: Sample) -> Tensor:
-        output = self.model(**self._task.arguments(on_device(sample, self.model.device)))
-        prediction: Tensor = getattr(output, self._task.output)
+        output = self.model(**self.task.arguments(on_device(sample, self.model.device)))
+        prediction: Tensor = getattr(output, self.task.output)
         return prediction.float().cpu()
 
     @torch.inference_mode()

@@ -93,8 +93,11 @@ def check_model(source: ModelSource, verb: str) -> None:
 
 def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
     """Raises:
-    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some.
+    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some. Only
+        for models that generate: the others cut what they read.
     """
+    if not task_of(source).generates:
+        return
     positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
     scaled = rotary.get("rope_type", rotary.get("type", "default")) != "default"

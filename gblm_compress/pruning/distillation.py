@@ -1,17 +1,17 @@
 """Distillation: all surviving weights fitted at once, so that the pruned model predicts what the dense one does."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import kl_div
 
 from gblm_compress.calibration.blocks import only_requires_grad
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.quantisation import Grid
+from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import Fit, fit
 from gblm_compress.pruning.masters import Masters
@@ -24,21 +24,21 @@ class _HeadReached(Exception):
 
 
 @torch.no_grad()
-def head_inputs(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
-    """What goes into the model's head for every sample, each [1, length, hidden size].
-
-    From the dense model these are its predictions at a hundredth of the size: the head is never pruned.
-
-    Raises:
-        ModelError: the model has no head.
+def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
+    """What of the model's prediction is judged for every sample. Where a head makes logits over a vocabulary of it,
+    what goes into the head, [1, length, hidden size]: a hundredth of the size, and the head is never pruned.
     """
-    found: list[Tensor] = []
+    head, found = head_and_embedding(model)[0], list[Tensor]()
+    if head is None:
+        for sample in progress.track(samples, "dense predictions", unit="samples"):
+            found.append(task.judged(getattr(model(**task.arguments(sample)), task.output), sample))
+        return found
 
     def stop(head: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0])
         raise _HeadReached
 
-    hook = head_of(model).register_forward_pre_hook(stop)
+    hook = head.register_forward_pre_hook(stop)
     try:
         for sample in progress.track(samples, "dense predictions", unit="samples"):
             try:
@@ -63,22 +63,21 @@ def distil_(
     progress: Progress,
     grids: Mapping[str, Grid] | None = None,
 ) -> tuple[Fit, dict[str, Grid]]:
-    """Fit the surviving weights of all layers by Adam, in place: the mean KL(dense ‖ pruned) over counted
-    tokens is the loss.
+    """Fit the surviving weights of all layers by Adam, in place: the loss is `Task.divergence` of the dense model's
+    predictions and the pruned one's, over counted tokens.
 
     Args:
         model: the pruned model.
         layers: {full name: pruned layer}.
-        task: what the model is for; its prediction is taken for logits.
+        task: what the model is for.
         samples: its samples.
-        teacher: `head_inputs` of the dense model for the same samples.
+        teacher: `predictions` of the dense model for the same samples.
         epochs, rate, compute, grids: as for `reconstruction.reconstruct_`.
 
     Returns:
-        The mean KL divergence on held-out samples in nats per token, before and after; and the grids, with their scales
-        fitted.
+        The mean divergence on held-out samples, before and after; and the grids, with their scales fitted.
     """
-    head = head_of(model)
+    head = head_and_embedding(model)[0]
     grids = grids or {}
     masters = Masters(
         {f"{name}.weight": layer for name, layer in layers.items()},
@@ -88,14 +87,13 @@ def distil_(
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
         student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
         sample = samples[index]
-        with autocast(teacher[index].device, compute), beside(head, teacher[index]):
-            output = functional_call(model, student, kwargs=task.arguments(sample))
+        with autocast(teacher[index].device, compute), beside(head, teacher[index]) if head else nullcontext():
+            output = getattr(functional_call(model, student, kwargs=task.arguments(sample)), task.output)
+        if head is None:
+            return task.divergence(teacher[index], task.judged(output, sample))
         counted = task.counted(sample)
-        predicted, target = (
-            (logits if counted is None else logits[counted[0]]).float().log_softmax(-1)
-            for logits in getattr(output, task.output)
-        )
-        return kl_div(predicted, target.detach(), reduction="batchmean", log_target=True)
+        predicted, target = (logits if counted is None else logits[counted[0]] for logits in output)
+        return task.divergence(target, predicted)
 
     with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:
         fitted, result = fit(

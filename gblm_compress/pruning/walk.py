@@ -32,7 +32,8 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult, layer_result, prune_block_
 from gblm_compress.pruning.budgeting import budgets as layer_budgets
 from gblm_compress.pruning.budgeting import uniform_budgets
-from gblm_compress.pruning.distillation import distil_, head_inputs
+from gblm_compress.pruning.distillation import distil_
+from gblm_compress.pruning.distillation import predictions as dense_predictions
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.task import Sample, Task
@@ -92,7 +93,7 @@ class Walk:
         ]
         predictions = []
         if settings.distillation_epochs and not self.run.distilled:
-            predictions = head_inputs(self.weights.model, self.task, self.samples, self.progress)
+            predictions = dense_predictions(self.weights.model, self.task, self.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
             results = self._distil_(layers, budgets, predictions)

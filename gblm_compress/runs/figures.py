@@ -7,6 +7,9 @@ from gblm_compress.measure.benchmarking import Spread
 from gblm_compress.measure.zero_shot import TWO_SIDED_95, Ratio, ZeroShot
 from gblm_compress.runs.summary import ModelSummary
 
+MORE_IS_BETTER = ("spearman", "accuracy", "top1_accuracy")
+"""Metrics of tasks of which a share is kept."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -27,6 +30,8 @@ def figures(row: ModelSummary, dense_bytes: int) -> dict[str, Figure]:
     for name, metric in row.metrics.items():
         if metric.value is not None:
             found[name] = Figure(metric.value)
+            if metric.dense and name in MORE_IS_BETTER:
+                found.setdefault("retained", Figure(metric.value / metric.dense))
             if metric.dense:
                 found[f"{name}_increase"] = Figure(metric.value / metric.dense - 1)
     found |= {name: Figure(value) for name, value in row.fidelity.items() if value is not None}

@@ -16,7 +16,7 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure import benchmarking, evaluation
+from gblm_compress.measure import evaluation
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_session import check_onnx_provider
@@ -128,7 +128,8 @@ class Benchmark(Recorded):
     def check(self, progress: Progress) -> list[GblmError]:
         looks: list[Look] = [self._check_runtimes, self._check_gates]
         if self.job.here:
-            looks.append(partial(benchmarking.check_length, self.job.dense, self.settings, "benchmark."))
+            length = self.settings.prompt + self.settings.generate
+            looks.append(partial(loading.check_length, self.job.dense, length, "benchmark.prompt plus generate"))
         return faults.collect(looks)
 
     def work(self, progress: Progress) -> Any:

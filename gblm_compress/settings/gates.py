@@ -39,6 +39,12 @@ GATES: dict[str, Gate] = {
         unit="%",
         kind=Annotated[float, Field(ge=0)],
     ),
+    "min_retained": Gate(
+        help="Share of the dense model's metric that is kept, of those of which more is better: Spearman's correlation "
+        "of embeddings, accuracy.",
+        needs="evaluate",
+        unit="×",
+    ),
     "max_mean_kl": Gate(
         help="Largest mean KL divergence from dense, in nats per token.",
         needs="evaluate",

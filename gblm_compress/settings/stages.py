@@ -35,12 +35,15 @@ class ModelSettings(ComputeSettings):
 
 
 class CalibrationSettings(Settings):
-    """Which text the statistics are measured on."""
+    """Which data the statistics are measured on."""
 
-    dataset: str = Field("c4", description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file, or 'demo'.")
-    samples: int = Field(128, ge=1, le=MANY, description="Number of windows.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window.")
-    seed: int = Field(0, description="Random seed for sampling windows.")
+    dataset: str = Field(
+        "c4",
+        description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file (.csv, too, for encoders), or 'demo'.",
+    )
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts for encoders.")
+    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
+    seed: int = Field(0, description="Random seed for sampling.")
 
 
 class ResourceSettings(Settings):
@@ -138,9 +141,11 @@ class EvaluateSettings(Settings):
     """What to evaluate on."""
 
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
-    sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window of the evaluation.")
+    sequence_length: int = Field(
+        2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
+    )
     max_windows: int | None = Field(
-        None, ge=1, le=MANY, description="At most this many windows, from the start; all if unset."
+        None, ge=1, le=MANY, description="At most this many windows or rows, from the start; all if unset."
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
     limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
@@ -151,8 +156,10 @@ class BenchmarkSettings(Settings):
     """What to time."""
 
     batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
-    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt.")
-    generate: int = Field(32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first.")
+    prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt, or in a text for encoders.")
+    generate: int = Field(
+        32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first. Encoders generate none."
+    )
     repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
     warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
     runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(

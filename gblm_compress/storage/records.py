@@ -14,12 +14,12 @@ SEAL = "sha256"  # key of a record: the hash of its other keys
 _LARGEST_JSON = 256 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object, or array where `kind` is list, in a file.
 
     Raises:
         OSError: there is no such regular file, or it cannot be read.
-        ValueError: its content is no JSON object; the message says why.
+        ValueError: its content is no such JSON; the message says why.
     """
     if not path.is_file():  # never wait for a pipe or read a device
         raise FileNotFoundError(f"{path.name} is missing or no regular file")
@@ -29,8 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes().decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    if not isinstance(content, kind):
+        raise ValueError(f"it holds a {type(content).__name__}, not {'an object' if kind is dict else 'an array'}")
     return content
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 from gblm_compress import faults
 from gblm_compress.errors import ModelError
 from gblm_compress.tasks.causal_lm import CausalLM
+from gblm_compress.tasks.classification import Classification
+from gblm_compress.tasks.embedding import Embedding
 from gblm_compress.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
+    "embedding": Embedding(),
+    "classification": Classification(),
 }
 """All tasks."""
 

@@ -46,6 +46,28 @@ def perplexity(cross_entropy: Metric) -> Metric:
     return Metric(value, None if cross_entropy.error is None else value * cross_entropy.error)
 
 
+def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
+    """Spearman's rank correlation ρ, ties at their mean rank. Its standard error is that of Fisher's z with the
+    variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000), by the delta method.
+
+    Where all values or all scores are equal there is no correlation: NaN.
+    """
+    ours, theirs = (_ranks(numbers) for numbers in (values, scores))
+    middle, count = (len(ours) + 1) / 2, len(ours)
+    products = sum((a - middle) * (b - middle) for a, b in zip(ours, theirs, strict=True))
+    squares = math.prod(sum((rank - middle) ** 2 for rank in ranks) for ranks in (ours, theirs))
+    value = products / math.sqrt(squares) if squares else math.nan
+    return Metric(value, (1 - value**2) * math.sqrt((1 + value**2 / 2) / (count - 3)) if count > 3 else None)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1; of equal ones the mean of theirs."""
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(sorted(values), 1):
+        places.setdefault(value, []).append(place)
+    return [sum(places[value]) / len(places[value]) for value in values]
+
+
 def mean_kl(reference: Tensor, logits: Tensor) -> float:
     """Mean over positions of KL(softmax(reference) ‖ softmax(logits)) in nats; both [positions, classes]."""
     from torch.nn.functional import kl_div

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sample: TypeAlias = "Mapping[str, Tensor]"
-"""One sample by the names of the model's arguments, each tensor [1, …]; beside them may be "labels"."""
+"""One sample by the names of the model's arguments, each tensor [1, …]; beside them may be `BESIDE`."""
+
+BESIDE = ("labels", "draw")
+"""What is no argument of the model: what should be predicted, and the seed of whatever a loss draws."""
 
 
 _WORDS = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
@@ -160,6 +163,15 @@ class Task(ABC):
         """How close what is judged of a sample is to what the dense model gives there; both [positions, classes]."""
         return {"mean_kl": mean_kl(reference, judged), "top1_agreement": top1_agreement(reference, judged)}
 
+    def divergence(self, dense: Tensor, judged: Tensor) -> Tensor:
+        """How far what is judged of a sample is from the dense model's, differentiable, a scalar: what distillation
+        makes small. KL(dense ‖ judged) in nats per position, unless a task says otherwise.
+        """
+        from torch.nn.functional import kl_div
+
+        predicted, target = (logits.float().log_softmax(-1) for logits in (judged, dense.detach()))
+        return kl_div(predicted, target, reduction="batchmean", log_target=True)
+
     def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
         """How close a model is to the dense one where that takes all samples together; both as `measure` gave them."""
         return {}
@@ -189,7 +201,7 @@ class Task(ABC):
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
         """The arguments of the model's forward pass."""
-        return {name: tensor for name, tensor in sample.items() if name != "labels"}
+        return {name: tensor for name, tensor in sample.items() if name not in BESIDE}
 
     def counted(self, sample: Sample) -> Tensor | None:
         """Which tokens are no padding, bool [1, tokens]; None if all are counted."""
@@ -227,6 +239,26 @@ def fingerprint(samples: Iterable[Sample]) -> str:
         for tensor in sample.values():
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def with_draws(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """The samples, each with a seed of its own, for a loss that draws something."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(0, 1 << 62, (len(samples),), generator=generator)
+    return [{**sample, "draw": seed.unsqueeze(0)} for sample, seed in zip(samples, seeds, strict=True)]
+
+
+def random_numbers(sample: Sample, count: int, *, normal: bool) -> Tensor:
+    """Numbers [count] that belong to a sample, in float32 on the CPU: of N(0, 1), or uniform in [0, 1).
+
+    Those of samples without "draw" are all of one seed.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(int(sample["draw"]) if "draw" in sample else 0)
+    return (torch.randn if normal else torch.rand)(count, generator=generator)
 
 
 def on_device(sample: Sample, device: Any) -> Sample:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gblm_compress.errors import DataError, GblmError, first_line, is_out_of_memory
 from gblm_compress.storage.paths import kind_of, local
-
-if TYPE_CHECKING:
-    pass
 
 Role = Literal["calibration", "evaluation"]
 
@@ -140,8 +137,12 @@ def _read_file(path: Path, source: str) -> str:
         raise DataError(f"dataset {source!r} cannot be read ({first_line(error)})") from error
 
 
-def _jsonl(path: Path, source: str) -> Iterator[str]:
-    """The documents of a file with one JSON object a line."""
+def json_objects(path: Path, source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with what to call it; empty lines are left out.
+
+    Raises:
+        DataError: a line is no object, or too long.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"dataset {source!r}, line {number}"
@@ -149,12 +150,37 @@ def _jsonl(path: Path, source: str) -> Iterator[str]:
                 raise DataError(f"{where}: more than {MAX_LINE:,} bytes; every line is one document")
             try:
                 content = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                document = json.loads(content) if content else {"text": None}
+                if not content:
+                    continue
+                document = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} cannot be read as JSON ({first_line(error)})") from error
             if not isinstance(document, dict):
                 raise DataError(f"{where} is no object; every line is one with a 'text'")
-            yield from _text_of(document, where)
+            yield where, document
+
+
+def parquet_rows(path: Path, source: str, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, of those of the columns that it has; of all where it has none of them.
+
+    Raises:
+        DataError: it is damaged, or holds more than `MAX_PARQUET` bytes of text.
+    """
+    from pyarrow import parquet
+
+    left = MAX_PARQUET
+    with _reading(source), parquet.ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if name in columns] or None
+        for batch in file.iter_batches(batch_size=64, columns=names):
+            left -= batch.nbytes
+            if left < 0:
+                raise DataError(f"dataset {source!r} holds more than {MAX_PARQUET:,} bytes; give a part of it")
+            yield from batch.to_pylist()
+
+
+def _jsonl(path: Path, source: str) -> Iterator[str]:
+    for where, document in json_objects(path, source):
+        yield from _text_of(document, where)
 
 
 def _parquet(path: Path, source: str) -> Iterator[str]:
@@ -200,10 +226,19 @@ def _text_of(document: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _hub_documents(source: str, role: Role) -> Iterable[str]:
+    return _texts(hub_rows(source, role), source)
+
+
+def hub_rows(source: str, role: Role) -> Any:
+    """The rows of a hub dataset, of the split that it names or that the role has.
+
+    Raises:
+        DataError: it cannot be had.
+    """
     location, _, split = source.partition("@")
     name, _, config = location.partition(":")
     default_split = "train" if role == "calibration" else "test"
-    return _texts(_dataset(source, name, config or None, split=split or default_split, streaming=True), source)
+    return _dataset(source, name, config or None, split=split or default_split, streaming=True)
 
 
 def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:

@@ -53,13 +53,20 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
     import torch
 
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) and (largest := int(ids.max())) >= vocabulary:
+    check_ids(ids, vocabulary)
+    return ids
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raises:
+    ModelError: an id is not among those that the model has embeddings for.
+    """
+    if ids.numel() and (largest := int(ids.max())) >= vocabulary:
         raise ModelError(
             f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
             f"{vocabulary - 1}; give the tokenizer that belongs to the model, or resize its embeddings "
             "(`model.resize_token_embeddings(len(tokenizer))`)"
         )
-    return ids
 
 
 def vocabulary_of(config: Any) -> int:

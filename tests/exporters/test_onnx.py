@@ -16,6 +16,7 @@ from gblm_compress.exporters import (
     onnx_decoding,
     onnx_kernels,
     onnx_plain,
+    onnx_verification,
 )
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
@@ -399,7 +400,7 @@ def near_ties(folder: Path) -> ModelSource:
     """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
     model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
     ids = CAUSAL_LM.probe(tokenizer, model.config)["input_ids"]
-    chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : exporter.PROMPT_TOKENS], 32)))
+    chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : onnx_verification.PROMPT_TOKENS], 32)))
     free = (token for token in range(257) if token not in chosen)
     generator = torch.Generator().manual_seed(0)
     head = model.lm_head.weight.detach()
@@ -422,9 +423,9 @@ def test_a_near_tie_is_no_fault(tmp_path, progress) -> None:
 
 def test_an_export_that_decides_no_token_is_refused(exported, tmp_path, monkeypatch, progress) -> None:
     expected = torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(exporter, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
+    monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    monkeypatch.setitem(exporter.TOLERANCE, "float32", 2e-2)
+    monkeypatch.setitem(onnx_verification.TOLERANCE, "float32", 2e-2)
     with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
         expected[:, 0], expected[:, 1] = 1.005, 1.0
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)

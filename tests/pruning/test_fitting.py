@@ -13,7 +13,7 @@ from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
-from gblm_compress.pruning.distillation import distil_, head_inputs
+from gblm_compress.pruning.distillation import distil_, head_of, predictions
 from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.masters import write_
@@ -233,10 +233,10 @@ def test_a_block_is_fitted_through_its_grids(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_head_inputs_give_the_logits(kind: str, progress) -> None:
+def test_predictions_give_the_logits(kind: str, progress) -> None:
     model = tiny_model(kind)
     ids = samples(2)
-    for states, sample in zip(head_inputs(model, CAUSAL_LM, ids, progress), ids, strict=True):
+    for states, sample in zip(predictions(model, CAUSAL_LM, ids, progress), ids, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(model.get_output_embeddings()(states), model(**sample).logits)
 
@@ -264,7 +264,7 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind: str, progres
         layers,
         CAUSAL_LM,
         ids,
-        head_inputs(dense, CAUSAL_LM, ids, progress),
+        predictions(dense, CAUSAL_LM, ids, progress),
         epochs=4,
         rate=0.02,
         compute="float32",
@@ -289,7 +289,7 @@ def test_a_model_is_distilled_on_its_grids(progress) -> None:
         keep = weight.abs() > weight.abs().median()
         grids[name] = make_grid(weight, keep, "int4", 32, torch.ones(weight.shape[1]))
         write_(layer, weight * keep, grids[name])
-    teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
+    teacher = predictions(dense, CAUSAL_LM, ids, progress)
     how = {"epochs": 3, "rate": 0.03, "compute": "float32", "progress": progress}
     result, fitted = distil_(model, layers, CAUSAL_LM, ids, teacher, grids=grids, **how)
     assert result.after < 0.98 * result.before
@@ -310,7 +310,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
         layers,
         CAUSAL_LM,
         ids,
-        head_inputs(dense, CAUSAL_LM, ids, progress),
+        predictions(dense, CAUSAL_LM, ids, progress),
         epochs=3,
         rate=1e-3,
         compute="float32",
@@ -322,7 +322,7 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
 
 def test_a_model_without_a_head_is_refused(progress) -> None:
     with pytest.raises(ModelError, match="has no output head"):
-        head_inputs(tiny_model("llama").model.layers[0], CAUSAL_LM, samples(1), progress)
+        head_of(tiny_model("llama").model.layers[0])
 
 
 def _quiet():
@@ -349,7 +349,7 @@ def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(con
     with torch.no_grad():
         p, q = (model(**ids[7]).logits[0].double().log_softmax(-1) for model in (dense, pruned))
     layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
-    teacher = head_inputs(dense, CAUSAL_LM, ids, progress)
+    teacher = predictions(dense, CAUSAL_LM, ids, progress)
     result, _ = distil_(
         pruned, layers, CAUSAL_LM, ids, teacher, epochs=1, rate=0.01, compute="float32", progress=progress
     )

@@ -7,6 +7,7 @@ import pytest
 from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.runs.figures import figures
 from gblm_compress.runs.gates import check_gates
+from gblm_compress.runs.summary import Quality
 from gblm_compress.settings import GATES, GateSettings
 from tests.runs.reports import report, row
 
@@ -22,7 +23,8 @@ def test_unset_gates_are_not_checked() -> None:
 
 
 def test_every_gate_is_on_a_figure_that_is_measured() -> None:
-    encoder = replace(BITMASK, timing=replace(BITMASK.timing, tpot_ms=None, tokens_per_second=None))
+    metrics = {"spearman": Quality(0.8, 0.01, 0.85)}
+    encoder = replace(BITMASK, metrics=metrics, timing=replace(BITMASK.timing, tpot_ms=None, tokens_per_second=None))
     found = {**figures(BITMASK, DENSE.bytes_on_disk), **figures(encoder, DENSE.bytes_on_disk)}
     assert {name[4:] for name in GATES} <= set(found)
     assert all(name.startswith(("min_", "max_")) for name in GATES)
@@ -50,6 +52,13 @@ def test_every_gate_is_on_a_figure_that_is_measured() -> None:
 def test_limits_on_both_sides_of_the_worse_end(name, passes, fails) -> None:
     assert set(outcomes(BITMASK, **{name: passes}).values()) == {True}
     assert set(outcomes(BITMASK, **{name: fails}).values()) == {False}
+
+
+def test_a_share_of_a_metric_is_kept() -> None:
+    encoder = replace(BITMASK, metrics={"spearman": Quality(0.8, 0.01, 0.85)})
+    for limit, passed in ((0.94, True), (0.95, False)):  # 0.941 is kept
+        assert outcomes(encoder, min_retained=limit) == {("min_retained", "bitmask"): passed}
+    assert outcomes(BITMASK, min_retained=0.1) == {("min_retained", "all artefacts: not measured"): False}
 
 
 def test_bytes_are_written_with_a_unit() -> None:

@@ -1,9 +1,12 @@
-"""The task of docs/adding-a-task.md, added from outside: its masks are those of a slow loop that never sees padding."""
+"""Tasks added from outside: their masks are those of a slow loop that never sees padding."""
 
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_model
-from gblm_compress.pruning.distillation import distil_, head_inputs
+from gblm_compress.pruning.distillation import distil_, predictions
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
@@ -34,19 +37,52 @@ from gblm_compress.settings import (
 )
 from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
+from gblm_compress.tasks.metrics import mean_metric
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.text import load_text
+from gblm_compress.tasks.windows import tokenize, vocabulary_of
 from tests.conftest import CAUSAL_LM, replay, samples
+from tests.tasks import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
 SAMPLES, LENGTH = 5, 24
 
 
+class Norms(Task):
+    """Windows of several lengths, padded; the loss is the norm of all predictions."""
+
+    help = "an encoder"
+    optimum = "feature-extraction"
+    auto_class = "AutoModel"
+    output = "last_hidden_state"
+
+    def calibration(self, processor, config, dataset, samples, length, seed):
+        ids = tokenize(processor, vocabulary_of(config), load_text(dataset, "calibration"))
+        generator, found = random.Random(seed), []
+        for _ in range(samples):
+            start, tokens = generator.randrange(len(ids) - length), generator.randint(length // 2, length)
+            mask = (torch.arange(length) < tokens).long()
+            window = ids[start : start + length] * mask
+            found.append({"input_ids": window.unsqueeze(0), "attention_mask": mask.unsqueeze(0)})
+        return found
+
+    def loss(self, judged, sample):
+        return judged.norm()
+
+    def evaluation(self, processor, config, dataset, length, limit):
+        return self.calibration(processor, config, dataset, limit or 64, length, seed=1)
+
+    def metrics(self, measured):
+        return {"norm": mean_metric(measured)}
+
+    def fidelity(self, reference, judged):
+        return {"cosine": float(torch.cosine_similarity(reference, judged).mean())}
+
+
 @pytest.fixture
 def encoder(tmp_path, monkeypatch) -> ModelSource:
-    """A tiny encoder on disk, and the page's task among the others."""
-    monkeypatch.setitem(TASKS, "embedding", None)  # so that the page's line is undone at the end
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(code, {})
+    """A tiny encoder on disk, whose task is `Norms`."""
+    monkeypatch.setitem(TASKS, "embedding", Norms())
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)).eval()
@@ -99,14 +135,18 @@ def without_padding(found) -> list[torch.Tensor]:
     return [sample["input_ids"][:, : int(sample["attention_mask"].sum())] for sample in found]
 
 
-def slow_masks(model, texts: list[torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+def slow_masks(
+    model,
+    texts: list[torch.Tensor],
+    alpha: float,
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] = lambda model, ids: model(ids).last_hidden_state.norm(),
+) -> dict[str, torch.Tensor]:
     """Masks of gblm at 50 % per row: whole forward passes over one sample at a time, with no padding."""
     per_block = prunable_layers(model)
     layers = {name: layer for block in per_block for name, layer in block.items()}
     gradients = dict.fromkeys(layers, 0.0)
     for ids in texts:
-        loss = model(input_ids=ids).last_hidden_state.norm()
-        found = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+        found = torch.autograd.grad(loss(model, ids), [layer.weight for layer in layers.values()])
         for name, gradient in zip(layers, found, strict=True):
             gradients[name] = gradients[name] + gradient.abs()
     masks = {}
@@ -255,7 +295,7 @@ def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
         pruned = tiny_model("llama")
         prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", update="none"), progress)
         layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
-        teacher = head_inputs(dense, task, given, progress)
+        teacher = predictions(dense, task, given, progress)
         fitted, _ = distil_(
             pruned, layers, task, given, teacher, epochs=1, rate=1e-3, compute="float32", progress=progress
         )
@@ -314,12 +354,23 @@ def _tokenizer_and_config(source: ModelSource):
     return load_processor(source), config_of(source)
 
 
+def test_the_task_of_the_page_prunes(monkeypatch, prose, progress) -> None:
+    monkeypatch.setitem(TASKS, "token-classification", None)  # so that the page's line is undone at the end
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code, {})
+    model = families.encoder("bert", "AutoModelForTokenClassification")
+    task = task_of(type(model))
+    found = task.calibration(families.tokenizer(), model.config, str(prose), 4, LENGTH, 0)
+    layers = prune_(model, found, PruneSettings(fit="best"), progress)
+    assert len(layers) == 12 and task is TASKS["token-classification"]
+
+
 def test_a_class_tells_its_task() -> None:
     class Own(LlamaForCausalLM):
         pass
 
     assert task_of(LlamaForCausalLM) is task_of(Own) is task_of(torch.nn.Linear) is CAUSAL_LM
-    with pytest.raises(ModelError, match="BertForMaskedLM is for fill-mask; a causal language model is needed"):
+    with pytest.raises(ModelError, match="BertForMaskedLM is for fill-mask; a causal language model or"):
         task_of(BertForMaskedLM)
     with pytest.raises(ModelError, match="GPT2DoubleHeadsModel is for no task that optimum knows"):
         task_of(GPT2DoubleHeadsModel)

@@ -1,0 +1,176 @@
+"""Sentence embedding: a text becomes the direction of a vector, and texts are near each other as their vectors are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gblm_compress.errors import DataError, ModelError, first_line
+from gblm_compress.storage.records import read_json
+from gblm_compress.tasks import passages
+from gblm_compress.tasks.metrics import Metric, spearman
+from gblm_compress.tasks.passages import PassageTask
+from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks.task import Sample, random_numbers, with_draws
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEAREST = 10
+"""Neighbours of a text that are looked at: those of the dense model should be kept."""
+
+POOLINGS = ("mean", "cls", "max", "lasttoken")
+_MODE = "pooling_mode_"
+_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
+
+
+class Embedding(PassageTask):
+    """Samples are passages without labels. The embedding is pooled from the tokens that are no padding, and normalised.
+
+    The distance to the dense model's own embedding has no gradient at the dense model. The loss is instead the product
+    of the embedding with a random direction r of its own for each sample, r ~ N(0, 1). Over many, the mean squared
+    gradient is the diagonal of JᵀJ, with J the derivatives of the embedding: the curvature (Gauss-Newton) of half that
+    squared distance.
+
+    Args:
+        pooling: one of `POOLINGS`.
+    """
+
+    help = "a model of text embeddings"
+    optimum = "feature-extraction"
+    auto_class = "AutoModel"
+    output = "last_hidden_state"
+    companions = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/*")
+
+    def __init__(self, pooling: str = "mean") -> None:
+        self.pooling = pooling
+
+    def of_folder(self, folder: Path) -> Embedding:
+        """With the pooling of sentence-transformers, where the folder says which; else the mean."""
+        modules = _read(folder / "modules.json", list)
+        kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+        if unknown := [kind for kind in kinds if kind not in _MODULES]:
+            raise ModelError(
+                f"{str(folder / 'modules.json')!r}: embeddings go through {unknown[0]}, which is not supported; "
+                f"{', '.join(_MODULES)} are"
+            )
+        path = folder / "1_Pooling" / "config.json"
+        config = _read(path, dict)
+        if not config:
+            return self
+        modes = config.get("pooling_mode") or [
+            name.removeprefix(_MODE).removesuffix("_token").removesuffix("_tokens")
+            for name, chosen in config.items()
+            if name.startswith(_MODE) and chosen is True
+        ]
+        modes = [modes] if isinstance(modes, str) else modes
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            raise ModelError(
+                f"{str(path)!r}: pooling by {' and '.join(map(str, modes)) or 'nothing'} is not supported; one of "
+                f"{', '.join(POOLINGS)} is"
+            )
+        return Embedding(modes[0])
+
+    def calibration(
+        self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
+    ) -> list[Sample]:
+        rows = passages.read(dataset, "calibration")
+        texts = [Row((text,)) for text in dict.fromkeys(text for row in rows for text in row.texts)]
+        chosen = passages.drawn(texts, samples, seed, dataset)
+        return with_draws(passages.encode(processor, config, chosen, length, pad=True), seed)
+
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+        """Pairs of sentences one after the other, "labels" their score; or passages, which have none."""
+        import torch
+
+        rows = passages.read(dataset, "evaluation")[:limit]
+        if not any(row.score is not None for row in rows):
+            texts = dict.fromkeys(text for row in rows for text in row.texts)
+            return passages.encode(processor, config, [Row((text,)) for text in texts], length, pad=False)
+        for row in rows:
+            if row.score is None or len(row.texts) < 2:
+                raise DataError(f"{row.where}: two sentences and a score are needed in every row")
+        alone = [Row((text,)) for row in rows for text in row.texts]
+        found = passages.encode(processor, config, alone, length, pad=False)
+        scores = [torch.tensor([[row.score]]) for row in rows for _ in row.texts]
+        return [{**sample, "labels": score} for sample, score in zip(found, scores, strict=True)]
+
+    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
+        """The embedding [1, hidden size], of length 1."""
+        from torch.nn.functional import normalize
+
+        tokens = super().judged(prediction, sample)
+        if self.pooling == "max":
+            pooled = tokens.amax(0)
+        elif self.pooling == "mean":
+            pooled = tokens.mean(0)
+        else:
+            pooled = tokens[0 if self.pooling == "cls" else -1]
+        return normalize(pooled.float(), dim=0).unsqueeze(0)
+
+    def judged_values(self, config: Any, length: int) -> int:
+        return int(config.get_text_config().hidden_size)
+
+    def loss(self, judged: Tensor, sample: Sample) -> Tensor:
+        direction = random_numbers(sample, judged.shape[-1], normal=True)
+        return judged[0] @ direction.to(judged.device)
+
+    def divergence(self, dense: Tensor, judged: Tensor) -> Tensor:
+        """Half the squared distance of two embeddings, which is 1 - cosine."""
+        return 1 - (dense * judged).sum(-1).mean()
+
+    def measure(self, judged: Tensor, sample: Sample) -> tuple[Tensor, float | None]:
+        """The embedding, and the score of the pair."""
+        score = float(sample["labels"]) if "labels" in sample else None
+        return judged[0], score
+
+    def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
+        """Spearman's rank correlation of cosines and scores; nothing where there are no scores."""
+        if measured[0][1] is None:
+            return {}
+        pairs = list(zip(measured[::2], measured[1::2], strict=True))
+        cosines = [float(one @ other) for (one, _), (other, _) in pairs]
+        return {"spearman": spearman(cosines, [score for (_, score), _ in pairs])}
+
+    def fidelity(self, reference: Tensor, judged: Tensor) -> dict[str, float]:
+        return {"cosine": float((reference * judged).sum())}
+
+    def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
+        """The share of each text's ten nearest in the dense model that are among its ten nearest here."""
+        import torch
+
+        ours, theirs = (torch.stack([vector for vector, _ in found]) for found in (measured, dense))
+        if len(ours) <= NEAREST:
+            return {}
+        return {"top10_agreement": top_agreement(theirs, ours, NEAREST)}
+
+
+def _read(path: Path, kind: type) -> Any:
+    """The JSON of a file, empty where there is none.
+
+    Raises:
+        ModelError: it is damaged, or of another type.
+    """
+    try:
+        return read_json(path, kind) if path.exists() else kind()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} cannot be read ({first_line(error)})") from error
+
+
+def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:
+    """Mean over texts of the share of their `count` nearest others by `reference` that are so by `vectors`.
+
+    Args:
+        reference, vectors: [texts, …], of length 1 each.
+    """
+    kept = 0
+    for start in range(0, len(vectors), 1024):
+        nearest = []
+        for of_all in (reference, vectors):
+            cosines = of_all[start : start + 1024] @ of_all.T
+            cosines.diagonal(start).fill_(-math.inf)  # a text is no neighbour of its own
+            nearest.append(cosines.topk(count).indices)
+        kept += int((nearest[0].unsqueeze(2) == nearest[1].unsqueeze(1)).sum())
+    return kept / (count * len(vectors))

@@ -1,0 +1,67 @@
+"""Tiny random encoders of several families, with a byte tokenizer that has a pad token."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
+
+PAD = VOCABULARY  # the token behind those of bytes
+SIZES = {
+    "vocab_size": VOCABULARY + 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 130,
+    "pad_token_id": PAD,
+}
+DISTIL = {"vocab_size": VOCABULARY + 1, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
+TOKENS = {"cls_token_id": 0, "sep_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+DEBERTA = {
+    "relative_attention": True,
+    "position_buckets": 16,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+}
+FAMILIES = {
+    "bert": lambda: transformers.BertConfig(**SIZES),
+    "roberta": lambda: transformers.RobertaConfig(**SIZES | {"pad_token_id": 1}, type_vocab_size=1),
+    "distilbert": lambda: transformers.DistilBertConfig(**DISTIL, max_position_embeddings=130, pad_token_id=PAD),
+    "minilm": lambda: transformers.BertConfig(**SIZES | {"num_attention_heads": 4, "num_hidden_layers": 3}),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **SIZES, **TOKENS, global_attn_every_n_layers=2, local_attention=16
+    ),
+    "deberta-v2": lambda: transformers.DebertaV2Config(**SIZES, **DEBERTA, type_vocab_size=0),
+}
+
+
+def tokenizer() -> Any:
+    made = byte_tokenizer()
+    made.add_special_tokens({"pad_token": "<pad>"})
+    return made
+
+
+def encoder(family: str, auto_class: str = "AutoModel", labels: int = 3) -> Any:
+    """A model whose weights are large enough for its outputs to depend visibly on the input."""
+    config = FAMILIES[family]()
+    config.num_labels = labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.2)
+    return model
+
+
+def written(folder: Path, family: str, auto_class: str = "AutoModel") -> ModelSource:
+    encoder(family, auto_class).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return ModelSource(folder.name, folder)

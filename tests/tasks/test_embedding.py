@@ -1,0 +1,229 @@
+import copy
+import json
+from itertools import islice
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from gblm_compress.errors import DataError, ModelError
+from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.models import loading
+from gblm_compress.models.architecture import prunable_layers
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.distillation import distil_, predictions
+from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
+from gblm_compress.tasks import TASKS
+from gblm_compress.tasks.embedding import Embedding, top_agreement
+from gblm_compress.tasks.passages import encode
+from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks.task import random_numbers, with_draws
+from gblm_compress.tasks.text import load_text
+from tests.tasks import families
+from tests.tasks.test_tasks import slow_masks
+
+TASK = TASKS["embedding"]
+TEXT = CalibrationSettings(dataset="demo", samples=6, sequence_length=40)
+
+
+def drawn(model, samples: int = 6):
+    """Samples of two to seven words, padded."""
+    words = iter(load_text("demo", "calibration").split())
+    rows = [Row((" ".join(islice(words, 2 + i % 6)),)) for i in range(samples)]
+    return with_draws(encode(families.tokenizer(), model.config, rows, 60, pad=True), 0)
+
+
+def cut(sample):
+    """A sample without its padding."""
+    tokens = int(sample["attention_mask"].sum())
+    return {"input_ids": sample["input_ids"][:, :tokens]}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("task", ["embedding", "classification"])
+def test_families_are_pruned_by_every_kind_of_method(family: str, task: str, progress) -> None:
+    dense = families.encoder(family, TASKS[task].auto_class)
+    samples = TASKS[task].calibration(families.tokenizer(), dense.config, "demo", 4, 40, 0)
+    for settings in (
+        {"method": "gblm", "fit": "best"},
+        {"preset": "sparsegpt", "pattern": "2:4"},
+        {"method": "wanda", "fit": "balanced"},
+    ):
+        model = copy.deepcopy(dense)
+        layers = prune_(model, samples, PruneSettings(**settings), progress)
+        assert len(layers) == sum(map(len, prunable_layers(dense))) >= 8
+        assert all(layer.nonzeros == layer.shape[0] * layer.shape[1] // 2 for layer in layers.values())
+
+
+def test_masks_are_those_of_a_loop_that_sees_no_padding(progress) -> None:
+    """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
+    model = families.encoder("bert")
+    samples = drawn(model)
+    directions = {tuple(cut(s)["input_ids"][0].tolist()): random_numbers(s, 32, normal=True) for s in samples}
+
+    def loss(model, ids):
+        pooled = model(input_ids=ids).last_hidden_state[0].mean(0)
+        return pooled @ directions[tuple(ids[0].tolist())] / pooled.norm()
+
+    texts = [cut(sample)["input_ids"] for sample in samples]
+    expected = slow_masks(copy.deepcopy(model), texts, 100.0, loss)
+    without = slow_masks(copy.deepcopy(model), texts, 0.0, loss)
+    prune_(model, samples, PruneSettings(method="gblm", alpha=100.0, fit="none"), progress)
+    total = sum(mask.numel() for mask in expected.values())
+    different = sum(int(((model.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
+    assert different <= 1e-3 * total < 1e-2 * total < sum(int((m != without[n]).sum()) for n, m in expected.items())
+
+
+def test_squared_gradients_estimate_the_curvature_of_the_distance() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, requires_grad=True)
+    states = torch.randn(7, 4)
+
+    def judged():
+        return TASK.judged((states @ weight.T).unsqueeze(0), {})
+
+    jacobian = torch.stack([torch.autograd.grad(judged()[0, i], weight)[0] for i in range(5)])
+    total, draws = torch.zeros(5, 4), 2000
+    embedding = judged()
+    for seed in range(draws):
+        loss = TASK.loss(embedding, {"draw": torch.tensor([seed])})
+        total += torch.autograd.grad(loss, weight, retain_graph=True)[0].square()
+    torch.testing.assert_close(total / draws, jacobian.square().sum(0), rtol=0.25, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
+def test_padding_is_no_part_of_an_embedding(pooling: str) -> None:
+    model, task = families.encoder("bert"), Embedding(pooling)
+    for sample in drawn(model):
+        tokens = model(**cut(sample)).last_hidden_state[0]
+        expected = {"mean": tokens.mean(0), "cls": tokens[0], "max": tokens.max(0).values, "lasttoken": tokens[-1]}
+        got = task.judged(model(**task.arguments(sample)).last_hidden_state, sample)
+        torch.testing.assert_close(got, normalize(expected[pooling], dim=0).unsqueeze(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pooling", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls", None),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True}, "mean", None),
+        ("1_Pooling/config.json", {"pooling_mode_lasttoken": True}, "lasttoken", None),
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "max", None),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
+            None,
+            "by cls and max is not supported",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode_weightedmean_tokens": True}, None, "by weightedmean is not supported"),
+        ("1_Pooling/config.json", [], None, "cannot be read .*not an object"),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], None, "through Dense, which is not"),
+        ("README.md", {}, "mean", None),
+    ],
+)  # fmt: skip
+def test_the_folder_says_how_to_pool(tmp_path, name, content, pooling, message) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(content))
+    if message is None:
+        assert TASK.of_folder(tmp_path).pooling == pooling
+        return
+    with pytest.raises(ModelError, match=message):
+        TASK.of_folder(tmp_path)
+
+
+def test_what_lies_beside_the_model_goes_with_it(tmp_path, progress) -> None:
+    source = families.written(tmp_path / "dense", "bert")
+    (source.folder / "1_Pooling").mkdir()
+    (source.folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    (source.folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    prune(source, tmp_path / "out", PruneSettings(method="gblm", fit="none"), TEXT, device="cpu", progress=progress)
+    pruned = ModelSource("out", tmp_path / "out")
+    assert loading.task_of(pruned).pooling == "cls" and (pruned.folder / "modules.json").exists()
+    assert "`AutoModel.from_pretrained` loads" in (pruned.folder / "README.md").read_text()
+
+
+def test_pairs_are_judged_by_rank_and_all_texts_by_their_neighbours(tmp_path, progress) -> None:
+    source = families.written(tmp_path / "dense", "bert")
+    pruned = ModelSource("pruned", tmp_path / "pruned")
+    prune(source, pruned.folder, PruneSettings(method="magnitude", fit="none"), TEXT, device="cpu", progress=progress)
+    words = ["a cat sat", "the dog ran off", "rain", "it is late, and dark", "seven", "a tree in the yard", "no", "yes"]
+    lines = [f'"{a}","{b}",{(3 * i + j) % 6}' for i, a in enumerate(words) for j, b in enumerate(words[:2])]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    settings = EvaluateSettings(dataset=str(tmp_path / "pairs.csv"))
+    found = evaluate(pruned, settings, baseline=source, device="cpu", progress=progress)
+    models = [loading.load_model(folder) for folder in (source, pruned)]
+
+    def embedded(model, text):
+        states = model(**families.tokenizer()(text, return_tensors="pt", return_token_type_ids=True)).last_hidden_state
+        return normalize(states[0].mean(0), dim=0).detach()
+
+    of_both = [
+        [embedded(model, text) for i, a in enumerate(words) for b in words[:2] for text in (a, b)] for model in models
+    ]
+    cosines = [float(a @ b) for a, b in zip(of_both[1][::2], of_both[1][1::2], strict=True)]
+    scores = [(3 * i + j) % 6 for i in range(8) for j in range(2)]
+
+    def ranks(values):
+        return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+    expected = torch.corrcoef(torch.tensor([ranks([round(c, 6) for c in cosines]), ranks(scores)]))[0, 1]
+    assert found.metrics["spearman"].value == pytest.approx(float(expected), abs=0.02)
+    likeness = [float(a @ b) for a, b in zip(*of_both, strict=True)]
+    assert found.fidelity["cosine"] == pytest.approx(sum(likeness) / len(likeness), rel=1e-4)
+    assert set(found.fidelity) == {"cosine", "top10_agreement"} and found.sample == "text" and found.windows == 32
+
+
+def test_plain_text_has_no_metric_but_fidelity(tmp_path, progress) -> None:
+    source = families.written(tmp_path / "dense", "bert")
+    settings = EvaluateSettings(dataset="demo", max_windows=12)
+    found = evaluate(source, settings, baseline=source, device="cpu", progress=progress)
+    assert found.metrics == {} and found.fidelity["top10_agreement"] == 1.0
+    assert found.fidelity["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_agreement_of_neighbours_by_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    one, other = (normalize(torch.randn(30, 6), dim=1) for _ in range(2))
+    shares = []
+    for i in range(30):
+        nearest = [
+            {j for _, j in sorted((-float(v[i] @ v[j]), j) for j in range(30) if j != i)[:4]} for v in (one, other)
+        ]
+        shares.append(len(nearest[0] & nearest[1]) / 4)
+    assert top_agreement(one, other, 4) == pytest.approx(sum(shares) / 30)
+    assert top_agreement(one, one, 4) == 1.0
+
+
+def test_distillation_brings_embeddings_nearer_to_the_dense_ones(progress) -> None:
+    dense = families.encoder("bert")
+    samples = drawn(dense, 12)
+    teacher = predictions(dense, TASK, samples, progress)
+    assert all(embedding.shape == (1, 32) for embedding in teacher)
+    pruned = copy.deepcopy(dense)
+    prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress)
+    layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
+    fitted, _ = distil_(
+        pruned, layers, TASK, samples, teacher, epochs=3, rate=1e-2, compute="float32", progress=progress
+    )
+    assert fitted.after < 0.9 * fitted.before
+    assert all(float((layer.weight == 0).float().mean()) >= 0.5 for layer in layers.values())
+
+
+def test_what_cannot_be_read_is_refused_before_the_work(tmp_path, progress) -> None:
+    source = families.written(tmp_path / "dense", "bert")
+    (tmp_path / "one.csv").write_text("sentence1,sentence2,score\na b,c d,1\ne f,,\n")
+    for dataset, message in (
+        (tmp_path / "one.csv", "line 3: the score '' is no number"),
+        (tmp_path / "gone.csv", "no such file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate(source, EvaluateSettings(dataset=str(dataset)), progress=progress)
+    many = TEXT.model_copy(update={"samples": 100_000})
+    with pytest.raises(DataError, match=r"gives \d+ texts, but 100000 samples are asked for"):
+        prune(source, tmp_path / "out", PruneSettings(fit="none"), many, device="cpu", progress=progress)
+    from gblm_compress.models.tiny import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(source.folder)
+    with pytest.raises(ModelError, match="'dense': its tokenizer has no pad token"):
+        prune(source, tmp_path / "out", PruneSettings(fit="none"), TEXT, device="cpu", progress=progress)

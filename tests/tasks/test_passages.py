@@ -1,0 +1,74 @@
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from gblm_compress.errors import DataError
+from gblm_compress.tasks import passages, tables
+from gblm_compress.tasks.tables import Row
+from tests.tasks import families
+
+PROSE = "one two three four five six"
+
+
+def test_lines_that_are_no_sentence_are_left_out(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(
+        f'<doc id="1" title="x y z w v u">\n = A title of five words =\n{PROSE}\n\nshort\n{PROSE}\n</doc>\n'
+    )
+    assert passages.read(str(path), "calibration") == [Row((PROSE,))]
+    path.write_text("too short\n")
+    with pytest.raises(DataError, match="holds no passage of 5 words or more"):
+        passages.read(str(path), "calibration")
+
+
+def test_documents_of_a_table_are_cut_and_rows_are_not(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": f"{PROSE}\n{PROSE} seven"}) + "\n\n")
+    assert [row.texts for row in passages.read(str(path), "calibration")] == [(PROSE,), (f"{PROSE} seven",)]
+    path.write_text(json.dumps({"text": f"{PROSE}\nshort", "label": 1}))
+    assert [(row.texts, row.label) for row in passages.read(str(path), "calibration")] == [((f"{PROSE}\nshort",), 1)]
+
+
+def test_all_kinds_of_files_give_the_same_rows(tmp_path) -> None:
+    rows = [{"sentence1": "a, b", "sentence2": "c", "score": 1.5}, {"sentence1": "d", "sentence2": "e", "score": 0.0}]
+    (tmp_path / "head.csv").write_text('sentence1,sentence2,score\n"a, b",c,1.5\nd,e,0\n')
+    (tmp_path / "none.csv").write_text('"a, b",c,1.5\nd,e,0\n')
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in rows]), tmp_path / "a.parquet")
+    for name in ("head.csv", "none.csv", "a.jsonl", "a.parquet"):
+        found = tables.rows(str(tmp_path / name), "evaluation")
+        assert [(row.texts, row.score) for row in found] == [(("a, b", "c"), 1.5), (("d", "e"), 0.0)], name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n", "line 1 names no known column"),
+        ("sentence1,sentence2,score\na,b,high\n", "line 2: the score 'high' is no number"),
+        ("", "holds no text"),
+        ("text\n\xff", None),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path, content, message) -> None:
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=message or "cannot be read as csv"):
+        tables.rows(str(tmp_path / "a.csv"), "evaluation")
+
+
+def test_what_is_drawn_depends_on_the_seed_alone() -> None:
+    rows = [Row((str(i),)) for i in range(50)]
+    one, again, other = (passages.drawn(rows, 10, seed, "x") for seed in (1, 1, 2))
+    assert one == again != other and len(set(one)) == 10
+
+
+def test_texts_are_cut_to_what_model_and_tokenizer_take() -> None:
+    config = families.FAMILIES["roberta"]()
+    assert passages.positions_of(config) == 128  # two of 130 are those before the first token
+    rows = [Row(("x" * 500,)), Row(("abc",))]
+    padded = passages.encode(families.tokenizer(), config, rows, 1000, pad=True)
+    assert [tuple(sample["input_ids"].shape) for sample in padded] == [(1, 128)] * 2
+    assert padded[1]["attention_mask"].sum() == 3 and "token_type_ids" not in padded[0]
+    alone = passages.encode(families.tokenizer(), config, rows, 16, pad=False)
+    assert [sample["input_ids"].shape[1] for sample in alone] == [16, 3]
