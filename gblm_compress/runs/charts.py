@@ -106,7 +106,7 @@ def step(report: RunReport) -> Chart | None:
                     "type": "nominal",
                     "title": None,
                     "scale": colour,
-                    "legend": {"orient": "top"},
+                    "legend": {"orient": "top", "columns": 3},
                 },
                 "tooltip": [
                     {"field": "row", "title": "of"},
