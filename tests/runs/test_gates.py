@@ -44,6 +44,15 @@ def test_limits_on_both_sides() -> None:
     }
 
 
+def test_a_share_of_the_dense_metric_is_kept() -> None:
+    evaluation = {"metrics": ["spearman"], "spearman": 0.84, "baseline_spearman": 0.87, "fidelity": {"cosine": 0.9}}
+    for limit, passed in ((0.965, True), (0.966, False)):
+        (gate,) = check_gates(GateSettings(min_retained=limit), evaluation, [])
+        assert gate.passed is passed and gate.measured == pytest.approx(0.84 / 0.87)
+    (gate,) = check_gates(GateSettings(min_retained=0.5), EVALUATION | {"metrics": ["perplexity"]}, [])
+    assert not gate.passed  # of a perplexity no share is kept
+
+
 def test_speed_is_the_lower_end_of_the_best_significant_artefact_at_every_batch_size() -> None:
     gates = GateSettings(min_decode_speedup=1.3, min_prefill_speedup=1.01)
     slow = measurement(1.0, prefill=1.02) | {"model": "pruned", "runtime": "torch"}
