@@ -8,7 +8,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.machine.environment import QUIET
+from gblm_compress.cli import layout
+from gblm_compress.machine.environment import noisy
 from gblm_compress.printing import printable
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
@@ -203,12 +204,11 @@ def benchmark(result: dict[str, Any]) -> list[Any]:
             *(speedup["verdict"] if speedup else "baseline" for speedup in speedups),
         )
     machine = result["environment"]
-    busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores were busy with other work: the figures say little"
     return [
         table,
         *kernel_lines(result["measurements"]),
         f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
-        *([f"warning: {busy}"] if machine["busy_cores"] > QUIET else []),
+        *([f"warning: {warning}"] if (warning := noisy(machine)) else []),
     ]
 
 
@@ -269,7 +269,7 @@ def dry_run(content: dict[str, Any]) -> list[Any]:
         stays, seconds = (disk and disk["stays"]), step["seconds"]
         cells = ("" if reused or not stays else decimal(stays), "" if seconds is None else f"{seconds:.0f} s")
         table.add_row(str(i), step["does"], step["fate"], *cells)
-    limits = ", ".join(f"{name} {value}" for name, value in content["gates"].items())
+    limits = ", ".join(f"{name} {value}" for group in content["gates"] for name, value in group.items())
     return [
         table,
         *([f"gates to check: {limits}"] if limits else []),
@@ -299,18 +299,32 @@ def unchecked(names: list[str]) -> list[str]:
 
 def run(result: Any) -> list[Any]:
     from gblm_compress.runs import report
+    from gblm_compress.runs.run_report import REPORT, headline
+    from gblm_compress.runs.tables import of
 
-    parts: list[Any] = [report.table(result.rows)]
-    if result.gates:
-        parts.append(report.gate_table(result.gates))
-    if result.comparison:
-        parts += compare(result.comparison)
+    verdict, output = report.verdict(result), Path(result.output)
+    parts: list[Any] = [part for table in of(result) if table.title in report.SHORT for part in layout.titled(table)]
     reused = [stage.name for stage in result.stages if stage.reused]
     if reused:
         parts.append("reused: " + ", ".join(reused))
-    output = Path(result.output)
-    parts += [f"artefacts: {output}", f"report: {output / report.REPORT} (and {report.PAGE} for people)"]
-    return parts
+    if warning := result.conditions.get("warning"):
+        parts.append(f"warning: {warning}")
+    parts += [f"artefacts: {output}", f"report: {output / report.PAGE} (and {REPORT}, {report.PICTURES}/)"]
+    sentence = headline(result)
+    colour = "bold red" if verdict == "FAIL" else "bold"
+    return [*parts, "", Text.assemble((f"{verdict}: " if verdict else "", colour), printable(sentence))]
+
+
+def report(reports: list[Any], changes: Any, content: dict[str, Any]) -> list[Any]:
+    from gblm_compress.runs.history import runs
+
+    parts: list[Any] = [*layout.titled(runs(reports)), *(layout.titled(changes) if changes else [])]
+    return [*parts, f"page: {content['page']}"]
+
+
+def push(content: dict[str, Any]) -> list[Any]:
+    said = f"pushed to {content['pushed_to']}" if content["pushed_to"] else "not pushed; give --push-to-hub OWNER/NAME"
+    return [*content["card"].splitlines(), f"files: {', '.join(content['files'])}", said]
 
 
 def doctor(content: dict[str, Any]) -> Table:
