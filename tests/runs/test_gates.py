@@ -59,6 +59,13 @@ def test_limits_on_both_sides_of_the_worse_end(name, passes, fails) -> None:
     assert set(outcomes(BITMASK, **{name: fails}).values()) == {False}
 
 
+def test_a_share_of_a_metric_is_kept() -> None:
+    encoder = replace(BITMASK, metrics={"spearman": Quality(0.8, 0.01, 0.85)})
+    for limit, passed in ((0.94, True), (0.95, False)):  # 0.941 is kept
+        assert outcomes(encoder, min_retained=limit) == {("min_retained", "bitmask"): passed}
+    assert outcomes(BITMASK, min_retained=0.1) == {("min_retained", "all artefacts: not measured"): False}
+
+
 def test_bytes_are_written_with_a_unit() -> None:
     large = replace(BITMASK, bytes_on_disk=6_000_000)
     assert outcomes(large, max_bytes="6MB") == {("max_bytes", "bitmask"): True}
