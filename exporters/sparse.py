@@ -23,7 +23,7 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.grids import read_grids
-from gblm_compress.models.packed_checkpoint import linear_layer, pack_, save_packed
+from gblm_compress.models.packed_checkpoint import is_tied, linear_layer, pack_, save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
@@ -63,7 +63,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a sparse checkpoint of a pruned model.
 
-    A layer whose weight the model itself changes when it runs, as RWKV does, stays dense.
+    A layer whose weight the model itself changes when it runs, as RWKV does, or uses in several blocks stays dense.
 
     Raises:
         UsageError: the layout cannot hold a pruned layer or would not save bytes, or the output is in the way.
@@ -74,7 +74,9 @@ def export(
     dtype = dtype_of(source, settings)
     model, processor = loading.load_model(source, dtype), loading.load_processor(source)
     task = loading.task_of(source)
-    pruned = {name: linear_layer(model, name) for name in manifest.pruned_layers(source, model)}
+    layers = manifest.pruned_layers(source, model)
+    shared = [name for name in layers if is_tied(model, name)]
+    pruned = {name: linear_layer(model, name) for name in layers if name not in shared}
     before = {name: layer.weight._version for name, layer in pruned.items()}
     reference = _Run.of(model, task.probe(processor, model.config))
     changed = [name for name, version in before.items() if pruned[name].weight._version != version]
@@ -103,7 +105,7 @@ def export(
         difference = _verify(ModelSource(str(output), temporary), model, kind, dense, reference)
         checks = {
             "packed_layers": len(dense),
-            **({"layers_left_dense": changed} if changed else {}),
+            **({"layers_left_dense": changed + shared} if changed + shared else {}),
             **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,

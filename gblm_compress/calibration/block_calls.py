@@ -1,7 +1,7 @@
 """How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
 
 import operator
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, first_line, is_out_of_memory
 from gblm_compress.tasks.task import Sample, Task
+
+
+class NoChainError(ModelError):
+    """The blocks of a model cannot be run one by one: something goes from one to another beside the hidden states."""
 
 
 class BlockCalls:
@@ -34,7 +38,7 @@ class BlockCalls:
         tokens: how many of all samples are counted.
 
     Raises:
-        ModelError: the blocks cannot be replayed.
+        NoChainError: the blocks cannot be replayed.
     """
 
     def __init__(self, weights: Weights, task: Task, samples: Sequence[Sample]) -> None:
@@ -75,7 +79,14 @@ class BlockCalls:
         """
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
-            return getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            if prediction.shape[:2] != hidden.shape[:2]:
+                raise ModelError(
+                    f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
+                    f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
+                    "choose a method without gradients, such as --method wanda"
+                )
+            return prediction
 
         return self.task.loss_gradient(predict, self.samples[sample], hidden)
 
@@ -88,9 +99,26 @@ class BlockCalls:
         blocks = getattr(holder, name)
         setattr(holder, name, nn.ModuleList([stand_in]))
         try:
-            return model(**self.task.arguments(sample))
+            return run_model(model, self.task.arguments(sample))
         finally:
             setattr(holder, name, blocks)
+
+
+def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """A forward pass of the model.
+
+    Raises:
+        ModelError: the model does not run on these arguments, or on a part of a sample.
+    """
+    try:
+        return model(**arguments)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} does not run on text alone as a causal language model does ({first_line(error)}); "
+            "prune it with a method that reads no text: --method magnitude"
+        ) from error
 
 
 def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
@@ -157,7 +185,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 
 def _hidden_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()
@@ -188,14 +216,14 @@ def _record_calls(
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden, call = _split_call(args, kwargs)
             if latest and hidden is not latest[0] and not torch.allclose(hidden, latest[0], 0, 0, equal_nan=True):
-                raise ModelError(
+                raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
-                    "its input; architectures whose blocks do not form a chain are not supported"
+                    "its input"
                 )
             if any(isinstance(value, MutableMapping) and not value for value in (*call.args, *call.kwargs.values())):
-                raise ModelError(
+                raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
-                    "something on beside the hidden states; such architectures are not supported"
+                    "something on beside the hidden states"
                 )
             if like is not None:
                 output, call.beside = hidden, like[0].beside
@@ -203,7 +231,10 @@ def _record_calls(
                 output, call.beside = -hidden, calls[0].beside
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
-                output, call.beside = _hidden_output(returned), returned[1:] if isinstance(returned, tuple) else None
+                output, call.beside = (
+                    _hidden_output(returned),
+                    tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
+                )
             latest[:] = [output]
             calls.append(call)
             if block is blocks[-1]:
@@ -211,13 +242,10 @@ def _record_calls(
             return output if call.beside is None else (output, *call.beside)
 
         for block in blocks:
-            within.enter_context(_forward(block, partial(record, block)))
-        model(**arguments)
+            within.enter_context(forward_replaced(block, partial(record, block)))
+        run_model(model, arguments)
     if len(calls) != len(blocks):
-        raise ModelError(
-            f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}; architectures that skip "
-            "or repeat blocks are not supported"
-        )
+        raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
 
 
@@ -229,10 +257,7 @@ def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
         ]
         for name, a, b in pairs:
             if not _same(a, b):
-                raise ModelError(
-                    f"block {index}: its argument {name!r} depends on what blocks before it compute; such "
-                    "architectures are not supported"
-                )
+                raise NoChainError(f"block {index}: its argument {name!r} depends on what blocks before it compute")
 
 
 def _shared(call: Call, first: Call) -> Call:
@@ -246,6 +271,8 @@ def _shared(call: Call, first: Call) -> Call:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)):
         return isinstance(b, type(a)) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or bool(a == b)
@@ -256,7 +283,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 @contextmanager
-def _forward(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else for the duration of a `with`; its hooks stay."""
     of_class = "forward" not in vars(module)
     before = module.forward

@@ -27,12 +27,13 @@ def layer_statistics(
     grams: dict[str, Tensor] = {}
     activations: dict[str, Tensor] = {}
     regional: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
     if block is not None and layers:
         if Need.GRAM in needs:
-            grams = gram_matrices(block, layers)
+            grams = gram_matrices(block, layers, tokens)
             activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
         elif Need.ACTIVATIONS in needs:
-            activations = activation_norms(block, layers)
+            activations = activation_norms(block, layers, tokens)
         if Need.REGIONAL in needs:
             regional = regional_norms(block, layers)
 
@@ -45,28 +46,34 @@ def layer_statistics(
             gradient_norm=matrix(layer, gradients.get(name)),
             regional_norm=matrix(layer, regional.get(name)),
             gram=grams.get(name),
+            tokens=tokens.get(name),
         )
         for name, layer in layers.items()
     }
 
 
-def gram_matrices(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+def gram_matrices(
+    block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
+) -> dict[str, Tensor]:
     """H = XᵀX of every layer's input, summed over all counted tokens of all samples.
 
     Layers with the very same input share one matrix. The diagonal is N·A² of `calibration.activation_norms` for N
     samples.
 
+    Args:
+        tokens: as for `sum_over_inputs`.
+
     Returns:
         {name: H [in_features, in_features], float32}.
 
     Raises:
-        ModelError: an activation is NaN or infinite, or a layer never ran; the message names the layer.
+        ModelError: an activation is NaN or infinite; the message names the layer.
     """
 
     def add(total: Tensor | None, x: Tensor) -> Tensor:
         return x.T @ x if total is None else total.addmm_(x.T, x)
 
-    return sum_over_inputs(block, layers, add)
+    return sum_over_inputs(block, layers, add, tokens)
 
 
 def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -86,8 +93,11 @@ def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tens
         for sample, hidden in enumerate(block.inputs):
             output = block.calls[sample].run(block.module, hidden)
             norm = block.without_padding(sample, output).float().norm()
-            for total, gradient in zip(sums.values(), torch.autograd.grad(norm, list(weights.values())), strict=True):
-                total.addcmul_(gradient.float(), gradient.float())
+            # An expert without a token takes no part.
+            gradients = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient.float(), gradient.float())
     block.ranks.sum_(sums.values())
     for name, total in sums.items():
         check_finite(name, "gradients", total)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 
 
@@ -29,6 +30,10 @@ class ResidentWeights:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.prefix, self.blocks = find_blocks(model)
+
+    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+        """The layers of `prunable_layers`, by these blocks."""
+        return layers
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -64,11 +69,17 @@ class StreamedWeights:
         self.model = model
         self.prefix, self.blocks = find_blocks(self.model)
         self._device = torch.device(device)
-        self._checkpoint = Checkpoint(source.folder, self.model.state_dict(), self.model.base_model_prefix)
+        self._checkpoint = Checkpoint(source.folder, TensorNames(self.model))
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._latest = 0
         groups = _tied_parameters(self.model)
+        shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
+        if any(self._block_of(name) for name in shared):
+            raise ModelError(
+                f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a "
+                "time in memory; give --no-offload"
+            )
         self._blocks = [
             [group for group in groups if group[0].startswith(f"{self.prefix}.{index}.")]
             for index in range(len(self.blocks))
@@ -78,12 +89,16 @@ class StreamedWeights:
             if not any(name in self._checkpoint for name in group):
                 raise ModelError(
                     f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or "
-                    "transformers converts it while loading, which --offload cannot do"
+                    "of another architecture than config.json says"
                 )
         for name, buffer in self.model.named_buffers():
             if name in self._checkpoint:
                 buffer.copy_(self._checkpoint.read(name))
         _buffers_to(self.model, self._device)
+
+    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+        """The layers of `prunable_layers`, by these blocks."""
+        return layers
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -96,6 +111,10 @@ class StreamedWeights:
             self._ahead = (following, self._reader.submit(self._read, self._blocks[following]))
         with self._placed(self._blocks[index], tensors):
             yield self.blocks[index]
+
+    def _block_of(self, name: str) -> str:
+        """The number of the block that a tensor is in; empty for one outside the blocks."""
+        return name.removeprefix(f"{self.prefix}.").partition(".")[0] if name.startswith(f"{self.prefix}.") else ""
 
     @property
     def _reads_ahead(self) -> bool:

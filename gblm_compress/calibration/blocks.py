@@ -20,6 +20,7 @@ from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.zeros import check_finite
+from gblm_compress.models.architecture import weight_matrix
 
 
 class BlockReplay:
@@ -93,27 +94,35 @@ class Block:
         return self.ranks.total(counted_tokens(self.counted, self.inputs[0]), self.inputs[0].device) / self.samples
 
 
-def activation_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+def activation_norms(
+    block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
+) -> dict[str, Tensor]:
     """A_j = sqrt(mean over samples of the sum over counted tokens of x_j²) of the linear layers in a block.
+
+    Args:
+        tokens: as for `sum_over_inputs`.
 
     Returns:
         {name: A [in_features], float32}.
 
     Raises:
-        ModelError: an activation is NaN or infinite, or a layer never ran; the message names the layer.
+        ModelError: an activation is NaN or infinite; the message names the layer.
     """
 
     def add(total: Tensor | None, x: Tensor) -> Tensor:
         squares = x.square().sum(0)
         return squares if total is None else total + squares
 
-    sums = sum_over_inputs(block, layers, add)
+    sums = sum_over_inputs(block, layers, add, tokens)
     return {name: (total / block.samples).sqrt_() for name, total in sums.items()}
 
 
 @torch.no_grad()
 def sum_over_inputs(
-    block: Block, layers: dict[str, nn.Module], add: Callable[[Tensor | None, Tensor], Tensor]
+    block: Block,
+    layers: dict[str, nn.Module],
+    add: Callable[[Tensor | None, Tensor], Tensor],
+    tokens: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """A sum over all samples of something that is measured on the input of every layer.
 
@@ -123,15 +132,17 @@ def sum_over_inputs(
     Args:
         add: takes the sum so far (None at first; it may be changed) and a layer's input [tokens, in_features] in
             float32, without padding; gives the new sum.
+        tokens: takes {name: how many tokens the layer got, over all processes}; 0 for one that never ran.
 
     Returns:
         {name: sum over the samples of all processes}.
 
     Raises:
-        ModelError: a sum is NaN or infinite, a layer never ran, or there is padding and a layer does not read all
-            tokens of a sample; the message names the layer.
+        ModelError: a sum is NaN or infinite, or there is padding and a layer does not read all tokens of a sample; the
+            message names the layer.
     """
     sums: dict[str, Tensor] = {}
+    got: Counter[str] = Counter()  # tokens
     ran: Counter[str] = Counter()  # in the sample at work
     latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = None  # an input, a sum before and after it, whose
     counted: Tensor | None = None  # of the sample at work
@@ -140,6 +151,7 @@ def sum_over_inputs(
     def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal latest
         ran[name] += 1
+        got[name] += args[0].numel() // args[0].shape[-1] if counted is None else int(counted.sum())
         before = sums.get(name)
         if latest and args[0] is latest[0] and before is latest[1] and name not in latest[3]:
             sums[name] = latest[2]
@@ -158,9 +170,16 @@ def sum_over_inputs(
             with suppress(_AllLayersReached):
                 block.run(sample)
             whole = whole and (len(ran) < len(layers) or ran.total() > len(layers))
-    if missing := sorted(set(layers) - set(sums)):
-        raise ModelError(f"{missing[0]}: the layer never ran on the calibration text; add it to 'ignore'")
+    device = block.inputs[0].device
+    missing = [name for name in layers if name not in sums]
+    if block.ranks.total(len(missing), device):  # then processes may differ in which layers share a sum
+        nothing = {name: torch.zeros(0, weight_matrix(layers[name]).shape[1], device=device) for name in missing}
+        sums = {name: sums[name].clone() if name in sums else add(None, nothing[name]) for name in layers}
     block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())
+    if tokens is not None:
+        counts = torch.tensor([got[name] for name in layers], device=device)
+        block.ranks.sum_([counts])
+        tokens.update(zip(layers, counts.tolist(), strict=True))
     for name, total in sums.items():
         check_finite(name, "activations", total)
     return sums

@@ -71,12 +71,15 @@ class Statistics:
         regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
             ‖block(X_n)‖₂, the norm of the dense block's whole output.
         gram: H [in_features, in_features], XᵀX over all tokens of all samples.
+        tokens: how many tokens the layer got, where its inputs were measured: all of them, or those that are routed to
+            its expert; 0 if it never ran.
     """
 
     activation_norm: Tensor | None = None
     gradient_norm: Tensor | None = None
     regional_norm: Tensor | None = None
     gram: Tensor | None = None
+    tokens: int | None = None
 
     def activations(self) -> Tensor:
         """A, for a choice that declares `Need.ACTIVATIONS` or `Need.GRAM`."""

@@ -1,12 +1,13 @@
 """A model's weights as they lie on disk: safetensors files, read one tensor at a time and rewritten in one stream.
 
-Nothing here holds more than one tensor. Files are mapped only while a tensor is read, so that the pages of a large
-checkpoint do not pile up in the resident memory of the process.
+Nothing here holds more than one tensor, or the experts of one block. Files are mapped only while a tensor is read, so
+that the pages of a large checkpoint do not pile up in the resident memory of the process.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gblm_compress.errors import ModelError
 from gblm_compress.models import files
+from gblm_compress.models.conversion import Group, TensorNames
 from gblm_compress.storage import records
 
 DIGEST = "sha256"
@@ -28,28 +30,30 @@ _CHUNK = 16 << 20
 class Checkpoint:
     """The safetensors of a Hugging Face folder, addressed by the names that the model gives its tensors.
 
-    Checkpoints of a bare backbone (GPT-2's, say) lack the prefix of the whole model; it is added.
+    What transformers converts while loading is converted here too, both ways. The tensors of experts are those of the
+    fused ones, or of the files of each, as `experts` names them.
 
     Args:
         folder: the Hugging Face folder.
-        names: of the model's parameters and buffers.
-        prefix: the model's `base_model_prefix`.
+        names: of the model's tensors.
 
     Raises:
         ModelError: a file is damaged or missing.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], prefix: str) -> None:
-        self.files = files.weight_files(folder)
+    def __init__(self, folder: Path, names: TensorNames) -> None:
+        self.files, self.names = files.weight_files(folder), names
         self._index = files.index_file(folder)
-        self._known, self._prefix = set(names), prefix
-        self._where: dict[str, tuple[Path, str]] = {}
-        for path in self.files:
-            for key in keys(path):
-                self._where[self._model_name(key)] = (path, key)
+        self._where = {key: path for path in self.files for key in keys(path)}
+        self._groups = names.groups(self._where)
+        self._group_of = {name: group for group in self._groups.values() for name in names.targets(group)}
+        self._parts: dict[str, list[str]] = {}
+        for part, (fused, _) in names.views.items():
+            self._parts.setdefault(fused, []).append(part)
+        self._made = _Latest()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return self.names.views.get(name, (name,))[0] in self._group_of
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name in the checkpoint's dtype, mapped to its file where possible.
@@ -57,12 +61,17 @@ class Checkpoint:
         Raises:
             ModelError: there is none, or its file is damaged.
         """
-        if name not in self._where:
+        whole, view = self.names.views.get(name, (name, None))
+        if whole not in self._group_of:
             raise ModelError(
-                f"{name}: no such tensor in {self.files[0].parent}; the checkpoint is incomplete, or transformers "
-                "converts it while loading, which block by block is not supported"
+                f"{name}: no such tensor in {self.files[0].parent}; the checkpoint is incomplete, or of another "
+                "architecture than config.json says"
             )
-        return read_tensor(*self._where[name])
+        group = self._group_of[whole]
+        if view is None and group.converter is None:
+            return next(self._read(key) for key in group.sources)
+        made = self._made.of(group.target, lambda: self.names.made(group, self._read))
+        return made[whole] if view is None else view(made[whole]).clone()
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
         """Write the checkpoint to `folder`, file by file under the same names, with some tensors changed.
@@ -71,33 +80,68 @@ class Checkpoint:
             changed: gives the new tensor of a name, of the same shape and dtype, or None where it stays.
         """
         weight_map = {}
+        written = _Latest()
         for path in self.files:
             header, metadata, data = files.read_header(path)
             with path.open("rb") as source, (folder / path.name).open("wb") as target:
-                entries = {self._model_name(key): entry for key, entry in header.items()}
+                entries = {self._written_name(key): entry for key, entry in header.items()}
                 text = json.dumps(
                     {"__metadata__": metadata | {"format": "pt"}, **entries}, separators=(",", ":")
                 ).encode()
                 text += b" " * (-len(text) % 8)
                 target.write(len(text).to_bytes(8, "little") + text)
-                for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                     begin, end = entry["data_offsets"]
-                    weight_map[name] = path.name
-                    tensor = changed(name)
+                    weight_map[self._written_name(key)] = path.name
+                    group = self._groups[key]
+                    tensor = written.of(group.target, partial(self._changed, group, changed)).get(key)
                     if tensor is None:
                         source.seek(data + begin)
                         _copy(source, target, end - begin)
                     else:
-                        assert tensor.nbytes == end - begin, "a changed tensor keeps its shape and dtype"
+                        assert list(tensor.shape) == entry["shape"], "a changed tensor keeps its shape"
+                        assert tensor.nbytes == end - begin, "a changed tensor keeps its dtype"
                         target.write(_bytes(tensor))
                 records.to_disk(target)
         if self._index is not None:
             content = records.read_json(self._index) | {"weight_map": weight_map}
             (folder / self._index.name).write_text(json.dumps(content, indent=2, sort_keys=True))
 
-    def _model_name(self, key: str) -> str:
-        with_prefix, without = f"{self._prefix}.{key}", key.removeprefix(f"{self._prefix}.")
-        return next((name for name in (key, with_prefix, without) if name in self._known), key)
+    def _read(self, key: str) -> Tensor:
+        return read_tensor(self._where[key], key)
+
+    def _changed(self, group: Group, changed: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """{name in the files: new tensor} of a group; empty where it stays as it is."""
+        names = [part for name in self.names.targets(group) for part in self._parts.get(name, [name])]
+        new = {name: tensor for name in names if (tensor := changed(name)) is not None}
+        if not new or (group.converter is None and len(names) == 1):
+            return {key: tensor for key in group.sources for tensor in new.values()}
+        made = {name: tensor.clone() for name, tensor in self.names.made(group, self._read).items()}
+        for name, tensor in new.items():
+            whole, view = self.names.views.get(name, (name, None))
+            (made[whole] if view is None else view(made[whole])).copy_(tensor)
+        return self.names.unmade(group, made)
+
+    def _written_name(self, key: str) -> str:
+        """The name of a tensor in a rewritten file: its own, with the prefix that a bare backbone lacks."""
+        group = self._groups[key]
+        return self.names.whole(key) if group.converter is None and group.target == key else key
+
+
+class _Latest:
+    """Tensors of the groups that were asked for last: files have the tensors of a block's experts in turns."""
+
+    KEPT = 3
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, group: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if group not in self._tensors:
+            while len(self._tensors) >= self.KEPT:
+                del self._tensors[next(iter(self._tensors))]
+            self._tensors[group] = make()
+        return self._tensors[group]
 
 
 def read_tensor(path: Path, key: str) -> Tensor:

@@ -5,6 +5,9 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _Number = Annotated[int, Field(ge=1, le=2**31)]

@@ -115,17 +115,14 @@ def verify(source: ModelSource) -> None:
         ModelError: as `read_grids`.
     """
     grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
-    for name, tensor in manifest.tensors(source.folder) if grids else ():
-        layer = name.removesuffix(".weight")
-        if layer not in grids or layer == name:
-            continue
+    for layer, tensor in manifest.pruned_tensors(source) if grids else ():
         weight = tensor.T if layers[layer]["transposed"] else tensor
         points = rounded(weight.float(), weight != 0, grids[layer]).to(weight.dtype)
         if (off := weight != points).any():
             row, column = off.nonzero()[0].tolist()
             raise VerificationError(
-                f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; the "
-                f"nearest is {float(points[row, column]):g}"
+                f"{layer}.weight: {float(weight[row, column]):g} in row {row}, column {column} is no point of its "
+                f"grid; the nearest is {float(points[row, column]):g}"
             )
 
 

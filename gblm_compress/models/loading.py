@@ -17,7 +17,7 @@ from gblm_compress.tasks.task import Task
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model in eval mode on `device`, of the class that its task says.
+    """The model in eval mode on `device`, of the class that its task says; its experts are not fused, see `experts`.
 
     Args:
         dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a packed folder's.
@@ -26,6 +26,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
     Raises:
         ModelError: the folder is for no task that is known, or its weights do not load completely.
     """
+    from gblm_compress.models.experts import unfuse_
+
     auto_class = _auto_class(source)
     if source.is_packed:
         dtype = "auto"
@@ -47,11 +49,13 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
             f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
             f"first {missing[0]!r}; it is incomplete or of another architecture than config.json says"
         )
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    unfuse_(model)
+    return model
 
 
 def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
-    """The model in eval mode with its parameters on the meta device; its buffers are real.
+    """As `load_model`, with its parameters on the meta device; its buffers are real.
 
     Args:
         dtype: as for `load_model`.
@@ -63,6 +67,8 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
+    from gblm_compress.models.experts import unfuse_
+
     auto_class = _auto_class(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
     try:
@@ -72,6 +78,7 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
         model.tie_weights()  # making it empty has untied it
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
+    unfuse_(model)
     return model.eval().requires_grad_(False)
 
 

@@ -19,9 +19,10 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import card
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
-from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.files import weight_files
-from gblm_compress.models.loading import stored_dtype, task_of
+from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.storage.folders import MANIFEST
@@ -40,6 +41,7 @@ class _Layer(BaseModel):
     shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
     nonzeros: _Count
     transposed: bool
+    by_magnitude: bool = False
 
 
 class _LeftDense(BaseModel):
@@ -102,7 +104,7 @@ def write(
     """Write the manifest and the model card of a pruned folder.
 
     Args:
-        layers: {name: {"pattern", "shape", "nonzeros", "transposed"}} of the pruned layers.
+        layers: {name: {"pattern", "shape", "nonzeros", "transposed", "by_magnitude"}} of the pruned layers.
         left_dense: {name: {"weights", "reason"}} of all other linear weights.
         grids_sha256: hash of the file of grids; None where there is none.
     """
@@ -264,15 +266,22 @@ def verify(folder: Path) -> None:
             -0.0, NaN or infinity; the message names it.
     """
     layers = read(folder)["layers"]
-    seen = set()
-    for name, tensor in tensors(folder):
-        layer = name.removesuffix(".weight")
-        if layer not in layers or layer == name:
-            continue
-        seen.add(layer)
-        _verify_tensor(name, tensor, layers[layer])
-    if missing := sorted(set(layers) - seen):
-        raise VerificationError(f"{missing[0]}.weight: the manifest lists it, but no tensor of that name was saved")
+    for layer, tensor in pruned_tensors(ModelSource(str(folder), folder)):
+        _verify_tensor(f"{layer}.weight", tensor, layers[layer])
+
+
+def pruned_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """(layer, its weight as the model stores it) of all layers that the manifest of a pruned folder lists.
+
+    Raises:
+        VerificationError: there is no such tensor.
+        ModelError: a file is damaged.
+    """
+    checkpoint = Checkpoint(source.folder, TensorNames(load_skeleton(source)))
+    for layer in read(source.folder)["layers"]:
+        if f"{layer}.weight" not in checkpoint:
+            raise VerificationError(f"{layer}.weight: the manifest lists it, but no tensor of that name was saved")
+        yield layer, checkpoint.read(f"{layer}.weight")
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

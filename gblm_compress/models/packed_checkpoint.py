@@ -25,6 +25,7 @@ from gblm_compress.layouts.packed_embedding import PackedEmbedding
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
+from gblm_compress.models.experts import experts_of, unfuse_
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
 from gblm_compress.models.packed_tables import check_embeddings, dense_embedding, look_up_, own_layer, pack_tables_
 from gblm_compress.storage.records import read_json
@@ -38,6 +39,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layout: one of `LAYOUTS`.
         layers: {layer: `PackedLinear.description()`, and "layout" where it has another}.
         embeddings: {embedding: the layer whose rows it looks up}.
+        experts: paths of the mixtures whose experts are layers; the folder names its tensors as the model does.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: dict[str, dict[str, Any]] | None = None,
         layout: str = "",
         embeddings: dict[str, str] | None = None,
+        experts: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = SPARSE_METHOD
         self.layout = layout
         self.layers = {} if layers is None else layers
         self.embeddings = {} if embeddings is None else embeddings
+        self.experts = [] if experts is None else experts
 
 
 @register_quantizer(SPARSE_METHOD)
@@ -66,6 +70,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         with self._named_errors(model, ""):
             check_described(layout, layers)
             check_embeddings(embeddings, layers)
+        unfuse_(model, self.quantization_config.experts)
         own = {own_layer(name): name for name, layer in embeddings.items() if layer == own_layer(name)}
         for name, description in layers.items():
             with self._named_errors(model, f"quantization_config, layer {name!r}: "):
@@ -84,6 +89,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_tp_plan(self, config: Any) -> Any:
         return _with_weights_named(config)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        return [] if self.quantization_config.experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # transformers marks what it has loaded, and fills all else as if it were to be trained
@@ -137,7 +145,7 @@ def save_packed(model: Any, folder: Path) -> None:
 
     It would ignore the packed tensors otherwise, and fill the layers with random numbers.
     """
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=not model.config.quantization_config.experts)
     for path in sorted(folder.glob("model*.safetensors")):
         path.rename(folder / _packed_name(path.name))
     index = folder / INDEX
@@ -195,7 +203,7 @@ def pack_(
         layers[name] = _described(packed, layout)
     dense_tables, embeddings = pack_tables_(model, tables) if tables else ({}, {})
     layers |= {name: _described(model.get_submodule(name), layout) for name in dense_tables}
-    config = PackedConfig(layers, layout, embeddings)
+    config = PackedConfig(layers, layout, embeddings, list(experts_of(model)))
     model.config.quantization_config = config
     model.hf_quantizer = PackedQuantizer(config, pre_quantized=True)
     model.is_quantized = True
@@ -205,6 +213,12 @@ def pack_(
 
 def _described(packed: PackedLinear, layout: str) -> dict[str, Any]:
     return packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
+
+
+def is_tied(model: nn.Module, name: str) -> bool:
+    """Whether the layer of that name shares its weight with another one."""
+    pairs = getattr(model, "all_tied_weights_keys", {}).items()
+    return any(f"{name}.weight" in pair for pair in pairs)
 
 
 def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
@@ -220,8 +234,7 @@ def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"{type(model).__name__} has no layer {name!r}") from error
-    pairs = getattr(model, "all_tied_weights_keys", {}).items()
-    if not is_linear(module) or (not tied and any(f"{name}.weight" in pair for pair in pairs)):
+    if not is_linear(module) or (not tied and is_tied(model, name)):
         kind = type(module).__name__
         raise ModelError(f"{name!r} is a {kind}; only Linear and Conv1D layers with weights of their own can be packed")
     return module

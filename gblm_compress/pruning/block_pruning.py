@@ -19,9 +19,15 @@ from gblm_compress.methods.saliency import METHODS, Rule, Selection
 from gblm_compress.methods.updates import UPDATES
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
+from gblm_compress.models.experts import experts_of
 from gblm_compress.pruning.masters import write_
 from gblm_compress.pruning.reconstruction import reconstruct_
 from gblm_compress.settings import PruneSettings
+
+FEW_TOKENS = 32
+"""An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""
+
+_BY_MAGNITUDE = {"method": "magnitude", "update": "none", "refine": "none"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,14 @@ class LayerResult:
         shape: (out_features, in_features).
         nonzeros: how many weights are left.
         transposed: whether the folder stores it as (in_features, out_features).
+        by_magnitude: whether it was pruned by magnitude, because its expert got too few tokens.
     """
 
     pattern: str
     shape: tuple[int, int]
     nonzeros: int
     transposed: bool
+    by_magnitude: bool = False
 
 
 @torch.no_grad()
@@ -60,23 +68,27 @@ def prune_block_(
         targets: the block's outputs in the dense model for every sample; needed to reconstruct it, else unused.
 
     Returns:
-        {name: what became of it}, and {name: grid} of the layers whose survivors lie on one.
+        {name: what became of it}, and {name: grid} of the layers whose survivors lie on one. A layer that never ran on
+        the text is not among them and stays as it is; an expert with too few tokens is pruned by magnitude.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
+    few = _with_few_tokens(block, layers, statistics)
+    layers = {name: layer for name, layer in layers.items() if name in few or statistics[name].tokens != 0}
     alpha = settings.effective_alpha(block.samples, block.tokens) if block else settings.alpha
     rules = {
         name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha, settings.damping) for name in layers
     }
+    own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
     grids: dict[str, Grid] = {}
     for name, layer in layers.items():
-        values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], settings)
+        values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
         write_(layer, values, None if settings.fits_blocks else grid)  # a fit of the block rounds what it leaves
         if grid is not None:
             grids[name] = grid
 
     def choose(name: str, stored: Tensor) -> Tensor:
         values = as_matrix(layers[name], stored)
-        selection = _select(values, statistics[name], rules[name], settings)
+        selection = _select(values, statistics[name], rules[name], own[name])
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
     if settings.fits_blocks and layers:
@@ -92,7 +104,20 @@ def prune_block_(
             choose=choose,
             grids=grids,
         )
-    return {name: layer_result(layer, budgets[name]) for name, layer in layers.items()}, grids
+    return {name: layer_result(layer, budgets[name], name in few) for name, layer in layers.items()}, grids
+
+
+def _with_few_tokens(
+    block: Block | None, layers: dict[str, nn.Module], statistics: dict[str, Statistics]
+) -> frozenset[str]:
+    """The layers of experts that too few tokens were routed to; where gradients alone are measured, those without."""
+    if block is None:
+        measured = {name: one.gradient_norm for name, one in statistics.items()}
+        return frozenset(name for name, norm in measured.items() if norm is not None and not norm.any())
+    experts = {id(layer) for mixture in experts_of(block.module).values() for layer in mixture.modules()}
+    least = min(FEW_TOKENS, block.samples * block.tokens)
+    routed = {name: statistics[name].tokens for name, layer in layers.items() if id(layer) in experts}
+    return frozenset(name for name, tokens in routed.items() if tokens is not None and tokens < least)
 
 
 def _prune_layer(
@@ -121,8 +146,8 @@ def _select(weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneS
     return selection if keep is selection.keep else Selection(keep)
 
 
-def layer_result(layer: nn.Module, budget: Budget) -> LayerResult:
+def layer_result(layer: nn.Module, budget: Budget, by_magnitude: bool) -> LayerResult:
     """What a pruned layer is like now."""
     weight = weight_matrix(layer).detach()
-    out_features, in_features = weight.shape
-    return LayerResult(budget.pattern.name, (out_features, in_features), count_nonzeros(weight), is_transposed(layer))
+    shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
+    return LayerResult(budget.pattern.name, shape, nonzeros, is_transposed(layer), by_magnitude)

@@ -14,11 +14,12 @@ from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.machine.memory import peak_memory
+from gblm_compress.models.experts import run_all_, unfused
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.placement import SHARE_OF_FREE_MEMORY
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.saving import left_dense_of
+from gblm_compress.pruning.saving import LeftDense, left_dense_of
 from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -47,12 +48,15 @@ def prune_in_place(
         size = calibration.samples, calibration.sequence_length, calibration.seed
         samples = task.calibration(processor, model.config, calibration.dataset, *size)
     model.eval()
-    with peak_memory(str(model.device)) as memory:
-        layers = prune_(model, [on_device(sample, model.device) for sample in samples], settings, progress)
+    samples = [on_device(sample, model.device) for sample in samples]
+    with peak_memory(str(model.device)) as memory, unfused(model):
+        if calibration.experts == "all":
+            run_all_(model)
+        layers, left_dense = _prune(model, samples, settings, progress)
     return PruneResult(
         folder=None,
         layers=layers,
-        left_dense=left_dense_of(model, settings, layers),
+        left_dense=left_dense,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=memory.peak_bytes,
         calibration_fingerprint=fingerprint(samples) if samples else None,
@@ -77,11 +81,18 @@ def prune_(
         ModelError: a value is NaN or infinite, or architecture or task is not supported.
         UsageError: a width does not divide by M, or a name pattern matches nothing.
     """
+    with unfused(model):
+        return _prune(model, samples, settings, progress)[0]
+
+
+def _prune(
+    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
+) -> tuple[dict[str, LayerResult], dict[str, LeftDense]]:
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
         run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
         budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
         device = next(model.parameters()).device
         pool = StatePool(run.states, budget, device)
-        return Walk(
-            ResidentWeights(model), task_of(type(model)), samples, settings, run, pool, progress, Ranks()
-        ).prune_()
+        walk = Walk(ResidentWeights(model), task_of(type(model)), samples, settings, run, pool, progress, Ranks())
+        layers = walk.prune_()
+        return layers, left_dense_of(model, settings, layers, run.budgets or {})

@@ -7,7 +7,7 @@ from gblm_compress.methods.fits import FITS
 from gblm_compress.models import manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import costs
-from gblm_compress.pruning.block_pruning import LayerResult
+from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
 from gblm_compress.pruning.placement import Placement
 from gblm_compress.pruning.saving import Walked
 from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings
@@ -43,6 +43,17 @@ def closing_notes(
             f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
             f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
             "(--alpha-scale normalised keeps its meaning)"
+        )
+    if walked.whole:
+        notes.append(
+            "the blocks of this architecture pass more on than hidden states, so that all layers were measured in the "
+            "dense model at once"
+        )
+    if few := [name for name, layer in layers.items() if layer.by_magnitude]:
+        notes.append(
+            f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
+            f"magnitude, first {few[0]} (more --samples reach more experts, --experts all sends every "
+            "token to all of them)"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense

@@ -1,7 +1,7 @@
 """The folder of a run that is under way: what is finished lies here, durable, until the output is whole.
 
 .OUTPUT.pruning/
-    run.json                 what the run is: settings, text, model; and the budgets once they are known
+    run.json                 what the run is: settings, text, model; the budgets once they are known; exceptions
     gradients-7.safetensors  gradient norms of block 7, until it is pruned
     block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and the grids they lie on
     distilled-7.safetensors  those after the distillation
@@ -40,6 +40,7 @@ class _Record(BaseModel):
 
     identity: dict[str, Any]
     budgets: dict[str, Annotated[tuple[str, float], Strict(False)]] | None = None  # a list in JSON
+    by_magnitude: list[str] = []
     distilled: bool = False
 
 
@@ -121,6 +122,11 @@ class RunFolder:
         self._write()
 
     @property
+    def by_magnitude(self) -> list[str]:
+        """The layers of finished blocks that were pruned by magnitude, because their experts got too few tokens."""
+        return self._record.by_magnitude
+
+    @property
     def distilled(self) -> bool:
         """Whether the finished blocks hold the weights of the distillation already."""
         return self._record.distilled
@@ -128,6 +134,11 @@ class RunFolder:
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         """Keep the gradient norms {layer name: G} of a block."""
         self._save(f"gradients-{block}", norms)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the finished work is of."""
+        return sum(name.startswith("block-") for name in self._files)
 
     def gradients(self, block: int) -> dict[str, Tensor]:
         """The gradient norms of a block that `has_gradients`, else none."""
@@ -137,8 +148,19 @@ class RunFolder:
         """Whether the block's gradients were measured, or are not needed any more."""
         return f"gradients-{block}" in self._files or self.has_finished(block)
 
-    def finish(self, block: int, weights: dict[str, Tensor], on: Mapping[str, Grid] | None = None) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block, and the grids they lie on."""
+    def finish(
+        self,
+        block: int,
+        weights: dict[str, Tensor],
+        on: Mapping[str, Grid] | None = None,
+        by_magnitude: Collection[str] = (),
+    ) -> None:
+        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, and which
+        of them were pruned by magnitude.
+        """
+        if by_magnitude:
+            self._record.by_magnitude = sorted({*self._record.by_magnitude, *by_magnitude})
+            self._write()
         self._save(f"block-{block}", weights | grids.as_tensors(on or {}))
         self._files.discard(f"gradients-{block}")
         if self._ranks.is_first:

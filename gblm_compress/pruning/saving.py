@@ -1,7 +1,7 @@
 """Put the output together from the source and the finished blocks, and verify it."""
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import linear_weights, prunable_layers
 from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
@@ -40,20 +43,34 @@ class Walked:
     Attributes:
         left_dense: see `PruneResult`.
         exceptions: the layers among them that an exception or the allocation decided about.
-        blocks: how many the model has.
+        blocks: how many were pruned one after the other.
+        whole: whether all blocks of the model were pruned as one.
     """
 
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]
     exceptions: frozenset[str]
     blocks: int
+    whole: bool
     checkpoint: Checkpoint
 
 
-def left_dense_of(model: nn.Module, settings: PruneSettings, layers: Collection[str]) -> dict[str, LeftDense]:
-    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned."""
+UNSEEN = "never ran on the calibration text"
+
+
+def left_dense_of(
+    model: nn.Module, settings: PruneSettings, layers: Collection[str], budgets: Mapping[str, Budget]
+) -> dict[str, LeftDense]:
+    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned.
+
+    Args:
+        budgets: what was to become of the layers.
+    """
+    unseen = {name for name, budget in budgets.items() if budget.pattern.name != DENSE and name not in layers}
     return {
-        name: LeftDense(weights, reason or "left dense by an exception or the allocation")
+        name: LeftDense(
+            weights, reason or (UNSEEN if name in unseen else "left dense by an exception or the allocation")
+        )
         for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
         if name not in layers
     }
@@ -71,8 +88,8 @@ def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings)
         for name in block:
             if f"{name}.weight" not in checkpoint:
                 raise ModelError(
-                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}, transformers converts "
-                    "it while loading; save the model with save_pretrained first, or add the layer to --ignore"
+                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}; save the model with "
+                    "save_pretrained first, or add the layer to --ignore"
                 )
             if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
                 raise ModelError(
@@ -82,7 +99,7 @@ def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings)
 
 
 def checkpoint_of(source: ModelSource, model: Any) -> Checkpoint:
-    return Checkpoint(source.folder, model.state_dict(), model.base_model_prefix)
+    return Checkpoint(source.folder, TensorNames(model))
 
 
 def save(

@@ -25,7 +25,9 @@ from gblm_compress.errors import DataError, GblmError, OutputError, RankError, U
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
+from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
+from gblm_compress.models.experts import run_all_
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import run_folder, saving
@@ -148,6 +150,8 @@ def _prune(
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
+        if calibration.experts == "all":
+            looks.append(lambda: run_all_(loading.load_skeleton(source)))
     faults.raise_all(faults.collect(looks))
     device = ranks.device_of_rank(loading.choose_device(device))
     processor = loading.load_processor(source)
@@ -177,7 +181,7 @@ def _prune(
             check_disk(run, size, settings, placement)
             place = "on disk, a block at a time in memory" if placement.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
-            walked = _walk(source, settings, samples, run, placement, dtype, device, group, progress)
+            walked = _walk(source, settings, calibration, samples, run, placement, dtype, device, group, progress)
             layers = walked.layers
             # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
@@ -202,6 +206,7 @@ def _prune(
 def _walk(
     source: ModelSource,
     settings: PruneSettings,
+    calibration: CalibrationSettings,
     samples: list[Sample],
     run: RunFolder,
     placement: Placement,
@@ -216,6 +221,8 @@ def _walk(
         weights = StreamedWeights(source, loading.load_skeleton(source, dtype), device)
     else:
         weights = ResidentWeights(loading.load_model(source, dtype, device))
+    if samples and calibration.experts == "all":
+        run_all_(weights.model)
     check_stored(source, weights.model, settings)
     walk = Walk(
         weights=weights,
@@ -229,9 +236,11 @@ def _walk(
         by_sample=placement.by_sample,
     )
     layers = walk.prune_()
-    exceptions = frozenset(name for name in run.budgets or {} if name not in layers)
-    left_dense = left_dense_of(walk.weights.model, settings, layers)
-    return Walked(layers, left_dense, exceptions, len(walk.weights.blocks), checkpoint_of(source, walk.weights.model))
+    budgets = run.budgets or {}
+    exceptions = frozenset(name for name, budget in budgets.items() if budget.pattern.name == DENSE)
+    left_dense = left_dense_of(walk.weights.model, settings, layers, budgets)
+    whole = run.blocks < len(weights.blocks)
+    return Walked(layers, left_dense, exceptions, run.blocks, whole, checkpoint_of(source, weights.model))
 
 
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:

@@ -10,7 +10,7 @@ the start or from where an interrupted run ended (`run_folder`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gblm_compress.calibration.blocks import Block, BlockReplay
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.whole_calls import calls_of
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
@@ -81,7 +82,13 @@ class Walk:
         settings = self.settings
         layers = prunable_layers(self.weights.model, settings.targets, settings.ignore)
         self._check(layers)
-        calls = BlockCalls(self.weights, self.task, self.samples) if settings.needs_text else None
+        if not settings.needs_text:
+            return self._with(None, layers)
+        weights, calls = calls_of(self.weights, self.task, self.samples)
+        return replace(self, weights=weights)._with(calls, weights.per_block(layers))
+
+    def _with(self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]]) -> dict[str, LayerResult]:
+        settings = self.settings
         if settings.needs_gradients:
             assert calls is not None
             self._measure_gradients(calls, layers)
@@ -96,7 +103,8 @@ class Walk:
             predictions = dense_predictions(self.weights.model, self.task, self.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
-            results = self._distil_(layers, budgets, predictions)
+            pruned = [{name: layer for name, layer in block.items() if name in results} for block in layers]
+            results = self._distil_(pruned, budgets, predictions)
         return results
 
     def _check(self, layers: list[dict[str, nn.Module]]) -> None:
@@ -161,7 +169,7 @@ class Walk:
                     dense.advance(index)
                 if run.has_finished(index):
                     _overlay_(layers[index], run.finished(index))
-                    results |= {name: layer_result(layer, budgets[name]) for name, layer in layers[index].items()}
+                    results |= self._results({name: layers[index][name] for name in run.layers(index)}, budgets)
                 else:
                     pruned, grids = prune_block_(
                         replay.block(index) if replay else None,
@@ -172,7 +180,8 @@ class Walk:
                         dense.hidden if dense else (),
                     )
                     results |= pruned
-                    run.finish(index, _weights(layers[index]), grids)
+                    by_magnitude = [name for name, result in pruned.items() if result.by_magnitude]
+                    run.finish(index, _weights({name: layers[index][name] for name in pruned}), grids, by_magnitude)
                 if replay and index < last:
                     replay.advance(index)
         return results
@@ -197,7 +206,11 @@ class Walk:
             grids=on,
         )
         self.run.finish_distilled([_weights(block) for block in layers], grids)
-        return {name: layer_result(layer, budgets[name]) for name, layer in pruned.items()}
+        return self._results(pruned, budgets)
+
+    def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:
+        by_magnitude = self.run.by_magnitude
+        return {name: layer_result(layer, budgets[name], name in by_magnitude) for name, layer in layers.items()}
 
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -206,5 +219,5 @@ def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _overlay_(layers: dict[str, nn.Module], finished: dict[str, Tensor]) -> None:
-    for name, layer in layers.items():
-        layer.get_parameter("weight").copy_(finished[name])
+    for name, weight in finished.items():
+        layers[name].get_parameter("weight").copy_(weight)

@@ -49,7 +49,8 @@ def is_here(dataset: str) -> bool:
 def task_of(model_class: type) -> Task:
     """The task that a class of models is for, as optimum's TasksManager knows it of the class or one above it.
 
-    A class from outside transformers that it does not know is for `DEFAULT`.
+    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or
+    sound too is a language model: its other parts stay as they are.
 
     Raises:
         ModelError: it is for a task that is not in `TASKS`, or a class of transformers for none.
@@ -67,7 +68,16 @@ def task_of(model_class: type) -> Task:
         if not model_class.__module__.startswith("transformers."):
             return TASKS[DEFAULT]
     found = next((task for task in TASKS.values() if task.optimum == name), None)
+    if found is None and name.endswith("to-text") and model_class.__name__ in _causal_lms():
+        found = TASKS["causal-lm"]
     if found is None:
         needed = " or ".join(task.help for task in TASKS.values())
         raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
     return found
+
+
+def _causal_lms() -> set[str]:
+    """The classes that transformers loads as causal language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -47,7 +47,7 @@ class CausalLM(Task):
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
         import torch
 
-        ids = torch.arange(12).reshape(2, 6) % config.vocab_size
+        ids = torch.arange(12).reshape(2, 6) % windows.vocabulary_of(config)
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         return {"input_ids": ids, "attention_mask": mask}

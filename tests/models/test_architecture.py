@@ -134,14 +134,21 @@ def test_every_linear_weight_is_listed_with_why_it_is_not_pruned() -> None:
 
 def test_linear_weights_outside_the_blocks_and_of_other_classes_are_listed() -> None:
     class Scaled(nn.Linear):
-        pass
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    class Renamed(nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.T if self.bias is None else hidden @ self.weight.T + self.bias
 
     model = tiny_model("llama")
     model.project = nn.Linear(3, 5)
     model.model.layers[0].mlp.scaled = Scaled(3, 7)
+    model.model.layers[0].mlp.renamed = Renamed(3, 7)
     found = _reasons(model)
     assert found["project"] == (15, "outside the blocks")
     assert found["model.layers.0.mlp.scaled"] == (21, "layer of type Scaled")
+    assert found["model.layers.0.mlp.renamed"] == (21, None)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError
 from gblm_compress.models import checkpoint as checkpoint_module
 from gblm_compress.models.checkpoint import Checkpoint, save_durably
+from gblm_compress.models.conversion import TensorNames
 from tests.conftest import ARCHITECTURES
 
 
 def checkpoint_of(folder: Path, model) -> Checkpoint:
-    return Checkpoint(folder, model.state_dict(), model.base_model_prefix)
+    return Checkpoint(folder, TensorNames(model))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -1,0 +1,274 @@
+"""Mixtures of experts: fused experts as linear layers of each expert, which share their memory.
+
+transformers keeps all experts of a mixture in parameters [experts, …], which no hook sees and no name tells apart. Here
+such a module is replaced by one that computes the same and holds every expert under its number, with ordinary `Linear`
+layers: `experts.3.down_proj`. Their weights are views of the parameters. So statistics, gradients, masks, packing and
+manifests go by layers, as elsewhere, and each layer sees the tokens that are routed to its expert.
+
+A module of fused experts is known by what transformers' `use_experts_implementation` says of it, or by its class in
+`FORMS`.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer that every expert has.
+
+    Attributes:
+        layer: its name within the expert.
+        weight: the parameter that holds its weights, [experts, …] or [experts · …, …].
+        transposed: whether that is [in_features, out_features] for each expert.
+        bias: the parameter that holds its biases [experts, out_features], if any.
+    """
+
+    layer: str
+    weight: str
+    transposed: bool = False
+    bias: str | None = None
+
+    def view(self, fused: Tensor, expert: int, experts: int) -> Tensor:
+        """The weight of one expert [out_features, in_features], in the memory of the fused one."""
+        own = fused[expert] if fused.dim() == 3 else fused.view(experts, -1, fused.shape[-1])[expert]
+        return own.T if self.transposed else own
+
+
+class Experts(nn.Module):
+    """The experts of a mixture, each under its number, in place of the module that had them fused.
+
+    Attributes:
+        parts: the layers of every expert.
+        count: how many experts have layers.
+        every_token: run every expert on every token; what is not routed to it counts nothing in the output. A graph is
+            always traced so, because what runs in it cannot depend on where a token is routed.
+    """
+
+    def __init__(self, fused: nn.Module, parts: tuple[Part, ...]) -> None:
+        super().__init__()
+        self.parts, self.every_token = parts, False
+        last = fused.get_parameter(parts[-1].weight)
+        self.count = len(last) if last.dim() == 3 else int(fused.num_experts)  # type: ignore[arg-type]
+        for expert in range(self.count):
+            layers = {part.layer: _linear(fused, part, expert, self.count) for part in parts}
+            self.add_module(str(expert), nn.ModuleDict(layers))
+        for name, module in fused.named_children():  # a norm behind the experts, say
+            if not any(part.weight.startswith(f"{name}.") for part in parts):
+                self.add_module(name, module)
+        rest = copy(fused)  # its functions and numbers, without the parameters
+        rest._parameters = {}
+        self._rest = (rest,)  # no module of this one
+
+    @property
+    def rest(self) -> Any:
+        """What the module has beside its parameters."""
+        return self._rest[0]
+
+    @property
+    def runs_all(self) -> bool:
+        """Whether every expert runs on every token now."""
+        return self.every_token or torch.compiler.is_compiling()
+
+    def layers(self, expert: int) -> list[nn.Module]:
+        """The layers of one expert, in the order of the parts."""
+        return list(getattr(self, str(expert)).values())
+
+    def run(self, expert: int, x: Tensor) -> Tensor:
+        """What an expert makes of tokens [tokens, width]."""
+        into, out = self.layers(expert)
+        output: Tensor = out(self.gated(into(x)))
+        return self.rest.post_expert_norm(output) if getattr(self.rest, "has_post_expert_norm", False) else output
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What stands between the two layers of an expert."""
+        if not getattr(self.rest, "has_gate", True):
+            return self.rest.act_fn(x)
+        if hasattr(self.rest, "_apply_gate"):
+            return self.rest._apply_gate(x)
+        gate, up = x.chunk(2, dim=-1)
+        return self.rest.act_fn(gate) * up
+
+
+class RoutedExperts(Experts):
+    """Every token goes to some experts, and their outputs are weighed; experts beyond `count` give their input."""
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden: [tokens, width], or with a batch in front.
+            index: the experts of each token [tokens, k].
+            weights: what they count [tokens, k].
+        """
+        x, index, weights = hidden.reshape(-1, hidden.shape[-1]), index.flatten(0, -2), weights.flatten(0, -2)
+        output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
+        if self.runs_all:
+            total = max(self.count, getattr(self.rest, "total_experts", 0))
+            chosen = index[:, :, None] == torch.arange(total, device=index.device)
+            shares = (weights[:, :, None] * chosen).sum(1)
+            for expert in range(self.count):
+                output = output + self.run(expert, x) * shares[:, expert, None]
+            if total > self.count:
+                output = output + x * shares[:, self.count :].sum(-1, keepdim=True)
+        else:
+            for expert in torch.unique(index).tolist():
+                token, choice = torch.where(index == expert)
+                own = self.run(expert, x[token]) if expert < self.count else x[token]
+                output.index_add_(0, token, (own * weights[token, choice, None]).to(output.dtype))
+        return output.to(hidden.dtype).view(hidden.shape)
+
+
+class TripleExperts(RoutedExperts):
+    """Experts of three layers: act(first) · second, then the third."""
+
+    def run(self, expert: int, x: Tensor) -> Tensor:
+        first, second, third = self.layers(expert)
+        return third(self.rest.mlp.activation_fn(first(x)) * second(x))
+
+
+class StackedExperts(Experts):
+    """Tokens come sorted by expert, as many for each; those that are not routed to it are zeros (Llama 4)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        outputs = []
+        for expert, x in enumerate(hidden.view(self.count, -1, hidden.shape[-1])):
+            if self.runs_all:
+                outputs.append(self.run(expert, x))
+            else:
+                routed = x.ne(0).any(-1)
+                own = self.run(expert, x[routed])
+                outputs.append(own.new_zeros(x.shape).index_put((routed,), own))
+        return torch.cat(outputs)
+
+
+class SortedExperts(Experts):
+    """One layer for each expert; tokens come sorted by expert, a number of them for each (JetMoe)."""
+
+    def forward(self, inputs: Tensor, sizes: list[int]) -> Tensor:
+        return torch.cat([self.layers(expert)[0](x) for expert, x in enumerate(torch.split(inputs, sizes))])
+
+
+class SharedExperts(Experts):
+    """All tokens go to all experts, weighed between their layers (Inkling)."""
+
+    def forward(self, hidden: Tensor, gammas: Tensor) -> Tensor:
+        x, weights = hidden.reshape(-1, hidden.shape[-1]), gammas.reshape(-1, self.count)
+        output = torch.zeros_like(x, dtype=torch.float32)
+        for expert in range(self.count):
+            gate, up, down = self.layers(expert)
+            output = output + down(self.rest.act_fn(gate(x)) * up(x) * weights[:, expert, None]).float()
+        return output.to(hidden.dtype).view(hidden.shape)
+
+
+Form = tuple[type[Experts], tuple[Part, ...]]
+
+_GATED = (Part("gate_up_proj", "gate_up_proj"), Part("down_proj", "down_proj"))
+FORMS: dict[str, Form] = {
+    "DbrxExperts": (TripleExperts, (Part("w1", "mlp.w1"), Part("v1", "mlp.v1"), Part("w2", "mlp.w2", transposed=True))),
+    "InklingSharedExperts": (
+        SharedExperts,
+        (Part("gate_proj", "gate_proj"), Part("up_proj", "up_proj"), Part("down_proj", "down_proj")),
+    ),
+    "JetMoeParallelExperts": (SortedExperts, (Part("linear", "weight"),)),
+    "Llama4TextExperts": (StackedExperts, tuple(Part(p.layer, p.weight, transposed=True) for p in _GATED)),
+    "LongcatFlashExperts": (RoutedExperts, _GATED),
+}
+"""{class of transformers that has fused experts in a way of its own: what takes its place}."""
+
+
+def form_of(module: nn.Module) -> Form | None:
+    """What takes the place of a module; None if it is no fused experts that are known."""
+    if type(module).__name__ in FORMS:
+        return FORMS[type(module).__name__]
+    if isinstance(module, Experts) or not hasattr(module, "is_concatenated"):
+        return None
+    return RoutedExperts, tuple(
+        Part(name, name, bool(module.is_transposed), f"{name}_bias" if module.has_bias else None)
+        for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    )
+
+
+def unfuse_(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """Replace the fused experts of a model, in place.
+
+    Args:
+        only: the paths of those to replace; all if None.
+
+    Returns:
+        {path: the module that was there}.
+    """
+    forms = {name: (module, form) for name, module in model.named_modules() if (form := form_of(module))}
+    replaced = {}
+    for name, (module, (kind, parts)) in forms.items():
+        if only is None or name in only:
+            model.set_submodule(name, kind(module, parts))
+            replaced[name] = module
+    return replaced
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Replace the fused experts of a model for the duration of a `with`; what is done to their weights stays."""
+    replaced = unfuse_(model)
+    try:
+        yield
+    finally:
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+
+
+def run_all_(model: nn.Module) -> None:
+    """Let every expert run on every token from now on, so that all are measured on all of the text.
+
+    Raises:
+        UsageError: the model has no experts.
+    """
+    experts = experts_of(model)
+    if not experts:
+        raise UsageError(
+            f"{type(model).__name__} has no mixture of experts, so that no tokens can go to all of them; leave out "
+            "--experts all"
+        )
+    for mixture in experts.values():
+        mixture.every_token = True
+
+
+def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """{name of a tensor of an expert: (name of the fused one that holds it, the view of it that this is)}."""
+    found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
+    for path, module in experts_of(model).items():
+        for expert in range(module.count):
+            for part in module.parts:
+                name, prefix = f"{path}.{expert}.{part.layer}", f"{path}." * bool(path)
+                view = partial(part.view, expert=expert, experts=module.count)
+                found[f"{name}.weight"] = f"{prefix}{part.weight}", view
+                if part.bias:
+                    found[f"{name}.bias"] = f"{prefix}{part.bias}", itemgetter(expert)
+    return found
+
+
+def experts_of(model: nn.Module) -> dict[str, Experts]:
+    """{path: experts} of a model whose experts are not fused."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def _linear(fused: nn.Module, part: Part, expert: int, experts: int) -> nn.Linear:
+    """A layer of one expert, in the memory of the fused ones."""
+    stored = fused.get_parameter(part.weight)
+    weight = part.view(stored.detach(), expert, experts)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=part.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=stored.requires_grad)
+    if part.bias is not None:
+        bias = fused.get_parameter(part.bias)
+        layer.bias = nn.Parameter(bias.detach()[expert], requires_grad=bias.requires_grad)
+    return layer

@@ -1,0 +1,77 @@
+"""What a family is taken through."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from gblm_compress.errors import GblmError
+from gblm_compress.exporters import export
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.stage import PruneResult, prune
+from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, ResourceSettings
+from tests.families.tiny import tiny_family
+
+BUILD, PRUNE = "build", "prune"
+STEPS = (BUILD, PRUNE, "offload", "bitmask", "onnx")
+LEAST = 0.9
+"""The share of the linear weights in the blocks, routers apart, that must be pruned."""
+
+_APART = ("head", "embedding tied", "router", "outside the blocks")
+_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789 Pack my box with five dozen liquor jugs!\n" * 40
+
+
+def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, str]:
+    """What became of each step of a family: "ok", or why it is refused. A step after one that is refused is left out.
+
+    Pruning reopens what it wrote through transformers and counts its zeros; exports verify themselves.
+    """
+    dense, pruned, text = ModelSource(name, folder / "dense"), folder / "pruned", folder / "text.txt"
+    text.write_text(_TEXT)
+    outcomes: dict[str, str] = {}
+
+    def build() -> None:
+        tiny_family(name).save_pretrained(dense.folder)
+        byte_tokenizer().save_pretrained(dense.folder)
+
+    def run(output: Path, fit: str, offload: bool) -> None:
+        calibration = CalibrationSettings(dataset=str(text), samples=4, sequence_length=64)
+        settings, resources = PruneSettings(method="gblm", fit=fit), ResourceSettings(offload=offload)
+        result = prune(dense, output, settings, calibration, resources=resources, progress=Progress(quiet=True))
+        assert (share := pruned_share(result)) >= LEAST, f"{100 * share:.1f} % of the linear weights are pruned"
+
+    def exported(**settings: Any) -> None:
+        format = ExportSettings(**settings)
+        export(ModelSource(name, pruned), folder / format.format, format, progress=Progress(quiet=True))
+
+    work: dict[str, Callable[[], None]] = {
+        BUILD: build,
+        PRUNE: lambda: run(pruned, "balanced", False),
+        "offload": lambda: run(folder / "streamed", "fast", True),
+        "bitmask": lambda: exported(format="bitmask"),
+        "onnx": lambda: exported(format="onnx", graph="plain"),
+    }
+    for step in STEPS:
+        if step not in (BUILD, PRUNE) and step not in steps:
+            continue
+        outcomes[step] = _outcome(work[step], name, folder)
+        if step in (BUILD, PRUNE) and outcomes[step] != "ok":
+            break
+    return outcomes
+
+
+def pruned_share(result: PruneResult) -> float:
+    """The share of the linear weights in the blocks, routers apart, that is in pruned layers."""
+    apart = sum(dense.weights for dense in result.left_dense.values() if dense.reason in _APART)
+    return result.weights / (result.linear_weights - apart)
+
+
+def _outcome(work: Callable[[], None], name: str, folder: Path) -> str:
+    try:
+        work()
+    except GblmError as error:
+        return str(error).replace(str(folder), "…")
+    except Exception as error:  # of a model that cannot be built so small, or a fault of the program
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "ok"
