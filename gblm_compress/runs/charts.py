@@ -1,37 +1,16 @@
 """The charts of a report as Vega-Lite specifications: the page draws them, and `images` makes pictures of the same."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 from gblm_compress.printing import printable
+from gblm_compress.runs import vega
 from gblm_compress.runs.figures import Figure
 from gblm_compress.runs.run_report import RunReport
 from gblm_compress.runs.summary import ModelSummary
+from gblm_compress.runs.vega import COLOURS, ROW, Chart, Spec
 
-Spec = dict[str, Any]
-COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
-"""Grey for dense, then colours that people with each kind of colour blindness tell apart (Okabe and Ito), all of them
-readable on white and on near-black."""
-DENSE = "dense"
 PARTS = ("packed products", "dense products", "head", "attention", "rest")
-ROW = 26  # pixels of a row of labels
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart.
-
-    Attributes:
-        name: of its place on the page and of its picture.
-        caption: what it shows and how to read it; it is the text for those who do not see it.
-        spec: Vega-Lite, without width and colours of text.
-    """
-
-    name: str
-    title: str
-    caption: str
-    spec: Spec
+"""What a decode step is made of, see `measure.onnx_session.part_of`."""
 
 
 def of(report: RunReport) -> list[Chart]:
@@ -77,16 +56,16 @@ def byte_limit(report: RunReport) -> Chart | None:
         base, speedup = report.baseline(row), report.figures(row).get("decode_speedup")
         if base is not None and speedup is not None:
             limit = base.bytes_on_disk / row.bytes_on_disk
-            values.append({"row": _label(row), **_ends(speedup), "limit": limit, "kind": _kind(row)})
+            values.append({"row": vega.label(row), **vega.ends(speedup), "limit": limit, "kind": vega.kind(row)})
     if not values:
         return None
     order = [value["row"] for value in values]
     mark = {
         "mark": {"type": "tick", "thickness": 3, "size": ROW * 0.7, "color": COLOURS[4]},
-        "encoding": {"x": {"field": "limit", "type": "quantitative"}, **_rows(order)},
+        "encoding": {"x": {"field": "limit", "type": "quantitative"}, **vega.rows(order)},
     }
     one = {"mark": {"type": "rule", "strokeDash": [4, 4], "color": COLOURS[0]}, "encoding": {"x": {"datum": 1}}}
-    layers = [one, *_dots("times as fast as dense", values, "limit"), mark]
+    layers = [one, *vega.dots("times as fast as dense", values, "limit"), mark]
     return Chart(
         "byte-limit",
         "Decoding, and what the bytes allow",
@@ -127,14 +106,14 @@ def step(report: RunReport) -> Chart | None:
                     "type": "nominal",
                     "title": None,
                     "scale": colour,
-                    "legend": {"orient": "top"},
+                    "legend": {"orient": "top", "columns": 3},
                 },
                 "tooltip": [
                     {"field": "row", "title": "of"},
                     {"field": "part"},
                     {"field": "ms", "type": "quantitative", "format": ".2f"},
                 ],
-                **_rows(order),
+                **vega.rows(order),
             },
         },
     )
@@ -205,15 +184,6 @@ CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
 """Every chart, in the order of the page."""
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both coordinates, both of which are better when smaller; by the first one."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
-
-
 def _points(report: RunReport, x_of: Callable[[ModelSummary, dict[str, Figure]], Figure | None]) -> list[Spec]:
     """One point for each row that has both coordinates; an artefact that was evaluated in one runtime keeps its
     quality in others, and so does the dense model."""
@@ -227,7 +197,9 @@ def _points(report: RunReport, x_of: Callable[[ModelSummary, dict[str, Figure]],
             continue
         error = quality.error or 0.0
         y = {"y": quality.value, "y_low": quality.value - error, "y_high": quality.value + error}
-        points.append({"row": _label(row), "model": printable(row.model), "kind": _kind(row), **_ends(x), **y})
+        points.append(
+            {"row": vega.label(row), "model": printable(row.model), "kind": vega.kind(row), **vega.ends(x), **y}
+        )
     return list({(point["model"], point["kind"], point["middle"]): point for point in points}.values())
 
 
@@ -237,10 +209,10 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
     metric = next(iter(report.rows[0].metrics))
     lower_is_better = metric == "perplexity" or metric == "loss"
     sign = 1 if lower_is_better else -1
-    line = [{"x": x, "y": sign * y} for x, y in front((point["middle"], sign * point["y"]) for point in points)]
+    line = [{"x": x, "y": sign * y} for x, y in vega.front((point["middle"], sign * point["y"]) for point in points)]
     x = {"field": "middle", "type": "quantitative", "title": axis, "scale": {"padding": 24}}
     y = {"field": "y", "type": "quantitative", "title": metric, "scale": {"zero": False, "padding": 24}}
-    shown = {"x": x, "y": y, "color": _colour(points), "tooltip": _tooltip("row", "middle", "y")}
+    shown = {"x": x, "y": y, "color": vega.colour(points), "tooltip": vega.tooltip("row", "middle", "y")}
     return Chart(
         name,
         title,
@@ -268,7 +240,7 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
 
 def _latency(report: RunReport, name: str, pass_: str, title: str) -> Chart | None:
     values = [
-        {"row": _label(row), **_ends(found[name]), "kind": _kind(row)}
+        {"row": vega.label(row), **vega.ends(found[name]), "kind": vega.kind(row)}
         for row in report.rows
         for found in [report.figures(row)]
         if name in found
@@ -277,7 +249,7 @@ def _latency(report: RunReport, name: str, pass_: str, title: str) -> Chart | No
         return None
     caption = f"Milliseconds of {pass_}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
     height = ROW * len({value["row"] for value in values})
-    spec = {"data": {"values": values}, "height": height, "layer": _dots("milliseconds", values)}
+    spec = {"data": {"values": values}, "height": height, "layer": vega.dots("milliseconds", values)}
     return Chart(f"latency-{pass_}", title, caption, spec)
 
 
@@ -286,7 +258,7 @@ def _methods(report: RunReport, field: str, title: str) -> Chart | None:
     for method in report.comparison.rows if report.comparison else ():
         value, error = getattr(method, field), getattr(method, f"{field}_error") or 0.0
         label = printable(f"{method.method}, {method.pattern}")
-        ends = _ends(Figure(value, value - error, value + error))
+        ends = vega.ends(Figure(value, value - error, value + error))
         values.append({"row": label, "kind": printable(method.pattern), **ends})
     if not values:
         return None
@@ -295,97 +267,5 @@ def _methods(report: RunReport, field: str, title: str) -> Chart | None:
         f"methods-{field}".replace("_", "-"),
         title,
         "Further left is better. A line is one standard error over the seeds to each side.",
-        {"data": {"values": values}, "height": ROW * len(values), "layer": _dots(axis, values)},
-    )
-
-
-def _dots(axis: str, values: list[Spec], *more: str) -> list[Spec]:
-    """Dots with intervals, a row for each label; `more` fields are in the tooltip."""
-    order = list(dict.fromkeys(value["row"] for value in values))
-    x = {"type": "quantitative", "title": axis, "scale": {"zero": False, "nice": True}}
-    tooltip = _tooltip("row", "middle", "low", "high", *more)
-    shared = _rows(order) | {"color": _colour(values), "tooltip": tooltip}
-    return [
-        {
-            "mark": {"type": "rule", "strokeWidth": 2},
-            "encoding": shared | {"x": x | {"field": "low"}, "x2": {"field": "high"}},
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-            "encoding": shared | {"x": x | {"field": "middle"}},
-        },
-    ]
-
-
-def _rows(order: list[str]) -> Spec:
-    return {"y": {"field": "row", "type": "nominal", "sort": order, "title": None}}
-
-
-def _colour(values: list[Spec]) -> Spec:
-    """By kind; dense is grey."""
-    kinds = sorted({value["kind"] for value in values}, key=lambda kind: (kind != DENSE, kind))
-    colours = COLOURS if DENSE in kinds else COLOURS[1:]
-    shown = [colours[i % len(colours)] for i in range(len(kinds))]
-    scale = {"domain": kinds, "range": shown}
-    return {"field": "kind", "type": "nominal", "title": None, "scale": scale, "legend": {"orient": "top"}}
-
-
-def _tooltip(*names: str) -> list[Spec]:
-    numbers = {"middle": "median", "low": "p10", "high": "p90", "limit": "byte limit", "y": "quality"}
-    return [
-        {"field": name, "type": "quantitative", "title": numbers[name], "format": ".3~f"}
-        if name in numbers
-        else {"field": name, "title": "of"}
-        for name in names
-    ]
-
-
-def _ends(figure: Figure) -> dict[str, float]:
-    low = figure.value if figure.low is None else figure.low
-    return {"middle": figure.value, "low": low, "high": figure.value if figure.high is None else figure.high}
-
-
-def _label(row: ModelSummary) -> str:
-    """A row in words, short enough for the side of a chart."""
-    batch = "" if row.batch is None else f" ×{row.batch}"
-    return printable(f"{row.model} · {row.runtime}{batch}")
-
-
-def _kind(row: ModelSummary) -> str:
-    return DENSE if row.dense else row.runtime
-
-
-def trend(reports: Sequence[RunReport], name: str) -> Chart | None:
-    """One figure of every artefact over several runs, in their order."""
-    values = [
-        {"run": i, "row": _label(row), "kind": _label(row), **_ends(found[name]), "finished": report.finished}
-        for i, report in enumerate(reports, 1)
-        for row in report.rows
-        for found in [report.figures(row)]
-        if name in found
-    ]
-    if not values:
-        return None
-    words = {"perplexity": "perplexity", "tpot_ms": "ms per token", "bytes": "bytes on disk"}
-    x = {"field": "run", "type": "ordinal", "title": "run", "axis": {"labelAngle": 0}}
-    y = {"type": "quantitative", "title": words[name], "scale": {"zero": False}}
-    if name == "bytes":
-        y["axis"] = {"format": ".2s"}
-    colour = _colour(values) | {"legend": {"orient": "bottom", "columns": 1, "labelLimit": 300}}
-    shared = {"x": x, "color": colour, "tooltip": [{"field": "finished"}, *_tooltip("row", "middle", "low", "high")]}
-    return Chart(
-        f"trend-{name}".replace("_", "-"),
-        f"{words[name].capitalize()} over the runs",
-        "Runs in the order in which they were given. A line upright at a dot is its interval.",
-        {
-            "data": {"values": values},
-            "height": 240,
-            "layer": [
-                {"mark": "rule", "encoding": shared | {"y": y | {"field": "low"}, "y2": {"field": "high"}}},
-                {
-                    "mark": {"type": "line", "point": {"filled": True}},
-                    "encoding": shared | {"y": y | {"field": "middle"}},
-                },
-            ],
-        },
+        {"data": {"values": values}, "height": ROW * len(values), "layer": vega.dots(axis, values)},
     )

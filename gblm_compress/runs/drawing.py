@@ -23,7 +23,7 @@ def main() -> None:
         }
         answer = {name: base64.b64encode(picture).decode() for name, picture in drawn.items()}
     else:
-        answer = {"script": vl_convert.javascript_bundle()}
+        answer = {"script": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")}
     json.dump(answer, sys.stdout)
 
 

@@ -8,9 +8,6 @@ from gblm_compress.runs.figures import Figure, figures
 from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.settings import GATES, GateSettings
 
-MORE_IS_BETTER = ("spearman", "accuracy", "top1_accuracy")
-"""Metrics of tasks of which a share is kept."""
-
 
 @dataclass(frozen=True)
 class GateOutcome:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gblm_compress.runs import page, tables
-from gblm_compress.runs.charts import Chart, trend
+from gblm_compress.runs import page, tables, vega
 from gblm_compress.runs.figures import Figure
 from gblm_compress.runs.run_report import RunReport, headline, when
 from gblm_compress.runs.tables import Cell, Table
+from gblm_compress.runs.vega import Chart
 
 LOWER_IS_BETTER = {
     "perplexity": "perplexity",
@@ -116,6 +116,52 @@ def html(reports: Sequence[RunReport]) -> str:
         conditions=conditions,
         commands=now.commands,
         recipe=now.recipe,
+    )
+
+
+def trend(reports: Sequence[RunReport], name: str) -> Chart | None:
+    """One figure of every artefact over several runs, in their order."""
+    values = [
+        {
+            "run": i,
+            "row": vega.label(row),
+            "kind": vega.label(row),
+            **vega.ends(found[name]),
+            "finished": report.finished,
+        }
+        for i, report in enumerate(reports, 1)
+        for row in report.rows
+        for found in [report.figures(row)]
+        if name in found
+    ]
+    if not values:
+        return None
+    words = {"perplexity": "perplexity", "tpot_ms": "ms per token", "bytes": "bytes on disk"}
+    x = {"field": "run", "type": "ordinal", "title": "run", "axis": {"labelAngle": 0}}
+    y = {"type": "quantitative", "title": words[name], "scale": {"zero": False}}
+    if name == "bytes":
+        y["axis"] = {"format": ".2s"}
+    colour = vega.colour(values) | {"legend": {"orient": "bottom", "columns": 1, "labelLimit": 300}}
+    shared = {
+        "x": x,
+        "color": colour,
+        "tooltip": [{"field": "finished"}, *vega.tooltip("row", "middle", "low", "high")],
+    }
+    return Chart(
+        f"trend-{name}".replace("_", "-"),
+        f"{words[name].capitalize()} over the runs",
+        "Runs in the order in which they were given. A line upright at a dot is its interval.",
+        {
+            "data": {"values": values},
+            "height": 240,
+            "layer": [
+                {"mark": "rule", "encoding": shared | {"y": y | {"field": "low"}, "y2": {"field": "high"}}},
+                {
+                    "mark": {"type": "line", "point": {"filled": True}},
+                    "encoding": shared | {"y": y | {"field": "middle"}},
+                },
+            ],
+        },
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress.errors import MissingDependencyError, OutputError
-from gblm_compress.runs.charts import Chart
+from gblm_compress.runs.vega import Chart
 
 PROGRAM = Path(__file__).with_name("drawing.py")
 WIDTH = 640  # pixels, before `SCALE`

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from gblm_compress.printing import printable_lines
 from gblm_compress.runs import images
-from gblm_compress.runs.charts import Chart
 from gblm_compress.runs.tables import Table
+from gblm_compress.runs.vega import Chart
 
 FILES = Path(__file__).parent / "page_files"
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.table import Table
 
-from gblm_compress.cli import layout, summaries
+from gblm_compress.cli import layout, run_summaries
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import tables
 from tests.runs.reports import report
@@ -23,7 +23,7 @@ def shown(part, width: int, terminal: bool = True) -> list[str]:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_nothing_of_a_run_is_wider_than_the_terminal(width: int) -> None:
-    for line in shown(summaries.run(report()), width):
+    for line in shown(run_summaries.run(report()), width):
         assert len(line) <= width, line
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from gblm_compress.runs import charts
+from gblm_compress.runs import charts, vega
 from tests.runs.reports import HOSTILE, report
 
 
@@ -15,7 +15,7 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
             beaten = any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
             if not beaten and a not in kept:
                 kept.append(a)
-        assert charts.front(points) == sorted(kept)
+        assert vega.front(points) == sorted(kept)
 
 
 def test_the_charts_that_there_is_data_for() -> None:

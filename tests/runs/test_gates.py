@@ -23,8 +23,13 @@ def test_unset_gates_are_not_checked() -> None:
 
 
 def test_every_gate_is_on_a_figure_that_is_measured() -> None:
-    metrics = {"spearman": Quality(0.8, 0.01, 0.85)}
-    encoder = replace(BITMASK, metrics=metrics, timing=replace(BITMASK.timing, tpot_ms=None, tokens_per_second=None))
+    encoder = replace(
+        BITMASK,
+        metrics={"spearman": Quality(0.84, 0.01, 0.87)},
+        timing=replace(BITMASK.timing, tpot_ms=None, tokens_per_second=None),
+    )
+    assert set(outcomes(encoder, min_retained=0.965).values()) == {True}  # 0.84 of 0.87
+    assert set(outcomes(encoder, min_retained=0.966).values()) == {False}
     found = {**figures(BITMASK, DENSE.bytes_on_disk), **figures(encoder, DENSE.bytes_on_disk)}
     assert {name[4:] for name in GATES} <= set(found)
     assert all(name.startswith(("min_", "max_")) for name in GATES)
