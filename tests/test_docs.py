@@ -208,3 +208,9 @@ def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_
         return
     whole = yaml_nodes.read((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
     assert Recipe.model_validate(whole | part, strict=True)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
+    assert listed == {str(page.relative_to(ROOT)) for page in (*PAGES, ROOT / "CHANGELOG.md")}
