@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-arm test-fast test-families test-vllm lint docs fuzz sanitize
+.PHONY: install quickstart test test-fast test-families test-arm test-vllm lint docs docs-site fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,11 @@ fuzz: install
 
 docs: install
 	$(BIN)/python -m gblm_compress.documentation
+
+# The site in build/site. Once mkdocs-material is here, nothing is fetched.
+docs-site: docs
+	$(BIN)/python -c 'import material' || $(BIN)/pip install --quiet '.[docs]'
+	$(BIN)/python docs/site.py
 
 # The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
 CASES ?= 100000

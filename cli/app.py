@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gblm_compress import __version__
-from gblm_compress.cli import commands
+from gblm_compress.cli import commands, run_commands
 from gblm_compress.cli.options import PanelCommand
 from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, UsageError, first_line, is_out_of_memory
 from gblm_compress.printing import printable_lines
@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in commands.COMMANDS:
-    app.command(cls=PanelCommand, no_args_is_help=command not in (commands.doctor, commands.schema))(command)
+    app.command(cls=PanelCommand, no_args_is_help=command not in (commands.doctor, run_commands.schema))(command)
 
 
 def _version(wanted: bool) -> None:

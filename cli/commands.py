@@ -1,24 +1,17 @@
-"""The commands: parse, call one stage, print.
+"""The commands on one stage: parse, call it, print. Those on whole runs are in `run_commands`.
 
 Stages are imported inside and last: `--help` loads no torch, and a misspelt path is found before torch is loaded.
 """
 
-import json
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gblm_compress.cli import options as o
-from gblm_compress.cli import summaries
+from gblm_compress.cli import run_commands, session, summaries
 from gblm_compress.cli.options import Spelt, from_settings
-from gblm_compress.errors import GateError
-from gblm_compress.machine.environment import share_cores
-from gblm_compress.printing import PlainConsole
-from gblm_compress.progress import Progress
 from gblm_compress.settings import (
     AdviseSettings,
     BenchmarkSettings,
@@ -31,9 +24,7 @@ from gblm_compress.settings import (
     RecoverSettings,
     ResourceSettings,
 )
-from gblm_compress.storage import outputs, records
-
-WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
+from gblm_compress.storage import outputs
 
 
 @from_settings
@@ -53,7 +44,7 @@ def prune(
     reports = os.environ.get("RANK", "0") == "0"  # of several processes started by torchrun, the first one reports
     outputs.check_output(output, force)
     datasets = [text.dataset] if settings.needs_text else []
-    progress, source = _start(model, quiet=quiet or not reports, datasets=datasets)
+    progress, source = session.start(model, quiet=quiet or not reports, datasets=datasets)
 
     from gblm_compress.pruning import stage
 
@@ -70,7 +61,7 @@ def prune(
         progress=progress,
     )
     if reports:
-        _show(result.as_dict(), summaries.prune, json_)
+        session.show(result.as_dict(), summaries.prune, json_)
 
 
 @from_settings
@@ -89,7 +80,7 @@ def recover(
     reports = os.environ.get("RANK", "0") == "0"
     outputs.check_output(output, force)
     datasets = settings.datasets
-    progress, source, dense = _start(model, teacher, quiet=quiet or not reports, datasets=datasets)
+    progress, source, dense = session.start(model, teacher, quiet=quiet or not reports, datasets=datasets)
 
     from gblm_compress.recovery import stage
 
@@ -97,7 +88,7 @@ def recover(
         source, dense, output, settings, resume=resume, device=compute.device, force=force, progress=progress
     )
     if reports:
-        _show(result.as_dict(), summaries.recover, json_)
+        session.show(result.as_dict(), summaries.recover, json_)
 
 
 @from_settings
@@ -111,12 +102,12 @@ def export(
 ) -> None:
     """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
     outputs.check_output(output, force)
-    progress, source = _start(model, quiet=quiet)
+    progress, source = session.start(model, quiet=quiet)
 
     from gblm_compress import exporters
 
     result = exporters.export(source, output, settings, force=force, progress=progress)
-    _show(result.as_dict(), summaries.export, json_)
+    session.show(result.as_dict(), summaries.export, json_)
 
 
 @from_settings
@@ -130,7 +121,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity or the metric of another task, fidelity to the dense model, and zero-shot accuracy."""
     models = [model, baseline] if baseline else [model]
-    progress, source, *dense = _start(*models, quiet=quiet, datasets=[settings.dataset], include=settings.include_path)
+    progress, source, *dense = session.start(
+        *models, quiet=quiet, datasets=[settings.dataset], include=settings.include_path
+    )
 
     from gblm_compress.measure import evaluation
 
@@ -142,7 +135,7 @@ def evaluate(
         device=compute.device,
         progress=progress,
     )
-    _show(result.as_dict(), summaries.evaluate, json_)
+    session.show(result.as_dict(), summaries.evaluate, json_)
 
 
 @from_settings
@@ -155,12 +148,12 @@ def advise(
     quiet: o.Quiet = False,
 ) -> None:
     """Predict what compressing a model would bring on this machine, before any of it is done."""
-    progress, source = _start(model, quiet=quiet)
+    progress, source = session.start(model, quiet=quiet)
 
     from gblm_compress.runs import advice
 
     result = advice.advise(source, settings, pruning, text, progress=progress)
-    _show(result.as_dict(), summaries.advise, json_)
+    session.show(result.as_dict(), summaries.advise, json_)
 
 
 @from_settings
@@ -179,14 +172,14 @@ def compare(
     """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
     outputs.check_workable(output, "comparison")
     datasets = [text.dataset, evaluation.dataset]
-    progress, source = _start(model, quiet=quiet, datasets=datasets, include=evaluation.include_path)
+    progress, source = session.start(model, quiet=quiet, datasets=datasets, include=evaluation.include_path)
 
     from gblm_compress.runs import comparison
 
     result = comparison.compare(
         source, output, grid, text, evaluation, dtype=compute.dtype, device=compute.device, progress=progress
     )
-    _show(result.as_dict(), summaries.compare, json_)
+    session.show(result.as_dict(), summaries.compare, json_)
 
 
 @from_settings
@@ -199,7 +192,7 @@ def benchmark(
     quiet: o.Quiet = False,
 ) -> None:
     """Time models beside the dense one, in one run: latency, throughput, memory, size."""
-    progress, *sources = _start(*models, *baseline, quiet=quiet)
+    progress, *sources = session.start(*models, *baseline, quiet=quiet)
     contenders, baselines = sources[: len(models)], sources[len(models) :]
 
     from gblm_compress.measure import benchmarking
@@ -207,7 +200,7 @@ def benchmark(
     result = benchmarking.benchmark(
         contenders, baselines, settings, dtype=compute.dtype, device=compute.device, progress=progress
     )
-    _show(result.as_dict(), summaries.benchmark, json_)
+    session.show(result.as_dict(), summaries.benchmark, json_)
 
 
 def inspect(
@@ -222,70 +215,12 @@ def inspect(
     """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
     if heat_map is not None:
         outputs.check_picture(heat_map, force)
-    progress, source = _start(model, quiet=quiet)
+    progress, source = session.start(model, quiet=quiet)
 
     from gblm_compress.measure import inspection
 
     result = inspection.inspect(source, heat_map, progress, force=force)
-    _show(result.as_dict(), summaries.inspect, json_)
-
-
-def run(
-    recipe: o.RecipeFile,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50."),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder of the artefacts; runs/RECIPE if unset.")
-    ] = None,
-    json_: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Carry out a recipe: prune, export, evaluate, benchmark, check gates."""
-    from gblm_compress.runs.recipe import find_recipe, load_recipe
-
-    path = find_recipe(recipe)
-    loaded = load_recipe(path, tuple(set_ or ()))
-    folder = output or Path("runs") / path.stem
-    outputs.check_workable(folder, "run")
-    progress = _progress(quiet)
-
-    from gblm_compress import faults
-    from gblm_compress.runs import checks, pipeline
-    from gblm_compress.runs import dry_run as looking
-
-    if dry_run:
-        faults.raise_all(checks.check(loaded, progress) + checks.check_output(loaded, folder))
-        return _show(looking.dry_run(loaded, folder, progress).as_dict(), summaries.dry_run, json_)
-    result = pipeline.run(loaded, folder, progress)
-    _show(result, summaries.run, json_)
-    if not result.passed:
-        failed = sum(not gate.passed for gate in result.gates)
-        raise GateError(f"{failed} of {len(result.gates)} gates failed")
-
-
-def validate(recipe: o.RecipeFile, json_: o.Json = False) -> None:
-    """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
-    from gblm_compress.runs.recipe import find_recipe, load_recipe
-
-    path = find_recipe(recipe)
-    loaded = load_recipe(path)
-
-    from gblm_compress import faults
-    from gblm_compress.runs import checks
-
-    faults.raise_all(checks.check(loaded, _progress(quiet=True)))
-    notes = summaries.unchecked(checks.unchecked(loaded))
-    _show(loaded.model_dump(mode="json"), lambda content: [f"{path}: valid", *notes], json_)
-
-
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from gblm_compress.runs.recipe import schema
-
-    print(json.dumps(schema(), indent=2))
+    session.show(result.as_dict(), summaries.inspect, json_)
 
 
 def doctor(json_: o.Json = False) -> None:
@@ -295,45 +230,9 @@ def doctor(json_: o.Json = False) -> None:
     from gblm_compress.measure.doctor import diagnose
 
     findings = [asdict(finding) for finding in diagnose()]
-    _show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
+    session.show({"findings": findings, "ok": all(f["ok"] for f in findings)}, summaries.doctor, json_)
 
 
-COMMANDS = (advise, prune, recover, export, evaluate, compare, benchmark, inspect, run, validate, schema, doctor)
-
-
-def _progress(quiet: bool) -> Progress:
-    from gblm_compress.models.finding import silence_libraries
-
-    share_cores()
-    silence_libraries()
-    return Progress(quiet)
-
-
-def _start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str | None = None) -> tuple[Any, ...]:
-    """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
-    before a download, and before the seconds that torch and transformers take to load.
-    """
-    from gblm_compress import tasks
-    from gblm_compress.measure.zero_shot import check_folder
-    from gblm_compress.models.finding import resolve_model, silence_libraries
-
-    for name in datasets:
-        tasks.data_files(name)
-    check_folder(include)
-    progress = Progress(quiet)
-    paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
-    sources = {name: resolve_model(name, progress) for name in paths_first}
-    share_cores()
-    silence_libraries()
-    return progress, *(sources[name] for name in models)
-
-
-def _show(content: Any, summary: Any, as_json: bool) -> None:
-    """Print a result: one JSON document, or a summary for people."""
-    if as_json:
-        print(records.as_json(content if isinstance(content, dict) else content.as_dict()), end="")
-        return
-    console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
-    parts = summary(content)
-    for part in parts if isinstance(parts, list) else [parts]:
-        console.print(part, soft_wrap=isinstance(part, str))
+COMMANDS = (
+    advise, prune, recover, export, evaluate, compare, benchmark, inspect, *run_commands.COMMANDS, doctor
+)  # fmt: skip

@@ -1,14 +1,13 @@
 """What each command says to people at its end: tables and lines made from the result's plain values."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.machine.environment import QUIET
+from gblm_compress.machine.environment import noisy
 from gblm_compress.printing import printable
 
 _PRODUCT = re.compile("MatMul|Gemm|Linear")
@@ -203,12 +202,11 @@ def benchmark(result: dict[str, Any]) -> list[Any]:
             *(speedup["verdict"] if speedup else "baseline" for speedup in speedups),
         )
     machine = result["environment"]
-    busy = f"{machine['busy_cores']:.1f} of {machine['cores']} cores were busy with other work: the figures say little"
     return [
         table,
         *kernel_lines(result["measurements"]),
         f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
-        *([f"warning: {busy}"] if machine["busy_cores"] > QUIET else []),
+        *([f"warning: {warning}"] if (warning := noisy(machine)) else []),
     ]
 
 
@@ -264,59 +262,6 @@ def inspect(result: dict[str, Any]) -> list[Any]:
     share = 100 * result["nonzeros"] / result["weights"]
     total = f"{result['nonzeros']:,} of {result['weights']:,} weights are nonzero ({share:.2f} %)"
     return [table, kinds, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
-
-
-def dry_run(content: dict[str, Any]) -> list[Any]:
-    table = Table("", "stage", "what would happen")
-    table.add_column("disk, at most", justify="right")
-    table.add_column("last time", justify="right")
-    for i, step in enumerate(content["steps"], 1):
-        reused, disk = step["fate"] == "reuse", step["disk"]
-        stays, seconds = (disk and disk["stays"]), step["seconds"]
-        cells = ("" if reused or not stays else decimal(stays), "" if seconds is None else f"{seconds:.0f} s")
-        table.add_row(str(i), step["does"], step["fate"], *cells)
-    limits = ", ".join(f"{name} {value}" for name, value in content["gates"].items())
-    return [
-        table,
-        *([f"gates to check: {limits}"] if limits else []),
-        _disk(content["bytes"], content["free_bytes"]),
-        _time(content["seconds"]),
-        f"output: {content['output']}",
-        *unchecked(content["unchecked"]),
-    ]
-
-
-def _disk(needed: int | None, free: int) -> str:
-    if needed is None:
-        return f"disk: not known until the model is on this machine; {decimal(free)} are free"
-    return f"disk: at most {decimal(needed)}, temporary files included; {decimal(free)} are free"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "time: not known; some of these stages have not been done in this folder yet"
-    return f"time: {seconds:.0f} s when these stages were last done in this folder"
-
-
-def unchecked(names: list[str]) -> list[str]:
-    """What a look at a recipe left out."""
-    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in names]
-
-
-def run(result: Any) -> list[Any]:
-    from gblm_compress.runs import report
-
-    parts: list[Any] = [report.table(result.rows)]
-    if result.gates:
-        parts.append(report.gate_table(result.gates))
-    if result.comparison:
-        parts += compare(result.comparison)
-    reused = [stage.name for stage in result.stages if stage.reused]
-    if reused:
-        parts.append("reused: " + ", ".join(reused))
-    output = Path(result.output)
-    parts += [f"artefacts: {output}", f"report: {output / report.REPORT} (and {report.PAGE} for people)"]
-    return parts
 
 
 def doctor(content: dict[str, Any]) -> Table:

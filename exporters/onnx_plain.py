@@ -58,6 +58,11 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
     slim_(program)
     _fold_windows_(program, model.config)
     _name_cache(program, source)
+    if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
+        raise ModelError(
+            f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no KV cache; "
+            "export to a sparse PyTorch format"
+        )
     _name_dimensions(program)
     return program, genai_config(program, model.config)
 

@@ -35,8 +35,8 @@ from gblm_compress.recovery import stage as recovery_stage
 from gblm_compress.recovery.stage import RecoverResult
 from gblm_compress.runs import comparison, pipeline
 from gblm_compress.runs.comparison import CompareResult
-from gblm_compress.runs.pipeline import RunReport
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
+from gblm_compress.runs.run_report import RunReport
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,

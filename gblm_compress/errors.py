@@ -18,9 +18,14 @@ A message says what is wrong, what was given, what was needed, and what to do ne
 
 
 class GblmError(Exception):
-    """Root of the tree; never raised itself."""
+    """Root of the tree; never raised itself.
+
+    Attributes:
+        faults: each of several that one exception stands for; empty where the message is all.
+    """
 
     exit_code = 1
+    faults: tuple[str, ...] = ()
 
 
 class RankError(GblmError):

@@ -1,8 +1,11 @@
 """Faults that show before the work: every look is made, and all that is found is raised at once."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from gblm_compress.errors import GblmError, UsageError
+
+E = TypeVar("E", bound=GblmError)
 
 
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
@@ -27,4 +30,21 @@ def raise_all(faults: list[GblmError]) -> None:
     if different:
         kinds = {type(fault) for fault in different}
         kind = kinds.pop() if len(kinds) == 1 else UsageError
-        raise kind(f"{len(different)} faults\n" + "\n".join(str(fault) for fault in different))
+        raise together(kind, f"{len(different)} faults", [str(fault) for fault in different])
+
+
+def together(kind: type[E], title: str, messages: list[str], shown: int | None = None) -> E:
+    """One exception of several faults, whose message lists them.
+
+    Args:
+        shown: how many are listed; all if None.
+    """
+    more = [f"… and {len(messages) - shown} more"] if shown is not None and len(messages) > shown else []
+    error = kind("\n".join([title, *messages[:shown], *more]))
+    error.faults = tuple(messages)
+    return error
+
+
+def listed(error: GblmError) -> tuple[str, ...]:
+    """The faults that an exception stands for."""
+    return error.faults or (str(error),)

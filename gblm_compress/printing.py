@@ -4,6 +4,7 @@ Names of models, layers, files and data sets come from whoever made them. In her
 cursor, to add lines, to be markup or a formula.
 """
 
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,18 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """As `Console.render_str`, without markup and emoji codes."""
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False, "highlight": False})
+
+    def say(self, sentence: str | Text) -> None:
+        """Print a sentence. On a terminal it breaks between words, and a path longer than a line stays in one piece."""
+        text = sentence if isinstance(sentence, Text) else self.render_str(sentence)
+        if not self.is_terminal:
+            self.print(text, soft_wrap=True)
+            return
+        start = 0
+        for line in textwrap.wrap(text.plain, self.width, break_long_words=False, break_on_hyphens=False) or [""]:
+            start = text.plain.index(line, start)
+            self.print(text[start : start + len(line)], soft_wrap=True)
+            start += len(line)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """One line, now."""
-        self.console.print(message, soft_wrap=True)
+        self.console.say(message)
 
     def track(
         self, items: Sequence[T] | Iterable[T], what: str, unit: str, total: int | None = None, tokens: int = 0

@@ -22,7 +22,7 @@ from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
 from gblm_compress.models import finding
-from gblm_compress.runs import checks, pipeline, yaml_nodes
+from gblm_compress.runs import checks, pipeline, run_report, yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED
 from gblm_compress.settings import Recipe
 
@@ -71,7 +71,7 @@ def stop_before_work(monkeypatch, tmp_path) -> None:
     def begin(*arguments: Any, **settings: Any) -> None:
         raise WorkBegins
 
-    for module, name in ((finding, "resolve_model"), (checks, "check"), (pipeline, "run")):
+    for module, name in ((finding, "resolve_model"), (checks, "check"), (pipeline, "run"), (run_report, "read")):
         monkeypatch.setattr(module, name, begin)
     for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)
@@ -195,11 +195,22 @@ def test_options_named_in_the_text_exist() -> None:
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition("\n")[0])
-def test_a_yaml_block_is_part_of_a_recipe_or_a_task_file(block: str) -> None:
+def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_before_work) -> None:
     part = yaml_nodes.read(block.encode(), str).plain()
+    if scripts := [job["script"] for job in part.values() if isinstance(job, dict) and "script" in job]:
+        for words in (command(line) for script in scripts for line in script):
+            assert words
+            READERS[words[0]](*words[1:])
+        return
     if "task" in part:
         tasks = (ROOT / "tests" / "measure" / "zero_shot_tasks").glob("*.yaml")
         assert part.keys() <= {key for task in tasks for key in yaml.safe_load(task.read_text())}
         return
     whole = yaml_nodes.read((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
     assert Recipe.model_validate(whole | part, strict=True)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = set(re.findall(r"[\w/-]+\.md", str(navigation)))
+    assert listed == {str(page.relative_to(ROOT)) for page in (*PAGES, ROOT / "CHANGELOG.md")}

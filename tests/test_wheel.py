@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.partition("/")[0] for name in names} == {"gblm_compress", folder}
     sources = {
         f"gblm_compress/{path.relative_to(ROOT / 'gblm_compress')}"
-        for pattern in ("*.py", "*/*.py", "*/*.yaml", "py.typed")
+        for pattern in ("*.py", "*/*.py", "*/*.yaml", "runs/page_files/*", "py.typed")
         for path in (ROOT / "gblm_compress").glob(pattern)
     }
     missing = {name for name in names if name.startswith("gblm_compress/") and not name.endswith(".so")} ^ sources

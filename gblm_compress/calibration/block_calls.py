@@ -178,7 +178,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 
 def _hidden_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()
@@ -224,7 +224,10 @@ def _record_calls(
                 output, call.beside = -hidden, calls[0].beside
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
-                output, call.beside = _hidden_output(returned), returned[1:] if isinstance(returned, tuple) else None
+                output, call.beside = (
+                    _hidden_output(returned),
+                    tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
+                )
                 if output.shape != hidden.shape:
                     raise _changing_size(model, hidden, output)
             latest[:] = [output]

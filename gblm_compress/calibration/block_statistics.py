@@ -93,9 +93,8 @@ def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tens
         for sample, hidden in enumerate(block.inputs):
             output = block.calls[sample].run(block.module, hidden)
             norm = block.without_padding(sample, output).float().norm()
-            gradients = torch.autograd.grad(
-                norm, list(weights.values()), allow_unused=True
-            )  # of experts without a token
+            # An expert without a token takes no part.
+            gradients = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
                     total.addcmul_(gradient.float(), gradient.float())

@@ -46,6 +46,18 @@ def busy_cores(seconds: float = 0.5) -> float:
     return (os.cpu_count() or 1) * psutil.cpu_percent(interval=seconds) / 100
 
 
+def noisy(seen: dict[str, Any]) -> str | None:
+    """What is wrong with figures that were measured beside other work; None where there was little.
+
+    Args:
+        seen: an environment, with the `busy_cores` before the measurement.
+    """
+    busy, cores = seen["busy_cores"], seen["cores"]
+    if busy <= QUIET:
+        return None
+    return f"{busy:.1f} of {cores} cores were busy with other work: the figures say little"
+
+
 def share_cores() -> None:
     """Let OpenMP's threads sleep soon where they wait for each other, if other programs keep a core busy.
 

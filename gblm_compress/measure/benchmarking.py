@@ -5,7 +5,7 @@ that a drift of the machine hits all alike. The first rounds are warm-up and dro
 """
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,8 @@ class Measurement:
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
         prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
             linear layers, or ONNX operators with their execution provider.
+        step_ms: what the parts of a step took, profiled after loading and without a prompt; empty where the runtime
+            records none.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Measurement:
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
+    step_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,7 @@ def _benchmark_lane(
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
                     decode_kernels=decode_kernels[0] if decode_kernels else None,
+                    step_ms=worker.facts["step_ms"],
                     prefill_speedup=Speedup.of(base[0], ttft) if index else None,
                     decode_speedup=Speedup.of(base[1], tpot) if index and base[1] and tpot else None,
                     same_tokens_as_baseline=(

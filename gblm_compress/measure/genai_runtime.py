@@ -65,6 +65,9 @@ class GenaiRuntime:
             cache.append_tokens(ids.int().numpy())
         return torch.from_numpy(cache.get_logits()).float()[:, -1], cache
 
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
     def kernels(self, tokens: int) -> dict[str, int]:
         """The operators of the graph as it was exported: this runtime says nothing of what it makes of them."""
         return self._operators

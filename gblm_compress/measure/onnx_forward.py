@@ -40,5 +40,8 @@ class OnnxForward:
             (prediction,) = self._opened.session.run([self._task.output], given)
         return torch.from_numpy(prediction).float()
 
+    def step_ms(self) -> dict[str, float]:
+        return self._opened.step_ms
+
     def kernels(self, tokens: int) -> dict[str, int]:
         return kernels_of(self._kernels, tokens)

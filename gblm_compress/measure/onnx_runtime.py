@@ -64,6 +64,9 @@ class OnnxRuntime:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
 
+    def step_ms(self) -> dict[str, float]:
+        return self._opened.step_ms
+
     def kernels(self, tokens: int) -> dict[str, int]:
         return kernels_of(self._kernels, tokens)
 

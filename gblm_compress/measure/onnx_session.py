@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,6 +14,8 @@ from gblm_compress.kernels import cpu
 from gblm_compress.models.source import ModelSource
 
 ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+PACKED = ("BitmaskLinear", "QuantisedLinear")  # operators of this package that read packed weights
+WARM = 6  # runs of the smallest profile, of which all but the first count
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -40,6 +43,7 @@ class OnnxSession:
         session: ONNX Runtime's own.
         provider: where it runs.
         device, device_id: where its values are.
+        step_ms: see `profiled`; empty before.
     """
 
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
@@ -48,6 +52,7 @@ class OnnxSession:
         """
         import onnxruntime
 
+        self.step_ms: dict[str, float] = {}
         self.device, _, index = device.partition(":")
         self.device_id, self._name = int(index or 0), source.name
         provider = check_onnx_provider(device)
@@ -85,19 +90,39 @@ class OnnxSession:
     def profiled(self, counts: Sequence[int], run: Callable[[int], object]) -> dict[int, dict[str, int]]:
         """{number of tokens: {operator (provider): how often it ran}}, and the end of profiling.
 
+        `step_ms` then holds {part of the graph: milliseconds} of a run on the smallest number of tokens: the median of
+        several, without the first.
+
         Args:
             run: runs the graph once, on so many tokens.
         """
-        for tokens in counts:
+        for tokens in [*[min(counts)] * WARM, *counts]:
             run(tokens)
-        runs: list[Counter[str]] = [Counter()]
+        ran: list[Counter[str]] = [Counter()]
+        took: list[Counter[str]] = [Counter()]
         for event in json.loads(Path(self.session.end_profiling()).read_text()):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                runs[-1][f"{event['args']['op_name']} ({event['args']['provider']})"] += 1
+                operator = event["args"]["op_name"]
+                ran[-1][f"{operator} ({event['args']['provider']})"] += 1
+                took[-1][part_of(event["name"], operator)] += event["dur"]
             elif event["name"] == "model_run":  # stands after the operators of its run
-                runs.append(Counter())
+                ran.append(Counter())
+                took.append(Counter())
         self._records.cleanup()
-        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, runs[:-1], strict=True)}
+        steps = took[1:WARM]
+        self.step_ms = {part: median(step[part] for step in steps) / 1000 for part in steps[-1]}
+        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, ran[WARM:-1], strict=True)}
+
+
+def part_of(node: str, operator: str) -> str:
+    """What of a decode step an operator belongs to, by the name of its node."""
+    if "lm_head" in node:
+        return "head"
+    if operator in PACKED:
+        return "packed products"
+    if operator.startswith(("MatMul", "Gemm", "DenseLinear", "FusedMatMul")):
+        return "dense products"
+    return "attention" if "Attention" in operator or "Softmax" in operator else "rest"
 
 
 def kernels_of(profiles: dict[int, dict[str, int]], tokens: int) -> dict[str, int]:

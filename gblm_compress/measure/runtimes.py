@@ -32,6 +32,9 @@ class Runtime(Protocol):
     def predict(self, sample: Sample) -> Tensor:
         """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
 
+    def step_ms(self) -> dict[str, float]:
+        """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
+
     def kernels(self, tokens: int) -> dict[str, int]:
         """What a pass over so many tokens, of all sequences together, runs, and how often.
 

@@ -41,6 +41,9 @@ class TorchRuntime:
         logits, cache = self._step(ids.to(self.model.device), cache)
         return logits.float().cpu(), cache
 
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
     def kernels(self, tokens: int) -> dict[str, int]:
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
         return dict(Counter(m.kernel(tokens) if isinstance(m, PackedLinear) else "dense" for m in layers))

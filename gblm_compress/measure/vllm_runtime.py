@@ -65,6 +65,9 @@ class VllmRuntime:
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
 
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
     def kernels(self, tokens: int) -> dict[str, int]:
         """Those of the packed layers, merged as vLLM merges them; its own layers count as dense."""
 

@@ -121,12 +121,12 @@ def _in_decoder(model: nn.Module, lists: _Lists) -> _Lists:
 
 
 def _of_text_length(model: Any, lists: _Lists) -> _Lists:
-    """Those of as many blocks as the config says that the part for text has."""
+    """Those of as many blocks as the config says that the part for text has, unless they are within a block."""
     config: Any = getattr(model, "config", None)
-    layers = (
-        getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
-    )
-    return {name: module for name, module in lists.items() if len(module) == layers}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    layers = getattr(text, "num_hidden_layers", None)
+    outer = {name: one for name, one in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    return {name: module for name, module in outer.items() if len(module) == layers}
 
 
 def prunable_layers(

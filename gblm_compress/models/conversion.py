@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -49,8 +50,9 @@ class TensorNames:
 
     def __init__(self, model: Any) -> None:
         self.views = fused_weights(model)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in self.views}
-        self._known = set(shapes) | {fused for fused, _ in self.views.values()}
+        state = model.state_dict()
+        own = {name: torch.empty_like(one, device="meta") for name, one in state.items() if name not in self.views}
+        self._known = set(own) | {fused for fused, _ in self.views.values()}
         self._prefix = model.base_model_prefix
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -58,7 +60,7 @@ class TensorNames:
         self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
 
         def parameter(name: str) -> Any:
-            return SimpleNamespace(shape=shapes.get(self.whole(name)))
+            return own.get(self.whole(name))
 
         # What operations ask of the model; the names outlive it.
         self._about = {"model": SimpleNamespace(dtype=model.dtype, get_parameter=parameter), "config": model.config}

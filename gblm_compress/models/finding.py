@@ -180,7 +180,8 @@ def _converted_gguf(gguf: Path, progress: Progress) -> Path:
 def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    own_bar = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()  # transformers has no switch for it
+    # Its bar is for a terminal, where none of ours runs; transformers has no switch for it.
+    own_bar = nullcontext() if progress.console.is_terminal and not progress.quiet else redirect_stderr(io.StringIO())
     try:
         with own_bar:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")

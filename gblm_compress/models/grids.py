@@ -121,8 +121,8 @@ def verify(source: ModelSource) -> None:
         if (off := weight != points).any():
             row, column = off.nonzero()[0].tolist()
             raise VerificationError(
-                f"{layer}.weight: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; "
-                f"the nearest is {float(points[row, column]):g}"
+                f"{layer}.weight: {float(weight[row, column]):g} in row {row}, column {column} is no point of its "
+                f"grid; the nearest is {float(points[row, column]):g}"
             )
 
 

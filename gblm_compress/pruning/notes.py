@@ -52,7 +52,8 @@ def closing_notes(
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
         notes.append(
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
-            f"magnitude, first {few[0]} (more --samples reach more experts, --experts all sends every token to all of them)"
+            f"magnitude, first {few[0]} (more --samples reach more experts, --experts all sends every "
+            "token to all of them)"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense

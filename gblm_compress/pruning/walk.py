@@ -169,7 +169,9 @@ class Walk:
                     dense.advance(index)
                 if run.has_finished(index):
                     _overlay_(layers[index], run.finished(index))
-                    results |= self._results({name: layers[index][name] for name in run.layers(index)}, budgets)
+                    known = set(run.layers(index))  # in the order of the model, not of the file
+                    found = {name: layer for name, layer in layers[index].items() if name in known}
+                    results |= self._results(found, budgets)
                 else:
                     pruned, grids = prune_block_(
                         replay.block(index) if replay else None,

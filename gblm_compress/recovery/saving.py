@@ -12,6 +12,7 @@ from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 from gblm_compress.recovery.texts import Windows
 from gblm_compress.recovery.training import Training
@@ -37,7 +38,7 @@ def save(
         VerificationError: what was written is not what was trained.
     """
     parameters = dict(student.named_parameters())
-    checkpoint = Checkpoint(source.folder, student.state_dict(), student.base_model_prefix)
+    checkpoint = Checkpoint(source.folder, TensorNames(student))
 
     def changed(name: str) -> Tensor | None:
         if name not in parameters:
@@ -51,7 +52,7 @@ def save(
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, temporary / name)
         loading.save_processor(processor, temporary, source)
-        written = Checkpoint(temporary, student.state_dict(), student.base_model_prefix)
+        written = Checkpoint(temporary, TensorNames(student))
         layers = manifest.read(source.folder)["layers"]
         state = training.progress
         manifest.write_recovered(

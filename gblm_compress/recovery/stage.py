@@ -93,6 +93,10 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) 
     """
     looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings)]
     task = loading.task_of(source)
+    if not task.generates:
+        raise UsageError(
+            f"recover trains causal language models, and {source.name!r} is {task.help}; prune with --fit best"
+        )
     looks += [partial(task.data_files, name) for name in settings.datasets]
     looks += [partial(loading.check_length, source, settings.sequence_length)]
     faults.raise_all(faults.collect(looks))

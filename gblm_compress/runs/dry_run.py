@@ -47,7 +47,7 @@ class DryRun:
 
     output: str
     steps: list[Step]
-    gates: dict[str, Any]
+    gates: list[dict[str, Any]]
     free_bytes: int
     unchecked: list[str]
 
@@ -95,7 +95,7 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
         elif isinstance(stage, Compare):
             for cell in stage.cells():
                 steps.append(_step(stage.home, cell, f"compare: {cell.name}", job.here, disk, progress))
-    gates = recipe.gates.model_dump(mode="json", exclude_none=True)
+    gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
     return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe))
 
 

@@ -1,15 +1,12 @@
 """Gates: conditions of a recipe on what was measured, for continuous integration to pass or fail on."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from gblm_compress.errors import UsageError
 from gblm_compress.measure.benchmarking import NO_SPEED_UP
-from gblm_compress.settings import GateSettings
-
-MORE_IS_BETTER = ("spearman", "accuracy", "top1_accuracy")
-"""Metrics of tasks of which a share is kept."""
+from gblm_compress.runs.figures import Figure, figures
+from gblm_compress.runs.summary import ModelSummary
+from gblm_compress.settings import GATES, GateSettings
 
 
 @dataclass(frozen=True)
@@ -17,69 +14,67 @@ class GateOutcome:
     """One condition: what it is on, its limit, what was measured, and whether it holds.
 
     Attributes:
-        low: the lower end of the interval of what was measured, which a speed gate is held against; None for others.
+        measured: None where it was not measured, which passes no gate.
+        bound: the end of its interval that is held against the limit; None where there is no interval.
+        artefact: the folder that it is on; None where nothing was measured of any.
     """
 
     gate: str
     subject: str
     limit: float
-    measured: float
+    measured: float | None
     passed: bool
-    low: float | None = None
+    bound: float | None = None
+    artefact: str | None = None
 
 
-def check_gates(
-    gates: GateSettings, evaluation: dict[str, Any] | None, measurements: list[dict[str, Any]]
-) -> list[GateOutcome]:
-    """Hold every set gate against the results.
+def check_gates(groups: Sequence[GateSettings], rows: list[ModelSummary]) -> list[GateOutcome]:
+    """Hold every set gate against the rows of a report, of which the first is the dense model.
 
-    Args:
-        evaluation: of the pruned model (`EvaluateResult.as_dict`), with its baseline.
-        measurements: of the benchmark (`Measurement` as plain values). A speed gate holds, for each batch size, where
-            the lower end of the speed-up's interval reaches the limit: that of the artefact which the gates name, or of
-            the best one, whose speed-up must then be significant.
-
-    Raises:
-        UsageError: a speed gate is set, and what it is on was not timed.
+    A gate on quality is on every artefact that was evaluated, or on the one that its group names. Any other is on the
+    best one at each batch size; a speed-up must then be significant, unless its artefact is named.
     """
+    if not rows:
+        return []
+    measured = [(row, figures(row, rows[0].bytes_on_disk)) for row in rows if not row.dense]
     outcomes = []
-
-    def at_most(gate: str, subject: str, limit: float | None, measured: float) -> None:
-        if limit is not None:
-            outcomes.append(GateOutcome(gate, subject, limit, measured, measured <= limit))
-
-    def at_least(gate: str, subject: str, limit: float | None, measured: float) -> None:
-        if limit is not None:
-            outcomes.append(GateOutcome(gate, subject, limit, measured, measured >= limit))
-
-    if evaluation is not None:
-        # what a task does not measure passes no gate
-        increase = evaluation.get("perplexity", math.nan) / evaluation.get("baseline_perplexity", math.nan) - 1
-        metric = next((name for name in evaluation.get("metrics", ()) if name in MORE_IS_BETTER), "")
-        retained = evaluation.get(metric, math.nan) / evaluation.get(f"baseline_{metric}", math.nan)
-        fidelity = evaluation["fidelity"]
-        at_most("max_perplexity_increase", "pruned", gates.max_perplexity_increase, increase)
-        at_least("min_retained", "pruned", gates.min_retained, retained)
-        at_most("max_mean_kl", "pruned", gates.max_mean_kl, fidelity.get("mean_kl", math.nan))
-        at_least("min_top1_agreement", "pruned", gates.min_top1_agreement, fidelity.get("top1_agreement", math.nan))
-    for gate, limit, speedup in (
-        ("min_decode_speedup", gates.min_decode_speedup, "decode_speedup"),
-        ("min_prefill_speedup", gates.min_prefill_speedup, "prefill_speedup"),
-    ):
-        if limit is None:
-            continue
-        timed = [m for m in measurements if m[speedup] is not None and gates.artefact in (None, m["model"])]
-        if not timed:
-            raise UsageError(f"gate {gate} is on {gates.artefact or 'the best artefact'}, which was not timed")
-        for batch in sorted({m["batch"] for m in timed}):
-            best = max((m for m in timed if m["batch"] == batch), key=lambda m: m[speedup]["low"])
-            outcomes.append(_speed(gate, limit, best, best[speedup], named=gates.artefact is not None))
+    for group in groups:
+        of_group = [(row, found) for row, found in measured if group.artefact in (None, row.model)]
+        for name, limit in group.limits.items():
+            readings = [(row, found[name[4:]]) for row, found in of_group if name[4:] in found]
+            if not readings:
+                subject = f"{group.artefact or 'all artefacts'}: not measured"
+                outcomes.append(GateOutcome(name, subject, limit, None, False, artefact=group.artefact))
+            elif GATES[name].needs in ("evaluate", "tasks"):
+                each = {row.model: reading for row, reading in readings}
+                outcomes += [_outcome(name, limit, model, model, reading) for model, reading in each.items()]
+            else:
+                outcomes += _of_best(name, limit, readings, named=group.artefact is not None)
     return outcomes
 
 
-def _speed(gate: str, limit: float, best: dict[str, Any], speedup: dict[str, Any], named: bool) -> GateOutcome:
-    subject, low = f"{best['model']} in {best['runtime']}, batch {best['batch']}", speedup["low"]
-    significant = low > 1
-    if not significant and not named:
-        subject = f"best of all, {subject}: {NO_SPEED_UP}"
-    return GateOutcome(gate, subject, limit, speedup["ratio"], low >= limit and (significant or named), low)
+def _of_best(name: str, limit: float, readings: list[tuple[ModelSummary, Figure]], named: bool) -> list[GateOutcome]:
+    timed = GATES[name].needs == "benchmark"
+    outcomes = []
+    for batch in sorted({row.batch or 0 for row, _ in readings}) if timed else [None]:
+        here = [(row, reading) for row, reading in readings if not timed or (row.batch or 0) == batch]
+        row, best = (max if name.startswith("min_") else min)(here, key=lambda pair: _worse_end(name, pair[1]))
+        subject = f"{row.model} in {row.where}" if timed else row.model
+        outcome = _outcome(name, limit, row.model, subject, best)
+        if name.endswith("speedup") and not named and (best.low or 0) <= 1:
+            subject = f"best of all, {subject}: {NO_SPEED_UP}"
+            outcome = GateOutcome(name, subject, limit, best.value, False, best.low, row.model)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _outcome(name: str, limit: float, artefact: str, subject: str, figure: Figure) -> GateOutcome:
+    end = _worse_end(name, figure)
+    passed = end >= limit if name.startswith("min_") else end <= limit
+    return GateOutcome(name, subject, limit, figure.value, passed, end if figure.low is not None else None, artefact)
+
+
+def _worse_end(name: str, figure: Figure) -> float:
+    """The end of a figure's interval that is held against the limit; its value where there is none."""
+    end = figure.low if name.startswith("min_") else figure.high
+    return figure.value if end is None else end

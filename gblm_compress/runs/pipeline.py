@@ -1,52 +1,24 @@
 """The run of a recipe: prune → export → evaluate → benchmark → gates, reusing what is already done."""
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from gblm_compress import faults
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.progress import Progress
-from gblm_compress.runs import report, reuse
+from gblm_compress.runs import conditions, report, reuse, summary
 from gblm_compress.runs.artefacts import Export
 from gblm_compress.runs.checks import check, check_model, check_output
-from gblm_compress.runs.gates import GateOutcome, check_gates
+from gblm_compress.runs.gates import check_gates
 from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.reuse import Outcome
+from gblm_compress.runs.run_report import RunReport
 from gblm_compress.runs.stages import Benchmark, Evaluate, stages_of
 from gblm_compress.settings import Recipe
-from gblm_compress.storage import outputs
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """Everything a run found out; `report.json` is this.
-
-    Attributes:
-        rows: the summary table, dense against pruned per runtime and batch size.
-        gates: each gate with its limit and what was measured.
-        comparison: the grid (`CompareResult` as plain values), when the recipe has one.
-    """
-
-    recipe: dict[str, Any]
-    output: str
-    environment: dict[str, Any]
-    stages: list[Outcome]
-    rows: list[report.ModelSummary]
-    gates: list[GateOutcome] = field(default_factory=list)
-    comparison: dict[str, Any] | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every gate holds."""
-        return all(gate.passed for gate in self.gates)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "passed": self.passed}
+from gblm_compress.storage import outputs, records
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
@@ -65,8 +37,9 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
+        records.write_text(output / conditions.RECIPE, conditions.as_given(recipe))
         result = _carry_out(job, progress)
-        report.write(result.as_dict(), output)
+        report.write(result, output)
         return result
 
 
@@ -79,19 +52,27 @@ def _carry_out(job: Job, progress: Progress) -> RunReport:
         if isinstance(stage, Recorded):
             outcomes[stage.name] = reuse.carry_out(job.output, stage, progress)
         else:
-            comparison = stage.work(progress).as_dict()
+            comparison = stage.work(progress)
     results = {name: outcome.result for name, outcome in outcomes.items()}
     evaluations = {stage.source.name: results[stage.name] for stage in stages if isinstance(stage, Evaluate)}
-    timings = [timing for s in stages if isinstance(s, Benchmark) for timing in results[s.name]["measurements"]]
+    timings = next((results[stage.name] for stage in stages if isinstance(stage, Benchmark)), None)
+    measurements = timings["measurements"] if timings else []
     exports = [stage for stage in stages if isinstance(stage, Export)]
     of_pruned = [export.artefact for export in exports if not export.of_dense]
     baselines = [job.dense, *(export.artefact for export in exports if export.of_dense)]
+    rows = summary.summarise(job.dense, job.pruned, of_pruned, baselines, results["prune"], evaluations, measurements)
     return RunReport(
         recipe=job.recipe.model_dump(mode="json"),
         output=str(job.output),
         environment=environment(),
         stages=list(outcomes.values()),
-        rows=report.summarise(job.dense, job.pruned, of_pruned, baselines, results["prune"], evaluations, timings),
+        rows=rows,
         comparison=comparison,
-        gates=check_gates(job.recipe.gates, evaluations.get(job.pruned.name), timings),
+        gates=check_gates(job.recipe.gates, rows),
+        model=job.recipe.model.source,
+        method=conditions.method(job.recipe, results["prune"]),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        conditions=conditions.of(job.recipe, results["prune"], evaluations.get(job.pruned.name), timings),
+        commands=conditions.commands(job),
+        layers=summary.layers_of(results["prune"]["layers"]),
     )

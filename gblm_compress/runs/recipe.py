@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gblm_compress import suggestions
+from gblm_compress import faults, suggestions
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.yaml_nodes import Node, YamlFaults
@@ -58,8 +58,8 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree.plain(), strict=True)
     except ValidationError as error:
-        faults = [f"{tree.at(fault['loc']).where}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
-        raise _all_of(faults) from error
+        found = [f"{tree.at(fault['loc']).where}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
+        raise _all_of(found) from error
 
 
 def _read(path: Path) -> Node:
@@ -74,10 +74,9 @@ def _read(path: Path) -> Node:
         raise _all_of(error.faults) from error
 
 
-def _all_of(faults: list[str]) -> RecipeError:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    more = [f"… and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
-    return RecipeError("\n".join([f"{count} in the recipe", *faults[:MOST_FAULTS], *more]))
+def _all_of(messages: list[str]) -> RecipeError:
+    count = "1 fault" if len(messages) == 1 else f"{len(messages)} faults"
+    return faults.together(RecipeError, f"{count} in the recipe", messages, MOST_FAULTS)
 
 
 def schema() -> dict[str, Any]:
@@ -86,6 +85,9 @@ def schema() -> dict[str, Any]:
     # A plain string stands for a model section with only a source, and for a text with its weight.
     for section in (result["properties"]["model"], result["$defs"]["RecoverSettings"]["properties"]["data"]["items"]):
         section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
+    # A mapping stands for a sequence of one.
+    gates = result["properties"]["gates"]
+    gates["anyOf"] = [gates["items"], {"type": gates.pop("type"), "items": gates.pop("items")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
 
 

@@ -31,6 +31,7 @@ from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
 from gblm_compress.runs.reuse import evaluation_hash
 from gblm_compress.settings import (
+    GATES,
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
@@ -76,7 +77,8 @@ class Evaluate(Recorded):
             return faults.collect([partial(check_onnx_provider, self.job.device)])
         if self.source is not self.job.pruned:
             return []
-        return evaluation.check([self.job.dense] if self.job.here else [], self.settings, progress)
+        found = evaluation.check([self.job.dense] if self.job.here else [], self.settings, progress)
+        return found + faults.collect([self._check_gates])
 
     def disk(self) -> Disk:
         """The logits of the dense model, which go when the run ends."""
@@ -91,6 +93,15 @@ class Evaluate(Recorded):
         job = self.job
         dense, dtype, device = job.reference, job.dtype, job.device
         return evaluate(self.source, self.settings, baseline=dense, dtype=dtype, device=device, progress=progress)
+
+    def _check_gates(self) -> None:
+        """Raises:
+        UsageError: the artefact that gates on quality name is not evaluated.
+        """
+        without = {s.folder_name for s in self.job.recipe.export if not self.job.can_run(s)}
+        for gates in self.job.recipe.gates:
+            if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
+                raise UsageError(f"gates.artefact {gates.artefact!r} is evaluated on CUDA only")
 
 
 @dataclass(frozen=True)
@@ -145,18 +156,23 @@ class Benchmark(Recorded):
 
     def _check_gates(self) -> None:
         """Raises:
-        UsageError: the artefact that the gates name is not timed.
+        UsageError: the artefact that gates name is not timed.
         """
-        artefact = self.job.recipe.gates.artefact
-        for settings in self.job.recipe.export:
-            if settings.folder_name == artefact:
-                export = Export(self.job, settings)
+        recipe = self.job.recipe
+        exports = {settings.folder_name: Export(self.job, settings) for settings in recipe.export}
+        for gates in recipe.gates:
+            artefact = gates.artefact
+            if not any(GATES[name].needs == "benchmark" for name in gates.limits):
+                continue
+            if export := exports.get(artefact or ""):
                 if not set(export.format.runtimes) & set(self.settings.runtimes):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
                     raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
-        if artefact == "pruned" and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
-            raise UsageError(f"gates.artefact 'pruned' runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed")
+            if artefact == self.job.pruned.name and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
+                raise UsageError(
+                    f"gates.artefact {artefact!r} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"
+                )
 
 
 @dataclass(frozen=True)
@@ -231,14 +247,16 @@ def stages_of(job: Job) -> list[Stage]:
 def _timed_against(job: Job) -> list[ExportSettings]:
     """The exports of the dense model that the benchmark needs as baselines: one per format that is timed in a runtime
     of its own, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
-    float16, so does the dense model, and where weights are levels of 8 or 4 bits, it is ONNX Runtime's own."""
+    float16, so does the dense model, once it is here to say so, and where weights are levels of 8 or 4 bits, it is ONNX
+    Runtime's own."""
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
     for settings in recipe.export:
         if not timed & set(FORMATS[settings.format].runtimes):
             continue
-        half = settings.kernels and dtype_of(job.dense, settings) == "float16"
+        known = job.here or settings.dtype != "auto"
+        half = settings.kernels and known and dtype_of(job.dense, settings) == "float16"
         stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
         found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))

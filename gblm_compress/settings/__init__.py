@@ -5,6 +5,7 @@ package loads no torch.
 """
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
+from gblm_compress.settings.gates import GATES, Gate, GateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -12,7 +13,7 @@ from gblm_compress.settings.prune import (
     OverrideSettings,
     PruneSettings,
 )
-from gblm_compress.settings.recipe import CompareSettings, GateSettings, Recipe
+from gblm_compress.settings.recipe import CompareSettings, Recipe
 from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
     AdviseSettings,
@@ -26,6 +27,7 @@ from gblm_compress.settings.stages import (
 )
 
 __all__ = [
+    "GATES",
     "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
@@ -36,6 +38,7 @@ __all__ = [
     "ComputeSettings",
     "EvaluateSettings",
     "ExportSettings",
+    "Gate",
     "GateSettings",
     "GradientNorm",
     "ModelSettings",

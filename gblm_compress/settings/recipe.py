@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from gblm_compress.formats import FORMATS
 from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.quantisation import QUANTISERS
@@ -12,6 +13,7 @@ from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
 from gblm_compress.settings.fields import MANY, PatternName, Settings
+from gblm_compress.settings.gates import GATES, GateSettings
 from gblm_compress.settings.prune import PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
@@ -83,34 +85,6 @@ class CompareSettings(Settings):
         return PruneSettings(**values)
 
 
-class GateSettings(Settings):
-    """What must hold for the run to succeed; an unset gate is not checked."""
-
-    max_perplexity_increase: float | None = Field(
-        None, ge=0, description="Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %."
-    )
-    min_retained: float | None = Field(
-        None,
-        ge=0,
-        description="Share of the dense model's metric that is kept, of those of which more is better: Spearman's "
-        "correlation of embeddings, accuracy.",
-    )
-    min_decode_speedup: float | None = Field(
-        None,
-        gt=0,
-        description="Dense TPOT over TPOT, the lower end of its interval, at every batch size: of the artefact, or of "
-        "the best one, whose speed-up must be significant.",
-    )
-    min_prefill_speedup: float | None = Field(None, gt=0, description="Dense TTFT over TTFT, as min_decode_speedup.")
-    artefact: str | None = Field(
-        None,
-        description="Which one the gates on speed are on, by the name of its folder: pruned, bitmask, onnx, …; the "
-        "best one if unset.",
-    )
-    max_mean_kl: float | None = Field(None, ge=0, description="Mean KL divergence from dense, in nats per token.")
-    min_top1_agreement: float | None = Field(None, ge=0, le=1, description="With dense, as a fraction of tokens.")
-
-
 class Recipe(Settings):
     """A whole run: prune, export, evaluate, benchmark, and what must hold at the end."""
 
@@ -131,8 +105,10 @@ class Recipe(Settings):
     compare: CompareSettings | None = Field(
         None, description="A grid of methods beside the one of 'prune', evaluated as 'evaluate' says; skipped if unset."
     )
-    gates: GateSettings = Field(
-        default_factory=GateSettings, description="Conditions; a failed one has its own exit code."
+    gates: tuple[GateSettings, ...] = Field(
+        (),
+        description="Conditions; a failed one has its own exit code. A mapping, or a sequence of them where "
+        "several artefacts have limits of their own.",
     )
 
     @field_validator("model", mode="before")
@@ -140,28 +116,47 @@ class Recipe(Settings):
     def _source_alone(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
 
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _gates_alone(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, dict | GateSettings) else value
+
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Self:
-        gates = self.gates
-        of_evaluation = (
-            gates.max_perplexity_increase, gates.min_retained, gates.max_mean_kl, gates.min_top1_agreement
-        )  # fmt: skip
-        if self.evaluate is None and any(gate is not None for gate in of_evaluation):
-            raise ValueError("a gate on perplexity, another metric, KL or agreement needs an 'evaluate' section")
+        for gates in self.gates:
+            self._check_gates(gates)
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.evaluate is None and self.compare is not None:
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
-        if self.benchmark is None and (gates.min_decode_speedup or gates.min_prefill_speedup):
-            raise ValueError("a gate on speed needs a 'benchmark' section")
-        artefacts = ["recovered" if self.recover else "pruned", *(export.folder_name for export in self.export)]
-        if gates.artefact not in (None, *artefacts):
-            raise ValueError(
-                f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {', '.join(artefacts)}"
-            )
-        allowances = [limit for limit in (gates.min_decode_speedup, gates.min_prefill_speedup) if limit is not None]
-        if gates.artefact is None and any(limit < 1 for limit in allowances):
-            raise ValueError("a gate on speed below 1 allows a slow-down: say of which artefact, with gates.artefact")
-        if gates.artefact is not None and not allowances:
-            raise ValueError("gates.artefact would do nothing: it is read with a gate on speed")
         if len(set(self.export)) < len(self.export):
             raise ValueError("the same export is listed twice")
         return self
+
+    def _check_gates(self, gates: GateSettings) -> None:
+        measured = {
+            "evaluate": self.evaluate is not None,
+            "tasks": self.evaluate is not None and bool(self.evaluate.tasks),
+            "benchmark": self.benchmark is not None,
+        }
+        for name in gates.limits:
+            needed = GATES[name].needs
+            if needed and not measured[needed]:
+                section = "'evaluate' section with tasks" if needed == "tasks" else f"{needed!r} section"
+                raise ValueError(f"gate {name} needs {'an' if section[1] == 'e' else 'a'} {section}")
+        formats = {export.folder_name: FORMATS[export.format] for export in self.export}
+        made_first = "recovered" if self.recover else "pruned"
+        if gates.artefact not in (None, made_first, *formats):
+            made = ", ".join((made_first, *formats))
+            raise ValueError(f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {made}")
+        if gates.artefact is None:
+            for name, limit in gates.limits.items():
+                if name.endswith("speedup") and limit < 1:
+                    raise ValueError(f"{name} below 1 allows a slow-down: say of which artefact, with gates.artefact")
+        elif not gates.limits:
+            raise ValueError("gates.artefact would do nothing: it is read with a gate")
+        asked = [name for name in gates.limits if GATES[name].needs == "tasks"]
+        if asked and gates.artefact in formats and formats[gates.artefact].runtime != "torch":
+            raise ValueError(f"gate {asked[0]} is on {gates.artefact}, and tasks are asked in torch only")

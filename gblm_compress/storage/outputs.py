@@ -154,6 +154,26 @@ def check_picture(path: Path, force: bool) -> None:
         raise UsageError(f"heat map {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
 
 
+def check_document(path: Path, mark: str) -> None:
+    """Refuse a file to write, before any work is done: one of our own documents or an empty file may be replaced.
+
+    Args:
+        mark: what our own document has among its first characters.
+
+    Raises:
+        UsageError: `path` is no file, is a file of another kind, or lies where nothing can be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{str(path)!r} is a link or no file; give another name")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{str(path)!r} cannot be written: {str(path.parent)!r} is no folder, or is read-only")
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            beginning = file.read(500)
+        if beginning and mark not in beginning:
+            raise UsageError(f"{str(path)!r} exists and was not written by this program; give another name")
+
+
 def check_workable(folder: Path, kind: str) -> None:
     """Refuse a folder for `working_in`, before any work is done; nothing is created.
 

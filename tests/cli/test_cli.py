@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gblm_compress import errors
+from gblm_compress.runs import report as documents
+from tests.runs.reports import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +133,8 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
     done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["steps"][0]["does"] == "prune tiny by gblm, 1:4"
+    said = program("run", "ci-smoke", "--dry-run").stdout
+    assert "gates to check: artefact bitmask, max_perplexity_increase 0.5, min_decode_speedup 0.01" in said
     assert not list(tmp_path.iterdir())
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
     for arguments in (("--dry-run",), ()):
@@ -142,6 +146,10 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
     assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
+    done = program("validate", str(bad), "--json")
+    assert done.code == 2 and json.loads(done.stdout)["valid"] is False
+    (missing,) = json.loads(done.stdout)["faults"]
+    assert missing.endswith("bad.yaml:2: prun: unknown key; did you mean 'prune'?")
     done = program("validate", str(bad))
     assert done.code == 2 and "did you mean 'prune'?" in done.stderr
     elsewhere = tmp_path / "elsewhere.yaml"
@@ -164,15 +172,36 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
     from gblm_compress.cli.app import _run
     from gblm_compress.runs import pipeline
     from gblm_compress.runs.gates import GateOutcome
+    from gblm_compress.runs.run_report import RunReport
 
     gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
     stage = pipeline.Outcome("prune", True, 0.0, {})
-    failed = pipeline.RunReport({}, str(tmp_path), {}, [stage], [], [gate])
+    failed = RunReport({}, str(tmp_path), {}, [stage], [], [gate])
     monkeypatch.setattr(pipeline, "run", lambda *args: failed)
     assert _run(["run", "ci-smoke", "-o", str(tmp_path)]) == 6
     captured = capsys.readouterr()
     assert "min_decode_speedup" in captured.out and "reused: prune" in captured.out
-    assert "1 of 1 gates failed" in captured.err
+    assert "1 of 1 gates failed\nmin_decode_speedup on pruned in torch, batch 1: 1.00×; at least 1.30×" in captured.err
+
+
+def test_reports_of_several_runs_and_a_push_that_sends_nothing(program, tmp_path) -> None:
+    for name, tpot in (("before", 10.0), ("now", 14.0)):
+        (tmp_path / name).mkdir()
+        documents.write(report(tpot=tpot), tmp_path / name)
+    done = program("report", "before", "now", "-o", "joined.html", "--fail-on-regression", "--json")
+    assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 → 14.00" in done.stderr
+    assert json.loads(done.stdout)["regressions"] and "2 runs of bitmask" in (tmp_path / "joined.html").read_text()
+    assert program("report", "now", "-o", "joined.html").code == 0  # its own page may be replaced
+    (tmp_path / "notes.html").write_text("mine")
+    done = program("report", "now", "-o", "notes.html")
+    assert done.code == 2 and "was not written by this program" in done.stderr
+    done = program("push", "now", "bitmask")
+    assert done.code == 2 and "its artefacts are" in done.stderr
+    (tmp_path / "now" / "bitmask").mkdir()
+    (tmp_path / "now" / "bitmask" / "gblm_manifest.json").write_text("{}")
+    (tmp_path / "now" / "bitmask" / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
+    done = program("push", "now", "bitmask")
+    assert done.code == 0 and "model-index:" in done.stdout and "not pushed; give --push-to-hub" in done.stdout
 
 
 def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
@@ -236,7 +265,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run"])
+@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run --quiet"])
 def test_a_reader_that_leaves_ends_the_program_quietly(command: str, server, tmp_path) -> None:
     done = server.run(command.split(), ROOT, tmp_path, code=READER_HAS_GONE)
     assert (done.code, done.stderr) == (1, "")

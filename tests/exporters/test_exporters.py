@@ -74,7 +74,9 @@ def test_a_recipe_evaluates_what_it_writes(with_half) -> None:
     assert done.returncode == 0, done.stderr
     rows = {row["model"]: row for row in json.loads(done.stdout)["rows"]}
     assert rows.keys() == {"dense", "pruned", "half", "half-bfloat16"}
-    assert rows["half"]["perplexity"] == pytest.approx(rows["pruned"]["perplexity"], rel=1e-2)
+    assert rows["half"]["metrics"]["perplexity"]["value"] == pytest.approx(
+        rows["pruned"]["metrics"]["perplexity"]["value"], rel=1e-2
+    )
 
 
 @pytest.mark.parametrize(

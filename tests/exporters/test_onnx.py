@@ -143,16 +143,6 @@ def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
     assert result.checks["identical_greedy_tokens"] == 32
 
 
-def test_a_sliding_window_cache_is_refused_in_words_before_the_tracing(tiny, tmp_path, progress, monkeypatch) -> None:
-    monkeypatch.setattr(onnx_plain, "_trace", None)
-    for path in tiny("mistral").folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
-    with pytest.raises(ModelError, match="sliding-window .* cannot be exported to ONNX yet"):
-        export(ModelSource("x", tmp_path), tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
-
-
 def exported_again(exported, folder: Path, **settings) -> tuple[ExportResult, ModelSource]:
     """Another export of the same model in float32, of which the graph need not be traced again."""
     with pytest.MonkeyPatch.context() as patch:

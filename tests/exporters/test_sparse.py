@@ -267,7 +267,7 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size,
     _, source, _ = exported(tiny, tmp_path, progress)
     folder = tmp_path / "packed"
     model, save = load_model(source), type(load_model(source)).save_pretrained
-    model.save_pretrained = lambda place: save(model, place, max_shard_size=shard_size)
+    model.save_pretrained = lambda place, **more: save(model, place, max_shard_size=shard_size, **more)
     save_packed(model, folder)
     assert (folder / SPARSE_INDEX).exists() == (shard_size == "20KB")
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"

@@ -143,7 +143,7 @@ def _content(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if not re.fullmatch(r"out/(report\..*|\.stages/.*)", name):
+        if not re.fullmatch(r"out/(report\..*|charts/.*|\.stages/.*)", name):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

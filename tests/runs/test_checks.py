@@ -76,6 +76,16 @@ def test_a_recipe_without_faults(progress) -> None:
             },
             "gates.artefact 'semi-structured' is timed on CUDA only",
         ),
+        (
+            {
+                "model": {"source": "tiny", "device": "cpu"},
+                "prune": {"pattern": "2:4"},
+                "export": [{"format": "semi-structured"}],
+                "evaluate": {"dataset": "demo", "sequence_length": 64},
+                "gates": {"max_mean_kl": 1.1, "artefact": "semi-structured"},
+            },
+            "gates.artefact 'semi-structured' is evaluated on CUDA only",
+        ),
     ],
 )
 def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:

@@ -116,6 +116,21 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ),
         ("model: demo\nbenchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
         ("model: demo\ngates: {artefact: pruned}", "gates.artefact would do nothing"),
+        (
+            "model: demo\nevaluate: {}\ngates: {max_mean_k: 1}",
+            "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean",
+        ),
+        ("model: demo\ngates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
+        (
+            "model: demo\ngates:\n  - max_bytes: 1GB\n  - max_bytes: 1",
+            "r.yaml:4: gates.1.max_bytes: memory 1 has no unit",
+        ),
+        ("model: demo\nevaluate: {}\ngates: {min_task_accuracy: 0.5}", "needs an 'evaluate' section with tasks"),
+        (
+            "model: demo\nevaluate: {tasks: [piqa]}\nexport: [{format: onnx}]\n"
+            "gates: {min_task_accuracy: 0.5, artefact: onnx}",
+            "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
+        ),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:

@@ -1,47 +1,87 @@
+"""What is written of a run: names from outside bend none of it, and what it says is what was measured."""
+
 import json
+from xml.etree import ElementTree
 
+import pytest
+
+from gblm_compress.cli import layout
+from gblm_compress.errors import UsageError
 from gblm_compress.printing import PlainConsole
-from gblm_compress.runs import report
-from gblm_compress.runs.gates import GateOutcome
-from gblm_compress.runs.report import ModelSummary
-
-NAME = "[/]$\\frac{$\x1b[2J\udcff<b>\n"
-
-
-def summary() -> ModelSummary:
-    values = {
-        "model": NAME,
-        "runtime": "torch",
-        "batch": 1,
-        "nonzero_fraction": 0.5,
-        "bytes_on_disk": 10,
-        "tpot_ms": 3.0,
-    }
-    return ModelSummary(**dict.fromkeys(ModelSummary.__dataclass_fields__) | values)
+from gblm_compress.runs import report as documents
+from gblm_compress.runs import run_report, tables
+from gblm_compress.runs.run_report import headline
+from tests.runs.reports import HOSTILE, report, row
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
-    """Markup, formulas, escapes and bytes that are no UTF-8, in the terminal, report.json, the page and the plot."""
-    gates = [
-        GateOutcome("min_decode_speedup", NAME, 1.3, measured, passed)
-        for measured, passed in ((1.0, False), (2.0, True))
-    ]
+    """Markup, formulas, escapes and bytes that are no UTF-8, in the terminal and in every file."""
+    hostile = report(HOSTILE)
     console = PlainConsole(width=200, force_terminal=True, color_system="standard")
-    console.print(report.table([summary()]))
-    console.print(report.gate_table(gates))
+    for table in tables.of(hostile):
+        for part in layout.titled(table):
+            layout.show(part, console)
     shown = capsys.readouterr().out
-    assert shown.count(r"[/]$\frac{$\x1b[2J\udcff<b>\n") == 3
-    assert "\x1b[2J" not in shown and "\x1b[1;31mno" in shown
+    assert r"[/]$\frac{$\x1b[2J\udcff<script>" in shown and "\x1b[2J" not in shown and "\x1b[1;31mno" in shown
 
-    content = {
-        "rows": [vars(summary())],
-        "gates": [vars(gate) for gate in gates],
-        "stages": [],
-        "environment": {"cpu": NAME},
-        "recipe": {"model": NAME},
-    }
-    report.write(content, tmp_path)
-    assert json.loads((tmp_path / report.REPORT).read_text())["rows"][0]["model"] == NAME
-    page = (tmp_path / report.PAGE).read_text(encoding="utf-8")
-    assert r"<td>[/]$\frac{$\x1b[2J\udcff&lt;b&gt;" in page and "\x1b" not in page
-    assert 'src="data:image/png;base64,' in page
+    documents.write(hostile, tmp_path)
+    assert json.loads((tmp_path / run_report.REPORT).read_text())["model"] == HOSTILE
+    assert run_report.read(tmp_path) == hostile
+    page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
+    assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
+    assert len(list((tmp_path / documents.PICTURES).iterdir())) == 9
+    markdown = documents.markdown(hostile)
+    assert "<script>" not in markdown and "\x1b" not in markdown and r"\|\`" in markdown
+    assert all(line.count(" | ") == 5 for line in markdown.splitlines() if line.startswith("| max"))
+    assert ElementTree.fromstring(documents.junit(hostile)).get("failures") == "1"
+
+
+def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
+    assert headline(report()) == (
+        "bitmask: 0.60× the bytes of the dense model, decodes 2.00× as fast [1.64–2.44], "
+        "perplexity 20.00 → 24.00 ±0.50, the same answer as dense in 81 % of tokens, "
+        "0.90× the accuracy on tasks [0.80–1.00]; on a CPU, 2 threads, cpu, torch, batch 1."
+    )
+
+
+def test_a_speed_up_that_is_none_is_called_so() -> None:
+    rows = report().rows
+    slow = report(rows=[rows[0], row("onnx", 20.5, 990_000, 24.0)])
+    assert "decodes no faster for sure (0.98× [0.80–1.19])" in headline(slow)
+    slower = report(rows=[rows[0], row("onnx", 30.0, 990_000, 24.0)])
+    assert "0.67× as fast [0.55–0.81], which is slower" in headline(slower)
+
+
+def test_junit_and_markdown_name_what_failed() -> None:
+    suite = ElementTree.fromstring(documents.junit(report()))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("time")) == ("2", "1", "3.250")
+    passed, failed = suite
+    assert passed.find("failure") is None
+    assert failed.find("failure").get("message") == "max_bytes on bitmask: 600.0 kB; at most 500.0 kB is needed"
+    lines = documents.markdown(report()).splitlines()
+    assert lines[1] == "## FAIL: bitmask: 50 % zeros by gblm"
+    assert "- max\\_bytes on bitmask: 600.0 kB; at most 500.0 kB is needed" in lines
+    assert "| min\\_decode\\_speedup | bitmask in torch, batch 1 | 1.30× | 2.00× | 1.60× | yes |" in lines
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    by_title = {table.title: table for table in tables.of(report())}
+    quality, speed = by_title["Quality and size"], by_title["Speed and memory"]
+    (absent,) = [line for line in quality.rows if line[0].text == "semi-structured"]
+    assert [cell.text for cell in absent] == ["semi-structured", "–", "–", "–", "50.0 %", "590.0 kB", "0.59×"]
+    assert quality.all_notes[-1] == "– was not measured."
+    assert "Not timed: semi-structured." in speed.notes
+    assert [cell.text for cell in speed.rows[2]] == [
+        "bitmask", "torch", "1", "50.0", "10.0", "100.0", "2.00 [1.64–2.44]", "1.8 MB"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "recipe: Field required"), ("[", "Expecting value"), ("[]", "it holds a list"), (None, "holds no report")],
+)
+def test_a_report_that_is_none(tmp_path, content, message) -> None:
+    if content is not None:
+        (tmp_path / run_report.REPORT).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        run_report.read(tmp_path)

@@ -28,12 +28,10 @@ from gblm_compress.pruning.distillation import distil_, predictions
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
-from gblm_compress.runs.gates import check_gates
 from gblm_compress.settings import (
     CalibrationSettings,
     EvaluateSettings,
     ExportSettings,
-    GateSettings,
     PruneSettings,
     ResourceSettings,
 )
@@ -350,8 +348,6 @@ def test_an_encoder_is_judged_by_the_metrics_of_its_task(encoder, tmp_path, pros
     assert found.fidelity["cosine"] == pytest.approx(sum(cosines) / 3, rel=1e-4) and found.fidelity["cosine"] < 0.999
     plain = found.as_dict()
     assert plain["metrics"] == ["norm"] and plain["baseline_norm"] == found.baseline["norm"].value
-    (gate,) = check_gates(GateSettings(max_mean_kl=1.0), plain, [])  # which an encoder does not measure
-    assert not gate.passed
 
 
 def _tokenizer_and_config(source: ModelSource):

@@ -1,0 +1,69 @@
+r"""Is `advise` right? Its predictions beside measurements of the whole model, made and timed in the same way.
+
+python benchmarks/advice.py MODEL --json advice.json
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from cpu_decode import show
+
+from gblm_compress.exporters import export
+from gblm_compress.machine.environment import environment
+from gblm_compress.measure.benchmark_worker import generate, vocabulary
+from gblm_compress.measure.runtimes import Generating, load_runtime
+from gblm_compress.models.finding import resolve_model, silence_libraries
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.pruning.stage import prune
+from gblm_compress.runs.advice import PROMPT, ROUNDS, TOKENS, WAYS, Way, advise
+from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
+
+QUIET = Progress(quiet=True)
+
+
+def measured(way: Way, dense: ModelSource, pruned: ModelSource, scratch: Path) -> float:
+    """Milliseconds that a decode step of the whole model takes."""
+    source = pruned if way.pruned else dense
+    if way.export is not None:
+        artefact = ModelSource(way.name, scratch / way.name.replace(", ", "-").replace(" ", "-"))
+        export(source, artefact.folder, ExportSettings(**way.export), progress=QUIET)
+        source = artefact
+    runtime = cast(Generating, load_runtime(source, way.dtype, "cpu", torch.get_num_threads()))
+    size = vocabulary(dense)
+    runs = [generate(runtime, size, 1, PROMPT, TOKENS, seed)["decode_seconds"] for seed in range(ROUNDS + 1)]
+    return 1000 * median(runs[1:]) / (TOKENS - 1)
+
+
+def main() -> None:
+    """Ask, measure, print a table; write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    silence_libraries()
+    dense = resolve_model(options.model, QUIET)
+    chosen = PruneSettings(method="magnitude", fit="none")
+    advice = advise(dense, AdviseSettings(), chosen, CalibrationSettings(), progress=Progress())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pruned = ModelSource("pruned", Path(folder) / "pruned")
+        prune(dense, pruned.folder, chosen, CalibrationSettings(), progress=QUIET)
+        for way in WAYS:
+            found = next((each for each in advice.predictions if each.name == way.name), None)
+            if found is not None:
+                ms = measured(way, dense, pruned, Path(folder))
+                error = found.ms_per_token / ms - 1
+                rows.append({"way": way.name, "predicted_ms": found.ms_per_token, "measured_ms": ms, "error": error})
+    show(f"{options.model}, advice after {advice.seconds:.0f} s", rows)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What every command begins and ends with: a sign of life, the models that it was given, its result in print."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gblm_compress import __version__
+from gblm_compress.cli import layout
+from gblm_compress.machine.environment import share_cores
+from gblm_compress.printing import PlainConsole
+from gblm_compress.progress import Progress
+from gblm_compress.storage import records
+
+WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
+
+
+def progress(quiet: bool) -> Progress:
+    """What tells the person who waits; the libraries keep quiet from here on."""
+    begun = started(quiet)
+
+    from gblm_compress.models.finding import silence_libraries
+
+    share_cores()
+    silence_libraries()
+    return begun
+
+
+def started(quiet: bool) -> Progress:
+    """A sign of life before the seconds that torch and transformers take to load."""
+    begun = Progress(quiet)
+    begun.say(f"gblm-compress {__version__} starts …")
+    return begun
+
+
+def start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str | None = None) -> tuple[Any, ...]:
+    """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
+    before a download, and before the seconds that torch and transformers take to load.
+    """
+    from gblm_compress import tasks
+    from gblm_compress.measure.zero_shot import check_folder
+    from gblm_compress.models.finding import resolve_model, silence_libraries
+
+    for name in datasets:
+        tasks.data_files(name)
+    check_folder(include)
+    begun = started(quiet)
+    paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
+    sources = {name: resolve_model(name, begun) for name in paths_first}
+    share_cores()
+    silence_libraries()
+    return begun, *(sources[name] for name in models)
+
+
+def show(content: Any, summary: Any, as_json: bool) -> None:
+    """Print a result: one JSON document, or a summary for people."""
+    if as_json:
+        print(records.as_json(content if isinstance(content, dict) else content.as_dict()), end="")
+        return
+    console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
+    parts = summary(content)
+    for part in parts if isinstance(parts, list) else [parts]:
+        layout.show(part, console)

@@ -1,0 +1,185 @@
+"""Several runs on one page: what each made of the model, and where the last one fell behind the one before it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gblm_compress.runs import page, tables, vega
+from gblm_compress.runs.figures import Figure
+from gblm_compress.runs.run_report import RunReport, headline, when
+from gblm_compress.runs.tables import Cell, Table
+from gblm_compress.runs.vega import Chart
+
+LOWER_IS_BETTER = {
+    "perplexity": "perplexity",
+    "loss": "loss",
+    "mean_kl": "KL divergence",
+    "bytes": "bytes on disk",
+    "memory": "peak memory",
+    "ttft_ms": "TTFT",
+    "tpot_ms": "TPOT",
+}
+HIGHER_IS_BETTER = {
+    "top1_agreement": "same token as dense",
+    "task_accuracy": "task accuracy",
+    "task_recovery": "task recovery",
+    "tokens_per_second": "tokens/s",
+    "samples_per_second": "samples/s",
+    "decode_speedup": "decode ×",
+    "prefill_speedup": "prefill ×",
+}
+MOST = 4  # of what got worse, that the page says at its head
+SMALL = 0.01
+"""By how much a figure without an interval may change, as a fraction, and count as the same."""
+
+
+def changes(before: RunReport, now: RunReport) -> Table:
+    """What changed between two runs, for every figure of every artefact that both have; what got worse comes first."""
+    earlier = {_key(row): before.figures(row) for row in before.rows}
+    names = LOWER_IS_BETTER | HIGHER_IS_BETTER
+    rows = []
+    for row in now.rows:
+        for name, figure in now.figures(row).items():
+            was = earlier.get(_key(row), {}).get(name)
+            if name in names and was is not None:
+                verdict = compared(name, was, figure)
+                change = figure.value / was.value - 1 if was.value else 0.0
+                rows.append(
+                    [
+                        Cell(row.model),
+                        Cell(row.where),
+                        Cell(names[name]),
+                        _cell(name, was),
+                        _cell(name, figure),
+                        Cell(f"{100 * change:+.1f} %", change),
+                        Cell(verdict, ORDER[verdict], {"worse": "bad", "better": "good"}.get(verdict, "")),
+                    ]
+                )
+    rows = sorted({tuple(cell.text for cell in row): row for row in rows}.values(), key=lambda row: row[-1].value or 0)
+    columns = {"model": False, "runtime": False, "figure": False, "before": True, "now": True, "change": True}
+    notes = (
+        "Worse or better is what the intervals of both runs leave no doubt about; without an interval, what changed by "
+        f"more than {100 * SMALL:.0f} %.",
+    )
+    return Table("This run against the one before", columns | {"verdict": False}, rows, notes)
+
+
+ORDER = {"worse": 0, "better": 1, "same": 2}
+
+
+def compared(name: str, was: Figure, now: Figure) -> str:
+    """ "worse", "better" or "same"."""
+    sign = 1 if name in LOWER_IS_BETTER else -1
+    if was.low is not None and was.high is not None and now.low is not None and now.high is not None:
+        above, below = now.low > was.high, now.high < was.low
+    else:
+        above, below = now.value > was.value * (1 + SMALL), now.value < was.value * (1 - SMALL)
+    if not above and not below:
+        return "same"
+    return "worse" if above == (sign > 0) else "better"
+
+
+def regressions(table: Table) -> list[str]:
+    """What got worse, in words."""
+    return [f"{row[0].text} in {row[1].text}: {row[2].text} {row[3].text} → {row[4].text}" for row in table.rows
+            if row[-1].text == "worse"]  # fmt: skip
+
+
+def runs(reports: Sequence[RunReport]) -> Table:
+    """One row for each run."""
+    rows = []
+    for report in reports:
+        failed = len(report.failed_gates)
+        state = (
+            Cell("no gates") if not report.gates else Cell("PASS", 1, "good") if not failed else Cell("FAIL", 0, "bad")
+        )
+        rows.append([Cell(_name(report)), Cell(when(report)), state, Cell(headline(report))])
+    return Table("Runs", {"run": False, "finished": False, "gates": False, "in short": False}, rows)
+
+
+def html(reports: Sequence[RunReport]) -> str:
+    """The page of several runs, the last of which is held against the one before it."""
+    before, now = reports[-2:]
+    table = changes(before, now)
+    worse = regressions(table)
+    conditions = dict(now.conditions)
+    for name, value in before.conditions.items():
+        if conditions.get(name) != value:
+            conditions[f"{name}, before"] = value
+    charts: list[Chart] = [chart for name in ("perplexity", "tpot_ms", "bytes") if (chart := trend(reports, name))]
+    return page.render(
+        title=f"{len(reports)} runs of {now.model}",
+        verdict=None,
+        headline=[headline(now), _in_words(worse)],
+        subtitle=f"the last run, {_name(now)}, against {_name(before)}",
+        charts=charts,
+        tables=[table, runs(reports), *tables.of(now)],
+        conditions=conditions,
+        commands=now.commands,
+        recipe=now.recipe,
+    )
+
+
+def trend(reports: Sequence[RunReport], name: str) -> Chart | None:
+    """One figure of every artefact over several runs, in their order."""
+    values = [
+        {
+            "run": i,
+            "row": vega.label(row),
+            "kind": vega.label(row),
+            **vega.ends(found[name]),
+            "finished": report.finished,
+        }
+        for i, report in enumerate(reports, 1)
+        for row in report.rows
+        for found in [report.figures(row)]
+        if name in found
+    ]
+    if not values:
+        return None
+    words = {"perplexity": "perplexity", "tpot_ms": "ms per token", "bytes": "bytes on disk"}
+    x = {"field": "run", "type": "ordinal", "title": "run", "axis": {"labelAngle": 0}}
+    y = {"type": "quantitative", "title": words[name], "scale": {"zero": False}}
+    if name == "bytes":
+        y["axis"] = {"format": ".2s"}
+    colour = vega.colour(values) | {"legend": {"orient": "bottom", "columns": 1, "labelLimit": 300}}
+    shared = {
+        "x": x,
+        "color": colour,
+        "tooltip": [{"field": "finished"}, *vega.tooltip("row", "middle", "low", "high")],
+    }
+    return Chart(
+        f"trend-{name}".replace("_", "-"),
+        f"{words[name].capitalize()} over the runs",
+        "Runs in the order in which they were given. A line upright at a dot is its interval.",
+        {
+            "data": {"values": values},
+            "height": 240,
+            "layer": [
+                {"mark": "rule", "encoding": shared | {"y": y | {"field": "low"}, "y2": {"field": "high"}}},
+                {
+                    "mark": {"type": "line", "point": {"filled": True}},
+                    "encoding": shared | {"y": y | {"field": "middle"}},
+                },
+            ],
+        },
+    )
+
+
+def _in_words(worse: list[str]) -> str:
+    if not worse:
+        return "Nothing got worse."
+    more = f"; and {len(worse) - MOST} more" if len(worse) > MOST else ""
+    return f"Worse than before: {'; '.join(worse[:MOST])}{more}."
+
+
+def _name(report: RunReport) -> str:
+    return Path(report.output).name
+
+
+def _key(row: object) -> tuple[object, ...]:
+    return tuple(getattr(row, name) for name in ("model", "runtime", "dtype", "batch"))
+
+
+def _cell(name: str, figure: Figure) -> Cell:
+    unit = "bytes" if name in ("bytes", "memory") else "%" if name in ("top1_agreement", "task_accuracy") else ""
+    return Cell(tables.with_unit(figure.value, unit), figure.value)

@@ -1,0 +1,24 @@
+"""A fast subset of the matrix; `make test-families` runs all of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.families.page import PAGE, RESULTS, page
+from tests.families.steps import take
+from tests.families.tiny import families
+
+# Experts with files for each, a subclass of Linear, blocks that are no chain, a language model in a multimodal one.
+FAST = ("qwen3_moe", "falcon", "gemma3n_text", "gemma3")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_family_goes_through_pruning_and_packing(name: str, tmp_path: Path) -> None:
+    assert take(name, tmp_path, ["bitmask"]) == {"build": "ok", "prune": "ok", "bitmask": "ok"}
+
+
+def test_the_page_is_made_from_the_outcomes_of_all_families() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert set(families()) <= results.keys()
+    assert PAGE.read_text() == page(results)

@@ -1,0 +1,74 @@
+"""Experts as layers, against the fused modules of transformers."""
+
+import pytest
+import torch
+from torch import nn
+
+from gblm_compress.errors import UsageError
+from gblm_compress.models.architecture import linear_weights, prunable_layers
+from gblm_compress.models.experts import FORMS, experts_of, form_of, fused_weights, run_all_, unfuse_, unfused
+from gblm_compress.models.tiny import tiny_model
+from tests.families.tiny import tiny_family
+
+# Every form of its own, and of the common one: gated, transposed with biases, without a gate.
+KINDS = ("mixtral", "gpt_oss", "nemotron_h", "dbrx", "inkling_text", "jetmoe", "llama4_text", "longcat_flash")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_experts_compute_what_the_fused_ones_do(kind: str) -> None:
+    model = tiny_family(kind)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    ids = torch.arange(48).view(2, 24)
+    expected = model(input_ids=ids, use_cache=False).logits
+    with unfused(model):
+        assert experts_of(model) and not any(form_of(module) for module in model.modules())
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+        run_all_(model)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+        next(iter(experts_of(model).values())).layers(0)[-1].weight.zero_()
+    assert not experts_of(model), "the fused modules are back"
+    changed = model(input_ids=ids, use_cache=False).logits
+    assert not torch.equal(changed, expected), "what is written into a layer is written into the fused parameter"
+
+
+def test_every_form_is_tried() -> None:
+    classes = {type(module).__name__ for kind in KINDS for module in tiny_family(kind).modules()}
+    assert FORMS.keys() <= classes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_views_are_where_the_layers_are(kind: str) -> None:
+    model = tiny_family(kind)
+    fused = dict(model.named_parameters())
+    unfuse_(model)
+    for name, (whole, view) in fused_weights(model).items():
+        assert torch.equal(view(fused[whole]), model.get_parameter(name))
+        assert view(fused[whole]).data_ptr() == model.get_parameter(name).data_ptr()
+
+
+def test_all_experts_are_prunable_and_routers_are_not() -> None:
+    model = tiny_family("qwen2_moe")
+    unfuse_(model)
+    layers = {name for block in prunable_layers(model) for name in block}
+    assert {f"model.layers.1.mlp.experts.{e}.{p}" for e in range(4) for p in ("gate_up_proj", "down_proj")} < layers
+    reasons = {name: reason for name, _, reason in linear_weights(model)}
+    assert reasons["model.layers.0.mlp.gate.weight"] == "router"
+    assert reasons["model.layers.0.mlp.shared_expert_gate"] == "router"
+
+
+def test_a_router_is_told_by_its_outputs() -> None:
+    """Whatever it is called: beside the experts, with an output for each."""
+    model = tiny_family("mixtral")
+    mixture = model.model.layers[0].mlp
+    mixture.chooser = nn.Linear(64, 4)
+    mixture.wide = nn.Linear(64, 5)
+    unfuse_(model)
+    reasons = {name: reason for name, _, reason in linear_weights(model)}
+    assert reasons["model.layers.0.mlp.chooser"] == "router" and reasons["model.layers.0.mlp.wide"] is None
+
+
+def test_a_model_without_experts_has_none_to_send_tokens_to() -> None:
+    with pytest.raises(UsageError, match="LlamaForCausalLM has no mixture of experts"):
+        run_all_(tiny_model("llama"))

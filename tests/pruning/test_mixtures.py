@@ -1,0 +1,144 @@
+"""Pruning of mixtures of experts, against loops over the fused experts of transformers."""
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from gblm_compress.models.experts import fused_weights, run_all_, unfused
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.pruning.block_pruning import FEW_TOKENS
+from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.saving import UNSEEN
+from gblm_compress.pruning.stage import prune
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.conftest import samples
+from tests.families.tiny import tiny_family
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def routed(model, ids) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """For each sample, (inputs of the first block's experts [tokens, width], the experts of each [tokens, k])."""
+    found = []
+    hook = model.get_submodule(EXPERTS).register_forward_pre_hook(lambda module, args: found.append(args[:2]))
+    with torch.no_grad():
+        for sample in ids:
+            model(input_ids=sample["input_ids"], use_cache=False)
+    hook.remove()
+    return found
+
+
+def slow_norms(model, ids, expert: int) -> torch.Tensor:
+    """A of one expert's first layer, token by token."""
+    total = torch.zeros(64)
+    for x, index in routed(model, ids):
+        for token, chosen in zip(x, index, strict=True):
+            if expert in chosen.tolist():
+                total += token.square()
+    return (total / len(ids)).sqrt()
+
+
+def slow_gradients(model, ids) -> torch.Tensor:
+    """Σ |g| of the fused parameter of the first block, from whole backward passes."""
+    fused = model.get_parameter(f"{EXPERTS}.gate_up_proj")
+    total = torch.zeros_like(fused)
+    for sample in ids:
+        model.zero_grad()
+        tokens = sample["input_ids"]
+        cross_entropy(model(input_ids=tokens, use_cache=False).logits[0, :-1], tokens[0, 1:]).backward()
+        total += fused.grad.abs()
+    return total
+
+
+def test_masks_are_those_of_a_loop_over_tokens_and_experts(progress) -> None:
+    model, ids = tiny_family("mixtral"), samples(3, 64)
+    model.set_experts_implementation("eager")
+    dense = model.get_parameter(f"{EXPERTS}.gate_up_proj").detach().clone()
+    norms = [slow_norms(model, ids, expert) for expert in range(4)]
+    gradients = slow_gradients(model, ids)
+    results = prune_(model, ids, PruneSettings(method="gblm", gradient_norm="l1", fit="none"), progress)
+    pruned = model.get_parameter(f"{EXPERTS}.gate_up_proj")
+    for expert in range(4):
+        assert not results[f"{EXPERTS}.{expert}.gate_up_proj"].by_magnitude
+        for row, weights in enumerate(dense[expert]):
+            score = weights.abs() * (norms[expert] + 100 * gradients[expert, row])
+            kept = set(score.argsort(descending=True)[:32].tolist())
+            assert set(pruned[expert, row].nonzero().flatten().tolist()) == kept
+
+
+def test_an_expert_with_few_tokens_goes_by_magnitude(progress) -> None:
+    model, ids = tiny_family("mixtral"), samples(2, 32)
+    dense = model.get_parameter(f"{EXPERTS}.gate_up_proj").detach().clone()
+    got = [sum(int((index == expert).sum()) for _, index in routed(model, ids)) for expert in range(4)]
+    assert min(got) < FEW_TOKENS <= max(got), "the seed gives both kinds"
+    results = prune_(model, ids, PruneSettings(method="wanda", fit="none"), progress)
+    pruned = model.get_parameter(f"{EXPERTS}.gate_up_proj")
+    for expert, tokens in enumerate(got):
+        assert results[f"{EXPERTS}.{expert}.gate_up_proj"].by_magnitude == (tokens < FEW_TOKENS)
+        largest = dense[expert].abs().topk(32).indices.sort().values
+        kept = torch.stack([row.nonzero().flatten() for row in pruned[expert]])
+        assert torch.equal(largest, kept) == (tokens < FEW_TOKENS)
+
+
+def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_path, progress) -> None:
+    tiny_family("mixtral").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("some text of letters " * 40)
+    results = {}
+    for experts in ("routed", "all"):
+        results[experts] = prune(
+            ModelSource("moe", tmp_path / "dense"),
+            tmp_path / experts,
+            PruneSettings(method="wanda", fit="none"),
+            CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=2, sequence_length=16, experts=experts),
+            progress=progress,
+        )
+    few = [name for name, layer in results["routed"].layers.items() if layer.by_magnitude]
+    note = f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by magnitude"
+    assert few and any(note in warning for warning in results["routed"].warnings)
+    assert not any(layer.by_magnitude for layer in results["all"].layers.values())
+    assert not any("magnitude" in warning for warning in results["all"].warnings)
+
+
+def test_offload_prunes_experts_to_the_same_bits(tmp_path, progress) -> None:
+    tiny_family("qwen3_moe").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("some text of letters " * 40)
+    for offload in (False, True):
+        prune(
+            ModelSource("moe", tmp_path / "dense"),
+            tmp_path / str(offload),
+            PruneSettings(method="gblm", fit="fast"),
+            CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=3, sequence_length=64),
+            resources=ResourceSettings(offload=offload),
+            progress=progress,
+        )
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("False", "True")]
+    assert files[0] == files[1]
+
+
+def test_every_expert_sees_every_token_where_that_is_asked_for() -> None:
+    model, seen = tiny_family("olmoe"), set()
+    with unfused(model):
+        run_all_(model)
+        for name in fused_weights(model):
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            layer.register_forward_pre_hook(lambda module, args: seen.add(len(args[0])))
+        model(input_ids=torch.arange(40).view(1, 40), use_cache=False)
+    assert seen == {40}
+
+
+def test_a_layer_that_never_runs_stays_dense_and_is_said(tmp_path, progress) -> None:
+    """Falcon-Mamba's fast path would use a projection that its slow one takes apart."""
+    tiny_family("falcon_mamba").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("some text of letters " * 40)
+    result = prune(
+        ModelSource("m", tmp_path / "dense"),
+        tmp_path / "out",
+        PruneSettings(method="wanda", fit="none"),
+        CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=2, sequence_length=48),
+        progress=progress,
+    )
+    unseen = [name for name, dense in result.left_dense.items() if dense.reason == UNSEEN]
+    assert unseen == [f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1)]

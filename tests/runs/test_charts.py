@@ -1,0 +1,49 @@
+"""What the charts are made of."""
+
+import random
+
+from gblm_compress.runs import charts, vega
+from tests.runs.reports import HOSTILE, report
+
+
+def test_the_front_is_what_a_plain_loop_finds() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        points = [(draw.randrange(6), draw.randrange(6)) for _ in range(draw.randrange(1, 9))]
+        kept = []
+        for a in points:
+            beaten = any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
+            if not beaten and a not in kept:
+                kept.append(a)
+        assert vega.front(points) == sorted(kept)
+
+
+def test_the_charts_that_there_is_data_for() -> None:
+    everything = [chart.name for chart in charts.of(report())]
+    assert everything == [
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
+        "methods-perplexity", "methods-mean-kl", "sparsity",
+    ]  # fmt: skip
+    assert charts.of(report(rows=[], comparison=None, layers=[])) == []
+
+
+def test_points_and_byte_limit_are_what_was_measured() -> None:
+    by_name = {chart.name: chart.spec for chart in charts.of(report())}
+    points = {point["model"]: point for point in by_name["quality-bytes"]["data"]["values"]}
+    assert {name: (point["middle"], point["y"]) for name, point in points.items()} == {
+        "dense": (1.0, 20.0), "pruned": (1.0, 24.0), "bitmask": (0.6, 24.0)
+    }  # fmt: skip
+    assert (points["bitmask"]["y_low"], points["bitmask"]["y_high"]) == (23.5, 24.5)
+    (line,) = [layer["data"]["values"] for layer in by_name["quality-bytes"]["layer"] if "data" in layer]
+    assert line == [{"x": 0.6, "y": 24.0}, {"x": 1.0, "y": 20.0}]
+    parts = {(value["row"], value["part"]): value["ms"] for value in by_name["step"]["data"]["values"]}
+    assert parts["bitmask · torch", "packed products"] == 5.0 and parts["bitmask · torch", "rest"] == 2.5
+    limits = {value["row"]: value["limit"] for value in by_name["byte-limit"]["data"]["values"]}
+    assert limits == {"pruned · torch ×1": 1.0, "bitmask · torch ×1": 1_000_000 / 600_000}
+
+
+def test_names_are_data_and_no_part_of_a_specification() -> None:
+    for chart in charts.of(report(HOSTILE)):
+        values = str(chart.spec.pop("data"))
+        assert "alert" in values or chart.name == "quality-time"
+        assert "\x1b" not in values
