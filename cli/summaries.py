@@ -253,9 +253,15 @@ def inspect(result: dict[str, Any]) -> list[Any]:
             f"{layer['column_spread']:.3f}",
             ", ".join(layer["patterns"]) or "none",
         )
+    kinds = Table("kind of layer", "layers")
+    for name in ("nonzero", "rows kept", "rows gone", "columns kept", "columns gone"):
+        kinds.add_column(name, justify="right")
+    for kind in result["kinds"]:
+        shares = ("nonzeros", "kept_rows", "gone_rows", "kept_columns", "gone_columns")
+        kinds.add_row(kind["kind"], str(kind["layers"]), *(f"{100 * kind[name]:.2f} %" for name in shares))
     share = 100 * result["nonzeros"] / result["weights"]
     total = f"{result['nonzeros']:,} of {result['weights']:,} weights are nonzero ({share:.2f} %)"
-    return [table, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
+    return [table, kinds, total, *([f"heat map: {result['heat_map']}"] if result["heat_map"] else [])]
 
 
 def doctor(content: dict[str, Any]) -> Table:

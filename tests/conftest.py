@@ -34,7 +34,7 @@ SLOW = (
     "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "onnx_quantised", "cli", "gpu", "resume",
     "quantised", "grids", "api", "zero_shot", "onnx_forward",
     "gpu_script", "engines_script", "ranks", "sparse", "benchmarking", "exporters", "wheel", "comparison", "docs",
-    "benchmark_worker", "action", "page", "site",
+    "benchmark_worker", "action", "page", "site", "image_classification",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")

@@ -80,7 +80,7 @@ class BlockCalls:
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
             prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
-            if prediction.shape[:2] != hidden.shape[:2]:
+            if self.task.generates and prediction.shape[:2] != hidden.shape[:2]:
                 raise ModelError(
                     f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
                     f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
@@ -235,6 +235,8 @@ def _record_calls(
                     _hidden_output(returned),
                     tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
                 )
+                if output.shape != hidden.shape:
+                    raise _changing_size(model, hidden, output)
             latest[:] = [output]
             calls.append(call)
             if block is blocks[-1]:
@@ -247,6 +249,14 @@ def _record_calls(
     if len(calls) != len(blocks):
         raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
+
+
+def _changing_size(model: nn.Module, hidden: Tensor, output: Tensor) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of {list(hidden.shape)}; "
+        "architectures whose blocks change their size, such as Swin, are pruned without data alone: give --method "
+        "magnitude --fit none"
+    )
 
 
 def _check_same_arguments(first: list[Call], second: list[Call]) -> None:

@@ -5,7 +5,7 @@ whole and cut into non-overlapping windows; each window predicts its tokens 2 â€
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class EvaluateResult:
         return {**plain, "metrics": list(plain["metrics"])}
 
 
-def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
+def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
     """What an evaluation reads, so that its absence shows before any work: the samples.
 
     Raises:
@@ -74,7 +74,7 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
     return _samples(source, settings, progress)
 
 
-def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> list[Sample]:
+def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
     progress.say(f"reading {settings.dataset} â€¦")
     processor, config = loading.load_processor(source), loading.config_of(source)
     size = settings.sequence_length, settings.max_windows

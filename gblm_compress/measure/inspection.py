@@ -24,6 +24,8 @@ from gblm_compress.storage import outputs
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
 STRIP = 128  # columns in a line of a panel
+KEPT, GONE = 0.9, 0.1
+"""A row or column survives if at least so much of its weights do, and vanishes if at most so much do."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LayerReport:
         patterns: those of `CANDIDATES` that hold exactly.
         empty_rows, empty_columns: outputs and inputs without any weight.
         row_spread, column_spread: standard deviation over rows (columns) of the fraction of survivors.
+        kept_rows, kept_columns: how many survive, see `KEPT`.
+        gone_rows, gone_columns: how many vanish, see `GONE`.
     """
 
     name: str
@@ -46,6 +50,43 @@ class LayerReport:
     empty_columns: int
     row_spread: float
     column_spread: float
+    kept_rows: int
+    gone_rows: int
+    kept_columns: int
+    gone_columns: int
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """All layers of one kind of projection, which each block has one of.
+
+    Attributes:
+        kind: the layer's name within its block.
+        layers: how many there are.
+        nonzeros: the fraction of weights that are not zero.
+        kept_rows, gone_rows, kept_columns, gone_columns: fractions of all rows and columns.
+    """
+
+    kind: str
+    layers: int
+    nonzeros: float
+    kept_rows: float
+    gone_rows: float
+    kept_columns: float
+    gone_columns: float
+
+    @classmethod
+    def of(cls, kind: str, layers: list[LayerReport]) -> "KindReport":
+        rows, columns = (sum(layer.shape[side] for layer in layers) for side in (0, 1))
+        return cls(
+            kind=kind,
+            layers=len(layers),
+            nonzeros=sum(layer.nonzeros for layer in layers) / sum(math.prod(layer.shape) for layer in layers),
+            kept_rows=sum(layer.kept_rows for layer in layers) / rows,
+            gone_rows=sum(layer.gone_rows for layer in layers) / rows,
+            kept_columns=sum(layer.kept_columns for layer in layers) / columns,
+            gone_columns=sum(layer.gone_columns for layer in layers) / columns,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,9 +107,18 @@ class InspectResult:
         """Weights over all layers."""
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
 
+    @property
+    def kinds(self) -> tuple[KindReport, ...]:
+        """What the layers have in common, by the kind of projection."""
+        found: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            found.setdefault(_split(layer.name)[1], []).append(layer)
+        return tuple(KindReport.of(kind, layers) for kind, layers in found.items())
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "nonzeros": self.nonzeros, "weights": self.weights}
+        kinds = [asdict(kind) for kind in self.kinds]
+        return {**asdict(self), "kinds": kinds, "nonzeros": self.nonzeros, "weights": self.weights}
 
 
 def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, force: bool = False) -> InspectResult:
@@ -80,7 +130,7 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
 
     Raises:
         UsageError: the picture cannot be drawn there; nothing is loaded then.
-        ModelError: the folder is an export, or no causal language model.
+        ModelError: the folder is an export, or for no task that is known.
     """
     if heat_map is not None:
         outputs.check_picture(heat_map, force)
@@ -113,6 +163,10 @@ def report(name: str, weight: Tensor) -> LayerReport:
         empty_columns=int((per_column == 0).sum()),
         row_spread=float(per_row.std(correction=0)),
         column_spread=float(per_column.std(correction=0)),
+        kept_rows=int((per_row >= KEPT).sum()),
+        gone_rows=int((per_row <= GONE).sum()),
+        kept_columns=int((per_column >= KEPT).sum()),
+        gone_columns=int((per_column <= GONE).sum()),
     )
 
 

@@ -39,9 +39,10 @@ class CalibrationSettings(Settings):
 
     dataset: str = Field(
         "c4",
-        description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file (.csv, too, for encoders), or 'demo'.",
+        description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file (.csv, too, for encoders), a folder of "
+        "images, or 'demo'.",
     )
-    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts for encoders.")
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
     seed: int = Field(0, description="Random seed for sampling.")
     experts: Literal["routed", "all"] = Field(

@@ -11,12 +11,14 @@ from gblm_compress.errors import ModelError
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
+from gblm_compress.tasks.image_classification import ImageClassification
 from gblm_compress.tasks.task import Task
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
     "embedding": Embedding(),
     "classification": Classification(),
+    "image-classification": ImageClassification(),
 }
 """All tasks."""
 
@@ -63,7 +65,8 @@ def task_of(model_class: type) -> Task:
             name = TasksManager.infer_task_from_model(kind)
             break
         except ValueError:  # the name fits none of its tasks
-            continue
+            if task := _loaded_as(kind):
+                return task
     else:
         if not model_class.__module__.startswith("transformers."):
             return TASKS[DEFAULT]
@@ -74,6 +77,17 @@ def task_of(model_class: type) -> Task:
         needed = " or ".join(task.help for task in TASKS.values())
         raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
     return found
+
+
+def _loaded_as(kind: type) -> Task | None:
+    """The task for which transformers loads the class, if any; optimum misses those that share a config (DeiT's)."""
+    import transformers
+
+    for task in TASKS.values():
+        names = getattr(transformers, task.auto_class)._model_mapping._model_mapping.values()
+        if any(kind.__name__ in (name if isinstance(name, tuple) else (name,)) for name in names):
+            return task
+    return None
 
 
 def _causal_lms() -> set[str]:

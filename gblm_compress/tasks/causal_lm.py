@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gblm_compress.errors import ModelError
 from gblm_compress.tasks import text, windows
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
@@ -83,6 +84,12 @@ class CausalLM(Task):
             leaf = hidden[:, start:end].detach().requires_grad_()
             with torch.enable_grad():
                 logits = predict({"input_ids": ids[:, start:end]}, leaf)
+            if logits.shape[:-1] != leaf.shape[:-1]:
+                raise ModelError(
+                    f"the model gives {list(logits.shape)} for hidden states {list(leaf.shape)}, not a prediction for "
+                    "each token, so that there is no gradient to measure; choose a method without gradients, such as "
+                    "--method wanda"
+                )
             # The gradient to the logits: probabilities, less one for the token that follows.
             errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
             errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1

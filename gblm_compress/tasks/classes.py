@@ -28,7 +28,7 @@ class Classes(Task):
 
         return cross_entropy(judged.float(), sample["labels"] if "labels" in sample else drawn_label(judged, sample))
 
-    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, float] | None:
+    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, ...] | None:
         """Whether the likeliest class is the label, and the cross-entropy; None without a label."""
         if "labels" not in sample:
             return None

@@ -142,7 +142,7 @@ class Task(ABC):
         """
         raise UsageError(f"there is no training of {self.help}; recover a pruned causal language model")
 
-    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
+    def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         """Samples to evaluate on, at most `limit`.
 
         Raises:

@@ -169,7 +169,7 @@ def parquet_rows(path: Path, source: str, columns: Collection[str]) -> Iterator[
     from pyarrow import parquet
 
     left = MAX_PARQUET
-    with _reading(source), parquet.ParquetFile(path) as file:
+    with reading(source), parquet.ParquetFile(path) as file:
         names = [name for name in file.schema_arrow.names if name in columns] or None
         for batch in file.iter_batches(batch_size=64, columns=names):
             left -= batch.nbytes
@@ -187,12 +187,12 @@ def _parquet(path: Path, source: str) -> Iterator[str]:
     from pyarrow import parquet, types
 
     left = MAX_PARQUET
-    with _reading(source):
+    with reading(source):
         schema = parquet.read_schema(path)
     names = schema.names
     # As a dictionary, a text that many documents repeat is in memory once.
     repeated = ["text"] if "text" in names and not types.is_nested(schema.field("text").type) else None
-    with _reading(source), parquet.ParquetFile(path, read_dictionary=repeated) as file:
+    with reading(source), parquet.ParquetFile(path, read_dictionary=repeated) as file:
         for batch in file.iter_batches(batch_size=64, columns=["text"]) if "text" in names else ():
             for cell in batch.column(0):
                 for text in _text_of({"text": cell.as_py()}, f"dataset {source!r}"):
@@ -249,18 +249,18 @@ def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
         "; give 'demo', 'wikitext2', 'c4', a hub dataset as owner/name[:config][@split], or a .txt, .jsonl or .parquet "
         "file"
     )
-    with _reading(source, advice):
+    with reading(source, advice):
         return datasets.load_dataset(*args, **kwargs)
 
 
 def _texts(documents: Any, source: str) -> Iterator[str]:
-    with _reading(source):
+    with reading(source):
         for document in documents:
             yield from _text_of(document, f"dataset {source!r}")
 
 
 @contextmanager
-def _reading(source: str, advice: str = "") -> Iterator[None]:
+def reading(source: str, advice: str = "") -> Iterator[None]:
     """The hub client, its transport, the readers of files and the splits each raise their own kinds for bad data."""
     try:
         yield

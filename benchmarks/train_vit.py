@@ -1,0 +1,127 @@
+r"""Train a small vision transformer on Fashion-MNIST from random weights, for measurements on real images.
+
+    python benchmarks/train_vit.py FOLDER --images /usr/share/datasets/fashion-mnist
+
+The images are those of Debian's `dataset-fashion-mnist`: 28×28, one channel, ten classes. The model sees 16 patches of
+7×7 and has 0.2 million weights. The last twelfth of the training images is held out, to see how it goes; the 10,000
+test images have no part in it. A folder that is there is left as it is; a training that was broken off goes on from its
+last checkpoint, in FOLDER.training.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from gblm_compress.tasks import images
+
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+HELD_OUT = 12
+CHUNK = 1000
+
+
+def preprocessed(processor: Any, pictures: list[images.Picture]) -> list[dict[str, Any]]:
+    """What the model reads: images [1, 28, 28], each with its label."""
+    found = []
+    for start in range(0, len(pictures), CHUNK):
+        chunk = pictures[start : start + CHUNK]
+        pixels = processor([picture.read("L") for picture in chunk], return_tensors="pt")["pixel_values"]
+        found += [{"pixel_values": one, "labels": picture.label} for one, picture in zip(pixels, chunk, strict=True)]
+    return found
+
+
+def accuracy(predicted: tuple[Any, Any]) -> dict[str, float]:
+    """The share of images whose class is found, as `Trainer` asks for it."""
+    logits, labels = predicted
+    return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+
+
+def started(checkpoints: Path) -> Any:
+    """The model of the last checkpoint, or a new one.
+
+    `Trainer` loads a checkpoint by the names of the modules, and those of the file are other ones.
+    """
+    if found := sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        return ViTForImageClassification.from_pretrained(found[-1])
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        num_channels=1,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: index for index, name in enumerate(CLASSES)},
+    )
+    return ViTForImageClassification(config)
+
+
+def train(folder: Path, data: Path, epochs: float, batch: int, rate: float, limit: int | None) -> dict[str, float]:
+    """Train, and write the model with its image processor as a folder of transformers.
+
+    Args:
+        limit: training images at most; None for all.
+
+    Returns:
+        The metrics of the images that are held out.
+    """
+    processor = ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.5], image_std=[0.5])
+    samples = preprocessed(processor, list(images.read(str(data), "calibration", None, seed=0).found[:limit]))
+    learnt = len(samples) - len(samples) // HELD_OUT
+    checkpoints = folder.with_name(f"{folder.name}.training")
+    model = started(checkpoints)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=str(checkpoints),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=500,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=200,
+            weight_decay=0.05,
+            logging_steps=100,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=samples[:learnt],
+        eval_dataset=samples[learnt:],
+        compute_metrics=accuracy,
+    )
+    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
+    metrics = trainer.evaluate()
+    model.save_pretrained(checkpoints / "last")
+    processor.save_pretrained(checkpoints / "last")
+    (checkpoints / "last").rename(folder)
+    shutil.rmtree(checkpoints)
+    return metrics
+
+
+def main() -> None:
+    """Train unless the folder is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--limit", type=int, help="training images at most; all of them unless given")
+    options = parser.parse_args()
+    if options.folder.exists():
+        print(f"{options.folder} is there already")
+        return
+    metrics = train(options.folder, options.images, options.epochs, options.batch, options.rate, options.limit)
+    print({name: round(value, 3) for name, value in metrics.items()})
+
+
+if __name__ == "__main__":
+    main()
