@@ -79,7 +79,14 @@ class BlockCalls:
         """
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
-            return getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
+            if self.task.generates and prediction.shape[:2] != hidden.shape[:2]:
+                raise ModelError(
+                    f"{type(self._weights.model).__name__} gives {list(prediction.shape)} for hidden states "
+                    f"{list(hidden.shape)}, not a prediction for each token, so that there is no gradient to measure; "
+                    "choose a method without gradients, such as --method wanda"
+                )
+            return prediction
 
         return self.task.loss_gradient(predict, self.samples[sample], hidden)
 

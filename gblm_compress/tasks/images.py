@@ -152,10 +152,8 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
     loose = sorted(path for path in part.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if folders and loose:
         raise DataError(f"dataset {str(folder)!r}: {loose[0].name!r} lies beside folders of classes; put it into one")
-    labelled: list[tuple[Path, Label]] = [
-        (path, below.name) for below in folders for path in sorted(_images_below(below))
-    ]
-    found = [_of_file(path, label) for path, label in (labelled or [(path, None) for path in loose])]
+    found = [_of_file(path, below.name) for below in folders for path in sorted(_images_below(below))]
+    found += [_of_file(path, None) for path in loose]
     return found, tuple(below.name for below in folders)
 
 
