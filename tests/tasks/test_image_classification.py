@@ -173,7 +173,8 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     assert [value.name for value in session.get_outputs()] == ["logits"]
     pixels = torch.randn(3, 3, 16, 16)
     (logits,) = session.run(None, {"pixel_values": pixels.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), load_model(pruned)(pixel_values=pixels).logits.detach())
+    expected = load_model(pruned)(pixel_values=pixels).logits.detach()
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_metrics_are_those_of_a_count(model, pictures, progress) -> None:
