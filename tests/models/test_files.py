@@ -227,12 +227,12 @@ def test_adapters_files_and_other_mistakes(folder, progress) -> None:
         resolve_model(str(folder), progress)
 
 
-def test_a_vision_model_without_a_tokenizer_is_told_what_it_is(tmp_path, progress) -> None:
+def test_a_vision_model_without_an_image_processor_is_told_what_it_lacks(tmp_path, progress) -> None:
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ModelError, match="is for image-classification; a causal language model is needed"):
+    with pytest.raises(ModelError, match="its image processor cannot be loaded"):
         pruned(tmp_path / "vit", tmp_path / "out", progress)
 
 

@@ -144,7 +144,7 @@ def test_on_cuda_the_same_operator_runs_the_plan_of_the_merged_shape(config, lay
     from gblm_compress.layouts import bitmask, cuda_linear, sparse24
 
     planned, ran = [], []
-    tiling = gpu.TILINGS[layout][4]
+    tiling = gpu.FORMS[layout].tilings[4]
     monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
     monkeypatch.setattr(cuda_linear, "plan", lambda weight: planned.append(weight.shape) or plan)
