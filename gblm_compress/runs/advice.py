@@ -213,9 +213,10 @@ def _pruned(source: ModelSource, pruning: PruneSettings, folder: Path) -> ModelS
 def _predict(
     way: Way, folders: dict[int, ModelSource], blocks: int, settings: AdviseSettings, scratch: Path
 ) -> Prediction:
-    runtimes: dict[int, Generating] = {}
     sizes: dict[int, int] = {}
+    spent: dict[int, list[float]] = {}
     threads = settings.threads or torch.get_num_threads()
+    vocabulary_size = vocabulary(next(iter(folders.values())))
     for number, source in folders.items():
         artefact = source
         if way.export is not None:
@@ -227,15 +228,12 @@ def _predict(
             stored = getattr(torch, loading.stored_dtype(source)).itemsize
             wider = getattr(torch, way.dtype).itemsize / stored
         sizes[number] = int(wider * artefact.bytes_on_disk)
-        runtimes[number] = cast(Generating, load_runtime(artefact, way.dtype, "cpu", threads))
-    size = vocabulary(next(iter(folders.values())))
-    spent: dict[int, list[float]] = {number: [] for number in runtimes}
-    for number_of_round in range(ROUNDS + 1):
-        for number, runtime in runtimes.items():
-            done = generate(runtime, size, 1, PROMPT, TOKENS, seed=number_of_round)
-            if number_of_round:
-                spent[number].append(1000 * done["decode_seconds"] / (TOKENS - 1))
-    few, many = sorted(runtimes)
+        # One at a time: the threads of another session that waits would take the cores.
+        runtime = cast(Generating, load_runtime(artefact, way.dtype, "cpu", threads))
+        runs = [generate(runtime, vocabulary_size, 1, PROMPT, TOKENS, seed) for seed in range(ROUNDS + 1)]
+        spent[number] = [1000 * run["decode_seconds"] / (TOKENS - 1) for run in runs[1:]]
+        del runtime
+    few, many = sorted(spent)
     low, middle, high = (
         _whole(few, many, blocks, float(np.percentile(spent[few], p)), float(np.percentile(spent[many], p)))
         for p in (10, 50, 90)
