@@ -6,7 +6,6 @@ model would be, nothing here says.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +17,7 @@ import torch
 
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.exporters import export
-from gblm_compress.kernels import cpu
-from gblm_compress.machine.environment import busy_cores, environment
+from gblm_compress.machine.environment import environment
 from gblm_compress.measure.benchmark_worker import generate, vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
@@ -29,68 +27,10 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.costs import passes
 from gblm_compress.pruning.placement import Size
 from gblm_compress.pruning.stage import prune
+from gblm_compress.runs.predictions import TARGETS, WAYS, Prediction, Way, sentences
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
 ROUNDS, TOKENS, PROMPT = 5, 12, 64
-WORTH = 1.15
-"""A gain below this is not worth the quality that pruning takes."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One thing that can be made of a model.
-
-    Attributes:
-        pruned: whether of the pruned one.
-        export: how it is written; None for the folder itself.
-        dtype: of the folder in torch, where it is that.
-        quantised: whether weights are rounded to 8 or 4 bits.
-    """
-
-    name: str
-    pruned: bool = False
-    export: dict[str, Any] | None = None
-    dtype: str = "auto"
-
-    @property
-    def quantised(self) -> bool:
-        """Whether weights are rounded to 8 or 4 bits."""
-        return self.export is not None and (
-            "quantise" in self.export or self.export["format"].endswith(("int8", "int4"))
-        )
-
-
-WAYS = (
-    Way("dense, torch float32", dtype="float32"),
-    Way("dense, torch bfloat16", dtype="bfloat16"),
-    Way("dense, ONNX float32", export={"format": "onnx", "dtype": "float32"}),
-    Way("dense, ONNX int8", export={"format": "onnx", "quantise": "int8"}),
-    Way("dense, ONNX int4", export={"format": "onnx", "quantise": "int4"}),
-    Way("packed, torch bitmask", True, {"format": "bitmask"}),
-    Way("packed, torch bitmask-int8", True, {"format": "bitmask-int8"}),
-    Way("packed, ONNX float16", True, {"format": "onnx", "dtype": "float16", "kernels": True}),
-    Way("packed, ONNX int8", True, {"format": "onnx", "quantise": "int8", "kernels": True}),
-    Way("packed, ONNX int4", True, {"format": "onnx", "quantise": "int4", "kernels": True}),
-)
-"""All that is tried."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is to be expected of the whole model in one way.
-
-    Attributes:
-        bytes: of the weights.
-        ms_per_token: of a decode step of one sequence; low and high are by the 10th and 90th percentiles.
-    """
-
-    name: str
-    pruned: bool
-    quantised: bool
-    bytes: int
-    ms_per_token: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -165,15 +105,14 @@ def advise(
                 advance()
     if not predictions:
         raise UsageError(f"nothing can be made of {source.name!r} here: {next(iter(left_out.values()))}")
-    order = {"bytes": lambda p: p.bytes, "latency": lambda p: p.ms_per_token}
-    predictions.sort(key=order[settings.target])
+    predictions.sort(key=TARGETS[settings.target])
     dtype = loading.choose_dtype("auto", source, "cpu")
     size = Size(source, dtype, pruning, calibration)
     tokens = calibration.samples * calibration.sequence_length if pruning.needs_text else 0
     return Advice(
         predictions=tuple(predictions),
         left_out=left_out,
-        sentences=tuple(_sentences(predictions, settings.target)),
+        sentences=tuple(sentences(predictions, settings.target)),
         blocks=blocks,
         pruning_seconds=forward * tokens * passes(pruning),
         pruning_memory_bytes=size.weights + size.working,
@@ -213,6 +152,7 @@ def _pruned(source: ModelSource, pruning: PruneSettings, folder: Path) -> ModelS
 def _predict(
     way: Way, folders: dict[int, ModelSource], blocks: int, settings: AdviseSettings, scratch: Path
 ) -> Prediction:
+    """Make and time both models of a way, and say what follows of the whole one."""
     sizes: dict[int, int] = {}
     spent: dict[int, list[float]] = {}
     threads = settings.threads or torch.get_num_threads()
@@ -234,12 +174,13 @@ def _predict(
         spent[number] = [1000 * run["decode_seconds"] / (TOKENS - 1) for run in runs[1:]]
         del runtime
     few, many = sorted(spent)
+    # The slope is steepest from a fast small model to a slow large one.
     low, middle, high = (
-        _whole(few, many, blocks, float(np.percentile(spent[few], p)), float(np.percentile(spent[many], p)))
-        for p in (10, 50, 90)
+        _whole(few, many, blocks, float(np.percentile(spent[few], small)), float(np.percentile(spent[many], large)))
+        for small, large in ((90, 10), (50, 50), (10, 90))
     )
     whole = int(_whole(few, many, blocks, sizes[few], sizes[many]))
-    return Prediction(way.name, way.pruned, way.quantised, whole, middle, min(low, middle), max(high, middle))
+    return Prediction(way.name, way.pruned, way.quantised, whole, middle, low, high)
 
 
 def _whole(few: int, many: int, blocks: int, of_few: float, of_many: float) -> float:
@@ -256,44 +197,3 @@ def _forward_seconds(source: ModelSource, tokens: int = 512) -> float:
         start = time.perf_counter()
         model(input_ids=ids)
     return (time.perf_counter() - start) / tokens
-
-
-def _sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
-    """What follows from the predictions, in words."""
-    key: Callable[[Prediction], float] = (lambda p: p.bytes) if target == "bytes" else (lambda p: p.ms_per_token)
-    what = "bytes" if target == "bytes" else "time"
-    kinds = {
-        name: min((p for p in predictions if (p.pruned, p.quantised) == kind), key=key, default=None)
-        for name, kind in {
-            "dense": (False, False),
-            "quantised": (False, True),
-            "pruned": (True, False),
-            "both": (True, True),
-        }.items()
-    }
-    dense, quantised = kinds["dense"], kinds["quantised"]
-    best = min((p for p in (kinds["pruned"], kinds["both"]) if p is not None), key=key, default=None)
-    rival = min((p for p in (dense, quantised) if p is not None), key=key, default=None)
-    if best is None or rival is None:
-        return
-    if key(rival) / key(best) >= WORTH:
-        yield (
-            f"Pruning pays here: {best.name} needs {key(best) / key(rival):.2f} times the {what} of {rival.name}, the "
-            "best without zeros. What it costs in quality, `evaluate` tells."
-        )
-    elif dense is not None and quantised is not None and key(dense) / key(quantised) >= WORTH:
-        yield (
-            f"Just quantise: {quantised.name} needs {key(quantised) / key(dense):.2f} times the {what} of "
-            f"{dense.name}. The best with zeros, {best.name}, needs {key(best) / key(dense):.2f} times, at a price in "
-            "quality."
-        )
-    else:
-        smallest = min(predictions, key=key)
-        yield (
-            f"Leave the model as it is: nothing needs clearly less {what} than {rival.name}; {smallest.name} needs "
-            f"{key(smallest) / key(rival):.2f} times as much."
-        )
-    if busy_cores() > 0.5:
-        yield "Other programs were running: ask again on a quiet machine before you trust the times."
-    if not cpu.available():
-        yield "This package's kernels were not built, so that packed layers are restored for every product."

@@ -13,7 +13,8 @@ from gblm_compress.models.tiny import byte_tokenizer, tiny_config
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import advice
-from gblm_compress.runs.advice import Prediction, Way, advise
+from gblm_compress.runs.advice import advise
+from gblm_compress.runs.predictions import Prediction, Way, sentences
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
 SMALL = (
@@ -84,7 +85,7 @@ def prediction(name: str, ms: float, pruned: bool, quantised: bool) -> Predictio
 def test_the_words_follow_from_the_figures(times, said) -> None:
     kinds = {"dense": (False, False), "quantised": (False, True), "pruned": (True, False), "both": (True, True)}
     made = [prediction(name, ms, *kind) for (name, kind), ms in zip(kinds.items(), times, strict=True)]
-    assert next(iter(advice._sentences(made, "latency"))).startswith(said)
+    assert next(iter(sentences(made, "latency"))).startswith(said)
 
 
 def test_a_model_of_one_block_is_to_be_measured_itself(tmp_path) -> None:
