@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, help="A csv with two sentences and a score.")
     parser.add_argument("--passages", required=True, help="Text for the agreement of neighbours.")
     parser.add_argument("--limit", type=int, default=300, help="Passages at most.")
-    parser.add_argument("--samples", type=int, default=128, help="Of the calibration text.")
+    parser.add_argument("--samples", type=int, default=128, help="Samples of the calibration text.")
     parser.add_argument("--length", type=int, default=64, help="Tokens in a sample at most.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="As in `compare --methods`.")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="As in `compare --patterns`.")

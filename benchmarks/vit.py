@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--drawn-labels", action="store_true", help="Calibrate as if the data had no labels.")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="As in `compare --methods`.")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="As in `compare --patterns`.")
-    parser.add_argument("--sparsity", type=float, help="Of unstructured patterns; 0.5 unless given.")
+    parser.add_argument("--sparsity", type=float, help="Sparsity of unstructured patterns; 0.5 unless given.")
     parser.add_argument("-o", "--output", type=Path, help="JSON to write; rows that are there stay.")
     options = parser.parse_args()
     silence_libraries()

@@ -83,8 +83,8 @@ def _run(arguments: list[str] | None) -> int:
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _print(
-            "interrupted; no half-written output is left: run the same command again (prune: with --resume, to go on "
-            "from what is finished)"
+            "interrupted; no half-written output is left: run the same command again (prune and recover with --resume, "
+            "to go on from what is finished)"
         )
         return INTERRUPTED
 

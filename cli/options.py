@@ -187,7 +187,7 @@ def _fill(settings: type[Settings], spelt: Spelt, given: dict[str, Any]) -> Sett
         value = given.get(spelt.rename.get(name, name))
         if isinstance(value, list):
             syntax = _syntax(settings, name)
-            value = tuple(syntax.parse(part) if syntax else part for part in _split(value)) or None
+            value = tuple(syntax.parse(part) if syntax else part for part in _split(value)) if value else None
         if value is not None and name not in spelt.leave_out:
             values[name] = value
     try:

@@ -27,7 +27,8 @@ class Rows:
 
 
 Store: TypeAlias = Callable[[str, Any], Rows | None]
-"""Of an initializer's name and its weight [out_features, in_features] in float32; None leaves it as it is."""
+"""Gives the stored form of an initializer, from its name and its weight [out_features, in_features] in float32; None
+leaves it as it is."""
 
 
 def use_rows_(program: ir.Model, store: Store) -> None:

@@ -110,12 +110,12 @@ class Packed(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of x, and of restored weights."""
+        """The dtype of x, and of restored weights."""
         return self.rounded_to or self.values.dtype
 
     @property
     def nbytes(self) -> int:
-        """Of all that the kernels read, each tensor once."""
+        """What the kernels read takes so many bytes, each tensor counted once."""
         tensors = [tensor for tensor in self if isinstance(tensor, Tensor)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 

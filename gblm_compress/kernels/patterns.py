@@ -10,7 +10,7 @@ from torch import Tensor
 from gblm_compress.kernels.masks import WORD
 
 BYTES = WORD // 4 * 3 // 8
-"""Of the patterns of a word."""
+"""The patterns of a word of the mask take so many."""
 _WITH_PARITY = (0b0000, 0b1001, 0b1010, 0b0011, 0b1100, 0b0101, 0b0110, 0b1111)
 _SHIFTS = tuple(range(0, 24, 3))
 

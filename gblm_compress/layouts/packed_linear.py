@@ -236,7 +236,7 @@ class PackedLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weight, bias, inputs and outputs."""
+        """The dtype of weight, bias, inputs and outputs."""
         return self.get_buffer("values").dtype
 
     @property

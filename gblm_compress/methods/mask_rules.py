@@ -83,17 +83,21 @@ class MaskRule:
         """
         return keep
 
-    def kept(self, weight: Tensor, keep: Tensor) -> Tensor:
-        """The weights with which training goes on under a mask."""
-        return weight * keep
+    def kept(self, weight: Tensor, before: Tensor, keep: Tensor) -> Tensor:
+        """The weights with which training goes on once the mask `before` has become `keep`."""
+        return weight
 
 
-class StraightThrough(MaskRule):
-    """SR-STE (arXiv 2102.04010, equation 9): pruned weights live on, take the gradients of what is seen in their place,
-    and decay; the mask is of the largest weights."""
+class Learned(MaskRule):
+    """A mask that changes: pruned weights get the gradients of what is seen in their place, which is zero."""
 
     def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
         return weight + (weight * ~keep).neg().detach()
+
+
+class StraightThrough(Learned):
+    """SR-STE (arXiv 2102.04010, equation 9): pruned weights live on, take the gradients of what is seen in their place,
+    and decay; the mask is of the largest weights."""
 
     def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float) -> Tensor:
         return gradient + decay * weight * ~keep
@@ -103,16 +107,10 @@ class StraightThrough(MaskRule):
     ) -> Tensor:
         return pattern.mask(weight.abs(), weight, sparsity) if moment.changes else keep
 
-    def kept(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return weight
 
-
-class Exchange(MaskRule):
+class Exchange(Learned):
     """RigL (arXiv 1911.11134): from time to time the smallest survivors of a row make room for as many pruned weights,
     those with the largest gradients, which start from zero."""
-
-    def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return weight + (weight * ~keep).neg().detach()
 
     def next_mask(
         self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
@@ -128,6 +126,9 @@ class Exchange(MaskRule):
         leave = keep & (weakest < number[:, None])
         enter = ~keep & (strongest < number[:, None])
         return (keep & ~leave) | enter
+
+    def kept(self, weight: Tensor, before: Tensor, keep: Tensor) -> Tensor:
+        return weight * (before & keep)  # Adam's momentum moves a weight on after it was pruned
 
 
 MASK_RULES: dict[str, MaskRule] = {

@@ -24,12 +24,14 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import grids
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
+from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
 
 IDENTITY = "run.json"
 _TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
-_PASSING = re.compile(  # hidden states, and what is written aside
-    r"states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|\.gblm-[0-9a-f]{16}\.partial-.*"
+_OTHERS = re.compile(  # the record, hidden states, and what is written aside
+    r"run\.json|states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|"
+    r"\.gblm-[0-9a-f]{16}\.partial-.*"
 )
 
 
@@ -73,12 +75,8 @@ class RunFolder:
         known = self._read(resume)
         same = known is not None and known.identity == identity
         self.resumed = same and resume is not False
-        if known and resume and not same:
-            changed = [key for key in identity if known.identity.get(key) != identity[key]]
-            raise UsageError(
-                f"{str(folder)!r} holds an interrupted run with other {', '.join(changed)}; give the same command as "
-                "then, or leave out --resume to start anew"
-            )
+        if known and resume:
+            check_identity(folder, known.identity, identity)
         # What is there is asked now, and kept up in memory: later the first rank may be ahead of the others by a file.
         files = self._own_files() if self.resumed else []
         self.damaged = [path.name for path in files if not is_intact(path)]
@@ -107,6 +105,11 @@ class RunFolder:
     def bytes(self) -> int:
         """What the finished work takes on the disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether anything is finished."""
+        return bool(self._files) or self._record.budgets is not None
 
     @property
     def budgets(self) -> dict[str, Budget] | None:
@@ -219,20 +222,7 @@ class RunFolder:
         return {key: read_tensor(path, key) for key in keys(path)} if name in self._files else {}
 
     def _own_files(self) -> list[Path]:
-        """The files of tensors that are there.
-
-        Raises:
-            UsageError: something else lies in the folder, which would be lost with it.
-        """
-        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        files = [path for path in entries if _TENSORS.fullmatch(path.name)]
-        plain = [path for path in files if path.is_file() and not path.is_symlink()]
-        foreign = [p for p in entries if p not in plain and p.name != IDENTITY and not _PASSING.fullmatch(p.name)]
-        if foreign:
-            raise UsageError(
-                f"{str(self.folder)!r} is where finished blocks are kept, and holds {foreign[0].name!r}; move it away"
-            )
-        return files
+        return own_files(self.folder, _TENSORS, _OTHERS)
 
     def _read(self, resume: bool | None) -> _Record | None:
         """What `run.json` says; None where there is none, or where it is damaged and nobody insists on going on."""

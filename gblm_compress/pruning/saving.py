@@ -141,10 +141,7 @@ def save(
 
     with folders.atomic_folder(output, force=force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
-        for name in ("config.json", "generation_config.json"):
-            if (source.folder / name).exists():
-                shutil.copyfile(source.folder / name, temporary / name)
-        loading.save_processor(processor, temporary, source)
+        copy_settings(source, temporary, processor)
         manifest.write(
             temporary,
             source=source,
@@ -158,30 +155,42 @@ def save(
         progress.say("verifying …")
         manifest.verify(temporary)
         grids.verify(ModelSource(str(output), temporary))
-        _verify_by_loading(ModelSource(str(output), temporary), results, placement)
+        nonzeros = {name: layer.nonzeros for name, layer in results.items()}
+        verify_by_loading(ModelSource(str(output), temporary), nonzeros, placement.offload)
     return results
 
 
-def _verify_by_loading(written: ModelSource, layers: dict[str, LayerResult], placement: Placement) -> None:
-    """Load the folder as its users will, block by block where it does not fit in memory, and count the weights it has.
+def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
+    """Give a folder what belongs to a model beside its weights: the configs of the source, and the processor."""
+    for name in ("config.json", "generation_config.json"):
+        if (source.folder / name).exists():
+            shutil.copyfile(source.folder / name, folder / name)
+    loading.save_processor(processor, folder, source)
+
+
+def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload: bool = False) -> None:
+    """Load the folder as its users will, and count the weights it has.
+
+    Args:
+        nonzeros: {pruned layer: how many it has}.
+        offload: load block by block, where the model does not fit in memory.
 
     Raises:
         VerificationError: what transformers loads is not what the manifest says.
     """
     try:
-        model = loading.load_skeleton(written) if placement.offload else loading.load_model(written)
-        weights = StreamedWeights(written, model, "cpu") if placement.offload else ResidentWeights(model)
+        model = loading.load_skeleton(written) if offload else loading.load_model(written)
+        weights = StreamedWeights(written, model, "cpu") if offload else ResidentWeights(model)
         loading.load_processor(written)
     except ModelError as error:
         raise VerificationError(f"the written folder does not load: {error}") from error
     for index in range(len(weights.blocks)):
         with weights.block(index):
-            for name, layer in layers.items():
+            for name, kept in nonzeros.items():
                 if not name.startswith(f"{weights.prefix}.{index}."):
                     continue
                 found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
-                if found != layer.nonzeros:
+                if found != kept:
                     raise VerificationError(
-                        f"{name}: transformers loads {found} nonzeros from the written folder, and {layer.nonzeros} "
-                        "were kept"
+                        f"{name}: transformers loads {found} nonzeros from the written folder, and {kept} were kept"
                     )

@@ -6,22 +6,20 @@ folder of the run, and how the output is put together from the source and the fi
 
 import time
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from gblm_compress import __version__, faults, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import DataError, GblmError, OutputError, RankError, UsageError
+from gblm_compress.errors import DataError, UsageError
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
@@ -35,6 +33,7 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.pruning.notes import closing_notes, pruned_before
 from gblm_compress.pruning.placement import Placement, Size, check_disk, choose_placement
+from gblm_compress.pruning.resuming import kept_where_resuming_helps
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkpoint_of, left_dense_of
 from gblm_compress.pruning.walk import Walk
@@ -177,7 +176,7 @@ def _prune(
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
-        with _kept_where_resuming_helps(run, resume, progress):
+        with kept_where_resuming_helps(run, "finished blocks", resume, progress):
             check_disk(run, size, settings, placement)
             place = "on disk, a block at a time in memory" if placement.offload else "in memory"
             progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
@@ -271,30 +270,6 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
             "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
             "choose --fit fast, or run one process"
         )
-
-
-@contextmanager
-def _kept_where_resuming_helps(run: RunFolder, resume: bool | None, progress: Progress) -> Iterator[None]:
-    """Leave the run folder after an interruption or a full disk; remove it where the same would happen again."""
-    again = "the same command" if resume is None else "the same command with --resume"
-    try:
-        yield
-    except KeyboardInterrupt:
-        progress.say(f"what is finished is kept: {again} goes on from there")
-        raise
-    except (OSError, SafetensorError, OutputError) as error:
-        reason = str(error)
-        if not isinstance(error, OutputError):
-            reason = f"{str(run.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
-        if not run.bytes:
-            run.remove()
-            raise OutputError(reason) from error
-        raise OutputError(f"{reason}; finished blocks are kept: make room and give {again}") from error
-    except RankError:
-        raise
-    except GblmError:
-        run.remove()
-        raise
 
 
 def _files_of(calibration: CalibrationSettings) -> list[Path]:

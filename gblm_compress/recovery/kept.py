@@ -6,6 +6,7 @@
     states/               what the dense model said of windows, where it found no room in memory
 """
 
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +17,14 @@ from torch import Tensor
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
+from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
 
 RECORD = "run.json"
+_TENSORS = re.compile(r"state-\d+\.safetensors")
+_OTHERS = re.compile(  # the record, what the dense model said, and what is written aside
+    r"run\.json|states|\.state-\d+\.safetensors|\.run\.json\.\d+"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Kept:
         resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
 
     Raises:
-        UsageError: what is there belongs to another training, or cannot be read.
+        UsageError: what is there belongs to another training, cannot be read, or is not of a training at all.
         OutputError: the folder cannot be written.
     """
 
@@ -79,14 +85,9 @@ class Kept:
         self.folder, self._identity, self._ranks = folder, identity, ranks
         self.states = folder / "states" / str(ranks.rank)
         known = self._read(resume)
-        same = known is not None and known["identity"] == identity
-        if known and resume and not same:
-            changed = [key for key in identity if known["identity"].get(key) != identity[key]]
-            raise UsageError(
-                f"{str(folder)!r} holds an interrupted training with other {', '.join(changed)}; give the same command "
-                "as then, or leave out --resume to start anew"
-            )
-        self._latest = known["progress"] if known and same and resume is not False else None
+        if known and resume:
+            check_identity(folder, known["identity"], identity)
+        self._latest = known["progress"] if known and known["identity"] == identity else None
         ranks.wait()
         try:
             if ranks.is_first:
@@ -98,6 +99,11 @@ class Kept:
             self.states.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether a checkpoint was written, before this run or by it."""
+        return (self.folder / RECORD).exists()
 
     @property
     def is_there(self) -> bool:
@@ -137,13 +143,14 @@ class Kept:
         """The record of a whole checkpoint; None where there is none.
 
         Raises:
-            UsageError: it is damaged, and `resume` asks for it.
+            UsageError: it is damaged, and `resume` asks for it; or something else lies there.
         """
+        own_files(self.folder, _TENSORS, _OTHERS)
         if resume is False or not (self.folder / RECORD).exists():
             return None
         try:
             known = records.read_sealed(self.folder / RECORD)
-            if not is_intact(self._state(int(known["progress"]["step"]))):
+            if not isinstance(known["identity"], dict) or not is_intact(self._state(int(known["progress"]["step"]))):
                 raise ValueError("its checkpoint is not what was written")
             return known
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,19 +1,17 @@
 """Write a trained student as the pruned folder that it was, and verify it."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gblm_compress.errors import VerificationError
 from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
-from gblm_compress.models import grids, loading, manifest
-from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models import grids, manifest
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning.saving import copy_settings, verify_by_loading
 from gblm_compress.recovery.texts import Windows
 from gblm_compress.recovery.training import Training
 from gblm_compress.settings import RecoverSettings
@@ -48,13 +46,10 @@ def save(
     on = {name.removesuffix(".weight"): grid for name, grid in training.grids.items()}
     with folders.atomic_folder(output, force=force) as temporary:
         checkpoint.rewrite(temporary, changed)
-        for name in ("config.json", "generation_config.json"):
-            if (source.folder / name).exists():
-                shutil.copyfile(source.folder / name, temporary / name)
-        loading.save_processor(processor, temporary, source)
+        copy_settings(source, temporary, processor)
         written = Checkpoint(temporary, TensorNames(student))
-        layers = manifest.read(source.folder)["layers"]
-        state = training.progress
+        layers, state = manifest.read(source.folder)["layers"], training.progress
+        nonzeros = {name: count_nonzeros(written.read(f"{name}.weight")) for name in layers}
         manifest.write_recovered(
             temporary,
             source=source,
@@ -65,13 +60,10 @@ def save(
                 "curve": [asdict(look) for look in state.curve],
                 "best": state.best,
             },
-            nonzeros={name: count_nonzeros(written.read(f"{name}.weight")) for name in layers},
+            nonzeros=nonzeros,
             grids_sha256=grids.write(temporary, on) if on else None,
         )
         manifest.verify(temporary)
         whole = ModelSource(str(output), temporary)
         grids.verify(whole)
-        model = loading.load_model(whole)
-        for name, layer in manifest.read(temporary)["layers"].items():
-            if count_nonzeros(weight_matrix(model.get_submodule(name)).detach()) != layer["nonzeros"]:
-                raise VerificationError(f"{name}: transformers loads other zeros than were written")
+        verify_by_loading(whole, nonzeros)

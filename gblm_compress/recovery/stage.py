@@ -1,8 +1,7 @@
 """The recovery stage: from a pruned folder and the dense model to a trained folder of the same pattern, resumable."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,19 +9,19 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 
 from gblm_compress import __version__, faults
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import GblmError, ModelError, OutputError, RankError, UsageError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
+from gblm_compress.pruning.resuming import kept_where_resuming_helps
 from gblm_compress.recovery import kept
 from gblm_compress.recovery.kept import Kept, Look
 from gblm_compress.recovery.losses import Losses
@@ -36,13 +35,15 @@ from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
 BYTES_A_WEIGHT = 30
-"""Of the student: itself, master, gradient, two moments of Adam, the best so far, and what the network sees."""
+"""A weight of the student takes so many in training: itself, master, gradient, two moments of Adam, the best so far,
+and what the network sees."""
 
 CHECKPOINT_SIZES = 18
-"""Of the model in 16 bits, that two checkpoints take at most: weights, two moments and the best in float32, twice."""
+"""Two checkpoints take at most so many times the model in 16 bits: each has weights, two moments and the best in
+float32."""
 
 SHARE_FOR_STATES = 0.3
-"""Of the memory that is free once the models are loaded, for what the dense model says of windows."""
+"""What the dense model says of windows takes at most this share of the memory that is free once models are loaded."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RecoverResult:
         curve: all looks at held-out text.
         passes: how often a window was read, on average.
         overlap: {text that the data must not hold: the share of its 13-grams that it holds}.
-        trained: weights that were trained, zeros not counted.
+        trained: weights that were trained, those that are pruned in the end not counted.
         seconds: of the whole stage, and of the runs before that it went on from.
     """
 
@@ -85,13 +86,13 @@ class RecoverResult:
         return {**asdict(self), "before": self.before, "after": self.after}
 
 
-def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) -> None:
+def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
     """Find what makes a recovery impossible, without loading weights.
 
     Raises:
         GblmError: all faults at once.
     """
-    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings)]
+    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings, device)]
     task = loading.task_of(source)
     if not task.generates:
         raise UsageError(
@@ -140,7 +141,7 @@ def recover(
     inputs = [source.folder, teacher.folder, *(path for name in settings.datasets for path in data_files(name))]
     with outputs.reserved(output, force, inputs, ranks.is_first_started()):
         start = time.monotonic()
-        check(source, teacher, settings)
+        check(source, teacher, settings, device)
         device = ranks.device_of_rank(loading.choose_device(device))
         with peak_memory(device) as memory, ranks.joined(device) as group:
             result = _recover(source, teacher, output, settings, resume, device, force, group, progress)
@@ -187,7 +188,7 @@ def _recover(
         "version": __version__,
     }
     checkpoints = Kept(kept.path_of(output), identity, resume, group)
-    with _kept_where_resuming_helps(checkpoints, resume, progress):
+    with kept_where_resuming_helps(checkpoints, "checkpoints", resume, progress):
         outputs.check_space(output, source.bytes_on_disk * (1 + CHECKPOINT_SIZES), "the output and its checkpoints")
         student = loading.load_model(source, "float32", device)
         compute = "bfloat16" if settings.fit_dtype == "bfloat16" else "float32"
@@ -224,7 +225,7 @@ def _recover(
     return training, windows, before
 
 
-def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings) -> None:
+def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
     loading.check_model(source, "recover")
     if not manifest.is_ours(source.folder):
         raise ModelError(
@@ -245,7 +246,7 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     check_mask(settings, patterns, bool(grids.read_grids(source)))
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in content["layers"].values())
     needed, free = BYTES_A_WEIGHT * weights + teacher.bytes_on_disk, psutil.virtual_memory().available
-    if loading.choose_device("auto") == "cpu" and needed > free:
+    if loading.choose_device(device) == "cpu" and needed > free:
         raise UsageError(
             f"training {weights:,} weights takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
             f"free: models of up to about {free / (BYTES_A_WEIGHT + 4) / 1e9:.2f} billion weights fit; prune "
@@ -256,24 +257,3 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
 def _budget(layer: dict[str, Any]) -> Budget:
     rows, columns = layer["shape"]
     return Budget(Pattern(layer["pattern"]), 1 - layer["nonzeros"] / (rows * columns))
-
-
-@contextmanager
-def _kept_where_resuming_helps(checkpoints: Kept, resume: bool | None, progress: Progress) -> Iterator[None]:
-    """Leave the checkpoints after an interruption or a full disk; remove them where the same would happen again."""
-    again = "the same command" if resume is None else "the same command with --resume"
-    try:
-        yield
-    except KeyboardInterrupt:
-        progress.say(f"the last checkpoint is kept: {again} goes on from there")
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"cannot be written ({reason}); the last checkpoint is kept: make room and give {again}"
-        ) from error
-    except (OutputError, RankError):
-        raise
-    except GblmError:
-        checkpoints.remove()
-        raise

@@ -65,8 +65,8 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
         found = task.training(processor, config, source.dataset, length, int(share * needed * length) + length)
         if len(found) < 2:
             raise DataError(
-                f"dataset {source.dataset!r} holds {len(found)} windows of {length} tokens, and two are needed: one to "
-                "train on, one to hold out; give a longer text or a smaller --sequence-length"
+                f"dataset {source.dataset!r} holds {len(found) or 'no'} window of {length} tokens, and two are needed: "
+                "one to train on, one to hold out; give a longer text or a smaller --sequence-length"
             )
         numbers = range(len(samples), len(samples) + len(found))
         few = max(1, min(len(found) // HELD_OUT_EVERY, int(MOST_HELD_OUT * share)))

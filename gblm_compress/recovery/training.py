@@ -132,8 +132,9 @@ class Training:
 
     @property
     def trained(self) -> int:
-        """How many weights were trained, zeros not counted."""
-        return sum(int((one.detach() != 0).sum()) for one in self._moved.values())
+        """How many weights were trained, those that are pruned in the end not counted."""
+        survivors = sum(int(keep.sum()) for keep in self._best_keep.values())
+        return survivors + sum(self._moved[name].numel() for name in self._others)
 
     @property
     def _device(self) -> torch.device:
@@ -201,7 +202,7 @@ class Training:
         keep = self._rule.next_mask(weight, gradient, before, budget.pattern, budget.sparsity, moment)
         if keep is not before:
             self._keep[name] = keep
-            self._moved[name].copy_(as_matrix(layer, self._rule.kept(weight, keep)))
+            self._moved[name].copy_(as_matrix(layer, self._rule.kept(weight, before, keep)))
 
     @torch.no_grad()
     def _look(self) -> None:

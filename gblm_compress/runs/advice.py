@@ -70,7 +70,7 @@ def advise(
     """Predict size and speed of all ways to compress a model.
 
     Raises:
-        ModelError: it is no decoder whose blocks can be left out, or is packed or exported already.
+        ModelError: it is no decoder whose blocks can be left out, has one block, or is packed or exported already.
         NotEnoughMemoryError: the dense model does not fit into memory.
     """
     start = time.monotonic()
@@ -83,12 +83,13 @@ def advise(
             f"model {source.name!r} is loaded whole once, which takes {need / 1e9:.1f} GB, and "
             f"{psutil.virtual_memory().available / 1e9:.1f} GB are free; ask on a larger machine"
         )
+    if (blocks := len(find_blocks(loading.load_skeleton(source))[1])) < 2:
+        raise ModelError(
+            f"model {source.name!r} has one block, and advice needs two to tell what each adds; benchmark it"
+        )
+    numbers = (1, min(settings.blocks, blocks))
     with TemporaryDirectory() as scratch:
         model, processor = loading.load_model(source), loading.load_processor(source)
-        blocks = len(find_blocks(model)[1])
-        numbers = (1, min(settings.blocks, blocks))
-        if numbers[0] == numbers[1]:
-            raise ModelError(f"model {source.name!r} has {blocks} block; whatever is asked, benchmark it whole")
         folder = Path(scratch)
         cut = {number: _cut(model, processor, number, folder / f"dense-{number}") for number in reversed(numbers)}
         del model

@@ -42,7 +42,9 @@ class Source(Settings):
     """A text to train on, and its share."""
 
     dataset: str = Field(description="As calibration.dataset.")
-    weight: float = Field(1.0, gt=0, description="Share of the tokens, beside those of the others.")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Share of the tokens, beside those of the others."
+    )
 
     def __str__(self) -> str:
         return self.dataset if self.weight == 1 else f"{self.dataset}={self.weight:g}"
@@ -54,9 +56,10 @@ class Source(Settings):
         if not isinstance(value, str):
             return value
         dataset, _, weight = value.rpartition("=")
-        if dataset and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", weight):
-            return {"dataset": dataset, "weight": float(weight)}
-        return {"dataset": value}
+        try:
+            return {"dataset": dataset, "weight": float(weight)} if dataset else {"dataset": value}
+        except ValueError:  # an equals sign in the name
+            return {"dataset": value}
 
 
 class RecoverSettings(Settings):
@@ -100,7 +103,7 @@ class RecoverSettings(Settings):
     fit_dtype: Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS, Panel.RESOURCES] = Field(
         "bfloat16", description="Dtype of products; weights and Adam's state are always float32."
     )
-    seed: int = Field(0, description="Of the order of the windows.")
+    seed: int = Field(0, description="Random seed for the order of the windows.")
     disjoint_from: tuple[str, ...] = Field(
         (),
         max_length=100,

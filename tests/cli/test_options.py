@@ -23,6 +23,7 @@ from gblm_compress.settings import (
     ExportSettings,
     Panel,
     PruneSettings,
+    RecoverSettings,
     Settings,
 )
 
@@ -106,6 +107,12 @@ def test_sequences_take_commas_or_repetition(arguments) -> None:
         ("x", "2:4", None),
         ("y", "unstructured", 0.3),
     ]
+
+
+def test_a_sequence_of_nothing_is_not_the_default() -> None:
+    assert ask("--toy-kinds", "").toy_kinds == () != ask().toy_kinds
+    with pytest.raises(UsageError, match="^--data: "):
+        ask("--data", ",", offered=RecoverSettings)
 
 
 def test_batches_may_be_repeated_as_all_sequences() -> None:

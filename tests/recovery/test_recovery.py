@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
-from gblm_compress.errors import DataError, ModelError, UsageError
+from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
@@ -20,6 +21,7 @@ from gblm_compress.recovery import texts
 from gblm_compress.recovery.kept import Kept
 from gblm_compress.recovery.stage import recover
 from gblm_compress.recovery.texts import grams, windows_of
+from gblm_compress.recovery.training import Training
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
 from gblm_compress.tasks.text import load_text
 from tests.calibration.test_ranks import torchrun
@@ -152,6 +154,26 @@ def test_a_damaged_checkpoint_is_refused_or_done_again(pruned, tiny, tmp_path, p
     run(source, teacher, tmp_path / "out", prose, resume=None)
 
 
+def test_a_strangers_file_among_the_checkpoints_is_not_removed(pruned, tiny, tmp_path, prose) -> None:
+    folder = tmp_path / ".out.recovery"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years")
+    for resume in (False, None, True):
+        with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
+            run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose, resume=resume)
+    assert (folder / "thesis.tex").read_text() == "years"
+
+
+def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    full = OSError(28, "No space left on device")
+    for raises, seen in ((KeyboardInterrupt, KeyboardInterrupt), (full, OutputError)):
+        monkeypatch.setattr(Training, "run", Mock(side_effect=raises))
+        with pytest.raises(seen) as raised:
+            run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose)
+        assert "kept" not in str(raised.value)
+        assert [path.name for path in tmp_path.iterdir()] == [prose.name]
+
+
 def test_two_processes_agree_with_one(pruned, tiny, tmp_path, prose) -> None:
     source, teacher = pruned("2:4"), tiny("llama")
     run(source, teacher, tmp_path / "one", prose)
@@ -173,6 +195,8 @@ def test_a_learned_mask_has_the_pattern_and_moves(pattern, mask, pruned, tiny, t
     source = pruned(pattern)
     result = run(source, tiny("llama"), tmp_path / "out", prose, mask=mask, mask_every=1, tokens=1280, rate=0.01)
     assert result.after < result.before and result.curve[result.best].moved > 0
+    fixed = run(source, tiny("llama"), tmp_path / "fixed", prose)
+    assert result.trained == fixed.trained  # what is zero in the output is not counted
     before, after = weights(source.folder), weights(tmp_path / "out")
     for name, layer in manifest.read(tmp_path / "out")["layers"].items():
         weight = after[f"{name}.weight"]
@@ -253,6 +277,12 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
     with pytest.raises(ValueError, match="is no number of tokens"):
         RecoverSettings(tokens="2 million")
     assert RecoverSettings(tokens="1.5M").tokens == 1_500_000
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match="weight"):
+            RecoverSettings(data=(f"a.txt={weight}",))
+    (source_of_text,) = RecoverSettings(data=("a=b.txt=1e3",)).data
+    assert (source_of_text.dataset, source_of_text.weight) == ("a=b.txt", 1000)
+    assert RecoverSettings(data=("a=b.txt",)).data[0].dataset == "a=b.txt"
     (tmp_path / "short.txt").write_text("a few words")
     with pytest.raises(DataError):
         run(source, teacher, tmp_path / "out", tmp_path / "short.txt")

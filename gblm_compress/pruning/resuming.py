@@ -1,0 +1,91 @@
+"""What every work has in common that goes on after an interruption: a hidden folder beside the output, and its end."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from gblm_compress.errors import GblmError, OutputError, RankError, UsageError
+from gblm_compress.progress import Progress
+
+
+class Unfinished(Protocol):
+    """The folder of a work that is under way."""
+
+    folder: Path
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether going on with it would save anything."""
+
+    def remove(self) -> None:
+        """Remove it."""
+
+
+def check_identity(folder: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises:
+    UsageError: what lies in the folder is of a work with another identity.
+    """
+    changed = [key for key in identity if known.get(key) != identity[key]]
+    if changed or known != identity:
+        raise UsageError(
+            f"{str(folder)!r} holds an interrupted run with other {', '.join(changed or known)}; give the same command "
+            "as then, or leave out --resume to start anew"
+        )
+
+
+def own_files(folder: Path, tensors: re.Pattern[str], others: re.Pattern[str]) -> list[Path]:
+    """The files of tensors in the folder of a work.
+
+    Args:
+        tensors: how these are called.
+        others: what else the work puts there.
+
+    Raises:
+        UsageError: something else lies in the folder, which would be lost with it.
+    """
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in entries if tensors.fullmatch(path.name)]
+    plain = [path for path in files if path.is_file() and not path.is_symlink()]
+    foreign = [path for path in entries if path not in plain and not others.fullmatch(path.name)]
+    if foreign:
+        raise UsageError(
+            f"{str(folder)!r} is where unfinished work is kept, and holds {foreign[0].name!r}; move it away"
+        )
+    return files
+
+
+@contextmanager
+def kept_where_resuming_helps(work: Unfinished, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
+    """Leave the folder of a work after an interruption or a full disk, if it holds anything; remove it where the same
+    would happen again.
+
+    Args:
+        what: it holds, in the plural.
+        resume: as the work was started, see `RunFolder`.
+    """
+    again = "the same command" if resume is None else "the same command with --resume"
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.holds_work:
+            progress.say(f"{what} are kept: {again} goes on from there")
+        else:
+            work.remove()
+        raise
+    except (OSError, SafetensorError, OutputError) as error:
+        reason = str(error)
+        if not isinstance(error, OutputError):
+            reason = f"{str(work.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
+        if not work.holds_work:
+            work.remove()
+            raise OutputError(reason) from error
+        raise OutputError(f"{reason}; {what} are kept: make room and give {again}") from error
+    except RankError:
+        raise
+    except GblmError:
+        work.remove()
+        raise
