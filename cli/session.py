@@ -10,6 +10,7 @@ from gblm_compress.machine.environment import share_cores
 from gblm_compress.printing import PlainConsole
 from gblm_compress.progress import Progress
 from gblm_compress.storage import records
+from gblm_compress.storage.paths import kind_of, local
 
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 
@@ -34,14 +35,16 @@ def started(quiet: bool) -> Progress:
 
 def start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str | None = None) -> tuple[Any, ...]:
     """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
-    before a download, and before the seconds that torch and transformers take to load.
+    before a download, and before the seconds that torch and transformers take to load. A model that is a folder here
+    has a task, which tells later what data it reads.
     """
     from gblm_compress import tasks
     from gblm_compress.measure.zero_shot import check_folder
     from gblm_compress.models.finding import resolve_model, silence_libraries
 
-    for name in datasets:
-        tasks.data_files(name)
+    if any(kind_of(local(name)) != "folder" for name in models):
+        for name in datasets:
+            tasks.data_files(name)
     check_folder(include)
     begun = started(quiet)
     paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.models.architecture import cache_kinds, sliding_windows
-from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS
+from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -180,7 +180,7 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     present = {value.name for value in program.graph.inputs}
     config = config.get_text_config()
-    length = _first_of(config, POSITIONS) or _UNLIMITED
+    length = first_of(config, POSITIONS) or _UNLIMITED
     end = getattr(config, "eos_token_id", None)
     pad = getattr(config, "pad_token_id", None)
     return {
@@ -195,8 +195,8 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
                 "head_size": int(head_size),
-                "hidden_size": _first_of(config, WIDTHS),
-                "num_attention_heads": _first_of(config, HEADS),
+                "hidden_size": first_of(config, WIDTHS),
+                "num_attention_heads": first_of(config, HEADS),
                 "num_hidden_layers": len(cache) // 2,
                 "num_key_value_heads": int(kv_heads),
                 "inputs": {
@@ -224,8 +224,3 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
-
-
-def _first_of(config: Any, names: Iterable[str]) -> Any:
-    """What a config says under the first of these names that it has; None where it has none."""
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -25,7 +25,8 @@ class BlockCalls:
     The arguments of every block (masks, position embeddings, …) are recorded for every sample from a forward pass of
     the model, in which at most the first block computes, and replayed; they are not rebuilt. The first sample is
     recorded twice, with other hidden states, so that an architecture whose block arguments depend on what blocks
-    compute, or whose blocks do not form a chain, is refused instead of calibrated wrongly.
+    compute, or whose blocks do not form a chain, is refused instead of calibrated wrongly. So are blocks that repeat or
+    share weights: what is measured in one place would not be all that a weight does.
 
     Args:
         weights: a model in eval mode.
@@ -46,6 +47,7 @@ class BlockCalls:
         assert len(shapes) == 1, "the samples of a task have one shape: it pads the shorter ones"
         self._weights, self.task, self.samples = weights, task, samples
         self.counted = [task.counted(sample) for sample in samples]
+        _check_own_weights(weights)
         with weights.outer(), weights.block(0) as first_block:
             first = _record_calls(weights, task.arguments(samples[0]), first_block)
             _check_same_arguments(first, _record_calls(weights, task.arguments(samples[0]), first_block, negate=True))
@@ -204,17 +206,20 @@ def _record_calls(
     Args:
         arguments: of the model's forward pass.
         first_block: with its weights.
-        like: calls that show what a block returns; then no block computes.
+        like: calls that show what a block returns; then no block computes, and the pass ends with the last block.
         negate: whether the first block computes with the negative of what it gets.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
+    ran: list[nn.Module] = []
     latest: list[Tensor] = []
     with ExitStack() as within, suppress(_LastBlockReached):
         compute = first_block.forward
 
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden, call = _split_call(args, kwargs)
+            if block in ran:
+                raise NoChainError(f"{type(model).__name__}: block {ran.index(block)} runs more than once")
             if latest and hidden is not latest[0] and not torch.allclose(hidden, latest[0], 0, 0, equal_nan=True):
                 raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
@@ -239,7 +244,8 @@ def _record_calls(
                     raise _changing_size(model, hidden, output)
             latest[:] = [output]
             calls.append(call)
-            if block is blocks[-1]:
+            ran.append(block)
+            if like is not None and block is blocks[-1]:
                 raise _LastBlockReached
             return output if call.beside is None else (output, *call.beside)
 
@@ -257,6 +263,14 @@ def _changing_size(model: nn.Module, hidden: Tensor, output: Tensor) -> ModelErr
         "architectures whose blocks change their size, such as Swin, are pruned without data alone: give --method "
         "magnitude --fit none"
     )
+
+
+def _check_own_weights(weights: Weights) -> None:
+    first: dict[int, int] = {}  # the block that a parameter is in
+    for index, block in enumerate(weights.blocks):
+        for parameter in block.parameters():
+            if (other := first.setdefault(id(parameter), index)) != index:
+                raise NoChainError(f"{type(weights.model).__name__}: blocks {other} and {index} share weights")
 
 
 def _check_same_arguments(first: list[Call], second: list[Call]) -> None:

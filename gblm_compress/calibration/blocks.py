@@ -127,6 +127,7 @@ def sum_over_inputs(
     """A sum over all samples of something that is measured on the input of every layer.
 
     Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum.
+    A layer whose weight is used in several places is measured in all of them.
     Once all layers of a block have run, the rest of the block is left out.
 
     Args:
@@ -164,7 +165,8 @@ def sum_over_inputs(
         if not whole and len(ran) == len(layers):
             raise _AllLayersReached
 
-    with _hooks(layer.register_forward_pre_hook(partial(measure, name)) for name, layer in layers.items()):
+    users = _users(block.module, layers)
+    with _hooks(user.register_forward_pre_hook(partial(measure, name)) for name, user in users):
         for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads it
             ran.clear()
             with suppress(_AllLayersReached):
@@ -183,6 +185,19 @@ def sum_over_inputs(
     for name, total in sums.items():
         check_finite(name, "activations", total)
     return sums
+
+
+def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The layers by their names, and behind them all other modules of the block that multiply by the same weights."""
+    weights = {name: layer.weight for name, layer in layers.items()}
+    names = {id(weight): name for name, weight in weights.items()}
+    of_layers = set(layers.values())
+    others = [
+        (names[id(weight)], module)
+        for module in block.modules()
+        if module not in of_layers and id(weight := module._parameters.get("weight")) in names
+    ]
+    return [*layers.items(), *others]
 
 
 def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def gradient_norms(
         pool: where hidden states are kept.
         save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
         skip: blocks whose gradients are known already.
-        by_sample: the order of the work, see above; blocks that share weights go block by block in any case.
+        by_sample: the order of the work, see above.
 
     Raises:
         ModelError: a gradient is NaN or infinite; the message names the layer.
@@ -61,7 +61,7 @@ def gradient_norms(
     wanted = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
     if not wanted:
         return
-    if by_sample and not _share_weights(weights.blocks):
+    if by_sample:
         sums = _by_sample(weights, calls, wanted, norm, progress)
     else:
         sums = _by_block(weights, calls, wanted, norm, pool, progress)
@@ -72,17 +72,6 @@ def gradient_norms(
             if norm == "l2":
                 total.sqrt_()
         save(index, of_block)
-
-
-def _share_weights(blocks: Iterable[nn.Module]) -> bool:
-    """Whether a weight is in several blocks. It is then judged where it is used first, which goes block by block."""
-    seen: set[int] = set()
-    for block in blocks:
-        own = {id(parameter) for parameter in block.parameters()}
-        if own & seen:
-            return True
-        seen |= own
-    return False
 
 
 Sums = Iterable[tuple[int, dict[str, Tensor]]]  # block, {layer: Σ_n |g_n|^p}; the last block first

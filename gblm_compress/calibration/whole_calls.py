@@ -1,11 +1,14 @@
-"""A decoder as one block, where its blocks cannot be run one by one.
+"""All blocks as one, where they cannot be run one by one.
 
 Some architectures pass more from block to block than hidden states: keys that later blocks share, what a router has
-chosen. Their decoder is then one block, from the embedding to the last norm. All layers are measured in the dense model
-at once, so that none sees what the pruning of others does to its input.
+chosen. Others run blocks several times, as ALBERT does, or have blocks that share weights, as Zamba does. Then what is
+around the blocks, a decoder or an encoder, is one block. All layers are measured in the dense model at once, wherever
+their weights are used, so that none sees what the pruning of others does to its input.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,25 +30,26 @@ from gblm_compress.tasks.task import Sample, Task
 
 
 class WholeWeights(ResidentWeights):
-    """A model in memory whose decoder is its only block."""
+    """A model in memory whose only block is what is around its blocks."""
 
     @classmethod
-    def of(cls, weights: Weights, reason: NoChainError) -> Self:
+    def of(cls, weights: Weights, arguments: dict[str, Any], reason: NoChainError) -> Self:
         """
         Args:
             weights: of the model, as they were to be worked on block by block.
+            arguments: of the model's forward pass.
             reason: why its blocks are no chain.
 
         Raises:
-            ModelError: the model is on disk, or has no decoder of its own.
+            ModelError: the model is on disk, or nothing but itself is around its blocks.
         """
-        decoder = getattr(weights.model, "base_model", None)
         if not isinstance(weights, ResidentWeights):
             raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give --no-offload") from reason
-        if not isinstance(decoder, nn.Module) or decoder is weights.model:
+        around = _around_blocks(weights, arguments)
+        if around is None:
             raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
         whole = cls(weights.model)
-        whole.blocks = [decoder]
+        whole.blocks = [around]
         return whole
 
     def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
@@ -54,18 +58,17 @@ class WholeWeights(ResidentWeights):
 
 @dataclass
 class WholeCall(Call):
-    """A call of the decoder, whose input is among its arguments."""
+    """A call of what is around the blocks, whose input is among its arguments."""
 
     def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         return block(*self.args, **self.kwargs)
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        output: Tensor = self.returned(block, hidden)[0]
-        return output
+        return _states(self.returned(block, hidden))
 
 
 class WholeCalls(BlockCalls):
-    """As `BlockCalls`, of the decoder as the only block."""
+    """As `BlockCalls`, of what is around the blocks as the only one."""
 
     def __init__(self, weights: WholeWeights, task: Task, samples: Sequence[Sample]) -> None:
         self._weights, self.task, self.samples = weights, task, samples
@@ -77,25 +80,27 @@ class WholeCalls(BlockCalls):
 
     def embed(self, sample: int) -> Tensor:
         """Stands for hidden states; nothing reads it."""
-        return torch.zeros_like(self._like[0])
+        return torch.zeros_like(_states(self._like))
 
     def _record(self, sample: Sample) -> Call:
         found: list[Call] = []
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             found.append(WholeCall(args, kwargs, hidden_is_keyword=False))
-            raise _DecoderReached
+            raise _AroundBlocksReached
 
         with forward_replaced(self._weights.blocks[0], stop), torch.no_grad():
             try:
                 run_model(self._weights.model, self.task.arguments(sample))
-            except _DecoderReached:
+            except _AroundBlocksReached:
                 return found[0]
-        raise ModelError(f"{type(self._weights.model).__name__} does not call its decoder; it cannot be pruned")
+        raise AssertionError("it ran when it was looked for")
 
     def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
         def output(*args: Any, **kwargs: Any) -> Any:
-            hidden = instead(self._like[0])
+            hidden = instead(_states(self._like))
+            if isinstance(self._like, Tensor):
+                return hidden
             if isinstance(self._like, tuple):
                 return (hidden, *self._like[1:])
             made = copy(self._like)
@@ -106,12 +111,31 @@ class WholeCalls(BlockCalls):
             return run_model(self._weights.model, self.task.arguments(sample))
 
 
-class _DecoderReached(Exception):
-    """Ends a forward pass once the arguments of the decoder are known."""
+def _states(output: Any) -> Tensor:
+    """The hidden states of what a module gives."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+@torch.no_grad()
+def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | None:
+    """The innermost module around the blocks that a forward pass runs once; None if that is the model itself."""
+    runs: Counter[nn.Module] = Counter()
+    around, path = [], weights.prefix
+    with ExitStack() as within:
+        while path := path.rpartition(".")[0]:
+            around.append(weights.model.get_submodule(path))
+            within.callback(around[-1].register_forward_pre_hook(lambda module, _: runs.update([module])).remove)
+        run_model(weights.model, arguments)
+    return next((module for module in around if runs[module] == 1), None)
+
+
+class _AroundBlocksReached(Exception):
+    """Ends a forward pass once the arguments of what is around the blocks are known."""
 
 
 def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
-    """How a model calls its blocks, and the weights by those blocks: its own, or the decoder as one.
+    """How a model calls its blocks, and the weights by those blocks: its own, or all of them as one.
 
     Raises:
         ModelError: neither can be run.
@@ -119,5 +143,5 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
     try:
         return weights, BlockCalls(weights, task, samples)
     except NoChainError as reason:
-        whole = WholeWeights.of(weights, reason)
+        whole = WholeWeights.of(weights, task.arguments(samples[0]), reason)
         return whole, WholeCalls(whole, task, samples)

@@ -1,6 +1,7 @@
 """The keys of `config.json` that are read here, with the types they must have; others are for transformers."""
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
@@ -9,6 +10,12 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def first_of(config: Any, names: Iterable[str]) -> Any:
+    """What a config says under the first of these names that it has; None where it has none."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
 
 _Number = Annotated[int, Field(ge=1, le=2**31)]
 _Experts = Annotated[int, Field(ge=0, le=2**31)]  # 0 in models without

@@ -46,8 +46,8 @@ def closing_notes(
         )
     if walked.whole:
         notes.append(
-            "the blocks of this architecture pass more on than hidden states, so that all layers were measured in the "
-            "dense model at once"
+            "the blocks of this architecture repeat, share weights or pass more on than hidden states, so that all "
+            "layers were measured in the dense model at once"
         )
     if few := [name for name, layer in layers.items() if layer.by_magnitude]:
         notes.append(

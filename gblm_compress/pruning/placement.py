@@ -10,6 +10,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Need
 from gblm_compress.models import loading
+from gblm_compress.models.config_keys import HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
@@ -36,22 +37,21 @@ LOGIT_BYTES = 36
 
 
 class Size:
-    """How large a model and what is measured on it are, in bytes, as far as its config and files tell.
+    """How large a model and what is measured on it are, in bytes, as far as its files and its config tell.
 
     Attributes:
-        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if config.json is silent.
+        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if the config is silent.
     """
 
     def __init__(
         self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
     ) -> None:
         itemsize, stored = (getattr(torch, name).itemsize for name in (dtype, loading.stored_dtype(source)))
-        config = source.config
-        blocks = config.get("num_hidden_layers") or config.get("n_layer") or 1
-        hidden = config.get("hidden_size") or config.get("n_embd") or 0
-        heads = _largest(config.get("num_attention_heads") or config.get("n_head") or 0)
-        inner = _largest(config.get("intermediate_size") or 4 * hidden)
-        tokens, length = config.get("vocab_size") or 0, calibration.sequence_length
+        config = loading.config_of(source).get_text_config()  # of a multimodal model, the part that is pruned
+        blocks, hidden = first_of(config, LAYERS) or 1, first_of(config, WIDTHS) or 0
+        heads = _largest(first_of(config, HEADS) or 0)
+        inner = _largest(first_of(config, ("intermediate_size",)) or 4 * hidden)
+        tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
         vocabulary = tokens if loading.task_of(source).generates else 0  # of whose logits there are many
         self.checkpoint = source.bytes_on_disk
         self.weights = source.bytes_on_disk // stored * itemsize

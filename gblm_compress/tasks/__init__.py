@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gblm_compress import faults
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import DataError, ModelError
+from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
 from gblm_compress.tasks.image_classification import ImageClassification
 from gblm_compress.tasks.task import Task
+from gblm_compress.tasks.text import FOUND
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
@@ -38,9 +40,15 @@ def data_files(dataset: str) -> list[Path]:
         for task in TASKS.values()
     ]
     unreadable = faults.collect(looks)
-    if not found:
+    if found:
+        return found[0]
+    if len({str(fault) for fault in unreadable}) == 1:
         raise unreadable[0]
-    return found[0]
+    models: dict[str, list[str]] = {}
+    for task in TASKS.values():
+        models.setdefault(task.reads, []).append(task.help)
+    needed = "; ".join(f"for {' or '.join(names)} give {reads}" for reads, names in models.items())
+    raise DataError(f"dataset {dataset!r} {FOUND[kind_of(local(dataset))]}; {needed}")
 
 
 def is_here(dataset: str) -> bool:

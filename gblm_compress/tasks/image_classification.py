@@ -31,6 +31,7 @@ class ImageClassification(Classes):
     auto_class = "AutoModelForImageClassification"
     processor = IMAGE_PROCESSOR
     sample = "image"
+    reads = images.READS
 
     def check_processor(self, processor: Any) -> None:
         if "pixel_values" not in processor.model_input_names:

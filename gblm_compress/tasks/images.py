@@ -34,8 +34,8 @@ PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation
 
 _IDX = re.compile(r"(?P<part>.*)images[-.]idx3-ubyte(?P<packed>\.gz)?")
 _IDX_PARTS = {"calibration": "train-", "evaluation": "t10k-"}
-_KINDS = (
-    "give a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
+READS = (
+    "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
     "'label', or IDX files (…images-idx3-ubyte, also as .gz)"
 )
 _SHUFFLED = 1_000
@@ -61,13 +61,17 @@ class Picture:
         Raises:
             DataError: it is damaged, no image, or has more than 8 bits a channel.
         """
+        from PIL import UnidentifiedImageError
+
         try:
             image = self._open()
             image.load()
         except Exception as error:  # Pillow and its decoders each raise their own kinds for bad data
             if is_out_of_memory(error):
                 raise
-            raise DataError(f"{self.where} cannot be read as an image ({first_line(error)}); remove it") from error
+            # Pillow names the object that it was given, which says nothing here.
+            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+            raise DataError(f"{self.where} cannot be read as an image ({reason}); remove it") from error
         if image.mode.startswith(("I", "F")):
             raise DataError(f"{self.where} has pixels of mode {image.mode}; give images of 8 bits a channel")
         return image.convert(mode)
@@ -95,17 +99,17 @@ def data_files(source: str) -> list[Path]:
     path = local(source)
     kind = kind_of(path)
     if source in ("demo", "wikitext2", "c4"):
-        raise DataError(f"dataset {source!r} is text, and the model takes images: {_KINDS}")
+        raise DataError(f"dataset {source!r} is text, and the model takes images; give {READS}")
     if kind == "folder":
         if not _idx_files(path) and next(_images_below(path), None) is None:
-            raise DataError(f"dataset {source!r}: the folder holds no image; {_KINDS}")
+            raise DataError(f"dataset {source!r}: the folder holds no image; give {READS}")
         return [path]
     if path.suffix == ".parquet" or _IDX.fullmatch(path.name):
         if kind != "file":
             raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
         return [path]
     if kind is not None or path.suffix in text.FILES or source.startswith((".", "/", "~")):
-        raise DataError(f"dataset {source!r}: {'no such folder' if kind is None else 'holds no images'}; {_KINDS}")
+        raise DataError(f"dataset {source!r} {text.FOUND[kind]}; give {READS}")
     return []
 
 
@@ -154,6 +158,8 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
         raise DataError(f"dataset {str(folder)!r}: {loose[0].name!r} lies beside folders of classes; put it into one")
     found = [_of_file(path, below.name) for below in folders for path in sorted(_images_below(below))]
     found += [_of_file(path, None) for path in loose]
+    if not found:
+        raise DataError(f"dataset {str(folder)!r} has no image for {role}: the folder {part.name!r} holds none")
     return found, tuple(below.name for below in folders)
 
 

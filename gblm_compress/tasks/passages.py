@@ -32,6 +32,7 @@ class PassageTask(Task):
     """A task whose samples are texts of several lengths: tokenized whole, cut if they are too long, padded behind."""
 
     sample = "text"
+    reads = tables.READS
 
     def check_processor(self, processor: Any) -> None:
         super().check_processor(processor)

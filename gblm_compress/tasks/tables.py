@@ -11,6 +11,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks import text
 
 CSV = ".csv"
+READS = "a .txt, .csv, .jsonl or .parquet file, or a hub dataset"
 _TEXTS = (("text", "text_pair"), ("sentence", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 _KNOWN = frozenset(("score", "label", *(name for names in _TEXTS for name in names)))
-_NEEDED = "'text' or 'sentence', or 'sentence1' and 'sentence2', and for labels or scores 'label' or 'score'"
+_NEEDED = (
+    "name one 'text' or 'sentence', or two 'sentence1' and 'sentence2', and those of labels 'label', of scores 'score'"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def data_files(source: str) -> list[Path]:
     """
     path = local(source)
     if path.suffix != CSV:
-        return text.data_files(source)
+        return text.data_files(source, READS)
     if (kind := kind_of(path)) != "file":
         raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
     return [path]
@@ -90,7 +94,7 @@ def _csv(path: Path, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     if _KNOWN.intersection(head):
                         continue
                     if len(line) != 3 or not _is_number(line[2]):
-                        raise DataError(f"{place} names no known column; {_NEEDED} is needed, or two texts and a score")
+                        raise DataError(f"{place} names no known column, but {_listed(line)}; {_NEEDED}")
                     head = ["sentence1", "sentence2", "score"]
                 if len(line) != len(head):
                     raise DataError(f"{place} has {len(line)} columns, the first line {len(head)}")
@@ -105,8 +109,7 @@ def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     """
     names = next((names for names in _TEXTS if names[0] in columns), None)
     if names is None:
-        given = ", ".join(map(repr, list(columns)[:8])) or "none"
-        raise DataError(f"{where} has no column of texts; it has {given}, and {_NEEDED} is needed")
+        raise DataError(f"{where} has no column of texts, but {_listed(columns)}; {_NEEDED}")
     texts = tuple(value for name in names if (value := columns.get(name)) is not None)
     for value in texts:
         if not isinstance(value, str):
@@ -117,10 +120,15 @@ def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     if score is None and isinstance(label, float):  # as GLUE calls the scores of its pairs
         label, score = None, label
     if isinstance(label, str):
-        label = int(label) if label.strip().lstrip("-").isdecimal() else label.strip()
+        label = int(label) if label.strip().lstrip("-").isdecimal() else label.strip() or None
     if score is not None and not _is_number(score):
         raise DataError(f"{where}: the score {score!r} is no number")
     return Row(texts, label, None if score is None else float(score), where)
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """The first columns, for a message."""
+    return ", ".join(map(repr, islice(columns, 8))) or "none"
 
 
 def _is_number(value: Any) -> bool:

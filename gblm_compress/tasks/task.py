@@ -57,6 +57,7 @@ class Task(ABC):
         generates: whether the model generates tokens one by one, with a cache; all others are timed by their forward
             pass, and run in torch and ONNX Runtime alone.
         sample: what one sample is called.
+        reads: what `data_files` takes, for messages.
     """
 
     help: ClassVar[str]
@@ -67,6 +68,7 @@ class Task(ABC):
     companions: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
     sample: ClassVar[str] = "window"
+    reads: ClassVar[str] = text.READS
 
     def of_folder(self, folder: Path) -> Task:
         """The task as the files of a model's folder say it is to be done; where they say nothing, itself.

@@ -27,6 +27,10 @@ _C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
 _C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
 
 FILES = (".txt", ".jsonl", ".parquet", ".raw", ".tokens")
+READS = "a .txt, .jsonl or .parquet file, or a hub dataset"
+FOUND = {None: "is not there", "file": "is a file of another kind", "folder": "is a folder", "other": "is no file"}
+"""What stands in the way of reading a path of that kind, see `kind_of`."""
+
 CHARACTERS_OF_A_TOKEN = 6
 """At most, on average, in prose; vocabularies of today have four to five."""
 
@@ -37,8 +41,11 @@ MAX_PARQUET = 2 << 30
 """Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
 
 
-def data_files(source: str) -> list[Path]:
+def data_files(source: str, reads: str = READS) -> list[Path]:
     """The local file that a source names, if it does; of the hub it asks nothing.
+
+    Args:
+        reads: what may be given instead, in words.
 
     Raises:
         DataError: there is no such file, or it is of another kind.
@@ -50,7 +57,7 @@ def data_files(source: str) -> list[Path]:
     if path.suffix in FILES and kind != "file":
         raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
     if path.suffix not in FILES and (kind is not None or source.startswith((".", "/", "~"))):
-        raise DataError(f"dataset {source!r}: give a .txt, .jsonl or .parquet file that exists, or a hub dataset")
+        raise DataError(f"dataset {source!r} {FOUND[kind]}; give {reads}")
     return [path] if path.suffix in FILES else []
 
 

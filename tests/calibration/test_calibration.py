@@ -1,5 +1,6 @@
 """Statistics against plain autograd and plain forward passes, on every architecture."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.calibration.block_calls import BlockCalls
+from gblm_compress.calibration.block_calls import BlockCalls, NoChainError
 from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.blocks import activation_norms
 from gblm_compress.errors import ModelError
@@ -97,10 +98,38 @@ def test_blocks_that_do_not_form_a_chain_are_refused() -> None:
         replay(model, ids)
 
 
-def test_blocks_that_run_twice_are_refused() -> None:
+def test_blocks_that_share_weights_are_refused() -> None:
     model, ids = tiny_model("llama"), samples()
-    model.model.layers = torch.nn.ModuleList([model.model.layers[0], *model.model.layers])
-    with pytest.raises(ModelError, match="a forward pass ran 2 blocks of 3"):
+    one, other = model.model.layers
+    other.mlp.up_proj.weight = one.mlp.up_proj.weight
+    with pytest.raises(NoChainError, match="blocks 0 and 1 share weights"):
+        replay(model, ids)
+
+
+@pytest.mark.parametrize("order", [(0, 0, 1), (0, 1, 0)])
+def test_blocks_that_run_twice_are_refused(order: tuple[int, ...]) -> None:
+    model, ids = tiny_model("llama"), samples()
+    model.model.layers = Repeated([model.model.layers[index] for index in order])
+    model.config.num_hidden_layers = len(order)
+    with pytest.raises(NoChainError, match="block 0 runs more than once"):
+        replay(model, ids)
+
+
+class Repeated(torch.nn.ModuleList):
+    """Blocks some of which are the same, as a loop over them sees them; it holds each of them once."""
+
+    def __init__(self, blocks) -> None:
+        super().__init__(dict.fromkeys(blocks))
+        self.order = blocks
+
+    def __getitem__(self, index):
+        return self.order[index] if isinstance(index, slice) else super().__getitem__(index)
+
+
+def test_blocks_that_do_not_run_are_refused() -> None:
+    model, ids = tiny_model("llama"), samples()
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    with pytest.raises(NoChainError, match="a forward pass ran 2 blocks of 3"):
         replay(model, ids)
 
 

@@ -1,10 +1,13 @@
 """What a run plans to need, and where it puts things."""
 
+import json
 from types import SimpleNamespace
 
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import placement
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.families.tiny import tiny_family
 
 
 def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
@@ -36,6 +39,26 @@ def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
     # At the end, where distillation needs the most, neither is there any more.
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds, distillation_epochs=1) for rounds in (1, 2))
     assert one == two == working(distillation_epochs=1)
+
+
+def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
+    """Beside what the files weigh, which include the other parts."""
+    model = tiny_family("gemma3")
+    model.save_pretrained(tmp_path / "both")
+    text = {**model.config.get_text_config().to_dict(), "architectures": ["Gemma3ForCausalLM"]}
+    assert "text_config" in model.config.to_dict() and text["hidden_size"] == 64
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text(json.dumps(text))
+    weights = "model.safetensors"
+    (tmp_path / "text" / weights).write_bytes((tmp_path / "both" / weights).read_bytes())
+    settings, samples = PruneSettings(fit="best"), CalibrationSettings(samples=2, sequence_length=64)
+    both, alone = (
+        vars(placement.Size(ModelSource(name, tmp_path / name), "float32", settings, samples))
+        for name in ("both", "text")
+    )
+    assert both == alone
+    assert both["outside_blocks"] == 2 * 257 * 64 * 4 and both["block"] == both["weights"] // 2
+    assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
 
 
 def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:

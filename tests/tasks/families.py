@@ -37,6 +37,7 @@ FAMILIES = {
     "modernbert": lambda: transformers.ModernBertConfig(
         **SIZES, **TOKENS, global_attn_every_n_layers=2, local_attention=16
     ),
+    "albert": lambda: transformers.AlbertConfig(**SIZES | {"num_hidden_layers": 3}, embedding_size=16),  # of one block
     "deberta-v2": lambda: transformers.DebertaV2Config(**SIZES, **DEBERTA, type_vocab_size=0),
 }
 

@@ -61,15 +61,15 @@ def test_pairs_are_read_together(tmp_path, config) -> None:
     [
         ("a b,3", "text,label", r"line 2: the label 3 is none of the model's 3; .*0 to 2, or a name: no, Maybe, yes"),
         ("a b,perhaps", "text,label", "the label 'perhaps' is none of the model's"),
-        ("a b,1\nc d,", "text,label", "line 3: the label '' is none of the model's"),
-        ("a b,1", "words,label", r"line 2 has no column of texts; it has 'words', 'label', and 'text' or 'sentence'"),
-        ("a b,1", "words,class", r"line 1 names no known column"),
+        ("a b,1\nc d,", "text,label", "line 3 has no label, and others have one; give all rows one"),
+        ("a b,1", "words,label", r"line 2 has no column of texts, but 'words', 'label'; name one 'text' or 'sentence'"),
+        ("a b,1", "words,class", r"line 1 names no known column, but 'words', 'class'; name one 'text' or 'sentence'"),
         ("a,b,1", "text,label", "line 2 has 3 columns, the first line 2"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_model_is_refused(tmp_path, config, rows, head, message) -> None:
     with pytest.raises(DataError, match=message):
-        TASK.calibration(families.tokenizer(), config, labelled(tmp_path, rows, head), 1, 16, 0)
+        TASK.calibration(families.tokenizer(), config, labelled(tmp_path, rows, head), len(rows.splitlines()), 16, 0)
 
 
 def test_a_model_of_one_number_is_refused(config) -> None:

@@ -53,7 +53,7 @@ def test_families_are_pruned_by_every_kind_of_method(family: str, task: str, pro
     ):
         model = copy.deepcopy(dense)
         layers = prune_(model, samples, PruneSettings(**settings), progress)
-        assert len(layers) == sum(map(len, prunable_layers(dense))) >= 8
+        assert len(layers) == sum(map(len, prunable_layers(dense))) >= 6
         assert all(layer.nonzeros == layer.shape[0] * layer.shape[1] // 2 for layer in layers.values())
 
 

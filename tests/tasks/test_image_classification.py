@@ -249,6 +249,21 @@ def test_a_processor_that_does_not_fit_is_refused(model, pictures) -> None:
         drawn(source, pictures)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("./vit", "'./vit': the folder holds no image; give a folder with a sub-folder of images for each class"),
+        ("./gone", "'./gone' is not there; give a folder with a sub-folder of images for each class"),
+        ("./vit/config.json", "is a file of another kind; give a folder with a sub-folder of images for each class"),
+    ],
+)
+def test_a_user_is_told_of_images(program, model, dataset, message) -> None:
+    model("vit")
+    for command in (("evaluate", "./vit", "--dataset"), ("prune", "./vit", "-o", "x", "--calibration")):
+        done = program(*command, dataset)
+        assert done.code == 3 and message in done.stderr and ".txt" not in done.stderr, done.stderr
+
+
 def test_too_few_images_are_refused(model, pictures) -> None:
     source = model("vit")
     with pytest.raises(DataError, match="has 12 images, and 13 are asked for; give fewer samples"):

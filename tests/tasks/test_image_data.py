@@ -118,6 +118,10 @@ def spoilt(tmp_path: Path, kind: str) -> str:
         (path / "cat").mkdir()
         picture(0).save(path / "cat" / "a.png")
         picture(0).save(path / "b.png")
+    elif kind == "empty part":
+        (path / "train" / "cat").mkdir(parents=True)
+        (path / "test").mkdir()
+        picture(0).save(path / "test" / "a.png")
     elif kind == "no idx":
         (path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x0d\3" + bytes(12))
     elif kind == "cut idx":
@@ -148,6 +152,7 @@ def spoilt(tmp_path: Path, kind: str) -> str:
     ("kind", "message"),
     [
         ("empty", "the folder holds no image; give a folder with a sub-folder"),
+        ("empty part", "has no image for calibration: the folder 'train' holds none"),
         ("beside", "'b.png' lies beside folders of classes"),
         ("no idx", "is no IDX file of bytes in 3 dimensions"),
         ("cut idx", "has 45 bytes, and 2×3×5 numbers take 46"),
@@ -170,14 +175,32 @@ def test_unusable_datasets_are_data_errors(tmp_path, kind, message) -> None:
     [
         ("demo", "'demo' is text, and the model takes images"),
         ("c4", "is text"),
-        ("./gone", "no such folder"),
+        ("./gone", "'./gone' is not there; give a folder with a sub-folder"),
         ("gone.parquet", "no such file"),
-        ("words.txt", "no such folder"),
+        ("words.txt", "is not there"),
     ],
 )
 def test_what_is_no_dataset_of_images(source, message) -> None:
     with pytest.raises(DataError, match=message):
         images.data_files(source)
+
+
+def test_what_no_task_can_read_is_refused_in_words_for_all_of_them(tmp_path) -> None:
+    """The model is not known yet: a folder without an image may have been meant for one of texts or of images."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").touch()
+    for path, message in (
+        ("empty", "is a folder"),
+        ("config.json", "is a file of another kind"),
+        ("x", "is not there"),
+    ):
+        with pytest.raises(DataError) as raised:
+            tasks.data_files(str(tmp_path / path))
+        said = str(raised.value)
+        assert said.startswith(f"dataset {str(tmp_path / path)!r} {message}; for a causal language model give a .txt")
+        assert all(task.help in said and task.reads in said for task in tasks.TASKS.values())
+    with pytest.raises(DataError, match=r"'gone.parquet': no such file$"):
+        tasks.data_files("gone.parquet")
 
 
 def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
@@ -187,7 +210,11 @@ def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
     (tmp_path / "words.jpg").write_text("no image")
     Image.fromarray(numpy.full((4, 4), 1000, numpy.uint16)).save(tmp_path / "deep.png")
     found = images.read(str(tmp_path), "evaluation", None, 0).found
-    messages = ("cut.png' cannot be read as an image", "deep.png' has pixels of mode I;16", "words.jpg' cannot be read")
+    messages = (
+        "cut.png' cannot be read as an image",
+        "deep.png' has pixels of mode I;16",
+        "words.jpg' cannot be read as an image .of no known format.; remove it",
+    )
     for one, message in zip(found, messages, strict=True):
         with pytest.raises(DataError, match=message):
             one.read("RGB")

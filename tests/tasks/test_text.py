@@ -172,7 +172,7 @@ def test_a_look_at_a_text_reads_nothing(source, tmp_path, monkeypatch) -> None:
 
 def test_a_look_at_a_text_misses_what_is_not_there(tmp_path) -> None:
     for name in ("gone.txt", "gone.parquet", "."):
-        with pytest.raises(DataError, match="no such file|file that exists"):
+        with pytest.raises(DataError, match="no such file|is a folder; give a .txt"):
             text.data_files(str(tmp_path / name))
     (tmp_path / "x.jsonl").touch()
     assert text.data_files(str(tmp_path / "x.jsonl")) == [tmp_path / "x.jsonl"]
