@@ -44,11 +44,13 @@ def data_files(dataset: str) -> list[Path]:
         return found[0]
     if len({str(fault) for fault in unreadable}) == 1:
         raise unreadable[0]
+    if (kind := kind_of(local(dataset))) is None:
+        raise DataError(f"dataset {dataset!r}: no such file")
     models: dict[str, list[str]] = {}
     for task in TASKS.values():
         models.setdefault(task.reads, []).append(task.help)
     needed = "; ".join(f"for {' or '.join(names)} give {reads}" for reads, names in models.items())
-    raise DataError(f"dataset {dataset!r} {FOUND[kind_of(local(dataset))]}; {needed}")
+    raise DataError(f"dataset {dataset!r} {FOUND[kind]}; {needed}")
 
 
 def is_here(dataset: str) -> bool:
