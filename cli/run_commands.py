@@ -100,10 +100,11 @@ def validate(recipe: o.RecipeFile, set_: o.Set = None, json_: o.Json = False) ->
     def look() -> Any:
         path = find_recipe(recipe)
         loaded = load_recipe(path, tuple(set_ or ()))
+        progress = session.progress(quiet=json_)
 
         from gblm_compress.runs import checks
 
-        faults.raise_all(checks.check(loaded, session.progress(quiet=True)))
+        faults.raise_all(checks.check(loaded, progress))
         notes = run_summaries.unchecked(checks.unchecked(loaded))
         content = {"valid": True, "faults": [], "recipe": loaded.model_dump(mode="json")}
         session.show(content, lambda content: [f"{path}: valid", *notes], json_)

@@ -33,9 +33,9 @@ from tests.forks import RANKS, Outcome, Server
 # Files whose tests start processes, trace graphs, or run on the real model; the longest first.
 SLOW = (
     "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "onnx_quantised", "cli", "gpu", "resume",
-    "quantised", "grids", "api", "zero_shot", "onnx_forward",
+    "quantised", "image_classification", "recovery", "families", "grids", "api", "zero_shot", "onnx_forward",
     "gpu_script", "engines_script", "ranks", "sparse", "benchmarking", "exporters", "wheel", "comparison", "docs",
-    "benchmark_worker", "action", "page", "site", "image_classification",
+    "benchmark_worker", "action", "page", "site",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")

