@@ -227,6 +227,8 @@ def doctor(json_: o.Json = False) -> None:
     """Say what this machine has, and what each finding enables."""
     from dataclasses import asdict
 
+    session.started(quiet=json_)
+
     from gblm_compress.measure.doctor import diagnose
 
     findings = [asdict(finding) for finding in diagnose()]

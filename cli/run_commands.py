@@ -1,7 +1,6 @@
 """The commands on whole runs and their recipes: parse, call, print."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,19 +66,12 @@ def report(
     json_: o.Json = False,
 ) -> None:
     """Join the reports of several runs on one page: the last one against the one before it, and all over time."""
-    outputs.check_document(output, DOCUMENT)
-
     from gblm_compress import faults
-    from gblm_compress.runs import history, run_report
-    from gblm_compress.runs.report import html
+    from gblm_compress.runs import history
 
-    reports = [run_report.read(run) for run in runs]
-    records.write_text(output, history.html(reports) if len(reports) > 1 else html(reports[0]))
-    changes = history.changes(*reports[-2:]) if len(reports) > 1 else None
-    worse = history.regressions(changes) if changes else []
-    content = {"page": str(output), "runs": [one.as_dict() for one in reports], "regressions": worse}
-    session.show(content, partial(run_summaries.report, reports, changes), json_)
-    if worse and fail_on_regression:
+    result = history.report(runs, output)
+    session.show(result, run_summaries.report, json_)
+    if (worse := result.regressions) and fail_on_regression:
         raise faults.together(GateError, f"{len(worse)} figures got worse", worse)
 
 
@@ -94,12 +86,10 @@ def push(
     json_: o.Json = False,
 ) -> None:
     """Show the complete model card and the files of an artefact; with --push-to-hub, push them to the hub."""
-    from gblm_compress.runs import pushing, run_report
+    from gblm_compress.runs import pushing
 
-    prepared = pushing.prepare(run_report.read(run), run, artefact)
-    address = pushing.push(prepared, push_to_hub, private=private) if push_to_hub else None
-    content = {"card": prepared.card, "files": [*prepared.files, pushing.CARD], "pushed_to": address}
-    session.show(content, run_summaries.push, json_)
+    result = pushing.push(run, artefact, push_to_hub, private=private)
+    session.show(result.as_dict(), run_summaries.push, json_)
 
 
 def validate(recipe: o.RecipeFile, set_: o.Set = None, json_: o.Json = False) -> None:
@@ -110,10 +100,11 @@ def validate(recipe: o.RecipeFile, set_: o.Set = None, json_: o.Json = False) ->
     def look() -> Any:
         path = find_recipe(recipe)
         loaded = load_recipe(path, tuple(set_ or ()))
+        progress = session.progress(quiet=json_)
 
         from gblm_compress.runs import checks
 
-        faults.raise_all(checks.check(loaded, session.progress(quiet=True)))
+        faults.raise_all(checks.check(loaded, progress))
         notes = run_summaries.unchecked(checks.unchecked(loaded))
         content = {"valid": True, "faults": [], "recipe": loaded.model_dump(mode="json")}
         session.show(content, lambda content: [f"{path}: valid", *notes], json_)

@@ -66,11 +66,11 @@ def run(result: Any) -> list[Any]:
     return [*parts, "", Text.assemble((f"{verdict}: " if verdict else "", colour), printable(sentence))]
 
 
-def report(reports: list[Any], changes: Any, content: dict[str, Any]) -> list[Any]:
+def report(result: Any) -> list[Any]:
     from gblm_compress.runs.history import runs
 
-    parts: list[Any] = [*layout.titled(runs(reports)), *(layout.titled(changes) if changes else [])]
-    return [*parts, f"page: {content['page']}"]
+    changes = layout.titled(result.changes) if result.changes else []
+    return [*layout.titled(runs(result.runs)), *changes, f"page: {result.page}"]
 
 
 def push(content: dict[str, Any]) -> list[Any]:

@@ -14,7 +14,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gblm_compress.api import benchmark, compare, evaluate, export, inspect, load, prune, recover, run
+    from gblm_compress.api import (
+        advise,
+        benchmark,
+        compare,
+        evaluate,
+        export,
+        inspect,
+        load,
+        prune,
+        push,
+        recover,
+        report,
+        run,
+    )
     from gblm_compress.errors import GblmError
     from gblm_compress.kernels.cpu import onnxruntime_library
 
@@ -23,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GblmError",
     "__version__",
+    "advise",
     "benchmark",
     "compare",
     "evaluate",
@@ -31,7 +45,9 @@ __all__ = [
     "load",
     "onnxruntime_library",
     "prune",
+    "push",
     "recover",
+    "report",
     "run",
 ]
 _HOME_OF = {"GblmError": "gblm_compress.errors", "onnxruntime_library": "gblm_compress.kernels.cpu"}

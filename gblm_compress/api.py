@@ -33,11 +33,15 @@ from gblm_compress.pruning.in_memory import prune_in_place
 from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.recovery import stage as recovery_stage
 from gblm_compress.recovery.stage import RecoverResult
-from gblm_compress.runs import comparison, pipeline
-from gblm_compress.runs.comparison import CompareResult
+from gblm_compress.runs import advice, comparison, history, pipeline, pushing
+from gblm_compress.runs.advice import Advice
+from gblm_compress.runs.cells import CompareResult
+from gblm_compress.runs.history import ReportResult
+from gblm_compress.runs.pushing import PushResult
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
 from gblm_compress.runs.run_report import RunReport
 from gblm_compress.settings import (
+    AdviseSettings,
     BenchmarkSettings,
     CalibrationSettings,
     CompareSettings,
@@ -83,6 +87,33 @@ def _takes(*settings: type[BaseModel], **elsewhere: str) -> Callable[[F], F]:
         return function
 
     return complete
+
+
+@_takes(AdviseSettings, PruneSettings, CalibrationSettings, dataset="calibration")
+def advise(
+    model: "Model",
+    *,
+    processor: "Processor | None" = None,
+    calibration: "Texts" = "c4",
+    quiet: bool = False,
+    **settings: Any,
+) -> Advice:
+    """Predict what compressing a model would bring on this machine, before any of it is done.
+
+    Args:
+        processor: the tokenizer of a model in memory.
+        calibration: as for `prune`; its text is not read.
+        settings: fields of `AdviseSettings`, and those of `PruneSettings` and `CalibrationSettings` with which it would
+            be pruned.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    kinds = (AdviseSettings, PruneSettings, CalibrationSettings)
+    asked, what, sample = _filled(kinds, settings | {"dataset": _dataset(calibration)}, "advise")
+    progress = _progress(quiet)
+    with _on_disk(model, processor, progress) as source:
+        return advice.advise(source, asked, what, sample, progress=progress)
 
 
 @_takes(PruneSettings, CalibrationSettings, ResourceSettings, dataset="calibration")
@@ -321,6 +352,36 @@ def run(
     else:
         content = load_recipe(find_recipe(str(recipe)), tuple(set))
     return pipeline.run(content, Path(output), _progress(quiet))
+
+
+def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] = "report.html") -> ReportResult:
+    """Join the reports of several runs on one page: the last one against the one before it, and all over time.
+
+    Args:
+        runs: folders that `run` wrote, the newest last.
+        output: the page to write.
+
+    Raises:
+        GblmError: of the kind that says what is wrong. A figure that got worse is no exception: see `regressions`.
+    """
+    return history.report([Path(run) for run in runs], Path(output))
+
+
+def push(
+    run: str | os.PathLike[str], artefact: str, *, push_to_hub: str | None = None, private: bool = False
+) -> PushResult:
+    """Put together the complete model card and the files of an artefact, and push them to the hub if asked to.
+
+    Args:
+        run: a folder that `run` wrote.
+        artefact: the name of a folder in it: "pruned", "bitmask", …
+        push_to_hub: the repository, as "OWNER/NAME". If None, nothing leaves the machine.
+        private: make a new repository private.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    return pushing.push(Path(run), artefact, push_to_hub, private=private)
 
 
 def load(

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models on disk, a quiet progress, a cache folder of the test run's own."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,14 +28,14 @@ from gblm_compress.progress import Progress
 from gblm_compress.storage.cache import CACHE_VARIABLE
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
-from tests.forks import Outcome, Server
+from tests.forks import RANKS, Outcome, Server
 
 # Files whose tests start processes, trace graphs, or run on the real model; the longest first.
 SLOW = (
     "real_model", "pipeline", "prune_script", "onnx_fused", "fuzz", "onnx", "onnx_quantised", "cli", "gpu", "resume",
-    "quantised", "grids", "api", "zero_shot", "onnx_forward",
+    "quantised", "image_classification", "recovery", "families", "grids", "api", "zero_shot", "onnx_forward",
     "gpu_script", "engines_script", "ranks", "sparse", "benchmarking", "exporters", "wheel", "comparison", "docs",
-    "benchmark_worker", "action", "page", "site", "image_classification",
+    "benchmark_worker", "action", "page", "site",
 )  # fmt: skip
 CAUSAL_LM = TASKS["causal-lm"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
@@ -102,6 +103,23 @@ def program(server: Server, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
     cache = tmp_path_factory.getbasetemp() / "cache"
     cache.mkdir(exist_ok=True)
     return lambda *arguments: server.run(list(arguments), tmp_path, cache)
+
+
+@pytest.fixture
+def pair(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """pair("prune", …): the command as two ranks, as torchrun would start them, which nothing watches over.
+
+    `change` is Python that each runs first, where `rank` is "0" or "1".
+    """
+
+    def run(*command: str, change: str = "") -> Outcome:
+        cache = tmp_path_factory.mktemp("cache")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return server.run([str(port), change, *command], cache, cache, code=RANKS)
+
+    return run
 
 
 @pytest.fixture

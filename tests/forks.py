@@ -17,6 +17,21 @@ from typing import Any, Self
 
 LONG_ENOUGH = 120.0  # seconds, in which every command on a tiny model ends also where other tests run
 PROGRAM = "from gblm_compress.cli.app import main\nmain()"
+RANKS = """
+import os, sys
+from gblm_compress.cli import app
+second = os.fork()
+rank = "0" if second else "1"
+os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+os.environ["MASTER_PORT"] = sys.argv.pop(1)
+exec(sys.argv.pop(1))
+try:
+    app.main()
+finally:
+    if second and os.waitpid(second, 0)[1]:
+        sys.exit(1)
+"""
+"""The program as two ranks: a free port and what to change in each of them, then the arguments."""
 MEMORY_LIMIT = 8 << 30  # bytes of address space that a command may take beyond what the server has
 
 

@@ -16,9 +16,11 @@ from gblm_compress.errors import UsageError
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.runs import advice, pushing
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks.text import load_text
 from gblm_compress.tasks.windows import calibration_windows
+from tests.runs.reports import report, write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}
@@ -26,8 +28,8 @@ TEXT = {"samples": 3, "sequence_length": 32}
 
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
-        "GblmError", "__version__", "benchmark", "compare", "evaluate", "export", "inspect", "load",
-        "onnxruntime_library", "prune", "recover", "run",
+        "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "inspect", "load",
+        "onnxruntime_library", "prune", "push", "recover", "report", "run",
     ]  # fmt: skip
     for name in gblm_compress.__all__:
         assert getattr(gblm_compress, name).__doc__
@@ -52,10 +54,11 @@ def test_the_signature_shows_every_setting() -> None:
 def test_the_page_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), {})
     assert (tmp_path / "out" / "run" / "report.json").is_file()
+    assert "<title>tiny: " in (tmp_path / "out" / "page.html").read_text()
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
@@ -128,6 +131,10 @@ def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
         (lambda model: gblm_compress.export("tiny", "x", format="gguf"), "export: format: .*\"gguf\""),
         (lambda model: gblm_compress.export("tiny", "x"), "export: format: missing"),
         (lambda model: gblm_compress.run({"model": "tiny", "prun": 1}, "x"), "unknown; did you mean 'prune'"),
+        (lambda model: gblm_compress.advise("tiny", block=5), "advise: block: unknown; did you mean 'blocks'"),
+        (lambda model: gblm_compress.report(), "no run is given; give the folders"),
+        (lambda model: gblm_compress.report("gone"), "'gone' holds no report of a run"),
+        (lambda model: gblm_compress.push("gone", "pruned"), "'gone' holds no report of a run"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> None:
@@ -136,6 +143,46 @@ def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> No
     with pytest.raises(UsageError, match=f"(?s){message}"):
         call(model)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_of_runs_names_what_got_worse(tmp_path) -> None:
+    runs = tmp_path / "before", tmp_path / "now"
+    for run, tpot in zip(runs, (10.0, 14.0), strict=True):
+        write_report(run, tpot=tpot)
+    joined = gblm_compress.report(*runs, output=tmp_path / "joined.html")
+    assert "bitmask in torch, batch 1: TPOT 10.00 → 14.00" in joined.regressions
+    assert [run.finished for run in joined.runs] == [report().finished] * 2
+    assert "2 runs of bitmask" in (tmp_path / "joined.html").read_text()
+    alone = gblm_compress.report(str(runs[0]), output=str(tmp_path / "joined.html"))  # its own page may be replaced
+    assert (alone.changes, alone.regressions) == (None, [])
+    assert "2 runs of bitmask" not in (tmp_path / "joined.html").read_text()
+    (tmp_path / "notes.html").write_text("mine")
+    with pytest.raises(UsageError, match="was not written by this program"):
+        gblm_compress.report(*runs, output=tmp_path / "notes.html")
+
+
+def test_a_push_sends_nothing_unless_a_repository_is_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "bitmask").mkdir()
+    write_report(tmp_path)
+    (tmp_path / "bitmask" / "gblm_manifest.json").write_text("{}")
+    (tmp_path / "bitmask" / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
+    sent = []
+    monkeypatch.setattr(pushing, "upload", lambda prepared, repo, **options: sent.append((repo, options)) or "address")
+    shown = gblm_compress.push(tmp_path, "bitmask")
+    assert shown.pushed_to is None and not sent and list(shown.files) == ["gblm_manifest.json"]
+    assert "decodes 2.00× as fast" in shown.card
+    pushed = gblm_compress.push(str(tmp_path), "bitmask", push_to_hub="me/m", private=True)
+    assert (pushed.pushed_to, pushed.card) == ("address", shown.card)
+    assert sent == [("me/m", {"private": True, "api": None})]
+
+
+def test_advice_is_asked_for_with_the_settings_of_pruning(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(advice, "advise", lambda *given, progress: given)
+    source, asked, pruning, text = gblm_compress.advise(
+        tiny("llama").folder, blocks=2, pattern="2:4", samples=3, calibration="demo", quiet=True
+    )
+    assert source.folder == tiny("llama").folder
+    assert (asked.blocks, pruning.pattern, text.samples, text.dataset) == (2, "2:4", 3, "demo")
 
 
 def test_the_other_functions_are_the_commands(tiny, prose, tmp_path) -> None:

@@ -13,7 +13,7 @@ from tests.fuzz import processes
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.runner import Runner, runner
 
-EXAMPLES = 4  # of each kind
+EXAMPLES = 3  # of each kind
 SECONDS = 60  # what a command may take on a machine that is busy with other tests
 
 

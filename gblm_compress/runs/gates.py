@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gblm_compress.measure.benchmarking import NO_SPEED_UP
+from gblm_compress.measure.timings import NO_SPEED_UP
 from gblm_compress.runs.figures import Figure, figures
 from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.settings import GATES, GateSettings

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,34 +20,9 @@ from gblm_compress.models import finding
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneResult, prune
+from gblm_compress.runs.cells import Cell
 from gblm_compress.runs.reuse import data_hash, evaluation_hash
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method with one pattern and one seed.
-
-    Attributes:
-        seconds, peak_memory_bytes: of pruning, loading and saving included.
-        accuracy, recovery: means over the zero-shot tasks; None where none were asked for.
-    """
-
-    method: str
-    pattern: str
-    seed: int
-    perplexity: float
-    dense_perplexity: float
-    mean_kl: float
-    top1_agreement: float
-    accuracy: float | None
-    recovery: float | None
-    seconds: float
-    peak_memory_bytes: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def stages_of(

@@ -1,13 +1,18 @@
 """Several runs on one page: what each made of the model, and where the last one fell behind the one before it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gblm_compress.runs import page, tables, vega
+from gblm_compress.errors import UsageError
+from gblm_compress.runs import page, run_report, tables, vega
+from gblm_compress.runs import report as documents
 from gblm_compress.runs.figures import Figure
 from gblm_compress.runs.run_report import RunReport, headline, when
 from gblm_compress.runs.tables import Cell, Table
 from gblm_compress.runs.vega import Chart
+from gblm_compress.storage import outputs, records
 
 LOWER_IS_BETTER = {
     "perplexity": "perplexity",
@@ -30,6 +35,50 @@ HIGHER_IS_BETTER = {
 MOST = 4  # of what got worse, that the page says at its head
 SMALL = 0.01
 """By how much a figure without an interval may change, as a fraction, and count as the same."""
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The reports of one or more runs on a page.
+
+    Attributes:
+        page: the file that was written.
+        runs: the reports, the newest last.
+        changes: from the run before the last one to the last one; None for a single run.
+    """
+
+    page: str
+    runs: list[RunReport]
+    changes: Table | None
+
+    @property
+    def regressions(self) -> list[str]:
+        """What got worse, in words."""
+        return regressions(self.changes) if self.changes else []
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"page": self.page, "runs": [run.as_dict() for run in self.runs], "regressions": self.regressions}
+
+
+def report(folders: Sequence[Path], output: Path) -> ReportResult:
+    """Write one page about runs; about a single run it is the run's own page.
+
+    Args:
+        folders: of the runs, the newest last.
+        output: the page; one that this program wrote may be there.
+
+    Raises:
+        UsageError: no run is given, a folder holds no report, or another file is where the page would be.
+        OutputError: the disk does not take the page.
+    """
+    outputs.check_document(output, documents.MARK)
+    if not folders:
+        raise UsageError("no run is given; give the folders that `gblm-compress run` wrote, the newest last")
+    reports = [run_report.read(folder) for folder in folders]
+    several = len(reports) > 1
+    records.write_text(output, html(reports) if several else documents.html(reports[0]))
+    return ReportResult(str(output), reports, changes(*reports[-2:]) if several else None)
 
 
 def changes(before: RunReport, now: RunReport) -> Table:

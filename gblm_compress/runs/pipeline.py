@@ -75,4 +75,5 @@ def _carry_out(job: Job, progress: Progress) -> RunReport:
         conditions=conditions.of(job.recipe, results["prune"], evaluations.get(job.pruned.name), timings),
         commands=conditions.commands(job),
         layers=summary.layers_of(results["prune"]["layers"]),
+        recovery=summary.recovery_of(results.get("recover")),
     )

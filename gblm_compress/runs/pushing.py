@@ -1,7 +1,7 @@
 """An artefact of a run on the Hugging Face hub, with a card that states what was measured of it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gblm_compress.errors import GblmError, UsageError, first_line
 from gblm_compress.runs import report as documents
-from gblm_compress.runs import tables
+from gblm_compress.runs import run_report, tables
 from gblm_compress.runs.run_report import RunReport, headline_of
 from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.storage.folders import MANIFEST
@@ -22,21 +22,49 @@ SHOWN = ("Gates", "Quality and size", "Speed and memory", "Tasks")
 
 
 @dataclass(frozen=True)
-class Push:
+class PushResult:
     """What is pushed.
 
     Attributes:
         folder: of the artefact.
         card: its model card, complete.
         files: everything else in the folder, by the names that they have in the repository.
+        pushed_to: the address of the commit; None where nothing left the machine.
     """
 
     folder: Path
     card: str
     files: dict[str, Path]
+    pushed_to: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"card": self.card, "files": [*self.files, CARD], "pushed_to": self.pushed_to}
 
 
-def prepare(report: RunReport, run: Path, artefact: str) -> Push:
+def push(
+    run: Path, artefact: str, repo: str | None = None, *, private: bool = False, api: HfApi | None = None
+) -> PushResult:
+    """Put together what an artefact looks like on the hub, and push it if a repository is named.
+
+    Args:
+        run: folder of the run.
+        artefact: the name of a folder in it.
+        repo: OWNER/NAME; if None, nothing leaves the machine.
+        private: whether a new repository is.
+        api: the hub's client; that of the user's login if None.
+
+    Raises:
+        UsageError: as `prepare` and `upload`.
+        GblmError: as `upload`.
+    """
+    prepared = prepare(run_report.read(run), run, artefact)
+    if repo is None:
+        return prepared
+    return replace(prepared, pushed_to=upload(prepared, repo, private=private, api=api))
+
+
+def prepare(report: RunReport, run: Path, artefact: str) -> PushResult:
     """Put together what would be pushed.
 
     Args:
@@ -56,7 +84,7 @@ def prepare(report: RunReport, run: Path, artefact: str) -> Push:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.is_symlink() and path.name != CARD
     }
-    return Push(folder, complete(report, rows, (folder / CARD).read_text(encoding="utf-8")), files)
+    return PushResult(folder, complete(report, rows, (folder / CARD).read_text(encoding="utf-8")), files)
 
 
 def complete(report: RunReport, rows: list[ModelSummary], card: str) -> str:
@@ -101,13 +129,8 @@ def results(report: RunReport, rows: list[ModelSummary]) -> list[EvalResult]:
     return found
 
 
-def push(prepared: Push, repo: str, *, private: bool, api: Any = None) -> str:
+def upload(prepared: PushResult, repo: str, *, private: bool, api: HfApi | None = None) -> str:
     """Create the repository where there is none, and commit all files at once.
-
-    Args:
-        repo: OWNER/NAME.
-        private: whether a new repository is.
-        api: an `HfApi`; that of the user's login if None.
 
     Returns:
         The address of the commit.
@@ -117,7 +140,7 @@ def push(prepared: Push, repo: str, *, private: bool, api: Any = None) -> str:
         GblmError: the hub does not answer, or an upload fails.
     """
     if not REPO.fullmatch(repo):
-        raise UsageError(f"--push-to-hub {repo!r}: give OWNER/NAME, for example me/my-model-bitmask")
+        raise UsageError(f"{repo!r} is no name of a repository; give OWNER/NAME, for example me/my-model-bitmask")
     hub = api or HfApi()
     operations = [CommitOperationAdd(name, path) for name, path in prepared.files.items()]
     operations.append(CommitOperationAdd(CARD, prepared.card.encode()))

@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gblm_compress.errors import UsageError, first_line
-from gblm_compress.runs.comparison import CompareResult
+from gblm_compress.runs.cells import CompareResult
 from gblm_compress.runs.figures import Figure, figures
 from gblm_compress.runs.gates import GateOutcome
 from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.summary import LayerSummary, ModelSummary
+from gblm_compress.runs.summary import LayerSummary, ModelSummary, RecoveryLook
 from gblm_compress.storage import records
 
 REPORT = "report.json"
@@ -31,6 +31,7 @@ class RunReport:
         rows: every model in every runtime at every batch size; the dense one comes first.
         gates: each with its limit and what was measured.
         layers: the pruned ones.
+        recovery: the looks at held-out text, in their order; none where the recipe has no `recover`.
         comparison: the grid of methods, when the recipe has one.
     """
 
@@ -47,6 +48,7 @@ class RunReport:
     conditions: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     layers: list[LayerSummary] = field(default_factory=list)
+    recovery: list[RecoveryLook] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:

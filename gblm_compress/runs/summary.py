@@ -1,4 +1,4 @@
-"""The rows of a report, every model in every runtime at every batch size; and the layers that were pruned."""
+"""What a report says of models, of pruned layers and of a recovery, from the results of a run's stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gblm_compress.measure.benchmarking import Measurement
+from gblm_compress.measure.timings import Measurement
 from gblm_compress.measure.zero_shot import ZeroShot
 from gblm_compress.models.source import ModelSource
 
@@ -74,6 +74,23 @@ class LayerSummary:
     nonzeros: int
 
 
+@dataclass(frozen=True)
+class RecoveryLook:
+    """One look at held-out text while a pruned model was trained.
+
+    Attributes:
+        tokens: trained on before.
+        held_out: mean KL(dense ‖ student) over held-out windows, in nats per token.
+        moved: share of the first mask's survivors that is gone.
+        kept: whether the weights of this look are the outcome.
+    """
+
+    tokens: int
+    held_out: float
+    moved: float
+    kept: bool
+
+
 def summarise(
     dense: ModelSource,
     pruned: ModelSource,
@@ -125,6 +142,16 @@ def layers_of(layers: Mapping[str, Mapping[str, Any]]) -> list[LayerSummary]:
         weights = layer["shape"][0] * layer["shape"][1]
         found.append(LayerSummary(name, block, projection, layer["pattern"], weights, layer["nonzeros"]))
     return found
+
+
+def recovery_of(result: Mapping[str, Any] | None) -> list[RecoveryLook]:
+    """The looks of a recovery's result as plain values; none without a recovery."""
+    if result is None:
+        return []
+    return [
+        RecoveryLook(look["tokens"], look["held_out"], look["moved"], kept=number == result["best"])
+        for number, look in enumerate(result["curve"])
+    ]
 
 
 def _metrics(evaluation: dict[str, Any] | None) -> dict[str, Quality]:

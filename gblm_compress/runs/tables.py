@@ -58,6 +58,7 @@ def of(report: RunReport) -> list[Table]:
         comparison(report),
         kernels(report),
         layers(report),
+        recovery(report),
         stages(report),
     ]
     return [table for table in tables if table.rows]
@@ -206,6 +207,22 @@ def layers(report: RunReport) -> Table:
         for layer in report.layers
     ]
     return Table("Pruned layers", {"layer": False, "pattern": False, "weights": True, "zeros %": True}, rows)
+
+
+def recovery(report: RunReport) -> Table:
+    """A row for each look at held-out text."""
+    rows = [
+        [
+            Cell(f"{look.tokens:,}", look.tokens),
+            Cell(number(look.held_out), look.held_out),
+            Cell(f"{100 * look.moved:.1f}", look.moved),
+            Cell("yes" if look.kept else "", float(look.kept)),
+        ]
+        for look in report.recovery
+    ]
+    columns = {"tokens": True, "held-out KL": True, "mask moved %": True, "kept": False}
+    notes = ("The mask moved by the share of the weights that pruning kept and that are zero by now.",)
+    return Table("Recovery", columns, rows, notes)
 
 
 def stages(report: RunReport) -> Table:

@@ -43,9 +43,14 @@ def random_llama():
         yield module
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "1:4"])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize(
+    ("kind", "pattern", "norm"),
+    [
+        *(("llama", pattern, norm) for pattern in ("2:4", "unstructured", "1:4") for norm in ("l1", "l2")),
+        ("qwen2", "2:4", "l1"),
+        ("qwen3", "unstructured", "l2"),
+    ],
+)
 def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm, progress) -> None:
     given = samples(6, 48)
     ids = [sample["input_ids"] for sample in given]

@@ -1,10 +1,8 @@
 """Several processes: two gloo ranks on a CPU against one process, and what happens when one of them dies."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
-from tests.forks import Outcome
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -29,44 +26,6 @@ def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, env=environment, timeout=300)
-
-
-PAIR = """
-import os, sys
-from gblm_compress.cli import app
-from gblm_compress.errors import ModelError
-from gblm_compress.pruning import walk
-second = os.fork()
-rank = "0" if second else "1"
-os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-os.environ["MASTER_PORT"], failing = sys.argv.pop(1), sys.argv.pop(1)
-if rank == failing:
-    def fail(*args):
-        raise ModelError("a fault of this rank alone")
-    walk.prune_block_ = fail
-try:
-    app.main()
-finally:
-    if second and os.waitpid(second, 0)[1]:
-        sys.exit(1)
-"""
-
-
-@pytest.fixture
-def pair(server, tmp_path_factory):
-    """Two ranks as torchrun would start them, which nothing watches over; the one that `failing` names cannot prune."""
-
-    def run(*command: str, failing: str = "") -> Outcome:
-        cache = tmp_path_factory.mktemp("cache")
-        return server.run([str(free_port()), failing, *command], cache, cache, code=PAIR)
-
-    return run
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -95,59 +54,50 @@ def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path,
 
 
 DIES = """
-import os, sys
-from gblm_compress.cli import app
+import os
 from gblm_compress.pruning import walk
-if os.environ["RANK"] == "1":
+if rank == "1":
     walk.prune_block_ = lambda *args: os._exit(9)
-app.main(sys.argv[1:])
 """
 
 
-def test_a_rank_that_dies_ends_the_other_with_a_clear_error(tiny, tmp_path, prose) -> None:
+def test_a_rank_that_dies_ends_the_other_with_a_clear_error(pair, tiny, tmp_path, prose) -> None:
     """Without torchrun's own watch over its workers: the survivor must find out itself."""
-    (tmp_path / "dies.py").write_text(DIES)
-    ranks = []
-    port = free_port()
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, str(tmp_path / "dies.py"), *arguments(tiny("llama"), tmp_path / "out", prose)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    start = time.monotonic()
-    message = ranks[0].communicate(timeout=120)[1]
-    assert ranks[0].returncode == 1 and "rank 0 of 2: another process of the run ended" in message
-    assert "--resume" in message and "Traceback" not in message
-    ranks[1].communicate(timeout=60)
-    assert ranks[1].returncode == 9 and time.monotonic() - start < 120
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=DIES)
+    assert done.code == 1 and "rank 0 of 2: another process of the run ended" in done.stderr
+    assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 SAVES_FOR_LONG = """
-import os, sys, time
+import time
 from datetime import timedelta
 from gblm_compress.calibration import ranks
-from gblm_compress.cli import app
 from gblm_compress.pruning import saving
 ranks.TIMEOUT = timedelta(seconds=3)
 original = saving.save
 saving.save = lambda *args: (time.sleep(8), original(*args))[1]
-app.main(sys.argv[1:])
 """
 
 
-def test_the_first_rank_may_save_for_longer_than_others_wait(tiny, tmp_path, prose) -> None:
-    (tmp_path / "saves.py").write_text(SAVES_FOR_LONG)
-    done = torchrun(str(tmp_path / "saves.py"), *arguments(tiny("llama"), tmp_path / "out", prose))
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "saves.py", prose.name}
+def test_the_first_rank_may_save_for_longer_than_others_wait(pair, tiny, tmp_path, prose) -> None:
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=SAVES_FOR_LONG)
+    assert done.code == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out", prose.name}
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_fault_of_one_rank_ends_all_with_its_message(rank, pair, tiny, tmp_path, prose) -> None:
-    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), failing=rank)
+FAILS = """
+from gblm_compress.errors import ModelError
+from gblm_compress.pruning import walk
+def fail(*args):
+    raise ModelError("a fault of this rank alone")
+"""
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_fault_of_one_rank_ends_all_with_its_message(failing, pair, tiny, tmp_path, prose) -> None:
+    change = f"{FAILS}\nif rank == '{failing}':\n    walk.prune_block_ = fail"
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=change)
     assert done.code == 1 and "error: a fault of this rank alone" in done.stderr, done
     assert not (tmp_path / "out").exists()
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from gblm_compress import errors
-from gblm_compress.runs import report as documents
-from tests.runs.reports import report
+from tests.runs.reports import write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +142,8 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
         assert "error: 2 faults" in done.stderr
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
-    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
+    done = program("validate", "ci-smoke")
+    assert done.stdout.endswith("ci-smoke.yaml: valid\n") and "starts …" in done.stderr
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(bad), "--json")
@@ -186,8 +186,7 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
 
 def test_reports_of_several_runs_and_a_push_that_sends_nothing(program, tmp_path) -> None:
     for name, tpot in (("before", 10.0), ("now", 14.0)):
-        (tmp_path / name).mkdir()
-        documents.write(report(tpot=tpot), tmp_path / name)
+        write_report(tmp_path / name, tpot=tpot)
     done = program("report", "before", "now", "-o", "joined.html", "--fail-on-regression", "--json")
     assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 → 14.00" in done.stderr
     assert json.loads(done.stdout)["regressions"] and "2 runs of bitmask" in (tmp_path / "joined.html").read_text()
@@ -340,6 +339,8 @@ def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
         "run ci-smoke -o file",
         "run ci-smoke -o file/below --dry-run",
         "validate gone.yaml",
+        "report gone",
+        "push gone bitmask",
     ]
     done = subprocess.run(
         [sys.executable, "-c", code], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path

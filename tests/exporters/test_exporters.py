@@ -31,7 +31,7 @@ def given(format: str, option: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def with_half(tmp_path_factory):
-    """Run the program with the exporter that the page adds, in a folder that holds a pruned model."""
+    """Run the program with the exporter that the page adds."""
     folder = tmp_path_factory.mktemp("half")
     entry, module = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (folder / "half.py").write_text(module)
@@ -44,26 +44,12 @@ def with_half(tmp_path_factory):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "use.py", *arguments], cwd=folder, capture_output=True, text=True)
 
-    text = ("--calibration", "demo", "--samples", "8", "--sequence-length", "32")
-    done = run("prune", "tiny", "-o", "pruned", "--method", "magnitude", *text, "--quiet")
-    assert done.returncode == 0, done.stderr
     return folder, run
 
 
-def test_an_exporter_from_outside_writes_and_verifies(with_half) -> None:
-    folder, run = with_half
-    done = run("export", "pruned", "-o", "out", "--format", "half", "--quiet", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    source, written = (load_file(folder / name / "model.safetensors") for name in ("pruned", "out"))
-    assert (result["format"], result["checks"]["tensors_checked"] >= len(written)) == ("half", True)
-    assert 0.4 < result["bytes"] / result["source_bytes"] < 0.6
-    assert all((written[name] == source[name].half()).all() for name in source.keys() | written.keys())
-    manifest = json.loads((folder / "out" / "gblm_manifest.json").read_text())
-    assert (manifest["format"], manifest["dtype"]) == ("half", "float16")
-
-
-def test_a_recipe_evaluates_what_it_writes(with_half) -> None:
+@pytest.fixture(scope="module")
+def written(with_half):
+    """The folder of a run whose recipe exports by it, and what the run says."""
     folder, run = with_half
     (folder / "recipe.yaml").write_text(
         "model: tiny\ncalibration: {dataset: demo, samples: 8, sequence_length: 32}\n"
@@ -72,7 +58,22 @@ def test_a_recipe_evaluates_what_it_writes(with_half) -> None:
     )
     done = run("run", "recipe.yaml", "-o", "run", "--quiet", "--json")
     assert done.returncode == 0, done.stderr
-    rows = {row["model"]: row for row in json.loads(done.stdout)["rows"]}
+    return folder / "run", json.loads(done.stdout)
+
+
+def test_an_exporter_from_outside_writes_and_verifies(written) -> None:
+    folder, report = written
+    (result,) = (stage["result"] for stage in report["stages"] if stage["name"] == "export half")
+    source, half = (load_file(folder / name / "model.safetensors") for name in ("pruned", "half"))
+    assert (result["format"], result["checks"]["tensors_checked"] >= len(half)) == ("half", True)
+    assert 0.4 < result["bytes"] / result["source_bytes"] < 0.6
+    assert all((half[name] == source[name].half()).all() for name in source.keys() | half.keys())
+    manifest = json.loads((folder / "half" / "gblm_manifest.json").read_text())
+    assert (manifest["format"], manifest["dtype"]) == ("half", "float16")
+
+
+def test_a_recipe_evaluates_what_it_writes(written) -> None:
+    rows = {row["model"]: row for row in written[1]["rows"]}
     assert rows.keys() == {"dense", "pruned", "half", "half-bfloat16"}
     assert rows["half"]["metrics"]["perplexity"]["value"] == pytest.approx(
         rows["pruned"]["metrics"]["perplexity"]["value"], rel=1e-2

@@ -176,7 +176,7 @@ def test_saved_again_cast_generated_and_compiled(format, kind, exported, tmp_pat
 
 
 @FORMATS
-def test_evaluate_and_benchmark_take_it(format, exported, pruned, prose) -> None:
+def test_evaluate_takes_it(format, exported, pruned, prose) -> None:
     folder, _ = exported(format)
     settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
     assert (
@@ -184,10 +184,15 @@ def test_evaluate_and_benchmark_take_it(format, exported, pruned, prose) -> None
         < evaluate(folder, settings, baseline=pruned("llama", pattern_of(format)), progress=QUIET).fidelity["mean_kl"]
         < 1
     )
+
+
+def test_benchmark_takes_all_of_them(exported, tiny) -> None:
     timing = BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1)
-    result = benchmark([folder], [pruned("llama", pattern_of(format))], timing, progress=QUIET)
-    kernels = result.measurements[1].decode_kernels
-    assert sum(kernels.values()) == 15 and any(name.startswith(QUANTISED[format].layer.LAYOUT) for name in kernels)
+    result = benchmark([exported(format)[0] for format in QUANTISED], [tiny("llama")], timing, progress=QUIET)
+    dense, *packed = (measurement.decode_kernels for measurement in result.measurements)
+    assert dense == {"dense": 15}
+    for format, kernels in zip(QUANTISED, packed, strict=True):
+        assert sum(kernels.values()) == 15 and any(name.startswith(QUANTISED[format].layer.LAYOUT) for name in kernels)
 
 
 def test_groups_stand_in_the_folder(exported) -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.measure import benchmarking
-from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread, benchmark
+from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.settings import BenchmarkSettings

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from gblm_compress.exporters import export
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 
@@ -24,14 +27,29 @@ def pruned(source, output, progress, **settings) -> ModelSource:
     return ModelSource("out", output)
 
 
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory) -> Path:
+    """A folder in levels of 4 bits."""
+    output = tmp_path_factory.mktemp("grids") / "out"
+    return pruned(tiny("llama"), output, Progress(quiet=True), quantise="int4", group=32).folder
+
+
 @pytest.fixture
-def folder(tiny, tmp_path, progress) -> ModelSource:
-    return pruned(tiny("llama"), tmp_path / "out", progress, quantise="int4", group=32)
+def folder(written, tmp_path) -> ModelSource:
+    """A copy of it, to be damaged."""
+    return ModelSource("out", shutil.copytree(written, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(("bits", "group", "levels"), [("int8", None, 255), ("int4", None, 16), ("int4", 128, 16)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bits", "group", "levels"),
+    [
+        *(("llama", dtype, "int4", None, 16) for dtype in ("float32", "bfloat16", "float16")),
+        ("llama", "float16", "int8", None, 255),
+        ("llama", "bfloat16", "int4", 128, 16),
+        ("gpt2", "bfloat16", "int8", None, 255),
+        ("gpt2", "float32", "int4", 128, 16),
+    ],
+)
 def test_every_weight_is_a_scale_times_a_level(kind, bits, group, levels, dtype, tiny, tmp_path, progress) -> None:
     """Looked up weight by weight, in the dtype of the checkpoint, whatever dtype the pruning computed in."""
     source = ModelSource("source", tmp_path / "source")

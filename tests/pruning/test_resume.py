@@ -68,10 +68,10 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
     where, name, settings, offload, tiny, tmp_path, prose, monkeypatch
 ) -> None:
-    """Ended before the n-th run of a block on a sample, or the n-th file that becomes durable, for every n."""
+    """Ended before every file that becomes durable, and before some runs of a block on a sample."""
     run(tiny("llama"), tmp_path / "whole", prose, offload=offload, **settings)
     expected, output, original = content(tmp_path / "whole"), tmp_path / "out", getattr(where, name)
-    step = 1 if where is records else 5
+    step = 1 if where is records else 11
     for stop in range(1, 200, step):
         calls = count(1)
 
@@ -188,12 +188,19 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, tiny, tmp_path, prose, monkeypatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+@pytest.fixture(scope="module")
+def ended(tiny, tmp_path_factory) -> Path:
+    """What a run by magnitude that ended before it saved leaves beside its output."""
+    output = tmp_path_factory.mktemp("ended") / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
-        run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
-    record = tmp_path / ".out.pruning" / "run.json"
+        run(tiny("llama"), output, Path("demo"), method="magnitude")
+    return output.with_name(".out.pruning")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, ended, tiny, tmp_path, prose) -> None:
+    record = shutil.copytree(ended, tmp_path / ended.name) / "run.json"
     record.unlink() if damage is None else record.write_text(damage)
     with pytest.raises(UsageError, match=r"run\.json' is missing or damaged.*leave out --resume"):
         run(tiny("llama"), tmp_path / "out", prose, resume=True, method="magnitude")

@@ -24,7 +24,6 @@ from gblm_compress.recovery.texts import grams, windows_of
 from gblm_compress.recovery.training import Training
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
 from gblm_compress.tasks.text import load_text
-from tests.calibration.test_ranks import torchrun
 from tests.conftest import CAUSAL_LM
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01, "fit_dtype": "float32"}
@@ -174,16 +173,16 @@ def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
-def test_two_processes_agree_with_one(pruned, tiny, tmp_path, prose) -> None:
+def test_two_processes_agree_with_one(pair, pruned, tiny, tmp_path, prose) -> None:
     source, teacher = pruned("2:4"), tiny("llama")
     run(source, teacher, tmp_path / "one", prose)
     given = [
-        "-m", "gblm_compress", "recover", str(source.folder), "--teacher", str(teacher.folder),
+        "recover", str(source.folder), "--teacher", str(teacher.folder),
         "-o", str(tmp_path / "two"), "--data", str(prose), "--json",
         *(part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))),
     ]  # fmt: skip
-    done = torchrun(*given)
-    assert done.returncode == 0, done.stderr
+    done = pair(*given)
+    assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 640
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():

@@ -1,12 +1,15 @@
 """A report made by hand, with everything in it that a report can hold."""
 
-from gblm_compress.measure.benchmarking import Measurement, Speedup, Spread
+from pathlib import Path
+
+from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.measure.zero_shot import Ratio, TaskResult, ZeroShot
-from gblm_compress.runs.comparison import CompareResult, MethodSummary
+from gblm_compress.runs.cells import CompareResult, MethodSummary
 from gblm_compress.runs.gates import GateOutcome
 from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.run_report import RunReport
-from gblm_compress.runs.summary import LayerSummary, ModelSummary, Quality
+from gblm_compress.runs.run_report import REPORT, RunReport
+from gblm_compress.runs.summary import LayerSummary, ModelSummary, Quality, RecoveryLook
+from gblm_compress.storage import records
 
 HOSTILE = "[/]$\\frac{$\x1b[2J\udcff<script>alert(1)</script>|`\n"
 
@@ -58,6 +61,8 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
         for block in range(3)
         for part in ("up_proj", name)
     ]
+    looks = ((0, 0.9, 0.0), (4000, 0.5, 0.02), (8000, 0.4, 0.05), (12_000, 0.45, 0.06))
+    recovery = [RecoveryLook(tokens, kl, moved, kept=tokens == 8000) for tokens, kl, moved in looks]
     values = {
         "recipe": {"model": name},
         "output": f"runs/{name}",
@@ -75,5 +80,12 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
         "conditions": {"machine": "a CPU, 2 threads, cpu", "timing": name},
         "commands": [f"gblm-compress run {name}"],
         "layers": layers,
+        "recovery": recovery,
     }
     return RunReport(**values | changes)
+
+
+def write_report(run: Path, **changes) -> None:
+    """What `report` and `push` read of a run, in its folder."""
+    run.mkdir(exist_ok=True)
+    records.write_text(run / REPORT, records.as_json(report(**changes).as_dict()))

@@ -1,6 +1,7 @@
 """What the charts are made of."""
 
 import random
+from dataclasses import replace
 
 from gblm_compress.runs import charts, vega
 from tests.runs.reports import HOSTILE, report
@@ -22,9 +23,22 @@ def test_the_charts_that_there_is_data_for() -> None:
     everything = [chart.name for chart in charts.of(report())]
     assert everything == [
         "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
-        "methods-perplexity", "methods-mean-kl", "sparsity",
+        "methods-perplexity", "methods-mean-kl", "sparsity", "recovery", "recovery-mask",
     ]  # fmt: skip
-    assert charts.of(report(rows=[], comparison=None, layers=[])) == []
+    assert charts.of(report(rows=[], comparison=None, layers=[], recovery=[])) == []
+
+
+def test_a_learning_curve_has_every_look_and_marks_the_one_that_was_kept() -> None:
+    by_name = {chart.name: chart.spec for chart in charts.of(report())}
+    curve, mask = (by_name[name]["data"]["values"] for name in ("recovery", "recovery-mask"))
+    assert [(value["tokens"], value["y"]) for value in curve] == [(0, 0.9), (4000, 0.5), (8000, 0.4), (12_000, 0.45)]
+    assert [value["tokens"] for value in curve if value["kept"]] == [8000]
+    assert [value["y"] for value in mask] == [0.0, 0.02, 0.05, 0.06]
+
+
+def test_a_mask_that_stayed_has_no_chart() -> None:
+    still = [replace(look, moved=0.0) for look in report().recovery]
+    assert [chart.name for chart in charts.of(report(recovery=still))][-2:] == ["sparsity", "recovery"]
 
 
 def test_points_and_byte_limit_are_what_was_measured() -> None:
@@ -45,5 +59,5 @@ def test_points_and_byte_limit_are_what_was_measured() -> None:
 def test_names_are_data_and_no_part_of_a_specification() -> None:
     for chart in charts.of(report(HOSTILE)):
         values = str(chart.spec.pop("data"))
-        assert "alert" in values or chart.name == "quality-time"
+        assert "alert" in values or chart.name in ("quality-time", "recovery", "recovery-mask")
         assert "\x1b" not in values

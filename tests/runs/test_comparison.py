@@ -13,8 +13,9 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import comparison
-from gblm_compress.runs.comparison import CompareResult, compare, draw, summarise
-from gblm_compress.runs.grid import Cell, CellStage
+from gblm_compress.runs.cells import Cell, CompareResult, summarise
+from gblm_compress.runs.comparison import compare, draw
+from gblm_compress.runs.grid import CellStage
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 
 

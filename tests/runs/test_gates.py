@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gblm_compress.measure.benchmarking import NO_SPEED_UP, Speedup, Spread
+from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.runs.figures import figures
 from gblm_compress.runs.gates import check_gates
 from gblm_compress.runs.summary import Quality

@@ -359,6 +359,9 @@ def test_a_recovered_model_is_what_is_exported_and_measured(tmp_path, module_cac
         assert ('"recovery"' in text) == (folder == "recovered")
     source = json.loads((tmp_path / "run" / "bitmask" / "gblm_manifest.json").read_text())["source_sha256"]
     assert source == ModelSource("recovered", tmp_path / "run" / "recovered").fingerprint
+    curve = next(outcome for outcome in result.stages if outcome.name == "recover").result["curve"]
+    assert [(look.tokens, look.held_out) for look in result.recovery] == [(s["tokens"], s["held_out"]) for s in curve]
+    assert min(result.recovery, key=lambda look: look.held_out).kept
     again = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
     assert all(stage["reused"] for stage in again.as_dict()["stages"]), again.as_dict()["stages"]
     assert result.as_dict()["rows"] == again.as_dict()["rows"]

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.runs import pushing
-from tests.runs.reports import HOSTILE, report
+from tests.runs.reports import HOSTILE, report, write_report
 
 CARD = """---
 base_model: "demo"
@@ -123,9 +123,9 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the hub's client beneath its own transport
 def test_all_files_arrive_in_one_commit_with_a_complete_card(hub: Hub, run: Path) -> None:
-    prepared = pushing.prepare(report(), run, "bitmask")
-    address = pushing.push(prepared, "me/m", private=True, api=hub.api)
-    assert address == f"{hub.api.endpoint}/me/m/commit/{'0' * 40}" and hub.commits == 1
+    write_report(run)
+    pushed = pushing.push(run, "bitmask", "me/m", private=True, api=hub.api)
+    assert pushed.pushed_to == f"{hub.api.endpoint}/me/m/commit/{'0' * 40}" and hub.commits == 1
     assert list(hub.created) == ["me/m"] and hub.created["me/m"]["visibility"] == "private"
     assert set(hub.files) == {"README.md", "gblm_manifest.json", "model.safetensors"}
     assert hub.files["model.safetensors"] == WEIGHTS and hashlib.sha256(WEIGHTS).hexdigest() in hub.large
@@ -154,20 +154,20 @@ def test_names_from_outside_are_text_in_a_card() -> None:
 def test_a_hub_that_refuses(hub: Hub, run: Path, status: int, kind: type[GblmError]) -> None:
     hub.refuse = status
     with pytest.raises(kind, match=r"the hub refuses 'me/m' .*hf auth login"):
-        pushing.push(pushing.prepare(report(), run, "bitmask"), "me/m", private=False, api=hub.api)
+        pushing.upload(pushing.prepare(report(), run, "bitmask"), "me/m", private=False, api=hub.api)
     assert hub.files == {}
 
 
 def test_a_hub_that_does_not_answer(run: Path) -> None:
     closed = HfApi(endpoint="http://127.0.0.1:9", token="hf_secret")
     with pytest.raises(GblmError, match="the hub does not take 'me/m' .*run the same command again"):
-        pushing.push(pushing.prepare(report(), run, "bitmask"), "me/m", private=False, api=closed)
+        pushing.upload(pushing.prepare(report(), run, "bitmask"), "me/m", private=False, api=closed)
 
 
 @pytest.mark.parametrize("repo", ["m", "me/m/x", "../x", "me/", "me m/x"])
 def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(hub: Hub, run: Path, repo: str) -> None:
     with pytest.raises(UsageError, match="give OWNER/NAME"):
-        pushing.push(pushing.prepare(report(), run, "bitmask"), repo, private=False, api=hub.api)
+        pushing.upload(pushing.prepare(report(), run, "bitmask"), repo, private=False, api=hub.api)
     assert not hub.created
 
 
