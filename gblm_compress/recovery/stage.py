@@ -29,6 +29,7 @@ from gblm_compress.recovery.saving import save
 from gblm_compress.recovery.teacher import Teacher, check_same_head
 from gblm_compress.recovery.texts import Windows, windows_of
 from gblm_compress.recovery.training import Budget, Training
+from gblm_compress.recovery.weights import Weights
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files
@@ -201,14 +202,22 @@ def _recover(
             pool = StatePool(checkpoints.states, room, torch.device(device))
         voice = Teacher(dense, task, samples, compute, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
-        training = Training(
+        weights = Weights(
             student,
             {f"{name}.weight": student.get_submodule(name) for name in layers},
-            {f"{name}.weight": _budget(layer) for name, layer in layers.items()},
             {f"{name}.weight": grid for name, grid in grids.read_grids(source).items()},
+            MASK_RULES[settings.mask],
+            getattr(torch, compute),
+            group,
+        )
+        training = Training(
+            student,
+            weights,
+            {f"{name}.weight": _budget(layer) for name, layer in layers.items()},
             Losses(student, task, voice, samples, settings),
             windows,
             settings,
+            checkpoints,
             group,
         )
         done = "going on with" if checkpoints.is_there else "training"
@@ -217,7 +226,7 @@ def _recover(
             f"{settings.sequence_length} tokens, {len(windows.held_out)} windows held out …"
         )
         before = checkpoints.load()[0].seconds if checkpoints.is_there else 0.0
-        training.run(checkpoints, progress)
+        training.run(progress)
         if group.is_first:
             progress.say("saving …")
             save(source, output, student, training, processor, settings, windows, force)
