@@ -111,8 +111,8 @@ def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: b
     rule = MASK_RULES[settings.mask]
     if rule.moves and on_grids:
         raise UsageError(f"mask {settings.mask} needs weights that move freely, and these lie on grids; give fixed")
-    if rule.unstructured and (others := sorted(name for name in patterns if Pattern(name).n_m)):
-        raise UsageError(f"mask {settings.mask} is for unstructured patterns, and layers are {', '.join(others)}")
+    if others := sorted(name for name in patterns if not rule.takes(Pattern(name))):
+        raise UsageError(f"mask {settings.mask} is for {rule.only} patterns, and layers are {', '.join(others)}")
 
 
 def recover(
@@ -182,7 +182,7 @@ def _recover(
     identity = {
         "model": source.fingerprint,
         "teacher": teacher.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes", "gradient_checkpointing"}),
         "text": fingerprint(windows.samples),
         "device": device.partition(":")[0],
         "processes": group.size,

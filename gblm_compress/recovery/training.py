@@ -6,6 +6,7 @@ step reads is in the checkpoint, so that a training that was broken off goes on 
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import BETAS, schedule_of
+from gblm_compress.recovery.checkpointing import checkpointed
 from gblm_compress.recovery.kept import Kept, Look, Progressed
 from gblm_compress.recovery.losses import Losses
 from gblm_compress.recovery.texts import Windows
@@ -68,10 +70,11 @@ class Training:
         self._windows, self._settings, self._kept, self._ranks = windows, settings, kept, ranks
         self._rule = MASK_RULES[settings.mask]
         self._first = dict(weights.keep)
+        self._sizes = {key: _size(one.detach()[one.detach() != 0]) for key, one in weights.masters.items()}
         groups = [
-            {"params": [master], "lr": settings.rate * float(size)}
-            for master in weights.masters.values()
-            if (size := _size(master.detach()[master.detach() != 0])) > 0
+            {"params": [master], "lr": settings.rate * self._sizes[key]}
+            for key, master in weights.masters.items()
+            if self._sizes[key] > 0
         ]
         # A process whose tensors are all zero has nothing to move, and Adam takes no empty list.
         self._adam = torch.optim.Adam(groups or [{"params": [torch.zeros(0)]}], betas=BETAS)
@@ -91,7 +94,8 @@ class Training:
         if self._kept.is_there:
             self._restore(*self._kept.load())
             state = self.progress
-        with only_requires_grad(self._student, self._weights.parameters.values()):
+        recomputed = checkpointed(self._student) if settings.gradient_checkpointing else nullcontext()
+        with only_requires_grad(self._student, self._weights.parameters.values()), recomputed:
             if not state.curve:
                 self._look()
             started = saved = time.monotonic()
@@ -141,7 +145,9 @@ class Training:
         if not bool(total.isfinite()):
             raise ModelError(f"the loss is {float(total)} at step {state.step + 1}; give a smaller --rate")
         weights.pass_gradients()
-        raw = {name: self._limit_gradient(name) for name in weights.keep if weights.masters[name].grad is not None}
+        raw = {
+            name: self._limit_gradient(name, moment) for name in weights.keep if weights.masters[name].grad is not None
+        }
         weights.clip_gradients_(LARGEST_NORM)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * schedule_of(state.step, steps)
@@ -154,12 +160,13 @@ class Training:
         return float(total)
 
     @torch.no_grad()
-    def _limit_gradient(self, name: str) -> Tensor:
+    def _limit_gradient(self, name: str, moment: Moment) -> Tensor:
         """Leave of a weight's gradient what the mask rule moves it by; gives the whole [out_features, in_features]."""
         layer, master = self._weights.layers[name], self._weights.masters[name]
         assert master.grad is not None
         raw = as_matrix(layer, master.grad)
-        own = self._rule.gradient(self._weights.matrix(name), raw, self._weights.keep[name], self._settings.mask_decay)
+        weight, keep = self._weights.matrix(name), self._weights.keep[name]
+        own = self._rule.gradient(weight, raw, keep, self._settings.mask_decay, moment)
         master.grad = as_matrix(layer, own)
         return raw
 
@@ -168,9 +175,12 @@ class Training:
         weights, budget, before = self._weights, self._budgets[name], self._weights.keep[name]
         weight = weights.matrix(name)
         keep = self._rule.next_mask(weight, gradient, before, budget.pattern, budget.sparsity, moment)
-        if keep is not before:
-            weights.keep[name] = keep
-            weights.masters[name].copy_(as_matrix(weights.layers[name], self._rule.kept(weight, before, keep)))
+        weights.keep[name] = keep
+        settings, size = self._settings, self._sizes[name]
+        pull = settings.mask_pull * settings.rate * schedule_of(moment.step, moment.steps) / size if size else 0.0
+        after = self._rule.after(weight, before, keep, pull, moment)
+        if after is not weight:
+            weights.masters[name].copy_(as_matrix(weights.layers[name], after))
 
     @torch.no_grad()
     def _look(self) -> None:
@@ -178,8 +188,12 @@ class Training:
         state, weights = self.progress, self._weights
         mine = self._windows.held_out[self._ranks.rank :: self._ranks.size]
         total = torch.zeros((), device=weights.device)
+        if self._rule.relaxes:
+            weights.show(pruned=True)
         for index in mine:
             total += self._losses.divergence(index)
+        if self._rule.relaxes:
+            weights.show()
         self._ranks.sum_([total])
         loss = sum(state.since) / len(state.since) if state.since else None
         tokens = state.step * self._settings.batch * self._settings.sequence_length

@@ -97,22 +97,24 @@ class Weights:
         """The master of a layer's weight as [out_features, in_features]."""
         return as_matrix(self.layers[name], self._survivors[name].unpack(self.masters[name].detach()))
 
-    def _seen(self, name: str) -> Tensor:
+    def _seen(self, name: str, pruned: bool = False) -> Tensor:
         """What the network sees of a tensor that is this process's own, in float32; differentiable."""
         dense = self._survivors[name].unpack(self.masters[name])
         if name not in self._parts:
             return dense
         layer = self.layers[name]
         if name in self.keep:
-            dense = as_matrix(layer, self._rule.seen(as_matrix(layer, dense), self.keep[name]))
+            matrix, keep = as_matrix(layer, dense), self.keep[name]
+            dense = as_matrix(layer, matrix * keep if pruned else self._rule.seen(matrix, keep))
         return self._parts[name].seen(self.masters | {name: dense})[name]
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Put into the student of every process what the network is to see."""
+    def show(self, pruned: bool = False) -> None:
+        """Put into the student of every process what the network is to see: what the mask rule says, or the pruned
+        weights, as they would be written."""
         for name, parameter in self.parameters.items():
             if self.owns(name):
-                parameter.copy_(self._seen(name))
+                parameter.copy_(self._seen(name, pruned))
             self._ranks.send_(parameter.detach(), self._owner[name])
 
     def _gather(self, name: str, parameter: Tensor) -> None:
