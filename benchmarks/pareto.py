@@ -1,7 +1,7 @@
 r"""Bytes against quality: a dense model in llama.cpp's formats beside pruned ones in this package's, on the same text.
 
-    python benchmarks/pareto.py DENSE --pruned balanced=PRUNED int4-fit=PRUNED-INT4 --dataset wiki.test.tokens \
-        --folder exports --json pareto.json --plot pareto.png
+    python benchmarks/pareto.py DENSE --pruned balanced=PRUNED int4-fit=PRUNED-INT4 \
+        --datasets wiki.test.tokens c4.txt --folder exports --json pareto.json --plot pareto.png
 
 Each pruned model is exported with `--format onnx --kernels` in float16, int8 and int4 (those that are in `--folder`
 already are taken as they are; one that was pruned onto grids of 4 bits in int4 alone), the dense one without kernels in
@@ -92,25 +92,29 @@ def of_exports(
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity over megabytes, a line for each model."""
+def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    """Perplexity over megabytes, a panel for each text and a line for each model."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in dict.fromkeys(row["model"] for row in rows):
-        own = sorted((row for row in rows if row["model"] == name), key=lambda row: row["MB"])
-        size, value = [row["MB"] for row in own], [row["perplexity"] for row in own]
-        axes.plot(size, value, "o-", label=name)
-        for row in own:
-            axes.annotate(
-                row["weights"], (row["MB"], row["perplexity"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
-    axes.set(xlabel="weights, MB", ylabel="perplexity", xscale="log", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    figure, panels = plt.subplots(1, len(texts), figsize=(6.5 * len(texts), 5), layout="constrained", squeeze=False)
+    for text, axes in zip(texts, panels[0], strict=True):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = sorted((row for row in rows if row["model"] == name), key=lambda row: row["MB"])
+            axes.plot([row["MB"] for row in own], [row[text] for row in own], "o-", label=name)
+            for row in own:
+                axes.annotate(
+                    row["weights"], (row["MB"], row[text]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+                )
+        axes.set(title=text, xlabel="weights, MB", ylabel="perplexity", xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.grid(which="both", alpha=0.2)
+    panels[0][0].legend()
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -120,7 +124,7 @@ def main() -> None:
     parser.add_argument("dense")
     parser.add_argument("--pruned", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
-    parser.add_argument("--dataset", default="wikitext2")
+    parser.add_argument("--datasets", nargs="+", default=["wikitext2", "c4"])
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--json", type=Path)
@@ -129,24 +133,27 @@ def main() -> None:
     silence_libraries()
     dense = resolve_model(options.dense, Progress(quiet=True))
 
+    texts = [Path(name).name for name in options.datasets]
+
     def judge(model: Any, **of_model: Any) -> dict[str, float | None]:
         size = {"sequence_length": options.length, "max_windows": options.windows, "dtype": "float32"}
-        found = gblm_compress.evaluate(
-            model, baseline=dense.folder, dataset=options.dataset, quiet=True, **size, **of_model
-        )
-        perplexity = found.metrics["perplexity"]
-        return {"perplexity": perplexity.value, "error": perplexity.error, **(found.fidelity or {})}
+        row: dict[str, float | None] = {}
+        for dataset, text in zip(options.datasets, texts, strict=True):
+            found = gblm_compress.evaluate(model, dataset=dataset, quiet=True, **size, **of_model)
+            perplexity = found.metrics["perplexity"]
+            row |= {text: perplexity.value, f"{text}, error": perplexity.error}
+        return row
 
     rows = of_llama_cpp(dense, judge)
     rows += of_exports("dense, ONNX Runtime", dense, BLOCKS, options.folder, judge)
     for named in options.pruned:
         name, _, folder = named.partition("=")
         rows += of_exports(name, ModelSource(name, Path(folder)), PACKED, options.folder, judge)
-    show(f"{options.windows} windows of {options.length} tokens of {Path(options.dataset).name}", rows)
+    show(f"perplexity of {options.windows} windows of {options.length} tokens of each text", rows)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
     if options.plot:
-        draw(rows, options.plot)
+        draw(rows, texts, options.plot)
 
 
 if __name__ == "__main__":

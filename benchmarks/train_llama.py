@@ -16,6 +16,9 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from gblm_compress.calibration.products import faster_dtype
+from gblm_compress.calibration.ranks import Ranks
+
 END = "<|endoftext|>"
 HELD_OUT = 20
 
@@ -72,7 +75,7 @@ def train(folder: Path, texts: list[str], length: int, epochs: float, batch: int
             warmup_steps=100,
             weight_decay=0.1,
             adam_beta2=0.95,
-            bf16=True,
+            bf16=faster_dtype("cuda" if torch.cuda.is_available() else "cpu", Ranks()) == "bfloat16",
             logging_steps=100,
             eval_strategy="epoch",
             save_strategy="epoch",

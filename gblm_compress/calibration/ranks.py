@@ -78,6 +78,8 @@ class Ranks:
 
     def total(self, count: int, device: torch.device) -> int:
         """The sum of a number over all ranks."""
+        if self.size == 1:
+            return count
         value = torch.tensor(count, device=device)
         self.sum_([value])
         return int(value)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.machine.memory import peak_memory
@@ -92,6 +93,8 @@ def _prune(
         run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
         budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
         device = next(model.parameters()).device
+        if "fit_dtype" in settings.read:
+            settings = with_fit_dtype(settings, str(device), Ranks())
         pool = StatePool(run.states, budget, device)
         walk = Walk(ResidentWeights(model), task_of(type(model)), samples, settings, run, pool, progress, Ranks())
         layers = walk.prune_()

@@ -5,7 +5,6 @@ folder of the run, and how the output is put together from the source and the fi
 """
 
 import time
-import timeit
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,10 +17,9 @@ from gblm_compress import __version__, faults, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.products import faster_dtype, with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import DataError, UsageError
-from gblm_compress.machine.environment import cpu_name
-from gblm_compress.machine.measurements import remembered
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
@@ -162,6 +160,8 @@ def _prune(
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
         dtype = _choose_dtype(dtype, source, device, group)
+        if "fit_dtype" in settings.read:
+            settings = with_fit_dtype(settings, device, group)
         size = Size(source, dtype, settings, calibration)
         placement = choose_placement(size, resources, settings, device, group)
         identity = {
@@ -245,20 +245,8 @@ def _walk(
 def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:
     """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what the CPUs of all ranks multiply faster."""
     if requested == "auto" and device == "cpu" and loading.stored_dtype(source) == "bfloat16":
-        what = f"dtype of products on {torch.get_num_threads()} threads"
-        machine = f"{cpu_name()}, torch {torch.__version__}"
-        faster = remembered(machine, what, _faster_dtype, lambda dtype: dtype in ("bfloat16", "float32"))
-        return "bfloat16" if group.every(faster == "bfloat16", torch.device(device)) else "float32"
+        return faster_dtype(device, group)
     return loading.choose_dtype(requested, source, device)
-
-
-def _faster_dtype() -> str:
-    """Whether a product of ordinary size is faster in bfloat16 or in float32 here; the better of some runs each."""
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(partial(torch.mm, x, weight), number=1, repeat=5)[1:])
-    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
 def _check_ranks(settings: PruneSettings, group: Ranks) -> None:

@@ -13,6 +13,7 @@ import torch
 from gblm_compress import __version__, faults
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.machine.memory import peak_memory
@@ -176,6 +177,7 @@ def _recover(
     """The training, once its folder is written; and the seconds of the runs that it went on from."""
     if settings.batch < group.size:
         raise UsageError(f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more")
+    settings = with_fit_dtype(settings, device, group)
     task, processor = loading.task_of(source), loading.load_processor(source)
     progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
     windows = windows_of(task, processor, loading.config_of(source), settings)
@@ -192,15 +194,14 @@ def _recover(
     with kept_where_resuming_helps(checkpoints, "checkpoints", resume, progress):
         outputs.check_space(output, source.bytes_on_disk * (1 + CHECKPOINT_SIZES), "the output and its checkpoints")
         student = loading.load_model(source, "float32", device)
-        compute = "bfloat16" if settings.fit_dtype == "bfloat16" else "float32"
-        dense = loading.load_model(teacher, compute, device)
+        dense = loading.load_model(teacher, settings.fit_dtype, device)
         check_same_head(dense, student, teacher.name)
         samples = [on_device(sample, device) for sample in windows.samples]
         pool = None
         if windows.passes > 1:
             room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
             pool = StatePool(checkpoints.states, room, torch.device(device))
-        voice = Teacher(dense, task, samples, compute, pool, settings.hidden_weight > 0)
+        voice = Teacher(dense, task, samples, settings.fit_dtype, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
         weights = Weights(
             student,

@@ -11,6 +11,7 @@ from gblm_compress.suggestions import Synonyms
 
 DTYPE_SYNONYMS = Synonyms({"float32": ("fp32", "float"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)})
 Dtype = Annotated[Literal["auto", "float32", "float16", "bfloat16"], DTYPE_SYNONYMS]
+FitDtype = Annotated[Literal["auto", "float32", "bfloat16"], DTYPE_SYNONYMS]
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"

@@ -15,7 +15,7 @@ from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, Quantiser
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.methods.updates import UPDATES, Update
-from gblm_compress.settings.fields import DTYPE_SYNONYMS, MANY, Fraction, Panel, PatternName, PatternOrDense, Settings
+from gblm_compress.settings.fields import MANY, FitDtype, Fraction, Panel, PatternName, PatternOrDense, Settings
 from gblm_compress.suggestions import synonyms_of
 
 REGISTRIES: dict[str, Mapping[str, Choice]] = {
@@ -47,7 +47,6 @@ else:
     Group = Literal[ROW, *GROUPS]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
-FitDtype = Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
 FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
 READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
@@ -171,7 +170,9 @@ class PruneSettings(Settings):
         0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate."
     )
     fit_dtype: Annotated[FitDtype, Panel.FIT] = Field(
-        "bfloat16", description="Dtype of products in reconstruction and distillation; weights are always float32."
+        "auto",
+        description="Dtype of products in reconstruction and distillation; weights are always float32. auto: the one "
+        "that the machine multiplies faster in.",
     )
     targets: Annotated[tuple[str, ...], Panel.METHOD] = Field(
         ("*",), description="Shell-style patterns of the layers to prune."

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from gblm_compress.methods.choices import describe
 from gblm_compress.methods.mask_rules import MASK_RULES
-from gblm_compress.settings.fields import DTYPE_SYNONYMS, MANY, Panel, Settings
+from gblm_compress.settings.fields import MANY, FitDtype, Panel, Settings
 
 _COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
@@ -108,8 +108,10 @@ class RecoverSettings(Settings):
     checkpoint_minutes: Annotated[float, Panel.RESOURCES] = Field(
         10.0, gt=0, description="Minutes between two checkpoints, from which --resume goes on."
     )
-    fit_dtype: Annotated[Literal["float32", "bfloat16"], DTYPE_SYNONYMS, Panel.RESOURCES] = Field(
-        "bfloat16", description="Dtype of products; weights and Adam's state are always float32."
+    fit_dtype: Annotated[FitDtype, Panel.RESOURCES] = Field(
+        "auto",
+        description="Dtype of products; weights and Adam's state are always float32. auto: the one that the machine "
+        "multiplies faster in.",
     )
     gradient_checkpointing: Annotated[bool, Panel.RESOURCES] = Field(
         False,

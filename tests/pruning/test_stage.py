@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gblm_compress.calibration import products
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.fits import FITS, PRESETS
@@ -463,7 +464,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     measured = []
-    monkeypatch.setattr(stage, "_faster_dtype", lambda: measured.append(0) or faster)
+    monkeypatch.setattr(products, "_measured", lambda: measured.append(0) or faster)
     folder = tmp_path / "model"
     tiny_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
     for path in tiny("llama").folder.glob("token*"):
@@ -479,18 +480,10 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
     assert len(measured) == (stored == "bfloat16")
 
 
-@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
-def test_the_faster_dtype_is_that_of_the_faster_product(faster, monkeypatch) -> None:
-    seconds = {torch.bfloat16: 3.0, torch.float32: 3.0} | {getattr(torch, faster): 2.0}
-    times = lambda product, number, repeat: [0.0] + [seconds[product().dtype]] * (repeat - 1)  # noqa: E731
-    monkeypatch.setattr(stage.timeit, "repeat", times)
-    assert stage._faster_dtype() == faster
-
-
 def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     """What does not hold on every rank is not done."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(stage, "_faster_dtype", lambda: "bfloat16")
+    monkeypatch.setattr(products, "_measured", lambda: "bfloat16")
     monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
     settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
     size = placement.Size(tiny("llama"), "float32", settings, text)
