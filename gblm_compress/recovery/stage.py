@@ -30,19 +30,15 @@ from gblm_compress.recovery.saving import save
 from gblm_compress.recovery.teacher import Teacher, check_same_head
 from gblm_compress.recovery.texts import Windows, windows_of
 from gblm_compress.recovery.training import Budget, Training
-from gblm_compress.recovery.weights import Weights
+from gblm_compress.recovery.weights import Weights, bytes_a_weight
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
-BYTES_A_WEIGHT = 30
-"""A weight of the student takes so many in training: itself, master, gradient, two moments of Adam, the best so far,
-and what the network sees."""
-
 CHECKPOINT_SIZES = 18
-"""Two checkpoints take at most so many times the model in 16 bits: each has weights, two moments and the best in
-float32."""
+"""Checkpoints take at most so many times the model in 16 bits: two of weights, two moments and a mask, and two of the
+best weights with their mask."""
 
 SHARE_FOR_STATES = 0.3
 """What the dense model says of windows takes at most this share of the memory that is free once models are loaded."""
@@ -208,7 +204,7 @@ def _recover(
             {f"{name}.weight": student.get_submodule(name) for name in layers},
             {f"{name}.weight": grid for name, grid in grids.read_grids(source).items()},
             MASK_RULES[settings.mask],
-            getattr(torch, compute),
+            getattr(torch, settings.fit_dtype),
             group,
         )
         training = Training(
@@ -255,11 +251,15 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     patterns = {layer["pattern"] for layer in content["layers"].values()}
     check_mask(settings, patterns, bool(grids.read_grids(source)))
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in content["layers"].values())
-    needed, free = BYTES_A_WEIGHT * weights + teacher.bytes_on_disk, psutil.virtual_memory().available
+    survivors = sum(layer["nonzeros"] for layer in content["layers"].values())
+    processes = ranks.processes_here()
+    each = bytes_a_weight(settings, survivors / weights, processes)
+    needed = processes * (each * weights + teacher.bytes_on_disk)
+    free = psutil.virtual_memory().available
     if loading.choose_device(device) == "cpu" and needed > free:
         raise UsageError(
             f"training {weights:,} weights takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            f"free: models of up to about {free / (BYTES_A_WEIGHT + 4) / 1e9:.2f} billion weights fit; prune "
+            f"free: models of up to about {free / processes / (each + 4) / 1e9:.2f} billion weights fit; prune "
             "with --fit balanced, which works on one block at a time"
         )
 

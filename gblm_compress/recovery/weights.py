@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.methods.mask_rules import MaskRule
+from gblm_compress.methods.mask_rules import MASK_RULES, MaskRule
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, head_and_embedding
 from gblm_compress.pruning.masters import Masters
 from gblm_compress.recovery.survivors import Survivors
+from gblm_compress.settings import RecoverSettings
 
 Read: TypeAlias = Callable[[str], Tensor]
 
@@ -205,6 +206,23 @@ class Weights:
             int(read(f"keep {name}").sum()) if masks and name in self.layers else read(f"weight {name}").numel()
             for name in self.parameters
         )
+
+
+def bytes_a_weight(settings: RecoverSettings, density: float, processes: int) -> float:
+    """What a pruned weight takes of the memory of one process in training; activations and the dense model come on top.
+
+    All processes have what the network sees and gradients; masters, Adam's two moments and masks that move are shared
+    out. Under a mask that moves, pruned weights have all of it too, and the gradient is there before and after the
+    rule.
+
+    Args:
+        density: share of the weights that survive.
+        processes: over how many the masters are spread.
+    """
+    seen = 2 if settings.fit_dtype == "bfloat16" else 4
+    if MASK_RULES[settings.mask].moves:
+        return seen + 4 + (4 + 8 + 4 + 2) / processes
+    return seen + 1 + density * (4 + (4 + 8) / processes)
 
 
 def _owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
