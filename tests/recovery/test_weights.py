@@ -10,7 +10,8 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.recovery.checkpointing import checkpointed
 from gblm_compress.recovery.survivors import Survivors
-from gblm_compress.recovery.weights import Weights, _owners
+from gblm_compress.recovery.weights import Weights, _owners, bytes_a_weight
+from gblm_compress.settings import RecoverSettings
 
 IDS = torch.arange(24)[None]
 
@@ -85,6 +86,14 @@ def test_each_tensor_is_on_one_process_and_all_have_about_as_much() -> None:
         shares.append(set(Weights(model, layers, {}, MASK_RULES["sr-ste"], torch.float32, ranks).masters))
     assert not shares[0] & shares[1]
     assert shares[0] | shares[1] == {name for name, _ in model.named_parameters() if "embed" not in name}
+
+
+def test_the_bytes_of_a_weight_are_those_of_the_documentations_table() -> None:
+    fixed, learned = (RecoverSettings(fit_dtype="bfloat16", mask=mask) for mask in ("fixed", "sr-ste"))
+    dense = 2
+    assert [bytes_a_weight(fixed, 0.5, n) + dense for n in (1, 2, 4)] == [13, 10, 8.5]
+    assert [bytes_a_weight(learned, 0.5, n) + dense for n in (1, 2, 4)] == [26, 17, 12.5]
+    assert bytes_a_weight(RecoverSettings(fit_dtype="float32"), 0.5, 1) == 13
 
 
 def test_blocks_that_run_again_give_the_same_gradients() -> None:
