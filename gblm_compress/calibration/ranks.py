@@ -56,6 +56,26 @@ class Ranks:
                 for tensor in tensors:
                     distributed.all_reduce(tensor)
 
+    def sum_to_(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor on one rank by the sum over all ranks; on the others it holds nothing of use afterwards.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.size > 1:
+            with self._all_present():
+                distributed.reduce(tensor, owner)
+
+    def send_(self, tensor: Tensor, owner: int) -> None:
+        """Replace a tensor on all ranks by that of one.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.size > 1:
+            with self._all_present():
+                distributed.broadcast(tensor, owner)
+
     def total(self, count: int, device: torch.device) -> int:
         """The sum of a number over all ranks."""
         if self.size == 1:

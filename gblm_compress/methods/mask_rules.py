@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gblm_compress.methods.patterns import UNSTRUCTURED, Pattern
+from gblm_compress.methods.proximal import proximal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,11 @@ class Moment:
         return (self.step + 1) % self.every == 0 and self.step + 1 <= LAST_EXCHANGE * self.steps
 
     @property
+    def settled(self) -> bool:
+        """Whether the mask stays as it is from here to the end."""
+        return self.step + 1 > LAST_EXCHANGE * self.steps
+
+    @property
     def share(self) -> float:
         """What is left of a share that falls to nothing as a half cosine (RigL, arXiv 1911.11134, section 3)."""
         return 0.5 * (1 + math.cos(math.pi * (self.step + 1) / (LAST_EXCHANGE * self.steps)))
@@ -54,21 +60,27 @@ class MaskRule:
 
     Attributes:
         help: what happens to the mask, as half a sentence for `--help` and the recipe reference.
-        unstructured: whether it needs weights that compete by rows.
-        decays: whether it reads `mask_decay`.
+        only: the pattern that it is for, where not any; "unstructured" stands for all that are not N:M.
+        reads: the keys of `RecoverSettings` that it reads and others may not; giving one in vain is refused.
         moves: whether the mask changes.
+        relaxes: whether the network is trained with pruned weights too, until masks are settled.
     """
 
     help: str
-    unstructured: bool = False
-    decays: bool = False
+    only: str = ""
+    reads: tuple[str, ...] = ()
     moves: bool = False
+    relaxes: bool = False
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Whether it does for a pattern."""
+        return self.only in ("", pattern.name) or (self.only == UNSTRUCTURED and pattern.n_m is None)
 
     def seen(self, weight: Tensor, keep: Tensor) -> Tensor:
-        """What the network multiplies by; differentiable."""
+        """What the network multiplies by in training; differentiable."""
         return weight
 
-    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float) -> Tensor:
+    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float, moment: Moment) -> Tensor:
         """The gradient by which the weight moves."""
         return gradient * keep
 
@@ -83,8 +95,12 @@ class MaskRule:
         """
         return keep
 
-    def kept(self, weight: Tensor, before: Tensor, keep: Tensor) -> Tensor:
-        """The weights with which training goes on once the mask `before` has become `keep`."""
+    def after(self, weight: Tensor, before: Tensor, keep: Tensor, pull: float, moment: Moment) -> Tensor:
+        """The weight with which training goes on after a step, in which the mask `before` has become `keep`.
+
+        Args:
+            pull: `mask_pull` in shares of the step, in units of 1 / weight.
+        """
         return weight
 
 
@@ -99,7 +115,7 @@ class StraightThrough(Learned):
     """SR-STE (arXiv 2102.04010, equation 9): pruned weights live on, take the gradients of what is seen in their place,
     and decay; the mask is of the largest weights."""
 
-    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float) -> Tensor:
+    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float, moment: Moment) -> Tensor:
         return gradient + decay * weight * ~keep
 
     def next_mask(
@@ -127,21 +143,47 @@ class Exchange(Learned):
         enter = ~keep & (strongest < number[:, None])
         return (keep & ~leave) | enter
 
-    def kept(self, weight: Tensor, before: Tensor, keep: Tensor) -> Tensor:
-        return weight * (before & keep)  # Adam's momentum moves a weight on after it was pruned
+    def after(self, weight: Tensor, before: Tensor, keep: Tensor, pull: float, moment: Moment) -> Tensor:
+        # Adam's momentum moves a weight on after it was pruned.
+        return weight if keep is before else weight * (before & keep)
+
+
+class Proximal(MaskRule):
+    """ProxSparse (arXiv 2502.00258): the network has all weights, and after every step each group of four is drawn to
+    two (`proximal`); the mask is of the largest. Once masks are settled, the pruned weights are zero. The term of the
+    paper that holds weights to their first values is left out, since these are trained to the end."""
+
+    def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float, moment: Moment) -> Tensor:
+        return gradient * keep if moment.settled else gradient
+
+    def next_mask(
+        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+    ) -> Tensor:
+        return keep if moment.settled else pattern.mask(weight.abs(), weight, sparsity)
+
+    def after(self, weight: Tensor, before: Tensor, keep: Tensor, pull: float, moment: Moment) -> Tensor:
+        return weight * keep if moment.settled else proximal(weight.reshape(-1, 4), pull).reshape(weight.shape)
 
 
 MASK_RULES: dict[str, MaskRule] = {
     "fixed": MaskRule("the mask stays as it is"),
     "sr-ste": StraightThrough(
         "pruned weights are trained too and decay, and the largest weights are the mask (any pattern)",
-        decays=True,
+        reads=("mask_every", "mask_decay"),
         moves=True,
     ),
     "exchange": Exchange(
         f"the smallest survivors of each row make room for weights with large gradients ({UNSTRUCTURED} only)",
-        unstructured=True,
+        only=UNSTRUCTURED,
+        reads=("mask_every",),
         moves=True,
+    ),
+    "proximal": Proximal(
+        "all weights are trained, and each four of them are drawn to two (2:4 only)",
+        only="2:4",
+        reads=("mask_pull",),
+        moves=True,
+        relaxes=True,
     ),
 }
 """All rules."""

@@ -48,6 +48,10 @@ class Masters:
             for name, layer in self.layers.items()
         }
 
+    def stretched(self, moved: dict[str, Tensor]) -> dict[str, Grid]:
+        """{name of the weight: its grid}, with the scales that were moved."""
+        return {name: grid.stretched(_stretch(moved, name)) for name, grid in self.grids.items()}
+
     @torch.no_grad()
     def write_(self, moved: dict[str, Tensor]) -> dict[str, Grid]:
         """Write what was moved into the layers, on their grids and in their dtype; zeros are +0.0.
@@ -55,7 +59,7 @@ class Masters:
         Returns:
             {name of the weight: its grid as it is now}.
         """
-        grids = {name: grid.stretched(_stretch(moved, name)) for name, grid in self.grids.items()}
+        grids = self.stretched(moved)
         for name, layer in self.layers.items():
             write_(layer, as_matrix(layer, moved[name]), grids.get(name))
         return grids

@@ -1,13 +1,15 @@
 """Checkpoints of a training, from which the same command goes on as if it had never ended.
 
 .OUTPUT.recovery/
-    run.json              what the training is, and its latest checkpoint: step, curve, best
-    state-120.safetensors weights, masks and Adam's state after step 120
-    states/               what the dense model said of windows, where it found no room in memory
+    run.json                what the training is, and its latest checkpoint: step, curve, best
+    state-120.0.safetensors weights, masks and Adam's state after step 120, as far as they are those of process 0
+    best-3.0.safetensors    weights and masks at look 3, the best so far
+    states/                 what the dense model said of windows, where it found no room in memory
 """
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
 
 RECORD = "run.json"
-_TENSORS = re.compile(r"state-\d+\.safetensors")
+_TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")
 _OTHERS = re.compile(  # the record, what the dense model said, and what is written aside
-    r"run\.json|states|\.state-\d+\.safetensors|\.run\.json\.\d+"
+    r"run\.json|states|\.(state|best)-\d+\.\d+\.safetensors|\.run\.json\.\d+"
 )
 
 
@@ -69,10 +71,10 @@ def path_of(output: Path) -> Path:
 
 
 class Kept:
-    """The checkpoints of one training. Only the first rank writes.
+    """The checkpoints of one training. Every rank writes its own tensors, the first rank the record.
 
     Args:
-        folder: need not exist.
+        folder: need not exist; all ranks read and write it.
         identity: everything that decides the outcome, as JSON can hold it.
         resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
 
@@ -84,10 +86,7 @@ class Kept:
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         self.folder, self._identity, self._ranks = folder, identity, ranks
         self.states = folder / "states" / str(ranks.rank)
-        known = self._read(resume)
-        if known and resume:
-            check_identity(folder, known["identity"], identity)
-        self._latest = known["progress"] if known and known["identity"] == identity else None
+        self._latest = self._read(resume)
         ranks.wait()
         try:
             if ranks.is_first:
@@ -111,52 +110,85 @@ class Kept:
         return self._latest is not None
 
     def load(self) -> tuple[Progressed, dict[str, Tensor]]:
-        """The latest checkpoint."""
+        """The latest checkpoint, as far as it is this rank's."""
         assert self._latest is not None
         progress = Progressed(**{**self._latest, "curve": [Look(**look) for look in self._latest["curve"]]})
-        path = self._state(progress.step)
+        path = self._file("state", progress.step)
         return progress, {name: read_tensor(path, name) for name in keys(path)}
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
         """Keep a checkpoint, and remove the one before once this one is whole."""
+        self._write("state", progress.step, tensors)
         if self._ranks.is_first:
-            try:
-                save_durably(self._state(progress.step), tensors)
-                record = {"identity": self._identity, "progress": asdict(progress)}
-                records.write_sealed(self.folder / RECORD, record)
-                for path in self.folder.glob("state-*.safetensors"):
-                    if path != self._state(progress.step):
-                        path.unlink()
-            except OSError as error:
-                raise OutputError(f"{str(self.folder)!r} cannot be written ({error.strerror})") from error
+            record = {"identity": self._identity, "progress": asdict(progress)}
+            records.write_sealed(self.folder / RECORD, record)
+        self._latest = asdict(progress)
         self._ranks.wait()
+        self._remove_all_but("state", progress.step)
+        self._remove_all_but("best", progress.best)
+
+    def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
+        """Keep the weights of a look in place of the best before, unless the latest checkpoint goes on from those."""
+        recorded = [self._latest["best"]] if self._latest else []
+        self._remove_all_but("best", *recorded)
+        self._write("best", look, tensors)
+
+    def best(self, look: int) -> Callable[[str], Tensor]:
+        """What `save_best` was given, on any rank, by its name."""
+        files = [self._file("best", look, rank) for rank in range(self._ranks.size)]
+        where = {name: path for path in files for name in keys(path)}
+        return lambda name: read_tensor(where[name], name)
 
     def remove(self) -> None:
         """Remove everything."""
         if self._ranks.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _state(self, step: int) -> Path:
-        return self.folder / f"state-{step}.safetensors"
+    def _file(self, kind: str, number: int, rank: int | None = None) -> Path:
+        return self.folder / f"{kind}-{number}.{self._ranks.rank if rank is None else rank}.safetensors"
+
+    def _write(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write this rank's tensors, and go on once all ranks have written theirs."""
+        try:
+            save_durably(self._file(kind, number), tensors)
+        except OSError as error:
+            raise OutputError(f"{str(self.folder)!r} cannot be written ({error.strerror})") from error
+        self._ranks.wait()
+
+    def _remove_all_but(self, kind: str, *numbers: int) -> None:
+        """Remove this rank's other files of a kind."""
+        left = {self._file(kind, number) for number in numbers}
+        for path in self.folder.glob(f"{kind}-*.{self._ranks.rank}.safetensors"):
+            if path not in left:
+                path.unlink()
 
     def _read(self, resume: bool | None) -> dict[str, Any] | None:
-        """The record of a whole checkpoint; None where there is none.
+        """How far the training is at its latest checkpoint; None where there is none to go on from.
 
         Raises:
-            UsageError: it is damaged, and `resume` asks for it; or something else lies there.
+            UsageError: it is damaged or of another training, and `resume` asks for it; or something else lies there.
         """
         own_files(self.folder, _TENSORS, _OTHERS)
         if resume is False or not (self.folder / RECORD).exists():
             return None
         try:
             known = records.read_sealed(self.folder / RECORD)
-            if not isinstance(known["identity"], dict) or not is_intact(self._state(int(known["progress"]["step"]))):
-                raise ValueError("its checkpoint is not what was written")
-            return known
+            progress: dict[str, Any] = known["progress"]
+            files = [
+                self._file(kind, int(progress[key]), rank)
+                for kind, key in (("state", "step"), ("best", "best"))
+                for rank in range(self._ranks.size)
+            ]
+            if known["identity"] == self._identity:
+                if not all(map(is_intact, files)):
+                    raise ValueError("its checkpoint is not what was written")
+                return progress
+            if resume:
+                check_identity(self.folder, dict(known["identity"]), self._identity)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if resume is None:
-                return None
-            raise UsageError(
-                f"{str(self.folder)!r}: the interrupted training cannot be read ({error}); leave out --resume to start "
-                "anew"
-            ) from error
+            if resume:
+                raise UsageError(
+                    f"{str(self.folder)!r}: the interrupted training cannot be read ({error}); leave out --resume to "
+                    "start anew"
+                ) from error
+        return None

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import kl_div
 
 from gblm_compress.pruning.distillation import beside, head_of
@@ -15,7 +14,7 @@ from gblm_compress.tasks.task import Sample, Task
 
 
 class Losses:
-    """The losses of a student, of the weights that it is to be seen with.
+    """The losses of a student, with the weights that it has.
 
     Args:
         samples: all windows, by number.
@@ -27,16 +26,16 @@ class Losses:
         self._student, self._task, self._teacher = student, task, teacher
         self._samples, self._settings = samples, settings
 
-    def divergence(self, seen: dict[str, Tensor], index: int) -> Tensor:
+    def divergence(self, index: int) -> Tensor:
         """KL(dense ‖ student) of a window, in nats per token."""
-        judged, target, *_ = self._both(seen, index)
+        judged, target, *_ = self._both(index)
         return _divergence(judged, target)
 
-    def training(self, seen: dict[str, Tensor], index: int) -> Tensor:
+    def training(self, index: int) -> Tensor:
         """What is minimised: the divergence, mixed with the loss of the text and the error of hidden states where the
         settings weigh them."""
         settings, sample = self._settings, self._samples[index]
-        judged, target, own, theirs = self._both(seen, index)
+        judged, target, own, theirs = self._both(index)
         loss = _divergence(judged, target)
         if settings.text_weight:
             loss = (1 - settings.text_weight) * loss + settings.text_weight * self._task.loss(judged, sample)
@@ -48,13 +47,13 @@ class Losses:
             loss = loss + settings.hidden_weight * torch.stack(errors).mean()
         return loss
 
-    def _both(self, seen: dict[str, Tensor], index: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    def _both(self, index: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """What is judged of the student and of the dense model, and the hidden states of both."""
         sample = self._samples[index]
         inputs, states = self._teacher.of(index)
         arguments = self._task.arguments(sample) | {"output_hidden_states": bool(states)}
         with autocast(inputs.device, self._settings.fit_dtype), beside(head_of(self._student), inputs):
-            output = functional_call(self._student, seen, kwargs=arguments)
+            output = self._student(**arguments)
         own, dense = getattr(output, self._task.output)
         judged, target = (self._task.judged(one[None].float(), sample) for one in (own, dense))
         return judged, target.detach(), list(output.hidden_states[1:]) if states else [], states

@@ -35,13 +35,11 @@ def save(
         OutputError: it cannot be written.
         VerificationError: what was written is not what was trained.
     """
-    parameters = dict(student.named_parameters())
     checkpoint = Checkpoint(source.folder, TensorNames(student))
 
     def changed(name: str) -> Tensor | None:
-        if name not in parameters:
-            return None
-        return positive_zeros(parameters[name].detach().cpu().to(checkpoint.read(name).dtype))
+        trained = training.result(name)
+        return None if trained is None else positive_zeros(trained.cpu().to(checkpoint.read(name).dtype))
 
     on = {name.removesuffix(".weight"): grid for name, grid in training.grids.items()}
     with folders.atomic_folder(output, force=force) as temporary:

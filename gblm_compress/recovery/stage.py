@@ -30,18 +30,15 @@ from gblm_compress.recovery.saving import save
 from gblm_compress.recovery.teacher import Teacher, check_same_head
 from gblm_compress.recovery.texts import Windows, windows_of
 from gblm_compress.recovery.training import Budget, Training
+from gblm_compress.recovery.weights import Weights, bytes_a_weight
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
-BYTES_A_WEIGHT = 30
-"""A weight of the student takes so many in training: itself, master, gradient, two moments of Adam, the best so far,
-and what the network sees."""
-
 CHECKPOINT_SIZES = 18
-"""Two checkpoints take at most so many times the model in 16 bits: each has weights, two moments and the best in
-float32."""
+"""Checkpoints take at most so many times the model in 16 bits: two of weights, two moments and a mask, and two of the
+best weights with their mask."""
 
 SHARE_FOR_STATES = 0.3
 """What the dense model says of windows takes at most this share of the memory that is free once models are loaded."""
@@ -111,8 +108,8 @@ def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: b
     rule = MASK_RULES[settings.mask]
     if rule.moves and on_grids:
         raise UsageError(f"mask {settings.mask} needs weights that move freely, and these lie on grids; give fixed")
-    if rule.unstructured and (others := sorted(name for name in patterns if Pattern(name).n_m)):
-        raise UsageError(f"mask {settings.mask} is for unstructured patterns, and layers are {', '.join(others)}")
+    if others := sorted(name for name in patterns if not rule.takes(Pattern(name))):
+        raise UsageError(f"mask {settings.mask} is for {rule.only} patterns, and layers are {', '.join(others)}")
 
 
 def recover(
@@ -183,7 +180,7 @@ def _recover(
     identity = {
         "model": source.fingerprint,
         "teacher": teacher.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes"}),
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes", "gradient_checkpointing"}),
         "text": fingerprint(windows.samples),
         "device": device.partition(":")[0],
         "processes": group.size,
@@ -202,14 +199,22 @@ def _recover(
             pool = StatePool(checkpoints.states, room, torch.device(device))
         voice = Teacher(dense, task, samples, settings.fit_dtype, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
-        training = Training(
+        weights = Weights(
             student,
             {f"{name}.weight": student.get_submodule(name) for name in layers},
-            {f"{name}.weight": _budget(layer) for name, layer in layers.items()},
             {f"{name}.weight": grid for name, grid in grids.read_grids(source).items()},
+            MASK_RULES[settings.mask],
+            getattr(torch, settings.fit_dtype),
+            group,
+        )
+        training = Training(
+            student,
+            weights,
+            {f"{name}.weight": _budget(layer) for name, layer in layers.items()},
             Losses(student, task, voice, samples, settings),
             windows,
             settings,
+            checkpoints,
             group,
         )
         done = "going on with" if checkpoints.is_there else "training"
@@ -218,7 +223,7 @@ def _recover(
             f"{settings.sequence_length} tokens, {len(windows.held_out)} windows held out …"
         )
         before = checkpoints.load()[0].seconds if checkpoints.is_there else 0.0
-        training.run(checkpoints, progress)
+        training.run(progress)
         if group.is_first:
             progress.say("saving …")
             save(source, output, student, training, processor, settings, windows, force)
@@ -246,11 +251,15 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     patterns = {layer["pattern"] for layer in content["layers"].values()}
     check_mask(settings, patterns, bool(grids.read_grids(source)))
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in content["layers"].values())
-    needed, free = BYTES_A_WEIGHT * weights + teacher.bytes_on_disk, psutil.virtual_memory().available
+    survivors = sum(layer["nonzeros"] for layer in content["layers"].values())
+    processes = ranks.processes_here()
+    each = bytes_a_weight(settings, survivors / weights, processes)
+    needed = processes * (each * weights + teacher.bytes_on_disk)
+    free = psutil.virtual_memory().available
     if loading.choose_device(device) == "cpu" and needed > free:
         raise UsageError(
             f"training {weights:,} weights takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            f"free: models of up to about {free / (BYTES_A_WEIGHT + 4) / 1e9:.2f} billion weights fit; prune "
+            f"free: models of up to about {free / processes / (each + 4) / 1e9:.2f} billion weights fit; prune "
             "with --fit balanced, which works on one block at a time"
         )
 

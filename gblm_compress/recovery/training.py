@@ -1,17 +1,17 @@
 """The steps of a training: Adam over all weights but those of head and embedding, zeros kept by the mask rule.
 
-Weights are float32, products in the dtype of the settings. A step takes a batch of windows, one at a time on every
-process; gradients are summed over processes. Everything that a step reads is in the checkpoint, so that a training that
-was broken off goes on to the same bits.
+A step takes a batch of windows, one at a time on every process; gradients are summed over processes. Everything that a
+step reads is in the checkpoint, so that a training that was broken off goes on to the same bits.
 """
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm_compress.calibration.blocks import only_requires_grad
 from gblm_compress.calibration.ranks import Ranks
@@ -19,14 +19,14 @@ from gblm_compress.errors import ModelError
 from gblm_compress.methods.mask_rules import MASK_RULES, Moment
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
-from gblm_compress.methods.zeros import positive_zeros
-from gblm_compress.models.architecture import as_matrix, head_and_embedding
+from gblm_compress.models.architecture import as_matrix
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import BETAS, schedule_of
-from gblm_compress.pruning.masters import Masters
+from gblm_compress.recovery.checkpointing import checkpointed
 from gblm_compress.recovery.kept import Kept, Look, Progressed
 from gblm_compress.recovery.losses import Losses
 from gblm_compress.recovery.texts import Windows
+from gblm_compress.recovery.weights import Weights
 from gblm_compress.settings import RecoverSettings
 
 LARGEST_NORM = 1.0
@@ -45,67 +45,57 @@ class Training:
     """The training of one student.
 
     Args:
-        student: the pruned model in float32.
-        layers: {name of the weight: pruned layer}.
+        weights: what is trained of the student.
         budgets: {name of the weight: what its mask must have}.
-        grids: {name of the weight: grid}, of the layers that lie on one.
         windows: what is read.
 
     Attributes:
         progress: how far it is.
-        grids: {name of the weight: its grid}, once the student has its weights.
+        grids: {name of the weight: its grid}, once training has ended.
+        trained: how many weights were trained, those that are pruned in the end not counted; once training has ended.
     """
 
     def __init__(
         self,
         student: Any,
-        layers: Mapping[str, nn.Module],
+        weights: Weights,
         budgets: Mapping[str, Budget],
-        grids: Mapping[str, Grid],
         losses: Losses,
         windows: Windows,
         settings: RecoverSettings,
+        kept: Kept,
         ranks: Ranks,
     ) -> None:
-        self._student, self._layers, self._budgets, self._losses = student, layers, budgets, losses
-        self._windows, self._settings, self._ranks = windows, settings, ranks
+        self._student, self._weights, self._budgets, self._losses = student, weights, budgets, losses
+        self._windows, self._settings, self._kept, self._ranks = windows, settings, kept, ranks
         self._rule = MASK_RULES[settings.mask]
-        self._masters = Masters(layers, grids)
-        tables = {id(module.weight) for module in head_and_embedding(student) if module is not None}
-        others = {
-            name: parameter
-            for name, parameter in student.named_parameters()
-            if name not in layers and id(parameter) not in tables
-        }
-        self._others = list(others)
-        start = self._masters.start | others
-        self._moved = {name: tensor.detach().float().clone().requires_grad_() for name, tensor in start.items()}
-        self._keep = {name: self._matrix(name) != 0 for name in layers}
-        self._first = {name: keep.clone() for name, keep in self._keep.items()}
+        self._first = dict(weights.keep)
+        self._sizes = {key: _size(one.detach()[one.detach() != 0]) for key, one in weights.masters.items()}
         groups = [
-            {"params": [master], "lr": settings.rate * float(size)}
-            for name, master in self._moved.items()
-            if (size := _size(master.detach()[master.detach() != 0])) > 0
+            {"params": [master], "lr": settings.rate * self._sizes[key]}
+            for key, master in weights.masters.items()
+            if self._sizes[key] > 0
         ]
-        self._adam = torch.optim.Adam(groups, betas=BETAS)
+        # A process whose tensors are all zero has nothing to move, and Adam takes no empty list.
+        self._adam = torch.optim.Adam(groups or [{"params": [torch.zeros(0)]}], betas=BETAS)
         self._rates = [group["lr"] for group in self._adam.param_groups]
-        self._best: dict[str, Tensor] = {}
-        self._best_keep: dict[str, Tensor] = {}
         self.grids: dict[str, Grid] = {}
+        self.trained = 0
         self.progress = Progressed()
 
-    def run(self, kept: Kept, progress: Progress) -> None:
-        """Train to the end, or until looks bring nothing new; the best weights are in the student afterwards.
+    def run(self, progress: Progress) -> None:
+        """Train to the end, or until looks bring nothing new; `result` gives the best weights afterwards.
 
         Raises:
             ModelError: the loss is NaN or infinite.
             OutputError: a checkpoint cannot be written.
         """
         state, settings = self.progress, self._settings
-        if kept.is_there:
-            self._restore(*kept.load())
+        if self._kept.is_there:
+            self._restore(*self._kept.load())
             state = self.progress
-        with only_requires_grad(self._student, []):
+        recomputed = checkpointed(self._student) if settings.gradient_checkpointing else nullcontext()
+        with only_requires_grad(self._student, self._weights.parameters.values()), recomputed:
             if not state.curve:
                 self._look()
             started = saved = time.monotonic()
@@ -125,144 +115,121 @@ class Training:
                     now = time.monotonic()
                     state.seconds = before + now - started
                     due = now - saved > 60 * settings.checkpoint_minutes
-                    if self._ranks.total(int(due), self._device):
-                        kept.save(state, self._state())
+                    if self._ranks.total(int(due), self._weights.device):
+                        self._kept.save(state, self._weights.state() | self._moments())
                         saved = time.monotonic()
-        self._write()
+        best = self._kept.best(state.best)
+        self.grids, self.trained = self._weights.grids(best), self._weights.count(best)
 
-    @property
-    def trained(self) -> int:
-        """How many weights were trained, those that are pruned in the end not counted."""
-        survivors = sum(int(keep.sum()) for keep in self._best_keep.values())
-        return survivors + sum(self._moved[name].numel() for name in self._others)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._moved.values())).device
+    def result(self, name: str) -> Tensor | None:
+        """The best that a tensor of the student was; None of one that is not trained."""
+        if name not in self._weights.parameters:
+            return None
+        return self._weights.result(name, self._kept.best(self.progress.best), self.grids.get(name))
 
     @property
     def _is_over(self) -> bool:
         return len(self.progress.curve) - 1 - self.progress.best >= self._settings.patience
 
-    def _matrix(self, name: str) -> Tensor:
-        """A weight as [out_features, in_features]."""
-        return as_matrix(self._layers[name], self._moved[name].detach())
-
-    def _seen(self) -> dict[str, Tensor]:
-        """What the network computes with; differentiable."""
-        masked = {
-            name: as_matrix(layer, self._rule.seen(as_matrix(layer, self._moved[name]), self._keep[name]))
-            for name, layer in self._layers.items()
-        }
-        seen = self._masters.seen(self._moved | masked)
-        return seen | {name: self._moved[name] for name in self._others}
-
     def _step(self, batch: list[int]) -> float:
         """One step of Adam; the mean loss of the batch."""
-        state, settings = self.progress, self._settings
-        self._adam.zero_grad()
-        mine, total = batch[self._ranks.rank :: self._ranks.size], torch.zeros((), device=self._device)
+        state, weights, steps = self.progress, self._weights, len(self._windows.steps)
+        moment = Moment(state.step, steps, self._settings.mask_every)
+        mine, total = batch[self._ranks.rank :: self._ranks.size], torch.zeros((), device=weights.device)
         with torch.enable_grad():
-            projected = self._seen()
-            leaves = {name: one.detach().requires_grad_() for name, one in projected.items()}
             for index in mine:
-                loss = self._losses.training(leaves, index) / len(batch)
+                loss = self._losses.training(index) / len(batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-            ran = [name for name, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([projected[name] for name in ran], [leaves[name].grad for name in ran])
-        gradients = [one.grad for one in self._moved.values() if one.grad is not None]
-        self._ranks.sum_([total, *gradients])
+        self._ranks.sum_([total])
         if not bool(total.isfinite()):
             raise ModelError(f"the loss is {float(total)} at step {state.step + 1}; give a smaller --rate")
-        raw = {}
-        for name, layer in self._layers.items():
-            master = self._moved[name]
-            if master.grad is None:
-                continue
-            raw[name] = as_matrix(layer, master.grad).clone() if self._rule.moves else master.grad
-            own = self._rule.gradient(
-                as_matrix(layer, master.detach()), as_matrix(layer, master.grad), self._keep[name], settings.mask_decay
-            )
-            master.grad = as_matrix(layer, own)
-        torch.nn.utils.clip_grad_norm_(list(self._moved.values()), LARGEST_NORM)
+        weights.pass_gradients()
+        raw = {
+            name: self._limit_gradient(name, moment) for name in weights.keep if weights.masters[name].grad is not None
+        }
+        weights.clip_gradients_(LARGEST_NORM)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = rate * schedule_of(state.step, len(self._windows.steps))
+            group["lr"] = rate * schedule_of(state.step, steps)
         self._adam.step()
-        moment = Moment(state.step, len(self._windows.steps), settings.mask_every)
+        weights.drop_gradients()
         for name, gradient in raw.items():
             self._move_mask(name, gradient, moment)
+        weights.show()
         state.step += 1
         return float(total)
 
     @torch.no_grad()
+    def _limit_gradient(self, name: str, moment: Moment) -> Tensor:
+        """Leave of a weight's gradient what the mask rule moves it by; gives the whole [out_features, in_features]."""
+        layer, master = self._weights.layers[name], self._weights.masters[name]
+        assert master.grad is not None
+        raw = as_matrix(layer, master.grad)
+        weight, keep = self._weights.matrix(name), self._weights.keep[name]
+        own = self._rule.gradient(weight, raw, keep, self._settings.mask_decay, moment)
+        master.grad = as_matrix(layer, own)
+        return raw
+
+    @torch.no_grad()
     def _move_mask(self, name: str, gradient: Tensor, moment: Moment) -> None:
-        layer, budget, before = self._layers[name], self._budgets[name], self._keep[name]
-        weight = self._matrix(name)
+        weights, budget, before = self._weights, self._budgets[name], self._weights.keep[name]
+        weight = weights.matrix(name)
         keep = self._rule.next_mask(weight, gradient, before, budget.pattern, budget.sparsity, moment)
-        if keep is not before:
-            self._keep[name] = keep
-            self._moved[name].copy_(as_matrix(layer, self._rule.kept(weight, before, keep)))
+        weights.keep[name] = keep
+        settings, size = self._settings, self._sizes[name]
+        pull = settings.mask_pull * settings.rate * schedule_of(moment.step, moment.steps) / size if size else 0.0
+        after = self._rule.after(weight, before, keep, pull, moment)
+        if after is not weight:
+            weights.masters[name].copy_(as_matrix(weights.layers[name], after))
 
     @torch.no_grad()
     def _look(self) -> None:
         """Measure the held-out windows, and keep the weights if they are the best."""
-        state, seen = self.progress, self._seen()
+        state, weights = self.progress, self._weights
         mine = self._windows.held_out[self._ranks.rank :: self._ranks.size]
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), device=weights.device)
+        if self._rule.relaxes:
+            weights.show(pruned=True)
         for index in mine:
-            total += self._losses.divergence(seen, index)
+            total += self._losses.divergence(index)
+        if self._rule.relaxes:
+            weights.show()
         self._ranks.sum_([total])
-        kept = sum(int(keep.sum()) for keep in self._first.values())
-        same = sum(int((keep & self._keep[name]).sum()) for name, keep in self._first.items())
         loss = sum(state.since) / len(state.since) if state.since else None
         tokens = state.step * self._settings.batch * self._settings.sequence_length
         held_out = float(total) / len(self._windows.held_out)
-        state.curve.append(Look(tokens, loss, held_out, 1 - same / max(1, kept)))
+        state.curve.append(Look(tokens, loss, held_out, self._moved()))
         state.since = []
         if len(state.curve) == 1 or held_out < state.curve[state.best].held_out:
             state.best = len(state.curve) - 1
-            self._best = {name: one.detach().clone() for name, one in self._moved.items()}
-            self._best_keep = dict(self._keep)
+            self._kept.save_best(state.best, weights.state())
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        """Put the best weights into the student; what is pruned is +0.0."""
-        moved = dict(self._best)
-        for name, layer in self._layers.items():
-            moved[name] = as_matrix(layer, positive_zeros(as_matrix(layer, moved[name]) * self._best_keep[name]))
-        self.grids = self._masters.write_(moved)
-        parameters = dict(self._student.named_parameters())
-        for name in self._others:
-            parameters[name].copy_(moved[name])
+    def _moved(self) -> float:
+        """The share of the first masks' survivors that are pruned now."""
+        keep, device = self._weights.keep, self._weights.device
+        first = self._ranks.total(sum(int(one.sum()) for one in self._first.values()), device)
+        same = self._ranks.total(sum(int((one & keep[name]).sum()) for name, one in self._first.items()), device)
+        return 1 - same / first if first else 0.0
 
-    def _state(self) -> dict[str, Tensor]:
-        """Everything that the next step reads."""
-        state: dict[str, Tensor] = {}
-        for name, one in self._moved.items():
-            state[f"weight {name}"], state[f"best {name}"] = one.detach(), self._best[name]
-            state |= {f"{part} {name}": self._adam.state[one][part] for part in self._adam.state.get(one, {})}
-        for name, keep in self._keep.items():
-            state |= {f"keep {name}": keep, f"best keep {name}": self._best_keep[name].clone()}  # may be one tensor
-        return state
+    def _moments(self) -> dict[str, Tensor]:
+        """What Adam knows of the masters of this process, {what it is and its name: tensor}."""
+        return {
+            f"{part} {key}": tensor
+            for key, master in self._weights.masters.items()
+            for part, tensor in self._adam.state.get(master, {}).items()
+        }
 
-    @torch.no_grad()
     def _restore(self, progress: Progressed, state: dict[str, Tensor]) -> None:
         self.progress = progress
-        for name, one in self._moved.items():
-            one.copy_(state[f"weight {name}"])
-            self._best[name] = state[f"best {name}"].to(one.device)
-            found = {part: state.get(f"{part} {name}") for part in ("step", "exp_avg", "exp_avg_sq")}
-            if found["step"] is not None:
-                # Adam counts its steps on the host.
-                self._adam.state[one] = {
-                    part: tensor if part == "step" else tensor.to(one.device)
-                    for part, tensor in found.items()
-                    if tensor is not None
+        self._weights.restore(state)
+        for key, master in self._weights.masters.items():
+            found = {
+                part: state[f"{part} {key}"] for part in ("step", "exp_avg", "exp_avg_sq") if f"{part} {key}" in state
+            }
+            if found:  # Adam counts its steps on the host
+                self._adam.state[master] = {
+                    part: tensor if part == "step" else tensor.to(master.device) for part, tensor in found.items()
                 }
-        for name in self._keep:
-            self._keep[name] = state[f"keep {name}"].to(self._device)
-            self._best_keep[name] = state[f"best keep {name}"].to(self._device)
 
 
 def _size(values: Tensor) -> float:

@@ -7,6 +7,7 @@ import torch
 
 from gblm_compress.methods.mask_rules import EXCHANGED, LAST_EXCHANGE, MASK_RULES, Moment
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.proximal import proximal
 
 ALWAYS = Moment(step=9, steps=100, every=10)
 
@@ -31,14 +32,14 @@ def test_the_network_sees_the_mask_and_its_gradient_passes_to_all(name) -> None:
 def test_a_fixed_mask_moves_survivors_alone() -> None:
     weight, gradient, keep = numbers()
     rule = MASK_RULES["fixed"]
-    assert torch.equal(rule.gradient(weight, gradient, keep, 0.5), torch.where(keep, gradient, 0.0))
+    assert torch.equal(rule.gradient(weight, gradient, keep, 0.5, ALWAYS), torch.where(keep, gradient, 0.0))
     assert rule.next_mask(weight, gradient, keep, Pattern("unstructured"), 0.5, ALWAYS) is keep
 
 
 def test_pruned_weights_decay_and_the_largest_are_the_mask() -> None:
     weight, gradient, keep = numbers()
     rule = MASK_RULES["sr-ste"]
-    moved = rule.gradient(weight, gradient, keep, 0.5)
+    moved = rule.gradient(weight, gradient, keep, 0.5, ALWAYS)
     for row in range(len(weight)):
         for column in range(weight.shape[1]):
             decay = 0 if keep[row, column] else 0.5 * weight[row, column]
@@ -47,7 +48,7 @@ def test_pruned_weights_decay_and_the_largest_are_the_mask() -> None:
     for group, kept in zip(weight.reshape(-1, 4).tolist(), mask.reshape(-1, 4).tolist(), strict=True):
         largest = sorted(range(4), key=lambda place: -abs(group[place]))[:2]
         assert [place for place in range(4) if kept[place]] == sorted(largest)
-    assert torch.equal(rule.kept(weight, keep, mask), weight)
+    assert rule.after(weight, keep, mask, 0.5, ALWAYS) is weight
 
 
 def test_the_smallest_survivors_make_room_for_the_largest_gradients() -> None:
@@ -66,10 +67,34 @@ def test_the_smallest_survivors_make_room_for_the_largest_gradients() -> None:
         moved += count
     assert moved > 0
     # What enters starts from zero, though Adam moved it on after it had left.
-    assert torch.equal(rule.kept(weight, keep, mask), torch.where(keep & mask, weight, 0.0))
+    assert torch.equal(rule.after(weight, keep, mask, 0.5, ALWAYS), torch.where(keep & mask, weight, 0.0))
+    assert rule.after(weight, keep, keep, 0.5, ALWAYS) is weight
+
+
+def test_groups_are_drawn_to_two_until_masks_settle() -> None:
+    weight, gradient, keep = numbers()
+    rule, settled = MASK_RULES["proximal"], Moment(step=80, steps=100, every=10)
+    assert rule.seen(weight, keep) is weight
+    assert torch.equal(rule.gradient(weight, gradient, keep, 0.5, ALWAYS), gradient)
+    drawn = rule.after(weight, keep, keep, 0.1, ALWAYS)
+    assert torch.equal(drawn.reshape(-1, 4), proximal(weight.reshape(-1, 4), 0.1))
+    mask = rule.next_mask(weight, gradient, keep, Pattern("2:4"), 0.5, Moment(step=3, steps=100, every=10))
+    assert torch.equal(mask, Pattern("2:4").mask(weight.abs(), weight, 0.5))
+    assert torch.equal(rule.gradient(weight, gradient, mask, 0.5, settled), torch.where(mask, gradient, 0.0))
+    assert torch.equal(rule.after(weight, mask, mask, 0.1, settled), torch.where(mask, weight, 0.0))
+    assert rule.next_mask(weight, gradient, mask, Pattern("2:4"), 0.5, settled) is mask
+
+
+def test_a_rule_says_which_patterns_it_takes() -> None:
+    patterns = ("unstructured", "unstructured-per-matrix", "2:4", "1:4")
+    taken = {name: [p for p in patterns if rule.takes(Pattern(p))] for name, rule in MASK_RULES.items()}
+    assert taken == {
+        "fixed": list(patterns), "sr-ste": list(patterns), "exchange": list(patterns[:2]), "proximal": ["2:4"]
+    }  # fmt: skip
 
 
 def test_masks_settle_before_the_end() -> None:
     changes = [step for step in range(100) if Moment(step, 100, 10).changes]
     assert changes == [9, 19, 29, 39, 49, 59, 69]
+    assert [step for step in range(100) if Moment(step, 100, 10).settled] == list(range(75, 100))
     assert Moment(74, 100, 10).share == pytest.approx(0, abs=1e-9)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
+from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
@@ -173,26 +174,32 @@ def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
-def test_two_processes_agree_with_one(pair, pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
-    run(source, teacher, tmp_path / "one", prose)
+@pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"mask": "exchange", "mask_every": 2})])
+def test_two_processes_agree_with_one(pair, pattern, options, pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned(pattern), tiny("llama")
+    result = run(source, teacher, tmp_path / "one", prose, **options)
     given = [
         "recover", str(source.folder), "--teacher", str(teacher.folder),
         "-o", str(tmp_path / "two"), "--data", str(prose), "--json",
-        *(part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))),
+        *(part for key, value in (SMALL | options).items() for part in (f"--{key.replace('_', '-')}", str(value))),
     ]  # fmt: skip
     done = pair(*given)
     assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == 640
+    other = json.loads(done.stdout)
+    assert other["tokens"] == result.tokens and other["trained"] == result.trained
+    assert [look["moved"] for look in other["curve"]] == pytest.approx([look.moved for look in result.curve], abs=1e-2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():
         assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=1e-3), name
 
 
-@pytest.mark.parametrize(("pattern", "mask"), [("2:4", "sr-ste"), ("unstructured", "exchange"), ("1:4", "sr-ste")])
+@pytest.mark.parametrize(
+    ("pattern", "mask"), [("2:4", "sr-ste"), ("unstructured", "exchange"), ("1:4", "sr-ste"), ("2:4", "proximal")]
+)
 def test_a_learned_mask_has_the_pattern_and_moves(pattern, mask, pruned, tiny, tmp_path, prose) -> None:
     source = pruned(pattern)
-    result = run(source, tiny("llama"), tmp_path / "out", prose, mask=mask, mask_every=1, tokens=1280, rate=0.01)
+    options = {"mask_every": 1} if "mask_every" in MASK_RULES[mask].reads else {"patience": 100}
+    result = run(source, tiny("llama"), tmp_path / "out", prose, mask=mask, tokens=1280, rate=0.01, **options)
     assert result.after < result.before and result.curve[result.best].moved > 0
     fixed = run(source, tiny("llama"), tmp_path / "fixed", prose)
     assert result.trained == fixed.trained  # what is zero in the output is not counted
@@ -269,6 +276,10 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
         run(source, tiny("mistral"), tmp_path / "out", prose)
     with pytest.raises(UsageError, match="exchange is for unstructured patterns, and layers are 2:4"):
         run(source, teacher, tmp_path / "out", prose, mask="exchange")
+    with pytest.raises(UsageError, match="proximal is for 2:4 patterns, and layers are unstructured"):
+        run(pruned("unstructured"), teacher, tmp_path / "out", prose, mask="proximal")
+    with pytest.raises(ValueError, match="mask_every would do nothing with mask proximal"):
+        RecoverSettings(mask="proximal", mask_every=3)
     with pytest.raises(ValueError, match="one step takes 64"):
         RecoverSettings(**SMALL | {"tokens": 63})
     with pytest.raises(ValueError, match="mask_decay would do nothing with mask fixed"):
