@@ -33,11 +33,11 @@ def faster_dtype(device: str, group: Ranks) -> str:
     else:
         machine = f"{cpu_name()}, torch {torch.__version__}"
         what = f"dtype of products on {torch.get_num_threads()} threads"
-        faster = remembered(machine, what, _measured, lambda dtype: dtype in ("bfloat16", "float32"))
+        faster = remembered(machine, what, measured_dtype, lambda dtype: dtype in ("bfloat16", "float32"))
     return "bfloat16" if group.every(faster == "bfloat16", where) else "float32"
 
 
-def _measured() -> str:
+def measured_dtype() -> str:
     """Whether a product of ordinary size is faster in bfloat16 or in float32 here; the better of some runs each."""
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):

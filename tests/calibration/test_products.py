@@ -14,14 +14,14 @@ def test_the_faster_dtype_is_that_of_the_faster_product(faster, monkeypatch) -> 
     seconds = {torch.bfloat16: 3.0, torch.float32: 3.0} | {getattr(torch, faster): 2.0}
     times = lambda product, number, repeat: [0.0] + [seconds[product().dtype]] * (repeat - 1)  # noqa: E731
     monkeypatch.setattr(products.timeit, "repeat", times)
-    assert products._measured() == faster
+    assert products.measured_dtype() == faster
 
 
 @pytest.mark.parametrize("faster", ["bfloat16", "float32"])
 @pytest.mark.parametrize("settings", [PruneSettings(), RecoverSettings()])
 def test_auto_becomes_the_faster_dtype_and_what_is_given_stays(settings, faster, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(products, "_measured", lambda: faster)
+    monkeypatch.setattr(products, "measured_dtype", lambda: faster)
     assert products.with_fit_dtype(settings, "cpu", Ranks()).fit_dtype == faster
     given = settings.model_copy(update={"fit_dtype": "float32"})
     assert products.with_fit_dtype(given, "cpu", Ranks()) is given

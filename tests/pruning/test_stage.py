@@ -464,7 +464,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     measured = []
-    monkeypatch.setattr(products, "_measured", lambda: measured.append(0) or faster)
+    monkeypatch.setattr(products, "measured_dtype", lambda: measured.append(0) or faster)
     folder = tmp_path / "model"
     tiny_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
     for path in tiny("llama").folder.glob("token*"):
@@ -483,7 +483,7 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
 def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
     """What does not hold on every rank is not done."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "_measured", lambda: "bfloat16")
+    monkeypatch.setattr(products, "measured_dtype", lambda: "bfloat16")
     monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
     settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
     size = placement.Size(tiny("llama"), "float32", settings, text)

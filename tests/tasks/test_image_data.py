@@ -192,15 +192,15 @@ def test_what_no_task_can_read_is_refused_in_words_for_all_of_them(tmp_path) -> 
     for path, message in (
         ("empty", "is a folder"),
         ("config.json", "is a file of another kind"),
-        ("x", "is not there"),
     ):
         with pytest.raises(DataError) as raised:
             tasks.data_files(str(tmp_path / path))
         said = str(raised.value)
         assert said.startswith(f"dataset {str(tmp_path / path)!r} {message}; for a causal language model give a .txt")
         assert all(task.help in said and task.reads in said for task in tasks.TASKS.values())
-    with pytest.raises(DataError, match=r"'gone.parquet': no such file$"):
-        tasks.data_files("gone.parquet")
+    for gone in ("gone.parquet", "./gone.txt", "./gone"):
+        with pytest.raises(DataError, match=rf"'{gone}': no such file$"):
+            tasks.data_files(gone)
 
 
 def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
