@@ -394,12 +394,19 @@ static int has_amx(void) {
 }
 #endif
 
+#if defined(__x86_64__)
+static int has_f16c(void) { /* not every compiler's __builtin_cpu_supports knows it */
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
+#endif
+
 static int paths_of(int type) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (gblm_x32(type) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        (type == F32 || __builtin_cpu_supports("f16c")))
+        (type == F32 || has_f16c()))
         paths |= 1 << AVX2_PATH;
     const int base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -23,7 +23,7 @@
 #define FEW_TOKENS 8 /* the most that the kernels for decoding take */
 
 enum { F32, F16, BF16, F16_X32 /* fp16 values, fp32 x and y */, TYPES };
-enum { PORTABLE_PATH, NEON_PATH, AVX2_PATH, AVX512_PATH, AMX_PATH, PATHS };
+enum { PORTABLE_PATH, NEON_PATH, AVX2_PATH, VNNI_PATH, AVX512_PATH, AMX_PATH, PATHS };
 
 typedef struct {
     const uint64_t *mask; /* NULL: a dense weight, rows × words·64 values, of type F32 or F16_X32; starts is NULL too */

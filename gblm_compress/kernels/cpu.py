@@ -1,7 +1,7 @@
 """The CPU kernels of the bitmask layout: the compiled library, its paths, and the threads it borrows.
 
 The library is plain C, built with the package; where no compiler was at hand it is missing, and `available()` says so.
-`GBLM_COMPRESS_KERNEL` forces a path (portable, neon, avx2, avx512, amx).
+`GBLM_COMPRESS_KERNEL` forces a path (portable, neon, avx2, vnni, avx512, amx).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels.masks import WORD
 
-PATHS = ("portable", "neon", "avx2", "avx512", "amx")
+PATHS = ("portable", "neon", "avx2", "vnni", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -123,7 +123,7 @@ static inline int level_at(const Quantised *job, const uint8_t *values, const in
     return job->levels ? levels[values[at / 2] >> (at % 2 * 4) & 15] : (int8_t)values[at];
 }
 /* Bytes that so many weights of a word take. */
-static inline int bytes_of(const Quantised *job, int count) { return job->levels ? (count + 1) / 2 : count; }
+static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count + 1) / 2 : count; }
 
 static void portable_rows(const Quantised *job, int64_t begin, int64_t end) {
     const int64_t span = job->group ? job->group : 64;
@@ -141,7 +141,7 @@ static void portable_rows(const Quantised *job, int64_t begin, int64_t end) {
                 const float weight = scale * (float)level_at(job, v, levels, at);
                 for (int64_t t = 0; t < job->tokens; t++) sums[t] += (double)weight * x[t * job->words * 64 + b];
             }
-            v += bytes_of(job, __builtin_popcountll(all));
+            v += bytes_in(__builtin_popcountll(all), kind_of(job));
         }
         for (int64_t t = 0; t < job->tokens; t++) put(job, t, r, (float)(sums[t] * job->x_scales[t]));
     }
@@ -162,14 +162,16 @@ static void portable_restore(const Quantised *job, int64_t begin, int64_t end, v
                     weight = scale_at(job, r, job->group ? (64 * w + b) / job->group : 0) * (float)level_at(job, v, levels, at++);
                 put(&to, r - begin, 64 * w + b, weight);
             }
-            v += bytes_of(job, __builtin_popcountll(bits));
+            v += bytes_in(__builtin_popcountll(bits), kind_of(job));
         }
     }
 }
 
-#if defined(__x86_64__) || defined(__aarch64__)
+#define INLINE static inline __attribute__((always_inline))
 
-/* ---- AVX2 and NEON: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
+/* ---- NEON: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
+
+#if defined(__aarch64__)
 
 static uint8_t shuffles[256][8]; /* where byte i is taken from; 128 where there is none */
 
@@ -177,9 +179,6 @@ __attribute__((constructor)) static void fill_shuffles(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int lane = 0, next = 0; lane < 8; lane++) shuffles[mask][lane] = mask >> lane & 1 ? (uint8_t)next++ : 128;
 }
-#endif
-
-#if defined(__aarch64__)
 
 /* The levels of 64 places. */
 static inline void neon_look_up(const uint8_t *places, int8x16_t table, int8_t *levels) {
@@ -220,7 +219,7 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
                         neon_look_up(places, table, word);
                         v = word;
                     }
-                    places += bytes_of(job, __builtin_popcountll(bits));
+                    places += bytes_in(__builtin_popcountll(bits), kind_of(job));
                 }
                 const int16x8_t weights =
                     kind == DENSE ? vmovl_s8(vld1_s8((v += 8) - 8)) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255);
@@ -246,25 +245,67 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
 
 ROUNDED_TYPES(avx2, AVX2)
 
-/* The levels of 64 places. */
-AVX2 static inline void avx2_look_up(const uint8_t *places, __m256i table, int8_t *levels) {
-    const __m256i packed = _mm256_loadu_si256((const __m256i *)places), low = _mm256_set1_epi8(15);
-    const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low)),
-                  odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low));
-    const __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
-    _mm256_storeu_si256((__m256i *)levels, _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256((__m256i *)(levels + 32), _mm256_permute2x128_si256(first, second, 0x31));
+/* AVX2, and AVX-512 without VBMI2, spread bytes by a shuffle within each sixteen columns, which are one lane. A bit's place
+ * is the number of the lane's bits below it; where 4 bits are stored and a lane begins in the middle of a byte, one more.
+ * [which of a word's lanes but the first do so]: what turns a count of the bits up to each one into places. */
+static int8_t to_places[8][64] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_to_places(void) {
+    for (int odd = 0; odd < 8; odd++)
+        for (int c = 0; c < 64; c++) to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
 }
 
-/* 16 weights in 16 bits, and v moved past them. */
-AVX2 static inline __m256i avx2_sixteen(const int8_t **v, unsigned bits) {
-    const __m128i first = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                           _mm_loadl_epi64((const __m128i *)shuffles[bits & 255]));
-    *v += __builtin_popcount(bits & 255);
-    const __m128i second = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)*v),
-                                            _mm_loadl_epi64((const __m128i *)shuffles[bits >> 8]));
-    *v += __builtin_popcount(bits >> 8);
-    return _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
+/* Where the lanes of a word begin: weights behind the first. */
+typedef struct {
+    int64_t second, third, fourth;
+} Lanes;
+
+INLINE Lanes lanes_of(uint64_t bits) {
+    return (Lanes){__builtin_popcountll(bits & 0xffff), __builtin_popcountll((uint32_t)bits), __builtin_popcountll(bits << 16)};
+}
+INLINE const int8_t *places_of(Lanes lanes) {
+    return to_places[(lanes.second & 1) | (lanes.third & 1) << 1 | (lanes.fourth & 1) << 2];
+}
+
+/* The levels of 32 columns; the lanes begin with weights `first` and `second` of v. */
+AVX2 INLINE __m256i avx2_half(uint32_t bits, const uint8_t *v, int64_t first, int64_t second, const int8_t *to_places,
+                              __m256i table, const int kind) {
+    const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303),
+                  bit = _mm256_set1_epi64x((long long)0x8040201008040201),
+                  to_second = _mm256_setr_epi32(-1, -1, 0x07070707, 0x07070707, -1, -1, 0x07070707, 0x07070707);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), bytes), bit), bit);
+    __m256i counts = set; /* negative */
+    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 8));
+    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 16));
+    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 32));
+    counts = _mm256_add_epi8(counts, _mm256_shuffle_epi8(counts, to_second));
+    const __m256i places = _mm256_sub_epi8(
+        kind == LEVELS ? _mm256_set1_epi8(-1) : _mm256_load_si256((const __m256i *)to_places), counts);
+    const int shift = kind == PLACES;
+    const __m256i lanes = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(v + (first >> shift)))),
+        _mm_loadu_si128((const __m128i *)(v + (second >> shift))), 1);
+    if (kind == LEVELS) return _mm256_and_si256(set, _mm256_shuffle_epi8(lanes, places));
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i pairs = _mm256_shuffle_epi8(lanes, _mm256_and_si256(_mm256_srli_epi16(places, 1), low));
+    const __m256i halves = _mm256_blendv_epi8(pairs, _mm256_srli_epi16(pairs, 4), _mm256_slli_epi16(places, 7));
+    return _mm256_and_si256(set, _mm256_shuffle_epi8(table, _mm256_and_si256(halves, low)));
+}
+
+/* The levels of a word's 64 columns, and v moved past them. */
+AVX2 INLINE void avx2_word(uint64_t bits, const uint8_t **v, __m256i table, const int kind, __m256i levels[2]) {
+    const uint8_t *from = *v;
+    _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
+    if (kind == DENSE) {
+        for (int half = 0; half < 2; half++) levels[half] = _mm256_loadu_si256((const __m256i *)(from + 32 * half));
+        *v += 64;
+        return;
+    }
+    const Lanes at = lanes_of(bits);
+    const int8_t *to = places_of(at);
+    levels[0] = avx2_half((uint32_t)bits, from, 0, at.second, to, table, kind);
+    levels[1] = avx2_half((uint32_t)(bits >> 32), from, at.third, at.fourth, to + 32, table, kind);
+    *v += bytes_in(__builtin_popcountll(bits), kind);
 }
 
 AVX2 static inline float avx2_sum(__m256 sums) {
@@ -273,80 +314,155 @@ AVX2 static inline float avx2_sum(__m256 sums) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
-AVX2 static void avx2_rows(const Quantised *job, int64_t begin, int64_t end) {
-    const int64_t columns = job->words * 64, span = job->group ? job->group : PERIOD;
+AVX2 INLINE float avx2_scale(const Quantised *job, int64_t row, int64_t group) {
+    return group < job->groups ? _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(job->scales[row * job->groups + group]))) : 0;
+}
+
+/* A row of up to `tokens` tokens, which is 1, 2, 4 or 8; only those that there are get written. */
+AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const int tokens) {
+    const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
+    const uint8_t *v = job->values + row_start(job, r);
+    const int16_t *x = job->x;
+    __m256i table = _mm256_setzero_si256(), products[FEW_TOKENS];
+    __m256 sums[FEW_TOKENS];
+    if (kind == PLACES)
+        table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
+    for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
+    for (int64_t w = 0, left = span, group = 0; w < job->words; w++) {
+        __m256i levels[2];
+        avx2_word(kind == DENSE ? 0 : row_bits(job, r, w), &v, table, kind, levels);
+        _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++, x += 32) {
+            const __m256i first = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels[half])),
+                          second = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels[half], 1));
+            _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
+                const __m256i *from = (const __m256i *)(x + t * stride);
+                products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(first, _mm256_loadu_si256(from)));
+                products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(second, _mm256_loadu_si256(from + 1)));
+            }
+            if (--left && (half == 0 || w + 1 < job->words)) continue;
+            const __m256 scale = _mm256_set1_ps(job->group ? avx2_scale(job, r, group) : 1.0f);
+            _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
+                sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
+                products[t] = _mm256_setzero_si256();
+            }
+            group++, left = span;
+        }
+    }
+    const float scale = job->group ? 1.0f : avx2_scale(job, r, 0);
+    for (int t = 0; t < tokens && t < job->tokens; t++) put(job, t, r, avx2_sum(sums[t]) * scale * job->x_scales[t]);
+}
+
+#define AVX2_TOKENS(KIND, TOKENS)                                                                    \
+    AVX2 static void avx2_##KIND##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {      \
+        for (int64_t r = begin; r < end; r++) avx2_row(job, r, KIND, TOKENS);                        \
+    }
+#define AVX2_KIND(KIND) AVX2_TOKENS(KIND, 1) AVX2_TOKENS(KIND, 2) AVX2_TOKENS(KIND, 4) AVX2_TOKENS(KIND, 8)
+AVX2_KIND(LEVELS) AVX2_KIND(PLACES) AVX2_KIND(DENSE)
+
+#define AVX2_BY_TOKENS(KIND) {avx2_##KIND##_1, avx2_##KIND##_2, avx2_##KIND##_4, avx2_##KIND##_8}
+static const Rows avx2[KINDS][4] = {AVX2_BY_TOKENS(LEVELS), AVX2_BY_TOKENS(PLACES), AVX2_BY_TOKENS(DENSE)};
+
+/* The place of so many tokens in a table by 1, 2, 4 and 8. */
+static int by_tokens(int64_t tokens) { return tokens <= 2 ? (int)tokens - 1 : tokens <= 4 ? 2 : 3; }
+
+static void avx2_any(const Quantised *job, int64_t begin, int64_t end) {
+    avx2[kind_of(job)][by_tokens(job->tokens)](job, begin, end);
+}
+
+/* The first `count` of 8 weights to where `type` has them. */
+AVX2 INLINE void avx2_put(__m256 weights, void *to, int64_t at, int64_t count, int type) {
+    uint16_t halves[8];
+    float whole[8];
+    if (type == F32) {
+        if (count >= 8) _mm256_storeu_ps((float *)to + at, weights);
+        else _mm256_storeu_ps(whole, weights), memcpy((float *)to + at, whole, (size_t)count * 4);
+        return;
+    }
+    __m128i half = _mm256_cvtps_ph(weights, _MM_FROUND_TO_NEAREST_INT);
+    if (type == BF16) {
+        const __m256i bits = _mm256_castps_si256(weights), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i upper =
+            _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+        half = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    }
+    if (count >= 8) _mm_storeu_si128((__m128i *)((uint16_t *)to + at), half);
+    else _mm_storeu_si128((__m128i *)halves, half), memcpy((uint16_t *)to + at, halves, (size_t)count * 2);
+}
+
+AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, void *dense) {
     const int kind = kind_of(job);
     for (int64_t r = begin; r < end; r++) {
-        const int8_t *v = (const int8_t *)job->values + row_start(job, r);
-        const uint8_t *places = (const uint8_t *)v;
-        int8_t word[72] = {0}; /* levels of the present word; 8 bytes are read at a time */
+        const uint8_t *v = job->values + row_start(job, r);
         __m256i table = _mm256_setzero_si256();
         if (kind == PLACES)
             table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
-        __m256 sums[FEW_TOKENS];
-        for (int64_t t = 0; t < job->tokens; t++) sums[t] = _mm256_setzero_ps();
-        uint64_t bits = 0;
-        for (int64_t first = 0; first < columns; first += span) {
-            __m256i products[FEW_TOKENS];
-            for (int64_t t = 0; t < job->tokens; t++) products[t] = _mm256_setzero_si256();
-            for (int64_t c = first; c < first + span && c < columns; c += 16) {
-                if (c % 64 == 0) {
-                    bits = row_bits(job, r, c / 64);
-                    _mm_prefetch((const char *)places + 1024, _MM_HINT_T0);
-                    if (kind == PLACES) {
-                        avx2_look_up(places, table, word);
-                        v = word;
-                    }
-                    places += bytes_of(job, __builtin_popcountll(bits));
-                }
-                __m256i weights;
-                if (kind == DENSE) weights = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)((v += 16) - 16)));
-                else weights = avx2_sixteen(&v, (unsigned)(bits >> c % 64) & 0xffff);
-                for (int64_t t = 0; t < job->tokens; t++) {
-                    const int16_t *x = (const int16_t *)job->x + t * columns + c;
-                    products[t] = _mm256_add_epi32(
-                        products[t], _mm256_madd_epi16(weights, _mm256_loadu_si256((const __m256i *)x)));
-                }
+        for (int64_t w = 0; w < job->words; w++) {
+            int8_t levels[64] __attribute__((aligned(32)));
+            avx2_word(row_bits(job, r, w), &v, table, kind, (__m256i *)levels);
+            for (int part = 0; part < 64 && 64 * w + part < job->columns; part += 8) {
+                const int64_t column = 64 * w + part;
+                const __m256 scale = _mm256_set1_ps(avx2_scale(job, r, job->group ? column / job->group : 0));
+                const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(levels + part)));
+                avx2_put(_mm256_mul_ps(_mm256_cvtepi32_ps(level), scale), dense, (r - begin) * job->columns + column,
+                         job->columns - column, job->type);
             }
-            const __m256 scale = _mm256_set1_ps(job->group ? scale_at(job, r, first / span) : 1.0f);
-            for (int64_t t = 0; t < job->tokens; t++)
-                sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
         }
-        const float scale = job->group ? 1.0f : scale_at(job, r, 0);
-        for (int64_t t = 0; t < job->tokens; t++) put(job, t, r, avx2_sum(sums[t]) * scale * job->x_scales[t]);
     }
 }
 
-/* ---- AVX-512 with VBMI2 and VNNI ---- */
+/* ---- AVX-512 with VNNI: bytes are spread by VBMI2 or, without it, by a shuffle ---- */
 
-#define VNNI \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,fma,f16c,popcnt,bmi,bmi2")))
-#define INLINE static inline __attribute__((always_inline))
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,popcnt,bmi,bmi2")))
 #define STREAMS 4
 
 ROUNDED_TYPES(avx512, VNNI)
 
-VNNI INLINE uint64_t vnni_bits(const Quantised *job, int64_t row, int64_t w) {
-    if (job->patterns) return with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
-    return row_bits(job, row, w);
+/* The mask of the words from `block` up to `last` of a row: where it lies, or what its patterns are written as to `whole`. */
+VNNI INLINE const uint64_t *vnni_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
+    if (!job->patterns) return job->mask + row * job->words + block;
+    for (int64_t w = block; w < last; w++)
+        whole[w - block] = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
+    return whole;
+}
+
+/* The levels of a word without VBMI2, as avx2_half. Bits are counted within eights by a product, which is +1 each. */
+VNNI INLINE __m512i shuffled(uint64_t bits, const uint8_t *v, __m512i table, const int kind) {
+    const Lanes at = lanes_of(bits);
+    const __m512i ones = _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(1)),
+                  eights = _mm512_mullo_epi64(ones, _mm512_set1_epi64(0x0101010101010101)),
+                  to_second = _mm512_set4_epi32(0x07070707, 0x07070707, -1, -1);
+    const __m512i counts = _mm512_add_epi8(eights, _mm512_shuffle_epi8(eights, to_second));
+    const __m512i places = _mm512_add_epi8(counts, kind == LEVELS ? _mm512_set1_epi8(-1) : _mm512_load_si512(places_of(at)));
+    const int shift = kind == PLACES;
+    __m512i lanes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)v));
+    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.second >> shift))), 1);
+    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.third >> shift))), 2);
+    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.fourth >> shift))), 3);
+    if (kind == LEVELS) return _mm512_maskz_shuffle_epi8(bits, lanes, places);
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i pairs = _mm512_shuffle_epi8(lanes, _mm512_and_si512(_mm512_srli_epi16(places, 1), low));
+    const __m512i halves = _mm512_mask_mov_epi8(pairs, _mm512_test_epi8_mask(places, _mm512_set1_epi8(1)),
+                                                _mm512_srli_epi16(pairs, 4));
+    return _mm512_maskz_shuffle_epi8(bits, table, _mm512_and_si512(halves, low));
 }
 
 /* The levels of a word's 64 columns, and v moved past them. */
-VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind) {
+VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind, const int vbmi2) {
     __m512i packed;
-    _mm_prefetch((const char *)*v + (kind == DENSE ? 2048 : 1024), _MM_HINT_T0);
+    const uint8_t *from = *v;
+    _mm_prefetch((const char *)from + (kind == DENSE ? 2048 : 1024), _MM_HINT_T0);
     if (kind == DENSE) return _mm512_loadu_si512((*v += 64) - 64);
-    if (kind == LEVELS) {
-        packed = _mm512_loadu_si512(*v);
-        *v += __builtin_popcountll(bits);
-    } else {
-        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)*v));
+    *v += bytes_in(__builtin_popcountll(bits), kind);
+    if (!vbmi2) return shuffled(bits, from, table, kind);
+    if (kind == LEVELS) packed = _mm512_loadu_si512(from);
+    else {
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
         packed = _mm512_shuffle_epi8(
             table, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15)));
-        *v += (__builtin_popcountll(bits) + 1) / 2;
     }
-    __asm__("" : "+v"(packed)); /* a load of its own: see expand_ps in bitmask.h */
-    return _mm512_maskz_expand_epi8(bits, packed);
+    __m512i word; /* as assembly, so that one function serves both; a load of its own: see expand_ps in bitmask.h */
+    __asm__("vpexpandb %1, %0 %{%2%}%{z%}" : "=v"(word) : "v"(packed), "Yk"((__mmask64)bits));
+    return word;
 }
 
 /* Sums of four vectors. */
@@ -361,13 +477,15 @@ VNNI INLINE __m128 four_sums(const __m512 a[4]) {
 
 /* Rows first + i·apart, i below `streams`: read side by side, as in bitmask.c. `tokens` is 1, 2, 4 or 8; only those that there
  * are get written. */
-VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, const int kind, const int group,
-                           const int tokens, const int streams) {
+VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, const int vbmi2, const int kind,
+                           const int group, const int tokens, const int streams) {
     enum { MOST = STREAMS > FEW_TOKENS ? STREAMS : FEW_TOKENS };
     const int64_t stride = job->words * 128;
     const uint8_t *v[STREAMS], *x = job->x;
     __m512i table[STREAMS], high[MOST], low[MOST];
     __m512 sums[MOST];
+    uint64_t whole[STREAMS][BLOCK];
+    const uint64_t *mask[STREAMS];
     float scales[STREAMS][2 * BLOCK] __attribute__((aligned(64)));
     for (int i = 0; i < streams; i++) {
         v[i] = job->values + row_start(job, first + i * apart);
@@ -382,6 +500,8 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     }
     for (int64_t block = 0; block < job->words; block += BLOCK) {
         const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
+        for (int i = 0; kind != DENSE && i < streams; i++)
+            mask[i] = vnni_mask(job, first + i * apart, block, last, whole[i]);
         for (int i = 0; group && i < streams; i++)
             for (int64_t part = 0; part < 64 * BLOCK / group; part += 16) {
                 const int64_t at = 64 * block / group + part, left = job->groups - at;
@@ -389,10 +509,9 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
                 const uint16_t *from = job->scales + (first + i * apart) * job->groups + at;
                 _mm512_store_ps(scales[i] + part, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from)));
             }
-        for (int64_t w = block; w < last; w++, x += 128)
+        for (int64_t in_block = 0; in_block < last - block; in_block++, x += 128)
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {
-                const __m512i levels = word_of(vnni_bits(job, first + i * apart, w), v + i, table[i], kind);
-                const int64_t in_block = w - block;
+                const __m512i levels = word_of(kind == DENSE ? 0 : mask[i][in_block], v + i, table[i], kind, vbmi2);
                 __m512 scale = _mm512_setzero_ps();
                 if (group == 32)
                     scale = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[i][2 * in_block]), 0xff00,
@@ -430,30 +549,34 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     }
 }
 
-#define VNNI_TOKENS(KIND, GROUP, TOKENS)                                                                      \
-    VNNI static void vnni_##KIND##_##GROUP##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {     \
-        const int streams = TOKENS == 1 ? STREAMS : 1;                                                        \
-        const int64_t apart = (end - begin) / streams;                                                        \
-        for (int64_t r = begin; r < begin + apart; r++) vnni_rows(job, r, apart, KIND, GROUP, TOKENS, streams); \
-        for (int64_t r = begin + streams * apart; r < end; r++) vnni_rows(job, r, 0, KIND, GROUP, TOKENS, 1); \
+#define VNNI_TOKENS(VBMI2, KIND, GROUP, TOKENS)                                                                           \
+    VNNI static void vnni_##VBMI2##_##KIND##_##GROUP##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {       \
+        const int streams = TOKENS == 1 ? STREAMS : 1;                                                                    \
+        const int64_t apart = (end - begin) / streams;                                                                    \
+        for (int64_t r = begin; r < begin + apart; r++) vnni_rows(job, r, apart, VBMI2, KIND, GROUP, TOKENS, streams);    \
+        for (int64_t r = begin + streams * apart; r < end; r++) vnni_rows(job, r, 0, VBMI2, KIND, GROUP, TOKENS, 1);      \
     }
-#define VNNI_GROUP(KIND, GROUP) \
-    VNNI_TOKENS(KIND, GROUP, 1) VNNI_TOKENS(KIND, GROUP, 2) VNNI_TOKENS(KIND, GROUP, 4) VNNI_TOKENS(KIND, GROUP, 8)
-#define VNNI_KIND(KIND) VNNI_GROUP(KIND, 0) VNNI_GROUP(KIND, 32) VNNI_GROUP(KIND, 64) VNNI_GROUP(KIND, 128)
-VNNI_KIND(LEVELS) VNNI_KIND(PLACES) VNNI_KIND(DENSE)
+#define VNNI_GROUP(VBMI2, KIND, GROUP)                                    \
+    VNNI_TOKENS(VBMI2, KIND, GROUP, 1) VNNI_TOKENS(VBMI2, KIND, GROUP, 2) \
+    VNNI_TOKENS(VBMI2, KIND, GROUP, 4) VNNI_TOKENS(VBMI2, KIND, GROUP, 8)
+#define VNNI_KIND(VBMI2, KIND)                                  \
+    VNNI_GROUP(VBMI2, KIND, 0) VNNI_GROUP(VBMI2, KIND, 32)      \
+    VNNI_GROUP(VBMI2, KIND, 64) VNNI_GROUP(VBMI2, KIND, 128)
+VNNI_KIND(0, LEVELS) VNNI_KIND(0, PLACES) VNNI_KIND(0, DENSE) VNNI_KIND(1, LEVELS) VNNI_KIND(1, PLACES)
 
-#define BY_TOKENS(KIND, GROUP) \
-    {vnni_##KIND##_##GROUP##_1, vnni_##KIND##_##GROUP##_2, vnni_##KIND##_##GROUP##_4, vnni_##KIND##_##GROUP##_8}
-#define BY_GROUP(KIND) {BY_TOKENS(KIND, 0), BY_TOKENS(KIND, 32), BY_TOKENS(KIND, 64), BY_TOKENS(KIND, 128)}
-static const Rows vnni[KINDS][4][4] = {BY_GROUP(LEVELS), BY_GROUP(PLACES), BY_GROUP(DENSE)};
+#define BY_TOKENS(V, KIND, GROUP) \
+    {vnni_##V##_##KIND##_##GROUP##_1, vnni_##V##_##KIND##_##GROUP##_2, vnni_##V##_##KIND##_##GROUP##_4, vnni_##V##_##KIND##_##GROUP##_8}
+#define BY_GROUP(V, KIND) {BY_TOKENS(V, KIND, 0), BY_TOKENS(V, KIND, 32), BY_TOKENS(V, KIND, 64), BY_TOKENS(V, KIND, 128)}
+static const Rows vnni[2][KINDS][4][4] = {{BY_GROUP(0, LEVELS), BY_GROUP(0, PLACES), BY_GROUP(0, DENSE)},
+                                          {BY_GROUP(1, LEVELS), BY_GROUP(1, PLACES), BY_GROUP(0, DENSE)}};
 
 static void vnni_any(const Quantised *job, int64_t begin, int64_t end) {
-    const int group = job->group ? job->group / 32 : 0, tokens = (int)job->tokens;
-    vnni[kind_of(job)][group > 2 ? 3 : group][tokens <= 2 ? tokens - 1 : tokens <= 4 ? 2 : 3](job, begin, end);
+    const int group = job->group ? job->group / 32 : 0;
+    vnni[job->path == AVX512_PATH][kind_of(job)][group > 2 ? 3 : group][by_tokens(job->tokens)](job, begin, end);
 }
 
-VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, void *dense) {
-    const int kind = kind_of(job);
+VNNI INLINE void restore_rows(const Quantised *job, int64_t begin, int64_t end, void *dense, const int kind,
+                              const int vbmi2) {
     for (int64_t r = begin; r < end; r++) {
         const uint8_t *v = job->values + row_start(job, r);
         __m512i table = _mm512_setzero_si512();
@@ -462,10 +585,7 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
         for (int64_t w = 0; w < job->words; w++) {
             const uint64_t bits = row_bits(job, r, w);
             int8_t levels[64] __attribute__((aligned(64)));
-            const __m512i word = kind == DENSE    ? word_of(bits, &v, table, DENSE)
-                                 : kind == PLACES ? word_of(bits, &v, table, PLACES)
-                                                  : word_of(bits, &v, table, LEVELS);
-            _mm512_store_si512(levels, word);
+            _mm512_store_si512(levels, word_of(bits, &v, table, kind, vbmi2));
             for (int part = 0; part < 64 && 64 * w + part < job->columns; part += 16) {
                 const int64_t column = 64 * w + part, left = job->columns - column;
                 const __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
@@ -490,6 +610,15 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
         }
     }
 }
+
+VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, void *dense) {
+    const int kind = kind_of(job), vbmi2 = job->path == AVX512_PATH;
+    if (kind == DENSE) restore_rows(job, begin, end, dense, DENSE, 0);
+    else if (kind == PLACES && vbmi2) restore_rows(job, begin, end, dense, PLACES, 1);
+    else if (kind == PLACES) restore_rows(job, begin, end, dense, PLACES, 0);
+    else if (vbmi2) restore_rows(job, begin, end, dense, LEVELS, 1);
+    else restore_rows(job, begin, end, dense, LEVELS, 0);
+}
 #endif
 
 /* ---- choice of path, and work shared by threads ---- */
@@ -501,11 +630,10 @@ int gblm_quantised_paths(void) {
     paths |= 1 << NEON_PATH;
 #elif defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        paths |= 1 << AVX2_PATH;
+    paths |= gblm_paths(F16_X32) & 1 << AVX2_PATH;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
-        paths |= 1 << AVX512_PATH;
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+        paths |= 1 << VNNI_PATH | (__builtin_cpu_supports("avx512vbmi2") ? 1 << AVX512_PATH : 0);
 #endif
     return paths;
 }
@@ -513,8 +641,8 @@ int gblm_quantised_paths(void) {
 static Rounding rounding_of(int path, int type) {
     static const Rounding portable[] = {portable_f32, portable_f16, portable_bf16};
 #if defined(__x86_64__)
-    static const Rounding avx2[] = {avx2_f32, avx2_f16, avx2_bf16}, avx512[] = {avx512_f32, avx512_f16, avx512_bf16};
-    if (path != PORTABLE_PATH) return (path == AVX512_PATH ? avx512 : avx2)[type];
+    static const Rounding narrow[] = {avx2_f32, avx2_f16, avx2_bf16}, wide[] = {avx512_f32, avx512_f16, avx512_bf16};
+    if (path != PORTABLE_PATH) return (path >= VNNI_PATH ? wide : narrow)[type];
 #endif
     (void)path;
     return portable[type];
@@ -540,12 +668,12 @@ static void round_part(void *argument, int index) {
     gblm_share(job->tokens, work->parts, index, &begin, &end);
     for (int64_t t = begin; t < end; t++)
         work->x_scales[t] =
-            round(work->inputs + t * from, job->columns, job->words, job->path == AVX512_PATH, (char *)job->x + t * to);
+            round(work->inputs + t * from, job->columns, job->words, job->path >= VNNI_PATH, (char *)job->x + t * to);
 }
 
 static Rows rows_of(int path) {
 #if defined(__x86_64__)
-    if (path != PORTABLE_PATH) return path == AVX512_PATH ? vnni_any : avx2_rows;
+    if (path != PORTABLE_PATH) return path >= VNNI_PATH ? vnni_any : avx2_any;
 #elif defined(__aarch64__)
     if (path == NEON_PATH) return neon_rows;
 #endif
@@ -579,8 +707,12 @@ static void restore_part(void *argument, int index) {
     gblm_share(job->rows, work->parts, index, &begin, &end);
     char *dense = work->dense + begin * job->columns * (job->type == F32 ? 4 : 2);
 #if defined(__x86_64__)
-    if (job->path == AVX512_PATH) {
+    if (job->path >= VNNI_PATH) {
         vnni_restore(job, work->first + begin, work->first + end, dense);
+        return;
+    }
+    if (job->path == AVX2_PATH) {
+        avx2_restore(job, work->first + begin, work->first + end, dense);
         return;
     }
 #endif

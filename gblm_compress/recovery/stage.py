@@ -253,10 +253,11 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in content["layers"].values())
     survivors = sum(layer["nonzeros"] for layer in content["layers"].values())
     processes = ranks.processes_here()
-    each = bytes_a_weight(settings, survivors / weights, processes)
+    here = loading.choose_device(device)
+    each = bytes_a_weight(with_fit_dtype(settings, here, Ranks()), survivors / weights, processes)
     needed = processes * (each * weights + teacher.bytes_on_disk)
     free = psutil.virtual_memory().available
-    if loading.choose_device(device) == "cpu" and needed > free:
+    if here == "cpu" and needed > free:
         raise UsageError(
             f"training {weights:,} weights takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
             f"free: models of up to about {free / processes / (each + 4) / 1e9:.2f} billion weights fit; prune "
