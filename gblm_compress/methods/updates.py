@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 COLUMNS = 128
 """Columns between two propagations of the accumulated error to the rest of the matrix."""
 
+OPEN_SHARE = 0.9
+"""Rows that are done are put aside where no more than that share of them is not: a copy costs as much as a few sums."""
+
 SWEEPS = 4
 """How often coordinate descent on a grid goes through all columns."""
 
@@ -128,7 +131,7 @@ def least_squares(
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
     (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
-    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
+    preconditioner D, from the masked weights on; a row is done, and soon takes no more time, when its residual r has fallen to `tolerance` of what it
     was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
 
     Args:
@@ -141,26 +144,36 @@ def least_squares(
     hessian = damped(statistics.moments(), damping)
     inverse_diagonal = hessian.diagonal().reciprocal()
     mask = keep.to(weight.dtype)
-    solution = weight * mask
-    residual = (weight - solution) @ hessian * mask
+    solution = torch.empty_like(weight)
+    rows = torch.arange(len(weight), device=weight.device)  # those that `current` and what follows hold
+    current = weight * mask
+    residual = ((weight - current) @ hessian).mul_(mask)
     direction = residual * inverse_diagonal
     product = (residual * direction).sum(1)
     goal = tolerance**2 * product
     for _ in range(max_iterations):
         active = product > goal
-        if not active.any():
+        count = int(active.sum())
+        if not count:
             break
-        image = direction @ hessian * mask
+        if count <= OPEN_SHARE * len(rows):
+            solution[rows] = current
+            rows, mask, current, residual, direction, product, goal = (
+                tensor[active] for tensor in (rows, mask, current, residual, direction, product, goal)
+            )
+            active = product > goal
+        image = (direction @ hessian).mul_(mask)
         curvature = (direction * image).sum(1)
         # A row that is done stands still; without the guard its 0/0 would be NaN.
         length = torch.where(active, product / curvature.clamp_min(torch.finfo(weight.dtype).tiny), 0.0).unsqueeze(1)
-        solution += length * direction
-        residual -= length * image
+        current.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
         preconditioned = residual * inverse_diagonal
         new_product = (residual * preconditioned).sum(1)
         ratio = new_product / product.clamp_min(torch.finfo(weight.dtype).tiny)
-        direction = preconditioned + ratio.unsqueeze(1) * direction
+        direction.mul_(ratio.unsqueeze(1)).add_(preconditioned)
         product = new_product
+    solution[rows] = current
     return solution
 
 
