@@ -33,6 +33,19 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return result
 
 
+def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖: how far a layer's output is from the dense layer's, as a share of it; 0 where that is zero.
+
+    Args:
+        weight: W [out_features, in_features].
+        pruned: Ŵ, the same shape.
+        gram: H = XᵀX [in_features, in_features].
+    """
+    change = weight - pruned
+    lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (change, weight))
+    return float((lost / whole).sqrt()) if whole > 0 else 0.0
+
+
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3).
 

@@ -131,8 +131,9 @@ def least_squares(
 
     Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
     (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
-    preconditioner D, from the masked weights on; a row is done, and soon takes no more time, when its residual r has fallen to `tolerance` of what it
-    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike.
+    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
+    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike. Rows that are done are soon left
+    out of the products.
 
     Args:
         damping: λ in shares of the mean of H's diagonal.

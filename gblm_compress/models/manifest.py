@@ -42,6 +42,7 @@ class _Layer(BaseModel):
     nonzeros: _Count
     transposed: bool
     by_magnitude: bool = False
+    output_error: Annotated[float, Field(ge=0)] | None = None
 
 
 class _LeftDense(BaseModel):
@@ -104,7 +105,8 @@ def write(
     """Write the manifest and the model card of a pruned folder.
 
     Args:
-        layers: {name: {"pattern", "shape", "nonzeros", "transposed", "by_magnitude"}} of the pruned layers.
+        layers: {name: {"pattern", "shape", "nonzeros", "transposed", "by_magnitude", "output_error"}} of the pruned
+            layers.
         left_dense: {name: {"weights", "reason"}} of all other linear weights.
         grids_sha256: hash of the file of grids; None where there is none.
     """
@@ -138,7 +140,9 @@ def write_recovered(
         grids_sha256: as for `write`.
     """
     pruned = read(source.folder)
-    layers = {name: {**layer, "nonzeros": nonzeros[name]} for name, layer in pruned["layers"].items()}
+    layers = {
+        name: {**layer, "nonzeros": nonzeros[name], "output_error": None} for name, layer in pruned["layers"].items()
+    }
     content = {
         **{key: value for key, value in pruned.items() if key != "grids_sha256"},
         "gblm_compress": gblm_compress.__version__,

@@ -13,6 +13,7 @@ from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.blocks import Block
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
+from gblm_compress.methods.gram import output_error
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS, Rule, Selection
@@ -40,6 +41,8 @@ class LayerResult:
         nonzeros: how many weights are left.
         transposed: whether the folder stores it as (in_features, out_features).
         by_magnitude: whether it was pruned by magnitude, because its expert got too few tokens.
+        output_error: how far its output on the calibration text is from the dense layer's, as a share of it
+            (`methods.gram.output_error`); None where no Gram matrix was measured, or the whole model was fitted since.
     """
 
     pattern: str
@@ -47,6 +50,7 @@ class LayerResult:
     nonzeros: int
     transposed: bool
     by_magnitude: bool = False
+    output_error: float | None = None
 
 
 @torch.no_grad()
@@ -80,6 +84,11 @@ def prune_block_(
     }
     own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
     grids: dict[str, Grid] = {}
+    dense = {
+        name: weight_matrix(layer).detach().clone()
+        for name, layer in layers.items()
+        if statistics[name].gram is not None
+    }
     for name, layer in layers.items():
         values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
         write_(layer, values, None if settings.fits_blocks else grid)  # a fit of the block rounds what it leaves
@@ -104,7 +113,14 @@ def prune_block_(
             choose=choose,
             grids=grids,
         )
-    return {name: layer_result(layer, budgets[name], name in few) for name, layer in layers.items()}, grids
+    errors = {
+        name: output_error(weight.float(), weight_matrix(layers[name]).detach().float(), statistics[name].moments())
+        for name, weight in dense.items()
+    }
+    results = {
+        name: layer_result(layer, budgets[name], name in few, errors.get(name)) for name, layer in layers.items()
+    }
+    return results, grids
 
 
 def _with_few_tokens(
@@ -146,8 +162,10 @@ def _select(weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneS
     return selection if keep is selection.keep else Selection(keep)
 
 
-def layer_result(layer: nn.Module, budget: Budget, by_magnitude: bool) -> LayerResult:
+def layer_result(
+    layer: nn.Module, budget: Budget, by_magnitude: bool, output_error: float | None = None
+) -> LayerResult:
     """What a pruned layer is like now."""
     weight = weight_matrix(layer).detach()
     shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
-    return LayerResult(budget.pattern.name, shape, nonzeros, is_transposed(layer), by_magnitude)
+    return LayerResult(budget.pattern.name, shape, nonzeros, is_transposed(layer), by_magnitude, output_error)

@@ -43,6 +43,7 @@ class _Record(BaseModel):
     identity: dict[str, Any]
     budgets: dict[str, Annotated[tuple[str, float], Strict(False)]] | None = None  # a list in JSON
     by_magnitude: list[str] = []
+    output_errors: dict[str, float] = {}
     distilled: bool = False
 
 
@@ -130,6 +131,11 @@ class RunFolder:
         return self._record.by_magnitude
 
     @property
+    def output_errors(self) -> dict[str, float]:
+        """{layer: error of its output}, of finished blocks; none once the distillation has changed all weights."""
+        return {} if self.distilled else self._record.output_errors
+
+    @property
     def distilled(self) -> bool:
         """Whether the finished blocks hold the weights of the distillation already."""
         return self._record.distilled
@@ -157,12 +163,14 @@ class RunFolder:
         weights: dict[str, Tensor],
         on: Mapping[str, Grid] | None = None,
         by_magnitude: Collection[str] = (),
+        output_errors: Mapping[str, float] | None = None,
     ) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, and which
-        of them were pruned by magnitude.
+        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, which of
+        them were pruned by magnitude, and the errors of their outputs.
         """
-        if by_magnitude:
+        if by_magnitude or output_errors:
             self._record.by_magnitude = sorted({*self._record.by_magnitude, *by_magnitude})
+            self._record.output_errors |= output_errors or {}
             self._write()
         self._save(f"block-{block}", weights | grids.as_tensors(on or {}))
         self._files.discard(f"gradients-{block}")

@@ -183,7 +183,11 @@ class Walk:
                     )
                     results |= pruned
                     by_magnitude = [name for name, result in pruned.items() if result.by_magnitude]
-                    run.finish(index, _weights({name: layers[index][name] for name in pruned}), grids, by_magnitude)
+                    errors = {
+                        name: result.output_error for name, result in pruned.items() if result.output_error is not None
+                    }
+                    kept = _weights({name: layers[index][name] for name in pruned})
+                    run.finish(index, kept, grids, by_magnitude, errors)
                 if replay and index < last:
                     replay.advance(index)
         return results
@@ -211,8 +215,11 @@ class Walk:
         return self._results(pruned, budgets)
 
     def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:
-        by_magnitude = self.run.by_magnitude
-        return {name: layer_result(layer, budgets[name], name in by_magnitude) for name, layer in layers.items()}
+        by_magnitude, errors = self.run.by_magnitude, self.run.output_errors
+        return {
+            name: layer_result(layer, budgets[name], name in by_magnitude, errors.get(name))
+            for name, layer in layers.items()
+        }
 
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -131,43 +131,19 @@ def divergence_by_method(report: RunReport) -> Chart | None:
 
 def sparsity(report: RunReport) -> Chart | None:
     """Zeros of every pruned layer, block by projection."""
-    values = [
-        {
-            "block": layer.block,
-            "projection": printable(layer.projection),
-            "zeros": 1 - layer.nonzeros / layer.weights,
-            "layer": printable(layer.name),
-        }
-        for layer in report.layers
-        if layer.block is not None
-    ]
-    if not values:
-        return None
-    projections = list(dict.fromkeys(value["projection"] for value in values))
-    return Chart(
-        "sparsity",
-        "Zeros by layer",
-        "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it.",
-        {
-            "data": {"values": values},
-            "height": ROW * len(projections),
-            "mark": {"type": "rect"},
-            "encoding": {
-                "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0, "labelOverlap": True}},
-                "y": {"field": "projection", "type": "nominal", "sort": projections, "title": None},
-                "color": {
-                    "field": "zeros",
-                    "type": "quantitative",
-                    "scale": {"scheme": "blues", "domain": [0, 1]},
-                    "legend": {"format": ".0%", "orient": "top"},
-                },
-                "tooltip": [
-                    {"field": "layer"},
-                    {"field": "zeros", "type": "quantitative", "format": ".2%"},
-                ],
-            },
-        },
+    what = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
+    zeros = {layer.name: 1 - layer.nonzeros / layer.weights for layer in report.layers}
+    return _by_layer(report, "sparsity", "Zeros by layer", what, "zeros", zeros, top=1.0)
+
+
+def output_error(report: RunReport) -> Chart | None:
+    """How far the output of every pruned layer is from the dense layer's, block by projection."""
+    what = (
+        "How far the output of each layer is from the dense layer's on the calibration text, as a share of it, when it "
+        "was pruned and fitted: dark is where pruning costs most."
     )
+    errors = {layer.name: layer.output_error for layer in report.layers if layer.output_error is not None}
+    return _by_layer(report, "output-error", "Error by layer", what, "error", errors, max(errors.values(), default=1.0))
 
 
 def recovery(report: RunReport) -> Chart | None:
@@ -200,10 +176,54 @@ CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
     perplexity_by_method,
     divergence_by_method,
     sparsity,
+    output_error,
     recovery,
     mask,
 )
 """Every chart, in the order of the page."""
+
+
+def _by_layer(
+    report: RunReport, name: str, title: str, what: str, field: str, shares: dict[str, float], top: float
+) -> Chart | None:
+    """A share of each layer as the darkness of a tile, a column for each block and a row for each projection."""
+    values = [
+        {
+            "block": layer.block,
+            "projection": printable(layer.projection),
+            field: shares[layer.name],
+            "layer": printable(layer.name),
+        }
+        for layer in report.layers
+        if layer.block is not None and layer.name in shares
+    ]
+    if not values:
+        return None
+    projections = list(dict.fromkeys(value["projection"] for value in values))
+    return Chart(
+        name,
+        title,
+        what,
+        {
+            "data": {"values": values},
+            "height": ROW * len(projections),
+            "mark": {"type": "rect"},
+            "encoding": {
+                "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0, "labelOverlap": True}},
+                "y": {"field": "projection", "type": "nominal", "sort": projections, "title": None},
+                "color": {
+                    "field": field,
+                    "type": "quantitative",
+                    "scale": {"scheme": "blues", "domain": [0, top]},
+                    "legend": {"format": ".0%", "orient": "top"},
+                },
+                "tooltip": [
+                    {"field": "layer"},
+                    {"field": field, "type": "quantitative", "format": ".2%"},
+                ],
+            },
+        },
+    )
 
 
 def _points(report: RunReport, x_of: Callable[[ModelSummary, dict[str, Figure]], Figure | None]) -> list[Spec]:

@@ -64,6 +64,8 @@ class LayerSummary:
     Attributes:
         block: its number in the model; None for a layer outside the blocks.
         projection: what it is called in its block.
+        output_error: how far its output was from the dense layer's when it was pruned, as a share of it; None where
+            that was not measured.
     """
 
     name: str
@@ -72,6 +74,7 @@ class LayerSummary:
     pattern: str
     weights: int
     nonzeros: int
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def layers_of(layers: Mapping[str, Mapping[str, Any]]) -> list[LayerSummary]:
         block = None if number is None else int(parts[number])
         projection = ".".join(parts if number is None else parts[number + 1 :])
         weights = layer["shape"][0] * layer["shape"][1]
-        found.append(LayerSummary(name, block, projection, layer["pattern"], weights, layer["nonzeros"]))
+        error = layer.get("output_error")
+        found.append(LayerSummary(name, block, projection, layer["pattern"], weights, layer["nonzeros"], error))
     return found
 
 

@@ -162,6 +162,15 @@ def test_least_squares_is_lstsq_on_the_support(kind: str, pattern: str) -> None:
         assert (got[~support] == 0).all()
 
 
+def test_a_row_that_is_done_early_is_as_if_it_were_alone() -> None:
+    weight, gram = layer("full", rows=12)
+    weight[3:9, 1:] = 0.0  # the inputs of one column: done after one step
+    keep = wanda_mask(weight, gram, "2:4")
+    together = least_squares(weight, keep, Statistics(gram=gram))
+    alone = [least_squares(weight[i : i + 1], keep[i : i + 1], Statistics(gram=gram)) for i in range(12)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_are_in_the_order_of_their_freedom(kind: str) -> None:
     """Least squares is the optimum for the mask, obs one way towards it, and no update the start."""

@@ -79,6 +79,29 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
     assert different / total < 1e-3  # a rounding difference may swap two weights of all but equal score
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("fit", ["fast", "balanced"])
+def test_the_error_of_an_output_is_what_both_layers_give_on_the_text(kind: str, fit: str, progress: Progress) -> None:
+    ids, dense, model = samples(), tiny_model(kind), tiny_model(kind)
+    results = prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", fit=fit), progress)
+    name = next(iter(results))  # its inputs are those of the dense model
+    inputs: list[torch.Tensor] = []
+    dense.get_submodule(name).register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().double()))
+    for sample in ids:
+        dense(**sample)
+    x = torch.cat([one.flatten(0, -2) for one in inputs])
+    before, after = (weight_matrix(m.get_submodule(name)).detach().double() for m in (dense, model))
+    expected = torch.linalg.norm(x @ (before - after).T) / torch.linalg.norm(x @ before.T)
+    assert results[name].output_error == pytest.approx(float(expected), rel=1e-3)
+    assert expected > 0.01
+
+
+def test_no_error_is_claimed_where_none_was_measured_or_all_was_fitted_since(progress: Progress) -> None:
+    for settings in (PruneSettings(method="wanda", fit="none"), PruneSettings(method="wanda", fit="best")):
+        results = prune_(tiny_model("llama"), samples(), settings, progress)
+        assert all(result.output_error is None for result in results.values())
+
+
 @pytest.mark.parametrize("method", REGISTRIES["method"])
 def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, progress: Progress) -> None:
     """All methods, refinements and updates; patterns, allocations, models and distillation take turns beside them."""

@@ -57,7 +57,7 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
     ]
     comparison = CompareResult("tiny", 20.0, grid, [], {}, {})
     layers = [
-        LayerSummary(f"model.layers.{block}.mlp.{part}", block, f"mlp.{part}", "2:4", 4096, 2048)
+        LayerSummary(f"model.layers.{block}.mlp.{part}", block, f"mlp.{part}", "2:4", 4096, 2048, 0.1 * (block + 1))
         for block in range(3)
         for part in ("up_proj", name)
     ]

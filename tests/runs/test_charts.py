@@ -3,6 +3,8 @@
 import random
 from dataclasses import replace
 
+import pytest
+
 from gblm_compress.runs import charts, vega
 from tests.runs.reports import HOSTILE, report
 
@@ -23,7 +25,7 @@ def test_the_charts_that_there_is_data_for() -> None:
     everything = [chart.name for chart in charts.of(report())]
     assert everything == [
         "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
-        "methods-perplexity", "methods-mean-kl", "sparsity", "recovery", "recovery-mask",
+        "methods-perplexity", "methods-mean-kl", "sparsity", "output-error", "recovery", "recovery-mask",
     ]  # fmt: skip
     assert charts.of(report(rows=[], comparison=None, layers=[], recovery=[])) == []
 
@@ -38,7 +40,7 @@ def test_a_learning_curve_has_every_look_and_marks_the_one_that_was_kept() -> No
 
 def test_a_mask_that_stayed_has_no_chart() -> None:
     still = [replace(look, moved=0.0) for look in report().recovery]
-    assert [chart.name for chart in charts.of(report(recovery=still))][-2:] == ["sparsity", "recovery"]
+    assert [chart.name for chart in charts.of(report(recovery=still))][-2:] == ["output-error", "recovery"]
 
 
 def test_points_and_byte_limit_are_what_was_measured() -> None:
@@ -54,6 +56,16 @@ def test_points_and_byte_limit_are_what_was_measured() -> None:
     assert parts["bitmask · torch", "packed products"] == 5.0 and parts["bitmask · torch", "rest"] == 2.5
     limits = {value["row"]: value["limit"] for value in by_name["byte-limit"]["data"]["values"]}
     assert limits == {"pruned · torch ×1": 1.0, "bitmask · torch ×1": 1_000_000 / 600_000}
+
+
+def test_errors_are_of_the_layers_that_have_one_and_as_dark_as_they_are_large() -> None:
+    layers = [replace(layer, output_error=None) if layer.block == 1 else layer for layer in report().layers]
+    (chart,) = (chart for chart in charts.of(report(layers=layers)) if chart.name == "output-error")
+    found = {value["block"]: value["error"] for value in chart.spec["data"]["values"]}
+    assert found == {0: 0.1, 2: pytest.approx(0.3)}
+    assert chart.spec["encoding"]["color"]["scale"]["domain"] == [0, pytest.approx(0.3)]
+    without = [replace(layer, output_error=None) for layer in layers]
+    assert "output-error" not in [chart.name for chart in charts.of(report(layers=without))]
 
 
 def test_names_are_data_and_no_part_of_a_specification() -> None:
