@@ -105,9 +105,12 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
     """
     if not task_of(source).generates:
         return
-    positions = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
-    scaled = rotary.get("rope_type", rotary.get("type", "default")) != "default"
+    text = source.config.get("text_config")
+    config = source.config | text if isinstance(text, dict) else source.config
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    by_kind = [kind for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]  # of attention, in some families
+    scaled = any(kind.get("rope_type", kind.get("type", "default")) != "default" for kind in by_kind)
     if positions and tokens > positions and not scaled:
         raise UsageError(
             f"model {source.name!r} has {positions} positions; {what} is {tokens}, give {positions} or less"

@@ -199,6 +199,17 @@ def test_dtypes(tiny) -> None:
         ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, 512),
         ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
         ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, 512),
+        (
+            {
+                "max_position_embeddings": 512,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default"},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0},
+                },
+            },
+            None,
+        ),
         ({}, None),
     ],
 )
