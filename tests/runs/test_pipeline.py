@@ -63,7 +63,8 @@ def test_artefacts_and_report(finished) -> None:
     assert "dense-onnx" in html and "vegaEmbed" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step", "sparsity"
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step", "sparsity",
+        "output-error",
     }  # fmt: skip
 
 
