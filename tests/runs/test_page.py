@@ -12,7 +12,7 @@ from tests.runs.reports import HOSTILE, report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
 
-CHARTS = 11  # of a report that has everything
+CHARTS = 12  # of a report that has everything
 LUMINANCE = """
 (element, property) => {
   const [r, g, b] = getComputedStyle(element)[property].match(/[0-9.]+/g).map(Number)

@@ -29,7 +29,7 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     assert run_report.read(tmp_path) == hostile
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
-    assert len(list((tmp_path / documents.PICTURES).iterdir())) == 11
+    assert len(list((tmp_path / documents.PICTURES).iterdir())) == 12
     markdown = documents.markdown(hostile)
     assert "<script>" not in markdown and "\x1b" not in markdown and r"\|\`" in markdown
     assert all(line.count(" | ") == 5 for line in markdown.splitlines() if line.startswith("| max"))
