@@ -219,7 +219,7 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
                         neon_look_up(places, table, word);
                         v = word;
                     }
-                    places += bytes_in(__builtin_popcountll(bits), kind_of(job));
+                    places += bytes_in(__builtin_popcountll(bits), kind);
                 }
                 const int16x8_t weights =
                     kind == DENSE ? vmovl_s8(vld1_s8((v += 8) - 8)) : neon_eight(&v, (unsigned)(bits >> c % 64) & 255);
@@ -265,6 +265,12 @@ INLINE Lanes lanes_of(uint64_t bits) {
 }
 INLINE const int8_t *places_of(Lanes lanes) {
     return to_places[(lanes.second & 1) | (lanes.third & 1) << 1 | (lanes.fourth & 1) << 2];
+}
+
+/* The 16 levels of a row in each lane. */
+AVX2 INLINE __m256i avx2_table(const Quantised *job, int64_t row, const int kind) {
+    if (kind != PLACES) return _mm256_setzero_si256();
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
 }
 
 /* The levels of 32 columns; the lanes begin with weights `first` and `second` of v. */
@@ -323,10 +329,9 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
     const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
     const uint8_t *v = job->values + row_start(job, r);
     const int16_t *x = job->x;
-    __m256i table = _mm256_setzero_si256(), products[FEW_TOKENS];
+    const __m256i table = avx2_table(job, r, kind);
+    __m256i products[FEW_TOKENS];
     __m256 sums[FEW_TOKENS];
-    if (kind == PLACES)
-        table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
     for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
     for (int64_t w = 0, left = span, group = 0; w < job->words; w++) {
         __m256i levels[2];
@@ -393,9 +398,7 @@ AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, 
     const int kind = kind_of(job);
     for (int64_t r = begin; r < end; r++) {
         const uint8_t *v = job->values + row_start(job, r);
-        __m256i table = _mm256_setzero_si256();
-        if (kind == PLACES)
-            table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
+        const __m256i table = avx2_table(job, r, kind);
         for (int64_t w = 0; w < job->words; w++) {
             int8_t levels[64] __attribute__((aligned(32)));
             avx2_word(row_bits(job, r, w), &v, table, kind, (__m256i *)levels);
@@ -423,6 +426,11 @@ VNNI INLINE const uint64_t *vnni_mask(const Quantised *job, int64_t row, int64_t
     for (int64_t w = block; w < last; w++)
         whole[w - block] = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
     return whole;
+}
+
+VNNI INLINE __m512i vnni_table(const Quantised *job, int64_t row, const int kind) {
+    if (kind != PLACES) return _mm512_setzero_si512();
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
 }
 
 /* The levels of a word without VBMI2, as avx2_half. Bits are counted within eights by a product, which is +1 each. */
@@ -495,10 +503,7 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     float scales[STREAMS][2 * BLOCK] __attribute__((aligned(64)));
     for (int i = 0; i < streams; i++) {
         v[i] = job->values + row_start(job, first + i * apart);
-        table[i] = _mm512_setzero_si512();
-        if (kind == PLACES)
-            table[i] = _mm512_broadcast_i32x4(
-                _mm_loadu_si128((const __m128i *)(job->levels + (first + i * apart) * job->stride)));
+        table[i] = vnni_table(job, first + i * apart, kind);
         for (int t = 0; t < tokens; t++) {
             high[i * tokens + t] = low[i * tokens + t] = _mm512_setzero_si512();
             sums[i * tokens + t] = _mm512_setzero_ps();
@@ -585,9 +590,7 @@ VNNI INLINE void restore_rows(const Quantised *job, int64_t begin, int64_t end, 
                               const int vbmi2) {
     for (int64_t r = begin; r < end; r++) {
         const uint8_t *v = job->values + row_start(job, r);
-        __m512i table = _mm512_setzero_si512();
-        if (kind == PLACES)
-            table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(job->levels + r * job->stride)));
+        const __m512i table = vnni_table(job, r, kind);
         for (int64_t w = 0; w < job->words; w++) {
             const uint64_t bits = row_bits(job, r, w);
             int8_t levels[64] __attribute__((aligned(64)));

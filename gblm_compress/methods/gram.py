@@ -34,7 +34,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖: how far a layer's output is from the dense layer's, as a share of it; 0 where that is zero.
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖: how far a layer's output is from that of its dense weights, as a share of it; 0 of 0.
 
     Args:
         weight: W [out_features, in_features].

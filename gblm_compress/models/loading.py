@@ -105,8 +105,7 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
     """
     if not task_of(source).generates:
         return
-    text = source.config.get("text_config")
-    config = source.config | text if isinstance(text, dict) else source.config
+    config = source.config | (source.config.get("text_config") or {})
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
     by_kind = [kind for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]  # of attention, in some families

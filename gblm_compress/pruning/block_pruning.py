@@ -41,7 +41,7 @@ class LayerResult:
         nonzeros: how many weights are left.
         transposed: whether the folder stores it as (in_features, out_features).
         by_magnitude: whether it was pruned by magnitude, because its expert got too few tokens.
-        output_error: how far its output on the calibration text is from the dense layer's, as a share of it
+        output_error: how far its output on the calibration text is from that of its dense weights, as a share of it
             (`methods.gram.output_error`); None where no Gram matrix was measured, or the whole model was fitted since.
     """
 

@@ -68,6 +68,7 @@ class Size:
         at_a_block = (
             12 * block  # accumulators, gradients, a layer's scores and masks
             + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
+            + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
             + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)
             + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients

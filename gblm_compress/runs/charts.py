@@ -137,10 +137,10 @@ def sparsity(report: RunReport) -> Chart | None:
 
 
 def output_error(report: RunReport) -> Chart | None:
-    """How far the output of every pruned layer is from the dense layer's, block by projection."""
+    """How far the output of every pruned layer is from that of its dense weights, block by projection."""
     what = (
-        "How far the output of each layer is from the dense layer's on the calibration text, as a share of it, when it "
-        "was pruned and fitted: dark is where pruning costs most."
+        "How far the output of each layer was from what its dense weights give for the same inputs, as a share of "
+        "that, on the calibration text when it was pruned and fitted: dark is where pruning costs most."
     )
     errors = {layer.name: layer.output_error for layer in report.layers if layer.output_error is not None}
     return _by_layer(report, "output-error", "Error by layer", what, "error", errors, max(errors.values(), default=1.0))

@@ -64,8 +64,8 @@ class LayerSummary:
     Attributes:
         block: its number in the model; None for a layer outside the blocks.
         projection: what it is called in its block.
-        output_error: how far its output was from the dense layer's when it was pruned, as a share of it; None where
-            that was not measured.
+        output_error: how far its output was from that of its dense weights when it was pruned, as a share of it; None
+            where that was not measured.
     """
 
     name: str

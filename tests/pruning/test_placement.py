@@ -30,10 +30,11 @@ def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
         ).working
 
     inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
-    assert working(update="least-squares") - working() == 4 * inputs
+    block = placement.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
+    # The block as it was is kept beside them, for the errors of its layers' outputs.
+    assert working(update="least-squares") - working() == 4 * inputs + block
     assert working(update="obs") - working(update="least-squares") == placement.FACTOR_BYTES * 128**2
     one, two = (working(update="reconstruct", reconstruction_rounds=rounds) for rounds in (1, 2))
-    block = placement.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
     assert two - one == placement.ROUND_BYTES * block // 4
     assert working(update="reconstruct", quantise="int4") - one == placement.GRID_BYTES * block // 4
     # At the end, where distillation needs the most, neither is there any more.

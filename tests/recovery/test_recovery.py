@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div
 
+from gblm_compress.calibration import products
 from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.patterns import Pattern
@@ -18,7 +20,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.fitting import BETAS, schedule_of
 from gblm_compress.pruning.stage import prune
-from gblm_compress.recovery import texts
+from gblm_compress.recovery import stage, texts
 from gblm_compress.recovery.kept import Kept
 from gblm_compress.recovery.stage import recover
 from gblm_compress.recovery.texts import grams, windows_of
@@ -172,6 +174,24 @@ def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_
             run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose)
         assert "kept" not in str(raised.value)
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
+
+
+@pytest.mark.parametrize(("faster", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_too_little_memory_is_told_in_the_dtype_that_will_run(
+    faster, size, pruned, tiny, tmp_path, prose, monkeypatch
+) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    layers = manifest.read(source.folder)["layers"].values()
+    count = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    # What the network computes with, a byte of mask, and of every second weight gradient, master and two moments.
+    needed = count * (size + 1 + 0.5 * 16) + teacher.bytes_on_disk
+    monkeypatch.setattr(products, "faster_dtype", lambda device, group: faster)
+    monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    with pytest.raises(UsageError, match="billion weights fit"):
+        run(source, teacher, tmp_path / "out", prose, fit_dtype="auto")
+    assert [path.name for path in tmp_path.iterdir()] == [prose.name]
+    monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + 1))
+    run(source, teacher, tmp_path / "out", prose, fit_dtype="auto")
 
 
 @pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"mask": "exchange", "mask_every": 2})])
