@@ -16,7 +16,7 @@ from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.machine.memory import peak_memory
+from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import grids, loading, manifest
@@ -141,7 +141,7 @@ def recover(
         start = time.monotonic()
         check(source, teacher, settings, device)
         device = ranks.device_of_rank(loading.choose_device(device))
-        with peak_memory(device) as memory, ranks.joined(device) as group:
+        with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device) as group:
             result = _recover(source, teacher, output, settings, resume, device, force, group, progress)
         training, windows, before = result
         seconds = before + time.monotonic() - start

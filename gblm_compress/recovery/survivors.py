@@ -1,24 +1,38 @@
 """The places of a tensor that are trained, so that what is pruned needs no master, no gradient and no moments."""
 
+import torch
 from torch import Tensor
 
 
 class Survivors:
     """Packs a dense tensor to the values at its trained places, and puts them back.
 
+    The column of each is kept rather than a mask: at half density in as many bytes, and on a CPU several times as fast.
+
     Args:
-        places: bool, in the shape of the tensor, True where it is trained; None where all of it is.
+        alive: bool, in the shape of the tensor, True where it is trained; None where all of it is.
     """
 
-    def __init__(self, places: Tensor | None = None) -> None:
-        self._places = places
+    def __init__(self, alive: Tensor | None = None) -> None:
+        self._shape = None if alive is None else alive.shape
+        if alive is not None:
+            rows = alive.flatten(0, -2)
+            narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
+            self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
+            self._counts = rows.sum(1)
 
     def pack(self, dense: Tensor) -> Tensor:
         """The trained values [survivors] in the order of the tensor; the tensor itself where all are trained."""
-        return dense if self._places is None else dense.masked_select(self._places)
+        return dense if self._shape is None else dense.flatten().index_select(0, self._places())
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`, differentiable: zero everywhere else."""
-        if self._places is None:
+        if self._shape is None:
             return packed
-        return packed.new_zeros(self._places.shape).masked_scatter(self._places, packed)
+        return packed.new_zeros(self._shape.numel()).scatter(0, self._places(), packed).view(self._shape)
+
+    def _places(self) -> Tensor:
+        """Where the survivors are in the flat tensor."""
+        assert self._shape is not None
+        starts = torch.arange(len(self._counts), device=self._counts.device) * self._shape[-1]
+        return self._columns + starts.repeat_interleave(self._counts, output_size=len(self._columns))

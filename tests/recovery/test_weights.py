@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from gblm_compress.calibration.ranks import Ranks
@@ -43,6 +44,16 @@ def test_survivors_are_packed_in_order_and_put_back() -> None:
     (back * dense).sum().backward()
     assert packed.grad.tolist() == [1, 5, 6]
     assert Survivors().pack(dense) is Survivors().unpack(dense) is dense
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 6), (2, 40_000)])  # the last has columns that 16 bits do not number
+def test_survivors_are_those_of_the_mask(shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    places, dense = torch.rand(shape, generator=generator) < 0.3, torch.randn(shape, generator=generator)
+    places[0] = False  # a row without survivors
+    survivors = Survivors(places)
+    assert torch.equal(survivors.pack(dense), dense.masked_select(places))
+    assert torch.equal(survivors.unpack(dense.masked_select(places)), dense * places)
 
 
 def test_masters_are_survivors_and_get_the_sum_of_all_windows_gradients() -> None:
