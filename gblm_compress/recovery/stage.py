@@ -12,6 +12,7 @@ import torch
 
 from gblm_compress import __version__, faults
 from gblm_compress.calibration import ranks
+from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
@@ -223,7 +224,8 @@ def _recover(
             f"{settings.sequence_length} tokens, {len(windows.held_out)} windows held out …"
         )
         before = checkpoints.load()[0].seconds if checkpoints.is_there else 0.0
-        training.run(progress)
+        with chunked_attention():
+            training.run(progress)
         if group.is_first:
             progress.say("saving …")
             save(source, output, student, training, processor, settings, windows, force)
