@@ -33,6 +33,7 @@ from gblm_compress.exporters import (
 from gblm_compress.exporters.onnx_bitmask import encode_initializers_
 from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
+from gblm_compress.exporters.onnx_limits import note_limit
 from gblm_compress.exporters.onnx_nbits import use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
@@ -162,10 +163,12 @@ def export(
             progress.say("saving …")
             _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
+        limit = note_limit(temporary, source.name) if task.generates and graph == "plain" else None
         sample = task.probe(processor, model.config)
         checks = {
             "graph": graph,
             "nodes": len(program.graph),
+            **({"tokens_at_once": limit} if limit else {}),
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,

@@ -28,28 +28,37 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "attention_mask": ["batch_size", "total_sequence_length"],
     "logits": ["batch_size", "sequence_length", None],
 }
-_CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values)")
+_CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
+_PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
+"""The parts of a layer's cache, and how onnxruntime-genai calls them."""
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
 _UNLIMITED = 1 << 20
 """The context length of a model whose positions have no limit, as attention by distance has none."""
 
-_KINDS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-"""The classes of caches that come out as keys and values alone."""
+_KINDS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+}
+"""The classes of caches that come out as keys and values, as states of convolutions and recurrences, or not at all."""
 
 
 def check(source: ModelSource, config: Any) -> None:
     """Raises:
-    ModelError: the model's cache has more than keys and values.
+    ModelError: the model's cache has more than keys, values and states.
     """
     if kinds := cache_kinds(config) - _KINDS:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
-def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
+def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | None]:
     """Trace the model.
 
     Returns:
-        The graph and its `genai_config.json`.
+        The graph and its `genai_config.json`; None without attention, since onnxruntime-genai needs keys and values.
 
     Raises:
         ModelError: transformers' exporter does not manage the architecture.
@@ -60,7 +69,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
     _name_cache(program, source)
     if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
         raise ModelError(
-            f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no KV cache; "
+            f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no cache; "
             "export to a sparse PyTorch format"
         )
     _name_dimensions(program)
@@ -131,24 +140,24 @@ def _fold_windows_(program: ir.Model, config: Any) -> None:
 
 
 def _name_cache(program: ir.Model, source: ModelSource) -> None:
-    """Give the KV cache the names that optimum and onnxruntime-genai expect.
+    """Give the cache the names that optimum and onnxruntime-genai expect.
 
     Raises:
         ModelError: the graph has inputs or outputs that these clients do not know.
     """
     for value in (*program.graph.inputs, *program.graph.outputs):
         if match := _CACHE_NAME.fullmatch(value.name or ""):
-            direction, layer, kind = match.groups()
+            direction, layer, kind, number = match.groups()
             stem = "past_key_values" if direction == "input" else "present"
-            value.name = f"{stem}.{layer}.{'key' if kind == 'keys' else 'value'}"
+            value.name = f"{stem}.{layer}.{_PARTS[kind]}" + (f"_{number}" if int(number or 0) else "")
         elif value.name not in _DIMENSIONS:
             raise _not_plain(source, value.name)
 
 
 def _not_plain(source: ModelSource, what: str | None) -> ModelError:
     return ModelError(
-        f"{source.name!r}: its cache has {what} beside keys and values, for which ONNX exports have no inputs and "
-        "outputs; export to a sparse PyTorch format"
+        f"{source.name!r}: its cache has {what} beside keys, values and states, for which ONNX exports have no inputs "
+        "and outputs; export to a sparse PyTorch format"
     )
 
 
@@ -156,7 +165,9 @@ def _name_dimensions(program: ir.Model) -> None:
     """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.name is not None and value.shape is not None
-        if value.name.startswith("past_key_values."):
+        if re.fullmatch(r".+_state(_\d+)?", value.name):
+            wanted = ["batch_size", *(None for _ in value.shape[1:])]
+        elif value.name.startswith("past_key_values."):
             wanted = ["batch_size", None, "past_sequence_length", None]
         elif value.name.startswith("present."):
             wanted = ["batch_size", None, "total_sequence_length", None]
@@ -169,14 +180,22 @@ def _name_dimensions(program: ir.Model) -> None:
         value.shape = ir.Shape(dimensions)
 
 
-def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
-    """The `genai_config.json` with which onnxruntime-genai runs the folder.
+def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
+    """The `genai_config.json` with which onnxruntime-genai runs the folder; None of a graph without keys and values.
 
     Head count and size are read off the graph's own cache inputs, the rest off the model's config.
     """
-    cache = [value for value in program.graph.inputs if (value.name or "").startswith("past_key_values.")]
-    assert cache[0].shape is not None
-    _, kv_heads, _, head_size = cache[0].shape
+    layers: dict[str, ir.Value] = {}
+    for value in program.graph.inputs:
+        if match := re.fullmatch(r"past_key_values\.(\d+)\.(\w+)", value.name or ""):
+            layers.setdefault(match[1], value)
+            if match[2] == "key":
+                layers[match[1]] = value
+    keys = [value for value in layers.values() if (value.name or "").endswith(".key")]
+    if not keys:
+        return None
+    assert keys[0].shape is not None
+    _, kv_heads, _, head_size = keys[0].shape
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     present = {value.name for value in program.graph.inputs}
     config = config.get_text_config()
@@ -197,7 +216,7 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any]:
                 "head_size": int(head_size),
                 "hidden_size": first_of(config, WIDTHS),
                 "num_attention_heads": first_of(config, HEADS),
-                "num_hidden_layers": len(cache) // 2,
+                "num_hidden_layers": len(layers),
                 "num_key_value_heads": int(kv_heads),
                 "inputs": {
                     **{name: name for name in inputs if name in present},

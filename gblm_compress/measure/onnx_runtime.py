@@ -1,5 +1,6 @@
 """ONNX Runtime on the exported folder of a model that generates."""
 
+import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,19 @@ from gblm_compress.tasks.task import Sample
 
 _LOGITS = "logits"
 _PAST = "past_key_values."
+AT_ONCE = "gblm_tokens_at_once"
+"""Key of a graph's metadata: the largest number of tokens that it reads in one call, where there is one."""
+_OPTIONAL = ("attention_mask", "position_ids")
+_STATE = re.compile(r"_state(_\d+)?$")
+"""How the names of inputs and outputs end that have one size, however many tokens there are."""
 
 
 @dataclass
 class _Cache:
-    """A KV cache on the device.
+    """A cache on the device.
 
     Attributes:
-        values: of `_Interface.past`, [batch, heads, tokens, width]; in shared memory, with room for more tokens.
+        values: of `_Interface.past`; keys and values in shared memory have room for more tokens.
         length: tokens that are in it.
     """
 
@@ -46,8 +52,14 @@ class OnnxRuntime:
         self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._interface = _Interface.of(self._session, source.name, source.operators)
         self.dtype = self._interface.dtype
+        self._at_once = _at_once(self._session, source.name)
         counts = sorted(set(profile))
         self._kernels = self._opened.profiled(counts, self._prefill_zeros) if counts else {}
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether the cache has states of a recurrence."""
+        return any("recurrent_state" in name for name in self._interface.past)
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -85,16 +97,28 @@ class OnnxRuntime:
         return logits[:, -1], cache
 
     def _run(self, ids: Any, cache: _Cache) -> tuple[Any, _Cache]:
+        """Logits [batch, tokens, vocabulary] of all tokens, in as many calls as the graph needs, and the cache."""
+        if self._at_once is None or ids.shape[1] <= self._at_once:
+            return self._call(ids, cache)
+        parts = []
+        for start in range(0, ids.shape[1], self._at_once):
+            logits, cache = self._call(ids[:, start : start + self._at_once], cache)
+            parts.append(logits)
+        return np.concatenate(parts, axis=1), cache
+
+    def _call(self, ids: Any, cache: _Cache) -> tuple[Any, _Cache]:
         batch, tokens = ids.shape
         past, length = cache.length, cache.length + tokens
-        given = {"input_ids": ids, "attention_mask": np.ones((batch, length), np.int64)}
-        if self._interface.takes_positions:
-            given["position_ids"] = np.broadcast_to(np.arange(past, length), (batch, tokens))
-        in_place = cache.values[0].shape()[2] > past
+        given = {
+            "input_ids": ids,
+            "attention_mask": np.ones((batch, length), np.int64),
+            "position_ids": np.broadcast_to(np.arange(past, length), (batch, tokens)),
+        }
+        in_place = self._interface.shares_cache and cache.values[0].shape()[2] > past
         with self._opened.named_errors("run"):
             binding = self._session.io_binding()
-            for name, value in given.items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name in self._interface.takes:
+                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
             for name, value in zip(self._interface.past, cache.values, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output(_LOGITS, "cpu")
@@ -126,10 +150,9 @@ class OnnxRuntime:
         return _Cache([self._ort_value(value, self._device, self._device_id) for value in wider], cache.length)
 
     def _empty(self, batch: int) -> _Cache:
-        dtype = np.dtype(self.dtype)
         values = [
-            self._ort_value(np.zeros((batch, heads, 0, width), dtype), self._device, self._device_id)
-            for heads, width in self._interface.past.values()
+            self._ort_value(np.zeros((batch, *shape), dtype), self._device, self._device_id)
+            for dtype, shape in self._interface.past.values()
         ]
         return _Cache(values, 0)
 
@@ -139,15 +162,17 @@ class _Interface:
     """What a graph takes and gives, once it is known to be what an export of this program takes and gives.
 
     Attributes:
-        dtype: of logits and KV cache.
-        past: {input of the KV cache: (heads, width of a head)}.
+        dtype: of the logits.
+        takes: the inputs beside the cache.
+        past: {input of the cache: its dtype, and its shape before the first token, without the batch}. Keys and values
+            are [heads, tokens, width], states of convolutions and recurrences have shapes of their own.
         present: the outputs that continue them, in the same order.
         shares_cache: whether the graph can write its outputs into the memory of the inputs that they continue.
     """
 
     dtype: str
-    takes_positions: bool
-    past: dict[str, tuple[int, int]]
+    takes: tuple[str, ...]
+    past: dict[str, tuple[str, tuple[int, ...]]]
     present: tuple[str, ...]
     shares_cache: bool
 
@@ -164,38 +189,54 @@ class _Interface:
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name: value for value in session.get_outputs()}
 
-        def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int) -> Any:
+        def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int | None) -> Any:
             what = f"{'input' if values is inputs else 'output'} {name!r}"
             if name not in values:
                 raise other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
             value = values[name]
             if value.type not in types:
                 raise other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
-            if len(value.shape) != rank:
+            if rank is not None and len(value.shape) != rank:
                 raise other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
             return value
 
         logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
-        for name in ("input_ids", "attention_mask", *({"position_ids"} & inputs.keys())):
+        takes = ("input_ids", *(name for name in _OPTIONAL if name in inputs))
+        for name in takes:
             tensor(inputs, name, ("tensor(int64)",), 2)
-        past = {}
-        for name in (name for name in inputs if name not in ("input_ids", "attention_mask", "position_ids")):
+        past: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in (name for name in inputs if name not in takes):
             if not name.startswith(_PAST):
                 raise other_interface(model, f"input {name!r} is not known")
-            shape = tensor(inputs, name, (logits.type,), 4).shape
-            _, heads, _, width = shape
-            if not all(isinstance(size, int) and size > 0 for size in (heads, width)):
-                raise other_interface(
-                    model, f"input {name!r} has the shape {shape}; its second and fourth dimension must be numbers"
-                )
-            past[name] = heads, width
-            tensor(outputs, _present(name), (logits.type,), 4)
+            if is_state := bool(_STATE.search(name)):
+                value = tensor(inputs, name, ONNX_TYPES, None)
+                shape = value.shape[1:]
+            else:
+                value = tensor(inputs, name, (logits.type,), 4)
+                shape = [value.shape[1], 0, value.shape[3]]  # no token yet
+            if not all(isinstance(size, int) and size >= 0 for size in shape):
+                which = "dimensions after the first" if is_state else "second and fourth dimension"
+                raise other_interface(model, f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
+            past[name] = ONNX_TYPES[value.type], tuple(shape)
+            tensor(outputs, _present(name), (value.type,), len(value.shape))
         if not past:
-            raise other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a KV cache")
+            raise other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a cache")
         shares = "GroupQueryAttention" in operators
-        return cls(ONNX_TYPES[logits.type], "position_ids" in inputs, past, tuple(map(_present, past)), shares)
+        return cls(ONNX_TYPES[logits.type], takes, past, tuple(map(_present, past)), shares)
+
+
+def _at_once(session: Any, model: str) -> int | None:
+    """Raises:
+    ModelError: what the graph says of it is no number of tokens.
+    """
+    said = session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
+    if said is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,8}", said):
+        raise other_interface(model, f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
+    return int(said)
 
 
 def _present(past: str) -> str:
-    """The output that continues an input of the KV cache."""
+    """The output that continues an input of the cache."""
     return "present." + past.removeprefix(_PAST)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from tests.families.page import PAGE, RESULTS, page
@@ -16,6 +17,15 @@ FAST = ("qwen3_moe", "falcon", "gemma3n_text", "gemma3")
 @pytest.mark.parametrize("name", FAST)
 def test_a_family_goes_through_pruning_and_packing(name: str, tmp_path: Path) -> None:
     assert take(name, tmp_path, ["bitmask"]) == {"build": "ok", "prune": "ok", "bitmask": "ok"}
+
+
+def test_states_of_convolutions_and_recurrences_are_inputs_and_outputs(tmp_path: Path) -> None:
+    assert take("falcon_h1", tmp_path, ["onnx"]) == {"build": "ok", "prune": "ok", "onnx": "ok"}
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    parts = ("key", "value", "conv_state", "recurrent_state")
+    expected = {f"{layer}.{part}" for layer in (0, 1) for part in parts}
+    for values, stem in ((graph.input, "past_key_values."), (graph.output, "present.")):
+        assert {value.name.removeprefix(stem) for value in values if value.name.startswith(stem)} == expected
 
 
 def test_the_page_is_made_from_the_outcomes_of_all_families() -> None:

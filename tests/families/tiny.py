@@ -40,9 +40,11 @@ _KIMI = {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "num_key_value_heads": 4,
           "mamba_d_state": 16}  # fmt: skip
 _INKLING = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
+_CONV_FIRST = {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_expert_group": 1, **_KIMI},
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -60,15 +62,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "git": {"num_hidden_layers": 2, "vision_config": {"num_hidden_layers": 3}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "granitemoehybrid": {"layer_types": _LINEAR_FIRST},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "inkling_text": _INKLING,
     "inkling2_text": _INKLING,
     "inkling2_loop_text": _INKLING,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "jetmoe": {"kv_channels": 16},
     "kimi_linear": _KIMI,
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2": _CONV_FIRST,
+    "lfm2_moe": {**_CONV_FIRST, "num_dense_layers": 1},
+    "lfm3": _CONV_FIRST,
     "longcat_flash": {"ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "minimax_m3_vl_text": {"dense_intermediate_size": 96, "shared_intermediate_size": 32},
@@ -79,6 +84,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 32, "chunk_size": 16,
     },
     "phi4_multimodal": {"audio_config": {"num_blocks": 3}},
+    "qwen3_5_moe_text": {"layer_types": _LINEAR_FIRST},
+    "qwen3_5_text": {"layer_types": _LINEAR_FIRST},
+    "qwen3_next": {"layer_types": _LINEAR_FIRST},
+    "qwen4_exp_text": {"layer_types": _LINEAR_FIRST},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {**_ZAMBA, "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4},
     "zamba2": {**_ZAMBA, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},

@@ -56,6 +56,24 @@ def runtime(content: onnx.GraphProto, folder: Path) -> OnnxRuntime:
     return OnnxRuntime(ModelSource("handmade", folder), "cpu", 1)
 
 
+def with_state() -> onnx.GraphProto:
+    """The same with the state of a recurrence: the sum of all tokens, which is added to the logits."""
+    content = graph()
+    state = ["batch", 1, 1]
+    content.node[3].output[0] = "raw"
+    content.node.extend(
+        [
+            helper.make_node("ReduceSum", ["column", "second"], ["total"], keepdims=1),
+            helper.make_node("Add", ["past_key_values.0.recurrent_state", "total"], ["present.0.recurrent_state"]),
+            helper.make_node("Add", ["raw", "present.0.recurrent_state"], ["logits"]),
+        ]
+    )
+    content.initializer.append(numpy_helper.from_array(np.array([1]), "second"))
+    for values, stem in ((content.input, "past_key_values"), (content.output, "present")):
+        values.append(helper.make_tensor_value_info(f"{stem}.0.recurrent_state", TensorProto.FLOAT, state))
+    return content
+
+
 def renamed(content: onnx.GraphProto, old: str, new: str) -> None:
     for value in (*content.input, *content.output):
         value.name = new if value.name == old else value.name
@@ -132,6 +150,22 @@ def a_fixed_length(content) -> None:
 
 def test_a_sound_graph_runs(tmp_path) -> None:
     assert greedy_tokens(runtime(graph(), tmp_path), IDS, 3) == [VOCABULARY - 1] * 3
+
+
+def test_states_begin_at_zero_and_are_carried_on(tmp_path) -> None:
+    model = runtime(with_state(), tmp_path)
+    first, cache = model.last_logits(torch.tensor([[1, 2, 3]]), None)
+    second, _ = model.last_logits(torch.tensor([[4]]), cache)
+    scores = torch.arange(VOCABULARY).float()
+    assert torch.equal(first[0], 3 * scores + scores + 6)  # MatMul, Add of the head, and the sum of the tokens
+    assert torch.equal(second[0], 4 * scores + scores + 10)
+
+
+def test_a_state_without_a_size_is_an_error(tmp_path) -> None:
+    content = with_state()
+    content.input[3].type.tensor_type.shape.dim[1].dim_param = "width"
+    with pytest.raises(ModelError, match=r"recurrent_state' has .*dimensions after the first must be numbers"):
+        runtime(content, tmp_path)
 
 
 def test_outputs_are_known_by_name(tmp_path) -> None:
