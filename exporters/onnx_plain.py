@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
+from gblm_compress.measure.onnx_runtime import STATE
 from gblm_compress.models.architecture import cache_kinds, sliding_windows
 from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
@@ -32,6 +33,8 @@ _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
 """The parts of a layer's cache, and how onnxruntime-genai calls them."""
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
+_GENAI_STATES = ("lfm2",)
+"""Families with states beside keys and values that onnxruntime-genai 0.18 runs; it finds them by `layer_types`."""
 _UNLIMITED = 1 << 20
 """The context length of a model whose positions have no limit, as attention by distance has none."""
 
@@ -58,7 +61,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | N
     """Trace the model.
 
     Returns:
-        The graph and its `genai_config.json`; None without attention, since onnxruntime-genai needs keys and values.
+        The graph and its `genai_config.json`; None where onnxruntime-genai does not know what to do with its states.
 
     Raises:
         ModelError: transformers' exporter does not manage the architecture.
@@ -165,7 +168,7 @@ def _name_dimensions(program: ir.Model) -> None:
     """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.name is not None and value.shape is not None
-        if re.fullmatch(r".+_state(_\d+)?", value.name):
+        if STATE.search(value.name):
             wanted = ["batch_size", *(None for _ in value.shape[1:])]
         elif value.name.startswith("past_key_values."):
             wanted = ["batch_size", None, "past_sequence_length", None]
@@ -181,24 +184,20 @@ def _name_dimensions(program: ir.Model) -> None:
 
 
 def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
-    """The `genai_config.json` with which onnxruntime-genai runs the folder; None of a graph without keys and values.
+    """The `genai_config.json` with which onnxruntime-genai runs the folder; None where it does not know the states.
 
     Head count and size are read off the graph's own cache inputs, the rest off the model's config.
     """
-    layers: dict[str, ir.Value] = {}
-    for value in program.graph.inputs:
-        if match := re.fullmatch(r"past_key_values\.(\d+)\.(\w+)", value.name or ""):
-            layers.setdefault(match[1], value)
-            if match[2] == "key":
-                layers[match[1]] = value
-    keys = [value for value in layers.values() if (value.name or "").endswith(".key")]
-    if not keys:
+    config = config.get_text_config()
+    cache = [name for value in program.graph.inputs if (name := value.name or "").startswith("past_key_values.")]
+    has_states = any(map(STATE.search, cache))
+    if has_states and config.model_type not in _GENAI_STATES:
         return None
-    assert keys[0].shape is not None
-    _, kv_heads, _, head_size = keys[0].shape
+    keys = next(value for value in program.graph.inputs if (value.name or "").endswith(".key"))
+    assert keys.shape is not None
+    _, kv_heads, _, head_size = keys.shape
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     present = {value.name for value in program.graph.inputs}
-    config = config.get_text_config()
     length = first_of(config, POSITIONS) or _UNLIMITED
     end = getattr(config, "eos_token_id", None)
     pad = getattr(config, "pad_token_id", None)
@@ -216,7 +215,8 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
                 "head_size": int(head_size),
                 "hidden_size": first_of(config, WIDTHS),
                 "num_attention_heads": first_of(config, HEADS),
-                "num_hidden_layers": len(layers),
+                "num_hidden_layers": len({name.split(".")[1] for name in cache}),
+                **({"layer_types": config.layer_types} if has_states else {}),
                 "num_key_value_heads": int(kv_heads),
                 "inputs": {
                     **{name: name for name in inputs if name in present},

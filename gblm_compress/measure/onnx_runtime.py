@@ -18,7 +18,7 @@ _PAST = "past_key_values."
 AT_ONCE = "gblm_tokens_at_once"
 """Key of a graph's metadata: the largest number of tokens that it reads in one call, where there is one."""
 _OPTIONAL = ("attention_mask", "position_ids")
-_STATE = re.compile(r"_state(_\d+)?$")
+STATE = re.compile(r"_state(_\d+)?$")
 """How the names of inputs and outputs end that have one size, however many tokens there are."""
 
 
@@ -208,7 +208,7 @@ class _Interface:
         for name in (name for name in inputs if name not in takes):
             if not name.startswith(_PAST):
                 raise other_interface(model, f"input {name!r} is not known")
-            if is_state := bool(_STATE.search(name)):
+            if is_state := bool(STATE.search(name)):
                 value = tensor(inputs, name, ONNX_TYPES, None)
                 shape = value.shape[1:]
             else:

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
+from gblm_compress.measure.genai_runtime import GenaiRuntime
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.models.source import ModelSource
 from tests.families.page import PAGE, RESULTS, page
 from tests.families.steps import take
 from tests.families.tiny import families
@@ -26,6 +30,19 @@ def test_states_of_convolutions_and_recurrences_are_inputs_and_outputs(tmp_path:
     expected = {f"{layer}.{part}" for layer in (0, 1) for part in parts}
     for values, stem in ((graph.input, "past_key_values."), (graph.output, "present.")):
         assert {value.name.removeprefix(stem) for value in values if value.name.startswith(stem)} == expected
+    assert not (tmp_path / "onnx" / "genai_config.json").exists()  # onnxruntime-genai does not know the family
+
+
+def test_onnxruntime_genai_runs_lfm2(tmp_path: Path) -> None:
+    assert take("lfm2", tmp_path, ["onnx"]) == {"build": "ok", "prune": "ok", "onnx": "ok"}
+    source = ModelSource("lfm2", tmp_path / "onnx")
+    expected, got = OnnxRuntime(source, "cpu", 1), GenaiRuntime(source, "cpu", 1)
+    ids, cache, other_cache = torch.arange(20).unsqueeze(0), None, None
+    for _ in range(3):
+        logits, cache = expected.last_logits(ids, cache)
+        other, other_cache = got.last_logits(ids, other_cache)
+        assert torch.allclose(logits, other, atol=1e-5)
+        ids = logits.argmax(-1, keepdim=True)
 
 
 def test_the_page_is_made_from_the_outcomes_of_all_families() -> None:
