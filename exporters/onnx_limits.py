@@ -14,8 +14,8 @@ from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxRuntime
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 
-CHUNKS = (64, 128, 256, 512)
-"""Tokens in a chunk, over all recurrences that transformers has."""
+CHUNKS = (16, 32, 64, 128, 256, 512)
+"""Tokens that a chunk may have; the recurrences of transformers have 64 to 256."""
 
 
 def note_limit(folder: Path, name: str) -> int | None:

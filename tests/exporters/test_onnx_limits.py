@@ -35,7 +35,7 @@ def limited(tokens: int) -> onnx.GraphProto:
     return content
 
 
-@pytest.mark.parametrize("tokens", [64, 256])
+@pytest.mark.parametrize("tokens", [16, 256])
 def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tokens: int) -> None:
     expected = runtime(with_state(), tmp_path).predict({"input_ids": IDS})
     runtime(limited(tokens), tmp_path)
@@ -58,7 +58,7 @@ def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_recurrence_of_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> None:
-    runtime(limited(16), tmp_path)
+    runtime(limited(2), tmp_path)
     with pytest.raises(ModelError, match=r"'handmade': its recurrence goes token by token.*sparse PyTorch"):
         note_limit(tmp_path, "handmade")
 

@@ -87,7 +87,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": _LINEAR_FIRST},
     "qwen3_5_text": {"layer_types": _LINEAR_FIRST},
     "qwen3_next": {"layer_types": _LINEAR_FIRST},
-    "qwen4_exp_text": {"layer_types": _LINEAR_FIRST},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {**_ZAMBA, "attention_hidden_size": 128, "attention_head_dim": 32, "mamba_dt_rank": 4},
     "zamba2": {**_ZAMBA, "n_mamba_heads": 8},
