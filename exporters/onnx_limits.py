@@ -32,8 +32,7 @@ def note_limit(folder: Path, name: str) -> int | None:
         return None
     if not _reads(runtime, CHUNKS[0]):
         raise ModelError(
-            f"{name!r}: its recurrence goes token by token, of which tracing keeps a fixed number; export to a sparse "
-            "PyTorch format"
+            f"{name!r}: tracing keeps a fixed number of steps of its recurrence; export to a sparse PyTorch format"
         )
     limit = next((chunk for chunk in CHUNKS if not _reads(runtime, chunk + 1)), None)
     if limit is not None:

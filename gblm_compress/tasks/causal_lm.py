@@ -84,7 +84,7 @@ class CausalLM(Task):
             leaf = hidden[:, start:end].detach().requires_grad_()
             with torch.enable_grad():
                 logits = predict({"input_ids": ids[:, start:end]}, leaf)
-            if logits.shape[:-1] != leaf.shape[:-1]:
+            if logits.shape[:2] != leaf.shape[:2]:  # states may have several streams behind these
                 raise ModelError(
                     f"the model gives {list(logits.shape)} for hidden states {list(leaf.shape)}, not a prediction for "
                     "each token, so that there is no gradient to measure; choose a method without gradients, such as "

@@ -59,7 +59,7 @@ def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_recurrence_of_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> None:
     runtime(limited(2), tmp_path)
-    with pytest.raises(ModelError, match=r"'handmade': its recurrence goes token by token.*sparse PyTorch"):
+    with pytest.raises(ModelError, match=r"'handmade': tracing keeps a fixed number of steps.*sparse PyTorch"):
         note_limit(tmp_path, "handmade")
 
 
