@@ -184,7 +184,7 @@ AVX512_16 static inline __attribute__((always_inline)) const uint16_t *word_f16_
     _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
 #define F16_X32_STEP(J, OFFSET)                                                                                    \
     do {                                                                                                           \
-        const __m512i spread = _mm512_maskz_expand_epi16((__mmask32)(m >> (32 * J)), _mm512_loadu_si512(v + OFFSET)); \
+        const __m512i spread = expand_epi16((__mmask32)(m >> (32 * J)), v + OFFSET);                               \
         sums[2 * J] = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(spread)),                             \
                                       _mm512_loadu_ps(x + 32 * J), sums[2 * J]);                                   \
         sums[2 * J + 1] = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(spread, 1)),                   \
@@ -226,7 +226,8 @@ AVX512 static inline __m512 packed_f32(const float **v, unsigned bits) {
     return expand_ps((__mmask16)bits, from);
 }
 AVX512_16 static inline __m512 packed_f16(const uint16_t **v, unsigned bits) {
-    const __m256i packed = _mm256_loadu_si256((const __m256i *)*v);
+    __m256i packed = _mm256_loadu_si256((const __m256i *)*v);
+    __asm__("" : "+v"(packed)); /* as expand_ps */
     *v += __builtin_popcount(bits);
     return _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)bits, packed));
 }
@@ -282,7 +283,7 @@ AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf
     _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
 #define BF16_STEP(J, OFFSET)                                                                                       \
     sums[J] = _mm512_dpbf16_ps(                                                                                    \
-        sums[J], (__m512bh)_mm512_maskz_expand_epi16((__mmask32)(m >> (32 * J)), _mm512_loadu_si512(v + OFFSET)),  \
+        sums[J], (__m512bh)expand_epi16((__mmask32)(m >> (32 * J)), v + OFFSET),                                   \
         (__m512bh)_mm512_loadu_si512(x + 32 * J))
     BF16_STEP(0, 0);
     BF16_STEP(1, __builtin_popcountll(m & 0xffffffff));
@@ -303,7 +304,7 @@ ONE_TOKEN(avx512_bf16_one, AVX512_BF16, uint16_t, uint16_t, word_bf16)
                 _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);                                                \
                 for (int part = 0; part < 2; part++, m >>= 32) {                                                    \
                     const __m512bh value =                                                                          \
-                        (__m512bh)_mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));                   \
+                        (__m512bh)expand_epi16((__mmask32)m, v);                                                    \
                     for (int t = 0; t < T; t++)                                                                     \
                         sums[t] = _mm512_dpbf16_ps(                                                                 \
                             sums[t], value, (__m512bh)_mm512_loadu_si512(x + t * stride + 32 * part));              \
@@ -333,7 +334,7 @@ AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
             uint64_t m = mask[w];
             _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);
             for (int part = 0; part < 2; part++, m >>= 32) {
-                const __m512i packed = _mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));
+                const __m512i packed = expand_epi16((__mmask32)m, v);
                 const __m512 first = _mm512_cvtph_ps(_mm512_castsi512_si256(packed)),
                              second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(packed, 1));
                 for (int64_t t = 0; t < tokens; t++) {
@@ -373,7 +374,7 @@ AVX512_16 static void avx512_expand_16(const Job *job, int64_t begin, int64_t en
             uint64_t m = job->mask[r * job->words + w];
             uint64_t valid = in_row(columns, w);
             for (int part = 0; part < 2; part++, m >>= 32, valid >>= 32) {
-                const __m512i value = _mm512_maskz_expand_epi16((__mmask32)m, _mm512_loadu_si512(v));
+                const __m512i value = expand_epi16((__mmask32)m, v);
                 _mm512_mask_storeu_epi16(row + w * 64 + 32 * part, (__mmask32)valid, value);
                 v += __builtin_popcount((unsigned)m);
             }

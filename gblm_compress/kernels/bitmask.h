@@ -132,6 +132,7 @@ static inline void gblm_put(const Job *job, int64_t token, int64_t row, float su
 
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
+#define EXPAND_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2")))
 #define AVX512_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512_BF16 \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,fma,popcnt,bmi,bmi2")))
@@ -145,6 +146,13 @@ AVX512 static inline __m512 expand_ps(__mmask16 mask, const float *v) {
     __m512 packed = _mm512_loadu_ps(v);
     __asm__("" : "+v"(packed));
     return _mm512_maskz_expand_ps(mask, packed);
+}
+
+/* The same with 16 bits each. */
+EXPAND_16 static inline __m512i expand_epi16(__mmask32 mask, const void *v) {
+    __m512i packed = _mm512_loadu_si512(v);
+    __asm__("" : "+v"(packed));
+    return _mm512_maskz_expand_epi16(mask, packed);
 }
 #endif
 

@@ -231,8 +231,8 @@ static void sparse_rows(const Work *work, const Job *job, int index) {
 AVX512_BF16 static const uint16_t *expand_words(const uint64_t *mask, int words, const uint16_t *v, uint16_t *dense) {
     for (int w = 0; w < words; w++, dense += 64) {
         const int half = __builtin_popcountll(mask[w] & 0xffffffff);
-        _mm512_store_si512(dense, _mm512_maskz_expand_epi16((__mmask32)mask[w], _mm512_loadu_si512(v)));
-        _mm512_store_si512(dense + 32, _mm512_maskz_expand_epi16((__mmask32)(mask[w] >> 32), _mm512_loadu_si512(v + half)));
+        _mm512_store_si512(dense, expand_epi16((__mmask32)mask[w], v));
+        _mm512_store_si512(dense + 32, expand_epi16((__mmask32)(mask[w] >> 32), v + half));
         v += __builtin_popcountll(mask[w]);
     }
     _mm_prefetch((const char *)(v + 512), _MM_HINT_T0);
