@@ -40,6 +40,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.bitmask import BitmaskLinear
+from gblm_compress.measure.onnx_runtime import has_recurrence
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
@@ -56,6 +57,9 @@ _LOADING = """\
 import onnxruntime
 
 session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx")"""
+LENGTHEN = 5
+"""Graphs with a recurrence are held to so many times the text, which is more than a chunk."""
+
 _LOADING_KERNELS = """\
 import gblm_compress
 import onnxruntime
@@ -163,8 +167,11 @@ def export(
             progress.say("saving …")
             _save(temporary, program, genai_config, model, processor, source, stored)
         progress.say("verifying in ONNX Runtime …")
-        limit = note_limit(temporary, source.name) if task.generates and graph == "plain" else None
+        recurs = has_recurrence(value.name or "" for value in program.graph.inputs)
+        limit = note_limit(temporary, source.name) if recurs else None
         sample = task.probe(processor, model.config)
+        if recurs:
+            sample = {**sample, "input_ids": sample["input_ids"].repeat(1, LENGTHEN)}
         checks = {
             "graph": graph,
             "nodes": len(program.graph),

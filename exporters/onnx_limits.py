@@ -21,15 +21,16 @@ CHUNKS = (16, 32, 64, 128, 256, 512)
 def note_limit(folder: Path, name: str) -> int | None:
     """Find the limit of a folder's graph by running it, and write it into the graph, where `OnnxRuntime` reads it.
 
+    Args:
+        folder: whose graph has a recurrence.
+
     Returns:
-        Tokens; None where no number of them is too large, as for every graph without a recurrence.
+        Tokens; None where no number of them is too large.
 
     Raises:
         ModelError: the graph does not even read as many tokens as the smallest chunk has.
     """
     runtime = OnnxRuntime(ModelSource(name, folder), "cpu", torch.get_num_threads())
-    if not runtime.has_recurrence:
-        return None
     if not _reads(runtime, CHUNKS[0]):
         raise ModelError(
             f"{name!r}: tracing keeps a fixed number of steps of its recurrence; export to a sparse PyTorch format"

@@ -132,6 +132,7 @@ static inline void gblm_put(const Job *job, int64_t token, int64_t row, float su
 
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,popcnt,bmi,bmi2")))
+/* Part of both that follow, so that what has it can be inlined into them. */
 #define EXPAND_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2")))
 #define AVX512_16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,fma,f16c,popcnt,bmi,bmi2")))
 #define AVX512_BF16 \

@@ -2,6 +2,7 @@
 C library does with memory that is freed."""
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,8 +64,8 @@ def freed_memory_kept() -> Iterator[None]:
     glibc maps large tensors from the system one by one, which then clears every page anew: a third of a training's
     time on a CPU. Another C library is left as it is.
     """
-    process = ctypes.CDLL(None)
-    if not hasattr(process, "mallopt"):
+    process = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if process is None or not hasattr(process, "mallopt"):
         yield
         return
     for parameter, value in _KEEP.items():

@@ -56,11 +56,6 @@ class OnnxRuntime:
         counts = sorted(set(profile))
         self._kernels = self._opened.profiled(counts, self._prefill_zeros) if counts else {}
 
-    @property
-    def has_recurrence(self) -> bool:
-        """Whether the cache has states of a recurrence."""
-        return any("recurrent_state" in name for name in self._interface.past)
-
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
         logits, _ = self._run(ids.numpy(), self._empty(len(ids)))
@@ -223,6 +218,11 @@ class _Interface:
             raise other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a cache")
         shares = "GroupQueryAttention" in operators
         return cls(ONNX_TYPES[logits.type], takes, past, tuple(map(_present, past)), shares)
+
+
+def has_recurrence(inputs: Iterable[str]) -> bool:
+    """Whether a graph with these inputs carries the states of a recurrence on."""
+    return any("recurrent_state" in name for name in inputs)
 
 
 def _at_once(session: Any, model: str) -> int | None:

@@ -222,7 +222,7 @@ def bytes_a_weight(settings: RecoverSettings, density: float, processes: int) ->
     seen = 2 if settings.fit_dtype == "bfloat16" else 4
     if MASK_RULES[settings.mask].moves:
         return seen + 4 + (4 + 8 + 4 + 2) / processes
-    return seen + 1 + density * (4 + (4 + 8) / processes)
+    return seen + density * (2 + 4 + (4 + 8) / processes)  # 2 of a survivor's column
 
 
 def _owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
