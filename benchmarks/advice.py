@@ -21,11 +21,12 @@ from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
-from gblm_compress.runs.advice import PROMPT, ROUNDS, TOKENS, advise
+from gblm_compress.runs.advice import PROMPT, advise
 from gblm_compress.runs.predictions import WAYS, Way
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
 QUIET = Progress(quiet=True)
+ROUNDS, TOKENS = 10, 12
 
 
 def measured(way: Way, dense: ModelSource, pruned: ModelSource, scratch: Path) -> float:

@@ -6,6 +6,7 @@ model would be, nothing here says.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +18,9 @@ import torch
 
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.exporters import export
+from gblm_compress.machine.caches import last_cache_bytes, replacing
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure.benchmark_worker import generate, vocabulary
+from gblm_compress.measure.benchmark_worker import vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
@@ -30,7 +32,9 @@ from gblm_compress.pruning.stage import prune
 from gblm_compress.runs.predictions import TARGETS, WAYS, Prediction, Way, sentences
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
-ROUNDS, TOKENS, PROMPT = 5, 12, 64
+PROMPT, WARM_UP, STEPS = 64, 10, 100
+FEW, WEIGHTS = 5, 40_000_000
+"""So many blocks are timed at least, and more as long as they have no more weights than that: noise drowns fewer."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ def advise(
             f"model {source.name!r} is loaded whole once, which takes {need / 1e9:.1f} GB, and "
             f"{psutil.virtual_memory().available / 1e9:.1f} GB are free; ask on a larger machine"
         )
-    if (blocks := len(find_blocks(loading.load_skeleton(source))[1])) < 2:
+    modules = find_blocks(loading.load_skeleton(source))[1]
+    if (blocks := len(modules)) < 2:
         raise ModelError(
             f"model {source.name!r} has one block, and advice needs two to tell what each adds; benchmark it"
         )
-    numbers = (1, min(settings.blocks, blocks))
+    few_weights = WEIGHTS // sum(weight.numel() for weight in modules[0].parameters())
+    numbers = (1, min(settings.blocks or max(FEW, few_weights), blocks))
     with TemporaryDirectory() as scratch:
         model, processor = loading.load_model(source), loading.load_processor(source)
         folder = Path(scratch)
@@ -154,39 +160,58 @@ def _predict(
     way: Way, folders: dict[int, ModelSource], blocks: int, settings: AdviseSettings, scratch: Path
 ) -> Prediction:
     """Make and time both models of a way, and say what follows of the whole one."""
-    sizes: dict[int, int] = {}
-    spent: dict[int, list[float]] = {}
     threads = settings.threads or torch.get_num_threads()
-    vocabulary_size = vocabulary(next(iter(folders.values())))
-    for number, source in folders.items():
-        artefact = source
-        if way.export is not None:
-            name = f"{way.name}-{number}".replace(", ", "-").replace(" ", "-")
-            artefact = ModelSource(name, scratch / name)
-            export(source, artefact.folder, ExportSettings(**way.export), progress=Progress(quiet=True))
-        wider = 1.0
-        if way.dtype != "auto":
-            stored = getattr(torch, loading.stored_dtype(source)).itemsize
-            wider = getattr(torch, way.dtype).itemsize / stored
-        sizes[number] = int(wider * artefact.bytes_on_disk)
-        # One at a time: the threads of another session that waits would take the cores.
-        runtime = cast(Generating, load_runtime(artefact, way.dtype, "cpu", threads))
-        runs = [generate(runtime, vocabulary_size, 1, PROMPT, TOKENS, seed) for seed in range(ROUNDS + 1)]
-        spent[number] = [1000 * run["decode_seconds"] / (TOKENS - 1) for run in runs[1:]]
-        del runtime
-    few, many = sorted(spent)
+    made = {number: _made(way, number, source, scratch) for number, source in folders.items()}
+    few, many = sorted(made)
+    whole = int(_whole(few, many, blocks, *(_bytes(way, made[each], folders[each]) for each in (few, many))))
+    # Of a model that is larger than the cache, a step finds nothing there that the step before it has left.
+    cache = last_cache_bytes()
+    between = replacing(cache if whole > cache else 0)
+    spent = {number: _step_ms(each, way.dtype, threads, between) for number, each in made.items()}
     # The slope is steepest from a fast small model to a slow large one.
     low, middle, high = (
         _whole(few, many, blocks, float(np.percentile(spent[few], small)), float(np.percentile(spent[many], large)))
         for small, large in ((90, 10), (50, 50), (10, 90))
     )
-    whole = int(_whole(few, many, blocks, sizes[few], sizes[many]))
     return Prediction(way.name, way.pruned, way.quantised, whole, middle, low, high)
 
 
+def _made(way: Way, number: int, source: ModelSource, scratch: Path) -> ModelSource:
+    """What a way makes of a model."""
+    if way.export is None:
+        return source
+    name = f"{way.name}-{number}".replace(", ", "-").replace(" ", "-")
+    artefact = ModelSource(name, scratch / name)
+    export(source, artefact.folder, ExportSettings(**way.export), progress=Progress(quiet=True))
+    return artefact
+
+
+def _bytes(way: Way, artefact: ModelSource, source: ModelSource) -> int:
+    """The bytes of an artefact in the dtype that it is run in."""
+    if way.dtype == "auto":
+        return artefact.bytes_on_disk
+    stored, run = (getattr(torch, name).itemsize for name in (loading.stored_dtype(source), way.dtype))
+    return int(artefact.bytes_on_disk * run / stored)
+
+
+def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> list[float]:
+    """Milliseconds of `STEPS` decode steps, each after `between`."""
+    # One model at a time: the threads of another session that waits would take the cores.
+    runtime = cast(Generating, load_runtime(artefact, dtype, "cpu", threads))
+    ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    token, cache = runtime.prefill(ids)
+    spent = []
+    for _ in range(WARM_UP + STEPS):
+        between()
+        start = time.perf_counter()
+        token, cache = runtime.decode(token, cache)
+        spent.append(1000 * (time.perf_counter() - start))
+    return spent[WARM_UP:]
+
+
 def _whole(few: int, many: int, blocks: int, of_few: float, of_many: float) -> float:
-    """What is linear in the number of blocks, for all of them."""
-    return of_few + (of_many - of_few) / (many - few) * (blocks - few)
+    """What is linear in the number of blocks, for all of them: at least what many take, whatever noise says."""
+    return max(of_many, of_few + (of_many - of_few) / (many - few) * (blocks - few))
 
 
 def _forward_seconds(source: ModelSource, tokens: int = 512) -> float:

@@ -138,7 +138,12 @@ class AdviseSettings(Settings):
     target: Literal["bytes", "latency"] = Field(
         "latency", description="What is to be small: bytes of the weights, or latency (time for a token)."
     )
-    blocks: int = Field(5, ge=2, le=MANY, description="Blocks of the larger of the two models that are tried.")
+    blocks: int | None = Field(
+        None,
+        ge=2,
+        le=MANY,
+        description="Blocks of the larger of the two models that are tried; five, or more of small ones, if unset.",
+    )
     threads: int | None = Field(None, ge=1, le=MANY, description="Threads of the CPU; all cores if unset.")
 
 

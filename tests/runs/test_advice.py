@@ -68,6 +68,7 @@ def test_sizes_are_those_of_the_whole_models_artefacts(model, tmp_path, monkeypa
 
 def test_what_is_linear_is_carried_on() -> None:
     assert advice._whole(1, 5, 30, 2 + 3 * 1, 2 + 3 * 5) == 2 + 3 * 30
+    assert advice._whole(1, 5, 30, 4, 3) == 3  # noise: the whole takes no less than five of its blocks
 
 
 def prediction(name: str, ms: float, pruned: bool, quantised: bool) -> Prediction:
