@@ -32,7 +32,7 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any]]:
     """
     task = task_of(type(model))
     with tracing(model, source):
-        program = graph_of(model, dict(task.example(model.config)))
+        program = graph_of(model, dict(task.example(model.config)), task.varying_axes)
     # optimum's classes take the first output, and a pooler that nobody asks for would be computed
     program.graph.outputs[:] = [value for value in program.graph.outputs if value.name == task.output]
     slim_(program)

@@ -89,11 +89,17 @@ def _trace(model: Any, source: ModelSource) -> ir.Model:
         return graph_of(*stages["decode"])
 
 
-def graph_of(module: Any, inputs: dict[str, Any]) -> ir.Model:
-    """The graph that transformers' exporter makes of a module, with dynamic dimensions; within `tracing`."""
+def graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> ir.Model:
+    """The graph that transformers' exporter makes of a module; within `tracing`.
+
+    Args:
+        axes: how many of the first dimensions of every input vary; all dimensions of all inputs if None.
+    """
+    from torch.export import Dim
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    exported = OnnxExporter().export(module, inputs, OnnxConfig(dynamic=True))
+    varying = None if axes is None else {name: dict.fromkeys(range(axes), Dim.AUTO) for name in inputs}
+    exported = OnnxExporter().export(module, inputs, OnnxConfig(dynamic=True, dynamic_shapes=varying))
     # transformers 5.17 returns torch's ONNXProgram, later releases a wrapper of their own
     return exported.program if hasattr(exported, "program") else exported.model
 

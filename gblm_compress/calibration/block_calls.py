@@ -241,7 +241,9 @@ def _record_calls(
                     tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
                 )
                 if output.shape != hidden.shape:
-                    raise _changing_size(model, hidden, output)
+                    raise NoChainError(
+                        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of {list(hidden.shape)}"
+                    )
             latest[:] = [output]
             calls.append(call)
             ran.append(block)
@@ -255,14 +257,6 @@ def _record_calls(
     if len(calls) != len(blocks):
         raise NoChainError(f"{type(model).__name__}: a forward pass ran {len(calls)} blocks of {len(blocks)}")
     return calls
-
-
-def _changing_size(model: nn.Module, hidden: Tensor, output: Tensor) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of {list(hidden.shape)}; "
-        "architectures whose blocks change their size, such as Swin, are pruned without data alone: give --method "
-        "magnitude --fit none"
-    )
 
 
 def _check_own_weights(weights: Weights) -> None:

@@ -30,6 +30,7 @@ class ImageClassification(Classes):
     optimum = "image-classification"
     auto_class = "AutoModelForImageClassification"
     processor = IMAGE_PROCESSOR
+    varying_axes = 1
     sample = "image"
     reads = images.READS
 

@@ -56,6 +56,7 @@ class Task(ABC):
             the model wherever it is written.
         generates: whether the model generates tokens one by one, with a cache; all others are timed by their forward
             pass, and run in torch and ONNX Runtime alone.
+        varying_axes: how many of the first dimensions of a batch vary: the samples, and their tokens.
         sample: what one sample is called.
         reads: what `data_files` takes, for messages.
     """
@@ -67,6 +68,7 @@ class Task(ABC):
     processor: ClassVar[Processor] = TOKENIZER
     companions: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
+    varying_axes: ClassVar[int] = 2
     sample: ClassVar[str] = "window"
     reads: ClassVar[str] = text.READS
 
