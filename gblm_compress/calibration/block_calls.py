@@ -242,7 +242,8 @@ def _record_calls(
                 )
                 if output.shape != hidden.shape:
                     raise NoChainError(
-                        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of {list(hidden.shape)}"
+                        f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of "
+                        f"{list(hidden.shape)}"
                     )
             latest[:] = [output]
             calls.append(call)

@@ -1,9 +1,10 @@
 """All blocks as one, where they cannot be run one by one.
 
 Some architectures pass more from block to block than hidden states: keys that later blocks share, what a router has
-chosen. Others run blocks several times, as ALBERT does, or have blocks that share weights, as Zamba does. Then what is
-around the blocks, a decoder or an encoder, is one block. All layers are measured in the dense model at once, wherever
-their weights are used, so that none sees what the pruning of others does to its input.
+chosen. In others the states change their size, as between the stages of Swin. Others run blocks several times, as
+ALBERT does, or have blocks that share weights, as Zamba does. Then what is around the blocks, a decoder or an encoder,
+is one block. All layers are measured in the dense model at once, wherever their weights are used, so that none sees
+what the pruning of others does to its input.
 """
 
 from collections import Counter
