@@ -24,7 +24,7 @@ LOWER_IS_BETTER = {
     "tpot_ms": "TPOT",
 }
 HIGHER_IS_BETTER = {
-    "top1_agreement": "same token as dense",
+    "top1_agreement": "same top-1 as dense",
     "task_accuracy": "task accuracy",
     "task_recovery": "task recovery",
     "tokens_per_second": "tokens/s",

@@ -234,7 +234,7 @@ def stages(report: RunReport) -> Table:
     return Table("Stages", {"stage": False, "seconds": True, "": False}, rows)
 
 
-FIDELITY = {"mean_kl": "KL", "top1_agreement": "same token"}
+FIDELITY = {"mean_kl": "KL", "top1_agreement": "same top-1"}
 
 
 def size(count: float) -> Cell:
