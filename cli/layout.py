@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 
 
+def plain(*headings: str, **options: Any) -> Table:
+    """An empty table with a line below its headings and no others, as all tables of this program are."""
+    return Table(*headings, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
+
+
 def titled(content: "Content") -> list[Any]:
     """A table of a report under its title, with its notes."""
-    table = Table(
-        title=Text(content.title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = plain(title=Text(content.title, style="bold"), title_justify="left")
     for heading, number in content.columns.items():
         table.add_column(heading, justify="right" if number else "left")
     for row in content.rows:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
 from gblm_compress.cli import layout
@@ -12,7 +11,7 @@ from gblm_compress.printing import printable
 
 
 def dry_run(content: dict[str, Any]) -> list[Any]:
-    table = Table("", "stage", "what would happen")
+    table = layout.plain("", "stage", "what would happen")
     table.add_column("disk, at most", justify="right")
     table.add_column("last time", justify="right")
     for i, step in enumerate(content["steps"], 1):

@@ -7,6 +7,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from gblm_compress.cli.layout import plain
 from gblm_compress.machine.environment import noisy
 from gblm_compress.printing import printable
 
@@ -14,7 +15,7 @@ _PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
 def _pairs(pairs: list[tuple[str, str]]) -> Table:
-    table = Table(show_header=False)
+    table = plain(show_header=False)
     for pair in pairs:
         table.add_row(*pair)
     return table
@@ -47,7 +48,7 @@ def prune(result: dict[str, Any]) -> list[Any]:
 
 
 def advise(result: dict[str, Any]) -> list[Any]:
-    table = Table("way")
+    table = plain("way")
     for name in ("weights", "ms per token", "from–to"):
         table.add_column(name, justify="right")
     for p in result["predictions"]:
@@ -73,7 +74,7 @@ def _duration(seconds: float) -> str:
 
 
 def recover(result: dict[str, Any]) -> list[Any]:
-    table = Table("tokens", "training loss", "KL, held out", "mask moved")
+    table = plain("tokens", "training loss", "KL, held out", "mask moved")
     for column in table.columns:
         column.justify = "right"
     for number, look in enumerate(result["curve"]):
@@ -140,7 +141,7 @@ def _fidelity(name: str, value: float, sample: str) -> tuple[str, str]:
 
 
 def _tasks_table(zero_shot: dict[str, Any]) -> Table:
-    table = Table("task", "metric")
+    table = plain("task", "metric")
     for name in ("questions", "accuracy", "dense", "recovery (95 %)"):
         table.add_column(name, justify="right")
     for t in zero_shot["tasks"]:
@@ -157,7 +158,7 @@ def _recovery(ratio: dict[str, float] | None) -> str:
 
 
 def compare(result: dict[str, Any]) -> list[Any]:
-    table = Table("method", "pattern")
+    table = plain("method", "pattern")
     for name in ("seeds", "perplexity", "KL from dense", "accuracy", "recovery", "time", "peak memory"):
         table.add_column(name, justify="right")
     for m in result["rows"]:
@@ -181,7 +182,7 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 def benchmark(result: dict[str, Any]) -> list[Any]:
     generates = any(m["tpot_ms"] for m in result["measurements"])
-    table = Table("model", "runtime")
+    table = plain("model", "runtime")
     times = ("TTFT ms (p10–p90)", "TPOT ms (p10–p90)", "tokens/s") if generates else ("ms (p10–p90)", "samples/s")
     for name in ("batch", *times, "peak", "load s", "on disk"):
         table.add_column(name, justify="right")
@@ -237,7 +238,7 @@ def _spread(spread: dict[str, float]) -> str:
 
 
 def inspect(result: dict[str, Any]) -> list[Any]:
-    table = Table("layer", "shape")
+    table = plain("layer", "shape")
     for name in ("nonzero", "empty rows", "empty columns", "row spread", "column spread"):
         table.add_column(name, justify="right")
     table.add_column("patterns that hold")
@@ -253,7 +254,7 @@ def inspect(result: dict[str, Any]) -> list[Any]:
             f"{layer['column_spread']:.3f}",
             ", ".join(layer["patterns"]) or "none",
         )
-    kinds = Table("kind of layer", "layers")
+    kinds = plain("kind of layer", "layers")
     for name in ("nonzero", "rows kept", "rows gone", "columns kept", "columns gone"):
         kinds.add_column(name, justify="right")
     for kind in result["kinds"]:
@@ -265,7 +266,7 @@ def inspect(result: dict[str, Any]) -> list[Any]:
 
 
 def doctor(content: dict[str, Any]) -> Table:
-    table = Table("", "found", "enables")
+    table = plain("", "found", "enables")
     for finding in content["findings"]:
         mark = "" if finding["ok"] else "!! "
         found = Text.assemble((mark, "bold red"), printable(finding["found"]))
