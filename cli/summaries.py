@@ -133,7 +133,7 @@ def evaluate(result: dict[str, Any]) -> list[Any]:
 
 def _fidelity(name: str, value: float, sample: str) -> tuple[str, str]:
     known = {
-        "mean_kl": ("mean KL from dense", f"{value:.4f} nats per {'token' if sample == 'window' else sample}"),
+        "mean_kl": ("mean KL from dense", f"{value:z.4f} nats per {'token' if sample == 'window' else sample}"),
         "top1_agreement": ("top-1 agreement", f"{100 * value:.2f} %"),
         "top10_agreement": ("dense top 10 kept", f"{100 * value:.2f} %"),
     }

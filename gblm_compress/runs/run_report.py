@@ -167,4 +167,4 @@ def number(value: float | None, error: float | None = None) -> str:
     if value is None or not math.isfinite(value):
         return "not finite"
     digits = 2 if abs(value) >= 1 else 3
-    return f"{value:.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+    return f"{value:z.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")

@@ -10,7 +10,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
-from gblm_compress.runs.run_report import headline
+from gblm_compress.runs.run_report import headline, number
 from tests.runs.reports import HOSTILE, report, row
 
 
@@ -85,3 +85,10 @@ def test_a_report_that_is_none(tmp_path, content, message) -> None:
         (tmp_path / run_report.REPORT).write_text(content)
     with pytest.raises(UsageError, match=message):
         run_report.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(21.454, "21.45"), (0.3691, "0.369"), (-1e-9, "0.000"), (float("nan"), "not finite")]
+)
+def test_a_figure_has_digits_that_say_something_and_no_sign_of_rounding(value, said) -> None:
+    assert number(value) == said
