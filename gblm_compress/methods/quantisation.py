@@ -98,13 +98,19 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """For every weight the nearest level, as its place in `grid.levels`: [rows, columns] in uint8."""
+    """For every weight the nearest level, as its place in `grid.levels`: [rows, columns] in uint8.
+
+    Two levels part half way between them. Twice that is an integer, so that a table of integers says it all, which
+    takes a twentieth of the time of a search.
+    """
     import torch
 
-    scale = grid.scale_of(weight.shape[1])
-    ratio = torch.where(scale > 0, weight / scale, 0.0)
-    levels = grid.levels.float()
-    return torch.bucketize(ratio.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    scale, levels = grid.scale_of(weight.shape[1]), grid.levels.short()
+    first, last = 2 * int(levels[0]), 2 * int(levels[-1])
+    table = torch.bucketize(torch.arange(first, last + 1, device=weight.device), levels[1:] + levels[:-1])
+    twice = torch.where(scale > 0, 2 * weight / scale, 0.0)
+    places = twice.ceil_().clamp_(first, last).sub_(first).int()
+    return table.to(torch.uint8).index_select(0, places.flatten()).view(weight.shape)
 
 
 def restore(codes: Tensor, grid: Grid) -> Tensor:

@@ -31,6 +31,19 @@ def test_each_weight_goes_to_the_nearest_level(group: int | None) -> None:
             assert float(values[row, column]) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("levels", [INT8, torch.tensor([-128, -81, -80, -3, 0, 4, 127], dtype=torch.int8)])
+def test_levels_part_half_way_and_there_the_smaller_is_taken(levels) -> None:
+    points = torch.arange(-300.0, 300.0, 0.25)
+    weight = torch.stack([points * 2**-7, points.nextafter(points + 1) * 2**-7, torch.full_like(points, 1e38)])
+    grid = Grid(torch.tensor([[2.0**-7], [2.0**-7], [0.0]]).half(), levels, None)
+    expected = [
+        [min(range(len(levels)), key=lambda place: abs(float(levels[place]) - value)) for value in row]
+        for row in (weight[:2].double() * 2**7).tolist()
+    ]
+    zero = int((levels <= 0).sum()) - 1
+    assert nearest(weight, grid).tolist() == [*expected, [zero] * len(points)]
+
+
 @pytest.mark.parametrize("group", [None, 32])
 def test_int8_errs_by_half_a_step_at_most(group: int | None) -> None:
     weight, keep = _matrix(8, 100)
