@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LAST_EXCHANGE = 0.75
 """The share of the training after which masks that are learned stay as they are, so that the weights settle."""
 
-EXCHANGED = 0.1
+EXCHANGED = 0.03
 """The share of a row's survivors that the first exchange replaces."""
 
 
@@ -85,13 +85,21 @@ class MaskRule:
         return gradient * keep
 
     def next_mask(
-        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        power: Tensor,
+        keep: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+        moment: Moment,
     ) -> Tensor:
         """The mask after a step.
 
         Args:
             weight: after the step, in float32.
             gradient: of the loss to what the network saw, at the step.
+            power: running mean of the squares of the gradient by which the weight moves, Adam's second moment.
         """
         return keep
 
@@ -119,25 +127,44 @@ class StraightThrough(Learned):
         return gradient + decay * weight * ~keep
 
     def next_mask(
-        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        power: Tensor,
+        keep: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+        moment: Moment,
     ) -> Tensor:
         return pattern.mask(weight.abs(), weight, sparsity) if moment.changes else keep
 
 
 class Exchange(Learned):
-    """RigL (arXiv 1911.11134): from time to time the smallest survivors of a row make room for as many pruned weights,
-    those with the largest gradients, which start from zero."""
+    """RigL (arXiv 1911.11134): from time to time some survivors of a row make room for as many pruned weights, those
+    with the largest gradients, which start from zero.
+
+    RigL gives up the smallest. Those of a mask by saliency are small because their inputs are large, so that here those
+    are given up whose loss would rise least, by w² times the mean squared gradient (optimal brain damage with the
+    diagonal of the Fisher information).
+    """
 
     def next_mask(
-        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        power: Tensor,
+        keep: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+        moment: Moment,
     ) -> Tensor:
         if not moment.changes:
             return keep
         inf = float("inf")
         survivors, pruned = keep.sum(1), (~keep).sum(1)
         number = (EXCHANGED * moment.share * survivors).long().minimum(pruned)
-        # Ranks within a row, from 0: of survivors by magnitude, of pruned weights by gradient.
-        weakest = weight.abs().masked_fill(~keep, inf).argsort(dim=1, stable=True).argsort(dim=1)
+        # Ranks within a row, from 0: of survivors by what they are worth, of pruned weights by gradient.
+        weakest = (weight.square() * power).masked_fill(~keep, inf).argsort(dim=1, stable=True).argsort(dim=1)
         strongest = gradient.abs().masked_fill(keep, -inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         leave = keep & (weakest < number[:, None])
         enter = ~keep & (strongest < number[:, None])
@@ -157,7 +184,14 @@ class Proximal(MaskRule):
         return gradient * keep if moment.settled else gradient
 
     def next_mask(
-        self, weight: Tensor, gradient: Tensor, keep: Tensor, pattern: Pattern, sparsity: float, moment: Moment
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        power: Tensor,
+        keep: Tensor,
+        pattern: Pattern,
+        sparsity: float,
+        moment: Moment,
     ) -> Tensor:
         return keep if moment.settled else pattern.mask(weight.abs(), weight, sparsity)
 
@@ -173,7 +207,7 @@ MASK_RULES: dict[str, MaskRule] = {
         moves=True,
     ),
     "exchange": Exchange(
-        f"the smallest survivors of each row make room for weights with large gradients ({UNSTRUCTURED} only)",
+        f"the least important survivors of each row make room for weights with large gradients ({UNSTRUCTURED} only)",
         only=UNSTRUCTURED,
         reads=("mask_every",),
         moves=True,

@@ -173,8 +173,11 @@ class Training:
     @torch.no_grad()
     def _move_mask(self, name: str, gradient: Tensor, moment: Moment) -> None:
         weights, budget, before = self._weights, self._budgets[name], self._weights.keep[name]
+        master = weights.masters[name]
         weight = weights.matrix(name)
-        keep = self._rule.next_mask(weight, gradient, before, budget.pattern, budget.sparsity, moment)
+        # Adam has no state of what was zero from the start.
+        power = as_matrix(weights.layers[name], self._adam.state.get(master, {}).get("exp_avg_sq", master.detach()))
+        keep = self._rule.next_mask(weight, gradient, power, before, budget.pattern, budget.sparsity, moment)
         weights.keep[name] = keep
         settings, size = self._settings, self._sizes[name]
         pull = settings.mask_pull * settings.rate * schedule_of(moment.step, moment.steps) / size if size else 0.0
