@@ -27,7 +27,7 @@ def quality_against_bytes(report: RunReport) -> Chart | None:
 
 def quality_against_time(report: RunReport) -> Chart | None:
     """The metric that counts first over milliseconds per token."""
-    name = "tpot_ms" if any(row.timing and row.timing.tpot_ms for row in report.rows) else "ttft_ms"
+    name = "tpot_ms" if _generates(report) else "ttft_ms"
     batch = report.smallest_batch
     points = _points(report, lambda row, found: found.get(name) if row.batch == batch else None)
     axis = "ms per token" if name == "tpot_ms" else "ms per forward pass"
@@ -39,14 +39,14 @@ def quality_against_time(report: RunReport) -> Chart | None:
 
 def first_token(report: RunReport) -> Chart | None:
     """Time to first token, or of the forward pass of what generates nothing."""
-    generates = any(row.timing and row.timing.tpot_ms for row in report.rows)
-    what = "Time to the first token" if generates else "Time of a forward pass"
-    return _latency(report, "ttft_ms", "prefill", what)
+    if _generates(report):
+        return _latency(report, "ttft_ms", "latency-prefill", "prefill", "Time to the first token")
+    return _latency(report, "ttft_ms", "latency-prefill", "a forward pass", "Time of a forward pass")
 
 
 def next_token(report: RunReport) -> Chart | None:
     """Time per output token."""
-    return _latency(report, "tpot_ms", "decode", "Time per token after the first")
+    return _latency(report, "tpot_ms", "latency-decode", "decode", "Time per token after the first")
 
 
 def byte_limit(report: RunReport) -> Chart | None:
@@ -78,7 +78,7 @@ def byte_limit(report: RunReport) -> Chart | None:
 
 
 def step(report: RunReport) -> Chart | None:
-    """Where the time of a decode step goes."""
+    """Where the time of a decode step goes, or of the forward pass of what generates nothing."""
     values: list[Spec] = [
         {"row": printable(f"{row.model} · {row.runtime}"), "part": part, "ms": ms, "place": PARTS.index(part)}
         for row in report.rows
@@ -89,17 +89,21 @@ def step(report: RunReport) -> Chart | None:
         return None
     order = list(dict.fromkeys(value["row"] for value in values))
     colour = {"domain": list(PARTS), "range": [COLOURS[i] for i in (1, 0, 2, 3, 4)]}
+    title, of = "Where a forward pass's time goes", "a forward pass of one sample, profiled apart from the timings"
+    if _generates(report):
+        title = "Where a decode step's time goes"
+        of = "a step on one token, profiled apart from the timings and without a prompt"
     return Chart(
         "step",
-        "Where a decode step's time goes",
-        "Milliseconds of each part of a step on one token, profiled apart from the timings and without a prompt: what "
-        "zeros shorten is the products, and attention, norms and the rest stay.",
+        title,
+        f"Milliseconds of each part of {of}: what zeros shorten is the products, and attention, norms and the rest "
+        "stay.",
         {
             "data": {"values": values},
             "height": ROW * len(order),
             "mark": {"type": "bar"},
             "encoding": {
-                "x": {"field": "ms", "type": "quantitative", "title": "milliseconds"},
+                "x": {"field": "ms", "type": "quantitative", "title": "milliseconds", "axis": {"tickCount": 5}},
                 "order": {"field": "place"},
                 "color": {
                     "field": "part",
@@ -245,6 +249,11 @@ def _points(report: RunReport, x_of: Callable[[ModelSummary, dict[str, Figure]],
     return list({(point["model"], point["kind"], point["middle"]): point for point in points}.values())
 
 
+def _generates(report: RunReport) -> bool:
+    """Whether tokens were generated one by one."""
+    return any(row.timing and row.timing.tpot_ms for row in report.rows)
+
+
 def _front(report: RunReport, name: str, title: str, caption: str, axis: str, points: list[Spec]) -> Chart | None:
     if len(points) < 2:
         return None
@@ -280,7 +289,7 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
     )
 
 
-def _latency(report: RunReport, name: str, pass_: str, title: str) -> Chart | None:
+def _latency(report: RunReport, name: str, chart: str, pass_: str, title: str) -> Chart | None:
     values = [
         {"row": vega.label(row), **vega.ends(found[name]), "kind": vega.kind(row)}
         for row in report.rows
@@ -292,7 +301,7 @@ def _latency(report: RunReport, name: str, pass_: str, title: str) -> Chart | No
     caption = f"Milliseconds of {pass_}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
     height = ROW * len({value["row"] for value in values})
     spec = {"data": {"values": values}, "height": height, "layer": vega.dots("milliseconds", values)}
-    return Chart(f"latency-{pass_}", title, caption, spec)
+    return Chart(chart, title, caption, spec)
 
 
 def _curve(report: RunReport, name: str, title: str, caption: str, field: str, axis: str, digits: str) -> Chart | None:

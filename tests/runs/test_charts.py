@@ -30,6 +30,15 @@ def test_the_charts_that_there_is_data_for() -> None:
     assert charts.of(report(rows=[], comparison=None, layers=[], recovery=[])) == []
 
 
+def test_what_generates_nothing_is_said_to_run_forward_passes() -> None:
+    rows = [replace(row, timing=row.timing and replace(row.timing, tpot_ms=None)) for row in report().rows]
+    titles = {chart.name: (chart.title, chart.caption) for chart in charts.of(report(rows=rows))}
+    assert "decode" not in str(titles["step"]) and titles["step"][0] == "Where a forward pass's time goes"
+    assert titles["latency-prefill"][0] == "Time of a forward pass" and "prefill" not in titles["latency-prefill"][1]
+    told = {chart.name: (chart.title, chart.caption) for chart in charts.of(report())}
+    assert "decode step" in told["step"][0] and "prefill" in told["latency-prefill"][1]
+
+
 def test_a_learning_curve_has_every_look_and_marks_the_one_that_was_kept() -> None:
     by_name = {chart.name: chart.spec for chart in charts.of(report())}
     curve, mask = (by_name[name]["data"]["values"] for name in ("recovery", "recovery-mask"))
