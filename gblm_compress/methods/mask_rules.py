@@ -55,6 +55,30 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer after a step, all [out_features, in_features].
+
+    Attributes:
+        weight: in float32.
+        gradient: of the loss to what the network saw, at the step.
+        power: running mean of the squares of the gradient by which the weight moves, Adam's second moment.
+        keep: its mask in that step.
+        pattern, sparsity: what a mask must have.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    power: Tensor
+    keep: Tensor
+    pattern: Pattern
+    sparsity: float
+
+    def largest(self) -> Tensor:
+        """The mask of the largest weights."""
+        return self.pattern.mask(self.weight.abs(), self.weight, self.sparsity)
+
+
+@dataclass(frozen=True)
 class MaskRule:
     """An entry of `MASK_RULES`: masks that stay as they are.
 
@@ -84,24 +108,9 @@ class MaskRule:
         """The gradient by which the weight moves."""
         return gradient * keep
 
-    def next_mask(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        power: Tensor,
-        keep: Tensor,
-        pattern: Pattern,
-        sparsity: float,
-        moment: Moment,
-    ) -> Tensor:
-        """The mask after a step.
-
-        Args:
-            weight: after the step, in float32.
-            gradient: of the loss to what the network saw, at the step.
-            power: running mean of the squares of the gradient by which the weight moves, Adam's second moment.
-        """
-        return keep
+    def next_mask(self, layer: Layer, moment: Moment) -> Tensor:
+        """The mask after a step."""
+        return layer.keep
 
     def after(self, weight: Tensor, before: Tensor, keep: Tensor, pull: float, moment: Moment) -> Tensor:
         """The weight with which training goes on after a step, in which the mask `before` has become `keep`.
@@ -126,17 +135,8 @@ class StraightThrough(Learned):
     def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float, moment: Moment) -> Tensor:
         return gradient + decay * weight * ~keep
 
-    def next_mask(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        power: Tensor,
-        keep: Tensor,
-        pattern: Pattern,
-        sparsity: float,
-        moment: Moment,
-    ) -> Tensor:
-        return pattern.mask(weight.abs(), weight, sparsity) if moment.changes else keep
+    def next_mask(self, layer: Layer, moment: Moment) -> Tensor:
+        return layer.largest() if moment.changes else layer.keep
 
 
 class Exchange(Learned):
@@ -148,24 +148,17 @@ class Exchange(Learned):
     diagonal of the Fisher information).
     """
 
-    def next_mask(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        power: Tensor,
-        keep: Tensor,
-        pattern: Pattern,
-        sparsity: float,
-        moment: Moment,
-    ) -> Tensor:
+    def next_mask(self, layer: Layer, moment: Moment) -> Tensor:
+        keep, inf = layer.keep, float("inf")
         if not moment.changes:
             return keep
-        inf = float("inf")
         survivors, pruned = keep.sum(1), (~keep).sum(1)
         number = (EXCHANGED * moment.share * survivors).long().minimum(pruned)
         # Ranks within a row, from 0: of survivors by what they are worth, of pruned weights by gradient.
-        weakest = (weight.square() * power).masked_fill(~keep, inf).argsort(dim=1, stable=True).argsort(dim=1)
-        strongest = gradient.abs().masked_fill(keep, -inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        worth = (layer.weight.square() * layer.power).masked_fill(~keep, inf)
+        weakest = worth.argsort(dim=1, stable=True).argsort(dim=1)
+        wanted = layer.gradient.abs().masked_fill(keep, -inf)
+        strongest = wanted.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         leave = keep & (weakest < number[:, None])
         enter = ~keep & (strongest < number[:, None])
         return (keep & ~leave) | enter
@@ -183,17 +176,8 @@ class Proximal(MaskRule):
     def gradient(self, weight: Tensor, gradient: Tensor, keep: Tensor, decay: float, moment: Moment) -> Tensor:
         return gradient * keep if moment.settled else gradient
 
-    def next_mask(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        power: Tensor,
-        keep: Tensor,
-        pattern: Pattern,
-        sparsity: float,
-        moment: Moment,
-    ) -> Tensor:
-        return keep if moment.settled else pattern.mask(weight.abs(), weight, sparsity)
+    def next_mask(self, layer: Layer, moment: Moment) -> Tensor:
+        return layer.keep if moment.settled else layer.largest()
 
     def after(self, weight: Tensor, before: Tensor, keep: Tensor, pull: float, moment: Moment) -> Tensor:
         return weight * keep if moment.settled else proximal(weight.reshape(-1, 4), pull).reshape(weight.shape)

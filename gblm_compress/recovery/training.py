@@ -16,7 +16,7 @@ from torch import Tensor
 from gblm_compress.calibration.blocks import only_requires_grad
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
-from gblm_compress.methods.mask_rules import MASK_RULES, Moment
+from gblm_compress.methods.mask_rules import MASK_RULES, Layer, Moment
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix
@@ -177,7 +177,8 @@ class Training:
         weight = weights.matrix(name)
         # Adam has no state of what was zero from the start.
         power = as_matrix(weights.layers[name], self._adam.state.get(master, {}).get("exp_avg_sq", master.detach()))
-        keep = self._rule.next_mask(weight, gradient, power, before, budget.pattern, budget.sparsity, moment)
+        layer = Layer(weight, gradient, power, before, budget.pattern, budget.sparsity)
+        keep = self._rule.next_mask(layer, moment)
         weights.keep[name] = keep
         settings, size = self._settings, self._sizes[name]
         pull = settings.mask_pull * settings.rate * schedule_of(moment.step, moment.steps) / size if size else 0.0

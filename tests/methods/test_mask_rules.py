@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gblm_compress.methods.mask_rules import EXCHANGED, LAST_EXCHANGE, MASK_RULES, Moment
+from gblm_compress.methods.mask_rules import EXCHANGED, LAST_EXCHANGE, MASK_RULES, Layer, Moment
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.proximal import proximal
 
@@ -34,7 +34,7 @@ def test_a_fixed_mask_moves_survivors_alone() -> None:
     weight, gradient, keep = numbers()
     rule = MASK_RULES["fixed"]
     assert torch.equal(rule.gradient(weight, gradient, keep, 0.5, ALWAYS), torch.where(keep, gradient, 0.0))
-    assert rule.next_mask(weight, gradient, POWER, keep, Pattern("unstructured"), 0.5, ALWAYS) is keep
+    assert rule.next_mask(Layer(weight, gradient, POWER, keep, Pattern("unstructured"), 0.5), ALWAYS) is keep
 
 
 def test_pruned_weights_decay_and_the_largest_are_the_mask() -> None:
@@ -45,7 +45,7 @@ def test_pruned_weights_decay_and_the_largest_are_the_mask() -> None:
         for column in range(weight.shape[1]):
             decay = 0 if keep[row, column] else 0.5 * weight[row, column]
             assert math.isclose(moved[row, column], gradient[row, column] + decay, rel_tol=1e-6, abs_tol=1e-7)
-    mask = rule.next_mask(weight, gradient, POWER, keep, Pattern("2:4"), 0.5, ALWAYS)
+    mask = rule.next_mask(Layer(weight, gradient, POWER, keep, Pattern("2:4"), 0.5), ALWAYS)
     for group, kept in zip(weight.reshape(-1, 4).tolist(), mask.reshape(-1, 4).tolist(), strict=True):
         largest = sorted(range(4), key=lambda place: -abs(group[place]))[:2]
         assert [place for place in range(4) if kept[place]] == sorted(largest)
@@ -56,7 +56,7 @@ def test_the_least_important_survivors_make_room_for_the_largest_gradients() -> 
     weight, gradient, keep = numbers(columns=200)
     power = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
     rule = MASK_RULES["exchange"]
-    mask = rule.next_mask(weight, gradient, power, keep, Pattern("unstructured"), 0.5, ALWAYS)
+    mask = rule.next_mask(Layer(weight, gradient, power, keep, Pattern("unstructured"), 0.5), ALWAYS)
     share = EXCHANGED * 0.5 * (1 + math.cos(math.pi * 10 / (LAST_EXCHANGE * 100)))
     moved = 0
     for row in range(len(weight)):
@@ -80,11 +80,13 @@ def test_groups_are_drawn_to_two_until_masks_settle() -> None:
     assert torch.equal(rule.gradient(weight, gradient, keep, 0.5, ALWAYS), gradient)
     drawn = rule.after(weight, keep, keep, 0.1, ALWAYS)
     assert torch.equal(drawn.reshape(-1, 4), proximal(weight.reshape(-1, 4), 0.1))
-    mask = rule.next_mask(weight, gradient, POWER, keep, Pattern("2:4"), 0.5, Moment(step=3, steps=100, every=10))
+    mask = rule.next_mask(
+        Layer(weight, gradient, POWER, keep, Pattern("2:4"), 0.5), Moment(step=3, steps=100, every=10)
+    )
     assert torch.equal(mask, Pattern("2:4").mask(weight.abs(), weight, 0.5))
     assert torch.equal(rule.gradient(weight, gradient, mask, 0.5, settled), torch.where(mask, gradient, 0.0))
     assert torch.equal(rule.after(weight, mask, mask, 0.1, settled), torch.where(mask, weight, 0.0))
-    assert rule.next_mask(weight, gradient, POWER, mask, Pattern("2:4"), 0.5, settled) is mask
+    assert rule.next_mask(Layer(weight, gradient, POWER, mask, Pattern("2:4"), 0.5), settled) is mask
 
 
 def test_a_rule_says_which_patterns_it_takes() -> None:
