@@ -173,7 +173,7 @@ def _predict(
         _whole(few, many, blocks, float(np.percentile(spent[few], small)), float(np.percentile(spent[many], large)))
         for small, large in ((90, 10), (50, 50), (10, 90))
     )
-    return Prediction(way.name, way.pruned, way.quantised, whole, middle, low, high)
+    return Prediction(way.name, way.pruned, way.bits, whole, middle, low, high)
 
 
 def _made(way: Way, number: int, source: ModelSource, scratch: Path) -> ModelSource:

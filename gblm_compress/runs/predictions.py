@@ -19,7 +19,6 @@ class Way:
         pruned: whether of the pruned one.
         export: how it is written; None for the folder itself.
         dtype: of the folder in torch, where it is that.
-        quantised: whether weights are rounded to 8 or 4 bits.
     """
 
     name: str
@@ -28,11 +27,10 @@ class Way:
     dtype: str = "auto"
 
     @property
-    def quantised(self) -> bool:
-        """Whether weights are rounded to 8 or 4 bits."""
-        return self.export is not None and (
-            "quantise" in self.export or self.export["format"].endswith(("int8", "int4"))
-        )
+    def bits(self) -> int | None:
+        """To how many bits weights are rounded; None for floating-point numbers."""
+        said = "" if self.export is None else self.export.get("quantise") or self.export["format"]
+        return next((bits for bits in (8, 4) if said.endswith(f"int{bits}")), None)
 
 
 WAYS = (
@@ -55,6 +53,7 @@ class Prediction:
     """What is to be expected of the whole model in one way.
 
     Attributes:
+        pruned, bits: as of the way.
         bytes: of the weights.
         ms_per_token: of a decode step of one sequence.
         low, high: the same from the ends of both measurements, the 10th and 90th percentiles.
@@ -62,26 +61,58 @@ class Prediction:
 
     name: str
     pruned: bool
-    quantised: bool
+    bits: int | None
     bytes: int
     ms_per_token: float
     low: float
     high: float
 
+    @property
+    def changes(self) -> tuple[bool, int]:
+        """How much of the weights is lost, in the order that docs/quality.md found on text unlike the calibration's:
+        nothing, 8 bits, 4 bits, and the same with zeros."""
+        return self.pruned, -(self.bits or 16)
 
-TARGETS: dict[str, Callable[[Prediction], float]] = {
+
+TARGETS: dict[str, Callable[[Prediction], Any]] = {
     "bytes": lambda prediction: prediction.bytes,
     "latency": lambda prediction: prediction.ms_per_token,
+    "quality": lambda prediction: (prediction.changes, prediction.ms_per_token),
 }
-"""What is to be small."""
+"""What is to be small, or well kept."""
 
 
 def sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
     """What follows from the predictions, in words."""
+    yield from _of_quality(predictions) if target == "quality" else _of_cost(predictions, target)
+    if busy_cores() > 0.5:
+        yield "Other programs were running: ask again on a quiet machine before you trust the times."
+    if not cpu.available():
+        yield "This package's kernels were not built, so that packed layers are restored for every product."
+
+
+def _of_quality(predictions: Sequence[Prediction]) -> Iterator[str]:
+    best = min(predictions, key=TARGETS["quality"])
+    yield (
+        "Quality is not measured here. The order is by what is lost of the weights: nothing in 16 and 32 bits, then 8 "
+        "bits, 4 bits, and the same with zeros; each by time."
+    )
+    faster = [p for p in predictions if best.ms_per_token / p.ms_per_token >= WORTH]
+    if not faster:
+        yield f"{best.name} loses least, and nothing is clearly faster: leave the model as it is."
+        return
+    second = min(faster, key=TARGETS["quality"])
+    yield (
+        f"{best.name} loses least. {second.name} loses least of what is clearly faster: it needs "
+        f"{second.ms_per_token / best.ms_per_token:.2f} times the time. What that costs in quality, `evaluate` tells."
+    )
+
+
+def _of_cost(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
     key = TARGETS[target]
     what = "bytes" if target == "bytes" else "time"
     kinds = {
-        name: min((p for p in predictions if (p.pruned, p.quantised) == kind), key=key, default=None)
+        name: min((p for p in predictions if (p.pruned, p.bits is not None) == kind), key=key, default=None)
         for name, kind in {
             "dense": (False, False),
             "quantised": (False, True),
@@ -111,7 +142,3 @@ def sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
             f"Leave the model as it is: nothing needs clearly less {what} than {rival.name}; {smallest.name} needs "
             f"{key(smallest) / key(rival):.2f} times as much."
         )
-    if busy_cores() > 0.5:
-        yield "Other programs were running: ask again on a quiet machine before you trust the times."
-    if not cpu.available():
-        yield "This package's kernels were not built, so that packed layers are restored for every product."

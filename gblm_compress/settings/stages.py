@@ -135,8 +135,10 @@ class ExportSettings(Settings):
 class AdviseSettings(Settings):
     """What advice is asked for."""
 
-    target: Literal["bytes", "latency"] = Field(
-        "latency", description="What is to be small: bytes of the weights, or latency (time for a token)."
+    target: Literal["bytes", "latency", "quality"] = Field(
+        "latency",
+        description="What comes first: few bytes of the weights, low latency (time for a token), or quality (by what "
+        "is lost of the weights, which is not measured).",
     )
     blocks: int | None = Field(
         None,

@@ -14,7 +14,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import advice
 from gblm_compress.runs.advice import advise
-from gblm_compress.runs.predictions import Prediction, Way, sentences
+from gblm_compress.runs.predictions import TARGETS, WAYS, Prediction, Way, sentences
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
 SMALL = (
@@ -72,7 +72,7 @@ def test_what_is_linear_is_carried_on() -> None:
 
 
 def prediction(name: str, ms: float, pruned: bool, quantised: bool) -> Prediction:
-    return Prediction(name, pruned, quantised, int(1e6 * ms), ms, ms, ms)
+    return Prediction(name, pruned, 8 if quantised else None, int(1e6 * ms), ms, ms, ms)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,27 @@ def test_the_words_follow_from_the_figures(times, said) -> None:
     kinds = {"dense": (False, False), "quantised": (False, True), "pruned": (True, False), "both": (True, True)}
     made = [prediction(name, ms, *kind) for (name, kind), ms in zip(kinds.items(), times, strict=True)]
     assert next(iter(sentences(made, "latency"))).startswith(said)
+
+
+def test_for_quality_the_least_change_comes_first() -> None:
+    assert {way.name: way.bits for way in WAYS if way.bits} == {
+        "dense, ONNX int8": 8, "dense, ONNX int4": 4, "packed, torch bitmask-int8": 8,
+        "packed, ONNX int8": 8, "packed, ONNX int4": 4,
+    }  # fmt: skip
+    made = [Prediction(way.name, way.pruned, way.bits, 1, 20.0 - 2 * n, 0, 0) for n, way in enumerate(WAYS)]
+    order = [p.name for p in sorted(made, key=TARGETS["quality"])]
+    assert order == [
+        "dense, ONNX float32", "dense, torch bfloat16", "dense, torch float32", "dense, ONNX int8", "dense, ONNX int4",
+        "packed, ONNX float16", "packed, torch bitmask", "packed, ONNX int8", "packed, torch bitmask-int8",
+        "packed, ONNX int4",
+    ]  # fmt: skip
+    said = list(sentences(made, "quality"))
+    assert said[0].startswith("Quality is not measured here")
+    assert said[1].startswith(
+        "dense, ONNX float32 loses least. dense, ONNX int4 loses least of what is clearly faster: "
+    )
+    alone = list(sentences(made[2:3], "quality"))
+    assert alone[1] == "dense, ONNX float32 loses least, and nothing is clearly faster: leave the model as it is."
 
 
 def test_a_model_of_one_block_is_to_be_measured_itself(tmp_path) -> None:
