@@ -460,11 +460,18 @@ VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, con
     const uint8_t *from = *v;
     _mm_prefetch((const char *)from + (kind == DENSE ? 2048 : 1024), _MM_HINT_T0);
     if (kind == DENSE) return _mm512_loadu_si512((*v += 64) - 64);
-    *v += bytes_in(__builtin_popcountll(bits), kind);
-    if (!vbmi2) return shuffled(bits, from, table, kind);
-    if (kind == LEVELS) packed = _mm512_loadu_si512(from);
-    else {
-        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
+    const int bytes = bytes_in(__builtin_popcountll(bits), kind);
+    if (!vbmi2) {
+        *v += bytes;
+        return shuffled(bits, from, table, kind);
+    }
+    if (kind == LEVELS) {
+        packed = _mm512_loadu_si512(from);
+        *v = from + bytes;
+    } else {
+        __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
+        __asm__("" : "+v"(pairs), "+r"(from)); /* loaded before v moves: else GCC needs a register for both places */
+        *v = from + bytes;
         packed = _mm512_shuffle_epi8(
             table, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15)));
     }
@@ -520,9 +527,13 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
                 const uint16_t *from = job->scales + (first + i * apart) * job->groups + at;
                 _mm512_store_ps(scales[i] + part, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from)));
             }
-        for (int64_t in_block = 0; in_block < last - block; in_block++, x += 128)
+        const uint64_t *bits = kind == DENSE ? NULL : mask[0];
+        const int64_t far = kind == DENSE || streams == 1 ? 0 : mask[1] - mask[0];
+        for (int64_t in_block = 0; in_block < last - block; in_block++, x += 128, bits++) {
+            int64_t words = far;
+            __asm__("" : "+r"(words)); /* lest GCC keep a register for each stream's mask */
             _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {
-                const __m512i levels = word_of(kind == DENSE ? 0 : mask[i][in_block], v + i, table[i], kind, vbmi2);
+                const __m512i levels = word_of(kind == DENSE ? 0 : bits[i * words], v + i, table[i], kind, vbmi2);
                 __m512 scale = _mm512_setzero_ps();
                 if (group == 32)
                     scale = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[i][2 * in_block]), 0xff00,
@@ -543,6 +554,7 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
                         sums[s]);
                 }
             }
+        }
     }
     if (!group)
         for (int s = 0; s < streams * tokens; s++)
@@ -562,7 +574,7 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
 
 #define VNNI_TOKENS(VBMI2, KIND, GROUP, TOKENS)                                                                           \
     VNNI static void vnni_##VBMI2##_##KIND##_##GROUP##_##TOKENS(const Quantised *job, int64_t begin, int64_t end) {       \
-        const int streams = TOKENS == 1 ? STREAMS : 1;                                                                    \
+        const int streams = TOKENS == 1 ? STREAMS : TOKENS == 2 ? 2 : 1;                                                  \
         const int64_t apart = (end - begin) / streams;                                                                    \
         for (int64_t r = begin; r < begin + apart; r++) vnni_rows(job, r, apart, VBMI2, KIND, GROUP, TOKENS, streams);    \
         for (int64_t r = begin + streams * apart; r < end; r++) vnni_rows(job, r, 0, VBMI2, KIND, GROUP, TOKENS, 1);      \
