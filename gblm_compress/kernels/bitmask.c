@@ -220,62 +220,77 @@ AVX512_16 static inline __attribute__((always_inline)) const uint16_t *word_dens
 ONE_TOKEN(avx512_dense_f16_one, AVX512_16, uint16_t, float, word_dense_f16)
 
 /* 16 weights as fp32, and v moved past them. */
-AVX512 static inline __m512 packed_f32(const float **v, unsigned bits) {
+AVX512 static inline __m512 packed_f32(const float **v, uint64_t bits) {
     const float *from = *v;
-    *v += __builtin_popcount(bits);
+    *v += __builtin_popcount((unsigned)bits & 0xffff);
     return expand_ps((__mmask16)bits, from);
 }
-AVX512_16 static inline __m512 packed_f16(const uint16_t **v, unsigned bits) {
-    __m256i packed = _mm256_loadu_si256((const __m256i *)*v);
-    __asm__("" : "+v"(packed)); /* as expand_ps */
-    *v += __builtin_popcount(bits);
-    return _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)bits, packed));
+AVX512_16 static inline __m512 packed_f16(const uint16_t **v, uint64_t bits) {
+    __m256i values = _mm256_loadu_si256((const __m256i *)*v);
+    __asm__("vpexpandw %0, %0 %{%1%}%{z%}" : "+v"(values) : "Yk"((__mmask16)bits)); /* as expand_ps */
+    *v += __builtin_popcount((unsigned)bits & 0xffff);
+    return _mm512_cvtph_ps(values);
 }
-AVX512 static inline __m512 dense_f32(const float **v, unsigned bits) {
+AVX512 static inline __m512 dense_f32(const float **v, uint64_t bits) {
     (void)bits;
     return _mm512_loadu_ps((*v += 16) - 16);
 }
-AVX512_16 static inline __m512 dense_f16(const uint16_t **v, unsigned bits) {
+AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
     (void)bits;
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((*v += 16) - 16)));
 }
 
-/* Several tokens: each vector of weights is used once for every token. T is a constant, so the sums live in registers. */
-#define TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, T)                                                               \
-    ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                  \
-        const int64_t stride = job->words * 64;                                                                     \
-        for (int64_t r = begin; r < end; r++) {                                                                     \
-            const TYPE *v = (const TYPE *)job->values + gblm_start(job, r);                                         \
-            const float *x = (const float *)job->x;                                                                 \
-            __m512 sums[T];                                                                                         \
-            for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();                                              \
-            for (int64_t w = 0; w < job->words; w++, x += 64) {                                                     \
-                uint64_t m = gblm_bits(job, r, w);                                                                  \
-                _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
-                _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
-                for (int part = 0; part < 4; part++, m >>= 16) {                                                    \
-                    const __m512 value = SIXTEEN(&v, (unsigned)m & 0xffff);                                         \
-                    for (int t = 0; t < T; t++)                                                                     \
-                        sums[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * stride + 16 * part), sums[t]);     \
-                }                                                                                                   \
-            }                                                                                                       \
-            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                         \
-        }                                                                                                           \
+/* Several tokens: each vector of weights is used once for every token, and each of x for every row that is read beside.
+ * T is a constant, so that the sums live in registers; there are at least eight, lest one wait for the other. */
+#define TOKENS(NAME, ATTRIBUTE, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                                             \
+    ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
+                                                                                  int64_t apart, const int streams) { \
+        const int64_t stride = job->words * 64;                                                                      \
+        const TYPE *v[STREAMS];                                                                                      \
+        const X_TYPE *x = (const X_TYPE *)job->x;                                                                    \
+        __m512 sums[STREAMS][T];                                                                                     \
+        for (int i = 0; i < streams; i++) {                                                                          \
+            v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
+            for (int t = 0; t < T; t++) sums[i][t] = _mm512_setzero_ps();                                            \
+        }                                                                                                            \
+        for (int64_t w = 0; w < job->words; w++, x += 64) {                                                          \
+            uint64_t m[STREAMS];                                                                                     \
+            for (int i = 0; i < streams; i++) {                                                                      \
+                m[i] = gblm_bits(job, first + i * apart, w);                                                         \
+                _mm_prefetch((const char *)(v[i] + 1024), _MM_HINT_T0);                                              \
+                _mm_prefetch((const char *)(v[i] + 1040), _MM_HINT_T0);                                              \
+            }                                                                                                        \
+            _Pragma("GCC unroll 4") for (int part = 0; part < 64; part += WIDTH)                                     \
+                _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {                                 \
+                    const __m512 values = VALUES(v + i, m[i]);                                                       \
+                    m[i] >>= WIDTH;                                                                                  \
+                    _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)                                              \
+                        sums[i][t] = PRODUCT(values, x + t * stride + part, sums[i][t]);                             \
+                }                                                                                                    \
+        }                                                                                                            \
+        for (int i = 0; i < streams; i++)                                                                            \
+            for (int t = 0; t < T; t++) gblm_put(job, t, first + i * apart, _mm512_reduce_add_ps(sums[i][t]));       \
+    }                                                                                                                \
+    ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                   \
+        const int streams = T == 2 ? STREAMS : T <= 4 ? 2 : 1;                                                       \
+        const int64_t apart = (end - begin) / streams;                                                               \
+        for (int64_t r = begin; r < begin + apart; r++) NAME##_##T##_rows(job, r, apart, streams);                   \
+        for (int64_t r = begin + streams * apart; r < end; r++) NAME##_##T##_rows(job, r, 0, 1);                     \
     }
-#define KERNEL_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN)                                                                  \
-    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 2) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 3)                     \
-    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 4) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 5)                     \
-    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 6) TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 7)                     \
-    TOKENS_X32(NAME, ATTRIBUTE, TYPE, SIXTEEN, 8)                                                                   \
-    static void NAME(const Job *job, int64_t begin, int64_t end) {                                                  \
-        static const Kernel by_tokens[] = {NAME##_one, NAME##_2, NAME##_3, NAME##_4,                                \
-                                           NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                               \
-        by_tokens[job->tokens - 1](job, begin, end);                                                                \
+#define KERNEL(NAME, ...)                                                                                            \
+    TOKENS(NAME, __VA_ARGS__, 2) TOKENS(NAME, __VA_ARGS__, 3) TOKENS(NAME, __VA_ARGS__, 4)                           \
+    TOKENS(NAME, __VA_ARGS__, 5) TOKENS(NAME, __VA_ARGS__, 6) TOKENS(NAME, __VA_ARGS__, 7)                           \
+    TOKENS(NAME, __VA_ARGS__, 8)                                                                                     \
+    static void NAME(const Job *job, int64_t begin, int64_t end) {                                                   \
+        static const Kernel by_tokens[] = {NAME##_one, NAME##_2, NAME##_3, NAME##_4,                                 \
+                                           NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                                \
+        by_tokens[job->tokens - 1](job, begin, end);                                                                 \
     }
-KERNEL_X32(avx512_f32, AVX512, float, packed_f32)
-KERNEL_X32(avx512_f16_x32, AVX512_16, uint16_t, packed_f16)
-KERNEL_X32(avx512_dense_f32, AVX512, float, dense_f32)
-KERNEL_X32(avx512_dense_f16, AVX512_16, uint16_t, dense_f16)
+#define PRODUCT_X32(VALUES, X, SUMS) _mm512_fmadd_ps(VALUES, _mm512_loadu_ps(X), SUMS)
+KERNEL(avx512_f32, AVX512, float, float, 16, packed_f32, PRODUCT_X32)
+KERNEL(avx512_f16_x32, AVX512_16, uint16_t, float, 16, packed_f16, PRODUCT_X32)
+KERNEL(avx512_dense_f32, AVX512, float, float, 16, dense_f32, PRODUCT_X32)
+KERNEL(avx512_dense_f16, AVX512_16, uint16_t, float, 16, dense_f16, PRODUCT_X32)
 
 /* bf16: 32 values a vector, products of pairs summed in float32 by vdpbf16ps. */
 AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf16(uint64_t m, const uint16_t *v,
@@ -291,37 +306,14 @@ AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf
 }
 ONE_TOKEN(avx512_bf16_one, AVX512_BF16, uint16_t, uint16_t, word_bf16)
 
-#define AVX512_BF16_TOKENS(T)                                                                                       \
-    AVX512_BF16 static void avx512_bf16_##T(const Job *job, int64_t begin, int64_t end) {                           \
-        const int64_t stride = job->words * 64;                                                                     \
-        for (int64_t r = begin; r < end; r++) {                                                                     \
-            const uint16_t *v = (const uint16_t *)job->values + job->starts[r], *x = (const uint16_t *)job->x;      \
-            const uint64_t *mask = job->mask + r * job->words;                                                      \
-            __m512 sums[T];                                                                                         \
-            for (int t = 0; t < T; t++) sums[t] = _mm512_setzero_ps();                                              \
-            for (int64_t w = 0; w < job->words; w++, x += 64) {                                                     \
-                uint64_t m = mask[w];                                                                               \
-                _mm_prefetch((const char *)(v + 2048), _MM_HINT_T0);                                                \
-                for (int part = 0; part < 2; part++, m >>= 32) {                                                    \
-                    const __m512bh value =                                                                          \
-                        (__m512bh)expand_epi16((__mmask32)m, v);                                                    \
-                    for (int t = 0; t < T; t++)                                                                     \
-                        sums[t] = _mm512_dpbf16_ps(                                                                 \
-                            sums[t], value, (__m512bh)_mm512_loadu_si512(x + t * stride + 32 * part));              \
-                    v += __builtin_popcount((unsigned)m);                                                           \
-                }                                                                                                   \
-            }                                                                                                       \
-            for (int t = 0; t < T; t++) gblm_put(job, t, r, _mm512_reduce_add_ps(sums[t]));                  \
-        }                                                                                                           \
-    }
-AVX512_BF16_TOKENS(2) AVX512_BF16_TOKENS(3) AVX512_BF16_TOKENS(4) AVX512_BF16_TOKENS(5)
-AVX512_BF16_TOKENS(6) AVX512_BF16_TOKENS(7) AVX512_BF16_TOKENS(8)
-
-static void avx512_bf16(const Job *job, int64_t begin, int64_t end) {
-    static const Kernel by_tokens[] = {avx512_bf16_one, avx512_bf16_2, avx512_bf16_3, avx512_bf16_4,
-                                       avx512_bf16_5,   avx512_bf16_6, avx512_bf16_7, avx512_bf16_8};
-    by_tokens[job->tokens - 1](job, begin, end);
+/* 32 weights, and v moved past them. */
+AVX512_BF16 static inline __m512 packed_bf16(const uint16_t **v, uint64_t bits) {
+    const uint16_t *from = *v;
+    *v += __builtin_popcount((unsigned)bits);
+    return (__m512)expand_epi16((__mmask32)bits, from);
 }
+#define PRODUCT_BF16(VALUES, X, SUMS) _mm512_dpbf16_ps(SUMS, (__m512bh)(VALUES), (__m512bh)_mm512_loadu_si512(X))
+KERNEL(avx512_bf16, AVX512_BF16, uint16_t, uint16_t, 32, packed_bf16, PRODUCT_BF16)
 
 AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
     const int64_t stride = job->words * 64, tokens = job->tokens;
