@@ -509,8 +509,11 @@ VNNI INLINE void vnni_rows(const Quantised *job, int64_t first, int64_t apart, c
     const uint64_t *mask[STREAMS];
     float scales[STREAMS][2 * BLOCK] __attribute__((aligned(64)));
     for (int i = 0; i < streams; i++) {
-        v[i] = job->values + row_start(job, first + i * apart);
-        table[i] = vnni_table(job, first + i * apart, kind);
+        const int64_t row = first + i * apart;
+        /* of a later row: so few bytes a row are too slow a stream for the CPU to see that it is one */
+        if (group) _mm_prefetch((const char *)(job->scales + (row + 4) * job->groups), _MM_HINT_T0);
+        v[i] = job->values + row_start(job, row);
+        table[i] = vnni_table(job, row, kind);
         for (int t = 0; t < tokens; t++) {
             high[i * tokens + t] = low[i * tokens + t] = _mm512_setzero_si512();
             sums[i * tokens + t] = _mm512_setzero_ps();
