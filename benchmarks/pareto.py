@@ -1,4 +1,4 @@
-r"""Bytes against quality: a dense model in llama.cpp's formats beside pruned ones in this package's, on the same text.
+r"""Bytes against quality and speed: a dense model in llama.cpp's formats beside pruned ones in this package's.
 
     python benchmarks/pareto.py DENSE --pruned balanced=PRUNED int4-fit=PRUNED-INT4 \
         --datasets wiki.test.tokens c4.txt --folder exports --json pareto.json --plot pareto.png
@@ -9,29 +9,37 @@ int8 and int4, and evaluated in ONNX Runtime, so that what the operators round i
 quantised by llama.cpp (llama-cpp-python), restored, and
 evaluated in torch: what llama.cpp does to activations is not counted. Bytes are those of all weights, which a decode
 step reads: of the exports the data file, of GGUF files their tensors. Both store a tied head once.
+
+Then all of them decode greedily in turn, in ONNX Runtime and llama.cpp, for each number of threads: medians over
+interleaved rounds, of which the first is warm-up.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from cpu_decode import show
-from llama_cpp_model import read_gguf, write_gguf
+from cpu_decode import generations, show
+from llama_cpp_model import LlamaCpp, read_gguf, write_gguf
 
 import gblm_compress
 from gblm_compress.exporters.onnx import DATA
 from gblm_compress.machine.environment import environment
+from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
-FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K")
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ3_S", "Q3_K_S", "IQ3_XXS", "Q2_K")
+PROMPT, GENERATE = 128, 64
 PACKED: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16", "kernels": True},
     "int8": {"quantise": "int8", "kernels": True},
@@ -39,6 +47,8 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 BLOCKS: dict[str, dict[str, Any]] = {"int8": {"quantise": "int8"}, "int4": {"quantise": "int4"}}
 """The ways to export a pruned model, and a dense one on ONNX Runtime's own operator."""
+Open = Callable[[int], Any]
+"""From a number of threads to a runtime."""
 
 
 def quantised(plain: Path, format: str, path: Path) -> Path:
@@ -53,43 +63,48 @@ def quantised(plain: Path, format: str, path: Path) -> Path:
     return path
 
 
-def of_llama_cpp(dense: ModelSource, judge: Any) -> list[dict[str, Any]]:
-    """A row for each of `FORMATS`, and for float16."""
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = write_gguf(load_model(dense, "float32"), "float16", Path(scratch) / "plain.gguf")
-        for format in ("F16", *FORMATS):
-            path = plain if format == "F16" else quantised(plain, format, Path(scratch) / f"{format}.gguf")
-            size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
-            model = read_gguf(path, load_model(dense, "float32"))
-            rows.append(
-                {
-                    "model": "dense, llama.cpp",
-                    "weights": format,
-                    "MB": size / 1e6,
-                    **judge(model, processor=load_processor(dense)),
-                }
-            )
-            if path != plain:
-                path.unlink()
+def of_llama_cpp(dense: ModelSource, scratch: Path, judge: Any) -> list[tuple[dict[str, Any], Open]]:
+    """A row for each of `FORMATS`, and for float16, with what runs it."""
+    rows: list[tuple[dict[str, Any], Open]] = []
+    plain = write_gguf(load_model(dense, "float32"), "float16", scratch / "plain.gguf")
+    for format in ("F16", *FORMATS):
+        path = plain if format == "F16" else quantised(plain, format, scratch / f"{format}.gguf")
+        size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+        quality = judge(read_gguf(path, load_model(dense, "float32")), processor=load_processor(dense))
+        row = {"model": "dense, llama.cpp", "weights": format, "MB": size / 1e6, **quality}
+        rows.append((row, partial(LlamaCpp, path, context=PROMPT + GENERATE)))
     return rows
 
 
 def of_exports(
     name: str, model: ModelSource, ways: dict[str, dict[str, Any]], folder: Path, judge: Any
-) -> list[dict[str, Any]]:
-    """A row for each of the ways to export that keeps what the model was fitted to."""
+) -> list[tuple[dict[str, Any], Open]]:
+    """A row for each of the ways to export that keeps what the model was fitted to, with what runs it."""
     grids = read_grids(model)
     fours = bool(grids) and len(next(iter(grids.values())).levels) == 16
-    rows = []
+    rows: list[tuple[dict[str, Any], Open]] = []
     for weights, settings in ways.items():
         if grids and weights != ("int4" if fours else "int8"):
             continue
         target = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{weights}"
         if not target.exists():
             gblm_compress.export(model.folder, target, format="onnx", **settings)
-        rows.append({"model": name, "weights": weights, "MB": (target / DATA).stat().st_size / 1e6, **judge(target)})
+        row = {"model": name, "weights": weights, "MB": (target / DATA).stat().st_size / 1e6, **judge(target)}
+        rows.append((row, partial(OnnxRuntime, ModelSource(name, target), "cpu")))
     return rows
+
+
+def time_(rows: list[tuple[dict[str, Any], Open]], threads: int, rounds: int) -> None:
+    """Add to each row what a decode step takes, all of them in turn."""
+    ids = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    with ExitStack() as stack:
+        runtimes = {}
+        for index, (_, opened) in enumerate(rows):
+            runtime = opened(threads)
+            runtimes[str(index)] = stack.enter_context(closing(runtime)) if hasattr(runtime, "close") else runtime
+        times, _ = generations(runtimes, ids, rounds, GENERATE)
+    for index, (row, _) in enumerate(rows):
+        row[f"ms/token, threads={threads}"] = times[str(index)][1]
 
 
 def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
@@ -119,7 +134,7 @@ def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    """Export, evaluate, print a table; write JSON and plot where asked."""
+    """Export, evaluate, time, print a table; write JSON and plot where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("--pruned", nargs="+", default=[], metavar="NAME=FOLDER")
@@ -127,6 +142,8 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=["wikitext2", "c4"])
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, torch.get_num_threads()])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -144,11 +161,15 @@ def main() -> None:
             row |= {text: perplexity.value, f"{text}, error": perplexity.error}
         return row
 
-    rows = of_llama_cpp(dense, judge)
-    rows += of_exports("dense, ONNX Runtime", dense, BLOCKS, options.folder, judge)
-    for named in options.pruned:
-        name, _, folder = named.partition("=")
-        rows += of_exports(name, ModelSource(name, Path(folder)), PACKED, options.folder, judge)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = of_llama_cpp(dense, Path(scratch), judge)
+        found += of_exports("dense, ONNX Runtime", dense, BLOCKS, options.folder, judge)
+        for named in options.pruned:
+            name, _, folder = named.partition("=")
+            found += of_exports(name, ModelSource(name, Path(folder)), PACKED, options.folder, judge)
+        for threads in dict.fromkeys(options.threads):
+            time_(found, threads, options.rounds)
+    rows = [row for row, _ in found]
     show(f"perplexity of {options.windows} windows of {options.length} tokens of each text", rows)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")

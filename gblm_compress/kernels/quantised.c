@@ -458,7 +458,7 @@ VNNI INLINE __m512i shuffled(uint64_t bits, const uint8_t *v, __m512i table, con
 VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind, const int vbmi2) {
     __m512i packed;
     const uint8_t *from = *v;
-    _mm_prefetch((const char *)from + (kind == DENSE ? 2048 : 1024), _MM_HINT_T0);
+    _mm_prefetch((const char *)from + (kind == PLACES ? 1024 : 2048), _MM_HINT_T0);
     if (kind == DENSE) return _mm512_loadu_si512((*v += 64) - 64);
     const int bytes = bytes_in(__builtin_popcountll(bits), kind);
     if (!vbmi2) {
