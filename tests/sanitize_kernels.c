@@ -318,7 +318,7 @@ static void quantised(long long *by_path) {
     do path = (int)below(PATHS);
     while (!(gblm_quantised_paths() >> path & 1));
     const int group = (int)ONE_OF(0, 32, 64, 128), density = (int)below(4);
-    const int64_t rows = 1 + below(12), tokens = below(4) ? 1 + below(8) : ONE_OF(9, 16, 17, 30);
+    const int64_t rows = below(6) ? 1 + below(12) : 30 + below(11), tokens = below(4) ? 1 + below(8) : ONE_OF(9, 16, 30, 97);
     const int is_2_4 = kind < 2 && below(3) == 0;
     int64_t columns = below(5) ? 1 + below(130) : ONE_OF(63, 64, 65, 128, 192, 511, 513, 700);
     if (is_2_4) columns = (columns + 3) / 4 * 4;

@@ -9,6 +9,7 @@ dtype, thread count and machine, and kept in the cache folder.
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ def measured_crossover(shape: str, tried: Sequence[int], make: Make, few: Produc
 def _machine() -> str:
     from gblm_compress.machine.environment import cpu_name
 
-    return f"{cpu_name()}, torch {torch.__version__}"
+    kernels = cpu.library_file()
+    which = "none" if kernels is None else f"{crc32(kernels.read_bytes()):08x}"
+    return f"{cpu_name()}, torch {torch.__version__}, kernels {which}"
 
 
 def measure_crossover(tried: Sequence[int], make: Make, few: Product, many: Product) -> int:

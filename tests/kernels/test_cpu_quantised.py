@@ -16,8 +16,8 @@ from gblm_compress.methods.quantisation import Grid
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 QUANTISED = [name for name in LAYOUTS if name.endswith(("int8", "int4"))]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (3, 5), (7, 64), (33, 100), (9, 128), (16, 576), (5, 1500), (4, 4500)]
-TOKENS = (*range(1, 9), 9, 17)
+SHAPES = [(1, 1), (3, 5), (7, 64), (33, 100), (9, 128), (16, 576), (65, 130), (5, 1500), (4, 4500)]
+TOKENS = (*range(1, 9), 9, 17, 100)
 
 
 @cache
@@ -59,7 +59,7 @@ def test_products_and_rows(layout: str, group: int | None, path: str) -> None:
             assert torch.equal(cpu_quantised.restore(quantised, 0, out, path), weight.to(dtype))
             last = torch.full((1, columns), 7.0, dtype=dtype)
             assert torch.equal(cpu_quantised.restore(quantised, rows - 1, last, path), weight[-1:].to(dtype))
-            for tokens in TOKENS if columns < 1000 else (1, 3, 9):
+            for tokens in TOKENS if columns < 1000 else (1, 3, 9, 97):
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
                 x[:, ::7] *= 30  # outliers
                 got = cpu_quantised.linear(x, quantised, path)
