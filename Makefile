@@ -75,10 +75,11 @@ CASES ?= 100000
 GRAPHS ?= 3000
 SEED ?= 0
 KERNELS := gblm_compress/kernels
+OF_TORCH := $(addprefix $(KERNELS)/,bitmask.c many_tokens.c quantised.c quantised_many.c)
 SANITIZE := $(CC) -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: install
 	mkdir -p build
-	$(SANITIZE) tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c $(KERNELS)/quantised.c -lm -lpthread -o build/sanitize-kernels
+	$(SANITIZE) tests/sanitize_kernels.c $(OF_TORCH) -lm -lpthread -o build/sanitize-kernels
 	build/sanitize-kernels $(CASES) $(SEED)
 	CPATH=$(HEADERS)/usr/include $(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
 	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
@@ -87,6 +88,6 @@ sanitize: install
 # The kernels' harness on an emulated ARM: see docs/contributing.md.
 test-arm:
 	mkdir -p build
-	aarch64-linux-gnu-gcc -O2 tests/sanitize_kernels.c $(KERNELS)/bitmask.c $(KERNELS)/many_tokens.c $(KERNELS)/quantised.c \
+	aarch64-linux-gnu-gcc -O2 tests/sanitize_kernels.c $(OF_TORCH) \
 		-lm -lpthread -o build/kernels-aarch64
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels-aarch64 $(CASES) $(SEED)

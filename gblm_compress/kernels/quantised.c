@@ -13,45 +13,10 @@
  */
 #include <float.h>
 
-#include "quantised.h"
+#include "quantised_words.h"
 
 enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
-enum { TILE = 32 /* rows that are spread together for many tokens */ };
-enum { LEVELS, PLACES, DENSE, KINDS };
 
-static inline int64_t row_start(const Quantised *job, int64_t row) {
-    if (job->patterns) return row * (job->levels ? job->columns / 4 : job->columns / 2);
-    return job->mask ? job->starts[row] : row * job->words * 64;
-}
-
-/* The 48 bits of the patterns of 64 columns. */
-static inline uint64_t patterns_at(const Quantised *job, int64_t row, int64_t w) {
-    const uint8_t *patterns = job->patterns + 6 * (row * job->words + w);
-    uint32_t low;
-    uint16_t high;
-    memcpy(&low, patterns, 4);
-    memcpy(&high, patterns + 4, 2);
-    return low | (uint64_t)high << 32;
-}
-
-/* Three bits to each group of four, by halves. */
-static inline uint64_t three_of_four(uint64_t bits) {
-    bits = (bits & 0xffffff) | (bits & 0xffffff000000) << 8;
-    bits = (bits & 0x00000fff00000fff) | (bits & 0x00fff00000fff000) << 4;
-    bits = (bits & 0x003f003f003f003f) | (bits & 0x0fc00fc00fc00fc0) << 2;
-    return (bits & 0x0707070707070707) | (bits & 0x3838383838383838) << 1;
-}
-static inline uint64_t with_parity(uint64_t bits) {
-    const uint64_t parity = (bits ^ bits >> 1 ^ bits >> 2) & 0x1111111111111111;
-    return bits | parity << 3;
-}
-static inline uint64_t row_bits(const Quantised *job, int64_t row, int64_t w) {
-    if (job->patterns) return with_parity(three_of_four(patterns_at(job, row, w)));
-    return job->mask ? job->mask[row * job->words + w] : ~0ull;
-}
-static inline int kind_of(const Quantised *job) {
-    return !job->mask && !job->patterns ? DENSE : job->levels ? PLACES : LEVELS;
-}
 static inline float scale_at(const Quantised *job, int64_t row, int64_t group) {
     return group < job->groups ? f16_to_float(job->scales[row * job->groups + group]) : 0.0f;
 }
@@ -62,8 +27,6 @@ static inline void put(const Quantised *job, int64_t token, int64_t row, float s
 }
 
 /* ---- x in 16 bits ---- */
-
-static inline int64_t bytes_a_token(int64_t words) { return words * 128; }
 
 static inline uint32_t bits_f32(uint32_t x) { return x; }
 static inline uint32_t bits_bf16(uint16_t x) { return (uint32_t)x << 16; }
@@ -125,9 +88,6 @@ typedef void (*Rows)(const Quantised *, int64_t begin, int64_t end);
 static inline int level_at(const Quantised *job, const uint8_t *values, const int8_t *levels, int64_t at) {
     return job->levels ? levels[values[at / 2] >> (at % 2 * 4) & 15] : (int8_t)values[at];
 }
-/* Bytes that so many weights of a word take. */
-static inline int bytes_in(int count, int kind) { return kind == PLACES ? (count + 1) / 2 : count; }
-
 static void portable_rows(const Quantised *job, int64_t begin, int64_t end) {
     const int64_t span = job->group ? job->group : 64;
     for (int64_t r = begin; r < end; r++) {
@@ -169,8 +129,6 @@ static void portable_restore(const Quantised *job, int64_t begin, int64_t end, v
         }
     }
 }
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* ---- NEON: spread 8 bytes by a table of 256 shuffles; products in 16 bits ---- */
 
@@ -248,26 +206,11 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
 
 ROUNDED_TYPES(avx2, AVX2)
 
-/* AVX2, and AVX-512 without VBMI2, spread bytes by a shuffle within each sixteen columns, which are one lane. A bit's place
- * is the number of the lane's bits below it; where 4 bits are stored and a lane begins in the middle of a byte, one more.
- * [which of a word's lanes but the first do so]: what turns a count of the bits up to each one into places. */
-static int8_t to_places[8][64] __attribute__((aligned(64)));
+int8_t gblm_to_places[8][64] __attribute__((aligned(64)));
 
 __attribute__((constructor)) static void fill_to_places(void) {
     for (int odd = 0; odd < 8; odd++)
-        for (int c = 0; c < 64; c++) to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
-}
-
-/* Where the lanes of a word begin: weights behind the first. */
-typedef struct {
-    int64_t second, third, fourth;
-} Lanes;
-
-INLINE Lanes lanes_of(uint64_t bits) {
-    return (Lanes){__builtin_popcountll(bits & 0xffff), __builtin_popcountll((uint32_t)bits), __builtin_popcountll(bits << 16)};
-}
-INLINE const int8_t *places_of(Lanes lanes) {
-    return to_places[(lanes.second & 1) | (lanes.third & 1) << 1 | (lanes.fourth & 1) << 2];
+        for (int c = 0; c < 64; c++) gblm_to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
 }
 
 /* The 16 levels of a row in each lane. */
@@ -418,7 +361,6 @@ AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, 
 
 /* ---- AVX-512 with VNNI: bytes are spread by VBMI2 or, without it, by a shuffle ---- */
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,popcnt,bmi,bmi2")))
 #define STREAMS 4
 
 ROUNDED_TYPES(avx512, VNNI)
@@ -429,64 +371,6 @@ VNNI INLINE const uint64_t *vnni_mask(const Quantised *job, int64_t row, int64_t
     for (int64_t w = block; w < last; w++)
         whole[w - block] = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
     return whole;
-}
-
-VNNI INLINE __m512i vnni_table(const Quantised *job, int64_t row, const int kind) {
-    if (kind != PLACES) return _mm512_setzero_si512();
-    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
-}
-
-/* The levels of a word without VBMI2, as avx2_half. Bits are counted within eights by a product, which is +1 each. */
-VNNI INLINE __m512i shuffled(uint64_t bits, const uint8_t *v, __m512i table, const int kind) {
-    const Lanes at = lanes_of(bits);
-    const __m512i ones = _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(1)),
-                  eights = _mm512_mullo_epi64(ones, _mm512_set1_epi64(0x0101010101010101)),
-                  to_second = _mm512_set4_epi32(0x07070707, 0x07070707, -1, -1);
-    const __m512i counts = _mm512_add_epi8(eights, _mm512_shuffle_epi8(eights, to_second));
-    const __m512i places = _mm512_add_epi8(counts, kind == LEVELS ? _mm512_set1_epi8(-1) : _mm512_load_si512(places_of(at)));
-    const int shift = kind == PLACES;
-    __m512i lanes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)v));
-    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.second >> shift))), 1);
-    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.third >> shift))), 2);
-    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(v + (at.fourth >> shift))), 3);
-    if (kind == LEVELS) return _mm512_maskz_shuffle_epi8(bits, lanes, places);
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i pairs = _mm512_shuffle_epi8(lanes, _mm512_and_si512(_mm512_srli_epi16(places, 1), low));
-    const __m512i halves = _mm512_mask_mov_epi8(pairs, _mm512_test_epi8_mask(places, _mm512_set1_epi8(1)),
-                                                _mm512_srli_epi16(pairs, 4));
-    return _mm512_maskz_shuffle_epi8(bits, table, _mm512_and_si512(halves, low));
-}
-
-/* The levels of a word's 64 columns, and v moved past them. */
-VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, const int kind, const int vbmi2) {
-    __m512i packed;
-    const uint8_t *from = *v;
-    _mm_prefetch((const char *)from + (kind == PLACES ? 1024 : 2048), _MM_HINT_T0);
-    if (kind == DENSE) return _mm512_loadu_si512((*v += 64) - 64);
-    const int bytes = bytes_in(__builtin_popcountll(bits), kind);
-    if (!vbmi2) {
-        *v += bytes;
-        return shuffled(bits, from, table, kind);
-    }
-    if (kind == LEVELS) {
-        packed = _mm512_loadu_si512(from);
-        *v = from + bytes;
-    } else {
-        __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
-        __asm__("" : "+v"(pairs), "+r"(from)); /* loaded before v moves: else GCC needs a register for both places */
-        *v = from + bytes;
-        packed = _mm512_shuffle_epi8(
-            table, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15)));
-    }
-    /* as assembly, so that one function serves both; see expand_ps in bitmask.h too */
-    __asm__("vpexpandb %0, %0 %{%1%}%{z%}" : "+v"(packed) : "Yk"((__mmask64)bits));
-    return packed;
-}
-
-/* sums + the products of four bytes each: as assembly, since GCC copies the sums of the intrinsic to and fro. */
-VNNI INLINE __m512i added(__m512i sums, __m512i x, __m512i levels) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(levels));
-    return sums;
 }
 
 /* Sums of four vectors. */
@@ -604,15 +488,6 @@ static void vnni_any(const Quantised *job, int64_t begin, int64_t end) {
     vnni[job->path == AVX512_PATH][kind_of(job)][group > 2 ? 3 : group][by_tokens(job->tokens)](job, begin, end);
 }
 
-/* 16 numbers in float16 or bfloat16. */
-VNNI INLINE __m256i halves(__m512 numbers, int type) {
-    if (type == F16) return _mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT);
-    const __m512i whole = _mm512_castps_si512(numbers);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(whole, 16), _mm512_set1_epi32(1)),
-                  rounded = _mm512_add_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 VNNI INLINE void restore_rows(const Quantised *job, int64_t begin, int64_t end, void *dense, const int kind,
                               const int vbmi2) {
     for (int64_t r = begin; r < end; r++) {
@@ -647,168 +522,6 @@ VNNI static void vnni_restore(const Quantised *job, int64_t begin, int64_t end, 
     else if (kind == PLACES) restore_rows(job, begin, end, dense, PLACES, 0);
     else if (vbmi2) restore_rows(job, begin, end, dense, LEVELS, 1);
     else restore_rows(job, begin, end, dense, LEVELS, 0);
-}
-/* ---- AVX-512 with VNNI, many tokens: 32 rows are spread once for 96 tokens ---- */
-
-enum { AT_ONCE = 96 /* tokens */, DEEP = 8 /* words of 32 rows that are spread */, MOST_GROUPS = DEEP * 2 };
-
-/* Part of 32 rows: of each 4 columns those of rows 0 to 15, then those of rows 16 to 31; and the scales of the groups. */
-typedef struct {
-    __m512i levels[DEEP * 16][2];
-    __m512 scales[MOST_GROUPS][2];
-} Tile;
-
-/* 16 rows of 64 levels, four columns of all rows together. */
-VNNI INLINE void turn(const __m512i rows[16], __m512i (*columns)[2], const int half) {
-    __m512i pairs[16], fours[16], lanes[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
-        }
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < 16; i += 8) {
-            lanes[i + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0x88);
-            lanes[i + 4 + j] = _mm512_shuffle_i32x4(fours[i + j], fours[i + 4 + j], 0xdd);
-        }
-    for (int j = 0; j < 4; j++)
-        for (int odd = 0; odd < 2; odd++) {
-            columns[4 * odd + j][half] = _mm512_shuffle_i32x4(lanes[4 * odd + j], lanes[8 + 4 * odd + j], 0x88);
-            columns[8 + 4 * odd + j][half] = _mm512_shuffle_i32x4(lanes[4 * odd + j], lanes[8 + 4 * odd + j], 0xdd);
-        }
-}
-
-/* Words [block, last) of `count` rows from `first` on; v moves past them. */
-VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t block, int64_t last, const uint8_t **v,
-                      Tile *tile, const int kind, const int vbmi2) {
-    for (int half = 0; half < 2; half++)
-        for (int64_t w = block; w < last; w++) {
-            __m512i rows[16];
-            for (int i = 0; i < 16; i++) {
-                const int64_t row = first + 16 * half + i;
-                rows[i] = _mm512_setzero_si512();
-                if (16 * half + i >= count) continue;
-                uint64_t bits = 0;
-                if (kind != DENSE && job->patterns)
-                    bits = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
-                else if (kind != DENSE) bits = job->mask[row * job->words + w];
-                rows[i] = word_of(bits, v + 16 * half + i, vnni_table(job, row, kind), kind, vbmi2);
-            }
-            turn(rows, tile->levels + 16 * (w - block), half);
-        }
-    if (!job->group) return;
-    const int64_t from = 64 * block / job->group, left = job->groups - from, most = 64 * DEEP / job->group;
-    const __mmask16 there = (__mmask16)(left >= most ? (1 << most) - 1 : (1 << left) - 1);
-    float scales[TILE][16] __attribute__((aligned(64)));
-    for (int i = 0; i < TILE; i++)
-        _mm512_store_ps(scales[i], i >= count ? _mm512_setzero_ps()
-                                              : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(
-                                                    there, job->scales + (first + i) * job->groups + from)));
-    const __m512i sixteens = _mm512_slli_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 4);
-    for (int g = 0; g < most; g++)
-        for (int half = 0; half < 2; half++)
-            tile->scales[g][half] = _mm512_i32gather_ps(sixteens, scales[16 * half] + g, 4);
-}
-
-/* sums += the products of a tile's first words and `tokens` tokens of x. */
-VNNI INLINE void multiply(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE],
-                          const int tokens) {
-    const int64_t span = group ? group / 4 : 16 * words;
-    for (int64_t c = 0, g = 0; c < 16 * words; g++) {
-        __m512i high[6][2], low[6][2];
-        for (int t = 0; t < tokens; t++)
-            for (int half = 0; half < 2; half++) high[t][half] = low[t][half] = _mm512_setzero_si512();
-        for (const int64_t end = c + span < 16 * words ? c + span : 16 * words; c < end; c++) {
-            const uint8_t *from = x + (c >> 4) * 128 + (c & 15) * 4;
-            const __m512i first = tile->levels[c][0], second = tile->levels[c][1];
-            _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++) {
-                int32_t upper, lower;
-                memcpy(&upper, from + t * stride, 4);
-                memcpy(&lower, from + t * stride + 64, 4);
-                const __m512i uppers = _mm512_set1_epi32(upper), lowers = _mm512_set1_epi32(lower);
-                high[t][0] = added(high[t][0], uppers, first);
-                high[t][1] = added(high[t][1], uppers, second);
-                low[t][0] = added(low[t][0], lowers, first);
-                low[t][1] = added(low[t][1], lowers, second);
-            }
-        }
-        _Pragma("GCC unroll 6") for (int t = 0; t < tokens; t++)
-            for (int half = 0; half < 2; half++) {
-                const __m512 scale = group ? tile->scales[g][half] : _mm512_set1_ps(1),
-                             products = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[t][half]), _mm512_set1_ps(256),
-                                                        _mm512_cvtepi32_ps(low[t][half]));
-                _mm512_store_ps(sums[t] + 16 * half,
-                                _mm512_fmadd_ps(products, scale, _mm512_load_ps(sums[t] + 16 * half)));
-            }
-    }
-}
-
-VNNI static void multiply_6(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 6);
-}
-VNNI static void multiply_3(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 3);
-}
-VNNI static void multiply_1(const Tile *tile, int64_t words, int group, const uint8_t *x, int64_t stride, float (*sums)[TILE]) {
-    multiply(tile, words, group, x, stride, sums, 1);
-}
-
-/* What the sums of `count` rows are as outputs of tokens [begin, end). */
-VNNI static void put_tile(const Quantised *job, int64_t first, int count, int64_t begin, int64_t end, float (*sums)[TILE]) {
-    for (int half = 0; half < 2; half++) {
-        const int64_t row = first + 16 * half, left = count - 16 * half;
-        const __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
-        const __m512 too_much = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, job->sums + row), _mm512_set1_ps(32768));
-        const __m512 scale =
-            job->group ? _mm512_set1_ps(1) : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, job->scales + row));
-        for (int64_t t = begin; t < end; t++) {
-            const __m512 total = _mm512_mul_ps(
-                _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(sums[t - begin] + 16 * half), too_much), scale),
-                _mm512_set1_ps(job->x_scales[t]));
-            const int64_t at = t * job->rows + row;
-            if (job->type == F32) _mm512_mask_storeu_ps((float *)job->y + at, there, total);
-            else _mm256_mask_storeu_epi16((uint16_t *)job->y + at, there, halves(total, job->type));
-        }
-    }
-}
-
-VNNI INLINE void tiles(const Quantised *job, int64_t begin, int64_t end, const int kind, const int vbmi2) {
-    const int64_t stride = bytes_a_token(job->words);
-    for (int64_t first = begin; first < end; first += TILE)
-        for (int64_t t = 0; t < job->tokens; t += AT_ONCE) {
-            const int count = end - first < TILE ? (int)(end - first) : TILE;
-            const int64_t until = t + AT_ONCE < job->tokens ? t + AT_ONCE : job->tokens;
-            float sums[AT_ONCE][TILE] __attribute__((aligned(64)));
-            memset(sums, 0, sizeof sums);
-            const uint8_t *v[TILE];
-            for (int i = 0; i < count; i++) v[i] = job->values + row_start(job, first + i);
-            for (int64_t block = 0; block < job->words; block += DEEP) {
-                Tile tile;
-                const int64_t last = block + DEEP < job->words ? block + DEEP : job->words;
-                fill(job, first, count, block, last, v, &tile, kind, vbmi2);
-                for (int64_t at = t, some; at < until; at += some) {
-                    const uint8_t *x = (const uint8_t *)job->x + at * stride + block * 128;
-                    some = until - at >= 6 ? 6 : until - at >= 3 ? 3 : 1;
-                    (some == 6 ? multiply_6 : some == 3 ? multiply_3 : multiply_1)(&tile, last - block, job->group, x, stride,
-                                                                                  sums + (at - t));
-                }
-            }
-            put_tile(job, first, count, t, until, sums);
-        }
-}
-
-VNNI static void vnni_many(const Quantised *job, int64_t begin, int64_t end) {
-    const int kind = kind_of(job), vbmi2 = job->path == AVX512_PATH;
-    if (kind == DENSE) tiles(job, begin, end, DENSE, 0);
-    else if (kind == PLACES && vbmi2) tiles(job, begin, end, PLACES, 1);
-    else if (kind == PLACES) tiles(job, begin, end, PLACES, 0);
-    else if (vbmi2) tiles(job, begin, end, LEVELS, 1);
-    else tiles(job, begin, end, LEVELS, 0);
 }
 #endif
 
@@ -870,13 +583,10 @@ static Rows rows_of(int path) {
     return portable_rows;
 }
 
-/* Whether rows are spread for all tokens together, by tiles. */
-static int by_tiles(const Quantised *job) { return job->path >= VNNI_PATH && job->tokens > FEW_TOKENS; }
-
 static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (by_tiles(&job)) {
-        vnni_many(&job, begin, end);
+    if (gblm_by_tiles(&job)) {
+        gblm_quantised_many(&job, begin, end);
         return;
     }
 #endif
@@ -894,7 +604,7 @@ static void multiply_part(void *argument, int index) {
     int64_t begin, end;
     for (int i = 0; i < work->count; i++) {
         const Quantised *job = work->job + i;
-        const int64_t together = by_tiles(job) ? TILE : 1;
+        const int64_t together = gblm_by_tiles(job) ? GBLM_TILE : 1;
         gblm_share((job->rows + together - 1) / together, work->parts, index, &begin, &end);
         multiply_rows(*job, begin * together, end * together < job->rows ? end * together : job->rows);
     }
