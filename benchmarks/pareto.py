@@ -38,7 +38,7 @@ from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
-FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ3_S", "Q3_K_S", "IQ3_XXS", "Q2_K")
+FORMATS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ3_S", "Q3_K_S", "Q2_K")
 PROMPT, GENERATE = 128, 64
 PACKED: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16", "kernels": True},

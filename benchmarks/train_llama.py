@@ -3,7 +3,7 @@ r"""Train a small Llama with its tokeniser from random weights, for measurements
     python benchmarks/train_llama.py FOLDER --texts wiki_articles.txt c4_first.txt
 
 The model has 26 million weights: 7 blocks of width 512, 8 heads of which pairs share keys and values, 8,192 tokens of
-byte-level BPE. All widths divide by 256, so that each of llama.cpp's formats stores all matrices as its name says.
+byte-level BPE. All widths divide by 256, so that llama.cpp need not put one format in the place of another.
 Every fortieth window of the texts is held out, to see how it goes. A folder that is there is left as it is; a training
 that was broken off goes on from its last checkpoint, in FOLDER.training.
 """
