@@ -261,7 +261,10 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
     lower_is_better = metric == "perplexity" or metric == "loss"
     sign = 1 if lower_is_better else -1
     line = [{"x": x, "y": sign * y} for x, y in vega.front((point["middle"], sign * point["y"]) for point in points)]
-    x = {"field": "middle", "type": "quantitative", "title": axis, "scale": {"padding": 24}}
+    least, most = min(point["middle"] for point in points), max(point["middle"] for point in points)
+    # names of points at the right stand before them, lest they end beyond the chart
+    points = [point | {"before": point["middle"] > least + 0.6 * (most - least)} for point in points]
+    x = {"field": "middle", "type": "quantitative", "title": axis, "scale": {"padding": 24}, "axis": {"tickCount": 8}}
     y = {"field": "y", "type": "quantitative", "title": metric, "scale": {"zero": False, "padding": 24}}
     shown = {"x": x, "y": y, "color": vega.colour(points), "tooltip": vega.tooltip("row", "middle", "y")}
     return Chart(
@@ -281,7 +284,13 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
                 {"mark": "rule", "encoding": shown | {"x": x | {"field": "low"}, "x2": {"field": "high"}}},
                 {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1}, "encoding": shown},
                 {
-                    "mark": {"type": "text", "align": "left", "dx": 8, "dy": -8, "limit": 160},
+                    "mark": {
+                        "type": "text",
+                        "align": {"expr": "datum.before ? 'right' : 'left'"},
+                        "dx": {"expr": "datum.before ? -8 : 8"},
+                        "dy": -8,
+                        "limit": 160,
+                    },
                     "encoding": {"x": x, "y": y, "text": {"field": "model"}},
                 },
             ],
