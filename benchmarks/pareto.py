@@ -18,7 +18,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ PACKED: dict[str, dict[str, Any]] = {
 }
 BLOCKS: dict[str, dict[str, Any]] = {"int8": {"quantise": "int8"}, "int4": {"quantise": "int4"}}
 """The ways to export a pruned model, and a dense one on ONNX Runtime's own operator."""
-Open = Callable[[int], Any]
-"""From a number of threads to a runtime."""
+Open = Callable[[int], AbstractContextManager[Any]]
+"""From a number of threads to a runtime, until it is left."""
 
 
 def quantised(plain: Path, format: str, path: Path) -> Path:
@@ -72,7 +72,7 @@ def of_llama_cpp(dense: ModelSource, scratch: Path, judge: Any) -> list[tuple[di
         size = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
         quality = judge(read_gguf(path, load_model(dense, "float32")), processor=load_processor(dense))
         row = {"model": "dense, llama.cpp", "weights": format, "MB": size / 1e6, **quality}
-        rows.append((row, partial(LlamaCpp, path, context=PROMPT + GENERATE)))
+        rows.append((row, partial(_open_gguf, path)))
     return rows
 
 
@@ -90,18 +90,23 @@ def of_exports(
         if not target.exists():
             gblm_compress.export(model.folder, target, format="onnx", **settings)
         row = {"model": name, "weights": weights, "MB": (target / DATA).stat().st_size / 1e6, **judge(target)}
-        rows.append((row, partial(OnnxRuntime, ModelSource(name, target), "cpu")))
+        rows.append((row, partial(_open_export, ModelSource(name, target))))
     return rows
+
+
+def _open_gguf(path: Path, threads: int) -> AbstractContextManager[Any]:
+    return closing(LlamaCpp(path, threads, PROMPT + GENERATE))
+
+
+def _open_export(source: ModelSource, threads: int) -> AbstractContextManager[Any]:
+    return nullcontext(OnnxRuntime(source, "cpu", threads))
 
 
 def time_(rows: list[tuple[dict[str, Any], Open]], threads: int, rounds: int) -> None:
     """Add to each row what a decode step takes, all of them in turn."""
     ids = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     with ExitStack() as stack:
-        runtimes = {}
-        for index, (_, opened) in enumerate(rows):
-            runtime = opened(threads)
-            runtimes[str(index)] = stack.enter_context(closing(runtime)) if hasattr(runtime, "close") else runtime
+        runtimes = {str(index): stack.enter_context(opened(threads)) for index, (_, opened) in enumerate(rows)}
         times, _ = generations(runtimes, ids, rounds, GENERATE)
     for index, (row, _) in enumerate(rows):
         row[f"ms/token, threads={threads}"] = times[str(index)][1]

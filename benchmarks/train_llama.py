@@ -10,12 +10,12 @@ that was broken off goes on from its last checkpoint, in FOLDER.training.
 
 import argparse
 import math
-import shutil
 from pathlib import Path
 
 import torch
+import training
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 HELD_OUT = 40
 END = "<|endoftext|>"
@@ -66,38 +66,25 @@ def train(
     windows = windows_of(tokeniser, texts, length)
     held_out = windows[::HELD_OUT]
     learnt = [window for index, window in enumerate(windows) if index % HELD_OUT]
-    checkpoints = folder.with_name(f"{folder.name}.training")
     torch.manual_seed(0)
     trainer = Trainer(
         LlamaForCausalLM(config),
-        TrainingArguments(
-            output_dir=str(checkpoints),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch,
+        training.arguments(
+            folder,
+            epochs,
+            batch,
+            rate,
             per_device_eval_batch_size=batch,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
             warmup_steps=100,
             weight_decay=0.1,
             adam_beta2=0.95,
             bf16=True,
             logging_steps=50,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=learnt,
         eval_dataset=held_out,
     )
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
-    metrics = trainer.evaluate()
-    trainer.model.save_pretrained(checkpoints / "last")
-    tokeniser.save_pretrained(checkpoints / "last")
-    (checkpoints / "last").rename(folder)
-    shutil.rmtree(checkpoints)
-    return metrics
+    return training.train(trainer, folder, tokeniser)
 
 
 def main() -> None:
@@ -113,6 +100,8 @@ def main() -> None:
     if options.folder.exists():
         print(f"{options.folder} is there already")
         return
+    if missing := [str(path) for path in options.texts if not path.is_file()]:
+        parser.error(f"no such text: {', '.join(missing)}")
     how = options.epochs, options.batch, options.rate, options.sequence_length
     metrics = train(options.folder, options.texts, *how)
     print(f"held-out perplexity {math.exp(metrics['eval_loss']):.1f}")

@@ -10,16 +10,15 @@ last checkpoint, in FOLDER.training.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import training
 from transformers import (
     AutoModelForImageClassification,
     SwinConfig,
     Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTImageProcessor,
 )
@@ -98,37 +97,24 @@ def train(
     processor = ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.5], image_std=[0.5])
     samples = preprocessed(processor, list(images.read(str(data), "calibration", None, seed=0).found[:limit]))
     learnt = len(samples) - len(samples) // HELD_OUT
-    checkpoints = folder.with_name(f"{folder.name}.training")
-    model = started(architecture, checkpoints)
+    model = started(architecture, training.checkpoints_of(folder))
     trainer = Trainer(
         model,
-        TrainingArguments(
-            output_dir=str(checkpoints),
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch,
+        training.arguments(
+            folder,
+            epochs,
+            batch,
+            rate,
             per_device_eval_batch_size=500,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
             warmup_steps=200,
             weight_decay=0.05,
             logging_steps=100,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=samples[:learnt],
         eval_dataset=samples[learnt:],
         compute_metrics=accuracy,
     )
-    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))
-    metrics = trainer.evaluate()
-    model.save_pretrained(checkpoints / "last")
-    processor.save_pretrained(checkpoints / "last")
-    (checkpoints / "last").rename(folder)
-    shutil.rmtree(checkpoints)
-    return metrics
+    return training.train(trainer, folder, processor)
 
 
 def main() -> None:

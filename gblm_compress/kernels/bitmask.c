@@ -241,7 +241,7 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
 }
 
 /* Several tokens: each vector of weights is used once for every token, and each of x for every row that is read beside.
- * T is a constant, so that the sums live in registers; there are at least eight, lest one wait for the other. */
+ * T is a constant, so that the sums live in registers; there are at least five, lest one wait for the other. */
 #define TOKENS(NAME, ATTRIBUTE, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                                             \
     ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
                                                                                   int64_t apart, const int streams) { \

@@ -7,7 +7,7 @@
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
  * the largest input, so that outliers cost nothing. AVX-512 multiplies the two bytes of q + 32768 each (vpdpbusd takes
  * unsigned ones) and subtracts 32768 · (the row's sum of weights); AVX2 and NEON multiply q in 16 bits. Products are summed as
- * integers along a group, or along a row that has one scale.
+ * integers along a group, or along a row that has one scale: for many tokens and with AVX2 and NEON along a part of it.
  *
  * The caller guarantees what quantised.h says.
  */
@@ -368,8 +368,7 @@ ROUNDED_TYPES(avx512, VNNI)
 /* The mask of the words from `block` up to `last` of a row: where it lies, or what its patterns are written as to `whole`. */
 VNNI INLINE const uint64_t *vnni_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
     if (!job->patterns) return job->mask + row * job->words + block;
-    for (int64_t w = block; w < last; w++)
-        whole[w - block] = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
+    for (int64_t w = block; w < last; w++) whole[w - block] = vnni_bits(job, row, w);
     return whole;
 }
 

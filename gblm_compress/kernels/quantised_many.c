@@ -50,10 +50,7 @@ VNNI INLINE void fill(const Quantised *job, int64_t first, int count, int64_t bl
                 const int64_t row = first + 16 * half + i;
                 rows[i] = _mm512_setzero_si512();
                 if (16 * half + i >= count) continue;
-                uint64_t bits = 0;
-                if (kind != DENSE && job->patterns)
-                    bits = with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
-                else if (kind != DENSE) bits = job->mask[row * job->words + w];
+                const uint64_t bits = kind == DENSE ? 0 : vnni_bits(job, row, w);
                 rows[i] = word_of(bits, v + 16 * half + i, vnni_table(job, row, kind), kind, vbmi2);
             }
             turn(rows, tile->levels + 16 * (w - block), half);

@@ -77,6 +77,12 @@ INLINE const int8_t *places_of(Lanes lanes) {
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,popcnt,bmi,bmi2")))
 
+/* Which of a word's columns are stored, as row_bits says. */
+VNNI INLINE uint64_t vnni_bits(const Quantised *job, int64_t row, int64_t w) {
+    if (job->patterns) return with_parity(_pdep_u64(patterns_at(job, row, w), 0x7777777777777777));
+    return job->mask[row * job->words + w];
+}
+
 VNNI INLINE __m512i vnni_table(const Quantised *job, int64_t row, const int kind) {
     if (kind != PLACES) return _mm512_setzero_si512();
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
