@@ -17,6 +17,7 @@ import onnx_ir as ir
 from torch import nn
 
 from gblm_compress.errors import ModelError
+from gblm_compress.exporters.onnx_rotations import calculate_rotations_
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
@@ -116,6 +117,8 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     _leave_out_rotary(program, [not used for used in getattr(model.config, "no_rope_layers", None) or ()])
     _fix_dimensions(program, config["model"]["decoder"]["head_size"])
     _ask_for_no_more(program)
+    turns = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    calculate_rotations_(program, [each.float().cpu().numpy() for each in turns])
     return program, config
 
 

@@ -197,6 +197,9 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
         source: the folder that the model comes from, whose `Task.companions` go along.
     """
     processor.save_pretrained(folder)
+    if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name transformers 5 writes; others do not know it
