@@ -1,0 +1,116 @@
+r"""Let a model write text, on which `recover` trains where real text of its kind is short.
+
+    python benchmarks/write_text.py demo -o written.txt --starts c4_first.txt --tokens 400k
+
+A quarter of the pieces start from nothing, a third with the beginning of a paragraph of the starts, the others with
+that of a sentence somewhere in one: 6, 10 or 16 words, which stand in the output. Tokens are drawn at temperature 1
+from the 100 that are likeliest. The same seed writes the same text on the same machine.
+"""
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from rich.progress import track
+
+from gblm_compress.models import loading
+from gblm_compress.models.finding import resolve_model, silence_libraries
+from gblm_compress.progress import Progress
+from gblm_compress.settings.recover import Tokens
+
+FROM_NOTHING, FROM_PARAGRAPHS = 0.25, 0.35
+WORDS = (6, 10, 16)
+LEAST_WORDS = 30
+"""Paragraphs with fewer are headings and menus."""
+
+
+def paragraphs_of(text: str) -> list[list[str]]:
+    """The words of each line that is long enough."""
+    return [words for line in text.splitlines() if len(words := line.split()) > LEAST_WORDS]
+
+
+def start(paragraphs: list[list[str]], draws: random.Random) -> str:
+    """What a piece starts with; nothing where there are no paragraphs."""
+    kind = draws.random()
+    if kind < FROM_NOTHING or not paragraphs:
+        return ""
+    words, number = draws.choice(paragraphs), draws.choice(WORDS)
+    first = 0
+    if kind >= FROM_NOTHING + FROM_PARAGRAPHS:
+        ends = [place + 1 for place, word in enumerate(words[:-number]) if word.endswith((".", "!", "?"))]
+        first = draws.choice(ends or [0])
+    return " ".join(words[first : first + number])
+
+
+def write(model: Any, tokenizer: Any, starts: list[str], length: int, end: int) -> list[str]:
+    """One piece for each start, of at most `length` tokens after it.
+
+    Args:
+        end: the token that stood between the texts that the model has learnt from.
+    """
+    rows = [[end, *tokenizer.encode(text, add_special_tokens=False)] for text in starts]
+    widest = max(map(len, rows))
+    ids = torch.tensor([[end] * (widest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (widest - len(row)) + [1] * len(row) for row in rows])
+    with torch.inference_mode():
+        drawn = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=100,
+            top_p=1.0,
+            max_new_tokens=length,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    pieces = []
+    for row, whole in zip(rows, drawn[:, widest:].tolist(), strict=True):
+        new = whole[: whole.index(end)] if end in whole else whole
+        pieces.append(tokenizer.decode(row[1:] + new, skip_special_tokens=True).strip().replace("\n\n", "\n"))
+    return pieces
+
+
+def main() -> None:
+    """Write the file once all is drawn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--starts", type=Path, help="a text; without it all pieces start from nothing")
+    parser.add_argument("--tokens", type=TypeAdapter(Tokens).validate_python, default=400_000)
+    parser.add_argument("--length", type=int, default=300, help="tokens of a piece")
+    parser.add_argument("--batch", type=int, default=96, help="pieces that are written at once")
+    parser.add_argument("--end", default="<|endoftext|>", help="the token between the texts that the model learnt from")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"{options.output} is there already")
+    if options.starts and not options.starts.is_file():
+        parser.error(f"no such text: {options.starts}")
+    silence_libraries()
+    source = resolve_model(options.model, Progress())
+    tokenizer = loading.load_processor(source)
+    if (end := tokenizer.get_vocab().get(options.end)) is None:
+        parser.error(f"{options.model} has no token {options.end}; name with --end the one between its texts")
+    model = loading.load_model(source, "bfloat16")
+    paragraphs = paragraphs_of(options.starts.read_text(encoding="utf-8")) if options.starts else []
+    torch.manual_seed(options.seed)
+    draws, pieces, begun = random.Random(options.seed), [], time.monotonic()
+    rounds = -(-options.tokens // (options.batch * options.length))
+    for _ in track(range(rounds), "writing"):
+        starts = [start(paragraphs, draws) for _ in range(options.batch)]
+        pieces += write(model, tokenizer, starts, options.length, end)
+    partial = options.output.with_suffix(".partial")
+    partial.write_text("".join(f"{piece}\n\n" for piece in pieces), encoding="utf-8")
+    partial.rename(options.output)
+    words = sum(len(piece.split()) for piece in pieces)
+    print(f"{words:,} words in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
