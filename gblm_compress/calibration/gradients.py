@@ -1,4 +1,5 @@
-"""Gradient norms of the dense model, in one of two orders. A gradient is added up and freed as soon as it is known.
+"""Gradient norms of the dense model, in one of two orders: of weights, which are added up and freed as soon as they are
+known, and of what layers give for each token.
 
 Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
 backward. At any time there are the hidden states between blocks, and of one block its activations for one sample and
@@ -11,8 +12,9 @@ blocks, and the accumulators of all blocks. 2PT forward, 4PT backward.
 The same operations on the same numbers in the same order: the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,60 +30,104 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import GradientNorm
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are measured.
+
+    Attributes:
+        norm: of weights, "l1" (p = 1) or "l2" (p = 2); None if those are not wanted.
+        of_tokens: whether those of tokens are.
+    """
+
+    norm: GradientNorm | None = "l1"
+    of_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Gradients of the layers of a block, by name: Σ_n |g_n|^p of weights, and for every sample what is felt of each
+    token [tokens]."""
+
+    sums: dict[str, Tensor]
+    felt: dict[str, list[Tensor]]
+
+
 def gradient_norms(
     weights: Weights,
     calls: BlockCalls,
     per_block: list[dict[str, nn.Module]],
-    norm: GradientNorm,
+    wanted: Wanted,
     pool: StatePool,
-    save: Callable[[int, dict[str, Tensor]], None],
+    save: Callable[[int, dict[str, Tensor], dict[str, Tensor]], None],
     progress: Progress,
     ranks: Ranks,
     skip: frozenset[int] = frozenset(),
     by_sample: bool = False,
 ) -> None:
-    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
+    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, and what the loss feels of each token at every layer, given to
+    `save` block by block, the last block first.
 
     g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a sample.
+    What is felt of a token is the squared norm of the gradient to the layer's output for it.
     Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs backward.
 
     Args:
         weights: the dense model; sample by sample, all of it must be in memory.
         calls: how its blocks are called, and the samples.
         per_block: {name: Linear or Conv1D} of each block.
-        norm: "l1" (p = 1) or "l2" (p = 2).
+        wanted: which gradients.
         pool: where hidden states are kept.
-        save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
+        save: takes a block's index, {name: G in float32, in the stored layout of the weight}, and {name: what is felt,
+            float32 [samples of all processes, tokens], zero for padding}, without layers that no gradient reaches.
         skip: blocks whose gradients are known already.
         by_sample: the order of the work, see above.
 
     Raises:
         ModelError: a gradient is NaN or infinite; the message names the layer.
     """
-    wanted = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
-    if not wanted:
+    of_blocks = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
+    if not of_blocks:
         return
     if by_sample:
-        sums = _by_sample(weights, calls, wanted, norm, progress)
+        sums = _by_sample(weights, calls, of_blocks, wanted, progress)
     else:
-        sums = _by_block(weights, calls, wanted, norm, pool, progress)
-    for index, of_block in sums:
-        ranks.sum_(of_block.values())
-        for name, total in of_block.items():
+        sums = _by_block(weights, calls, of_blocks, wanted, pool, progress)
+    for index, measured in sums:
+        ranks.sum_(measured.sums.values())
+        felt = {name: _of_all(one, calls.counted, ranks) for name, one in measured.felt.items() if one}
+        for name, total in (*measured.sums.items(), *felt.items()):
             check_finite(name, "gradients", total)
-            if norm == "l2":
+        if wanted.norm == "l2":
+            for total in measured.sums.values():
                 total.sqrt_()
-        save(index, of_block)
+        save(index, measured.sums, felt)
 
 
-Sums = Iterable[tuple[int, dict[str, Tensor]]]  # block, {layer: Σ_n |g_n|^p}; the last block first
+def token_weights(felt: Tensor, power: float) -> Tensor:
+    """How much each token counts, from what is felt of it, both [samples, tokens].
+
+    On average 1 over all tokens of which anything is felt; padding counts nothing.
+    """
+    return felt.pow(power) / felt[felt > 0].pow(power).mean() if felt.any() else torch.ones_like(felt)
+
+
+def _of_all(felt: list[Tensor], counted: Sequence[Tensor | None], ranks: Ranks) -> Tensor:
+    """What is felt in the samples of all processes, of that in those of this one, [tokens] each."""
+    own = torch.stack([one if mask is None else one * mask.flatten() for one, mask in zip(felt, counted, strict=True)])
+    together = own.new_zeros(ranks.total(len(own), own.device), own.shape[1])
+    together[ranks.rank :: ranks.size] = own
+    ranks.sum_([together])
+    return together
+
+
+Sums = Iterable[tuple[int, Measured]]  # of each block, the last block first
 
 
 def _by_block(
     weights: Weights,
     calls: BlockCalls,
-    wanted: dict[int, dict[str, nn.Module]],
-    norm: GradientNorm,
+    of_blocks: dict[int, dict[str, nn.Module]],
+    wanted: Wanted,
     pool: StatePool,
     progress: Progress,
 ) -> Sums:
@@ -90,36 +136,37 @@ def _by_block(
     with weights.outer(), only_requires_grad(weights.model, []):
         for sample in progress.track(range(len(calls.samples)), "loss", "samples"):
             upstream[sample] = calls.loss_gradient(sample, upstream[sample])
-    lowest = min(wanted)
+    lowest = min(of_blocks)
     order = list(reversed(range(lowest, len(weights.blocks))))
     for index in progress.track(order, "gradients", "blocks", tokens=calls.tokens):
         states = inputs.pop()
-        with weights.block(index) as block, _accumulated(block, wanted.get(index, {}), norm) as sums:
+        with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), wanted) as measured:
             for sample, hidden in enumerate(states):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
+                leaf, output = _run(calls, index, sample, block, hidden, wanted.of_tokens or index > lowest)
                 torch.autograd.backward(output, upstream[sample])
                 if leaf.grad is not None:
                     upstream[sample] = leaf.grad
         states.release()
-        if index in wanted:
-            yield index, sums
+        if index in of_blocks:
+            yield index, measured
     for states in (*inputs, upstream):
         states.release()
 
 
 def _by_sample(
-    weights: Weights, calls: BlockCalls, wanted: dict[int, dict[str, nn.Module]], norm: GradientNorm, progress: Progress
+    weights: Weights, calls: BlockCalls, of_blocks: dict[int, dict[str, nn.Module]], wanted: Wanted, progress: Progress
 ) -> Sums:
-    lowest = min(wanted)
+    lowest = min(of_blocks)
     with ExitStack() as within:
         blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
         within.enter_context(weights.outer())
         within.enter_context(only_requires_grad(weights.model, []))
-        sums = {index: within.enter_context(_accumulated(blocks[index], wanted[index], norm)) for index in wanted}
+        found = {index: within.enter_context(_measured(blocks[index], of_blocks[index], wanted)) for index in of_blocks}
         for sample in progress.track(range(len(calls.samples)), "gradients", "samples", tokens=calls.tokens):
             hidden, ran = calls.embed(sample), []
             for index, block in enumerate(blocks):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
+                needs_gradient = index > lowest or (wanted.of_tokens and index == lowest)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient)
                 hidden = output.detach()
                 if index >= lowest:
                     ran.append((leaf, output))
@@ -130,8 +177,8 @@ def _by_sample(
                 del output
                 if leaf.grad is not None:
                     upstream = leaf.grad
-    for index in sorted(sums, reverse=True):
-        yield index, sums.pop(index)
+    for index in sorted(found, reverse=True):
+        yield index, found.pop(index)
 
 
 def _run(
@@ -157,31 +204,38 @@ def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress
 
 
 @contextmanager
-def _accumulated(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
-    """Sums of |g|^p in float32 over the backward passes within the `with`.
+def _measured(block: nn.Module, layers: dict[str, nn.Module], wanted: Wanted) -> Iterator[Measured]:
+    """Gradients in float32, over the backward passes within the `with`.
 
     A gradient is added and freed as soon as autograd has produced it.
     """
-    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items() if wanted.norm}
+    felt: dict[str, list[Tensor]] = {name: [] for name in layers}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
 
     def reduce_gradient(total: Tensor, weight: Tensor) -> None:
         gradient = weight.grad
         assert gradient is not None
         weight.grad = None
-        if norm == "l1":
+        if wanted.norm == "l1":
             total.add_(gradient.abs_())
         else:
             gradient = gradient.float()
             total.addcmul_(gradient, gradient)
+
+    def feel(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: felt[name].append(gradient.float().square().sum(-1).flatten()))  # type: ignore[no-untyped-call]
 
     with only_requires_grad(block, parameters.values()):
         hooks = [
             weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
             for name, weight in parameters.items()
         ]
+        if wanted.of_tokens:
+            hooks += [layer.register_forward_hook(partial(feel, name)) for name, layer in layers.items()]
         try:
-            yield sums
+            yield Measured(sums, felt)
         finally:
             for hook in hooks:
                 hook.remove()

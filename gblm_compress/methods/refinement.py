@@ -112,5 +112,7 @@ class Refinement(Choice):
 
 REFINEMENTS: dict[str, Refinement] = {
     "none": Refinement(none, help="the mask stays as it is"),
-    "swap": Refinement(swap, help="exchange weights of a mask while that lowers the error", needs=Need.GRAM),
+    "swap": Refinement(
+        swap, help="exchange weights of a mask while that lowers the error", needs=Need.GRAM, reads=("guidance",)
+    ),
 }

@@ -135,5 +135,5 @@ METHODS: dict[str, Method] = {
         reads=("alpha",),
         synonyms=("Wanda++", "Wanda-pp"),
     ),
-    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, reads=("damping",)),
+    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, reads=("damping", "guidance")),
 }

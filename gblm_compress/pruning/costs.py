@@ -43,7 +43,7 @@ def passes(settings: PruneSettings) -> float:
     a block whose width is a few times smaller than the text is long.
     """
     count = 1.0  # loading and saving
-    count += 3.0 * settings.needs_gradients
+    count += 3.0 if settings.needs_gradients else 2.0 * settings.runs_backward
     count += _measuring(settings.block_needs) + _measuring(ALLOCATIONS[settings.allocation].needs)
     count += sum(choice.passes for choice in settings.choices)
     if settings.fits_blocks:

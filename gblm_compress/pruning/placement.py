@@ -60,14 +60,14 @@ class Size:
         self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
         self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
         place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
-        self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
+        self._states_of_gradients = (blocks + 1) * place if settings.runs_backward else 0
         self._states_of_pruning = (2 + settings.fits_blocks) * place
         weights, block = self.weights // itemsize, self.block // itemsize
         fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
         rounds = ROUND_BYTES if settings.reconstruction_rounds > 1 else 0
         at_a_block = (
             12 * block  # accumulators, gradients, a layer's scores and masks
-            + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
+            + (4 * ((6 if settings.guidance else 3) * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
             + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
             + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
             + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)

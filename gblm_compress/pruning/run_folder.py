@@ -2,7 +2,7 @@
 
 .OUTPUT.pruning/
     run.json                 what the run is: settings, text, model; the budgets once they are known; exceptions
-    gradients-7.safetensors  gradient norms of block 7, until it is pruned
+    gradients-7.safetensors  gradient norms of block 7, of weights and of tokens, until it is pruned
     block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and the grids they lie on
     distilled-7.safetensors  those after the distillation
     states/                  hidden states that found no room in memory; worthless after an interruption
@@ -28,6 +28,7 @@ from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
 
 IDENTITY = "run.json"
+FELT = "tokens/"  # before the name of a layer
 _TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
 _OTHERS = re.compile(  # the record, hidden states, and what is written aside
     r"run\.json|states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|"
@@ -140,9 +141,9 @@ class RunFolder:
         """Whether the finished blocks hold the weights of the distillation already."""
         return self._record.distilled
 
-    def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
-        """Keep the gradient norms {layer name: G} of a block."""
-        self._save(f"gradients-{block}", norms)
+    def save_gradients(self, block: int, norms: dict[str, Tensor], felt: dict[str, Tensor]) -> None:
+        """Keep the gradient norms {layer name: G} of a block, and what is felt of its tokens {layer name: …}."""
+        self._save(f"gradients-{block}", norms | {FELT + name: one for name, one in felt.items()})
 
     @property
     def blocks(self) -> int:
@@ -151,7 +152,12 @@ class RunFolder:
 
     def gradients(self, block: int) -> dict[str, Tensor]:
         """The gradient norms of a block that `has_gradients`, else none."""
-        return self._load(f"gradients-{block}")
+        return {name: norm for name, norm in self._load(f"gradients-{block}").items() if not name.startswith(FELT)}
+
+    def felt(self, block: int) -> dict[str, Tensor]:
+        """What is felt of the tokens of a block {layer name: [samples, tokens]}, where it was measured."""
+        stored = self._load(f"gradients-{block}")
+        return {name.removeprefix(FELT): one for name, one in stored.items() if name.startswith(FELT)}
 
     def has_gradients(self, block: int) -> bool:
         """Whether the block's gradients were measured, or are not needed any more."""

@@ -23,7 +23,7 @@ from gblm_compress.errors import DataError, UsageError
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
-from gblm_compress.models.experts import run_all_
+from gblm_compress.models.experts import experts_of, run_all_
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import run_folder, saving
@@ -144,6 +144,8 @@ def _prune(
         partial(loading.choose_device, device),
         lambda: skeleton_budgets(loading.load_skeleton(source), settings),
     ]
+    if settings.guidance:
+        looks.append(lambda: _check_guidance(loading.load_skeleton(source)))
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
@@ -257,6 +259,16 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
         raise UsageError(
             "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
             "choose --fit fast, or run one process"
+        )
+
+
+def _check_guidance(model: Any) -> None:
+    """Raises:
+    UsageError: layers of the model do not read all tokens.
+    """
+    if experts_of(model):
+        raise UsageError(
+            "guidance weighs tokens, and nothing says which of them an expert of this model gets; leave guidance out"
         )
 
 

@@ -19,10 +19,11 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import Weights
 from gblm_compress.calibration.blocks import Block, BlockReplay
-from gblm_compress.calibration.gradients import gradient_norms
+from gblm_compress.calibration.gradients import Wanted, gradient_norms, token_weights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.calibration.whole_calls import calls_of
+from gblm_compress.calibration.whole_calls import WholeCalls, calls_of
+from gblm_compress.errors import ModelError
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.patterns import DENSE
@@ -85,11 +86,13 @@ class Walk:
         if not settings.needs_text:
             return self._with(None, layers)
         weights, calls = calls_of(self.weights, self.task, self.samples)
+        if settings.guidance and isinstance(calls, WholeCalls):
+            raise ModelError("guidance is for models whose blocks run one by one, and these do not; leave it out")
         return replace(self, weights=weights)._with(calls, weights.per_block(layers))
 
     def _with(self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]]) -> dict[str, LayerResult]:
         settings = self.settings
-        if settings.needs_gradients:
+        if settings.runs_backward:
             assert calls is not None
             self._measure_gradients(calls, layers)
         budgets = self.run.budgets
@@ -121,7 +124,7 @@ class Walk:
             self.weights,
             calls,
             layers,
-            self.settings.gradient_norm,
+            Wanted(self.settings.gradient_norm if self.settings.needs_gradients else None, self.settings.guidance > 0),
             self.pool,
             self.run.save_gradients,
             self.progress,
@@ -147,6 +150,14 @@ class Walk:
 
     def _gradients(self, index: int) -> dict[str, Tensor]:
         return {name: norms.to(self.pool.device) for name, norms in self.run.gradients(index).items()}
+
+    def _guided(self, block: Block, index: int) -> Block:
+        """The block with weights of its tokens, where the settings ask for them."""
+        weights = {
+            name: self.ranks.share(list(token_weights(felt.to(self.pool.device), self.settings.guidance)))
+            for name, felt in self.run.felt(index).items()
+        }
+        return replace(block, token_weights=weights)
 
     def _prune_blocks_(
         self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]], budgets: dict[str, Budget]
@@ -174,7 +185,7 @@ class Walk:
                     results |= self._results(found, budgets)
                 else:
                     pruned, grids = prune_block_(
-                        replay.block(index) if replay else None,
+                        self._guided(replay.block(index), index) if replay else None,
                         layers[index],
                         self._gradients(index),
                         settings,

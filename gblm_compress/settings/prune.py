@@ -147,6 +147,13 @@ class PruneSettings(Settings):
     damping: Annotated[float, Panel.FIT] = Field(
         0.01, gt=0, description=f"Damping in shares of the mean input power, read with {_readers('damping')}."
     )
+    guidance: Annotated[float, Panel.FIT] = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="How much those tokens count in Gram matrices that the loss feels: the power of the squared "
+        f"gradient of what a layer gives for them; 0: all count alike. Read with {_readers('guidance')}.",
+    )
     reconstruction_epochs: Annotated[int, Panel.FIT] = Field(
         3, ge=1, le=MANY, description="Update reconstruct: passes over the samples, at most."
     )
@@ -278,8 +285,13 @@ class PruneSettings(Settings):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the gradients of the dense model are read."""
+        """Whether the gradients of the dense model's weights are read."""
         return Need.GRADIENTS in self.needs
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether the dense model runs backward, for the gradients of its weights or of tokens."""
+        return self.needs_gradients or self.guidance > 0
 
     @property
     def needs_blocks(self) -> bool:

@@ -34,17 +34,19 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
         ("torchrun", {"method": "gblm", "pattern": "2:4"}),
         ("forks", {"method": "regional", "pattern": "2:4"}),
         ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
+        ("forks", {"method": "obs", "guidance": "0.5"}),
     ],
-    ids=["gblm", "regional", "obs-sensitivity"],
+    ids=["gblm", "regional", "obs-sensitivity", "guided"],
 )
 def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose, progress) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    guided = {"guidance": float(settings["guidance"])} if "guidance" in settings else {}
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
     done = torchrun("-m", "gblm_compress", *given) if start == "torchrun" else pair(*given)
     assert '"folder"' in done.stdout, done.stderr
     assert done.stdout.count('"folder"') == 1  # the first rank alone reports
     prune(
-        tiny("llama"), tmp_path / "one", PruneSettings(update="none", **settings),
+        tiny("llama"), tmp_path / "one", PruneSettings(update="none", **{**settings, **guided}),
         CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32), progress=progress,
     )  # fmt: skip
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

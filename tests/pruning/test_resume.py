@@ -62,8 +62,9 @@ def content(folder: Path) -> dict[str, bytes]:
         ({"allocation": "owl"}, True),
         ({"method": "magnitude"}, False),
         (FITTED, False),
+        ({"method": "wanda", "update": "least-squares", "guidance": 0.5}, False),
     ],
-    ids=["gblm", "gblm-int4-offload", "owl-offload", "magnitude", "reconstruct-distil-int8"],
+    ids=["gblm", "gblm-int4-offload", "owl-offload", "magnitude", "reconstruct-distil-int8", "guided"],
 )
 def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
     where, name, settings, offload, tiny, tmp_path, prose, monkeypatch

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.calibration import products
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.updates import least_squares
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import tiny_model
+from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import placement, stage
 from gblm_compress.pruning.in_memory import prune_
@@ -30,6 +32,8 @@ from gblm_compress.storage.cache import CACHE_VARIABLE
 from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_calibration import slow_activation_norms
 from tests.conftest import ARCHITECTURES, samples
+from tests.families.tiny import tiny_family
+from tests.tasks import families
 
 
 def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:
@@ -209,6 +213,47 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     assert refined < none and distilled < fitted < none
 
 
+def test_guidance_weighs_tokens_by_what_the_loss_feels_of_them(progress: Progress) -> None:
+    """The first layer of the first block, whose inputs are those of the dense model, by plain autograd and by hand."""
+    ids, name = samples(4, 48), "model.layers.0.self_attn.q_proj"
+    model = tiny_model("llama")
+    layer = model.get_submodule(name)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(module, args, output) -> None:
+        output.retain_grad()
+        seen.append((args[0][0].detach().double(), output))
+
+    handle = layer.register_forward_hook(keep)
+    for sample in ids:
+        model(**sample, labels=sample["input_ids"]).loss.backward()
+    handle.remove()
+    felt = [output.grad[0].double().norm(dim=-1) for _, output in seen]
+    mean = torch.cat(felt)[torch.cat(felt) > 0].mean()
+    gram = sum((x * (own / mean)[:, None]).T @ x for (x, _), own in zip(seen, felt, strict=True)).float()
+    weight = layer.weight.detach().clone()
+    settings = PruneSettings(method="magnitude", pattern="2:4", update="least-squares", guidance=0.5)
+    prune_(model, ids, settings, progress)
+    expected = least_squares(weight, layer.weight != 0, Statistics(gram=gram), settings.damping)
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-3, atol=1e-5)
+    plain = tiny_model("llama")
+    prune_(plain, ids, settings.model_copy(update={"guidance": 0.0}), progress)
+    assert not torch.allclose(plain.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_guidance_that_cannot_be_is_refused_before_work(tmp_path, prose, progress) -> None:
+    settings = {"method": "wanda", "update": "least-squares", "guidance": 0.5}
+    tiny_family("mixtral").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    experts = ModelSource("experts", tmp_path / "dense")
+    with pytest.raises(UsageError, match="which of them an expert of this model gets; leave guidance out"):
+        pruned(None, tmp_path, prose, progress, experts, **settings)
+    with pytest.raises(ModelError, match="guidance is for models whose blocks run one by one"):
+        repeats = families.encoder("albert", "AutoModelForSequenceClassification")
+        labelled = [{**sample, "labels": torch.tensor([0])} for sample in samples(2)]
+        prune_(repeats, labelled, PruneSettings(**settings), progress)
+
+
 def test_the_columns_of_a_scale() -> None:
     def grid(**given) -> tuple[int | None, str | None]:
         settings = PruneSettings(method="wanda", **given)
@@ -237,6 +282,8 @@ def test_the_columns_of_a_scale() -> None:
         ({"update": "least-squares", "reconstruction_rate": 0.1}, {"update": "reconstruct"}),
         ({"fit": "balanced", "distillation_rate": 0.1}, {"fit": "best"}),
         ({"fit": "fast", "fit_dtype": "float32"}, {"fit": "best"}),
+        ({"fit": "none", "guidance": 0.5}, {"fit": "fast"}),
+        ({"fit": "none", "guidance": 0.5}, {"refine": "swap"}),
         ({"group": 64}, {"quantise": "int8"}),
         ({"group": "row"}, {"quantise": "int4"}),
     ],
