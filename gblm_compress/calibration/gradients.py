@@ -94,7 +94,9 @@ def gradient_norms(
         sums = _by_block(weights, calls, of_blocks, wanted, pool, progress)
     for index, measured in sums:
         ranks.sum_(measured.sums.values())
-        felt = {name: _of_all(one, calls.counted, ranks) for name, one in measured.felt.items() if one}
+        # A layer that some samples did not reach has no gradient for each token.
+        whole = {name: one for name, one in measured.felt.items() if len(one) == len(calls.samples)}
+        felt = {name: _of_all(one, calls.counted, ranks) for name, one in whole.items()}
         for name, total in (*measured.sums.items(), *felt.items()):
             check_finite(name, "gradients", total)
         if wanted.norm == "l2":
