@@ -199,6 +199,7 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
     processor.save_pretrained(folder)
     if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
         content = json.loads(path.read_text(encoding="utf-8"))
+        _join_merges_(content["model"])
         path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
@@ -212,6 +213,13 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
                 copied = folder / companion.relative_to(source.folder)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(companion, copied)
+
+
+def _join_merges_(model: dict[str, Any]) -> None:
+    """Write the merges of a BPE as tokenizers before 0.20 read them too, unless their parts hold spaces."""
+    merges = model.get("merges", [])
+    if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
+        model["merges"] = [" ".join(merge) for merge in merges]
 
 
 def choose_device(requested: str) -> str:

@@ -4,7 +4,9 @@ import stat
 import struct
 
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import finding, loading
@@ -230,6 +232,23 @@ def test_tokenizers_are_saved_in_the_name_that_older_clients_know(tmp_path) -> N
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_saved_tokenizer_is_the_same_and_its_merges_are_what_older_clients_read(spaced, tmp_path) -> None:
+    texts = ["the hares sat in the grass and the hares ate the clover"] * 9
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
+    if not spaced:
+        learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    learnt.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=learnt, unk_token="?")
+    loading.save_processor(tokenizer, tmp_path)
+    stored = (tmp_path / "tokenizer.json").read_text()
+    merges = json.loads(stored)["model"]["merges"]
+    assert merges and {type(merge) for merge in merges} == {list if spaced else str}
+    assert "\n" not in stored.strip()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("the clover ate")["input_ids"] == tokenizer("the clover ate")["input_ids"]
 
 
 def test_tiny_kinds_are_named() -> None:
