@@ -55,6 +55,7 @@ def write(model: Any, tokenizer: Any, starts: list[str], length: int, end: int) 
     """
     rows = [[end, *tokenizer.encode(text, add_special_tokens=False)] for text in starts]
     widest = max(map(len, rows))
+    others = [token for token in tokenizer.all_special_ids if token != end]  # of chats
     ids = torch.tensor([[end] * (widest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (widest - len(row)) + [1] * len(row) for row in rows])
     with torch.inference_mode():
@@ -68,6 +69,7 @@ def write(model: Any, tokenizer: Any, starts: list[str], length: int, end: int) 
             max_new_tokens=length,
             eos_token_id=end,
             pad_token_id=end,
+            suppress_tokens=others or None,
         )
     pieces = []
     for row, whole in zip(rows, drawn[:, widest:].tolist(), strict=True):
