@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from rich.progress import track
 
+from gblm_compress.errors import GblmError
 from gblm_compress.models import loading
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.progress import Progress
@@ -78,24 +79,41 @@ def write(model: Any, tokenizer: Any, starts: list[str], length: int, end: int) 
     return pieces
 
 
+def count(text: str) -> int:
+    """A number of tokens or pieces: 400000 or 400k.
+
+    Raises:
+        ArgumentTypeError: it is none, or not above 0.
+    """
+    try:
+        return int(TypeAdapter(Tokens).validate_python(text))
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, such as 300 or 400k") from error
+
+
 def main() -> None:
     """Write the file once all is drawn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--starts", type=Path, help="a text; without it all pieces start from nothing")
-    parser.add_argument("--tokens", type=TypeAdapter(Tokens).validate_python, default=400_000)
-    parser.add_argument("--length", type=int, default=300, help="tokens of a piece")
-    parser.add_argument("--batch", type=int, default=96, help="pieces that are written at once")
+    parser.add_argument("--tokens", type=count, default=400_000)
+    parser.add_argument("--length", type=count, default=300, help="tokens of a piece")
+    parser.add_argument("--batch", type=count, default=96, help="pieces that are written at once")
     parser.add_argument("--end", default="<|endoftext|>", help="the token between the texts that the model learnt from")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"{options.output} is there already")
+    if not options.output.parent.is_dir():
+        parser.error(f"no such folder: {options.output.parent}")
     if options.starts and not options.starts.is_file():
         parser.error(f"no such text: {options.starts}")
     silence_libraries()
-    source = resolve_model(options.model, Progress())
+    try:
+        source = resolve_model(options.model, Progress())
+    except GblmError as error:
+        parser.error(str(error))
     tokenizer = loading.load_processor(source)
     if (end := tokenizer.get_vocab().get(options.end)) is None:
         parser.error(f"{options.model} has no token {options.end}; name with --end the one between its texts")

@@ -139,12 +139,13 @@ def _by_block(
         for sample in progress.track(range(len(calls.samples)), "loss", "samples"):
             upstream[sample] = calls.loss_gradient(sample, upstream[sample])
     lowest = min(of_blocks)
+    passing = lowest + (not wanted.of_tokens)  # the lowest block to whose input a gradient goes
     order = list(reversed(range(lowest, len(weights.blocks))))
     for index in progress.track(order, "gradients", "blocks", tokens=calls.tokens):
         states = inputs.pop()
         with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), wanted) as measured:
             for sample, hidden in enumerate(states):
-                leaf, output = _run(calls, index, sample, block, hidden, wanted.of_tokens or index > lowest)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index >= passing)
                 torch.autograd.backward(output, upstream[sample])
                 if leaf.grad is not None:
                     upstream[sample] = leaf.grad
@@ -159,6 +160,7 @@ def _by_sample(
     weights: Weights, calls: BlockCalls, of_blocks: dict[int, dict[str, nn.Module]], wanted: Wanted, progress: Progress
 ) -> Sums:
     lowest = min(of_blocks)
+    passing = lowest + (not wanted.of_tokens)  # the lowest block to whose input a gradient goes
     with ExitStack() as within:
         blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
         within.enter_context(weights.outer())
@@ -167,8 +169,7 @@ def _by_sample(
         for sample in progress.track(range(len(calls.samples)), "gradients", "samples", tokens=calls.tokens):
             hidden, ran = calls.embed(sample), []
             for index, block in enumerate(blocks):
-                needs_gradient = index > lowest or (wanted.of_tokens and index == lowest)
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index >= passing)
                 hidden = output.detach()
                 if index >= lowest:
                     ran.append((leaf, output))
