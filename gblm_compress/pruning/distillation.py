@@ -34,19 +34,10 @@ def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progres
             found.append(task.judged(getattr(model(**task.arguments(sample)), task.output), sample))
         return found
 
-    def stop(head: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0])
-        raise _HeadReached
-
-    hook = head.register_forward_pre_hook(stop)
-    try:
-        for sample in progress.track(samples, "dense predictions", unit="samples"):
-            try:
-                model(**task.arguments(sample))
-            except _HeadReached:
-                continue
-    finally:
-        hook.remove()
+    for sample in progress.track(samples, "dense predictions", unit="samples"):
+        with inputs_of_head(head, last=True) as inputs:
+            model(**task.arguments(sample))
+        found += inputs
     return found
 
 
@@ -101,6 +92,29 @@ def distil_(
         )
     written = masters.write_(fitted)
     return result, {name: written[f"{name}.weight"] for name in grids}
+
+
+@contextmanager
+def inputs_of_head(head: nn.Module, last: bool) -> Iterator[list[Tensor]]:
+    """Collect what goes into the head.
+
+    Args:
+        last: end the forward pass there, and with it what is inside this context.
+    """
+    found: list[Tensor] = []
+
+    def note(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        if last:
+            raise _HeadReached
+
+    hook = head.register_forward_pre_hook(note)
+    try:
+        yield found
+    except _HeadReached:
+        return
+    finally:
+        hook.remove()
 
 
 @contextmanager

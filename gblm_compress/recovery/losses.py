@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from gblm_compress.pruning.distillation import beside, head_of
 from gblm_compress.pruning.reconstruction import autocast
@@ -29,16 +28,16 @@ class Losses:
     def divergence(self, index: int) -> Tensor:
         """KL(dense ‖ student) of a window, in nats per token."""
         judged, target, *_ = self._both(index)
-        return _divergence(judged, target)
+        return self._task.divergence(target, judged)
 
     def training(self, index: int) -> Tensor:
         """What is minimised: the divergence, mixed with the loss of the text and the error of hidden states where the
         settings weigh them."""
         settings, sample = self._settings, self._samples[index]
         judged, target, own, theirs = self._both(index)
-        loss = _divergence(judged, target)
+        loss = self._task.divergence(target, judged)
         if settings.text_weight:
-            loss = (1 - settings.text_weight) * loss + settings.text_weight * self._task.loss(judged, sample)
+            loss = (1 - settings.text_weight) * loss + settings.text_weight * self._task.loss(judged.float(), sample)
         if theirs:
             errors = [
                 (state.float() - goal.float()).square().mean() / goal.float().square().mean()
@@ -55,9 +54,5 @@ class Losses:
         with autocast(inputs.device, self._settings.fit_dtype), beside(head_of(self._student), inputs):
             output = self._student(**arguments)
         own, dense = getattr(output, self._task.output)
-        judged, target = (self._task.judged(one[None].float(), sample) for one in (own, dense))
+        judged, target = (self._task.judged(one[None], sample) for one in (own, dense))
         return judged, target.detach(), list(output.hidden_states[1:]) if states else [], states
-
-
-def _divergence(judged: Tensor, target: Tensor) -> Tensor:
-    return kl_div(judged.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)

@@ -20,6 +20,8 @@ class Survivors:
             narrow = rows.shape[1] <= torch.iinfo(torch.int16).max
             self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
             self._counts = rows.sum(1)
+            lengths = torch.unique(self._counts).tolist()
+            self._each = lengths[0] if len(lengths) == 1 else None  # as most patterns have it, and several times faster
 
     def pack(self, dense: Tensor) -> Tensor:
         """The trained values [survivors] in the order of the tensor; the tensor itself where all are trained."""
@@ -29,10 +31,12 @@ class Survivors:
         """The inverse of `pack`, differentiable: zero everywhere else."""
         if self._shape is None:
             return packed
-        return packed.new_zeros(self._shape.numel()).scatter(0, self._places(), packed).view(self._shape)
+        return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(), packed).view(self._shape)
 
     def _places(self) -> Tensor:
         """Where the survivors are in the flat tensor."""
         assert self._shape is not None
-        starts = torch.arange(len(self._counts), device=self._counts.device) * self._shape[-1]
+        starts = torch.arange(0, self._shape.numel(), self._shape[-1], device=self._columns.device)
+        if self._each is not None:
+            return (self._columns.view(len(starts), self._each) + starts[:, None]).flatten()
         return self._columns + starts.repeat_interleave(self._counts, output_size=len(self._columns))

@@ -7,12 +7,12 @@ hundredth of its logits.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
-from gblm_compress.pruning.distillation import head_of
+from gblm_compress.pruning.distillation import head_of, inputs_of_head
 from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.tasks.task import Sample, Task
 
@@ -42,18 +42,12 @@ class Teacher:
         if index in self._known:
             assert self._kept is not None
             return self._kept[index], []
-        found: list[Tensor] = []
-
-        def note(head: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
-
-        hook = head_of(self._model).register_forward_pre_hook(note)
-        try:
-            sample = self._samples[index]
-            with autocast(sample["input_ids"].device, self._compute):
-                output = self._model(**self._task.arguments(sample), output_hidden_states=self._states)
-        finally:
-            hook.remove()
+        sample, head = self._samples[index], head_of(self._model)
+        with (
+            inputs_of_head(head, last=not self._states) as found,
+            autocast(sample["input_ids"].device, self._compute),
+        ):
+            output = self._model(**self._task.arguments(sample), output_hidden_states=self._states)
         if self._kept is not None:
             self._kept[index] = found[0].to(torch.bfloat16 if self._compute == "bfloat16" else torch.float32)
             self._known.add(index)

@@ -171,10 +171,9 @@ class Task(ABC):
         """How far what is judged of a sample is from the dense model's, differentiable, a scalar: what distillation
         makes small. KL(dense ‖ judged) in nats per position, unless a task says otherwise.
         """
-        from torch.nn.functional import kl_div
+        from gblm_compress.methods.divergence import kl_divergence
 
-        predicted, target = (logits.float().log_softmax(-1) for logits in (judged, dense.detach()))
-        return kl_div(predicted, target, reduction="batchmean", log_target=True)
+        return kl_divergence(judged, dense)
 
     def agreement(self, dense: Sequence[Any], measured: Sequence[Any]) -> dict[str, float]:
         """How close a model is to the dense one where that takes all samples together; both as `measure` gave them."""

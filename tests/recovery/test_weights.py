@@ -47,10 +47,13 @@ def test_survivors_are_packed_in_order_and_put_back() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 6), (2, 40_000)])  # the last has columns that 16 bits do not number
-def test_survivors_are_those_of_the_mask(shape) -> None:
+@pytest.mark.parametrize("in_each_row", [None, 2, 0])
+def test_survivors_are_those_of_the_mask(shape, in_each_row: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    places, dense = torch.rand(shape, generator=generator) < 0.3, torch.randn(shape, generator=generator)
-    places[0] = False  # a row without survivors
+    drawn, dense = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
+    places = drawn < 0.3 if in_each_row is None else drawn.argsort(-1).argsort(-1) < in_each_row
+    if in_each_row is None:
+        places[0] = False  # a row without survivors
     survivors = Survivors(places)
     assert torch.equal(survivors.pack(dense), dense.masked_select(places))
     assert torch.equal(survivors.unpack(dense.masked_select(places)), dense * places)
