@@ -19,6 +19,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.source import ModelSource
@@ -91,7 +92,10 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, 
     Raises:
         GblmError: all faults at once.
     """
-    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings, device)]
+    looks: list[Callable[[], object]] = [
+        partial(_check_models, source, teacher, settings, device),
+        OPTIMISERS[settings.optimiser].check,
+    ]
     task = loading.task_of(source)
     if not task.generates:
         raise UsageError(

@@ -17,6 +17,7 @@ from gblm_compress.calibration.blocks import only_requires_grad
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.mask_rules import MASK_RULES, Layer, Moment
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix
@@ -31,6 +32,9 @@ from gblm_compress.settings import RecoverSettings
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm, over all tensors, are scaled down to it."""
+
+MOMENT = "moment"
+"""The first word of the names that an optimiser's state has in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Training:
             if self._sizes[key] > 0
         ]
         # A process whose tensors are all zero has nothing to move, and Adam takes no empty list.
-        self._adam = torch.optim.Adam(groups or [{"params": [torch.zeros(0)]}], betas=BETAS)
+        self._optimiser = OPTIMISERS[settings.optimiser]
+        self._adam = self._optimiser.build(groups or [{"params": [torch.zeros(0)]}], BETAS)
         self._rates = [group["lr"] for group in self._adam.param_groups]
         self.grids: dict[str, Grid] = {}
         self.trained = 0
@@ -175,8 +180,10 @@ class Training:
         weights, budget, before = self._weights, self._budgets[name], self._weights.keep[name]
         master = weights.masters[name]
         weight = weights.matrix(name)
-        # Adam has no state of what was zero from the start.
-        power = as_matrix(weights.layers[name], self._adam.state.get(master, {}).get("exp_avg_sq", master.detach()))
+        power = self._optimiser.power(self._adam, master)
+        if power is None:  # of what was zero from the start
+            power = torch.zeros_like(master)
+        power = as_matrix(weights.layers[name], power)
         layer = Layer(weight, gradient, power, before, budget.pattern, budget.sparsity)
         keep = self._rule.next_mask(layer, moment)
         weights.keep[name] = keep
@@ -216,24 +223,26 @@ class Training:
         return 1 - same / first if first else 0.0
 
     def _moments(self) -> dict[str, Tensor]:
-        """What Adam knows of the masters of this process, {what it is and its name: tensor}."""
+        """What the optimiser knows of the masters of this process, {what it is and its name: tensor}."""
         return {
-            f"{part} {key}": tensor
+            f"{MOMENT} {part} {key}": tensor
             for key, master in self._weights.masters.items()
-            for part, tensor in self._adam.state.get(master, {}).items()
+            for part, tensor in self._optimiser.state(self._adam, master).items()
         }
 
     def _restore(self, progress: Progressed, state: dict[str, Tensor]) -> None:
         self.progress = progress
         self._weights.restore(state)
-        for key, master in self._weights.masters.items():
-            found = {
-                part: state[f"{part} {key}"] for part in ("step", "exp_avg", "exp_avg_sq") if f"{part} {key}" in state
-            }
-            if found:  # Adam counts its steps on the host
-                self._adam.state[master] = {
-                    part: tensor if part == "step" else tensor.to(master.device) for part, tensor in found.items()
-                }
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            kind, _, rest = name.partition(" ")
+            if kind == MOMENT:
+                part, _, key = rest.partition(" ")
+                moments.setdefault(key, {})[part] = tensor
+        places = {id(group["params"][0]): place for place, group in enumerate(self._adam.param_groups)}
+        for key, parts in moments.items():
+            master = self._weights.masters[key]
+            self._optimiser.restore(self._adam, places[id(master)], master, parts)
 
 
 def _size(values: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.mask_rules import MASK_RULES, MaskRule
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, head_and_embedding
@@ -219,10 +220,10 @@ def bytes_a_weight(settings: RecoverSettings, density: float, processes: int) ->
         density: share of the weights that survive.
         processes: over how many the masters are spread.
     """
-    seen = 2 if settings.fit_dtype == "bfloat16" else 4
+    seen, moments = 2 if settings.fit_dtype == "bfloat16" else 4, OPTIMISERS[settings.optimiser].moment_bytes
     if MASK_RULES[settings.mask].moves:
-        return seen + 4 + (4 + 8 + 4 + 2) / processes
-    return seen + density * (2 + 4 + (4 + 8) / processes)  # 2 of a survivor's column
+        return seen + 4 + (4 + moments + 4 + 2) / processes
+    return seen + density * (2 + 4 + (4 + moments) / processes)  # 2 of a survivor's column
 
 
 def _owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:

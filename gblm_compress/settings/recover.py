@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from gblm_compress.methods.choices import describe
 from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.settings.fields import MANY, FitDtype, Panel, Settings
 
 _COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
@@ -31,10 +32,12 @@ def _tokens(least: int) -> Any:
 
 if TYPE_CHECKING:  # a type checker cannot read a registry, nor a type that is made
     MaskName: TypeAlias = str
+    OptimiserName: TypeAlias = str
     Tokens: TypeAlias = int
     TokensOrNone: TypeAlias = int
 else:
     MaskName = Literal[*MASK_RULES]
+    OptimiserName = Literal[*OPTIMISERS]
     Tokens, TokensOrNone = _tokens(1), _tokens(0)
 
 
@@ -112,6 +115,9 @@ class RecoverSettings(Settings):
         "auto",
         description="Dtype of products; weights and Adam's state are always float32. auto: the one that the machine "
         "multiplies faster in.",
+    )
+    optimiser: Annotated[OptimiserName, Panel.RESOURCES] = Field(
+        "adam", description=f"What moves the weights. {describe(OPTIMISERS)}."
     )
     gradient_checkpointing: Annotated[bool, Panel.RESOURCES] = Field(
         False,

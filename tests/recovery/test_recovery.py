@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from gblm_compress.calibration import products
 from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
 from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
@@ -111,9 +112,13 @@ def test_it_is_adam_on_the_divergence_from_dense_with_the_zeros_kept(pruned, tin
     assert torch.equal(before["model.embed_tokens.weight"], got["model.embed_tokens.weight"])
 
 
-def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(
+    optimiser, pruned, tiny, tmp_path, prose, monkeypatch
+) -> None:
     source, teacher = pruned("unstructured"), tiny("llama")
     options = {"mask": "exchange", "mask_every": 2, "evaluate_every": 128, "checkpoint_minutes": 1e-9}
+    options |= {"optimiser": optimiser}
     run(source, teacher, tmp_path / "whole", prose, **options)
     original, saved = Kept.save, []
 
@@ -176,22 +181,26 @@ def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
-@pytest.mark.parametrize(("faster", "size"), [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize(
+    ("faster", "size", "optimiser", "moments"),
+    [("bfloat16", 2, "adam", 8), ("float32", 4, "adam", 8), ("float32", 4, "adam-8bit", 2 + 8 / 256)],
+)
 def test_too_little_memory_is_told_in_the_dtype_that_will_run(
-    faster, size, pruned, tiny, tmp_path, prose, monkeypatch
+    faster, size, optimiser, moments, pruned, tiny, tmp_path, prose, monkeypatch
 ) -> None:
     source, teacher = pruned("2:4"), tiny("llama")
     layers = manifest.read(source.folder)["layers"].values()
     count = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     # What the network computes with, a byte of mask, and of every second weight gradient, master and two moments.
-    needed = count * (size + 1 + 0.5 * 16) + teacher.bytes_on_disk
+    needed = count * (size + 1 + 0.5 * (8 + moments)) + teacher.bytes_on_disk
+    chosen = {"fit_dtype": "auto", "optimiser": optimiser}
     monkeypatch.setattr(products, "faster_dtype", lambda device, group: faster)
     monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     with pytest.raises(UsageError, match="billion weights fit"):
-        run(source, teacher, tmp_path / "out", prose, fit_dtype="auto")
+        run(source, teacher, tmp_path / "out", prose, **chosen)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
     monkeypatch.setattr(stage.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + 1))
-    run(source, teacher, tmp_path / "out", prose, fit_dtype="auto")
+    run(source, teacher, tmp_path / "out", prose, **chosen)
 
 
 @pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"mask": "exchange", "mask_every": 2})])
