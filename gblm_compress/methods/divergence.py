@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ELEMENTS = {"cpu": 1 << 19}
-MOST_ELEMENTS = 1 << 24
-"""Logits that are worked on at once: on a CPU, a few temporary tensors of as many stay in the second-level cache."""
+ELEMENTS = 1 << 22
+"""Logits that are worked on at once; there are a few temporary tensors of as many. With fewer, a CPU is 3 % faster and
+a GPU is called more often."""
 
 
 def kl_divergence(logits: Tensor, dense: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, dense: Tensor) -> Tensor:
         rows, classes = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        count = max(1, ELEMENTS.get(logits.device.type, MOST_ELEMENTS) // classes)
+        count = max(1, ELEMENTS // classes)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=dtype, device=logits.device)
         for start in range(0, rows, count):

@@ -8,6 +8,7 @@ listing it in `MASK_RULES`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,14 @@ class Layer:
     Attributes:
         weight: in float32.
         gradient: of the loss to what the network saw, at the step.
-        power: running mean of the squares of the gradient by which the weight moves, Adam's second moment.
+        power: gives the running mean of the squares of the gradient by which the weight moves, Adam's second moment.
         keep: its mask in that step.
         pattern, sparsity: what a mask must have.
     """
 
     weight: Tensor
     gradient: Tensor
-    power: Tensor
+    power: Callable[[], Tensor]
     keep: Tensor
     pattern: Pattern
     sparsity: float
@@ -155,7 +156,7 @@ class Exchange(Learned):
         survivors, pruned = keep.sum(1), (~keep).sum(1)
         number = (EXCHANGED * moment.share * survivors).long().minimum(pruned)
         # Ranks within a row, from 0: of survivors by what they are worth, of pruned weights by gradient.
-        worth = (layer.weight.square() * layer.power).masked_fill(~keep, inf)
+        worth = (layer.weight.square() * layer.power()).masked_fill(~keep, inf)
         weakest = worth.argsort(dim=1, stable=True).argsort(dim=1)
         wanted = layer.gradient.abs().masked_fill(keep, -inf)
         strongest = wanted.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

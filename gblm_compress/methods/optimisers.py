@@ -55,14 +55,17 @@ class Optimiser:
         """What it knows of a tensor, from which `restore` goes on to the same bits; nothing before the first step."""
         return dict(built.state.get(master, {}))
 
-    def restore(self, built: Any, group: int, master: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Go on with what `state` gave of a tensor, which is that of a group."""
+    def restore(self, built: Any, master: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Go on with what `state` gave of a tensor."""
         # Adam counts its steps on the host.
         built.state[master] = {part: one if part == "step" else one.to(master.device) for part, one in state.items()}
 
-    def power(self, built: Any, master: Tensor) -> Tensor | None:
-        """The second moment of a tensor, in float32 and its shape; None before the first step."""
-        moment: Tensor | None = built.state.get(master, {}).get("exp_avg_sq")
+    def power(self, built: Any, master: Tensor) -> Tensor:
+        """The second moment of a tensor, in float32 and its shape; zero before the first step."""
+        import torch
+
+        known = built.state.get(master, {})
+        moment: Tensor = known["exp_avg_sq"] if known else torch.zeros_like(master)
         return moment
 
 
@@ -83,24 +86,22 @@ class EightBits(Optimiser):
         kept = {part: one for part, one in known.items() if part.startswith(("state", "absmax"))}
         return kept | {"step": torch.tensor(known["step"])} if known else {}
 
-    def restore(self, built: Any, group: int, master: Tensor, state: Mapping[str, Tensor]) -> None:
-        built.init_state(built.param_groups[group], master, group, 0)
+    def restore(self, built: Any, master: Tensor, state: Mapping[str, Tensor]) -> None:
+        built.init_state(built.param_groups[0], master, 0, 0)  # groups differ in rates alone
         for part, one in state.items():
             if part == "step":
                 built.state[master][part] = int(one)
             else:
                 built.state[master][part].copy_(one)
 
-    def power(self, built: Any, master: Tensor) -> Tensor | None:
+    def power(self, built: Any, master: Tensor) -> Tensor:
+        import torch
         from bitsandbytes.functional import dequantize_blockwise
 
         known = built.state.get(master, {})
-        if "absmax2" not in known:
-            whole: Tensor | None = known.get("state2")
-            return whole
-        moment: Tensor = dequantize_blockwise(
-            known["state2"], absmax=known["absmax2"], code=known["qmap2"], blocksize=BLOCK
-        )
+        moment: Tensor = known["state2"] if known else torch.zeros_like(master)
+        if "absmax2" in known:
+            moment = dequantize_blockwise(moment, absmax=known["absmax2"], code=known["qmap2"], blocksize=BLOCK)
         return moment
 
 

@@ -180,10 +180,10 @@ class Training:
         weights, budget, before = self._weights, self._budgets[name], self._weights.keep[name]
         master = weights.masters[name]
         weight = weights.matrix(name)
-        power = self._optimiser.power(self._adam, master)
-        if power is None:  # of what was zero from the start
-            power = torch.zeros_like(master)
-        power = as_matrix(weights.layers[name], power)
+
+        def power() -> Tensor:
+            return as_matrix(weights.layers[name], self._optimiser.power(self._adam, master))
+
         layer = Layer(weight, gradient, power, before, budget.pattern, budget.sparsity)
         keep = self._rule.next_mask(layer, moment)
         weights.keep[name] = keep
@@ -239,10 +239,8 @@ class Training:
             if kind == MOMENT:
                 part, _, key = rest.partition(" ")
                 moments.setdefault(key, {})[part] = tensor
-        places = {id(group["params"][0]): place for place, group in enumerate(self._adam.param_groups)}
         for key, parts in moments.items():
-            master = self._weights.masters[key]
-            self._optimiser.restore(self._adam, places[id(master)], master, parts)
+            self._optimiser.restore(self._adam, self._weights.masters[key], parts)
 
 
 def _size(values: Tensor) -> float:

@@ -84,7 +84,10 @@ class Weights:
         parameter.data = dense.to(compute if name in self._parts else torch.float32).contiguous()
         if self.owns(name):
             packed = start | {name: self._survivors[name].pack(dense)}
-            self.masters |= {key: one.float().clone().requires_grad_() for key, one in packed.items()}
+            self.masters |= {
+                key: one.float().clone(memory_format=torch.contiguous_format).requires_grad_()
+                for key, one in packed.items()
+            }
 
     def owns(self, name: str) -> bool:
         """Whether this process has the master of a tensor."""

@@ -113,7 +113,7 @@ class RecoverSettings(Settings):
     )
     fit_dtype: Annotated[FitDtype, Panel.RESOURCES] = Field(
         "auto",
-        description="Dtype of products; weights and Adam's state are always float32. auto: the one that the machine "
+        description="Dtype of products; what is trained is always float32. auto: the one that the machine "
         "multiplies faster in.",
     )
     optimiser: Annotated[OptimiserName, Panel.RESOURCES] = Field(

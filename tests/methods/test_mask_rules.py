@@ -10,7 +10,7 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.proximal import proximal
 
 ALWAYS = Moment(step=9, steps=100, every=10)
-POWER = torch.rand(6, 40, generator=torch.Generator().manual_seed(1))
+POWER = torch.rand(6, 40, generator=torch.Generator().manual_seed(1)).clone
 
 
 def numbers(rows: int = 6, columns: int = 40, seed: int = 0):
@@ -56,7 +56,7 @@ def test_the_least_important_survivors_make_room_for_the_largest_gradients() -> 
     weight, gradient, keep = numbers(columns=200)
     power = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
     rule = MASK_RULES["exchange"]
-    mask = rule.next_mask(Layer(weight, gradient, power, keep, Pattern("unstructured"), 0.5), ALWAYS)
+    mask = rule.next_mask(Layer(weight, gradient, power.clone, keep, Pattern("unstructured"), 0.5), ALWAYS)
     share = EXCHANGED * 0.5 * (1 + math.cos(math.pi * 10 / (LAST_EXCHANGE * 100)))
     moved = 0
     for row in range(len(weight)):
