@@ -42,3 +42,25 @@ def test_a_piece_holds_its_start_and_the_seed_decides_the_rest(tiny) -> None:
     assert first == second != other
     assert first[0].startswith("The hares") and first[2].startswith("Clover")
     assert len(first[0]) > len("The hares") and first[1]
+
+
+def test_pieces_written_together_are_those_written_alone(tiny, monkeypatch) -> None:
+    """Starts of different lengths, with the likeliest token each time, against the model without a cache."""
+    source = tiny("llama")
+    model, tokenizer = load_model(source, "float32"), load_processor(source)
+    starts = ["The hares of the north", "Clover", ""]
+    with loaded("write_text") as script:
+        script.use_grouped_attention(model)
+        monkeypatch.setattr(script, "LIKELIEST", 1)
+        together = script.write(model, tokenizer, starts, 12, 0)
+    model.set_attn_implementation("eager")
+    others = [token for token in tokenizer.all_special_ids if token != 0]
+    for text, piece in zip(starts, together, strict=True):
+        ids = [0, *tokenizer.encode(text, add_special_tokens=False)]
+        first = len(ids)
+        while len(ids) < first + 12 and (len(ids) == first or ids[-1] != 0):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            logits[others] = -torch.inf
+            ids.append(int(logits.argmax()))
+        assert piece == tokenizer.decode(ids[1:], skip_special_tokens=True).strip().replace("\n\n", "\n")
