@@ -20,6 +20,7 @@ from gblm_compress.settings import (
     ComputeSettings,
     EvaluateSettings,
     ExportSettings,
+    GenerateSettings,
     PruneSettings,
     RecoverSettings,
     ResourceSettings,
@@ -89,6 +90,26 @@ def recover(
     )
     if reports:
         session.show(result.as_dict(), summaries.recover, json_)
+
+
+@from_settings
+def generate(
+    model: o.Model,
+    output: o.TextFile,
+    settings: GenerateSettings,
+    compute: Annotated[ComputeSettings, Spelt(leave_out=("dtype",))],
+    force: Annotated[bool, typer.Option("--force", help="Replace the text if it exists.")] = False,
+    json_: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Let a model write text, to calibrate and train on where real text of its kind is short."""
+    outputs.check_file(output, ".txt", "text", force)
+    progress, source = session.start(model, quiet=quiet, datasets=[settings.starts] if settings.starts else [])
+
+    from gblm_compress.calibration import generation
+
+    result = generation.generate(source, output, settings, device=compute.device, force=force, progress=progress)
+    session.show(result.as_dict(), summaries.generate, json_)
 
 
 @from_settings
@@ -214,7 +235,7 @@ def inspect(
 ) -> None:
     """Report the zeros of every layer and the patterns that hold; with --heat-map, draw where weights survive."""
     if heat_map is not None:
-        outputs.check_picture(heat_map, force)
+        outputs.check_file(heat_map, ".png", "heat map", force)
     progress, source = session.start(model, quiet=quiet)
 
     from gblm_compress.measure import inspection
@@ -236,5 +257,5 @@ def doctor(json_: o.Json = False) -> None:
 
 
 COMMANDS = (
-    advise, prune, recover, export, evaluate, compare, benchmark, inspect, *run_commands.COMMANDS, doctor
+    advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, *run_commands.COMMANDS, doctor
 )  # fmt: skip

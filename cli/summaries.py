@@ -73,6 +73,19 @@ def _duration(seconds: float) -> str:
     )
 
 
+def generate(result: dict[str, Any]) -> Table:
+    seconds, tokens = result["seconds"], result["tokens"]
+    return _pairs(
+        [
+            ("texts", f"{result['texts']:,}, of {result['words']:,} words"),
+            ("tokens", f"{tokens:,}, in {result['dtype']}"),
+            ("time", f"{_duration(seconds)}, {tokens / seconds:,.0f} tokens/s"),
+            ("peak memory", decimal(result["peak_memory_bytes"])),
+            ("written to", result["file"]),
+        ]
+    )
+
+
 def recover(result: dict[str, Any]) -> list[Any]:
     table = plain("tokens", "training loss", "KL, held out", "mask moved")
     for column in table.columns:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from gblm_compress import exporters, tasks
+from gblm_compress.calibration import generation
+from gblm_compress.calibration.generation import GenerateResult
 from gblm_compress.errors import UsageError
 from gblm_compress.exporters import ExportResult
 from gblm_compress.measure import benchmarking, evaluation, inspection
@@ -47,6 +49,7 @@ from gblm_compress.settings import (
     CompareSettings,
     EvaluateSettings,
     ExportSettings,
+    GenerateSettings,
     PruneSettings,
     Recipe,
     RecoverSettings,
@@ -194,6 +197,33 @@ def recover(
     return recovery_stage.recover(
         source, dense, Path(output), what, resume=resume, device=device, force=force, progress=progress
     )
+
+
+@_takes(GenerateSettings)
+def generate(
+    model: "Model",
+    output: str | os.PathLike[str],
+    *,
+    processor: "Processor | None" = None,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> GenerateResult:
+    """Let a model write text, to calibrate and train on where real text of its kind is short.
+
+    Args:
+        output: the .txt file to write, whole or not at all.
+        processor: the tokenizer of a model in memory.
+        settings: fields of `GenerateSettings`.
+
+    Raises:
+        GblmError: of the kind that says what is wrong.
+    """
+    (what,) = _filled((GenerateSettings,), settings, "generate")
+    progress = _progress(quiet)
+    with _on_disk(model, processor, progress) as source:
+        return generation.generate(source, Path(output), what, device=device, force=force, progress=progress)
 
 
 @_takes(ExportSettings)

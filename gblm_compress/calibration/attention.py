@@ -1,10 +1,14 @@
-"""Causal attention for calibration in bfloat16 on a CPU: half the operations of `scaled_dot_product_attention`.
+"""Causal attention in bfloat16 on a CPU: half the operations of `scaled_dot_product_attention` where a text is read,
+and a fraction of its time where one is written.
 
 torch's kernel for CPUs computes all scores of a sample of ordinary length and throws those of later tokens away. Here
 queries go in chunks, and a chunk sees the keys up to its end. On a Zen 4 core, 9 heads of width 64 with 512 tokens
 take 4.0 instead of 8.7 ms forward and 11.3 instead of 26.2 ms forward and backward. In float32 the gain is small, and
 torch's kernel is kept: another order of the sums would tip near-ties between scores, and the masks would not be those
 of a plain implementation any more.
+
+For one new token of each of 96 texts, torch's kernel takes 10.7 ms and a product for each head of keys 1.4 (9 heads, 3
+of keys, 150 tokens, one busy thread of a Zen 5); in float32 2.5 and 2.0.
 """
 
 from collections.abc import Iterator
@@ -52,17 +56,18 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers registers them; what is not plain causal attention of one sample without a
-    cache, not in bfloat16, or has scores too large for it, is left to torch.
+    """An attention function as transformers registers them. What is neither plain causal attention of one sample
+    without a cache, nor that of one new token, is left to torch; and what is not in bfloat16, or has scores too large
+    for it.
 
     Args:
         module: whose `is_causal` holds if `is_causal` is None.
-        query: [1, heads, length, width].
-        key: [1, heads of keys and values, length, width].
-        value: [1, heads of keys and values, length, width of values].
+        query: [samples, heads, length, width].
+        key: [samples, heads of keys and values, length, width]; longer than queries where there is a cache.
+        value: [samples, heads of keys and values, length, width of values].
 
     Returns:
-        ([1, length, heads, width of values], None).
+        ([samples, length, heads, width of values], None).
     """
     by_torch = partial(
         sdpa_attention_forward, module, query, key, value, attention_mask,
@@ -71,24 +76,26 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     samples, heads, length, width = query.shape
     special = attention_mask is not None or dropout or any(others.get(name) is not None for name in SPECIAL)
-    plain = causal and not special and samples == 1 and key.shape[2] == length and value.shape[1] == key.shape[1]
-    if not plain or not in_bfloat16(query) or not 1 < length <= LONGEST:
+    whole = causal and samples == 1 and key.shape[2] == length and 1 < length <= LONGEST
+    plain = not special and value.shape[1] == key.shape[1] and (whole or length == 1)
+    if not plain or not in_bfloat16(query):
         return by_torch()
     scale = width**-0.5 if scaling is None else scaling
-    groups = heads // key.shape[1]
-    hidden = query.new_full((length, length), float("-inf")).triu(1)
+    # The heads that share keys and values stand below each other.
+    grouped = query.reshape(samples * key.shape[1], -1, length, width)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    hidden = query.new_full((length, length), float("-inf")).triu(1) if whole else query.new_zeros(1, key.shape[2])
     chunks = []
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
-        # The heads that share keys and values stand below each other.
-        queries = query[0, :, start:end].reshape(key.shape[1], -1, width)
-        mask = hidden[start:end, :end].repeat(groups, 1)
-        scores = torch.baddbmm(mask, queries, key[0, :, :end].transpose(1, 2), alpha=scale)
+        seen = end if whole else key.shape[2]
+        mask = hidden[start:end, :seen].repeat(grouped.shape[1], 1)
+        scores = torch.baddbmm(mask, grouped[:, :, start:end].flatten(1, 2), keys[:, :seen].mT, alpha=scale)
         if scores.detach().amax(-1).abs().amax() > LARGEST:
             return by_torch()
-        chunk = torch.softmax(scores, dim=-1) @ value[0, :, :end]
-        chunks.append(chunk.reshape(heads, end - start, -1).transpose(0, 1))
-    return torch.cat(chunks).unsqueeze(0), None
+        chunk = torch.softmax(scores, dim=-1) @ values[:, :seen]
+        chunks.append(chunk.reshape(samples, heads, end - start, -1).transpose(1, 2))
+    return torch.cat(chunks, dim=1), None
 
 
 def in_bfloat16(query: Tensor) -> bool:

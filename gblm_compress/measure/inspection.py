@@ -133,7 +133,7 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
         ModelError: the folder is an export, or for no task that is known.
     """
     if heat_map is not None:
-        outputs.check_picture(heat_map, force)
+        outputs.check_file(heat_map, ".png", "heat map", force)
     loading.check_model(source, "inspect")
     model = loading.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]

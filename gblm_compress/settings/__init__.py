@@ -6,6 +6,7 @@ package loads no torch.
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
 from gblm_compress.settings.gates import GATES, Gate, GateSettings
+from gblm_compress.settings.generate import GenerateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -40,6 +41,7 @@ __all__ = [
     "ExportSettings",
     "Gate",
     "GateSettings",
+    "GenerateSettings",
     "GradientNorm",
     "ModelSettings",
     "OverrideSettings",

@@ -138,20 +138,26 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing_parent(folder)).free
 
 
-def check_picture(path: Path, force: bool) -> None:
-    """Raises:
-    UsageError: `path` does not end in .png, is a folder, exists, or lies where nothing can be written.
+def check_file(path: Path, suffix: str, what: str, force: bool) -> None:
+    """Refuse a file to write, before any work is done.
+
+    Args:
+        what: the file, in words.
+        force: an existing file may be replaced.
+
+    Raises:
+        UsageError: `path` does not end in `suffix`, is a folder, exists, or lies where nothing can be written.
     """
-    if path.suffix != ".png":
-        raise UsageError(f"heat map {str(path)!r}: a PNG is drawn; give a name that ends in .png")
+    if path.suffix != suffix:
+        raise UsageError(f"{what} {str(path)!r}: give a name that ends in {suffix}")
     if path.exists() and not path.is_file():
-        raise UsageError(f"heat map {str(path)!r} is no file; give another name")
+        raise UsageError(f"{what} {str(path)!r} is no file; give another name")
     if path.exists() and not force:
-        raise UsageError(f"heat map {str(path)!r} exists; give another file, or --force to replace it")
+        raise UsageError(f"{what} {str(path)!r} exists; give another file, or --force to replace it")
     if not path.parent.is_dir():
-        raise UsageError(f"heat map {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise UsageError(f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"heat map {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
+        raise UsageError(f"{what} {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
 
 
 def check_document(path: Path, mark: str) -> None:

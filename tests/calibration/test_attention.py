@@ -61,6 +61,17 @@ def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_new_token_sees_all_that_is_in_the_cache(samples: int, exact, monkeypatch) -> None:
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
+    each = [heads(length) for length in range(30, 30 + samples)]
+    query, key, value = (torch.cat([one[:, :, :30] for one in kind]) for kind in zip(*each, strict=True))
+    got = attention(layer(), query[:, :, -1:], key, value, None)[0]
+    for number in range(samples):
+        expected = by_definition(query[[number]], key[[number]], value[[number]], 0.25)[:, -1:]
+        torch.testing.assert_close(got[[number]].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
     inputs = heads(300, torch.bfloat16)
     got = attention(layer(), *inputs, None)[0]
@@ -107,7 +118,7 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
         {"s_aux": torch.zeros(6)},
     ):
         attention(layer(), q, k, v, **{"attention_mask": None, **arguments})
-    attention(layer(), *heads(1, torch.bfloat16), None)
+    attention(layer(), q[:, :, :1], k, v, mask[:, :, :1])
     attention(layer(), *heads(2049, torch.bfloat16), None)
     for other in (torch.float32, torch.float16):
         attention(layer(), *(x.to(other) for x in (q, k, v)), None)
