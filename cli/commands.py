@@ -98,17 +98,16 @@ def generate(
     output: o.TextFile,
     settings: GenerateSettings,
     compute: Annotated[ComputeSettings, Spelt(leave_out=("dtype",))],
-    force: Annotated[bool, typer.Option("--force", help="Replace the text if it exists.")] = False,
     json_: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
     """Let a model write text, to calibrate and train on where real text of its kind is short."""
-    outputs.check_file(output, ".txt", "text", force)
+    outputs.check_file(output, ".txt", "text")
     progress, source = session.start(model, quiet=quiet, datasets=[settings.starts] if settings.starts else [])
 
     from gblm_compress.calibration import generation
 
-    result = generation.generate(source, output, settings, device=compute.device, force=force, progress=progress)
+    result = generation.generate(source, output, settings, device=compute.device, progress=progress)
     session.show(result.as_dict(), summaries.generate, json_)
 
 

@@ -245,7 +245,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50.")
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
-TextFile = Annotated[Path, typer.Option("-o", "--output", help="A .txt file; it appears whole or not at all.")]
+TextFile = Annotated[
+    Path, typer.Option("-o", "--output", help="A .txt file that is not there yet; it appears whole or not at all.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]

@@ -206,14 +206,13 @@ def generate(
     *,
     processor: "Processor | None" = None,
     device: str = "auto",
-    force: bool = False,
     quiet: bool = False,
     **settings: Any,
 ) -> GenerateResult:
     """Let a model write text, to calibrate and train on where real text of its kind is short.
 
     Args:
-        output: the .txt file to write, whole or not at all.
+        output: the .txt file to write, whole or not at all; none may be there.
         processor: the tokenizer of a model in memory.
         settings: fields of `GenerateSettings`.
 
@@ -223,7 +222,7 @@ def generate(
     (what,) = _filled((GenerateSettings,), settings, "generate")
     progress = _progress(quiet)
     with _on_disk(model, processor, progress) as source:
-        return generation.generate(source, Path(output), what, device=device, force=force, progress=progress)
+        return generation.generate(source, Path(output), what, device=device, progress=progress)
 
 
 @_takes(ExportSettings)

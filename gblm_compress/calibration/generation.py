@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,19 @@ def generate(
     settings: GenerateSettings,
     *,
     device: str = "auto",
-    force: bool = False,
     progress: Progress,
 ) -> GenerateResult:
     """Let the model `source` write a text file; the same seed writes the same text on the same machine.
 
     Args:
-        output: a .txt file; it appears whole or not at all.
+        output: a .txt file that is not there yet; it appears whole or not at all.
         device: where to compute.
-        force: replace an existing file.
 
     Raises:
         GblmError: of the kind that says what is wrong.
     """
     began = time.monotonic()
-    outputs.check_file(output, ".txt", "text", force)
+    outputs.check_file(output, ".txt", "text")
     check(source, settings)
     device = loading.choose_device(device)
     tokenizer, config = loading.load_processor(source), loading.config_of(source)
@@ -146,11 +145,12 @@ def check(source: ModelSource, settings: GenerateSettings) -> None:
     loading.check_model(source, "write with")
     if not (task := loading.task_of(source)).generates:
         raise UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")
+    longest = 1 + max(STARTS) + settings.sequence_length
     looks: list[Callable[[], object]] = [
-        lambda: loading.check_length(source, 1 + max(STARTS) + settings.sequence_length, "a piece with its start")
+        partial(loading.check_length, source, longest, "a piece with its start"),
     ]
     if settings.starts is not None:
-        looks.append(lambda: data_files(settings.starts or ""))
+        looks.append(partial(data_files, settings.starts))
     faults.raise_all(faults.collect(looks))
 
 

@@ -138,12 +138,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing_parent(folder)).free
 
 
-def check_file(path: Path, suffix: str, what: str, force: bool) -> None:
+def check_file(path: Path, suffix: str, what: str, force: bool | None = None) -> None:
     """Refuse a file to write, before any work is done.
 
     Args:
         what: the file, in words.
-        force: an existing file may be replaced.
+        force: an existing file may be replaced; None: nobody can ask for that.
 
     Raises:
         UsageError: `path` does not end in `suffix`, is a folder, exists, or lies where nothing can be written.
@@ -153,7 +153,8 @@ def check_file(path: Path, suffix: str, what: str, force: bool) -> None:
     if path.exists() and not path.is_file():
         raise UsageError(f"{what} {str(path)!r} is no file; give another name")
     if path.exists() and not force:
-        raise UsageError(f"{what} {str(path)!r} exists; give another file, or --force to replace it")
+        otherwise = "remove it" if force is None else "--force to replace it"
+        raise UsageError(f"{what} {str(path)!r} exists; give another file, or {otherwise}")
     if not path.parent.is_dir():
         raise UsageError(f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):

@@ -153,7 +153,7 @@ def test_what_stands_in_the_way_is_told_before_the_model_is_loaded(tiny, tmp_pat
     (tmp_path / "menu.txt").write_text("Menu\nAbout us\n")
     encoder = families.written(tmp_path / "encoder", "bert")
     for kind, message, model, output, options in (
-        (UsageError, r"exists; give another file, or --force", source, tmp_path / "kept.txt", {}),
+        (UsageError, r"exists; give another file, or remove it", source, tmp_path / "kept.txt", {}),
         (UsageError, r"ends in \.txt", source, tmp_path / "out.json", {}),
         (UsageError, "there is no folder", source, tmp_path / "gone" / "out.txt", {}),
         (UsageError, "for causal language models, and .* is ", encoder, out, {}),
@@ -200,8 +200,9 @@ def test_the_command_and_python_give_the_same(program, tiny, tmp_path) -> None:
     assert (tmp_path / "command.txt").read_text() == by_python.read_text()
     assert json.loads(done.stdout)["tokens"] == result.tokens
     done = program(*given)
-    assert done.code == 2 and "exists; give another file, or --force" in done.stderr
-    done = program(*given, "--force")
+    assert done.code == 2 and "exists; give another file, or remove it" in done.stderr
+    (tmp_path / "command.txt").unlink()
+    done = program(*given)
     assert done.code == 0 and "tokens/s" in done.stdout and "written to" in done.stdout
 
 
