@@ -103,10 +103,11 @@ def generate(
     """
     began = time.monotonic()
     outputs.check_file(output, ".txt", "text")
-    check(source, settings)
+    loading.check_model(source, "write with")
+    tokenizer, config = loading.load_processor(source), loading.config_of(source).get_text_config()
+    check(source, settings, tokenizer, config, device)
     device = loading.choose_device(device)
-    tokenizer, config = loading.load_processor(source), loading.config_of(source)
-    special = special_tokens(tokenizer, config.get_text_config(), settings.start_token)
+    special = special_tokens(tokenizer, config, settings.start_token)
     beginnings = _beginnings(tokenizer, settings)
     dtype = faster_dtype(device, Ranks())
     pieces = -(-settings.tokens // settings.sequence_length)
@@ -136,18 +137,22 @@ def generate(
     )
 
 
-def check(source: ModelSource, settings: GenerateSettings) -> None:
+def check(source: ModelSource, settings: GenerateSettings, tokenizer: Any, config: Any, device: str) -> None:
     """Find what makes writing impossible, without loading weights.
+
+    Args:
+        config: of the language model.
 
     Raises:
         GblmError: all faults at once.
     """
-    loading.check_model(source, "write with")
     if not (task := loading.task_of(source)).generates:
         raise UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")
     longest = 1 + max(STARTS) + settings.sequence_length
     looks: list[Callable[[], object]] = [
         partial(loading.check_length, source, longest, "a piece with its start"),
+        partial(special_tokens, tokenizer, config, settings.start_token),
+        partial(loading.choose_device, device),
     ]
     if settings.starts is not None:
         looks.append(partial(data_files, settings.starts))

@@ -2,7 +2,7 @@
 
 import re
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
 
@@ -15,6 +15,9 @@ FitDtype = Annotated[Literal["auto", "float32", "bfloat16"], DTYPE_SYNONYMS]
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
 LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
+MOST_TOKENS = 10**13
+COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
 def _has_unit(value: Any) -> Any:
@@ -26,6 +29,26 @@ def _has_unit(value: Any) -> Any:
     return value
 
 
+def _count(value: Any) -> Any:
+    """A number of tokens that may be written with a unit: 500k, 2M, 1.5B."""
+    if isinstance(value, str):
+        if not re.fullmatch(COUNT, value):
+            raise ValueError(f"{value!r} is no number of tokens; give for example 500k, 2M or 1.5B")
+        number = value.rstrip("kKmMbB")
+        return round(float(number) * UNITS[value[len(number) :].lower()])
+    return value
+
+
+def _tokens(least: int) -> Any:
+    schema = {"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": least}]}
+    return Annotated[int, BeforeValidator(_count), Field(ge=least, le=MOST_TOKENS), WithJsonSchema(schema)]
+
+
+if TYPE_CHECKING:  # a type checker cannot read a type that is made
+    Tokens: TypeAlias = int
+    TokensOrNone: TypeAlias = int
+else:
+    Tokens, TokensOrNone = _tokens(1), _tokens(0)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 # The rule of N < M is no matter of a regular expression: `Pattern` checks all of it, for the settings too.
 PatternName = Annotated[

@@ -2,8 +2,7 @@
 
 from pydantic import Field
 
-from gblm_compress.settings.fields import MANY, Settings
-from gblm_compress.settings.recover import Tokens
+from gblm_compress.settings.fields import MANY, Settings, Tokens
 
 
 class GenerateSettings(Settings):

@@ -1,44 +1,20 @@
 """What the training of a pruned model is: its text, length, loss and mask."""
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
 from gblm_compress.methods.choices import describe
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
-from gblm_compress.settings.fields import MANY, FitDtype, Panel, Settings
-
-_COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
-_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-MOST_TOKENS = 10**13
-
-
-def _count(value: Any) -> Any:
-    """A number of tokens that may be written with a unit: 500k, 2M, 1.5B."""
-    if isinstance(value, str):
-        if not re.fullmatch(_COUNT, value):
-            raise ValueError(f"{value!r} is no number of tokens; give for example 500k, 2M or 1.5B")
-        number = value.rstrip("kKmMbB")
-        return round(float(number) * _UNITS[value[len(number) :].lower()])
-    return value
-
-
-def _tokens(least: int) -> Any:
-    schema = {"anyOf": [{"type": "string", "pattern": _COUNT}, {"type": "integer", "minimum": least}]}
-    return Annotated[int, BeforeValidator(_count), Field(ge=least, le=MOST_TOKENS), WithJsonSchema(schema)]
-
+from gblm_compress.settings.fields import MANY, FitDtype, Panel, Settings, Tokens, TokensOrNone
 
 if TYPE_CHECKING:  # a type checker cannot read a registry, nor a type that is made
     MaskName: TypeAlias = str
     OptimiserName: TypeAlias = str
-    Tokens: TypeAlias = int
-    TokensOrNone: TypeAlias = int
 else:
     MaskName = Literal[*MASK_RULES]
     OptimiserName = Literal[*OPTIMISERS]
-    Tokens, TokensOrNone = _tokens(1), _tokens(0)
 
 
 class Source(Settings):

@@ -164,10 +164,11 @@ def test_what_stands_in_the_way_is_told_before_the_model_is_loaded(tiny, tmp_pat
     ):
         with pytest.raises(kind, match=message):
             generate(model, output, GenerateSettings(**options), device="cpu", progress=progress)
-    both = GenerateSettings(sequence_length=500, starts=str(tmp_path / "gone.txt"))
+    wrong = GenerateSettings(sequence_length=500, starts=str(tmp_path / "gone.txt"), start_token="<x>")
     with pytest.raises(GblmError) as all_faults:
-        generate(source, out, both, device="cpu", progress=progress)
-    assert "512 positions" in str(all_faults.value) and "no such file" in str(all_faults.value)
+        generate(source, out, wrong, device="gpu", progress=progress)
+    for message in ("512 positions", "no such file", "is no token", "'gpu' is not known"):
+        assert message in str(all_faults.value)
     assert (tmp_path / "kept.txt").read_text() == "kept" and not out.exists()
 
 
