@@ -238,7 +238,7 @@ def _beginnings(tokenizer: Any, settings: GenerateSettings) -> Callable[[int, in
     """
     if settings.starts is None:
         return lambda length, pieces: [[] for _ in range(pieces)]
-    lines = text.training_text(settings.starts, settings.tokens // 4).splitlines()
+    lines = text.load_text(settings.starts, "calibration", settings.tokens // 4).splitlines()
     paragraphs = [line.strip() for line in lines if len(line.strip()) >= SHORTEST]
     paragraphs = [each for each in paragraphs if len(tokenizer.encode(each, add_special_tokens=False)) >= max(STARTS)]
     if not paragraphs:

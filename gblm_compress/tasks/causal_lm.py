@@ -34,13 +34,15 @@ class CausalLM(Task):
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
         """Windows of the whole text, one after the other without overlap."""
-        ids = windows.tokenize(processor, windows.vocabulary_of(config), text.training_text(dataset, tokens))
+        prose = text.load_text(dataset, "calibration", tokens)
+        ids = windows.tokenize(processor, windows.vocabulary_of(config), prose)
         cut = windows.consecutive_windows(ids, length, None, dataset)
         return [{"input_ids": window.unsqueeze(0)} for window in cut]
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
-        ids = windows.tokenize(processor, windows.vocabulary_of(config), text.load_text(dataset, "evaluation"))
+        prose = text.load_text(dataset, "evaluation", None if limit is None else limit * length)
+        ids = windows.tokenize(processor, windows.vocabulary_of(config), prose)
         cut = windows.consecutive_windows(ids, length, limit, dataset)
         return [{"input_ids": window.unsqueeze(0)} for window in cut]
 

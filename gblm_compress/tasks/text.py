@@ -31,8 +31,8 @@ READS = "a .txt, .jsonl or .parquet file, or a hub dataset"
 FOUND = {None: "is not there", "file": "is a file of another kind", "folder": "is a folder", "other": "is no file"}
 """What stands in the way of reading a path of that kind, see `kind_of`."""
 
-CHARACTERS_OF_A_TOKEN = 6
-"""At most, on average, in prose; vocabularies of today have four to five."""
+CHARACTERS_OF_A_TOKEN = 8
+"""At most, on average; in prose, vocabularies of today have four to five."""
 
 MAX_LINE = 64 << 20
 """Bytes in a line of a .jsonl file, or in a text of a .parquet file; what is longer is no document."""
@@ -61,10 +61,12 @@ def data_files(source: str, reads: str = READS) -> list[Path]:
     return [path] if path.suffix in FILES else []
 
 
-def load_text(source: str, role: Role) -> str:
+def load_text(source: str, role: Role, tokens: int | None = None) -> str:
     """The text of `source`, its documents joined; `role` picks the part where a source has several.
 
-    For calibration `c4` is not joined: see `windows.calibration_windows`.
+    Args:
+        tokens: how many are enough. Documents of the hub are read until they hold so many, and no further; a text that
+            is here, WikiText-2, and C4's for evaluation are read whole.
 
     Raises:
         DataError: the source does not exist, cannot be read, or has no text.
@@ -75,39 +77,32 @@ def load_text(source: str, role: Role) -> str:
     elif source == "wikitext2":
         split, joint = _WIKITEXT2_PARTS[role]
         text = joint.join(_texts(_dataset(source, *_WIKITEXT2, split=split), source))
-    elif source == "c4":
-        assert role == "evaluation", "calibration draws from c4 document by document"
+    elif source == "c4" and role == "evaluation":
         documents = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
         text = " ".join(islice(_texts(documents, source), _C4_DOCUMENTS))
+    elif source == "c4":
+        text = "\n\n".join(_enough(_texts(c4_documents(streaming=True), source), tokens))
     elif local(source).suffix in FILES:
         text = _read_file(local(source), source)
     else:
-        text = "\n\n".join(_hub_documents(source, role))
+        text = "\n\n".join(_enough(_texts(hub_rows(source, role), source), tokens))
     if not text.strip():
         raise DataError(f"dataset {source!r} holds no text")
     return text
 
 
-def training_text(source: str, tokens: int) -> str:
-    """The text of `source` to train on: that for calibration, and of `c4` as many documents as that many tokens take.
-
-    Raises:
-        DataError: as `load_text`.
-    """
-    if source != "c4":
-        return load_text(source, "calibration")
-    documents, characters = [], 0
-    for document in _texts(c4_documents(), source):
-        documents.append(document)
+def _enough(documents: Iterable[str], tokens: int | None) -> Iterator[str]:
+    characters = 0
+    for document in documents:
+        yield document
         characters += len(document)
-        if characters > tokens * CHARACTERS_OF_A_TOKEN:
-            break
-    return "\n\n".join(documents)
+        if tokens is not None and characters > tokens * CHARACTERS_OF_A_TOKEN:
+            return
 
 
-def c4_documents() -> Any:
-    """The documents of one shard of C4, to draw calibration windows from: a sequence, each with a key `text`."""
-    return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part")
+def c4_documents(*, streaming: bool = False) -> Any:
+    """The documents of one shard of C4, each with a key `text`: a sequence to draw from, or one after the other."""
+    return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part", streaming=streaming)
 
 
 def demo_paragraphs(role: Role) -> list[str]:
@@ -230,10 +225,6 @@ def _text_of(document: Mapping[str, Any], where: str) -> Iterator[str]:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: its 'text' is no Unicode ({first_line(error)})") from error
     yield text
-
-
-def _hub_documents(source: str, role: Role) -> Iterable[str]:
-    return _texts(hub_rows(source, role), source)
 
 
 def hub_rows(source: str, role: Role) -> Any:

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 DRAWS = 100_000
 """How many documents of C4 may be too short in a row before the search for a long one ends."""
 
+CHOICE = 16
+"""Times the tokens of all windows that are read of a hub dataset, which may be without end, to draw them from."""
+
 
 def calibration_windows(
     tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
 ) -> list[Tensor]:
-    """Windows as the reference scripts draw them: from documents of one shard for `c4`, else from the whole text.
+    """Windows as the reference scripts draw them: of documents of one shard for `c4`, of the first documents of a hub
+    dataset, else from the whole text.
 
     Args:
         tokenizer, vocabulary: as for `tokenize`.
@@ -37,7 +41,7 @@ def calibration_windows(
     """
     if source == "c4":
         return document_windows(tokenizer, vocabulary, text.c4_documents(), samples, length, seed, source)
-    ids = tokenize(tokenizer, vocabulary, text.load_text(source, "calibration"))
+    ids = tokenize(tokenizer, vocabulary, text.load_text(source, "calibration", CHOICE * samples * length))
     return random_windows(ids, samples, length, seed, source)
 
 

@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pyarrow import parquet
 
 from gblm_compress import tasks
 from gblm_compress.errors import DataError
+from gblm_compress.models.loading import config_of, load_processor
 from gblm_compress.tasks import text
 from gblm_compress.tasks.text import (
     demo_paragraphs,
@@ -152,6 +154,31 @@ def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(expected, match=message):
         load_text("owner/name", "evaluation")
+
+
+@pytest.mark.parametrize("source", ["owner/name:config@train", "c4"])
+def test_a_hub_dataset_without_end_is_read_as_far_as_it_is_wanted(source, monkeypatch, tiny) -> None:
+    read = []
+
+    def documents():
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": f"The {number}th document is of ten words and no more."}
+
+    def dataset(*args, streaming: bool, **kwargs):
+        assert streaming
+        return documents()
+
+    monkeypatch.setattr("datasets.load_dataset", dataset)
+    prose = load_text(source, "calibration", 100)
+    assert 800 < len(prose) < 900 and prose.startswith("The 0th") and prose.count("\n\n") + 1 == len(read)
+    task, processor = tasks.TASKS["causal-lm"], load_processor(tiny("llama"))
+    config = config_of(tiny("llama"))
+    assert len(task.training(processor, config, source, 16, 160)) >= 10
+    if source != "c4":  # which is drawn from document by document
+        assert len(task.calibration(processor, config, source, 3, 16, 0)) == 3
+        assert len(task.evaluation(processor, config, source, 16, 5)) == 5
+    assert len(read) < 300
 
 
 def test_looking_for_a_file_loads_no_torch() -> None:

@@ -42,7 +42,8 @@ def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> 
         expected.append(ids[i : i + 30])
     windows = calibration_windows(tokenizer, 257, "c4", 6, 30, 3)
     assert [window[0].tolist() for window in windows] == expected
-    assert asked == [(("allenai/c4",), {"data_files": {"part": "en/c4-train.00000-of-01024.json.gz"}, "split": "part"})]
+    shard = {"part": "en/c4-train.00000-of-01024.json.gz"}
+    assert asked == [(("allenai/c4",), {"data_files": shard, "split": "part", "streaming": False})]
     monkeypatch.setattr("gblm_compress.tasks.windows.DRAWS", 50)
     with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
         calibration_windows(tokenizer, 257, "c4", 1, 500, 3)
