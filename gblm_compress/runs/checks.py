@@ -48,6 +48,7 @@ def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
 def unchecked(recipe: Recipe) -> list[str]:
     """What `check` does not look at, because it is on the hub or would have to be converted."""
     datasets = [recipe.calibration.dataset] if recipe.prune.needs_text else []
+    datasets += recipe.recover.datasets if recipe.recover else []
     datasets += [recipe.evaluate.dataset] if recipe.evaluate else []
     model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
     return model + [f"dataset {name}" for name in dict.fromkeys(datasets) if not tasks.is_here(name)]

@@ -155,3 +155,5 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     assert "prune.pattern: pattern unstructured is not 2:4" in str(fault)
     assert unchecked(absent) == ["model owner/model", "dataset c4"]
     assert unchecked(recipe()) == []
+    trained = recipe(recover={"data": ["demo", "owner/texts"], "disjoint_from": ["wikitext2"]})
+    assert unchecked(trained) == ["dataset owner/texts", "dataset wikitext2"]
