@@ -19,7 +19,7 @@ from gblm_compress import faults
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.products import faster_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import DataError, UsageError
+from gblm_compress.errors import DataError, GblmError, UsageError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
@@ -90,24 +90,25 @@ def generate(
     settings: GenerateSettings,
     *,
     device: str = "auto",
+    force: bool | None = None,
     progress: Progress,
 ) -> GenerateResult:
     """Let the model `source` write a text file; the same seed writes the same text on the same machine.
 
     Args:
-        output: a .txt file that is not there yet; it appears whole or not at all.
+        output: a .txt file; it appears whole or not at all.
         device: where to compute.
+        force: an existing file may be replaced, as `outputs.check_file` has it.
 
     Raises:
         GblmError: of the kind that says what is wrong.
     """
     began = time.monotonic()
-    outputs.check_file(output, ".txt", "text")
+    outputs.check_file(output, ".txt", "text", force)
     loading.check_model(source, "write with")
-    tokenizer, config = loading.load_processor(source), loading.config_of(source).get_text_config()
-    check(source, settings, tokenizer, config, device)
-    device = loading.choose_device(device)
-    special = special_tokens(tokenizer, config, settings.start_token)
+    faults.raise_all(check(source, settings) + faults.collect([partial(loading.choose_device, device)]))
+    device, tokenizer = loading.choose_device(device), loading.load_processor(source)
+    special = special_tokens(tokenizer, _language_config(source), settings.start_token)
     beginnings = _beginnings(tokenizer, settings)
     dtype = faster_dtype(device, Ranks())
     pieces = -(-settings.tokens // settings.sequence_length)
@@ -137,26 +138,18 @@ def generate(
     )
 
 
-def check(source: ModelSource, settings: GenerateSettings, tokenizer: Any, config: Any, device: str) -> None:
-    """Find what makes writing impossible, without loading weights.
-
-    Args:
-        config: of the language model.
-
-    Raises:
-        GblmError: all faults at once.
-    """
+def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
+    """What makes writing impossible, as far as it shows without the weights."""
     if not (task := loading.task_of(source)).generates:
-        raise UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")
+        return [UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")]
     longest = 1 + max(STARTS) + settings.sequence_length
     looks: list[Callable[[], object]] = [
         partial(loading.check_length, source, longest, "a piece with its start"),
-        partial(special_tokens, tokenizer, config, settings.start_token),
-        partial(loading.choose_device, device),
+        lambda: special_tokens(loading.load_processor(source), _language_config(source), settings.start_token),
     ]
     if settings.starts is not None:
         looks.append(partial(data_files, settings.starts))
-    faults.raise_all(faults.collect(looks))
+    return faults.collect(looks)
 
 
 def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
@@ -171,12 +164,12 @@ def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
     """
     vocabulary = tokenizer.get_vocab()
     if named is not None and named not in vocabulary:
-        raise UsageError(f"--start-token {named!r} is no token of the model; give one, such as {tokenizer.eos_token}")
+        raise UsageError(f"start token {named!r} is no token of the model; give one, such as {tokenizer.eos_token}")
     first = named or next(
         (token for token in (BETWEEN, tokenizer.bos_token, tokenizer.eos_token) if token in vocabulary), None
     )
     if first is None:
-        raise UsageError("the tokenizer has no token that begins texts; name one with --start-token")
+        raise UsageError("the tokenizer has no token that begins texts; name one as start token")
     start = vocabulary[first]
     ends = {start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     barred = {*tokenizer.all_special_ids, *range(len(tokenizer), config.vocab_size)} - ends
@@ -228,6 +221,10 @@ def texts_of(tokens: list[int], between: int, tokenizer: Any) -> list[str]:
             parts[-1].append(token)
     texts = (re.sub(r"\n\s*\n", "\n", tokenizer.decode(part, skip_special_tokens=True)).strip() for part in parts)
     return [each for each in texts if each]
+
+
+def _language_config(source: ModelSource) -> Any:
+    return loading.config_of(source).get_text_config()
 
 
 def _beginnings(tokenizer: Any, settings: GenerateSettings) -> Callable[[int, int], list[list[int]]]:

@@ -1,4 +1,4 @@
-"""The stages of a run that write models: pruning and exports."""
+"""The stages of a run that write: a text, the pruned model, the trained one, and exports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress import exporters, faults, tasks
+from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError
 from gblm_compress.exporters import export
 from gblm_compress.formats import FORMATS, Format
@@ -17,10 +18,46 @@ from gblm_compress.pruning.placement import Size
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
-from gblm_compress.runs.reuse import data_hash
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, RecoverSettings
+from gblm_compress.settings import CalibrationSettings, ExportSettings, GenerateSettings, PruneSettings, RecoverSettings
 
 Look = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Generate(Recorded):
+    """Let the dense model write text, for the stages after it."""
+
+    settings: GenerateSettings
+
+    name = "generate"
+
+    @property
+    def does(self) -> str:
+        return f"let {self.job.dense.name} write {self.settings.tokens:,} tokens"
+
+    @property
+    def place(self) -> Path:
+        return self.job.written
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.dense,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return () if self.settings.starts is None else (self.settings.starts,)
+
+    def decides(self) -> list[Any]:
+        return [plain(self.settings), self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        if self.job.here:
+            return generation.check(self.job.dense, self.settings)
+        return faults.collect(partial(tasks.data_files, name) for name in self.texts)
+
+    def work(self, progress: Progress) -> Any:
+        place, device = self.place, self.job.device
+        return generation.generate(self.job.dense, place, self.settings, device=device, force=True, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -37,26 +74,26 @@ class Prune(Recorded):
         return f"prune {self.job.dense.name} by {self.settings.method}, {self.settings.pattern}"
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Path:
         return self.job.as_pruned.folder
 
     @property
     def reads(self) -> tuple[ModelSource, ...]:
         return (self.job.dense,)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.calibration.dataset,) if self.settings.needs_text else ()
+
     def decides(self) -> list[Any]:
         drawn = self.calibration if self.settings.needs_text else None
-        text_of = data_hash(drawn.dataset) if drawn else None
-        return [plain(self.settings), plain(drawn), text_of, self.job.dtype, self.job.device]
+        return [plain(self.settings), plain(drawn), self.job.dtype, self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
-        looks: list[Look] = []
-        if self.settings.needs_text:
-            task = loading.task_of(self.job.dense) if self.job.here else tasks
-            looks.append(partial(task.data_files, self.calibration.dataset))
-            if self.job.here:
-                length = self.calibration.sequence_length
-                looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
+        looks = _texts_are_there(self)
+        if self.settings.needs_text and self.job.here:
+            length = self.calibration.sequence_length
+            looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
         return faults.collect([*looks, lambda: self.job.patterns])
 
     def disk(self) -> Disk:
@@ -67,7 +104,7 @@ class Prune(Recorded):
     def work(self, progress: Progress) -> Any:
         return prune(
             self.job.dense,
-            self.folder,
+            self.place,
             self.settings,
             self.calibration,
             resources=self.job.recipe.resources,
@@ -81,11 +118,7 @@ class Prune(Recorded):
 
 @dataclass(frozen=True)
 class Recover(Recorded):
-    """Train the pruned model to predict what the dense one does.
-
-    Attributes:
-        settings: of which the data holds nothing that the run evaluates on.
-    """
+    """Train the pruned model to predict what the dense one does."""
 
     settings: RecoverSettings
 
@@ -96,19 +129,22 @@ class Recover(Recorded):
         return f"train the pruned model on {self.settings.tokens:,} tokens"
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Path:
         return self.job.pruned.folder
 
     @property
     def reads(self) -> tuple[ModelSource, ...]:
         return (self.job.as_pruned, self.job.dense)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.settings.datasets
+
     def decides(self) -> list[Any]:
-        return [plain(self.settings), [data_hash(name) for name in self.settings.datasets], self.job.device]
+        return [plain(self.settings), self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
-        task = loading.task_of(self.job.dense) if self.job.here else tasks
-        looks: list[Look] = [partial(task.data_files, name) for name in self.settings.datasets]
+        looks = _texts_are_there(self)
         if self.job.here:
             length = self.settings.sequence_length
             looks.append(partial(loading.check_length, self.job.dense, length, "recover.sequence_length"))
@@ -126,7 +162,7 @@ class Recover(Recorded):
         return recover(
             self.job.as_pruned,
             self.job.dense,
-            self.folder,
+            self.place,
             self.settings,
             resume=None,
             device=self.job.device,
@@ -170,7 +206,7 @@ class Export(Recorded):
         return f"export to {what}"
 
     @property
-    def folder(self) -> Path:
+    def place(self) -> Path:
         return self.artefact.folder
 
     @property
@@ -191,4 +227,10 @@ class Export(Recorded):
         return Disk(size, meanwhile=self.format.copies * size)
 
     def work(self, progress: Progress) -> Any:
-        return export(self.source, self.folder, self.settings, force=True, progress=progress)
+        return export(self.source, self.place, self.settings, force=True, progress=progress)
+
+
+def _texts_are_there(stage: Recorded) -> list[Look]:
+    """Looks for the texts that a stage reads, as far as the run itself does not make them."""
+    task = loading.task_of(stage.job.dense) if stage.job.here else tasks
+    return [partial(task.data_files, name) for name in stage.texts if stage.job.is_given(name)]

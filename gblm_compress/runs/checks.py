@@ -11,6 +11,7 @@ from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
+from gblm_compress.runs.artefacts import Generate
 from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.stages import stages_of
 from gblm_compress.settings import Recipe
@@ -39,19 +40,19 @@ def check_model(recipe: Recipe, dense: ModelSource, progress: Progress) -> list[
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     """What is in the way of a run: another folder than of a run, or in one a foreign file where a stage will write."""
     stages = stages_of(Job.without_model(recipe, output))
-    written = [stage.folder for stage in stages if isinstance(stage, Recorded) and stage.folder is not None]
+    models = [stage.place for stage in stages if isinstance(stage, Recorded) and not isinstance(stage, Generate)]
     return faults.collect([partial(outputs.check_workable, output, "run")]) or faults.collect(
-        partial(outputs.check_output, folder, force=True) for folder in written
+        partial(outputs.check_output, folder, force=True) for folder in models if folder is not None
     )
 
 
 def unchecked(recipe: Recipe) -> list[str]:
     """What `check` does not look at, because it is on the hub or would have to be converted."""
-    datasets = [recipe.calibration.dataset] if recipe.prune.needs_text else []
-    datasets += recipe.recover.datasets if recipe.recover else []
-    datasets += [recipe.evaluate.dataset] if recipe.evaluate else []
+    job = Job.without_model(recipe, ANYWHERE)
+    datasets = [name for stage in stages_of(job) if isinstance(stage, Recorded) for name in stage.texts]
     model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
-    return model + [f"dataset {name}" for name in dict.fromkeys(datasets) if not tasks.is_here(name)]
+    given = filter(job.is_given, dict.fromkeys(datasets))
+    return model + [f"dataset {name}" for name in given if not tasks.is_here(name)]
 
 
 def _check_stages(job: Job, progress: Progress) -> list[GblmError]:

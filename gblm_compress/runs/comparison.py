@@ -81,8 +81,14 @@ def check(
     calibration: CalibrationSettings,
     evaluation: EvaluateSettings,
     progress: Progress,
+    *,
+    text_is_given: bool = True,
 ) -> list[GblmError]:
-    """The faults of every cell that show before the first."""
+    """The faults of every cell that show before the first.
+
+    Args:
+        text_is_given: whether the text of the calibration is there already.
+    """
     methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
     if export := faults.collect([partial(loading.check_model, source, "compare")]):
         return export
@@ -91,7 +97,8 @@ def check(
         return [UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")]
     looks: list[Callable[[], object]] = []
     if any(method.needs_text for method in methods):
-        looks.append(partial(task.data_files, calibration.dataset))
+        if text_is_given:
+            looks.append(partial(task.data_files, calibration.dataset))
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
     found = faults.collect(looks) + evaluate_faults([source], evaluation, progress)
     if found:

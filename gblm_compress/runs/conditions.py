@@ -7,6 +7,7 @@ from typing import Any
 from gblm_compress.machine.environment import environment, noisy
 from gblm_compress.runs.job import Job
 from gblm_compress.settings import Recipe
+from gblm_compress.settings.generate import WRITTEN
 from gblm_compress.storage import records
 
 RECIPE = "recipe.json"
@@ -32,6 +33,9 @@ def of(
         pruned, evaluation, timings: results of the stages; the last two None where there was no such stage.
     """
     found = {}
+    if written := recipe.generate:
+        begun = f", begun with words of {written.starts}" if written.starts else ""
+        found[WRITTEN] = f"{written.tokens:,} tokens by the dense model{begun}, seed {written.seed}"
     if recipe.prune.needs_text:
         text = recipe.calibration
         found["calibration"] = (

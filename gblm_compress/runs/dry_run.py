@@ -88,13 +88,14 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
     for stage in stages_of(job):
         disk = stage.disk() if job.here else None
         if isinstance(stage, Recorded):
-            known = made_anew.isdisjoint(source.folder for source in stage.reads)
+            known = made_anew.isdisjoint([*(source.folder for source in stage.reads), *map(Path, stage.texts)])
             steps.append(_step(output, stage, stage.does, known, disk, progress))
-            if stage.folder is not None and steps[-1].fate != "reuse":
-                made_anew.add(stage.folder)
+            if stage.place is not None and steps[-1].fate != "reuse":
+                made_anew.add(stage.place)
         elif isinstance(stage, Compare):
             for cell in stage.cells():
-                steps.append(_step(stage.home, cell, f"compare: {cell.name}", job.here, disk, progress))
+                known = job.here and Path(cell.calibration.dataset) not in made_anew
+                steps.append(_step(stage.home, cell, f"compare: {cell.name}", known, disk, progress))
     gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
     return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe))
 
@@ -110,4 +111,4 @@ def _fate(record: Record | None, stage: Recordable, known: bool) -> Fate:
         return "do"
     if not known:
         return "reuse if its inputs come out the same"
-    return "reuse" if reuse.holds(record, reuse.key_of(stage), stage.folder) else "do"
+    return "reuse" if reuse.holds(record, reuse.key_of(stage), stage.place) else "do"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress.errors import ModelError
+from gblm_compress.measure import zero_shot
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.reference import Reference
 from gblm_compress.models import finding
@@ -21,7 +22,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import PruneResult, prune
 from gblm_compress.runs.cells import Cell
-from gblm_compress.runs.reuse import data_hash, evaluation_hash
+from gblm_compress.runs.reuse import data_hash
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 
 
@@ -62,7 +63,7 @@ class CellStage:
     dtype: str
     device: str
 
-    folder = None
+    place = None
 
     @property
     def name(self) -> str:
@@ -74,9 +75,10 @@ class CellStage:
         return CompareSettings.prune_settings(self.method, self.pattern)
 
     def inputs(self) -> list[Any]:
-        texts = [data_hash(self.calibration.dataset), evaluation_hash(self.evaluation)]
+        texts = [data_hash(self.calibration.dataset), data_hash(self.evaluation.dataset)]
+        tasks = zero_shot.fingerprint(self.evaluation.tasks, self.evaluation.include_path)
         settings = [part.model_dump(mode="json") for part in (self.settings, self.calibration, self.evaluation)]
-        return [self.reference.source.fingerprint, *settings, *texts, self.dtype, self.device]
+        return [self.reference.source.fingerprint, *settings, *texts, tasks, self.dtype, self.device]
 
     def work(self, progress: Progress) -> Cell:
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as folder:

@@ -18,7 +18,9 @@ from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import skeleton_budgets
-from gblm_compress.settings import ExportSettings, Recipe
+from gblm_compress.runs.reuse import data_hash
+from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
+from gblm_compress.settings.generate import WRITTEN
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,37 @@ class Job:
         """Where the recipe runs; as it asks, where that is absent."""
         absent = faults.collect([partial(loading.choose_device, self.recipe.model.device)])
         return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
+
+    @property
+    def written(self) -> Path:
+        """The text that the dense model writes, where the recipe has `generate`."""
+        return self.output / f"{WRITTEN}.txt"
+
+    def text(self, name: str) -> str:
+        """A dataset of the recipe as stages read it."""
+        return str(self.written) if name == WRITTEN and self.recipe.generate else name
+
+    def is_given(self, dataset: str) -> bool:
+        """Whether a dataset that stages read is there without this run."""
+        return self.recipe.generate is None or dataset != str(self.written)
+
+    @cached_property
+    def calibration(self) -> CalibrationSettings:
+        """What the recipe says of the calibration, with the text that stages read."""
+        given = self.recipe.calibration
+        return given.model_copy(update={"dataset": self.text(given.dataset)})
+
+    @cached_property
+    def recover(self) -> RecoverSettings | None:
+        """What the recipe says of the training, with the texts that stages read, and nothing in them that the run
+        evaluates on.
+        """
+        given, evaluate = self.recipe.recover, self.recipe.evaluate
+        if given is None:
+            return None
+        data = tuple(source.model_copy(update={"dataset": self.text(source.dataset)}) for source in given.data)
+        evaluated = (*given.disjoint_from, *([evaluate.dataset] if evaluate else []))
+        return given.model_copy(update={"data": data, "disjoint_from": tuple(dict.fromkeys(evaluated))})
 
     @cached_property
     def as_pruned(self) -> ModelSource:
@@ -136,8 +169,8 @@ class Recorded(Stage):
     """A stage that is recorded when it is done, and reused while nothing that decides its outcome changes."""
 
     @property
-    def folder(self) -> Path | None:
-        """The folder that it writes; None where its result is all."""
+    def place(self) -> Path | None:
+        """The folder or text that it writes; None where its result is all."""
         return None
 
     @property
@@ -145,13 +178,19 @@ class Recorded(Stage):
     def reads(self) -> tuple[ModelSource, ...]:
         """The models that it reads, which the stages before it make."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The datasets that it reads, of which a stage before it may make one."""
+        return ()
+
     @abstractmethod
     def decides(self) -> list[Any]:
         """What else decides its outcome, as plain values."""
 
     def inputs(self) -> list[Any]:
-        """Everything that decides its outcome; the models that it reads must be there."""
-        return [[source.fingerprint for source in self.reads], *self.decides()]
+        """Everything that decides its outcome; what it reads must be there."""
+        models = [source.fingerprint for source in self.reads]
+        return [models, [data_hash(name) for name in self.texts], *self.decides()]
 
 
 def plain(settings: BaseModel | None) -> Any:

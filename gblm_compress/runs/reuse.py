@@ -17,10 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from gblm_compress import tasks
 from gblm_compress.errors import ModelError, OutputError, first_line
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure import zero_shot
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import EvaluateSettings
 from gblm_compress.storage import records
 
 STAGES = ".stages"
@@ -34,8 +32,10 @@ class Recordable(Protocol):
         """What the stage is called; no other one of the same run is called so."""
 
     @property
-    def folder(self) -> Path | None:
-        """The folder that it writes, which a record holds for while its content is as it was; None without one."""
+    def place(self) -> Path | None:
+        """The folder or file that it writes, which a record holds for while its content is as it was; None without
+        one.
+        """
 
     def inputs(self) -> Any:
         """Everything that decides the outcome, as plain values. What earlier stages make of it must be there."""
@@ -68,7 +68,7 @@ class Record(BaseModel):
 def carry_out(output: Path, stage: Recordable, progress: Progress) -> Outcome:
     """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
     record, key = read_record(output, stage.name, progress), key_of(stage)
-    if record is not None and holds(record, key, stage.folder):
+    if record is not None and holds(record, key, stage.place):
         progress.say(f"• {stage.name}: reused")
         return Outcome(stage.name, True, record.seconds, record.result)
     progress.say(f"• {stage.name}")
@@ -80,7 +80,7 @@ def carry_out(output: Path, stage: Recordable, progress: Progress) -> Outcome:
     start = time.perf_counter()
     result = json.loads(json.dumps(stage.work(progress).as_dict()))
     seconds = time.perf_counter() - start
-    record = Record(key=key, content=_content(stage.folder), seconds=seconds, result=result)
+    record = Record(key=key, content=_content(stage.place), seconds=seconds, result=result)
     path.parent.mkdir(exist_ok=True)
     records.write_sealed(path, record.model_dump())
     return Outcome(stage.name, False, seconds, result)
@@ -98,9 +98,9 @@ def read_record(output: Path, name: str, progress: Progress) -> Record | None:
         return None
 
 
-def holds(record: Record, key: str, folder: Path | None) -> bool:
-    """Whether a record is of the stage with this key, and the stage's folder still has the content that it had."""
-    return record.key == key and record.content == _content(folder)
+def holds(record: Record, key: str, place: Path | None) -> bool:
+    """Whether a record is of the stage with this key, and what the stage wrote still has the content that it had."""
+    return record.key == key and record.content == _content(place)
 
 
 def key_of(stage: Recordable) -> str:
@@ -113,12 +113,14 @@ def _path(output: Path, name: str) -> Path:
     return output / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', name)}.json"
 
 
-def _content(folder: Path | None) -> str | None:
-    """A fingerprint of a stage's folder; None where it has none, or it is gone or damaged."""
-    if folder is None or not folder.is_dir():
+def _content(place: Path | None) -> str | None:
+    """A fingerprint of what a stage wrote; None where it writes nothing, or that is gone or damaged."""
+    if place is None or not place.exists():
         return None
+    if place.is_file():
+        return data_hash(str(place))
     try:
-        return ModelSource("", folder).fingerprint
+        return ModelSource("", place).fingerprint
     except ModelError:
         return None
 
@@ -131,8 +133,3 @@ def data_hash(dataset: str) -> str | None:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest() if paths else None
-
-
-def evaluation_hash(settings: EvaluateSettings) -> list[Any]:
-    """The content of what an evaluation names: its text, and the files of its tasks."""
-    return [data_hash(settings.dataset), zero_shot.fingerprint(settings.tasks, settings.include_path)]

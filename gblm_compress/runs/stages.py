@@ -1,7 +1,7 @@
 """The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it.
 
 A stage says in one place what it is called and does, what decides its outcome, what is in its way before any work, what
-disk it takes, and does it. Those that write models are in `artefacts`, those that measure them here. What is reused is
+disk it takes, and does it. Those that write are in `artefacts`, those that measure here. What is reused is
 in `reuse`.
 """
 
@@ -16,7 +16,7 @@ from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.machine.environment import environment
-from gblm_compress.measure import evaluation
+from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_session import check_onnx_provider
@@ -26,10 +26,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Prune, Recover
+from gblm_compress.runs.artefacts import Export, Generate, Prune, Recover
 from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
-from gblm_compress.runs.reuse import evaluation_hash
 from gblm_compress.settings import (
     GATES,
     BenchmarkSettings,
@@ -68,8 +67,13 @@ class Evaluate(Recorded):
     def reads(self) -> tuple[ModelSource, ...]:
         return (self.job.dense, self.source)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.settings.dataset,)
+
     def decides(self) -> list[Any]:
-        return [plain(self.settings), evaluation_hash(self.settings), self.job.dtype, self.job.device]
+        tasks = zero_shot.fingerprint(self.settings.tasks, self.settings.include_path)
+        return [plain(self.settings), tasks, self.job.dtype, self.job.device]
 
     def check(self, progress: Progress) -> list[GblmError]:
         """For an export, what the pruned model's evaluation does not show already."""
@@ -203,7 +207,9 @@ class Compare(Stage):
     def check(self, progress: Progress) -> list[GblmError]:
         if not self.job.here:
             return []
-        return comparison.check(self.job.dense, self.settings, self.calibration, self.evaluation, progress)
+        given = self.job.is_given(self.calibration.dataset)
+        what = self.job.dense, self.settings, self.calibration, self.evaluation
+        return comparison.check(*what, progress, text_is_given=given)
 
     def disk(self) -> Disk:
         """The largest pruned model, which goes once it is evaluated."""
@@ -222,11 +228,10 @@ def stages_of(job: Job) -> list[Stage]:
     recipe = job.recipe
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
-    stages: list[Stage] = [Prune(job, recipe.prune, recipe.calibration)]
-    if recipe.recover is not None:
-        evaluated = (*recipe.recover.disjoint_from, *([recipe.evaluate.dataset] if recipe.evaluate else []))
-        disjoint = recipe.recover.model_copy(update={"disjoint_from": tuple(dict.fromkeys(evaluated))})
-        stages.append(Recover(job, disjoint))
+    stages: list[Stage] = [Generate(job, recipe.generate)] if recipe.generate else []
+    stages.append(Prune(job, recipe.prune, job.calibration))
+    if job.recover is not None:
+        stages.append(Recover(job, job.recover))
     stages += [*exports, *baselines]
     measured = [export for export in exports if job.can_run(export.settings)]
     if recipe.evaluate is not None:
@@ -240,7 +245,7 @@ def stages_of(job: Job) -> list[Stage]:
         dense = (job.dense, *(export.artefact for export in baselines))
         stages.append(Benchmark(job, recipe.benchmark, models, dense))
     if recipe.compare is not None and recipe.evaluate is not None:
-        stages.append(Compare(job, recipe.compare, recipe.calibration, recipe.evaluate))
+        stages.append(Compare(job, recipe.compare, job.calibration, recipe.evaluate))
     return stages
 
 

@@ -4,6 +4,9 @@ from pydantic import Field
 
 from gblm_compress.settings.fields import MANY, Settings, Tokens
 
+WRITTEN = "written"
+"""The name that this text has in a recipe, where other texts have theirs."""
+
 
 class GenerateSettings(Settings):
     """How a model writes text to calibrate and train on."""

@@ -142,7 +142,7 @@ def test_texts_begin_with_the_token_that_parted_them_in_training() -> None:
     llama = tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>")
     assert special_tokens(llama, config, None).first == llama.get_vocab()["<s>"]
     assert special_tokens(llama, config, "<|end|>").first == 256
-    with pytest.raises(UsageError, match=r"--start-token '<x>' is no token of the model; give one, such as </s>"):
+    with pytest.raises(UsageError, match=r"start token '<x>' is no token of the model; give one, such as </s>"):
         special_tokens(llama, config, "<x>")
 
 

@@ -16,6 +16,7 @@ PARTS = {
     "calibration": {"dataset": "demo", "sequence_length": 64, "samples": 2},
     "evaluate": {"dataset": "demo", "sequence_length": 64},
 }
+WRITTEN = {"calibration": {"dataset": "written", "sequence_length": 64, "samples": 2}}
 
 
 def recipe(**keys) -> Recipe:
@@ -46,6 +47,9 @@ def test_a_recipe_without_faults(progress) -> None:
             {"recover": {"mask": "exchange"}, "prune": {"pattern": "2:4"}},
             "mask exchange is for unstructured patterns",
         ),
+        ({"generate": {"starts": "gone.txt"}, **WRITTEN}, "dataset 'gone.txt': no such file"),
+        ({"generate": {"start_token": "<x>"}, **WRITTEN}, "start token '<x>' is no token of the model"),
+        ({"generate": {"sequence_length": 600}, **WRITTEN}, "512 positions; a piece with its start is 622"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
         ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it: nothing would be timed"),
         ({"export": [{"format": "semi-structured"}]}, "pattern unstructured is not 2:4"),
@@ -157,3 +161,12 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
     assert unchecked(recipe()) == []
     trained = recipe(recover={"data": ["demo", "owner/texts"], "disjoint_from": ["wikitext2"]})
     assert unchecked(trained) == ["dataset owner/texts", "dataset wikitext2"]
+
+
+def test_text_that_a_run_writes_need_not_be_there(progress, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = {"methods": ["wanda"], "patterns": ["2:4"], "seeds": 1}
+    keys = {"generate": {"starts": "owner/texts"}, "recover": {"data": ["written", "demo"], "sequence_length": 64}}
+    assert faults(progress, compare=grid, **keys, **WRITTEN) == []
+    assert unchecked(recipe(**keys, **WRITTEN)) == ["dataset owner/texts"]
+    assert faults(progress, model="owner/model", **keys, **WRITTEN) == []

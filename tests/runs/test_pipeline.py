@@ -1,6 +1,7 @@
 """A whole run on a tiny model: artefacts, report, reuse, gates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -275,7 +276,7 @@ def test_the_list_of_stages_names_all_of_them(finished, module_cache) -> None:
     assert [stage.name for stage in listed] == [outcome.name for outcome in result.stages]
     assert listed[0].does == "prune tiny by gblm, 2:4"
     assert any("dense model to onnx" in stage.does for stage in listed)
-    written = {stage.folder.name for stage in listed if isinstance(stage, Recorded) and stage.folder}
+    written = {stage.place.name for stage in listed if isinstance(stage, Recorded) and stage.place}
     assert written == {path.name for path in output.iterdir() if path.is_dir()} - {".stages", report.PICTURES}
 
 
@@ -366,3 +367,45 @@ def test_a_recovered_model_is_what_is_exported_and_measured(tmp_path, module_cac
     again = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
     assert all(stage["reused"] for stage in again.as_dict()["stages"]), again.as_dict()["stages"]
     assert result.as_dict()["rows"] == again.as_dict()["rows"]
+
+
+WRITING = (
+    "generate={tokens: 2000, sequence_length: 40, batch: 25}", "calibration.dataset=written",
+    "calibration.sequence_length=32", "recover.data=[demo=0.5, written=0.5]", "recover.tokens=1280",
+    "recover.sequence_length=32", "recover.batch=2", "export=[]", "benchmark=null", "gates={}",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, module_cache: None) -> tuple[Path, pipeline.RunReport]:
+    output = tmp_path_factory.mktemp("writing") / "run"
+    assert fates(smoke(*WRITING), output) == dict.fromkeys(["generate", "prune", "recover", "evaluate recovered"], "do")
+    return output, pipeline.run(smoke(*WRITING), output, Progress(quiet=True))
+
+
+def test_what_the_model_writes_is_what_is_calibrated_and_trained_on(written) -> None:
+    output, result = written
+    assert [stage.name for stage in result.stages] == ["generate", "prune", "recover", "evaluate recovered"]
+    text = output / "written.txt"
+    assert result.stages[0].result["words"] == len(text.read_text().split()) > 100
+    manifest = json.loads((output / "recovered" / "gblm_manifest.json").read_text())
+    assert manifest["calibration"]["dataset"] == str(text)
+    assert [source["dataset"] for source in manifest["recovery"]["settings"]["data"]] == ["demo", str(text)]
+    assert result.conditions["written"] == "2,000 tokens by the dense model, seed 0"
+
+
+def test_written_text_is_written_again_where_it_is_gone_or_asked_for_otherwise(written, tmp_path) -> None:
+    output, quiet = tmp_path / "run", Progress(quiet=True)
+    shutil.copytree(written[0], output)
+    text = output / "written.txt"
+    before, other = text.read_text(), (*WRITING, "generate.seed=1")
+    assert set(fates(smoke(*WRITING), written[0]).values()) == {"reuse"}
+
+    text.unlink()
+    later = "reuse if its inputs come out the same"
+    assert [*fates(smoke(*WRITING), output).values()] == ["do", later, later, later]
+    pipeline.run(smoke(*WRITING), output, quiet)
+    assert text.read_text() == before
+    assert [*fates(smoke(*other), output).values()] == ["do", later, later, later]
+    again = pipeline.run(smoke(*other), output, quiet)
+    assert text.read_text() != before and not any(stage.reused for stage in again.stages)

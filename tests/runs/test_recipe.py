@@ -131,6 +131,15 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
             "gates: {min_task_accuracy: 0.5, artefact: onnx}",
             "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
         ),
+        ("model: demo\ncalibration: {dataset: written}", "dataset 'written' needs a 'generate' section"),
+        ("model: demo\nrecover: {data: [demo, written=2]}", "dataset 'written' needs a 'generate' section"),
+        ("model: demo\ngenerate: {tokens: 2M}", "'generate' would do nothing: name 'written' in"),
+        (
+            "model: demo\ngenerate: {}\ncalibration: {dataset: written}\nprune: {method: magnitude, fit: none}",
+            "'generate' would do nothing",
+        ),
+        ("model: demo\ngenerate: {}\nrecover: {data: [written]}\nevaluate: {dataset: written}", "judges no model"),
+        ("model: demo\ngenerate: {starts: written}\ncalibration: {dataset: written}", "starts"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
