@@ -1,7 +1,8 @@
 """What every command begins and ends with: a sign of life, the models that it was given, its result in print."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gblm_compress import __version__
@@ -34,24 +35,23 @@ def started(quiet: bool) -> Progress:
 
 
 def start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str | None = None) -> tuple[Any, ...]:
-    """The progress, and the local folder of every model. What a name says of this machine is checked first: that is
-    before a download, and before the seconds that torch and transformers take to load. A model that is a folder here
-    has a task, which tells later what data it reads.
+    """The progress, and the local folder of every model. What a name says of this machine is checked first, all of it:
+    that is before a download, and before the seconds that torch and transformers take to load. A model that is a folder
+    here has a task, which tells later what data it reads.
     """
-    from gblm_compress import tasks
+    from gblm_compress import faults, tasks
     from gblm_compress.measure.zero_shot import check_folder
-    from gblm_compress.models.finding import resolve_model, silence_libraries
+    from gblm_compress.models.finding import find_here, resolve_model, silence_libraries
 
-    if any(kind_of(local(name)) != "folder" for name in models):
-        for name in datasets:
-            tasks.data_files(name)
-    check_folder(include)
+    read = datasets if any(kind_of(local(name)) != "folder" for name in models) else ()
+    looks: list[Callable[[], object]] = [partial(find_here, name) for name in models]
+    looks += [*(partial(tasks.data_files, name) for name in read), partial(check_folder, include)]
+    faults.raise_all(faults.collect(looks))
     begun = started(quiet)
-    paths_first = sorted(models, key=lambda name: not name.startswith((".", "/", "~")))
-    sources = {name: resolve_model(name, begun) for name in paths_first}
+    sources = [resolve_model(name, begun) for name in models]
     share_cores()
     silence_libraries()
-    return begun, *(sources[name] for name in models)
+    return begun, *sources
 
 
 def show(content: Any, summary: Any, as_json: bool) -> None:

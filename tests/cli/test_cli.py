@@ -128,6 +128,14 @@ def test_bad_input_gets_one_message_and_its_code(program, tmp_path, arguments, c
     assert not list(tmp_path.iterdir())
 
 
+def test_models_and_texts_that_are_missing_are_told_together(program, tmp_path) -> None:
+    done = program("recover", "./gone", "--teacher", "./lost", "-o", "x", "--data", "./gone.txt,demo")
+    assert done.code == 2 and "error: 3 faults" in done.stderr and "starts" not in done.stderr
+    for name in ("model './gone': no such folder", "model './lost': no such folder", "'./gone.txt': no such file"):
+        assert name in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_dry_run_and_validate(program, tmp_path) -> None:
     done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json")
     assert done.code == 0, done.stderr
