@@ -41,10 +41,11 @@ def start(*models: str, quiet: bool, datasets: Sequence[str] = (), include: str 
     """
     from gblm_compress import faults, tasks
     from gblm_compress.measure.zero_shot import check_folder
-    from gblm_compress.models.finding import find_here, resolve_model, silence_libraries
+    from gblm_compress.models.finding import TINY, find_here, resolve_model, silence_libraries
 
     read = datasets if any(kind_of(local(name)) != "folder" for name in models) else ()
-    looks: list[Callable[[], object]] = [partial(find_here, name) for name in models]
+    named = [name for name in models if name != TINY]  # which is built where it is missing
+    looks: list[Callable[[], object]] = [partial(find_here, name) for name in named]
     looks += [*(partial(tasks.data_files, name) for name in read), partial(check_folder, include)]
     faults.raise_all(faults.collect(looks))
     begun = started(quiet)
