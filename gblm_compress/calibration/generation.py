@@ -169,7 +169,7 @@ def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
         (token for token in (BETWEEN, tokenizer.bos_token, tokenizer.eos_token) if token in vocabulary), None
     )
     if first is None:
-        raise UsageError("the tokenizer has no token that begins texts; name one as start token")
+        raise UsageError("the tokenizer has no token that begins texts; give a start token")
     start = vocabulary[first]
     ends = {start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     barred = {*tokenizer.all_special_ids, *range(len(tokenizer), config.vocab_size)} - ends

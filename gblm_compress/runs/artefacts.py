@@ -19,6 +19,7 @@ from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
 from gblm_compress.settings import CalibrationSettings, ExportSettings, GenerateSettings, PruneSettings, RecoverSettings
+from gblm_compress.storage import outputs
 
 Look = Callable[[], object]
 
@@ -42,6 +43,10 @@ class Generate(Recorded):
     @property
     def reads(self) -> tuple[ModelSource, ...]:
         return (self.job.dense,)
+
+    def check_place(self) -> None:
+        if self.place.exists():
+            outputs.check_file(self.place, ".txt", "text", force=True)
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.runs.artefacts import Generate
 from gblm_compress.runs.job import Job, Recorded
 from gblm_compress.runs.stages import stages_of
 from gblm_compress.settings import Recipe
@@ -40,9 +39,8 @@ def check_model(recipe: Recipe, dense: ModelSource, progress: Progress) -> list[
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     """What is in the way of a run: another folder than of a run, or in one a foreign file where a stage will write."""
     stages = stages_of(Job.without_model(recipe, output))
-    models = [stage.place for stage in stages if isinstance(stage, Recorded) and not isinstance(stage, Generate)]
     return faults.collect([partial(outputs.check_workable, output, "run")]) or faults.collect(
-        partial(outputs.check_output, folder, force=True) for folder in models if folder is not None
+        stage.check_place for stage in stages if isinstance(stage, Recorded)
     )
 
 

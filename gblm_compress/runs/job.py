@@ -21,6 +21,7 @@ from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.runs.reuse import data_hash
 from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.settings.generate import WRITTEN
+from gblm_compress.storage import outputs
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,13 @@ class Recorded(Stage):
     def place(self) -> Path | None:
         """The folder or text that it writes; None where its result is all."""
         return None
+
+    def check_place(self) -> None:
+        """Raises:
+        UsageError: what stands where it will write is none of what it writes.
+        """
+        if self.place is not None:
+            outputs.check_output(self.place, force=True)
 
     @property
     @abstractmethod

@@ -409,3 +409,11 @@ def test_written_text_is_written_again_where_it_is_gone_or_asked_for_otherwise(w
     assert [*fates(smoke(*other), output).values()] == ["do", later, later, later]
     again = pipeline.run(smoke(*other), output, quiet)
     assert text.read_text() != before and not any(stage.reused for stage in again.stages)
+
+
+def test_a_folder_where_the_text_goes_is_found_before_the_first_stage(tmp_path, module_cache) -> None:
+    with working_in(tmp_path, "run"):
+        (tmp_path / "written.txt").mkdir()
+    with pytest.raises(UsageError, match=r"written.txt' is no file"):
+        pipeline.run(smoke(*WRITING), tmp_path, Progress(quiet=True))
+    assert not (tmp_path / ".stages").exists()
