@@ -56,9 +56,8 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers registers them. What is neither plain causal attention of one sample
-    without a cache, nor that of one new token, is left to torch; and what is not in bfloat16, or has scores too large
-    for it.
+    """An attention function as transformers registers them. What is neither plain causal attention without a cache, nor
+    that of one new token, is left to torch; and what is not in bfloat16, or has scores too large for it.
 
     Args:
         module: whose `is_causal` holds if `is_causal` is None.
@@ -76,7 +75,7 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     samples, heads, length, width = query.shape
     special = attention_mask is not None or dropout or any(others.get(name) is not None for name in SPECIAL)
-    whole = causal and samples == 1 and key.shape[2] == length and 1 < length <= LONGEST
+    whole = causal and key.shape[2] == length and 1 < length <= LONGEST
     plain = not special and value.shape[1] == key.shape[1] and (whole or length == 1)
     if not plain or not in_bfloat16(query):
         return by_torch()

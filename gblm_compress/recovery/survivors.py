@@ -25,18 +25,21 @@ class Survivors:
 
     def pack(self, dense: Tensor) -> Tensor:
         """The trained values [survivors] in the order of the tensor; the tensor itself where all are trained."""
-        return dense if self._shape is None else dense.flatten().index_select(0, self._places())
+        if self._shape is None:
+            return dense
+        narrow = dense.numel() <= torch.iinfo(torch.int32).max
+        return dense.flatten().index_select(0, self._places(torch.int32 if narrow else torch.int64))
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`, differentiable: zero everywhere else."""
         if self._shape is None:
             return packed
-        return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(), packed).view(self._shape)
+        return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(torch.int64), packed).view(self._shape)
 
-    def _places(self) -> Tensor:
+    def _places(self, dtype: torch.dtype) -> Tensor:
         """Where the survivors are in the flat tensor."""
         assert self._shape is not None
-        starts = torch.arange(0, self._shape.numel(), self._shape[-1], device=self._columns.device)
+        starts = torch.arange(0, self._shape.numel(), self._shape[-1], dtype=dtype, device=self._columns.device)
         if self._each is not None:
             return (self._columns.view(len(starts), self._each) + starts[:, None]).flatten()
         return self._columns + starts.repeat_interleave(self._counts, output_size=len(self._columns))

@@ -1,9 +1,10 @@
-"""What the dense model says of a window: the inputs of its head, from which its logits follow, and its hidden states.
+"""What the dense model says of windows: its logits, and its hidden states.
 
 Where windows are read more than once, inputs of the head are kept: 2 bytes times the hidden size for a token, a
 hundredth of its logits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,21 +38,39 @@ class Teacher:
         self._states = states
 
     @torch.no_grad()
-    def of(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """The inputs of the head [1, tokens, hidden size] for a window, and the hidden states after each block."""
-        if index in self._known:
+    def of(self, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The logits [windows, tokens, vocabulary], and the hidden states after each block."""
+        if self._known.issuperset(indices):
             assert self._kept is not None
-            return self._kept[index], []
-        sample, head = self._samples[index], head_of(self._model)
-        with (
-            inputs_of_head(head, last=not self._states) as found,
-            autocast(sample["input_ids"].device, self._compute),
-        ):
-            output = self._model(**self._task.arguments(sample), output_hidden_states=self._states)
+            return self._logits(torch.cat([self._kept[index] for index in indices])), []
+        with inputs_of_head(head_of(self._model), last=False) as inputs:
+            output = self._run(together([self._samples[index] for index in indices]), self._states)
         if self._kept is not None:
-            self._kept[index] = found[0].to(torch.bfloat16 if self._compute == "bfloat16" else torch.float32)
-            self._known.add(index)
-        return found[0], list(output.hidden_states[1:]) if self._states else []
+            states = inputs[0].to(torch.bfloat16 if self._compute == "bfloat16" else torch.float32)
+            for place, index in enumerate(indices):
+                self._kept[index] = states[[place]]
+            self._known |= set(indices)
+        return getattr(output, self._task.output), list(output.hidden_states[1:]) if self._states else []
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """The logits for inputs of the head, and whatever the model does to them behind it, such as a scale or a cap: a
+        forward pass of one token, in which the head is given these."""
+        one = {name: tensor[:, :1] for name, tensor in self._samples[0].items()}
+        hook = head_of(self._model).register_forward_pre_hook(lambda head, given: (inputs.to(given[0].dtype),))
+        try:
+            logits: Tensor = getattr(self._run(one, states=False), self._task.output)
+        finally:
+            hook.remove()
+        return logits
+
+    def _run(self, sample: Sample, states: bool) -> Any:
+        with autocast(sample["input_ids"].device, self._compute):
+            return self._model(**self._task.arguments(sample), output_hidden_states=states)
+
+
+def together(samples: Sequence[Sample]) -> Sample:
+    """Windows of one shape as one sample [windows, tokens]."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def check_same_head(teacher: Any, student: Any, name: str) -> None:

@@ -1,7 +1,7 @@
 """The steps of a training: Adam over all weights but those of head and embedding, zeros kept by the mask rule.
 
-A step takes a batch of windows, one at a time on every process; gradients are summed over processes. Everything that a
-step reads is in the checkpoint, so that a training that was broken off goes on to the same bits.
+A step takes a batch of windows, a few at a time on every process; gradients are summed over processes. Everything that
+a step reads is in the checkpoint, so that a training that was broken off goes on to the same bits.
 """
 
 import time
@@ -32,6 +32,10 @@ from gblm_compress.settings import RecoverSettings
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm, over all tensors, are scaled down to it."""
+
+TOGETHER = 1024
+"""Tokens of the windows that go through the network together: enough for fast products, few enough that their logits
+are small beside a training."""
 
 MOMENT = "moment"
 """The first word of the names that an optimiser's state has in checkpoints."""
@@ -132,6 +136,11 @@ class Training:
             return None
         return self._weights.result(name, self._kept.best(self.progress.best), self.grids.get(name))
 
+    def _groups(self, windows: list[int]) -> list[list[int]]:
+        """The windows that go through the network together."""
+        count = max(1, TOGETHER // self._settings.sequence_length)
+        return [windows[first : first + count] for first in range(0, len(windows), count)]
+
     @property
     def _is_over(self) -> bool:
         return len(self.progress.curve) - 1 - self.progress.best >= self._settings.patience
@@ -142,8 +151,8 @@ class Training:
         moment = Moment(state.step, steps, self._settings.mask_every)
         mine, total = batch[self._ranks.rank :: self._ranks.size], torch.zeros((), device=weights.device)
         with torch.enable_grad():
-            for index in mine:
-                loss = self._losses.training(index) / len(batch)
+            for some in self._groups(mine):
+                loss = self._losses.training(some) * len(some) / len(batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         self._ranks.sum_([total])
@@ -201,8 +210,8 @@ class Training:
         total = torch.zeros((), device=weights.device)
         if self._rule.relaxes:
             weights.show(pruned=True)
-        for index in mine:
-            total += self._losses.divergence(index)
+        for some in self._groups(mine):
+            total += self._losses.divergence(some) * len(some)
         if self._rule.relaxes:
             weights.show()
         self._ranks.sum_([total])

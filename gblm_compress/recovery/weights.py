@@ -145,7 +145,11 @@ class Weights:
                 nothing = torch.zeros_like(self.parameters[name], dtype=torch.float32)
                 gradient = self._survivors[name].pack(nothing)
             self._ranks.sum_to_(gradient, self._owner[name])
-            if self.owns(name):
+            if not self.owns(name):
+                continue
+            if name not in self.keep and not (name in self._parts and self._parts[name].grids):
+                self.masters[name].grad = gradient  # the network sees the master as it is
+            else:
                 with torch.enable_grad():
                     self._seen(name).backward(self._survivors[name].unpack(gradient))  # type: ignore[no-untyped-call]
 

@@ -61,6 +61,14 @@ def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_samples_do_not_see_each_other(exact, monkeypatch) -> None:
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
+    each = [[x + number for x in heads(150)] for number in range(2)]
+    got = attention(layer(), *(torch.cat(kind) for kind in zip(*each, strict=True)), None)[0]
+    for number, inputs in enumerate(each):
+        torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_one_new_token_sees_all_that_is_in_the_cache(samples: int, exact, monkeypatch) -> None:
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
@@ -125,7 +133,7 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
     attention(layer(), q[:, :, :10], k, v, None)  # a cache
     attention(layer(), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
     attention(layer(), q, k, v.repeat(1, 3, 1, 1), None)
-    assert len(left) == 13
+    assert len(left) == 12
     assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[3][1]["position_bias"] is mask
 
 
