@@ -6,7 +6,8 @@ products  the products of all linear layers alone: forward in the dense model, f
 bytes     a copy of as many bytes as a step must move at least: weights of both networks, gradients, masters and Adam's
           moments, once each.
 
-The parts and the step are medians; the first steps are not counted.
+The parts and the step are medians; the first steps are not counted, nor are the looks at held-out text before the first
+and after the last.
 """
 
 import argparse
@@ -52,13 +53,13 @@ PARTS = {
 """What is timed in a step; the forward pass of the dense model is within that of the loss."""
 
 WARM_UP = 3
-COPIES = 5
+RUNS = 5
 
 
-def seconds_of(work: Callable[[], object], repeats: int = COPIES) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     """The median of some runs; the first is not counted."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(RUNS + 1):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
@@ -66,7 +67,7 @@ def seconds_of(work: Callable[[], object], repeats: int = COPIES) -> float:
 
 
 def timed_steps(source: ModelSource, dense: ModelSource, settings: RecoverSettings) -> dict[str, float]:
-    """{part: seconds in a step}, by a training of so many steps, in which nothing is looked at."""
+    """{part: seconds in a step}, by a training of so many steps. What runs before the first step counts as its own."""
     spent: defaultdict[str, list[float]] = defaultdict(list)
     running: Counter[str] = Counter()
 
@@ -105,11 +106,12 @@ def products(layers: list[tuple[int, int]], head: tuple[int, int], tokens: int, 
         layers, head: (outputs, inputs).
     """
     total = 0.0
-    for (out, into), count in (*Counter(layers).items(), (head, 1)):
+    shapes = [(*shape, count, True) for shape, count in Counter(layers).items()] + [(*head, 1, False)]
+    for out, into, count, trained in shapes:
         x, weight, upstream = (torch.randn(size, dtype=dtype) for size in ((tokens, into), (out, into), (tokens, out)))
         forward, backward = partial(linear, x, weight), partial(torch.mm, upstream, weight)
         seconds = 2 * seconds_of(forward) + seconds_of(backward)
-        if (out, into) != head:
+        if trained:
             seconds += seconds_of(partial(torch.mm, upstream.mT, x))
         total += count * seconds
     return total

@@ -16,7 +16,7 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
@@ -87,7 +87,7 @@ class RecoverResult:
 
 
 def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
-    """Find what makes a recovery impossible, without loading weights.
+    """Find what makes a recovery impossible, before a model is loaded; the zeros of the pruned folder are looked at.
 
     Raises:
         GblmError: all faults at once.
@@ -269,6 +269,11 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
             f"free: models of up to about {free / processes / (each + 4) / 1e9:.2f} billion weights fit; prune "
             "with --fit balanced, which works on one block at a time"
         )
+    try:
+        manifest.verify(source.folder)
+        grids.verify(source)
+    except VerificationError as error:
+        raise ModelError(f"model {source.name!r} is not what `prune` wrote: {error}; prune again") from error
 
 
 def _budget(layer: dict[str, Any]) -> Budget:

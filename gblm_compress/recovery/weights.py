@@ -102,6 +102,10 @@ class Weights:
         """The master of a layer's weight as [out_features, in_features]."""
         return as_matrix(self.layers[name], self._survivors[name].unpack(self.masters[name].detach()))
 
+    def _is_seen_as_it_is(self, name: str) -> bool:
+        """Whether the network sees the numbers of a master: neither a mask rule nor a grid stands between."""
+        return name not in self.keep and (name not in self._parts or not self._parts[name].grids)
+
     def _seen(self, name: str, pruned: bool = False) -> Tensor:
         """What the network sees of a tensor that is this process's own, in float32; differentiable."""
         dense = self._survivors[name].unpack(self.masters[name])
@@ -147,8 +151,8 @@ class Weights:
             self._ranks.sum_to_(gradient, self._owner[name])
             if not self.owns(name):
                 continue
-            if name not in self.keep and not (name in self._parts and self._parts[name].grids):
-                self.masters[name].grad = gradient  # the network sees the master as it is
+            if self._is_seen_as_it_is(name):
+                self.masters[name].grad = gradient
             else:
                 with torch.enable_grad():
                     self._seen(name).backward(self._survivors[name].unpack(gradient))  # type: ignore[no-untyped-call]

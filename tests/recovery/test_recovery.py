@@ -1,13 +1,14 @@
 """Recovery: against a plain loop, interrupted, on two processes, with masks that move, on grids; what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.calibration import products
@@ -326,6 +327,21 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
     with pytest.raises(DataError):
         run(source, teacher, tmp_path / "out", tmp_path / "short.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt", "short.txt"]
+
+
+def test_a_folder_that_is_not_what_its_pattern_says_is_refused_before_the_training(
+    pruned, tiny, tmp_path, prose, monkeypatch
+) -> None:
+    monkeypatch.setattr(Training, "run", lambda *args: pytest.fail("trained"))
+    changed = tmp_path / "changed"
+    shutil.copytree(pruned("2:4").folder, changed)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = weights(changed)
+    tensors[name][0, :4] = 1
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    reason = rf"'changed' is not what `prune` wrote: {name}: breaks pattern 2:4 at row 0, .*; prune again"
+    with pytest.raises(ModelError, match=reason):
+        run(ModelSource("changed", changed), tiny("llama"), tmp_path / "out", prose)
 
 
 def test_a_training_that_diverges_ends_with_a_reason(pruned, tiny, tmp_path, prose) -> None:
