@@ -1,7 +1,7 @@
 /* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See bitmask.h.
  *
  * Every kernel computes rows [begin, end) for all tokens; each token of `x` is readable for whole words. Paths: portable C,
- * AVX2 (fp32 x), AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
+ * AVX2, AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
  * attribute, so that one library runs anywhere; `gblm_paths` says what the CPU has.
  */
 #include "bitmask.h"
@@ -64,74 +64,6 @@ PORTABLE_EXPAND(32, uint32_t)
 PORTABLE_EXPAND(16, uint16_t)
 
 #if defined(__x86_64__)
-
-/* ---- AVX2: spread 8 packed floats by a table of 256 permutations ---- */
-
-static int32_t avx2_spread[256][8]; /* where lane i takes its value from */
-static int32_t avx2_lanes[256][8];  /* -1 where a lane has a value */
-
-__attribute__((constructor)) static void avx2_fill_tables(void) {
-    for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0, next = 0; lane < 8; lane++) {
-            const int has = mask >> lane & 1;
-            avx2_spread[mask][lane] = has ? next++ : 0;
-            avx2_lanes[mask][lane] = -has;
-        }
-}
-
-/* 8 weights as fp32, and v moved past them. */
-AVX2 static inline __m256 avx2_spread_8(__m256 packed, unsigned bits) {
-    const __m256 spread = _mm256_permutevar8x32_ps(packed, _mm256_loadu_si256((const __m256i *)avx2_spread[bits]));
-    return _mm256_and_ps(spread, _mm256_loadu_ps((const float *)avx2_lanes[bits]));
-}
-AVX2 static inline __m256 avx2_packed_f32(const float **v, unsigned bits) {
-    const __m256 packed = _mm256_loadu_ps(*v);
-    *v += __builtin_popcount(bits);
-    return avx2_spread_8(packed, bits);
-}
-AVX2 static inline __m256 avx2_packed_f16(const uint16_t **v, unsigned bits) {
-    const __m256 packed = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)*v));
-    *v += __builtin_popcount(bits);
-    return avx2_spread_8(packed, bits);
-}
-AVX2 static inline __m256 avx2_dense_f32(const float **v, unsigned bits) {
-    (void)bits;
-    return _mm256_loadu_ps((*v += 8) - 8);
-}
-AVX2 static inline __m256 avx2_dense_f16(const uint16_t **v, unsigned bits) {
-    (void)bits;
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((*v += 8) - 8)));
-}
-
-#define AVX2_KERNEL(NAME, TYPE, EIGHT)                                                                              \
-    AVX2 static void NAME(const Job *job, int64_t begin, int64_t end) {                                             \
-        const int64_t stride = job->words * 64, tokens = job->tokens;                                               \
-        for (int64_t r = begin; r < end; r++) {                                                                     \
-            const TYPE *v = (const TYPE *)job->values + gblm_start(job, r);                                         \
-            __m256 sums[FEW_TOKENS];                                                                                \
-            for (int64_t t = 0; t < tokens; t++) sums[t] = _mm256_setzero_ps();                                     \
-            for (int64_t w = 0; w < job->words; w++) {                                                              \
-                const float *x = (const float *)job->x + w * 64;                                                    \
-                const uint64_t bits = gblm_bits(job, r, w);                                                         \
-                _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);                                                \
-                _mm_prefetch((const char *)(v + 1040), _MM_HINT_T0);                                                \
-                for (int part = 0; part < 8; part++) {                                                              \
-                    const __m256 value = EIGHT(&v, bits >> (8 * part) & 255);                                       \
-                    for (int64_t t = 0; t < tokens; t++)                                                            \
-                        sums[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + t * stride + 8 * part), sums[t]);      \
-                }                                                                                                   \
-            }                                                                                                       \
-            for (int64_t t = 0; t < tokens; t++) {                                                                  \
-                const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums[t]), _mm256_extractf128_ps(sums[t], 1)); \
-                const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));                                    \
-                gblm_put(job, t, r, _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1))));                \
-            }                                                                                                       \
-        }                                                                                                           \
-    }
-AVX2_KERNEL(avx2_f32, float, avx2_packed_f32)
-AVX2_KERNEL(avx2_f16_x32, uint16_t, avx2_packed_f16)
-AVX2_KERNEL(avx2_dense_f32_x32, float, avx2_dense_f32)
-AVX2_KERNEL(avx2_dense_f16_x32, uint16_t, avx2_dense_f16)
 
 /* ---- AVX-512 ---- */
 
@@ -240,18 +172,19 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((*v += 16) - 16)));
 }
 
-/* Several tokens: each vector of weights is used once for every token, and each of x for every row that is read beside.
- * T is a constant, so that the sums live in registers; there are at least five, lest one wait for the other. */
-#define TOKENS(NAME, ATTRIBUTE, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                                             \
+/* Several tokens, and one with AVX2: each vector of weights is used once for every token, and each of x for every row that is
+ * read beside. T is a constant, so that the sums live in registers; there are at least four, lest one wait for the other. P
+ * gives the operations of VECTOR, and SUM the sum of its numbers. */
+#define TOKENS(NAME, ATTRIBUTE, VECTOR, P, SUM, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                            \
     ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
-                                                                                  int64_t apart, const int streams) { \
+                                                                                  int64_t apart, const int streams) {\
         const int64_t stride = job->words * 64;                                                                      \
         const TYPE *v[STREAMS];                                                                                      \
         const X_TYPE *x = (const X_TYPE *)job->x;                                                                    \
-        __m512 sums[STREAMS][T];                                                                                     \
+        VECTOR sums[STREAMS][T];                                                                                     \
         for (int i = 0; i < streams; i++) {                                                                          \
             v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
-            for (int t = 0; t < T; t++) sums[i][t] = _mm512_setzero_ps();                                            \
+            for (int t = 0; t < T; t++) sums[i][t] = P(setzero_ps)();                                               \
         }                                                                                                            \
         for (int64_t w = 0; w < job->words; w++, x += 64) {                                                          \
             uint64_t m[STREAMS];                                                                                     \
@@ -261,36 +194,37 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
                 _mm_prefetch((const char *)(v[i] + 1040), _MM_HINT_T0);                                              \
             }                                                                                                        \
             _Pragma("GCC unroll 4") for (int part = 0; part < 64; part += WIDTH)                                     \
-                _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {                                 \
-                    const __m512 values = VALUES(v + i, m[i]);                                                       \
+                _Pragma("GCC unroll 4") for (int i = 0; i < streams; i++) {                                          \
+                    const VECTOR values = VALUES(v + i, m[i]);                                                       \
                     m[i] >>= WIDTH;                                                                                  \
                     _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)                                              \
                         sums[i][t] = PRODUCT(values, x + t * stride + part, sums[i][t]);                             \
                 }                                                                                                    \
         }                                                                                                            \
         for (int i = 0; i < streams; i++)                                                                            \
-            for (int t = 0; t < T; t++) gblm_put(job, t, first + i * apart, _mm512_reduce_add_ps(sums[i][t]));       \
+            for (int t = 0; t < T; t++) gblm_put(job, t, first + i * apart, SUM(sums[i][t]));                        \
     }                                                                                                                \
     ATTRIBUTE static void NAME##_##T(const Job *job, int64_t begin, int64_t end) {                                   \
-        const int streams = T == 2 ? STREAMS : T <= 4 ? 2 : 1;                                                       \
+        const int streams = T <= 2 ? STREAMS : T <= 4 ? 2 : 1;                                                       \
         const int64_t apart = (end - begin) / streams;                                                               \
         for (int64_t r = begin; r < begin + apart; r++) NAME##_##T##_rows(job, r, apart, streams);                   \
         for (int64_t r = begin + streams * apart; r < end; r++) NAME##_##T##_rows(job, r, 0, 1);                     \
     }
-#define KERNEL(NAME, ...)                                                                                            \
+#define KERNEL(NAME, ONE, ...)                                                                                       \
     TOKENS(NAME, __VA_ARGS__, 2) TOKENS(NAME, __VA_ARGS__, 3) TOKENS(NAME, __VA_ARGS__, 4)                           \
     TOKENS(NAME, __VA_ARGS__, 5) TOKENS(NAME, __VA_ARGS__, 6) TOKENS(NAME, __VA_ARGS__, 7)                           \
     TOKENS(NAME, __VA_ARGS__, 8)                                                                                     \
     static void NAME(const Job *job, int64_t begin, int64_t end) {                                                   \
-        static const Kernel by_tokens[] = {NAME##_one, NAME##_2, NAME##_3, NAME##_4,                                 \
+        static const Kernel by_tokens[] = {ONE,      NAME##_2, NAME##_3, NAME##_4,                                   \
                                            NAME##_5,   NAME##_6, NAME##_7, NAME##_8};                                \
         by_tokens[job->tokens - 1](job, begin, end);                                                                 \
     }
+#define AVX512_KERNEL(NAME, ATTRIBUTE, ...) KERNEL(NAME, NAME##_one, ATTRIBUTE, __m512, OF_512, _mm512_reduce_add_ps, __VA_ARGS__)
 #define PRODUCT_X32(VALUES, X, SUMS) _mm512_fmadd_ps(VALUES, _mm512_loadu_ps(X), SUMS)
-KERNEL(avx512_f32, AVX512, float, float, 16, packed_f32, PRODUCT_X32)
-KERNEL(avx512_f16_x32, AVX512_16, uint16_t, float, 16, packed_f16, PRODUCT_X32)
-KERNEL(avx512_dense_f32, AVX512, float, float, 16, dense_f32, PRODUCT_X32)
-KERNEL(avx512_dense_f16, AVX512_16, uint16_t, float, 16, dense_f16, PRODUCT_X32)
+AVX512_KERNEL(avx512_f32, AVX512, float, float, 16, packed_f32, PRODUCT_X32)
+AVX512_KERNEL(avx512_f16_x32, AVX512_16, uint16_t, float, 16, packed_f16, PRODUCT_X32)
+AVX512_KERNEL(avx512_dense_f32, AVX512, float, float, 16, dense_f32, PRODUCT_X32)
+AVX512_KERNEL(avx512_dense_f16, AVX512_16, uint16_t, float, 16, dense_f16, PRODUCT_X32)
 
 /* bf16: 32 values a vector, products of pairs summed in float32 by vdpbf16ps. */
 AVX512_BF16 static inline __attribute__((always_inline)) const uint16_t *word_bf16(uint64_t m, const uint16_t *v,
@@ -313,7 +247,7 @@ AVX512_BF16 static inline __m512 packed_bf16(const uint16_t **v, uint64_t bits) 
     return (__m512)expand_epi16((__mmask32)bits, from);
 }
 #define PRODUCT_BF16(VALUES, X, SUMS) _mm512_dpbf16_ps(SUMS, (__m512bh)(VALUES), (__m512bh)_mm512_loadu_si512(X))
-KERNEL(avx512_bf16, AVX512_BF16, uint16_t, uint16_t, 32, packed_bf16, PRODUCT_BF16)
+AVX512_KERNEL(avx512_bf16, AVX512_BF16, uint16_t, uint16_t, 32, packed_bf16, PRODUCT_BF16)
 
 AVX512_16 static void avx512_f16(const Job *job, int64_t begin, int64_t end) {
     const int64_t stride = job->words * 64, tokens = job->tokens;
@@ -373,6 +307,67 @@ AVX512_16 static void avx512_expand_16(const Job *job, int64_t begin, int64_t en
         }
     }
 }
+
+/* ---- AVX2: 8 values are spread by a table of 256 permutations ---- */
+
+static int32_t spread_32[256][8] __attribute__((aligned(32))); /* where lane i takes its value from */
+static int32_t lanes_32[256][8] __attribute__((aligned(32)));  /* -1 where a lane has a value */
+static uint8_t spread_16[256][16] __attribute__((aligned(16))); /* where byte i is taken from; 128 where there is none */
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0, next = 0; lane < 8; lane++) {
+            const int has = mask >> lane & 1;
+            lanes_32[mask][lane] = -has;
+            spread_32[mask][lane] = has ? next : 0;
+            spread_16[mask][2 * lane] = has ? (uint8_t)(2 * next) : 128;
+            spread_16[mask][2 * lane + 1] = has ? (uint8_t)(2 * next + 1) : 128;
+            next += has;
+        }
+}
+
+AVX2 static inline __m256 widened_f16(__m128i halves) { return _mm256_cvtph_ps(halves); }
+AVX2 static inline __m256 widened_bf16(__m128i halves) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+/* 8 weights as fp32, and v moved past them. */
+AVX2 static inline __m256 eight_f32(const float **v, uint64_t bits) {
+    const unsigned mask = (unsigned)bits & 255;
+    const __m256 packed = _mm256_loadu_ps(*v);
+    *v += __builtin_popcount(mask);
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(packed, _mm256_load_si256((const __m256i *)spread_32[mask])),
+                         _mm256_load_ps((const float *)lanes_32[mask]));
+}
+AVX2 static inline __m128i eight_16(const uint16_t **v, uint64_t bits) {
+    const unsigned mask = (unsigned)bits & 255;
+    const __m128i packed = _mm_loadu_si128((const __m128i *)*v);
+    *v += __builtin_popcount(mask);
+    return _mm_shuffle_epi8(packed, _mm_load_si128((const __m128i *)spread_16[mask]));
+}
+#define EIGHT_F16(V, BITS) widened_f16(eight_16(V, BITS))
+#define EIGHT_BF16(V, BITS) widened_bf16(eight_16(V, BITS))
+AVX2 static inline __m256 eight_dense_f32(const float **v, uint64_t bits) {
+    (void)bits;
+    return _mm256_loadu_ps((*v += 8) - 8);
+}
+AVX2 static inline __m256 eight_dense_f16(const uint16_t **v, uint64_t bits) {
+    (void)bits;
+    return widened_f16(_mm_loadu_si128((const __m128i *)((*v += 8) - 8)));
+}
+
+#define AVX2_KERNEL(NAME, ...)                                          \
+    TOKENS(NAME, AVX2, __m256, OF_256, gblm_sum_256, __VA_ARGS__, 1)    \
+    KERNEL(NAME, NAME##_1, AVX2, __m256, OF_256, gblm_sum_256, __VA_ARGS__)
+#define EIGHT_X32(VALUES, X, SUMS) _mm256_fmadd_ps(VALUES, _mm256_loadu_ps(X), SUMS)
+#define EIGHT_XF16(VALUES, X, SUMS) _mm256_fmadd_ps(VALUES, widened_f16(_mm_loadu_si128((const __m128i *)(X))), SUMS)
+#define EIGHT_XBF16(VALUES, X, SUMS) _mm256_fmadd_ps(VALUES, widened_bf16(_mm_loadu_si128((const __m128i *)(X))), SUMS)
+AVX2_KERNEL(avx2_f32, float, float, 8, eight_f32, EIGHT_X32)
+AVX2_KERNEL(avx2_f16, uint16_t, uint16_t, 8, EIGHT_F16, EIGHT_XF16)
+AVX2_KERNEL(avx2_bf16, uint16_t, uint16_t, 8, EIGHT_BF16, EIGHT_XBF16)
+AVX2_KERNEL(avx2_f16_x32, uint16_t, float, 8, EIGHT_F16, EIGHT_X32)
+AVX2_KERNEL(avx2_dense_f32, float, float, 8, eight_dense_f32, EIGHT_X32)
+AVX2_KERNEL(avx2_dense_f16, uint16_t, float, 8, eight_dense_f16, EIGHT_X32)
 #endif
 
 /* ---- choice of path ---- */
@@ -398,9 +393,7 @@ static int paths_of(int type) {
     int paths = 1 << PORTABLE_PATH;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (gblm_x32(type) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        (type == F32 || has_f16c()))
-        paths |= 1 << AVX2_PATH;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) paths |= 1 << AVX2_PATH;
     const int base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const int expand16 = base && __builtin_cpu_supports("avx512vbmi2");
@@ -427,11 +420,12 @@ EXPORT int gblm_paths(int type) {
 static Kernel kernel_of(int path, int type, int dense) {
     static const Kernel portable[TYPES] = {portable_f32, portable_f16, portable_bf16, portable_f16_x32};
 #if defined(__x86_64__)
+    static const Kernel avx2[TYPES] = {avx2_f32, avx2_f16, avx2_bf16, avx2_f16_x32};
     static const Kernel avx512[TYPES] = {avx512_f32, avx512_f16, avx512_bf16, avx512_f16_x32};
     if (path >= AVX512_PATH && dense) return type == F32 ? avx512_dense_f32 : avx512_dense_f16;
     if (path >= AVX512_PATH) return avx512[type]; /* tiles do not pay for few tokens */
-    if (path == AVX2_PATH && dense) return type == F32 ? avx2_dense_f32_x32 : avx2_dense_f16_x32;
-    if (path == AVX2_PATH) return type == F32 ? avx2_f32 : avx2_f16_x32;
+    if (path == AVX2_PATH && dense) return type == F32 ? avx2_dense_f32 : avx2_dense_f16;
+    if (path == AVX2_PATH) return avx2[type];
 #endif
     (void)path, (void)dense;
     return portable[type];

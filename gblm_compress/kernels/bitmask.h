@@ -141,6 +141,15 @@ static inline void gblm_put(const Job *job, int64_t token, int64_t row, float su
     __attribute__((target(                                                                                           \
         "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,amx-tile,amx-bf16,fma,popcnt,bmi,bmi2")))
 
+#define OF_512(OPERATION) _mm512_##OPERATION
+#define OF_256(OPERATION) _mm256_##OPERATION
+
+AVX2 static inline float gblm_sum_256(__m256 numbers) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps(numbers, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+
 /* The values at v, spread to the set bits. As assembly: Zen waits for what was in the register that an expansion writes,
  * zeroed or not, and has nothing to wait for where that is the register it reads. A load folded into it waits as well. */
 AVX512 static inline __m512 expand_ps(__mmask16 mask, const float *v) {

@@ -183,8 +183,6 @@ AVX512_BF16 static void store_bf16(const Job *job, const float *sums, int64_t wi
                 values[i] = next;                                                                                     \
             }                                                                                                         \
     }
-#define OF_512(OPERATION) _mm512_##OPERATION
-#define OF_256(OPERATION) _mm256_##OPERATION
 #define HALF_512(H) _mm512_cvtph_ps(_mm256_set1_epi16((short)(H)))
 #define HALF_256(H) _mm256_cvtph_ps(_mm_set1_epi16((short)(H)))
 #define SPARSE_PANEL_512(V)                                                                           \

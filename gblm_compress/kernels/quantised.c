@@ -260,12 +260,6 @@ AVX2 INLINE void avx2_word(uint64_t bits, const uint8_t **v, __m256i table, cons
     *v += bytes_in(__builtin_popcountll(bits), kind);
 }
 
-AVX2 static inline float avx2_sum(__m256 sums) {
-    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
-}
-
 AVX2 INLINE float avx2_scale(const Quantised *job, int64_t row, int64_t group) {
     return group < job->groups ? _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(job->scales[row * job->groups + group]))) : 0;
 }
@@ -300,7 +294,7 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
         }
     }
     const float scale = job->group ? 1.0f : avx2_scale(job, r, 0);
-    for (int t = 0; t < tokens && t < job->tokens; t++) put(job, t, r, avx2_sum(sums[t]) * scale * job->x_scales[t]);
+    for (int t = 0; t < tokens && t < job->tokens; t++) put(job, t, r, gblm_sum_256(sums[t]) * scale * job->x_scales[t]);
 }
 
 #define AVX2_TOKENS(KIND, TOKENS)                                                                    \
