@@ -175,7 +175,7 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
 /* Several tokens, and one with AVX2: each vector of weights is used once for every token, and each of x for every row that is
  * read beside. T is a constant, so that the sums live in registers; there are at least four, lest one wait for the other. P
  * gives the operations of VECTOR, and SUM the sum of its numbers. */
-#define TOKENS(NAME, ATTRIBUTE, VECTOR, P, SUM, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                            \
+#define TOKENS(NAME, ATTRIBUTE, VECTOR, P, SUM, TYPE, X_TYPE, WIDTH, VALUES, PRODUCT, T)                             \
     ATTRIBUTE static inline __attribute__((always_inline)) void NAME##_##T##_rows(const Job *job, int64_t first,     \
                                                                                   int64_t apart, const int streams) {\
         const int64_t stride = job->words * 64;                                                                      \
@@ -184,7 +184,7 @@ AVX512_16 static inline __m512 dense_f16(const uint16_t **v, uint64_t bits) {
         VECTOR sums[STREAMS][T];                                                                                     \
         for (int i = 0; i < streams; i++) {                                                                          \
             v[i] = (const TYPE *)job->values + gblm_start(job, first + i * apart);                                   \
-            for (int t = 0; t < T; t++) sums[i][t] = P(setzero_ps)();                                               \
+            for (int t = 0; t < T; t++) sums[i][t] = P(setzero_ps)();                                                \
         }                                                                                                            \
         for (int64_t w = 0; w < job->words; w++, x += 64) {                                                          \
             uint64_t m[STREAMS];                                                                                     \
