@@ -126,7 +126,7 @@ def export(
         model, dtype = model.float(), "float32"
     processor = loading.load_processor(source)
     layers = manifest.pruned_layers(source, model)
-    is_dense = settings.kernels and not manifest.is_ours(source.folder)
+    is_dense = settings.kernels and not manifest.is_pruned(source.folder)
     if is_dense:
         layers = []  # the dense model, on kernels of the same care
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         prune,
         push,
         recover,
+        reorder,
         report,
         run,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "prune",
     "push",
     "recover",
+    "reorder",
     "report",
     "run",
 ]

@@ -19,6 +19,9 @@ _PROVENANCE = """
 | --- | --- |
 | saliency | {{ settings.method }} |
 | pattern | {{ settings.pattern }} |
+{% if reordering -%}
+| order of channels | chosen for {{ reordering.pattern }} |
+{% endif -%}
 {% if settings.allocation != "uniform" -%}
 | allocation | {{ settings.allocation }} |
 {% endif -%}
@@ -57,6 +60,16 @@ tags: [pruned, sparse, gblm-compress]
 # {{ title }}
 """
 
+REORDERED = (
+    _HEAD
+    + """
+{{ base }}, its channels in an order in which {{ reordering.pattern }} costs less, by gblm-compress {{ version }}. It \
+computes the same: no weight is another, and none is pruned.
+
+`{{ auto_class }}.from_pretrained` loads this folder as it is. Which layers changed is in `gblm_manifest.json`.
+"""
+)
+
 PRUNED = (
     _HEAD
     + """
@@ -94,7 +107,7 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
 
     Args:
         content: the manifest.
-        template: `PRUNED` or `EXPORT`.
+        template: `REORDERED`, `PRUNED` or `EXPORT`.
         library: what loads the folder, as the hub calls it.
         more: code of our own that the template names.
     """
@@ -114,6 +127,7 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
         read=filled.read if filled else (),
         grid=filled.grid if filled else None,
         calibration=content.get("calibration"),
+        reordering=content.get("reordering"),
         format=content.get("format"),
         dtype=content.get("dtype"),
         layers=layers,

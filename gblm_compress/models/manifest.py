@@ -69,18 +69,27 @@ class _Base(BaseModel):
     sha256: str
 
 
+class _Reordering(BaseModel):
+    """The order of the channels, of which any will do for the model."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    pattern: str
+
+
 class _Manifest(BaseModel):
     """What is read again of a manifest, with the types it must have."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    kind: Literal["pruned", "export"]
+    kind: Literal["reordered", "pruned", "export"]
     base_model: _Base
     layers: dict[str, _Layer] = {}
     left_dense: dict[str, _LeftDense] = {}
     prune: PruneSettings | None = None
     calibration: _Calibration | None = None
     grids_sha256: str | None = None
+    reordering: _Reordering | None = None
 
     @model_validator(mode="after")
     def _pruned_layers_are_listed(self) -> Self:
@@ -89,6 +98,25 @@ class _Manifest(BaseModel):
         if self.kind == "pruned" and bool(self.prune and self.prune.grid) != bool(self.grids_sha256):
             raise ValueError("grids_sha256 is there where the settings quantise, and nowhere else")
         return self
+
+
+def write_reordered(folder: Path, *, source: ModelSource, reordering: dict[str, Any], compute: dict[str, str]) -> None:
+    """Write the manifest and the model card of a dense folder whose channels lie in another order.
+
+    Args:
+        reordering: its settings, the text, and what it brought.
+    """
+    content = {
+        "kind": "reordered",
+        "gblm_compress": gblm_compress.__version__,
+        "base_model": _base_model(source),
+        "source_sha256": source.fingerprint,
+        "reordering": reordering,
+        "compute": compute,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    title = f"{_short(content)}, channels reordered for {reordering['pattern']}"
+    _write(folder, content, card.REORDERED, "transformers", title, auto_class=task_of(source).auto_class)
 
 
 def write(
@@ -122,6 +150,7 @@ def write(
         "layers": layers,
         "left_dense": left_dense,
         **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
+        **_carried(source, "reordering"),
     }
     on_grid = "" if grids_sha256 is None else f", {settings['quantise']}"
     title = f"{_short(content)}, {settings['method']}, {settings['pattern']}{on_grid}"
@@ -173,7 +202,6 @@ def write_export(
         loading: the lines of Python that load the folder, for the card.
         checks: what verification found.
     """
-    pruned = read(source.folder) if is_ours(source.folder) else {}
     content: dict[str, Any] = {
         "kind": "export",
         "gblm_compress": gblm_compress.__version__,
@@ -183,7 +211,7 @@ def write_export(
         "source_sha256": source.fingerprint,
         "checks": checks,
         "versions": {package: version(package) for package in PACKAGES},
-        **{key: pruned[key] for key in ("prune", "calibration", "layers", "left_dense") if key in pruned},
+        **_carried(source, "prune", "calibration", "layers", "left_dense", "reordering"),
     }
     _write(folder, content, card.EXPORT, library, f"{_short(content)}, {format}", loading=loading)
 
@@ -191,6 +219,12 @@ def write_export(
 def _write(folder: Path, content: dict[str, Any], template: str, library: str, title: str, **more: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     card.write(folder, content, template, library, title, **more)
+
+
+def _carried(source: ModelSource, *names: str) -> dict[str, Any]:
+    """What the manifest of a folder says under some of its keys, as far as there is one and it has them."""
+    content = read(source.folder) if is_ours(source.folder) else {}
+    return {name: content[name] for name in names if name in content}
 
 
 def _base_model(source: ModelSource) -> dict[str, str]:
@@ -221,8 +255,17 @@ def is_ours(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def is_pruned(folder: Path) -> bool:
+    """Whether a folder carries the manifest of a model that was pruned.
+
+    Raises:
+        ModelError: the manifest is damaged.
+    """
+    return is_ours(folder) and "prune" in read(folder)
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a pruned or exported folder.
+    """The manifest of a folder that this program made.
 
     Raises:
         ModelError: there is none, or it is damaged.
@@ -249,7 +292,7 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
     Raises:
         ModelError: the manifest is damaged, or names what is no linear layer of that shape in the model.
     """
-    if not is_ours(source.folder):
+    if not is_pruned(source.folder):
         return [name for block in prunable_layers(model) for name in block]
     modules, layers = dict(model.named_modules()), read(source.folder)["layers"]
     for name, layer in layers.items():

@@ -15,7 +15,7 @@ from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, P
 
 def pruned_before(source: ModelSource) -> list[str]:
     """What to say about a source that this program has pruned already."""
-    if not manifest.is_ours(source.folder):
+    if not manifest.is_pruned(source.folder):
         return []
     layers = manifest.read(source.folder).get("layers", {}).values()
     weights = sum(math.prod(layer["shape"]) for layer in layers)

@@ -111,7 +111,7 @@ def prune(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    with outputs.reserved(output, force, [source.folder, *_files_of(calibration)], ranks.is_first_started()):
+    with outputs.reserved(output, force, [source.folder, *files_of(calibration)], ranks.is_first_started()):
         return _prune(
             source,
             output,
@@ -272,7 +272,8 @@ def _check_guidance(model: Any) -> None:
         )
 
 
-def _files_of(calibration: CalibrationSettings) -> list[Path]:
+def files_of(calibration: CalibrationSettings) -> list[Path]:
+    """The files of the calibration text, which no output may replace."""
     try:
         return tasks.data_files(calibration.dataset)
     except DataError:  # which is refused with all that is at fault

@@ -239,14 +239,14 @@ def _recover(
 
 def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
     loading.check_model(source, "recover")
-    if not manifest.is_ours(source.folder):
+    if not manifest.is_pruned(source.folder):
         raise ModelError(
             f"model {source.name!r} was not made by `gblm-compress prune`, so that nothing says which zeros must stay; "
             "give a pruned folder"
         )
     content = manifest.read(source.folder)
     loading.check_model(teacher, "learn from")
-    if manifest.is_ours(teacher.folder):
+    if manifest.is_pruned(teacher.folder):
         raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")
     own, theirs = (loading.config_of(each).get_text_config() for each in (source, teacher))
     if own.vocab_size != theirs.vocab_size:

@@ -1,4 +1,4 @@
-"""The stages of a run that write: a text, the pruned model, the trained one, and exports."""
+"""The stages of a run that write: a text, the dense model in another order, the pruned and trained ones, exports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,18 @@ from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
+from gblm_compress.pruning.reordering import check_channels, check_dense, reorder
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
-from gblm_compress.settings import CalibrationSettings, ExportSettings, GenerateSettings, PruneSettings, RecoverSettings
+from gblm_compress.settings import (
+    CalibrationSettings,
+    ExportSettings,
+    GenerateSettings,
+    PruneSettings,
+    RecoverSettings,
+    ReorderSettings,
+)
 from gblm_compress.storage import outputs
 
 Look = Callable[[], object]
@@ -66,6 +74,58 @@ class Generate(Recorded):
 
 
 @dataclass(frozen=True)
+class Reorder(Recorded):
+    """Put the channels of the dense model in another order."""
+
+    settings: ReorderSettings
+    calibration: CalibrationSettings
+
+    name = "reorder"
+
+    @property
+    def does(self) -> str:
+        return f"reorder the channels of {self.job.dense.name} for {self.settings.pattern}"
+
+    @property
+    def place(self) -> Path:
+        return self.job.to_prune.folder
+
+    @property
+    def reads(self) -> tuple[ModelSource, ...]:
+        return (self.job.dense,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.calibration.dataset,)
+
+    def decides(self) -> list[Any]:
+        return [plain(self.settings), plain(self.calibration), self.job.dtype, self.job.device]
+
+    def check(self, progress: Progress) -> list[GblmError]:
+        looks = _texts_are_there(self)
+        if self.job.here:
+            looks += [_length_fits(self, self.calibration), partial(check_dense, self.job.dense)]
+            looks.append(partial(check_channels, self.job.dense, self.settings))
+        return faults.collect(looks)
+
+    def disk(self) -> Disk:
+        return Disk(self.job.dense.bytes_on_disk)
+
+    def work(self, progress: Progress) -> Any:
+        return reorder(
+            self.job.dense,
+            self.place,
+            self.settings,
+            self.calibration,
+            resources=self.job.recipe.resources,
+            dtype=self.job.dtype,
+            device=self.job.device,
+            force=True,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
 class Prune(Recorded):
     """Prune the dense model."""
 
@@ -84,7 +144,7 @@ class Prune(Recorded):
 
     @property
     def reads(self) -> tuple[ModelSource, ...]:
-        return (self.job.dense,)
+        return (self.job.to_prune,)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -97,8 +157,7 @@ class Prune(Recorded):
     def check(self, progress: Progress) -> list[GblmError]:
         looks = _texts_are_there(self)
         if self.settings.needs_text and self.job.here:
-            length = self.calibration.sequence_length
-            looks.append(partial(loading.check_length, self.job.dense, length, "calibration.sequence_length"))
+            looks.append(_length_fits(self, self.calibration))
         return faults.collect([*looks, lambda: self.job.patterns])
 
     def disk(self) -> Disk:
@@ -108,7 +167,7 @@ class Prune(Recorded):
 
     def work(self, progress: Progress) -> Any:
         return prune(
-            self.job.dense,
+            self.job.to_prune,
             self.place,
             self.settings,
             self.calibration,
@@ -233,6 +292,12 @@ class Export(Recorded):
 
     def work(self, progress: Progress) -> Any:
         return export(self.source, self.place, self.settings, force=True, progress=progress)
+
+
+def _length_fits(stage: Recorded, calibration: CalibrationSettings) -> Look:
+    """A look at the windows of the calibration, which the model must take."""
+    length = calibration.sequence_length
+    return partial(loading.check_length, stage.job.dense, length, "calibration.sequence_length")
 
 
 def _texts_are_there(stage: Recorded) -> list[Look]:
