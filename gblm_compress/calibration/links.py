@@ -18,12 +18,6 @@ from torch import Tensor, nn
 from gblm_compress.calibration.blocks import Block
 from gblm_compress.models.architecture import is_transposed, weight_matrix
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far a layer's output may move in a trial, as a share of it, by dtype: more than by rounding, less than by a wrong
-order."""
-
-TOLERANCE_OF_16_BITS = 0.05
-
 PARTS = (1, 2)
 """A first layer of an MLP may hold gate and values, one after the other."""
 
@@ -76,6 +70,12 @@ class Link:
             if getattr(layers[name], "bias", None) is not None:
                 moves.append((f"{name}.bias", 0, rows))
         return moves
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far what is computed may be from what it was, as a share of it: more than by rounding, less than by a wrong
+    order."""
+    return 0.05 if dtype.itemsize == 2 else 1e-3
 
 
 def heads_of(config: Any) -> Heads | None:
@@ -148,13 +148,13 @@ def _holds(block: Block, layers: Mapping[str, nn.Module], link: Link, before: di
     Args:
         before: what they give as they are.
     """
-    generator, tolerance = torch.Generator().manual_seed(0), TOLERANCE.get(block.inputs[0].dtype, TOLERANCE_OF_16_BITS)
+    generator, most = torch.Generator().manual_seed(0), tolerance(block.inputs[0].dtype)
     order = torch.stack([torch.randperm(link.size(layers), generator=generator) for _ in range(link.runs)])
     with moved(layers, link.moves(layers, order)):
         after = _outputs(block, layers)
     return after.keys() == before.keys() and all(
         after[name].shape == before[name].shape  # where a router has not chosen other tokens
-        and float((after[name] - before[name]).norm()) <= tolerance * float(before[name].norm())
+        and float((after[name] - before[name]).norm()) <= most * float(before[name].norm())
         for name in before
         if name not in link.producers
     )

@@ -55,7 +55,7 @@ seed {{ calibration.seed }} |
 _HEAD = """---
 base_model: {{ base | tojson }}
 library_name: {{ library }}
-tags: [pruned, sparse, gblm-compress]
+tags: [{{ "pruned, sparse, " if layers else "" }}gblm-compress]
 ---
 # {{ title }}
 """

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.blocks import Block, BlockReplay
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.links import Heads, Link, find_links, guess_links, heads_of
+from gblm_compress.calibration.links import Heads, Link, find_links, guess_links, heads_of, tolerance
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.whole_calls import calls_of
 from gblm_compress.errors import ModelError, VerificationError
@@ -34,17 +33,15 @@ from gblm_compress.models.architecture import linear_weights, prunable_layers, w
 from gblm_compress.models.experts import run_all_
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.placement import SHARE_OF_FREE_MEMORY
+from gblm_compress.pruning.placement import Size, choose_placement
 from gblm_compress.pruning.saving import checkpoint_of, copy_settings
 from gblm_compress.pruning.stage import files_of
-from gblm_compress.settings import CalibrationSettings, ReorderSettings, ResourceSettings
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ReorderSettings, ResourceSettings
 from gblm_compress.storage import folders, outputs
 from gblm_compress.tasks.task import Sample, Task, fingerprint, on_device
 
-LARGEST_CHANGE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far the last hidden states of the written model may be from the dense one's, as a share of them, by dtype."""
-
-LARGEST_CHANGE_OF_16_BITS = 0.1
+ALIKE = PruneSettings(method="wanda", fit="none")
+"""A pruning that measures what is measured here, so that it takes the same memory and disk."""
 
 Move = tuple[int, Tensor]
 """A dimension of a tensor, and what lies at each place of it."""
@@ -147,18 +144,18 @@ def reorder(
         size = calibration.samples, calibration.sequence_length, calibration.seed
         config = loading.config_of(source)
         samples = [on_device(each, device) for each in task.calibration(processor, config, calibration.dataset, *size)]
-        outputs.check_space(output, source.bytes_on_disk, "the output")
-        free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-        given = resources or ResourceSettings()
-        room = given.memory or int(SHARE_OF_FREE_MEMORY * free)
-        offload = 2 * source.bytes_on_disk > room if given.offload is None else given.offload
+        takes = Size(source, dtype, ALIKE, calibration)
+        placement = choose_placement(takes, resources or ResourceSettings(), ALIKE, device, Ranks())
+        in_files = max(0, takes.states(placement.by_sample) - placement.states)
+        outputs.check_space(output, takes.checkpoint + in_files, "the output, and for hidden states meanwhile")
         with (
             peak_memory(device) as memory,
             chunked_attention(),
-            tempfile.TemporaryDirectory(prefix="gblm-") as scratch,
+            tempfile.TemporaryDirectory(prefix=folders.beside(output, "states"), dir=output.parent) as scratch,
             torch.no_grad(),
         ):
-            place = _Place(dtype, device, offload, StatePool(Path(scratch) / "states", room // 2, torch.device(device)))
+            pool = StatePool(Path(scratch), placement.states, torch.device(device))
+            place = _Place(dtype, device, placement.offload, pool)
             progress.say(f"reordering {source.name} for {settings.pattern} in {dtype} on {device} …")
             weights = place.weights(source)
             if calibration.experts == "all":
@@ -339,7 +336,7 @@ def _verify(written: ModelSource, task: Task, samples: Sequence[Sample], states:
             replay.advance(index)
     found = replay.hidden[0].float()
     change = float((found - states.float()).norm() / states.float().norm())
-    largest = LARGEST_CHANGE.get(states.dtype, LARGEST_CHANGE_OF_16_BITS)
+    largest = tolerance(states.dtype)
     if not change <= largest:
         raise VerificationError(
             f"the reordered model computes something else: its last hidden states are {change:.2g} of their size from "

@@ -65,11 +65,16 @@ def test_the_same_is_computed_and_less_is_lost(kind, tiny, reordered, tmp_path, 
     assert result.weights == sum(loading.load_model(source).get_submodule(n).weight.numel() for n in result.layers)
 
 
-def test_it_is_the_same_on_disk_and_keeps_the_dtype(tiny, reordered, tmp_path) -> None:
+def test_it_is_the_same_on_disk_and_keeps_the_dtype(tiny, reordered, tmp_path, prose, progress) -> None:
     whole, streamed = (reordered(tiny("llama"), str(offload), offload=offload) for offload in (False, True))
     assert whole.layers == streamed.layers
     one, other = (tensors(tmp_path / name) for name in ("False", "True"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    text = CalibrationSettings(dataset=str(prose), **TEXT)
+    least = ResourceSettings(memory="1MB")  # nothing is left for hidden states, which go to files
+    reorder(tiny("llama"), tmp_path / "least", ReorderSettings(), text, resources=least, progress=progress)
+    assert all(torch.equal(one[name], tensor) for name, tensor in tensors(tmp_path / "least").items())
+    assert {path.name for path in tmp_path.iterdir()} == {"False", "True", "least", "prose.txt"}
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
