@@ -5,11 +5,11 @@ output what is made of the values. Reorder the rows of these and the columns of 
 here knows a layer by name: which layers belong together is guessed from their shapes, and tried on the text.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -88,18 +88,25 @@ def heads_of(config: Any) -> Heads | None:
     return Heads(queries, values)
 
 
-def find_links(block: Block, layers: Mapping[str, nn.Module], heads: Heads | None, m: int) -> list[Link]:
+def find_links(
+    block: Block, layers: Mapping[str, nn.Module], heads: Heads | None, m: int, layer_done: Callable[[], None]
+) -> list[Link]:
     """The channels of a block that may be reordered within runs that groups of M fit into.
 
     Args:
         layers: {full name: Linear or Conv1D} of the block.
+        layer_done: called for every layer that reads no such channels, as soon as that is known.
     """
     before = _outputs(block, layers)
     found: list[Link] = []
     for consumer in layers:
-        if consumer in before and before[consumer].any():
-            guesses = guess_links(consumer, layers, heads, m)
-            found += islice((link for link in guesses if _holds(block, layers, link, before)), 1)
+        is_used = consumer in before and bool(before[consumer].any())
+        guesses = guess_links(consumer, layers, heads, m) if is_used else []
+        link = next((guess for guess in guesses if _holds(block, layers, guess, before)), None)
+        if link is None:
+            layer_done()
+        else:
+            found.append(link)
     return found
 
 

@@ -277,15 +277,17 @@ def _walk(
     generator = torch.Generator().manual_seed(calibration.seed)
     found: dict[str, ReorderedLayer] = {}
     moves: dict[str, list[Move]] = {}
-    blocks = list(enumerate(weights.per_block(prunable_layers(weights.model))))
-    for index, layers in progress.track(blocks, "reordering", "blocks", tokens=calls.tokens):
-        with weights.block(index):
-            block = replay.block(index)
-            for link, layer, order in _reorder_block(block, layers, heads, settings, generator):
-                found[link.consumer] = layer
-                for name, dimension, places in link.moves(layers, order):
-                    moves.setdefault(name, []).append((dimension, places))
-            replay.advance(index)
+    blocks = weights.per_block(prunable_layers(weights.model))
+    # Not by block, for the whole model may be the only one.
+    with progress.counter("reordering", "layers", sum(map(len, blocks)), calls.tokens) as layer_done:
+        for index, layers in enumerate(blocks):
+            with weights.block(index):
+                block = replay.block(index)
+                for link, layer, order in _reorder_block(block, layers, heads, settings, generator, layer_done):
+                    found[link.consumer] = layer
+                    for name, dimension, places in link.moves(layers, order):
+                        moves.setdefault(name, []).append((dimension, places))
+                replay.advance(index)
     states = replay.hidden[0].clone()
     replay.hidden.release()
     return found, moves, states
@@ -297,10 +299,11 @@ def _reorder_block(
     heads: Heads | None,
     settings: ReorderSettings,
     generator: torch.Generator,
+    layer_done: Callable[[], None],
 ) -> list[tuple[Link, ReorderedLayer, Tensor]]:
     """The links of a block, what becomes of their consumers, and the new orders [runs, size]."""
     n, m = settings.n_m
-    links = find_links(block, layers, heads, m)
+    links = find_links(block, layers, heads, m, layer_done)
     consumers = {link.consumer: layers[link.consumer] for link in links}
     statistics = layer_statistics(block, consumers, {}, Need.ACTIVATIONS)
     found = []
@@ -316,6 +319,7 @@ def _reorder_block(
         columns = link.moves(layers, order)[0][2]
         before, after = (lost(worth, each, n, m) for each in (torch.arange(worth.shape[1]), columns))
         found.append((link, ReorderedLayer(link.producers, weight.numel(), before, after), order))
+        layer_done()
     return found
 
 

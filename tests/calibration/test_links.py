@@ -17,6 +17,10 @@ def first_block(model) -> tuple[Block, dict[str, torch.nn.Module]]:
     return replay(model.eval(), [{"input_ids": ids}]).block(0), prunable_layers(model)[0]
 
 
+def ignore() -> None:
+    """No progress is shown."""
+
+
 LLAMA = [
     Link("model.layers.0.self_attn.o_proj", ("model.layers.0.self_attn.v_proj",), runs=2, copies=2),
     Link("model.layers.0.mlp.down_proj", ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")),
@@ -37,7 +41,9 @@ EXPECTED = {
 def test_what_belongs_together_is_found(kind, tiny) -> None:
     model = load_model(tiny(kind))
     block, layers = first_block(model)
-    assert find_links(block, layers, heads_of(model.config), 4) == EXPECTED[kind]
+    others: list[None] = []
+    assert find_links(block, layers, heads_of(model.config), 4, lambda: others.append(None)) == EXPECTED[kind]
+    assert len(others) + len(EXPECTED[kind]) == len(layers)
 
 
 def test_gate_and_values_in_one_layer_move_alike() -> None:
@@ -48,7 +54,7 @@ def test_gate_and_values_in_one_layer_move_alike() -> None:
     block, layers = first_block(model)
     mlp = "model.layers.0.mlp"
     link = Link(f"{mlp}.down_proj", (f"{mlp}.gate_up_proj",), parts=2)
-    assert find_links(block, layers, heads_of(config), 4) == [link]
+    assert find_links(block, layers, heads_of(config), 4, ignore) == [link]
     before, order = block.run(0), torch.randperm(48)[None]
     with moved(layers, link.moves(layers, order)):
         assert torch.equal(layers[f"{mlp}.gate_up_proj"].weight[48:], model.get_submodule(mlp).gate_up_proj.weight[48:])
@@ -72,9 +78,9 @@ def test_channels_stay_in_their_run(tiny) -> None:
 def test_runs_must_hold_whole_groups(tiny) -> None:
     model = load_model(tiny("llama"))  # heads of 16 channels, 128 channels in the MLP
     block, layers = first_block(model)
-    assert find_links(block, layers, heads_of(model.config), 32) == LLAMA[1:]
-    assert find_links(block, layers, None, 4) == LLAMA[1:]
-    assert find_links(block, layers, heads_of(model.config), 3) == []
+    assert find_links(block, layers, heads_of(model.config), 32, ignore) == LLAMA[1:]
+    assert find_links(block, layers, None, 4, ignore) == LLAMA[1:]
+    assert find_links(block, layers, heads_of(model.config), 3, ignore) == []
 
 
 @pytest.mark.parametrize("wrong", ["k_proj", "q_proj", "o_proj"])
@@ -95,11 +101,11 @@ def test_channels_that_others_read_too_stay(tiny) -> None:
     mlp.beside = torch.nn.Linear(128, 64, bias=False)
     mlp.forward = lambda x: mlp.down_proj(h := mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) + mlp.beside(h)
     block, layers = first_block(model)
-    assert [link.consumer for link in find_links(block, layers, None, 4)] == []
+    assert [link.consumer for link in find_links(block, layers, None, 4, ignore)] == []
     mlp.forward = lambda x: mlp.down_proj(h := mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) + h[..., :64]
     del mlp.beside
     block, layers = first_block(model)
-    assert find_links(block, layers, None, 4) == []
+    assert find_links(block, layers, None, 4, ignore) == []
 
 
 def test_heads() -> None:

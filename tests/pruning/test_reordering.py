@@ -143,7 +143,7 @@ def test_what_cannot_be_reordered_is_refused(tiny, reordered, tmp_path, prose, p
 
 
 def test_another_function_is_found_out_and_nothing_is_left(tiny, reordered, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("gblm_compress.pruning.reordering.find_links", lambda block, layers, heads, m: [
+    monkeypatch.setattr("gblm_compress.pruning.reordering.find_links", lambda block, layers, heads, m, layer_done: [
         Link(name, (name.replace("down", "up"),)) for name in layers if "down" in name
     ])  # fmt: skip
     with pytest.raises(VerificationError, match="computes something else"):
