@@ -1,8 +1,7 @@
 """Distillation: all surviving weights fitted at once, so that the pruned model predicts what the dense one does."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +77,14 @@ def distil_(
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
         student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
         sample = samples[index]
-        with autocast(teacher[index].device, compute), beside(head, teacher[index]) if head else nullcontext():
-            output = getattr(functional_call(model, student, kwargs=task.arguments(sample)), task.output)
+        with autocast(teacher[index].device, compute):
+            predicted = getattr(functional_call(model, student, kwargs=task.arguments(sample)), task.output)
+            target = teacher[index] if head is None else logits_of(model, task, sample, teacher[index])
         if head is None:
-            return task.divergence(teacher[index], task.judged(output, sample))
+            return task.divergence(target, task.judged(predicted, sample))
         counted = task.counted(sample)
-        predicted, target = (logits if counted is None else logits[counted[0]] for logits in output)
-        return task.divergence(target, predicted)
+        own, dense = (logits[0] if counted is None else logits[counted] for logits in (predicted, target))
+        return task.divergence(dense, own)
 
     with only_requires_grad(model, []), progress.counter("distilling", "samples", epochs * len(samples)) as advance:
         fitted, result = fit(
@@ -117,22 +117,22 @@ def inputs_of_head(head: nn.Module, last: bool) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-@contextmanager
-def beside(head: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Let the head put its output for other inputs beside its own, as a second sample, so that what a model does to
-    its logits behind the head (a scale, a cap) is done to both.
+@torch.no_grad()
+def logits_of(model: nn.Module, task: Task, sample: Sample, inputs: Tensor) -> Tensor:
+    """The logits for inputs of the head, and whatever the model does to them behind it, such as a scale or a cap: a
+    forward pass of one token, in which the head is given these.
+
+    Args:
+        sample: any, of which one token is taken.
+        inputs: [windows, tokens, hidden size].
     """
-
-    def append(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        with torch.no_grad():
-            other = module.forward(inputs)
-        return torch.cat([output, other])
-
-    hook = head.register_forward_hook(append)
+    one = {name: tensor[:, :1] for name, tensor in sample.items()}
+    hook = head_of(model).register_forward_pre_hook(lambda head, given: (inputs.to(given[0].dtype),))
     try:
-        yield
+        logits: Tensor = getattr(model(**task.arguments(one)), task.output)
     finally:
         hook.remove()
+    return logits
 
 
 def head_of(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
-from gblm_compress.pruning.distillation import head_of, inputs_of_head
+from gblm_compress.pruning.distillation import head_of, inputs_of_head, logits_of
 from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.tasks.task import Sample, Task
 
@@ -42,7 +42,9 @@ class Teacher:
         """The logits [windows, tokens, vocabulary], and the hidden states after each block."""
         if self._known.issuperset(indices):
             assert self._kept is not None
-            return self._logits(torch.cat([self._kept[index] for index in indices])), []
+            kept = torch.cat([self._kept[index] for index in indices])
+            with autocast(kept.device, self._compute):
+                return logits_of(self._model, self._task, self._samples[0], kept), []
         with inputs_of_head(head_of(self._model), last=False) as inputs:
             output = self._run(together([self._samples[index] for index in indices]), self._states)
         if self._kept is not None:
@@ -51,17 +53,6 @@ class Teacher:
                 self._kept[index] = states[[place]]
             self._known |= set(indices)
         return getattr(output, self._task.output), list(output.hidden_states[1:]) if self._states else []
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        """The logits for inputs of the head, and whatever the model does to them behind it, such as a scale or a cap: a
-        forward pass of one token, in which the head is given these."""
-        one = {name: tensor[:, :1] for name, tensor in self._samples[0].items()}
-        hook = head_of(self._model).register_forward_pre_hook(lambda head, given: (inputs.to(given[0].dtype),))
-        try:
-            logits: Tensor = getattr(self._run(one, states=False), self._task.output)
-        finally:
-            hook.remove()
-        return logits
 
     def _run(self, sample: Sample, states: bool) -> Any:
         with autocast(sample["input_ids"].device, self._compute):
