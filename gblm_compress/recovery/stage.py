@@ -193,15 +193,17 @@ def _recover(
     }
     checkpoints = Kept(kept.path_of(output), identity, resume, group)
     with kept_where_resuming_helps(checkpoints, "checkpoints", resume, progress):
-        outputs.check_space(output, source.bytes_on_disk * (1 + CHECKPOINT_SIZES), "the output and its checkpoints")
         student = loading.load_model(source, "float32", device)
         dense = loading.load_model(teacher, settings.fit_dtype, device)
         check_same_head(dense, student, teacher.name)
         samples = [on_device(sample, device) for sample in windows.samples]
-        pool = None
-        if windows.passes > 1:
+        states, pool, in_files = _bytes_of_states(windows, dense.config, settings), None, 0
+        if states:
             room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
             pool = StatePool(checkpoints.states, room, torch.device(device))
+            in_files = states * group.size if states > room else 0
+        needed = source.bytes_on_disk * (1 + CHECKPOINT_SIZES) + in_files
+        outputs.check_space(output, needed, "the output, its checkpoints and what the dense model says of the text")
         voice = Teacher(dense, task, samples, settings.fit_dtype, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
         weights = Weights(
@@ -235,6 +237,14 @@ def _recover(
             save(source, output, student, training, processor, settings, windows, force)
         checkpoints.remove()
     return training, windows, before
+
+
+def _bytes_of_states(windows: Windows, config: Any, settings: RecoverSettings) -> int:
+    """What the inputs of the dense model's head take, which every process keeps where windows are read again."""
+    if windows.passes <= 1 or settings.hidden_weight:
+        return 0
+    tokens = len(windows.samples) * settings.sequence_length
+    return tokens * int(config.get_text_config().hidden_size) * getattr(torch, settings.fit_dtype).itemsize
 
 
 def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:

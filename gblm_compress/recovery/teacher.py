@@ -1,6 +1,6 @@
 """What the dense model says of windows: its logits, and its hidden states.
 
-Where windows are read more than once, inputs of the head are kept: 2 bytes times the hidden size for a token, a
+Where windows are read more than once, inputs of the head are kept: for a token as many numbers as the hidden size, a
 hundredth of its logits.
 """
 
@@ -25,7 +25,7 @@ class Teacher:
         model: in eval mode.
         samples: all windows that will be asked for, by number.
         compute: dtype of its products.
-        pool: where inputs of the head are kept; None where no window comes twice.
+        pool: where inputs of the head are kept; None where no window comes twice, or hidden states are asked for.
         states: whether hidden states are asked for; they are not kept.
     """
 
@@ -33,7 +33,7 @@ class Teacher:
         self, model: Any, task: Task, samples: list[Sample], compute: str, pool: StatePool | None, states: bool
     ) -> None:
         self._model, self._task, self._samples, self._compute = model, task, samples, compute
-        self._kept = None if pool is None or states else pool.states(len(samples))
+        self._kept = None if pool is None else pool.states(len(samples))
         self._known: set[int] = set()
         self._states = states
 

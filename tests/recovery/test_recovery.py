@@ -204,6 +204,24 @@ def test_too_little_memory_is_told_in_the_dtype_that_will_run(
     run(source, teacher, tmp_path / "out", prose, **chosen)
 
 
+def test_the_disk_must_hold_what_finds_no_room_in_memory(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    (short := tmp_path / "short.txt").write_text(prose.read_text()[:400])
+    usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk * (1 + stage.CHECKPOINT_SIZES)
+    settings = RecoverSettings(**(SMALL | {"data": (str(short),)}))
+    windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
+    states = len(windows.samples) * 32 * config_of(teacher).hidden_size * 4
+    assert windows.passes > 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    run(source, teacher, tmp_path / "in-memory", short)
+    monkeypatch.setattr(stage, "SHARE_FOR_STATES", 0)
+    run(source, teacher, tmp_path / "nothing-kept", short, hidden_weight=0.1)
+    with pytest.raises(OutputError, match="may be needed for .* what the dense model says"):
+        run(source, teacher, tmp_path / "in-files", short)
+    free += states
+    run(source, teacher, tmp_path / "in-files", short)
+
+
 @pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"mask": "exchange", "mask_every": 2})])
 def test_two_processes_agree_with_one(pair, pattern, options, pruned, tiny, tmp_path, prose) -> None:
     source, teacher = pruned(pattern), tiny("llama")
