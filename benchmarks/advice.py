@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from cpu_decode import show
+from ending import exit_after
 
 from gblm_compress.exporters import export
 from gblm_compress.machine.environment import environment
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

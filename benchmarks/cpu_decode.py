@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from ending import exit_after
 from llama_cpp_model import LlamaCpp, write_gguf
 from rich.console import Console
 from rich.table import Table
@@ -331,4 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

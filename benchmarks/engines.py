@@ -29,6 +29,7 @@ import numpy as np
 import onnxruntime
 import torch
 from cpu_decode import generations, show
+from ending import exit_after
 from llama_cpp_model import LlamaCpp, write_gguf
 from random_llama import PRESETS, write_random_llama
 
@@ -200,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

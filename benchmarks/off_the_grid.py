@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from ending import exit_after
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -88,4 +89,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    exit_after(main)

@@ -26,6 +26,7 @@ from typing import Any
 import gguf
 import torch
 from cpu_decode import generations, show
+from ending import exit_after
 from llama_cpp_model import LlamaCpp, read_gguf, write_gguf
 
 import gblm_compress
@@ -184,4 +185,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    exit_after(main)

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import exit_after
 from random_llama import PRESETS, Shape, write_random_llama
 from rich.console import Console
 from rich.table import Table
@@ -555,4 +556,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

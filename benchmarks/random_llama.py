@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ending import exit_after
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
@@ -143,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from ending import exit_after
 from torch.nn.functional import linear
 
 from gblm_compress.calibration.products import faster_dtype
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

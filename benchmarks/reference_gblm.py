@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import exit_after
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.request import urlopen
 
 import psutil
+from ending import exit_after
 
 from gblm_compress.machine.environment import environment, version_of
 from gblm_compress.tasks.text import load_text
@@ -310,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

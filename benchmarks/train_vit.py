@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import training
+from ending import exit_after
 from transformers import (
     AutoModelForImageClassification,
     SwinConfig,
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import exit_after
 from torch import Tensor
 
 from gblm_compress.models import loading
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_after(main)
