@@ -59,6 +59,7 @@ import gblm_compress.cli.app, gblm_compress.cli.commands, gblm_compress.pruning
 os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[1].endswith(".py"):
     sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
     gblm_compress.cli.app.main()
