@@ -81,9 +81,10 @@ class Size:
         """What a run keeps on disk until its output is whole: finished blocks and gradients."""
         return self.weights * (2 if settings.distillation_epochs else 1) + self.gradients
 
-    def states(self, by_sample: bool) -> int:
-        """Hidden states at the places where they are kept at the same time."""
-        return max(0 if by_sample else self._states_of_gradients, self._states_of_pruning)
+    def in_files(self, placement: "Placement") -> int:
+        """Hidden states at the places where they are kept at the same time, as far as memory has no room for them."""
+        states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
+        return max(0, states - placement.states)
 
 
 def _largest(value: int | list[int]) -> int:
@@ -137,5 +138,5 @@ def check_disk(run: RunFolder, size: Size, settings: PruneSettings, placement: P
     OutputError: less is free than output, gradients, blocks and hidden states may need beyond what is finished.
     """
     kept = max(0, size.kept(settings) - run.bytes)
-    needed = size.checkpoint + kept + max(0, size.states(placement.by_sample) - placement.states)
+    needed = size.checkpoint + kept + size.in_files(placement)
     outputs.check_space(run.folder.parent, needed, "the output, and for finished blocks until it is whole")

@@ -4,7 +4,6 @@ It walks over the dense model block by block, in memory or on disk, and changes 
 written in one stream, and verified by what it computes.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -146,15 +145,15 @@ def reorder(
         samples = [on_device(each, device) for each in task.calibration(processor, config, calibration.dataset, *size)]
         takes = Size(source, dtype, ALIKE, calibration)
         placement = choose_placement(takes, resources or ResourceSettings(), ALIKE, device, Ranks())
-        in_files = max(0, takes.states(placement.by_sample) - placement.states)
-        outputs.check_space(output, takes.checkpoint + in_files, "the output, and for hidden states meanwhile")
+        needed = takes.checkpoint + takes.in_files(placement)
+        outputs.check_space(output, needed, "the output, and for hidden states meanwhile")
         with (
             peak_memory(device) as memory,
             chunked_attention(),
-            tempfile.TemporaryDirectory(prefix=folders.beside(output, "states"), dir=output.parent) as scratch,
+            folders.scratch_folder(output) as scratch,
             torch.no_grad(),
         ):
-            pool = StatePool(Path(scratch), placement.states, torch.device(device))
+            pool = StatePool(scratch, placement.states, torch.device(device))
             place = _Place(dtype, device, placement.offload, pool)
             progress.say(f"reordering {source.name} for {settings.pattern} in {dtype} on {device} …")
             weights = place.weights(source)

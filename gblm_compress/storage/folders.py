@@ -63,12 +63,7 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         OutputError: the folder cannot be created, filled or renamed, or what stands in its place meanwhile may not be
             replaced.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=beside(folder, "partial-"), dir=inside or folder.parent))
-    except OSError as error:
-        raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
-    try:
+    with scratch_folder(folder, inside) as temporary:
         yield temporary
         _list_files(temporary)
         _open_to_umask(temporary)
@@ -77,6 +72,26 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         except UsageError as error:  # it was free when the work began
             raise OutputError(str(error)) from error
         _replace(folder, temporary)
+
+
+@contextmanager
+def scratch_folder(folder: Path, inside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that is gone in the end; `remove_partial` removes one that a killed process
+    left.
+
+    Args:
+        inside: as for `atomic_folder`.
+
+    Raises:
+        OutputError: the folder cannot be created or filled.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=beside(folder, "partial-"), dir=inside or folder.parent))
+    except OSError as error:
+        raise OutputError(f"output {str(folder)!r} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output {str(folder)!r} cannot be written: {reason}") from error

@@ -1,14 +1,16 @@
 """The reordering stage: the written model computes the same, and an N:M pattern takes less away, counted slowly."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import gblm_compress
+from gblm_compress.calibration import hidden_states
 from gblm_compress.calibration.links import Link
-from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError
+from gblm_compress.errors import GblmError, ModelError, OutputError, UsageError, VerificationError
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.reordering import ReorderResult, reorder
@@ -140,6 +142,14 @@ def test_what_cannot_be_reordered_is_refused(tiny, reordered, tmp_path, prose, p
     with pytest.raises(UsageError, match="exists"):
         reordered(tiny("llama"), "pruned")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tiny, tmp_path, prose, progress, monkeypatch) -> None:
+    monkeypatch.setattr(hidden_states, "save_file", Mock(side_effect=OSError(28, "No space left on device")))
+    text, least = CalibrationSettings(dataset=str(prose), **TEXT), ResourceSettings(memory="1MB")
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        reorder(tiny("llama"), tmp_path / "new" / "out", ReorderSettings(), text, resources=least, progress=progress)
+    assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
 def test_another_function_is_found_out_and_nothing_is_left(tiny, reordered, tmp_path, monkeypatch) -> None:
