@@ -1,7 +1,7 @@
 """What to expect of a model on this machine before anything is pruned: size and time of what could be made of it.
 
-The model's first block alone, and its first few, are pruned by magnitude, exported in every way that this machine runs,
-and timed. Both size and time are linear in the number of blocks, so that the whole model follows. How good a pruned
+The model's first block alone, and its first few, are pruned by magnitude, exported in the ways of `predictions.WAYS`, as
+far as this machine runs them, and timed. Both size and time are linear in the number of blocks, so that the whole model follows. How good a pruned
 model would be, nothing here says.
 """
 
@@ -71,7 +71,7 @@ def advise(
     *,
     progress: Progress,
 ) -> Advice:
-    """Predict size and speed of all ways to compress a model.
+    """Predict size and speed of the ways to compress a model (`predictions.WAYS`).
 
     Raises:
         ModelError: it is no decoder whose blocks can be left out, has one block, or is packed or exported already.
