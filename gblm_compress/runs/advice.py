@@ -1,8 +1,8 @@
 """What to expect of a model on this machine before anything is pruned: size and time of what could be made of it.
 
-The model's first block alone, and its first few, are pruned by magnitude, exported in the ways of `predictions.WAYS`, as
-far as this machine runs them, and timed. Both size and time are linear in the number of blocks, so that the whole model follows. How good a pruned
-model would be, nothing here says.
+The model's first block alone, and its first few, are made and timed in the ways of `predictions.WAYS`, as far as this
+machine runs them; what is pruned is pruned by magnitude. Both size and time are linear in the number of blocks, so that
+the whole model follows. How good a pruned model would be, nothing here says.
 """
 
 import time

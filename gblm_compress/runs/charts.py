@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from gblm_compress.printing import printable
 from gblm_compress.runs import vega
-from gblm_compress.runs.figures import Figure
+from gblm_compress.runs.figures import LESS_IS_BETTER, Figure
 from gblm_compress.runs.run_report import RunReport
 from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.runs.vega import COLOURS, ROW, Chart, Spec
@@ -258,7 +258,7 @@ def _front(report: RunReport, name: str, title: str, caption: str, axis: str, po
     if len(points) < 2:
         return None
     metric = next(iter(report.rows[0].metrics))
-    lower_is_better = metric == "perplexity" or metric == "loss"
+    lower_is_better = metric in LESS_IS_BETTER
     sign = 1 if lower_is_better else -1
     line = [{"x": x, "y": sign * y} for x, y in vega.front((point["middle"], sign * point["y"]) for point in points)]
     least, most = min(point["middle"] for point in points), max(point["middle"] for point in points)

@@ -7,8 +7,8 @@ from gblm_compress.measure.timings import Spread
 from gblm_compress.measure.zero_shot import TWO_SIDED_95, Ratio, ZeroShot
 from gblm_compress.runs.summary import ModelSummary
 
-MORE_IS_BETTER = ("spearman", "accuracy", "top1_accuracy")
-"""Metrics of tasks of which a share is kept."""
+LESS_IS_BETTER = frozenset({"perplexity", "cross_entropy", "loss", "mean_kl", "bytes", "memory", "ttft_ms", "tpot_ms"})
+"""Figures that are better when they are smaller; of all others more is better."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def figures(row: ModelSummary, dense_bytes: int) -> dict[str, Figure]:
     for name, metric in row.metrics.items():
         if metric.value is not None:
             found[name] = Figure(metric.value)
-            if metric.dense and name in MORE_IS_BETTER:
+            if metric.dense and name not in LESS_IS_BETTER:
                 found.setdefault("retained", Figure(metric.value / metric.dense))
             if metric.dense:
                 found[f"{name}_increase"] = Figure(metric.value / metric.dense - 1)
@@ -55,6 +55,11 @@ def figures(row: ModelSummary, dense_bytes: int) -> dict[str, Figure]:
             if speedup:
                 found[name] = Figure(speedup.ratio, speedup.low, speedup.high)
     return found
+
+
+def is_derived(name: str) -> bool:
+    """Whether a figure follows from another one and the dense model's, so that both say the same of two runs."""
+    return name in ("bytes_ratio", "retained") or name.endswith("_increase")
 
 
 def _rate(batch: int, spread: Spread) -> Figure:

@@ -8,30 +8,32 @@ from typing import Any
 from gblm_compress.errors import UsageError
 from gblm_compress.runs import page, run_report, tables, vega
 from gblm_compress.runs import report as documents
-from gblm_compress.runs.figures import Figure
+from gblm_compress.runs.figures import LESS_IS_BETTER, Figure, is_derived
 from gblm_compress.runs.run_report import RunReport, headline, when
 from gblm_compress.runs.tables import Cell, Table
 from gblm_compress.runs.vega import Chart
 from gblm_compress.storage import outputs, records
 
-LOWER_IS_BETTER = {
-    "perplexity": "perplexity",
-    "loss": "loss",
+NAMES = {
+    "cross_entropy": "cross-entropy",
+    "spearman": "Spearman's correlation",
+    "top1_accuracy": "top-1 accuracy",
+    "top5_accuracy": "top-5 accuracy",
     "mean_kl": "KL divergence",
+    "top1_agreement": "same top-1 as dense",
+    "cosine": "cosine with dense",
+    "top10_agreement": "dense top 10 kept",
     "bytes": "bytes on disk",
     "memory": "peak memory",
     "ttft_ms": "TTFT",
     "tpot_ms": "TPOT",
-}
-HIGHER_IS_BETTER = {
-    "top1_agreement": "same top-1 as dense",
-    "task_accuracy": "task accuracy",
-    "task_recovery": "task recovery",
     "tokens_per_second": "tokens/s",
     "samples_per_second": "samples/s",
     "decode_speedup": "decode ×",
     "prefill_speedup": "prefill ×",
 }
+"""What a figure is called; one that is not here, by its own name."""
+
 MOST = 4  # of what got worse, that the page says at its head
 SMALL = 0.01
 """By how much a figure without an interval may change, as a fraction, and count as the same."""
@@ -84,19 +86,18 @@ def report(folders: Sequence[Path], output: Path) -> ReportResult:
 def changes(before: RunReport, now: RunReport) -> Table:
     """What changed between two runs, for every figure of every artefact that both have; what got worse comes first."""
     earlier = {_key(row): before.figures(row) for row in before.rows}
-    names = LOWER_IS_BETTER | HIGHER_IS_BETTER
     rows = []
     for row in now.rows:
         for name, figure in now.figures(row).items():
             was = earlier.get(_key(row), {}).get(name)
-            if name in names and was is not None:
+            if was is not None and not is_derived(name):
                 verdict = compared(name, was, figure)
                 change = figure.value / was.value - 1 if was.value else 0.0
                 rows.append(
                     [
                         Cell(row.model),
                         Cell(row.where),
-                        Cell(names[name]),
+                        Cell(NAMES.get(name, name.replace("_", " "))),
                         _cell(name, was),
                         _cell(name, figure),
                         Cell(f"{100 * change:+.1f} %", change),
@@ -117,11 +118,12 @@ ORDER = {"worse": 0, "better": 1, "same": 2}
 
 def compared(name: str, was: Figure, now: Figure) -> str:
     """ "worse", "better" or "same"."""
-    sign = 1 if name in LOWER_IS_BETTER else -1
+    sign = 1 if name in LESS_IS_BETTER else -1
     if was.low is not None and was.high is not None and now.low is not None and now.high is not None:
         above, below = now.low > was.high, now.high < was.low
     else:
-        above, below = now.value > was.value * (1 + SMALL), now.value < was.value * (1 - SMALL)
+        change, same = now.value - was.value, SMALL * abs(was.value)
+        above, below = change > same, change < -same
     if not above and not below:
         return "same"
     return "worse" if above == (sign > 0) else "better"
@@ -230,5 +232,5 @@ def _key(row: object) -> tuple[object, ...]:
 
 
 def _cell(name: str, figure: Figure) -> Cell:
-    unit = "bytes" if name in ("bytes", "memory") else "%" if name in ("top1_agreement", "task_accuracy") else ""
+    unit = "bytes" if name in ("bytes", "memory") else "%" if name.endswith(("agreement", "accuracy")) else ""
     return Cell(tables.with_unit(figure.value, unit), figure.value)

@@ -6,6 +6,8 @@ import pytest
 
 from gblm_compress.runs import history
 from gblm_compress.runs.figures import Figure
+from gblm_compress.runs.run_report import RunReport
+from gblm_compress.runs.summary import Quality
 from tests.runs.reports import report
 
 
@@ -19,6 +21,10 @@ from tests.runs.reports import report
         ("perplexity", Figure(20), Figure(20.1), "same"),
         ("perplexity", Figure(20), Figure(20.3), "worse"),
         ("top1_agreement", Figure(0.8), Figure(0.9), "better"),
+        ("cross_entropy", Figure(2.0), Figure(2.1), "worse"),
+        ("spearman", Figure(0.8), Figure(0.7), "worse"),
+        ("spearman", Figure(-0.5), Figure(-0.5), "same"),
+        ("spearman", Figure(-0.5), Figure(-0.4), "better"),
     ],
 )
 def test_worse_is_what_the_intervals_leave_no_doubt_about(name, was, now, verdict) -> None:
@@ -34,6 +40,23 @@ def test_what_got_worse_comes_first_and_is_named() -> None:
     assert "pruned in torch, batch 1: perplexity 24.00 → 25.00" in worse
     assert not [line for line in worse if line.startswith("dense")]
     assert history.regressions(history.changes(report(), report())) == []
+
+
+def test_whatever_a_task_measures_is_compared_by_itself_alone() -> None:
+    def encoder(spearman: float, cosine: float) -> RunReport:
+        found = report()
+        pruned = replace(
+            found.rows[1],
+            metrics={"spearman": Quality(spearman, None, 0.8), "of_a_new_task": Quality(spearman, None, 0.8)},
+            fidelity={"cosine": cosine, "top10_agreement": 0.9},
+        )
+        return replace(found, rows=[found.rows[0], pruned])
+
+    assert history.regressions(history.changes(encoder(0.8, 0.99), encoder(0.7, 0.9))) == [
+        "pruned in torch, batch 1: Spearman's correlation 0.800 → 0.700",
+        "pruned in torch, batch 1: of a new task 0.800 → 0.700",
+        "pruned in torch, batch 1: cosine with dense 0.990 → 0.900",
+    ]
 
 
 def test_an_artefact_of_one_run_alone_is_not_compared() -> None:
