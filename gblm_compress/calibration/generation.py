@@ -30,8 +30,8 @@ from gblm_compress.storage import outputs
 from gblm_compress.storage.records import write_text
 from gblm_compress.tasks import data_files, text
 
-STARTS = (0, 8, 13, 21)
-"""Tokens of text that the pieces of a batch begin with, in turn."""
+STARTS = (8, 13, 21, 0)
+"""Tokens of text that the pieces of a batch begin with, in turn, each at least once."""
 
 FROM_PARAGRAPHS = 0.5
 """Share of the pieces that begin as a paragraph does; the others begin as a sentence within one."""
@@ -112,7 +112,7 @@ def generate(
     beginnings = _beginnings(tokenizer, settings)
     dtype = faster_dtype(device, Ranks())
     pieces = -(-settings.tokens // settings.sequence_length)
-    batches = [min(settings.batch, pieces - done) for done in range(0, pieces, settings.batch)]
+    batches = _batches(pieces, settings)
     steps, drawn = len(batches) * settings.sequence_length, pieces * settings.sequence_length
     draws, texts, tokens = torch.Generator(device).manual_seed(settings.seed), [], 0
     with freed_memory_kept(), peak_memory(device) as memory, chunked_attention():
@@ -221,6 +221,13 @@ def texts_of(tokens: list[int], between: int, tokenizer: Any) -> list[str]:
             parts[-1].append(token)
     texts = (re.sub(r"\n\s*\n", "\n", tokenizer.decode(part, skip_special_tokens=True)).strip() for part in parts)
     return [each for each in texts if each]
+
+
+def _batches(pieces: int, settings: GenerateSettings) -> list[int]:
+    """How many pieces each batch has: alike within one, and so many batches that every length of start has its turn."""
+    turns = 1 if settings.starts is None else len(STARTS)
+    number = min(pieces, max(turns, -(-pieces // settings.batch)))
+    return [pieces // number + (each < pieces % number) for each in range(number)]
 
 
 def _language_config(source: ModelSource) -> Any:

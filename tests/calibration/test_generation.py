@@ -93,6 +93,20 @@ def test_the_seed_decides_the_text(tiny, tmp_path, progress) -> None:
     assert result.tokens == 200 and result.seconds > 0 and result.peak_memory_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("pieces", "starts", "expected"),
+    [
+        (96, None, [96]),
+        (97, None, [49, 48]),
+        (96, "demo", [24, 24, 24, 24]),  # else none, or all, would begin with words
+        (2, "demo", [1, 1]),
+        (500, "demo", [84, 84, 83, 83, 83, 83]),
+    ],
+)
+def test_every_length_of_start_has_its_turn(pieces: int, starts: str | None, expected: list[int]) -> None:
+    assert generation._batches(pieces, GenerateSettings(batch=96, starts=starts)) == expected
+
+
 def test_three_batches_of_four_begin_with_words_of_the_text(tiny, tmp_path, prose, progress, monkeypatch) -> None:
     begun = []
 
@@ -103,11 +117,11 @@ def test_three_batches_of_four_begin_with_words_of_the_text(tiny, tmp_path, pros
     monkeypatch.setattr(generation, "write", noted)
     settings = GenerateSettings(tokens=20 * 4 * len(STARTS) - 20, sequence_length=20, batch=4, starts=str(prose))
     result = generate(tiny("llama"), tmp_path / "out.txt", settings, device="cpu", progress=progress)
-    assert [tuple(begin.shape) for begin in begun] == [(4, 1), (4, 9), (4, 14), (3, 22)]
-    assert result.tokens == 20 * 15 + 4 * 8 + 4 * 13 + 3 * 21
+    assert [tuple(begin.shape) for begin in begun] == [(4, 9), (4, 14), (4, 22), (3, 1)]
+    assert result.tokens == 20 * 15 + 4 * 8 + 4 * 13 + 4 * 21
     tokenizer, written = byte_tokenizer(), (tmp_path / "out.txt").read_text()
     sentences = " ".join(prose.read_text().split())
-    for begin in begun[1:]:
+    for begin in begun[:3]:
         assert begin[:, 0].eq(END).all()
         for row in begin[:, 1:].tolist():
             words = tokenizer.decode(row)
