@@ -24,7 +24,7 @@ from gblm_compress.measure import zero_shot
 from gblm_compress.models import finding
 from gblm_compress.runs import checks, pipeline, run_report, yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED
-from gblm_compress.settings import Recipe
+from gblm_compress.settings import PruneSettings, Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -114,7 +114,7 @@ def options_of_script(*script: str) -> set[str]:
 
 def read_by_pip(verb: str, *arguments: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {f"{project['name']}[{extra}]" for extra in project["optional-dependencies"]}
+    extras = {f"{name}[{extra}]" for name in (".", project["name"]) for extra in project["optional-dependencies"]}
     assert verb == "install"
     for what in (word for word in arguments if not word.startswith("--")):
         assert what in {".", *extras} or what in (ROOT / "Makefile").read_text(), what
@@ -124,6 +124,11 @@ def read_by_torchrun(*arguments: str) -> None:
     given = get_args_parser().parse_args(arguments)
     assert given.module and given.training_script == "gblm_compress"
     read_by_this_program(*given.training_script_args)
+    command, *options = given.training_script_args
+    if command == "prune":  # the default fit is refused, but only once all processes run
+        assert "--fit" in options
+        settings = PruneSettings(fit=options[options.index("--fit") + 1])
+        assert not settings.fits_blocks and not settings.distillation_epochs
 
 
 def read_by_vllm(*arguments: str) -> None:
@@ -158,6 +163,8 @@ def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work)
         "gblm-compress run quickstart --set prune.patern=4:8",
         "gblm-compress evaluate pruned --include-path tests/gone",
         "torchrun --processes 2 -m gblm_compress prune MODEL -o pruned",
+        "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned",
+        "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --fit best",
         "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --gone",
         "make gone",
         "make fuzz HOURS=1",

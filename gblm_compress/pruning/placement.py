@@ -122,7 +122,7 @@ def choose_placement(
     if offload and settings.distillation_epochs:
         raise UsageError(
             f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
-            "be used; give more --memory, or leave the distillation out (--fit balanced)"
+            f"be used; {'give more --memory, or ' if on_cpu else ''}leave the distillation out (--fit balanced)"
         )
     by_sample = not offload and size.activations > 0 and needed + size.gradients + size.activations <= room
     held = (size.outside_blocks + size.block if offload else size.weights) + size.working

@@ -129,7 +129,7 @@ class PruneSettings(Settings):
     )
     fit: FitName | None = Field(
         "balanced",
-        description="What of the dense model the surviving weights are fitted to; stands for update and "
+        description="What the surviving weights are fitted to; stands for update and "
         f"distillation_epochs. {describe(FITS)}.",
     )
     update: Annotated[UpdateName, Panel.FIT] = Field(

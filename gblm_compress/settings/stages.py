@@ -39,8 +39,8 @@ class CalibrationSettings(Settings):
 
     dataset: str = Field(
         "c4",
-        description="wikitext2, c4, a hub dataset, a .txt/.jsonl/.parquet file (.csv, too, for encoders), a folder of "
-        "images, or 'demo'.",
+        description="wikitext2, c4, a hub dataset, a .txt/.raw/.tokens/.jsonl/.parquet file (.csv, too, for encoders), "
+        "a folder of images, or 'demo'.",
     )
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
@@ -56,8 +56,8 @@ class ResourceSettings(Settings):
 
     memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
         None,
-        description="Memory to plan with, for example 4GiB: a model that does not fit stays on disk, and so do hidden "
-        "states; 80 % of what is free if unset.",
+        description="Memory of the host to plan with, for example 4GiB: hidden states that do not fit stay on disk, "
+        "and so does the model where a CPU prunes; 80 % of what is free if unset.",
     )
     offload: Annotated[bool | None, Panel.RESOURCES] = Field(
         None, description="Keep the model on disk and one block at a time in memory; if unset, where it would not fit."
@@ -146,7 +146,7 @@ class AdviseSettings(Settings):
         le=MANY,
         description="Blocks of the larger of the two models that are tried; five, or more of small ones, if unset.",
     )
-    threads: int | None = Field(None, ge=1, le=MANY, description="Threads of the CPU; all cores if unset.")
+    threads: int | None = Field(None, ge=1, le=MANY, description="Threads on the CPU; as many as torch takes if unset.")
 
 
 class EvaluateSettings(Settings):
@@ -157,7 +157,10 @@ class EvaluateSettings(Settings):
         2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
     )
     max_windows: int | None = Field(
-        None, ge=1, le=MANY, description="At most this many windows or rows, from the start; all if unset."
+        None,
+        ge=1,
+        le=MANY,
+        description="At most this many windows or rows, from the start, or images, drawn at random; all if unset.",
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
     limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
