@@ -10,6 +10,19 @@ from gblm_compress.runs.summary import ModelSummary
 LESS_IS_BETTER = frozenset({"perplexity", "cross_entropy", "loss", "mean_kl", "bytes", "memory", "ttft_ms", "tpot_ms"})
 """Figures that are better when they are smaller; of all others more is better."""
 
+TIMED = frozenset(
+    {
+        "memory",
+        "ttft_ms",
+        "tpot_ms",
+        "tokens_per_second",
+        "samples_per_second",
+        "decode_speedup",
+        "prefill_speedup",
+    }
+)
+"""Figures that belong to a runtime, a dtype and a batch; all others are of the model alone."""
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -8,8 +8,9 @@ from typing import Any
 from gblm_compress.errors import UsageError
 from gblm_compress.runs import page, run_report, tables, vega
 from gblm_compress.runs import report as documents
-from gblm_compress.runs.figures import LESS_IS_BETTER, Figure, is_derived
+from gblm_compress.runs.figures import LESS_IS_BETTER, TIMED, Figure, is_derived
 from gblm_compress.runs.run_report import RunReport, headline, when
+from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.runs.tables import Cell, Table
 from gblm_compress.runs.vega import Chart
 from gblm_compress.storage import outputs, records
@@ -84,33 +85,38 @@ def report(folders: Sequence[Path], output: Path) -> ReportResult:
 
 
 def changes(before: RunReport, now: RunReport) -> Table:
-    """What changed between two runs, for every figure of every artefact that both have; what got worse comes first."""
-    earlier = {_key(row): before.figures(row) for row in before.rows}
+    """What changed between two runs, for every figure that both have; what got worse comes first.
+
+    Figures that are no timings are compared whatever runtime, dtype and batch each run timed.
+    """
+    earlier, later = _by_key(before), _by_key(now)
     rows = []
-    for row in now.rows:
-        for name, figure in now.figures(row).items():
-            was = earlier.get(_key(row), {}).get(name)
-            if was is not None and not is_derived(name):
-                verdict = compared(name, was, figure)
-                change = figure.value / was.value - 1 if was.value else 0.0
-                rows.append(
-                    [
-                        Cell(row.model),
-                        Cell(row.where),
-                        Cell(NAMES.get(name, name.replace("_", " "))),
-                        _cell(name, was),
-                        _cell(name, figure),
-                        Cell(f"{100 * change:+.1f} %", change),
-                        Cell(verdict, ORDER[verdict], {"worse": "bad", "better": "good"}.get(verdict, "")),
-                    ]
-                )
-    rows = sorted({tuple(cell.text for cell in row): row for row in rows}.values(), key=lambda row: row[-1].value or 0)
+    for key, (row, figure) in later.items():
+        if key in earlier:
+            name, was = key.figure, earlier[key][1]
+            verdict = compared(name, was, figure)
+            change = figure.value / was.value - 1 if was.value else 0.0
+            rows.append(
+                [
+                    Cell(row.model),
+                    Cell(row.where if key.timed else row.runtime),
+                    Cell(key.words),
+                    _cell(name, was),
+                    _cell(name, figure),
+                    Cell(f"{100 * change:+.1f} %", change),
+                    Cell(verdict, ORDER[verdict], {"worse": "bad", "better": "good"}.get(verdict, "")),
+                ]
+            )
+    rows.sort(key=lambda row: row[-1].value or 0)
     columns = {"model": False, "runtime": False, "figure": False, "before": True, "now": True, "change": True}
-    notes = (
+    notes = [
         "Worse or better is what the intervals of both runs leave no doubt about; without an interval, what changed by "
-        f"more than {100 * SMALL:.0f} %.",
-    )
-    return Table("This run against the one before", columns | {"verdict": False}, rows, notes)
+        f"more than {100 * SMALL:.0f} %."
+    ]
+    if gone := [f"{key.words} of {row.model}" for key, (row, _) in earlier.items() if key not in later]:
+        more = f" and {len(gone) - MOST} more" if len(gone) > MOST else ""
+        notes.append(f"Measured before and not now, or not in the same way: {', '.join(gone[:MOST])}{more}.")
+    return Table("This run against the one before", columns | {"verdict": False}, rows, tuple(notes))
 
 
 ORDER = {"worse": 0, "better": 1, "same": 2}
@@ -227,8 +233,33 @@ def _name(report: RunReport) -> str:
     return Path(report.output).name
 
 
-def _key(row: object) -> tuple[object, ...]:
-    return tuple(getattr(row, name) for name in ("model", "runtime", "dtype", "batch"))
+@dataclass(frozen=True)
+class _Key:
+    """What a figure of two runs must have in common to be compared.
+
+    Attributes:
+        timed: runtime, dtype and batch of a timing; nothing of other figures.
+    """
+
+    model: str
+    figure: str
+    timed: tuple[object, ...]
+
+    @property
+    def words(self) -> str:
+        """The figure, as the table calls it."""
+        return NAMES.get(self.figure, self.figure.replace("_", " "))
+
+
+def _by_key(report: RunReport) -> dict[_Key, tuple[ModelSummary, Figure]]:
+    """All figures of a run but those that follow from others, each with a row that has it."""
+    found: dict[_Key, tuple[ModelSummary, Figure]] = {}
+    for row in report.rows:
+        for name, figure in report.figures(row).items():
+            if not is_derived(name):
+                timed = (row.runtime, row.dtype, row.batch) if name in TIMED else ()
+                found.setdefault(_Key(row.model, name, timed), (row, figure))
+    return found
 
 
 def _cell(name: str, figure: Figure) -> Cell:

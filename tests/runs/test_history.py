@@ -37,7 +37,7 @@ def test_what_got_worse_comes_first_and_is_named() -> None:
     assert verdicts == sorted(verdicts, key=history.ORDER.__getitem__)
     worse = history.regressions(table)
     assert "bitmask in torch, batch 1: TPOT 10.00 → 14.00" in worse
-    assert "pruned in torch, batch 1: perplexity 24.00 → 25.00" in worse
+    assert "pruned in torch: perplexity 24.00 → 25.00" in worse
     assert not [line for line in worse if line.startswith("dense")]
     assert history.regressions(history.changes(report(), report())) == []
 
@@ -53,10 +53,22 @@ def test_whatever_a_task_measures_is_compared_by_itself_alone() -> None:
         return replace(found, rows=[found.rows[0], pruned])
 
     assert history.regressions(history.changes(encoder(0.8, 0.99), encoder(0.7, 0.9))) == [
-        "pruned in torch, batch 1: Spearman's correlation 0.800 → 0.700",
-        "pruned in torch, batch 1: of a new task 0.800 → 0.700",
-        "pruned in torch, batch 1: cosine with dense 0.990 → 0.900",
+        "pruned in torch: Spearman's correlation 0.800 → 0.700",
+        "pruned in torch: of a new task 0.800 → 0.700",
+        "pruned in torch: cosine with dense 0.990 → 0.900",
     ]
+
+
+def test_quality_and_bytes_are_compared_whatever_is_timed() -> None:
+    now = report(tpot=14.0, perplexity=25.0)
+    now = replace(now, rows=[replace(row, batch=8, dtype="bfloat16") for row in now.rows])
+    table = history.changes(report(), now)
+    assert history.regressions(table) == [
+        "pruned in torch: perplexity 24.00 → 25.00", "bitmask in torch: perplexity 24.00 → 25.00",
+    ]  # fmt: skip
+    assert {row[2].text for row in table.rows} >= {"perplexity", "bytes on disk", "KL divergence", "task accuracy"}
+    assert "Measured before and not now, or not in the same way: peak memory of dense, TTFT of dense" in table.notes[1]
+    assert len(history.changes(report(), report()).notes) == 1
 
 
 def test_an_artefact_of_one_run_alone_is_not_compared() -> None:
