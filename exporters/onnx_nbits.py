@@ -15,7 +15,7 @@ import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import Tensor
 
-from gblm_compress.errors import VerificationError
+from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_bitmask import initializer
 from gblm_compress.exporters.onnx_rows import Rows, rows_of, store_embeddings_, use_rows_, widened
 
@@ -87,6 +87,9 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks], tables: Sequence
     Args:
         packed: {initializer: its weight}, of all that are rounded.
         tables: the weights of head and embedding; they take the place of initializers with their numbers.
+
+    Raises:
+        ModelError: a weight is not used by a MatMul.
     """
 
     def store(name: str, weight: Any) -> Rows | None:
@@ -97,11 +100,17 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks], tables: Sequence
 
     use_rows_(program, store)
     store_embeddings_(program, store)
+    if left := sorted(packed.keys() & program.graph.initializers.keys()):
+        users = {node.op_type for node, _ in program.graph.initializers[left[0]].uses()}
+        raise ModelError(
+            f"{left[0]}: MatMulNBits takes the place of a MatMul, and this weight is used by "
+            f"{', '.join(sorted(users))}; export to bitmask-int8 or bitmask-int4"
+        )
     program.opset_imports["com.microsoft"] = 1
 
 
 def _rows(graph: ir.Graph, name: str, weight: Blocks) -> Rows:
-    rows, _, size = weight.levels.shape
+    rows, blocks, size = weight.levels.shape
     levels = initializer(graph, name + BLOCKS[weight.bits], weight.levels)
     scales = initializer(graph, name + BLOCK_SCALES, weight.scales)
     sizes = {"K": weight.columns, "N": rows, "bits": weight.bits, "block_size": size * 8 // weight.bits}
@@ -116,7 +125,9 @@ def _rows(graph: ir.Graph, name: str, weight: Blocks) -> Rows:
             for suffix, array in (
                 ("centre", np.array(1 << (weight.bits - 1), np.float32)),
                 ("last", np.array([-1], np.int64)),
-                ("flat", np.array([0, 0, weight.columns], np.int64)),
+                ("flat", np.array([0, 0, blocks * size * 8 // weight.bits], np.int64)),
+                ("first", np.array([0], np.int64)),
+                ("columns", np.array([weight.columns], np.int64)),
             )
         }
         found, scale = rows_of(gather, levels), rows_of(gather, scales)
@@ -125,6 +136,8 @@ def _rows(graph: ir.Graph, name: str, weight: Blocks) -> Rows:
         each = ir.node("Unsqueeze", [scale.outputs[0], constants["last"]])
         scaled = ir.node("Mul", [centred.outputs[0], each.outputs[0]])
         flat = ir.node("Reshape", [scaled.outputs[0], constants["flat"]])
-        return [found, scale, wide, centred, each, scaled, flat]
+        own = ["first", "columns", "last"]  # of the last block of a row some columns may be beyond the weight
+        cut = ir.node("Slice", [flat.outputs[0], *(constants[name] for name in own)])
+        return [found, scale, wide, centred, each, scaled, flat, cut]
 
     return Rows(multiply, read)

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gblm_compress.exporters.onnx_bitmask import initializer, replace
 
+TURNED = ".turned"  # of a weight that is stored as [in_features, out_features]
 _START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice without one
 
 
@@ -21,6 +22,7 @@ def slim_(program: ir.Model) -> None:
         "Mul": _division,
         "Reshape": _transpose,
         "MatMul": _scaled_once,
+        "Gemm": _product,
     }
     for node in list(program.graph):
         rule = rules.get(node.op_type)
@@ -38,6 +40,30 @@ def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
         if inverse is not None and _made_by(inverse.inputs[0], "Sqrt") is not None:
             return ir.node("Div", [x, inverse.inputs[0]])
     return None
+
+
+def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
+    """x · W + b of a constant W [in, out], or [out, in] with transB, as a MatMul and an Add: what looks for products
+    looks for MatMuls, and ONNX Runtime joins both again."""
+    x, weight, *bias = node.inputs
+    attributes = {name: node.attributes[name].value for name in node.attributes}
+    if attributes.get("transA") or {attributes.get(name, 1.0) for name in ("alpha", "beta")} != {1.0}:
+        return None
+    if weight is None or weight.name not in graph.initializers or weight.const_value is None:
+        return None
+    if attributes.get("transB"):
+        if {user.op_type for user, _ in weight.uses()} == {"Gemm"}:
+            turned = f"{weight.name}{TURNED}"
+            weight = graph.initializers.get(turned) or initializer(graph, turned, weight.const_value.numpy().T.copy())
+        else:  # shared with an embedding, whose rows are read
+            turn = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
+            graph.insert_before(node, turn)
+            weight = turn.outputs[0]
+    product = ir.node("MatMul", [x, weight], name=node.name)
+    if not bias or bias[0] is None:
+        return product
+    graph.insert_before(node, product)
+    return ir.node("Add", [product.outputs[0], bias[0]])
 
 
 def _transpose(graph: ir.Graph, node: ir.Node) -> ir.Node | None:

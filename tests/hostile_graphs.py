@@ -137,7 +137,7 @@ def _columns(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: n
             return None
     if columns > MOST_COLUMNS or len(levels) not in ((16, 16 * rows) if places else (0,)) or len(scales) != rows:
         return None
-    return columns if scales.shape[1] in (1, columns / 32, columns / 64, columns / 128) else None
+    return columns if scales.shape[1] in (1, *(-(-columns // group) for group in (32, 64, 128))) else None
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
@@ -163,12 +163,14 @@ def restored(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: n
                     weight[row, column] = level
                     at += 1
             at += at % 2 if levels.size else 0
-    return weight * np.repeat(scales.astype(np.float64), weight.shape[1] // scales.shape[1], axis=1)
+    columns, groups = weight.shape[1], scales.shape[1]
+    group = columns if groups == 1 else next(size for size in (32, 64, 128) if -(-columns // size) == groups)
+    return weight * np.repeat(scales.astype(np.float64), group, axis=1)[:, :columns]
 
 
 def _quantised_weight(numbers: np.random.Generator, pick: random.Random, rows: int, words: int) -> list[np.ndarray]:
     """Mask, values, scales and levels of a weight."""
-    groups = pick.choice([1, *(words * 64 // group for group in (32, 64, 128) if words * 64 % group == 0)])
+    groups = pick.choice([1, *(-(-words * 64 // group) for group in (32, 64, 128))])
     scales = numbers.uniform(0, 0.02, size=(rows, groups)).astype(np.float16)
     kind = pick.choice(("dense", "int8", "int4", "int4 by row"))
     nothing = np.zeros(0, np.int8)

@@ -120,8 +120,10 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     }
     TRY(gblm_constant(info, operator_name, input + 2, "scales", "float16", 2, name, &scales, &data));
     job->groups = scales.shape[1];
-    job->group = job->groups > 1 && job->columns % job->groups == 0 ? (int)(job->columns / job->groups) : 0;
-    const int known = job->groups == 1 || job->group == 32 || job->group == 64 || job->group == 128;
+    job->group = 0; /* of all columns; the last group of a row may be short */
+    for (int group = 32; group <= 128 && job->groups > 1; group *= 2)
+        if (job->groups == (job->columns + group - 1) / group) job->group = group;
+    const int known = job->groups == 1 || job->group;
     if (scales.shape[0] != job->rows || !known)
         return gblm_invalid("%s: scales '%s' have shape [%lld, %lld]; %lld rows of %lld columns need one for each row, or for each "
                             "32, 64 or 128 columns",

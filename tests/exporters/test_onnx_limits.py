@@ -47,6 +47,11 @@ def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tok
     # The state is that of all tokens of a call; after the last call it is that of the whole text.
     assert got.shape == expected.shape
     assert torch.equal(got[0, -1], expected[0, -1])
+    # A benchmark's profile of so many tokens counts the operators of all their calls.
+    profiled = OnnxRuntime(ModelSource("handmade", tmp_path), "cpu", 1, profile=[1, tokens, 2 * tokens + 1])
+    once, more = profiled.kernels(tokens), profiled.kernels(2 * tokens + 1)
+    assert once == profiled.kernels(1) and more == {operator: 3 * count for operator, count in once.items()}
+    assert profiled.step_ms()
 
 
 def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:

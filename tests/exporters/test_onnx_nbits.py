@@ -61,9 +61,10 @@ def test_blocks_that_do_not_fit_their_scales_are_found():
     [
         {"quantise": "int8"},
         {"quantise": "int4", "group": 64},
+        {"quantise": "int8", "group": 128},  # of 64 columns
         {"quantise": "int4", "graph": "plain"},
     ],
-    ids=["int8", "int4 by 64", "plain"],
+    ids=["int8", "int4 by 64", "int8 by 128", "plain"],
 )
 def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, options):
     result = export(
@@ -80,6 +81,20 @@ def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, option
     widths = [{a.name: a.i for a in node.attribute}["bits"] for node in products]
     assert set(widths) == {WIDTHS[options["quantise"]], 8} and widths.count(8) >= 1  # the head has 8 bits
     onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")  # without this package's library
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_products_that_are_traced_as_gemms_are_rounded_too(kind, tiny, tmp_path):
+    result = export(
+        tiny(kind), tmp_path / "out", ExportSettings(format="onnx", quantise="int8"), progress=Progress(quiet=True)
+    )
+    assert result.checks["graph"] == "plain"
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in stored]
+    assert not products
+    layers = {"gpt2": 8, "opt": 12}[kind]
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == layers + 1  # and the head
 
 
 def test_what_onnx_runtime_has_no_place_for_is_refused_before_the_work(tiny, tmp_path, monkeypatch):

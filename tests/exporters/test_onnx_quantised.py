@@ -152,6 +152,17 @@ def test_weights_pruned_onto_grids_are_packed_as_they_are(tiny, tmp_path, progre
             assert torch.equal(loaded.get_submodule(name.removesuffix(".weight")).dense_weight(), weight), name
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_products_that_are_traced_as_gemms_run_on_the_operator(tiny, tmp_path, progress, kind: str) -> None:
+    settings = PruneSettings(method="magnitude", fit="none")
+    prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
+    source = ModelSource("pruned", tmp_path / "pruned")
+    result, folder = exported(source, tmp_path / "out", progress, quantise="int8")
+    assert result.checks["graph"] == "plain" and result.checks["layers_checked"] == {"gpt2": 8, "opt": 12}[kind]
+    assert len(weights_in(folder)) == {"gpt2": 9, "opt": 13}[kind]
+    assert "Gemm" not in folder.operators
+
+
 def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
     _, folder = exported(tiny("llama"), tmp_path / "out", progress, quantise="int8")
     graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph

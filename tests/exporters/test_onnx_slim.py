@@ -87,6 +87,30 @@ def test_a_transpose_is_one_node() -> None:
     np.testing.assert_array_equal(run(program, x=x), x.swapaxes(2, 3))
 
 
+@pytest.mark.parametrize(("turned", "bias", "shared"), [(0, 1, 0), (1, 1, 0), (1, 0, 1), (0, 0, 0)])
+def test_a_gemm_of_a_constant_is_a_matmul(turned: int, bias: int, shared: int) -> None:
+    weight, b, x = random(4, 6), random(6), random(3, 4)
+    names = ["x", "w", *(["b"] if bias else [])]
+    nodes = [helper.make_node("Gemm", names, ["y"], transB=turned)]
+    constants = {"w": weight.T.copy() if turned else weight, **({"b": b} if bias else {})}
+    if shared:  # with an embedding
+        nodes[0].output[0] = "z"
+        nodes += [helper.make_node("Gather", ["w", "row"], ["r"]), helper.make_node("Add", ["z", "r0"], ["y"])]
+        nodes.insert(2, helper.make_node("ReduceSum", ["r"], ["r0"], keepdims=0))
+        constants["row"] = np.array([1])
+    program = graph(nodes, constants, {"x": ["tokens", 4]})
+    slim_(program)
+    assert "Gemm" not in operators(program) and "MatMul" in operators(program)
+    expected = x @ weight + bias * b + shared * weight[:, 1].sum()
+    np.testing.assert_allclose(run(program, x=x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gemm_that_scales_stays() -> None:
+    program = graph([helper.make_node("Gemm", ["x", "w"], ["y"], alpha=0.5)], {"w": random(4, 6)}, {"x": ["tokens", 4]})
+    slim_(program)
+    assert operators(program) == ["Gemm"]
+
+
 @pytest.mark.parametrize(
     ("last", "perm"), [(["first", "tokens", "width"], (0, 2, 1)), (["first", "width", "tokens"], (0, 1, 2))]
 )
