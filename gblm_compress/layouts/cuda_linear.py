@@ -177,10 +177,11 @@ def operands(weight: Packed, kernels: set[str]) -> Operands:
         RuntimeError: torch's kernels do not take the shape, dtype or device, and say so.
     """
     none = weight.values.new_empty(0)
-    return Operands(
-        cusparselt_operand(gpu.expand(weight)) if "cusparselt" in kernels else none,
-        cutlass_operand(weight.places, weight.shape) if "cutlass" in kernels else none,
-    )
+    with torch.cuda.device_of(weight.values):  # type: ignore[no-untyped-call]
+        return Operands(
+            cusparselt_operand(gpu.expand(weight)) if "cusparselt" in kernels else none,
+            cutlass_operand(weight.places, weight.shape) if "cutlass" in kernels else none,
+        )
 
 
 def cusparselt_operand(dense: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ def peak_memory(device: str) -> Iterator[PeakMemory]:
     if device.startswith("cuda"):
         import torch
 
+        # The counter of a device with a number does not wake CUDA.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
         yield result
         result.peak_bytes = torch.cuda.max_memory_allocated(device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gblm_compress.methods.choices import Choice
 from gblm_compress.methods.zeros import keep_only
@@ -57,6 +57,10 @@ class Grid:
         """The grid of one column, as a matrix of its own."""
         place = 0 if self.group is None else column // self.group
         return Grid(self.scales[:, place : place + 1], self.levels, None)
+
+    def to(self, device: Any) -> Grid:
+        """The grid on another device."""
+        return Grid(self.scales.to(device), self.levels.to(device), self.group)
 
     def stretched(self, factors: Tensor) -> Grid:
         """The grid with every scale multiplied, by factors [rows, groups]."""

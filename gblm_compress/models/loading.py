@@ -226,21 +226,29 @@ def choose_device(requested: str) -> str:
     """ "auto" becomes "cuda" where there is one, else "cpu"; anything else is checked.
 
     Raises:
-        MissingDependencyError: a CUDA device is asked for and torch finds none.
-        UsageError: the device is of no known kind.
+        MissingDependencyError: a CUDA device is asked for and torch finds none, or not so many.
+        UsageError: the device is neither a CPU nor one of CUDA.
     """
     import torch
 
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(requested).type
+        device = torch.device(requested)
     except RuntimeError as error:
         raise UsageError(f"device {requested!r} is not known; give auto, cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {requested!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
         raise MissingDependencyError(
             f"device {requested!r} was asked for, but torch {torch.__version__} finds no CUDA device; "
             "give --device cpu, or see `gblm-compress doctor`"
+        )
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise MissingDependencyError(
+            f"device {requested!r} was asked for, and the last of {count} CUDA devices is cuda:{count - 1}"
         )
     return requested
 

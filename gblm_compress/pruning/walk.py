@@ -209,7 +209,8 @@ class Walk:
         pruned = {name: layer for block in layers for name, layer in block.items()}
         on: dict[str, Grid] = {}
         for block in range(len(layers)):
-            on |= self.run.grids(block, self.settings.columns_of_a_scale)
+            for name, grid in self.run.grids(block, self.settings.columns_of_a_scale).items():
+                on[name] = grid.to(pruned[name].weight.device)
         _, grids = distil_(
             self.weights.model,
             pruned,

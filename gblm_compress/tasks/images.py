@@ -91,7 +91,7 @@ class Pictures:
 
 
 def data_files(source: str) -> list[Path]:
-    """The file or folder of images that a source names, if it does; of the hub it asks nothing.
+    """The file or folder of images that a source names, and the labels that lie beside it; of the hub it asks nothing.
 
     Raises:
         DataError: there is none, or it is of another kind.
@@ -107,7 +107,8 @@ def data_files(source: str) -> list[Path]:
     if path.suffix == ".parquet" or _IDX.fullmatch(path.name):
         if kind != "file":
             raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
-        return [path]
+        labels = _labels_of(path) if path.suffix != ".parquet" else None
+        return [path] if labels is None else [path, labels]
     if kind is not None or path.suffix in text.FILES or source.startswith((".", "/", "~")):
         raise DataError(f"dataset {source!r} {text.FOUND[kind]}; give {READS}")
     return []
@@ -127,7 +128,7 @@ def read(source: str, role: text.Role, count: int | None, seed: int) -> Pictures
     paths = data_files(source)
     if not paths:
         return Pictures(list(_of_hub(source, role, count, seed)))
-    (path,) = paths
+    path = paths[0]
     if path.is_dir() and not _idx_files(path):
         found, classes = _of_folder(path, role)
     elif path.suffix == ".parquet":
@@ -181,9 +182,9 @@ def _of_parquet(path: Path, source: str, count: int | None, seed: int) -> list[P
             raise DataError(f"dataset {source!r} has no column 'image'; it has {has}")
         chosen, first = set(_chosen(file.metadata.num_rows, count, seed)), 0
         for batch in file.iter_batches(batch_size=64, columns=names):
-            rows = batch.take([row for row in range(len(batch)) if first + row in chosen]).to_pylist()
-            numbers = [first + row for row in range(len(batch)) if first + row in chosen]
-            found += [_of_row(row, f"dataset {source!r}, row {at}") for row, at in zip(rows, numbers, strict=True)]
+            if numbers := [row for row in range(len(batch)) if first + row in chosen]:  # none has no type
+                rows = zip(batch.take(numbers).to_pylist(), numbers, strict=True)
+                found += [_of_row(row, f"dataset {source!r}, row {first + number}") for row, number in rows]
             first += len(batch)
     if not found:
         raise DataError(f"dataset {source!r} holds no image")
@@ -207,6 +208,8 @@ def _of_row(row: dict[str, Any], where: str) -> Picture:
         raise DataError(f"{where} has no column 'image'; it has {', '.join(map(repr, islice(row, 8)))}")
     stored, label = row["image"], row.get("label")
     content = stored.get("bytes") if isinstance(stored, dict) else stored
+    if isinstance(label, bool):
+        label = int(label)
     if not (label is None or isinstance(label, int | str)):
         raise DataError(f"{where}: its label is {type(label).__name__}; a number or a name is needed")
     if isinstance(content, Image.Image):
@@ -219,6 +222,13 @@ def _of_row(row: dict[str, Any], where: str) -> Picture:
 def _idx_files(folder: Path) -> list[Path]:
     """The IDX files of images in a folder."""
     return sorted(path for path in folder.iterdir() if _IDX.fullmatch(path.name))
+
+
+def _labels_of(path: Path) -> Path | None:
+    """The IDX file of labels beside one of images, packed or not."""
+    names = [path.name.replace("images", "labels").replace("idx3", "idx1")]
+    names += [names[0].removesuffix(".gz") if names[0].endswith(".gz") else f"{names[0]}.gz"]
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
 
 def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
@@ -235,9 +245,7 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
         if path.is_dir():
             raise DataError(f"dataset {source!r} has no part for {role}: no file {_IDX_PARTS[role]}images-idx3-ubyte")
     (count, height, width), pixels = _idx(path, source, dimensions=3)
-    names = [path.name.replace("images", "labels").replace("idx3", "idx1")]
-    names += [names[0].removesuffix(".gz") if names[0].endswith(".gz") else f"{names[0]}.gz"]
-    beside = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    beside = _labels_of(path)
     labels: Sequence[Label] = [None] * count
     if beside is not None:
         (labelled,), values = _idx(beside, source, dimensions=1)

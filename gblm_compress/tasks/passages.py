@@ -118,8 +118,14 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
         pad: whether all get the shape of the longest.
 
     Raises:
+        DataError: some have one text and others two.
         ModelError: the tokenizer gives ids beyond the model's vocabulary.
     """
+    if other := next((row for row in rows if len(row.texts) != len(rows[0].texts)), None):
+        raise DataError(
+            f"{other.where} has {len(other.texts)} texts, and {rows[0].where} has {len(rows[0].texts)}; give all rows "
+            "as many"
+        )
     longest = min(length, processor.model_max_length, positions_of(config))
     kept = ["input_ids", "attention_mask", *(["token_type_ids"] if has_types(config) else [])]
     texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]

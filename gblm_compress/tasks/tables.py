@@ -117,8 +117,11 @@ def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     if not texts or not texts[0].strip():
         return None
     label, score = columns.get("label"), columns.get("score")
-    if score is None and isinstance(label, float):  # as GLUE calls the scores of its pairs
-        label, score = None, label
+    if isinstance(label, float):  # the score of a pair, as GLUE calls it, or a class where others are missing
+        score = label if score is None else score
+        label = int(label) if label.is_integer() else None
+    if isinstance(label, bool):
+        label = int(label)
     if isinstance(label, str):
         label = int(label) if label.strip().lstrip("-").isdecimal() else label.strip() or None
     if score is not None and not _is_number(score):

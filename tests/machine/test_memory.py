@@ -2,6 +2,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from gblm_compress.machine.memory import peak_memory
 
 PROGRAM = """
 import resource
@@ -29,3 +32,13 @@ def test_pages_of_freed_tensors_are_used_again_and_given_back_after() -> None:
     within, after = map(int, ran.stdout.split())
     # 20 tensors of 64 MiB: each of the 16,384 pages of one comes once, or every time.
     assert within < 2 * 16_384 < 10 * 16_384 < after
+
+
+def test_cuda_is_awake_before_its_counter_is_set_back(monkeypatch) -> None:
+    calls = []
+    for name in ("init", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: calls.append((name, *given)) or 5)
+    with peak_memory("cuda:1") as memory:
+        pass
+    assert calls == [("init",), ("reset_peak_memory_stats", "cuda:1"), ("max_memory_allocated", "cuda:1")]
+    assert memory.peak_bytes == 5

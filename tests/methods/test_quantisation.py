@@ -150,3 +150,9 @@ def test_gradients_pass_through_rounding_and_scales_get_their_own(group: int | N
             expected[i, place] += outer[i, j] * 0.02 * (level if outside else level - ratio)
     assert 0 < beyond < 15
     torch.testing.assert_close(factors.grad, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_grid_moves_whole() -> None:
+    grid = Grid(torch.ones(2, 3), torch.arange(16, dtype=torch.int8), 32)
+    moved = grid.to("meta")
+    assert moved.scales.device.type == moved.levels.device.type == "meta" and moved.group == 32

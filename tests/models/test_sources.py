@@ -184,9 +184,16 @@ def test_devices(monkeypatch) -> None:
         choose_device("cuda")
     with pytest.raises(UsageError, match="'gpu9' is not known"):
         choose_device("gpu9")
+    for other in ("mps", "meta", "xpu:0"):
+        with pytest.raises(UsageError, match=f"'{other}' is not supported; give auto, cpu, cuda or cuda:N"):
+            choose_device(other)
+    assert choose_device("cpu:0") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == "cuda"
     assert choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(MissingDependencyError, match="the last of 2 CUDA devices is cuda:1"):
+        choose_device("cuda:2")
 
 
 def test_dtypes(tiny) -> None:

@@ -84,7 +84,11 @@ def test_idx_files(tmp_path, suffix) -> None:
         images.read(str(tmp_path), "calibration", None, 0)
     alone = tmp_path / "images-idx3-ubyte"
     idx(alone, pixels)
+    assert images.data_files(str(alone)) == [alone]
     assert [one.label for one in images.read(str(alone), "calibration", None, 0).found] == [None, None]
+    idx(labels := tmp_path / "labels-idx1-ubyte", numpy.array([1, 0], dtype=numpy.uint8))
+    assert images.data_files(str(alone)) == [alone, labels]
+    assert [one.label for one in images.read(str(alone), "calibration", None, 0).found] == [1, 0]
 
 
 def test_a_parquet_file(tmp_path) -> None:
@@ -92,8 +96,12 @@ def test_a_parquet_file(tmp_path) -> None:
     stored = [{"bytes": png(value), "path": None} for value in range(200)]
     parquet.write_table(pyarrow.table({"image": stored, "label": list(range(200))}), path)
     assert values(images.read(str(path), "evaluation", None, 0)) == [(value, value) for value in range(200)]
-    chosen = sorted(random.Random(1).sample(range(200), 9))
-    assert values(images.read(str(path), "calibration", 9, 1)) == [(value, value) for value in chosen]
+    for count in (9, 2):  # of four batches, some have none
+        chosen = sorted(random.Random(1).sample(range(200), count))
+        assert values(images.read(str(path), "calibration", count, 1)) == [(value, value) for value in chosen]
+    parquet.write_table(pyarrow.table({"image": stored[:2], "label": [False, True]}), path)
+    labels = [one.label for one in images.read(str(path), "evaluation", None, 0).found]
+    assert labels == [0, 1] and not any(isinstance(label, bool) for label in labels)
     parquet.write_table(pyarrow.table({"image": [png(3)]}), path)
     assert values(images.read(str(path), "calibration", None, 0)) == [(3, None)]
 

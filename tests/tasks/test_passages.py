@@ -5,6 +5,7 @@ import pytest
 from pyarrow import parquet
 
 from gblm_compress.errors import DataError
+from gblm_compress.models.tiny import byte_tokenizer, tiny_config
 from gblm_compress.tasks import passages, tables
 from gblm_compress.tasks.tables import Row
 from tests.tasks import families
@@ -40,6 +41,24 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path) -> None:
     for name in ("head.csv", "none.csv", "a.jsonl", "a.parquet"):
         found = tables.rows(str(tmp_path / name), "evaluation")
         assert [(row.texts, row.score) for row in found] == [(("a, b", "c"), 1.5), (("d", "e"), 0.0)], name
+
+
+def test_a_label_may_be_written_as_another_kind_of_number(tmp_path) -> None:
+    given = [True, 2.0, 2.5, "3", None]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": PROSE, "label": label}) for label in given))
+    found = tables.rows(str(path), "evaluation")
+    assert [(row.label, row.score) for row in found] == [(1, None), (2, 2.0), (None, 2.5), (3, None), (None, None)]
+    assert not any(isinstance(row.label, bool) for row in found)
+
+
+def test_pairs_and_single_texts_are_not_mixed(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": PROSE, "text_pair": PROSE, "label": 0}, {"text": PROSE, "label": 1}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer, config = byte_tokenizer(), tiny_config("llama")
+    with pytest.raises(DataError, match="line 2 has 1 texts, and .*line 1 has 2; give all rows as many"):
+        passages.encode(tokenizer, config, tables.rows(str(path), "evaluation"), 16, pad=False)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from gblm_compress.settings import (
 from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.metrics import mean_metric
-from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.task import Sample, Task, fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.tasks.windows import tokenize, vocabulary_of
 from tests.conftest import CAUSAL_LM, replay, samples
@@ -386,3 +386,13 @@ def test_the_registry_loads_no_torch() -> None:
     code = "import sys, gblm_compress.tasks; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=PAGE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_samples_on_another_device_have_the_same_fingerprint() -> None:
+    class Elsewhere:
+        """As a tensor on a GPU: only its copy has numbers."""
+
+        def cpu(self) -> torch.Tensor:
+            return torch.arange(3)
+
+    assert fingerprint([{"input_ids": Elsewhere()}]) == fingerprint([{"input_ids": torch.arange(3)}])
