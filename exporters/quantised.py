@@ -11,9 +11,18 @@ def check(source: ModelSource | None, settings: ExportSettings) -> None:
     UsageError: a group is asked for, or another form than that of its grids, and the model's weights lie on grids.
     ModelError: its grids are damaged.
     """
-    if source is None or not (settings.group or settings.quantise) or not (grids := read_grids(source)):
-        return
-    own = next(iter(grids.values())).group or "whole rows"
+    if source is not None and (settings.group or settings.quantise) and (grids := read_grids(source)):
+        check_grid(next(iter(grids.values())).group, settings)
+
+
+def check_grid(group: int | None, settings: ExportSettings) -> None:
+    """Args:
+        group: columns that share a scale of the grids that the weights lie on; None where all of a row do.
+
+    Raises:
+        UsageError: another group is asked for, or another form than that of such grids.
+    """
+    own = group or "whole rows"
     if settings.group is not None:
         raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
     if settings.format == "onnx" and not settings.kernels:

@@ -160,7 +160,7 @@ def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
         named: the token that begins texts, if the user names one.
 
     Raises:
-        UsageError: it is no token, or none is named and the tokenizer has none.
+        UsageError: it is no token of the model, or none is named and the tokenizer has none.
     """
     vocabulary = tokenizer.get_vocab()
     if named is not None and named not in vocabulary:
@@ -170,9 +170,12 @@ def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
     )
     if first is None:
         raise UsageError("the tokenizer has no token that begins texts; give a start token")
-    start = vocabulary[first]
+    start, size = vocabulary[first], config.vocab_size
+    if start >= size:
+        raise UsageError(f"start token {first!r} has the number {start}, and the model knows {size}; give another one")
     ends = {start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    barred = {*tokenizer.all_special_ids, *range(len(tokenizer), config.vocab_size)} - ends
+    known = {each for each in tokenizer.all_special_ids if each < size}
+    barred = {*known, *range(len(tokenizer), size)} - ends
     return Special(start, tuple(sorted(ends)), tuple(sorted(barred)))
 
 

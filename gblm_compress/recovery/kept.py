@@ -105,6 +105,11 @@ class Kept:
         return (self.folder / RECORD).exists()
 
     @property
+    def bytes(self) -> int:
+        """What lies in the folder already."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @property
     def is_there(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return self._latest is not None

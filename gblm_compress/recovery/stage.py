@@ -20,7 +20,7 @@ from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
-from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.patterns import UNSTRUCTURED, Pattern
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -38,9 +38,12 @@ from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
-CHECKPOINT_SIZES = 18
-"""Checkpoints take at most so many times the model in 16 bits: two of weights, two moments and a mask, and two of the
-best weights with their mask."""
+
+def checkpoint_bytes(pruned: ModelSource) -> int:
+    """What checkpoints take at most: 18 times the model in 16 bits, for two of weights, two moments and a mask, and two
+    of the best weights with their mask."""
+    return 18 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
+
 
 SHARE_FOR_STATES = 0.3
 """What the dense model says of windows takes at most this share of the memory that is free once models are loaded."""
@@ -96,14 +99,20 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, 
         partial(_check_models, source, teacher, settings, device),
         OPTIMISERS[settings.optimiser].check,
     ]
-    task = loading.task_of(source)
-    if not task.generates:
+    check_kind(source)
+    looks += [partial(loading.task_of(source).data_files, name) for name in settings.datasets]
+    looks += [partial(loading.check_length, source, settings.sequence_length)]
+    faults.raise_all(faults.collect(looks))
+
+
+def check_kind(source: ModelSource) -> None:
+    """Raises:
+    UsageError: models of that task are not trained.
+    """
+    if not (task := loading.task_of(source)).generates:
         raise UsageError(
             f"recover trains causal language models, and {source.name!r} is {task.help}; prune with --fit best"
         )
-    looks += [partial(task.data_files, name) for name in settings.datasets]
-    looks += [partial(loading.check_length, source, settings.sequence_length)]
-    faults.raise_all(faults.collect(looks))
 
 
 def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: bool) -> None:
@@ -202,14 +211,14 @@ def _recover(
             room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
             pool = StatePool(checkpoints.states, room, torch.device(device))
             in_files = states * group.size if states > room else 0
-        needed = source.bytes_on_disk * (1 + CHECKPOINT_SIZES) + in_files
+        needed = source.bytes_on_disk + checkpoint_bytes(source) + in_files - checkpoints.bytes
         outputs.check_space(output, needed, "the output, its checkpoints and what the dense model says of the text")
         voice = Teacher(dense, task, samples, settings.fit_dtype, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
         weights = Weights(
             student,
             {f"{name}.weight": student.get_submodule(name) for name in layers},
-            {f"{name}.weight": grid for name, grid in grids.read_grids(source).items()},
+            {f"{name}.weight": grid.to(device) for name, grid in grids.read_grids(source).items()},
             MASK_RULES[settings.mask],
             getattr(torch, settings.fit_dtype),
             group,
@@ -243,7 +252,7 @@ def _bytes_of_states(windows: Windows, config: Any, settings: RecoverSettings) -
     """What the inputs of the dense model's head take, which every process keeps where windows are read again."""
     if windows.passes <= 1 or settings.hidden_weight:
         return 0
-    tokens = len(windows.samples) * settings.sequence_length
+    tokens = len(windows.read.union(windows.held_out)) * settings.sequence_length
     return tokens * int(config.get_text_config().hidden_size) * getattr(torch, settings.fit_dtype).itemsize
 
 
@@ -287,5 +296,7 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
 
 
 def _budget(layer: dict[str, Any]) -> Budget:
-    rows, columns = layer["shape"]
-    return Budget(Pattern(layer["pattern"]), 1 - layer["nonzeros"] / (rows * columns))
+    """What a mask of the layer must have; half a weight more than its zeros, so that no rounding loses one of them."""
+    (rows, columns), pattern = layer["shape"], Pattern(layer["pattern"])
+    zeros = rows * columns - layer["nonzeros"] + 0.5 * (rows if pattern.name == UNSTRUCTURED else 1)
+    return Budget(pattern, zeros / (rows * columns))

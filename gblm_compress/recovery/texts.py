@@ -18,6 +18,8 @@ MOST_HELD_OUT = 32
 GRAM = 13
 """Words in a row that count as a copy: GPT-3's measure of overlap (arXiv 2005.14165, appendix C)."""
 ALLOWED_OVERLAP = 0.02
+MOST_OF_ANOTHER = 10_000_000
+"""Tokens of a hub dataset that the data is compared with; it may have no end."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,10 +40,14 @@ class Windows:
     overlap: dict[str, float]
 
     @property
+    def read(self) -> set[int]:
+        """The windows that are trained on, by number."""
+        return {index for step in self.steps for index in step}
+
+    @property
     def passes(self) -> float:
         """How often a window is read, on average."""
-        read = sum(len(step) for step in self.steps)
-        return read / max(1, len({index for step in self.steps for index in step}))
+        return sum(map(len, self.steps)) / max(1, len(self.read))
 
 
 def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:
@@ -114,7 +120,7 @@ def _overlap(processor: Any, samples: Sequence[Sample], others: Sequence[str]) -
     own = np.unique(np.concatenate([grams(processor.decode(each["input_ids"][0]), known) for each in samples]))
     found = {}
     for other in others:
-        theirs = np.unique(grams(text.load_text(other, "evaluation"), known))
+        theirs = np.unique(grams(text.load_text(other, "evaluation", MOST_OF_ANOTHER), known))
         found[other] = float(np.isin(theirs, own).mean()) if len(theirs) else 0.0
     if much := [f"{other!r} ({100 * share:.1f} %)" for other, share in found.items() if share > ALLOWED_OVERLAP]:
         raise DataError(

@@ -9,15 +9,16 @@ from typing import Any
 from gblm_compress import exporters, faults, tasks
 from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError
-from gblm_compress.exporters import export
+from gblm_compress.exporters import export, quantised
 from gblm_compress.formats import FORMATS, Format
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.pruning.reordering import check_channels, check_dense, reorder
 from gblm_compress.pruning.stage import prune
-from gblm_compress.recovery.stage import CHECKPOINT_SIZES, check_mask, recover
+from gblm_compress.recovery.stage import check_kind, check_mask, checkpoint_bytes, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
 from gblm_compress.settings import (
     CalibrationSettings,
@@ -209,8 +210,10 @@ class Recover(Recorded):
 
     def check(self, progress: Progress) -> list[GblmError]:
         looks = _texts_are_there(self)
+        looks.append(OPTIMISERS[self.settings.optimiser].check)
         if self.job.here:
             length = self.settings.sequence_length
+            looks.append(partial(check_kind, self.job.dense))
             looks.append(partial(loading.check_length, self.job.dense, length, "recover.sequence_length"))
         unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
         if not unfit:
@@ -219,8 +222,7 @@ class Recover(Recorded):
         return faults.collect(looks)
 
     def disk(self) -> Disk:
-        size = self.job.dense.bytes_on_disk
-        return Disk(size, meanwhile=CHECKPOINT_SIZES * size)
+        return Disk(self.job.dense.bytes_on_disk, meanwhile=checkpoint_bytes(self.job.dense))
 
     def work(self, progress: Progress) -> Any:
         return recover(
@@ -284,7 +286,11 @@ class Export(Recorded):
         dense = self.job.dense if self.job.here else None
         unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
         patterns = {} if unfit or self.of_dense else self.job.patterns
-        return faults.collect([partial(exporters.check, dense, self.settings, patterns)])
+        looks: list[Look] = [partial(exporters.check, dense, self.settings, patterns)]
+        pruning = self.job.recipe.prune
+        if pruning.grid is not None and not self.of_dense:
+            looks.append(partial(quantised.check_grid, pruning.columns_of_a_scale, self.settings))
+        return faults.collect(looks)
 
     def disk(self) -> Disk:
         size = self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from gblm_compress.methods.choices import describe
-from gblm_compress.methods.mask_rules import MASK_RULES
+from gblm_compress.methods.mask_rules import LAST_EXCHANGE, MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.settings.fields import MANY, FitDtype, Panel, Settings, Tokens, TokensOrNone
 
@@ -100,12 +100,12 @@ class RecoverSettings(Settings):
         description="Keep only the inputs of blocks, and run each again for its gradients: long windows take less "
         "memory and a third more time, and the result is the same.",
     )
-    seed: int = Field(0, description="Random seed for the order of the windows.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for the order of the windows.")
     disjoint_from: tuple[str, ...] = Field(
         (),
         max_length=100,
         description="Texts that the data must not hold, such as those of evaluations: training is refused where more "
-        "than 2 % of their runs of 13 words are in it.",
+        "than 2 % of their runs of 13 words are in it. Of a hub dataset the first ten million tokens count.",
     )
 
     @model_validator(mode="after")
@@ -114,6 +114,11 @@ class RecoverSettings(Settings):
         for key in sorted({key for rule in MASK_RULES.values() for key in rule.reads}.difference(read)):
             if getattr(self, key) != fields[key].default:
                 raise ValueError(f"{key} would do nothing with mask {self.mask}")
+        if "mask_every" in read and self.steps and self.mask_every > LAST_EXCHANGE * self.steps:
+            raise ValueError(
+                f"mask {self.mask} changes every {self.mask_every} steps, and no more in the last quarter of "
+                f"{self.steps} steps, which is never; give more tokens, or a smaller mask_every"
+            )
         if self.tokens < self.batch * self.sequence_length:
             raise ValueError(
                 f"tokens is {self.tokens:,}, and one step takes {self.batch * self.sequence_length:,}: {self.batch} "

@@ -44,7 +44,7 @@ class CalibrationSettings(Settings):
     )
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
-    seed: int = Field(0, description="Random seed for sampling.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for sampling.")
     experts: Literal["routed", "all"] = Field(
         "routed",
         description="Mixtures of experts: measure each expert on the tokens that are routed to it, or on all tokens.",

@@ -156,6 +156,10 @@ def test_texts_begin_with_the_token_that_parted_them_in_training() -> None:
     llama = tokenizer("<s>", "</s>", bos_token="<s>", eos_token="</s>")
     assert special_tokens(llama, config, None).first == llama.get_vocab()["<s>"]
     assert special_tokens(llama, config, "<|end|>").first == 256
+    config.vocab_size = 257  # the tokenizer was given more tokens than the model knows
+    assert max(special_tokens(llama, config, "<|end|>").barred, default=0) < 257
+    with pytest.raises(UsageError, match=r"start token '<s>' has the number \d+, and the model knows 257"):
+        special_tokens(llama, config, None)
     with pytest.raises(UsageError, match=r"start token '<x>' is no token of the model; give one, such as </s>"):
         special_tokens(llama, config, "<x>")
 

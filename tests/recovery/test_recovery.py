@@ -207,10 +207,10 @@ def test_too_little_memory_is_told_in_the_dtype_that_will_run(
 def test_the_disk_must_hold_what_finds_no_room_in_memory(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
     source, teacher = pruned("2:4"), tiny("llama")
     (short := tmp_path / "short.txt").write_text(prose.read_text()[:400])
-    usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk * (1 + stage.CHECKPOINT_SIZES)
+    usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk + stage.checkpoint_bytes(source)
     settings = RecoverSettings(**(SMALL | {"data": (str(short),)}))
     windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
-    states = len(windows.samples) * 32 * config_of(teacher).hidden_size * 4
+    states = len(windows.read.union(windows.held_out)) * 32 * config_of(teacher).hidden_size * 4
     assert windows.passes > 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     run(source, teacher, tmp_path / "in-memory", short)
@@ -258,12 +258,36 @@ def test_a_learned_mask_has_the_pattern_and_moves(pattern, mask, pruned, tiny, t
         assert int((weight != 0).sum()) == layer["nonzeros"] <= int((before[f"{name}.weight"] != 0).sum())
 
 
+@pytest.mark.parametrize(("pattern", "columns"), [("unstructured", 576), ("unstructured-per-matrix", 768), ("2:4", 64)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.65, 0.7])
+def test_a_learned_mask_has_as_many_zeros_as_the_first(pattern, columns, sparsity) -> None:
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+    kept = int(Pattern(pattern).mask(weight.abs(), weight, sparsity).sum())
+    budget = stage._budget({"shape": [6, columns], "nonzeros": kept, "pattern": pattern})
+    assert int(budget.pattern.mask(weight.abs(), weight, budget.sparsity).sum()) == kept
+
+
+def test_windows_that_are_never_read_need_no_room(tiny, tmp_path) -> None:
+    (long := tmp_path / "long.txt").write_text(load_text("demo", "calibration")[:60_000])
+    (short := tmp_path / "short.txt").write_text(load_text("demo", "evaluation")[:400])
+    source = tiny("llama")
+    settings = RecoverSettings(data=(str(long), str(short)), sequence_length=32, batch=2, tokens=32 * 100)
+    windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
+    assert windows.passes > 1 and len(windows.read) < 100 < len(windows.samples) / 10
+
+
+def test_a_mask_that_would_never_change_is_refused() -> None:
+    with pytest.raises(ValueError, match="changes every 10 steps, and no more in the last quarter of 12 steps, which"):
+        RecoverSettings(mask="sr-ste", tokens=50_000)
+    assert RecoverSettings(mask="sr-ste", tokens=60_000).steps == 14
+
+
 def test_weights_on_grids_stay_on_them(pruned, tiny, tmp_path, prose) -> None:
     source = pruned("unstructured", quantise="int8")
     result = run(source, tiny("llama"), tmp_path / "out", prose)  # which verifies that they do
     assert result.after < result.before
     with pytest.raises(UsageError, match="lie on grids; give fixed"):
-        run(source, tiny("llama"), tmp_path / "other", prose, mask="sr-ste")
+        run(source, tiny("llama"), tmp_path / "other", prose, mask="sr-ste", mask_every=1)
 
 
 @pytest.mark.parametrize("options", [{"hidden_weight": 0.5}, {"text_weight": 0.3}, {"tokens": 20_000, "patience": 1}])
@@ -323,7 +347,7 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
     with pytest.raises(UsageError, match="its (head|embedding) is not that of the pruned model"):
         run(source, tiny("mistral"), tmp_path / "out", prose)
     with pytest.raises(UsageError, match="exchange is for unstructured patterns, and layers are 2:4"):
-        run(source, teacher, tmp_path / "out", prose, mask="exchange")
+        run(source, teacher, tmp_path / "out", prose, mask="exchange", mask_every=1)
     with pytest.raises(UsageError, match="proximal is for 2:4 patterns, and layers are unstructured"):
         run(pruned("unstructured"), teacher, tmp_path / "out", prose, mask="proximal")
     with pytest.raises(ValueError, match="mask_every would do nothing with mask proximal"):

@@ -6,6 +6,7 @@ import pytest
 
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
+from gblm_compress.methods import optimisers
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.runs import pipeline
 from gblm_compress.runs.checks import check, unchecked
@@ -46,6 +47,14 @@ def test_a_recipe_without_faults(progress) -> None:
         (
             {"recover": {"mask": "exchange"}, "prune": {"pattern": "2:4"}},
             "mask exchange is for unstructured patterns",
+        ),
+        (
+            {"prune": {"quantise": "int4"}, "export": [{"format": "onnx", "quantise": "int4"}]},
+            "pruned onto grids of 64, which ONNX Runtime does not have; add --kernels",
+        ),
+        (
+            {"prune": {"quantise": "int4"}, "export": [{"format": "bitmask-int4", "group": 32}]},
+            "group 32: the model was pruned onto grids of 64; leave --group out",
         ),
         ({"generate": {"starts": "gone.txt"}, **WRITTEN}, "dataset 'gone.txt': no such file"),
         ({"generate": {"start_token": "<x>"}, **WRITTEN}, "start token '<x>' is no token of the model"),
@@ -102,6 +111,12 @@ def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
 def test_what_within_2_4_is_exported(progress) -> None:
     for pattern in ("2:4", "1:4", "1:2", "2:8"):
         assert faults(progress, prune={"pattern": pattern}, export=[{"format": "semi-structured"}]) == []
+
+
+def test_an_absent_optimiser_is_told_before_the_pruning(progress, monkeypatch) -> None:
+    monkeypatch.setattr(optimisers, "find_spec", lambda name: None)
+    (fault,) = faults(progress, recover={"optimiser": "adam-8bit", "sequence_length": 64})
+    assert "bitsandbytes, which is not installed" in fault
 
 
 def test_an_absent_package_and_an_unknown_task(progress, monkeypatch, tmp_path) -> None:
