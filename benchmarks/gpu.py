@@ -283,7 +283,7 @@ class Way:
 
 def dense_way(bench: Bench, title: str, weight: Tensor, x: Tensor, product: Callable[[Tensor], Any]) -> Way:
     """A dense product, a function of the weight."""
-    each = copies(bench, weight.nbytes, len(x), weight.clone)
+    each = copies(bench, weight.nbytes, weight.clone)
     return Way(title, "", weight.nbytes, [partial(product, weight) for weight in each])
 
 
@@ -304,7 +304,7 @@ def packed_ways(bench: Bench, packed: Any, x: Tensor) -> tuple[list[Way], dict[s
         operands = cuda_linear.operands(packed, {kernel})
         calls = [
             partial(cuda_linear.run, best, x, each, None, cloned_operands(operands))
-            for each in copies(bench, size, len(x), partial(cloned, packed))
+            for each in copies(bench, size, partial(cloned, packed))
         ]
         ways.append(Way(title, str(best) if best != DENSE else "", size, calls))
     return ways, {f"{layout} {kernel}": reason for kernel, reason in excluded.items()}
@@ -420,10 +420,9 @@ def cloned_operands(operands: Any) -> Any:
     return operands._replace(cusparselt=operands.cusparselt.clone(), cutlass=operands.cutlass.clone())
 
 
-def copies(bench: Bench, size: int, tokens: int, make: Callable[[], Any]) -> list[Any]:
-    """As many copies of a weight as the L2 cache does not hold; a few where arithmetic decides, and in a dry run."""
-    most = 128 if tokens <= 64 else 8
-    return [make() for _ in range(min(most, max(2, ROTATE_BYTES // size)) if bench.on_cuda else 2)]
+def copies(bench: Bench, size: int, make: Callable[[], Any]) -> list[Any]:
+    """As many copies of a weight as the L2 cache does not hold; two in a dry run."""
+    return [make() for _ in range(max(2, ROTATE_BYTES // size) if bench.on_cuda else 2)]
 
 
 def break_even(rows: Rows) -> dict[str, Any]:

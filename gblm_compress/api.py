@@ -181,7 +181,7 @@ def prune(
     Args:
         model: a folder, a hub id, a .gguf file, "demo", "tiny", or a transformers model in memory.
         output: the folder to write, whole or not at all; the model is not changed. Without one a model in memory is
-            pruned in place.
+            pruned in place, with its dtype and on its device.
         processor: the tokenizer (or image processor) of a model in memory, unless the method needs no data.
         calibration: the name of a dataset, a text file, several texts, or mappings with a key "text".
         settings: fields of `PruneSettings`, `CalibrationSettings` and `ResourceSettings`.
@@ -195,6 +195,12 @@ def prune(
     if output is None:
         if isinstance(model, str | os.PathLike):
             raise UsageError(f"model {str(model)!r} is on disk; give the output folder of the pruned one")
+        given = {**resources.model_dump(exclude_defaults=True), "resume": resume, "force": force}
+        given |= {"dtype": dtype != "auto", "device": device != "auto"}
+        if void := [name for name, value in given.items() if value]:
+            raise UsageError(
+                f"{' and '.join(void)} would do nothing: without an output folder the model is pruned where it is"
+            )
         return prune_in_place(model, processor, what, sample, progress)
     with _on_disk(model, processor, progress) as source:
         return stage.prune(

@@ -16,6 +16,11 @@
 A message says what is wrong, what was given, what was needed, and what to do next.
 """
 
+import errno
+import re
+
+_ALLOCATION = re.compile(r"can(?:'t|not) allocate memory", re.IGNORECASE)
+
 
 class GblmError(Exception):
     """Root of the tree; never raised itself.
@@ -93,5 +98,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None)
     )

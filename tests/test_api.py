@@ -125,6 +125,8 @@ def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
     [
         (lambda model: gblm_compress.prune("tiny"), "is on disk; give the output folder"),
         (lambda model: gblm_compress.prune(model, calibration="demo"), "give the tokenizer of the model"),
+        (lambda model: gblm_compress.prune(model, memory="1GiB", resume=True), "memory and resume would do nothing"),
+        (lambda model: gblm_compress.prune(model, dtype="float32"), "dtype would do nothing: without an output"),
         (lambda model: gblm_compress.prune(model, "x", calibration="demo"), "needs its tokenizer"),
         (lambda model: gblm_compress.prune("tiny", "x", methd="gblm"), "methd: unknown; did you mean 'method'"),
         (lambda model: gblm_compress.prune("tiny", "x", samples=0), "samples: .*, got 0"),

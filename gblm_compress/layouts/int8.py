@@ -58,8 +58,8 @@ class Int8Linear(QuantisedLinear):
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
         shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
-        scales, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in cls.PACKED)
-        whole = cls.holding(shape, scales, values)
+        values = torch.cat([layer.values for layer in layers])
+        whole = cls.holding(shape, cls.joined_scales(layers), values)
         whole.like = layers[0].like
         return whole
 

@@ -96,7 +96,7 @@ class MaskedLinear(QuantisedLinear):
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
         shape = (sum(layer.out_features for layer in layers), layers[0].in_features)
-        scales = torch.cat([layer.scales for layer in layers])
+        scales = cls.joined_scales(layers)
         stored, values = bitmask.stack([(layer.stored, layer.values) for layer in layers])
         whole = cls.holding(shape, scales, stored, values, *cls.joined_tables(layers))
         whole.like = layers[0].like

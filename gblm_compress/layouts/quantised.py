@@ -103,6 +103,20 @@ class QuantisedLinear(PackedLinear):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def joined_scales(layers: Sequence["QuantisedLinear"]) -> Tensor:
+        """The scales of layers, one below the other.
+
+        Raises:
+            UsageError: they belong to different numbers of columns.
+        """
+        if len({layer.scales.shape[1] for layer in layers}) > 1:
+            raise UsageError(
+                "layers that an engine merges have scales for different numbers of columns; export with the --group "
+                "that all of them take"
+            )
+        return torch.cat([layer.scales for layer in layers])
+
     @classmethod
     def levels_of(cls, tensors: Sequence[Tensor], columns: int) -> Tensor:
         """All levels, [rows, columns] in int8, of the tensors of `PACKED`; zeros where none is stored."""

@@ -54,7 +54,7 @@ class OnnxRuntime:
         self.dtype = self._interface.dtype
         self._at_once = _at_once(self._session, source.name)
         counts = sorted(set(profile))
-        self._kernels = self._opened.profiled(counts, self._prefill_zeros) if counts else {}
+        self._kernels = self._opened.profiled(counts, self._calls_of) if counts else {}
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -77,8 +77,10 @@ class OnnxRuntime:
     def kernels(self, tokens: int) -> dict[str, int]:
         return kernels_of(self._kernels, tokens)
 
-    def _prefill_zeros(self, tokens: int) -> None:
+    def _calls_of(self, tokens: int) -> int:
+        """Read so many tokens, and say in how many calls of the graph."""
         self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
+        return -(-tokens // (self._at_once or tokens))
 
     def _greedy(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)

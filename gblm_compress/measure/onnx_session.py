@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -87,17 +88,16 @@ class OnnxSession:
                 raise
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 
-    def profiled(self, counts: Sequence[int], run: Callable[[int], object]) -> dict[int, dict[str, int]]:
+    def profiled(self, counts: Sequence[int], run: Callable[[int], int]) -> dict[int, dict[str, int]]:
         """{number of tokens: {operator (provider): how often it ran}}, and the end of profiling.
 
         `step_ms` then holds {part of the graph: milliseconds} of a run on the smallest number of tokens: the median of
         several, without the first.
 
         Args:
-            run: runs the graph once, on so many tokens.
+            run: runs the graph on so many tokens, and says in how many calls.
         """
-        for tokens in [*[min(counts)] * WARM, *counts]:
-            run(tokens)
+        calls = [run(tokens) for tokens in [*[min(counts)] * WARM, *counts]]
         ran: list[Counter[str]] = [Counter()]
         took: list[Counter[str]] = [Counter()]
         for event in json.loads(Path(self.session.end_profiling()).read_text()):
@@ -109,9 +109,17 @@ class OnnxSession:
                 ran.append(Counter())
                 took.append(Counter())
         self._records.cleanup()
-        steps = took[1:WARM]
+        steps = _joined(took[:-1], calls)[1:WARM]
         self.step_ms = {part: median(step[part] for step in steps) / 1000 for part in steps[-1]}
-        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, ran[WARM:-1], strict=True)}
+        last = _joined(ran[:-1], calls)[WARM:]
+        return {tokens: dict(run.most_common()) for tokens, run in zip(counts, last, strict=True)}
+
+
+def _joined(counters: Sequence[Counter[str]], calls: Sequence[int]) -> list[Counter[str]]:
+    """One counter for as many calls of a graph as each entry of `calls` says."""
+    assert len(counters) == sum(calls)
+    left = iter(counters)
+    return [sum(islice(left, number), Counter()) for number in calls]
 
 
 def part_of(node: str, operator: str) -> str:

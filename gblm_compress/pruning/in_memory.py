@@ -2,18 +2,20 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 from torch import nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.models.experts import run_all_, unfused
 from gblm_compress.progress import Progress
@@ -81,15 +83,33 @@ def prune_(
     Raises:
         ModelError: a value is NaN or infinite, or architecture or task is not supported.
         UsageError: a width does not divide by M, or a name pattern matches nothing.
+        OutputError: the disk does not take what is kept meanwhile.
     """
     with unfused(model):
         return _prune(model, samples, settings, progress)[0]
 
 
+@contextmanager
+def _scratch_folder() -> Iterator[str]:
+    """A folder for the gradients and the pruned weights of blocks.
+
+    Raises:
+        OutputError: the disk does not take them.
+    """
+    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+        try:
+            yield folder
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{folder!r} cannot be written ({getattr(error, 'strerror', None) or error}); gradients and pruned "
+                "weights are kept there meanwhile: make room, or name another folder in TMPDIR"
+            ) from error
+
+
 def _prune(
     model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
 ) -> tuple[dict[str, LayerResult], dict[str, LeftDense]]:
-    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+    with _scratch_folder() as folder:
         run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=Ranks())
         budget = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
         device = next(model.parameters()).device

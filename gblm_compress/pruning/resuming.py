@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from gblm_compress.errors import GblmError, OutputError, RankError, UsageError
+from gblm_compress.errors import GblmError, OutputError, RankError, UsageError, is_out_of_memory
 from gblm_compress.progress import Progress
 
 
@@ -60,23 +60,30 @@ def own_files(folder: Path, tensors: re.Pattern[str], others: re.Pattern[str]) -
 
 @contextmanager
 def kept_where_resuming_helps(work: Unfinished, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
-    """Leave the folder of a work after an interruption or a full disk, if it holds anything; remove it where the same
-    would happen again.
+    """Leave the folder of a work after an interruption, a full disk or memory, or a file that could not be read, if it
+    holds anything; remove it where the same would happen again.
 
     Args:
         what: it holds, in the plural.
         resume: as the work was started, see `RunFolder`.
     """
     again = "the same command" if resume is None else "the same command with --resume"
-    try:
-        yield
-    except KeyboardInterrupt:
+
+    def leave() -> None:
         if work.holds_work:
             progress.say(f"{what} are kept: {again} goes on from there")
         else:
             work.remove()
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave()
         raise
     except (OSError, SafetensorError, OutputError) as error:
+        if is_out_of_memory(error):
+            leave()
+            raise
         reason = str(error)
         if not isinstance(error, OutputError):
             reason = f"{str(work.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
@@ -86,6 +93,13 @@ def kept_where_resuming_helps(work: Unfinished, what: str, resume: bool | None, 
         raise OutputError(f"{reason}; {what} are kept: make room and give {again}") from error
     except RankError:
         raise
-    except GblmError:
-        work.remove()
+    except GblmError as error:
+        if isinstance(error.__cause__, OSError):  # which may pass: a network share that was away, say
+            leave()
+        else:
+            work.remove()
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            leave()
         raise

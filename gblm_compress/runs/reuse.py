@@ -128,8 +128,9 @@ def _content(place: Path | None) -> str | None:
 def data_hash(dataset: str) -> str | None:
     """The content of a local dataset, as a hash; the name alone says nothing of it."""
     digest, paths = hashlib.sha256(), tasks.data_files(dataset)
-    for path in (below for given in paths for below in (given, *sorted(given.rglob("*")))):
+    for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
         if path.is_file():
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            with path.open("rb") as file:  # its folder may be its label
+                name = str(path.relative_to(root.parent))
+                digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest() if paths else None

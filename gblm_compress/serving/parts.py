@@ -1,5 +1,6 @@
 """From the tensors of a folder to the packed layer of an engine that merges layers and shards them over processes."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
@@ -54,6 +55,12 @@ class Parts:
     def _layer(self, read: dict[str, Tensor]) -> PackedLinear:
         if DENSE in read:
             layer = self.kind.from_dense(read[DENSE], None)
+            most = self.kind.LARGEST_ERROR
+            if most < math.inf and (error := layer.error(read[DENSE])) > most:
+                raise ModelError(
+                    f"a layer beside packed ones was left dense, and the {self.kind.LAYOUT} layout would change it by "
+                    f"{100 * error:.0f} %; export to bitmask, or prune all layers that the engine merges"
+                )
         else:
             tensors = [read[name] for name in self.kind.PACKED]
             layer = self.kind.holding(((*tensors[0].shape, 0)[0], self.inputs), *tensors)

@@ -313,6 +313,30 @@ def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monke
     assert {path.name for path in tmp_path.iterdir()} == {"broken", prose.name}
 
 
+@pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), None, MemoryError()], ids=repr)
+def test_finished_blocks_are_kept_where_the_fault_may_pass(cause, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
+    whole = run(tiny("llama"), tmp_path / "whole", prose, offload=True, **GBLM)
+
+    def failing(self, index: int, *others: object) -> None:
+        finish(self, index, *others)
+        if index == 0:
+            if isinstance(cause, MemoryError):
+                raise cause
+            raise ModelError("the file cannot be read") from cause
+
+    finish = RunFolder.finish
+    monkeypatch.setattr(RunFolder, "finish", failing)
+    with pytest.raises((ModelError, MemoryError)):
+        run(tiny("llama"), tmp_path / "out", prose, offload=True, progress=Progress(), **GBLM)
+    kept = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")]
+    assert bool(kept) == (cause is not None) == ("--resume goes on from there" in capsys.readouterr().err)
+    monkeypatch.setattr(RunFolder, "finish", finish)
+    again = run(tiny("llama"), tmp_path / "out", prose, offload=True, resume=cause is not None, **GBLM)
+    assert again.layers.keys() == whole.layers.keys()
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
 def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(tiny, tmp_path, prose) -> None:
     with pytest.raises(UsageError, match="distillation works on the whole model.*--memory"):
         run(tiny("llama"), tmp_path / "out", prose, offload=True, **FITTED)

@@ -116,6 +116,25 @@ def test_rounded_parts_stay_as_they_were_rounded(layout: str, dtype: torch.dtype
     torch.testing.assert_close(made(x).double(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_a_dense_part_that_rounding_would_change_much_is_refused() -> None:
+    outlier = torch.full((8, COLUMNS), 0.03)
+    outlier[:, ::64] = 1.0
+    outlier[:, 1::2] = 0
+    with pytest.raises(ModelError, match="was left dense, and the bitmask-int4 layout would change it by .* %"):
+        parts("bitmask-int4", {None: range(8)}).take(DENSE, outlier)
+
+
+def test_parts_with_other_groups_are_not_merged() -> None:
+    kind, weight = LAYOUTS["bitmask-int8"].layer, matrix(8, 5)
+    layer = parts("bitmask-int8", {0: range(8), 1: range(8)})
+    for part, group in ((0, None), (1, 32)):
+        made = kind.from_dense(weight, None, group=group)
+        for name in kind.PACKED:
+            layer.take(name, made.get_buffer(name), part)
+    with pytest.raises(UsageError, match="have scales for different numbers of columns"):
+        layer.whole(torch.device("cpu"), torch.float32)
+
+
 def test_a_dense_part_of_any_pattern_fits_into_bitmask_only() -> None:
     dense = torch.ones(8, COLUMNS)
     layer = parts("bitmask", {None: range(8)})
