@@ -25,5 +25,5 @@ def check_grid(group: int | None, settings: ExportSettings) -> None:
     own = group or "whole rows"
     if settings.group is not None:
         raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
-    if settings.format == "onnx" and not settings.kernels:
+    if settings.format == "onnx" and settings.quantise and not settings.kernels:
         raise UsageError(f"the model was pruned onto grids of {own}, which ONNX Runtime does not have; add --kernels")

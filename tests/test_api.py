@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 
 import gblm_compress
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.runs import advice, pushing
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks.text import load_text
@@ -83,6 +84,16 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
         assert torch.equal(ours, theirs), name
     assert result.folder is None and result.nonzeros * 2 == result.weights
     assert result.linear_weights > result.weights  # the head is among those left dense
+
+
+def test_a_full_disk_of_an_in_place_pruning_is_told(tiny, monkeypatch) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "finish", full)
+    model, _ = gblm_compress.load(tiny("llama").folder)
+    with pytest.raises(OutputError, match="cannot be written .No space left on device.; gradients and pruned weights"):
+        gblm_compress.prune(model, method="magnitude", fit="none", quiet=True)
 
 
 def test_a_model_in_memory_is_left_alone_where_a_folder_is_written(tiny, prose, tmp_path) -> None:

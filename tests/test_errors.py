@@ -1,3 +1,5 @@
+import errno
+
 import torch
 
 from gblm_compress.errors import first_line, is_out_of_memory
@@ -15,4 +17,6 @@ def test_out_of_memory_in_its_kinds() -> None:
         torch.empty(1 << 60, dtype=torch.int8)
     except RuntimeError as error:
         assert is_out_of_memory(error)
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) and not is_out_of_memory(OSError(5, "x"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError())

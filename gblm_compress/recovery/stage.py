@@ -213,7 +213,7 @@ def _recover(
             in_files = states * group.size if states > room else 0
         needed = source.bytes_on_disk + checkpoint_bytes(source) + in_files - checkpoints.bytes
         outputs.check_space(output, needed, "the output, its checkpoints and what the dense model says of the text")
-        voice = Teacher(dense, task, samples, settings.fit_dtype, pool, settings.hidden_weight > 0)
+        voice = Teacher(dense, task, samples, windows.used, settings.fit_dtype, pool, settings.hidden_weight > 0)
         layers = manifest.read(source.folder)["layers"]
         weights = Weights(
             student,
@@ -252,7 +252,7 @@ def _bytes_of_states(windows: Windows, config: Any, settings: RecoverSettings) -
     """What the inputs of the dense model's head take, which every process keeps where windows are read again."""
     if windows.passes <= 1 or settings.hidden_weight:
         return 0
-    tokens = len(windows.read.union(windows.held_out)) * settings.sequence_length
+    tokens = len(windows.used) * settings.sequence_length
     return tokens * int(config.get_text_config().hidden_size) * getattr(torch, settings.fit_dtype).itemsize
 
 

@@ -4,7 +4,7 @@ Where windows are read more than once, inputs of the head are kept: for a token 
 hundredth of its logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,26 @@ class Teacher:
 
     Args:
         model: in eval mode.
-        samples: all windows that will be asked for, by number.
+        samples: windows by number.
+        asked: the numbers of those that will be asked for.
         compute: dtype of its products.
         pool: where inputs of the head are kept; None where no window comes twice, or hidden states are asked for.
         states: whether hidden states are asked for; they are not kept.
     """
 
     def __init__(
-        self, model: Any, task: Task, samples: list[Sample], compute: str, pool: StatePool | None, states: bool
+        self,
+        model: Any,
+        task: Task,
+        samples: list[Sample],
+        asked: Iterable[int],
+        compute: str,
+        pool: StatePool | None,
+        states: bool,
     ) -> None:
         self._model, self._task, self._samples, self._compute = model, task, samples, compute
-        self._kept = None if pool is None else pool.states(len(samples))
+        self._places = {index: place for place, index in enumerate(sorted(asked))}
+        self._kept = None if pool is None else pool.states(len(self._places))
         self._known: set[int] = set()
         self._states = states
 
@@ -42,15 +51,15 @@ class Teacher:
         """The logits [windows, tokens, vocabulary], and the hidden states after each block."""
         if self._known.issuperset(indices):
             assert self._kept is not None
-            kept = torch.cat([self._kept[index] for index in indices])
+            kept = torch.cat([self._kept[self._places[index]] for index in indices])
             with autocast(kept.device, self._compute):
                 return logits_of(self._model, self._task, self._samples[0], kept), []
         with inputs_of_head(head_of(self._model), last=False) as inputs:
             output = self._run(together([self._samples[index] for index in indices]), self._states)
         if self._kept is not None:
             states = inputs[0].to(torch.bfloat16 if self._compute == "bfloat16" else torch.float32)
-            for place, index in enumerate(indices):
-                self._kept[index] = states[[place]]
+            for row, index in enumerate(indices):
+                self._kept[self._places[index]] = states[[row]]
             self._known |= set(indices)
         return getattr(output, self._task.output), list(output.hidden_states[1:]) if self._states else []
 

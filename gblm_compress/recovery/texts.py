@@ -45,6 +45,11 @@ class Windows:
         return {index for step in self.steps for index in step}
 
     @property
+    def used(self) -> set[int]:
+        """The windows that are trained on or looked at."""
+        return self.read.union(self.held_out)
+
+    @property
     def passes(self) -> float:
         """How often a window is read, on average."""
         return sum(map(len, self.steps)) / max(1, len(self.read))

@@ -38,7 +38,8 @@ class Classification(Classes, PassageTask):
 
         if config.num_labels < 2:
             raise ModelError("the model gives one number and no classes; a classifier has two labels or more")
-        labelled = any(row.label is not None for row in rows)
+        scored = any(row.label is None and row.score is not None for row in rows)  # whole scores are no classes
+        labelled = any(row.label is not None for row in rows) and not scored
         labels = [class_of(row, config) for row in rows] if labelled else []
         found = passages.encode(processor, config, rows, length, pad)
         if not labels:

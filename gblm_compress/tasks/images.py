@@ -208,7 +208,7 @@ def _of_row(row: dict[str, Any], where: str) -> Picture:
         raise DataError(f"{where} has no column 'image'; it has {', '.join(map(repr, islice(row, 8)))}")
     stored, label = row["image"], row.get("label")
     content = stored.get("bytes") if isinstance(stored, dict) else stored
-    if isinstance(label, bool):
+    if isinstance(label, bool) or (isinstance(label, float) and label.is_integer()):
         label = int(label)
     if not (label is None or isinstance(label, int | str)):
         raise DataError(f"{where}: its label is {type(label).__name__}; a number or a name is needed")

@@ -143,6 +143,18 @@ def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
     assert result.checks["identical_greedy_tokens"] == 32
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("gpt2", 8), ("opt", 12)])
+def test_products_that_are_traced_as_gemms_are_those_of_any_graph(kind, layers, tiny, tmp_path, progress) -> None:
+    chosen = PruneSettings(method="magnitude", fit="none", pattern="2:4")
+    prune(tiny(kind), tmp_path / "pruned", chosen, CalibrationSettings(), progress=progress)
+    source = ModelSource("pruned", tmp_path / "pruned")
+    for name, options in (("sparse", {"sparse": True}), ("gemm", {"gemm": True})):
+        result = export(source, tmp_path / name, ExportSettings(**PLAIN, **options), progress=progress)
+        assert result.checks["layers_checked"] == layers and result.checks["zeros"]
+    assert ModelSource("gemm", tmp_path / "gemm").operators["Gemm"] == layers
+    assert "Gemm" not in ModelSource("sparse", tmp_path / "sparse").operators
+
+
 def exported_again(exported, folder: Path, **settings) -> tuple[ExportResult, ModelSource]:
     """Another export of the same model in float32, of which the graph need not be traced again."""
     with pytest.MonkeyPatch.context() as patch:

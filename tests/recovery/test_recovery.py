@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.calibration import products
+from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
@@ -25,6 +26,7 @@ from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery import stage, texts
 from gblm_compress.recovery.kept import Kept
 from gblm_compress.recovery.stage import recover
+from gblm_compress.recovery.teacher import Teacher
 from gblm_compress.recovery.texts import grams, windows_of
 from gblm_compress.recovery.training import Training
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
@@ -210,7 +212,7 @@ def test_the_disk_must_hold_what_finds_no_room_in_memory(pruned, tiny, tmp_path,
     usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk + stage.checkpoint_bytes(source)
     settings = RecoverSettings(**(SMALL | {"data": (str(short),)}))
     windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
-    states = len(windows.read.union(windows.held_out)) * 32 * config_of(teacher).hidden_size * 4
+    states = len(windows.used) * 32 * config_of(teacher).hidden_size * 4
     assert windows.passes > 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     run(source, teacher, tmp_path / "in-memory", short)
@@ -273,7 +275,9 @@ def test_windows_that_are_never_read_need_no_room(tiny, tmp_path) -> None:
     source = tiny("llama")
     settings = RecoverSettings(data=(str(long), str(short)), sequence_length=32, batch=2, tokens=32 * 100)
     windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
-    assert windows.passes > 1 and len(windows.read) < 100 < len(windows.samples) / 10
+    assert windows.passes > 1 and len(windows.used) < 150 < len(windows.samples) / 5
+    teacher = Teacher(None, CAUSAL_LM, windows.samples, windows.used, "float32", StatePool(tmp_path, 0, "cpu"), False)
+    assert len(teacher._kept) == len(windows.used)
 
 
 def test_a_mask_that_would_never_change_is_refused() -> None:

@@ -27,7 +27,7 @@ def test_logits_are_the_models_own_at_first_and_again(make, budget: int, tmp_pat
     ran: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True)
     pool = StatePool(tmp_path, budget, torch.device("cpu"))
-    teacher = Teacher(model, CAUSAL_LM, windows, "float32", pool, states=False)
+    teacher = Teacher(model, CAUSAL_LM, [*windows, *windows], range(3), "float32", pool, states=False)
     torch.testing.assert_close(teacher.of([0, 2])[0], expected[[0, 2]])
     torch.testing.assert_close(teacher.of([2, 1])[0], expected[[2, 1]])  # one of them is new
     torch.testing.assert_close(teacher.of([1, 0, 2])[0], expected[[1, 0, 2]])
@@ -36,7 +36,7 @@ def test_logits_are_the_models_own_at_first_and_again(make, budget: int, tmp_pat
 
 def test_hidden_states_are_those_behind_every_block() -> None:
     model, windows = tiny_model("llama"), samples(2, 20)
-    teacher = Teacher(model, CAUSAL_LM, windows, "float32", None, states=True)
+    teacher = Teacher(model, CAUSAL_LM, windows, [], "float32", None, states=True)
     with torch.no_grad():
         expected = model(torch.cat([each["input_ids"] for each in windows]), output_hidden_states=True, use_cache=False)
     logits, states = teacher.of([0, 1])

@@ -12,6 +12,7 @@ from gblm_compress.runs import pipeline
 from gblm_compress.runs.checks import check, unchecked
 from gblm_compress.settings import Recipe
 from tests.families.tiny import tiny_family
+from tests.tasks import families
 
 PARTS = {
     "calibration": {"dataset": "demo", "sequence_length": 64, "samples": 2},
@@ -106,6 +107,17 @@ def test_a_recipe_without_faults(progress) -> None:
 def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
     (fault,) = faults(progress, **keys)
     assert message in fault
+
+
+def test_weights_on_grids_are_exported_as_other_numbers_too(progress) -> None:
+    for settings in ({"format": "onnx"}, {"format": "onnx", "sparse": True}, {"format": "bitmask"}):
+        assert faults(progress, prune={"quantise": "int4"}, export=[settings]) == []
+
+
+def test_a_model_that_recovery_does_not_train_is_told_before_the_pruning(progress, tmp_path) -> None:
+    source = families.written(tmp_path / "bert", "bert")
+    found = faults(progress, model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"]})
+    assert any("recover trains causal language models, and" in fault for fault in found)
 
 
 def test_what_within_2_4_is_exported(progress) -> None:

@@ -277,7 +277,7 @@ VALID = [
     "model: demo\nprune: {pattern: unstructured-per-matrix, sparsity: 0.6, alpha: 100, method: gblm}",
     "model: demo\nprune: {preset: null, sparsity: null, ignore: [a, b], targets: []}",
     'model: demo\nprune: {overrides: [{layers: a, pattern: dense}, {layers: b, pattern: "1:4"}]}',
-    "model: demo\ncalibration: {samples: 2.0, seed: -1}",
+    "model: demo\ncalibration: {samples: 2.0, seed: 1}",
     "model: demo\nresources: {memory: 4GiB, offload: true}",
     "model: demo\nresources: {memory: 4.5 gb}",
     "model: demo\nresources: {memory: 4000000000}",
@@ -286,6 +286,7 @@ VALID = [
 ]
 INVALID = [
     "{}",
+    "model: demo\ncalibration: {seed: -1}",
     "[]",
     "model: 3",
     "model: {}",
