@@ -174,8 +174,7 @@ def special_tokens(tokenizer: Any, config: Any, named: str | None) -> Special:
     if start >= size:
         raise UsageError(f"start token {first!r} has the number {start}, and the model knows {size}; give another one")
     ends = {start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    known = {each for each in tokenizer.all_special_ids if each < size}
-    barred = {*known, *range(len(tokenizer), size)} - ends
+    barred = {each for each in (*tokenizer.all_special_ids, *range(len(tokenizer), size)) if each < size} - ends
     return Special(start, tuple(sorted(ends)), tuple(sorted(barred)))
 
 

@@ -15,7 +15,7 @@ from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.models.experts import run_all_, unfused
 from gblm_compress.progress import Progress
@@ -100,6 +100,8 @@ def _scratch_folder() -> Iterator[str]:
         try:
             yield folder
         except (OSError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             raise OutputError(
                 f"{folder!r} cannot be written ({getattr(error, 'strerror', None) or error}); gradients and pruned "
                 "weights are kept there meanwhile: make room, or name another folder in TMPDIR"

@@ -38,13 +38,6 @@ from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files
 from gblm_compress.tasks.task import fingerprint, on_device
 
-
-def checkpoint_bytes(pruned: ModelSource) -> int:
-    """What checkpoints take at most: 18 times the model in 16 bits, for two of weights, two moments and a mask, and two
-    of the best weights with their mask."""
-    return 18 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
-
-
 SHARE_FOR_STATES = 0.3
 """What the dense model says of windows takes at most this share of the memory that is free once models are loaded."""
 
@@ -124,6 +117,12 @@ def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: b
         raise UsageError(f"mask {settings.mask} needs weights that move freely, and these lie on grids; give fixed")
     if others := sorted(name for name in patterns if not rule.takes(Pattern(name))):
         raise UsageError(f"mask {settings.mask} is for {rule.only} patterns, and layers are {', '.join(others)}")
+
+
+def checkpoint_bytes(pruned: ModelSource) -> int:
+    """What checkpoints take at most: 18 times the model in 16 bits, for two of weights, two moments and a mask, and two
+    of the best weights with their mask."""
+    return 18 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
 
 
 def recover(
