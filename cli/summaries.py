@@ -104,7 +104,7 @@ def generate(result: dict[str, Any]) -> Table:
 
 
 def recover(result: dict[str, Any]) -> list[Any]:
-    table = plain("tokens", "training loss", "KL, held out", "mask moved")
+    table = plain("tokens", "training loss", "loss, held out", "mask moved")
     for column in table.columns:
         column.justify = "right"
     for number, look in enumerate(result["curve"]):
@@ -117,7 +117,7 @@ def recover(result: dict[str, Any]) -> list[Any]:
         table,
         _pairs(
             [
-                ("KL from dense", f"{result['before']:.4f} before, {result['after']:.4f} after, nats per token"),
+                ("held-out loss", f"{result['before']:.4f} before, {result['after']:.4f} after, nats per token"),
                 ("kept", f"the weights after {kept['tokens']:,} tokens (*)"),
                 ("trained", f"{result['trained']:,} weights; the pattern is verified on disk"),
                 ("text", f"each window read {result['passes']:.1f} times on average"),

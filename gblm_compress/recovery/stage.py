@@ -69,7 +69,7 @@ class RecoverResult:
 
     @property
     def before(self) -> float:
-        """Mean KL from dense on held-out text at the start, in nats per token."""
+        """Mean loss of predictions on held-out text at the start, in nats per token, as in `Look`."""
         return self.curve[0].held_out
 
     @property

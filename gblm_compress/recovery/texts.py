@@ -14,7 +14,9 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 
 HELD_OUT_EVERY = 32
-MOST_HELD_OUT = 32
+"""One window of so many is never trained on, whatever the weights of the texts, so that a second training on the same
+texts looks at windows that the first has not seen."""
+MOST_LOOKED_AT = 32
 GRAM = 13
 """Words in a row that count as a copy: GPT-3's measure of overlap (arXiv 2005.14165, appendix C)."""
 ALLOWED_OVERLAP = 0.02
@@ -80,9 +82,9 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
                 "one to train on, one to hold out; give a longer text or a smaller --sequence-length"
             )
         numbers = range(len(samples), len(samples) + len(found))
-        few = max(1, min(len(found) // HELD_OUT_EVERY, int(MOST_HELD_OUT * share)))
-        aside = set(numbers[:: -(-len(found) // few)][:few])
-        held_out += sorted(aside)
+        aside = numbers[::HELD_OUT_EVERY]
+        few = max(1, min(len(aside), int(MOST_LOOKED_AT * share)))
+        held_out += aside[:: -(-len(aside) // few)]
         queues.append(_Queue(share, [number for number in numbers if number not in aside], generator))
         samples += found
     order = _mixed(queues, needed)

@@ -120,7 +120,7 @@ class Training:
                     if state.step % settings.look_every == 0 or state.step == len(self._windows.steps):
                         self._look()
                         latest = state.curve[-1]
-                        progress.say(f"{latest.tokens:,} tokens: KL {latest.held_out:.4f} on held-out text")
+                        progress.say(f"{latest.tokens:,} tokens: loss {latest.held_out:.4f} on held-out text")
                     now = time.monotonic()
                     state.seconds = before + now - started
                     due = now - saved > 60 * settings.checkpoint_minutes
@@ -211,7 +211,7 @@ class Training:
         if self._rule.relaxes:
             weights.show(pruned=True)
         for some in self._groups(mine):
-            total += self._losses.divergence(some) * len(some)
+            total += self._losses.of_predictions(some) * len(some)
         if self._rule.relaxes:
             weights.show()
         self._ranks.sum_([total])

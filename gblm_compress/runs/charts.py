@@ -151,10 +151,10 @@ def output_error(report: RunReport) -> Chart | None:
 
 
 def recovery(report: RunReport) -> Chart | None:
-    """KL divergence from dense on held-out text, over the tokens that a recovery was trained on."""
+    """The loss on held-out text, over the tokens that a recovery was trained on."""
     what = (
-        "How far the predictions are from the dense model's, on text that the training does not see: lower is better. "
-        "The filled dot is what was kept."
+        "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the "
+        "training weighs it, on text that the training does not see: lower is better. The filled dot is what was kept."
     )
     return _curve(report, "recovery", "Learning curve", what, "held_out", "nats per token", ".3~f")
 

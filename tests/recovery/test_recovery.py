@@ -301,6 +301,44 @@ def test_the_loss_may_be_mixed_and_windows_read_again(options, pruned, tiny, tmp
     assert (result.passes > 1) == ("tokens" in options)
 
 
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_looks_measure_what_is_minimised(weight, pruned, tiny, tmp_path, prose) -> None:
+    source, teacher = pruned("2:4"), tiny("llama")
+    result = run(source, teacher, tmp_path / "out", prose, text_weight=weight)
+    settings = RecoverSettings(**(SMALL | {"data": (str(prose),)}))
+    windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
+    student, dense = load_model(source, "float32"), load_model(teacher, "float32")
+    losses = []
+    with torch.no_grad():
+        for index in windows.held_out:
+            ids = windows.samples[index]["input_ids"]
+            own, target = (model(ids).logits[0, :-1].log_softmax(-1) for model in (student, dense))
+            divergence = kl_div(own, target, reduction="batchmean", log_target=True)
+            losses.append((1 - weight) * divergence - weight * own[torch.arange(len(own)), ids[0, 1:]].mean())
+    assert result.before == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    assert result.best == min(range(len(result.curve)), key=lambda look: result.curve[look].held_out) > 0
+
+
+def test_a_second_training_reads_nothing_that_the_first_has_held_out(tiny, tmp_path) -> None:
+    prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
+    paths[0].write_text(prose[:60_000])
+    paths[1].write_text(prose[60_000:70_000])
+    source = tiny("llama")
+
+    def pieces(first: int, second: int, tokens: int) -> tuple[set[bytes], set[bytes]]:
+        data = (f"{paths[0]}={first}", f"{paths[1]}={second}")
+        settings = RecoverSettings(data=data, sequence_length=32, batch=2, tokens=tokens)
+        windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
+        bits = [each["input_ids"].numpy().tobytes() for each in windows.samples]
+        return {bits[index] for index in windows.read}, {bits[index] for index in windows.held_out}
+
+    mixtures = [pieces(9, 1, 32 * 600), pieces(1, 9, 32 * 400), pieces(1, 1, 32 * 80)]
+    assert len({frozenset(held_out) for _, held_out in mixtures}) > 1
+    for read, _ in mixtures:
+        for _, held_out in mixtures:
+            assert not read & held_out
+
+
 def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_path) -> None:
     prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
     paths[0].write_text(prose[:20_000])
@@ -401,4 +439,4 @@ def test_the_command_says_what_it_brought(program, pruned, tiny, prose) -> None:
         "--data", str(prose), "--tokens", "640", "--sequence-length", "32", "--batch", "2", "--rate", "0.01",
     )  # fmt: skip
     assert done.code == 0, done.stderr
-    assert "KL from dense" in done.stdout and "the weights after" in done.stdout
+    assert "held-out loss" in done.stdout and "the weights after" in done.stdout
