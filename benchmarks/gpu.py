@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu.py --json result.json
 
-Needs torch, triton and transformers, nothing else: no network, no data, no installation of the package.
+Needs torch, triton, transformers and what that brings, nothing else: no network, no data, no installation of the
+package.
 
 kernels      y = x Wᵀ for the layers of a LLaMA of 7B and of one of 1B parameters, 1 to 4096 tokens: torch's dense
              product, the Triton kernels of both layouts, cuSPARSELt, CUTLASS, and dense after unpacking. Each is
@@ -14,8 +15,8 @@ levels       the same in bfloat16 for weights of 8 bits, a scale for each row, a
 model        prefill and decode of a Llama of 1.1B parameters with random weights, 2:4, dense and in both layouts:
              eager, compiled, and both within CUDA graphs. The dense model has the same zeros.
 pruning      time and device memory to prune a few blocks of a LLaMA of 7B with random weights, streamed: the block at
-             work on the GPU, everything else on the host; and from it the time for all of them. Needs pydantic, which
-             gblm_compress reads settings with.
+             work on the GPU, everything else on the host; and from it the time for all of them. Needs pydantic
+             and psutil as well.
 onnxruntime  one layer in ONNX Runtime on CUDA and TensorRT, where those are installed.
 
 Figures are medians; the first calls are warm-up and dropped. What did not run says why, and what the time did not
@@ -613,8 +614,8 @@ def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     The line through the medians gives the time of all blocks; the flattest and the steepest line through what was
     measured, its spread. What is left out: reading text, saving and verifying.
     """
-    if find_spec("pydantic") is None:
-        return {"skipped": "pydantic is not installed, which gblm_compress reads settings with"}
+    if absent := [name for name in ("pydantic", "psutil") if find_spec(name) is None]:
+        return {"skipped": f"{' and '.join(absent)} not installed, which pruning needs"}
     size = bench.size
     shape = (1, size.sample_length)
     samples = [

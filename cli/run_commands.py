@@ -8,7 +8,7 @@ import typer
 
 from gblm_compress.cli import options as o
 from gblm_compress.cli import run_summaries, session
-from gblm_compress.errors import GateError, GblmError
+from gblm_compress.errors import GateError, GblmError, UsageError
 from gblm_compress.storage import outputs, records
 
 DOCUMENT = "gblm-compress"  # which every document of this program begins with
@@ -34,6 +34,8 @@ def run(
     folder = output or Path("runs") / path.stem
     outputs.check_workable(folder, "run")
     written = [document for document in (junit, summary) if document is not None]
+    if dry_run and written:
+        raise UsageError("--junit and --summary would do nothing with --dry-run, which measures nothing")
     for document in written:
         outputs.check_document(document, DOCUMENT)
     progress = session.progress(quiet)

@@ -63,7 +63,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a sparse checkpoint of a pruned model.
 
-    A layer whose weight the model itself changes when it runs, as RWKV does, or uses in several blocks stays dense.
+    A layer whose weight the model uses in several blocks stays dense.
 
     Raises:
         UsageError: the layout cannot hold a pruned layer or would not save bytes, or the output is in the way.
@@ -77,13 +77,8 @@ def export(
     layers = manifest.pruned_layers(source, model)
     shared = [name for name in layers if is_tied(model, name)]
     pruned = {name: linear_layer(model, name) for name in layers if name not in shared}
-    before = {name: layer.weight._version for name, layer in pruned.items()}
     reference = _Run.of(model, task.probe(processor, model.config))
-    changed = [name for name, version in before.items() if pruned[name].weight._version != version]
-    if changed:
-        model = loading.load_model(source, dtype)  # as it is before it runs
-    names = [name for name in pruned if name not in changed]
-    dense = {name: weight_matrix(model.get_submodule(name)).detach() for name in names}
+    dense = {name: weight_matrix(layer).detach() for name, layer in pruned.items()}
     layout = _layout(settings)
     kind = LAYOUTS[layout].layer
     if (needed := LAYOUTS[layout].pattern) is not None:
@@ -93,7 +88,7 @@ def export(
     grids = read_grids(source) if LAYOUTS[layout].width else {}
     options: dict[str, Any] = {"grids": grids, "group": settings.group} if LAYOUTS[layout].width else {}
     tables = None if settings.keep_head else LAYOUTS[layout].tables
-    exact, dense_tables = pack_(model, names, layout, tables, **options)
+    exact, dense_tables = pack_(model, list(pruned), layout, tables, **options)
     dense |= dense_tables
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in dense)
@@ -105,7 +100,7 @@ def export(
         difference = _verify(ModelSource(str(output), temporary), model, kind, dense, reference)
         checks = {
             "packed_layers": len(dense),
-            **({"layers_left_dense": changed + shared} if changed + shared else {}),
+            **({"layers_left_dense": shared} if shared else {}),
             **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,

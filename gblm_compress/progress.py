@@ -2,11 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -27,17 +26,13 @@ class Progress:
         """One line, now."""
         self.console.say(message)
 
-    def track(
-        self, items: Sequence[T] | Iterable[T], what: str, unit: str, total: int | None = None, tokens: int = 0
-    ) -> Iterator[T]:
+    def track(self, items: Sequence[T], what: str, unit: str, tokens: int = 0) -> Iterator[T]:
         """Yield `items` while showing how many are done, when the rest will be, and the memory of the process.
 
         Args:
             tokens: of text that go through all items together; their rate is shown.
         """
-        if total is None:
-            total = len(items)  # type: ignore[arg-type]
-        with self.counter(what, unit, total, tokens) as advance:
+        with self.counter(what, unit, len(items), tokens) as advance:
             for item in items:
                 yield item
                 advance()
@@ -72,6 +67,8 @@ class _Facts:
 
     def __init__(self, total: int, tokens: int) -> None:
         self._start, self._done, self._total, self._tokens = time.monotonic(), 0, total, tokens
+        import psutil
+
         self._process = psutil.Process()
 
     def after_one_more(self) -> str:

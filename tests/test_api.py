@@ -21,6 +21,7 @@ from gblm_compress.runs import advice, pushing
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks.text import load_text
 from gblm_compress.tasks.windows import calibration_windows
+from tests.families.tiny import tiny_family
 from tests.runs.reports import report, write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -84,6 +85,19 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
         assert torch.equal(ours, theirs), name
     assert result.folder is None and result.nonzeros * 2 == result.weights
     assert result.linear_weights > result.weights  # the head is among those left dense
+
+
+def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose) -> None:
+    model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    with pytest.raises(UsageError, match="LlamaForCausalLM' has 512 positions; sequence length is 600"):
+        gblm_compress.prune(
+            model, processor=tokenizer, calibration=prose, quiet=True, method="wanda", samples=2, sequence_length=600
+        )
+    mixture = tiny_family("mixtral").eval()
+    with pytest.raises(UsageError, match="guidance weighs tokens, and nothing says which of them an expert"):
+        gblm_compress.prune(
+            mixture, processor=tokenizer, calibration=prose, quiet=True, method="wanda", guidance=0.5, **TEXT
+        )
 
 
 def test_a_full_disk_of_an_in_place_pruning_is_told(tiny, monkeypatch) -> None:

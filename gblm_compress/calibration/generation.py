@@ -19,7 +19,7 @@ from gblm_compress import faults
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.products import faster_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import DataError, GblmError, UsageError
+from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_argument
@@ -29,6 +29,7 @@ from gblm_compress.settings import GenerateSettings
 from gblm_compress.storage import outputs
 from gblm_compress.storage.records import write_text
 from gblm_compress.tasks import data_files, text
+from gblm_compress.tasks.windows import check_ids, vocabulary_of
 
 STARTS = (8, 13, 21, 0)
 """Tokens of text that the pieces of a batch begin with, in turn, each at least once."""
@@ -198,12 +199,15 @@ def write(
         [pieces, sequence length]; texts are parted by `special.first`.
     """
     name, ids, device = cache_argument(model), begin, begin.device
+    check_ids(begin, vocabulary_of(model.config))
     ends, barred = (torch.tensor(some, dtype=torch.long, device=device) for some in (special.ends, special.barred))
     cache: dict[str, Any] = {}
     drawn: list[Tensor] = []
     for _ in range(settings.sequence_length):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
         cache, logits = {name: output[name]}, output.logits[:, -1].index_fill(-1, barred, -torch.inf)
+        if not drawn and not bool(output.logits[:, -1].isfinite().all()):
+            raise ModelError("the model's predictions are NaN or infinite, so that nothing can be drawn from them")
         logits, likeliest = logits.topk(min(settings.top_k, logits.shape[-1]))
         choice = torch.multinomial((logits.float() / settings.temperature).softmax(-1), 1, generator=draws)
         ids = likeliest.gather(-1, choice)

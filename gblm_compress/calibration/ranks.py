@@ -106,7 +106,7 @@ class Ranks:
             raise RankError(
                 f"rank {self.rank} of {self.size}: another process of the run ended or did not answer within "
                 f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({first_line(error)}); its own message is "
-                "further up. The same command with --resume goes on from the last finished block"
+                "further up. The same command with --resume goes on from what is kept"
             ) from error
 
 

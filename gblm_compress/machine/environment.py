@@ -4,10 +4,9 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 import gblm_compress
 
@@ -34,7 +33,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": _memory(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in cpu_flags()],
         "gpus": gpus(),
         "packages": {name: found for name in (*PACKAGES, onnxruntime_package()) if (found := version_of(name))},
@@ -43,6 +42,8 @@ def environment() -> dict[str, Any]:
 
 def busy_cores(seconds: float = 0.5) -> float:
     """How many cores other programs and threads keep busy now, looked at for that long."""
+    import psutil
+
     return (os.cpu_count() or 1) * psutil.cpu_percent(interval=seconds) / 100
 
 
@@ -67,6 +68,15 @@ def share_cores() -> None:
     chosen = {"OMP_WAIT_POLICY", SPINS} & os.environ.keys()
     if not chosen and "torch" not in sys.modules and busy_cores(0.2) > 0.5:
         os.environ[SPINS] = FEW_SPINS
+
+
+def _memory() -> int | None:
+    """All of it; None where psutil is not there, as on a GPU machine that only runs benchmarks/gpu.py."""
+    if not find_spec("psutil"):
+        return None
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def cpu_name() -> str:

@@ -1,14 +1,12 @@
-"""Peak memory of a stretch of work: resident set of the process on a CPU, allocated device memory on CUDA; and what the
-C library does with memory that is freed."""
+"""Peak memory of a stretch of work: resident set of the process on a CPU, device memory on CUDA; and what the C library
+does with memory that is freed."""
 
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import psutil
 
 SAMPLE_EVERY_S = 0.02
 
@@ -26,11 +24,15 @@ class PeakMemory:
 
 
 @contextmanager
-def peak_memory(device: str) -> Iterator[PeakMemory]:
+def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
     On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the
-    whole life of the process; on CUDA the allocator's counter is read.
+    whole life of the process. On CUDA the counter of torch's allocator is read; what others allocate is sampled:
+    what is taken of the device beyond the start, by other programs too.
+
+    Args:
+        of_torch: whether torch allocates what is measured.
     """
     result = PeakMemory()
     if device.startswith("cuda"):
@@ -38,25 +40,39 @@ def peak_memory(device: str) -> Iterator[PeakMemory]:
 
         # The counter of a device with a number does not wake CUDA.
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        torch.cuda.reset_peak_memory_stats(device)
+        if of_torch:
+            torch.cuda.reset_peak_memory_stats(device)
+            yield result
+            result.peak_bytes = torch.cuda.max_memory_allocated(device)
+            return
+        free = torch.cuda.mem_get_info(device)[0]
+        taken = lambda: free - torch.cuda.mem_get_info(device)[0]  # noqa: E731
+    else:
+        import psutil
+
+        process = psutil.Process()
+        taken = lambda: process.memory_info().rss  # noqa: E731
+    with _sampled(taken, result):
         yield result
-        result.peak_bytes = torch.cuda.max_memory_allocated(device)
-        return
-    process = psutil.Process()
+
+
+@contextmanager
+def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
+    """Keep the highest of what is taken in `result`."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(SAMPLE_EVERY_S):
-            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+            result.peak_bytes = max(result.peak_bytes, taken())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield result
+        yield
     finally:
         done.set()
         watcher.join()
-        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+        result.peak_bytes = max(result.peak_bytes, taken())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, first_line, is_out_of_memory
+from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import Generating, Runtime, load_runtime
 from gblm_compress.models import loading
@@ -80,6 +81,7 @@ def started(
         "threads": threads,
         "batch": settings.batch,
         "prompt": settings.prompt,
+        "generate": settings.generate,
     }
     try:
         yield Worker(process, setup)
@@ -110,11 +112,13 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
     task = loading.task_of(source)
-    with peak_memory(setup["device"]) as memory:
+    of_torch = setup["runtime"] in FOLDER_RUNTIMES
+    with peak_memory(setup["device"], of_torch=of_torch) as memory:
         start = time.perf_counter()
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
-        runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes)
+        asked = {"runtime": setup["runtime"], "profile": passes, "generate": setup["generate"]}
+        runtime = load_runtime(source, *where, **asked)
         loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         timed: Callable[..., dict[str, Any]]

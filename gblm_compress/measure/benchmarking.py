@@ -139,8 +139,9 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
         if lane.runtime in runtimes_of(baseline) and fits:
             check_baseline(model, baseline)
             return baseline
-    kernels = " --kernels" if lane.dtype == "float16" and model.is_onnx and model.needs_operator else ""
-    stored = f"--quantise {lane.dtype}" if lane.dtype.startswith("int") else f"--dtype {lane.dtype}{kernels}"
+    dtype, _, arithmetic = lane.dtype.partition("/")
+    stored = f"--quantise {dtype}" if dtype.startswith("int") else f"--dtype {dtype}"
+    stored += " --kernels" if arithmetic else ""
     export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx {stored}"
     advice = (
         f"export the dense model with `{export}` and give --baseline DENSE-ONNX"

@@ -88,6 +88,7 @@ def load_runtime(
     *,
     runtime: str | None = None,
     profile: Sequence[int] = (),
+    generate: int = 0,
 ) -> Runtime:
     """Load a folder in a runtime that executes it.
 
@@ -97,14 +98,15 @@ def load_runtime(
         threads: intra-op threads on the CPU.
         runtime: one of `runtimes_of`; its first if unset.
         profile: numbers of tokens that `kernels` will be asked about, which ONNX Runtime records at load.
+        generate: tokens that will be generated, for runtimes that allocate their cache whole; 0 if that is not known.
     """
     torch.set_num_threads(threads)
     chosen = runtime or runtimes_of(source)[0]
     check_installed(chosen)
     if chosen == "genai":
-        from gblm_compress.measure.genai_runtime import GenaiRuntime
+        from gblm_compress.measure.genai_runtime import ROOM, GenaiRuntime
 
-        return GenaiRuntime(source, device, threads)
+        return GenaiRuntime(source, device, threads, generate or ROOM)
     if chosen == "onnxruntime":
         if not loading.task_of(source).generates:
             from gblm_compress.measure.onnx_forward import OnnxForward

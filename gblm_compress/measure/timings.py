@@ -1,9 +1,13 @@
 """What a benchmark finds: times with their spread, beside those of the baseline. Importing it loads no torch."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
+Part = Literal["packed products", "dense products", "head", "attention", "rest"]
+"""Of a decode step."""
 NO_SPEED_UP = "no significant speed-up"
 
 
@@ -55,7 +59,8 @@ class Measurement:
             where nothing is generated, as all that is of decode.
         tokens_per_second: generated tokens of all sequences per second of decode, median.
         samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
-        peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: allocated).
+        peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: as
+            `machine.memory.peak_memory`).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
         same_tokens_as_baseline: whether greedy decoding generated the same tokens.
         prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
@@ -75,10 +80,10 @@ class Measurement:
     samples_per_second: float | None
     peak_memory_bytes: int
     load_seconds: float
-    bytes_on_disk: int
+    bytes_on_disk: Annotated[int, Field(gt=0)]
     prefill_kernels: dict[str, int]
     decode_kernels: dict[str, int] | None
     prefill_speedup: Speedup | None = None
     decode_speedup: Speedup | None = None
     same_tokens_as_baseline: bool | None = None
-    step_ms: dict[str, float] = field(default_factory=dict)
+    step_ms: dict[Part, float] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Eager torch on a Hugging Face folder, dense or packed."""
 
 from collections import Counter
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ class TorchRuntime:
 
     def __init__(self, model: Any) -> None:
         self.model, self.task = model, task_of(type(model))
-        self._cache_argument = cache_argument(model)
         self.provider = str(model.device)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
@@ -47,6 +47,10 @@ class TorchRuntime:
     def kernels(self, tokens: int) -> dict[str, int]:
         layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
         return dict(Counter(m.kernel(tokens) if isinstance(m, PackedLinear) else "dense" for m in layers))
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        return cache_argument(self.model)
 
     def _greedy(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)

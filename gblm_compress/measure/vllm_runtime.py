@@ -35,6 +35,11 @@ class VllmRuntime:
 
         if current_platform.device_type != device.partition(":")[0]:
             raise UsageError(f"this vLLM is built for {current_platform.device_type}; give --device accordingly")
+        if device.partition(":")[2] not in ("", "0"):
+            raise UsageError(
+                f"vLLM runs on the first CUDA device that it sees, and {device} was asked for; give --device cuda, and "
+                "the number in CUDA_VISIBLE_DEVICES"
+            )
         self._params = vllm.SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, detokenize=False)
         try:
             self._llm = vllm.LLM(str(source.folder), dtype=dtype, enable_prefix_caching=False, disable_log_stats=True)

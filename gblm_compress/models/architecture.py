@@ -67,8 +67,19 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What this version of transformers calls the KV cache: `past_key_values`, or `cache` from 5.20 or so on."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """What a model calls what it hands on from token to token: `past_key_values`, `cache` from transformers 5.20 or so
+    on, or `state` (RWKV).
+
+    Raises:
+        ModelError: it hands on nothing of the kind.
+    """
+    known = ("cache", "past_key_values", "state")
+    name = next((name for name in known if name in inspect.signature(model.forward).parameters), None)
+    if name is None:
+        raise ModelError(
+            f"{type(model).__name__} takes none of {', '.join(known)}, so that it cannot go on from a cache"
+        )
+    return name
 
 
 def cache_kinds(config: Any) -> set[str]:

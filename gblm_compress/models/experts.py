@@ -231,13 +231,17 @@ def run_all_(model: nn.Module) -> None:
     """Let every expert run on every token from now on, so that all are measured on all of the text.
 
     Raises:
-        UsageError: the model has no experts.
+        UsageError: the model has no experts, or they get their tokens sorted.
     """
     experts = experts_of(model)
     if not experts:
         raise UsageError(
             f"{type(model).__name__} has no mixture of experts, so that no tokens can go to all of them; leave out "
             "--experts all"
+        )
+    if any(isinstance(mixture, SortedExperts) for mixture in experts.values()):
+        raise UsageError(
+            f"{type(model).__name__} gives each expert its own tokens and no others; leave out --experts all"
         )
     for mixture in experts.values():
         mixture.every_token = True

@@ -8,6 +8,7 @@ transformers reads one set of weights of a folder, and everything here reads the
 import json
 import re
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ _LIGHT = re.compile(
 )
 """What beside weights or graph decides what a model computes; a note or a license does not."""
 
-_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".onnx", ".data")
-_OF_GRAPHS = (".onnx", ".data")
+_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".onnx", ".data", ".onnx_data")
+_OF_GRAPHS = (".onnx", ".data", ".onnx_data")
 _FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no more
 
@@ -168,7 +169,7 @@ def check_graph(folder: Path) -> None:
         graph = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf and onnx raise their own kinds for bytes that are no graph
         raise ModelError(f"{str(path)!r} is no ONNX graph, or a truncated one ({first_line(error)})") from error
-    for tensor in graph.graph.initializer:
+    for tensor in _tensors(graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         name = ExternalDataInfo(tensor).location
@@ -177,6 +178,20 @@ def check_graph(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ModelError(f"{str(path)!r}: the data of {tensor.name!r} is in {name!r}, which is missing")
         _check_file(folder / name, folder)
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """All tensors of an ONNX model, those of its functions, of subgraphs and of attributes too."""
+    import onnx
+
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if isinstance(value, Sequence) else (value,):
+            if isinstance(part, onnx.TensorProto):
+                yield part
+            else:
+                yield from _tensors(part)
 
 
 def files_of(folder: Path) -> list[Path]:

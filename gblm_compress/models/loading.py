@@ -51,6 +51,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
         )
     model = model.eval().to(device)
     unfuse_(model)
+    _leave_weights_alone_(model)
     return model
 
 
@@ -79,7 +80,15 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     except Exception as error:  # as in load_model
         raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
     unfuse_(model)
+    _leave_weights_alone_(model)
     return model.eval().requires_grad_(False)
+
+
+def _leave_weights_alone_(model: Any) -> None:
+    """Keep RWKV from dividing weights by powers of two when it first runs, and hidden states after it: that is made for
+    the range of float16, and computes the same as weights that stay as they are stored."""
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
 
 
 def check_model(source: ModelSource, verb: str) -> None:
@@ -103,17 +112,23 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
     UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some. Only
         for models that generate: the others cut what they read.
     """
-    if not task_of(source).generates:
-        return
-    config = source.config | (source.config.get("text_config") or {})
+    if task_of(source).generates:
+        check_positions(source.name, source.config, tokens, what)
+
+
+def check_positions(name: str, config: dict[str, Any], tokens: int, what: str = "sequence length") -> None:
+    """The same for a model that generates, by its config.
+
+    Raises:
+        UsageError: as `check_length`.
+    """
+    config = config | (config.get("text_config") or {})
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
     by_kind = [kind for kind in (rotary, *rotary.values()) if isinstance(kind, dict)]  # of attention, in some families
     scaled = any(kind.get("rope_type", kind.get("type", "default")) != "default" for kind in by_kind)
     if positions and tokens > positions and not scaled:
-        raise UsageError(
-            f"model {source.name!r} has {positions} positions; {what} is {tokens}, give {positions} or less"
-        )
+        raise UsageError(f"model {name!r} has {positions} positions; {what} is {tokens}, give {positions} or less")
 
 
 def task_of(source: ModelSource) -> Task:

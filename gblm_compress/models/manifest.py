@@ -19,9 +19,8 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import card
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
-from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
+from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.conversion import TensorNames
-from gblm_compress.models.files import weight_files
 from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -90,6 +89,7 @@ class _Manifest(BaseModel):
     calibration: _Calibration | None = None
     grids_sha256: str | None = None
     reordering: _Reordering | None = None
+    checks: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _pruned_layers_are_listed(self) -> Self:
@@ -245,9 +245,12 @@ def _short(content: dict[str, Any]) -> str:
 
 
 def weights_of(source: ModelSource) -> str:
-    """What weights are stored in: a dtype, or int8 or int4 in an ONNX export with levels of so many bits."""
+    """What weights are stored in: a dtype, or int8 or int4 in an ONNX export with levels of so many bits; or two
+    dtypes, such as float16/float32, where the second is that of the arithmetic and another than is stored."""
     checks = read(source.folder).get("checks", {}) if source.is_onnx and is_ours(source.folder) else {}
-    return str(checks.get("weights", stored_dtype(source)))
+    stored = stored_dtype(source)
+    arithmetic = checks.get("arithmetic", stored)
+    return str(checks.get("weights", stored if arithmetic == stored else f"{stored}/{arithmetic}"))
 
 
 def is_ours(folder: Path) -> bool:
@@ -261,7 +264,7 @@ def is_pruned(folder: Path) -> bool:
     Raises:
         ModelError: the manifest is damaged.
     """
-    return is_ours(folder) and "prune" in read(folder)
+    return is_ours(folder) and read(folder).get("prune") is not None
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -329,17 +332,6 @@ def pruned_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
         if f"{layer}.weight" not in checkpoint:
             raise VerificationError(f"{layer}.weight: the manifest lists it, but no tensor of that name was saved")
         yield layer, checkpoint.read(f"{layer}.weight")
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model's safetensors files, one at a time.
-
-    Raises:
-        ModelError: a file is damaged.
-    """
-    for path in weight_files(folder):
-        for name in keys(path):
-            yield name, read_tensor(path, name)
 
 
 def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:

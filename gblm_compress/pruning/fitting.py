@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 HELD_OUT_EVERY = 8
+BATCH = 2
+"""Samples whose gradients one step averages."""
 PATIENCE = 2
 WARM_UP = 0.1
 BETAS = (0.9, 0.95)
@@ -34,7 +36,6 @@ def fit(
     *,
     epochs: int,
     rate: float,
-    batch: int = 2,
     revive: bool = False,
     project: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda masters: masters,
     step_done: Callable[[], None] = lambda: None,
@@ -52,7 +53,6 @@ def fit(
         samples: how many samples there are.
         epochs: passes over the samples that are not held out, at most.
         rate: the relative learning rate.
-        batch: samples whose gradients one step averages.
         revive: pruned weights, zero in the loss, gather their steps as survivors do, so that a new mask can be chosen
             (the straight-through estimator of SR-STE, arXiv 2102.04010).
         project: of the masters, what `loss` sees of them; differentiable.
@@ -71,7 +71,7 @@ def fit(
         for name, master in masters.items()
         if masks[name].any()
     ]
-    steps_per_epoch = math.ceil(len(training) / batch)
+    steps_per_epoch = math.ceil(len(training) / BATCH)
 
     def mean_held_out() -> float:
         with torch.no_grad():
@@ -98,9 +98,9 @@ def fit(
         generator = torch.Generator().manual_seed(0)
         for epoch in range(1, epochs + 1):
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-            for start in range(0, len(order), batch):
+            for start in range(0, len(order), BATCH):
                 adam.zero_grad()
-                add_gradients(order[start : start + batch])
+                add_gradients(order[start : start + BATCH])
                 if not revive:
                     for name, master in masters.items():
                         if master.grad is not None:

@@ -18,12 +18,13 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.models.experts import run_all_, unfused
+from gblm_compress.models.loading import check_positions
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.placement import SHARE_OF_FREE_MEMORY
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.saving import LeftDense, left_dense_of
-from gblm_compress.pruning.stage import PruneResult
+from gblm_compress.pruning.stage import PruneResult, check_guidance
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.tasks import task_of
@@ -48,11 +49,15 @@ def prune_in_place(
         if processor is None:
             raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
         task.check_processor(processor)
+        if task.generates:
+            check_positions(type(model).__name__, model.config.to_dict(), calibration.sequence_length)
         size = calibration.samples, calibration.sequence_length, calibration.seed
         samples = task.calibration(processor, model.config, calibration.dataset, *size)
     model.eval()
     samples = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
+        if settings.guidance:
+            check_guidance(model)
         if calibration.experts == "all":
             run_all_(model)
         layers, left_dense = _prune(model, samples, settings, progress)

@@ -114,7 +114,7 @@ def choose_placement(
     UsageError: it must stay on disk, and distillation needs it in memory.
     """
     free = psutil.virtual_memory().available // ranks.processes_here()
-    host = resources.memory or int(SHARE_OF_FREE_MEMORY * free)
+    host = int(SHARE_OF_FREE_MEMORY * free) if resources.memory is None else int(resources.memory)
     on_cpu = device == "cpu"
     room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
     needed = size.weights + size.working

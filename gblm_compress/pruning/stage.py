@@ -145,7 +145,7 @@ def _prune(
         lambda: skeleton_budgets(loading.load_skeleton(source), settings),
     ]
     if settings.guidance:
-        looks.append(lambda: _check_guidance(loading.load_skeleton(source)))
+        looks.append(lambda: check_guidance(loading.load_skeleton(source)))
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
@@ -262,7 +262,7 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
         )
 
 
-def _check_guidance(model: Any) -> None:
+def check_guidance(model: Any) -> None:
     """Raises:
     UsageError: layers of the model do not read all tokens.
     """

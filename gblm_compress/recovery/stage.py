@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import DataError, ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
@@ -119,6 +120,15 @@ def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: b
         raise UsageError(f"mask {settings.mask} is for {rule.only} patterns, and layers are {', '.join(others)}")
 
 
+def files_of(settings: RecoverSettings) -> list[Path]:
+    """The files of the texts, which no output may replace."""
+    found: list[Path] = []
+    for name in settings.datasets:
+        with suppress(DataError):  # which is refused with all that is at fault
+            found += data_files(name)
+    return found
+
+
 def checkpoint_bytes(pruned: ModelSource) -> int:
     """What checkpoints take at most: 18 times the model in 16 bits, for two of weights, two moments and a mask, and two
     of the best weights with their mask."""
@@ -149,7 +159,7 @@ def recover(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    inputs = [source.folder, teacher.folder, *(path for name in settings.datasets for path in data_files(name))]
+    inputs = [source.folder, teacher.folder, *files_of(settings)]
     with outputs.reserved(output, force, inputs, ranks.is_first_started()):
         start = time.monotonic()
         check(source, teacher, settings, device)
@@ -164,7 +174,7 @@ def recover(
             tokens=state.curve[-1].tokens,
             best=state.best,
             curve=tuple(state.curve),
-            passes=windows.passes,
+            passes=windows.passes(state.step),
             overlap=windows.overlap,
             trained=training.trained,
             seconds=seconds,
@@ -249,7 +259,7 @@ def _recover(
 
 def _bytes_of_states(windows: Windows, config: Any, settings: RecoverSettings) -> int:
     """What the inputs of the dense model's head take, which every process keeps where windows are read again."""
-    if windows.passes <= 1 or settings.hidden_weight:
+    if windows.passes() <= 1 or settings.hidden_weight:
         return 0
     tokens = len(windows.used) * settings.sequence_length
     return tokens * int(config.get_text_config().hidden_size) * getattr(torch, settings.fit_dtype).itemsize

@@ -51,10 +51,10 @@ class Windows:
         """The windows that are trained on or looked at."""
         return self.read.union(self.held_out)
 
-    @property
-    def passes(self) -> float:
-        """How often a window is read, on average."""
-        return sum(map(len, self.steps)) / max(1, len(self.read))
+    def passes(self, steps: int | None = None) -> float:
+        """How often a window is read, on average, in so many steps; in all if None."""
+        read = [index for step in self.steps[:steps] for index in step]
+        return len(read) / max(1, len(set(read)))
 
 
 def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:

@@ -24,6 +24,7 @@ from gblm_compress.measure.benchmark_worker import vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
+from gblm_compress.models.config_keys import POSITIONS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.costs import passes
@@ -75,6 +76,7 @@ def advise(
 
     Raises:
         ModelError: it is no decoder whose blocks can be left out, has one block, or is packed or exported already.
+        UsageError: it has fewer positions than are timed.
         NotEnoughMemoryError: the dense model does not fit into memory.
     """
     start = time.monotonic()
@@ -87,6 +89,7 @@ def advise(
             f"model {source.name!r} is loaded whole once, which takes {need / 1e9:.1f} GB, and "
             f"{psutil.virtual_memory().available / 1e9:.1f} GB are free; ask on a larger machine"
         )
+    loading.check_length(source, PROMPT + WARM_UP + STEPS, "the length that is timed")
     modules = find_blocks(loading.load_skeleton(source))[1]
     if (blocks := len(modules)) < 2:
         raise ModelError(
@@ -214,9 +217,11 @@ def _whole(few: int, many: int, blocks: int, of_few: float, of_many: float) -> f
     return max(of_many, of_few + (of_many - of_few) / (many - few) * (blocks - few))
 
 
-def _forward_seconds(source: ModelSource, tokens: int = 512) -> float:
-    """Seconds that a forward pass takes for a token, the least of three."""
+def _forward_seconds(source: ModelSource) -> float:
+    """Seconds that a forward pass of 512 tokens, or as many as the model can read, takes for a token, the least of
+    three."""
     model = loading.load_model(source, "float32")
+    tokens = min(512, first_of(model.config.get_text_config(), POSITIONS) or 512)
     ids = torch.arange(tokens).reshape(1, -1) % vocabulary(source)
     spent = []
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """The charts of a report as Vega-Lite specifications: the page draws them, and `images` makes pictures of the same."""
 
 from collections.abc import Callable
+from typing import get_args
 
+from gblm_compress.measure.timings import Part
 from gblm_compress.printing import printable
 from gblm_compress.runs import vega
 from gblm_compress.runs.figures import LESS_IS_BETTER, Figure
@@ -9,7 +11,7 @@ from gblm_compress.runs.run_report import RunReport
 from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.runs.vega import COLOURS, ROW, Chart, Spec
 
-PARTS = ("packed products", "dense products", "head", "attention", "rest")
+PARTS = get_args(Part)
 """What a decode step is made of, see `measure.onnx_session.part_of`."""
 
 

@@ -122,7 +122,8 @@ class Job:
 
     def can_run(self, settings: ExportSettings) -> bool:
         """Whether the device of the run has kernels for an export."""
-        return not FORMATS[settings.format].needs_cuda or "cuda" in self.device
+        on_cuda = "cuda" in self.device
+        return on_cuda if FORMATS[settings.format].needs_cuda else not (settings.kernels and on_cuda)
 
     def bytes_in(self, dtype: str) -> int:
         """Bytes of the dense weights in a dtype."""

@@ -105,7 +105,7 @@ class Evaluate(Recorded):
         without = {s.folder_name for s in self.job.recipe.export if not self.job.can_run(s)}
         for gates in self.job.recipe.gates:
             if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
-                raise UsageError(f"gates.artefact {gates.artefact!r} is evaluated on CUDA only")
+                raise UsageError(f"gates.artefact {gates.artefact!r} is not evaluated on {self.job.device}")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Benchmark(Recorded):
                 if not set(export.format.runtimes) & set(self.settings.runtimes):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
-                    raise UsageError(f"gates.artefact {artefact!r} is timed on CUDA only")
+                    raise UsageError(f"gates.artefact {artefact!r} is not timed on {self.job.device}")
             if artefact == self.job.pruned.name and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
                 raise UsageError(
                     f"gates.artefact {artefact!r} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"
@@ -260,7 +260,7 @@ def _timed_against(job: Job) -> list[ExportSettings]:
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
     for settings in recipe.export:
-        if not timed & set(FORMATS[settings.format].runtimes):
+        if not timed & set(FORMATS[settings.format].runtimes) or not job.can_run(settings):
             continue
         known = job.here or settings.dtype != "auto"
         half = settings.kernels and known and dtype_of(job.dense, settings) == "float16"

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from gblm_compress.measure.timings import Measurement
 from gblm_compress.measure.zero_shot import ZeroShot
@@ -48,7 +48,7 @@ class ModelSummary:
     fidelity: dict[str, float | None]
     tasks: ZeroShot | None
     nonzero_fraction: float
-    bytes_on_disk: int
+    bytes_on_disk: Annotated[int, Field(gt=0)]
     timing: Measurement | None
 
     @property
@@ -72,7 +72,7 @@ class LayerSummary:
     block: int | None
     projection: str
     pattern: str
-    weights: int
+    weights: Annotated[int, Field(gt=0)]
     nonzeros: int
     output_error: float | None = None
 

@@ -59,6 +59,7 @@ PatternOrDense = Annotated[str, Field(json_schema_extra={"pattern": f"^({DENSE}|
 Memory = Annotated[
     ByteSize,
     BeforeValidator(_has_unit),
+    Field(ge=LEAST_MEMORY),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": MEMORY}, {"type": "integer", "minimum": LEAST_MEMORY}]}),
 ]
 

@@ -36,16 +36,24 @@ class CompareSettings(Settings):
         ("paper", "sparsegpt", "gblm", "wanda", "obs"),
         min_length=1,
         max_length=100,
+        json_schema_extra={"uniqueItems": True},
         description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), "
         "gblm+none, obs+best, wanda+swap+least-squares, gblm+owl, wanda+int4, …",
     )
     patterns: tuple[PatternName, ...] = Field(
-        ("2:4", "unstructured"), min_length=1, max_length=100, description="As prune.pattern."
+        ("2:4", "unstructured"),
+        min_length=1,
+        max_length=100,
+        json_schema_extra={"uniqueItems": True},
+        description="As prune.pattern.",
     )
     seeds: int = Field(3, ge=1, le=MANY, description="How many draws of the calibration text.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name, values in (("methods", self.methods), ("patterns", self.patterns)):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise ValueError(f"{name} has {', '.join(map(repr, twice))} twice")
         for method in self.methods:
             for pattern in self.patterns:
                 try:

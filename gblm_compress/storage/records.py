@@ -14,8 +14,11 @@ SEAL = "sha256"  # key of a record: the hash of its other keys
 _LARGEST_JSON = 256 << 20
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
     """The JSON object, or array where `kind` is list, in a file.
+
+    Args:
+        unique: whether no key may stand twice in an object, of which other readers may take another.
 
     Raises:
         OSError: there is no such regular file, or it cannot be read.
@@ -26,11 +29,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MiB")
     try:
-        content = json.loads(path.read_bytes().decode())
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique if unique else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, kind):
         raise ValueError(f"it holds a {type(content).__name__}, not {'an object' if kind is dict else 'an array'}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice in an object")
     return content
 
 

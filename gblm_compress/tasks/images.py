@@ -38,6 +38,8 @@ READS = (
     "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
     "'label', or IDX files (…images-idx3-ubyte, also as .gz)"
 )
+LARGEST_IDX = 1 << 32
+"""Bytes of an IDX file, which is in memory as a whole."""
 _SHUFFLED = 1_000
 """Images of a hub dataset that are held at once to draw from; its files are read in random order, too."""
 
@@ -265,14 +267,16 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
 def _idx(path: Path, source: str, dimensions: int) -> tuple[tuple[int, ...], bytes]:
     """The sizes and the numbers of an IDX file of bytes."""
     where = f"dataset {source!r}: {path.name}"
-    with text.reading(source):
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    head = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < head:
-        raise DataError(f"{where} is no IDX file of bytes in {dimensions} dimensions")
-    sizes = struct.unpack(f">{dimensions}I", content[4:head])
-    needed = head + math.prod(sizes)
-    if len(content) != needed or needed == head:
-        shape = "×".join(map(str, sizes))
-        raise DataError(f"{where} has {len(content):,} bytes, and {shape} numbers take {needed:,}; give whole files")
-    return sizes, content[head:]
+    with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        head = file.read(4 + 4 * dimensions)
+        if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) < 4 + 4 * dimensions:
+            raise DataError(f"{where} is no IDX file of bytes in {dimensions} dimensions")
+        sizes = struct.unpack(f">{dimensions}I", head[4:])
+        numbers, shape = math.prod(sizes), "×".join(map(str, sizes))
+        if not 0 < numbers <= LARGEST_IDX:
+            raise DataError(f"{where} says that it holds {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
+        content = file.read(numbers + 1)
+    if len(content) != numbers:
+        held = "more" if len(content) > numbers else f"{len(content):,}"
+        raise DataError(f"{where} says that it holds {shape} numbers, and holds {held}; give whole files")
+    return sizes, content

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -123,7 +124,7 @@ def _row(columns: Mapping[str, Any], where: str) -> Row | None:
     if isinstance(label, bool):
         label = int(label)
     if isinstance(label, str):
-        label = int(label) if label.strip().lstrip("-").isdecimal() else label.strip() or None
+        label = int(label) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", label) else label.strip() or None
     if score is not None and not _is_number(score):
         raise DataError(f"{where}: the score {score!r} is no number")
     return Row(texts, label, None if score is None else float(score), where)
@@ -137,5 +138,5 @@ def _listed(columns: Iterable[str]) -> str:
 def _is_number(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False

@@ -102,13 +102,20 @@ def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
 
 
 def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatch) -> None:
-    """On a machine without pydantic, the parts that do not prune still run."""
+    """On a machine without pydantic and psutil, the parts that do not prune still run."""
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    assert "pydantic is not installed" in script.pruning(None, None, [])["skipped"]
+    assert "pydantic and psutil not installed" in script.pruning(None, None, [])["skipped"]
     code = (
-        "import sys; sys.modules['pydantic'] = None\n"
-        "import gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint\n"
-        "import gblm_compress.measure.doctor"
+        "import importlib.util, sys\n"
+        "sys.modules['pydantic'] = sys.modules['psutil'] = None\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name in ('pydantic', 'psutil') else found(name)\n"
+        "import gblm_compress.kernels.gpu, gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint\n"
+        "import gblm_compress.measure.doctor\n"
+        "from gblm_compress.machine.environment import environment\n"
+        "from gblm_compress.progress import Progress\n"
+        "assert environment()['memory_bytes'] is None\n"
+        "Progress(quiet=True).say('')"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -16,6 +16,7 @@ from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_config, t
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GenerateSettings
 from tests.conftest import ARCHITECTURES
+from tests.families.tiny import tiny_family
 from tests.tasks import families
 
 END = 256
@@ -48,6 +49,24 @@ def test_the_likeliest_tokens_are_those_without_a_cache(kind: str) -> None:
         logits[:, list(barred)] = -torch.inf
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], -1)
     assert torch.equal(got, ids[:, 3:])
+
+
+def test_a_state_is_handed_on_as_a_cache_is() -> None:
+    model, begin = tiny_family("rwkv").eval(), torch.tensor([[END, 65, 66]])
+    got, ids = drawn(model, begin, Special(END, (END,), ()), top_k=1, sequence_length=6), begin
+    for _ in range(6):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], -1)
+    assert torch.equal(got, ids[:, 3:])
+
+
+def test_what_nothing_can_be_drawn_from_is_told() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ModelError, match="gives the token id 300, but the model has embeddings for 257"):
+        drawn(model, torch.tensor([[END, 300]]), Special(END, (END,), ()), sequence_length=4)
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="predictions are NaN or infinite"):
+        drawn(model, torch.tensor([[END, 65]]), Special(END, (END,), ()), sequence_length=4)
 
 
 def test_after_the_end_of_a_text_another_begins() -> None:

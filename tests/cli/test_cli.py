@@ -143,6 +143,8 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
     said = program("run", "ci-smoke", "--dry-run").stdout
     assert "gates to check: artefact bitmask, max_perplexity_increase 0.5, min_decode_speedup 0.01" in said
     assert not list(tmp_path.iterdir())
+    done = program("run", "ci-smoke", "--dry-run", "--junit", "gates.xml")
+    assert done.code == 2 and "--junit and --summary would do nothing with --dry-run" in done.stderr
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
     for arguments in (("--dry-run",), ()):
         done = program("run", "ci-smoke", *wrong, *arguments)

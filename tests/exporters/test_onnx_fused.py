@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export, onnx_fused
 from gblm_compress.measure.genai_runtime import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
+from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
@@ -243,6 +244,22 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, p
 
 
 @needs_operator
+def test_operators_of_a_cpu_are_not_run_on_another_device(exported) -> None:
+    with pytest.raises(UsageError, match="exported with --kernels, whose operators run on a CPU alone, and cuda was"):
+        OnnxRuntime(exported[1]["kernels"][1], "cuda", 1)
+
+
+@needs_operator
+def test_genai_has_room_for_as_many_tokens_as_are_asked(exported) -> None:
+    folder = exported[1]["kernels"][1]
+    runtime = load_runtime(folder, "auto", "cpu", 1, runtime="genai", generate=3)
+    token, cache = runtime.prefill(torch.arange(9).unsqueeze(0))
+    for _ in range(2):
+        token, cache = runtime.decode(token, cache)
+    assert cache.is_done()
+
+
+@needs_operator
 def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monkeypatch) -> None:
     """The library lies in the folder for who loads it without this program, which itself takes its own."""
     folder = exported[1]["kernels"][1]
@@ -260,14 +277,37 @@ def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monke
     assert (done.stderr, json.loads(done.stdout)) == ("", expected)
 
 
-@pytest.mark.parametrize("where", ["decoder", "embedding"])
-def test_a_library_that_a_folder_names_is_not_loaded(exported, tmp_path, where) -> None:
+def _twice(config: str) -> str:
+    assert config.count('"session_options": {') == 1
+    return config.replace(
+        '"session_options": {', '"session_options": {"custom_ops_library": "evil.so"}, "session_options": {'
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"session_options": {"custom_ops_library": "evil.so"}},
+            r"model\.decoder\.session_options\.custom_ops_library",
+        ),
+        ({"session_options": {"enable_profiling": "/tmp/x"}}, r"model\.decoder\.session_options\.enable_profiling"),
+        ({"pipeline": [{"a": {"filename": "a.onnx"}}]}, r"model\.decoder\.pipeline"),
+        ({"filename": "../other.onnx"}, r"the graph '\.\./other\.onnx'"),
+        ({"model": {"embedding": {"filename": "b.onnx"}}}, r"asks for model\.embedding; of such a folder only"),
+        (_twice, "a key stands twice"),
+    ],
+)
+def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, said) -> None:
     for path in exported[1]["dense"][1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "genai_config.json").read_text())
-    config["model"].setdefault(where, {}).setdefault("session_options", {})["custom_ops_library"] = "evil.so"
-    (tmp_path / "genai_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"names a library of native code; it is not loaded"):
+    if isinstance(change, dict):
+        config["model"] |= change.get("model", {})
+        config["model"]["decoder"] |= {key: value for key, value in change.items() if key != "model"}
+    written = json.dumps(config)
+    (tmp_path / "genai_config.json").write_text(written if isinstance(change, dict) else change(written))
+    with pytest.raises(ModelError, match=said):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
 
 
@@ -277,6 +317,8 @@ def test_genai_needs_its_config(exported, tmp_path) -> None:
     (tmp_path / "genai_config.json").unlink()
     with pytest.raises(ModelError, match=r"no genai_config\.json"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"type": "none", "decoder": {}}}))
+    decoder = {"filename": "model.onnx"}
+    content = {"model": {"type": "none", "context_length": 64, "decoder": decoder}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="onnxruntime-genai cannot load it"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)

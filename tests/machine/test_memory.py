@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -32,6 +33,15 @@ def test_pages_of_freed_tensors_are_used_again_and_given_back_after() -> None:
     within, after = map(int, ran.stdout.split())
     # 20 tensors of 64 MiB: each of the 16,384 pages of one comes once, or every time.
     assert within < 2 * 16_384 < 10 * 16_384 < after
+
+
+def test_on_cuda_what_others_allocate_is_what_is_gone_of_the_device(monkeypatch) -> None:
+    free = iter([100, 70, 40, *[60] * 1000])
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 100))
+    with peak_memory("cuda:1", of_torch=False) as memory:
+        time.sleep(0.2)
+    assert memory.peak_bytes == 60
 
 
 def test_cuda_is_awake_before_its_counter_is_set_back(monkeypatch) -> None:

@@ -16,7 +16,7 @@ from gblm_compress.models.source import ModelSource
 def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
     setup = {
         "name": "model", "folder": str(tiny("llama").folder), "dtype": "float32", "device": "cpu", "threads": 1,
-        "runtime": "torch", "batch": [1], "prompt": 4,
+        "runtime": "torch", "batch": [1], "prompt": 4, "generate": 2,
     }  # fmt: skip
     requests = [setup, {"batch": -1, "prompt": 4, "generate": 2, "seed": 0}]
     done = subprocess.run(

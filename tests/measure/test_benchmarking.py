@@ -94,6 +94,28 @@ def test_levels_are_timed_against_levels(tiny, progress, tmp_path) -> None:
         benchmarking._baseline_of(models["packed"], lane, [models["float"]])
 
 
+def test_weights_of_float16_are_timed_against_those_of_the_same_arithmetic(tiny, tmp_path) -> None:
+    models = {}
+    for name, arithmetic in (("kernels", "float32"), ("dense kernels", "float32"), ("plain", "float16")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+        config = json.loads((tiny("llama").folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+        base = {"name": "tiny", "sha256": "0" * 64}
+        checks = {"dtype": "float16", "arithmetic": arithmetic}
+        content = {"kind": "export", "base_model": base, "checks": checks}
+        (folder / "gblm_manifest.json").write_text(json.dumps(content))
+        models[name] = ModelSource(name, folder)
+    settings = BenchmarkSettings(runtimes=("onnxruntime",))
+    (lane, other) = benchmarking._lanes([models["kernels"], models["plain"]], settings, "auto", "cpu")
+    assert (lane.dtype, other.dtype) == ("float16/float32", "float16")
+    found = benchmarking._baseline_of(models["kernels"], lane, [models["plain"], models["dense kernels"]])
+    assert found is models["dense kernels"]
+    with pytest.raises(UsageError, match="--dtype float16 --kernels`"):
+        benchmarking._baseline_of(models["kernels"], lane, [models["plain"]])
+
+
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
     with pytest.raises(UsageError, match="an ONNX export in onnxruntime"):
         benchmark([tiny("llama")], [tiny("llama")], BenchmarkSettings(runtimes=("onnxruntime",)), progress=progress)

@@ -87,11 +87,15 @@ def test_a_sequence_that_ends_early_is_an_error(engine, tiny) -> None:
         runtime.decode(token, cache)
 
 
-def test_what_vllm_does_not_do_is_told(engine, tiny) -> None:
+def test_what_vllm_does_not_do_is_told(engine, tiny, monkeypatch) -> None:
     with pytest.raises(ModelError, match=r"vLLM cannot load it \(no such dtype here\)"):
         load_runtime(tiny("llama"), "float16", "cpu", 1, runtime="vllm")
     with pytest.raises(UsageError, match="this vLLM is built for cpu"):
         load_runtime(tiny("llama"), "float32", "cuda:0", 1, runtime="vllm")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
+        with pytest.raises(UsageError, match="first CUDA device that it sees, and cuda:1 was asked for"):
+            load_runtime(tiny("llama"), "float32", "cuda:1", 1, runtime="vllm")
     runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
     with pytest.raises(UsageError, match="evaluated in torch"):
         runtime.predict({"input_ids": torch.tensor([[1]])})

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,6 +146,25 @@ def test_links_inside_and_those_of_the_hubs_cache_are_followed(folder, tmp_path,
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
     assert load_model(resolve_model(str(snapshot), progress)).config.num_hidden_layers == 2
+
+
+def test_data_of_a_graph_is_in_the_folder_wherever_the_graph_names_it(tmp_path) -> None:
+    inner = onnx.helper.make_tensor("inner", onnx.TensorProto.FLOAT, [1], [1.0])
+    constant = onnx.helper.make_node("Constant", [], ["k"], value=inner)
+    branches = [onnx.helper.make_graph([constant], name, [], []) for name in ("then", "else")]
+    node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.onnx_data").write_bytes(bytes(40))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    check_folder(tmp_path)
+    assert bytes_of(tmp_path) == 40 + (tmp_path / "model.onnx").stat().st_size
+    value = model.graph.node[0].attribute[1].g.node[0].attribute[0].t
+    value.data_location = onnx.TensorProto.EXTERNAL
+    value.external_data.add(key="location", value="/dev/zero")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="the data of 'inner' is in '/dev/zero', outside the folder"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -1])

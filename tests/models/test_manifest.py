@@ -112,6 +112,7 @@ DAMAGED = [
     ({"prune": 5}, "prune: "),
     ({"prune": {"method": "x |\n# INJECTED"}}, "prune.method: "),
     ({"calibration": []}, "calibration: "),
+    ({"checks": []}, "checks: "),
     ({"left_dense": []}, "left_dense: "),
     ({"left_dense": {"a": {}}}, "left_dense.a.weights: Field required"),
     ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
@@ -120,6 +121,13 @@ DAMAGED = [
     ({"layers": {LAYER: {"pattern": "2:x", "shape": [1, 1], "nonzeros": 1, "transposed": False}}}, "pattern '2:x'"),
     ({"layers": {LAYER: {"pattern": "2:4", "shape": [1, 1], "nonzeros": -1, "transposed": False}}}, "nonzeros"),
 ]
+
+
+def test_settings_that_are_none_make_no_pruned_folder(folder) -> None:
+    path = folder / manifest.MANIFEST
+    assert manifest.is_pruned(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "export", "prune": None, "layers": {}}))
+    assert not manifest.is_pruned(folder)
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED)

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 
 from gblm_compress.calibration import products
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.errors import DataError, ModelError, OutputError, UsageError
+from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.patterns import Pattern
@@ -213,7 +213,7 @@ def test_the_disk_must_hold_what_finds_no_room_in_memory(pruned, tiny, tmp_path,
     settings = RecoverSettings(**(SMALL | {"data": (str(short),)}))
     windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
     states = len(windows.used) * 32 * config_of(teacher).hidden_size * 4
-    assert windows.passes > 1
+    assert windows.passes() > 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     run(source, teacher, tmp_path / "in-memory", short)
     monkeypatch.setattr(stage, "SHARE_FOR_STATES", 0)
@@ -275,7 +275,7 @@ def test_windows_that_are_never_read_need_no_room(tiny, tmp_path) -> None:
     source = tiny("llama")
     settings = RecoverSettings(data=(str(long), str(short)), sequence_length=32, batch=2, tokens=32 * 100)
     windows = windows_of(CAUSAL_LM, load_processor(source), config_of(source), settings)
-    assert windows.passes > 1 and len(windows.used) < 150 < len(windows.samples) / 5
+    assert windows.passes() > 1 and len(windows.used) < 150 < len(windows.samples) / 5
     teacher = Teacher(None, CAUSAL_LM, windows.samples, windows.used, "float32", StatePool(tmp_path, 0, "cpu"), False)
     assert len(teacher._kept) == len(windows.used)
 
@@ -339,6 +339,11 @@ def test_a_second_training_reads_nothing_that_the_first_has_held_out(tiny, tmp_p
             assert not read & held_out
 
 
+def test_a_training_that_ends_early_has_read_less() -> None:
+    windows = texts.Windows([], [], [[0, 1], [2, 3], [0, 1], [2, 3]], {})
+    assert (windows.passes(), windows.passes(2), windows.passes(3), windows.passes(0)) == (2, 1, 1.5, 0)
+
+
 def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_path) -> None:
     prose, paths = load_text("demo", "calibration"), [tmp_path / "long.txt", tmp_path / "short.txt"]
     paths[0].write_text(prose[:20_000])
@@ -388,6 +393,9 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
         run(source, source, tmp_path / "out", prose)
     with pytest.raises(UsageError, match="its (head|embedding) is not that of the pruned model"):
         run(source, tiny("mistral"), tmp_path / "out", prose)
+    with pytest.raises(GblmError) as both:
+        run(source, tiny("mistral"), tmp_path / "out", prose, data=(str(tmp_path / "gone.txt"),))
+    assert str(both.value).startswith("2 faults") and "gone.txt" in str(both.value)
     with pytest.raises(UsageError, match="exchange is for unstructured patterns, and layers are 2:4"):
         run(source, teacher, tmp_path / "out", prose, mask="exchange", mask_every=1)
     with pytest.raises(UsageError, match="proximal is for 2:4 patterns, and layers are unstructured"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_config
@@ -108,6 +108,22 @@ def test_for_quality_the_least_change_comes_first() -> None:
     )
     alone = list(sentences(made[2:3], "quality"))
     assert alone[1] == "dense, ONNX float32 loses least, and nothing is clearly faster: leave the model as it is."
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"), [(64, "has 64 positions; the length that is timed is 174"), (256, None)]
+)
+def test_a_model_of_few_positions(tmp_path, positions, message, monkeypatch) -> None:
+    monkeypatch.setattr(advice, "WAYS", SMALL[:1])
+    config = tiny_config("gpt2")
+    config.n_layer, config.n_positions = 3, positions
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    byte_tokenizer().save_pretrained(tmp_path / "short")
+    if message is None:
+        assert asked(ModelSource("short", tmp_path / "short"), blocks=2).predictions
+        return
+    with pytest.raises(UsageError, match=message):
+        asked(ModelSource("short", tmp_path / "short"))
 
 
 def test_a_model_of_one_block_is_to_be_measured_itself(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Whatever shows before the work is found before the work, all of it at once."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,8 @@ from gblm_compress.methods import optimisers
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.runs import pipeline
 from gblm_compress.runs.checks import check, unchecked
-from gblm_compress.settings import Recipe
+from gblm_compress.runs.job import Job
+from gblm_compress.settings import ExportSettings, Recipe
 from tests.families.tiny import tiny_family
 from tests.tasks import families
 
@@ -90,7 +92,7 @@ def test_a_recipe_without_faults(progress) -> None:
                 "benchmark": {"prompt": 8, "generate": 8},
                 "gates": {"min_decode_speedup": 1.1, "artefact": "semi-structured"},
             },
-            "gates.artefact 'semi-structured' is timed on CUDA only",
+            "gates.artefact 'semi-structured' is not timed on cpu",
         ),
         (
             {
@@ -100,7 +102,7 @@ def test_a_recipe_without_faults(progress) -> None:
                 "evaluate": {"dataset": "demo", "sequence_length": 64},
                 "gates": {"max_mean_kl": 1.1, "artefact": "semi-structured"},
             },
-            "gates.artefact 'semi-structured' is evaluated on CUDA only",
+            "gates.artefact 'semi-structured' is not evaluated on cpu",
         ),
     ],
 )
@@ -162,6 +164,15 @@ def test_a_float16_checkpoint_and_kernels(tiny, progress, tmp_path, monkeypatch)
     load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")
     exports = [{"format": "onnx", "kernels": True}, {"format": "onnx", "kernels": True, "graph": "plain"}]
     assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
+
+
+def test_what_a_device_has_no_kernels_for_is_not_measured_there() -> None:
+    kernels, plain, halves = (
+        ExportSettings(format=format, kernels=kernels)
+        for format, kernels in (("onnx", True), ("onnx", False), ("semi-structured", False))
+    )
+    for device, able in (("cpu", [True, True, False]), ("cuda:0", [False, True, True])):
+        assert [Job.can_run(SimpleNamespace(device=device), each) for each in (kernels, plain, halves)] == able
 
 
 def test_all_faults_come_in_one_error_and_nothing_is_written(progress, tmp_path) -> None:

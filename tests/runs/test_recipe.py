@@ -92,6 +92,8 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ("model: demo\nprune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
         ("model: demo\nprune: {sparsity: .nan}", "prune.sparsity"),
         ("model: demo\nexport: [{format: onnx}, {format: onnx}]", "listed twice"),
+        ("model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}", "methods has 'wanda' twice"),
+        ("model: demo\nresources: {memory: 0GB}", "greater than or equal to 1000000"),
         ("model: demo\ncalibration: {samples: 1000000000000}", "less than or equal to 10000000"),
         (
             "model: demo\nresources: {memory: 4}",
@@ -330,6 +332,7 @@ INVALID = [
     f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
     "model: demo\nbenchmark: {batch: [0]}",
     'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["4"]}',
+    "model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}",
     "model: demo\nevaluate: {}\ncompare: {methods: []}",
 ]
 

@@ -88,6 +88,24 @@ def test_a_report_that_is_none(tmp_path, content, message) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["rows"][0].update(bytes_on_disk=0), "rows.0.bytes_on_disk: "),
+        (lambda content: content["rows"][0]["timing"]["step_ms"].update(thought=1.0), "rows.0.timing.step_ms"),
+        (lambda content: content["layers"][0].update(weights=0), "layers.0.weights: "),
+    ],
+)
+def test_a_report_of_impossible_figures_is_refused(tmp_path, change, message) -> None:
+    content = json.loads(json.dumps(report().as_dict()))
+    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
+    run_report.read(tmp_path)
+    change(content)
+    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        run_report.read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("value", "said"), [(21.454, "21.45"), (0.3691, "0.369"), (-1e-9, "0.000"), (float("nan"), "not finite")]
 )
 def test_a_figure_has_digits_that_say_something_and_no_sign_of_rounding(value, said) -> None:

@@ -136,6 +136,11 @@ def spoilt(tmp_path: Path, kind: str) -> str:
         idx(path / "train-images-idx3-ubyte", numpy.zeros((2, 3, 5), numpy.uint8))
         cut = (path / "train-images-idx3-ubyte").read_bytes()[:-1]
         (path / "train-images-idx3-ubyte").write_bytes(cut)
+    elif kind == "bomb":
+        head = struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 5)
+        (path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + bytes(10_000_000)))
+    elif kind == "huge idx":
+        (path / "train-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *[1 << 16] * 3))
     elif kind == "damaged gz":
         (path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b" + bytes(20))
     elif kind == "labels":
@@ -163,7 +168,9 @@ def spoilt(tmp_path: Path, kind: str) -> str:
         ("empty part", "has no image for calibration: the folder 'train' holds none"),
         ("beside", "'b.png' lies beside folders of classes"),
         ("no idx", "is no IDX file of bytes in 3 dimensions"),
-        ("cut idx", "has 45 bytes, and 2×3×5 numbers take 46"),
+        ("cut idx", "says that it holds 2×3×5 numbers, and holds 29"),
+        ("bomb", "says that it holds 2×3×5 numbers, and holds more"),
+        ("huge idx", "says that it holds 65536×65536×65536 numbers; 1 to 4,294,967,296 can be read"),
         ("damaged gz", "cannot be read"),
         ("labels", "2 images in train-images-idx3-ubyte, 3 labels in train-labels-idx1-ubyte"),
         ("column", "has no column 'image'; it has 'img'"),
