@@ -394,7 +394,7 @@ def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
     with pytest.raises(UsageError, match="its (head|embedding) is not that of the pruned model"):
         run(source, tiny("mistral"), tmp_path / "out", prose)
     with pytest.raises(GblmError) as both:
-        run(source, tiny("mistral"), tmp_path / "out", prose, data=(str(tmp_path / "gone.txt"),))
+        run(source, source, tmp_path / "out", prose, data=(str(tmp_path / "gone.txt"),))
     assert str(both.value).startswith("2 faults") and "gone.txt" in str(both.value)
     with pytest.raises(UsageError, match="exchange is for unstructured patterns, and layers are 2:4"):
         run(source, teacher, tmp_path / "out", prose, mask="exchange", mask_every=1)
