@@ -110,7 +110,9 @@ def profile(source: ModelSource, threads: int, past: int = 128, steps: int = 30)
     options.register_custom_ops_library(str(cpu.onnxruntime_library()))
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = str(Path(scratch) / "step")
-        session = onnxruntime.InferenceSession(source.folder / "model.onnx", options)
+        session = onnxruntime.InferenceSession(
+            source.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
         step = {"input_ids": np.array([[1]]), "attention_mask": np.ones((1, past + 1), np.int64)}
         for value in session.get_inputs():
             if value.name not in step:

@@ -162,7 +162,7 @@ def main() -> None:
         size = {"sequence_length": options.length, "max_windows": options.windows, "dtype": "float32"}
         row: dict[str, float | None] = {}
         for dataset, text in zip(options.datasets, texts, strict=True):
-            found = gblm_compress.evaluate(model, dataset=dataset, quiet=True, **size, **of_model)
+            found = gblm_compress.evaluate(model, dataset=dataset, device="cpu", quiet=True, **size, **of_model)
             perplexity = found.metrics["perplexity"]
             row |= {text: perplexity.value, f"{text}, error": perplexity.error}
         return row

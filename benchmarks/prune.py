@@ -42,7 +42,8 @@ from rich.table import Table
 from safetensors import safe_open
 
 from gblm_compress.machine.environment import environment
-from gblm_compress.models import manifest
+from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.files import weight_files
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -187,6 +188,8 @@ class Bench:
             "--fit",
             "none",
             *text,
+            "--device",
+            "cpu",
             "--force",
             "--quiet",
             *options,
@@ -261,13 +264,18 @@ def median_cost(costs: list[Cost]) -> Cost:
     return Cost(*(median(values) for values in zip(*(asdict(cost).values() for cost in costs), strict=True)))
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's files, by name."""
+    return {name: read_tensor(path, name) for path in weight_files(folder) for name in keys(path)}
+
+
 def mask_agreement(pruned: Path, masks: Path, dense: Path) -> float:
     """The share of all weights of pruned layers on which a pruned folder and a file of masks agree.
 
     A weight that is zero in the dense model is left out: nobody sees whether it was kept.
     """
     same = total = 0
-    pruned_weights, dense_weights = dict(manifest.tensors(pruned)), dict(manifest.tensors(dense))
+    pruned_weights, dense_weights = tensors(pruned), tensors(dense)
     with safe_open(masks, "pt") as expected:
         for name in expected.keys():  # noqa: SIM118  (not a dict)
             key, known = f"{name}.weight", dense_weights[f"{name}.weight"] != 0

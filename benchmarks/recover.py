@@ -90,7 +90,7 @@ def timed_steps(source: ModelSource, dense: ModelSource, settings: RecoverSettin
         for each in patches:
             each.start()
         try:
-            stage.recover(source, dense, Path(folder) / "recovered", settings, progress=Progress())
+            stage.recover(source, dense, Path(folder) / "recovered", settings, device="cpu", progress=Progress())
         finally:
             patch.stopall()
     parts = {part: median(times[WARM_UP:]) for part, times in spent.items()}

@@ -97,7 +97,7 @@ def main() -> None:
         for method in options.methods:
             model = copy.deepcopy(dense)
             chosen = CompareSettings.prune_settings(method, pattern)
-            if options.sparsity is not None:
+            if options.sparsity is not None and chosen.uniform_budget.pattern.n_m is None:
                 chosen = PruneSettings(**chosen.model_dump(exclude_unset=True), sparsity=options.sparsity)
             start = time.perf_counter()
             prune_(model, drawn, chosen, progress)

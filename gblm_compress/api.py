@@ -115,7 +115,7 @@ def advise(
         GblmError: of the kind that says what is wrong.
     """
     kinds = (AdviseSettings, PruneSettings, CalibrationSettings)
-    asked, what, sample = _filled(kinds, settings | {"dataset": _dataset(calibration)}, "advise")
+    asked, what, sample = _filled(kinds, _on_text(settings, calibration), "advise")
     progress = _progress(quiet)
     with _on_disk(model, processor, progress) as source:
         return advice.advise(source, asked, what, sample, progress=progress)
@@ -146,7 +146,7 @@ def reorder(
         GblmError: of the kind that says what is wrong.
     """
     kinds = (ReorderSettings, CalibrationSettings, ResourceSettings)
-    what, sample, resources = _filled(kinds, settings | {"dataset": _dataset(calibration)}, "reorder")
+    what, sample, resources = _filled(kinds, _on_text(settings, calibration), "reorder")
     progress = _progress(quiet)
     with _on_disk(model, processor, progress) as source:
         return reordering.reorder(
@@ -190,7 +190,7 @@ def prune(
         GblmError: of the kind that says what is wrong.
     """
     kinds = (PruneSettings, CalibrationSettings, ResourceSettings)
-    what, sample, resources = _filled(kinds, settings | {"dataset": _dataset(calibration)}, "prune")
+    what, sample, resources = _filled(kinds, _on_text(settings, calibration), "prune")
     progress = _progress(quiet)
     if output is None:
         if isinstance(model, str | os.PathLike):
@@ -400,6 +400,8 @@ def compare(
     """
     (grid,) = _filled((CompareSettings,), settings, "compare")
     (sample,) = _filled((CalibrationSettings,), _with_dataset(calibration), "calibration")
+    if "seed" in (calibration or {}):
+        raise UsageError("calibration: seed would do nothing; `seeds` says how many there are, from 0 on")
     (held_out,) = _filled((EvaluateSettings,), _with_dataset(evaluation), "evaluation")
     progress = _progress(quiet)
     with _on_disk(model, processor, progress) as source:
@@ -426,6 +428,8 @@ def run(
         GblmError: of the kind that says what is wrong.
     """
     if isinstance(recipe, Mapping):
+        if changes := tuple(set):
+            raise UsageError(f"set={list(changes)} changes a recipe from a file; change the mapping itself")
         (content,) = _filled((Recipe,), dict(recipe), "recipe")
     else:
         content = load_recipe(find_recipe(str(recipe)), tuple(set))
@@ -504,6 +508,17 @@ def _perhaps_on_disk(model: "Model | None", processor: Any, progress: Progress) 
         return
     with _on_disk(model, processor, progress) as source:
         yield source
+
+
+def _on_text(settings: dict[str, Any], calibration: "Texts") -> dict[str, Any]:
+    """The settings with the text of the calibration.
+
+    Raises:
+        UsageError: they name a text themselves.
+    """
+    if "dataset" in settings:
+        raise UsageError("dataset is not known; the text is given as `calibration`")
+    return {**settings, "dataset": _dataset(calibration)}
 
 
 def _with_dataset(values: Mapping[str, Any] | None) -> dict[str, Any]:

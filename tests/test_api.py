@@ -87,12 +87,26 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
     assert result.linear_weights > result.weights  # the head is among those left dense
 
 
+def test_what_would_be_dropped_is_refused(tiny, prose, tmp_path) -> None:
+    with pytest.raises(UsageError, match="dataset is not known; the text is given as `calibration`"):
+        gblm_compress.prune(tiny("llama").folder, tmp_path / "out", dataset=str(prose), quiet=True)
+    with pytest.raises(UsageError, match="seed would do nothing"):
+        gblm_compress.compare(tiny("llama").folder, tmp_path / "out", calibration={"seed": 7}, quiet=True)
+    with pytest.raises(UsageError, match=r"set=\['prune.alpha=50'\] changes a recipe from a file"):
+        gblm_compress.run({"model": "tiny"}, tmp_path / "out", set=["prune.alpha=50"], quiet=True)
+
+
 def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose) -> None:
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     with pytest.raises(UsageError, match="LlamaForCausalLM' has 512 positions; sequence length is 600"):
         gblm_compress.prune(
             model, processor=tokenizer, calibration=prose, quiet=True, method="wanda", samples=2, sequence_length=600
         )
+    with pytest.raises(UsageError, match="fits in float16 lose gradients"):
+        gblm_compress.prune(
+            model.half(), processor=tokenizer, calibration=prose, quiet=True, method="wanda", fit="balanced",
+            fit_dtype="float32", **TEXT,
+        )  # fmt: skip
     mixture = tiny_family("mixtral").eval()
     with pytest.raises(UsageError, match="guidance weighs tokens, and nothing says which of them an expert"):
         gblm_compress.prune(

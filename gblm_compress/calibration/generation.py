@@ -206,9 +206,9 @@ def write(
     for _ in range(settings.sequence_length):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
         cache, logits = {name: output[name]}, output.logits[:, -1].index_fill(-1, barred, -torch.inf)
-        if not drawn and not bool(output.logits[:, -1].isfinite().all()):
-            raise ModelError("the model's predictions are NaN or infinite, so that nothing can be drawn from them")
         logits, likeliest = logits.topk(min(settings.top_k, logits.shape[-1]))
+        if not bool(logits[:, 0].isfinite().all()):  # NaN counts as the largest
+            raise ModelError("the model's predictions are NaN or infinite, so that nothing can be drawn from them")
         choice = torch.multinomial((logits.float() / settings.temperature).softmax(-1), 1, generator=draws)
         ids = likeliest.gather(-1, choice)
         ids = torch.where(torch.isin(ids, ends), special.first, ids)

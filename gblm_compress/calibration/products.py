@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import UsageError
 from gblm_compress.machine.environment import cpu_name
 from gblm_compress.machine.measurements import remembered
 from gblm_compress.settings import PruneSettings, RecoverSettings
@@ -19,6 +20,27 @@ def with_fit_dtype(settings: Fit, device: str, group: Ranks) -> Fit:
     if settings.fit_dtype != "auto":
         return settings
     return settings.model_copy(update={"fit_dtype": faster_dtype(device, group)})
+
+
+def dtype_for_fits(dtype: str, settings: PruneSettings, *, asked: bool) -> str:
+    """float32 where fits would compute in float16, in which their gradients are lost: a squared error as a share of all
+    outputs has gradients of 1e-8 and less.
+
+    Args:
+        settings: with their `fit_dtype`.
+        asked: whether the user chose the dtype.
+
+    Raises:
+        UsageError: he chose float16.
+    """
+    if dtype != "float16" or settings.fit_dtype == "bfloat16":
+        return dtype
+    if asked:
+        raise UsageError(
+            "fits in float16 lose gradients that are too small for it; give dtype float32 or bfloat16, fit_dtype "
+            "bfloat16, or fit fast"
+        )
+    return "float32"
 
 
 def faster_dtype(device: str, group: Ranks) -> str:

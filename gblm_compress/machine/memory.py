@@ -5,7 +5,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 SAMPLE_EVERY_S = 0.02
@@ -18,9 +18,16 @@ _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
 
 @dataclass
 class PeakMemory:
-    """The highest value seen, in bytes; valid once the `with` has ended."""
+    """The highest value seen.
+
+    Attributes:
+        peak_bytes: valid once the `with` has ended.
+        at_work: a context for each piece of the work, in which other processes do none; that between them may not be
+            counted.
+    """
 
     peak_bytes: int = 0
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @contextmanager
@@ -28,8 +35,8 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
     On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the
-    whole life of the process. On CUDA the counter of torch's allocator is read; what others allocate is sampled:
-    what is taken of the device beyond the start, by other programs too.
+    whole life of the process. On CUDA the counter of torch's allocator is read; of what others allocate nobody keeps
+    count, so that it is sampled how much less of the device is free while `at_work` runs: by other programs too.
 
     Args:
         of_torch: whether torch allocates what is measured.
@@ -45,15 +52,32 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
             yield result
             result.peak_bytes = torch.cuda.max_memory_allocated(device)
             return
-        free = torch.cuda.mem_get_info(device)[0]
-        taken = lambda: free - torch.cuda.mem_get_info(device)[0]  # noqa: E731
-    else:
-        import psutil
-
-        process = psutil.Process()
-        taken = lambda: process.memory_info().rss  # noqa: E731
-    with _sampled(taken, result):
+        result.at_work = _Share(lambda: torch.cuda.mem_get_info(device)[0], result).at_work
         yield result
+        return
+    import psutil
+
+    process = psutil.Process()
+    with _sampled(lambda: process.memory_info().rss, result):
+        yield result
+
+
+class _Share:
+    """What of a device is this process's, where several take turns to work on it.
+
+    Args:
+        free: gives the bytes that are free.
+    """
+
+    def __init__(self, free: Callable[[], int], result: PeakMemory) -> None:
+        self._free, self._result, self._held = free, result, 0
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        before, held = self._free(), self._held
+        with _sampled(lambda: held + before - self._free(), self._result):
+            yield
+        self._held += before - self._free()
 
 
 @contextmanager

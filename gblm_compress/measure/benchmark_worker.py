@@ -118,7 +118,8 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
         asked = {"runtime": setup["runtime"], "profile": passes, "generate": setup["generate"]}
-        runtime = load_runtime(source, *where, **asked)
+        with memory.at_work():
+            runtime = load_runtime(source, *where, **asked)
         loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         timed: Callable[..., dict[str, Any]]
@@ -139,7 +140,9 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
             request = json.loads(line)
             if request.get("finish"):
                 break
-            answer(timed(**request))
+            with memory.at_work():
+                done = timed(**request)
+            answer(done)
     answer({"peak_memory_bytes": memory.peak_bytes})
 
 

@@ -15,7 +15,7 @@ from gblm_compress import faults
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
-from gblm_compress.measure.runtimes import check_installed, runtimes_of
+from gblm_compress.measure.runtimes import check_device, check_installed, runtimes_of
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.baseline import check_baseline
@@ -88,7 +88,9 @@ def check(
         partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
         for model in (*models, *baselines)
     )
-    lanes = _lanes(models, settings, dtype, "cpu" if absent else loading.choose_device(device))
+    place = "cpu" if absent else loading.choose_device(device)
+    found += faults.collect(partial(check_device, model, place) for model in (*models, *baselines))
+    lanes = _lanes(models, settings, dtype, place)
     if not lanes:
         found.append(
             UsageError(

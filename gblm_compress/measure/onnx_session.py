@@ -10,7 +10,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.errors import MissingDependencyError, ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.measure.timings import Part
 from gblm_compress.models.source import ModelSource
@@ -57,11 +57,6 @@ class OnnxSession:
         self.step_ms: dict[str, float] = {}
         self.device, _, index = device.partition(":")
         self.device_id, self._name = int(index or 0), source.name
-        if source.needs_operator and self.device != "cpu":
-            raise UsageError(
-                f"{source.name!r} was exported with --kernels, whose operators run on a CPU alone, and {device} "
-                "was asked for; give --device cpu, or export without --kernels"
-            )
         provider = check_onnx_provider(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError
+from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
@@ -71,6 +71,17 @@ PACKAGES = {
 """{runtime: the module that it needs beside what is always installed, and how it is had}."""
 
 
+def check_device(source: ModelSource, device: str) -> None:
+    """Raises:
+    UsageError: the model was exported for operators that the device has not.
+    """
+    if device != "cpu" and source.needs_operator:
+        raise UsageError(
+            f"{source.name!r} was exported with --kernels, whose operators run on a CPU alone, and it would be run on "
+            f"{device}; give --device cpu, or export without --kernels"
+        )
+
+
 def check_installed(runtime: str) -> None:
     """Raises:
     MissingDependencyError: what the runtime needs is not installed.
@@ -100,6 +111,7 @@ def load_runtime(
         profile: numbers of tokens that `kernels` will be asked about, which ONNX Runtime records at load.
         generate: tokens that will be generated, for runtimes that allocate their cache whole; 0 if that is not known.
     """
+    check_device(source, device)
     torch.set_num_threads(threads)
     chosen = runtime or runtimes_of(source)[0]
     check_installed(chosen)

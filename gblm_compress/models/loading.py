@@ -85,8 +85,8 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
 
 
 def _leave_weights_alone_(model: Any) -> None:
-    """Keep RWKV from dividing weights by powers of two when it first runs, and hidden states after it: that is made for
-    the range of float16, and computes the same as weights that stay as they are stored."""
+    """Keep RWKV from dividing weights by powers of two when it first runs, and hidden states after it: it is a change
+    of scale for the range of float16. Without it float16 may overflow where the model is deep."""
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0
 

@@ -59,7 +59,7 @@ class ModelSource:
     @property
     def needs_operator(self) -> bool:
         """Whether the ONNX export runs on this package's operators for ONNX Runtime (`export --kernels`)."""
-        return any(name.startswith("gblm.") for name in self.operators)
+        return self.is_onnx and any(name.startswith("gblm.") for name in self.operators)
 
     @property
     def is_packed(self) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.products import with_fit_dtype
+from gblm_compress.calibration.products import dtype_for_fits, with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
@@ -122,6 +122,7 @@ def _prune(
         device = next(model.parameters()).device
         if "fit_dtype" in settings.read:
             settings = with_fit_dtype(settings, str(device), Ranks())
+            dtype_for_fits(str(model.dtype).removeprefix("torch."), settings, asked=True)
         pool = StatePool(run.states, budget, device)
         walk = Walk(ResidentWeights(model), task_of(type(model)), samples, settings, run, pool, progress, Ranks())
         layers = walk.prune_()

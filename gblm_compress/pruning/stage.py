@@ -17,7 +17,7 @@ from gblm_compress import __version__, faults, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.products import faster_dtype, with_fit_dtype
+from gblm_compress.calibration.products import dtype_for_fits, faster_dtype, with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import DataError, UsageError
 from gblm_compress.machine.memory import peak_memory
@@ -161,9 +161,10 @@ def _prune(
     fingerprint = fingerprint_of(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         _check_ranks(settings, group)
-        dtype = _choose_dtype(dtype, source, device, group)
+        asked, dtype = dtype != "auto", _choose_dtype(dtype, source, device, group)
         if "fit_dtype" in settings.read:
             settings = with_fit_dtype(settings, device, group)
+            dtype = dtype_for_fits(dtype, settings, asked=asked)
         size = Size(source, dtype, settings, calibration)
         placement = choose_placement(size, resources, settings, device, group)
         identity = {

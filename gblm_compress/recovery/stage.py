@@ -205,6 +205,7 @@ def _recover(
         "teacher": teacher.fingerprint,
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_minutes", "gradient_checkpointing"}),
         "text": fingerprint(windows.samples),
+        "held_out": windows.held_out,
         "device": device.partition(":")[0],
         "processes": group.size,
         "version": __version__,

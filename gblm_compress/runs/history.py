@@ -257,7 +257,8 @@ def _by_key(report: RunReport) -> dict[_Key, tuple[ModelSummary, Figure]]:
     for row in report.rows:
         for name, figure in report.figures(row).items():
             if not is_derived(name):
-                timed = (row.runtime, row.dtype, row.batch) if name in TIMED else ()
+                stored = row.dtype and row.dtype.partition("/")[0]  # without that of the arithmetic
+                timed = (row.runtime, stored, row.batch) if name in TIMED else ()
                 found.setdefault(_Key(row.model, name, timed), (row, figure))
     return found
 

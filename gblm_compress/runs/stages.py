@@ -105,7 +105,9 @@ class Evaluate(Recorded):
         without = {s.folder_name for s in self.job.recipe.export if not self.job.can_run(s)}
         for gates in self.job.recipe.gates:
             if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
-                raise UsageError(f"gates.artefact {gates.artefact!r} is not evaluated on {self.job.device}")
+                raise UsageError(
+                    f"gates.artefact {gates.artefact!r} is not evaluated on {self.job.device}; set model.device"
+                )
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,12 @@ class Benchmark(Recorded):
         UsageError: nothing that the recipe makes is timed.
         MissingDependencyError: ONNX Runtime lacks the device.
         """
-        runtimes = set(FOLDER_RUNTIMES).union(
-            *(FORMATS[settings.format].runtimes for settings in self.job.recipe.export)
-        )
+        able = filter(self.job.can_run, self.job.recipe.export)
+        runtimes = set(FOLDER_RUNTIMES).union(*(FORMATS[settings.format].runtimes for settings in able))
         if not (timed := runtimes.intersection(self.settings.runtimes)):
             raise UsageError(
-                f"benchmark.runtimes is {' and '.join(self.settings.runtimes)} alone, and no export runs in it: "
-                "nothing would be timed"
+                f"benchmark.runtimes is {' and '.join(self.settings.runtimes)} alone, and no export runs in it on "
+                f"{self.job.device}: nothing would be timed; name other runtimes, or another model.device"
             )
         for runtime in timed:
             check_installed(runtime)
@@ -172,7 +173,7 @@ class Benchmark(Recorded):
                 if not set(export.format.runtimes) & set(self.settings.runtimes):
                     raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
                 if not self.job.can_run(export.settings):
-                    raise UsageError(f"gates.artefact {artefact!r} is not timed on {self.job.device}")
+                    raise UsageError(f"gates.artefact {artefact!r} is not timed on {self.job.device}; set model.device")
             if artefact == self.job.pruned.name and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
                 raise UsageError(
                     f"gates.artefact {artefact!r} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"

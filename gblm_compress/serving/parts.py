@@ -33,7 +33,9 @@ class Parts:
         columns: range,
         inputs: int,
         place: Callable[[int, Hashable], Tensor],
+        group: int | None = None,
     ) -> None:
+        self._packing = {} if group is None else {"group": group}
         self.kind, self.rows, self.columns, self.inputs, self._place = kind, rows, columns, inputs, place
         self._read: dict[Hashable, dict[str, Tensor]] = {}
         self._shares: dict[int, PackedLinear] = {}
@@ -54,7 +56,7 @@ class Parts:
 
     def _layer(self, read: dict[str, Tensor]) -> PackedLinear:
         if DENSE in read:
-            layer = self.kind.from_dense(read[DENSE], None)
+            layer = self.kind.from_dense(read[DENSE], None, **self._packing)
             most = self.kind.LARGEST_ERROR
             if most < math.inf and (error := layer.error(read[DENSE])) > most:
                 raise ModelError(

@@ -122,7 +122,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 found = _places(weight_loader, "input_dim", input_size_per_partition, input_size, None)
                 columns = range(int(found[0]), int(found[-1]) + 1)
         place = partial(_places, weight_loader, "output_dim", rows)
-        self.parts: Parts | None = Parts(self.kind, rows, columns, input_size, place)
+        self.parts: Parts | None = Parts(self.kind, rows, columns, input_size, place, self.described[0].get("group"))
         self.dtype = params_dtype
         dtypes = {**{name: empty.get_buffer(name).dtype for name in self.kind.PACKED}, DENSE: params_dtype}
         for name, dtype in dtypes.items():

@@ -178,8 +178,8 @@ class PruneSettings(Settings):
     )
     fit_dtype: Annotated[FitDtype, Panel.FIT] = Field(
         "auto",
-        description="Dtype of products in reconstruction and distillation; weights are always float32. auto: the one "
-        "that the machine multiplies faster in.",
+        description="Dtype of products in reconstruction and distillation; weights are always float32. float32 leaves "
+        "products in --dtype. auto: the one that the machine multiplies faster in.",
     )
     targets: Annotated[tuple[str, ...], Panel.METHOD] = Field(
         ("*",), description="Shell-style patterns of the layers to prune."

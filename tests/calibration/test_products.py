@@ -5,6 +5,7 @@ import torch
 
 from gblm_compress.calibration import products
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import UsageError
 from gblm_compress.settings import PruneSettings, RecoverSettings
 from gblm_compress.storage.cache import CACHE_VARIABLE
 
@@ -25,6 +26,15 @@ def test_auto_becomes_the_faster_dtype_and_what_is_given_stays(settings, faster,
     assert products.with_fit_dtype(settings, "cpu", Ranks()).fit_dtype == faster
     given = settings.model_copy(update={"fit_dtype": "float32"})
     assert products.with_fit_dtype(given, "cpu", Ranks()) is given
+
+
+def test_fits_compute_in_no_float16() -> None:
+    settings = PruneSettings(fit_dtype="float32")
+    assert products.dtype_for_fits("float16", settings, asked=False) == "float32"
+    assert products.dtype_for_fits("bfloat16", settings, asked=True) == "bfloat16"
+    assert products.dtype_for_fits("float16", PruneSettings(fit_dtype="bfloat16"), asked=True) == "float16"
+    with pytest.raises(UsageError, match="give dtype float32 or bfloat16, fit_dtype bfloat16, or fit fast"):
+        products.dtype_for_fits("float16", settings, asked=True)
 
 
 @pytest.mark.parametrize("has", [True, False])

@@ -244,9 +244,10 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, p
 
 
 @needs_operator
-def test_operators_of_a_cpu_are_not_run_on_another_device(exported) -> None:
-    with pytest.raises(UsageError, match="exported with --kernels, whose operators run on a CPU alone, and cuda was"):
-        OnnxRuntime(exported[1]["kernels"][1], "cuda", 1)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "genai"])
+def test_operators_of_a_cpu_are_not_run_on_another_device(exported, runtime) -> None:
+    with pytest.raises(UsageError, match="exported with --kernels, whose operators run on a CPU alone, and it would"):
+        load_runtime(exported[1]["kernels"][1], "auto", "cuda", 1, runtime=runtime)
 
 
 @needs_operator

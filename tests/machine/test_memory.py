@@ -35,13 +35,27 @@ def test_pages_of_freed_tensors_are_used_again_and_given_back_after() -> None:
     assert within < 2 * 16_384 < 10 * 16_384 < after
 
 
-def test_on_cuda_what_others_allocate_is_what_is_gone_of_the_device(monkeypatch) -> None:
-    free = iter([100, 70, 40, *[60] * 1000])
+def test_on_cuda_those_who_take_turns_count_what_each_takes(monkeypatch) -> None:
+    free = [1000]
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 100))
-    with peak_memory("cuda:1", of_torch=False) as memory:
-        time.sleep(0.2)
-    assert memory.peak_bytes == 60
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1000))
+
+    def work(memory, most: int, stays: int) -> None:
+        with memory.at_work():
+            free[0] -= most
+            time.sleep(0.1)
+            free[0] += most - stays
+
+    with peak_memory("cuda:1", of_torch=False) as dense, peak_memory("cuda:1", of_torch=False) as pruned:
+        for memory, most, stays in (
+            (dense, 150, 100),
+            (pruned, 60, 50),
+            (dense, 30, 0),
+            (pruned, 40, 10),
+            (dense, 60, 0),
+        ):
+            work(memory, most, stays)
+    assert (dense.peak_bytes, pruned.peak_bytes) == (160, 90)
 
 
 def test_cuda_is_awake_before_its_counter_is_set_back(monkeypatch) -> None:

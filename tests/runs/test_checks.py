@@ -63,7 +63,7 @@ def test_a_recipe_without_faults(progress) -> None:
         ({"generate": {"start_token": "<x>"}, **WRITTEN}, "start token '<x>' is no token of the model"),
         ({"generate": {"sequence_length": 600}, **WRITTEN}, "512 positions; a piece with its start is 622"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
-        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it: nothing would be timed"),
+        ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it on cpu: nothing would be timed"),
         ({"export": [{"format": "semi-structured"}]}, "pattern unstructured is not 2:4"),
         (
             {
@@ -173,6 +173,13 @@ def test_what_a_device_has_no_kernels_for_is_not_measured_there() -> None:
     )
     for device, able in (("cpu", [True, True, False]), ("cuda:0", [False, True, True])):
         assert [Job.can_run(SimpleNamespace(device=device), each) for each in (kernels, plain, halves)] == able
+
+
+def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
+    monkeypatch.setattr("gblm_compress.models.loading.choose_device", lambda device: "cuda")
+    exports, timed = [{"format": "onnx", "kernels": True}], {"prompt": 8, "generate": 8, "runtimes": ["onnxruntime"]}
+    found = faults(progress, export=exports, benchmark=timed)
+    assert [fault for fault in found if "no export runs in it on cuda: nothing would be timed" in fault], found
 
 
 def test_all_faults_come_in_one_error_and_nothing_is_written(progress, tmp_path) -> None:

@@ -80,6 +80,20 @@ def test_columns_of_a_layer_whose_inputs_are_shared_out(layout: str, columns: ra
     assert same_bits(whole(layer), weight[:, columns.start : columns.stop].contiguous())
 
 
+@pytest.mark.parametrize(("layout", "group"), [("bitmask-int8", 64), ("bitmask-int4", 32)])
+def test_a_dense_part_has_scales_for_as_many_columns_as_the_packed_ones(layout: str, group: int) -> None:
+    kind, dense = LAYOUTS[layout].layer, [matrix(8, 0), matrix(8, 1)]
+    packed_one = kind.from_dense(dense[0], None, group=group)
+    places = (torch.tensor([*range(8), *[-1] * 8]), torch.tensor([*[-1] * 8, *range(8)]))
+    layer = Parts(kind, 16, range(COLUMNS), COLUMNS, lambda rows, part: places[part], group)
+    for name in kind.PACKED:
+        layer.take(name, getattr(packed_one, name), 0)
+    layer.take(DENSE, dense[1], 1)
+    expected = torch.cat([packed_one.dense_weight(), kind.from_dense(dense[1], None, group=group).dense_weight()])
+    made = layer.whole(torch.device("cpu"), torch.float32)
+    assert same_bits(made.dense_weight(), expected)
+
+
 @LAYOUT_NAMES
 def test_one_part_of_which_an_engine_holds_several_pieces(layout: str) -> None:
     """Gate and up in one matrix of the folder: a rank holds a share of each."""
