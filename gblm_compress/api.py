@@ -391,7 +391,7 @@ def compare(
 
     Args:
         output: folder of the records, table and plot.
-        calibration: fields of `CalibrationSettings`; `dataset` as `calibration` of `prune`.
+        calibration: fields of `CalibrationSettings` but for `seed`; `dataset` as `calibration` of `prune`.
         evaluation: fields of `EvaluateSettings`, likewise.
         settings: fields of `CompareSettings`.
 

@@ -37,8 +37,8 @@ def dtype_for_fits(dtype: str, settings: PruneSettings, *, asked: bool) -> str:
         return dtype
     if asked:
         raise UsageError(
-            "fits in float16 lose gradients that are too small for it; give dtype float32 or bfloat16, fit_dtype "
-            "bfloat16, or fit fast"
+            "fits in float16 lose gradients that are too small for it; give fit_dtype bfloat16, fit fast, or compute "
+            "in float32 or bfloat16: dtype says so for a folder, and a model in memory is converted before"
         )
     return "float32"
 

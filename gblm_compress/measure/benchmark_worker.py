@@ -114,13 +114,13 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
     task = loading.task_of(source)
     of_torch = setup["runtime"] in FOLDER_RUNTIMES
     with peak_memory(setup["device"], of_torch=of_torch) as memory:
-        start = time.perf_counter()
         passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
         where = setup["dtype"], setup["device"], setup["threads"]
         asked = {"runtime": setup["runtime"], "profile": passes, "generate": setup["generate"]}
         with memory.at_work():
+            start = time.perf_counter()
             runtime = load_runtime(source, *where, **asked)
-        loaded = time.perf_counter() - start
+            loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         timed: Callable[..., dict[str, Any]]
         if task.generates:

@@ -89,7 +89,9 @@ def check(
         for model in (*models, *baselines)
     )
     place = "cpu" if absent else loading.choose_device(device)
-    found += faults.collect(partial(check_device, model, place) for model in (*models, *baselines))
+    found += faults.collect(
+        partial(check_device, model, place) for model in models if set(runtimes_of(model)) & set(settings.runtimes)
+    )
     lanes = _lanes(models, settings, dtype, place)
     if not lanes:
         found.append(

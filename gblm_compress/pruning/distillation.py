@@ -75,7 +75,7 @@ def distil_(
     )
 
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
-        student = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
+        student = masters.for_products(seen, compute)
         sample = samples[index]
         with autocast(teacher[index].device, compute):
             predicted = getattr(functional_call(model, student, kwargs=task.arguments(sample)), task.output)

@@ -35,9 +35,12 @@ class Masters:
         weights = {name: layer.get_parameter("weight").detach() for name, layer in self.layers.items()}
         return weights | {_scales(name): torch.ones_like(grid.scales.float()) for name, grid in self.grids.items()}
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        """What the network stores a weight in."""
-        return self.layers[name].get_parameter("weight").dtype
+    def for_products(self, seen: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
+        """The weights with which the network computes: as it stores them, but in float32 where that is float16 and
+        products round them to bfloat16, since float16 would lose their gradients."""
+        dtypes = {name: layer.get_parameter("weight").dtype for name, layer in self.layers.items()}
+        wide = {name for name, dtype in dtypes.items() if dtype is torch.float16 and compute == "bfloat16"}
+        return {name: weight if name in wide else weight.to(dtypes[name]) for name, weight in seen.items()}
 
     def seen(self, moved: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights as the network is to see them, {name: in float32, as the layer stores it}."""

@@ -66,7 +66,7 @@ def reconstruct_(
     )
 
     def loss(seen: dict[str, Tensor], index: int) -> Tensor:
-        weights = {key: weight.to(masters.dtype_of(key)) for key, weight in seen.items()}
+        weights = masters.for_products(seen, compute)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return functional_call(block.module, weights, args, kwargs)

@@ -144,6 +144,8 @@ def _prune(
         partial(loading.choose_device, device),
         lambda: skeleton_budgets(loading.load_skeleton(source), settings),
     ]
+    if "fit_dtype" in settings.read and settings.fit_dtype != "auto":
+        looks.append(partial(dtype_for_fits, dtype, settings, asked=True))
     if settings.guidance:
         looks.append(lambda: check_guidance(loading.load_skeleton(source)))
     if settings.needs_text:

@@ -33,7 +33,7 @@ def test_fits_compute_in_no_float16() -> None:
     assert products.dtype_for_fits("float16", settings, asked=False) == "float32"
     assert products.dtype_for_fits("bfloat16", settings, asked=True) == "bfloat16"
     assert products.dtype_for_fits("float16", PruneSettings(fit_dtype="bfloat16"), asked=True) == "float16"
-    with pytest.raises(UsageError, match="give dtype float32 or bfloat16, fit_dtype bfloat16, or fit fast"):
+    with pytest.raises(UsageError, match="give fit_dtype bfloat16, fit fast, or compute in float32 or bfloat16"):
         products.dtype_for_fits("float16", settings, asked=True)
 
 

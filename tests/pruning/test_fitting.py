@@ -16,8 +16,8 @@ from gblm_compress.pruning.block_pruning import prune_block_
 from gblm_compress.pruning.distillation import distil_, head_of, predictions
 from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.masters import write_
-from gblm_compress.pruning.reconstruction import reconstruct_, relative_error
+from gblm_compress.pruning.masters import Masters, write_
+from gblm_compress.pruning.reconstruction import autocast, reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
 from tests.conftest import CAUSAL_LM, replay, samples
 
@@ -318,6 +318,16 @@ def test_masters_are_float32_where_the_model_is_not(progress) -> None:
     )
     assert result.after < result.before
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_gradients_too_small_for_float16_reach_the_masters_of_its_layers() -> None:
+    layer, x = torch.nn.Linear(4, 4, bias=False).half(), torch.ones(1, 4, dtype=torch.float16)
+    masters = Masters({"weight": layer}, {})
+    moved = {name: value.float().requires_grad_() for name, value in masters.start.items()}
+    with autocast(x.device, "bfloat16"):
+        output = torch.nn.functional.linear(x, masters.for_products(moved, "bfloat16")["weight"])
+    (1e-9 * output.float().sum()).backward()
+    torch.testing.assert_close(moved["weight"].grad, torch.full((4, 4), 1e-9), rtol=1e-2, atol=0)
 
 
 def test_a_model_without_a_head_is_refused(progress) -> None:
