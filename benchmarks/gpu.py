@@ -615,7 +615,7 @@ def pruning(bench: Bench, clock: Clock, rows: Rows) -> dict[str, Any]:
     measured, its spread. What is left out: reading text, saving and verifying.
     """
     if absent := [name for name in ("pydantic", "psutil") if find_spec(name) is None]:
-        return {"skipped": f"{' and '.join(absent)} not installed, which pruning needs"}
+        return {"skipped": f"pruning needs packages that are not installed: {', '.join(absent)}"}
     size = bench.size
     shape = (1, size.sample_length)
     samples = [

@@ -18,6 +18,7 @@ from torch import Tensor
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_bitmask import initializer
 from gblm_compress.exporters.onnx_rows import Rows, rows_of, store_embeddings_, use_rows_, widened
+from gblm_compress.layouts.packed_linear import MOVES_MUCH, share_moved
 
 GROUP = 32
 """Columns of a block where nothing else is asked for: those of llama.cpp's Q8_0 and Q4_0 as well."""
@@ -43,8 +44,8 @@ class Blocks:
 
     @property
     def LARGEST_ERROR(self) -> float:
-        """Beyond it, rounding has moved much; as for layouts of as many bits."""
-        return 0.03 if self.bits == 8 else 0.25
+        """As of layouts of as many bits."""
+        return MOVES_MUCH[self.bits]
 
     @classmethod
     def from_dense(cls, weight: Tensor, bits: int, group: int) -> Self:
@@ -65,8 +66,8 @@ class Blocks:
         return torch.from_numpy(restored(self.levels, self.scales, self.bits, self.columns))
 
     def error(self, weight: Tensor) -> float:
-        """What share of a weight W rounding moved: Σ |what is stored - W| / Σ |W|, as for layouts."""
-        return float((self.dense_weight() - weight).abs().sum() / weight.abs().sum().clamp_min(1e-30))
+        """As of layouts."""
+        return share_moved(self.dense_weight(), weight)
 
 
 def restored(levels: Any, scales: Any, bits: int, columns: int) -> Any:

@@ -11,6 +11,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.kernels.cpu_quantised import Quantised
 from gblm_compress.kernels.masks import WORD
 from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.layouts.packed_linear import MOVES_MUCH
 from gblm_compress.layouts.quantised import QuantisedLinear, scale_of
 from gblm_compress.methods.quantisation import LARGEST
 
@@ -27,7 +28,7 @@ class Int8Linear(QuantisedLinear):
     PACKED = ("scales", "values")
     DERIVED = ("sums", "like")
     TOLERANCE = 1 / LARGEST
-    LARGEST_ERROR = 0.03
+    LARGEST_ERROR = MOVES_MUCH[8]
     values: Tensor
 
     def __init__(

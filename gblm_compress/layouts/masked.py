@@ -15,6 +15,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.kernels.masks import PADDING, bits, row_counts, words
 from gblm_compress.layouts import bitmask
 from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.layouts.packed_linear import MOVES_MUCH
 from gblm_compress.layouts.quantised import QuantisedLinear
 from gblm_compress.methods.quantisation import LARGEST, LEVELS
 
@@ -133,7 +134,7 @@ class MaskedInt8Linear(MaskedLinear):
     KIND = "int8"
     TYPE = torch.int8
     TOLERANCE = 1 / LARGEST
-    LARGEST_ERROR = 0.03
+    LARGEST_ERROR = MOVES_MUCH[8]
 
     @classmethod
     def levels_of(cls, tensors: Sequence[Tensor], columns: int) -> Tensor:
@@ -171,7 +172,7 @@ class MaskedInt4Linear(MaskedLinear):
     GROUP = 64
     TYPE = torch.uint8
     TOLERANCE = 0.5
-    LARGEST_ERROR = 0.25
+    LARGEST_ERROR = MOVES_MUCH[4]
     levels: Tensor
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

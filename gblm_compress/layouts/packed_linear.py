@@ -48,6 +48,16 @@ def _shape(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int,
     return x.new_empty(*x.shape[:-1], rows)
 
 
+MOVES_MUCH = {8: 0.03, 4: 0.25}
+"""{bits of a level: the share of a weight beyond which rounding has moved much of it}."""
+
+
+def share_moved(stored: Tensor, weight: Tensor) -> float:
+    """What share of a weight rounding moved: Σ |stored - weight| / Σ |weight|."""
+    moved = (stored.float() - weight.float()).abs().sum()
+    return float(moved / weight.float().abs().sum().clamp(min=1e-30))
+
+
 class PackedLinear(nn.Module):
     """y = x Wᵀ + b with W [out_features, in_features] packed. Inference only.
 
@@ -201,8 +211,7 @@ class PackedLinear(nn.Module):
 
     def error(self, weight: Tensor) -> float:
         """What share of that matrix rounding moved: Σ |W - weight| / Σ |weight|."""
-        moved = (self.dense_weight().float() - weight.float()).abs().sum()
-        return float(moved / weight.float().abs().sum().clamp(min=1e-30))
+        return share_moved(self.dense_weight(), weight)
 
     def check(self) -> None:
         """Hold the packed tensors against layout and shape.

@@ -17,7 +17,7 @@ from gblm_compress.tasks.task import Sample
 ROOM = 1024
 """Tokens that the cache has room for beyond the prompt, where nobody asks for more; the runtime allocates it whole."""
 _HARMLESS = {"log_id", "provider_options"}
-"""Of a session's options; others load libraries, or write files."""
+"""The options of a session that neither load libraries nor write files."""
 
 
 class GenaiRuntime:

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 Part = Literal["packed products", "dense products", "head", "attention", "rest"]
-"""Of a decode step."""
+"""The parts that a decode step is made of."""
 NO_SPEED_UP = "no significant speed-up"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm_compress import faults
+from gblm_compress import faults, tasks
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
@@ -34,7 +34,6 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size, choose_placement
 from gblm_compress.pruning.saving import checkpoint_of, copy_settings
-from gblm_compress.pruning.stage import files_of
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ReorderSettings, ResourceSettings
 from gblm_compress.storage import folders, outputs
 from gblm_compress.tasks.task import Sample, Task, fingerprint, on_device
@@ -134,7 +133,7 @@ def reorder(
         GblmError: of the kind that says what is wrong.
     """
     started = time.monotonic()
-    with outputs.reserved(output, force, [source.folder, *files_of(calibration)]):
+    with outputs.reserved(output, force, [source.folder, *tasks.files_of(calibration.dataset)]):
         _check(source, settings, calibration, device)
         device = loading.choose_device(device)
         dtype = loading.choose_dtype(dtype, source, device)

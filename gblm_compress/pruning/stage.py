@@ -19,7 +19,7 @@ from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWei
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import dtype_for_fits, faster_dtype, with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import DataError, UsageError
+from gblm_compress.errors import UsageError
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
@@ -111,7 +111,9 @@ def prune(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    with outputs.reserved(output, force, [source.folder, *files_of(calibration)], ranks.is_first_started()):
+    with outputs.reserved(
+        output, force, [source.folder, *tasks.files_of(calibration.dataset)], ranks.is_first_started()
+    ):
         return _prune(
             source,
             output,
@@ -273,14 +275,6 @@ def check_guidance(model: Any) -> None:
         raise UsageError(
             "guidance weighs tokens, and nothing says which of them an expert of this model gets; leave guidance out"
         )
-
-
-def files_of(calibration: CalibrationSettings) -> list[Path]:
-    """The files of the calibration text, which no output may replace."""
-    try:
-        return tasks.data_files(calibration.dataset)
-    except DataError:  # which is refused with all that is at fault
-        return []
 
 
 def _calibration_samples(

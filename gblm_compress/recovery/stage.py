@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.products import with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import DataError, ModelError, UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS
@@ -36,7 +35,7 @@ from gblm_compress.recovery.training import Budget, Training
 from gblm_compress.recovery.weights import Weights, bytes_a_weight
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
-from gblm_compress.tasks import data_files
+from gblm_compress.tasks import files_of
 from gblm_compress.tasks.task import fingerprint, on_device
 
 SHARE_FOR_STATES = 0.3
@@ -120,15 +119,6 @@ def check_mask(settings: RecoverSettings, patterns: Collection[str], on_grids: b
         raise UsageError(f"mask {settings.mask} is for {rule.only} patterns, and layers are {', '.join(others)}")
 
 
-def files_of(settings: RecoverSettings) -> list[Path]:
-    """The files of the texts, which no output may replace."""
-    found: list[Path] = []
-    for name in settings.datasets:
-        with suppress(DataError):  # which is refused with all that is at fault
-            found += data_files(name)
-    return found
-
-
 def checkpoint_bytes(pruned: ModelSource) -> int:
     """What checkpoints take at most: 18 times the model in 16 bits, for two of weights, two moments and a mask, and two
     of the best weights with their mask."""
@@ -159,7 +149,7 @@ def recover(
     Raises:
         GblmError: of the kind that says what is wrong.
     """
-    inputs = [source.folder, teacher.folder, *files_of(settings)]
+    inputs = [source.folder, teacher.folder, *files_of(*settings.datasets)]
     with outputs.reserved(output, force, inputs, ranks.is_first_started()):
         start = time.monotonic()
         check(source, teacher, settings, device)

@@ -4,6 +4,7 @@ The registry of tasks, a file for each, and the samples that they read. Importin
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from gblm_compress import faults
@@ -51,6 +52,16 @@ def data_files(dataset: str) -> list[Path]:
         models.setdefault(task.reads, []).append(task.help)
     needed = "; ".join(f"for {' or '.join(names)} give {reads}" for reads, names in models.items())
     raise DataError(f"dataset {dataset!r} {FOUND[kind]}; {needed}")
+
+
+def files_of(*datasets: str) -> list[Path]:
+    """The files of some datasets, which no output may replace; of one that cannot be read there are none, and it is
+    refused with all that is at fault."""
+    found: list[Path] = []
+    for dataset in datasets:
+        with suppress(DataError):
+            found += data_files(dataset)
+    return found
 
 
 def is_here(dataset: str) -> bool:

@@ -104,7 +104,9 @@ def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
 def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatch) -> None:
     """On a machine without pydantic and psutil, the parts that do not prune still run."""
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    assert "pydantic and psutil not installed" in script.pruning(None, None, [])["skipped"]
+    assert (
+        "pruning needs packages that are not installed: pydantic, psutil" in script.pruning(None, None, [])["skipped"]
+    )
     code = (
         "import importlib.util, sys\n"
         "sys.modules['pydantic'] = sys.modules['psutil'] = None\n"
