@@ -216,6 +216,9 @@ class Quantiser(Choice):
     group: int | None = None
 
 
+ROW = "row"
+"""A group that is all of a row."""
+
 QUANTISERS: dict[str, Quantiser] = {
     "none": Quantiser(help="survivors stay floating-point numbers"),
     "int8": Quantiser(make=partial(make_grid, kind="int8"), help="255 evenly spaced values", reads=("group",)),
@@ -223,3 +226,22 @@ QUANTISERS: dict[str, Quantiser] = {
         make=partial(make_grid, kind="int4"), group=64, help="16 values, chosen for each layer", reads=("group",)
     ),
 }
+
+
+def columns_of_a_scale(quantise: str, group: str | int | None) -> int | None:
+    """How many columns of a row share a scale; None for all of them.
+
+    Args:
+        quantise: of `QUANTISERS`.
+        group: `ROW`, a number of columns, or None for the quantiser's own.
+    """
+    if group is None:
+        return QUANTISERS[quantise].group
+    return None if group == ROW else int(group)
+
+
+def grid_in_words(quantise: str, group: str | int | None) -> str | None:
+    """The grid of the survivors, for people; None where they are not rounded."""
+    columns = columns_of_a_scale(quantise, group)
+    shared = "row" if columns is None else f"{columns} columns"
+    return None if QUANTISERS[quantise].make is None else f"{quantise}, a scale for every {shared}"

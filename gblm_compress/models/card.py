@@ -9,8 +9,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 import gblm_compress
+from gblm_compress.methods.quantisation import grid_in_words
 from gblm_compress.printing import printable
-from gblm_compress.settings import PruneSettings
 
 _MARKDOWN = re.compile(r"([\\`|\[\]])")
 
@@ -25,9 +25,6 @@ _PROVENANCE = """
 {% if settings.allocation != "uniform" -%}
 | allocation | {{ settings.allocation }} |
 {% endif -%}
-{% if settings.refine != "none" -%}
-| refinement of the mask | {{ settings.refine }} |
-{% endif -%}
 {% if settings["update"] != "none" -%}
 | update of the survivors | {{ settings["update"] }} |
 {% endif -%}
@@ -37,10 +34,10 @@ _PROVENANCE = """
 {% if settings.distillation_epochs -%}
 | distillation | at most {{ settings.distillation_epochs }} passes over the calibration text |
 {% endif -%}
-{% if "gradient_norm" in read -%}
+{% if settings.method in ("gblm", "gradient") -%}
 | gradient norm | {{ settings.gradient_norm }} |
 {% endif -%}
-{% if "alpha" in read -%}
+{% if settings.method in ("gblm", "regional") -%}
 | alpha | {{ settings.alpha }} |
 {% endif -%}
 {% if calibration -%}
@@ -114,7 +111,6 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
     layers: dict[str, dict[str, Any]] = content.get("layers", {})
     left_dense: dict[str, dict[str, Any]] = content.get("left_dense", {})
     settings = content.get("prune")
-    filled = PruneSettings.model_validate(settings) if settings else None
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
@@ -124,8 +120,7 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
         library=library,
         version=gblm_compress.__version__,
         settings=settings,
-        read=filled.read if filled else (),
-        grid=filled.grid if filled else None,
+        grid=grid_in_words(settings["quantise"], settings["group"]) if settings else None,
         calibration=content.get("calibration"),
         reordering=content.get("reordering"),
         format=content.get("format"),

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.layouts.packed import check_tensor
-from gblm_compress.methods.quantisation import LEVELS, Grid, rounded
+from gblm_compress.methods.quantisation import LEVELS, Grid, columns_of_a_scale, rounded
 from gblm_compress.models import manifest
 from gblm_compress.models.checkpoint import keys, read_tensor
 from gblm_compress.models.files import read_header
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import PruneSettings
 
 GRIDS = "gblm_grids.safetensors"
 _PARTS = (".scales", ".levels")
@@ -82,12 +81,12 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
     read_header(path)
     if _digest(path) != stated:
         raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
-    settings, layers = PruneSettings.model_validate(content["prune"]), content["layers"]
+    settings, layers = content["prune"], content["layers"]
     if set(keys(path)) != set(parts_of(layers)):
         raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
-    grids = read_from(path, settings.columns_of_a_scale)
+    grids = read_from(path, columns_of_a_scale(settings["quantise"], settings["group"]))
     for name, grid in grids.items():
-        _check(f"{str(path)!r}: {name}", grid, settings.quantise, layers[name])
+        _check(f"{str(path)!r}: {name}", grid, settings["quantise"], layers[name])
     return grids
 
 

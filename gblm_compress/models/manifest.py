@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 import gblm_compress
 from gblm_compress.errors import ModelError, UsageError, VerificationError, first_line
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import card
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
@@ -23,7 +24,6 @@ from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import CalibrationSettings, PruneSettings
 from gblm_compress.storage.folders import MANIFEST
 from gblm_compress.storage.records import read_json
 
@@ -53,9 +53,34 @@ class _LeftDense(BaseModel):
     reason: str
 
 
-class _Calibration(CalibrationSettings):
+class _Prune(BaseModel):
+    """Settings of a pruning. They are plain values, of which those that are read again are checked: a folder stays
+    readable when an option comes or goes.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    method: str
+    pattern: str
+    quantise: str
+    group: Literal["row"] | Annotated[int, Field(ge=1)] | None
+
+    @field_validator("quantise")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in QUANTISERS:
+            raise ValueError(f"{value!r} is none of {', '.join(QUANTISERS)}")
+        return value
+
+
+class _Calibration(BaseModel):
     """The text that statistics were measured on."""
 
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    samples: _Count
+    sequence_length: _Count
+    seed: _Count
     fingerprint: str
 
 
@@ -85,7 +110,7 @@ class _Manifest(BaseModel):
     base_model: _Base
     layers: dict[str, _Layer] = {}
     left_dense: dict[str, _LeftDense] = {}
-    prune: PruneSettings | None = None
+    prune: _Prune | None = None
     calibration: _Calibration | None = None
     grids_sha256: str | None = None
     reordering: _Reordering | None = None
@@ -95,7 +120,7 @@ class _Manifest(BaseModel):
     def _pruned_layers_are_listed(self) -> Self:
         if (self.kind == "pruned" or self.prune) and not (self.layers and self.prune):
             raise ValueError("what is pruned has its settings and its layers listed")
-        if self.kind == "pruned" and bool(self.prune and self.prune.grid) != bool(self.grids_sha256):
+        if self.kind == "pruned" and bool(self.prune and self.prune.quantise != "none") != bool(self.grids_sha256):
             raise ValueError("grids_sha256 is there where the settings quantise, and nowhere else")
         return self
 

@@ -11,7 +11,7 @@ from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Ov
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, PRESETS, describe_preset
 from gblm_compress.methods.patterns import DENSE, Pattern
-from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, Quantiser
+from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantiser, columns_of_a_scale, grid_in_words
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.methods.updates import UPDATES, Update
@@ -26,7 +26,6 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "quantise": QUANTISERS,
 }
 """{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
-ROW = "row"  # of `PruneSettings.group`
 if TYPE_CHECKING:  # a type checker cannot read a registry
     MethodName: TypeAlias = str
     RefinementName: TypeAlias = str
@@ -255,16 +254,12 @@ class PruneSettings(Settings):
     @property
     def columns_of_a_scale(self) -> int | None:
         """How many columns of a row share a scale; None for all of them."""
-        if self.group is None:
-            return self.quantiser.group
-        return None if self.group == ROW else int(self.group)
+        return columns_of_a_scale(self.quantise, self.group)
 
     @property
     def grid(self) -> str | None:
         """The grid of the survivors in words; None where they are not rounded."""
-        columns = self.columns_of_a_scale
-        shared = "row" if columns is None else f"{columns} columns"
-        return None if self.quantiser.make is None else f"{self.quantise}, a scale for every {shared}"
+        return grid_in_words(self.quantise, self.group)
 
     @property
     def read(self) -> frozenset[str]:
