@@ -5,7 +5,8 @@
     python benchmarks/digests.py tiny after.json --against before.json
 
 Prunes by {none, fast, balanced} x {2:4, 50 %, int4} and exports those of none. Both files must come from one machine
-with the same packages, under one PYTHONHASHSEED: another CPU adds up in another order. Manifests and model cards are left out.
+with the same packages, under one PYTHONHASHSEED: another CPU adds up in another order. Manifests and model cards are
+left out.
 """
 
 import argparse
