@@ -109,8 +109,8 @@ def _parameters(settings: type[Settings], spelt: Spelt) -> list[inspect.Paramete
     schemas = settings.model_json_schema()["properties"]
     return [
         _parameter(settings, name, spelt.rename.get(name, name), schemas[name])
-        for name in settings.model_fields
-        if name not in spelt.leave_out
+        for name, field in settings.model_fields.items()
+        if name not in spelt.leave_out and Panel.NO_OPTION not in field.metadata
     ]
 
 

@@ -71,6 +71,7 @@ class Panel(Enum):
     METHOD = "Method"
     FIT = "Fit"
     RESOURCES = "Resources"
+    NO_OPTION = "recipes and Python only"  # the command line has no option for the field
 
 
 class Settings(BaseModel):

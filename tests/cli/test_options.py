@@ -47,6 +47,7 @@ class Toys(PruneSettings):
     toy_owner: int | str | None = Field(None, description="A number or a name.")
     wrapped: bool = Field(False, description="In paper.")
     ribbon: bool | None = Field(None, description="With a ribbon; if unset, where it fits.")
+    toy_secret: Annotated[int, Panel.NO_OPTION] = Field(7, description="For recipes and Python.")
 
 
 def ask(*arguments: str, offered: Any = Toys) -> Any:
@@ -74,7 +75,7 @@ def test_a_field_is_an_option_without_another_edit() -> None:
     assert re.search(r"--toy-kinds <str>,\.\.\. What they are\. \[ball, kite\] \\?\[default: ball\]", shown)
     assert re.search(r"--toy-weight <?\w+>? Weight of the toy in kg\. \[0<x<1\]", shown)
     assert "--wrapped In paper." in shown and "--no-wrapped" not in shown
-    assert "--ribbon / --no-ribbon" in shown
+    assert "--ribbon / --no-ribbon" in shown and "secret" not in text
     given = ask("--toy-count", "5", "--toy-weight", "0.5", "--wrapped", "--no-ribbon", "--method", "wanda")
     assert (given.toy_count, given.toy_weight, given.wrapped, given.ribbon) == (5, 0.5, True, False)
     assert given.method == "wanda"
@@ -167,6 +168,9 @@ def test_help_names_options_choices_ranges_and_panels(command: str, settings: ty
         for block in re.findall(r"^  (--[a-z].*(?:\n(?!  -)(?:   .*))*)", text, re.MULTILINE)
     }
     for name, field in settings.model_fields.items():
+        if Panel.NO_OPTION in field.metadata:
+            assert f"--{name.replace('_', '-')} " not in text
+            continue
         if (command, name) == ("compare", "sequence_length"):
             name = "evaluation_length"
         block = blocks[f"--{RENAMED.get(name, name).replace('_', '-')}"]
