@@ -219,7 +219,7 @@ class Update(Choice):
         on_grid: of (W, what `apply` left, mask, statistics, damping, grid), the second step for a quantised layer.
         moves: whether survivors change their values.
         fits_block: whether the layers of a block are fitted together to the output of the dense block
-            (`pruning.reconstruction`), from what `apply` leaves of each.
+            (`training.reconstruction`), from what `apply` leaves of each.
     """
 
     apply: Callable[[Tensor, Tensor, Statistics, float], Tensor]

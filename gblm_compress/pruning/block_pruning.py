@@ -21,9 +21,9 @@ from gblm_compress.methods.updates import UPDATES
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of
-from gblm_compress.pruning.masters import write_
-from gblm_compress.pruning.reconstruction import reconstruct_
 from gblm_compress.settings import PruneSettings
+from gblm_compress.training.masters import write_
+from gblm_compress.training.reconstruction import reconstruct_
 
 FEW_TOKENS = 32
 """An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""

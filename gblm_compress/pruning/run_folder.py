@@ -24,8 +24,8 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import grids
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
-from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
+from gblm_compress.storage.resuming import check_identity, own_files
 
 IDENTITY = "run.json"
 FELT = "tokens/"  # before the name of a layer

@@ -31,12 +31,12 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.pruning.notes import closing_notes, pruned_before
 from gblm_compress.pruning.placement import Placement, Size, check_disk, choose_placement
-from gblm_compress.pruning.resuming import kept_where_resuming_helps
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkpoint_of, left_dense_of
 from gblm_compress.pruning.walk import Walk
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import outputs
+from gblm_compress.storage.resuming import kept_where_resuming_helps
 from gblm_compress.tasks.task import Sample, on_device
 from gblm_compress.tasks.task import fingerprint as fingerprint_of
 

@@ -34,11 +34,11 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult, layer_result, prune_block_
 from gblm_compress.pruning.budgeting import budgets as layer_budgets
 from gblm_compress.pruning.budgeting import uniform_budgets
-from gblm_compress.pruning.distillation import distil_
-from gblm_compress.pruning.distillation import predictions as dense_predictions
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.training.distillation import distil_
+from gblm_compress.training.distillation import predictions as dense_predictions
 
 
 @dataclass(frozen=True)

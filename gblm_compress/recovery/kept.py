@@ -19,8 +19,8 @@ from torch import Tensor
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
-from gblm_compress.pruning.resuming import check_identity, own_files
 from gblm_compress.storage import records
+from gblm_compress.storage.resuming import check_identity, own_files
 
 RECORD = "run.json"
 _TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")

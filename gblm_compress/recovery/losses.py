@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.recovery.teacher import Teacher, together
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.training.reconstruction import autocast
 
 
 class Losses:

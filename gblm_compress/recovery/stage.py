@@ -24,7 +24,6 @@ from gblm_compress.methods.patterns import UNSTRUCTURED, Pattern
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.resuming import kept_where_resuming_helps
 from gblm_compress.recovery import kept
 from gblm_compress.recovery.kept import Kept, Look
 from gblm_compress.recovery.losses import Losses
@@ -35,6 +34,7 @@ from gblm_compress.recovery.training import Budget, Training
 from gblm_compress.recovery.weights import Weights, bytes_a_weight
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
+from gblm_compress.storage.resuming import kept_where_resuming_helps
 from gblm_compress.tasks import files_of
 from gblm_compress.tasks.task import fingerprint, on_device
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
-from gblm_compress.pruning.distillation import head_of, inputs_of_head, logits_of
-from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.training.distillation import head_of, inputs_of_head, logits_of
+from gblm_compress.training.reconstruction import autocast
 
 
 class Teacher:

@@ -22,13 +22,13 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import as_matrix
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.fitting import BETAS, schedule_of
 from gblm_compress.recovery.checkpointing import checkpointed
 from gblm_compress.recovery.kept import Kept, Look, Progressed
 from gblm_compress.recovery.losses import Losses
 from gblm_compress.recovery.texts import Windows
 from gblm_compress.recovery.weights import Weights
 from gblm_compress.settings import RecoverSettings
+from gblm_compress.training.fitting import BETAS, schedule_of
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm, over all tensors, are scaled down to it."""

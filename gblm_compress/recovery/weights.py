@@ -19,9 +19,9 @@ from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, head_and_embedding
-from gblm_compress.pruning.masters import Masters
 from gblm_compress.recovery.survivors import Survivors
 from gblm_compress.settings import RecoverSettings
+from gblm_compress.training.masters import Masters
 
 Read: TypeAlias = Callable[[str], Tensor]
 

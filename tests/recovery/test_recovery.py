@@ -21,7 +21,6 @@ from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.fitting import BETAS, schedule_of
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery import stage, texts
 from gblm_compress.recovery.kept import Kept
@@ -31,6 +30,7 @@ from gblm_compress.recovery.texts import grams, windows_of
 from gblm_compress.recovery.training import Training
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
 from gblm_compress.tasks.text import load_text
+from gblm_compress.training.fitting import BETAS, schedule_of
 from tests.conftest import CAUSAL_LM
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01, "fit_dtype": "float32"}

@@ -11,7 +11,6 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.distillation import distil_, predictions
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
@@ -21,6 +20,7 @@ from gblm_compress.tasks.passages import encode
 from gblm_compress.tasks.tables import Row
 from gblm_compress.tasks.task import random_numbers, with_draws
 from gblm_compress.tasks.text import load_text
+from gblm_compress.training.distillation import distil_, predictions
 from tests.tasks import families
 from tests.tasks.test_tasks import slow_masks
 

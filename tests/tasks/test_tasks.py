@@ -24,7 +24,6 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_model
-from gblm_compress.pruning.distillation import distil_, predictions
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
@@ -41,6 +40,7 @@ from gblm_compress.tasks.metrics import mean_metric
 from gblm_compress.tasks.task import Sample, Task, fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.tasks.windows import tokenize, vocabulary_of
+from gblm_compress.training.distillation import distil_, predictions
 from tests.conftest import CAUSAL_LM, replay, samples
 from tests.tasks import families
 

@@ -13,12 +13,12 @@ from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.block_pruning import prune_block_
-from gblm_compress.pruning.distillation import distil_, head_of, predictions
-from gblm_compress.pruning.fitting import fit
 from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.masters import Masters, write_
-from gblm_compress.pruning.reconstruction import autocast, reconstruct_, relative_error
 from gblm_compress.settings import PruneSettings
+from gblm_compress.training.distillation import distil_, head_of, predictions
+from gblm_compress.training.fitting import fit
+from gblm_compress.training.masters import Masters, write_
+from gblm_compress.training.reconstruction import autocast, reconstruct_, relative_error
 from tests.conftest import CAUSAL_LM, replay, samples
 
 TINY = {

@@ -12,10 +12,10 @@ from gblm_compress.errors import ModelError
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.fitting import Fit, fit
-from gblm_compress.pruning.masters import Masters
-from gblm_compress.pruning.reconstruction import autocast
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.training.fitting import Fit, fit
+from gblm_compress.training.masters import Masters
+from gblm_compress.training.reconstruction import autocast
 
 
 class _HeadReached(Exception):

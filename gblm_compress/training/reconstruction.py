@@ -11,8 +11,8 @@ from torch.func import functional_call
 from gblm_compress.calibration.blocks import Block, only_requires_grad
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import keep_only
-from gblm_compress.pruning.fitting import Fit, fit
-from gblm_compress.pruning.masters import Masters
+from gblm_compress.training.fitting import Fit, fit
+from gblm_compress.training.masters import Masters
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Training of the weights that survive, towards what the dense model computes."""
