@@ -20,8 +20,6 @@ from torch import nn
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import (
     check_is_pruned,
-    check_patterns,
-    check_weights,
     dtype_of,
     onnx_forward,
     onnx_fused,
@@ -31,7 +29,6 @@ from gblm_compress.exporters import (
     quantised,
 )
 from gblm_compress.exporters.onnx_bitmask import encode_initializers_
-from gblm_compress.exporters.onnx_gemm import PATTERN, use_gemm_
 from gblm_compress.exporters.onnx_kernels import use_kernels_
 from gblm_compress.exporters.onnx_limits import note_limit
 from gblm_compress.exporters.onnx_nbits import use_nbits_
@@ -71,15 +68,13 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Raises:
-    UsageError: the model's task has no ONNX export, `gemm` and a layer that will not be 2:4, or as `quantised.check`.
+    UsageError: the model's task has no ONNX export, or as `quantised.check`.
     MissingDependencyError: `kernels` without the compiled operator.
     ModelError: the graph that was asked for does not exist, or `kernels` do not run the width of a layer.
     """
     if settings.kernels:
         cpu.onnxruntime_library()
     quantised.check(source, settings)
-    if settings.gemm:
-        check_patterns(patterns or {}, PATTERN, "gemm")
     if source is None:
         return
     skeleton = loading.load_skeleton(source)
@@ -110,8 +105,7 @@ def export(
             ONNX Runtime has no bfloat16 on the CPU. With `sparse`, the pruned layers' initializers are packed; with
             `kernels`, they are also multiplied so, and float16 is the dtype of the weights alone; a model that was
             never pruned runs on the dense operator. With `quantise`, weights are levels of 8 or 4 bits, without
-            `kernels` blocks of ONNX Runtime; the model whose weights are so rounded is what is verified. With `gemm`,
-            their products are Gemms.
+            `kernels` blocks of ONNX Runtime; the model whose weights are so rounded is what is verified.
 
     Raises:
         UsageError, MissingDependencyError: as `check`, or the output is in the way.
@@ -132,8 +126,6 @@ def export(
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights, BitmaskLinear)
-    if settings.gemm:
-        check_weights(weights, PATTERN, "gemm")
     rounded = onnx_rounding.round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)
@@ -151,8 +143,6 @@ def export(
             pruned = list(dict.fromkeys(places[layer].initializer for layer in layers if layer in places))
             if settings.sparse:
                 encode_initializers_(program, pruned)
-            elif settings.gemm:
-                use_gemm_(program, pruned)
             elif settings.kernels:
                 if rounded:
                     merged = onnx_weights.stacked(rounded.layers, places)

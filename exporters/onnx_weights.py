@@ -70,7 +70,7 @@ def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[s
         packed: {layer: its weight}; of the layers of an initializer all or none.
     """
     together: dict[str, list[str]] = {}
-    for layer in sorted(packed.keys() & places.keys(), key=lambda layer: places[layer].start):
+    for layer in sorted((layer for layer in packed if layer in places), key=lambda layer: places[layer].start):
         together.setdefault(places[layer].initializer, []).append(layer)
     parts = {name: [packed[layer] for layer in layers] for name, layers in together.items()}
     return {name: own[0] if len(own) == 1 else own[0].stack(own) for name, own in parts.items()}

@@ -62,7 +62,7 @@ FORMATS = {
         help="one graph for ONNX Runtime, in float32 or float16",
         runtimes=("onnxruntime", "genai"),
         dtypes=("float32", "float16"),
-        reads=("graph", "sparse", "kernels", "quantise", "group", "gemm"),
+        reads=("graph", "sparse", "kernels", "quantise", "group"),
         copies=2,
     ),
     **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},

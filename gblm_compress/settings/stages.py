@@ -80,11 +80,6 @@ class ExportSettings(Settings):
         description="ONNX: multiply by packed weights as they are, on operators of this package (CPU; with dtype "
         "float16 the weights are stored in it and the arithmetic is float32).",
     )
-    gemm: bool = Field(
-        False,
-        description="ONNX: write products of pruned weights, which must be 2:4, as Gemm on 2-D inputs, for TensorRT's "
-        "2:4 kernels.",
-    )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
         description="ONNX: store weights as levels of 8 or 4 bits, those of head and embedding of 8; without kernels "
@@ -123,12 +118,12 @@ class ExportSettings(Settings):
                 raise ValueError(f"{name} would do nothing: it is read with format {' or '.join(readers)}")
         if self.quantise and self.dtype not in ("auto", "float32"):
             raise ValueError("quantise: the arithmetic beside the levels is float32; give no other dtype")
-        if self.quantise and (self.sparse or self.gemm):
-            raise ValueError("quantise writes weights as levels, and sparse and gemm as floats; leave one out")
+        if self.quantise and self.sparse:
+            raise ValueError("quantise writes weights as levels, and sparse as floats; leave one out")
         if self.group and "quantise" in format.reads and not self.quantise:
             raise ValueError("group would do nothing without quantise")
-        if len(ways := [name for name in ("sparse", "kernels", "gemm") if getattr(self, name)]) > 1:
-            raise ValueError(f"each is a way of its own to write the pruned weights; choose {' or '.join(ways)}")
+        if self.sparse and self.kernels:
+            raise ValueError("each is a way of its own to write the pruned weights; choose sparse or kernels")
         return self
 
 

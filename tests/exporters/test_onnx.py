@@ -148,10 +148,8 @@ def test_products_that_are_traced_as_gemms_are_those_of_any_graph(kind, layers, 
     chosen = PruneSettings(method="magnitude", fit="none", pattern="2:4")
     prune(tiny(kind), tmp_path / "pruned", chosen, CalibrationSettings(), progress=progress)
     source = ModelSource("pruned", tmp_path / "pruned")
-    for name, options in (("sparse", {"sparse": True}), ("gemm", {"gemm": True})):
-        result = export(source, tmp_path / name, ExportSettings(**PLAIN, **options), progress=progress)
-        assert result.checks["layers_checked"] == layers and result.checks["zeros"]
-    assert ModelSource("gemm", tmp_path / "gemm").operators["Gemm"] == layers
+    result = export(source, tmp_path / "sparse", ExportSettings(**PLAIN, sparse=True), progress=progress)
+    assert result.checks["layers_checked"] == layers and result.checks["zeros"]
     assert "Gemm" not in ModelSource("sparse", tmp_path / "sparse").operators
 
 
@@ -188,19 +186,6 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, spars
         OnnxRuntime(dense, "cpu", 1).predict({"input_ids": ids}),
     )
     assert result.checks["zeros"] == dense_result.checks["zeros"]
-
-
-def test_gemm_on_a_plain_graph(exported, tmp_path) -> None:
-    _, dense, dense_result = exported
-    result, folder = exported_again(exported, tmp_path / "out", gemm=True)
-    assert result.checks["zeros"] == dense_result.checks["zeros"] and result.checks["identical_greedy_tokens"] == 32
-    assert dense.operators["MatMul"] - folder.operators["MatMul"] == folder.operators["Gemm"] == 14
-    assert not any("microsoft" in node.domain for node in onnx.load(folder.folder / "model.onnx").graph.node)
-    ids = torch.arange(40).reshape(2, 20)
-    expected = OnnxRuntime(dense, "cpu", 1).predict({"input_ids": ids})
-    torch.testing.assert_close(
-        OnnxRuntime(folder, "cpu", 1).predict({"input_ids": ids}), expected, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_sparse_float16(exported, tmp_path, progress) -> None:
@@ -306,8 +291,6 @@ def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage
 def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
     with pytest.raises(ValueError, match="choose sparse or kernels"):
         ExportSettings(format="onnx", sparse=True, kernels=True)
-    with pytest.raises(ValueError, match="choose kernels or gemm"):
-        ExportSettings(format="onnx", gemm=True, kernels=True)
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     settings = ExportSettings(**PLAIN, kernels=True)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):
