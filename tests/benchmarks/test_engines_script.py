@@ -60,11 +60,3 @@ def test_every_engine_is_timed_and_profiled(script, tmp_path, monkeypatch) -> No
         assert packed["MB"] < dense["MB"]
     operators = {entry["weights"]: entry["ms"].keys() for entry in result["profiles"]}
     assert "BitmaskLinear" in operators["packed float16"] and "BitmaskLinear" not in operators["dense float16"]
-
-
-def test_models_are_given_or_made(script, monkeypatch, capsys) -> None:
-    for arguments in ([], ["pruned"], ["pruned", "dense", "--random", "1b"]):
-        monkeypatch.setattr(sys, "argv", ["engines.py", "--folder", "x", *arguments])
-        with pytest.raises(SystemExit):
-            script.main()
-        assert "give PRUNED and DENSE, or --random alone" in capsys.readouterr().err

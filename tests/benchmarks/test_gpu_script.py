@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.scripts import loaded
 
@@ -91,16 +90,6 @@ def test_every_section_runs(tmp_path) -> None:
         assert row["from"] <= line <= row["to"]
 
 
-def test_without_time_it_ends_and_says_what_is_missing(tmp_path) -> None:
-    result = run(tmp_path, "--seconds", "0")["sections"]
-    assert result["kernels"]["rows"] == result["one token"]["rows"] == []
-    assert result["levels"]["left_out"] == ["toy, bfloat16"]
-    assert result["model"]["rows"] == result["onnxruntime"]["rows"] == []
-    assert result["kernels"]["left_out"] == ["toy, 1 tokens", "toy, 8 tokens"]
-    assert result["one token"]["left_out"] == ["toy, float16", "toy, bfloat16"]
-    assert len(result["model"]["left_out"]) == 18 and len(result["pruning"]["left_out"]) == 4
-
-
 def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatch) -> None:
     """On a machine without pydantic and psutil, the parts that do not prune still run."""
     monkeypatch.setattr(script, "find_spec", lambda name: None)
@@ -128,20 +117,6 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.returncode == 1 and "no CUDA device here; --dry-run" in done.stderr
 
 
-def test_masked_keeps_the_larger_half_of_every_group(script) -> None:
-    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    for group in (4, 16):
-        kept = script.masked(weight, group)
-        for old, new in zip(weight.reshape(-1, group).tolist(), kept.reshape(-1, group).tolist(), strict=True):
-            largest = sorted(old, key=abs)[group // 2 :]
-            assert new == [value if value in largest else 0.0 for value in old]
-
-
-def test_the_published_ratio_is_that_of_the_published_figures(script) -> None:
-    (whole,) = (entry for entry in script.PUBLISHED if "tokens_per_second" in entry)
-    assert whole["over_dense"] == round(whole["tokens_per_second"] / whole["dense_tokens_per_second"], 2)
-
-
 def test_break_even(script) -> None:
     def row(tokens, execution, over_dense):
         return {"layer": "l", "tokens": tokens, "execution": execution, "over_dense": over_dense}
@@ -151,13 +126,3 @@ def test_break_even(script) -> None:
     rows += [row(tokens, "cutlass", ratio) for tokens, ratio in ((1, 1.1), (64, 0.9), (256, 1.2))]
     rows += [row(512, "cusparselt", 1.3), row(512, "dense", 1.0)]
     assert script.break_even(rows) == {"l": {"triton_wins_up_to_tokens": 2, "semi_structured_wins_from_tokens": 256}}
-
-
-def test_the_models_are_of_the_sizes_that_are_claimed(script) -> None:
-    sizes = script.FULL.model
-    hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
-    narrow = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
-    block = 2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner
-    assert 1.05e9 < layers * block + 2 * hidden * sizes["vocab_size"] < 1.15e9
-    of_1b = {shape for name, shape in script.FULL.layers.items() if name.startswith("1B")}
-    assert of_1b == {(hidden, hidden), (narrow, hidden), (inner, hidden), (hidden, inner)}

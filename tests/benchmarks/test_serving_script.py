@@ -47,15 +47,6 @@ def program(tmp_path: Path) -> tuple[str, str]:
     return sys.executable, str(file)
 
 
-def test_requests_are_mixed_and_the_same_for_the_same_seed(script: ModuleType) -> None:
-    made = script.requests(200, seed=1)
-    assert made == script.requests(200, seed=1) != script.requests(200, seed=2)
-    words = [len(request.prompt.split()) for request in made]
-    tokens = [request.tokens for request in made]
-    for lengths, (fewest, most) in ((words, script.PROMPT_WORDS), (tokens, script.NEW_TOKENS)):
-        assert fewest <= min(lengths) < most / 4 and 3 * most / 4 < max(lengths) <= most
-
-
 def test_a_server_is_killed_with_all_that_it_started(script: ModuleType, program: Any, tmp_path: Path) -> None:
     with script.Server(Path("sound"), tmp_path / "log", program=program) as server:
         processes = server.processes()
@@ -90,8 +81,3 @@ def test_figures(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [sum(request.tokens for request in script.requests(5, seed)) for seed in (1, 2)]
     assert found["dense"]["tokens_per_second"] == pytest.approx([tokens[0] / 2, tokens[1] / 4])
     script.show({"servers": {name: {"memory": 1, "peak": 2, "folder": name} for name in script.NAMES}, "load": [found]})
-
-
-def test_percentiles(script: ModuleType) -> None:
-    assert script.percentiles([i / 1000 for i in range(101)]) == pytest.approx({"p50": 50, "p90": 90, "p99": 99})
-    assert script.percentiles([0.5]) == {"p50": 500, "p90": 500, "p99": 500}
