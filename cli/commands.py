@@ -23,7 +23,6 @@ from gblm_compress.settings import (
     GenerateSettings,
     PruneSettings,
     RecoverSettings,
-    ReorderSettings,
     ResourceSettings,
 )
 from gblm_compress.storage import outputs
@@ -91,38 +90,6 @@ def recover(
     )
     if reports:
         session.show(result.as_dict(), summaries.recover, json_)
-
-
-@from_settings
-def reorder(
-    model: o.Model,
-    output: o.Output,
-    settings: ReorderSettings,
-    text: Annotated[CalibrationSettings, Spelt(rename={"dataset": "calibration"})],
-    compute: ComputeSettings,
-    resources: ResourceSettings,
-    force: o.Force = False,
-    json_: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Put the channels of a dense model in an order in which N:M costs less; it computes the same."""
-    outputs.check_output(output, force)
-    progress, source = session.start(model, quiet=quiet, datasets=[text.dataset])
-
-    from gblm_compress.pruning import reordering
-
-    result = reordering.reorder(
-        source,
-        output,
-        settings,
-        text,
-        resources=resources,
-        dtype=compute.dtype,
-        device=compute.device,
-        force=force,
-        progress=progress,
-    )
-    session.show(result.as_dict(), summaries.reorder, json_)
 
 
 @from_settings
@@ -289,6 +256,6 @@ def doctor(json_: o.Json = False) -> None:
 
 
 COMMANDS = (
-    advise, reorder, prune, generate, recover, export, evaluate, compare, benchmark, inspect, *run_commands.COMMANDS,
+    advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, *run_commands.COMMANDS,
     doctor,
 )  # fmt: skip

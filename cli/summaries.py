@@ -73,23 +73,6 @@ def _duration(seconds: float) -> str:
     )
 
 
-def reorder(result: dict[str, Any]) -> Table:
-    layers, share = result["layers"], result["weights"] / result["linear_weights"]
-    return _pairs(
-        [
-            ("reordered layers", f"{len(layers)}, with {100 * share:.1f} % of all linear weights"),
-            (
-                f"{result['pattern']} takes away",
-                f"{100 * result['after']:.2f} % of their outputs' power, before {100 * result['before']:.2f} %",
-            ),
-            ("change", f"{result['change']:.1e} of the last hidden states, by rounding"),
-            ("time", f"{result['seconds']:.1f} s"),
-            ("peak memory", decimal(result["peak_memory_bytes"])),
-            ("written to", result["folder"]),
-        ]
-    )
-
-
 def generate(result: dict[str, Any]) -> Table:
     seconds, tokens = result["seconds"], result["tokens"]
     return _pairs(

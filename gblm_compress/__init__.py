@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         prune,
         push,
         recover,
-        reorder,
         report,
         run,
     )
@@ -50,7 +49,6 @@ __all__ = [
     "prune",
     "push",
     "recover",
-    "reorder",
     "report",
     "run",
 ]

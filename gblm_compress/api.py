@@ -30,9 +30,8 @@ from gblm_compress.models import loading
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import reordering, stage
+from gblm_compress.pruning import stage
 from gblm_compress.pruning.in_memory import prune_in_place
-from gblm_compress.pruning.reordering import ReorderResult
 from gblm_compress.pruning.stage import PruneResult
 from gblm_compress.recovery import stage as recovery_stage
 from gblm_compress.recovery.stage import RecoverResult
@@ -54,7 +53,6 @@ from gblm_compress.settings import (
     PruneSettings,
     Recipe,
     RecoverSettings,
-    ReorderSettings,
     ResourceSettings,
 )
 from gblm_compress.storage.cache import cache_folder
@@ -119,47 +117,6 @@ def advise(
     progress = _progress(quiet)
     with _on_disk(model, processor, progress) as source:
         return advice.advise(source, asked, what, sample, progress=progress)
-
-
-@_takes(ReorderSettings, CalibrationSettings, ResourceSettings, dataset="calibration")
-def reorder(
-    model: "Model",
-    output: str | os.PathLike[str],
-    *,
-    processor: "Processor | None" = None,
-    calibration: "Texts" = "c4",
-    dtype: str = "auto",
-    device: str = "auto",
-    force: bool = False,
-    quiet: bool = False,
-    **settings: Any,
-) -> ReorderResult:
-    """Put the channels of a dense model in an order in which N:M costs less; it computes the same.
-
-    Args:
-        output: the folder to write, whole or not at all; the model is not changed.
-        processor: the tokenizer (or image processor) of a model in memory.
-        calibration: as for `prune`.
-        settings: fields of `ReorderSettings`, `CalibrationSettings` and `ResourceSettings`.
-
-    Raises:
-        GblmError: of the kind that says what is wrong.
-    """
-    kinds = (ReorderSettings, CalibrationSettings, ResourceSettings)
-    what, sample, resources = _filled(kinds, _on_text(settings, calibration), "reorder")
-    progress = _progress(quiet)
-    with _on_disk(model, processor, progress) as source:
-        return reordering.reorder(
-            source,
-            Path(output),
-            what,
-            sample,
-            resources=resources,
-            dtype=dtype,
-            device=device,
-            force=force,
-            progress=progress,
-        )
 
 
 @_takes(PruneSettings, CalibrationSettings, ResourceSettings, dataset="calibration")

@@ -31,7 +31,7 @@ TEXT = {"samples": 3, "sequence_length": 32}
 def test_the_public_names() -> None:
     assert gblm_compress.__all__ == [
         "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect",
-        "load", "onnxruntime_library", "prune", "push", "recover", "reorder", "report", "run",
+        "load", "onnxruntime_library", "prune", "push", "recover", "report", "run",
     ]  # fmt: skip
     for name in gblm_compress.__all__:
         assert getattr(gblm_compress, name).__doc__

@@ -19,9 +19,6 @@ _PROVENANCE = """
 | --- | --- |
 | saliency | {{ settings.method }} |
 | pattern | {{ settings.pattern }} |
-{% if reordering -%}
-| order of channels | chosen for {{ reordering.pattern }} |
-{% endif -%}
 {% if settings.allocation != "uniform" -%}
 | allocation | {{ settings.allocation }} |
 {% endif -%}
@@ -56,16 +53,6 @@ tags: [{{ "pruned, sparse, " if layers else "" }}gblm-compress]
 ---
 # {{ title }}
 """
-
-REORDERED = (
-    _HEAD
-    + """
-{{ base }}, its channels in an order in which {{ reordering.pattern }} costs less, by gblm-compress {{ version }}. It \
-computes the same: no weight is another, and none is pruned.
-
-`{{ auto_class }}.from_pretrained` loads this folder as it is. Which layers changed is in `gblm_manifest.json`.
-"""
-)
 
 PRUNED = (
     _HEAD
@@ -104,7 +91,7 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
 
     Args:
         content: the manifest.
-        template: `REORDERED`, `PRUNED` or `EXPORT`.
+        template: `PRUNED` or `EXPORT`.
         library: what loads the folder, as the hub calls it.
         more: code of our own that the template names.
     """
@@ -122,7 +109,6 @@ def write(folder: Path, content: dict[str, Any], template: str, library: str, ti
         settings=settings,
         grid=grid_in_words(settings["quantise"], settings["group"]) if settings else None,
         calibration=content.get("calibration"),
-        reordering=content.get("reordering"),
         format=content.get("format"),
         dtype=content.get("dtype"),
         layers=layers,

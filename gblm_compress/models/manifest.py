@@ -93,27 +93,18 @@ class _Base(BaseModel):
     sha256: str
 
 
-class _Reordering(BaseModel):
-    """The order of the channels, of which any will do for the model."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    pattern: str
-
-
 class _Manifest(BaseModel):
     """What is read again of a manifest, with the types it must have."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    kind: Literal["reordered", "pruned", "export"]
+    kind: Literal["pruned", "export"]
     base_model: _Base
     layers: dict[str, _Layer] = {}
     left_dense: dict[str, _LeftDense] = {}
     prune: _Prune | None = None
     calibration: _Calibration | None = None
     grids_sha256: str | None = None
-    reordering: _Reordering | None = None
     checks: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -123,25 +114,6 @@ class _Manifest(BaseModel):
         if self.kind == "pruned" and bool(self.prune and self.prune.quantise != "none") != bool(self.grids_sha256):
             raise ValueError("grids_sha256 is there where the settings quantise, and nowhere else")
         return self
-
-
-def write_reordered(folder: Path, *, source: ModelSource, reordering: dict[str, Any], compute: dict[str, str]) -> None:
-    """Write the manifest and the model card of a dense folder whose channels lie in another order.
-
-    Args:
-        reordering: its settings, the text, and what it brought.
-    """
-    content = {
-        "kind": "reordered",
-        "gblm_compress": gblm_compress.__version__,
-        "base_model": _base_model(source),
-        "source_sha256": source.fingerprint,
-        "reordering": reordering,
-        "compute": compute,
-        "versions": {package: version(package) for package in PACKAGES},
-    }
-    title = f"{_short(content)}, channels reordered for {reordering['pattern']}"
-    _write(folder, content, card.REORDERED, "transformers", title, auto_class=task_of(source).auto_class)
 
 
 def write(
@@ -175,7 +147,6 @@ def write(
         "layers": layers,
         "left_dense": left_dense,
         **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
-        **_carried(source, "reordering"),
     }
     on_grid = "" if grids_sha256 is None else f", {settings['quantise']}"
     title = f"{_short(content)}, {settings['method']}, {settings['pattern']}{on_grid}"
@@ -236,7 +207,7 @@ def write_export(
         "source_sha256": source.fingerprint,
         "checks": checks,
         "versions": {package: version(package) for package in PACKAGES},
-        **_carried(source, "prune", "calibration", "layers", "left_dense", "reordering"),
+        **_carried(source, "prune", "calibration", "layers", "left_dense"),
     }
     _write(folder, content, card.EXPORT, library, f"{_short(content)}, {format}", loading=loading)
 

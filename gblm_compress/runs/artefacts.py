@@ -1,4 +1,4 @@
-"""The stages of a run that write: a text, the dense model in another order, the pruned and trained ones, exports."""
+"""The stages of a run that write: a text, the pruned and trained ones, exports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
-from gblm_compress.pruning.reordering import check_channels, check_dense, reorder
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import check_kind, check_mask, checkpoint_bytes, recover
 from gblm_compress.runs.job import Disk, Recorded, plain
@@ -26,7 +25,6 @@ from gblm_compress.settings import (
     GenerateSettings,
     PruneSettings,
     RecoverSettings,
-    ReorderSettings,
 )
 from gblm_compress.storage import outputs
 
@@ -75,58 +73,6 @@ class Generate(Recorded):
 
 
 @dataclass(frozen=True)
-class Reorder(Recorded):
-    """Put the channels of the dense model in another order."""
-
-    settings: ReorderSettings
-    calibration: CalibrationSettings
-
-    name = "reorder"
-
-    @property
-    def does(self) -> str:
-        return f"reorder the channels of {self.job.dense.name} for {self.settings.pattern}"
-
-    @property
-    def place(self) -> Path:
-        return self.job.to_prune.folder
-
-    @property
-    def reads(self) -> tuple[ModelSource, ...]:
-        return (self.job.dense,)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return (self.calibration.dataset,)
-
-    def decides(self) -> list[Any]:
-        return [plain(self.settings), plain(self.calibration), self.job.dtype, self.job.device]
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        looks = _texts_are_there(self)
-        if self.job.here:
-            looks += [_length_fits(self, self.calibration), partial(check_dense, self.job.dense)]
-            looks.append(partial(check_channels, self.job.dense, self.settings))
-        return faults.collect(looks)
-
-    def disk(self) -> Disk:
-        return Disk(self.job.dense.bytes_on_disk)
-
-    def work(self, progress: Progress) -> Any:
-        return reorder(
-            self.job.dense,
-            self.place,
-            self.settings,
-            self.calibration,
-            resources=self.job.recipe.resources,
-            dtype=self.job.dtype,
-            device=self.job.device,
-            force=True,
-            progress=progress,
-        )
-
-
-@dataclass(frozen=True)
 class Prune(Recorded):
     """Prune the dense model."""
 
@@ -145,7 +91,7 @@ class Prune(Recorded):
 
     @property
     def reads(self) -> tuple[ModelSource, ...]:
-        return (self.job.to_prune,)
+        return (self.job.dense,)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -168,7 +114,7 @@ class Prune(Recorded):
 
     def work(self, progress: Progress) -> Any:
         return prune(
-            self.job.to_prune,
+            self.job.dense,
             self.place,
             self.settings,
             self.calibration,

@@ -20,9 +20,8 @@ def method(recipe: Recipe, pruned: dict[str, Any]) -> str:
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
     fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""
     grid = f", {pruned['grid']}" if pruned["grid"] else ""
-    order = ", channels reordered" if recipe.reorder else ""
     trained = ", recovered" if recipe.recover else ""
-    return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{order}{fit}{grid}{trained}"
+    return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{fit}{grid}{trained}"
 
 
 def of(
@@ -37,7 +36,7 @@ def of(
     if written := recipe.generate:
         begun = f", begun with words of {written.starts}" if written.starts else ""
         found[WRITTEN] = f"{written.tokens:,} tokens by the dense model{begun}, seed {written.seed}"
-    if recipe.prune.needs_text or recipe.reorder:
+    if recipe.prune.needs_text:
         text = recipe.calibration
         found["calibration"] = (
             f"{text.dataset}: {text.samples} samples of {text.sequence_length} tokens, seed {text.seed}"

@@ -87,11 +87,6 @@ class Job:
         return given.model_copy(update={"data": data, "disjoint_from": tuple(dict.fromkeys(evaluated))})
 
     @cached_property
-    def to_prune(self) -> ModelSource:
-        """The dense model that is pruned: as it is, or with its channels in another order."""
-        return ModelSource("reordered", self.output / "reordered") if self.recipe.reorder else self.dense
-
-    @cached_property
     def as_pruned(self) -> ModelSource:
         """What the pruning writes."""
         return ModelSource("pruned", self.output / "pruned")

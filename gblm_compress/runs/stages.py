@@ -26,7 +26,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
 from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Generate, Prune, Recover, Reorder
+from gblm_compress.runs.artefacts import Export, Generate, Prune, Recover
 from gblm_compress.runs.comparison import compare
 from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
 from gblm_compress.settings import (
@@ -230,8 +230,6 @@ def stages_of(job: Job) -> list[Stage]:
     exports = [Export(job, settings) for settings in recipe.export]
     baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
     stages: list[Stage] = [Generate(job, recipe.generate)] if recipe.generate else []
-    if recipe.reorder:
-        stages.append(Reorder(job, recipe.reorder, job.calibration))
     stages.append(Prune(job, recipe.prune, job.calibration))
     if job.recover is not None:
         stages.append(Recover(job, job.recover))

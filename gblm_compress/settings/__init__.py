@@ -16,7 +16,6 @@ from gblm_compress.settings.prune import (
 )
 from gblm_compress.settings.recipe import CompareSettings, Recipe
 from gblm_compress.settings.recover import RecoverSettings, Source
-from gblm_compress.settings.reorder import ReorderSettings
 from gblm_compress.settings.stages import (
     AdviseSettings,
     BenchmarkSettings,
@@ -50,7 +49,6 @@ __all__ = [
     "PruneSettings",
     "Recipe",
     "RecoverSettings",
-    "ReorderSettings",
     "ResourceSettings",
     "Settings",
     "Source",

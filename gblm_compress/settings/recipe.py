@@ -17,7 +17,6 @@ from gblm_compress.settings.gates import GATES, GateSettings
 from gblm_compress.settings.generate import WRITTEN, GenerateSettings
 from gblm_compress.settings.prune import PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
-from gblm_compress.settings.reorder import ReorderSettings
 from gblm_compress.settings.stages import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -107,9 +106,6 @@ class Recipe(Settings):
     calibration: CalibrationSettings = Field(
         default_factory=CalibrationSettings, description="Text for the statistics."
     )
-    reorder: ReorderSettings | None = Field(
-        None, description="Another order of the dense model's channels, in which an N:M pattern costs less."
-    )
     prune: PruneSettings = Field(default_factory=PruneSettings, description="The pruning itself.")
     recover: RecoverSettings | None = Field(
         None, description="Training of the pruned model; the trained one is then exported and measured."
@@ -151,10 +147,6 @@ class Recipe(Settings):
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if len(set(self.export)) < len(self.export):
             raise ValueError("the same export is listed twice")
-        if self.reorder is not None and self.reorder.pattern != self.prune.pattern:
-            raise ValueError(
-                f"reorder.pattern is {self.reorder.pattern} and prune.pattern {self.prune.pattern}: give the same N:M"
-            )
         return self
 
     @model_validator(mode="after")
@@ -162,7 +154,7 @@ class Recipe(Settings):
         """The text that the model writes is there where it is named, is read, and judges nothing."""
         recover, evaluate = self.recover, self.evaluate
         trained = [source.dataset for source in recover.data] if recover else []
-        calibrated = self.prune.needs_text or self.compare or self.reorder
+        calibrated = self.prune.needs_text or self.compare
         read = trained + ([self.calibration.dataset] if calibrated else [])
         judges = [*(recover.disjoint_from if recover else ()), *([evaluate.dataset] if evaluate else [])]
         if self.generate is not None and self.generate.starts == WRITTEN:

@@ -417,16 +417,3 @@ def test_a_folder_where_the_text_goes_is_found_before_the_first_stage(tmp_path, 
     with pytest.raises(UsageError, match=r"written.txt' is no file"):
         pipeline.run(smoke(*WRITING), tmp_path, Progress(quiet=True))
     assert not (tmp_path / ".stages").exists()
-
-
-def test_what_is_reordered_is_pruned_and_judged_by_the_dense_model(tmp_path, module_cache) -> None:
-    output = tmp_path / "run"
-    recipe = smoke("reorder={}", "prune.pattern=2:4", "export=[]", "benchmark=null", "gates={}")
-    assert [*fates(recipe, output)] == ["reorder", "prune", "evaluate pruned"]
-    result = pipeline.run(recipe, output, Progress(quiet=True))
-    assert ", 2:4, channels reordered" in result.method
-    one, other = (json.loads((output / name / "gblm_manifest.json").read_text()) for name in ("reordered", "pruned"))
-    assert other["source_sha256"] == ModelSource("reordered", output / "reordered").fingerprint
-    assert other["base_model"] == one["base_model"] and other["reordering"] == one["reordering"]
-    again = pipeline.run(recipe, output, Progress(quiet=True))
-    assert all(stage.reused for stage in again.stages)

@@ -142,9 +142,6 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         ),
         ("model: demo\ngenerate: {}\nrecover: {data: [written]}\nevaluate: {dataset: written}", "judges no model"),
         ("model: demo\ngenerate: {starts: written}\ncalibration: {dataset: written}", "starts"),
-        ("model: demo\nreorder: {}", "reorder.pattern is 2:4 and prune.pattern unstructured: give the same N:M"),
-        ("model: demo\nreorder: {pattern: 1:4}\nprune: {pattern: 2:4}", "prune.pattern 2:4: give the same N:M"),
-        ("model: demo\nreorder: {pattern: unstructured}", "does not depend on the order of channels; give N:M"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
