@@ -56,7 +56,7 @@ START = """
 import os, runpy, signal, sys
 import datasets, optimum.exporters.tasks, pydoc_data.topics
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-import gblm_compress.cli.app, gblm_compress.cli.commands, gblm_compress.pruning
+import gblm_compress.cli.app, gblm_compress.pruning
 os.kill(os.getpid(), signal.SIGSTOP)
 if sys.argv[1].endswith(".py"):
     sys.argv = sys.argv[1:]

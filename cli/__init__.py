@@ -1,1 +1,1 @@
-"""The command line. `app` holds the program, `commands` the commands, `options` what they share."""
+"""The command line: `app` is the program, `options` makes its commands from `api`, `summaries` is what they print."""

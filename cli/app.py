@@ -10,8 +10,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gblm_compress import __version__
-from gblm_compress.cli import commands, run_commands
-from gblm_compress.cli.options import PanelCommand
+from gblm_compress.api import COMMANDS
+from gblm_compress.cli import options
 from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, UsageError, first_line, is_out_of_memory
 from gblm_compress.printing import printable_lines
 
@@ -33,8 +33,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-for command in commands.COMMANDS:
-    app.command(cls=PanelCommand, no_args_is_help=command not in (commands.doctor, run_commands.schema))(command)
+for command in COMMANDS:
+    options.add(app, command)
 
 
 def _version(wanted: bool) -> None:

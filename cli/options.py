@@ -1,79 +1,31 @@
-"""Options made from the fields of settings, and those that fill no settings.
+"""Commands of the program, made from the functions of `api`: an argument or option for each parameter and each field.
 
-A command takes settings as parameters; `from_settings` turns each into one option per field. A new option is therefore
-a new field: its type, range, default, description and panel are all that `--help`, parsing and completion need.
+A field's type, range, default, description and panel are all that `--help`, parsing and completion need.
 """
 
-import functools
-import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import BaseModel, ValidationError
 from typer.core import TyperCommand
 
-from gblm_compress import suggestions
-from gblm_compress.errors import UsageError
-from gblm_compress.runs.recipe import describe_fault, faults_of
+from gblm_compress.cli import summaries
+from gblm_compress.command import REQUIRED, Command, Part
+from gblm_compress.errors import GateError, GblmError, UsageError
+from gblm_compress.faults import together
+from gblm_compress.runs.recipe import describe_fault
 from gblm_compress.settings import OverrideSettings, Panel, Settings, Source
+from gblm_compress.settings.fields import allowed
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
-MODEL_HELP = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
-
-
-@dataclass(frozen=True)
-class Spelt:
-    """How a command offers settings: `Annotated[EvaluateSettings, Spelt(rename={"dataset": "text"})]`.
-
-    Attributes:
-        rename: {field: the name of its option}, where they differ.
-        leave_out: the fields without an option, which keep their defaults.
-    """
-
-    rename: Mapping[str, str] = field(default_factory=dict)
-    leave_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Syntax:
-    """How nested settings are written as one text."""
-
-    metavar: str
-    example: str
-    parse: Callable[[str], Any]
-
-
-def from_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with every parameter that is settings replaced by options, one for each field.
-
-    An option that is not given leaves its field to a preset, or to the default.
-
-    Raises:
-        TypeError: a name in `Spelt` is no field of the settings.
-        ValueError: two options have one name.
-    """
-    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    own, parts = [], {}
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        if offered := _settings_of(parameter.annotation):
-            parts[parameter.name] = offered
-            parameters += _parameters(*offered)
-        else:
-            own.append(parameter.name)
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def with_settings(context: typer.Context, **arguments: Any) -> None:
-        given = {name: value for name, value in arguments.items() if _is_given(context, name)}
-        filled = {name: _fill(settings, spelt, given) for name, (settings, spelt) in parts.items()}
-        command(**{name: arguments[name] for name in own}, **filled)
-
-    cast(Any, with_settings).__signature__ = inspect.Signature(parameters)
-    return with_settings
+METAVARS = {"set": "KEY=VALUE", "push_to_hub": "OWNER/NAME"} | dict.fromkeys(
+    ("output", "heat_map", "junit", "summary"), "<path>"
+)
+SPELLINGS = {"overrides": "override"}
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
 class PanelCommand(TyperCommand):
@@ -88,43 +40,83 @@ class PanelCommand(TyperCommand):
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
                 panels.setdefault(panel or Panel.COMMON.value, []).append(record)
         alone = len(panels.keys() - {"Arguments"}) == 1
-        for panel, records in panels.items():
+        for panel, entries in panels.items():
             with formatter.section("Options" if alone and panel != "Arguments" else panel):
-                formatter.write_dl(records)
+                formatter.write_dl(entries)
 
 
-def _settings_of(annotation: Any) -> tuple[type[Settings], Spelt] | None:
-    """The settings that a command's parameter is, and how they are offered; None where it is something else."""
-    kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
-    if not (isinstance(kind, type) and issubclass(kind, Settings)):
-        return None
-    spelt = next((entry for entry in metadata if isinstance(entry, Spelt)), Spelt())
-    for name in (*spelt.rename, *spelt.leave_out):
-        if name not in kind.model_fields:
-            raise TypeError(f"{name!r} is no field of {kind.__name__}; there are {', '.join(kind.model_fields)}")
-    return kind, spelt
+def add(program: typer.Typer, command: Command) -> None:
+    """Give the program a command; an option that is not given leaves its field to a preset, or to the default.
+
+    Raises:
+        ValueError: two options have one name.
+    """
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    own = [_own(each) for each in command.own.values() if Panel.NO_OPTION not in get_args(each.annotation)]
+    flags = [each for each in own if each.default is False]
+    parameters += [each for each in own if each not in flags]
+    parameters += [option for part in command.parts.values() for option in _options(part)] + flags
+    parameters.append(Parameter("json_", Parameter.KEYWORD_ONLY, annotation=JSON, default=False))
+    several = [name for name, each in command.own.items() if each.kind is each.VAR_POSITIONAL]
+
+    def called(context: typer.Context, json_: bool, **arguments: Any) -> None:
+        given = {name: value for name, value in arguments.items() if _is_given(context, name)}
+        own = {name: given.pop(name) for name in command.own if name in given}
+        positional = [value for name in several for value in own.pop(name)]
+        try:
+            result = command.function(*positional, **own, **command.fill(_values(command, given), _fault))
+        except GblmError as error:
+            if error.result is not None:
+                summaries.show(command.name, error.result, json_)
+            raise
+        summaries.show(command.name, result, json_)
+        if failed := getattr(result, "failed_gates", None):
+            raise together(GateError, f"{len(failed)} of {len(result.gates)} gates failed", summaries.gates(failed))
+
+    described: Any = called
+    described.__signature__ = Signature(parameters)
+    described.__doc__ = (command.function.__doc__ or "").partition("\n\n")[0]
+    needs = any(parameter.default is Parameter.empty for parameter in parameters[1:])
+    program.command(command.name, cls=PanelCommand, no_args_is_help=needs)(described)
 
 
-def _parameters(settings: type[Settings], spelt: Spelt) -> list[inspect.Parameter]:
-    schemas = settings.model_json_schema()["properties"]
+def _own(parameter: Parameter) -> Parameter:
+    """An argument or option for a parameter that is no settings."""
+    annotation, text, *marks = get_args(parameter.annotation)
+    name, flag = parameter.name, f"--{parameter.name.replace('_', '-')}"
+    many = parameter.kind is parameter.VAR_POSITIONAL or "Iterable" in str(annotation)
+    required = parameter.default is Parameter.empty or REQUIRED in marks
+    made: Any
+    if required and parameter.kind is not parameter.KEYWORD_ONLY and name != "output":
+        made = typer.Argument(metavar=name.upper().removesuffix("S" if many else ""), help=text)
+    else:
+        flags = ("-o", flag) if name == "output" else (flag,)
+        made = typer.Option(*flags, help=text, metavar=METAVARS.get(name))
+    kind: Any = bool if annotation is bool else list[str] if many else str
+    default = Parameter.empty if required else None if many else parameter.default
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, made], default=default)
+
+
+def _options(part: Part) -> list[Parameter]:
+    schemas = part.kind.model_json_schema()["properties"]
     return [
-        _parameter(settings, name, spelt.rename.get(name, name), schemas[name])
-        for name, field in settings.model_fields.items()
-        if name not in spelt.leave_out and Panel.NO_OPTION not in field.metadata
+        _option(part.kind, field, SPELLINGS.get(name, name), schemas[field])
+        for field, name in part.names.items()
+        if Panel.NO_OPTION not in part.kind.model_fields[field].metadata
     ]
 
 
-def _parameter(settings: type[Settings], name: str, spelling: str, schema: dict[str, Any]) -> inspect.Parameter:
+def _option(settings: type[Settings], field: str, name: str, schema: dict[str, Any]) -> Parameter:
     """A parameter as Typer reads it, for the option that fills one field."""
-    described = settings.model_fields[name]
+    described = settings.model_fields[field]
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
     schema = kinds[0] if len(kinds) == 1 else {}  # what may be of several kinds is text, which the settings read
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
-    kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, name)
-    choices = suggestions.allowed(settings, name)
+    kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, field)
+    choices = allowed(settings, field)
     default = described.get_default(call_default_factory=True)
-    flag = f"--{spelling.replace('_', '-')}"
+    flag = f"--{name.replace('_', '-')}"
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool and default is not False else flag,
         help=_help(described.description or "", choices, _range(schema), syntax),
@@ -134,12 +126,17 @@ def _parameter(settings: type[Settings], name: str, spelling: str, schema: dict[
     )
     if several:
         kind, default = list[str], None if default is None else [str(value) for value in default]
-    return inspect.Parameter(
-        spelling,
-        inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[kind | None, option],
-        default=inspect.Parameter.empty if described.is_required() else default,
-    )
+    default = Parameter.empty if described.is_required() else default
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, option], default=default)
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """How nested settings are written as one text."""
+
+    metavar: str
+    example: str
+    parse: Callable[[str], Any]
 
 
 def _help(description: str, choices: tuple[str, ...], limits: str, syntax: Syntax | None) -> str:
@@ -170,30 +167,24 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _syntax(settings: type[Settings], name: str) -> Syntax | None:
+def _syntax(settings: type[Settings], field: str) -> Syntax | None:
     """How the items of a field are written, where they are settings themselves."""
-    arguments = get_args(settings.model_fields[name].annotation)
+    arguments = get_args(settings.model_fields[field].annotation)
     return next((SYNTAXES[kind] for kind in arguments if isinstance(kind, type) and kind in SYNTAXES), None)
 
 
-def _fill(settings: type[Settings], spelt: Spelt, given: dict[str, Any]) -> Settings:
-    """The settings that the options given on the command line make.
-
-    Raises:
-        UsageError: with all faults, by the names of the options.
-    """
-    values: dict[str, Any] = {}
-    for name in settings.model_fields:
-        value = given.get(spelt.rename.get(name, name))
-        if isinstance(value, list):
-            syntax = _syntax(settings, name)
-            value = tuple(syntax.parse(part) if syntax else part for part in _split(value)) if value else None
-        if value is not None and name not in spelt.leave_out:
-            values[name] = value
-    try:
-        return settings(**values)
-    except ValidationError as error:
-        raise UsageError("\n".join(_fault(fault, settings, spelt.rename) for fault in faults_of(error))) from error
+def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
+    """The options as keywords of the Python function."""
+    values = {}
+    for part in command.parts.values():
+        for field, name in part.names.items():
+            value = given.get(SPELLINGS.get(name, name))
+            if isinstance(value, list):
+                syntax = _syntax(part.kind, field)
+                value = tuple(syntax.parse(text) if syntax else text for text in _split(value)) if value else None
+            if value is not None:
+                values[name] = value
+    return values
 
 
 def _split(values: list[str]) -> list[str]:
@@ -201,21 +192,15 @@ def _split(values: list[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
-def _fault(fault: Any, settings: type[BaseModel], rename: Mapping[str, str]) -> str:
+def _fault(fault: Any, part: Part) -> str:
     """A fault of settings with the option's spelling, and of several exceptions the one that has it."""
-    text = describe_fault(fault, settings, spell=lambda key, value: f"--{key.replace('_', '-')} {value}")
+    text = describe_fault(fault, part.kind)
     if not fault["loc"]:
         return text
-    name, *inner = fault["loc"]
-    where = f"--{rename.get(name, name).replace('_', '-')}"
-    if len(inner) > 1:
-        where += f" (number {inner[0] + 1}), {inner[1]}"
-    return f"{where}: {text.partition(': ')[2]}"
-
-
-def _text(text: str) -> str:
-    """What the settings read themselves."""
-    return text
+    field, *inner = fault["loc"]
+    name = part.names.get(field, field)
+    number = f" (number {inner[0] + 1}), {inner[1]}" if len(inner) > 1 else ""
+    return f"--{SPELLINGS.get(name, name).replace('_', '-')}{number}: {text.partition(': ')[2]}"
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -233,27 +218,5 @@ SYNTAXES: dict[type, Syntax] = {
         "For example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'.",
         _override,
     ),
-    Source: Syntax("SRC[=WEIGHT],...", "For example c4, or wiki.txt=0.5,c4=0.5.", _text),
+    Source: Syntax("SRC[=WEIGHT],...", "For example c4, or wiki.txt=0.5,c4=0.5.", str),
 }
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Pruned = Annotated[str, typer.Argument(metavar="PRUNED", help="A folder that `prune` wrote.")]
-Teacher = Annotated[str, typer.Option(help="The dense model that it was pruned from.")]
-Models = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP + " Exports may be given too.")]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, for example prune.alpha=50.")
-]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it appears whole or not at all.")]
-TextFile = Annotated[
-    Path, typer.Option("-o", "--output", help="A .txt file that is not there yet; it appears whole or not at all.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")]
-Baseline = Annotated[str | None, typer.Option(help="The dense model, for fidelity: KL divergence and top-1 agreement.")]
-Baselines = Annotated[
-    list[str],
-    typer.Option("--baseline", help="The dense model; once for each runtime, as a folder or an ONNX export."),
-]

@@ -18,6 +18,7 @@ A message says what is wrong, what was given, what was needed, and what to do ne
 
 import errno
 import re
+from typing import Any
 
 _ALLOCATION = re.compile(r"can(?:'t|not) allocate memory", re.IGNORECASE)
 
@@ -27,10 +28,12 @@ class GblmError(Exception):
 
     Attributes:
         faults: each of several that one exception stands for; empty where the message is all.
+        result: what a command found before it failed, which the command line prints.
     """
 
     exit_code = 1
     faults: tuple[str, ...] = ()
+    result: Any = None
 
 
 class RankError(GblmError):

@@ -135,5 +135,11 @@ METHODS: dict[str, Method] = {
         reads=("alpha",),
         synonyms=("Wanda++", "Wanda-pp"),
     ),
-    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, reads=("damping", "guidance")),
+    "obs": Method(
+        obs,
+        help="the choice of SparseGPT",
+        needs=Need.GRAM | Need.FACTOR,
+        reads=("damping", "guidance"),
+        synonyms=("SparseGPT",),
+    ),
 }

@@ -5,17 +5,17 @@ Every fault of a file is reported at once, with its line and, for a misspelt key
 
 import difflib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gblm_compress import faults, suggestions
+from gblm_compress import faults
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.yaml_nodes import Node, YamlFaults
 from gblm_compress.settings import Recipe
+from gblm_compress.settings.fields import meant
 from gblm_compress.storage.paths import kind_of, local
 
 MOST_FAULTS = 100  # that are printed
@@ -96,20 +96,14 @@ def faults_of(error: ValidationError) -> list[Any]:
     return [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["input"])]
 
 
-def describe_fault(
-    fault: Any, model: type[BaseModel], spell: Callable[[str, str], str] = lambda key, value: f"{key}: {value}"
-) -> str:
-    """One validation error in words: where, what was given, and a suggestion for what is misspelt.
-
-    Args:
-        spell: how a setting is written where the fault was made.
-    """
+def describe_fault(fault: Any, model: type[BaseModel]) -> str:
+    """One validation error in words: where, what was given, and a suggestion for what is misspelt."""
     location = [part for part in fault["loc"] if part != "function-before[_source_alone(), ModelSettings]"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         known = _model_at(model, location[:-1]).model_fields
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+        keys = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {keys[0]!r}?" if keys else f"known keys are {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{where}: missing; it is required"
@@ -119,8 +113,8 @@ def describe_fault(
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         field = next(part for part in reversed(location) if isinstance(part, str))
         settings = _model_at(model, location[: location.index(field)])
-        if meant := suggestions.meant(fault["input"], settings, field, spell):
-            given += f"; {meant}"
+        if close := meant(fault["input"], settings, field):
+            given += f"; did you mean {close!r}?"
     return f"{where}: {message}{given}" if where else message + given
 
 

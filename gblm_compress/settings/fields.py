@@ -1,15 +1,32 @@
 """What fields have in common: the base class, types, limits, and where `--help` lists them."""
 
+import difflib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
 
 from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED
-from gblm_compress.suggestions import Synonyms
 
-DTYPE_SYNONYMS = Synonyms({"float32": ("fp32", "float"), "float16": ("fp16", "half"), "bfloat16": ("bf16",)})
+
+@dataclass(frozen=True)
+class Synonyms:
+    """In the metadata of a field: {what other tools and papers call a value: the value}."""
+
+    names: Mapping[str, str]
+
+
+def synonyms_of(registry: Mapping[str, Any]) -> Synonyms:
+    """Those that the entries of a registry have."""
+    return Synonyms({name: value for value, entry in registry.items() for name in entry.synonyms})
+
+
+DTYPE_SYNONYMS = Synonyms(
+    {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+)
 Dtype = Annotated[Literal["auto", "float32", "float16", "bfloat16"], DTYPE_SYNONYMS]
 FitDtype = Annotated[Literal["auto", "float32", "bfloat16"], DTYPE_SYNONYMS]
 MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
@@ -78,3 +95,33 @@ class Settings(BaseModel):
     """Frozen, and strict about keys: a misspelt one is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def allowed(settings: type[BaseModel], field: str) -> tuple[str, ...]:
+    """The values that a field may have, where they are named: those of a Literal, alone or in a sequence."""
+    return _texts(settings.model_fields[field].annotation) if field in settings.model_fields else ()
+
+
+def _texts(annotation: Any) -> tuple[str, ...]:
+    if isinstance(annotation, str | int):
+        return (str(annotation),)
+    return tuple(text for argument in get_args(annotation) for text in _texts(argument))
+
+
+def meant(given: str, settings: type[BaseModel], field: str) -> str | None:
+    """The value of a field that a user meant by an unknown one: a synonym's, or the one that is spelt most alike."""
+    metadata = settings.model_fields[field].metadata if field in settings.model_fields else []
+    synonyms = next((entry for entry in metadata if isinstance(entry, Synonyms)), Synonyms({}))
+    return closest(given, allowed(settings, field), synonyms)
+
+
+def closest(given: str, values: tuple[str, ...], synonyms: Synonyms) -> str | None:
+    """The value whose name or synonym is spelt most like this one; None where none is like it."""
+
+    def plain(name: str) -> str:
+        return "".join(letter for letter in name.lower() if letter.isalnum() or letter == "+")
+
+    known = {plain(name): value for name, value in synonyms.names.items() if value in values}
+    known |= {plain(value): value for value in values}
+    close = difflib.get_close_matches(plain(given), known, n=1)
+    return known[close[0]] if close else None

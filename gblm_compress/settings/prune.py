@@ -15,8 +15,16 @@ from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantise
 from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.methods.updates import UPDATES, Update
-from gblm_compress.settings.fields import MANY, FitDtype, Fraction, Panel, PatternName, PatternOrDense, Settings
-from gblm_compress.suggestions import synonyms_of
+from gblm_compress.settings.fields import (
+    MANY,
+    FitDtype,
+    Fraction,
+    Panel,
+    PatternName,
+    PatternOrDense,
+    Settings,
+    synonyms_of,
+)
 
 REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "method": METHODS,

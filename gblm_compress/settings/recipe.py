@@ -12,7 +12,7 @@ from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
-from gblm_compress.settings.fields import MANY, PatternName, Settings
+from gblm_compress.settings.fields import MANY, PatternName, Settings, closest, synonyms_of
 from gblm_compress.settings.gates import GATES, GateSettings
 from gblm_compress.settings.generate import WRITTEN, GenerateSettings
 from gblm_compress.settings.prune import PruneSettings
@@ -25,7 +25,6 @@ from gblm_compress.settings.stages import (
     ModelSettings,
     ResourceSettings,
 )
-from gblm_compress.suggestions import synonyms_of
 
 
 class CompareSettings(Settings):
@@ -68,10 +67,10 @@ class CompareSettings(Settings):
         first, *rest = method.split("+")
         if first not in (*PRESETS, *METHODS):
             known = ", ".join((*PRESETS, *METHODS))
-            if as_here := synonyms_of(METHODS).find(first):
-                known += f"; {first} is here {as_here}"
-            elif first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS, *QUANTISERS):
+            if first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS, *QUANTISERS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
+            elif close := closest(first, (*PRESETS, *METHODS), synonyms_of(METHODS)):
+                known += f"; did you mean {close!r}?"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
         parts: dict[str, Collection[str]] = {

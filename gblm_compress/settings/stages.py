@@ -6,15 +6,16 @@ from pydantic import Field, model_validator
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
-from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings
-from gblm_compress.suggestions import Synonyms, synonyms_of
+from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings, Synonyms, synonyms_of
 
 if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[*FORMATS]
 RuntimeName = Literal["torch", "vllm", "onnxruntime", "genai"]
-RUNTIME_SYNONYMS = Synonyms({"torch": ("pytorch",), "onnxruntime": ("ort", "onnx"), "genai": ("onnxruntime-genai",)})
+RUNTIME_SYNONYMS = Synonyms(
+    {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"}
+)
 
 
 class ComputeSettings(Settings):

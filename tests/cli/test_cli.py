@@ -26,56 +26,34 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert "--gradient-norm" in done.stdout
 
 
-def test_prune_export_evaluate_inspect_benchmark(program, tmp_path: Path, prose: Path) -> None:
-    """The README's chain, with --json: one document on stdout and nothing else, also from what is imported."""
-
-    def step(*arguments: str):
-        done = program(*arguments, "--json", "--quiet")
-        assert (done.code, done.stderr) == (0, "")
-        return json.loads(done.stdout)
-
-    def started(*arguments: str):
-        command = [sys.executable, "-m", "gblm_compress", *arguments, "--json", "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        return json.loads(done.stdout)
-
-    result = started(
-        "prune", "tiny", "-o", "pruned", "--pattern", "2:4", "--calibration", str(prose), "--samples", "2",
-        "--sequence-length", "32", "--ignore", "*.down_proj,*.o_proj",
-    )  # fmt: skip
+def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: Path) -> None:
+    """Also where libraries that are imported would print something."""
+    command = [
+        sys.executable, "-m", "gblm_compress", "prune", "tiny", "-o", "pruned", "--pattern", "2:4", "--samples", "2",
+        "--calibration", str(prose), "--sequence-length", "32", "--ignore", "*.down_proj,*.o_proj", "--json", "--quiet",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
     assert result["nonzeros"] * 2 == result["weights"]
     assert not [name for name in result["layers"] if "down_proj" in name or "o_proj" in name]
-    assert step("export", "pruned", "-o", "sparse", "--format", "semi-structured")["checks"]["packed_layers"] == 10
-    evaluation = step("evaluate", "pruned", "--baseline", "tiny", "--dataset", str(prose), "--sequence-length", "32")
-    assert evaluation["fidelity"]["mean_kl"] > 0
-    assert step("inspect", "pruned", "--heat-map", "map.png")["nonzeros"] > 0
-    assert (tmp_path / "map.png").exists()
-    timed = step(
-        "benchmark", "pruned", "--baseline", "tiny", "--batch", "1,2", "--prompt", "8", "--generate", "4",
-        "--repeats", "5",
-    )  # fmt: skip
-    assert [m["batch"] for m in timed["measurements"]] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
-        (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "sparsegpt is --preset sparsegpt"),
-        (["prune", "tiny", "-o", "x", "--method", "owl"], 2, "owl is --allocation owl"),
+        (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "did you mean 'obs'?"),
         (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
-        (["evaluate", "tiny", "--dtype", "bf16"], 2, "bf16 is here --dtype bfloat16"),
-        (["compare", "tiny", "--methods", "wanda_pp"], 2, "wanda_pp is here regional"),
+        (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
+        (["compare", "tiny", "--methods", "wanda_pp"], 2, "did you mean 'regional'?"),
         (
             ["prune", "tiny", "-o", "x", "--memory", "4"],
             2,
             "--memory: memory '4' has no unit, or not one that is known",
         ),
-        (["prune", "tiny", "-o", "x", "--samples", "100000000"], 2, "--samples: input should be less than or equal"),
         (["prune", "tiny", "-o", "x", "--pattern", "4:2"], 2, "--pattern: pattern '4:2' is not known"),
-        (["prune", "tiny", "-o", "x", "--sparsity", "1.5"], 2, "--sparsity: input should be less than 1"),
         (
             ["prune", "tiny", "-o", "x", "--samples", "0"],
             2,
@@ -153,7 +131,7 @@ def test_run_dry_run_and_validate(program, tmp_path) -> None:
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
     done = program("validate", "ci-smoke")
-    assert done.stdout.endswith("ci-smoke.yaml: valid\n") and "starts …" in done.stderr
+    assert done.stdout.endswith("ci-smoke.yaml: valid\n")
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(bad), "--json")

@@ -11,30 +11,13 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from gblm_compress import suggestions
-from gblm_compress.cli import commands
+from gblm_compress.api import COMMANDS
+from gblm_compress.cli import options
 from gblm_compress.cli.app import app
-from gblm_compress.cli.options import PanelCommand, Spelt, from_settings
+from gblm_compress.command import command
 from gblm_compress.errors import UsageError
-from gblm_compress.settings import (
-    BenchmarkSettings,
-    CompareSettings,
-    EvaluateSettings,
-    ExportSettings,
-    Panel,
-    PruneSettings,
-    RecoverSettings,
-    Settings,
-)
-
-OFFERED = {
-    "prune": PruneSettings,
-    "export": ExportSettings,
-    "evaluate": EvaluateSettings,
-    "compare": CompareSettings,
-    "benchmark": BenchmarkSettings,
-}
-RENAMED = {"overrides": "override"}
+from gblm_compress.settings import BenchmarkSettings, EvaluateSettings, Panel, PruneSettings, RecoverSettings
+from gblm_compress.settings.fields import allowed
 
 
 class Toys(PruneSettings):
@@ -54,14 +37,14 @@ def ask(*arguments: str, offered: Any = Toys) -> Any:
     """The settings that a toy command gets from a command line, or its help."""
     got = []
 
-    def toys(offer: Any) -> None:
+    def toys(*, offer: Any) -> None:
         """A toy command."""
         got.append(offer)
 
     toys.__annotations__["offer"] = offered
     program = typer.Typer(rich_markup_mode=None, add_completion=False)
-    program.command(cls=PanelCommand)(from_settings(toys))
-    done = CliRunner().invoke(program, list(arguments))
+    options.add(program, command(toys).command)
+    done = CliRunner().invoke(program, [*arguments, "--json"])
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return got[0] if got else done.output
@@ -76,15 +59,15 @@ def test_a_field_is_an_option_without_another_edit() -> None:
     assert re.search(r"--toy-weight <?\w+>? Weight of the toy in kg\. \[0<x<1\]", shown)
     assert "--wrapped In paper." in shown and "--no-wrapped" not in shown
     assert "--ribbon / --no-ribbon" in shown and "secret" not in text
+    assert "--toy-sizes <int>,... In cm." in shown
     given = ask("--toy-count", "5", "--toy-weight", "0.5", "--wrapped", "--no-ribbon", "--method", "wanda")
     assert (given.toy_count, given.toy_weight, given.wrapped, given.ribbon) == (5, 0.5, True, False)
     assert given.method == "wanda"
-    assert "--toy-sizes <int>,... In cm." in shown
     given = ask("--toy-sizes", "3,4", "--toy-owner", "Ann")
     assert (given.toy_sizes, given.toy_owner) == ((3, 4), "Ann")
 
 
-def test_what_is_not_given_is_left_to_presets_and_defaults() -> None:
+def test_a_field_that_is_not_given_is_left_to_presets_and_defaults() -> None:
     assert ask() == Toys()
     assert ask().model_fields_set == set()
     assert ask("--preset", "sparsegpt") == Toys(preset="sparsegpt")
@@ -95,91 +78,72 @@ def test_what_is_not_given_is_left_to_presets_and_defaults() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--toy-kinds", "ball,kite", "--ignore", "a,b", "--overrides", "x=2:4,y=unstructured@0.3"),
-        ("--toy-kinds", "ball", "--toy-kinds", "kite", "--ignore", "a", "--ignore", "b,", "--overrides", "x=2:4",
-         "--overrides", "y=unstructured@0.3"),
+        "--toy-kinds ball,kite --ignore a,b --override x=2:4,y=unstructured@0.3",
+        "--toy-kinds ball --toy-kinds kite --ignore a --ignore b, --override x=2:4 --override y=unstructured@0.3",
     ],
     ids=["commas", "repetition"],
-)  # fmt: skip
-def test_sequences_take_commas_or_repetition(arguments) -> None:
-    given = ask(*arguments)
+)
+def test_sequences_take_commas_or_repetition(arguments: str) -> None:
+    given = ask(*arguments.split())
     assert given.toy_kinds == ("ball", "kite") and given.ignore == ("a", "b")
-    assert [(o.layers, o.pattern, o.sparsity) for o in given.overrides] == [
-        ("x", "2:4", None),
-        ("y", "unstructured", 0.3),
-    ]
+    overrides = [(o.layers, o.pattern, o.sparsity) for o in given.overrides]
+    assert overrides == [("x", "2:4", None), ("y", "unstructured", 0.3)]
+    assert ask("--batch", "1,2", "--batch", "4", offered=BenchmarkSettings).batch == (1, 2, 4)
 
 
-def test_a_sequence_of_nothing_is_not_the_default() -> None:
+def test_an_empty_sequence_is_not_the_default() -> None:
     assert ask("--toy-kinds", "").toy_kinds == () != ask().toy_kinds
     with pytest.raises(UsageError, match="^--data: "):
         ask("--data", ",", offered=RecoverSettings)
 
 
-def test_batches_may_be_repeated_as_all_sequences() -> None:
-    assert ask("--batch", "1,2", "--batch", "4", offered=BenchmarkSettings).batch == (1, 2, 4)
-
-
 def test_a_field_may_have_another_name_or_none() -> None:
-    offered = Annotated[EvaluateSettings, Spelt(rename={"dataset": "text"}, leave_out=("limit",))]
+    offered = Annotated[EvaluateSettings, {"dataset": "text", "limit": None, "sequence_length": "length"}]
     given = ask("--text", "x.txt", offered=offered)
     assert (given.dataset, given.limit) == ("x.txt", None)
-    assert "--dataset" not in ask("--help", offered=offered) and "--limit" not in ask("--help", offered=offered)
+    assert not re.search("--(dataset|limit|sequence-length)", ask("--help", offered=offered))
     with pytest.raises(UsageError, match="^--length: input should be greater than or equal to 2"):
-        ask("--length", "1", offered=Annotated[EvaluateSettings, Spelt(rename={"sequence_length": "length"})])
+        ask("--length", "1", offered=offered)
 
 
-@pytest.mark.parametrize("spelt", [Spelt(rename={"data_set": "text"}), Spelt(leave_out=("data_set",))], ids=repr)
-def test_a_name_that_is_no_field_fails_at_import(spelt: Spelt) -> None:
-    def command(settings: Any) -> None: ...
+def test_mistakes_of_a_declaration_fail_at_import() -> None:
+    def misnamed(*, settings: Annotated[EvaluateSettings, {"data_set": "text"}]) -> None: ...
 
-    command.__annotations__["settings"] = Annotated[EvaluateSettings, spelt]
+    def twice(*, settings: EvaluateSettings, others: EvaluateSettings) -> None: ...
+
     with pytest.raises(TypeError, match="'data_set' is no field of EvaluateSettings; there are dataset, "):
-        from_settings(command)
-
-
-def test_two_options_of_one_name_fail_at_import() -> None:
-    def command(settings: EvaluateSettings, others: EvaluateSettings) -> None: ...
-
+        command(misnamed)
     with pytest.raises(ValueError, match="duplicate parameter name: 'dataset'"):
-        from_settings(command)
+        command(twice)
 
 
-def help_of(*command: str) -> str:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--help"])
+def help_of(*words: str) -> str:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"])
     assert done.exit_code == 0
     return done.output
 
 
-@pytest.mark.parametrize("command", [[], *([command.__name__] for command in commands.COMMANDS)], ids=str)
-def test_help_fits_80_columns(command: list[str]) -> None:
-    assert max(map(len, help_of(*command).splitlines())) <= 80
-
-
-def test_compare_has_no_seed_as_it_goes_through_several() -> None:
-    assert "--seeds " in help_of("compare") and "--seed " not in help_of("compare")
-
-
-@pytest.mark.parametrize(("command", "settings"), OFFERED.items(), ids=OFFERED)
-def test_help_names_options_choices_ranges_and_panels(command: str, settings: type[Settings]) -> None:
-    text = help_of(command)
+@pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
+def test_help_names_options_choices_ranges_and_panels(declared) -> None:
+    text = help_of(declared.name)
+    assert max(map(len, text.splitlines())) <= 80
     blocks = {
         block.split()[0]: re.sub(r"(?<=\w)-\s+", "-", " ".join(block.split()))  # names are broken at their hyphens
         for block in re.findall(r"^  (--[a-z].*(?:\n(?!  -)(?:   .*))*)", text, re.MULTILINE)
     }
-    for name, field in settings.model_fields.items():
-        if Panel.NO_OPTION in field.metadata:
-            assert f"--{name.replace('_', '-')} " not in text
-            continue
-        if (command, name) == ("compare", "sequence_length"):
-            name = "evaluation_length"
-        block = blocks[f"--{RENAMED.get(name, name).replace('_', '-')}"]
-        assert all(choice in block for choice in suggestions.allowed(settings, name)), block
-        if field.default not in (None, (), False) and not field.is_required():
-            assert "[default: " in block
-        for limit in field.metadata:
-            assert not hasattr(limit, "ge") or f"[{limit.ge}<=x" in block
-    if command == "prune":
+    for part in declared.parts.values():
+        for name, field in part.kind.model_fields.items():
+            option = f"--{options.SPELLINGS.get(name, part.names.get(name, '-')).replace('_', '-')}"
+            if name not in part.names or Panel.NO_OPTION in field.metadata:
+                assert option not in blocks
+                continue
+            block = blocks[option]
+            assert all(choice in block for choice in allowed(part.kind, name)), block
+            if field.default not in (None, (), False) and not field.is_required():
+                assert "[default: " in block
+            for limit in field.metadata:
+                assert not hasattr(limit, "ge") or f"[{limit.ge}<=x" in block or "<str>" in block
+    if declared.name == "prune":
         assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Arguments", "Common", "Method", "Fit", "Resources"]
         assert text.index("Fit:") < text.index("--damping") < text.index("Resources:") < text.index("--memory")
 
@@ -187,11 +151,9 @@ def test_help_names_options_choices_ranges_and_panels(command: str, settings: ty
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ("prune --method ", ["gblm", "wanda", "gradient", "magnitude", "regional", "obs"]),
         ("prune --method g", ["gblm", "gradient"]),
         ("evaluate --dtype b", ["bfloat16"]),
         ("export --format b", ["bitmask", "bitmask-int8", "bitmask-int4"]),
-        ("export --format s", ["semi-structured", "semi-structured-int8", "semi-structured-int4"]),
         ("benchmark --runtimes torch,", ["torch,torch", "torch,vllm", "torch,onnxruntime", "torch,genai"]),
     ],
 )

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gblm_compress.cli import layout
+from gblm_compress.cli import summaries
 from gblm_compress.errors import UsageError
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import report as documents
@@ -19,8 +19,8 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     hostile = report(HOSTILE)
     console = PlainConsole(width=200, force_terminal=True, color_system="standard")
     for table in tables.of(hostile):
-        for part in layout.titled(table):
-            layout.show(part, console)
+        for part in summaries.titled(table):
+            summaries.print_part(part, console)
     shown = capsys.readouterr().out
     assert r"[/]$\frac{$\x1b[2J\udcff<script>" in shown and "\x1b[2J" not in shown and "\x1b[1;31mno" in shown
 

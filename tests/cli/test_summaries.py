@@ -3,9 +3,8 @@
 import io
 
 import pytest
-from rich.table import Table
 
-from gblm_compress.cli import layout, run_summaries
+from gblm_compress.cli import summaries
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import tables
 from tests.runs.reports import report
@@ -13,41 +12,40 @@ from tests.runs.reports import report
 SENTENCE = "a note of several words that is longer than a line of a narrow terminal, and names /a/path/" + 80 * "x"
 
 
-def shown(part, width: int, terminal: bool = True) -> list[str]:
+def shown(parts, width: int, terminal: bool = True) -> list[str]:
     file = io.StringIO()
     console = PlainConsole(file=file, width=width, force_terminal=terminal, color_system=None)
-    for one in part if isinstance(part, list) else [part]:
-        layout.show(one, console)
+    for part in parts:
+        summaries.print_part(part, console)
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_nothing_of_a_run_is_wider_than_the_terminal(width: int) -> None:
-    for line in shown(run_summaries.run(report()), width):
+    for line in shown(summaries.run(report()), width):
         assert len(line) <= width, line
 
 
 def test_the_tables_of_a_run_fit_eighty_columns_as_tables() -> None:
     for table in tables.of(report()):
-        lines = shown(layout.titled(table), 80)
+        lines = shown(summaries.titled(table), 80)
         assert "─" in "".join(lines), lines
 
 
 def test_a_table_that_does_not_fit_is_stacked_and_loses_nothing() -> None:
-    table = Table("layer", "shape", "patterns that hold")
-    table.add_row("model.layers.0.self_attn.q_proj", "64×64", "2:4")
-    table.add_row("model.layers.0.mlp.up_proj", "", "none")
-    assert shown(table, 40) == [
+    rows = [("model.layers.0.self_attn.q_proj", "64×64", "2:4"), ("model.layers.0.mlp.up_proj", "", "none")]
+    table = summaries.table(("layer", ">shape", "patterns that hold"), rows)
+    assert shown([table], 40) == [
         "model.layers.0.self_attn.q_proj",
         "  shape 64×64, patterns that hold 2:4",
         "model.layers.0.mlp.up_proj",
         "  patterns that hold none",
     ]
-    assert len(shown(table, 80)) == 6
+    assert len(shown([table], 80)) == 4
 
 
 def test_sentences_break_between_words_and_paths_not_at_all() -> None:
-    lines = shown(SENTENCE, 40)
+    lines = shown([SENTENCE], 40)
     assert " ".join(lines) == SENTENCE and lines[-1] == "/a/path/" + 80 * "x"
     assert all(len(line) <= 40 for line in lines[:-1])
-    assert shown(SENTENCE, 40, terminal=False) == [SENTENCE]
+    assert shown([SENTENCE], 40, terminal=False) == [SENTENCE]

@@ -1,0 +1,176 @@
+"""What a command is: a function of `api`, whose signature, settings and docstring are its only declaration.
+
+A parameter is `Annotated[type, "its help"]`, or settings, which stand for one keyword per field. `command` completes
+the Python function; the command line makes its options from the same `Command`.
+"""
+
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
+
+from pydantic import ValidationError
+
+from gblm_compress.errors import UsageError
+from gblm_compress.runs.recipe import describe_fault, faults_of
+from gblm_compress.settings import Settings
+from gblm_compress.storage.cache import cache_folder
+from gblm_compress.storage.records import write_text
+
+R = TypeVar("R")
+REQUIRED = "required on the command line"
+"""Marks a parameter whose default is for a model in memory."""
+KEPT_DAYS = 30  # for which texts from memory stay in the cache; a resumed call reads them again
+
+
+@dataclass(frozen=True)
+class Part:
+    """Settings that a command takes; `names` is {field: its name as a keyword}, without fields that are left out."""
+
+    kind: type[Settings]
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, annotation: Any) -> "Part | None":
+        """The settings of a parameter: a class, or `Annotated[class, {field: its name, or None to leave it out}]`.
+
+        Raises:
+            TypeError: a name is no field.
+        """
+        kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+        if not (isinstance(kind, type) and issubclass(kind, Settings)):
+            return None
+        renamed: dict[str, str | None] = metadata[0] if metadata else {}
+        if unknown := [name for name in renamed if name not in kind.model_fields]:
+            raise TypeError(f"{unknown[0]!r} is no field of {kind.__name__}; there are {', '.join(kind.model_fields)}")
+        names = {field: renamed.get(field, field) for field in kind.model_fields}
+        return cls(kind, {field: name for field, name in names.items() if name is not None})
+
+
+@dataclass(frozen=True)
+class Command:
+    """A function with the parameters that it has of its own, and with its settings by parameter."""
+
+    function: Callable[..., Any]
+    own: Mapping[str, Parameter]
+    parts: Mapping[str, Part]
+
+    @property
+    def name(self) -> str:
+        """What it is called in Python and on the command line."""
+        return self.function.__name__
+
+    def fill(self, values: Mapping[str, Any], words: Callable[[Any, Part], str]) -> dict[str, Settings]:
+        """The settings that these keywords make.
+
+        Args:
+            words: a fault of pydantic's in words.
+
+        Raises:
+            UsageError: with all faults.
+        """
+        known = {name: part for part in self.parts.values() for name in part.names.values()}
+        faults = [f"{self.name}: {name}: unknown; {self._meant(name, known)}" for name in values if name not in known]
+        filled = {}
+        for parameter, part in self.parts.items():
+            given = {field: values[name] for field, name in part.names.items() if name in values}
+            try:
+                filled[parameter] = part.kind(**{field: plain(field, value) for field, value in given.items()})
+            except ValidationError as error:
+                faults += [words(fault, part) for fault in faults_of(error)]
+        if faults:
+            raise UsageError("\n".join(faults))
+        return filled
+
+    def in_python(self, fault: Any, part: Part) -> str:
+        """A fault with the keyword that it is in."""
+        text = describe_fault(fault, part.kind)
+        if fault["loc"]:
+            field = str(fault["loc"][0])
+            text = part.names.get(field, field) + text.removeprefix(field)
+        return f"{self.name}: {text}"
+
+    def _meant(self, name: str, known: Iterable[str]) -> str:
+        for part in self.parts.values():
+            if name in part.names:
+                return f"it is called {part.names[name]!r} here"
+        close = difflib.get_close_matches(name, [*known, *self.own], n=1)
+        return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+    def signature(self) -> inspect.Signature:
+        """What Python shows: the parameters of its own, then the fields of all settings."""
+        own = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in self.own.values()]
+        fields = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation)
+            for part in self.parts.values()
+            for key, name in part.names.items()
+            for field in [part.kind.model_fields[key]]
+            for default in [Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)]
+        ]
+        return inspect.Signature([*own, *fields], return_annotation=inspect.signature(self.function).return_annotation)
+
+    def documentation(self) -> str:
+        """Its docstring with every parameter and field."""
+        entries = [(name, get_args(parameter.annotation)[1]) for name, parameter in self.own.items()]
+        for part in self.parts.values():
+            entries += [(name, part.kind.model_fields[field].description) for field, name in part.names.items()]
+        lines = [f"    {name}: {text}" for name, text in entries]
+        return "\n".join([inspect.getdoc(self.function) or "", "", "Args:", *lines])
+
+
+def command(function: Callable[..., R]) -> Callable[..., R]:
+    """The Python function of a command: it takes the fields of its settings as keywords.
+
+    Raises:
+        ValueError: two parameters have one name.
+    """
+    parameters = inspect.signature(function).parameters
+    parts = {name: part for name, p in parameters.items() if (part := Part.of(p.annotation))}
+    declared = Command(function, {name: p for name, p in parameters.items() if name not in parts}, parts)
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> R:
+        own = {name: value for name, value in keywords.items() if name in declared.own}
+        rest = {name: value for name, value in keywords.items() if name not in own}
+        return function(*arguments, **own, **declared.fill(rest, declared.in_python))
+
+    called.__doc__ = declared.documentation()
+    completed = cast(Any, called)
+    completed.__signature__, completed.command = declared.signature(), declared
+    return called
+
+
+def plain(field: str, value: Any) -> Any:
+    """A value as settings take it: a path as text, and texts in memory as a file."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    in_memory = field == "dataset" and isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    return text_file(value) if in_memory else value
+
+
+def text_file(texts: Iterable[str] | Iterable[Mapping[str, Any]]) -> str:
+    """Texts, or rows with a text, as a file of the cache. It is called after its content, so that an interrupted run
+    can go on, and is removed when it was not used for a while.
+    """
+    from gblm_compress import tasks
+
+    rows = [dict(text) if isinstance(text, Mapping) else {"text": text} for text in texts]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    path = cache_folder() / "texts" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.jsonl"):
+        if old != path and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+            old.unlink(missing_ok=True)
+    if path.exists():
+        path.touch()
+    else:
+        write_text(path, content)
+    tasks.data_files(str(path))
+    return str(path)
