@@ -170,20 +170,21 @@ def recover(
 @command
 def generate(
     model: Model,
-    output: Annotated[FileName, "A .txt file that is not there yet; it appears whole or not at all."],
+    output: Annotated[FileName, "A .txt file to write; it appears whole or not at all."],
     *,
     settings: GenerateSettings,
     compute: DeviceSettings,
     processor: InMemory = None,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> "GenerateResult":
     """Let a model write text, to calibrate and train on where real text of its kind is short."""
-    outputs.check_file(Path(output), ".txt", "text")
+    outputs.check_file(Path(output), ".txt", "text", force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
         from gblm_compress.calibration import generation
 
-        return generation.generate(source, Path(output), settings, device=compute.device, progress=progress)
+        return generation.generate(source, Path(output), settings, compute.device, progress, force)
 
 
 @command

@@ -69,7 +69,7 @@ class Generate(Recorded):
 
     def work(self, progress: Progress) -> Any:
         place, device = self.place, self.job.device
-        return generation.generate(self.job.dense, place, self.settings, device=device, force=True, progress=progress)
+        return generation.generate(self.job.dense, place, self.settings, device, progress, force=True)
 
 
 @dataclass(frozen=True)

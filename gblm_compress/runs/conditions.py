@@ -7,7 +7,7 @@ from typing import Any
 from gblm_compress.machine.environment import environment, noisy
 from gblm_compress.runs.job import Job
 from gblm_compress.settings import Recipe
-from gblm_compress.settings.generate import WRITTEN
+from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import records
 
 RECIPE = "recipe.json"

@@ -20,7 +20,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import skeleton_budgets
 from gblm_compress.runs.reuse import data_hash
 from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
-from gblm_compress.settings.generate import WRITTEN
+from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs
 
 

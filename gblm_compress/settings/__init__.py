@@ -6,7 +6,6 @@ package loads no torch.
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
 from gblm_compress.settings.gates import GATES, Gate, GateSettings
-from gblm_compress.settings.generate import GenerateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -23,6 +22,7 @@ from gblm_compress.settings.stages import (
     ComputeSettings,
     EvaluateSettings,
     ExportSettings,
+    GenerateSettings,
     ModelSettings,
     ResourceSettings,
 )

@@ -14,14 +14,15 @@ from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
 from gblm_compress.settings.fields import MANY, PatternName, Settings, closest, synonyms_of
 from gblm_compress.settings.gates import GATES, GateSettings
-from gblm_compress.settings.generate import WRITTEN, GenerateSettings
 from gblm_compress.settings.prune import PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
+    WRITTEN,
     BenchmarkSettings,
     CalibrationSettings,
     EvaluateSettings,
     ExportSettings,
+    GenerateSettings,
     ModelSettings,
     ResourceSettings,
 )

@@ -1,4 +1,4 @@
-"""The settings of the stages beside pruning: computing, model, text, resources, export, evaluation, benchmark."""
+"""The settings of the stages beside pruning and recovery."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
@@ -6,12 +6,14 @@ from pydantic import Field, model_validator
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
-from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings, Synonyms, synonyms_of
+from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings, Synonyms, Tokens, synonyms_of
 
 if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
 else:
     FormatName = Literal[*FORMATS]
+WRITTEN = "written"
+"""The name in a recipe of the text that `generate` writes."""
 RuntimeName = Literal["torch", "vllm", "onnxruntime", "genai"]
 RUNTIME_SYNONYMS = Synonyms(
     {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"}
@@ -23,8 +25,8 @@ class ComputeSettings(Settings):
 
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
-        description="To compute in; auto is the checkpoint's own on CUDA and float32 on a CPU, where prune computes in "
-        "bfloat16 if the checkpoint is and the CPU is faster at it.",
+        description="Dtype to compute in. auto: the checkpoint's own on CUDA, float32 on a CPU; prune uses bfloat16 "
+        "for a bfloat16 checkpoint on a CPU that is faster at it.",
     )
     device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
@@ -36,14 +38,14 @@ class ModelSettings(ComputeSettings):
 
 
 class CalibrationSettings(Settings):
-    """Which data the statistics are measured on."""
+    """The text that pruning measures on."""
 
     dataset: str = Field(
         "c4",
-        description="wikitext2, c4, a hub dataset, a .txt/.raw/.tokens/.jsonl/.parquet file (.csv, too, for encoders), "
+        description="wikitext2, c4, a hub dataset, a .txt/.raw/.tokens/.jsonl/.parquet file (or .csv, for encoders), "
         "a folder of images, or 'demo'.",
     )
-    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, or of texts or images.")
+    samples: int = Field(128, ge=1, le=MANY, description="Number of windows, texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed for sampling.")
     experts: Literal["routed", "all"] = Field(
@@ -53,48 +55,62 @@ class CalibrationSettings(Settings):
 
 
 class ResourceSettings(Settings):
-    """What pruning may use. None of it changes the result."""
+    """What pruning may use; none of it changes the result."""
 
     memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
         None,
-        description="Memory of the host to plan with, for example 4GiB: hidden states that do not fit stay on disk, "
-        "and so does the model where a CPU prunes; 80 % of what is free if unset.",
+        description="Host memory to use, for example 4GiB; 80 % of the free memory if unset. Hidden states that do not "
+        "fit are kept on disk, and so is the model when a CPU prunes it.",
     )
     offload: Annotated[bool | None, Panel.RESOURCES] = Field(
-        None, description="Keep the model on disk and one block at a time in memory; if unset, where it would not fit."
+        None, description="Keep the model on disk, and one block in memory; if unset, only when it does not fit."
     )
+
+
+class GenerateSettings(Settings):
+    """How a model writes text to calibrate and train on."""
+
+    tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
+    starts: str | None = Field(
+        None,
+        description="A text, as calibration.dataset: three quarters of the pieces begin with words of its lines. All "
+        "begin from nothing if unset.",
+    )
+    sequence_length: int = Field(300, ge=1, le=MANY, description="Tokens to write in a piece.")
+    batch: int = Field(96, ge=1, le=MANY, description="Pieces written at once; fewer take less memory.")
+    temperature: float = Field(1.0, gt=0, description="Below 1, likely tokens are drawn more often.")
+    top_k: int = Field(100, ge=1, le=MANY, description="Draw from this many most likely tokens.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
 
 
 class ExportSettings(Settings):
     """One export."""
 
     format: Annotated[FormatName, synonyms_of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
-    dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto is the checkpoint's own.")
+    dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Literal["fused", "plain"] | None = Field(
         None,
-        description="ONNX: fused has few large operators, plain a node for each operation; fused if unset, where the "
-        "architecture has one.",
+        description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused, when the "
+        "architecture has it.",
     )
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
         False,
-        description="ONNX: multiply by packed weights as they are, on operators of this package (CPU; with dtype "
-        "float16 the weights are stored in it and the arithmetic is float32).",
+        description="ONNX: multiply by the packed weights directly, with this package's operators for CPUs. With dtype "
+        "float16 the weights are stored in it, and computed with in float32.",
     )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
-        description="ONNX: store weights as levels of 8 or 4 bits, those of head and embedding of 8; without kernels "
-        "on ONNX Runtime's own operator, which spares no zeros.",
+        description="ONNX: store weights in 8 or 4 bits, head and embedding in 8. Without kernels, ONNX Runtime's own "
+        "operator computes with them, zeros included.",
     )
     group: Literal[32, 64, 128] | None = Field(
         None,
-        description="Columns that share a scale, of levels of 8 and 4 bits: 32, 64 or 128; if unset, all of a row in 8 "
-        "bits and 64 in 4 bits, and 32 on ONNX Runtime's own operator.",
+        description="Columns that share a scale in 8 and 4 bits: 32, 64 or 128. If unset: the whole row in 8 bits, 64 "
+        "in 4 bits, and 32 for ONNX Runtime's own operator.",
     )
-
     keep_head: bool = Field(
-        False,
-        description="Leave head and embedding as they are; formats of 8 and 4 bits store them in 8 bits otherwise.",
+        False, description="Leave head and embedding as they are, where a format would store them in 8 bits."
     )
 
     @property
@@ -133,20 +149,20 @@ class AdviseSettings(Settings):
 
     target: Literal["bytes", "latency", "quality"] = Field(
         "latency",
-        description="What comes first: few bytes of the weights, low latency (time for a token), or quality (by what "
-        "is lost of the weights, which is not measured).",
+        description="What matters most: bytes of the weights, latency (time per token), or quality (estimated, not "
+        "measured).",
     )
     blocks: int | None = Field(
         None,
         ge=2,
         le=MANY,
-        description="Blocks of the larger of the two models that are tried; five, or more of small ones, if unset.",
+        description="Blocks of the larger of the two models that are timed; five, or more for small ones, if unset.",
     )
-    threads: int | None = Field(None, ge=1, le=MANY, description="Threads on the CPU; as many as torch takes if unset.")
+    threads: int | None = Field(None, ge=1, le=MANY, description="CPU threads; as many as torch uses if unset.")
 
 
 class EvaluateSettings(Settings):
-    """What to evaluate on."""
+    """What an evaluation measures."""
 
     dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
     sequence_length: int = Field(
@@ -156,15 +172,15 @@ class EvaluateSettings(Settings):
         None,
         ge=1,
         le=MANY,
-        description="At most this many windows or rows, from the start, or images, drawn at random; all if unset.",
+        description="At most this many windows or rows from the start, or random images; all if unset.",
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
-    limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions of a task; all if unset.")
+    limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions per task; all if unset.")
     include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
 
 
 class BenchmarkSettings(Settings):
-    """What to time."""
+    """What a benchmark times."""
 
     batch: tuple[Annotated[int, Field(ge=1, le=MANY)], ...] = Field((1,), min_length=1, description="Batch sizes.")
     prompt: int = Field(128, ge=1, le=MANY, description="Tokens in a prompt, or in a text for encoders.")
@@ -176,9 +192,9 @@ class BenchmarkSettings(Settings):
     runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
-        description="Where models are timed: Hugging Face folders in torch and vllm (which needs an environment of its "
-        "own), ONNX exports in onnxruntime and genai (onnxruntime-genai).",
+        description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
+        "genai (onnxruntime-genai) for ONNX exports.",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
-        None, ge=1, le=1024, description="Intra-op threads on the CPU; as many as torch takes if unset."
+        None, ge=1, le=1024, description="CPU threads; as many as torch uses if unset."
     )

@@ -138,12 +138,12 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing_parent(folder)).free
 
 
-def check_file(path: Path, suffix: str, what: str, force: bool | None = None) -> None:
+def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
     """Refuse a file to write, before any work is done.
 
     Args:
         what: the file, in words.
-        force: an existing file may be replaced; None: nobody can ask for that.
+        force: an existing file may be replaced.
 
     Raises:
         UsageError: `path` does not end in `suffix`, is a folder, exists, or lies where nothing can be written.
@@ -153,12 +153,20 @@ def check_file(path: Path, suffix: str, what: str, force: bool | None = None) ->
     if path.exists() and not path.is_file():
         raise UsageError(f"{what} {str(path)!r} is no file; give another name")
     if path.exists() and not force:
-        otherwise = "remove it" if force is None else "--force to replace it"
-        raise UsageError(f"{what} {str(path)!r} exists; give another file, or {otherwise}")
+        raise UsageError(f"{what} {str(path)!r} exists; give another file, or --force to replace it")
     if not path.parent.is_dir():
         raise UsageError(f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{what} {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
+
+
+@contextmanager
+def reserved_file(path: Path, suffix: str, what: str, force: bool = False) -> Iterator[None]:
+    """Hold a file to write for this process while the `with` runs; see `check_file` and `reserved`."""
+    check_file(path, suffix, what, force)
+    with _locked(path):
+        check_file(path, suffix, what, force)
+        yield
 
 
 def check_document(path: Path, mark: str) -> None:

@@ -60,7 +60,6 @@ def test_a_recipe_without_faults(progress) -> None:
             "group 32: the model was pruned onto grids of 64; leave --group out",
         ),
         ({"generate": {"starts": "gone.txt"}, **WRITTEN}, "dataset 'gone.txt': no such file"),
-        ({"generate": {"start_token": "<x>"}, **WRITTEN}, "start token '<x>' is no token of the model"),
         ({"generate": {"sequence_length": 600}, **WRITTEN}, "512 positions; a piece with its start is 622"),
         ({"benchmark": {"prompt": 500}}, "benchmark.prompt plus generate is 532"),
         ({"benchmark": {"runtimes": ["onnxruntime"]}}, "no export runs in it on cpu: nothing would be timed"),
