@@ -38,7 +38,7 @@ from rich.table import Table
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.bitmask import pack
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Runtime
@@ -78,11 +78,9 @@ def dense_yardstick() -> Any:
     return function
 
 
-def sparse_product(
-    x: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]], starts: torch.Tensor, i: int
-) -> Any:
+def sparse_product(x: torch.Tensor, copies: list[cpu.Bitmask], i: int) -> Any:
     """x Wᵀ with the i-th copy of a packed weight."""
-    return cpu.linear(x, *copies[i % len(copies)], starts)
+    return copies[i % len(copies)].linear(x)
 
 
 def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -96,12 +94,12 @@ def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]
     rows = []
     for name in ("unstructured", "2:4"):
         mask = Pattern(name).mask(base.float().abs(), base.float(), 0.5)
-        packed = pack(base.masked_fill(~mask, 0.0))
-        starts = row_starts(packed[0])
-        sparse = [(packed[0].clone(), packed[1].clone()) for _ in range(copies)]
+        packed = LAYOUTS["bitmask"].kind.pack(base.masked_fill(~mask, 0.0))
+        starts = row_starts(packed["mask"])
+        sparse = [cpu.Bitmask(packed["mask"].clone(), packed["values"].clone(), starts, SIZE) for _ in range(copies)]
         candidates: dict[str, Callable[[int], Any]] = {
             "torch_ms": lambda i: torch.nn.functional.linear(x, dense[i % copies]),
-            "sparse_ms": partial(sparse_product, x, sparse, starts),
+            "sparse_ms": partial(sparse_product, x, sparse),
         }
         if tokens == 1:
             candidates["dense_kernel_ms"] = lambda i: yardstick(
@@ -115,7 +113,7 @@ def kernels(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]
                 *pool,
             )
         times = interleaved(candidates, rounds, copies)
-        limit = base.nbytes / (packed[0].nbytes + packed[1].nbytes)
+        limit = base.nbytes / (packed["mask"].nbytes + packed["values"].nbytes)
         row = {
             "pattern": name,
             "dtype": str(dtype).removeprefix("torch."),
@@ -249,9 +247,8 @@ def quantised(rows: int, rounds: int) -> list[dict[str, Any]]:
             keep = values != 0
             levels = torch.arange(-120, 121, 16).char() if bits == 4 else torch.arange(-127, 128).char()
             largest = values.abs().reshape(rows, scales.shape[1], -1).amax(-1)
-            layer = LAYOUTS[layout].layer.from_dense(
-                values * keep, None, grid=Grid((largest / 127).half(), levels, group or None)
-            )
+            grid = Grid((largest / 127).half(), levels, group or None)
+            layer = PackedLinear.from_dense(layout, values * keep, grid=grid)
             candidates[packed] = partial(layer, x)
             sizes[packed] = layer.packed_bytes
     best = dict.fromkeys(candidates, float("inf"))

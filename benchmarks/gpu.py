@@ -396,18 +396,11 @@ def one_token(
 
 def pack(layout: str, weight: Tensor) -> Any:
     """The weight in a layout, as the kernels read it."""
-    from gblm_compress.kernels import gpu
-    from gblm_compress.layouts import LAYOUTS, bitmask, sparse24
+    from gblm_compress.layouts import LAYOUTS
+    from gblm_compress.layouts.packed_linear import PackedLinear
 
-    if LAYOUTS[layout].width:
-        kind: Any = LAYOUTS[layout].layer
-        return kind.rounded(weight).for_gpu()
-    shape = (weight.shape[0], weight.shape[1])
-    if layout == "sparse24":
-        values, positions = sparse24.pack(weight)
-        return gpu.Packed(layout, values, positions, values, shape)
-    mask, values = bitmask.pack(weight)
-    return gpu.Packed(layout, values, mask, gpu.block_starts(mask), shape)
+    packed = LAYOUTS[layout].kind.pack(weight)
+    return PackedLinear.holding(layout, weight.shape, packed, weight.dtype).for_gpu()
 
 
 def cloned(packed: Any) -> Any:

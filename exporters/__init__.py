@@ -5,19 +5,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from gblm_compress.errors import UsageError
 from gblm_compress.formats import FORMATS
-from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
 from gblm_compress.storage import outputs
+
+if TYPE_CHECKING:
+    from gblm_compress.layouts.values import Floats
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
     return stored if (stored := stored_dtype(source)) in dtypes else dtypes[0]
 
 
-def check_is_pruned(weights: Mapping[str, Tensor], packed: type[PackedLinear]) -> None:
+def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
     """Refuse to pack what packing would not make smaller: it costs some bits for each weight, and saves the zeros.
 
     Raises:

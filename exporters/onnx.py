@@ -36,7 +36,7 @@ from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import WORD
-from gblm_compress.layouts.bitmask import BitmaskLinear
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import has_recurrence
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
@@ -125,7 +125,7 @@ def export(
         layers = []  # the dense model, on kernels of the same care
     weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
     if layers and (settings.sparse or settings.kernels):
-        check_is_pruned(weights, BitmaskLinear)
+        check_is_pruned(weights, LAYOUTS["bitmask"].kind)
     rounded = onnx_rounding.round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
     graph = graph_of(model, settings)

@@ -12,8 +12,7 @@ from gblm_compress.exporters.onnx_bitmask import MASK, ROWS, STARTS, VALUES
 from gblm_compress.exporters.onnx_kernels import LEVELS, SCALES
 from gblm_compress.exporters.onnx_nbits import BLOCK_SCALES, BLOCKS, restored
 from gblm_compress.kernels.masks import WORD, row_starts
-from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.bitmask import check, unpack
+from gblm_compress.layouts.packed_linear import PackedLinear
 
 DTYPES = ("float32", "float16")
 QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), LEVELS: ("int8",)}
@@ -53,13 +52,10 @@ def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
-        try:
-            check(mask, torch.tensor(values), (len(mask), mask.shape[-1] * WORD))
-        except ModelError as error:
-            raise VerificationError(f"{name}.{error}") from error
+        weight = _unpacked(name, "bitmask", mask, {"mask": mask, "values": torch.tensor(values)})
         if not torch.equal(starts, row_starts(mask)):
             raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
-        return checked(unpack(mask, torch.tensor(values), mask.shape[1] * WORD).numpy().T)
+        return checked(weight.numpy().T)
     alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
     if values.shape != (1 + alive.sum(),) or values[0] != 0:
         raise VerificationError(
@@ -74,14 +70,16 @@ def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
 
 def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Tensor:
     """The weight [rows, columns] of the inputs of gblm.QuantisedLinear."""
-    kind = LAYOUTS["bitmask-int4" if levels.size else "bitmask-int8"].layer
-    parts = [torch.tensor(scales.view("int16")), torch.tensor(mask), torch.tensor(values)]
-    if levels.size:
-        parts.append(torch.tensor(levels).reshape(-1, 16))
+    parts = {"scales": torch.tensor(scales.view("int16")), "mask": torch.tensor(mask), "values": torch.tensor(values)}
+    if not levels.size:
+        return _unpacked(name, "bitmask-int8", parts["mask"], parts)
+    return _unpacked(name, "bitmask-int4", parts["mask"], {**parts, "levels": torch.tensor(levels).reshape(-1, 16)})
+
+
+def _unpacked(name: str, layout: str, mask: Tensor, parts: dict[str, Tensor]) -> Tensor:
     try:
-        layer = kind.holding((len(mask), mask.shape[1] * WORD), *parts)
+        layer = PackedLinear.holding(layout, (len(mask), mask.shape[-1] * WORD), parts)
         layer.check()
     except ModelError as error:
         raise VerificationError(f"{name}.{error}") from error
-    layer.like = torch.empty(0)  # float32
     return layer.dense_weight()

@@ -16,8 +16,8 @@ from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_bitmask import MASK, ROWS, STARTS, VALUES, initializer, replace
 from gblm_compress.exporters.onnx_rows import Rows, rows_of, store_embeddings_, use_rows_, widened
 from gblm_compress.kernels.masks import WORD, row_starts
-from gblm_compress.layouts.bitmask import pack
-from gblm_compress.layouts.quantised import QuantisedLinear
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import PackedLinear
 
 DOMAIN, VERSION = "gblm", 3
 OPERATOR, DENSE_OPERATOR, QUANTISED_OPERATOR = "BitmaskLinear", "DenseLinear", "QuantisedLinear"
@@ -30,8 +30,8 @@ def use_kernels_(
     names: Sequence[str],
     *,
     half: bool = False,
-    packed: Mapping[str, QuantisedLinear] | None = None,
-    tables: Sequence[QuantisedLinear] = (),
+    packed: Mapping[str, PackedLinear] | None = None,
+    tables: Sequence[PackedLinear] = (),
 ) -> None:
     """Multiply by the named initializers [in_features, out_features] with an operator for zeros instead of MatMul, and
     by all others with DenseLinear, in place.
@@ -51,8 +51,9 @@ def use_kernels_(
     def parts(name: str, weight: Any) -> dict[str, Any]:
         if packed is not None:
             return quantised_parts(packed[name])
-        mask, values = pack(torch.from_numpy(_as_stored(name, weight, stored)))
-        return {MASK: mask.numpy(), VALUES: values.numpy(), STARTS: row_starts(mask).numpy()}
+        held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(_as_stored(name, weight, stored)))
+        starts = row_starts(held["mask"]).numpy()
+        return {MASK: held["mask"].numpy(), VALUES: held["values"].numpy(), STARTS: starts}
 
     def store(name: str, weight: Any) -> Rows | None:
         for table in tables:
@@ -69,13 +70,13 @@ def use_kernels_(
     program.opset_imports[DOMAIN] = VERSION
 
 
-def quantised_parts(layer: QuantisedLinear) -> dict[str, Any]:
+def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
     """{suffix: array}: the inputs of gblm.QuantisedLinear for a weight, in order."""
-    stored = dict(layer.named_buffers())
+    stored = layer.held
     nothing = torch.empty(0, dtype=torch.int8)
     mask = stored.get("mask", torch.empty(0, 0, dtype=torch.int64))
     values, levels = stored["values"], stored.get("levels", nothing).flatten()
-    scales = layer.scales.view(torch.float16)
+    scales = stored["scales"].view(torch.float16)
     return {MASK: mask.numpy(), VALUES: values.numpy(), SCALES: scales.numpy(), LEVELS: levels.numpy()}
 
 

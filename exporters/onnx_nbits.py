@@ -18,7 +18,7 @@ from torch import Tensor
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_bitmask import initializer
 from gblm_compress.exporters.onnx_rows import Rows, rows_of, store_embeddings_, use_rows_, widened
-from gblm_compress.layouts.packed_linear import MOVES_MUCH, share_moved
+from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 
 GROUP = 32
 """Columns of a block where nothing else is asked for: those of llama.cpp's Q8_0 and Q4_0 as well."""
@@ -43,7 +43,7 @@ class Blocks:
     columns: int
 
     @property
-    def LARGEST_ERROR(self) -> float:
+    def largest_error(self) -> float:
         """As of layouts of as many bits."""
         return MOVES_MUCH[self.bits]
 

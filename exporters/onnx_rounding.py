@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gblm_compress.exporters.onnx_nbits import GROUP, Blocks
 from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
@@ -33,7 +34,7 @@ class Rounded:
 
     def summary(self) -> dict[str, Any]:
         """How much rounding moved, for the result."""
-        much = [name for name, share in self.moved.items() if share > self.layers[name].LARGEST_ERROR]
+        much = [name for name, share in self.moved.items() if share > self.layers[name].largest_error]
         return {"largest_rounding_error": max(self.moved.values()), **({"layers_rounded_much": much} if much else {})}
 
 
@@ -49,16 +50,16 @@ def round_(model: nn.Module, source: ModelSource, settings: ExportSettings, *, i
         layers, moved = _round_layers_(model, lambda _, weight: Blocks.from_dense(weight, bits, group))
         return Rounded(layers, _round_tables_(model, lambda weight: Blocks.from_dense(weight, 8, group)), moved)
     grids = read_grids(source)
-    layout = LAYOUTS["int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"]
-    kind: Any = layout.layer
-    table: Any = LAYOUTS[layout.tables or ""].layer
+    layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
+    kind: Any = LAYOUTS[layout].kind
+    tables = LAYOUTS[layout].tables or ""
 
     def pack(name: str, weight: Tensor) -> Any:
         grid = grids.get(name) if kind.holds(grids.get(name)) else None
-        return kind.from_dense(weight, None, group=settings.group, grid=grid)
+        return PackedLinear.from_dense(layout, weight, group=settings.group, grid=grid)
 
     layers, moved = _round_layers_(model, pack)
-    return Rounded(layers, _round_tables_(model, lambda weight: table.from_dense(weight, None)), moved)
+    return Rounded(layers, _round_tables_(model, lambda weight: PackedLinear.from_dense(tables, weight)), moved)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.layouts.values import Floats
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading, manifest
@@ -80,7 +81,7 @@ def export(
     reference = _Run.of(model, task.probe(processor, model.config))
     dense = {name: weight_matrix(layer).detach() for name, layer in pruned.items()}
     layout = _layout(settings)
-    kind = LAYOUTS[layout].layer
+    kind = LAYOUTS[layout].kind
     if (needed := LAYOUTS[layout].pattern) is not None:
         check_weights(dense, needed, settings.format)
     check_is_pruned(dense, kind)
@@ -104,7 +105,7 @@ def export(
             **({"layers_not_rounded": exact} if exact else {}),
             "packed_bytes": packed_bytes,
             "same_layers_dense_bytes": dense_bytes,
-            **(_rounding(model, dense, kind) if kind.TOLERANCE else {"restored_bit_for_bit": True}),
+            **(_rounding(model, dense, kind) if kind.tolerance else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],
         }
@@ -124,9 +125,9 @@ def export(
     return checks
 
 
-def _rounding(model: Any, dense: dict[str, Tensor], kind: type[PackedLinear]) -> dict[str, float]:
+def _rounding(model: Any, dense: dict[str, Tensor], kind: Floats) -> dict[str, float]:
     errors = [model.get_submodule(name).error(weight) for name, weight in dense.items()]
-    return {"restored_within": kind.TOLERANCE, "largest_rounding_error": max(errors)}
+    return {"restored_within": kind.tolerance, "largest_rounding_error": max(errors)}
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,7 @@ def _check_products(name: str, packed: PackedLinear) -> None:
             raise VerificationError(f"{name}: its {packed.kernel(tokens)} is not the product of its weight")
 
 
-def _verify(
-    exported: ModelSource, written: Any, kind: type[PackedLinear], dense: dict[str, Tensor], reference: _Run
-) -> float:
+def _verify(exported: ModelSource, written: Any, kind: Floats, dense: dict[str, Tensor], reference: _Run) -> float:
     """Reload the folder as a user would. Compare every tensor with what was written, every packed weight with the dense
     one, and every buffer that is computed with the source's, all bit for bit; run it on what the source was run on.
 
@@ -184,15 +183,15 @@ def _verify(
     for name, weight in dense.items():
         packed = model.get_submodule(name)
         if not isinstance(packed, PackedLinear) or not packed.restores(weight):
-            how = f"within {kind.TOLERANCE:.0e} of the largest" if kind.TOLERANCE else "bit for bit"
+            how = f"within {kind.tolerance:.0e} of the largest" if kind.tolerance else "bit for bit"
             raise VerificationError(f"{name}: the reloaded folder does not restore its weight {how}")
-        if kind.TOLERANCE:
+        if kind.tolerance:
             _check_products(name, packed)
     restored = model.state_dict()
     for name, tensor in written.state_dict().items():
         if name not in restored or not same_bits(restored[name], tensor):
             raise VerificationError(f"{name}: the reloaded folder does not restore it bit for bit")
-    if kind.TOLERANCE:
+    if kind.tolerance:
         reference = _Run.of(written, reference.sample)
     run = _Run.of(model, reference.sample)
     for name in sorted(run.buffers.keys() | reference.buffers.keys()):

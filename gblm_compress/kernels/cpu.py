@@ -1,6 +1,6 @@
-"""The CPU kernels of the bitmask layout: the compiled library, its paths, and the threads it borrows.
+"""The CPU kernels: the compiled library, its paths, the threads it borrows, and packed weights as it reads them.
 
-The library is plain C, built with the package; where no compiler was at hand it is missing, and `available()` says so.
+The library is plain C, built with the package. Without a compiler it is missing, and `available()` is False.
 `GBLM_COMPRESS_KERNEL` forces a path (portable, neon, avx2, vnni, avx512, amx).
 """
 
@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 import threading
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -109,65 +110,6 @@ def has_many(dtype: torch.dtype, kernel: str) -> bool:
     return kernels is not None and bool(kernels.gblm_has_many(DTYPES[dtype], PATHS.index(kernel)))
 
 
-def linear(
-    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, kernel: str | None = None, *, many: bool = False
-) -> Tensor:
-    """x Wᵀ on a sparse kernel, accumulated in float32.
-
-    Args:
-        x: [tokens, columns] in the dtype of `values`.
-        mask, values, starts: the packed weight [rows, columns], passed by `bitmask.check`; it is not checked again.
-        kernel: one of `paths`; the best one if unset.
-        many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
-
-    Returns:
-        [tokens, rows] in the dtype of `x`.
-
-    Raises:
-        ValueError: x is no such tensor, or there is no such kernel for so many tokens.
-    """
-    kernels = library()
-    assert kernels is not None
-    tokens, columns = x.shape
-    rows, words = mask.shape
-    if not x.is_cpu or x.dtype != values.dtype or -(-columns // WORD) != words:
-        raise ValueError(
-            f"x is {x.dtype} on {x.device} with {columns} columns; the weight is {values.dtype} on the CPU with "
-            f"{words} words of {WORD} columns"
-        )
-    if columns != words * WORD:
-        x = torch.nn.functional.pad(x, (0, words * WORD - columns))
-    x = x.contiguous()
-    y = x.new_empty(tokens, rows)
-    if tokens == 0:
-        return y
-    kind, chosen = _codes(x.dtype, kernel)
-    panels = scratch(kernels.gblm_panel_bytes(words, tokens, kind)).data_ptr() if many else None
-    done = kernels.gblm_bitmask_linear(
-        mask.data_ptr(),
-        values.data_ptr(),
-        starts.data_ptr(),
-        x.data_ptr(),
-        y.data_ptr(),
-        panels,
-        rows,
-        words,
-        tokens,
-        kind,
-        chosen,
-        torch.get_num_threads(),
-    )
-    if not done:
-        raise ValueError(f"no kernel {kernel or path(x.dtype)} for {tokens} tokens of {x.dtype} (many={many})")
-    return y
-
-
-@cache
-def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
-    """The library's numbers for a dtype and a path."""
-    return DTYPES[dtype], PATHS.index(kernel or path(dtype))
-
-
 _buffers = threading.local()
 
 
@@ -179,38 +121,187 @@ def scratch(size: int) -> Tensor:
     return held[:size]
 
 
-def expand(
-    mask: Tensor, values: Tensor, starts: Tensor, columns: int, first: int, out: Tensor, kernel: str | None = None
-) -> Tensor:
-    """Rows `first` … `first + len(out)` of the packed weight, dense, written into `out` [count, columns].
+@dataclass(frozen=True)
+class Bitmask:
+    """A weight [rows, columns] in the bitmask layout, see bitmask.h. The layout's `check` must have passed it.
 
-    Raises:
-        ValueError: the weight has no such rows, or `out` is no such tensor; as for `linear`.
+    Attributes:
+        mask: [rows, words], int64.
+        values: [nonzeros + padding].
+        starts: `row_starts` of the mask.
+        tried: numbers of tokens for which `linear` is timed against expanded tiles.
     """
+
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+    columns: int
+    tried = tuple(range(FEW_TOKENS, 0, -1))
+
+    @property
+    def rows(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def path(self) -> str:
+        return path(self.values.dtype)
+
+    @property
+    def sample(self) -> "Bitmask":
+        """As much of the weight as is timed."""
+        return self
+
+    @property
+    def has_many(self) -> bool:
+        """Whether there is a kernel for more than `FEW_TOKENS` tokens."""
+        return has_many(self.values.dtype, self.path)
+
+    def linear(self, x: Tensor, kernel: str | None = None, *, many: bool = False) -> Tensor:
+        """x Wᵀ, accumulated in float32: [tokens, rows] in the dtype of x [tokens, columns].
+
+        Args:
+            kernel: one of `paths`; the best one if unset.
+            many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
+
+        Raises:
+            ValueError: x is no such tensor, or there is no such kernel for so many tokens.
+        """
+        kernels, (tokens, columns), (rows, words) = _library(), x.shape, self.mask.shape
+        if not x.is_cpu or x.dtype != self.values.dtype or columns != self.columns:
+            raise ValueError(
+                f"x is {x.dtype} on {x.device} with {columns} columns; the weight is {self.values.dtype} on the CPU "
+                f"with {self.columns}"
+            )
+        if columns != words * WORD:
+            x = torch.nn.functional.pad(x, (0, words * WORD - columns))
+        x = x.contiguous()
+        y = x.new_empty(tokens, rows)
+        if tokens == 0:
+            return y
+        codes = _codes(x.dtype, kernel)
+        panels = scratch(kernels.gblm_panel_bytes(words, tokens, codes[0])) if many else None
+        tensors = _at(self.mask, self.values, self.starts, x, y, panels)
+        if not kernels.gblm_bitmask_linear(*tensors, rows, words, tokens, *codes, torch.get_num_threads()):
+            raise ValueError(f"no kernel {kernel or self.path} for {tokens} tokens of {x.dtype} (many={many})")
+        return y
+
+    def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
+        """Rows `first` … `first + len(out)`, dense, written into `out` [count, columns].
+
+        Raises:
+            ValueError: the weight has no such rows, or `out` is no such tensor.
+        """
+        _check_out(self, first, out, (self.values.dtype,))
+        tensors = _at(self.mask, self.values, self.starts, out)
+        sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
+        if not _library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
+            raise ValueError(f"no kernel {kernel or self.path} for {self.columns} columns of {out.dtype}")
+        return out
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight [rows, columns] as levels of 8 or 4 bits, see quantised.h. The layout's `check` must have passed it.
+
+    Attributes:
+        values: int8 levels, or uint8 with two places in `levels` a byte; with a mask those of its bits in order,
+            without one those of all weights, [rows, words·64].
+        scales: [rows, groups], the bits of float16 as int16.
+        sums: of a row: Σ scale · level, or Σ level where the row has one scale.
+        group: columns that share a scale; 0 where all of a row do.
+        mask, starts: [rows, words] int64, and the byte at which each row begins; None where all weights are stored, and
+            with patterns.
+        levels: [1, 16] or [rows, 16] in int8; None where values are levels.
+        patterns: [rows, words·6] in uint8, see `masks`; None where the weight is not 2:4.
+    """
+
+    values: Tensor
+    scales: Tensor
+    sums: Tensor
+    columns: int
+    group: int
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+    levels: Tensor | None = None
+    patterns: Tensor | None = None
+    tried = (256, 64, 16, 8, 4, 2, 1)
+    has_many = False
+
+    @property
+    def rows(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def path(self) -> str:
+        return path(torch.int8)
+
+    @property
+    def sample(self) -> "Quantised":
+        return replace(self, scales=self.scales[:1024], sums=self.sums[:1024])
+
+    def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
+        """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with one scale for each token, the
+        rest is exact or in float32.
+        """
+        kernels, kernel, tokens = _library(), kernel or self.path, len(x)
+        if not x.is_cpu or x.dtype not in DTYPES or x.shape[1] != self.columns:
+            raise ValueError(f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight has {self.columns}")
+        x = x.contiguous()
+        y = x.new_empty(tokens, self.rows)
+        if tokens == 0:
+            return y
+        rounded = scratch(kernels.gblm_quantised_bytes(self._words, tokens))
+        tensors = *self._stored, *_at(self.sums, x, y, rounded)
+        sizes = self.rows, self._words, self.columns, tokens, *self._codes(x.dtype, kernel)
+        if not kernels.gblm_quantised_linear(*tensors, *sizes, torch.get_num_threads()):
+            raise ValueError(f"no kernel {kernel} for {self.columns} columns")
+        return y
+
+    def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
+        """As `Bitmask.expand`; `out` has any dtype of `DTYPES`."""
+        _check_out(self, first, out, tuple(DTYPES))
+        kernel = kernel or self.path
+        sizes = first, len(out), self._words, self.columns, *self._codes(out.dtype, kernel)
+        if not _library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
+            raise ValueError(f"no kernel {kernel} for {self.columns} columns")
+        return out
+
+    @property
+    def _words(self) -> int:
+        return -(-self.columns // WORD)
+
+    @property
+    def _stored(self) -> tuple[int | None, ...]:
+        return _at(self.mask, self.patterns, self.values, self.starts, self.levels, self.scales)
+
+    def _codes(self, dtype: torch.dtype, kernel: str) -> tuple[int, ...]:
+        stride = 0 if self.levels is None or len(self.levels) == 1 else 16  # from a row's levels to the next row's
+        return stride, self.group, DTYPES[dtype], PATHS.index(kernel)
+
+
+Weight = Bitmask | Quantised
+
+
+def _library() -> ctypes.CDLL:
     kernels = library()
     assert kernels is not None
-    rows = mask.shape[0]
-    if (
-        not 0 <= first <= first + len(out) <= rows
-        or not (out.is_cpu and out.is_contiguous())
-        or (out.dtype, out.shape[1:]) != (values.dtype, (columns,))
-    ):
-        raise ValueError(f"rows {first} to {first + len(out)} of {rows} into {out.dtype} {list(out.shape)}")
-    done = kernels.gblm_bitmask_expand(
-        mask.data_ptr(),
-        values.data_ptr(),
-        starts.data_ptr(),
-        out.data_ptr(),
-        first,
-        out.shape[0],
-        columns,
-        mask.shape[1],
-        *_codes(values.dtype, kernel),
-        torch.get_num_threads(),
-    )
-    if not done:
-        raise ValueError(f"no kernel {kernel or path(values.dtype)} for {columns} columns of {values.dtype}")
-    return out
+    return kernels
+
+
+def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+@cache
+def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
+    """The library's numbers for a dtype and a path."""
+    return DTYPES[dtype], PATHS.index(kernel or path(dtype))
+
+
+def _check_out(weight: Weight, first: int, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    fits = out.is_cpu and out.is_contiguous() and out.dtype in dtypes and out.shape[1:] == (weight.columns,)
+    if not fits or not 0 <= first <= first + len(out) <= weight.rows:
+        raise ValueError(f"rows {first} to {first + len(out)} of {weight.rows} into {out.dtype} {list(out.shape)}")
 
 
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -219,7 +310,7 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 def _openmp_of_torch() -> tuple[int | None, ...]:
     """The entry points `_OPENMP` of the runtime that torch runs on; Nones where it has none: one thread then.
 
-    One that was loaded before all else (LD_PRELOAD, as servers do) takes the place of the one that torch brings.
+    A runtime that was loaded before all else (LD_PRELOAD, as servers do) replaces the one that torch brings.
     """
     candidates: list[str | None] = []
     maps = Path("/proc/self/maps")

@@ -1,8 +1,7 @@
-"""Products of the packed layouts on the GPU: few tokens, fp16 and bf16, reading only packed bytes.
+"""Products with packed weights on a GPU: few tokens in 16 bit, reading only packed bytes.
 
-`gpu_programs` has the Triton code; here is how a product is cut into programs. In the bitmask layouts the running
-sum of the bits says where each weight's value lies; `block_starts` says where the values of each block begin, so that
-blocks do not wait for each other.
+`gpu_programs` has the Triton code; here a product is cut into programs. With a mask the running sum of the bits tells
+where each value lies. `block_starts` tells where those of each block begin, so that blocks need not wait.
 """
 
 from typing import Any, NamedTuple
@@ -58,64 +57,42 @@ _MASK = (
 )
 
 
-class Form(NamedTuple):
-    """What the kernels know of a layout.
-
-    Attributes:
-        stored: which weights are: "mask", "two of four" or "all".
-        width: bits of one.
-        tilings: to be tried.
-    """
-
-    stored: str
-    width: int
-    tilings: tuple[Tiling, ...]
-
-
-FORMS = {
-    "bitmask": Form("mask", 16, _MASK),
-    "bitmask-int8": Form("mask", 8, _MASK),
-    "bitmask-int4": Form("mask", 4, _MASK),
-    "sparse24": Form("two of four", 16, _TWO_OF_FOUR),
-    "sparse24-int8": Form("two of four", 8, _TWO_OF_FOUR),
-    "sparse24-int4": Form("two of four", 4, _TWO_OF_FOUR),
-    "int8": Form("all", 8, _TWO_OF_FOUR),
-}
+TILINGS = {"mask": _MASK, "two of four": _TWO_OF_FOUR, "all": _TWO_OF_FOUR}
+"""{which weights are stored: the tilings to be tried}."""
 
 
 class Packed(NamedTuple):
     """A packed weight as the kernels read it.
 
     Attributes:
-        layout: of `FORMS`.
+        layout: its name, for people and for measurements that are kept.
+        stored: which weights are: of `TILINGS`.
+        width: bits of a stored weight.
         values: as the layout stores them; in 16 bits float16 or bfloat16.
         places: mask [rows, words] in int64, positions or patterns [rows, bytes] in uint8; unread where all are stored.
         starts: `block_starts` of a mask; not read without one.
         shape: (rows, columns).
-        scales: [rows, groups], the bits of float16 as int16; None for 16 bits, as the rest of them.
+        dtype: of x, and of restored weights.
+        scales: [rows, groups], the bits of float16 as int16; None for 16 bits.
         levels: the table of int4 [1 or rows, 16] in int8; None for int8.
         group: columns that share a scale; 0 where all of a row do.
-        rounded_to: the dtype of x, and of restored weights.
     """
 
     layout: str
+    stored: str
+    width: int
     values: Tensor
     places: Tensor
     starts: Tensor
     shape: tuple[int, int]
+    dtype: torch.dtype
     scales: Tensor | None = None
     levels: Tensor | None = None
     group: int = 0
-    rounded_to: torch.dtype | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of x, and of restored weights."""
-        return self.rounded_to or self.values.dtype
 
     @property
     def nbytes(self) -> int:
-        """What the kernels read takes so many bytes, each tensor counted once."""
+        """Bytes of all that kernels read, each tensor counted once."""
         tensors = [tensor for tensor in self if isinstance(tensor, Tensor)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
@@ -137,11 +114,11 @@ def block_starts(mask: Tensor, whole_bytes: bool = False) -> Tensor:
     return before[:, :: GRAIN // WORD].to(torch.int32).contiguous()
 
 
-def tilings(layout: str, tokens: int) -> list[Tiling]:
+def tilings(stored: str, tokens: int) -> list[Tiling]:
     """The tilings that take so many tokens."""
     if tokens > MAX_TOKENS:
         return []
-    return [tiling for tiling in FORMS[layout].tilings if tokens <= 2 or tiling.tensor_cores]
+    return [tiling for tiling in TILINGS[stored] if tokens <= 2 or tiling.tensor_cores]
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Tensor:
@@ -161,35 +138,20 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Te
     y = x.new_empty(tokens, rows)
     partial = y if splits == 1 else x.new_empty(splits, tokens, rows, dtype=torch.float32)
     given = y if bias is None else bias
-    gpu_programs.linear[(programs, splits)](
-        x.contiguous(),
-        *_pointers(weight),
-        given,
-        partial,
-        *_sizes(weight),
-        tokens,
-        share,
+    constants = {
         **_constants(weight),
-        TENSOR_CORES=tiling.tensor_cores,
-        BIAS=bias is not None and splits == 1,
-        TOKENS=max(triton.next_power_of_2(tokens), 16 if tiling.tensor_cores else 1),
-        ROWS=tiling.rows,
-        COLUMNS=tiling.columns,
-        num_warps=tiling.warps,
-        **OPTIONS,
-    )
+        "TENSOR_CORES": tiling.tensor_cores,
+        "BIAS": bias is not None and splits == 1,
+        "TOKENS": max(triton.next_power_of_2(tokens), 16 if tiling.tensor_cores else 1),
+        "ROWS": tiling.rows,
+        "COLUMNS": tiling.columns,
+    }
+    tensors, sizes = (x.contiguous(), *_pointers(weight), given, partial), (*_sizes(weight), tokens, share)
+    gpu_programs.linear[(programs, splits)](*tensors, *sizes, **constants, num_warps=tiling.warps, **OPTIONS)
     if splits > 1:
-        gpu_programs.add_up[(triton.cdiv(tokens * rows, SUMMED_AT_ONCE),)](
-            partial,
-            given,
-            y,
-            tokens * rows,
-            rows,
-            BIAS=bias is not None,
-            SPLITS=splits,
-            BLOCK=SUMMED_AT_ONCE,
-            **OPTIONS,
-        )
+        outputs, constants = tokens * rows, {"BIAS": bias is not None, "SPLITS": splits, "BLOCK": SUMMED_AT_ONCE}
+        grid = (triton.cdiv(outputs, SUMMED_AT_ONCE),)
+        gpu_programs.add_up[grid](partial, given, y, outputs, rows, **constants, **OPTIONS)
     return y
 
 
@@ -197,15 +159,9 @@ def expand(weight: Packed) -> Tensor:
     """The dense weight [rows, columns], bit for bit."""
     rows, columns = weight.shape
     dense = weight.values.new_empty(rows, columns, dtype=weight.dtype)
-    gpu_programs.expand[(triton.cdiv(rows, 8), triton.cdiv(columns, GRAIN))](
-        *_pointers(weight),
-        dense,
-        *_sizes(weight),
-        **_constants(weight),
-        ROWS=8,
-        COLUMNS=GRAIN,
-        **OPTIONS,
-    )
+    constants = {**_constants(weight), "ROWS": 8, "COLUMNS": GRAIN}
+    grid = (triton.cdiv(rows, 8), triton.cdiv(columns, GRAIN))
+    gpu_programs.expand[grid](*_pointers(weight), dense, *_sizes(weight), **constants, **OPTIONS)
     return dense
 
 
@@ -213,12 +169,11 @@ def _pointers(weight: Packed) -> tuple[Tensor, ...]:
     """Values, places, starts, scales and levels as the kernels read them: of 2:4 two values at once, the mask by words
     of 32 bits. What is not read is some tensor.
     """
-    stored, width, _ = FORMS[weight.layout]
     values, places = weight.values, weight.places
-    if stored == "mask":
+    if weight.stored == "mask":
         places = places.view(torch.int32)
-    elif stored == "two of four":
-        values = values.view({16: torch.int32, 8: torch.int16, 4: torch.uint8}[width])
+    elif weight.stored == "two of four":
+        values = values.view({16: torch.int32, 8: torch.int16, 4: torch.uint8}[weight.width])
     scales = values if weight.scales is None else weight.scales.view(torch.float16)
     return values, places, weight.starts, scales, values if weight.levels is None else weight.levels
 
@@ -232,5 +187,4 @@ def _sizes(weight: Packed) -> tuple[int, ...]:
 
 
 def _constants(weight: Packed) -> dict[str, Any]:
-    stored, width, _ = FORMS[weight.layout]
-    return {"STORED": stored, "WIDTH": width, "GROUP": weight.group}
+    return {"STORED": weight.stored, "WIDTH": weight.width, "GROUP": weight.group}

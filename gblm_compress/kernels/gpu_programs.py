@@ -3,6 +3,8 @@
 A program computes some output rows over a share of the columns: it reads a block of the packed weight, restores it in
 registers, and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens and on tensor cores for
 more. Where rows are few the columns are shared by several programs, whose partial sums are added up in a fixed order.
+
+`tensors` are values, places, starts, scales, levels; `sizes` are rows, columns, and the strides of the last four.
 """
 
 import triton
@@ -31,9 +33,11 @@ def _two_of_four(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sparse24_block(  # type: ignore[no-untyped-def]
-    values, places, levels, row, first_column, rows, columns, width, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    tensors, sizes, row, first_column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """A block [ROWS, COLUMNS] in int32, of levels or the bits of 16: each column has one of two values, or nothing."""
+    values, places, _, _, levels = tensors
+    rows, columns, width, _, _, stride = sizes
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)
     inside = (row < rows)[:, None] & (group < columns // 4)[None, :]
     line = row.to(tl.int64)[:, None]
@@ -56,21 +60,11 @@ def _sparse24_block(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _bitmask_block(  # type: ignore[no-untyped-def]
-    values,
-    mask,
-    starts,
-    levels,
-    row,
-    first_column,
-    rows,
-    columns,
-    width,
-    blocks,
-    stride,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    tensors, sizes, row, first_column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """A block [ROWS, COLUMNS] of values or levels; COLUMNS is the grain of the starts."""
+    values, mask, starts, _, levels = tensors
+    rows, columns, width, blocks, _, stride = sizes
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     line = row.to(tl.int64)[:, None]
@@ -97,19 +91,10 @@ def _bitmask_block(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _block(  # type: ignore[no-untyped-def]
-    values,
-    places,
-    starts,
-    scales,
-    levels,
+    tensors,
+    sizes,
     row,
     first_column,
-    rows,
-    columns,
-    width,
-    blocks,
-    groups,
-    stride,
     ELEMENT: tl.constexpr,
     STORED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -117,15 +102,15 @@ def _block(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
 ):
     """A block [ROWS, COLUMNS] of the weight in ELEMENT: as it is stored, or scale · level, rounded once."""
+    values, _, _, scales, _ = tensors
+    rows, columns, _, _, groups, _ = sizes
     column = first_column + tl.arange(0, COLUMNS)
     line = row.to(tl.int64)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if STORED == "mask":
-        block = _bitmask_block(
-            values, places, starts, levels, row, first_column, rows, columns, width, blocks, stride, WIDTH, COLUMNS
-        )
+        block = _bitmask_block(tensors, sizes, row, first_column, WIDTH, COLUMNS)
     elif STORED == "two of four":
-        block = _sparse24_block(values, places, levels, row, first_column, rows, columns, width, stride, WIDTH, COLUMNS)
+        block = _sparse24_block(tensors, sizes, row, first_column, WIDTH, COLUMNS)
     else:
         block = tl.load(values + line[:, None] * columns + column[None, :], mask=inside, other=0)
     if WIDTH == 16:
@@ -170,32 +155,14 @@ def linear(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
+    tensors, sizes = (values, places, starts, scales, levels), (rows, columns, width, blocks, groups, stride)
     if TENSOR_CORES:
         total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     else:
         total = tl.zeros((TOKENS, ROWS, COLUMNS), dtype=tl.float32)
     begin = split * share * COLUMNS
     for first_column in range(begin, min(begin + share * COLUMNS, columns), COLUMNS):
-        weight = _block(
-            values,
-            places,
-            starts,
-            scales,
-            levels,
-            row,
-            first_column,
-            rows,
-            columns,
-            width,
-            blocks,
-            groups,
-            stride,
-            x.dtype.element_ty,
-            STORED,
-            WIDTH,
-            GROUP,
-            COLUMNS,
-        )
+        weight = _block(tensors, sizes, row, first_column, x.dtype.element_ty, STORED, WIDTH, GROUP, COLUMNS)
         column = first_column + tl.arange(0, COLUMNS)
         inputs = tl.load(
             x + token[:, None] * columns + column[None, :],
@@ -249,26 +216,8 @@ def expand(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(1) * COLUMNS
-    weight = _block(
-        values,
-        places,
-        starts,
-        scales,
-        levels,
-        row,
-        first_column,
-        rows,
-        columns,
-        width,
-        blocks,
-        groups,
-        stride,
-        dense.dtype.element_ty,
-        STORED,
-        WIDTH,
-        GROUP,
-        COLUMNS,
-    )
+    tensors, sizes = (values, places, starts, scales, levels), (rows, columns, width, blocks, groups, stride)
+    weight = _block(tensors, sizes, row, first_column, dense.dtype.element_ty, STORED, WIDTH, GROUP, COLUMNS)
     column = first_column + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(dense + row.to(tl.int64)[:, None] * columns + column[None, :], weight, mask=inside)

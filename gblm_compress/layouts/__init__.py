@@ -1,24 +1,25 @@
-"""How zeros are packed, and the linear layers that multiply packed weights: one file and one line in `LAYOUTS` each.
+"""How zeros are packed: a kind of mask and a kind of values make a layout, in one line of `LAYOUTS`.
 
 See docs/adding-a-layout.md. Importing this registry loads no torch.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gblm_compress.errors import ModelError
 
 if TYPE_CHECKING:
-    from gblm_compress.layouts.packed_linear import PackedLinear
+    from gblm_compress.layouts.values import Floats
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is said of a layout before its file is imported.
+    """What is said of a layout before its files are imported.
 
     Attributes:
-        linear: its `PackedLinear`, as "module:class"; imported on use.
+        mask, values: its kinds, as "module:class"; imported on use.
         format: what `export --format` calls it.
         kernels: the devices that have kernels for it; on others the weight is unpacked for every product.
         pattern: the N:M that a weight must have; any if unset.
@@ -27,7 +28,8 @@ class Layout:
         tables: the layout for the model's head and embedding; None where these stay as they are.
     """
 
-    linear: str
+    mask: str
+    values: str
     format: str
     kernels: tuple[str, ...]
     pattern: str | None = None
@@ -41,27 +43,38 @@ class Layout:
         return self.kernels == ("cuda",)
 
     @property
-    def layer(self) -> "type[PackedLinear]":
-        """The class of its layers."""
-        module, _, name = self.linear.partition(":")
-        layer: type[PackedLinear] = getattr(import_module(module), name)
-        return layer
+    def kind(self) -> "Floats":
+        """The kind of values, which has the kind of mask."""
+        return _kind(self.mask, self.values)
 
 
-def _quantised(linear: str, format: str, width: int, pattern: str | None = None) -> Layout:
-    module = f"gblm_compress.layouts.{linear}"
-    return Layout(module, format, ("cpu", "cuda"), pattern, width=width, exact="bitmask", tables="int8")
+@cache
+def _kind(mask: str, values: str) -> Any:
+    def named(path: str) -> Any:
+        module, _, name = path.partition(":")
+        return getattr(import_module(module), name)
+
+    return named(values)(named(mask)())
+
+
+def _floats(mask: str, format: str, kernels: tuple[str, ...], pattern: str | None = None) -> Layout:
+    return Layout(f"{__name__}.masks:{mask}", f"{__name__}.values:Floats", format, kernels, pattern)
+
+
+def _levels(mask: str, values: str, width: int, format: str, pattern: str | None = None) -> Layout:
+    kinds = f"{__name__}.masks:{mask}", f"{__name__}.values:{values}"
+    return Layout(*kinds, format, ("cpu", "cuda"), pattern, width=width, exact="bitmask", tables="int8")
 
 
 # A folder's config.json has the name; commands and recipes have the format.
 LAYOUTS = {
-    "bitmask": Layout("gblm_compress.layouts.bitmask:BitmaskLinear", "bitmask", ("cpu", "cuda")),
-    "sparse24": Layout("gblm_compress.layouts.sparse24:Sparse24Linear", "semi-structured", ("cuda",), "2:4"),
-    "bitmask-int8": _quantised("bitmask_quantised:BitmaskInt8Linear", "bitmask-int8", 8),
-    "bitmask-int4": _quantised("bitmask_quantised:BitmaskInt4Linear", "bitmask-int4", 4),
-    "sparse24-int8": _quantised("sparse24_quantised:Sparse24Int8Linear", "semi-structured-int8", 8, "2:4"),
-    "sparse24-int4": _quantised("sparse24_quantised:Sparse24Int4Linear", "semi-structured-int4", 4, "2:4"),
-    "int8": _quantised("int8:Int8Linear", "int8", 8),
+    "bitmask": _floats("Bitmask", "bitmask", ("cpu", "cuda")),
+    "sparse24": _floats("Positions", "semi-structured", ("cuda",), "2:4"),
+    "bitmask-int8": _levels("Bitmask", "Levels", 8, "bitmask-int8"),
+    "bitmask-int4": _levels("Bitmask", "Places", 4, "bitmask-int4"),
+    "sparse24-int8": _levels("Patterns", "Levels", 8, "semi-structured-int8", "2:4"),
+    "sparse24-int4": _levels("Patterns", "Places", 4, "semi-structured-int4", "2:4"),
+    "int8": _levels("Whole", "Levels", 8, "int8"),
 }
 
 

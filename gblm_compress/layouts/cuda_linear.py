@@ -85,7 +85,7 @@ def is_plan(words: Any, weight: Packed) -> bool:
 def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
     kernel, variant = candidate
     if kernel == "triton":
-        return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.layout, tokens)]
+        return variant in [tuple(map(int, tiling)) for tiling in gpu.tilings(weight.stored, tokens)]
     if kernel == "dense":
         return not variant
     if not _fits_torch(weight, tokens):
@@ -96,7 +96,7 @@ def _could_run(weight: Packed, candidate: Candidate, tokens: int) -> bool:
 
 
 def _fits_torch(weight: Packed, tokens: int) -> bool:
-    return weight.layout == "sparse24" and tokens >= FEWEST_FOR_TORCH
+    return (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH
 
 
 def candidates(plan: str) -> tuple[Candidate, ...]:
@@ -259,7 +259,7 @@ def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[
     tokens = x.shape[0]
     needed: Operands | None = None
     if kernel == "triton":
-        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.layout, tokens)]
+        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.stored, tokens)]
     elif kernel == "dense":
         found = [DENSE]
     elif not _fits_torch(weight, tokens):

@@ -1,7 +1,4 @@
-"""What every layout asks of tensors: what a packed one must be before a kernel may read it, and when two are the same.
-
-Each layout has one `check`, which whoever fills a layer calls once; kernels trust what it has passed.
-"""
+"""Checks of packed tensors before a kernel reads them, and comparisons of weights."""
 
 from collections.abc import Sequence
 
@@ -12,6 +9,8 @@ from gblm_compress.errors import ModelError
 from gblm_compress.methods.zeros import is_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
+MOVES_MUCH = {8: 0.03, 4: 0.25}
+"""{bits of a level: the share of a weight beyond which rounding has moved much of it}."""
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> None:
@@ -31,3 +30,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def share_moved(stored: Tensor, weight: Tensor) -> float:
+    """The share of a weight that rounding moved: Σ |stored - weight| / Σ |weight|."""
+    moved = (stored.float() - weight.float()).abs().sum()
+    return float(moved / weight.float().abs().sum().clamp(min=1e-30))

@@ -1,61 +1,76 @@
-"""`PackedLinear`: a linear layer that holds packed weights only. A layout is a subclass with an operator of its own.
+"""`PackedLinear`: a linear layer that holds packed weights only, of any layout; `PackedEmbedding` looks up its rows.
 
-An operator is registered with torch, so that compilers and CUDA graphs see one call. It depends on nothing but its
-arguments, which are the same for every layout.
+The product is one operator, registered with torch, so that compilers and CUDA graphs see one call. It depends on
+nothing but its arguments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.layouts.packed import check_tensor, same_bits
+from gblm_compress.kernels import cpu
+from gblm_compress.layouts import LAYOUTS, check_described, cpu_linear
+from gblm_compress.layouts.packed import check_tensor
 
 UNPACKED = "dense product of the unpacked weight"
+DERIVED = ("starts", "sums", "cusparselt", "cutlass", "like")
+"""Buffers that `prepare` fills: for masks where values begin, for levels their sums by row, `cuda_linear.Operands`,
+and nothing in the dtype of inputs and outputs. They are empty where the kernels need none, and never saved.
+"""
 _LIBRARY: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
-_ARGUMENTS = "Tensor x, Tensor[] tensors, Tensor? bias, int rows, int columns, int crossover, str plan"
-Product = Callable[..., Tensor]
 
 
-def operator(name: str, cpu: Product, cuda: Product) -> Product:
-    """Register x Wᵀ + b of a layout as `torch.ops.gblm_compress.NAME`, and return it.
+def _held(layout: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip((*LAYOUTS[layout].kind.names, *DERIVED), tensors, strict=True))
+
+
+def on_cpu(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], crossover: int, plan: str
+) -> Tensor:
+    """The operator on a CPU, and without a plan on any device.
 
     Args:
-        cpu, cuda: the product on each device. Both take, by position,
-
-            - x: [..., columns] in the dtype of the weight
-            - tensors: the buffers `PACKED`, then `DERIVED` of the layer
-            - bias: [rows], or None
-            - rows, columns: the shape of W
-            - crossover: up to how many tokens a CPU's kernel for few is the faster one
-            - plan: what `cuda_linear` chose; empty for none
-
-            and return [..., rows].
+        x: [..., columns] in the dtype of the layer.
+        tensors: the buffers of the layout, then `DERIVED`.
+        crossover: up to how many tokens the CPU's kernel is the fastest; 0 without one.
+        plan: of `cuda_linear`; empty without one.
     """
-    _LIBRARY.define(f"{name}({_ARGUMENTS}) -> Tensor")
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"gblm_compress::{name}", _shape, lib=_LIBRARY)
-    registered: Product = getattr(torch.ops.gblm_compress, name).default
-    return registered
+    kind, held = LAYOUTS[layout].kind, _held(layout, tensors)
+    dtype = held["like"].dtype if kind.width else held["values"].dtype
+    if crossover and (weight := kind.for_cpu(held, shape)) is not None:
+        return cpu_linear.linear(x, weight, bias, crossover, dtype)
+    return nn.functional.linear(x, kind.unpack(held, shape[1], dtype), bias)
 
 
-def _shape(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, rows: int, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+def on_cuda(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], crossover: int, plan: str
+) -> Tensor:
+    """The operator on CUDA; arguments as of `on_cpu`."""
+    if not plan:
+        return on_cpu(x, tensors, bias, layout, shape, 0, plan)
+    from gblm_compress.layouts import cuda_linear
+
+    held = _held(layout, tensors)
+    weight = LAYOUTS[layout].kind.for_gpu(held, layout, shape, x.dtype)
+    return cuda_linear.linear(x, weight, bias, plan, cuda_linear.Operands(held["cusparselt"], held["cutlass"]))
 
 
-MOVES_MUCH = {8: 0.03, 4: 0.25}
-"""{bits of a level: the share of a weight beyond which rounding has moved much of it}."""
+def _shape(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def share_moved(stored: Tensor, weight: Tensor) -> float:
-    """What share of a weight rounding moved: Σ |stored - weight| / Σ |weight|."""
-    moved = (stored.float() - weight.float()).abs().sum()
-    return float(moved / weight.float().abs().sum().clamp(min=1e-30))
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] tensors, Tensor? bias, str layout, int[] shape, int crossover, str plan) -> Tensor"
+)
+_LIBRARY.impl("linear", on_cpu, "CPU")
+_LIBRARY.impl("linear", on_cuda, "CUDA")
+torch.library.register_fake("gblm_compress::linear", _shape, lib=_LIBRARY)
+OPERATOR = torch.ops.gblm_compress.linear.default
 
 
 class PackedLinear(nn.Module):
@@ -65,85 +80,112 @@ class PackedLinear(nn.Module):
     `load_state_dict`, by moving the layer, by assignment. What is written into them in place is not noticed.
 
     Args:
+        layout: a name in `LAYOUTS`.
         shape: (out_features, in_features).
         bias: whether there is one.
         dtype: of weight and bias.
+        sizes: the layout's own, see `Floats.sizes`.
 
     Attributes:
-        LAYOUT: the name in `LAYOUTS`.
-        PACKED: the buffers that hold the weight, on disk too.
-        DERIVED: the buffers that `find_kernels` fills.
-        OPERATOR: the product, made by `operator`.
-        TOLERANCE: largest difference of a restored weight, as a fraction of the largest weight of the matrix; 0 where
-            all are restored bit for bit.
-        LARGEST_ERROR: a layer with a larger `error` is for the layout that `Layout.exact` names.
-        transposed: whether the layer stands for one that stores its weight as [in_features, out_features].
+        kind: how the weight is packed; its `names` are the buffers on disk.
+        crossover, plan: as of the operator.
+        transposed: whether the layer replaces one that stores its weight as [in_features, out_features].
         loading: whether transformers is filling it: `weight` has no values yet.
 
     Raises:
         ModelError: there is no such layer.
     """
 
-    LAYOUT: ClassVar[str]
-    PACKED: ClassVar[tuple[str, ...]]
-    DERIVED: ClassVar[tuple[str, ...]] = ()
-    OPERATOR: ClassVar[Product]
-    TOLERANCE: ClassVar[float] = 0.0
-    LARGEST_ERROR: ClassVar[float] = float("inf")
+    values: Tensor
 
-    def __init__(self, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None) -> None:
+    def __init__(
+        self,
+        layout: str,
+        shape: Sequence[int],
+        bias: bool,
+        dtype: torch.dtype,
+        device: str | None = None,
+        **sizes: Any,
+    ) -> None:
         super().__init__()
         if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
             raise ModelError(f"shape {shape!r} is not one of a matrix: two whole numbers above 0 are needed")
+        self.layout, self.kind = layout, LAYOUTS[layout].kind
+        given = {**dict.fromkeys({"group"} & {*self.kind.sizes}), **sizes}
+        faults = [f"missing keyword argument {name!r}" for name in self.kind.sizes if name not in given]
+        faults += [f"unexpected keyword argument {name!r}" for name in given if name not in self.kind.sizes]
+        if faults:
+            raise TypeError(f"{', '.join(faults)} for the {layout} layout")
         self.out_features, self.in_features = shape
+        self.group: int | None = sizes.get("group")
         self.bias = (
             nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
         )
-        for name in self.DERIVED:
-            self.register_buffer(name, torch.empty(0), persistent=False)
+        empty = self.kind.empty(shape, dtype, device, sizes)
+        for name in self.kind.names:
+            self.register_buffer(name, empty[name])
+        for name in DERIVED:
+            self.register_buffer(name, torch.empty(0, dtype=dtype if name == "like" else None), persistent=False)
         self.crossover, self.plan = 0, ""
         self.transposed = self.loading = False
         self._prepared = False
-
-    @staticmethod
-    def bits(width: int) -> tuple[int, int]:
-        """Bits of every weight, and bits more of every nonzero, where a dense weight has `width`."""
-        raise NotImplementedError
+        self._weight: cpu.Weight | None = None
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """The packed layer of a dense one: an empty layer, `filled`.
+    def described(cls, layout: str, description: Any, dtype: torch.dtype) -> Self:
+        """An empty layer of a `description`, for others to fill.
+
+        Raises:
+            ModelError: it describes none.
+        """
+        layout = description.get("layout", layout) if isinstance(description, dict) else layout
+        check_described(layout, {"": description})
+        try:
+            return cls(layout, dtype=dtype, device="meta", **{k: v for k, v in description.items() if k != "layout"})
+        except (AttributeError, TypeError) as error:
+            raise ModelError(
+                f"it is described as {description!r}; {error}; a newer gblm-compress may have packed it"
+            ) from error
+
+    @classmethod
+    def from_dense(cls, layout: str, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
+        """The packed layer of a dense one, prepared.
 
         Args:
             weight: [out_features, in_features].
             bias: [out_features].
+            options: of the kind's `pack`.
 
         Raises:
             UsageError: the layout cannot hold the weight.
         """
-        raise NotImplementedError
+        kind: Any = LAYOUTS[layout].kind
+        layer = cls.holding(layout, weight.shape, kind.pack(weight, **options), weight.dtype)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        layer.prepare()
+        return layer
 
     @classmethod
-    def holding(cls, shape: Sequence[int], *packed: Tensor, **sizes: Any) -> Self:
-        """A layer without bias around packed tensors, which are neither checked nor copied.
-
-        Args:
-            packed: in the order of `PACKED`.
-            sizes: what `__init__` takes beside.
-        """
-        layer = cls(shape, False, torch.float32, "meta", **sizes)
-        for name, tensor in zip(cls.PACKED, packed, strict=True):
+    def holding(
+        cls, layout: str, shape: Sequence[int], packed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """A layer without bias around packed tensors {buffer: tensor}, which are neither checked nor copied."""
+        layer = cls(layout, shape, False, dtype, "meta", **LAYOUTS[layout].kind.sizes_of(packed, shape))
+        for name, tensor in packed.items():
             setattr(layer, name, tensor)
         return layer
 
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
-        """One layer for checked ones without bias and of as many inputs: their outputs one after the other.
+        """One layer, without bias, for checked ones of a layout and as many inputs: their outputs in order.
 
         Raises:
-            UsageError: the layout cannot be stacked.
+            UsageError: they have no common form.
         """
-        raise UsageError(f"the {cls.LAYOUT} layout cannot be stacked")
+        first, heights = layers[0], [layer.out_features for layer in layers]
+        packed = first.kind.stack([layer.held for layer in layers], heights, first.in_features)
+        return cls.holding(first.layout, (sum(heights), first.in_features), packed, first.dtype)
 
     def cut(self, rows: range, columns: range) -> Self:
         """The layer, without bias, of some outputs and inputs, each without gaps; this one must be checked.
@@ -151,20 +193,28 @@ class PackedLinear(nn.Module):
         Raises:
             UsageError: the layout cannot be cut there.
         """
-        raise UsageError(f"the {self.LAYOUT} layout cannot be cut")
+        packed = self.kind.cut(self.held, self.shape, rows, columns)
+        return self.holding(self.layout, (len(rows), len(columns)), packed, self.dtype)
 
-    def filled(self, bias: Tensor | None, **packed: Tensor) -> Self:
-        """This layer with the packed tensors, prepared."""
-        for name, tensor in packed.items():
-            setattr(self, name, tensor)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self.prepare()
-        return self
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """{buffer: tensor} of the packed weight."""
+        return {name: self.get_buffer(name) for name in self.kind.names}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weight, bias, inputs and outputs."""
+        return self.get_buffer("like" if self.kind.width else "values").dtype
 
     def description(self) -> dict[str, Any]:
         """The arguments, beside dtype and device, that make an empty layer of this size; plain values for JSON."""
-        return {"shape": [self.out_features, self.in_features], "bias": self.bias is not None}
+        sizes = self.kind.sizes_of(self.held, self.shape)
+        return {"shape": list(self.shape), "bias": self.bias is not None, **sizes}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
@@ -173,19 +223,26 @@ class PackedLinear(nn.Module):
         """x Wᵀ + b with a bias from elsewhere."""
         if not self._prepared:
             self.prepare()
-        tensors = [getattr(self, name) for name in (*self.PACKED, *self.DERIVED)]
-        return self.OPERATOR(x, tensors, bias, self.out_features, self.in_features, self.crossover, self.plan)
+        # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
+        eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
+        if eager and self._weight is not None and x.is_cpu:
+            return cpu_linear.linear(x, self._weight, bias, self.crossover, self.dtype)
+        tensors = [getattr(self, name) for name in (*self.kind.names, *DERIVED)]
+        shape = [self.out_features, self.in_features]
+        return OPERATOR(x, tensors, bias, self.layout, shape, self.crossover, self.plan)
 
     def kernel(self, tokens: int) -> str:
         """The kernel that `forward` runs for that many tokens, in words."""
         if not self._prepared:
             self.prepare()
+        if self._weight is not None:
+            return cpu_linear.kernel(self._weight, self.layout, tokens, self.crossover)
         if not self.plan:
             return UNPACKED
         from gblm_compress.layouts import cuda_linear
 
         kernel = cuda_linear.choose(self.plan, tokens).kernel
-        words = {"triton": f"{self.LAYOUT} Triton", "cusparselt": "cuSPARSELt", "cutlass": "CUTLASS", "dense": UNPACKED}
+        words = {"triton": f"{self.layout} Triton", "cusparselt": "cuSPARSELt", "cutlass": "CUTLASS", "dense": UNPACKED}
         return words[kernel]
 
     def look_up(self, numbers: Tensor) -> Tensor:
@@ -194,24 +251,31 @@ class PackedLinear(nn.Module):
         Raises:
             UsageError: the layout cannot be read row by row.
         """
-        raise UsageError(f"rows cannot be looked up in the {self.LAYOUT} layout")
+        if self.kind.mask.name is not None:
+            raise UsageError(f"rows cannot be looked up in the {self.layout} layout")
+        if not self._prepared:
+            self.prepare()
+        rows = {name: tensor[numbers.flatten()] for name, tensor in self.held.items()}
+        return self.kind.unpack(rows, self.in_features, self.dtype).reshape(*numbers.shape, self.in_features)
 
     def dense_weight(self) -> Tensor:
-        """W, bit for bit or within `TOLERANCE`."""
-        raise NotImplementedError
+        """W, bit for bit or within the kind's `tolerance`."""
+        return self.kind.unpack(self.held, self.in_features, self.dtype)
 
     def restores(self, weight: Tensor) -> bool:
-        """Whether W is that matrix: bit for bit, or within `TOLERANCE`."""
-        restored = self.dense_weight()
-        if not self.TOLERANCE:
-            return same_bits(restored, weight)
-        if (restored.shape, restored.dtype) != (weight.shape, weight.dtype):
-            return False
-        return bool((restored - weight).abs().max() <= self.TOLERANCE * weight.abs().max())
+        """Whether W is that matrix: bit for bit, or as the kind's `restores` says."""
+        return (weight.shape, weight.dtype) == (self.shape, self.dtype) and self.kind.restores(
+            self.held, self.dense_weight(), weight
+        )
 
     def error(self, weight: Tensor) -> float:
-        """What share of that matrix rounding moved: Σ |W - weight| / Σ |weight|."""
-        return share_moved(self.dense_weight(), weight)
+        """The share of that matrix that rounding moved: Σ |W - weight| / Σ |weight|."""
+        return self.kind.error(self.dense_weight(), weight)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest `error` of a layer that may have this layout."""
+        return self.kind.largest_error
 
     def check(self) -> None:
         """Hold the packed tensors against layout and shape.
@@ -219,11 +283,12 @@ class PackedLinear(nn.Module):
         Raises:
             ModelError: they are no such weight; the message begins with the tensor's name.
         """
+        self.kind.check(self.held, self.shape, self.group)
         if self.bias is not None:
             check_tensor("bias", self.bias, (self.dtype,), (self.out_features,))
 
     def prepare(self) -> None:
-        """Make ready to run: check the packed weight, and find what follows from it and from the machine.
+        """Make ready to run: check the packed weight, and choose the kernels of the device.
 
         Loading and moving the layer do it; `forward` does where it was filled by hand.
 
@@ -231,22 +296,39 @@ class PackedLinear(nn.Module):
             ModelError: as for `check`.
         """
         self.check()
-        self.crossover, self.plan = 0, ""
-        self.find_kernels()
+        held, device, place = self.held, self.get_buffer("values").device, self.kind.mask.name
+        if place:
+            # A copy: loaded tensors are parts of a mapped file, and later writes into it must not move a kernel.
+            held[place] = self._buffers[place] = held[place].clone()
+        self.crossover, self.plan, self._weight = 0, "", None
+        derived = {name: torch.empty(0, device=device) for name in DERIVED}
+        if device.type == "cpu" and cpu.available():
+            self._weight = self.kind.for_cpu(held, self.shape)
+        if self._weight is not None:
+            derived |= {name: made for name in DERIVED if (made := getattr(self._weight, name, None)) is not None}
+            self.crossover = cpu_linear.crossover(self.layout, self._weight, self.dtype)
+        elif cuda := self.cuda_kernels():
+            weight = self.for_gpu()
+            self.plan = cuda.plan(weight)
+            operands = cuda.operands(weight, {candidate.kernel for candidate in cuda.candidates(self.plan)})
+            derived |= {"starts": self.get_buffer("starts"), **operands._asdict()}
+        for name, tensor in {**derived, "like": self.get_buffer("like").to(device)}.items():
+            self._buffers[name] = tensor
         self._prepared = True
 
-    def find_kernels(self) -> None:
-        """Find which kernel is the fastest for how many tokens, and fill the buffers `DERIVED`."""
+    def for_gpu(self) -> Any:
+        """The weight as the GPU's kernels read it, `gpu.Packed`."""
+        from gblm_compress.kernels import gpu
+
+        if self.kind.mask.stored == "mask":
+            self._buffers["starts"] = gpu.block_starts(self.get_buffer("mask"), whole_bytes=self.kind.width == 4)
+        held = {**self.held, "starts": self.get_buffer("starts")}
+        return self.kind.for_gpu(held, self.layout, self.shape, self.dtype)
 
     def cuda_kernels(self) -> Any:
         """The module `cuda_linear` where it has kernels for the weight: in 16 bit on CUDA, with Triton; else None."""
-        there = self.get_buffer(self.PACKED[0]).is_cuda and self.dtype.itemsize == 2 and find_spec("triton")
+        there = self.get_buffer("values").is_cuda and self.dtype.itemsize == 2 and find_spec("triton")
         return import_module("gblm_compress.layouts.cuda_linear") if there else None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weight, bias, inputs and outputs."""
-        return self.get_buffer("values").dtype
 
     @property
     def weight(self) -> Tensor:
@@ -268,7 +350,7 @@ class PackedLinear(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Bytes that the weight takes on disk."""
-        return sum(self.get_buffer(name).nbytes for name in self.PACKED)
+        return sum(tensor.nbytes for tensor in self.held.values())
 
     @property
     def resident_bytes(self) -> int:
@@ -276,14 +358,14 @@ class PackedLinear(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        prepared, self._prepared = self._prepared, False
+        prepared, self._prepared, self._weight = self._prepared, False, None
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        if prepared and not self.get_buffer(self.PACKED[0]).is_meta:
+        if prepared and not self.get_buffer("values").is_meta:
             self.prepare()
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.PACKED or name == "bias":
+        if name == "bias" or name in self.__dict__.get("_buffers", ()):
             self._prepared = False
         super().__setattr__(name, value)
 
@@ -292,4 +374,40 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        bias = self.bias is not None
+        return f"{self.layout}, in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+
+OWN = "rows"
+"""The name of the layer in an embedding that has one of its own."""
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that looks up rows of a packed layer: of the head where the two are tied. Inference only.
+
+    Args:
+        layer: without a mask.
+        own: whether the layer is part of this module, and saved with it; otherwise the model holds it elsewhere.
+    """
+
+    rows: PackedLinear
+
+    def __init__(self, layer: PackedLinear, own: bool) -> None:
+        super().__init__()
+        if own:
+            self.rows = layer
+        else:
+            self.__dict__[OWN] = layer  # past torch, which would save it twice
+        self.num_embeddings, self.embedding_dim = layer.shape
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Rows [..., embedding_dim] for numbers [...]."""
+        return self.rows.look_up(numbers)
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, unpacked for the call; see `PackedLinear.weight`."""
+        return self.rows.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -21,13 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gblm_compress.errors import ModelError
 from gblm_compress.layouts import LAYOUTS, check_described
-from gblm_compress.layouts.packed_embedding import PackedEmbedding
-from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.layouts.packed_linear import OWN, PackedEmbedding, PackedLinear
 from gblm_compress.methods.quantisation import Grid
-from gblm_compress.models.architecture import is_linear, is_transposed, weight_matrix
+from gblm_compress.models.architecture import head_and_embedding, is_linear, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of, unfuse_
 from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
-from gblm_compress.models.packed_tables import check_embeddings, dense_embedding, look_up_, own_layer, pack_tables_
 from gblm_compress.storage.records import read_json
 
 
@@ -111,7 +109,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """True for packed tensors: transformers then leaves it to their layer to find a shape wrong."""
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
-        return isinstance(module, PackedLinear) and tensor in module.PACKED
+        return isinstance(module, PackedLinear) and tensor in module.kind.names
 
     def _error(self, model: Any, reason: str) -> ModelError:
         return ModelError(f"{str(model.name_or_path)!r}: {reason}")
@@ -173,7 +171,7 @@ def pack_(
     Args:
         tables: the layout for head and embedding; they stay as they are if unset.
         grids: {layer: where its weights lie}, for a quantised layout.
-        options: of the layout's `from_dense`.
+        options: of the kind's `pack`.
 
     Returns:
         The layers that the layout would round too much, and that are packed exactly instead; and {layer: its dense
@@ -183,18 +181,17 @@ def pack_(
         UsageError: the layout cannot hold a weight.
         ModelError: a name is not that of a linear layer, or a weight is not finite.
     """
+    kind: Any = LAYOUTS[layout].kind
+    other = LAYOUTS[layout].exact
     layers, exact = {}, []
     for name in names:
         dense = linear_layer(model, name)
-        weight = weight_matrix(dense).detach()
+        weight, grid = weight_matrix(dense).detach(), (grids or {}).get(name)
+        own = {"grid": grid} if grid is not None and kind.holds(grid) else {}
         try:
-            kind: Any = LAYOUTS[layout].layer
-            grid = (grids or {}).get(name)
-            own = {"grid": grid} if grid is not None and kind.holds(grid) else {}
-            packed = kind.from_dense(weight, dense.bias, **options, **own)
-            other = LAYOUTS[layout].exact
-            if other is not None and packed.error(weight) > packed.LARGEST_ERROR:
-                packed = LAYOUTS[other].layer.from_dense(weight, dense.bias)
+            packed = PackedLinear.from_dense(layout, weight, dense.bias, **options, **own)
+            if other is not None and packed.error(weight) > packed.largest_error:
+                packed = PackedLinear.from_dense(other, weight, dense.bias)
                 exact.append(name)
         except ModelError as error:
             raise ModelError(f"{name}.{error}") from error
@@ -212,7 +209,7 @@ def pack_(
 
 
 def _described(packed: PackedLinear, layout: str) -> dict[str, Any]:
-    return packed.description() | ({} if layout == packed.LAYOUT else {"layout": packed.LAYOUT})
+    return packed.description() | ({} if layout == packed.layout else {"layout": packed.layout})
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
@@ -245,12 +242,93 @@ def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) 
     shape, bias = list(weight_matrix(dense).shape), getattr(dense, "bias", None) is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
-    layout = description.get("layout", layout)
-    check_described(layout, {"": description})
-    others = {key: value for key, value in description.items() if key not in ("shape", "bias", "layout")}
-    try:
-        layer = LAYOUTS[layout].layer(shape, bias, dtype or torch.float32, "meta", **others)
-    except TypeError as error:
-        raise ModelError(f"it is described as {description!r}; {error}") from error
+    layer = PackedLinear.described(layout, description, dtype or torch.float32)
     layer.transposed, layer.loading = is_transposed(dense), True
     return layer
+
+
+def own_layer(embedding: str) -> str:
+    """The name of the layer in an embedding that has one of its own."""
+    return f"{embedding}.{OWN}"
+
+
+def pack_tables_(model: Any, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Replace head and embedding of a model, in place, where they are of the plain kinds and the layout can hold them.
+
+    Returns:
+        {packed layer: the dense weight}, and {embedding: the layer whose rows it looks up}.
+    """
+    head, embedding = head_and_embedding(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+    plain = type(embedding) is nn.Embedding  # others scale what they look up
+    dense: dict[str, Tensor] = {}
+    embeddings: dict[str, str] = {}
+    if type(head) is nn.Linear and (plain or not tied) and (packed := _packed(head, layout)):
+        dense[names[id(head)]] = head.weight.detach()
+        model.set_submodule(names[id(head)], packed)
+        if tied:
+            embeddings[names[id(embedding)]] = names[id(head)]
+            model.set_submodule(names[id(embedding)], PackedEmbedding(packed, own=False))
+    if type(embedding) is nn.Embedding and not tied and (packed := _packed(embedding, layout)):
+        name = names[id(embedding)]
+        dense[own_layer(name)], embeddings[name] = embedding.weight.detach(), own_layer(name)
+        model.set_submodule(name, PackedEmbedding(packed, own=True))
+    untie_(model, embeddings)
+    return dense, embeddings
+
+
+def _packed(module: Any, layout: str) -> PackedLinear | None:
+    weight = module.weight.detach()
+    packed = PackedLinear.from_dense(layout, weight, getattr(module, "bias", None))
+    return packed if packed.error(weight) <= packed.largest_error else None
+
+
+def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
+    """The embedding of that name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    module = dict(model.named_modules()).get(name)
+    if type(module) is not nn.Embedding:
+        raise ModelError(f"{type(model).__name__} has no embedding {name!r}")
+    return module
+
+
+def look_up_(model: Any, embeddings: dict[str, str]) -> None:
+    """Let embeddings look up rows of packed layers of the model, in place.
+
+    Raises:
+        ModelError: a name is not that of an embedding, or of a packed layer of its shape.
+    """
+    for name, layer in embeddings.items():
+        if layer == own_layer(name):
+            continue
+        embedding, rows = dense_embedding(model, name), dict(model.named_modules()).get(layer)
+        if not isinstance(rows, PackedLinear) or embedding.weight.shape != (rows.out_features, rows.in_features):
+            raise ModelError(f"embedding {name!r}: {layer!r} is no packed layer of its shape")
+        model.set_submodule(name, PackedEmbedding(rows, own=False))
+    untie_(model, embeddings)
+
+
+def untie_(model: Any, embeddings: dict[str, str]) -> None:
+    """Have transformers no longer tie weights that are one packed layer now."""
+    gone = {f"{name}.weight" for pair in embeddings.items() for name in pair}
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if isinstance(pairs := getattr(model, attribute, None), dict):
+            left = {target: source for target, source in pairs.items() if not {target, source} & gone}
+            setattr(model, attribute, left)
+
+
+def check_embeddings(embeddings: Any, layers: dict[str, Any]) -> None:
+    """Hold what a folder's config.json says of embeddings against what it says of layers.
+
+    Raises:
+        ModelError: it names no layer for one.
+    """
+    if not isinstance(embeddings, dict) or not all(isinstance(layer, str) for layer in embeddings.values()):
+        raise ModelError("quantization_config does not say which layer holds the rows of an embedding; it is damaged")
+    for name, layer in embeddings.items():
+        if layer not in layers:
+            raise ModelError(f"quantization_config, embedding {name!r}: {layer!r} is not among the packed layers")

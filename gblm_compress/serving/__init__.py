@@ -1,1 +1,1 @@
-"""How engines of others serve packed folders: `vllm_plugin` is what vLLM calls, over `vllm_layers` and `parts`."""
+"""Packed folders in other engines: vLLM calls `vllm_plugin`, which loads `vllm_layers`."""

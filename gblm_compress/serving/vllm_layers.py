@@ -1,7 +1,7 @@
-"""Packed layers in vLLM: its quantisation method of the name that stands in a packed folder's config.json.
+"""Packed layers in vLLM: the quantisation method that a packed folder's config.json names.
 
-vLLM merges layers (q, k and v; gate and up) and shards them over processes. Which rows and columns a process holds is
-asked of vLLM's own loaders: they are handed numbers in the place of weights.
+vLLM merges layers (q, k and v; gate and up) and shards them over processes. Its own loaders tell which rows and columns
+a process holds: they are given numbers in the place of weights.
 """
 
 import re
@@ -23,8 +23,8 @@ from gblm_compress.layouts import LAYOUTS, check_described
 from gblm_compress.layouts.packed import DTYPES
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import SPARSE_METHOD
-from gblm_compress.serving.parts import DENSE, Parts
 
+DENSE = "weight"  # of a part that was not pruned, beside others that were
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 
@@ -93,6 +93,9 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """How vLLM fills and runs a layer that is packed, in part at least.
 
+    A part is one layer of the folder. The share of this process is cut out as soon as the tensors of a part are there,
+    and stays packed: a file that is mapped into memory is not held, and no dense weight is made.
+
     Args:
         layout: one of `LAYOUTS`.
         prefix: vLLM's name of the layer.
@@ -100,7 +103,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """
 
     def __init__(self, layout: str, prefix: str, described: list[dict[str, Any]]) -> None:
-        self.kind, self.prefix, self.described = LAYOUTS[layout].layer, prefix, described
+        self.layout, self.kind, self.prefix, self.described = layout, LAYOUTS[layout].kind, prefix, described
 
     def create_weights(
         self,
@@ -114,39 +117,65 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         weight_loader: Callable[..., None],
         **_: Any,
     ) -> None:
+        self.rows, self.columns, self.inputs = sum(output_partition_sizes), range(input_size), input_size
+        self.dtype, self._place = params_dtype, partial(_places, weight_loader, "output_dim", self.rows)
+        self._read: dict[Hashable, dict[str, Tensor]] = {}
+        self._shares: dict[int, PackedLinear] | None = {}
         with self._named_errors():
-            empty = _empty(self.kind, self.described[0], params_dtype)
-            rows = sum(output_partition_sizes)
-            columns = range(input_size)
+            empty = PackedLinear.described(self.layout, self.described[0], params_dtype)
             if input_size_per_partition != input_size:
                 found = _places(weight_loader, "input_dim", input_size_per_partition, input_size, None)
-                columns = range(int(found[0]), int(found[-1]) + 1)
-        place = partial(_places, weight_loader, "output_dim", rows)
-        self.parts: Parts | None = Parts(self.kind, rows, columns, input_size, place, self.described[0].get("group"))
-        self.dtype = params_dtype
-        dtypes = {**{name: empty.get_buffer(name).dtype for name in self.kind.PACKED}, DENSE: params_dtype}
-        for name, dtype in dtypes.items():
+                self.columns = range(int(found[0]), int(found[-1]) + 1)
+        self._packing: dict[str, Any] = {} if empty.group is None else {"group": empty.group}
+        for name, dtype in {**{name: held.dtype for name, held in empty.held.items()}, DENSE: params_dtype}.items():
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": partial(self._take, name)})
             layer.register_parameter(name, parameter)
 
     def _take(self, name: str, parameter: nn.Parameter, tensor: Tensor, shard: Hashable = None) -> None:
-        if self.parts is None:
+        if self._shares is None:
             raise ModelError(f"{self.prefix}: packed weights cannot be loaded a second time; start vLLM anew")
-        with self._named_errors():
-            self.parts.take(name, tensor, shard)
+        read = self._read.setdefault(shard, {})
+        read[name] = tensor
+        if DENSE in read or all(name in read for name in self.kind.names):
+            with self._named_errors():
+                part = self._part(self._read.pop(shard))
+                for first, rows in _runs(self._place(part.out_features, shard)):
+                    self._shares[first] = part.cut(rows, self.columns)
+
+    def _part(self, read: dict[str, Tensor]) -> PackedLinear:
+        """The packed layer of the tensors of a part."""
+        if DENSE in read:
+            part = PackedLinear.from_dense(self.layout, read[DENSE], **self._packing)
+            if (error := part.error(read[DENSE])) > part.largest_error:
+                raise ModelError(
+                    f"a layer beside packed ones was left dense, and the {self.layout} layout would change it by "
+                    f"{100 * error:.0f} %; export to bitmask, or prune all layers that the engine merges"
+                )
+        else:
+            rows = (*read[self.kind.names[0]].shape, 0)[0]
+            part = PackedLinear.holding(self.layout, (rows, self.inputs), read)
+            part.check()
+        if part.in_features != self.inputs:
+            raise ModelError(f"{DENSE}: {part.in_features} columns; the model's has {self.inputs}")
+        return part
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if self.parts is None:
+        if self._shares is None:
             return
         device = layer.get_parameter(DENSE).device
-        for name in (*self.kind.PACKED, DENSE):
+        for name in (*self.kind.names, DENSE):
             delattr(layer, name)
         with self._named_errors():
-            packed = self.parts.whole(device, self.dtype)
-        self.parts = None
+            if sum(share.out_features for share in self._shares.values()) != self.rows:
+                raise ModelError("a tensor of it is not in the folder, so it is incomplete")
+            shares = [self._shares.pop(first) for first in sorted(self._shares)]
+            packed = shares[0] if len(shares) == 1 else PackedLinear.stack(shares)
+            packed = packed.to(device=device, dtype=self.dtype)
+            packed.prepare()
+        self._shares = None
         layer.add_module("packed", packed)
-        logger.info_once(f"gblm-compress: {packed.LAYOUT} weights on {device.type}, one token: {packed.kernel(1)}")
+        logger.info_once(f"gblm-compress: {packed.layout} weights on {device.type}, one token: {packed.kernel(1)}")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         packed: Any = layer.get_submodule("packed")
@@ -160,15 +189,14 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise type(error)(f"{self.prefix}: {error}") from error
 
 
-def _empty(kind: type[PackedLinear], description: Any, dtype: torch.dtype) -> PackedLinear:
-    """A layer of that description without values."""
-    try:
-        sizes = {key: value for key, value in description.items() if key != "layout"}
-        return kind(**{"dtype": dtype, "device": "meta", **sizes})
-    except TypeError as error:
-        raise ModelError(
-            f"it is described as {description!r}; {error}; a newer gblm-compress may have packed it"
-        ) from error
+def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
+    """Where rows of a part lie without gaps: (first row in vLLM's layer, rows of the part)."""
+    pairs = [(row, int(places[row])) for row in (places >= 0).nonzero().flatten().tolist()]
+    while pairs:
+        row, source = pairs[0]
+        length = next((i for i, pair in enumerate(pairs) if pair != (row + i, source + i)), len(pairs))
+        yield row, range(source, source + length)
+        pairs = pairs[length:]
 
 
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:

@@ -20,7 +20,7 @@ from gblm_compress.exporters import (
 )
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
-from gblm_compress.layouts.bitmask import pack
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
@@ -325,8 +325,8 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     array = np.zeros((2, 64), np.float32)
     array[1, 2], array[0, 5] = 5.0, 7.0
     if kernels:
-        mask, values = (tensor.numpy() for tensor in pack(torch.from_numpy(array)))
-        packed = {".mask": mask, ".nonzeros": values, ".starts": np.array([0, 1])}
+        held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
+        packed = {".mask": held["mask"].numpy(), ".nonzeros": held["values"].numpy(), ".starts": np.array([0, 1])}
     else:
         mask, values = onnx_bitmask.encode(array)
         packed = {".mask": mask, ".nonzeros": values}

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
-from gblm_compress.layouts.bitmask_quantised import BitmaskInt8Linear
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.torch_runtime import TorchRuntime
 from gblm_compress.models.loading import load_model
@@ -111,7 +111,8 @@ def test_int8_rounds_each_row_by_its_largest_weight(pruned, tmp_path, progress) 
 def test_layers_of_which_rounding_moved_much_are_named(pruned, tmp_path, progress, monkeypatch) -> None:
     plain, _ = exported(pruned, tmp_path / "plain", progress, quantise="int8")
     assert 0 < plain.checks["largest_rounding_error"] < 0.03 and "layers_rounded_much" not in plain.checks
-    monkeypatch.setattr(BitmaskInt8Linear, "LARGEST_ERROR", plain.checks["largest_rounding_error"] * 0.999)
+    kind, limit = LAYOUTS["bitmask-int8"].kind, plain.checks["largest_rounding_error"] * 0.999
+    monkeypatch.setattr(kind, "largest_error", limit)
     named, _ = exported(pruned, tmp_path / "named", progress, quantise="int8")
     names = named.checks["layers_rounded_much"]
     assert 0 < len(names) < 14 and all(name.endswith("down_proj") for name in names)

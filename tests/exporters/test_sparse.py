@@ -14,10 +14,8 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.exporters import sparse as exporters_sparse
-from gblm_compress.layouts.bitmask import BitmaskLinear
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.layouts.sparse24 import Sparse24Linear
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
@@ -103,16 +101,16 @@ def exported(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto"
 @pytest.mark.parametrize(
     ("format", "pattern", "layer"),
     [
-        ("bitmask", "unstructured", BitmaskLinear),
-        ("bitmask", "2:4", BitmaskLinear),
-        ("semi-structured", "2:4", Sparse24Linear),
+        ("bitmask", "unstructured", "bitmask"),
+        ("bitmask", "2:4", "bitmask"),
+        ("semi-structured", "2:4", "sparse24"),
     ],
 )
 def test_from_pretrained_gives_the_sparse_model(kind, format, pattern, layer, tiny, tmp_path, progress) -> None:
     source, folder, result = exported(tiny, tmp_path, progress, kind, pattern, format=format)
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
-    sparse = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
-    assert all(isinstance(module, PackedLinear) for module in sparse.values())
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert all(module.layout == layer for module in sparse.values())
     assert len(sparse) == result.checks["packed_layers"] == {"gpt2": 8, "opt": 12}.get(kind, 14)
     for name, tensor in dense.state_dict().items():
         if name.removesuffix(".weight") not in sparse:
@@ -163,7 +161,7 @@ def test_in_a_new_process_whatever_is_imported_first(tiny, tmp_path, progress) -
     _, folder, _ = exported(tiny, tmp_path, progress)
     load = (
         f"m = transformers.AutoModelForCausalLM.from_pretrained({str(folder.folder)!r}); "
-        "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'BitmaskLinear'"
+        "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'PackedLinear'"
     )
     for imports in (
         "import gblm_compress, transformers",
@@ -195,7 +193,7 @@ def test_lm_eval_loads_the_folder_by_itself(tiny, tmp_path, progress) -> None:
     for model in (source, folder):
         lm = HFLM(pretrained=str(model.folder), device="cpu", dtype="float32", batch_size=2)
         found.append([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
-    assert isinstance(lm.model.model.layers[0].mlp.up_proj, BitmaskLinear)
+    assert isinstance(lm.model.model.layers[0].mlp.up_proj, PackedLinear)
     assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][0] != found[0][1]
 
 
@@ -354,8 +352,8 @@ DAMAGES = {
         (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
         (replaced(f"{K}.values", lambda values: None), rf"{K}\.values: no such tensor"),
         (replaced("model.norm.weight", lambda weight: None), r"model\.norm\.weight: no such tensor"),
-        (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask has 8192 bits"),
-        (replaced(f"{UP}.mask", lambda mask: mask ^ 1), rf"{UP}\.values: shape \[4160\]; the mask has 4... bits"),
+        (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask takes \[8256\]"),
+        (replaced(f"{UP}.mask", lambda mask: mask ^ 1), rf"{UP}\.values: shape \[4160\]; the mask takes \[4...\]"),
         (replaced(f"{UP}.mask", lambda mask: mask[1:]), rf"{UP}\.mask: int64 \[127, 1\]; needs int64 \[128, 1\]"),
         (replaced(f"{UP}.mask", lambda mask: mask.view(torch.int32)), rf"{UP}\.mask: int32 \[128, 2\]; needs int64"),
         (replaced(f"{UP}.mask", lambda mask: mask.T), rf"{UP}\.mask: int64 \[1, 128\]; needs"),
@@ -367,7 +365,7 @@ DAMAGES = {
         (replaced(f"{K}.values", with_value(5, NAN)), rf"{K}\.values: holds NaN or infinite"),
         (replaced(f"{K}.values", with_value(0, INFINITY)), rf"{K}\.values: holds NaN or infinite"),
         (replaced(f"{K}.values", with_value(1087, 1.0)), rf"{K}\.values: the last 64 must be zeros"),
-        (of_layer(nonzeros=-64), rf"layer '{UP}': nonzeros -64 is no number of weights"),
+        (of_layer(nonzeros=-64), rf"layer '{UP}': nonzeros -64 is no number of values"),
         (of_layer(nonzeros=1e300), rf"layer '{UP}': nonzeros 1e\+300 is no number"),
         (of_layer(nonzeros=True), rf"layer '{UP}': nonzeros True is no number"),
         (of_layer(nonzeros=10**18), rf"layer '{UP}': nonzeros 1000000000000000000 is no number"),
@@ -457,10 +455,10 @@ def test_zeros_of_either_sign_may_be_stored(format, sound, tmp_path) -> None:
         assert not layer.dense_weight().any() and not layer(torch.randn(3, 64)).any()
 
 
-@pytest.mark.parametrize(("format", "layer"), [("bitmask", BitmaskLinear), ("semi-structured", Sparse24Linear)])
-def test_verification_notices_a_changed_weight(format, layer, tiny, tmp_path, progress, monkeypatch) -> None:
-    dense_weight = layer.dense_weight
-    monkeypatch.setattr(layer, "dense_weight", lambda self: dense_weight(self) * 1.001)
+@FORMATS
+def test_verification_notices_a_changed_weight(format, tiny, tmp_path, progress, monkeypatch) -> None:
+    dense_weight = PackedLinear.dense_weight
+    monkeypatch.setattr(PackedLinear, "dense_weight", lambda self: dense_weight(self) * 1.001)
     with pytest.raises(VerificationError, match=r"model\.layers\.0.*bit for bit"):
         exported(tiny, tmp_path, progress, format=format)
 
@@ -495,9 +493,8 @@ def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progre
 
 @FORMATS
 def test_verification_runs_the_reloaded_folder(format, tiny, tmp_path, progress, monkeypatch) -> None:
-    forward = {layer: layer.forward for layer in (BitmaskLinear, Sparse24Linear)}
-    for layer in forward:
-        monkeypatch.setattr(layer, "forward", lambda self, x: forward[type(self)](self, x) * 1.001)
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
     with pytest.raises(VerificationError, match="predictions of the reloaded folder and its source differ by"):
         exported(tiny, tmp_path, progress, format=format)
     assert not (tmp_path / "sparse").exists()

@@ -1,73 +1,169 @@
-"""Every path of the compiled kernels against a product in float64, forced one by one."""
+"""The compiled kernels, every path forced, against products in float64; and the threads that they borrow."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gblm_compress.errors import UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
-from gblm_compress.layouts.bitmask import pack
-from gblm_compress.layouts.bitmask_cpu import linear_by_tiles
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+QUANTISED = [name for name, layout in LAYOUTS.items() if layout.width]
 SUM_TOLERANCE = 1e-5  # of Σ |x·w|: sums are float32, and products of 16 bit are exact there; y is rounded once more
 SHAPES = [(1, 1), (3, 5), (7, 64), (33, 100), (65, 128), (16, 576), (5, 1500)]
 MANY = (1, 9, 16, 33, 70, 90, 127, 128, 129, 300)
+MOST_COLUMNS = 1 << 16  # of a row of levels
+OF_LEVELS = cpu.paths(torch.int8)
 
 
-def weight_of(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def bitmask(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, cpu.Bitmask]:
+    """A weight with half zeros, an empty and a full row, dense and as kernels read it."""
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     weight = torch.randn(rows, columns, generator=generator)
     weight[torch.rand(rows, columns, generator=generator) < 0.5] = 0
     if rows > 2:
-        weight[1], weight[2] = 0, 1  # an empty and a full row
-    return weight.to(dtype)
+        weight[1], weight[2] = 0, 1
+    held = LAYOUTS["bitmask"].kind.pack(weight.to(dtype))
+    return weight.to(dtype), cpu.Bitmask(held["mask"], held["values"], row_starts(held["mask"]), columns)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("path", cpu.PATHS)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_linear_and_expand(dtype: torch.dtype, path: str, threads: int) -> None:
-    if path not in cpu.paths(dtype):
-        pytest.skip(f"this CPU has no {path} path for {dtype}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for rows, columns in SHAPES:
-            weight = weight_of(rows, columns, dtype)
-            mask, values = pack(weight)
-            starts = row_starts(mask)
-            many = MANY if cpu.has_many(dtype, path) else ()
-            for tokens in (*range(1, cpu.FEW_TOKENS + 1), *many):
-                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-                got = cpu.linear(x, mask, values, starts, path, many=tokens > cpu.FEW_TOKENS)
-                assert got.dtype == dtype
-                expected = x.double() @ weight.double().T
-                scale = SUM_TOLERANCE * (x.double().abs() @ weight.double().abs().T)
-                rounding = torch.finfo(dtype).eps * expected.abs()
-                assert ((got.double() - expected).abs() <= scale + rounding + 1e-30).all(), (rows, columns, tokens)
+@pytest.mark.parametrize(("dtype", "path"), [(dtype, path) for dtype in DTYPES for path in cpu.paths(dtype)], ids=str)
+def test_products_and_rows(dtype: torch.dtype, path: str, threads: int) -> None:
+    for rows, columns in SHAPES:
+        weight, packed = bitmask(rows, columns, dtype)
+        for tokens in (*range(1, cpu.FEW_TOKENS + 1), *(MANY if cpu.has_many(dtype, path) else ())):
+            x = inputs(tokens, columns, dtype)
+            got = packed.linear(x, path, many=tokens > cpu.FEW_TOKENS)
+            assert got.dtype == dtype
+            expected = x.double() @ weight.double().T
+            scale = SUM_TOLERANCE * (x.double().abs() @ weight.double().abs().T)
+            rounding = torch.finfo(dtype).eps * expected.abs()
+            assert ((got.double() - expected).abs() <= scale + rounding + 1e-30).all(), (rows, columns, tokens)
+        assert torch.equal(packed.expand(0, torch.full((rows, columns), 7.0, dtype=dtype), path), weight)
+        assert torch.equal(packed.expand(rows - 1, torch.full((1, columns), 7.0, dtype=dtype), path), weight[-1:])
+
+
+@cache
+def levels(layout: str, rows: int, columns: int, group: int | None) -> tuple[Tensor, Any]:
+    """A weight on a random grid, [rows, columns] in float64 by a plain loop, and the same as kernels read it."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    keep = torch.rand(rows, columns, generator=generator) < 0.5
+    if LAYOUTS[layout].pattern:
+        score = torch.rand(rows, columns, generator=generator)
+        keep = Pattern("2:4").mask(score, score, 0.5)
+    elif rows > 2:
+        keep[1], keep[2] = False, True  # an empty and a full row
+    count = 16 if layout.endswith("int4") else 255
+    table = (torch.randperm(255, generator=generator)[:count] - 127).sort().values.to(torch.int8)
+    scales = (torch.rand(rows, 1 if group is None else -(-columns // group), generator=generator) + 0.01).half() / 100
+    codes = torch.randint(0, count, (rows, columns), generator=generator)
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(columns):
+            if keep[row, column] and scales[row].all():
+                scale = scales[row, 0 if group is None else column // group]
+                weight[row, column] = float(scale) * int(table[codes[row, column]])
+    layer: Any = PackedLinear.from_dense(layout, weight.float(), grid=Grid(scales, table, group))
+    return weight, layer._weight
+
+
+@pytest.mark.parametrize("layout", QUANTISED)
+@pytest.mark.parametrize("group", [None, 32, 64, 128])
+@pytest.mark.parametrize("path", OF_LEVELS)
+def test_products_and_rows_of_levels(layout: str, group: int | None, path: str) -> None:
+    for rows, columns in (*SHAPES, (9, 128), (65, 130), (4, 4500)):
+        columns += -columns % 4 if LAYOUTS[layout].pattern else 0
+        weight, quantised = levels(layout, rows, columns, group)
+        for dtype in DTYPES:
             out = torch.full((rows, columns), 7.0, dtype=dtype)
-            assert torch.equal(cpu.expand(mask, values, starts, columns, 0, out, path), weight)
-            part = torch.full((1, columns), 7.0, dtype=dtype)
-            assert torch.equal(cpu.expand(mask, values, starts, columns, rows - 1, part, path), weight[-1:])
-    finally:
-        torch.set_num_threads(before)
+            assert torch.equal(quantised.expand(0, out, path), weight.to(dtype))
+            last = torch.full((1, columns), 7.0, dtype=dtype)
+            assert torch.equal(quantised.expand(rows - 1, last, path), weight[-1:].to(dtype))
+            for tokens in (*range(1, 9), 9, 17, 100) if columns < 1000 else (1, 3, 9, 97):
+                x = inputs(tokens, columns, dtype)
+                x[:, ::7] *= 30  # outliers
+                got = quantised.linear(x, path)
+                assert got.dtype == dtype
+                expected = x.double() @ weight.T
+                # half a step of x, sums in float32, and y once more
+                step = x.double().abs().amax(1, keepdim=True) / 32767
+                allowed = 0.51 * step * weight.abs().sum(1) + 2e-6 * (x.double().abs() @ weight.abs().T)
+                allowed += torch.finfo(dtype).eps * expected.abs() + 1e-30
+                assert ((got.double() - expected).abs() <= allowed).all(), (rows, columns, dtype, tokens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tiles_are_the_dense_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gblm_compress.layouts.bitmask_cpu.TILE_BYTES", 20_000)  # several tiles, the last one ragged
-    weight = weight_of(65, 128, dtype)
-    mask, values = pack(weight)
-    x = torch.randn(19, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    torch.testing.assert_close(linear_by_tiles(x, mask, values, row_starts(mask)), x @ weight.T)
+@pytest.mark.parametrize("path", OF_LEVELS)
+def test_inputs_that_are_no_ordinary_numbers(path: str) -> None:
+    weight, quantised = levels("bitmask-int8", 8, 100, None)
+    x = torch.zeros(6, 100)
+    x[1, 3], x[2, 5], x[3, 7], x[4, 9] = float("nan"), float("inf"), 1e30, 1e-38
+    x[5] = torch.linspace(-1e-20, 1e-20, 100)
+    y = quantised.linear(x, path)
+    assert not y[0].any() and y[1:3].isnan().all() and not y[4].any()
+    torch.testing.assert_close(y[[3, 5]], (x[[3, 5]].double() @ weight.T).float(), rtol=1e-3, atol=1e-24)
+
+
+@pytest.mark.parametrize("layout", QUANTISED)
+def test_no_integer_overflows(layout: str) -> None:
+    """As many columns as a kernel takes, all of the largest level."""
+    table = torch.arange(112, 128, dtype=torch.int8) if layout.endswith("int4") else torch.arange(-127, 128).char()
+    weight = torch.full((1, MOST_COLUMNS), 127.0)
+    if LAYOUTS[layout].pattern:
+        weight[:, ::2] = 0.0
+    layer: Any = PackedLinear.from_dense(layout, weight, grid=Grid(torch.ones(1, 1).half(), table, None))
+    expected = 127 * int(layer.dense_weight().count_nonzero())
+    for path in OF_LEVELS:
+        for sign in (-1.0, 1.0):
+            y = layer._weight.linear(torch.full((1, MOST_COLUMNS), sign), path)
+            assert float(y) == pytest.approx(sign * expected, rel=1e-5)
+
+
+def test_levels_on_any_number_of_threads(threads: int) -> None:
+    weight, quantised = levels("bitmask-int4", 33, 100, 64)
+    for tokens in (1, 20):
+        x = inputs(tokens, 100)
+        expected = (x.double() @ weight.T).float()
+        torch.testing.assert_close(quantised.linear(x), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(quantised.expand(0, torch.full((33, 100), 7.0)), weight.float())
+
+
+@pytest.mark.parametrize("packed", [bitmask(8, 100, torch.float32)[1], levels("bitmask-int8", 8, 100, None)[1]])
+def test_unfit_tensors_are_refused(packed: Any) -> None:
+    for x in (torch.ones(1, 101), torch.ones(1, 100, dtype=torch.float64), torch.ones(1, 100, device="meta")):
+        with pytest.raises(ValueError, match="the weight (has 100|is torch.float32 on the CPU with 100)"):
+            packed.linear(x)
+    for first, out in ((0, torch.ones(9, 100)), (-1, torch.ones(1, 100)), (0, torch.ones(1, 99))):
+        with pytest.raises(ValueError, match="rows .* of 8 into"):
+            packed.expand(first, out)
+    with pytest.raises(ValueError, match="no kernel neon"):
+        packed.linear(torch.ones(1, 100), "neon")
 
 
 def test_threads_are_torchs_own() -> None:
@@ -104,13 +200,11 @@ PRODUCTS = """
 import threading
 import torch
 from gblm_compress.kernels import cpu
-from gblm_compress.kernels.masks import row_starts
-from gblm_compress.layouts.bitmask import pack
+from gblm_compress.layouts.packed_linear import PackedLinear
 
 torch.set_num_threads(4)
-weight = torch.randn(65, 200) * (torch.rand(65, 200) < 0.5)
-mask, values = pack(weight.add(0.0))
-starts = row_starts(mask)
+weight = (torch.randn(65, 200) * (torch.rand(65, 200) < 0.5)).add(0.0)
+packed = PackedLinear.from_dense("bitmask", weight)._weight
 
 
 def products():
@@ -119,10 +213,10 @@ def products():
             if tokens <= cpu.FEW_TOKENS or cpu.has_many(torch.float32, path):
                 x = torch.randn(tokens, 200)
                 torch.full((1 << 12,), 1e9)  # what a result that is not written would hold
-                y = cpu.linear(x, mask, values, starts, path, many=tokens > cpu.FEW_TOKENS)
+                y = packed.linear(x, path, many=tokens > cpu.FEW_TOKENS)
                 wrong = (y - x @ weight.T).abs().max()
                 assert wrong < 1e-3, (tokens, path, wrong)
-            assert torch.equal(cpu.expand(mask, values, starts, 200, 0, torch.full((65, 200), 7.0), path), weight)
+            assert torch.equal(packed.expand(0, torch.full((65, 200), 7.0), path), weight)
 """
 
 

@@ -20,25 +20,25 @@ CHECK = """
 import itertools, sys, torch
 import tests.triton_interpreter
 from gblm_compress.kernels import gpu
-from gblm_compress.kernels.gpu import Packed
-from gblm_compress.layouts import LAYOUTS, bitmask, packed as packed_tensors, sparse24
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed import same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 
 layout = sys.argv[1]
-grouped = "int" in layout
+kind = LAYOUTS[layout].kind
+grouped = bool(kind.width)
 ragged = (9, 300) if LAYOUTS[layout].pattern else (9, 301)
 
 
-def quantised(weight, group):
-    # on a random grid: restored, and as a layer on a GPU hands it to the kernels
-    kind = LAYOUTS[layout].layer
-    table = torch.arange(-127, 128) if kind.KIND == "int8" else torch.arange(-45, 50, 6)  # none is zero
+def on_a_grid(weight, group):
+    table = torch.arange(-127, 128) if kind.width == 8 else torch.arange(-45, 50, 6)  # none is zero
     scales = torch.rand(len(weight), 1 if group is None else -(-weight.shape[1] // group), generator=generator)
-    layer = kind.rounded(weight, grid=Grid((scales / 40 + 0.01).half(), table.char(), group))
-    if layer.PACKED[-1] == "levels" and len(weight) > 5:  # a table for each row, as of stacked layers
-        layer.levels = layer.levels + torch.arange(len(weight)).char()[:, None]
-    return layer.dense_weight(), layer.for_gpu()
+    held = kind.pack(weight, grid=Grid((scales / 40 + 0.01).half(), table.char(), group))
+    if kind.width == 4 and len(weight) > 5:  # a table for each row, as of stacked layers
+        held["levels"] = held["levels"] + torch.arange(len(weight)).char()[:, None]
+    return held
 
 
 sizes = (1, 4), (5, 64), ragged, (19, 1032)
@@ -53,22 +53,17 @@ for dtype, (rows, columns) in itertools.product((torch.float16, torch.bfloat16),
             weight[2] = 1
     weight = weight.to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype)
-    if grouped:
-        weight, packed = quantised(weight, {5: 32, 19: 64, 1: 128}.get(rows))
-    elif layout == "sparse24":
-        values, positions = sparse24.pack(weight)
-        packed = Packed(layout, values, positions, values, (rows, columns))
-    else:
-        mask, values = bitmask.pack(weight)
-        packed = Packed(layout, values, mask, gpu.block_starts(mask), (rows, columns))
-    assert packed_tensors.same_bits(gpu.expand(packed), weight)
+    held = on_a_grid(weight, {5: 32, 19: 64, 1: 128}.get(rows)) if grouped else kind.pack(weight)
+    layer = PackedLinear.holding(layout, (rows, columns), held, dtype)
+    weight, packed = layer.dense_weight(), layer.for_gpu()
+    assert same_bits(gpu.expand(packed), weight)
     for tokens in (1, 33) if rows > 10 else (1, 16) if grouped else (1, 2, 16):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         for given in (None, bias) if rows == 9 else (bias,):
             expected = x.double() @ weight.double().T + (0 if given is None else given.double())
             # sums are float32; y is rounded once
             error = 1e-5 * (x.double().abs() @ weight.double().abs().T) + torch.finfo(dtype).eps * expected.abs()
-            for tiling in gpu.tilings(layout, tokens)[:: 2 if grouped else 1]:  # a layout of 16 bits has them too
+            for tiling in gpu.tilings(kind.mask.stored, tokens)[:: 2 if grouped else 1]:  # 16 bits have them too
                 got = gpu.linear(x, packed, given, tiling)
                 assert got.shape == expected.shape and got.dtype == dtype
                 wrong = ((got.double() - expected).abs() > error + 1e-30).sum()
@@ -91,20 +86,18 @@ def test_against_the_dense_product(layout: str) -> None:
 def test_tilings_for_every_number_of_tokens() -> None:
     from gblm_compress.kernels import gpu
 
-    assert set(gpu.FORMS) == set(LAYOUTS)
-    for layout, form in gpu.FORMS.items():
-        assert gpu.tilings(layout, 1) == list(form.tilings)
+    for stored, tilings in gpu.TILINGS.items():
+        assert gpu.tilings(stored, 1) == list(tilings)
         for tokens in (3, 16, gpu.MAX_TOKENS):
-            assert gpu.tilings(layout, tokens) and all(t.tensor_cores for t in gpu.tilings(layout, tokens))
-        assert not gpu.tilings(layout, gpu.MAX_TOKENS + 1)
+            assert gpu.tilings(stored, tokens) and all(t.tensor_cores for t in gpu.tilings(stored, tokens))
+        assert not gpu.tilings(stored, gpu.MAX_TOKENS + 1)
 
 
 def test_block_starts_are_counts_of_what_stands_before() -> None:
     from gblm_compress.kernels import gpu
-    from gblm_compress.layouts.bitmask import pack
 
     weight = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).relu()
-    starts = gpu.block_starts(pack(weight)[0])
+    starts = gpu.block_starts(LAYOUTS["bitmask"].kind.pack(weight)["mask"])
     flat = (weight != 0).flatten()
     assert starts.tolist() == [
         [int(flat[: row * 700 + first].sum()) for first in range(0, 700, gpu.GRAIN)] for row in range(5)
@@ -133,9 +126,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
 
 
 def _types(layout: str, element: str, result: str) -> dict[str, str]:
-    from gblm_compress.kernels.gpu import FORMS
-
-    stored, width, _ = FORMS[layout]
+    stored, width = LAYOUTS[layout].kind.mask.stored, LAYOUTS[layout].width or 16
     values = {
         "mask": {16: f"*{element}", 8: "*i8", 4: "*u8"},
         "two of four": {16: "*i32", 8: "*i16", 4: "*u8"},
@@ -148,9 +139,7 @@ def _types(layout: str, element: str, result: str) -> dict[str, str]:
 
 
 def _constants(layout: str) -> dict[str, object]:
-    from gblm_compress.kernels.gpu import FORMS
-
-    stored, width, _ = FORMS[layout]
+    stored, width = LAYOUTS[layout].kind.mask.stored, LAYOUTS[layout].width or 16
     return {"STORED": stored, "WIDTH": width, "GROUP": 0 if width == 16 else 64}
 
 
@@ -161,7 +150,8 @@ def _constants(layout: str) -> dict[str, object]:
 def test_every_tiling_compiles_for_an_h100(compiled, layout: str, element: str, tokens: int) -> None:
     from gblm_compress.kernels import gpu, gpu_programs
 
-    for tiling in gpu.tilings(layout, tokens)[:: 4 if LAYOUTS[layout].width else 1]:  # one of each kind
+    tilings = gpu.tilings(LAYOUTS[layout].kind.mask.stored, tokens)
+    for tiling in tilings[:: 4 if LAYOUTS[layout].width else 1]:  # one of each kind
         constants = _constants(layout) | {
             "TENSOR_CORES": tiling.tensor_cores,
             "BIAS": tiling.programs == 1,

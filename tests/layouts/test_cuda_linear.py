@@ -9,11 +9,11 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from gblm_compress.kernels import cpu
-from gblm_compress.layouts import LAYOUTS, bitmask, sparse24
-from gblm_compress.layouts.packed_linear import UNPACKED, PackedLinear
-from gblm_compress.layouts.quantised import scale_of
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import DERIVED, UNPACKED, PackedLinear, on_cuda
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.storage.cache import CACHE_VARIABLE
+from tests.layouts.weights import packed, sparse
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
 
@@ -27,47 +27,31 @@ WITH_KERNELS = pytest.mark.parametrize("layout", [name for name, entry in LAYOUT
 ALGORITHM = 7
 
 
-def two_four(rows: int, columns: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    return (weight * Pattern("2:4").mask(weight.abs(), weight, 0.5)).add(0.0).to(torch.bfloat16)
+def two_four(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return sparse("sparse24", rows, columns, dtype=dtype)
 
 
 def restored(layout: str, weight: Tensor) -> Tensor:
-    """The weight itself, or what a layout that rounds restores of it, which it then holds bit for bit."""
-    kind = LAYOUTS[layout].layer
-    if not LAYOUTS[layout].width:
-        return weight
-    once = kind.rounded(weight).dense_weight()
-    assert torch.equal(kind.rounded(once).dense_weight(), once)
-    return once
+    """The weight itself, or the points that it is rounded to, which are then held bit for bit."""
+    return packed(layout, weight).dense_weight()
 
 
-def packed(weight: Tensor, layout: str) -> "Packed":
-    shape = tuple(weight.shape)
-    if layout == "sparse24":
-        values, positions = sparse24.pack(weight)
-        return Packed(layout, values, positions, values, shape)
-    mask, values = bitmask.pack(weight)
-    return Packed(layout, values, mask, gpu.block_starts(mask), shape)
+def as_kernels_read_it(rows: int, columns: int, layout: str = "sparse24") -> "Packed":
+    return packed(layout, two_four(rows, columns)).for_gpu()
 
 
 def dense_of(weight: "Packed") -> Tensor:
-    if weight.scales is not None:
-        tensors = [weight.scales, weight.places, weight.values, weight.levels]
-        levels = LAYOUTS[weight.layout].layer.levels_of(tensors, weight.shape[1])
-        return (levels * scale_of(weight.scales, weight.shape[1])).to(weight.dtype)
-    if weight.layout == "sparse24":
-        return sparse24.unpack(weight.values, weight.places)
-    return bitmask.unpack(weight.places, weight.values, weight.shape[1])
+    mask = LAYOUTS[weight.layout].kind.mask.name
+    held = {"scales": weight.scales, "levels": weight.levels, "values": weight.values}
+    if mask:
+        held[mask] = weight.places
+    return LAYOUTS[weight.layout].kind.unpack(held, weight.shape[1], weight.dtype)
 
 
 def product_on_cuda(layer: PackedLinear, x: Tensor) -> Tensor:
-    """What the layer's operator computes for tensors on CUDA, called with tensors that are not."""
-    tensors = [layer.get_buffer(name) for name in (*layer.PACKED, *layer.DERIVED)]
-    of_16_bits = {"bitmask": bitmask.linear_cuda, "sparse24": sparse24.linear_cuda}
-    product = of_16_bits.get(layer.LAYOUT) or layer.linear_cuda
-    return product(x, tensors, layer.bias, layer.out_features, layer.in_features, layer.crossover, layer.plan)
+    """What the operator computes for tensors on CUDA, called with tensors that are not."""
+    tensors = [layer.get_buffer(name) for name in (*layer.kind.names, *DERIVED)]
+    return on_cuda(x, tensors, layer.bias, layer.layout, list(layer.shape), layer.crossover, layer.plan)
 
 
 @pytest.fixture
@@ -77,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def linear(x, weight, bias, tiling):
         called.append("triton")
-        assert tiling in gpu.tilings(weight.layout, len(x))
+        assert tiling in gpu.tilings(weight.stored, len(x))
         return torch.nn.functional.linear(x, dense_of(weight), bias)
 
     def expand(weight):
@@ -92,11 +76,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def cutlass(values, order, inputs):
         called.append("cutlass")
         assert inputs.shape[1] % 8 == 0
-        positions = torch.empty_like(order).view(-1)
         rows, columns = values.shape[0], 2 * values.shape[1]
         places = cuda_linear._calculate_meta_reordering_scatter_offsets(rows, columns // 16, torch.int16, "cpu")
         positions = order.view(-1)[places].view(order.shape).view(torch.uint8)
-        return sparse24.unpack(values, positions) @ inputs
+        held = {"values": values, "positions": positions}
+        return LAYOUTS["sparse24"].kind.unpack(held, columns, values.dtype) @ inputs
 
     monkeypatch.setattr(gpu, "linear", linear)
     monkeypatch.setattr(gpu, "expand", expand)
@@ -117,7 +101,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
 
     def milliseconds(call) -> float:
         candidate = call.args[0]
-        tilings = gpu.FORMS[call.args[2].layout].tilings
+        tilings = gpu.TILINGS[call.args[2].stored]
         order = tilings.index(gpu.Tiling(*candidate.variant)) if candidate.kernel == "triton" else 0
         return times[candidate.kernel] + order / 1000
 
@@ -126,11 +110,12 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 192), (96, 128)])
 def test_the_cutlass_operand_is_what_torch_makes_of_the_dense_weight(shape: tuple[int, int]) -> None:
-    weight = two_four(*shape)
-    values, positions = sparse24.pack(weight)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = (weight * Pattern("2:4").mask(weight.abs(), weight, 0.5)).add(0.0).to(torch.bfloat16)
+    held = packed("sparse24", weight).held
     theirs, order = sparse_semi_structured_from_dense_cutlass(weight)
-    assert torch.equal(values, theirs)
-    assert torch.equal(cuda_linear.cutlass_operand(positions, shape), order)
+    assert torch.equal(held["values"], theirs)
+    assert torch.equal(cuda_linear.cutlass_operand(held["positions"], shape), order)
 
 
 def test_a_shape_that_cutlass_does_not_take() -> None:
@@ -146,10 +131,11 @@ def test_every_kernel_computes_the_same_product(calls, tokens: int, bias: bool) 
     given = torch.randn(32).to(torch.bfloat16) if bias else None
     x = torch.randn(tokens, 64).to(torch.bfloat16)
     expected = torch.nn.functional.linear(x, weight, given)
-    operands = cuda_linear.operands(packed(weight, "sparse24"), {"cusparselt", "cutlass"})
-    tiling = tuple(map(int, gpu.tilings("sparse24", tokens)[0]))
+    as_read = packed("sparse24", weight).for_gpu()
+    operands = cuda_linear.operands(as_read, {"cusparselt", "cutlass"})
+    tiling = tuple(map(int, gpu.tilings("two of four", tokens)[0]))
     for candidate in (DENSE, Candidate("triton", tiling), Candidate("cusparselt", (ALGORITHM,)), Candidate("cutlass")):
-        y = cuda_linear.run(candidate, x, packed(weight, "sparse24"), given, operands)
+        y = cuda_linear.run(candidate, x, as_read, given, operands)
         assert y.shape == (tokens, 32) and y.is_contiguous()
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     assert calls == ["expand", "expand", "triton", "cusparselt", "cutlass"]  # the first for cuSPARSELt's operand
@@ -164,9 +150,9 @@ def test_the_fastest_runs_and_a_copy_must_be_worth_it() -> None:
 
 def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
-    plan = cuda_linear._measured_plan(packed(two_four(64, 64), "sparse24"))
+    plan = cuda_linear._measured_plan(as_kernels_read_it(64, 64))
     assert len(plan.split()) == len(TOKENS)
-    first = {tokens: Candidate("triton", tuple(map(int, gpu.tilings("sparse24", tokens)[0]))) for tokens in (1, 64)}
+    first = {tokens: Candidate("triton", tuple(map(int, gpu.tilings("two of four", tokens)[0]))) for tokens in (1, 64)}
     assert cuda_linear.choose(plan, 1) == cuda_linear.choose(plan, 2) == first[1]
     assert cuda_linear.choose(plan, 3) == cuda_linear.choose(plan, 64) == first[64]
     for tokens in (65, 4096, 100_000):
@@ -197,11 +183,11 @@ def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
 def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, damage) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.2})
-    weight = packed(two_four(64, 64), "sparse24")
+    weight = as_kernels_read_it(64, 64)
     good = cuda_linear._measured_plan(weight)
     assert cuda_linear.is_plan(good, weight) and "cutlass" in good
-    assert not cuda_linear.is_plan(good, packed(two_four(64, 64), "bitmask"))
-    assert not cuda_linear.is_plan(good, packed(two_four(16, 64), "sparse24"))  # too few rows for CUTLASS
+    assert not cuda_linear.is_plan(good, as_kernels_read_it(64, 64, "bitmask"))
+    assert not cuda_linear.is_plan(good, as_kernels_read_it(16, 64))  # too few rows for CUTLASS
     monkeypatch.setattr(cuda_linear.measurements, "recorded", lambda path, machine: {what: damage(good.split())})
     what = "cuda sparse24 64x64 torch.bfloat16"
     assert cuda_linear.plan(weight) == good
@@ -209,7 +195,7 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, d
 
 def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.4})
-    weight = packed(two_four(16, 64), "sparse24")  # too few rows for CUTLASS
+    weight = as_kernels_read_it(16, 64)  # too few rows for CUTLASS
     wrong = lambda *_, **__: torch.ones(64, 16).to(torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(torch, "_cslt_sparse_mm", wrong)
     with pytest.warns(UserWarning, match="cusparselt:7 computes another product on this GPU"):
@@ -221,7 +207,7 @@ def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypat
         raise ValueError("out of resource: shared memory")
 
     monkeypatch.setattr(gpu, "linear", fails)
-    times, excluded = cuda_linear.measure(packed(two_four(16, 64), "bitmask"), 1)
+    times, excluded = cuda_linear.measure(as_kernels_read_it(16, 64, "bitmask"), 1)
     assert list(times) == [DENSE]
     assert set(excluded.values()) == {"ValueError: out of resource: shared memory"}
 
@@ -232,13 +218,14 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
     timed(monkeypatch, {"dense": 0.3, "triton": 0.1, "cusparselt": 0.2, "cutlass": 0.4})
     monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
     monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
-    weight = restored(layout, two_four(64, 64, seed=1))
+    weight = restored(layout, two_four(64, 64))
     given = torch.randn(64).to(torch.bfloat16) if bias else None
-    layer = LAYOUTS[layout].layer.from_dense(weight, given)
+    layer = PackedLinear.from_dense(layout, weight, given)
     many = "cuSPARSELt" if layout == "sparse24" else UNPACKED
     assert [layer.kernel(tokens) for tokens in (1, 64, 65)] == [f"{layout} Triton", f"{layout} Triton", many]
-    assert layer.resident_bytes > layer.packed_bytes
-    if isinstance(layer, sparse24.Sparse24Linear):
+    needs_more = layer.kind.mask.name == "mask" or layout == "sparse24"
+    assert (layer.resident_bytes > layer.packed_bytes) == needs_more
+    if layout == "sparse24":
         assert layer.cusparselt.numel() and not layer.cutlass.numel()  # what no candidate of the plan needs is not held
     for shape, kernel in [((64,), "triton"), ((2, 8, 64), "triton"), ((70, 64), "cusparselt"), ((0, 64), None)]:
         calls.clear()
@@ -252,7 +239,7 @@ def test_the_layer_runs_its_plan_and_says_so(calls, monkeypatch, layout: str, bi
 @pytest.mark.parametrize("kernel", ["cusparselt:7", "cutlass"])
 def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, kernel: str) -> None:
     """As a compiled graph that is kept on disk has it, after the kernels were measured anew."""
-    layer = sparse24.Sparse24Linear.from_dense(two_four(64, 64), None)
+    layer = PackedLinear.from_dense("sparse24", two_four(64, 64))
     layer.plan = " ".join([kernel] * len(TOKENS))
     with pytest.raises(RuntimeError, match=f"{kernel} is not prepared: a compiled graph has an older plan"):
         product_on_cuda(layer, torch.randn(8, 64).to(torch.bfloat16))
@@ -262,7 +249,7 @@ def test_a_plan_from_elsewhere_whose_operand_was_not_prepared_is_refused(calls, 
 @WITH_KERNELS
 def test_without_a_plan_the_weight_is_unpacked(layout: str) -> None:
     """In 32 bit, and without Triton."""
-    weight = restored(layout, two_four(8, 64).float())
-    layer = LAYOUTS[layout].layer.from_dense(weight, None)
+    weight = restored(layout, two_four(8, 64, torch.float32))
+    layer = PackedLinear.from_dense(layout, weight)
     x = torch.randn(3, 64)
     torch.testing.assert_close(product_on_cuda(layer, x), x @ weight.T)

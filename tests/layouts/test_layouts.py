@@ -1,6 +1,7 @@
-"""The registry of layouts, and a layout that stands outside the package: one entry, and everything works with it."""
+"""The registry of layouts, and the layout of docs/adding-a-layout.md: one line and one file outside the package."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,53 +10,8 @@ import pytest
 
 from gblm_compress.layouts import LAYOUTS, known
 
-# Eight bits for each weight and a scale for each row: a layout that rounds, and has no kernels of its own.
-TOY = """
-import torch
-from torch import nn
-
-from gblm_compress.layouts.packed import DTYPES, check_tensor
-from gblm_compress.layouts.packed_linear import PackedLinear, operator
-
-
-def product(x, tensors, bias, *_):
-    values, scales = tensors
-    return nn.functional.linear(x, values * scales, bias)
-
-
-class ToyLinear(PackedLinear):
-    LAYOUT = "toy"
-    PACKED = ("values", "scales")
-    OPERATOR = operator("toy_linear", product, product)
-    TOLERANCE = 1 / 127
-
-    def __init__(self, shape, bias, dtype, device=None):
-        super().__init__(shape, bias, dtype, device)
-        self.register_buffer("values", torch.empty(shape, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.empty(shape[0], 1, dtype=dtype, device=device))
-
-    @property
-    def dtype(self):
-        return self.scales.dtype
-
-    @staticmethod
-    def bits(width):
-        return 8, 0
-
-    @classmethod
-    def from_dense(cls, weight, bias):
-        scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        values = (weight / scales).round().to(torch.int8)
-        return cls(weight.shape, bias is not None, weight.dtype, "meta").filled(bias, values=values, scales=scales)
-
-    def check(self):
-        check_tensor("values", self.values, (torch.int8,), (self.out_features, self.in_features))
-        check_tensor("scales", self.scales, DTYPES, (self.out_features, 1))
-        super().check()
-
-    def dense_weight(self):
-        return self.values * self.scales
-"""
+PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-layout.md").read_text()
+LINE, FILE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 USE = """
 import json
 import sys
@@ -63,7 +19,7 @@ from pathlib import Path
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
-LAYOUTS["toy"] = Layout("toy:ToyLinear", "toy-int8", ())
+LAYOUTS |= {LINE}
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -91,7 +47,7 @@ with torch.no_grad():
     compiled = torch.compile(packed, backend="aot_eager")(input_ids=ids).logits
 source = ModelSource("packed", Path("packed"))
 result = {
-    "layer": type(layer).__name__,
+    "layer": layer.layout,
     "kernel": layer.kernel(1),
     "share": layer.packed_bytes / dense.model.layers[0].mlp.up_proj.weight.nbytes,
     "difference": float((logits - expected).abs().max() / expected.abs().max()),
@@ -105,12 +61,12 @@ Path("result.json").write_text(json.dumps(result))
 
 
 def test_a_layout_from_outside_packs_exports_reloads_and_multiplies(tmp_path) -> None:
-    (tmp_path / "toy.py").write_text(TOY)
-    (tmp_path / "use.py").write_text(USE)
+    (tmp_path / "toy.py").write_text(FILE)
+    (tmp_path / "use.py").write_text(USE.replace("LINE", LINE))
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["layer"], result["kernel"]) == ("ToyLinear", "dense product of the unpacked weight")
+    assert (result["layer"], result["kernel"]) == ("toy", "dense product of the unpacked weight")
     assert 0.25 < result["share"] < 0.27
     assert 0 < result["difference"] < 0.05 and result["compiled"]
     assert result["is_packed"] and not result["needs_cuda"]
@@ -121,9 +77,10 @@ def test_a_layout_from_outside_packs_exports_reloads_and_multiplies(tmp_path) ->
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_registry_and_the_file_say_the_same(name: str) -> None:
+def test_the_registry_and_the_kinds_say_the_same(name: str) -> None:
     layout = LAYOUTS[name]
-    assert name == layout.layer.LAYOUT and known(name) is layout
+    assert known(name) is layout and layout.kind.width == layout.width
+    assert (layout.pattern == "2:4") == layout.kind.mask.fills
 
 
 def test_what_is_no_layout() -> None:

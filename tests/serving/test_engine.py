@@ -214,7 +214,7 @@ def one_line(script: ModuleType, folder: Path, log: Path, line: str, *arguments:
 
 def test_groups_that_two_ranks_would_share_are_refused(script, tmp_path, monkeypatch) -> None:
     made = exported(small("llama", tmp_path / "small", 204), tmp_path, "2:4", "semi-structured")
-    line = "model.layers.0.mlp.down_proj: columns 102 to 203: the sparse24 layout can be cut at multiples of 4 only"
+    line = "model.layers.0.mlp.down_proj: columns 102 to 203: a 2:4 layout can be cut at multiples of 4 only"
     one_line(script, made["sparse"], tmp_path / "log", line, *two_ranks(monkeypatch))
 
 

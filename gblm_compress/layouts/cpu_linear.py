@@ -1,0 +1,95 @@
+"""Products with packed weights on a CPU: by a kernel that reads packed bytes, or by expanded tiles and a dense product.
+
+Tiles win where there are many tokens and no kernel for them. From how many tokens on is measured once for each shape,
+dtype, thread count and machine, and kept in the cache folder.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from gblm_compress.kernels import cpu
+from gblm_compress.machine.measurements import remembered
+
+TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
+EVERY = 1 << 40
+"""A crossover: the kernel is the faster one for any number of tokens."""
+
+
+def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + b, [..., rows] for x [..., columns] in `dtype`: on the kernel for up to `crossover` tokens."""
+    if x.dtype != dtype:
+        raise ValueError(f"x is {x.dtype}; the layer's dtype is {dtype}")
+    flat = x.reshape(-1, weight.columns)
+    y = weight.linear(flat) if len(flat) <= crossover else linear_many(flat, weight)
+    if bias is not None:
+        y = y + bias
+    return y.reshape(*x.shape[:-1], weight.rows)
+
+
+def linear_many(x: Tensor, weight: cpu.Weight) -> Tensor:
+    """x Wᵀ for more tokens: on the kernel for them where there is one, else by tiles."""
+    if isinstance(weight, cpu.Bitmask) and weight.has_many:
+        return weight.linear(x, many=True)
+    return linear_by_tiles(x, weight)
+
+
+def linear_by_tiles(x: Tensor, weight: cpu.Weight) -> Tensor:
+    """x Wᵀ for any number of tokens: tiles of rows expanded into one buffer, each multiplied densely."""
+    rows, columns = weight.rows, weight.columns
+    size = min(rows, max(16, TILE_BYTES // (columns * x.element_size())))
+    tile = cpu.scratch(size * columns * x.element_size()).view(x.dtype).view(size, columns)
+    parts = [x @ weight.expand(first, tile[: min(size, rows - first)]).T for first in range(0, rows, size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def kernel(weight: cpu.Weight, layout: str, tokens: int, crossover: int) -> str:
+    """What `linear` runs for so many tokens, in words."""
+    if tokens <= crossover:
+        return f"{layout} {weight.path}"
+    return f"{layout} {weight.path}, many tokens" if weight.has_many else "expanded tiles and dense GEMM"
+
+
+def crossover(layout: str, weight: cpu.Weight, dtype: torch.dtype) -> int:
+    """The largest number of tokens, of those that are tried, for which the kernel is as fast as `linear_many`."""
+    group = f"/{weight.group}" if isinstance(weight, cpu.Quantised) else ""
+    shape = f"{weight.rows}x{weight.columns}{group} {dtype} {torch.get_num_threads()} {weight.path}"
+    tokens = remembered(
+        _machine(),
+        f"crossover {layout} {shape}",
+        lambda: measure_crossover(weight, dtype),
+        lambda tokens: type(tokens) is int and tokens in weight.tried,
+    )
+    return EVERY if tokens > cpu.FEW_TOKENS and tokens == weight.tried[0] else tokens
+
+
+@cache
+def _machine() -> str:
+    from gblm_compress.machine.environment import cpu_name
+
+    kernels = cpu.library_file()
+    which = "none" if kernels is None else f"{crc32(kernels.read_bytes()):08x}"
+    return f"{cpu_name()}, torch {torch.__version__}, kernels {which}"
+
+
+def measure_crossover(weight: cpu.Weight, dtype: torch.dtype) -> int:
+    """As `crossover`, measured now."""
+    part = weight.sample
+    for tokens in weight.tried:
+        x = torch.ones(tokens, weight.columns, dtype=dtype)
+        if tokens == 1 or _best_time(part.linear, x) <= _best_time(lambda x: linear_many(x, part), x):
+            return tokens
+    return 1
+
+
+def _best_time(product: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        product(x)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

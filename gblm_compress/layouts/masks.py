@@ -1,0 +1,281 @@
+"""Kinds of masks: how a layout stores which weights it holds. The values of those weights lie in order of the columns.
+
+All but `Whole` have a buffer, and pass through one form: words of 64 bits, see `kernels.masks`.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.kernels.masks import (
+    PADDING,
+    PATTERN_BYTES,
+    WORD,
+    bits,
+    from_patterns,
+    pattern_codes,
+    row_counts,
+    to_patterns,
+    words,
+)
+from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.methods.patterns import Pattern
+
+_INTEGER_OF = {4: torch.int32, 2: torch.int16}
+Shape = Sequence[int]  # (rows, columns) of a weight
+
+
+class Mask:
+    """A kind of mask.
+
+    Attributes:
+        name: of its buffer; None where all weights are stored.
+        dtype: of its buffer.
+        stored: what the GPU's kernels call it, of `gpu.TILINGS`.
+        fills: whether groups with fewer nonzeros are filled up with zeros, so that the shape alone gives the size.
+    """
+
+    name: str | None
+    dtype = torch.uint8
+    stored: str
+    fills = False
+
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        """The shape of the buffer. Raises ModelError where rows have no such mask."""
+        raise NotImplementedError
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        """The shape of the values, where those that are stored take `count` elements."""
+        return (count + PADDING,)
+
+    def bits(self, width: int) -> tuple[int, int]:
+        """Bits of every weight, and bits more of every nonzero, where a stored one has `width`."""
+        raise NotImplementedError
+
+    def choose(self, weight: Tensor) -> Tensor:
+        """Which weights are stored, as booleans.
+
+        Args:
+            weight: [rows, columns] in floats, or booleans of what must be stored.
+
+        Raises:
+            UsageError: the mask cannot be stored so.
+        """
+        raise NotImplementedError
+
+    def from_words(self, mask: Tensor, columns: int) -> Tensor:
+        """The buffer of a mask [rows, words]."""
+        return mask
+
+    def to_words(self, buffer: Tensor) -> Tensor:
+        """The mask [rows, words] of a buffer."""
+        return buffer
+
+    def hold(self, values: Tensor, shape: Shape) -> Tensor:
+        """Values [stored] as they lie in the layer: kernels load whole vectors past the end."""
+        made = self.values_shape(shape, len(values))
+        return torch.nn.functional.pad(values, (0, PADDING)) if len(made) == 1 else values.reshape(made)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """The values [stored] of those of a layer."""
+        return values[: len(values) - PADDING] if values.dim() == 1 else values.reshape(-1)
+
+    def spread(self, buffer: Tensor, values: Tensor, columns: int) -> Tensor:
+        """The dense matrix of values [stored]."""
+        alive = bits(self.to_words(buffer), columns)
+        return values.new_zeros(alive.shape).masked_scatter_(alive, values)
+
+    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
+        """Buffer and values [stored] of some rows and columns, each without gaps.
+
+        Raises:
+            UsageError: the columns cannot begin or end there.
+        """
+        mask = self.to_words(buffer)
+        counts = row_counts(mask)
+        first = int(counts[: rows.start].sum())
+        mask, counts = mask[rows.start : rows.stop], counts[rows.start : rows.stop]
+        values = values[first : first + int(counts.sum())]
+        if columns != range(shape[1]):
+            alive = bits(mask, shape[1])
+            kept = torch.zeros(shape[1], dtype=torch.bool, device=mask.device)
+            kept[columns.start : columns.stop] = True
+            values = values[kept.expand_as(alive)[alive]]
+            mask = words(alive[:, columns.start : columns.stop])
+        return self.from_words(mask.clone(), len(columns)), values.clone()
+
+    def check(self, buffer: Tensor, shape: Shape) -> None:
+        """Raises:
+        ModelError: it is no mask of a matrix of that shape; the message begins with the buffer's name.
+        """
+        check_tensor(self.name or "", buffer, (self.dtype,), self.buffer_shape(shape))
+
+    def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
+        """Raises:
+        ModelError: they are no values of that mask; the message begins with "values".
+        """
+        needed = self.values_shape(shape, count)
+        if len(needed) == 1 and values.shape != needed:
+            raise ModelError(
+                f"values: shape {list(values.shape)}; the mask takes {list(needed)}: {count} values, and {PADDING} "
+                "zeros of padding"
+            )
+        check_tensor("values", values, dtypes, needed)
+        if len(needed) == 1 and values[count:].count_nonzero():
+            raise ModelError(f"values: the last {PADDING} must be zeros of padding; the file is damaged")
+
+
+class Bitmask(Mask):
+    """One bit for each weight, in words of 64. Any pattern."""
+
+    name = "mask"
+    dtype = torch.int64
+    stored = "mask"
+
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        return shape[0], -(-shape[1] // WORD)
+
+    def bits(self, width: int) -> tuple[int, int]:
+        return 1, width
+
+    def choose(self, weight: Tensor) -> Tensor:
+        """Everything but +0.0, so that the round trip is exact even for -0.0."""
+        if weight.dtype is torch.bool:
+            return weight
+        return weight.contiguous().view(_INTEGER_OF[weight.element_size()]) != 0
+
+    def check(self, buffer: Tensor, shape: Shape) -> None:
+        super().check(buffer, shape)
+        in_last = shape[1] % WORD
+        if in_last and (outside := int((buffer[:, -1] & (-1 << in_last)).count_nonzero())):
+            raise ModelError(
+                f"mask: {outside} rows have bits beyond the last of {shape[1]} columns; the file is damaged"
+            )
+
+
+class _TwoOfFour(Mask):
+    """Two weights of every four columns; groups with fewer nonzeros are filled up at the first free positions."""
+
+    stored = "two of four"
+    fills = True
+
+    def bits(self, width: int) -> tuple[int, int]:
+        return 1 + width // 2, 0
+
+    def choose(self, weight: Tensor) -> Tensor:
+        if violation := Pattern("2:4").first_violation(weight):
+            raise UsageError(f"the matrix is not 2:4: {violation}")
+        groups = weight.reshape(len(weight), -1, 4)
+        # Stable, so that nonzeros come first and each kind stays in order.
+        chosen = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, chosen, True).reshape(weight.shape)
+
+    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
+        if columns.start % 4 or columns.stop % 4:
+            raise UsageError(
+                f"columns {columns.start} to {columns.stop - 1}: a 2:4 layout can be cut at multiples of 4 only"
+            )
+        return super().cut(buffer, values, shape, rows, columns)
+
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        if shape[1] % 4:
+            raise ModelError(f"shape: {shape[1]} columns are not a multiple of 4, which a 2:4 layout needs")
+        return shape[0], 0
+
+
+@cache
+def _bytes_of_positions() -> tuple[int, ...]:
+    """The byte of the mask for every byte of positions; 0 where a group has no two increasing ones."""
+    pairs = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
+    return tuple(pairs.get(byte & 15, 0) | pairs.get(byte >> 4, 0) << 4 for byte in range(256))
+
+
+@cache
+def _positions_of_bytes() -> tuple[int, ...]:
+    groups = {mask: position for position, mask in enumerate(_bytes_of_positions()[:16]) if mask}
+    return tuple(groups.get(byte & 15, 0) | groups.get(byte >> 4, 0) << 4 for byte in range(256))
+
+
+class Positions(_TwoOfFour):
+    """The 2-bit positions of two of four columns, the low one first; a byte has two groups, the first in its low half.
+
+    The two positions are distinct and in order, so that each matrix has one form and no value is lost.
+    """
+
+    name = "positions"
+
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        rows, _ = super().buffer_shape(shape)
+        return rows, -(-shape[1] // 8)
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        return shape[0], shape[1] // 2
+
+    def from_words(self, mask: Tensor, columns: int) -> Tensor:
+        table = torch.tensor(_positions_of_bytes(), dtype=torch.uint8, device=mask.device)
+        return table[mask.view(torch.uint8)[:, : -(-columns // 8)].int()]
+
+    def to_words(self, buffer: Tensor) -> Tensor:
+        table = torch.tensor(_bytes_of_positions(), dtype=torch.uint8, device=buffer.device)
+        bytes_of_8 = table[buffer.int()]
+        return torch.nn.functional.pad(bytes_of_8, (0, -bytes_of_8.shape[1] % 8)).view(torch.int64)
+
+    def check(self, buffer: Tensor, shape: Shape) -> None:
+        super().check(buffer, shape)
+        low = (buffer & 3) < ((buffer >> 2) & 3)
+        high = ((buffer >> 4) & 3) < (buffer >> 6)
+        if shape[1] % 8:
+            high[:, -1] = buffer[:, -1] >> 4 == 0
+        if bad := int((~(low & high)).sum()):
+            raise ModelError(
+                f"positions: {bad} bytes hold no two increasing positions in each group; the file is damaged"
+            )
+
+
+class Patterns(_TwoOfFour):
+    """The first three bits of the mask of four columns; the fourth is their parity."""
+
+    name = "patterns"
+
+    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+        rows, _ = super().buffer_shape(shape)
+        return rows, -(-shape[1] // WORD) * PATTERN_BYTES
+
+    def from_words(self, mask: Tensor, columns: int) -> Tensor:
+        return to_patterns(mask)
+
+    def to_words(self, buffer: Tensor) -> Tensor:
+        return from_patterns(buffer)
+
+    def check(self, buffer: Tensor, shape: Shape) -> None:
+        super().check(buffer, shape)
+        codes, groups = pattern_codes(buffer), shape[1] // 4
+        bad = int(((codes[:, :groups] == 0) | (codes[:, :groups] == 7)).sum() + codes[:, groups:].count_nonzero())
+        if bad:
+            raise ModelError(f"patterns: {bad} codes do not stand for two of four columns; the file is damaged")
+
+
+class Whole(Mask):
+    """No mask: all weights are stored, [rows, columns]."""
+
+    name = None
+    stored = "all"
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        return tuple(shape)
+
+    def bits(self, width: int) -> tuple[int, int]:
+        return width, 0
+
+    def choose(self, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight, dtype=torch.bool)
+
+    def spread(self, buffer: Tensor, values: Tensor, columns: int) -> Tensor:
+        return values.reshape(-1, columns)
+
+    def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
+        part = values.reshape(tuple(shape))[rows.start : rows.stop, columns.start : columns.stop]
+        return buffer, part.clone().flatten()

@@ -1,0 +1,435 @@
+"""Kinds of values: how a layout stores the weights that its mask chooses. A kind packs, unpacks, stacks, cuts, checks.
+
+`held` is {buffer: tensor} of a packed weight throughout. Levels of 8 bits are stored one for each bit of the mask. For
+levels of 4 bits a place in a table of 16 is stored, two places to a byte, the first in its low half; those of each word
+of the mask begin with a byte, which kernels load.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.kernels import cpu
+from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, row_starts, words
+from gblm_compress.layouts.masks import Mask, Shape
+from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_bits, share_moved
+from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
+
+Held = Mapping[str, Tensor]
+_INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
+_MOST_COLUMNS = 1024 * WORD  # of a row of levels; the kernels' integers would overflow beyond
+
+
+class Floats:
+    """Weights as they are. Other kinds are subclasses.
+
+    Attributes:
+        width: bits of a stored weight; None for those of the dtype.
+        tolerance: largest difference of a restored weight, as a fraction of the largest weight of the matrix; 0 where
+            all are restored bit for bit.
+        largest_error: a layer with a larger `error` is for the layout that `Layout.exact` names.
+        counted: the argument that tells how many values an empty layer has, where the shape does not.
+        names: the buffers, which are on disk. But for the values they have a row for each row of the weight.
+        sizes: arguments beside the shape that make an empty layer; they stand in `config.json`.
+    """
+
+    width: int | None = None
+    tolerance = 0.0
+    largest_error = float("inf")
+    counted = "nonzeros"
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+        self.counts = mask.name is not None and not mask.fills
+        self.names: tuple[str, ...] = (*((mask.name,) if mask.name else ()), "values")
+        self.sizes: tuple[str, ...] = (self.counted,) if self.counts else ()
+
+    def bits(self, width: int) -> tuple[int, int]:
+        """Bits of every weight, and bits more of every nonzero, where a dense weight has `width`."""
+        return self.mask.bits(self.width or width)
+
+    def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
+        """The buffers of a layer that is to be filled.
+
+        Raises:
+            ModelError: there is no layer of such sizes.
+        """
+        count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))
+        if type(count) is not int or not 0 <= count <= most:
+            raise ModelError(f"{self.counted} {count!r} is no number of values of a matrix of shape {list(shape)}")
+        count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
+        held = {"values": torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)}
+        if self.mask.name:
+            held[self.mask.name] = torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device)
+        return held
+
+    def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
+        """The `sizes` of a packed weight."""
+        return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Pack a weight [rows, columns] in float32, float16 or bfloat16.
+
+        Raises:
+            UsageError: the layout cannot hold it.
+        """
+        stored = self.mask.choose(weight)
+        return self._hold(self.mask.from_words(words(stored), weight.shape[1]), weight[stored], weight.shape)
+
+    def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
+        """The dense weight [rows, columns], bit for bit or within `tolerance`."""
+        return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
+
+    def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
+        """Packed weights of so many rows each, one below the other, in memory of their own.
+
+        Raises:
+            UsageError: they have no common form.
+        """
+        values = torch.cat([self.mask.flat(held["values"]) for held in parts])
+        others = {name: torch.cat([held[name] for held in parts]) for name in self.names if name != "values"}
+        return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
+
+    def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
+        """Some rows and columns, each without gaps, in memory of their own.
+
+        Raises:
+            UsageError: the layout cannot be cut there.
+        """
+        others = [name for name in self.names if name not in (self.mask.name, "values")]
+        buffer, codes = self.mask.cut(self.places(held), self._codes(held), shape, rows, columns)
+        part = self._hold(buffer, self._stored(codes, buffer), (len(rows), len(columns)))
+        return {**{name: held[name][rows.start : rows.stop].clone() for name in others}, **part}
+
+    def check(self, held: Held, shape: Shape, group: int | None) -> None:
+        """Raises ModelError where kernels may not read the buffers; the message begins with the name of one.
+
+        A stored value may be zero, of either sign: weights become zero when they are cast to a narrower dtype.
+        """
+        self.check_values(held, shape, DTYPES)
+
+    def check_values(self, held: Held, shape: Shape, dtypes: Sequence[torch.dtype]) -> None:
+        count = 0
+        if self.mask.name:
+            self.mask.check(held[self.mask.name], shape)
+            count = self._count(self.mask.to_words(held[self.mask.name]))
+        self.mask.check_values(held["values"], dtypes, shape, count)
+
+    def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
+        """Whether the packed weight, unpacked, is that matrix: bit for bit, or within `tolerance`."""
+        if not self.tolerance:
+            return same_bits(restored, weight)
+        return bool((restored - weight).abs().max() <= self.tolerance * weight.abs().max())
+
+    def error(self, restored: Tensor, weight: Tensor) -> float:
+        """The share of a weight that rounding moved: Σ |restored - weight| / Σ |weight|."""
+        return share_moved(restored, weight)
+
+    def places(self, held: Held) -> Tensor:
+        """The mask's buffer; the values where there is none."""
+        return held[self.mask.name or "values"]
+
+    def _hold(self, buffer: Tensor, values: Tensor, shape: Shape) -> dict[str, Tensor]:
+        held = {"values": self.mask.hold(values, shape)}
+        return {self.mask.name: buffer, **held} if self.mask.name else held
+
+    def _codes(self, held: Held) -> Tensor:
+        """What is stored for each weight [stored]."""
+        return self.mask.flat(held["values"])
+
+    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
+        """The values of `_codes` under a mask."""
+        return codes
+
+    def _count(self, mask: Tensor) -> int:
+        """How many values a mask [rows, words] takes."""
+        return int(row_counts(mask).sum())
+
+    def _row_starts(self, mask: Tensor) -> Tensor:
+        """Where the values of each row of a mask begin [rows]."""
+        return row_starts(mask)
+
+    def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
+        """The weight as the CPU's kernels read it; None where they do not take it.
+
+        Args:
+            held: with `starts` and `sums`, where these were computed before.
+        """
+        if self.mask.stored != "mask":
+            return None
+        starts = held["starts"] if "starts" in held else self._row_starts(held["mask"])
+        return cpu.Bitmask(held["mask"], held["values"], starts, shape[1])
+
+    def for_gpu(self, held: Held, layout: str, shape: Shape, dtype: torch.dtype) -> Any:
+        """The weight as the GPU's kernels read it, `gpu.Packed`; with a mask, `held` has its `starts`."""
+        from gblm_compress.kernels.gpu import Packed
+
+        values, scales, size = held["values"], held.get("scales"), (shape[0], shape[1])
+        starts = held["starts"] if self.mask.stored == "mask" else values
+        group = 0 if scales is None else group_of(shape[1], scales.shape[1]) or 0
+        read = values, self.places(held), starts, size, dtype, scales, held.get("levels"), group
+        return Packed(layout, self.mask.stored, self.width or 16, *read)
+
+
+class Levels(Floats):
+    """Weights as scale · level, with levels of 8 bits.
+
+    Scales [rows, groups] are stored as the bits of float16 in int16, so that casting a model to another dtype leaves
+    them as they are.
+    """
+
+    kind = "int8"
+    group: int | None = None
+    """Columns that share a scale where nothing else is asked for; None for all of a row."""
+    width = 8
+    dtype = torch.int8
+    tolerance = 1 / LARGEST
+    largest_error = MOVES_MUCH[8]
+    counted = "stored"
+
+    def __init__(self, mask: Mask) -> None:
+        super().__init__(mask)
+        self.names = ("scales", *self.names)
+        self.sizes = ("group", *self.sizes)
+
+    def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
+        group = sizes.get("group")
+        if group is not None and (type(group) is not int or group not in GROUPS):
+            raise ModelError(f"group {group!r} is none of {', '.join(map(str, GROUPS))}, nor null for whole rows")
+        scales = torch.empty((shape[0], groups_of(shape[1], group)), dtype=torch.int16, device=device)
+        return {"scales": scales, **super().empty(shape, self.dtype, device, sizes)}
+
+    def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
+        groups = held["scales"].shape[1] if held["scales"].dim() == 2 else 0
+        return {"group": group_of(shape[1], groups), **super().sizes_of(held, shape)}
+
+    def holds(self, grid: Grid | None) -> bool:
+        """Whether weights on that grid are stored as they are: it has no more levels than the layout."""
+        return grid is not None and len(grid.levels) <= LEVELS[self.kind]
+
+    def pack(self, weight: Tensor, *, group: int | None = None, grid: Grid | None = None) -> dict[str, Tensor]:
+        """Every weight that is not zero becomes the nearest point of its grid.
+
+        Args:
+            group: columns that share a scale, where the grid is made here; the kind's own if unset.
+            grid: where the weights lie already, after a fit on it.
+        """
+        keep = weight != 0
+        stored = self.mask.choose(keep)
+        grid = grid or make_grid(weight.float(), keep, self.kind, group or self.group)
+        levels, table = grid.levels[nearest(weight.float(), grid).int()], grid.levels
+        if self.mask.fills:
+            filler = table[min(int((table < 0).sum()), len(table) - 1)]  # zero, or else what `error` finds
+            levels = torch.where(keep, levels, filler)
+        buffer = self.mask.from_words(words(stored), weight.shape[1])
+        values = self._stored(self._codes_of(levels[stored], table), buffer)
+        return {"scales": grid.scales.contiguous().view(torch.int16), **self._hold(buffer, values, weight.shape)}
+
+    def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
+        return levels
+
+    def levels_of(self, held: Held, columns: int) -> Tensor:
+        """All levels, [rows, columns] in int8; zeros where none is stored."""
+        return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
+
+    def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
+        return (self.levels_of(held, columns) * scale_of(held["scales"], columns)).to(dtype)
+
+    def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
+        if len({held["scales"].shape[1] for held in parts}) > 1:
+            raise UsageError(
+                "layers that an engine merges have scales for different numbers of columns; export with the --group "
+                "that all of them take"
+            )
+        return super().stack(parts, heights, columns)
+
+    def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
+        group = group_of(shape[1], held["scales"].shape[1])
+        if group is None or columns == range(shape[1]):
+            return super().cut(held, shape, rows, columns)
+        if columns.start % group or (columns.stop % group and columns.stop != shape[1]):
+            raise UsageError(
+                f"columns {columns.start} to {columns.stop - 1}: scales are shared by {group} columns, and the layout "
+                "can be cut at multiples of that only"
+            )
+        part = super().cut(held, shape, rows, columns)
+        scales = part["scales"][:, columns.start // group : -(-columns.stop // group)]
+        return {**part, "scales": scales.contiguous()}
+
+    def check(self, held: Held, shape: Shape, group: int | None) -> None:
+        self.check_values(held, shape, (self.dtype,))
+        self._check_levels(held, shape)
+        scales = held["scales"]
+        check_tensor("scales", scales, (torch.int16,), (shape[0], groups_of(shape[1], group)))
+        if not bool(((scales >= 0) & (scales < _INFINITE)).all()):
+            raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
+        if not scales.any() and self.levels_of(held, shape[1]).any():  # cast to int16, all are zero
+            raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
+
+    def _check_levels(self, held: Held, shape: Shape) -> None:
+        if bool((held["values"] < -LARGEST).any()):
+            raise ModelError(f"values: a level is below -{LARGEST}; the file is damaged")
+
+    def table(self, held: Held) -> Tensor:
+        """The levels that weights may have."""
+        return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=held["scales"].device)
+
+    def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
+        """Whether each weight is the nearest point of the grid to that of the matrix, and 0 where that is 0."""
+        scales = held["scales"].view(torch.float16)
+        grid = Grid(scales, self.table(held), group_of(weight.shape[1], scales.shape[1]))
+        return same_bits(restored, rounded(weight.float(), weight != 0, grid).to(weight.dtype))
+
+    def error(self, restored: Tensor, weight: Tensor) -> float:
+        """As of any kind; infinite where a group of four would need a zero and the table has none."""
+        zeros = restored[weight == 0] if self.mask.fills else weight[:0]
+        return super().error(restored, weight) if same_bits(zeros, torch.zeros_like(zeros)) else float("inf")
+
+    def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
+        columns, scales, values = shape[1], held["scales"], held["values"]
+        if columns > _MOST_COLUMNS:
+            return None
+        stored: dict[str, Tensor] = {name: held[name] for name in ("mask", "patterns", "levels") if name in self.names}
+        if "mask" in stored:
+            stored["starts"] = held["starts"] if "starts" in held else self._row_starts(held["mask"])
+        if not self.mask.name and columns % WORD:
+            values = pad(values, (0, -columns % WORD))  # whole words
+        sums = held["sums"] if "sums" in held else row_sums(self.levels_of(held, columns), scales)
+        return cpu.Quantised(values, scales, sums, columns, group_of(columns, scales.shape[1]) or 0, **stored)
+
+
+class Places(Levels):
+    """Weights as scale · level, with 16 levels: values are places in a table. Under a mask only.
+
+    The buffer `levels` has one table, [1, 16], or one for each row where layers were stacked.
+    """
+
+    kind = "int4"
+    group = 64
+    width = 4
+    dtype = torch.uint8
+    tolerance = 0.5
+    largest_error = MOVES_MUCH[4]
+
+    def __init__(self, mask: Mask) -> None:
+        super().__init__(mask)
+        self.names = (*self.names, "levels")
+
+    def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
+        table = torch.empty(1, LEVELS[self.kind], dtype=torch.int8, device=device)
+        return {**super().empty(shape, dtype, device, sizes), "levels": table}
+
+    def pack(self, weight: Tensor, *, group: int | None = None, grid: Grid | None = None) -> dict[str, Tensor]:
+        grid = grid or make_grid(weight.float(), weight != 0, self.kind, group or self.group)
+        return {**super().pack(weight, grid=grid), "levels": grid.levels.unsqueeze(0).contiguous()}
+
+    def _codes_of(self, levels: Tensor, table: Tensor) -> Tensor:
+        return torch.searchsorted(table, levels.contiguous()).to(torch.uint8)
+
+    def _codes(self, held: Held) -> Tensor:
+        return unpack_places(self.mask.to_words(self.places(held)), held["values"])
+
+    def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
+        return pack_places(self.mask.to_words(buffer), codes)
+
+    def _count(self, mask: Tensor) -> int:
+        return _place_bytes(*_bytes_before(mask))
+
+    def _row_starts(self, mask: Tensor) -> Tensor:
+        _, starts = _bytes_before(mask)
+        return starts.reshape(mask.shape)[:, 0].contiguous()
+
+    def levels_of(self, held: Held, columns: int) -> Tensor:
+        mask, table = self.mask.to_words(self.places(held)), held["levels"]
+        rows = torch.arange(len(mask), device=mask.device).repeat_interleave(row_counts(mask)) if len(table) > 1 else 0
+        alive, levels = bits(mask, columns), table[rows, unpack_places(mask, held["values"]).int()]
+        return table.new_zeros(alive.shape).masked_scatter_(alive, levels)
+
+    def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
+        whole, tables = super().stack(parts, heights, columns), [held["levels"] for held in parts]
+        if len({tuple(table.flatten().tolist()) for table in tables}) == 1:
+            return {**whole, "levels": tables[0].clone()}
+        rows = [table.expand(count, -1) for table, count in zip(tables, heights, strict=True)]
+        return {**whole, "levels": torch.cat(rows)}
+
+    def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
+        table = held["levels"] if len(held["levels"]) == 1 else held["levels"][rows.start : rows.stop]
+        return {**super().cut(held, shape, rows, columns), "levels": table.clone()}
+
+    def _check_levels(self, held: Held, shape: Shape) -> None:
+        levels = held["levels"]
+        tables = shape[0] if levels.dim() == 2 and len(levels) > 1 else 1
+        check_tensor("levels", levels, (torch.int8,), (tables, LEVELS[self.kind]))
+        if bool((levels[:, 1:] <= levels[:, :-1]).any()) or bool((levels < -LARGEST).any()):
+            raise ModelError(f"levels: they do not increase from -{LARGEST} or more; the file is damaged")
+
+    def table(self, held: Held) -> Tensor:
+        return held["levels"][0]
+
+
+def groups_of(columns: int, group: int | None) -> int:
+    """How many scales a row has."""
+    return 1 if group is None else -(-columns // group)
+
+
+def group_of(columns: int, groups: int) -> int | None:
+    """How many columns share a scale where a row has so many scales; None for all of a row.
+
+    Raises:
+        ModelError: rows cannot have so many.
+    """
+    found = [group for group in (None, *GROUPS) if groups_of(columns, group) == groups]
+    if not found:
+        raise ModelError(f"scales: {groups} for each row; rows of {columns} columns have no such number of groups")
+    return found[0]
+
+
+def scale_of(scales: Tensor, columns: int) -> Tensor:
+    """The scale of every weight, in float32: [rows, columns], or [rows, 1] where a row has one."""
+    halves = scales.view(torch.float16)
+    return Grid(halves, halves, group_of(columns, scales.shape[1])).scale_of(columns)
+
+
+def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
+    """What kernels subtract [rows]: Σ scale · level of a row, or Σ level where the row has one scale; in float32."""
+    rows, columns = levels.shape
+    group = group_of(columns, scales.shape[1])
+    if group is None:
+        return levels.sum(1, dtype=torch.int64).float()
+    sums = pad(levels, (0, -columns % group)).reshape(rows, -1, group).sum(-1, dtype=torch.int64)
+    return (sums * scales.view(torch.float16).double()).sum(1).float()
+
+
+def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """For each word of the mask, in order: how many bits it has, and at which byte its places begin."""
+    counts = row_counts(mask.reshape(-1, 1))
+    sizes = (counts + 1) // 2
+    return counts, torch.cumsum(sizes, 0) - sizes
+
+
+def _place_bytes(counts: Tensor, starts: Tensor) -> int:
+    return int(starts[-1] + (counts[-1] + 1) // 2)
+
+
+def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
+    """Which half of a byte each bit of the mask has its place in [nonzeros]."""
+    first = 2 * starts - (torch.cumsum(counts, 0) - counts)
+    return first.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
+
+
+def pack_places(mask: Tensor, places: Tensor) -> Tensor:
+    """Places [nonzeros] in uint8, 0 … 15, two to a byte, for a mask [rows, words]."""
+    words = _bytes_before(mask)
+    halves = places.new_zeros(2 * _place_bytes(*words))
+    halves[_addresses(*words)] = places
+    return halves[0::2] | (halves[1::2] << 4)
+
+
+def unpack_places(mask: Tensor, values: Tensor) -> Tensor:
+    """The places [nonzeros] of `pack_places`."""
+    at = _addresses(*_bytes_before(mask))
+    return (values[at // 2] >> (at % 2 * 4).to(torch.uint8)) & 15

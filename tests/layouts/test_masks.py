@@ -1,0 +1,141 @@
+"""Kinds of masks: the bits against a loop, bit-exact round trips of values under them, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.kernels.masks import PADDING
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed import DTYPES, check_tensor, same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.methods.patterns import Pattern
+from tests.layouts.weights import EXACT, packed
+
+BITMASK, SPARSE24 = (LAYOUTS[name].kind for name in EXACT)
+
+
+def check(layout: str, shape: tuple[int, int], **tensors: torch.Tensor) -> None:
+    LAYOUTS[layout].kind.check(tensors, shape, None)
+
+
+@pytest.mark.parametrize("layout", EXACT)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 40), st.sampled_from(DTYPES), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_round_trip_is_bit_exact(layout: str, seed: int, rows: int, groups: int, dtype, sparsity: float) -> None:
+    """Ragged widths, full and empty rows, groups with 0, 1 and 2 nonzeros, all dtypes; with a bitmask -0.0 too."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 4 * groups, generator=generator)
+    if LAYOUTS[layout].pattern:
+        weight *= Pattern("2:4").mask(weight.abs(), weight, 0.5)
+    weight *= torch.rand(weight.shape, generator=generator) >= sparsity
+    weight = weight.add(0.0).to(dtype)
+    if layout == "bitmask":
+        weight = weight[:, seed % 4 :]
+        weight[0, 0] = -0.0
+    layer = packed(layout, weight)
+    layer.check()
+    assert same_bits(layer.dense_weight(), weight.contiguous())
+
+
+def test_the_bits_are_those_documented() -> None:
+    weight = torch.zeros(2, 70)
+    weight[0, 0], weight[0, 63], weight[0, 65], weight[1, 3] = 1.0, 2.0, 3.0, 4.0
+    held = BITMASK.pack(weight)
+    assert [[word & (2**64 - 1) for word in row] for row in held["mask"].tolist()] == [[1 | 1 << 63, 2], [8, 0]]
+    assert held["values"].tolist() == [1.0, 2.0, 3.0, 4.0] + [0.0] * PADDING
+
+    held = SPARSE24.pack(torch.tensor([[0.0, 1.0, 0.0, 2.0, 3.0, 0.0, 0.0, 4.0, 0.0, 0.0, 5.0, 0.0]]))
+    assert held["values"].tolist() == [[1.0, 2.0, 3.0, 4.0, 0.0, 5.0]]
+    groups = [(1, 3), (0, 3), (0, 2)]  # the last has one nonzero; a zero at the lowest free position fills it up
+    nibbles = [first | second << 2 for first, second in groups]
+    assert held["positions"].tolist() == [[nibbles[0] | nibbles[1] << 4, nibbles[2]]]
+
+
+@pytest.mark.parametrize("layout", EXACT)
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 17 / 32), (torch.bfloat16, 9 / 16)])
+def test_size_at_half_density(layout: str, dtype: torch.dtype, share: float) -> None:
+    weight = torch.ones(64, 1024, dtype=dtype)
+    weight[:, ::2] = 0
+    padding = PADDING * dtype.itemsize if layout == "bitmask" else 0
+    assert (packed(layout, weight).packed_bytes - padding) / weight.nbytes == share
+
+
+def test_same_bits_tells_minus_zero() -> None:
+    assert same_bits(torch.tensor([0.0]), torch.tensor([0.0]))
+    for other in (torch.tensor([-0.0]), torch.tensor([[0.0]]), torch.tensor([0], dtype=torch.int32)):
+        assert not same_bits(torch.tensor([0.0]), other)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 150), st.data())
+@settings(max_examples=100, deadline=None)
+def test_another_bit_or_length_or_shape_is_refused(seed: int, rows: int, columns: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask, values = BITMASK.pack(torch.randn(rows, columns, generator=generator).relu()).values()
+    flipped = mask.clone()
+    flipped.view(-1)[data.draw(st.integers(0, mask.numel() - 1))] ^= 1 << data.draw(st.integers(0, 62))
+    other = torch.cat([values, values[-1:]]) if data.draw(st.booleans()) else values[:-1]
+    for damaged, what in ((flipped, values), (mask, other), (mask, values[None]), (mask[:, :0], values)):
+        with pytest.raises(ModelError, match="^(mask|values): "):
+            check("bitmask", (rows, columns), mask=damaged, values=what)
+    for shape in ((rows + 1, columns), (rows, columns + 64)):
+        with pytest.raises(ModelError, match="^mask: "):
+            check("bitmask", shape, mask=mask, values=values)
+
+
+@pytest.mark.parametrize("word", [0b111111 << 6, 0b11111 | -(2**63)])
+def test_bits_beyond_the_last_column_are_refused(word: int) -> None:
+    """Their number is right, so that only their place tells; they would be written past the row."""
+    held = BITMASK.pack(torch.ones(3, 70))
+    held["mask"][1, 1] = word
+    with pytest.raises(ModelError, match="mask: 1 rows have bits beyond the last of 70 columns"):
+        check("bitmask", (3, 70), **held)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_each_group_has_six_pairs_of_positions(groups: int) -> None:
+    """Only bytes whose pairs increase, and whose unused half is zero, are accepted."""
+    values = torch.ones(1, 2 * groups)
+    taken = 0
+    for byte in range(256):
+        positions = torch.tensor([[0x44] * (groups // 2) + [byte] * (groups % 2) if groups % 2 else [byte]]).byte()
+        pairs = [(byte & 3, byte >> 2 & 3), (byte >> 4 & 3, byte >> 6)][: 2 - groups % 2]
+        if all(low < high for low, high in pairs) and (groups % 2 == 0 or byte < 16):
+            check("sparse24", (1, 4 * groups), positions=positions, values=values)
+            taken += 1
+        else:
+            with pytest.raises(ModelError, match="positions: 1 bytes hold no two increasing"):
+                check("sparse24", (1, 4 * groups), positions=positions, values=values)
+    assert taken == (6 if groups % 2 else 36)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"values": lambda t: t.double()}, "values: float64"),
+        ({"values": lambda t: t[:, :-1]}, "values: float32"),
+        ({"values": lambda t: t * float("nan")}, "values: holds NaN"),
+        ({"positions": lambda t: t.int()}, "positions: int32"),
+        ({"positions": lambda t: t[:1]}, "positions: uint8"),
+        ({"positions": lambda t: t.T.contiguous().T}, "positions: .*not contiguous"),
+    ],
+)
+def test_tensors_of_another_form_are_refused(damage, message: str) -> None:
+    held = SPARSE24.pack(torch.zeros(2, 16))
+    held |= {name: change(held[name]) for name, change in damage.items()}
+    with pytest.raises(ModelError, match=message):
+        check("sparse24", (2, 16), **held)
+
+
+def test_gaps_between_elements_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"x: int64 \[3, 2\], not contiguous; needs int64 \[3, 2\]"):
+        check_tensor("x", torch.zeros(3, 4, dtype=torch.int64)[:, ::2], (torch.int64,), (3, 2))
+
+
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.pattern])
+def test_2_4_needs_groups_of_four(layout: str) -> None:
+    with pytest.raises(ModelError, match="6 columns are not a multiple of 4"):
+        PackedLinear(layout, (8, 6), False, torch.float32)
+    with pytest.raises(UsageError, match="the matrix is not 2:4: row 0, columns 0 to 3: 4 nonzeros, at most 2"):
+        packed(layout, torch.ones(8, 8))

@@ -1,0 +1,254 @@
+"""Kinds of values: what lies where, what is restored and refused, and layers that are stacked and cut."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.kernels.masks import PADDING, words
+from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed import DTYPES, same_bits
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.layouts.values import group_of, groups_of, pack_places, unpack_places
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid, make_grid
+from gblm_compress.models.packed_checkpoint import pack_
+from tests.layouts.weights import ROUNDING, TWO_FOUR, packed, sparse
+
+LAYOUT_NAMES = pytest.mark.parametrize("layout", LAYOUTS)
+QUANTISED = pytest.mark.parametrize("layout", ROUNDING)
+ODD = torch.arange(-15, 16, 2).char()  # 16 levels, none of them zero
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 200), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_places_lie_as_documented(seed: int, rows: int, columns: int, density: float) -> None:
+    """Two to a byte, the first in the low half; each word of the mask begins with a byte."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(rows, columns, generator=generator) < density
+    places = torch.randint(0, 16, (int(keep.sum()),), generator=generator, dtype=torch.uint8)
+    values = pack_places(words(keep), places)
+    expected, at = [], 0
+    for row in keep.tolist():
+        for first in range(0, columns, 64):
+            count = sum(row[first : first + 64])
+            word = [*places[at : at + count].tolist(), 0]
+            expected += [word[i] | word[i + 1] << 4 for i in range(0, count, 2)]
+            at += count
+    assert values.tolist() == expected
+    assert torch.equal(unpack_places(words(keep), values), places)
+
+
+def small_integers(columns: int, rows: int = 8) -> Tensor:
+    """A 2:4 weight of the numbers 1 to 7."""
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randint(1, 8, (rows, columns), generator=generator).float()
+    return weight * Pattern("2:4").mask(torch.rand(rows, columns, generator=generator), weight, 0.5)
+
+
+@pytest.mark.parametrize("columns", [4, 60, 64, 100])
+def test_values_of_2_4_lie_at_a_fixed_place(columns: int) -> None:
+    """Two of every four columns, in order; int4 in one byte, the first in the low half."""
+    weight = small_integers(columns, 5)
+    weight[0, 0:4] = torch.tensor([0.0, 0.0, 3.0, 0.0])  # filled up at the first free place
+    weight[1, 0:4] = 0.0
+    grid = Grid(torch.ones(5, 1).half(), torch.arange(-8, 8).char(), None)
+    bytes_, nibbles = [], []
+    for row in weight.int().tolist():
+        for first in range(0, columns, 4):
+            stored = [at for at in range(first, first + 4) if row[at]]
+            free = [at for at in range(first, first + 4) if not row[at]]
+            one, two = sorted((stored + free)[:2])
+            bytes_ += [row[one], row[two]]
+            nibbles.append(row[one] + 8 | row[two] + 8 << 4)
+    for layout, expected in (("sparse24-int8", bytes_), ("sparse24-int4", nibbles)):
+        layer = packed(layout, weight, grid=grid)
+        assert layer.values.tolist() == expected + [0] * PADDING
+        assert torch.equal(layer.dense_weight(), weight) and layer.error(weight) == 0.0
+
+
+def test_a_table_without_zero_holds_full_groups_only() -> None:
+    """Any other layer is packed exactly."""
+    grid, weight = Grid(torch.ones(8, 1).half(), ODD, None), small_integers(64)
+    weight = torch.where(weight == 0, 0.0, weight // 2 * 2 + 1)
+    assert packed("sparse24-int4", weight, grid=grid).error(weight) == 0.0
+    weight[3, weight[3].nonzero()[0]] = 0.0
+    assert packed("sparse24-int4", weight, grid=grid).error(weight) == float("inf")
+    model: Any = torch.nn.Module()
+    model.layer, model.config = torch.nn.Linear(64, 8, bias=False), type("Config", (), {})()
+    model.layer.weight.data = weight
+    assert pack_(model, ["layer"], "sparse24-int4", grids={"layer": grid}) == (["layer"], {})
+    assert model.layer.layout == "bitmask" and torch.equal(model.layer.dense_weight(), weight)
+    grid.scales[3] = weight[3] = 0.0  # zero times any level
+    assert packed("sparse24-int4", weight, grid=grid).error(weight) == 0.0
+
+
+@QUANTISED
+@pytest.mark.parametrize("group", [None, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_on_a_grid_are_restored_bit_for_bit(layout: str, group: int | None, dtype: torch.dtype) -> None:
+    """As a fit through the quantiser leaves them, rounded to the dtype of the checkpoint."""
+    weight = sparse(layout, 9, 200)
+    grid = make_grid(weight, weight != 0, LAYOUTS[layout].kind.kind, group)
+    scale = grid.scale_of(200)
+    on_grid = torch.zeros_like(weight)
+    for row, column in (weight != 0).nonzero().tolist():
+        values = grid.levels.float() * float(scale[row, column if group else 0])
+        on_grid[row, column] = values[(values - weight[row, column]).abs().argmin()]
+    on_grid = on_grid.to(dtype)
+    layer = packed(layout, on_grid, grid=grid)
+    assert layer.group == group
+    assert same_bits(layer.dense_weight(), on_grid) and layer.restores(on_grid)
+
+
+@QUANTISED
+def test_other_weights_than_the_nearest_points_are_no_restoration(layout: str) -> None:
+    weight = sparse(layout, 9, 200)
+    layer = packed(layout, weight, group=64)
+    assert layer.restores(weight) and layer.error(weight) < layer.largest_error
+    assert float(layer.dense_weight()[weight == 0].abs().sum()) == 0.0
+    for other in (weight * 1.1, torch.where(weight == 0, 1.0, weight), weight.half(), weight[1:]):
+        assert not layer.restores(other)
+
+
+@QUANTISED
+def test_the_error_is_the_share_that_rounding_moved(layout: str) -> None:
+    """It grows where few weights decide the scale of many."""
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    weight[:, 1::4] = weight[:, 2::4] = 0.0
+    layer = packed(layout, weight)
+    pairs = zip(layer.dense_weight().flatten().tolist(), weight.flatten().tolist(), strict=True)
+    moved = sum(abs(held - given) for held, given in pairs)
+    assert layer.error(weight) == pytest.approx(moved / float(weight.abs().sum()), rel=1e-4)
+    assert layer.error(weight) < layer.largest_error
+    weight[:, ::52] = 10.0 + 2 * torch.arange(20).reshape(4, 5)
+    assert packed(layout, weight).error(weight) > layer.largest_error
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits_a_weight"),
+    [("bitmask-int8", 5.25), ("bitmask-int4", 3.25), ("sparse24-int8", 5.0), ("sparse24-int4", 3.0), ("int8", 8.25)],
+)
+def test_size_at_half_density_in_groups_of_64(layout: str, bits_a_weight: float) -> None:
+    weight = torch.ones(64, 1024)
+    weight[:, ::2] = 0.0
+    more = (0 if layout == "int8" else PADDING) + (16 if layout.endswith("-int4") else 0)
+    assert 8 * (packed(layout, weight, group=64).packed_bytes - more) == bits_a_weight * weight.numel()
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 127, 129, 4096])
+def test_the_number_of_groups_tells_their_size(columns: int) -> None:
+    for group in (None, 32, 64, 128):
+        found = group_of(columns, groups_of(columns, group))
+        assert groups_of(columns, found) == groups_of(columns, group)
+        assert found == group or groups_of(columns, group) == 1
+    with pytest.raises(ModelError, match="scales: 999 for each row"):
+        group_of(columns, 999)
+
+
+@QUANTISED
+def test_other_bits_are_refused(layout: str) -> None:
+    layer = packed(layout, sparse(layout, 4, 100), group=64)
+    damages = {
+        "scales": [lambda t: t - 0x7FFF, lambda t: t * 0 + 0x7C00, lambda t: t[:, :1].repeat(1, 7), lambda t: t.half()],
+        "mask": [lambda t: t * 0, lambda t: t[1:], lambda t: t | (1 << 40), lambda t: t.int()],
+        "patterns": [lambda t: t * 0, lambda t: t[1:], lambda t: t | 7, lambda t: t.int(), lambda t: t | 128],
+        "levels": [lambda t: t.flip(1), lambda t: t * 0, lambda t: t[:, :8], lambda t: t.int(), lambda t: t[0]],
+        "values": [lambda t: t[:-1], lambda t: t.half(), lambda t: t[None], lambda t: (t * 0 - 64) * 2],
+    }
+    for name in layer.kind.names:
+        sound = layer.get_buffer(name)
+        for damage in damages[name]:
+            if name == "values" and layout.endswith("-int4") and len(damage(sound)) == len(sound):
+                continue  # any place is one
+            setattr(layer, name, damage(sound).contiguous())
+            with pytest.raises(ModelError, match="^(mask|patterns|values|scales|levels): "):
+                layer.check()
+        setattr(layer, name, sound)
+    layer.check()
+
+
+@pytest.mark.parametrize("group", [0, 16, 65, True, 64.0, "64"], ids=repr)
+def test_groups_that_there_are_not(group: Any) -> None:
+    with pytest.raises(ModelError, match="is none of 32, 64, 128"):
+        PackedLinear("int8", (4, 100), False, torch.float32, group=group)
+
+
+def same(layer: PackedLinear, weight: Tensor) -> bool:
+    """Whether a layer is sound and has that weight, in the bytes that packing gives where nothing is rounded."""
+    layer.check()
+    assert layer.shape == tuple(weight.shape)
+    expected = {} if LAYOUTS[layer.layout].width else packed(layer.layout, weight.contiguous()).held
+    return same_bits(layer.dense_weight(), weight.contiguous()) and all(
+        same_bits(layer.held[name], tensor) for name, tensor in expected.items()
+    )
+
+
+@LAYOUT_NAMES
+@given(st.data(), st.sampled_from(DTYPES), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_stacked(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
+    columns = 4 * data.draw(st.integers(1, 40))
+    heights = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    layers = [packed(layout, sparse(layout, rows, columns, seed + i, dtype)) for i, rows in enumerate(heights)]
+    assert same(PackedLinear.stack(layers), torch.cat([layer.dense_weight() for layer in layers]))
+
+
+@LAYOUT_NAMES
+@given(st.data(), st.sampled_from(DTYPES), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_cut(layout: str, data: Any, dtype: torch.dtype, seed: int) -> None:
+    """Where words of the mask, bytes of positions and rows begin and end anywhere."""
+    step = 64 if layout.endswith("-int4") else 4 if LAYOUTS[layout].pattern else 1
+    rows, columns = data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 40))
+    first, last = sorted(data.draw(st.lists(st.integers(0, rows), min_size=2, max_size=2, unique=True)))
+    edges = st.sampled_from([*range(0, columns, step), columns])
+    left, right = sorted(data.draw(st.lists(edges, min_size=2, max_size=2, unique=True)))
+    whole = packed(layout, sparse(layout, rows, columns, seed, dtype))
+    part = whole.cut(range(first, last), range(left, right))
+    assert same(part, whole.dense_weight()[first:last, left:right])
+    all_of_it = whole.cut(range(rows), range(columns)).held  # as of a file, of which nothing is kept
+    assert all(all_of_it[name].data_ptr() != tensor.data_ptr() for name, tensor in whole.held.items())
+
+
+def test_stored_zeros_stay_stored() -> None:
+    """A weight that became zero in a narrower dtype still has its bit."""
+    layer = packed("bitmask", torch.tensor([[1.0, 1e-9, 0.0, 2.0], [0.0, 1e-9, 3.0, 0.0]]))
+    layer.values = layer.values.half().float()
+    part = layer.cut(range(1, 2), range(1, 3))
+    part.check()
+    assert part.values[:2].tolist() == [0.0, 3.0]
+
+
+@pytest.mark.parametrize("layout", TWO_FOUR)
+def test_groups_of_2_4_are_not_cut_in_two(layout: str) -> None:
+    with pytest.raises(UsageError, match="columns 6 to 11: a 2:4 layout can be cut at multiples of 4 only"):
+        packed(layout, sparse(layout, 2, 16)).cut(range(2), range(6, 12))
+
+
+@QUANTISED
+def test_columns_that_share_a_scale_are_not_cut_apart(layout: str) -> None:
+    whole = packed(layout, sparse(layout, 4, 200), group=64)
+    with pytest.raises(UsageError, match="columns 8 to 127: scales are shared by 64 columns, and the layout can be"):
+        whole.cut(range(4), range(8, 128))
+    for columns in (range(64, 128), range(128, 200), range(200)):
+        part = whole.cut(range(1, 3), columns)
+        assert same(part, whole.dense_weight()[1:3, columns.start : columns.stop])
+
+
+@pytest.mark.parametrize("layout", ["bitmask-int4", "sparse24-int4"])
+def test_int4_layers_with_other_levels_are_stacked(layout: str) -> None:
+    weights = [sparse(layout, 5, 100, seed) for seed in range(3)]
+    grids = [make_grid(weight, weight != 0, "int4", 64, torch.ones(100)) for weight in weights]
+    layers = [packed(layout, weight, grid=grid) for weight, grid in zip(weights, grids, strict=True)]
+    whole = PackedLinear.stack(layers)
+    assert whole.held["levels"].shape == (15, 16)
+    expected = torch.cat([layer.dense_weight() for layer in layers])
+    assert torch.equal(whole.dense_weight(), expected)
+    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    part = whole.cut(range(4, 11), range(100))
+    torch.testing.assert_close(part(x), x @ expected[4:11].T, rtol=1e-3, atol=1e-3)
