@@ -14,8 +14,7 @@ from typer.core import TyperCommand
 
 from gblm_compress.cli import summaries
 from gblm_compress.command import REQUIRED, Command, Part
-from gblm_compress.errors import GateError, GblmError, UsageError
-from gblm_compress.faults import together
+from gblm_compress.errors import GateError, GblmError, UsageError, together
 from gblm_compress.runs.recipe import describe_fault
 from gblm_compress.settings import OverrideSettings, Panel, Settings, Source
 from gblm_compress.settings.fields import allowed

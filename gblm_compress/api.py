@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from gblm_compress import __version__, faults
+from gblm_compress import __version__, errors
 from gblm_compress.command import REQUIRED, Command, command
 from gblm_compress.errors import GateError, GblmError, UsageError
 from gblm_compress.machine.environment import share_cores
@@ -344,7 +344,7 @@ def run(
     from gblm_compress.runs import report as documents
 
     if dry_run:
-        faults.raise_all(checks.check(content, progress) + checks.check_output(content, folder))
+        errors.raise_all(checks.check(content, progress) + checks.check_output(content, folder))
         return looking.dry_run(content, folder, progress)
     result = pipeline.run(content, folder, progress)
     if junit is not None:
@@ -365,7 +365,7 @@ def report(
 
     result = history.report([Path(run) for run in runs], Path(output))
     if fail_on_regression and (worse := result.regressions):
-        failure = faults.together(GateError, f"{len(worse)} figures got worse", worse)
+        failure = errors.together(GateError, f"{len(worse)} figures got worse", worse)
         failure.result = result
         raise failure
     return result
@@ -395,9 +395,9 @@ def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> 
 
         from gblm_compress.runs import checks
 
-        faults.raise_all(checks.check(content, progress))
+        errors.raise_all(checks.check(content, progress))
     except GblmError as error:
-        error.result = {"valid": False, "faults": faults.listed(error), "recipe": None}
+        error.result = {"valid": False, "faults": error.faults or (str(error),), "recipe": None}
         raise
     found = {"valid": True, "faults": [], "recipe": content.model_dump(mode="json")}
     return found | {"path": str(path), "unchecked": checks.unchecked(content)}
@@ -472,7 +472,7 @@ def _found(
     looks: list[Any] = [partial(find_here, name) for name in names if name != TINY]  # tiny is built where it is missing
     if any(kind_of(local(name)) != "folder" for name in names):
         looks += [partial(data_files, name) for name in texts]
-    faults.raise_all(faults.collect([*looks, partial(check_folder, tasks)]))
+    errors.raise_all(errors.collect([*looks, partial(check_folder, tasks)]))
     progress = _progress(quiet)
     with ExitStack() as stack:
 

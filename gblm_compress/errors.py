@@ -1,24 +1,26 @@
 """Every error the user can cause or meet, and the exit code each ends the program with.
 
     GblmError                      1  unexpected
-    ├── RankError                  1  another process of the run is gone
+    ├── RankError                  1  another process of the run ended or did not answer
     ├── UsageError                 2  an option, an argument or an output path is wrong
-    │   ├── RecipeError            2  a recipe file has faults
+    │   ├── RecipeError            2  a recipe has faults; the message lists all with their location
     │   └── OutputError            2  the disk does not take what is to be written
     ├── InputError                 3  the model or the data cannot be used
-    │   ├── ModelError             3
-    │   └── DataError              3
+    │   ├── ModelError             3  missing, corrupt, of an unsupported kind, or with values that cannot be pruned
+    │   └── DataError              3  missing, unreadable or too short
     ├── MissingDependencyError     4  hardware or a package is missing
-    │   └── NotEnoughMemoryError   4  memory ran out
-    ├── VerificationError          5  an artefact is not what it claims to be
+    │   └── NotEnoughMemoryError   4  memory ran out, of the machine or of its GPU
+    ├── VerificationError          5  an artefact, reopened, is not what it claims to be
     └── GateError                  6  a gate of the recipe failed
 
-A message says what is wrong, what was given, what was needed, and what to do next.
+A message says what is wrong, what was given, what was needed, and what to do next. Faults that show before the work are
+raised together.
 """
 
 import errno
 import re
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 _ALLOCATION = re.compile(r"can(?:'t|not) allocate memory", re.IGNORECASE)
 
@@ -36,57 +38,50 @@ class GblmError(Exception):
     result: Any = None
 
 
+E = TypeVar("E", bound=GblmError)
+
+
 class RankError(GblmError):
-    """Another process of a run over several ended or did not answer."""
+    pass
 
 
 class UsageError(GblmError):
-    """An option, an argument or an output path is wrong."""
-
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe has faults; the message lists all of them with their location."""
+    pass
 
 
 class OutputError(UsageError):
-    """A folder or file cannot be written: the disk is full or read-only, or permissions forbid it."""
+    pass
 
 
 class InputError(GblmError):
-    """The model or the data cannot be used."""
-
     exit_code = 3
 
 
 class ModelError(InputError):
-    """The model is missing, corrupt, of an unsupported kind, or holds values that cannot be pruned."""
+    pass
 
 
 class DataError(InputError):
-    """The text is missing, unreadable or too short."""
+    pass
 
 
 class MissingDependencyError(GblmError):
-    """Hardware or a package that the request needs is not there."""
-
     exit_code = 4
 
 
 class NotEnoughMemoryError(MissingDependencyError):
-    """Memory ran out, of the machine or of its GPU."""
+    pass
 
 
 class VerificationError(GblmError):
-    """An artefact, reopened, is not what it claims to be."""
-
     exit_code = 5
 
 
 class GateError(GblmError):
-    """A gate of the recipe failed."""
-
     exit_code = 6
 
 
@@ -104,3 +99,33 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None)
     )
+
+
+def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
+    """The faults that the looks raise, in order."""
+    found = []
+    for look in looks:
+        try:
+            look()
+        except GblmError as error:
+            found.append(error)
+    return found
+
+
+def raise_all(faults: list[GblmError]) -> None:
+    """Raise the faults, if there are any: one as it is, several as one error of their kind, or else a UsageError."""
+    different = list({str(fault): fault for fault in faults}.values())
+    if len(different) == 1:
+        raise different[0]
+    if different:
+        kinds = {type(fault) for fault in different}
+        kind = kinds.pop() if len(kinds) == 1 else UsageError
+        raise together(kind, f"{len(different)} faults", [str(fault) for fault in different])
+
+
+def together(kind: type[E], title: str, messages: list[str], shown: int | None = None) -> E:
+    """One error whose message lists several faults, at most `shown` of them."""
+    more = [f"… and {len(messages) - shown} more"] if shown is not None and len(messages) > shown else []
+    error = kind("\n".join([title, *messages[:shown], *more]))
+    error.faults = tuple(messages)
+    return error

@@ -27,11 +27,7 @@ class Progress:
         self.console.say(message)
 
     def track(self, items: Sequence[T], what: str, unit: str, tokens: int = 0) -> Iterator[T]:
-        """Yield `items` while showing how many are done, when the rest will be, and the memory of the process.
-
-        Args:
-            tokens: of text that go through all items together; their rate is shown.
-        """
+        """Yield `items` and show how many are done, when the rest will be, the memory, and the rate of `tokens`."""
         with self.counter(what, unit, len(items), tokens) as advance:
             for item in items:
                 yield item
@@ -42,56 +38,33 @@ class Progress:
         """A bar that moves by one with every call of the function it yields."""
         if self.quiet:
             yield lambda: None
-        elif self.console.is_terminal:
-            bar = RichProgress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[facts]}"),
-                console=self.console,
-            )
-            facts = _Facts(total, tokens)
-            with bar:
-                task = bar.add_task(printable(what), total=total, facts="")
-                yield lambda: bar.update(task, advance=1, facts=facts.after_one_more())
-        else:
-            yield _plain_counter(printable(what), unit, total, tokens)
-
-
-class _Facts:
-    """Tokens per second and memory, in words."""
-
-    def __init__(self, total: int, tokens: int) -> None:
-        self._start, self._done, self._total, self._tokens = time.monotonic(), 0, total, tokens
+            return
         import psutil
 
-        self._process = psutil.Process()
+        process, start = psutil.Process(), time.monotonic()
+        name, done, last = printable(what), 0, start
 
-    def after_one_more(self) -> str:
-        self._done += 1
-        memory = f"{self._process.memory_info().rss / 1e9:.1f} GB"
-        if not self._tokens:
-            return memory
-        rate = self._tokens * self._done / self._total / (time.monotonic() - self._start)
-        return f"{rate:,.0f} tokens/s, {memory}"
+        def facts() -> str:
+            nonlocal done
+            done += 1
+            rate = tokens * done / total / (time.monotonic() - start)
+            speed = f"{rate:,.0f} tokens/s, " if tokens else ""
+            return f"{speed}{process.memory_info().rss / 1e9:.1f} GB"
 
+        def print_line() -> None:
+            nonlocal last
+            words, now = facts(), time.monotonic()
+            if now - last >= PLAIN_LINE_EVERY_S and done < total:
+                last, eta = now, (now - start) / done * (total - done)
+                print(
+                    f"{printable(what)}: {done}/{total} {unit}, ETA {eta:.0f} s, {words}", file=sys.stderr, flush=True
+                )
 
-def _plain_counter(what: str, unit: str, total: int, tokens: int) -> Callable[[], None]:
-    start = last = time.monotonic()
-    done = 0
-    facts = _Facts(total, tokens)
-
-    def advance() -> None:
-        nonlocal done, last
-        done += 1
-        now, words = time.monotonic(), facts.after_one_more()
-        if now - last >= PLAIN_LINE_EVERY_S and done < total:
-            last = now
-            eta = (now - start) / done * (total - done)
-            print(f"{what}: {done}/{total} {unit}, ETA {eta:.0f} s, {words}", file=sys.stderr, flush=True)
-
-    return advance
+        if not self.console.is_terminal:
+            yield print_line
+            return
+        counted = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+        timed = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+        with RichProgress(*counted, *timed, console=self.console) as bar:
+            task = bar.add_task(name, total=total, facts="")
+            yield lambda: bar.update(task, advance=1, facts=facts())

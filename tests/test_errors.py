@@ -1,8 +1,25 @@
 import errno
 
+import pytest
 import torch
 
-from gblm_compress.errors import first_line, is_out_of_memory
+from gblm_compress.errors import (
+    DataError,
+    GblmError,
+    ModelError,
+    UsageError,
+    collect,
+    first_line,
+    is_out_of_memory,
+    raise_all,
+)
+
+
+def failing(error: Exception):
+    def look() -> None:
+        raise error
+
+    return look
 
 
 def test_first_line_is_never_empty() -> None:
@@ -13,10 +30,32 @@ def test_first_line_is_never_empty() -> None:
 
 def test_out_of_memory_in_its_kinds() -> None:
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    try:
+    with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.int8)
-    except RuntimeError as error:
-        assert is_out_of_memory(error)
+    assert is_out_of_memory(error.value)
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) and not is_out_of_memory(OSError(5, "x"))
     assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError())
+
+
+@pytest.mark.parametrize(
+    ("faults", "kind", "message"),
+    [
+        (["gone"], ModelError, "gone"),
+        ([ModelError("gone"), ModelError("gone")], ModelError, "gone"),  # which counts once
+        ([ModelError("a"), ModelError("b")], ModelError, "2 faults\na\nb"),
+        ([ModelError("a"), DataError("b")], UsageError, "2 faults\na\nb"),
+    ],
+)
+def test_all_faults_are_raised_at_once(faults, kind, message) -> None:
+    raise_all(collect([lambda: None]))
+    faults = [fault if isinstance(fault, GblmError) else ModelError(fault) for fault in faults]
+    with pytest.raises(kind) as found:
+        raise_all(collect(map(failing, faults)))
+    assert type(found.value) is kind and str(found.value) == message
+    assert len(faults) > 1 or found.value is faults[0]
+
+
+def test_a_bug_is_no_fault() -> None:
+    with pytest.raises(KeyError):
+        collect([failing(KeyError("bug"))])

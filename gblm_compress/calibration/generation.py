@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.calibration.products import faster_dtype
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
@@ -52,7 +52,7 @@ def generate(
     """Let a causal language model write a .txt file, whole or not at all, with an empty line between two texts."""
     began = time.monotonic()
     with outputs.reserved_file(output, ".txt", "text", force):
-        faults.raise_all(check(source, settings) + faults.collect([partial(loading.choose_device, device)]))
+        errors.raise_all(check(source, settings) + errors.collect([partial(loading.choose_device, device)]))
         device, tokenizer = loading.choose_device(device), loading.load_processor(source)
         with freed_memory_kept(), peak_memory(device) as memory:
             model = loading.load_model(source, dtype := faster_dtype(device, Ranks()), device)
@@ -66,13 +66,13 @@ def generate(
 
 def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
     """What makes writing impossible, as far as it shows without the weights."""
-    if unusable := faults.collect([partial(loading.check_model, source, "write with")]):
+    if unusable := errors.collect([partial(loading.check_model, source, "write with")]):
         return unusable
     if not (task := loading.task_of(source)).generates:
         return [UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")]
     looks: list[Any] = [partial(data_files, settings.starts)] if settings.starts else []
     longest = 1 + max(STARTS) + settings.sequence_length
-    return faults.collect([partial(loading.check_length, source, longest, "a piece with its start"), *looks])
+    return errors.collect([partial(loading.check_length, source, longest, "a piece with its start"), *looks])
 
 
 def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Progress) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
@@ -57,7 +57,7 @@ def benchmark(
     Raises:
         GblmError: as `check`.
     """
-    faults.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
+    errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = loading.choose_device(device)
     threads = settings.threads or torch.get_num_threads()
     lanes = _lanes(models, settings, dtype, device)
@@ -83,13 +83,13 @@ def check(
     generation, that run in none of `settings.runtimes`, or that have no baseline of their runtime, dtype, architecture
     and origin.
     """
-    absent = faults.collect([partial(loading.choose_device, device)])
-    found = absent + faults.collect(
+    absent = errors.collect([partial(loading.choose_device, device)])
+    found = absent + errors.collect(
         partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
         for model in (*models, *baselines)
     )
     place = "cpu" if absent else loading.choose_device(device)
-    found += faults.collect(
+    found += errors.collect(
         partial(check_device, model, place) for model in models if set(runtimes_of(model)) & set(settings.runtimes)
     )
     lanes = _lanes(models, settings, dtype, place)
@@ -101,8 +101,8 @@ def check(
                 "`gblm-compress export MODEL -o OUT --format onnx`)"
             )
         )
-    found += faults.collect(partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes})
-    return found + faults.collect(
+    found += errors.collect(partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes})
+    return found + errors.collect(
         partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gblm_compress import faults, tasks
+from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.reference import Reference, ask
@@ -70,7 +70,7 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
     Raises:
         GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
     """
-    faults.raise_all(check([source], settings, progress))
+    errors.raise_all(check([source], settings, progress))
     return _samples(source, settings, progress)
 
 
@@ -88,7 +88,7 @@ def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progr
     ]
     if settings.tasks:
         looks.append(partial(zero_shot.task_manager, settings.tasks, settings.include_path, progress))
-    return faults.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
+    return errors.collect([*looks, *(partial(_check_model, model, settings) for model in models)])
 
 
 def evaluate(
@@ -114,7 +114,7 @@ def evaluate(
     looks: list[Callable[[], object]] = [partial(loading.choose_device, device)]
     if reference is not None:
         looks.append(partial(check_baseline, source, reference.source))
-    faults.raise_all(check(given, settings, progress) + faults.collect(looks))
+    errors.raise_all(check(given, settings, progress) + errors.collect(looks))
     task, samples = loading.task_of(source), _samples(source, settings, progress)
     device = loading.choose_device(device)
     progress.say(f"loading {source.name} …")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gblm_compress import __version__, faults, tasks
+from gblm_compress import __version__, errors, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
@@ -155,7 +155,7 @@ def _prune(
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
         if calibration.experts == "all":
             looks.append(lambda: run_all_(loading.load_skeleton(source)))
-    faults.raise_all(faults.collect(looks))
+    errors.raise_all(errors.collect(looks))
     device = ranks.device_of_rank(loading.choose_device(device))
     processor = loading.load_processor(source)
     before = pruned_before(source)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from gblm_compress import __version__, faults
+from gblm_compress import __version__, errors
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
@@ -95,7 +95,7 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, 
     check_kind(source)
     looks += [partial(loading.task_of(source).data_files, name) for name in settings.datasets]
     looks += [partial(loading.check_length, source, settings.sequence_length)]
-    faults.raise_all(faults.collect(looks))
+    errors.raise_all(errors.collect(looks))
 
 
 def check_kind(source: ModelSource) -> None:

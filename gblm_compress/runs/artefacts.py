@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import exporters, faults, tasks
+from gblm_compress import errors, exporters, tasks
 from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError
 from gblm_compress.exporters import export, quantised
@@ -65,7 +65,7 @@ class Generate(Recorded):
     def check(self, progress: Progress) -> list[GblmError]:
         if self.job.here:
             return generation.check(self.job.dense, self.settings)
-        return faults.collect(partial(tasks.data_files, name) for name in self.texts)
+        return errors.collect(partial(tasks.data_files, name) for name in self.texts)
 
     def work(self, progress: Progress) -> Any:
         place, device = self.place, self.job.device
@@ -105,7 +105,7 @@ class Prune(Recorded):
         looks = _texts_are_there(self)
         if self.settings.needs_text and self.job.here:
             looks.append(_length_fits(self, self.calibration))
-        return faults.collect([*looks, lambda: self.job.patterns])
+        return errors.collect([*looks, lambda: self.job.patterns])
 
     def disk(self) -> Disk:
         dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
@@ -161,11 +161,11 @@ class Recover(Recorded):
             length = self.settings.sequence_length
             looks.append(partial(check_kind, self.job.dense))
             looks.append(partial(loading.check_length, self.job.dense, length, "recover.sequence_length"))
-        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
+        unfit = errors.collect([lambda: self.job.patterns])  # which is the pruning's fault
         if not unfit:
             patterns = {pattern.name for pattern in self.job.patterns.values()}
             looks.append(partial(check_mask, self.settings, patterns, self.job.recipe.prune.grid is not None))
-        return faults.collect(looks)
+        return errors.collect(looks)
 
     def disk(self) -> Disk:
         return Disk(self.job.dense.bytes_on_disk, meanwhile=checkpoint_bytes(self.job.dense))
@@ -230,13 +230,13 @@ class Export(Recorded):
 
     def check(self, progress: Progress) -> list[GblmError]:
         dense = self.job.dense if self.job.here else None
-        unfit = faults.collect([lambda: self.job.patterns])  # which is the pruning's fault
+        unfit = errors.collect([lambda: self.job.patterns])  # which is the pruning's fault
         patterns = {} if unfit or self.of_dense else self.job.patterns
         looks: list[Look] = [partial(exporters.check, dense, self.settings, patterns)]
         pruning = self.job.recipe.prune
         if pruning.grid is not None and not self.of_dense:
             looks.append(partial(quantised.check_grid, pruning.columns_of_a_scale, self.settings))
-        return faults.collect(looks)
+        return errors.collect(looks)
 
     def disk(self) -> Disk:
         size = self.job.bytes_in(exporters.dtype_of(self.job.dense, self.settings))

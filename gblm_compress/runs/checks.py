@@ -5,7 +5,7 @@ is here tell. Nothing is fetched, converted or computed.
 from functools import partial
 from pathlib import Path
 
-from gblm_compress import faults, tasks
+from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError
 from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here
@@ -23,7 +23,7 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
     """Every fault of a run that shows before it; `unchecked` says what could not be looked at."""
     here: list[ModelSource | None] = []
     name, device = recipe.model.source, recipe.model.device
-    found = faults.collect([lambda: here.append(find_here(name)), partial(loading.choose_device, device)])
+    found = errors.collect([lambda: here.append(find_here(name)), partial(loading.choose_device, device)])
     if here and here[0] is not None:
         return found + check_model(recipe, here[0], progress)
     return found + _check_stages(Job.without_model(recipe, ANYWHERE), progress)
@@ -31,7 +31,7 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 
 def check_model(recipe: Recipe, dense: ModelSource, progress: Progress) -> list[GblmError]:
     """Every fault of a run of a model that is here."""
-    if unusable := faults.collect([partial(loading.check_model, dense, "prune")]):
+    if unusable := errors.collect([partial(loading.check_model, dense, "prune")]):
         return unusable + _check_stages(Job.without_model(recipe, ANYWHERE), progress)
     return _check_stages(Job(recipe, dense, True, ANYWHERE), progress)
 
@@ -39,7 +39,7 @@ def check_model(recipe: Recipe, dense: ModelSource, progress: Progress) -> list[
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     """What is in the way of a run: another folder than of a run, or in one a foreign file where a stage will write."""
     stages = stages_of(Job.without_model(recipe, output))
-    return faults.collect([partial(outputs.check_workable, output, "run")]) or faults.collect(
+    return errors.collect([partial(outputs.check_workable, output, "run")]) or errors.collect(
         stage.check_place for stage in stages if isinstance(stage, Recorded)
     )
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import check as evaluate_faults
@@ -52,8 +52,8 @@ def compare(
     """
     with outputs.working_in(output, "comparison"), ExitStack() as stack:
         source = dense.source if isinstance(dense, Reference) else dense
-        absent = faults.collect([partial(loading.choose_device, device)])
-        faults.raise_all(absent + check(source, settings, calibration, evaluation, progress))
+        absent = errors.collect([partial(loading.choose_device, device)])
+        errors.raise_all(absent + check(source, settings, calibration, evaluation, progress))
         prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
         device = loading.choose_device(device)
         if isinstance(dense, ModelSource):
@@ -90,7 +90,7 @@ def check(
         text_is_given: whether the text of the calibration is there already.
     """
     methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
-    if export := faults.collect([partial(loading.check_model, source, "compare")]):
+    if export := errors.collect([partial(loading.check_model, source, "compare")]):
         return export
     task = loading.task_of(source)
     if not task.generates:
@@ -100,11 +100,11 @@ def check(
         if text_is_given:
             looks.append(partial(task.data_files, calibration.dataset))
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
-    found = faults.collect(looks) + evaluate_faults([source], evaluation, progress)
+    found = errors.collect(looks) + evaluate_faults([source], evaluation, progress)
     if found:
         return found
     skeleton = loading.load_skeleton(source)
-    return faults.collect(partial(skeleton_budgets, skeleton, method) for method in methods)
+    return errors.collect(partial(skeleton_budgets, skeleton, method) for method in methods)
 
 
 @plain_figures()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import GblmError
 from gblm_compress.formats import FORMATS
 from gblm_compress.measure.reference import Reference
@@ -52,7 +52,7 @@ class Job:
     @cached_property
     def device(self) -> str:
         """Where the recipe runs; as it asks, where that is absent."""
-        absent = faults.collect([partial(loading.choose_device, self.recipe.model.device)])
+        absent = errors.collect([partial(loading.choose_device, self.recipe.model.device)])
         return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
 
     @property

@@ -4,7 +4,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.machine.environment import environment
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models.finding import find_here, resolve_model
@@ -28,11 +28,11 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         GblmError: all that `check` finds, before anything is done; or of the stage that failed. A failed gate is no
             exception: see `RunReport.passed`.
     """
-    faults.raise_all(check(recipe, progress) + check_output(recipe, output))
+    errors.raise_all(check(recipe, progress) + check_output(recipe, output))
     was_here = find_here(recipe.model.source) is not None
     dense = resolve_model(recipe.model.source, progress)
     if not was_here:
-        faults.raise_all(check_model(recipe, dense, progress))
+        errors.raise_all(check_model(recipe, dense, progress))
     job = Job(recipe, dense, True, output)
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.yaml_nodes import Node, YamlFaults
@@ -76,7 +76,7 @@ def _read(path: Path) -> Node:
 
 def _all_of(messages: list[str]) -> RecipeError:
     count = "1 fault" if len(messages) == 1 else f"{len(messages)} faults"
-    return faults.together(RecipeError, f"{count} in the recipe", messages, MOST_FAULTS)
+    return errors.together(RecipeError, f"{count} in the recipe", messages, MOST_FAULTS)
 
 
 def schema() -> dict[str, Any]:

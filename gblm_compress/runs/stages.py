@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
@@ -78,11 +78,11 @@ class Evaluate(Recorded):
     def check(self, progress: Progress) -> list[GblmError]:
         """For an export, what the pruned model's evaluation does not show already."""
         if self.runtime == "onnxruntime":
-            return faults.collect([partial(check_onnx_provider, self.job.device)])
+            return errors.collect([partial(check_onnx_provider, self.job.device)])
         if self.source is not self.job.pruned:
             return []
         found = evaluation.check([self.job.dense] if self.job.here else [], self.settings, progress)
-        return found + faults.collect([self._check_gates])
+        return found + errors.collect([self._check_gates])
 
     def disk(self) -> Disk:
         """The logits of the dense model, which go when the run ends."""
@@ -136,7 +136,7 @@ class Benchmark(Recorded):
         if self.job.here:
             length = self.settings.prompt + self.settings.generate
             looks.append(partial(loading.check_length, self.job.dense, length, "benchmark.prompt plus generate"))
-        return faults.collect(looks)
+        return errors.collect(looks)
 
     def work(self, progress: Progress) -> Any:
         job, models, baselines = self.job, list(self.models), list(self.baselines)

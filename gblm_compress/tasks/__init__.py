@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gblm_compress import faults
+from gblm_compress import errors
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks.causal_lm import CausalLM
@@ -40,7 +40,7 @@ def data_files(dataset: str) -> list[Path]:
         lambda task=task: found.append(task.data_files(dataset))  # type: ignore[misc]
         for task in TASKS.values()
     ]
-    unreadable = faults.collect(looks)
+    unreadable = errors.collect(looks)
     if found:
         return found[0]
     if len({str(fault) for fault in unreadable}) == 1:
