@@ -23,7 +23,7 @@ from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.manifest import is_ours
 from gblm_compress.progress import Progress
-from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.outputs import MANIFEST
 
 SPREAD = 1.25
 """The largest factor, and one over the smallest."""

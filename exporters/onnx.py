@@ -44,7 +44,7 @@ from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.storage import folders, outputs
+from gblm_compress.storage import outputs
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
@@ -131,7 +131,7 @@ def export(
     graph = graph_of(model, settings)
     copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
     outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
-    with folders.atomic_folder(output, force=force) as temporary:
+    with outputs.atomic_folder(output, force=force) as temporary:
         with TemporaryDirectory(dir=temporary) as scratch:  # what is built, and its weights until they are saved
             if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")

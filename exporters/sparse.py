@@ -28,7 +28,7 @@ from gblm_compress.models.packed_checkpoint import is_tied, linear_layer, pack_,
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import ExportSettings
-from gblm_compress.storage import folders, outputs
+from gblm_compress.storage import outputs
 from gblm_compress.tasks.task import Sample
 
 _LOADING = """\
@@ -94,7 +94,7 @@ def export(
     dense_bytes = sum(weight.nbytes for weight in dense.values())
     packed_bytes = sum(model.get_submodule(name).packed_bytes for name in dense)
     outputs.check_space(output, source.bytes_on_disk, "the export")
-    with folders.atomic_folder(output, force=force) as temporary:
+    with outputs.atomic_folder(output, force=force) as temporary:
         save_packed(model, temporary)
         loading.save_processor(processor, temporary, source)
         progress.say("verifying …")

@@ -25,7 +25,7 @@ from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
-from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.storage.paths import CACHE_VARIABLE
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
 from tests.forks import RANKS, Outcome, Server

@@ -29,7 +29,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
-from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.storage.paths import CACHE_VARIABLE
 from tests.conftest import greedy_tokens
 
 pytestmark = [

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from gblm_compress.errors import OutputError
 from gblm_compress.storage import records
-from gblm_compress.storage.cache import cache_folder
+from gblm_compress.storage.paths import cache_folder
 
 FILE = "measurements.json"  # {machine: {what: result}}
 T = TypeVar("T", int, str)

@@ -5,7 +5,7 @@ from typing import Any
 from gblm_compress.errors import UsageError
 from gblm_compress.models import manifest
 from gblm_compress.models.source import ModelSource
-from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.outputs import MANIFEST
 
 # What config.json says of a model's architecture and shapes, in the words of all families.
 SHAPES = (

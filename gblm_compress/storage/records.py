@@ -1,4 +1,4 @@
-"""Records of our own: JSON that is written whole or not at all, read within limits, and sealed where it is trusted."""
+"""Our own JSON files: written whole or not at all, read within limits, and sealed where they are trusted."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
     """The JSON object, or array where `kind` is list, in a file.
 
     Args:
-        unique: whether no key may stand twice in an object, of which other readers may take another.
+        unique: refuse an object with a repeated key, of which other readers may take another value.
 
     Raises:
         OSError: there is no such regular file, or it cannot be read.
-        ValueError: its content is no such JSON; the message says why.
+        ValueError: its content is no such JSON.
     """
     if not path.is_file():  # never wait for a pipe or read a device
         raise FileNotFoundError(f"{path.name} is missing or no regular file")

@@ -7,7 +7,7 @@ from gblm_compress.calibration import products
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.settings import PruneSettings, RecoverSettings
-from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.storage.paths import CACHE_VARIABLE
 
 
 @pytest.mark.parametrize("faster", ["bfloat16", "float32"])

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from gblm_compress.machine import measurements
-from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.storage.paths import CACHE_VARIABLE
 
 
 def any_number(value) -> bool:

@@ -7,7 +7,7 @@ from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from gblm_compress.storage.folders import MANIFEST
+from gblm_compress.storage.outputs import MANIFEST
 
 
 def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_path, progress) -> None:

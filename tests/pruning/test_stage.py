@@ -28,7 +28,7 @@ from gblm_compress.pruning import placement, stage
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.storage.cache import CACHE_VARIABLE
+from gblm_compress.storage.paths import CACHE_VARIABLE
 from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_calibration import slow_activation_norms
 from tests.conftest import ARCHITECTURES, samples
