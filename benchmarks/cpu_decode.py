@@ -39,7 +39,7 @@ from gblm_compress.kernels import cpu
 from gblm_compress.kernels.masks import row_starts
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.measure.torch_runtime import TorchRuntime

@@ -36,7 +36,7 @@ from random_llama import PRESETS, write_random_llama
 from gblm_compress.api import prune
 from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model

@@ -786,7 +786,7 @@ def environment(bench: Bench) -> dict[str, Any]:
     """The machine and its versions, and what its memory can do."""
     from gblm_compress.machine import environment
 
-    found = environment.environment() | {"dtype": str(bench.dtype), "dry_run": not bench.on_cuda}
+    found = environment() | {"dtype": str(bench.dtype), "dry_run": not bench.on_cuda}
     if bench.on_cuda:
         properties = torch.cuda.get_device_properties(0)
         source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")

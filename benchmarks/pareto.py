@@ -31,7 +31,7 @@ from llama_cpp_model import LlamaCpp, read_gguf, write_gguf
 
 import gblm_compress
 from gblm_compress.exporters.onnx import DATA
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.grids import read_grids

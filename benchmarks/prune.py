@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.models.checkpoint import keys, read_tensor
 from gblm_compress.models.files import weight_files
 from gblm_compress.models.finding import resolve_model

@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 
 from gblm_compress.calibration.products import faster_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.models import manifest
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.models.finding import resolve_model, silence_libraries

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.progress import Progress
-from gblm_compress.tasks.windows import calibration_windows
+from gblm_compress.tasks.causal_lm import calibration_windows
 
 
 def gradient_norms(model: Any, samples: list[Tensor]) -> dict[str, dict[str, Tensor]]:

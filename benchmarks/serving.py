@@ -30,7 +30,7 @@ from urllib.request import urlopen
 import psutil
 from ending import exit_after
 
-from gblm_compress.machine.environment import environment, version_of
+from gblm_compress.machine import environment, version_of
 from gblm_compress.tasks.text import load_text
 
 if TYPE_CHECKING:

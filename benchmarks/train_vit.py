@@ -24,7 +24,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from gblm_compress.tasks import images
+from gblm_compress.tasks import image_classification as images
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _NAMES = {

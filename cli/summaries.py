@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gblm_compress.machine.environment import noisy
+from gblm_compress.machine import noisy
 from gblm_compress.printing import PlainConsole, printable
 from gblm_compress.storage import records
 

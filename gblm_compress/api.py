@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from gblm_compress import __version__, errors
 from gblm_compress.command import REQUIRED, Command, command
 from gblm_compress.errors import GateError, GblmError, UsageError
-from gblm_compress.machine.environment import share_cores
+from gblm_compress.machine import share_cores
 from gblm_compress.progress import Progress
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
 from gblm_compress.runs.recipe import schema as recipe_schema

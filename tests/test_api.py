@@ -26,8 +26,8 @@ from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.runs import advice, pushing
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.records import as_json
+from gblm_compress.tasks.causal_lm import calibration_windows
 from gblm_compress.tasks.text import load_text
-from gblm_compress.tasks.windows import calibration_windows
 from tests.families.tiny import tiny_family
 from tests.runs.reports import report, write_report
 

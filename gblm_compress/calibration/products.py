@@ -8,8 +8,7 @@ import torch
 
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
-from gblm_compress.machine.environment import cpu_name
-from gblm_compress.machine.measurements import remembered
+from gblm_compress.machine import cpu_name, remembered
 from gblm_compress.settings import PruneSettings, RecoverSettings
 
 Fit = TypeVar("Fit", PruneSettings, RecoverSettings)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.kernels import cpu
-from gblm_compress.machine.measurements import remembered
+from gblm_compress.machine import remembered
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 EVERY = 1 << 40
@@ -69,7 +69,7 @@ def crossover(layout: str, weight: cpu.Weight, dtype: torch.dtype) -> int:
 
 @cache
 def _machine() -> str:
-    from gblm_compress.machine.environment import cpu_name
+    from gblm_compress.machine import cpu_name
 
     kernels = cpu.library_file()
     which = "none" if kernels is None else f"{crc32(kernels.read_bytes()):08x}"

@@ -20,7 +20,7 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 from gblm_compress.errors import first_line
 from gblm_compress.kernels import gpu
 from gblm_compress.kernels.gpu import Packed, Tiling
-from gblm_compress.machine import measurements
+from gblm_compress.machine import remembered
 from gblm_compress.progress import Progress
 
 TOKENS = tuple(2**power for power in range(13))  # 1 … 4096; a plan has a word for each
@@ -70,7 +70,7 @@ def plan(weight: Packed) -> str:
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     grouped = f"/{weight.group}" if weight.scales is not None else ""
     what = f"cuda {weight.layout} {rows}x{columns}{grouped} {weight.dtype}"
-    return measurements.remembered(machine, what, lambda: _measured_plan(weight), lambda words: is_plan(words, weight))
+    return remembered(machine, what, lambda: _measured_plan(weight), lambda words: is_plan(words, weight))
 
 
 def is_plan(words: Any, weight: Packed) -> bool:

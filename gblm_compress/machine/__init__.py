@@ -1,1 +1,187 @@
-"""This machine: its versions and hardware, memory, and what was measured about its kernels."""
+"""This machine: its versions and hardware, recorded with every measurement, and measurements of its kernels."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gblm_compress
+from gblm_compress.errors import OutputError
+from gblm_compress.storage import records
+from gblm_compress.storage.paths import cache_folder
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "datasets", "safetensors", "triton")
+INSTRUCTION_SETS = {
+    "avx2": "fp32 kernels of torch and ONNX Runtime at half the width of AVX-512",
+    "avx512f": "full-width fp32 kernels",
+    "avx512_bf16": "bf16 at twice the fp32 rate: --dtype bfloat16 pays off",
+    "amx_bf16": "bf16 matrix units: --dtype bfloat16 pays off most",
+}
+QUIET = 0.2
+"""Cores that may be busy with other work during a measurement; beyond that, its figures say little."""
+SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"
+"""How often a thread of OpenMP asks whether it may go on before it sleeps; 300,000 times by default."""
+MEASUREMENTS = "measurements.json"
+"""The file in the cache folder: {machine: {what: result}}."""
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+T = TypeVar("T", int, str)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as plain values."""
+    return {
+        "gblm_compress": gblm_compress.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory(),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in cpu_flags()],
+        "gpus": gpus(),
+        "packages": {name: found for name in (*PACKAGES, onnxruntime_package()) if (found := version_of(name))},
+    }
+
+
+def busy_cores(seconds: float = 0.5) -> float:
+    """How many cores other programs and threads keep busy, on average over the next seconds."""
+    import psutil
+
+    return (os.cpu_count() or 1) * psutil.cpu_percent(interval=seconds) / 100
+
+
+def noisy(seen: dict[str, Any]) -> str | None:
+    """A warning about figures that were measured beside other work; None where there was little.
+
+    Args:
+        seen: an environment, with the `busy_cores` before the measurement.
+    """
+    busy, cores = seen["busy_cores"], seen["cores"]
+    return f"{busy:.1f} of {cores} cores were busy with other work: the figures say little" if busy > QUIET else None
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep soon where they wait for each other, if other programs keep a core busy.
+
+    By default they spin for milliseconds, which is fastest on a quiet machine. Beside other programs, a thread that
+    spins takes the core from the one that it waits for. Call this before torch is loaded; the user's settings stay.
+    """
+    chosen = {"OMP_WAIT_POLICY", SPINS} & os.environ.keys()
+    if not chosen and "torch" not in sys.modules and busy_cores(0.2) > 0.5:
+        os.environ[SPINS] = FEW_SPINS
+
+
+def _memory() -> int | None:
+    """All of it; None without psutil, as on a GPU machine that only runs benchmarks/gpu.py."""
+    if not find_spec("psutil"):
+        return None
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def _cpuinfo(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def gpus() -> list[dict[str, Any]]:
+    import torch
+
+    return [
+        {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+
+
+def onnxruntime_package() -> str:
+    return "onnxruntime-gpu" if version_of("onnxruntime-gpu") else "onnxruntime"
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def last_cache_bytes(caches: Path = _CACHES) -> int:
+    """The size of the largest cache that the first core has or shares; 0 where the system does not say (not Linux).
+
+    Args:
+        caches: a folder like `/sys/devices/system/cpu/cpu0/cache`.
+    """
+    said = [path.read_text().strip() for path in caches.glob("index*/size")]
+    return max((int(size[:-1]) * _UNITS[size[-1]] for size in said if size and size[-1] in _UNITS), default=0)
+
+
+def replacing(size: int) -> Callable[[], None]:
+    """A function that reads twice as many bytes, which replaces what a cache of that size holds.
+
+    One thread reads: the threads of torch would keep the cores for a while after it.
+    """
+    import numpy as np
+
+    memory = np.ones(max(1, 2 * size // 8), np.int64)
+
+    def replace() -> None:
+        memory.sum()
+
+    return replace
+
+
+def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Callable[[Any], bool]) -> T:
+    """The result of `measure`, or its earlier result on this machine, from the cache folder.
+
+    Args:
+        machine: hardware and versions that the result holds for.
+        what: everything else that it depends on.
+        is_valid: whether a value of any type, from a file that may be damaged, can be such a result; others are
+            measured again.
+    """
+    path = cache_folder() / MEASUREMENTS
+    known = recorded(path, machine)
+    if what not in known or not is_valid(known[what]):
+        known[what] = measure()
+        with suppress(OSError, OutputError):  # without a cache that can be written, only the next start is slower
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = _read(path)  # again: another process may have added to it
+            stored[machine] = stored.get(machine, {}) | known
+            records.write_text(path, json.dumps(stored, indent=2) + "\n")
+    result: T = known[what]
+    return result
+
+
+@cache
+def recorded(path: Path, machine: str) -> dict[str, Any]:
+    return _read(path).get(machine, {})
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results in the file that have the right form."""
+    try:
+        content = records.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return {machine: results for machine, results in content.items() if isinstance(results, dict)}

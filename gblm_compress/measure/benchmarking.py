@@ -13,7 +13,7 @@ import torch
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.machine.environment import busy_cores, environment
+from gblm_compress.machine import busy_cores, environment
 from gblm_compress.measure.benchmark_worker import started
 from gblm_compress.measure.runtimes import check_device, check_installed, runtimes_of
 from gblm_compress.measure.timings import Measurement, Speedup, Spread

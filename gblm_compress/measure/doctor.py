@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from gblm_compress.machine import environment
+from gblm_compress import machine
 from gblm_compress.models.finding import DEMO_INSTALL, DEMO_PACKAGE
 
 
@@ -28,21 +28,21 @@ def diagnose() -> list[Finding]:
     from gblm_compress.errors import MissingDependencyError
     from gblm_compress.kernels import cpu
 
-    busy = environment.busy_cores()
+    busy = machine.busy_cores()
     findings = [
         Finding("python", platform.python_version(), "", sys.version_info >= (3, 11)),
-        Finding("cpu", f"{environment.cpu_name()}, {os.cpu_count()} cores", ""),
-        Finding("busy cores", f"{busy:.1f}", f"`benchmark` says little above {environment.QUIET}"),
+        Finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
+        Finding("busy cores", f"{busy:.1f}", f"`benchmark` says little above {machine.QUIET}"),
     ]
-    for name in (*environment.PACKAGES, environment.onnxruntime_package()):
-        found = environment.version_of(name)
+    for name in (*machine.PACKAGES, machine.onnxruntime_package()):
+        found = machine.version_of(name)
         optional = name == "triton"
         enables = "GPU kernels of sparse folders and of torch.compile" if optional else ""
         findings.append(Finding(name, found or "not installed", enables, found is not None or optional))
-    flags = environment.cpu_flags()
+    flags = machine.cpu_flags()
     findings += [
         Finding(f"instruction set {name}", "yes" if name in flags else "no", enables)
-        for name, enables in environment.INSTRUCTION_SETS.items()
+        for name, enables in machine.INSTRUCTION_SETS.items()
     ]
     paths, of_levels = cpu.paths(torch.float32), cpu.paths(torch.int8)
     runs = f"bitmask folders run on the {paths[-1]} path, those of 8 and 4 bits on {of_levels[-1]}" if paths else ""
@@ -59,7 +59,7 @@ def diagnose() -> list[Finding]:
     except MissingDependencyError as error:
         operator = str(error).partition(":")[2].partition(". ")[0].strip()
     findings.append(Finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
-    gpus = environment.gpus()
+    gpus = machine.gpus()
     for gpu in gpus:
         capability = gpu["compute_capability"]
         sparse = "torch's 2:4 kernels" if float(capability) >= 8.0 else "none of torch's 2:4 kernels (8.0 is needed)"

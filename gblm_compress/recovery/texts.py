@@ -64,7 +64,7 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
 
     Raises:
         DataError: a text cannot be read or holds no two windows, or the data holds too much of a text that it must not.
-        ModelError: as `windows.tokenize`.
+        ModelError: as `text.tokenize`.
         UsageError: models of that task are not trained.
     """
     length, needed = settings.sequence_length, settings.steps * settings.batch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure.evaluation import check as evaluate_faults
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.measure.reference import Reference

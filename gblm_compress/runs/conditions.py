@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.machine.environment import environment, noisy
+from gblm_compress.machine import environment, noisy
 from gblm_compress.runs.job import Job
 from gblm_compress.settings import Recipe
 from gblm_compress.settings.stages import WRITTEN

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gblm_compress import errors
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.progress import Progress

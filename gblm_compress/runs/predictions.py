@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gblm_compress.kernels import cpu
-from gblm_compress.machine.environment import busy_cores
+from gblm_compress.machine import busy_cores
 
 WORTH = 1.15
 """A gain below this is not worth the quality that pruning takes."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gblm_compress import tasks
 from gblm_compress.errors import ModelError, OutputError, first_line
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.storage import records

@@ -15,7 +15,7 @@ from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
-from gblm_compress.machine.environment import environment
+from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate

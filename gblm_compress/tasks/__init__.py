@@ -1,13 +1,11 @@
-"""What a model is for.
+"""What a model is for: the registry of tasks, a file for each, and the samples that they read.
 
-The registry of tasks, a file for each, and the samples that they read. Importing a module loads no torch.
+Importing a module of this folder loads no torch.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gblm_compress import errors
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks.causal_lm import CausalLM
@@ -26,25 +24,23 @@ TASKS: dict[str, Task] = {
 """All tasks."""
 
 DEFAULT = "causal-lm"
-"""That of a model of which nothing tells the task."""
+"""The task of a model whose class is not known."""
 
 
 def data_files(dataset: str) -> list[Path]:
-    """As `Task.data_files`, of a model that is not known yet: what the first task that can read the dataset says.
+    """As `Task.data_files`, for a model that is not known yet: the answer of the first task that can read the dataset.
 
     Raises:
         DataError: no task can read it.
     """
-    found: list[list[Path]] = []
-    looks: list[Callable[[], object]] = [
-        lambda task=task: found.append(task.data_files(dataset))  # type: ignore[misc]
-        for task in TASKS.values()
-    ]
-    unreadable = errors.collect(looks)
-    if found:
-        return found[0]
-    if len({str(fault) for fault in unreadable}) == 1:
-        raise unreadable[0]
+    refused: dict[str, DataError] = {}
+    for task in TASKS.values():
+        try:
+            return task.data_files(dataset)
+        except DataError as error:
+            refused[str(error)] = error
+    if len(refused) == 1:
+        raise next(iter(refused.values()))
     if (kind := kind_of(local(dataset))) is None:
         raise DataError(f"dataset {dataset!r}: no such file")
     models: dict[str, list[str]] = {}
@@ -55,8 +51,7 @@ def data_files(dataset: str) -> list[Path]:
 
 
 def files_of(*datasets: str) -> list[Path]:
-    """The files of some datasets, which no output may replace; of one that cannot be read there are none, and it is
-    refused with all that is at fault."""
+    """The files of some datasets, which no output may replace; none of one that cannot be read and is refused later."""
     found: list[Path] = []
     for dataset in datasets:
         with suppress(DataError):
@@ -70,49 +65,22 @@ def is_here(dataset: str) -> bool:
 
 
 def task_of(model_class: type) -> Task:
-    """The task that a class of models is for, as optimum's TasksManager knows it of the class or one above it.
+    """The task for which transformers loads a class of models, or one above it.
 
-    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or
-    sound too is a language model: its other parts stay as they are.
+    An unknown class from outside transformers is for `DEFAULT`. A language model that reads images or sound too is a
+    language model: its other parts stay as they are.
 
     Raises:
-        ModelError: it is for a task that is not in `TASKS`, or a class of transformers for none.
+        ModelError: the class is one of transformers, and for none of `TASKS`.
     """
-    from optimum.exporters.tasks import TasksManager
-
-    name = "no task that optimum knows"
-    for kind in model_class.__mro__:
-        try:
-            name = TasksManager.infer_task_from_model(kind)
-            break
-        except ValueError:  # the name fits none of its tasks
-            if task := _loaded_as(kind):
-                return task
-    else:
-        if not model_class.__module__.startswith("transformers."):
-            return TASKS[DEFAULT]
-    found = next((task for task in TASKS.values() if task.optimum == name), None)
-    if found is None and name.endswith("to-text") and model_class.__name__ in _causal_lms():
-        found = TASKS["causal-lm"]
-    if found is None:
-        needed = " or ".join(task.help for task in TASKS.values())
-        raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
-    return found
-
-
-def _loaded_as(kind: type) -> Task | None:
-    """The task for which transformers loads the class, if any; optimum misses those that share a config (DeiT's)."""
     import transformers
 
-    for task in TASKS.values():
-        names = getattr(transformers, task.auto_class)._model_mapping._model_mapping.values()
-        if any(kind.__name__ in (name if isinstance(name, tuple) else (name,)) for name in names):
-            return task
-    return None
-
-
-def _causal_lms() -> set[str]:
-    """The classes that transformers loads as causal language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for kind in model_class.__mro__:
+        for task in TASKS.values():
+            for loaded in getattr(transformers, task.auto_class)._model_mapping._model_mapping.values():
+                if kind.__name__ in (loaded if isinstance(loaded, tuple) else (loaded,)):
+                    return task
+    if not model_class.__module__.startswith("transformers."):
+        return TASKS[DEFAULT]
+    needed = " or ".join(task.help for task in TASKS.values())
+    raise ModelError(f"{model_class.__name__} is not supported; {needed} is needed")

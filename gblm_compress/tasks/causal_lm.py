@@ -1,62 +1,65 @@
-"""Causal language modelling: every token is predicted from those before it."""
+"""Causal language modelling: every token is predicted from those before it.
+
+A text that is shorter than a window raises DataError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.errors import ModelError
-from gblm_compress.tasks import text, windows
+from gblm_compress.errors import DataError, ModelError
+from gblm_compress.tasks import text
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.text import tokenize, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOSS_TOKENS = 128
 """Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
+DRAWS = 100_000
+"""How many documents of C4 may be too short in a row before the search for a long one ends."""
+CHOICE = 16
+"""Windows of a hub dataset, which may be endless, are drawn from this many times their tokens."""
 
 
 class CausalLM(Task):
     """Samples are full windows of text, without padding; the loss is the mean cross-entropy of the next token."""
 
     help = "a causal language model"
-    optimum = "text-generation"
     auto_class = "AutoModelForCausalLM"
     generates = True
 
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        vocabulary = windows.vocabulary_of(config)
-        drawn = windows.calibration_windows(processor, vocabulary, dataset, samples, length, seed)
+        drawn = calibration_windows(processor, vocabulary_of(config), dataset, samples, length, seed)
         return [{"input_ids": window} for window in drawn]
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
         """Windows of the whole text, one after the other without overlap."""
         prose = text.load_text(dataset, "calibration", tokens)
-        ids = windows.tokenize(processor, windows.vocabulary_of(config), prose)
-        cut = windows.consecutive_windows(ids, length, None, dataset)
-        return [{"input_ids": window.unsqueeze(0)} for window in cut]
+        return _cut(processor, config, prose, length, None, dataset)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
         prose = text.load_text(dataset, "evaluation", None if limit is None else limit * length)
-        ids = windows.tokenize(processor, windows.vocabulary_of(config), prose)
-        cut = windows.consecutive_windows(ids, length, limit, dataset)
-        return [{"input_ids": window.unsqueeze(0)} for window in cut]
+        return _cut(processor, config, prose, length, limit, dataset)
 
     def example(self, config: Any) -> Sample:
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
         import torch
 
-        ids = torch.arange(12).reshape(2, 6) % windows.vocabulary_of(config)
+        ids = torch.arange(12).reshape(2, 6) % vocabulary_of(config)
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
     def judged_values(self, config: Any, length: int) -> int:
-        return (length - 1) * windows.vocabulary_of(config)
+        return (length - 1) * vocabulary_of(config)
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
         return {**sample, "use_cache": False}
@@ -99,3 +102,63 @@ class CausalLM(Task):
             assert leaf.grad is not None
             gradient[:, start:end] = leaf.grad
         return gradient
+
+
+def _cut(processor: Any, config: Any, prose: str, length: int, limit: int | None, source: str) -> list[Sample]:
+    ids = tokenize(processor, vocabulary_of(config), prose)
+    return [{"input_ids": window.unsqueeze(0)} for window in consecutive_windows(ids, length, limit, source)]
+
+
+def calibration_windows(
+    tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
+) -> list[Tensor]:
+    """Windows [1, length] as the reference scripts draw them: within documents of one shard for `c4`, from the first
+    documents of a hub dataset, else from the whole text. `seed` is that of `random.Random`.
+    """
+    if source == "c4":
+        generator, documents = random.Random(seed), text.c4_documents()
+        return [document_window(tokenizer, vocabulary, documents, length, generator) for _ in range(samples)]
+    ids = tokenize(tokenizer, vocabulary, text.load_text(source, "calibration", CHOICE * samples * length))
+    return random_windows(ids, samples, length, seed, source)
+
+
+def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
+    """Windows [1, length] of token ids [tokens], at `randint(0, tokens - length - 1)`, as the reference draws them."""
+    _check_length(ids, length + 1, source)
+    generator = random.Random(seed)
+    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+def document_window(
+    tokenizer: Any, vocabulary: int, documents: Sequence[Mapping[str, str]], length: int, generator: random.Random
+) -> Tensor:
+    """A window [1, length] within a single document, as the reference draws it from C4: `randint(0, documents - 1)`
+    until one is longer than `length`, then `randint(0, tokens - length - 1)`.
+    """
+    for _ in range(DRAWS):
+        ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
+        if len(ids) > length:
+            start = generator.randint(0, len(ids) - length - 1)
+            return ids[start : start + length].unsqueeze(0)
+    raise DataError(
+        f"dataset 'c4': none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
+        "--sequence-length"
+    )
+
+
+def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
+    """The token ids [tokens] cut into non-overlapping windows [windows, length], at most `limit` from the start; an
+    incomplete last one is dropped.
+    """
+    _check_length(ids, length, source)
+    count = len(ids) // length
+    return ids[: count * length].reshape(count, length)[:limit]
+
+
+def _check_length(ids: Tensor, needed: int, source: str) -> None:
+    if len(ids) < needed:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {needed}; "
+            "give a longer text or a smaller --sequence-length"
+        )

@@ -1,72 +1,124 @@
-"""Classification of texts, alone or in pairs."""
+"""Classification of texts, alone or in pairs, and what it shares with other classifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import passages
-from gblm_compress.tasks.classes import Classes
-from gblm_compress.tasks.passages import PassageTask
-from gblm_compress.tasks.tables import Row
-from gblm_compress.tasks.task import Sample, with_draws
+from gblm_compress.tasks.metrics import Metric, mean_metric
+from gblm_compress.tasks.passages import PassageTask, Row
+from gblm_compress.tasks.task import Sample, Task, random_numbers, with_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Classes(Task):
+    """A task whose prediction is logits [1, classes], and whose samples may have "labels" [1].
+
+    The loss is the cross-entropy of the label. Without labels one is drawn from the model's own prediction, because the
+    divergence from that prediction has no gradient. The squared gradients then estimate the diagonal of the Fisher
+    information, the curvature of that divergence.
+    """
+
+    accuracies: ClassVar[Mapping[str, int]] = {"accuracy": 1}
+    """The metrics of accuracy: among how many of the likeliest classes the label counts as right."""
+
+    def judged_values(self, config: Any, length: int) -> int:
+        return int(config.num_labels)
+
+    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
+        """Logits [1, classes]."""
+        return prediction
+
+    def loss(self, judged: Tensor, sample: Sample) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(judged.float(), sample["labels"] if "labels" in sample else drawn_label(judged, sample))
+
+    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, ...] | None:
+        """For each of `accuracies`, whether the label is among the likeliest classes, and the cross-entropy; None
+        without a label.
+        """
+        if "labels" not in sample:
+            return None
+        likeliest = judged[0].topk(min(max(self.accuracies.values()), judged.shape[-1])).indices == sample["labels"]
+        right = (float(likeliest[:count].any()) for count in self.accuracies.values())
+        return *right, float(self.loss(judged, sample))
+
+    def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
+        """Accuracies and cross-entropy; nothing where there are no labels."""
+        if measured[0] is None:
+            return {}
+        names = (*self.accuracies, "cross_entropy")
+        return {name: mean_metric(values) for name, values in zip(names, zip(*measured, strict=True), strict=True)}
 
 
 class Classification(Classes, PassageTask):
     """Samples are rows of a table with texts, or passages; labels are read where the data has them."""
 
     help = "a model that classifies texts"
-    optimum = "text-classification"
     auto_class = "AutoModelForSequenceClassification"
 
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
         rows = passages.drawn(passages.read(dataset, "calibration"), samples, seed, dataset)
-        return with_draws(self._samples(processor, config, rows, length, pad=True), seed)
+        return with_draws(_samples(processor, config, rows, length, pad=True), seed)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
-        rows = passages.read(dataset, "evaluation")[:limit]
-        return self._samples(processor, config, rows, length, pad=False)
-
-    def _samples(self, processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> list[Sample]:
-        import torch
-
-        if config.num_labels < 2:
-            raise ModelError("the model gives one number and no classes; a classifier has two labels or more")
-        scored = any(row.label is None and row.score is not None for row in rows)  # whole scores are no classes
-        labelled = any(row.label is not None for row in rows) and not scored
-        labels = [class_of(row, config) for row in rows] if labelled else []
-        found = passages.encode(processor, config, rows, length, pad)
-        if not labels:
-            return found
-        return [{**sample, "labels": torch.tensor([label])} for sample, label in zip(found, labels, strict=True)]
-
-    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """Logits [1, classes]."""
-        return prediction
+        return _samples(processor, config, passages.read(dataset, "evaluation")[:limit], length, pad=False)
 
 
-def class_of(row: Row, config: Any) -> int:
-    """The number of a row's class.
+def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> list[Sample]:
+    import torch
+
+    if config.num_labels < 2:
+        raise ModelError("the model gives one number and no classes; a classifier has two labels or more")
+    scored = any(row.label is None and row.score is not None for row in rows)  # whole scores are no classes
+    labelled = any(row.label is not None for row in rows) and not scored
+    labels = [class_of(row.label, row.where, config) for row in rows] if labelled else []
+    found = passages.encode(processor, config, rows, length, pad)
+    if not labels:
+        return found
+    return [{**sample, "labels": torch.tensor([label])} for sample, label in zip(found, labels, strict=True)]
+
+
+def class_of(label: int | str | None, where: str, config: Any, names: Mapping[str, int] | None = None) -> int:
+    """The number of the class that a label of a sample is, or names.
+
+    Args:
+        where: the sample's name in messages.
+        names: the numbers of the classes by their names in small letters; by default the model's.
 
     Raises:
-        DataError: it has none, or one that the model does not know.
+        DataError: there is no label, or no such class.
     """
-    classes: dict[int, str] = config.id2label
-    if row.label is None:
-        raise DataError(f"{row.where} has no label, and others have one; give all rows one, or none")
-    if isinstance(row.label, int) and 0 <= row.label < config.num_labels:
-        return row.label
-    named = {str(name).lower(): number for number, name in classes.items()}
-    if (number := named.get(str(row.label).lower())) is not None:
-        return int(number)
-    names = ", ".join(str(classes[number]) for number in sorted(classes)[:8])
+    if label is None:
+        raise DataError(f"{where} has no label, and others have one; give all samples one, or none")
+    names = names_of(config) if names is None else names
+    if isinstance(label, str) and label.lower() not in names and label.isdecimal():
+        label = int(label)
+    if isinstance(label, int) and 0 <= label < config.num_labels:
+        return label
+    if (number := names.get(str(label).lower())) is not None:
+        return number
+    first = ", ".join(str(config.id2label[number]) for number in sorted(config.id2label)[:8])
     raise DataError(
-        f"{row.where}: the label {row.label!r} is none of the model's {config.num_labels}; give a number from 0 to "
-        f"{config.num_labels - 1}, or a name: {names}"
+        f"{where}: the label {label!r} is none of the model's {config.num_labels}; give a number from 0 to "
+        f"{config.num_labels - 1}, or a name: {first}"
     )
+
+
+def names_of(config: Any) -> dict[str, int]:
+    """The numbers of a model's classes by their names in small letters."""
+    return {str(name).lower(): int(number) for number, name in config.id2label.items()}
+
+
+def drawn_label(logits: Tensor, sample: Sample) -> Tensor:
+    """A class [1] drawn from softmax(logits [1, classes]), the same for the same sample."""
+    likelihoods = logits.detach().double().softmax(-1).cumsum(-1)
+    number = random_numbers(sample, 1, normal=False).to(likelihoods)
+    return (likelihoods < number).sum(-1).clamp_(max=logits.shape[-1] - 1)

@@ -11,15 +11,14 @@ from gblm_compress.errors import DataError, ModelError, first_line
 from gblm_compress.storage.records import read_json
 from gblm_compress.tasks import passages
 from gblm_compress.tasks.metrics import Metric, spearman
-from gblm_compress.tasks.passages import PassageTask
-from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks.passages import PassageTask, Row
 from gblm_compress.tasks.task import Sample, random_numbers, with_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NEAREST = 10
-"""Neighbours of a text that are looked at: those of the dense model should be kept."""
+"""How many of a text's nearest neighbours count: a pruned model should keep those of the dense one."""
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 _MODE = "pooling_mode_"
@@ -33,13 +32,9 @@ class Embedding(PassageTask):
     of the embedding with a random direction r of its own for each sample, r ~ N(0, 1). Over many, the mean squared
     gradient is the diagonal of JᵀJ, with J the derivatives of the embedding: the curvature (Gauss-Newton) of half that
     squared distance.
-
-    Args:
-        pooling: one of `POOLINGS`.
     """
 
     help = "a model of text embeddings"
-    optimum = "feature-extraction"
     auto_class = "AutoModel"
     output = "last_hidden_state"
     companions = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/*")
@@ -48,7 +43,7 @@ class Embedding(PassageTask):
         self.pooling = pooling
 
     def of_folder(self, folder: Path) -> Embedding:
-        """With the pooling of sentence-transformers, where the folder says which; else the mean."""
+        """With the pooling that sentence-transformers' files name; else the mean."""
         modules = _read(folder / "modules.json", list)
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
         if unknown := [kind for kind in kinds if kind not in _MODULES]:
@@ -76,8 +71,7 @@ class Embedding(PassageTask):
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        rows = passages.read(dataset, "calibration")
-        texts = [Row((text,)) for text in dict.fromkeys(text for row in rows for text in row.texts)]
+        texts = _alone(passages.read(dataset, "calibration"))
         chosen = passages.drawn(texts, samples, seed, dataset)
         return with_draws(passages.encode(processor, config, chosen, length, pad=True), seed)
 
@@ -87,8 +81,7 @@ class Embedding(PassageTask):
 
         rows = passages.read(dataset, "evaluation")[:limit]
         if not any(row.score is not None for row in rows):
-            texts = dict.fromkeys(text for row in rows for text in row.texts)
-            return passages.encode(processor, config, [Row((text,)) for text in texts], length, pad=False)
+            return passages.encode(processor, config, _alone(rows), length, pad=False)
         for row in rows:
             if row.score is None or len(row.texts) < 2:
                 raise DataError(f"{row.where}: two sentences and a score are needed in every row")
@@ -123,8 +116,7 @@ class Embedding(PassageTask):
 
     def measure(self, judged: Tensor, sample: Sample) -> tuple[Tensor, float | None]:
         """The embedding, and the score of the pair."""
-        score = float(sample["labels"]) if "labels" in sample else None
-        return judged[0], score
+        return judged[0], float(sample["labels"]) if "labels" in sample else None
 
     def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
         """Spearman's rank correlation of cosines and scores; nothing where there are no scores."""
@@ -142,17 +134,16 @@ class Embedding(PassageTask):
         import torch
 
         ours, theirs = (torch.stack([vector for vector, _ in found]) for found in (measured, dense))
-        if len(ours) <= NEAREST:
-            return {}
-        return {"top10_agreement": top_agreement(theirs, ours, NEAREST)}
+        return {"top10_agreement": top_agreement(theirs, ours, NEAREST)} if len(ours) > NEAREST else {}
+
+
+def _alone(rows: Sequence[Row]) -> list[Row]:
+    """Each text of the rows once, without its partner."""
+    return [Row((text,)) for text in dict.fromkeys(text for row in rows for text in row.texts)]
 
 
 def _read(path: Path, kind: type) -> Any:
-    """The JSON of a file, empty where there is none.
-
-    Raises:
-        ModelError: it is damaged, or of another type.
-    """
+    """The JSON of a file, empty where there is none."""
     try:
         return read_json(path, kind) if path.exists() else kind()
     except (OSError, ValueError) as error:
@@ -160,10 +151,8 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:
-    """Mean over texts of the share of their `count` nearest others by `reference` that are so by `vectors`.
-
-    Args:
-        reference, vectors: [texts, …], of length 1 each.
+    """The mean share of each text's `count` nearest neighbours by `reference` that are also nearest by `vectors`; both
+    [texts, …], of length 1 each.
     """
     kept = 0
     for start in range(0, len(vectors), 1024):

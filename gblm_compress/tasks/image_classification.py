@@ -1,50 +1,76 @@
-"""Classification of images."""
+"""Classification of images, and where images come from.
+
+SRC is a folder with a sub-folder for each class, a folder of images without classes, a `.parquet` file or hub dataset
+(`owner/name[:config][@split]`) with columns `image` and `label`, or IDX files, the format of MNIST. Images and labels
+that cannot be read or do not fit the model raise DataError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+import io
+import math
+import random
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory
-from gblm_compress.tasks import images
-from gblm_compress.tasks.classes import Classes
-from gblm_compress.tasks.images import Label, Picture, Pictures
-from gblm_compress.tasks.metrics import Metric, mean_metric
+from gblm_compress.storage.paths import kind_of, local
+from gblm_compress.tasks import text
+from gblm_compress.tasks.classification import Classes, class_of, names_of
 from gblm_compress.tasks.task import IMAGE_PROCESSOR, Sample, with_draws
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+Label: TypeAlias = "int | str | None"
+
 MODES = {1: "L", 3: "RGB"}
 """The mode of Pillow that an image is converted to, by the model's channels."""
-
-TOP = 5
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}
+"""Names of the sub-folders of an image folder that hold one part each."""
+READS = (
+    "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
+    "'label', or IDX files (…images-idx3-ubyte, also as .gz)"
+)
+LARGEST_IDX = 1 << 32
+"""Bytes of an IDX file, which is in memory as a whole."""
+_IDX = re.compile(r".*images[-.]idx3-ubyte(\.gz)?")
+_IDX_PARTS = {"calibration": "train-", "evaluation": "t10k-"}
+_SHUFFLED = 1_000
+"""Images of a hub dataset that are held at once to draw from; its files are read in random order, too."""
 
 
 class ImageClassification(Classes):
     """Samples are single images as the model's image processor makes them; labels are read where the data has them."""
 
     help = "a model that classifies images"
-    optimum = "image-classification"
     auto_class = "AutoModelForImageClassification"
     processor = IMAGE_PROCESSOR
     varying_axes = 1
     sample = "image"
-    reads = images.READS
+    reads = READS
+    accuracies: ClassVar[Mapping[str, int]] = {"top1_accuracy": 1, "top5_accuracy": 5}
 
     def check_processor(self, processor: Any) -> None:
         if "pixel_values" not in processor.model_input_names:
             raise ModelError(f"its image processor makes {', '.join(processor.model_input_names)}, and no pixel_values")
 
     def data_files(self, dataset: str) -> list[Path]:
-        return images.data_files(dataset)
+        return data_files(dataset)
 
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        pictures = images.read(dataset, "calibration", samples, seed)
+        pictures = read(dataset, "calibration", samples, seed)
         if len(pictures.found) < samples:
             raise DataError(
                 f"dataset {dataset!r} has {len(pictures.found)} images, and {samples} are asked for; give fewer samples"
@@ -53,12 +79,11 @@ class ImageClassification(Classes):
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
         """All images in the dataset's order; where there is a limit, drawn at random, for folders go class by class."""
-        return Preprocessed(processor, config, images.read(dataset, "evaluation", limit, seed=0))
+        return Preprocessed(processor, config, read(dataset, "evaluation", limit, seed=0))
 
     def probe(self, processor: Any, config: Any) -> Sample:
         """A made image, of large and small blots: no photograph is on every machine."""
-        made = _made(256, _mode(config))
-        return {"pixel_values": _pixels(processor, config, made, "a made image")}
+        return {"pixel_values": _pixels(processor, config, _made(256, _mode(config)), "a made image")}
 
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
         import torch
@@ -69,32 +94,43 @@ class ImageClassification(Classes):
     def example(self, config: Any) -> Sample:
         return self.timed(config, 2, 0, seed=0)
 
-    def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """Logits [1, classes]."""
-        return prediction
 
-    def measure(self, judged: Tensor, sample: Sample) -> tuple[float, ...] | None:
-        """Whether the label is the likeliest class, whether it is among the five likeliest, and the cross-entropy."""
-        if "labels" not in sample:
-            return None
-        likeliest = judged[0].topk(min(TOP, judged.shape[-1])).indices == sample["labels"]
-        return float(likeliest[0]), float(likeliest.any()), float(self.loss(judged, sample))
+@dataclass(frozen=True)
+class Picture:
+    """An image of a dataset, which is read when it is asked for."""
 
-    def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
-        """Accuracy of the likeliest class and of the five likeliest, and cross-entropy; nothing without labels."""
-        if measured[0] is None:
-            return {}
-        names = ("top1_accuracy", f"top{TOP}_accuracy", "cross_entropy")
-        return {name: mean_metric(values) for name, values in zip(names, zip(*measured, strict=True), strict=True)}
+    where: str  # its name in messages
+    label: Label  # the number or the name of its class; None where the data has no classes
+    _open: Callable[[], Image]
+
+    def read(self, mode: str) -> Image:
+        """The image in a mode of Pillow: "L" for grey, "RGB" for colours."""
+        from PIL import UnidentifiedImageError
+
+        try:
+            image = self._open()
+            image.load()
+        except Exception as error:  # Pillow and its decoders each raise their own kinds for bad data
+            if is_out_of_memory(error):
+                raise
+            # Pillow names the object that it was given, which says nothing here.
+            reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+            raise DataError(f"{self.where} cannot be read as an image ({reason}); remove it") from error
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{self.where} has pixels of mode {image.mode}; give images of 8 bits a channel")
+        return image.convert(mode)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of a dataset, and the names of all its classes in its order, where they have names."""
+
+    found: Sequence[Picture]
+    classes: tuple[str, ...] = ()
 
 
 class Preprocessed(Sequence[Sample]):
-    """Samples that are read and processed each time they are asked for; the labels are looked at once, before.
-
-    Raises:
-        DataError: a label is none of the model's.
-        ModelError: the model takes neither grey images nor colours.
-    """
+    """Samples that are read and processed each time they are asked for; the labels are checked once, before."""
 
     def __init__(self, processor: Any, config: Any, pictures: Pictures) -> None:
         self._processor, self._config, self._pictures = processor, config, pictures.found
@@ -116,51 +152,26 @@ class Preprocessed(Sequence[Sample]):
 def labels_of(pictures: Pictures, config: Any) -> list[int]:
     """The numbers of all images' classes; none where the data has no classes.
 
-    Names are those of the model, in capitals or not. Where none of the dataset's names is, and it has as many as the
-    model has classes, they are the model's in alphabetical order: so do `torchvision` and folders of ImageNet.
-
-    Raises:
-        DataError: a label is none of the model's, or an image has none, and others have one.
+    Names are those of the model, in capitals or not. Where the model has none of the dataset's names, but as many
+    classes, they are the model's in alphabetical order, as for `torchvision` and folders of ImageNet.
     """
     if all(picture.label is None for picture in pictures.found):
         return []
-    known = {str(name).lower(): int(number) for number, name in config.id2label.items()}
-    unknown = all(_number(name, known, config.num_labels) is None for name in pictures.classes)
-    if unknown and len(pictures.classes) == config.num_labels:
-        known = {name.lower(): number for number, name in enumerate(pictures.classes)}
-    return [_class_of(picture, known, config) for picture in pictures.found]
-
-
-def _class_of(picture: Picture, known: dict[str, int], config: Any) -> int:
-    if picture.label is None:
-        raise DataError(f"{picture.where} has no label, and others have one; give all images one, or none")
-    number = _number(picture.label, known, config.num_labels)
-    if number is None:
-        names = ", ".join(str(config.id2label[number]) for number in sorted(config.id2label)[:8])
-        raise DataError(
-            f"{picture.where}: the label {picture.label!r} is none of the model's {config.num_labels}; give a number "
-            f"from 0 to {config.num_labels - 1}, or a name: {names}"
-        )
-    return number
-
-
-def _number(label: Label, known: dict[str, int], classes: int) -> int | None:
-    """The number of a class, from its name or itself."""
-    if isinstance(label, str) and label.lower() in known:
-        return known[label.lower()]
-    if isinstance(label, str) and label.isdecimal():
-        label = int(label)
-    return label if isinstance(label, int) and 0 <= label < classes else None
+    names = names_of(config)
+    numbers = {str(number) for number in range(config.num_labels)}
+    if len(pictures.classes) == config.num_labels and not any(
+        name.lower() in names or name in numbers for name in pictures.classes
+    ):
+        names = {name.lower(): number for number, name in enumerate(pictures.classes)}
+    return [class_of(picture.label, picture.where, config, names) for picture in pictures.found]
 
 
 def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
-    """What the processor makes of an image, [1, channels, height, width].
-
-    Raises:
-        ModelError: the processor does not take it, or makes it another size than the model takes.
-    """
+    """The processed image, [1, channels, height, width]; ModelError where processor and model do not fit."""
+    # Grey images stay grey: processors that turn all images into colours are told not to.
+    to_colours = config.num_channels == 1 and getattr(processor, "do_convert_rgb", None)
     try:
-        options = _as_given(processor, config.num_channels)
+        options = {"do_convert_rgb": False} if to_colours else {}
         found: Tensor = processor(image, return_tensors="pt", **options)["pixel_values"]
     except Exception as error:  # its config can hold anything, and what reads it raises what it likes
         if is_out_of_memory(error):
@@ -173,11 +184,6 @@ def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
             f"takes {' × '.join(map(str, wanted[1:]))}; set size, do_resize and crop_size in preprocessor_config.json"
         )
     return found
-
-
-def _as_given(processor: Any, channels: int) -> dict[str, Any]:
-    """Grey images stay grey: processors that turn all images into colours are told not to."""
-    return {"do_convert_rgb": False} if channels == 1 and getattr(processor, "do_convert_rgb", None) else {}
 
 
 def _takes_one_size(config: Any) -> bool:
@@ -214,3 +220,165 @@ def _made(size: int, mode: str) -> Image:
         blots = generator.uniform(0, 255 / 3, (scale, scale, 3)).astype("uint8")
         total += numpy.asarray(Image.fromarray(blots).resize((size, size), Image.Resampling.BILINEAR))
     return Image.fromarray(total.astype("uint8")).convert(mode)
+
+
+def data_files(source: str) -> list[Path]:
+    """The file or folder of images that a source names, and the labels beside it; of the hub it asks nothing."""
+    path = local(source)
+    kind = kind_of(path)
+    if source in ("demo", "wikitext2", "c4"):
+        raise DataError(f"dataset {source!r} is text, and the model takes images; give {READS}")
+    if kind == "folder":
+        if not _idx_files(path) and next(_images_below(path), None) is None:
+            raise DataError(f"dataset {source!r}: the folder holds no image; give {READS}")
+        return [path]
+    if path.suffix == ".parquet" or _IDX.fullmatch(path.name):
+        if kind != "file":
+            raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
+        labels = _labels_beside(path) if path.suffix != ".parquet" else None
+        return [path] if labels is None else [path, labels]
+    if kind is not None or path.suffix in text.FILES or source.startswith((".", "/", "~")):
+        raise DataError(f"dataset {source!r} {text.FOUND[kind]}; give {READS}")
+    return []
+
+
+def read(source: str, role: text.Role, count: int | None, seed: int) -> Pictures:
+    """Images of a dataset: at most `count`, drawn at random, or all there are in the dataset's order.
+
+    `role` picks the part where a source has several; `seed` is that of `random.Random`.
+    """
+    path = next(iter(data_files(source)), None)
+    if path is None or (path.suffix == ".parquet" and path.is_file()):
+        return Pictures(_of_rows(path, source, role, count, seed))
+    if path.is_dir() and not _idx_files(path):
+        found, classes = _of_folder(path, role)
+    else:
+        found, classes = _of_idx(path, source, role), ()
+    return Pictures([found[index] for index in _chosen(len(found), count, seed)], classes)
+
+
+def _chosen(available: int, count: int | None, seed: int) -> Sequence[int]:
+    if count is None or count >= available:
+        return range(available)
+    return random.Random(seed).sample(range(available), count)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str, ...]]:
+    """All images of a folder. The classes are its sub-folders that hold images; one of `PARTS` is entered first."""
+    part = next((folder / name for name in PARTS[role] if (folder / name).is_dir()), folder)
+    if part is folder and any((folder / name).is_dir() for names in PARTS.values() for name in names):
+        raise DataError(f"dataset {str(folder)!r} has no part for {role}: no folder {' or '.join(PARTS[role])}")
+    folders = sorted(path for path in part.iterdir() if path.is_dir() and next(_images_below(path), None))
+    loose = sorted(path for path in part.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if folders and loose:
+        raise DataError(f"dataset {str(folder)!r}: {loose[0].name!r} lies beside folders of classes; put it into one")
+    found: list[tuple[Path, Label]] = [(path, below.name) for below in folders for path in sorted(_images_below(below))]
+    found = found or [(path, None) for path in loose]
+    if not found:
+        raise DataError(f"dataset {str(folder)!r} has no image for {role}: the folder {part.name!r} holds none")
+
+    def opened(path: Path) -> Image:
+        from PIL import Image
+
+        return Image.open(io.BytesIO(path.read_bytes()))
+
+    pictures = [Picture(f"image {str(path)!r}", label, partial(opened, path)) for path, label in found]
+    return pictures, tuple(below.name for below in folders)
+
+
+def _of_rows(path: Path | None, source: str, role: text.Role, count: int | None, seed: int) -> list[Picture]:
+    """The chosen rows of a .parquet file, in their order, or of a hub dataset."""
+    from pyarrow import parquet
+
+    with text.reading(source):
+        if path is not None:
+            chosen = set(_chosen(parquet.read_metadata(path).num_rows, count, seed))
+            numbered = enumerate(row for _, row in text.records(source, role, ("image", "label")))
+            rows = [(number, row) for number, row in numbered if number in chosen]
+        else:
+            hub = text.hub_rows(source, role)
+            hub = hub if count is None else hub.shuffle(seed=seed, buffer_size=_SHUFFLED)
+            rows = list(enumerate(islice(hub, count)))
+    if not rows:
+        raise DataError(f"dataset {source!r} holds no image")
+    return [_of_row(row, f"dataset {source!r}, row {number}") for number, row in rows]
+
+
+def _of_row(row: Mapping[str, Any], where: str) -> Picture:
+    """An image in a column: its file's bytes, a mapping with them, as `datasets` writes it, or an image of Pillow."""
+    from PIL import Image
+
+    if "image" not in row:
+        raise DataError(f"{where} has no column 'image'; it has {', '.join(map(repr, islice(row, 8)))}")
+    stored, label = row["image"], row.get("label")
+    content = stored.get("bytes") if isinstance(stored, dict) else stored
+    if isinstance(label, bool) or (isinstance(label, float) and label.is_integer()):
+        label = int(label)
+    if not (label is None or isinstance(label, int | str)):
+        raise DataError(f"{where}: its label is {type(label).__name__}; a number or a name is needed")
+    if isinstance(content, Image.Image):
+        return Picture(where, label, lambda: content)
+    if not isinstance(content, bytes):
+        raise DataError(f"{where}: its image is {type(content).__name__}; the bytes of an image file are needed")
+    return Picture(where, label, lambda: Image.open(io.BytesIO(content)))
+
+
+def _idx_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _IDX.fullmatch(path.name))
+
+
+def _labels_beside(path: Path) -> Path | None:
+    """The IDX file of labels beside one of images, packed or not."""
+    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    names = (f"{name}.gz", name) if path.suffix == ".gz" else (name, f"{name}.gz")
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+
+
+def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
+    """All images of an IDX file, or of the one in a folder that is for the role, with the labels beside it."""
+    from PIL import Image
+
+    if path.is_dir():
+        part = _IDX_PARTS[role]
+        path = next((file for file in _idx_files(path) if file.name.startswith(part)), path)
+        if path.is_dir():
+            raise DataError(f"dataset {source!r} has no part for {role}: no file {part}images-idx3-ubyte")
+    (count, height, width), pixels = _idx(path, source, dimensions=3)
+    beside = _labels_beside(path)
+    labels: Sequence[Label] = [None] * count
+    if beside is not None:
+        (labelled,), labels = _idx(beside, source, dimensions=1)
+        if labelled != count:
+            raise DataError(f"dataset {source!r}: {count} images in {path.name}, {labelled} labels in {beside.name}")
+    size = height * width
+
+    def image(number: int) -> Picture:
+        at = slice(number * size, (number + 1) * size)
+        where = f"image {number} of {str(path)!r}"
+        return Picture(where, labels[number], lambda: Image.frombytes("L", (width, height), pixels[at]))
+
+    return [image(number) for number in range(count)]
+
+
+def _idx(path: Path, source: str, dimensions: int) -> tuple[tuple[int, ...], bytes]:
+    """The sizes and the numbers of an IDX file of bytes: two zero bytes, the type of the numbers (8: bytes), how many
+    dimensions, their sizes as 32-bit numbers, the high byte first, and the numbers row by row.
+    """
+    where = f"dataset {source!r}: {path.name}"
+    with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        head = file.read(4 + 4 * dimensions)
+        if head[:4] != bytes([0, 0, 8, dimensions]) or len(head) < 4 + 4 * dimensions:
+            raise DataError(f"{where} is no IDX file of bytes in {dimensions} dimensions")
+        sizes = struct.unpack(f">{dimensions}I", head[4:])
+        numbers, shape = math.prod(sizes), "×".join(map(str, sizes))
+        if not 0 < numbers <= LARGEST_IDX:
+            raise DataError(f"{where} says that it holds {shape} numbers; 1 to {LARGEST_IDX:,} can be read")
+        content = file.read(numbers + 1)
+    if len(content) != numbers:
+        held = "more" if len(content) > numbers else f"{len(content):,}"
+        raise DataError(f"{where} says that it holds {shape} numbers, and holds {held}; give whole files")
+    return sizes, content

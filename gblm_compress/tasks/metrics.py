@@ -1,4 +1,4 @@
-"""Metrics: how well a task is done, and how close two predictions are. Pure functions; importing loads no torch."""
+"""Metrics of a task, and of how close two predictions are: pure functions."""
 
 from __future__ import annotations
 
@@ -13,24 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value.
-
-    Attributes:
-        value: the measurement.
-        error: its standard error, from the spread over the samples; None where there is one sample.
-    """
+    """A measured value with its standard error, from the spread over the samples; None where there is one sample."""
 
     value: float
     error: float | None = None
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their sum over their number."""
     return sum(values) / len(values)
 
 
 def variance_of_mean(values: Sequence[float]) -> float:
-    """The square of its standard error; of two values or more."""
+    """The square of the mean's standard error, of two values or more."""
     middle = mean(values)
     return sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
 
@@ -47,10 +41,10 @@ def perplexity(cross_entropy: Metric) -> Metric:
 
 
 def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
-    """Spearman's rank correlation ρ, ties at their mean rank. Its standard error is that of Fisher's z with the
-    variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000), by the delta method.
+    """Spearman's rank correlation ρ, ties at their mean rank; NaN where all values or all scores are equal.
 
-    Where all values or all scores are equal there is no correlation: NaN.
+    Its standard error is that of Fisher's z with the variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000), by the
+    delta method.
     """
     ours, theirs = (_ranks(numbers) for numbers in (values, scores))
     middle, count = (len(ours) + 1) / 2, len(ours)
@@ -61,7 +55,7 @@ def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """The rank of each value, from 1; of equal ones the mean of theirs."""
+    """The rank of each value, from 1; equal values share their mean rank."""
     places: dict[float, list[int]] = {}
     for place, value in enumerate(sorted(values), 1):
         places.setdefault(value, []).append(place)
@@ -76,5 +70,5 @@ def mean_kl(reference: Tensor, logits: Tensor) -> float:
 
 
 def top1_agreement(reference: Tensor, logits: Tensor) -> float:
-    """Fraction of positions whose most probable class is the same; both [positions, classes]."""
+    """Fraction of positions with the same most probable class; both [positions, classes]."""
     return float((reference.argmax(-1) == logits.argmax(-1)).double().mean())

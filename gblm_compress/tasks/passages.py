@@ -1,38 +1,65 @@
-"""Passages: real sentences and paragraphs as padded samples of a model that reads texts whole.
+"""Passages: sentences, paragraphs and rows of tables as padded samples of a model that reads texts whole.
 
-Importing this module loads no torch.
+Rows come from csv, jsonl and parquet files and hub datasets. Their columns are known by name: `text` or `sentence`,
+alone or with `text_pair`; `sentence1` and `sentence2`; `premise` and `hypothesis`; `score`, `label`. A csv file without
+such a head line may have two sentences and a score, as the STS benchmark does. Rows that cannot be read or do not fit
+each other raise DataError.
 """
 
 from __future__ import annotations
 
+import csv
+import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.errors import DataError, ModelError
+from gblm_compress.errors import DataError, ModelError, first_line
 from gblm_compress.storage.paths import local
-from gblm_compress.tasks import tables, text
-from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
-from gblm_compress.tasks.windows import check_ids, vocabulary_of
+from gblm_compress.tasks.text import check_ids, vocabulary_of
 
 FEWEST_WORDS = 5
 """Words in a passage of a plain text; shorter lines are headings, captions and rests."""
 
+_FILES = (*text.FILES, ".csv")
+_READS = "a .txt, .csv, .jsonl or .parquet file, or a hub dataset"
+_TEXTS = (("text", "text_pair"), ("sentence", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+_KNOWN = frozenset(("score", "label", *(name for names in _TEXTS for name in names)))
+_NEEDED = (
+    "name one 'text' or 'sentence', or two 'sentence1' and 'sentence2', and those of labels 'label', of scores 'score'"
+)
 _C4_DOCUMENTS = 20_000
 _MARKUP = re.compile(r"\s*(</?doc\b.*|=.*=)\s*")  # lines of Wikipedia extracts and of WikiText that are no text
 _OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")
-"""Models whose positions begin behind that of padding."""
+"""Models whose positions begin after the one of padding."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text, or two that the model reads together, with a label or a score where there is one.
+
+    Attributes:
+        label: a class, by its number or name.
+        where: the row's name in messages.
+    """
+
+    texts: tuple[str, ...]
+    label: int | str | None = None
+    score: float | None = None
+    where: str = ""
 
 
 class PassageTask(Task):
     """A task whose samples are texts of several lengths: tokenized whole, cut if they are too long, padded behind."""
 
     sample = "text"
-    reads = tables.READS
+    reads = _READS
 
     def check_processor(self, processor: Any) -> None:
         super().check_processor(processor)
@@ -43,15 +70,15 @@ class PassageTask(Task):
             )
 
     def data_files(self, dataset: str) -> list[Path]:
-        return tables.data_files(dataset)
+        return text.data_files(dataset, _READS, _FILES)
 
     def timed(self, config: Any, batch: int, length: int, seed: int) -> Sample:
         import torch
 
-        length = min(length, positions_of(config))
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, vocabulary_of(config), (batch, length), generator=generator)
-        return self._with_types({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config)
+        size = (batch, min(length, positions_of(config)))
+        ids = torch.randint(0, vocabulary_of(config), size, generator=generator)
+        return _with_types({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, config)
 
     def example(self, config: Any) -> Sample:
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
@@ -60,33 +87,23 @@ class PassageTask(Task):
         ids = torch.arange(12).reshape(2, 6) % vocabulary_of(config)
         mask = torch.ones_like(ids)
         mask[0, 4:] = 0
-        return self._with_types({"input_ids": ids, "attention_mask": mask}, config)
-
-    def _with_types(self, sample: Sample, config: Any) -> Sample:
-        import torch
-
-        types = {"token_type_ids": torch.zeros_like(sample["input_ids"])} if has_types(config) else {}
-        return {**sample, **types}
+        return _with_types({"input_ids": ids, "attention_mask": mask}, config)
 
 
 def read(source: str, role: text.Role) -> list[Row]:
     """The passages of a text, or the rows of a table.
 
-    Documents without labels, scores and pairs are cut into their lines, of which those that are no sentence are left
-    out.
-
-    Raises:
-        DataError: the source cannot be read, or holds no passage.
+    Documents without labels, scores and pairs are cut into lines; lines that are no sentence are left out.
     """
     suffix = local(source).suffix
     if source == "demo":
         lines = text.demo_paragraphs(role)
     elif source == "c4" and role == "calibration":
         lines = [line for document in islice(text.c4_documents(), _C4_DOCUMENTS) for line in _lines(document["text"])]
-    elif source in ("wikitext2", "c4") or (suffix in text.FILES and suffix not in (".jsonl", ".parquet")):
+    elif source in ("wikitext2", "c4") or (suffix in text.FILES and suffix not in text.TABLES):
         lines = _lines(text.load_text(source, role))
     else:
-        found = tables.rows(source, role)
+        found = table(source, role)
         if any(len(row.texts) > 1 or row.label is not None or row.score is not None for row in found):
             return found
         lines = [line for row in found for line in _lines(row.texts[0])]
@@ -97,11 +114,7 @@ def read(source: str, role: text.Role) -> list[Row]:
 
 
 def drawn(rows: Sequence[Row], count: int, seed: int, source: str) -> list[Row]:
-    """`count` different rows at random.
-
-    Raises:
-        DataError: there are fewer.
-    """
+    """`count` different rows at random."""
     if len(rows) < count:
         raise DataError(
             f"dataset {source!r} gives {len(rows)} texts, but {count} samples are asked for; give more text or fewer "
@@ -118,7 +131,6 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
         pad: whether all get the shape of the longest.
 
     Raises:
-        DataError: some have one text and others two.
         ModelError: the tokenizer gives ids beyond the model's vocabulary.
     """
     if other := next((row for row in rows if len(row.texts) != len(rows[0].texts)), None):
@@ -126,17 +138,16 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
             f"{other.where} has {len(other.texts)} texts, and {rows[0].where} has {len(rows[0].texts)}; give all rows "
             "as many"
         )
-    longest = min(length, processor.model_max_length, positions_of(config))
-    kept = ["input_ids", "attention_mask", *(["token_type_ids"] if has_types(config) else [])]
-    texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+    kept = ["input_ids", "attention_mask", *(["token_type_ids"] if _has_types(config) else [])]
     options = {
         "truncation": True,
-        "max_length": longest,
+        "max_length": min(length, processor.model_max_length, positions_of(config)),
         "padding_side": "right",
         "return_tensors": "pt",
-        "return_token_type_ids": has_types(config),
+        "return_token_type_ids": _has_types(config),
     }
     if pad:
+        texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
         together = processor(*texts, padding=True, **options)
         samples: list[Sample] = [{name: together[name][i : i + 1] for name in kept} for i in range(len(rows))]
     else:
@@ -147,11 +158,6 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
     return samples
 
 
-def has_types(config: Any) -> bool:
-    """Whether the model tells the two texts of a sample by `token_type_ids`."""
-    return (getattr(config, "type_vocab_size", None) or 0) > 1
-
-
 def positions_of(config: Any) -> int:
     """How many tokens the model takes at most."""
     positions: int = getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -159,5 +165,81 @@ def positions_of(config: Any) -> int:
     return positions - (config.pad_token_id + 1 if behind else 0)
 
 
+def table(source: str, role: text.Role) -> list[Row]:
+    """The rows of a csv, jsonl or parquet file or of a hub dataset, without those that have no text."""
+    text.data_files(source, _READS, _FILES)
+    records = _of_csv(source) if local(source).suffix == ".csv" else text.records(source, role, _KNOWN)
+    found = [row for where, columns in records if (row := _row(columns, where)) is not None]
+    if not found:
+        raise DataError(f"dataset {source!r} holds no text")
+    return found
+
+
+def _of_csv(source: str) -> text.Records:
+    head: Sequence[str] | None = None
+    try:
+        with local(source).open(encoding="utf-8-sig", newline="") as file:
+            for line in filter(None, lines := csv.reader(file)):
+                where = f"dataset {source!r}, line {lines.line_num}"
+                if head is None:
+                    head = [cell.strip().lower() for cell in line]
+                    if _KNOWN.intersection(head):
+                        continue
+                    if len(line) != 3 or not _is_number(line[2]):
+                        raise DataError(f"{where} names no known column, but {_listed(line)}; {_NEEDED}")
+                    head = ["sentence1", "sentence2", "score"]
+                if len(line) != len(head):
+                    raise DataError(f"{where} has {len(line)} columns, the first line {len(head)}")
+                yield where, dict(zip(head, line, strict=True))
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise DataError(f"dataset {source!r} cannot be read as csv ({first_line(error)})") from error
+
+
+def _row(columns: Mapping[str, Any], where: str) -> Row | None:
+    names = next((names for names in _TEXTS if names[0] in columns), None)
+    if names is None:
+        raise DataError(f"{where} has no column of texts, but {_listed(columns)}; {_NEEDED}")
+    texts = tuple(value for name in names if (value := columns.get(name)) is not None)
+    for value in texts:
+        if not isinstance(value, str):
+            raise DataError(f"{where}: a text is needed, and {type(value).__name__} was found")
+    if not texts or not texts[0].strip():
+        return None
+    label, score = columns.get("label"), columns.get("score")
+    if isinstance(label, float):  # the score of a pair, as GLUE calls it, or a class where others are missing
+        score = label if score is None else score
+        label = int(label) if label.is_integer() else None
+    if isinstance(label, bool):
+        label = int(label)
+    if isinstance(label, str):
+        label = int(label) if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", label) else label.strip() or None
+    if score is not None and not _is_number(score):
+        raise DataError(f"{where}: the score {score!r} is no number")
+    return Row(texts, label, None if score is None else float(score), where)
+
+
 def _lines(document: str) -> list[str]:
     return [" ".join(line.split()) for line in document.splitlines() if not _MARKUP.fullmatch(line)]
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """The first columns, for a message."""
+    return ", ".join(map(repr, islice(columns, 8))) or "none"
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _has_types(config: Any) -> bool:
+    """Whether the model tells the two texts of a sample by `token_type_ids`."""
+    return (getattr(config, "type_vocab_size", None) or 0) > 1
+
+
+def _with_types(sample: dict[str, Any], config: Any) -> Sample:
+    import torch
+
+    return {**sample, "token_type_ids": torch.zeros_like(sample["input_ids"])} if _has_types(config) else sample

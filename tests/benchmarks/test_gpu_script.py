@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 # As on a machine where the package is not installed: none but torch, triton, transformers and what those bring.
 RUN = """
 import runpy, sys
-for name in ("optimum", "datasets", "gguf", "typer"):
+for name in ("datasets", "gguf", "typer"):
     sys.modules[name] = None
 import tests.triton_interpreter
 sys.argv = sys.argv[1:]
@@ -103,7 +103,7 @@ def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatc
         "importlib.util.find_spec = lambda name: None if name in ('pydantic', 'psutil') else found(name)\n"
         "import gblm_compress.kernels.gpu, gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint\n"
         "import gblm_compress.measure.doctor\n"
-        "from gblm_compress.machine.environment import environment\n"
+        "from gblm_compress.machine import environment\n"
         "from gblm_compress.progress import Progress\n"
         "assert environment()['memory_bytes'] is None\n"
         "Progress(quiet=True).say('')"

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from gblm_compress import machine
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import cpu_linear
 from gblm_compress.layouts.packed_linear import DERIVED, OPERATOR, UNPACKED, PackedLinear
-from gblm_compress.machine import measurements
 from tests.layouts.weights import sparse
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
@@ -45,7 +45,7 @@ def test_the_crossover_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu_linear, "measure_crossover", lambda *_: measured.append(1) or 5)
     for _ in range(2):
         assert layer(rows=47).crossover == 5
-        measurements.recorded.cache_clear()  # as in a new process
+        machine.recorded.cache_clear()  # as in a new process
     assert len(measured) == 1
     monkeypatch.setattr(cpu_linear, "measure_crossover", lambda *_: 256)
     assert layer("bitmask-int8", rows=47).crossover == cpu_linear.EVERY
@@ -56,7 +56,7 @@ def test_a_crossover_that_cannot_be_is_measured_again(remembered: Any, monkeypat
     """40 tokens would be written beyond the sums of 8."""
     shape = f"crossover bitmask 48x100 torch.float32 {torch.get_num_threads()} {cpu.path(torch.float32)}"
     monkeypatch.setattr(cpu_linear, "measure_crossover", lambda *_: 5)
-    monkeypatch.setattr(measurements, "recorded", lambda path, machine: {shape: remembered})
+    monkeypatch.setattr(machine, "recorded", lambda path, machine: {shape: remembered})
     assert layer().crossover == 5
 
 

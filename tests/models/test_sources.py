@@ -14,7 +14,7 @@ from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny, tiny_config
-from gblm_compress.tasks.windows import vocabulary_of
+from gblm_compress.tasks.text import vocabulary_of
 
 
 def test_a_folder_is_taken_as_it_is(tiny, progress) -> None:

@@ -11,7 +11,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
-from gblm_compress.tasks.classes import drawn_label
+from gblm_compress.tasks.classification import drawn_label
 from tests.tasks import families
 
 TASK = TASKS["classification"]
@@ -61,7 +61,7 @@ def test_pairs_are_read_together(tmp_path, config) -> None:
     [
         ("a b,3", "text,label", r"line 2: the label 3 is none of the model's 3; .*0 to 2, or a name: no, Maybe, yes"),
         ("a b,perhaps", "text,label", "the label 'perhaps' is none of the model's"),
-        ("a b,1\nc d,", "text,label", "line 3 has no label, and others have one; give all rows one"),
+        ("a b,1\nc d,", "text,label", "line 3 has no label, and others have one; give all samples one"),
         ("a b,1", "words,label", r"line 2 has no column of texts, but 'words', 'label'; name one 'text' or 'sentence'"),
         ("a b,1", "words,class", r"line 1 names no known column, but 'words', 'class'; name one 'text' or 'sentence'"),
         ("a,b,1", "text,label", "line 2 has 3 columns, the first line 2"),

@@ -16,8 +16,7 @@ from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.embedding import Embedding, top_agreement
-from gblm_compress.tasks.passages import encode
-from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks.passages import Row, encode
 from gblm_compress.tasks.task import random_numbers, with_draws
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training.distillation import distil_, predictions

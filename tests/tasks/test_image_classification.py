@@ -26,8 +26,7 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 from gblm_compress.tasks import TASKS, task_of
-from gblm_compress.tasks.image_classification import labels_of
-from gblm_compress.tasks.images import Picture, Pictures
+from gblm_compress.tasks.image_classification import Picture, Pictures, labels_of
 
 TASK = TASKS["image-classification"]
 CLASSES, SAMPLES = 6, 5

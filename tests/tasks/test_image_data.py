@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from gblm_compress import tasks
 from gblm_compress.errors import DataError
-from gblm_compress.tasks import images
+from gblm_compress.tasks import image_classification as images
 
 
 def picture(value: int, size: int = 4, mode: str = "RGB") -> Image.Image:

@@ -6,8 +6,8 @@ from pyarrow import parquet
 
 from gblm_compress.errors import DataError
 from gblm_compress.models.tiny import byte_tokenizer, tiny_config
-from gblm_compress.tasks import passages, tables
-from gblm_compress.tasks.tables import Row
+from gblm_compress.tasks import passages
+from gblm_compress.tasks.passages import Row
 from tests.tasks import families
 
 PROSE = "one two three four five six"
@@ -39,7 +39,7 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist([{**row, "other": 1} for row in rows]), tmp_path / "a.parquet")
     for name in ("head.csv", "none.csv", "a.jsonl", "a.parquet"):
-        found = tables.rows(str(tmp_path / name), "evaluation")
+        found = passages.table(str(tmp_path / name), "evaluation")
         assert [(row.texts, row.score) for row in found] == [(("a, b", "c"), 1.5), (("d", "e"), 0.0)], name
 
 
@@ -47,7 +47,7 @@ def test_a_label_may_be_written_as_another_kind_of_number(tmp_path) -> None:
     given = [True, 2.0, 2.5, "3", None]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": PROSE, "label": label}) for label in given))
-    found = tables.rows(str(path), "evaluation")
+    found = passages.table(str(path), "evaluation")
     assert [(row.label, row.score) for row in found] == [(1, None), (2, 2.0), (None, 2.5), (3, None), (None, None)]
     assert not any(isinstance(row.label, bool) for row in found)
 
@@ -58,7 +58,7 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     tokenizer, config = byte_tokenizer(), tiny_config("llama")
     with pytest.raises(DataError, match="line 2 has 1 texts, and .*line 1 has 2; give all rows as many"):
-        passages.encode(tokenizer, config, tables.rows(str(path), "evaluation"), 16, pad=False)
+        passages.encode(tokenizer, config, passages.table(str(path), "evaluation"), 16, pad=False)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path) -> None:
 def test_damaged_tables_are_refused(tmp_path, content, message) -> None:
     (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=message or "cannot be read as csv"):
-        tables.rows(str(tmp_path / "a.csv"), "evaluation")
+        passages.table(str(tmp_path / "a.csv"), "evaluation")
 
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.models.tiny import byte_tokenizer
-from gblm_compress.tasks.windows import calibration_windows, consecutive_windows, random_windows, tokenize
+from gblm_compress.tasks.causal_lm import calibration_windows, consecutive_windows, random_windows
+from gblm_compress.tasks.text import tokenize
 
 
 def test_windows_are_drawn_as_the_reference_draws_them() -> None:
@@ -44,7 +45,7 @@ def test_c4_is_drawn_document_by_document_as_the_reference_does(monkeypatch) -> 
     assert [window[0].tolist() for window in windows] == expected
     shard = {"part": "en/c4-train.00000-of-01024.json.gz"}
     assert asked == [(("allenai/c4",), {"data_files": shard, "split": "part", "streaming": False})]
-    monkeypatch.setattr("gblm_compress.tasks.windows.DRAWS", 50)
+    monkeypatch.setattr("gblm_compress.tasks.causal_lm.DRAWS", 50)
     with pytest.raises(DataError, match="none of 50 documents drawn has more than 500 tokens"):
         calibration_windows(tokenizer, 257, "c4", 1, 500, 3)
 

@@ -1,0 +1,124 @@
+"""This machine: how busy it is, its caches, and measurements that are made once and kept."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gblm_compress import machine
+from gblm_compress.storage.paths import CACHE_VARIABLE
+
+
+def test_a_core_that_works_is_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        found = max(machine.busy_cores(0.2) for _ in range(3))
+        process.kill()
+    assert 0.5 < found <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("busy", "given", "loaded", "spins"),
+    [
+        (1.0, {}, False, "3000"),
+        (0.1, {}, False, None),
+        (1.0, {"GOMP_SPINCOUNT": "7"}, False, "7"),
+        (1.0, {"OMP_WAIT_POLICY": "active"}, False, None),
+        (1.0, {}, True, None),  # too late
+    ],
+)
+def test_threads_sleep_soon_beside_other_work_unless_told_otherwise(monkeypatch, busy, given, loaded, spins) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(machine, "busy_cores", lambda seconds: busy)
+    monkeypatch.setattr(sys, "modules", {"torch": None} if loaded else {})
+    machine.share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize(("busy", "warning"), [(0.1, None), (1.34, "1.3 of 2 cores were busy with other work")])
+def test_figures_that_were_measured_beside_other_work(busy, warning) -> None:
+    said = machine.noisy({"cores": 2, "busy_cores": busy})
+    assert said is warning or said.startswith(warning)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "largest"),
+    [(("48K", "32K", "1024K", "32768K"), 32 << 20), (("64K", "2M"), 2 << 20), (("?", ""), 0), ((), 0)],
+)
+def test_the_largest_cache_counts(tmp_path, sizes, largest) -> None:
+    for number, size in enumerate(sizes):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(size + "\n")
+    assert machine.last_cache_bytes(tmp_path) == largest
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_more_is_read_than_the_cache_holds(monkeypatch, size) -> None:
+    read, real = [], np.ones
+    monkeypatch.setattr(np, "ones", lambda *args: read.append(real(*args)) or read[-1])
+    machine.replacing(size)()
+    assert read[0].nbytes >= 2 * size
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """The file of measurements, as in a new process."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    machine.recorded.cache_clear()
+    return tmp_path / "cache" / machine.MEASUREMENTS
+
+
+def remembered(name: str, what: str, result: int, made: list[int] | None = None) -> int:
+    def measure() -> int:
+        made.append(result) if made is not None else None
+        return result
+
+    return machine.remembered(name, what, measure, lambda value: type(value) is int)
+
+
+def test_measured_once_and_kept(path) -> None:
+    made = []
+    assert [remembered("machine", "shape", 5, made) for _ in range(2)] == [5, 5]
+    machine.recorded.cache_clear()
+    assert remembered("machine", "shape", 6, made) == 5 and made == [5]
+    path.write_text(json.dumps({"machine": {"shape": 5, "other": "theirs"}, "theirs": {"shape": 3}}))
+    assert remembered("machine", "third", 2) == 2  # what another process measured meanwhile is not lost
+    assert json.loads(path.read_text()) == {
+        "machine": {"shape": 5, "other": "theirs", "third": 2},
+        "theirs": {"shape": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"machine": {"shape": 5',
+        "[1, 2]",
+        '{"machine": 3, "theirs": {"shape": 3}}',
+        '{"machine": {"shape": "five"}, "theirs": {"shape": 3}}',
+        '{"machine": {"shape": true}}',
+        "[" * 100_000,
+        '{"machine": {"shape": ' + "9" * 5000 + "}}",
+        "\udcff\udcfe",
+    ],
+    ids=lambda content: content[:40],
+)
+def test_what_is_damaged_is_measured_and_written_again(path, content) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert remembered("machine", "shape", 5) == 5
+    theirs = {"theirs": {"shape": 3}} if "theirs" in content else {}
+    assert json.loads(path.read_text()) == {"machine": {"shape": 5}} | theirs
+
+
+@pytest.mark.parametrize("put", ["folder", "pipe", "file above"])
+def test_a_cache_that_cannot_be_used_is_done_without(path, put) -> None:
+    if put == "file above":
+        path.parent.write_text("in the way of a folder")
+    else:
+        path.parent.mkdir()
+        path.mkdir() if put == "folder" else os.mkfifo(path)
+    assert remembered("machine", "shape", 4) == 4
