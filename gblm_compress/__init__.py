@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,9 @@ __all__ = [
     "report",
     "run",
 ]
+if not (Path(__file__).parent / "cli").is_dir():  # a checkout on Windows, where git makes no links
+    __path__.append(str(Path(__file__).parents[1]))
+
 _HOME_OF = {"GblmError": "gblm_compress.errors", "onnxruntime_library": "gblm_compress.kernels.cpu"}
 
 

@@ -1,5 +1,9 @@
 """What ships: every package, every recipe, and documentation that is generated from the code."""
 
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +31,22 @@ def test_every_package_on_disk_is_listed() -> None:
 def test_links_are_relative(name: str) -> None:
     link = ROOT / "gblm_compress" / name
     assert link.is_symlink() and str(link.readlink()) == f"../{name}"
+
+
+def test_a_checkout_without_links_works(tmp_path) -> None:
+    """git on Windows writes a link as a file that holds its target."""
+    for name in ("cli", "exporters", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "gblm_compress", tmp_path / "gblm_compress", symlinks=True)
+    for name in ("cli", "exporters", "recipes"):
+        (tmp_path / "gblm_compress" / name).unlink()
+        (tmp_path / "gblm_compress" / name).write_text(f"../{name}")
+    for arguments in (["--version"], ["run", "quickstart", "--dry-run", "-o", "x"]):
+        command = [sys.executable, "-m", "gblm_compress", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", documentation.GENERATED, ids=str)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from gblm_compress import errors
+from gblm_compress import errors, recipes
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.yaml_nodes import Node, YamlFaults
@@ -19,7 +19,7 @@ from gblm_compress.settings.fields import meant
 from gblm_compress.storage.paths import kind_of, local
 
 MOST_FAULTS = 100  # that are printed
-SHIPPED = Path(__file__).parents[1] / "recipes"
+SHIPPED = Path(recipes.__path__[0])
 
 
 def find_recipe(name: str) -> Path:
