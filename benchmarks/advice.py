@@ -16,7 +16,7 @@ from ending import exit_after
 
 from gblm_compress.exporters import export
 from gblm_compress.machine import environment
-from gblm_compress.measure.benchmark_worker import generate, vocabulary
+from gblm_compress.measure.benchmarking import generate, vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.source import ModelSource

@@ -41,8 +41,7 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.machine import environment
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Runtime
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import Runtime, TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import manifest

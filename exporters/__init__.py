@@ -1,7 +1,7 @@
 """Exporters: one file each, and one line each in `formats.FORMATS`. See docs/adding-an-exporter.md."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 from gblm_compress.errors import UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -24,13 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The outcome of an export.
-
-    Attributes:
-        bytes: size of the weights and graphs on disk.
-        source_bytes: the same of the model that was exported.
-        checks: what verification measured, in the exporter's own terms.
-    """
+    """The outcome of an export. Bytes are those of weights and graphs on disk, `checks` the results of verification."""
 
     format: str
     folder: str
@@ -45,24 +40,23 @@ class ExportResult:
 
 
 class Exporter(Protocol):
-    """What the module of an exporter provides.
+    """The functions of an exporter's module."""
 
-    `check` is `exporters.check` for its formats. `export` writes the output whole or not at all, reopens and verifies
-    what it wrote before that, and returns what verification measured.
-    """
+    def check(
+        self, source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None
+    ) -> None:
+        """As `exporters.check`, for its formats."""
 
-    check: Callable[[ModelSource | None, ExportSettings, Mapping[str, Pattern] | None], None]
-    export: Callable[..., dict[str, Any]]
+    def export(
+        self, source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
+    ) -> dict[str, Any]:
+        """Write the output whole or not at all. Before that, reopen and verify it; return what was measured."""
 
 
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool = False, progress: Progress
 ) -> ExportResult:
-    """Export `source` to `output` with the exporter that `settings.format` names.
-
-    Raises:
-        GblmError: as the exporter says.
-    """
+    """Export `source` to `output` with the exporter of `settings.format`."""
     start = time.perf_counter()
     check(source, settings)
     with outputs.reserved(output, force, [source.folder]):
@@ -72,9 +66,37 @@ def export(
     return ExportResult(settings.format, str(output), written, source.bytes_on_disk, seconds, checks)
 
 
+def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
+    """Raise what makes an export impossible, without loading weights.
+
+    Args:
+        source: the model, or the dense one that it will be made from; None where it is not here yet.
+        patterns: {layer: its pattern} of the layers that will be pruned, under any name where `source` is None; None
+            where `source` is the model to export.
+    """
+    if source is not None:
+        check_model(source, "export")
+        if (settings.group or settings.quantise) and (grids := read_grids(source)):
+            check_grid(next(iter(grids.values())).group, settings)
+    _exporter(settings).check(source, settings, patterns)
+
+
+def check_grid(group: int | None, settings: ExportSettings) -> None:
+    """Refuse options that contradict the grids that the weights lie on.
+
+    Args:
+        group: columns that share a scale; None for whole rows.
+    """
+    own = group or "whole rows"
+    if settings.group is not None:
+        raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
+    if settings.format == "onnx" and settings.quantise and not settings.kernels:
+        raise UsageError(f"the model was pruned onto grids of {own}, which ONNX Runtime does not have; add --kernels")
+
+
 def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
-    """What the exported weights have, or compute in where they are levels: for "auto" the checkpoint's own where the
-    format has it."""
+    """The dtype of the exported weights; levels compute in float32. "auto" is the checkpoint's own where the format
+    has it."""
     if settings.quantise:
         return "float32"
     if settings.dtype != "auto":
@@ -84,11 +106,7 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
 
 
 def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
-    """Refuse to pack what packing would not make smaller: it costs some bits for each weight, and saves the zeros.
-
-    Raises:
-        UsageError: so few of the weights are zeros.
-    """
+    """Refuse weights with so few zeros that they would take more bytes packed."""
     total = sum(weight.numel() for weight in weights.values())
     zeros = total - sum(int((weight != 0).sum()) for weight in weights.values())
     width = 8 * next(iter(weights.values())).element_size()
@@ -99,59 +117,6 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {pays:.1f} %): the model is dense; prune it first"
         )
-
-
-def check_patterns(patterns: Mapping[str, Pattern], needed: str, what: str) -> None:
-    """Refuse layers that will not have the N:M pattern that something needs.
-
-    Args:
-        patterns: {layer: the pattern that it will have}.
-
-    Raises:
-        UsageError: one will not.
-    """
-    for name, pattern in patterns.items():
-        if not _implies(pattern, Pattern(needed)):
-            raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which {what} needs")
-
-
-def check_weights(weights: Mapping[str, Tensor], needed: str, what: str) -> None:
-    """Refuse layers that have not the N:M pattern that something needs.
-
-    Raises:
-        UsageError: some have not; the first five are listed.
-    """
-    pattern = Pattern(needed)
-    broken = {name: violation for name, weight in weights.items() if (violation := pattern.first_violation(weight))}
-    if broken:
-        listed = "\n".join(f"  {name}: {violation}" for name, violation in list(broken.items())[:5])
-        more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UsageError(
-            f"{len(broken)} of {len(weights)} layers are not {needed}, which {what} needs:\n{listed}{more}\n"
-            f"prune with `--pattern {needed}` first"
-        )
-
-
-def _implies(pattern: Pattern, needed: Pattern) -> bool:
-    """Whether what has the one pattern has the other, an N:M, too: as few nonzeros in each of its aligned groups."""
-    (n, m), (most, group) = pattern.n_m or (1, 1), needed.n_m or (1, 1)
-    return n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0
-
-
-def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:
-    """Find what makes an export impossible, without loading weights.
-
-    Args:
-        source: the model, or the dense one that it will be made from; None where it is not here yet.
-        patterns: {layer: its pattern} of those that will be pruned, under any name where `source` is None; None where
-            `source` is what will be exported.
-
-    Raises:
-        GblmError: as the exporter says.
-    """
-    if source is not None:
-        check_model(source, "export")
-    _exporter(settings).check(source, settings, patterns)
 
 
 def _exporter(settings: ExportSettings) -> Exporter:

@@ -1,4 +1,4 @@
-"""The fused ONNX graph of a decoder, by the model builder of onnxruntime-genai.
+"""The fused ONNX graph of a decoder, by the model builder of onnxruntime-genai. No other module knows the builder.
 
 Attention with its cache and rotary embedding is one operator (GroupQueryAttention), a residual with its norm another,
 and the products of queries, keys and values are one. The builder writes the graph from the weights, without tracing.
@@ -9,15 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from torch import nn
 
 from gblm_compress.errors import ModelError
-from gblm_compress.exporters.onnx_rotations import calculate_rotations_
+from gblm_compress.exporters.onnx_weights import constant, initializer
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
@@ -40,27 +42,31 @@ ARCHITECTURES = frozenset(
         "SmolLM3ForCausalLM",
     }
 )
-"""Those of the builder's whose graphs are the same function as transformers' (tests/exporters/test_onnx_fused.py)."""
+"""Architectures whose graph computes what transformers computes (tests/exporters/test_onnx_fused.py)."""
 
 WINDOWED = frozenset(
     f"{name}ForCausalLM" for name in ("Gemma2", "Gemma3", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
 )
-"""Those of them that are the same with sliding windows too."""
+"""Those that are right with sliding windows too."""
 
 _ROPE_TYPES = {
     "GraniteForCausalLM": {"linear"},
     "HunYuanDenseV1ForCausalLM": {"dynamic"},
     "LlamaForCausalLM": {"llama3"},
 }
-"""The types of rotary embedding that come out right, beside the default; the builder ignores some."""
+"""The rotary embeddings that come out right beside the default; the builder ignores some."""
 
 _WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, and it has others"}
 
 # For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
-# Nothing is fetched, no code of a model is run, every layer has the whole cache, and norms of queries and keys are
-# nodes of their own: inside attention they are for CUDA only.
+TABLES = {"cos_cache": "Cos", "sin_cache": "Sin"}
+"""The beginnings of the names of rotary tables, and the operators that make them."""
+_ROUNDINGS = 4
+"""An angle may differ by so many roundings in float32, since other programs take powers in another way."""
+# Nothing is fetched, no code of a model is run, and every layer has the whole cache. Norms of queries and keys are
+# nodes of their own, because inside attention they are for CUDA only.
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false", "fuse_qk_norm_gqa=false")
 
 
@@ -73,22 +79,15 @@ def why_not(model: nn.Module) -> str | None:
     known = {"DynamicLayer", "DynamicSlidingWindowLayer"} if name in WINDOWED else {"DynamicLayer"}
     if others := cache_kinds(config) - known:
         return f"{name}: a cache of {', '.join(sorted(others))} does not come out right"
-    if others := _rope_types(config) - {"default"} - _ROPE_TYPES.get(name, set()):
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
+    if others := types - {"default"} - _ROPE_TYPES.get(name, set()):
         return f"{name}: a rotary embedding of type {', '.join(sorted(others))} is not known to come out right"
     return None
 
 
-def _rope_types(config: Any) -> set[str]:
-    """The types of rotary embedding that the layers have."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
-
-
 def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: Path) -> tuple[ir.Model, dict[str, Any]]:
-    """Build the graph in `folder`, which must stay as long as the graph is in use: its weights are read from there.
-
-    Returns:
-        The graph and its `genai_config.json`.
+    """The graph and its `genai_config.json`, built in `folder`, which must stay while the graph's weights are in use.
 
     Raises:
         ModelError: the builder does not manage the model.
@@ -115,7 +114,10 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
     _leave_out_rotary(program, [not used for used in getattr(model.config, "no_rope_layers", None) or ()])
-    _fix_dimensions(program, config["model"]["decoder"]["head_size"])
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        if (value.name or "").startswith(("past_key_values.", "present.")):
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:3], config["model"]["decoder"]["head_size"]])
     _ask_for_no_more(program)
     turns = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     calculate_rotations_(program, [each.float().cpu().numpy() for each in turns])
@@ -123,7 +125,7 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
 
 
 def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
-    """The content of a config.json, with what the builder would not find in it, and takes something else for."""
+    """A config.json under the names that the builder reads."""
     made = dict(config)
     for norm in ("layer_norm_eps", "norm_eps"):
         if norm in config:
@@ -148,17 +150,9 @@ def _leave_out_rotary(program: ir.Model, without: list[bool]) -> None:
         node.replace_input_with(8, None)
 
 
-def _fix_dimensions(program: ir.Model, head_size: int) -> None:
-    """Make the cache's last dimension the number that it is."""
-    for value in (*program.graph.inputs, *program.graph.outputs):
-        if (value.name or "").startswith(("past_key_values.", "present.")):
-            assert value.shape is not None
-            value.shape = ir.Shape([*value.shape[:3], head_size])
-
-
 def _ask_for_no_more(program: ir.Model) -> None:
-    """Let the graph name the oldest operator set that has its operators, and no inputs that it leaves empty, so that
-    ONNX Runtime from 1.20 on loads it."""
+    """Name the oldest operator set that has the graph's operators, and drop inputs that are left empty, so that ONNX
+    Runtime loads the graph from 1.20 on."""
     latest, needed = program.opset_imports[""], 1
     for node in program.graph:
         if node.domain == "" and onnx.defs.has(node.op_type):
@@ -166,3 +160,59 @@ def _ask_for_no_more(program: ir.Model) -> None:
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
     program.opset_imports[""] = max(needed, _OPSET)
+
+
+def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
+    """Replace the tables of rotary embeddings by the operators that make them, in place; other tables stay.
+
+    A Llama with 131,072 positions and heads of 64 has tables of 34 MB. ONNX Runtime folds the operators at load, so
+    that the session holds the tables as before.
+
+    Args:
+        frequencies: float32 [pairs] each, in radians a position, of the model's rotary embeddings.
+    """
+    graph = program.graph
+    nodes: list[ir.Node] = []
+    angles: dict[tuple[int, bytes], ir.Value] = {}
+    known = list(frequencies)
+
+    def node(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        nodes.append(ir.node(operator, inputs, attributes=attributes or None))
+        return nodes[-1].outputs[0]
+
+    def angles_of(positions: int, turns: Any) -> ir.Value:
+        key = positions, turns.tobytes()
+        if key not in angles:
+            zero, one, end = (constant(graph, f"rotations.{n}", np.float32(n)) for n in (0, 1, positions))
+            axis = constant(graph, "rotations.axis", np.array([1]))
+            column = node("Unsqueeze", node("Range", zero, end, one), axis)
+            angles[key] = node("Mul", column, initializer(graph, f"rotations.turns.{len(angles)}", turns))
+        return angles[key]
+
+    for table in list(graph.initializers.values()):
+        operator = next((made_by for start, made_by in TABLES.items() if str(table.name).startswith(start)), None)
+        if operator is None or table.const_value is None:
+            continue
+        stored = table.const_value.numpy()
+        turns = next((each for each in known if _makes(stored, operator, each)), None)
+        if turns is None:
+            continue
+        made = node(operator, angles_of(len(stored), turns))
+        if table.dtype != ir.DataType.FLOAT:
+            made = node("Cast", made, to=table.dtype)
+        made.shape, made.dtype = table.shape, table.dtype
+        del graph.initializers[str(table.name)]
+        table.replace_all_uses_with(made)
+        made.name = table.name
+    if nodes:
+        graph.insert_before(graph[0], nodes)
+
+
+def _makes(table: Any, operator: str, turns: Any) -> bool:
+    """Whether a table [positions, pairs] is the operator's result for positions times frequencies."""
+    if table.ndim != 2 or turns.shape != table.shape[1:]:
+        return False
+    angles = np.outer(np.arange(len(table), dtype=np.float32), turns)
+    expected = {"Cos": np.cos, "Sin": np.sin}[operator](angles)
+    allowed = np.finfo(table.dtype).eps + _ROUNDINGS * np.finfo(np.float32).eps * angles
+    return bool((np.abs(table - expected) <= allowed).all())

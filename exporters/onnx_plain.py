@@ -1,6 +1,7 @@
-"""The plain ONNX graph of a decoder, by transformers' exporter: any family that can be traced, one node an operation.
+"""The plain ONNX graph of any model that can be traced, by transformers' exporter: one node for each operation.
 
-Only `graph_of` and `_trace` know the exporter, which is experimental.
+No other module knows the exporter, which is experimental. Models that generate have a cache among their inputs and
+outputs, under the names of optimum and onnxruntime-genai. Others have one forward pass, under the names of optimum.
 """
 
 import io
@@ -9,16 +10,20 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import torch
 
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
-from gblm_compress.measure.onnx_runtime import STATE
+from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds, sliding_windows
 from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS, first_of
+from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 
@@ -29,15 +34,21 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "attention_mask": ["batch_size", "total_sequence_length"],
     "logits": ["batch_size", "sequence_length", None],
 }
+# The same without a cache, by the number of dimensions.
+_FORWARD_DIMENSIONS = {
+    1: ("batch_size",),
+    2: ("batch_size", "sequence_length"),
+    3: ("batch_size", "sequence_length", "width"),
+    4: ("batch_size", "num_channels", "height", "width"),
+}
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
-"""The parts of a layer's cache, and how onnxruntime-genai calls them."""
+"""{part of a layer's cache: its name in onnxruntime-genai}."""
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
 _GENAI_STATES = ("lfm2",)
 """Families with states beside keys and values that onnxruntime-genai 0.18 runs; it finds them by `layer_types`."""
 _UNLIMITED = 1 << 20
-"""The context length of a model whose positions have no limit, as attention by distance has none."""
-
+"""The context length of a model whose positions have no limit."""
 _KINDS = {
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -47,54 +58,65 @@ _KINDS = {
     "DummyLayer",
 }
 """The classes of caches that come out as keys and values, as states of convolutions and recurrences, or not at all."""
+CHUNKS = (16, 32, 64, 128, 256, 512)
+"""Tokens that a chunk of a recurrence may have; those of transformers have 64 to 256."""
 
 
 def check(source: ModelSource, config: Any) -> None:
-    """Raises:
-    ModelError: the model's cache has more than keys, values and states.
-    """
+    """Raises: ModelError: the model's cache has more than keys, values and states."""
     if kinds := cache_kinds(config) - _KINDS:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
 def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | None]:
-    """Trace the model.
-
-    Returns:
-        The graph and its `genai_config.json`; None where onnxruntime-genai does not know what to do with its states.
+    """The traced graph and its `genai_config.json`; None where onnxruntime-genai does not run the model.
 
     Raises:
         ModelError: transformers' exporter does not manage the architecture.
     """
+    if not task_of(type(model)).generates:
+        return _forward(model, source), None
     program = _trace(model, source)
     slim_(program)
     _fold_windows_(program, model.config)
-    _name_cache(program, source)
+    _name_cache_(program, source)
     if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
         raise ModelError(
             f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no cache; "
             "export to a sparse PyTorch format"
         )
-    _name_dimensions(program)
+    _name_dimensions_(program)
     return program, genai_config(program, model.config)
 
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:
-    """The graph that transformers' exporter makes of the decode step with any number of tokens."""
-    with tracing(model, source):
+    """The graph of the decode step with any number of tokens."""
+    with _tracing(model, source):
         from transformers.exporters.utils import decompose_for_generation
 
         inputs = dict(task_of(type(model)).example(model.config))
         stages = decompose_for_generation(model, inputs, multi_token_decode=True)
-        return graph_of(*stages["decode"])
+        return _graph_of(*stages["decode"])
 
 
-def graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> ir.Model:
-    """The graph that transformers' exporter makes of a module; within `tracing`.
+def _forward(model: Any, source: ModelSource) -> ir.Model:
+    """The graph of one forward pass."""
+    task = task_of(type(model))
+    with _tracing(model, source):
+        program = _graph_of(model, dict(task.example(model.config)), task.varying_axes)
+    # optimum's classes take the first output, and a pooler that nobody asks for would be computed
+    program.graph.outputs[:] = [value for value in program.graph.outputs if value.name == task.output]
+    slim_(program)
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        assert value.shape is not None
+        names = _FORWARD_DIMENSIONS[len(value.shape)]
+        sizes = [size if isinstance(size, int) else name for name, size in zip(names, value.shape, strict=True)]
+        value.shape = ir.Shape(sizes)
+    return program
 
-    Args:
-        axes: how many of the first dimensions of every input vary; all dimensions of all inputs if None.
-    """
+
+def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> ir.Model:
+    """Args: axes: how many of the first dimensions of every input vary; all if None."""
     from torch.export import Dim
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -105,37 +127,27 @@ def graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> ir
 
 
 @contextmanager
-def tracing(model: Any, source: ModelSource) -> Iterator[None]:
-    """Raises:
-    ModelError: for whatever the exporter raises within the `with`.
-    """
-    try:
-        with _quiet_tracer():
-            yield
-    except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({reason})"
-        ) from error
-
-
-@contextmanager
-def _quiet_tracer() -> Iterator[None]:
-    """Silence what tracing prints and logs about its own insides; errors still come as exceptions."""
+def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
+    """Silence the tracer's prints and logs. Raises: ModelError: for whatever is raised within."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({reason})"
+        ) from error
     finally:
         logging.disable(before)
 
 
 def _fold_windows_(program: ir.Model, config: Any) -> None:
-    """Make the width of sliding windows, which the cache brings along, the constant that it is.
+    """Make the width of sliding windows a constant instead of a part of the cache.
 
-    The graph's cache keeps all tokens, and its masks hide those that are outside the window.
+    The graph's cache keeps all tokens, and its masks hide those outside the window.
     """
     layers, graph = sliding_windows(config), program.graph
     for value in list(graph.inputs):
@@ -148,12 +160,8 @@ def _fold_windows_(program: ir.Model, config: Any) -> None:
             graph.outputs.remove(value)
 
 
-def _name_cache(program: ir.Model, source: ModelSource) -> None:
-    """Give the cache the names that optimum and onnxruntime-genai expect.
-
-    Raises:
-        ModelError: the graph has inputs or outputs that these clients do not know.
-    """
+def _name_cache_(program: ir.Model, source: ModelSource) -> None:
+    """Give the cache the names that optimum and onnxruntime-genai expect."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             direction, layer, kind, number = match.groups()
@@ -170,8 +178,8 @@ def _not_plain(source: ModelSource, what: str | None) -> ModelError:
     )
 
 
-def _name_dimensions(program: ir.Model) -> None:
-    """Name the dynamic dimensions by meaning and make those of the cache that are fixed plain numbers."""
+def _name_dimensions_(program: ir.Model) -> None:
+    """Name the dynamic dimensions by meaning and make the cache's fixed ones plain numbers."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.name is not None and value.shape is not None
         if STATE.search(value.name):
@@ -182,31 +190,46 @@ def _name_dimensions(program: ir.Model) -> None:
             wanted = ["batch_size", None, "total_sequence_length", None]
         else:
             wanted = _DIMENSIONS[value.name]
-        dimensions = [
-            name if name is not None else int(str(dimension))
-            for name, dimension in zip(wanted, value.shape, strict=True)
-        ]
-        value.shape = ir.Shape(dimensions)
+        sizes = [int(str(size)) if name is None else name for name, size in zip(wanted, value.shape, strict=True)]
+        value.shape = ir.Shape(sizes)
 
 
 def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
     """The `genai_config.json` with which onnxruntime-genai runs the folder; None where it does not know the states.
 
-    Head count and size are read off the graph's own cache inputs, the rest off the model's config.
+    Head count and size are those of the graph's cache inputs, the rest is the model's config.
     """
     config = config.get_text_config()
-    cache = [name for value in program.graph.inputs if (name := value.name or "").startswith("past_key_values.")]
+    given = {value.name or "": value for value in program.graph.inputs}
+    cache = [name for name in given if name.startswith("past_key_values.")]
     has_states = any(map(STATE.search, cache))
     if has_states and config.model_type not in _GENAI_STATES:
         return None
-    keys = next(value for value in program.graph.inputs if (value.name or "").endswith(".key"))
+    keys = next(value for name, value in given.items() if name.endswith(".key"))
     assert keys.shape is not None
     _, kv_heads, _, head_size = keys.shape
-    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
-    present = {value.name for value in program.graph.inputs}
     length = first_of(config, POSITIONS) or _UNLIMITED
-    end = getattr(config, "eos_token_id", None)
-    pad = getattr(config, "pad_token_id", None)
+    end, pad = (getattr(config, f"{kind}_token_id", None) for kind in ("eos", "pad"))
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": GRAPH,
+        "head_size": int(head_size),
+        "hidden_size": first_of(config, WIDTHS),
+        "num_attention_heads": first_of(config, HEADS),
+        "num_hidden_layers": len({name.split(".")[1] for name in cache}),
+        **({"layer_types": config.layer_types} if has_states else {}),
+        "num_key_value_heads": int(kv_heads),
+        "inputs": {
+            **{name: name for name in ("input_ids", "attention_mask", "position_ids") if name in given},
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
     return {
         "model": {
             "type": config.model_type,
@@ -215,37 +238,44 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
             "pad_token_id": pad if pad is not None else end,
             "context_length": length,
             "vocab_size": config.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
-                "head_size": int(head_size),
-                "hidden_size": first_of(config, WIDTHS),
-                "num_attention_heads": first_of(config, HEADS),
-                "num_hidden_layers": len({name.split(".")[1] for name in cache}),
-                **({"layer_types": config.layer_types} if has_states else {}),
-                "num_key_value_heads": int(kv_heads),
-                "inputs": {
-                    **{name: name for name in inputs if name in present},
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
+            "decoder": decoder,
         },
         "search": {
             "do_sample": False,
             "max_length": min(length, 2048),
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
             "past_present_share_buffer": False,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
             "top_k": 1,
-            "top_p": 1.0,
         },
     }
+
+
+def note_limit(folder: Path, name: str) -> int | None:
+    """Find the most tokens that a graph with a recurrence reads at once, and write it into its metadata.
+
+    Tracing keeps one chunk of a recurrence. `OnnxRuntime` reads longer texts in several calls.
+
+    Returns:
+        The limit; None where there is none.
+
+    Raises:
+        ModelError: the graph does not even read the smallest chunk.
+    """
+    runtime = OnnxRuntime(ModelSource(name, folder), "cpu", torch.get_num_threads())
+
+    def reads(tokens: int) -> bool:
+        try:
+            runtime.predict({"input_ids": torch.zeros(1, tokens, dtype=torch.int64)})
+        except ModelError:
+            return False
+        return True
+
+    if not reads(CHUNKS[0]):
+        raise ModelError(
+            f"{name!r}: tracing keeps a fixed number of steps of its recurrence; export to a sparse PyTorch format"
+        )
+    limit = next((chunk for chunk in CHUNKS if not reads(chunk + 1)), None)
+    if limit is not None:
+        graph = onnx.load(folder / GRAPH, load_external_data=False)
+        graph.metadata_props.add(key=AT_ONCE, value=str(limit))
+        onnx.save(graph, folder / GRAPH)
+    return limit

@@ -1,32 +1,48 @@
-"""Weights as levels of 8 or 4 bits, for ONNX exports: a model's own weights become the points that are stored."""
+"""Weights as levels of 8 or 4 bits in ONNX graphs: for this package's operators, or in blocks for ONNX Runtime's own.
 
-from collections.abc import Callable
+A block of ONNX Runtime's operator (com.microsoft MatMulNBits) is `group` columns of a row with a scale in float32,
+rounded by ONNX Runtime's quantizer; zeros are stored like other weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+from torch import Tensor
 
-from gblm_compress.exporters.onnx_nbits import GROUP, Blocks
+from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.exporters.onnx_weights import (
+    Rows,
+    constant,
+    initializer,
+    rows_of,
+    store_embeddings_,
+    use_rows_,
+    widened,
+)
 from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import ExportSettings
 
-WIDTHS = {"int8": 8, "int4": 4}
+GROUP = 32
+"""Columns of a block by default, as in llama.cpp's Q8_0 and Q4_0."""
+BLOCKS, BLOCK_SCALES = {8: ".blocks8", 4: ".blocks4"}, ".block_scales"
+INT8_INPUTS = 4
+"""The accuracy level at which the operator rounds inputs to 8 bits, where that is faster."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """The weights of a model that was rounded.
-
-    Attributes:
-        layers: {layer: its packed weight}.
-        tables: those of head and embedding, in 8 bits.
-        moved: {layer: what share of it rounding moved}.
-    """
+    """A model's packed weights: {layer: weight}, those of head and embedding, and the share of each layer that rounding
+    moved."""
 
     layers: dict[str, Any]
     tables: list[Any]
@@ -38,17 +54,39 @@ class Rounded:
         return {"largest_rounding_error": max(self.moved.values()), **({"layers_rounded_much": much} if much else {})}
 
 
-def round_(model: nn.Module, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
-    """Round all linear layers of the blocks, head and embedding in place: to the layout of this package's operators,
-    or else to blocks of ONNX Runtime.
+@torch.no_grad()
+def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
+    """Round all linear layers of the blocks, head and embedding, in place.
 
     Args:
         is_dense: the model was never pruned.
     """
+    pack, pack_table = _packers(source, settings, is_dense)
+    layers, moved = {}, {}
+    named: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
+    for name, layer in named.items():
+        layers[name] = pack(name, weight_matrix(layer).float())
+        moved[name] = layers[name].error(weight_matrix(layer))
+        layer.weight.copy_(as_matrix(layer, layers[name].dense_weight()))
+    tables: dict[int, Any] = {}  # one where head and embedding are tied
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        weight = None if module is None else module.weight
+        if weight is not None and weight.data_ptr() not in tables:
+            tables[weight.data_ptr()] = pack_table(weight.float())
+            weight.copy_(tables[weight.data_ptr()].dense_weight())
+    return Rounded(layers, list(tables.values()), moved)
+
+
+def _packers(
+    source: ModelSource, settings: ExportSettings, is_dense: bool
+) -> tuple[Callable[[str, Tensor], Any], Callable[[Tensor], Any]]:
+    """Functions that pack a layer's weight [out_features, in_features] in float32, and a table's."""
     if not settings.kernels:
-        bits, group = WIDTHS[settings.quantise or ""], settings.group or GROUP
-        layers, moved = _round_layers_(model, lambda _, weight: Blocks.from_dense(weight, bits, group))
-        return Rounded(layers, _round_tables_(model, lambda weight: Blocks.from_dense(weight, 8, group)), moved)
+        bits, group = 8 if settings.quantise == "int8" else 4, settings.group or GROUP
+        return (
+            lambda _, weight: Blocks.from_dense(weight, bits, group),
+            lambda weight: Blocks.from_dense(weight, 8, group),
+        )
     grids = read_grids(source)
     layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
     kind: Any = LAYOUTS[layout].kind
@@ -58,34 +96,118 @@ def round_(model: nn.Module, source: ModelSource, settings: ExportSettings, *, i
         grid = grids.get(name) if kind.holds(grids.get(name)) else None
         return PackedLinear.from_dense(layout, weight, group=settings.group, grid=grid)
 
-    layers, moved = _round_layers_(model, pack)
-    return Rounded(layers, _round_tables_(model, lambda weight: PackedLinear.from_dense(tables, weight)), moved)
+    return pack, lambda weight: PackedLinear.from_dense(tables, weight)
 
 
-@torch.no_grad()
-def _round_layers_(model: nn.Module, pack: Callable[[str, Tensor], Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Args:
-    pack: of a layer's name and its weight [out_features, in_features] in float32: its packed form.
+@dataclass(frozen=True)
+class Blocks:
+    """A weight [rows, columns] in blocks, with the interface of packed layers.
 
-    Returns:
-        {layer: its packed weight}, and {layer: what share of it rounding moved}.
+    Attributes:
+        levels: unsigned, [rows, blocks, bytes of a block]; of 4 bits the first is the lower half of a byte.
+        scales: [rows, blocks] in float32; a weight is scale · (level - half of all levels).
+        bits: of a level.
+        columns: of the weight; the last block may be longer.
     """
-    packed, moved = {}, {}
-    layers: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
-    for name, layer in layers.items():
-        packed[name] = pack(name, weight_matrix(layer).float())
-        moved[name] = packed[name].error(weight_matrix(layer))
-        layer.weight.copy_(as_matrix(layer, packed[name].dense_weight()))
-    return packed, moved
+
+    levels: Any
+    scales: Any
+    bits: int
+    columns: int
+
+    @property
+    def largest_error(self) -> float:
+        return MOVES_MUCH[self.bits]
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bits: int, group: int) -> Self:
+        """The weight rounded by ONNX Runtime's quantizer, symmetrically: zeros stay zeros."""
+        config = DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=True, bits=bits)
+        turned = np.ascontiguousarray(weight.numpy().T)
+        levels, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
+        return cls(levels, scales.reshape(len(weight), -1), bits, weight.shape[1])
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        levels, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("levels", "scales"))
+        return cls(levels, scales, parts[0].bits, parts[0].columns)
+
+    def dense_weight(self) -> Tensor:
+        return torch.from_numpy(restored(self.levels, self.scales, self.bits, self.columns))
+
+    def error(self, weight: Tensor) -> float:
+        return share_moved(self.dense_weight(), weight)
 
 
-@torch.no_grad()
-def _round_tables_(model: Any, pack: Callable[[Tensor], Any]) -> list[Any]:
-    """The packed weights of head and embedding; one where they are tied."""
-    packed: dict[int, Any] = {}
-    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
-        weight = None if module is None else module.weight
-        if weight is not None and weight.data_ptr() not in packed:
-            packed[weight.data_ptr()] = pack(weight.float())
-            weight.copy_(packed[weight.data_ptr()].dense_weight())
-    return list(packed.values())
+def restored(levels: Any, scales: Any, bits: int, columns: int) -> Any:
+    """The weight [rows, columns] of the initializers of a MatMulNBits, in float32.
+
+    Raises:
+        VerificationError: they do not fit each other.
+    """
+    rows, blocks, size = levels.shape if levels.ndim == 3 else (0, 0, 0)
+    if scales.shape != (rows, blocks) or not 0 <= blocks * size * 8 // bits - columns < size * 8 // bits:
+        raise VerificationError(f"blocks of shape {list(levels.shape)} do not fit scales of shape {list(scales.shape)}")
+    if bits == 4:
+        levels = np.stack([levels & 15, levels >> 4], axis=-1)
+    centred = levels.reshape(rows, blocks, -1).astype(np.float32) - (1 << (bits - 1))
+    return (centred * scales[:, :, None]).reshape(rows, -1)[:, :columns] + np.float32(0)  # no zero is -0.0
+
+
+def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks], tables: Sequence[Blocks]) -> None:
+    """Multiply by blocks instead of float32 weights, in place.
+
+    Args:
+        packed: {initializer: its weight} of all layers.
+        tables: the weights of head and embedding, which replace initializers with their numbers.
+
+    Raises:
+        ModelError: a weight is not used by a MatMul.
+    """
+
+    def store(name: str, weight: Any) -> Rows | None:
+        known = packed.get(name)
+        if known is None:
+            known = next((table for table in tables if np.array_equal(table.dense_weight().numpy(), weight)), None)
+        return None if known is None else _rows(program.graph, name, known)
+
+    use_rows_(program, store)
+    store_embeddings_(program, store)
+    if left := sorted(packed.keys() & program.graph.initializers.keys()):
+        users = {node.op_type for node, _ in program.graph.initializers[left[0]].uses()}
+        raise ModelError(
+            f"{left[0]}: MatMulNBits takes the place of a MatMul, and this weight is used by "
+            f"{', '.join(sorted(users))}; export to bitmask-int8 or bitmask-int4"
+        )
+    program.opset_imports["com.microsoft"] = 1
+
+
+def _rows(graph: ir.Graph, name: str, weight: Blocks) -> Rows:
+    rows, blocks, size = weight.levels.shape
+    levels = initializer(graph, name + BLOCKS[weight.bits], weight.levels)
+    scales = initializer(graph, name + BLOCK_SCALES, weight.scales)
+    sizes = {"K": weight.columns, "N": rows, "bits": weight.bits, "block_size": size * 8 // weight.bits}
+    attributes = {**sizes, "accuracy_level": INT8_INPUTS}
+
+    def multiply(x: ir.Value) -> ir.Node:
+        return ir.node("MatMulNBits", [x, levels, scales], attributes=attributes, domain="com.microsoft")
+
+    def read(gather: ir.Node) -> list[ir.Node]:
+        nodes = [rows_of(gather, levels), rows_of(gather, scales)]
+        nodes.append(widened(nodes[0]))
+
+        def node(operator: str, *inputs: ir.Value) -> ir.Value:
+            nodes.append(ir.node(operator, inputs))
+            return nodes[-1].outputs[0]
+
+        def stored(suffix: str, number: Any) -> ir.Value:
+            return constant(graph, f"{name}.{suffix}", np.array(number))
+
+        centred = node("Sub", nodes[2].outputs[0], stored("centre", np.float32(1 << (weight.bits - 1))))
+        last = stored("last", [-1])
+        scaled = node("Mul", centred, node("Unsqueeze", nodes[1].outputs[0], last))
+        flat = node("Reshape", scaled, stored("flat", [0, 0, blocks * size * 8 // weight.bits]))
+        node("Slice", flat, stored("first", [0]), stored("columns", [weight.columns]), last)  # cut off the filling
+        return nodes
+
+    return Rows(multiply, read)

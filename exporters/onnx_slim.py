@@ -1,6 +1,6 @@
-"""Rewriting of what torch's exporter writes in many nodes, in standard operators, so that runtimes see what it is.
+"""Rewriting of graphs from torch's exporter in standard operators that ONNX Runtime recognises and fuses.
 
-Each rule names what it takes for what. Where a graph has something else, a rule changes nothing.
+Each rule names its pattern. Elsewhere it changes nothing.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from gblm_compress.exporters.onnx_bitmask import initializer, replace
+from gblm_compress.exporters.onnx_weights import constant, replace
 
 TURNED = ".turned"  # of a weight that is stored as [in_features, out_features]
 _START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice without one
@@ -43,8 +43,8 @@ def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    """x · W + b of a constant W [in, out], or [out, in] with transB, as a MatMul and an Add: what looks for products
-    looks for MatMuls, and ONNX Runtime joins both again."""
+    """x · W + b of a constant W [in, out], or [out, in] with transB, as a MatMul and an Add, for the passes that look
+    for MatMuls. ONNX Runtime joins both again."""
     x, weight, *bias = node.inputs
     attributes = {name: node.attributes[name].value for name in node.attributes}
     if attributes.get("transA") or {attributes.get(name, 1.0) for name in ("alpha", "beta")} != {1.0}:
@@ -54,7 +54,7 @@ def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if attributes.get("transB"):
         if {user.op_type for user, _ in weight.uses()} == {"Gemm"}:
             turned = f"{weight.name}{TURNED}"
-            weight = graph.initializers.get(turned) or initializer(graph, turned, weight.const_value.numpy().T.copy())
+            weight = constant(graph, turned, weight.const_value.numpy().T.copy())
         else:  # shared with an embedding, whose rows are read
             turn = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
             graph.insert_before(node, turn)
@@ -82,7 +82,7 @@ def _transpose(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
 
 
 def _scaled_once(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    """(q·a) × (k·b) as (q·ab) × k: the keys are all those of the cache."""
+    """(q·a) × (k·b) as (q·ab) × k, because there are as many keys as the cache has tokens."""
     left, right = (_made_by(value, "Mul") for value in node.inputs)
     if left is None or right is None:
         return None
@@ -91,8 +91,7 @@ def _scaled_once(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     if len(factors) != 2 or any(factor.ndim for factor in factors):
         return None
     both = np.prod([factor.astype(np.float64).item() for factor in factors]).astype(factors[0].dtype)
-    name = f"scale.{both}"
-    scaled = ir.node("Mul", [q, graph.initializers.get(name) or initializer(graph, name, both)])
+    scaled = ir.node("Mul", [q, constant(graph, f"scale.{both}", both)])
     scaled.outputs[0].shape, scaled.outputs[0].type = left.outputs[0].shape, left.outputs[0].type
     graph.insert_before(node, scaled)
     return ir.node("MatMul", [scaled.outputs[0], k])
@@ -104,7 +103,7 @@ def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
 
 
 def _sizes(shape: ir.Value | None, x: ir.Value) -> list[Any]:
-    """What a shape is put together from: numbers, and (start, end) for dimensions of `x`; None for anything else."""
+    """The parts of a shape: numbers, and (start, end) for dimensions of `x`; None for anything else."""
     parts = _made_by(shape, "Concat")
     found: list[Any] = []
     for part in parts.inputs if parts is not None else ():

@@ -1,19 +1,22 @@
-"""What an ONNX folder is held against before it is put in place: torch's predictions, and the zeros of its layers."""
+"""Verification of an ONNX folder before it is put in place: torch's predictions, and the zeros of its layers."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.errors import VerificationError
-from gblm_compress.exporters.onnx_decoding import decode
+from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, STARTS, VALUES
+from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, restored
 from gblm_compress.exporters.onnx_weights import Place
-from gblm_compress.measure.onnx_forward import OnnxForward
-from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import Generating
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.kernels.masks import WORD, row_starts
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
+from gblm_compress.measure.runtimes import Generating, TorchRuntime
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
@@ -24,6 +27,8 @@ from gblm_compress.tasks.task import Sample
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "levels": 1e-2, "blocks": 1e-1}
 PROMPT_TOKENS = 16
 GREEDY_TOKENS = 32
+DTYPES = ("float32", "float16")
+QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), LEVELS: ("int8",)}
 
 
 def verify(
@@ -40,17 +45,18 @@ def verify(
     """
     zeros = _verify_zeros(folder, model, layers, places)
     reference = TorchRuntime(model)
+    where = ModelSource(str(folder), folder), "cpu", torch.get_num_threads()
     if not reference.task.generates:
-        forward = OnnxForward(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
+        forward = OnnxForward(*where)
         difference = _check_logits(reference.predict(sample)[0], forward.predict(sample)[0], dtype, "read at once")
         tolerance = {"logits_relative_difference": difference, "logits_tolerance": TOLERANCE[dtype]}
         return {**tolerance, "provider": forward.provider, **zeros}
-    runtime = OnnxRuntime(ModelSource(str(folder), folder), "cpu", torch.get_num_threads())
+    runtime = OnnxRuntime(*where)
     at_once = _check_logits(reference.predict(sample)[0], runtime.predict(sample)[0], dtype, "read at once")
     expected, got = _decode_side_by_side(reference, runtime, sample["input_ids"][:, :PROMPT_TOKENS])
     one_by_one = _check_logits(expected, got, dtype, "decoded one by one")
-    # Where torch's two largest logits are further apart than twice the largest difference, no error of that size turns
-    # the choice; of two that are nearer either may win. An export whose errors leave nothing decided is of no use.
+    # A choice is decided where torch's two largest logits are further apart than twice the largest difference. No
+    # error of that size can turn it. An export that leaves no choice decided is of no use.
     largest = expected.topk(2).values
     decided = int((largest[:, 0] - largest[:, 1] > 2 * (expected - got).abs().max()).sum())
     if not decided:
@@ -70,8 +76,8 @@ def verify(
 
 
 def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both, step by step through their KV caches, both fed the tokens that the
-    reference chooses: so that every step can be compared, whatever the other would have chosen before."""
+    """Logits [GREEDY_TOKENS, vocabulary] of both through their caches. Both are fed the tokens that the reference
+    chooses, so that every step can be compared."""
     ids, cache, other_cache = prompt, None, None
     expected, got = [], []
     for _ in range(GREEDY_TOKENS):
@@ -84,11 +90,7 @@ def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Ten
 
 
 def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
-    """The largest difference relative to the largest logit.
-
-    Raises:
-        VerificationError: it is more than the dtype allows.
-    """
+    """The largest difference relative to the largest logit, which the dtype must allow."""
     difference = float((expected - got).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE[dtype]:
         raise VerificationError(
@@ -99,7 +101,7 @@ def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
 
 
 def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dict[str, Place]) -> dict[str, int]:
-    """Count the zeros of every pruned layer in its initializer, as saved, against the layer."""
+    """Compare the number of zeros of every pruned layer with its initializer, as saved."""
     initializers = ir.load(folder / GRAPH).graph.initializers
     decoded: dict[str, Any] = {}
     total = 0
@@ -115,3 +117,72 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dic
             raise VerificationError(f"{layer}: {expected} zeros in the model, {got} in the graph's initializer")
         total += got
     return {"layers_checked": len(layers), "zeros": total}
+
+
+def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
+    """The weight [in_features, out_features], or the other way round, from its initializers in any form.
+
+    Args:
+        shape: of the initializer before it was packed.
+
+    Raises:
+        VerificationError: an initializer is missing or does not fit the others or the shape.
+    """
+
+    def stored(suffix: str, *dtypes: str) -> Any:
+        value = initializers.get(name + suffix)
+        if value is None or value.const_value is None or value.const_value.numpy().dtype not in dtypes:
+            raise VerificationError(f"{name + suffix}: the graph has no such initializer of {' or '.join(dtypes)}")
+        return value.const_value.numpy()
+
+    weight = _decoded(initializers, name, shape, stored)
+    if weight.shape != shape:
+        raise VerificationError(f"{name}.shape: {list(weight.shape)}; the weight has {list(shape)}")
+    return weight
+
+
+def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) -> Any:
+    if name in initializers:
+        return stored("", *DTYPES)
+    if name + ROWS in initializers:
+        return stored(ROWS, *DTYPES).T
+    if name + SCALES in initializers:
+        return _dequantised(name, *(stored(part, *dtypes) for part, dtypes in QUANTISED.items()))
+    for bits, suffix in BLOCKS.items():
+        if name + suffix in initializers:
+            return restored(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0]).T
+    values = stored(VALUES, *DTYPES)
+    if name + STARTS in initializers:
+        mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))
+        weight = _unpacked(name, "bitmask", {"mask": mask, "values": torch.tensor(values)})
+        if not torch.equal(starts, row_starts(mask)):
+            raise VerificationError(f"{name + STARTS}: does not say where the rows of the mask begin")
+        return weight
+    alive = np.unpackbits(stored(MASK, "uint8").reshape(-1), bitorder="little").astype(bool)
+    if values.shape != (1 + alive.sum(),) or values[0] != 0:
+        raise VerificationError(
+            f"{name + VALUES}: shape {list(values.shape)}; the mask has {alive.sum()} bits, which takes one more"
+        )
+    dense = np.zeros(alive.shape, values.dtype)
+    dense[alive] = values[1:]
+    if dense.size != math.prod(shape):
+        raise VerificationError(f"{name + MASK}: {dense.size} bits; the weight has {list(shape)} elements")
+    return dense.reshape(shape)
+
+
+def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Any:
+    """The weight [columns, rows] of the inputs of gblm.QuantisedLinear."""
+    parts = {"scales": torch.tensor(scales.view("int16")), "mask": torch.tensor(mask), "values": torch.tensor(values)}
+    if not levels.size:
+        return _unpacked(name, "bitmask-int8", parts)
+    return _unpacked(name, "bitmask-int4", {**parts, "levels": torch.tensor(levels).reshape(-1, 16)})
+
+
+def _unpacked(name: str, layout: str, parts: dict[str, Tensor]) -> Any:
+    mask = parts["mask"]
+    try:
+        layer = PackedLinear.holding(layout, (len(mask), mask.shape[-1] * WORD), parts)
+        layer.check()
+    except ModelError as error:
+        raise VerificationError(f"{name}.{error}") from error
+    return layer.dense_weight().numpy().T

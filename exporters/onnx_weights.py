@@ -1,9 +1,9 @@
-"""Where the linear layers of a model are in the initializers of an ONNX graph."""
+"""The weights of an ONNX graph: where a model's layers are among the initializers, and how to store them otherwise."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,11 +17,8 @@ Packed = TypeVar("Packed", bound=PackedLinear)
 
 @dataclass(frozen=True)
 class Place:
-    """Columns [start, stop) of an initializer [in_features, columns], or a whole one in either orientation.
-
-    Attributes:
-        shape: of the whole initializer.
-    """
+    """Columns [start, stop) of an initializer of that shape, [in_features, columns], or a whole one in either
+    orientation."""
 
     initializer: str
     shape: tuple[int, ...]
@@ -38,7 +35,7 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
     initializer. An initializer of one layer is renamed after it; some exporters number them.
 
     Returns:
-        {layer: its place}; without the layers that are nowhere.
+        {layer: its place}, without the layers that are nowhere.
     """
     by_content: dict[bytes, str] = {}
     by_row: dict[bytes, list[tuple[str, Any]]] = {}
@@ -63,21 +60,8 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
-    """The packed weights of layers, one below the other as they lie side by side in an initializer: {initializer: …}.
-
-    Args:
-        packed: {layer: its weight}; of the layers of an initializer all or none.
-    """
-    together: dict[str, list[str]] = {}
-    for layer in sorted((layer for layer in packed if layer in places), key=lambda layer: places[layer].start):
-        together.setdefault(places[layer].initializer, []).append(layer)
-    parts = {name: [packed[layer] for layer in layers] for name, layers in together.items()}
-    return {name: own[0] if len(own) == 1 else own[0].stack(own) for name, own in parts.items()}
-
-
 def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any]]]) -> dict[str, Place]:
-    """The layers whose weights [out_features, in_features] are, transposed and side by side, `array`."""
+    """The layers whose transposed weights lie side by side in `array`."""
     found, start = {}, 0
     while start < array.shape[1]:
         for layer, weight in by_row.get(_content(array[:, start]), ()):
@@ -92,5 +76,127 @@ def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any
 
 
 def _content(array: Any) -> bytes:
-    shape = repr(array.shape).encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()
+    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).digest()
+
+
+def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
+    """{initializer: the packed weights of its layers, one below the other}.
+
+    Args:
+        packed: {layer: its weight}; of the layers of an initializer all or none.
+    """
+    together: dict[str, list[Packed]] = {}
+    for layer in sorted((layer for layer in packed if layer in places), key=lambda layer: places[layer].start):
+        together.setdefault(places[layer].initializer, []).append(packed[layer])
+    return {name: own[0] if len(own) == 1 else own[0].stack(own) for name, own in together.items()}
+
+
+def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """A new initializer of that name."""
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    assert value.const_value is not None
+    value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
+    graph.initializers[name] = value
+    return value
+
+
+def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """The initializer of that name, made where it is missing."""
+    return graph.initializers.get(name) or initializer(graph, name, array)
+
+
+def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Put `output` in the place, and under the name, of a node's single output."""
+    product = node.outputs[0]
+    output.shape, output.type = product.shape, product.type
+    product.replace_all_uses_with(output, replace_graph_outputs=product.is_graph_output())
+    graph.remove(node, safe=True)
+    output.name = product.name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A weight [out_features, in_features] in its stored form.
+
+    Attributes:
+        multiply: makes the node that gives x Wᵀ of x.
+        read: makes the nodes that read the rows of a Gather in float32; the result is that of the last.
+    """
+
+    multiply: Callable[[ir.Value], ir.Node]
+    read: Callable[[ir.Node], list[ir.Node]]
+
+
+Store: TypeAlias = Callable[[str, Any], Rows | None]
+"""Stores an initializer, from its name and its weight [out_features, in_features] in float32; None leaves it."""
+
+
+def use_rows_(program: ir.Model, store: Store) -> None:
+    """Multiply by the stored form of all constant matrices instead of MatMul, in place.
+
+    An embedding that shares the weight of the head reads the head's, which has its orientation.
+    """
+    graph = program.graph
+    turned: dict[ir.Value, Rows] = {}
+    for matmul in [node for node in graph if node.op_type == "MatMul"]:
+        x, weight = matmul.inputs
+        assert x is not None and weight is not None
+        producer = weight.producer()
+        before = producer.inputs[0] if producer is not None and _turns(producer) else weight
+        if before is None or before.name not in graph.initializers or before.const_value is None:
+            continue
+        if before not in turned:
+            array = before.const_value.numpy()
+            if array.ndim != 2 or array.dtype != np.float32:
+                continue
+            made = store(before.name, array.T if before is weight else array)
+            if made is None:
+                continue
+            turned[before] = made
+            same = [user.outputs[0] for user, _ in before.uses() if _turns(user)] if before is weight else [before]
+            for gather in [user for value in same for user, _ in value.uses() if user.op_type == "Gather"]:
+                _read(graph, gather, made)
+        node = turned[before].multiply(x)
+        node.name = matmul.name
+        graph.insert_before(matmul, node)
+        replace(graph, matmul, node.outputs[0])
+    for before in turned:
+        for user in [user for user, _ in before.uses() if _turns(user) and not user.outputs[0].uses()]:
+            graph.remove(user, safe=True)
+        if not before.uses():
+            del graph.initializers[before.name]
+
+
+def store_embeddings_(program: ir.Model, store: Store) -> None:
+    """Store the tables whose rows are gathered as other weights, in place."""
+    graph = program.graph
+    for gather in [node for node in graph if node.op_type == "Gather"]:
+        table = gather.inputs[0]
+        if table is None or table.name not in graph.initializers or table.dtype != ir.DataType.FLOAT:
+            continue
+        if len(table.shape or ()) == 2 and len(table.uses()) == 1 and table.const_value is not None:
+            made = store(table.name, table.const_value.numpy())
+            if made is not None:
+                _read(graph, gather, made)
+                del graph.initializers[table.name]
+
+
+def rows_of(gather: ir.Node, table: ir.Value) -> ir.Node:
+    """The Gather, of a table's rows."""
+    return ir.node("Gather", [table, gather.inputs[1]], attributes={"axis": 0})
+
+
+def widened(node: ir.Node) -> ir.Node:
+    """The node's output in float32."""
+    return ir.node("Cast", [node.outputs[0]], attributes={"to": ir.DataType.FLOAT})
+
+
+def _turns(node: ir.Node) -> bool:
+    permutation = node.attributes.get("perm")
+    return node.op_type == "Transpose" and permutation is not None and tuple(permutation.as_ints()) == (1, 0)
+
+
+def _read(graph: ir.Graph, gather: ir.Node, rows: Rows) -> None:
+    nodes = rows.read(gather)
+    graph.insert_before(gather, nodes)
+    replace(graph, gather, nodes[-1].outputs[0])

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
 from gblm_compress.models.finding import DEMO_PACKAGE, resolve_model

@@ -1,27 +1,53 @@
 """The benchmark stage: latency and memory of models beside their dense baseline, in one run.
 
-Every model lives in a worker process; in each round every model generates once, in alternating order, so
-that a drift of the machine hits all alike. The first rounds are warm-up and dropped.
+Every model lives in a process of its own (`python -m gblm_compress.measure.benchmarking`), so that peak memory and load
+time are per model. In each round every model generates once, in alternating order, so that a drift of the machine hits
+all alike. The first rounds are warm-up and dropped. Requests and answers are lines of JSON on stdin and stdout.
 """
 
-from contextlib import ExitStack
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from gblm_compress import errors
-from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.errors import (
+    GblmError,
+    ModelError,
+    NotEnoughMemoryError,
+    UsageError,
+    first_line,
+    is_out_of_memory,
+)
+from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine import busy_cores, environment
-from gblm_compress.measure.benchmark_worker import started
-from gblm_compress.measure.runtimes import check_device, check_installed, runtimes_of
+from gblm_compress.machine.memory import peak_memory
+from gblm_compress.measure.runtimes import (
+    Generating,
+    Runtime,
+    check_device,
+    check_installed,
+    load_runtime,
+    runtimes_of,
+)
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.baseline import check_baseline
+from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings
+from gblm_compress.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -53,9 +79,6 @@ def benchmark(
         baselines: the dense model: its Hugging Face folder, which is timed in every dtype that a torch model has, and
             an ONNX export for each dtype of the ONNX models.
         dtype: of the torch models that are stored dense; exports have their own.
-
-    Raises:
-        GblmError: as `check`.
     """
     errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = loading.choose_device(device)
@@ -79,10 +102,8 @@ def benchmark(
 def check(
     models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
 ) -> list[GblmError]:
-    """The faults of a benchmark that show before it: a device that is absent, models that are too short for prompt and
-    generation, that run in none of `settings.runtimes`, or that have no baseline of their runtime, dtype, architecture
-    and origin.
-    """
+    """The faults that show before a benchmark: the device is absent, or models are too short for prompt and generation,
+    run in none of `settings.runtimes`, or have no baseline of their runtime, dtype, architecture and origin."""
     absent = errors.collect([partial(loading.choose_device, device)])
     found = absent + errors.collect(
         partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
@@ -107,13 +128,8 @@ def check(
     )
 
 
-@dataclass(frozen=True)
-class _Lane:
-    """What dense and pruned must share to be compared.
-
-    Attributes:
-        dtype: of the weights, see `manifest.weights_of`.
-    """
+class _Lane(NamedTuple):
+    """What dense and pruned must share to be compared: the runtime, and the weights of `manifest.weights_of`."""
 
     runtime: str
     dtype: str
@@ -122,7 +138,7 @@ class _Lane:
 def _lanes(
     models: list[ModelSource], settings: BenchmarkSettings, dtype: str, device: str
 ) -> dict[_Lane, list[ModelSource]]:
-    """The models that are timed, by what they are timed in; what torch loads dense is given a dtype."""
+    """The models by lane; those that torch loads dense are given a dtype."""
     lanes: dict[_Lane, list[ModelSource]] = {}
     for model in models:
         own = manifest.weights_of(model) if model.is_export else loading.choose_dtype(dtype, model, device)
@@ -133,11 +149,7 @@ def _lanes(
 
 
 def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
-    """The first baseline that runs in the model's lane: an export has one dtype, a dense folder is loaded in any.
-
-    Raises:
-        UsageError: there is none, or it is another model.
-    """
+    """The first baseline that runs in the model's lane. An export has one dtype, a dense folder is loaded in any."""
     for baseline in baselines:
         fits = not baseline.is_export or manifest.weights_of(baseline) == lane.dtype
         if lane.runtime in runtimes_of(baseline) and fits:
@@ -167,23 +179,23 @@ def _benchmark_lane(
     progress: Progress,
 ) -> list[Measurement]:
     """Time the models of one lane, the first of which is the baseline."""
-    runtime = lane.runtime
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(started(source, runtime, lane.dtype, device, threads, settings))
-            for source in progress.track(contenders, f"loading ({runtime})", unit="models")
+            stack.enter_context(started(source, lane, device, threads, settings))
+            for source in progress.track(contenders, f"loading ({lane.runtime})", unit="models")
         ]
         rounds = settings.warmup + settings.repeats
         runs: dict[tuple[int, int], list[dict[str, Any]]] = {
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
         }
-        with progress.counter(f"timing ({runtime})", "generations", rounds * len(runs)) as advance:
+        with progress.counter(f"timing ({lane.runtime})", "generations", rounds * len(runs)) as advance:
             for batch in settings.batch:
                 for number in range(rounds):
                     order = list(enumerate(workers))
                     for index, worker in order if number % 2 == 0 else reversed(order):
-                        what = {"batch": batch, "prompt": settings.prompt, "generate": settings.generate}
-                        run = worker.ask(what | {"seed": number})
+                        run = worker.ask(
+                            {"batch": batch, "prompt": settings.prompt, "generate": settings.generate, "seed": number}
+                        )
                         if number >= settings.warmup:
                             runs[batch, index].append(run)
                         advance()
@@ -194,10 +206,11 @@ def _benchmark_lane(
         for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
             prefill_kernels, *decode_kernels = worker.facts["kernels"][number]
+            tokens = [[run.get("tokens") for run in runs[batch, one]] for one in (0, index)]
             measurements.append(
                 Measurement(
                     model=source.name,
-                    runtime=runtime,
+                    runtime=lane.runtime,
                     provider=worker.facts["provider"],
                     dtype=lane.dtype,
                     batch=batch,
@@ -213,11 +226,7 @@ def _benchmark_lane(
                     step_ms=worker.facts["step_ms"],
                     prefill_speedup=Speedup.of(base[0], ttft) if index else None,
                     decode_speedup=Speedup.of(base[1], tpot) if index and base[1] and tpot else None,
-                    same_tokens_as_baseline=(
-                        all(a["tokens"] == b["tokens"] for a, b in zip(runs[batch, 0], runs[batch, index], strict=True))
-                        if index and tpot
-                        else None
-                    ),
+                    same_tokens_as_baseline=tokens[0] == tokens[1] if index and tpot else None,
                 )
             )
     return measurements
@@ -227,3 +236,163 @@ def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spr
     """(TTFT, TPOT) in milliseconds; no TPOT where nothing was generated."""
     decoded = [1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs if "decode_seconds" in run]
     return Spread.of([1000 * run["prefill_seconds"] for run in runs]), Spread.of(decoded) if decoded else None
+
+
+class Worker:
+    """A model in a process of its own; `facts` is its answer to the first request."""
+
+    def __init__(self, process: "subprocess.Popen[str]", setup: dict[str, Any]) -> None:
+        self._process, self._name = process, setup["name"]
+        self.facts = self.ask(setup)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request; an error of the process is raised here, of its kind."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            hint = "; it was killed, most likely for want of memory" if code == -9 else ""
+            raise GblmError(f"the benchmark process of {self._name!r} ended with exit status {code}{hint}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer
+
+
+@contextmanager
+def started(
+    source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
+) -> Iterator[Worker]:
+    """The model, loaded in a process that ends with the context."""
+    command = [sys.executable, "-m", __name__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    setup = {
+        "name": source.name,
+        "folder": str(source.folder.absolute()),
+        "runtime": lane.runtime,
+        "dtype": lane.dtype,
+        "device": device,
+        "threads": threads,
+        **settings.model_dump(include={"batch", "prompt", "generate"}),
+    }
+    try:
+        yield Worker(process, setup)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def main() -> None:
+    """Load the model named in the first request, then answer the others until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # no print of a library must be taken for an answer
+    silence_libraries()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    try:
+        _serve(answer)
+    except Exception as error:  # the parent raises it; a terminal has one program that speaks
+        answer(failure(error))
+
+
+def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
+    setup = json.loads(sys.stdin.readline())
+    source = ModelSource(setup["name"], Path(setup["folder"]))
+    task = loading.task_of(source)
+    with peak_memory(setup["device"], of_torch=setup["runtime"] in FOLDER_RUNTIMES) as memory:
+        passes = (setup["prompt"], 1) if task.generates else (setup["prompt"],)
+        where = setup["dtype"], setup["device"], setup["threads"]
+        with memory.at_work():
+            start = time.perf_counter()
+            runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes, generate=setup["generate"])
+            loaded = time.perf_counter() - start
+        kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
+        timed: Callable[..., dict[str, Any]]
+        if task.generates:
+            timed = partial(generate, cast(Generating, runtime), vocabulary(source))
+        else:
+            timed = partial(forward, runtime, task, loading.config_of(source))
+        answer(
+            {
+                "load_seconds": loaded,
+                "provider": runtime.provider,
+                "dtype": runtime.dtype,
+                "kernels": kernels,
+                "step_ms": runtime.step_ms(),
+            }
+        )
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request.get("finish"):
+                break
+            with memory.at_work():
+                done = timed(**request)
+            answer(done)
+    answer({"peak_memory_bytes": memory.peak_bytes})
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """An error as an answer: its message, and the name of its kind in `errors`, which the parent raises."""
+    if isinstance(error, GblmError):
+        return {"error": str(error), "kind": type(error).__name__}
+    if is_out_of_memory(error):
+        advice = "give a smaller --batch, a shorter --prompt, or fewer models at a time"
+        return {"error": f"memory ran out ({first_line(error)}); {advice}", "kind": NotEnoughMemoryError.__name__}
+    said = f"{type(error).__name__}: {first_line(error)}"
+    return {"error": f"a model cannot be timed ({said})", "kind": GblmError.__name__}
+
+
+def vocabulary(source: ModelSource) -> int:
+    """The number of different tokens that a model knows, by its `config.json`."""
+    size: int | None = (source.config | (source.config.get("text_config") or {})).get("vocab_size")
+    if size is None:
+        raise ModelError(f"{source.name!r}: config.json has no vocab_size, from which prompts are drawn; add it")
+    return size
+
+
+def forward(
+    runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
+) -> dict[str, Any]:
+    """Time one forward pass of random samples, of a model that does not generate."""
+    sample = task.timed(config, batch, prompt, seed)
+    start = time.perf_counter()
+    runtime.predict(sample)
+    return {"prefill_seconds": time.perf_counter() - start}
+
+
+def generate(runtime: Generating, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
+    """Time one greedy generation from a prompt of random tokens.
+
+    Returns:
+        prefill_seconds: from the prompt to the first token (TTFT).
+        decode_seconds: for the `generate - 1` tokens after it.
+        tokens: [batch][generate].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)
+    start = time.perf_counter()
+    token, cache = runtime.prefill(ids)
+    first = time.perf_counter()
+    tokens = [token]
+    for _ in range(generate - 1):
+        token, cache = runtime.decode(token, cache)
+        tokens.append(token)
+    end = time.perf_counter()
+    return {
+        "prefill_seconds": first - start,
+        "decode_seconds": end - first,
+        "tokens": torch.cat(tokens, dim=1).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    main()

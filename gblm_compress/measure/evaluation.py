@@ -4,27 +4,35 @@ Perplexity follows the protocol of the GPTQ, SparseGPT, Wanda and GBLM papers: t
 whole and cut into non-overlapping windows; each window predicts its tokens 2 … L from those before them.
 """
 
+import errno
 import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.measure import zero_shot
-from gblm_compress.measure.reference import Reference, ask
-from gblm_compress.measure.runtimes import load_runtime
-from gblm_compress.measure.zero_shot import ZeroShot
+from gblm_compress.measure.runtimes import Runtime, load_runtime
+from gblm_compress.measure.zero_shot import Answers, ZeroShot
 from gblm_compress.models import loading
 from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
+from gblm_compress.storage import outputs
 from gblm_compress.tasks.metrics import Metric, mean
-from gblm_compress.tasks.task import Sample
+from gblm_compress.tasks.task import Sample, fingerprint
+
+MOST_KEPT = 16 << 30
+"""Bytes of logits that are kept at most. Memory seldom caches more, and disks are slow."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,12 @@ class EvaluateResult:
     """The outcome of the stage.
 
     Attributes:
-        metrics: how well the task is done, the metric that counts first: see `Task.metrics`.
-        windows, predicted_tokens: how many samples and predictions it stands on.
-        sample: what a sample is called.
+        metrics: the metrics of the task, the one that counts first: see `Task.metrics`.
+        windows, predicted_tokens: the number of samples and predictions behind them.
+        sample: the task's word for a sample.
         baseline: the metrics of the dense model, when there is one.
         fidelity: how close the predictions stay to the dense model's: means over the samples of `Task.fidelity`, and
             `Task.agreement`.
-        zero_shot: accuracies on tasks, when any were asked for.
     """
 
     model: str
@@ -64,12 +71,99 @@ class EvaluateResult:
         return {**plain, "metrics": list(plain["metrics"])}
 
 
-def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
-    """What an evaluation reads, so that its absence shows before any work: the samples.
+def _ask(source: ModelSource, runtime: Any, settings: EvaluateSettings, progress: Progress) -> Answers:
+    """The answers of the loaded `source`, in torch, to the tasks of an evaluation."""
+    progress.say(f"asking {source.name} …")
+    tokenizer = loading.load_processor(source)
+    return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
 
-    Raises:
-        GblmError: the text cannot be read or is too short, a task is not known, or the model cannot take them.
+
+class Reference:
+    """The dense model that several evaluations are compared with. It answers each question once.
+
+    Logits are kept in float32, as computed, in a file without a name, which the system removes with the process. Where
+    there is no more room, they are computed again for each evaluation.
     """
+
+    def __init__(
+        self, source: ModelSource, *, dtype: str = "auto", device: str = "auto", folder: Path | None = None
+    ) -> None:
+        """Args: folder: where the logits are kept; None keeps none, for a single evaluation."""
+        self.source = source
+        self._dtype, self._device, self._folder = dtype, device, folder
+        self._runtime: Runtime | None = None
+        self._file: IO[bytes] | None = None
+        self._left = 0
+        self._kept: dict[str, tuple[int, torch.Size]] = {}  # {sample: place in the file and shape}
+        self._answers: dict[tuple[Any, ...], Answers] = {}
+
+    @property
+    def room(self) -> int:
+        """The most bytes of logits that it keeps."""
+        return 0 if self._folder is None else min(MOST_KEPT, outputs.free_bytes(self._folder) // 2)
+
+    def judged(self, sample: Sample, progress: Progress) -> Tensor:
+        """The judged part of the prediction for a sample, [positions, …] in float32: see `Task.judged`."""
+        key = fingerprint([sample])
+        if key in self._kept:
+            return self._read(*self._kept[key])
+        judged = loading.task_of(self.source).judged(self._loaded(progress).predict(sample), sample).contiguous()
+        if self._folder is not None:
+            self._keep(key, judged)
+        return judged
+
+    def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
+        asked = (settings.tasks, settings.limit, settings.include_path)
+        if asked not in self._answers:
+            self._answers[asked] = _ask(self.source, self._loaded(progress), settings, progress)
+        return self._answers[asked]
+
+    def unload(self) -> None:
+        """Free the model's memory; its answers stay."""
+        self._runtime = None
+
+    def close(self) -> None:
+        """Free memory and file."""
+        self.unload()
+        self._kept.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _loaded(self, progress: Progress) -> Runtime:
+        if self._runtime is None:
+            progress.say(f"loading {self.source.name} …")
+            device = loading.choose_device(self._device)
+            dtype = loading.choose_dtype(self._dtype, self.source, device)
+            self._runtime = load_runtime(self.source, dtype, device, torch.get_num_threads())
+        return self._runtime
+
+    def _keep(self, key: str, logits: Tensor) -> None:
+        if self._file is None:
+            self._left = self.room
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - `close` closes it
+        if logits.nbytes > self._left:
+            return
+        try:
+            place = self._file.seek(0, os.SEEK_END)
+            if self._file.write(logits.numpy().data) < logits.nbytes:
+                raise OSError(errno.ENOSPC, "no space is left")
+        except OSError:  # others filled the disk meanwhile
+            self._left = 0
+            return
+        self._left -= logits.nbytes
+        self._kept[key] = place, logits.shape
+
+    def _read(self, place: int, shape: torch.Size) -> Tensor:
+        assert self._file is not None
+        content = bytearray(4 * shape.numel())
+        self._file.seek(place)
+        self._file.readinto(content)  # type: ignore[attr-defined]
+        return torch.frombuffer(content, dtype=torch.float32).view(shape)
+
+
+def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
+    """The samples of an evaluation, after its checks, so that faults show before any work."""
     errors.raise_all(check([source], settings, progress))
     return _samples(source, settings, progress)
 
@@ -82,7 +176,7 @@ def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress
 
 
 def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
-    """The faults of an evaluation that show before it: of its tasks, of a text that is a file here, of the models."""
+    """The faults of tasks, models, and local texts that show before an evaluation."""
     looks: list[Callable[[], object]] = [
         lambda: (loading.task_of(models[0]) if models else tasks).data_files(settings.dataset)
     ]
@@ -104,17 +198,13 @@ def evaluate(
 
     Args:
         source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
-        baseline: the dense model; a `Reference` to it computes once what several evaluations need.
-
-    Raises:
-        GblmError: as `prepare`; the device is absent, or the baseline is another model.
+        baseline: the dense model, or a `Reference` to it for several evaluations.
     """
     reference = Reference(baseline, dtype=dtype, device=device) if isinstance(baseline, ModelSource) else baseline
-    given = [source] if reference is None else [source, reference.source]
+    dense = [] if reference is None else [reference.source]
     looks: list[Callable[[], object]] = [partial(loading.choose_device, device)]
-    if reference is not None:
-        looks.append(partial(check_baseline, source, reference.source))
-    errors.raise_all(check(given, settings, progress) + errors.collect(looks))
+    looks += [partial(check_baseline, source, model) for model in dense]
+    errors.raise_all(check([source, *dense], settings, progress) + errors.collect(looks))
     task, samples = loading.task_of(source), _samples(source, settings, progress)
     device = loading.choose_device(device)
     progress.say(f"loading {source.name} …")
@@ -125,16 +215,16 @@ def evaluate(
         measured.append(task.measure(judged, sample))
         predicted += len(judged)
         if reference is not None:
-            dense = reference.judged(sample, progress)
-            of_dense.append(task.measure(dense, sample))
-            likenesses.append(task.fidelity(dense, judged))
+            expected = reference.judged(sample, progress)
+            of_dense.append(task.measure(expected, sample))
+            likenesses.append(task.fidelity(expected, judged))
     metrics = task.metrics(measured)
     if metrics and not any(math.isfinite(metric.value) for metric in metrics.values()):
         values = " and ".join(f"{name} is {metric.value}" for name, metric in metrics.items())
         raise ModelError(f"{source.name!r}: its {values}; the model produces NaN or infinite predictions")
     answers = None
     if settings.tasks:
-        answered = ask(source, model, settings, progress)
+        answered = _ask(source, model, settings, progress)
         answers = zero_shot.score(answered, reference.answers(settings, progress) if reference else None)
     fidelity = None
     if reference is not None:

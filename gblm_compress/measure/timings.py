@@ -1,4 +1,4 @@
-"""What a benchmark finds: times with their spread, beside those of the baseline. Importing it loads no torch."""
+"""The results of a benchmark: times with their spread, beside those of the baseline. Importing it loads no torch."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 Part = Literal["packed products", "dense products", "head", "attention", "rest"]
-"""The parts that a decode step is made of."""
+"""The parts of a decode step."""
 NO_SPEED_UP = "no significant speed-up"
 
 
@@ -28,7 +28,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speedup:
-    """One model's figure against the baseline's, and what may be said about it.
+    """One model's figure against the baseline's.
 
     Attributes:
         ratio: baseline median over model median; above 1 is faster.
@@ -54,18 +54,17 @@ class Measurement:
     """One model at one batch size.
 
     Attributes:
-        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated, milliseconds.
-        tpot_ms: time per output token after the first (decode), milliseconds, averaged over each generation; None
-            where nothing is generated, as all that is of decode.
+        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated.
+        tpot_ms: time per output token after the first (decode), averaged over each generation. It and the other
+            figures of decode are None where nothing is generated.
         tokens_per_second: generated tokens of all sequences per second of decode, median.
         samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
         peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: as
             `machine.memory.peak_memory`).
         prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
-        same_tokens_as_baseline: whether greedy decoding generated the same tokens.
-        prefill_kernels, decode_kernels: what the prompt and a decode step run, and how often: the kernels of torch's
-            linear layers, or ONNX operators with their execution provider.
-        step_ms: what the parts of a step took, profiled after loading and without a prompt; empty where the runtime
+        prefill_kernels, decode_kernels: how often the prompt and a decode step run each kernel of torch's linear
+            layers, or each ONNX operator with its execution provider.
+        step_ms: the time of each part of a step, profiled after loading and without a prompt; empty where the runtime
             records none.
     """
 

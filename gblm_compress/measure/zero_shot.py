@@ -1,6 +1,6 @@
-"""Zero-shot tasks through lm-eval, and how much of the dense model's accuracy is left.
+"""Zero-shot tasks through lm-eval (`pip install 'gblm-compress[eval]'`), and the share of the dense model's accuracy.
 
-lm-eval is an optional dependency (`pip install 'gblm-compress[eval]'`); this is the only module that knows it.
+No other module knows lm-eval.
 """
 
 import hashlib
@@ -8,9 +8,9 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,13 @@ from gblm_compress.storage.paths import kind_of
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
 METRICS = ("acc_norm", "acc")
-"""What counts as a task's accuracy, the first that it has: by length-normalised likelihood where the task offers it."""
-
+"""A task's accuracy is the first of these that it has; acc_norm is by length-normalised likelihood."""
 TWO_SIDED_95 = 1.96
+BATCH = 8
+"""Choices that the model answers at a time."""
+
+Answers = dict[str, tuple[str, list[float]]]
+"""{task: (metric, 1.0 or 0.0 for every question)}."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task.
-
-    Attributes:
-        metric: acc_norm or acc.
-        accuracy: fraction of the questions.
-        error: its standard error; None for a single question.
-        questions: how many.
-        dense_accuracy, recovery: of the dense model and over it, where there is one.
-    """
+    """One task: its accuracy with standard error (None for a single question), and the dense model's, where there is
+    one."""
 
     task: str
     metric: str
@@ -72,33 +69,21 @@ class ZeroShot:
     recovery: Ratio | None = None
 
 
-BATCH = 8
-"""Questions' choices that the model answers at a time."""
-
-
 def check_folder(include_path: str | None) -> None:
-    """Refuse at once a folder of task files that is none.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
+    """Refuse a folder of task files that does not exist."""
     if include_path is not None and kind_of(Path(include_path)) != "folder":
         raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
 
 
 def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
-    """What of tasks decides their outcome beside their names: lm-eval, and every file of the user's folder, for a task
-    file takes in others and data beside it.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
+    """The versions that decide the outcome of tasks: of lm-eval, and of every file of the user's folder, because a task
+    file includes others and data beside it."""
     if not tasks:
         return []
     hashes = {}
     try:
         for path in sorted(Path(include_path).rglob("*")) if include_path is not None else []:
-            if path.is_file() and path.parent.name != "__pycache__":  # which comes of a task's Python functions
+            if path.is_file() and path.parent.name != "__pycache__":
                 with path.open("rb") as file:
                     hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -110,15 +95,10 @@ def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:
-    """lm-eval's TaskManager, which knows all `tasks`.
+    """lm-eval's TaskManager, which must know all `tasks`, names of tasks or groups.
 
     Args:
-        tasks: names of lm-eval tasks or groups.
         include_path: folder with task files of the user's own.
-
-    Raises:
-        MissingDependencyError: lm-eval is not installed.
-        UsageError: a task is not known, or there is no such folder.
     """
     try:
         import lm_eval
@@ -130,7 +110,7 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
     with _calm(progress):
         from lm_eval.tasks import TaskManager
 
-        # lm-eval's own thousands of task files take seconds to list; the user's folder often has all that is asked for.
+        # lm-eval's own thousands of task files take seconds to list, and the user's folder is often enough.
         manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
         if manager is None or not set(tasks) <= set(manager.all_tasks):
             manager = TaskManager(include_path=include_path)
@@ -144,21 +124,16 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
 
 def answers(
     model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | None, progress: Progress
-) -> dict[str, tuple[str, list[float]]]:
-    """Ask a model all questions. Reading them and asking them fail in different ways, and are told apart.
+) -> Answers:
+    """Ask a transformers causal language model all questions.
 
     Args:
-        model: a transformers causal language model.
         tasks, include_path: as for `task_manager`.
         limit: at most this many questions of each task, the first ones.
 
-    Returns:
-        {task: (metric, 1.0 or 0.0 for every question)}.
-
     Raises:
-        GblmError: as `task_manager`.
-        UsageError: a task has no accuracy.
-        DataError: a task's data cannot be had.
+        UsageError: a task is not known or has no accuracy.
+        DataError: a task's data cannot be read.
         NotEnoughMemoryError: memory ran out.
     """
     manager = task_manager(tasks, include_path, progress)
@@ -166,16 +141,14 @@ def answers(
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with _enough_memory():
-            try:
-                loaded = manager.load(list(tasks))["tasks"]
-            except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
-                if is_out_of_memory(error):
-                    raise
-                raise DataError(
-                    f"tasks {', '.join(tasks)}: cannot be read ({first_line(error)}); without the hub, give task files "
-                    "that point at local data with --include-path"
-                ) from error
+        try:
+            loaded = manager.load(list(tasks))["tasks"]
+        except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
+            raise _not_enough_memory(error) or DataError(
+                f"tasks {', '.join(tasks)}: cannot be read ({first_line(error)}); without the hub, give task files "
+                "that point at local data with --include-path"
+            ) from error
+        try:
             result: Any = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
                 tasks=list(loaded.values()),
@@ -183,6 +156,10 @@ def answers(
                 task_manager=manager,
                 bootstrap_iters=0,
             )
+        except Exception as error:
+            if lack := _not_enough_memory(error):
+                raise lack from error
+            raise
     found = {}
     for task in loaded:
         questions = result["samples"].get(task)
@@ -195,39 +172,26 @@ def answers(
     return found
 
 
-def score(
-    answered: dict[str, tuple[str, list[float]]], dense: dict[str, tuple[str, list[float]]] | None = None
-) -> ZeroShot:
+def score(answered: Answers, dense: Mapping[str, tuple[str, list[float]]] | None = None) -> ZeroShot:
     """Accuracies with standard errors, and the recovery against the dense model's answers to the same questions."""
-    results = []
-    for task, (metric, correct) in answered.items():
-        reference = dense[task][1] if dense is not None else None
+    results, theirs = [], [] if dense is None else [dense[task][1] for task in answered]
+    for number, (task, (metric, correct)) in enumerate(answered.items()):
         accuracy = mean_metric(correct)
-        results.append(
-            TaskResult(
-                task=task,
-                metric=metric,
-                accuracy=accuracy.value,
-                error=accuracy.error,
-                questions=len(correct),
-                dense_accuracy=None if reference is None else mean(reference),
-                recovery=None if reference is None else recovery([correct], [reference]),
-            )
-        )
+        result = TaskResult(task, metric, accuracy.value, accuracy.error, len(correct))
+        if theirs:
+            own = theirs[number]
+            result = replace(result, dense_accuracy=mean(own), recovery=recovery([correct], [own]))
+        results.append(result)
     mine = [correct for _, correct in answered.values()]
-    theirs = [dense[task][1] for task in answered] if dense is not None else None
-    return ZeroShot(
-        tasks=tuple(results),
-        mean_accuracy=mean([result.accuracy for result in results]),
-        recovery=None if theirs is None else recovery(mine, theirs),
-    )
+    accuracy_of_all = mean([result.accuracy for result in results])
+    return ZeroShot(tuple(results), accuracy_of_all, recovery(mine, theirs) if theirs else None)
 
 
 def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None:
-    """The ratio of two mean accuracies over tasks, with a 95 % confidence interval.
+    """The ratio of two mean accuracies over tasks, with a 95 % confidence interval; tasks count alike.
 
-    The models answer the same questions, so that the interval comes from the spread of x − r·y over the questions
-    (delta method for the ratio r of paired means), for each task, and tasks count alike.
+    The models answer the same questions, so that the interval comes from the spread of x − r·y over the questions of
+    each task (delta method for the ratio r of paired means).
 
     Args:
         model, dense: for every task, 1.0 or 0.0 for every question.
@@ -246,23 +210,20 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
     return Ratio(ratio, ratio - half, ratio + half)
 
 
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise NotEnoughMemoryError(
-                f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer "
-                "questions (--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or "
-                "tasks with shorter questions"
-            ) from error
-        raise
+def _not_enough_memory(error: Exception) -> NotEnoughMemoryError | None:
+    """The error in the user's terms; None where another thing failed."""
+    if not is_out_of_memory(error):
+        return None
+    return NotEnoughMemoryError(
+        f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer questions "
+        "(--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
+        "questions"
+    )
 
 
 @contextmanager
 def _calm(progress: Progress) -> Iterator[None]:
-    """Keep lm-eval's log lines and warnings to itself; its progress bars are shown unless quiet is asked for."""
+    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()

@@ -19,7 +19,7 @@ import torch
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.machine import environment, last_cache_bytes, replacing
-from gblm_compress.measure.benchmark_worker import vocabulary
+from gblm_compress.measure.benchmarking import vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks

@@ -9,7 +9,7 @@ from typing import Any
 from gblm_compress import errors, exporters, tasks
 from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError
-from gblm_compress.exporters import export, quantised
+from gblm_compress.exporters import check_grid, export
 from gblm_compress.formats import FORMATS, Format
 from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.models import loading
@@ -235,7 +235,7 @@ class Export(Recorded):
         looks: list[Look] = [partial(exporters.check, dense, self.settings, patterns)]
         pruning = self.job.recipe.prune
         if pruning.grid is not None and not self.of_dense:
-            looks.append(partial(quantised.check_grid, pruning.columns_of_a_scale, self.settings))
+            looks.append(partial(check_grid, pruning.columns_of_a_scale, self.settings))
         return errors.collect(looks)
 
     def disk(self) -> Disk:

@@ -12,7 +12,7 @@ from gblm_compress.runs.summary import ModelSummary
 from gblm_compress.runs.vega import COLOURS, ROW, Chart, Spec
 
 PARTS = get_args(Part)
-"""What a decode step is made of, see `measure.onnx_session.part_of`."""
+"""What a decode step is made of, see `measure.onnx_runtime.part_of`."""
 
 
 def of(report: RunReport) -> list[Chart]:

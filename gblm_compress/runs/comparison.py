@@ -12,9 +12,8 @@ from pathlib import Path
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.machine import environment
+from gblm_compress.measure.evaluation import Reference, prepare
 from gblm_compress.measure.evaluation import check as evaluate_faults
-from gblm_compress.measure.evaluation import prepare
-from gblm_compress.measure.reference import Reference
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import plain_figures, printable

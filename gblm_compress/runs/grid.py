@@ -15,8 +15,7 @@ from typing import Any
 
 from gblm_compress.errors import ModelError
 from gblm_compress.measure import zero_shot
-from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.reference import Reference
+from gblm_compress.measure.evaluation import Reference, evaluate
 from gblm_compress.models import finding
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress

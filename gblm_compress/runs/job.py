@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from gblm_compress import errors
 from gblm_compress.errors import GblmError
 from gblm_compress.formats import FORMATS
-from gblm_compress.measure.reference import Reference
+from gblm_compress.measure.evaluation import Reference
 from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource

@@ -19,7 +19,7 @@ from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.onnx_session import check_onnx_provider
+from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource

@@ -12,9 +12,7 @@ from gblm_compress.errors import MissingDependencyError, ModelError, Verificatio
 from gblm_compress.exporters import (
     ExportResult,
     export,
-    onnx_bitmask,
-    onnx_decoding,
-    onnx_kernels,
+    onnx_packing,
     onnx_plain,
     onnx_verification,
 )
@@ -22,7 +20,7 @@ from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
@@ -304,7 +302,7 @@ def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypa
         patch.setattr(onnx_plain, "_trace", None)  # it takes minutes, and is not reached
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    monkeypatch.setattr(onnx_kernels, "WORD", 48)
+    monkeypatch.setattr(onnx_packing, "WORD", 48)
     with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export with --sparse"):
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
 
@@ -312,10 +310,10 @@ def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypa
 def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
     array = np.zeros((4, 6), np.float32)
     array[1, 2], array[3, 5] = 5.0, 7.0
-    mask, values = onnx_bitmask.encode(array)
+    mask, values = onnx_packing.encode(array)
     assert mask.tolist() == [[0], [1], [128]] and values.tolist() == [0.0, 5.0, 7.0]
-    assert onnx_bitmask.encode(np.ones((8, 8), np.float32)) is None
-    assert onnx_bitmask.encode(np.zeros((3, 3), np.float32)) is None
+    assert onnx_packing.encode(np.ones((8, 8), np.float32)) is None
+    assert onnx_packing.encode(np.zeros((3, 3), np.float32)) is None
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -328,13 +326,13 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
         held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
         packed = {".mask": held["mask"].numpy(), ".nonzeros": held["values"].numpy(), ".starts": np.array([0, 1])}
     else:
-        mask, values = onnx_bitmask.encode(array)
+        mask, values = onnx_packing.encode(array)
         packed = {".mask": mask, ".nonzeros": values}
 
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
         values = {"w" + suffix: ir.Value(const_value=ir.tensor(a)) for suffix, a in arrays.items() if a is not None}
-        return onnx_decoding.decode(values, "w", shape)
+        return onnx_verification.decode(values, "w", shape)
 
     shape = array.T.shape if kernels else array.shape
     assert np.array_equal(decoded(), array.T if kernels else array)

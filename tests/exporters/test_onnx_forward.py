@@ -8,11 +8,11 @@ import torch
 
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import export
-from gblm_compress.measure import onnx_forward
+from gblm_compress.measure import onnx_runtime
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.onnx_forward import OnnxForward
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.onnx_runtime import OnnxForward
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
@@ -117,7 +117,7 @@ def test_what_has_no_place_in_such_a_graph_is_refused(exported, tmp_path, progre
 
 def test_a_wrong_prediction_fails_verification(exported, tmp_path, monkeypatch, progress) -> None:
     pruned, _ = exported["embedding"]
-    original = onnx_forward.OnnxForward.predict
+    original = onnx_runtime.OnnxForward.predict
     monkeypatch.setattr(OnnxForward, "predict", lambda self, sample: 1.01 * original(self, sample))
     with pytest.raises(VerificationError, match="differ by"):
         export(pruned, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)

@@ -12,10 +12,9 @@ import transformers
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export, onnx_fused
-from gblm_compress.measure.genai_runtime import GenaiRuntime
+from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.runtimes import load_runtime
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime, load_runtime
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource

@@ -9,10 +9,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from gblm_compress.errors import ModelError
-from gblm_compress.exporters.onnx_limits import note_limit
-from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxRuntime, has_recurrence
+from gblm_compress.exporters.onnx_plain import note_limit
+from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxRuntime
 from gblm_compress.models.source import ModelSource
-from tests.measure.test_runtimes import graph, runtime, with_state
+from tests.measure.test_runtimes import runtime, with_state
 
 IDS = torch.arange(300).remainder(7).unsqueeze(0)
 
@@ -59,12 +59,6 @@ def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:
     before = (tmp_path / "model.onnx").read_bytes()
     assert note_limit(tmp_path, "handmade") is None
     assert (tmp_path / "model.onnx").read_bytes() == before
-
-
-def test_a_recurrence_is_known_by_its_inputs() -> None:
-    inputs = [[value.name for value in content.input] for content in (graph(), with_state())]
-    assert list(map(has_recurrence, inputs)) == [False, True]
-    assert not has_recurrence(["past_key_values.0.conv_state"])  # a convolution alone has no chunks
 
 
 def test_a_recurrence_of_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from gblm_compress.errors import UsageError, VerificationError
 from gblm_compress.exporters import check, export
-from gblm_compress.exporters.onnx_nbits import Blocks, restored
+from gblm_compress.exporters.onnx_rounding import Blocks, restored
 from gblm_compress.models import grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -101,6 +101,6 @@ def test_what_onnx_runtime_has_no_place_for_is_refused_before_the_work(tiny, tmp
     with pytest.raises(ValueError, match="leave one out"):
         ExportSettings(format="onnx", quantise="int8", sparse=True)
     grid = grids.Grid(torch.ones(1, 1), torch.arange(-7, 8, dtype=torch.int8), 64)
-    monkeypatch.setattr("gblm_compress.exporters.quantised.read_grids", lambda source: {"layer": grid})
+    monkeypatch.setattr("gblm_compress.exporters.read_grids", lambda source: {"layer": grid})
     with pytest.raises(UsageError, match="pruned onto grids of 64, which ONNX Runtime does not have; add --kernels"):
         check(ModelSource("m", tiny("llama").folder), ExportSettings(format="onnx", quantise="int4"))

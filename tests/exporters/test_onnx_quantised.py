@@ -15,7 +15,7 @@ from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -192,7 +192,7 @@ def test_options_that_do_nothing_are_refused(options, message: str) -> None:
 
 PACK = """
 import hashlib, onnx, onnx_ir as ir, torch
-from gblm_compress.exporters import onnx_kernels, onnx_weights
+from gblm_compress.exporters import onnx_packing, onnx_weights
 from gblm_compress.layouts import LAYOUTS
 
 model, info, helper = torch.nn.Module(), onnx.helper.make_tensor_value_info, onnx.helper
@@ -204,7 +204,7 @@ stored = [onnx.numpy_helper.from_array(weight.T.numpy(), name) for name, weight 
 graph = helper.make_graph(nodes, "g", [info("x", *sizes)], [info(f"y{name}", *sizes) for name in names], stored)
 program = ir.from_proto(helper.make_model(graph))
 merged = onnx_weights.stacked(packed, {name: onnx_weights.Place(name, (64, 64), 0, 64) for name in names})
-onnx_kernels.use_kernels_(program, list(merged), packed=merged)
+onnx_packing.use_kernels_(program, list(merged), packed=merged)
 print(hashlib.sha256(ir.to_proto(program).SerializeToString()).hexdigest())
 """
 

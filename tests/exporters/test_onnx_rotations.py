@@ -6,8 +6,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gblm_compress.exporters.onnx_bitmask import initializer
-from gblm_compress.exporters.onnx_rotations import calculate_rotations_
+from gblm_compress.exporters.onnx_fused import calculate_rotations_
+from gblm_compress.exporters.onnx_packing import initializer
 
 POSITIONS, PAIRS = 8192, 32
 TURNS = (1 / 10000 ** (np.arange(PAIRS) / PAIRS)).astype(np.float32)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from gblm_compress.measure.genai_runtime import GenaiRuntime
+from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.models.source import ModelSource
 from tests.families.page import PAGE, RESULTS, page

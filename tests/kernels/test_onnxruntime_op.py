@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from gblm_compress.errors import MissingDependencyError
-from gblm_compress.exporters.onnx_kernels import use_kernels_
+from gblm_compress.exporters.onnx_packing import use_kernels_
 from gblm_compress.kernels import cpu
 from tests.hostile_graphs import Case, cases, run, sound_case
 

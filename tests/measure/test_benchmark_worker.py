@@ -9,7 +9,7 @@ import pytest
 
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError
-from gblm_compress.measure.benchmark_worker import failure, vocabulary
+from gblm_compress.measure.benchmarking import failure, vocabulary
 from gblm_compress.models.source import ModelSource
 
 
@@ -20,7 +20,7 @@ def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
     }  # fmt: skip
     requests = [setup, {"batch": -1, "prompt": 4, "generate": 2, "seed": 0}]
     done = subprocess.run(
-        [sys.executable, "-m", "gblm_compress.measure.benchmark_worker"],
+        [sys.executable, "-m", "gblm_compress.measure.benchmarking"],
         input="".join(json.dumps(request) + "\n" for request in requests),
         capture_output=True,
         text=True,

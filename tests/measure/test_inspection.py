@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gblm_compress.errors import UsageError
-from gblm_compress.measure.inspection import STRIP, InspectResult, as_strips, inspect, report, scale, survivors
+from gblm_compress.measure.inspection import STRIP, as_strips, inspect, kinds_of, report, scale, survivors
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
@@ -25,11 +25,10 @@ def test_kinds_sum_up_rows_and_columns_over_blocks() -> None:
     one[:9, :5] = 1  # five columns survive; a row has a quarter of its weights
     two[0] = two[:, 0] = 1  # a row and a column survive, and all others vanish
     layers = (report("h.0.mlp", one), report("h.1.mlp", two), report("h.0.attn", torch.ones(4, 4)))
-    mlp, attention = InspectResult("m", layers, None).kinds
-    assert (mlp.kind, mlp.layers, mlp.nonzeros) == ("mlp", 2, (45 + 29) / 400)
-    assert (mlp.kept_rows, mlp.gone_rows) == (1 / 20, (1 + 9) / 20)
-    assert (mlp.kept_columns, mlp.gone_columns) == (6 / 40, (15 + 19) / 40)
-    assert (attention.kept_rows, attention.gone_columns) == (1, 0)
+    mlp, attention = kinds_of(layers)
+    rows, columns = {"kept_rows": 1 / 20, "gone_rows": 10 / 20}, {"kept_columns": 6 / 40, "gone_columns": 34 / 40}
+    assert mlp == {"kind": "mlp", "layers": 2, "nonzeros": (45 + 29) / 400, **rows, **columns}
+    assert (attention["kept_rows"], attention["gone_columns"]) == (1, 0)
 
 
 def test_dense_weights_hold_no_pattern() -> None:

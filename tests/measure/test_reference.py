@@ -5,11 +5,9 @@ import errno
 import pytest
 import torch
 
-from gblm_compress.measure import reference as reference_module
-from gblm_compress.measure import zero_shot
-from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.reference import Reference
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure import evaluation, zero_shot
+from gblm_compress.measure.evaluation import Reference, evaluate
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.settings import EvaluateSettings
 from tests.conftest import samples
@@ -32,7 +30,7 @@ def read(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("room", [0, 4 * (LENGTH - 1) * VOCABULARY, 1 << 30])
 def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress, monkeypatch, read, room) -> None:
-    monkeypatch.setattr(reference_module, "MOST_KEPT", room)
+    monkeypatch.setattr(evaluation, "MOST_KEPT", room)
     dense, direct = Reference(tiny("llama"), folder=tmp_path), Reference(tiny("llama"))
     asked = samples(3, LENGTH)
     first = [dense.judged(window, progress) for window in asked]
@@ -60,7 +58,7 @@ def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
         def close(self):
             pass
 
-    monkeypatch.setattr(reference_module.tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: Full())
     dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
     assert torch.equal(dense.judged(window, progress), dense.judged(window, progress))
     assert len(read) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from gblm_compress.errors import UsageError
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.torch_runtime import TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor, save_processor
 from gblm_compress.models.source import ModelSource

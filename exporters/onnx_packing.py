@@ -1,8 +1,16 @@
-"""Products on this package's operators for ONNX Runtime (kernels/onnxruntime_op.c), in the place of MatMuls.
+"""Pruned weights of an ONNX graph, packed: unpacked at load by standard operators, or multiplied packed by ours.
 
-Pruned weights are multiplied by gblm.BitmaskLinear, or as levels of 8 or 4 bits by gblm.QuantisedLinear; weights
-without zeros by gblm.DenseLinear, and the head as levels of 8 bits where others are levels too. Activations stay in
-float32.
+`encode_initializers_` is for storage only. ONNX Runtime folds the decoder at load, so that the session runs dense
+weights. The decoder of a weight with E elements in row-major order:
+
+    bytes [E/8, 1] ─BitwiseAnd(1, 2, 4 … 128)─► [E/8, 8] ─Reshape─► [E] ─Cast─► bool ─Cast─► bits, int32
+    bits ─CumSum─► · bits = for each weight, its place among the nonzeros counted from 1, and 0 for a zero
+    Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
+
+There is no `Where`, which ONNX Runtime does not fold in float16, and no `BitShift`, which OpenVINO rounds.
+
+`use_kernels_` is for speed. It uses the operators of kernels/onnxruntime_op.c: gblm.BitmaskLinear for pruned weights,
+gblm.QuantisedLinear for levels of 8 or 4 bits, gblm.DenseLinear for the rest. Activations stay in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +21,75 @@ import onnx_ir as ir
 import torch
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters.onnx_bitmask import MASK, ROWS, STARTS, VALUES, initializer, replace
-from gblm_compress.exporters.onnx_rows import Rows, rows_of, store_embeddings_, use_rows_, widened
+from gblm_compress.exporters.onnx_weights import (
+    Rows,
+    constant,
+    initializer,
+    replace,
+    rows_of,
+    store_embeddings_,
+    use_rows_,
+    widened,
+)
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import PackedLinear
 
 DOMAIN, VERSION = "gblm", 3
-OPERATOR, DENSE_OPERATOR, QUANTISED_OPERATOR = "BitmaskLinear", "DenseLinear", "QuantisedLinear"
-SCALES, LEVELS = ".scales", ".levels"
+MASK, VALUES, STARTS, SCALES, LEVELS = ".mask", ".nonzeros", ".starts", ".scales", ".levels"
+ROWS = ".rows"  # of a weight that is stored as [out_features, in_features]
 MAX_WEIGHTS = 8  # that one node multiplies by
+
+
+def encode_initializers_(program: ir.Model, names: list[str]) -> None:
+    """Replace the named initializers by their packed form and a decoder, in place.
+
+    A weight whose number of elements is no multiple of 8, or that would not become smaller, stays as it is.
+    """
+    graph = program.graph
+    nodes: list[ir.Node] = []
+
+    def shared(name: str, array: Any) -> ir.Value:
+        return constant(graph, f"bitmask_decoder.{name}", array)
+
+    def node(operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        nodes.append(ir.node(operator, inputs, attributes=attributes or None))
+        return nodes[-1].outputs[0]
+
+    for name in names:
+        dense = graph.initializers[name]
+        assert dense.const_value is not None
+        weight = dense.const_value.numpy()
+        packed = encode(weight)
+        if packed is None:
+            continue
+        mask, values = packed
+        powers = shared("powers", 1 << np.arange(8, dtype=np.uint8))
+        flat = shared("flat", np.array([-1], dtype=np.int64))
+        axis = shared("axis", np.array(0, dtype=np.int64))
+        shape = shared("x".join(map(str, weight.shape)), np.array(weight.shape, dtype=np.int64))
+        chosen = node("Reshape", node("BitwiseAnd", initializer(graph, name + MASK, mask), powers), flat)
+        bits = node("Cast", node("Cast", chosen, to=ir.DataType.BOOL), to=ir.DataType.INT32)
+        places = node("Mul", node("CumSum", bits, axis), bits)
+        decoded = node("Reshape", node("Gather", initializer(graph, name + VALUES, values), places, axis=0), shape)
+        decoded.shape, decoded.dtype = dense.shape, dense.dtype
+        del graph.initializers[name]
+        dense.replace_all_uses_with(decoded)
+        decoded.name = name
+    graph.insert_before(graph[0], nodes)
+
+
+def encode(weight: Any) -> tuple[Any, Any] | None:
+    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None where that saves nothing.
+
+    Bit b of byte i says whether element 8·i + b, in row-major order, is stored.
+    """
+    alive = weight.reshape(-1) != 0
+    mask = np.packbits(alive, bitorder="little").reshape(-1, 1)
+    values = np.concatenate([np.zeros(1, weight.dtype), weight.reshape(-1)[alive]])
+    if weight.size % 8 or mask.nbytes + values.nbytes >= weight.nbytes:
+        return None
+    return mask, values
 
 
 def use_kernels_(
@@ -33,15 +100,13 @@ def use_kernels_(
     packed: Mapping[str, PackedLinear] | None = None,
     tables: Sequence[PackedLinear] = (),
 ) -> None:
-    """Multiply by the named initializers [in_features, out_features] with an operator for zeros instead of MatMul, and
-    by all others with DenseLinear, in place.
-
-    MatMuls of the same input become one node, at the place of the first.
+    """Multiply by the named initializers [in_features, out_features] on an operator for zeros, and by all others with
+    DenseLinear, instead of MatMul, in place. MatMuls of the same input become one node, at the place of the first.
 
     Args:
-        half: store all these weights, and the embedding, in float16; they must be its numbers.
-        packed: {initializer: its weight as levels}, for all that are named or none.
-        tables: the weights of head and embedding as levels; they take the place of initializers with their numbers.
+        half: store all these weights, and the embedding, in float16, which must lose nothing.
+        packed: {initializer: its weight as levels}, for all names or none.
+        tables: the weights of head and embedding as levels, which replace initializers with their numbers.
 
     Raises:
         ModelError: a named weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
@@ -63,7 +128,7 @@ def use_kernels_(
             return None
         return _dense_rows(initializer(program.graph, f"{name}{ROWS}", _as_stored(name, weight, stored)))
 
-    _use_packed(program, names, OPERATOR if packed is None else QUANTISED_OPERATOR, parts)
+    _use_packed(program, names, "BitmaskLinear" if packed is None else "QuantisedLinear", parts)
     use_rows_(program, store)
     if half or tables:
         store_embeddings_(program, store)
@@ -83,9 +148,7 @@ def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
 def _use_packed(
     program: ir.Model, names: Sequence[str], operator: str, parts: Callable[[str, Any], dict[str, Any]]
 ) -> None:
-    """Args:
-    parts: of an initializer's name and its weight [rows, columns], {suffix: array}: the inputs of the operator.
-    """
+    """Args: parts: makes the operator's inputs, {suffix: array}, of a name and its weight [rows, columns]."""
     graph = program.graph
     inputs: dict[str, list[ir.Value]] = {}
     same_input: dict[ir.Value, list[ir.Node]] = {}
@@ -100,8 +163,7 @@ def _use_packed(
                 f"weight has in_features={weight.shape[1]} and is used by {', '.join(sorted(used_by))}. Export with "
                 "--sparse"
             )
-        made = parts(name, weight)
-        inputs[name] = [initializer(graph, name + suffix, array) for suffix, array in made.items()]
+        inputs[name] = [initializer(graph, name + suffix, array) for suffix, array in parts(name, weight).items()]
         for matmul, _ in dense.uses():
             same_input.setdefault(matmul.inputs[0], []).append(matmul)
     order = {node: number for number, node in enumerate(graph)}
@@ -120,7 +182,7 @@ def _use_packed(
 
 def _dense_rows(rows: ir.Value) -> Rows:
     def multiply(x: ir.Value) -> ir.Node:
-        return ir.Node(DOMAIN, DENSE_OPERATOR, [x, rows])
+        return ir.Node(DOMAIN, "DenseLinear", [x, rows])
 
     def read(gather: ir.Node) -> list[ir.Node]:
         found = rows_of(gather, rows)
@@ -133,7 +195,7 @@ def _quantised_rows(graph: ir.Graph, name: str, parts: dict[str, Any]) -> Rows:
     made = {suffix: initializer(graph, name + suffix, array) for suffix, array in parts.items()}
 
     def multiply(x: ir.Value) -> ir.Node:
-        return ir.Node(DOMAIN, QUANTISED_OPERATOR, [x, *made.values()])
+        return ir.Node(DOMAIN, "QuantisedLinear", [x, *made.values()])
 
     def read(gather: ir.Node) -> list[ir.Node]:
         levels, scales = (rows_of(gather, made[suffix]) for suffix in (VALUES, SCALES))

@@ -1,0 +1,204 @@
+"""Engines that generate in a loop of their own: onnxruntime-genai and vLLM."""
+
+import json
+import os
+from collections import Counter
+from contextlib import chdir
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gblm_compress.errors import ModelError, UsageError, first_line
+from gblm_compress.kernels import cpu
+from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.models.files import GRAPH
+from gblm_compress.models.source import ModelSource
+from gblm_compress.storage.records import read_json
+from gblm_compress.tasks.task import Sample
+
+ROOM = 1024
+"""Default room of genai's cache beyond the prompt, in tokens; it is allocated whole."""
+_HARMLESS = {"log_id", "provider_options"}
+"""The options of genai's session that neither load libraries nor write files."""
+CACHE_GIB = "1"
+"""The size of vLLM's KV cache on a CPU, where it would reserve most of the memory."""
+
+
+class GenaiRuntime:
+    """onnxruntime-genai on an exported folder. The library's `Generator` is the cache of the protocol."""
+
+    def __init__(self, source: ModelSource, device: str, threads: int, room: int = ROOM) -> None:
+        import onnxruntime_genai
+
+        self._library, self._name = onnxruntime_genai, source.name
+        session: dict[str, Any] = {"intra_op_num_threads": threads}
+        place = source.folder
+        if source.needs_operator:
+            # It loads a library from the model's folder or the working directory, and this program only its own.
+            library = cpu.onnxruntime_library()
+            session["custom_ops_library"], place = str(library), library.parent
+        self._longest, self._room = _checked_length(source), room
+        self._operators = {f"{name} (onnxruntime-genai)": count for name, count in source.operators.items()}
+        try:
+            config = onnxruntime_genai.Config(str(source.folder.absolute()))
+            config.clear_providers()
+            kind, _, index = device.partition(":")
+            if kind != "cpu":
+                config.append_provider(kind)
+                config.set_provider_option(kind, "device_id", index or "0")
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            with chdir(place):
+                self._model = onnxruntime_genai.Model(config)
+        except RuntimeError as error:
+            raise ModelError(f"{source.name!r}: onnxruntime-genai cannot load it ({str(error)[:300]})") from error
+        self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
+
+    def predict(self, sample: Sample) -> Tensor:
+        generator = self._generator(sample["input_ids"])
+        return torch.from_numpy(generator.get_output("logits")).float()
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        return self.decode(ids, self._generator(ids))
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """`ids` are those that the generator chose itself, and are not given to it again."""
+        cache.generate_next_token()
+        return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
+
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        """The library takes tokens of the caller's choice after a prompt for one sequence only."""
+        if cache is None:
+            cache = self._generator(ids)
+        else:
+            cache.append_tokens(ids.int().numpy())
+        return torch.from_numpy(cache.get_logits()).float()[:, -1], cache
+
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """The operators of the graph as it was exported; the library does not say what it runs."""
+        return self._operators
+
+    def _generator(self, ids: Tensor) -> Any:
+        batch, tokens = ids.shape
+        options = self._library.GeneratorParams(self._model)
+        longest = min(self._longest, tokens + self._room)
+        options.set_search_options(batch_size=batch, max_length=longest, do_sample=False)
+        try:
+            generator = self._library.Generator(self._model, options)
+            generator.append_tokens(ids.int().numpy())
+        except RuntimeError as error:
+            raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
+        return generator
+
+
+def _checked_length(source: ModelSource) -> int:
+    """The tokens that the model of a folder can hold, by `genai_config.json`.
+
+    Raises:
+        ModelError: the file is missing or damaged, or asks for libraries, other graphs, or files to write.
+    """
+    path = source.folder / "genai_config.json"
+    try:
+        model = read_json(path, unique=True)["model"]
+        decoder, longest = model["decoder"], int(model["context_length"])
+        session, graph = set(decoder.get("session_options", {})), decoder["filename"]
+        parts = {name for name, part in model.items() if isinstance(part, dict)}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use ({first_line(error)})"
+        ) from error
+    ours = {"custom_ops_library"} if source.needs_operator else set()  # the program's own takes its place
+    more = [f"model.{name}" for name in sorted(parts - {"decoder"})]
+    more += [f"model.decoder.{name}" for name in ("pipeline",) if name in decoder]
+    more += [f"model.decoder.session_options.{name}" for name in sorted(session - _HARMLESS - ours)]
+    more += [] if graph == GRAPH else [f"the graph {graph!r}"]
+    if more:
+        raise ModelError(
+            f"{source.name!r}: {path.name} asks for {', '.join(more)}; of such a folder only {GRAPH} is loaded, "
+            "with no library and no options of its session"
+        )
+    return longest
+
+
+class VllmRuntime:
+    """vLLM's engine in this process, stepped by hand: one request a sequence, all of them in one batch.
+
+    Scheduling, cache, compiled graph and choice of tokens are those of `vllm serve`, without its server and its prefix
+    cache.
+    """
+
+    def __init__(self, source: ModelSource, dtype: str, device: str, threads: int) -> None:
+        # read when vLLM is imported; what the user has set stays. The engine runs in this process, on these cores
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+        import vllm
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type != device.partition(":")[0]:
+            raise UsageError(f"this vLLM is built for {current_platform.device_type}; give --device accordingly")
+        if device.partition(":")[2] not in ("", "0"):
+            raise UsageError(
+                f"vLLM runs on the first CUDA device that it sees, and {device} was asked for; give --device cuda, and "
+                "the number in CUDA_VISIBLE_DEVICES"
+            )
+        self._params = vllm.SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, detokenize=False)
+        try:
+            self._llm = vllm.LLM(str(source.folder), dtype=dtype, enable_prefix_caching=False, disable_log_stats=True)
+        except Exception as error:  # vLLM, transformers and torch each raise their own kinds for what does not load
+            raise ModelError(f"{source.name!r}: vLLM cannot load it ({first_line(error)})") from error
+        self._engine = self._llm.llm_engine
+        self._tokens: dict[str, list[int]] = {}
+        self._started = 0
+        self.provider, self.dtype = f"vLLM {vllm.__version__} on {current_platform.device_type}", dtype
+
+    def predict(self, sample: Sample) -> Tensor:
+        raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        self._engine.abort_request(list(self._tokens))
+        self._tokens = {}
+        for row in ids.tolist():
+            name = str(self._started)
+            self._started += 1
+            self._tokens[name] = []
+            self._engine.add_request(name, {"prompt_token_ids": row}, self._params)
+        return self._next(1), 1
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """`ids` are those that the engine chose itself, and are not given to it again."""
+        return self._next(cache + 1), cache + 1
+
+    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
+
+    def step_ms(self) -> dict[str, float]:
+        return {}
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """Those of the packed layers, merged as vLLM merges them; its own layers count as dense."""
+
+        def count(model: Any) -> dict[str, int]:
+            from vllm.model_executor.layers.linear import LinearBase
+
+            layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+            packed = [next((m for m in layer.children() if isinstance(m, PackedLinear)), None) for layer in layers]
+            return dict(Counter("dense" if layer is None else layer.kernel(tokens) for layer in packed))
+
+        found: dict[str, int] = self._llm.apply_model(count)[0]
+        return found
+
+    def _next(self, number: int) -> Tensor:
+        """Token `number` of every sequence, [batch, 1]; the engine is stepped until all have it."""
+        while any(len(tokens) < number for tokens in self._tokens.values()):
+            if not self._engine.has_unfinished_requests():
+                raise ModelError("vLLM ended a sequence early; give a smaller --prompt or --generate")
+            for output in self._engine.step():
+                if output.request_id in self._tokens:
+                    self._tokens[output.request_id] = list(output.outputs[0].token_ids)
+        return torch.tensor([tokens[number - 1] for tokens in self._tokens.values()]).unsqueeze(1)
