@@ -100,7 +100,7 @@ def _cost(c: dict[str, Any]) -> dict[str, str | None]:
 
 
 def prune(c: dict[str, Any]) -> list[Any]:
-    from gblm_compress.models.card import reasons
+    from gblm_compress.models.manifest import reasons
 
     share, zeros = c["weights"] / c["linear_weights"], 1 - c["nonzeros"] / c["weights"]
     patterns = ", ".join(sorted({layer["pattern"] for layer in c["layers"].values()}))

@@ -168,13 +168,7 @@ def export(
             "arithmetic": dtype,
             **verify(temporary, model, sample, exactness, layers, places),
         }
-        manifest.write_export(
-            temporary,
-            source=source,
-            format=settings.format,
-            dtype=stored,
-            library="onnx",
-            loading=_LOADING_KERNELS if settings.kernels else _LOADING,
-            checks=checks,
-        )
+        content = {"kind": "export", "format": settings.format, "dtype": stored, "checks": checks}
+        loading_code = _LOADING_KERNELS if settings.kernels else _LOADING
+        manifest.write(temporary, source, content, library="onnx", loading=loading_code)
     return checks

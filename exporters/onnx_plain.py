@@ -22,8 +22,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds, sliding_windows
-from gblm_compress.models.config_keys import HEADS, POSITIONS, WIDTHS, first_of
-from gblm_compress.models.files import GRAPH
+from gblm_compress.models.files import GRAPH, HEADS, POSITIONS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 

@@ -121,19 +121,13 @@ def export(
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],
         }
-        manifest.write_export(
-            temporary,
-            source=source,
-            format=settings.format,
-            dtype=dtype,
-            library="transformers",
-            loading=_LOADING.format(
-                auto_class=task.auto_class,
-                processor=task.processor.name.replace(" ", "_"),
-                processor_class=task.processor.auto_class,
-            ),
-            checks=checks,
+        content = {"kind": "export", "format": settings.format, "dtype": dtype, "checks": checks}
+        loading_code = _LOADING.format(
+            auto_class=task.auto_class,
+            processor=task.processor.name.replace(" ", "_"),
+            processor_class=task.processor.auto_class,
         )
+        manifest.write(temporary, source, content, loading=loading_code)
     return checks
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.checkpoint import Checkpoint
-from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 
 
@@ -69,7 +68,7 @@ class StreamedWeights:
         self.model = model
         self.prefix, self.blocks = find_blocks(self.model)
         self._device = torch.device(device)
-        self._checkpoint = Checkpoint(source.folder, TensorNames(self.model))
+        self._checkpoint = Checkpoint(source.folder, self.model)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._latest = 0

@@ -42,8 +42,8 @@ from gblm_compress.measure.runtimes import (
 )
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
-from gblm_compress.models.baseline import check_baseline
 from gblm_compress.models.finding import silence_libraries
+from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings

@@ -23,7 +23,7 @@ from gblm_compress.measure import zero_shot
 from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.measure.zero_shot import Answers, ZeroShot
 from gblm_compress.models import loading
-from gblm_compress.models.baseline import check_baseline
+from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings

@@ -1,59 +1,170 @@
-"""A model's weights as they lie on disk: safetensors files, read one tensor at a time and rewritten in one stream.
+"""A model's weights on disk: safetensors files, read by the model's names, rewritten in one stream.
 
-Nothing here holds more than one tensor, or the experts of one block. Files are mapped only while a tensor is read, so
-that the pages of a large checkpoint do not pile up in the resident memory of the process.
+transformers renames and converts tensors while it loads a checkpoint: Mixtral's files have a matrix for each expert,
+its model has one parameter for all. Only this module knows that mapping. It goes both ways, so rewritten files keep
+their own names and layout. At most the experts of one block are in memory, and a file is mapped only while it is read.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+)
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, first_line
 from gblm_compress.models import files
-from gblm_compress.models.conversion import Group, TensorNames
+from gblm_compress.models.experts import fused_weights
 from gblm_compress.storage import records
 
-DIGEST = "sha256"
-"""The key of a file's metadata under which `save_durably` states the hash of its tensors."""
-
+_DIGEST = "sha256"  # metadata key: the hash of a file's tensors
 _CHUNK = 16 << 20
+_KEPT_GROUPS = 3  # files interleave the tensors of a block's experts
+
+
+@dataclass(eq=False)
+class _Group:
+    """Tensors of files that together make tensors of the model.
+
+    Attributes:
+        converter: None for one tensor that stays as it is.
+        target: transformers' name for the first tensor made.
+        sources: {name in the files: (pattern of the converter, name before conversion)}.
+    """
+
+    converter: Any
+    target: str
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def targets(self) -> list[str]:
+        """transformers' names for the tensors made."""
+        patterns = self.converter.target_patterns if self.converter else [self.target]
+        return [self.target.replace(patterns[0], pattern, 1) for pattern in patterns]
+
+
+class _Names:
+    """How the tensors of files and of a model make each other. It keeps no parameter of the model alive."""
+
+    def __init__(self, model: Any) -> None:
+        self.views = fused_weights(model)
+        state = model.state_dict()
+        own = {name: torch.empty_like(one, device="meta") for name, one in state.items() if name not in self.views}
+        self._known = set(own) | {fused for fused, _ in self.views.values()}
+        self._prefix = model.base_model_prefix
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+
+        def parameter(name: str) -> Any:
+            return own.get(self.whole(name))
+
+        # The parts of a model that conversions use.
+        self._about = {"model": SimpleNamespace(dtype=model.dtype, get_parameter=parameter), "config": model.config}
+
+    def groups(self, keys: Iterable[str]) -> dict[str, _Group]:
+        """{name in the files: its group}."""
+        renamings = deepcopy(self._renamings)  # some remember what they have seen
+        by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        by_target: dict[str, _Group] = {}
+        found = {}
+        for key in sorted(keys, key=dot_natural_key):
+            before = apply_renamings(key, renamings)
+            target, pattern = apply_converters(before, self._converters)
+            if self.whole(target) not in self._known and self.whole(key) in self._known:
+                before, target, pattern = key, key, None  # named as in the model already
+            group = by_target.setdefault(target, _Group(by_pattern.get(pattern), target))
+            group.sources[key] = (pattern or key, before)
+            found[key] = group
+        return found
+
+    def whole(self, name: str) -> str:
+        """A name as the whole model has it: files of a bare backbone lack its prefix, or have one too many."""
+        with_prefix, without = f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")
+        return next((one for one in (name, with_prefix, without) if one in self._known), name)
+
+    def targets(self, group: _Group) -> list[str]:
+        """The model's names for the tensors that a group makes."""
+        return [self.whole(name) for name in group.targets()]
+
+    def made(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """{name in the model: tensor} of a group, from a function that reads a tensor of the files."""
+        if group.converter is None:
+            return {self.whole(group.target): read(key) for key in group.sources}
+        converter = deepcopy(group.converter)
+        for key, (pattern, _) in group.sources.items():
+            converter.add_tensor(group.target, key, pattern, read(key))
+        return {self.whole(name): tensor for name, tensor in self._converted(converter, group.target).items()}
+
+    def unmade(self, group: _Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{name in the files: tensor} from all tensors that the group makes: the inverse of `made`."""
+        if group.converter is None:
+            return {key: tensors[self.whole(group.target)] for key in group.sources}
+        converter = group.converter.reverse_transform()
+        names = {self.whole(name): name for name in group.targets()}
+        target = ""
+        for whole, tensor in tensors.items():
+            target, pattern = converter.rename_source_key(names[whole])
+            converter.add_tensor(target, names[whole], pattern, tensor)
+        found = self._converted(converter, target)
+        missing = [key for key, (_, before) in group.sources.items() if before not in found]
+        if missing:
+            raise ModelError(
+                f"{missing[0]}: transformers converts this tensor while loading and does not convert it back; save the "
+                "model with save_pretrained first"
+            )
+        return {key: found[before] for key, (_, before) in group.sources.items()}
+
+    def _converted(self, converter: Any, target: str) -> dict[str, Tensor]:
+        try:
+            made = converter.convert(target, **self._about)
+        except Exception as error:  # its operations raise kinds of their own for tensors that do not fit
+            raise ModelError(f"{target}: transformers cannot convert this tensor ({first_line(error)})") from error
+        return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
 
 
 class Checkpoint:
-    """The safetensors of a Hugging Face folder, addressed by the names that the model gives its tensors.
+    """The safetensors files of a Hugging Face folder, addressed by the names of the model's tensors.
 
-    What transformers converts while loading is converted here too, both ways. The tensors of experts are those of the
-    fused ones, or of the files of each, as `experts` names them.
-
-    Args:
-        folder: the Hugging Face folder.
-        names: of the model's tensors.
+    Tensors of experts have the names of the fused parameters, or those that `experts` gives each expert's layers. The
+    model may be on any device, with its experts fused or not; it is not kept.
 
     Raises:
         ModelError: a file is damaged or missing.
     """
 
-    def __init__(self, folder: Path, names: TensorNames) -> None:
-        self.files, self.names = files.weight_files(folder), names
-        self._index = files.index_file(folder)
-        self._where = {key: path for path in self.files for key in keys(path)}
-        self._groups = names.groups(self._where)
+    def __init__(self, folder: Path, model: Any) -> None:
+        self.files, self._index = files.weight_files(folder), files.index_file(folder)
+        self._names = names = _Names(model)
+        where = {key: path for path in self.files for key in keys(path)}
+        self._groups = names.groups(where)
         self._group_of = {name: group for group in self._groups.values() for name in names.targets(group)}
         self._parts: dict[str, list[str]] = {}
         for part, (fused, _) in names.views.items():
             self._parts.setdefault(fused, []).append(part)
-        self._made = _Latest()
+
+        def read(key: str) -> Tensor:
+            return read_tensor(where[key], key)
+
+        self._read, self._made = read, _latest(lambda group: names.made(group, read))
 
     def __contains__(self, name: str) -> bool:
-        return self.names.views.get(name, (name,))[0] in self._group_of
+        return self._names.views.get(name, (name,))[0] in self._group_of
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name in the checkpoint's dtype, mapped to its file where possible.
@@ -61,7 +172,7 @@ class Checkpoint:
         Raises:
             ModelError: there is none, or its file is damaged.
         """
-        whole, view = self.names.views.get(name, (name, None))
+        whole, view = self._names.views.get(name, (name, None))
         if whole not in self._group_of:
             raise ModelError(
                 f"{name}: no such tensor in {self.files[0].parent}; the checkpoint is incomplete, or of another "
@@ -70,8 +181,8 @@ class Checkpoint:
         group = self._group_of[whole]
         if view is None and group.converter is None:
             return next(self._read(key) for key in group.sources)
-        made = self._made.of(group.target, lambda: self.names.made(group, self._read))
-        return made[whole] if view is None else view(made[whole]).clone()
+        made = self._made(group)[whole]
+        return made if view is None else view(made).clone()
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
         """Write the checkpoint to `folder`, file by file under the same names, with some tensors changed.
@@ -80,24 +191,23 @@ class Checkpoint:
             changed: gives the new tensor of a name, of the same shape and dtype, or None where it stays.
         """
         weight_map = {}
-        written = _Latest()
+        written = _latest(lambda group: self._changed(group, changed))
         for path in self.files:
             header, metadata, data = files.read_header(path)
             with path.open("rb") as source, (folder / path.name).open("wb") as target:
                 entries = {self._written_name(key): entry for key, entry in header.items()}
-                text = json.dumps(
-                    {"__metadata__": metadata | {"format": "pt"}, **entries}, separators=(",", ":")
-                ).encode()
+                content = {"__metadata__": metadata | {"format": "pt"}, **entries}
+                text = json.dumps(content, separators=(",", ":")).encode()
                 text += b" " * (-len(text) % 8)
                 target.write(len(text).to_bytes(8, "little") + text)
                 for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                     begin, end = entry["data_offsets"]
                     weight_map[self._written_name(key)] = path.name
-                    group = self._groups[key]
-                    tensor = written.of(group.target, partial(self._changed, group, changed)).get(key)
+                    tensor = written(self._groups[key]).get(key)
                     if tensor is None:
                         source.seek(data + begin)
-                        _copy(source, target, end - begin)
+                        for place in range(begin, end, _CHUNK):
+                            target.write(source.read(min(_CHUNK, end - place)))
                     else:
                         assert list(tensor.shape) == entry["shape"], "a changed tensor keeps its shape"
                         assert tensor.nbytes == end - begin, "a changed tensor keeps its dtype"
@@ -107,89 +217,76 @@ class Checkpoint:
             content = records.read_json(self._index) | {"weight_map": weight_map}
             (folder / self._index.name).write_text(json.dumps(content, indent=2, sort_keys=True))
 
-    def _read(self, key: str) -> Tensor:
-        return read_tensor(self._where[key], key)
-
-    def _changed(self, group: Group, changed: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    def _changed(self, group: _Group, changed: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         """{name in the files: new tensor} of a group; empty where it stays as it is."""
-        names = [part for name in self.names.targets(group) for part in self._parts.get(name, [name])]
+        names = [part for name in self._names.targets(group) for part in self._parts.get(name, [name])]
         new = {name: tensor for name in names if (tensor := changed(name)) is not None}
         if not new or (group.converter is None and len(names) == 1):
             return {key: tensor for key in group.sources for tensor in new.values()}
-        made = {name: tensor.clone() for name, tensor in self.names.made(group, self._read).items()}
+        made = {name: tensor.clone() for name, tensor in self._names.made(group, self._read).items()}
         for name, tensor in new.items():
-            whole, view = self.names.views.get(name, (name, None))
+            whole, view = self._names.views.get(name, (name, None))
             (made[whole] if view is None else view(made[whole])).copy_(tensor)
-        return self.names.unmade(group, made)
+        return self._names.unmade(group, made)
 
     def _written_name(self, key: str) -> str:
         """The name of a tensor in a rewritten file: its own, with the prefix that a bare backbone lacks."""
         group = self._groups[key]
-        return self.names.whole(key) if group.converter is None and group.target == key else key
+        return self._names.whole(key) if group.converter is None and group.target == key else key
 
 
-class _Latest:
-    """Tensors of the groups that were asked for last: files have the tensors of a block's experts in turns."""
+def _latest(make: Callable[[_Group], dict[str, Tensor]]) -> Callable[[_Group], dict[str, Tensor]]:
+    """`make` with the results for the latest groups kept; it forgets before it makes, to save memory."""
+    made: dict[_Group, dict[str, Tensor]] = {}
 
-    KEPT = 3
+    def of(group: _Group) -> dict[str, Tensor]:
+        if group not in made:
+            while len(made) >= _KEPT_GROUPS:
+                del made[next(iter(made))]
+            made[group] = make(group)
+        return made[group]
 
-    def __init__(self) -> None:
-        self._tensors: dict[str, dict[str, Tensor]] = {}
+    return of
 
-    def of(self, group: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if group not in self._tensors:
-            while len(self._tensors) >= self.KEPT:
-                del self._tensors[next(iter(self._tensors))]
-            self._tensors[group] = make()
-        return self._tensors[group]
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged safetensors file ({error})") from error
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    """One tensor of a safetensors file.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged safetensors file ({error})") from error
+    """One tensor of a safetensors file; `ModelError` if the file is damaged."""
+    with _opened(path) as file:
+        return file.get_tensor(key)
 
 
 def keys(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: damaged safetensors file ({error})") from error
+    """The names of the tensors in a safetensors file; `ModelError` if the file is damaged."""
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that is either whole or absent, whatever happens to process or machine.
-
-    It states the hash of its content, so that `is_intact` can tell later.
-    """
+    """Write a safetensors file whole or not at all, even if the machine stops; `is_intact` can check it later."""
     temporary = path.with_name(f".{path.name}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={DIGEST: _digest(plain)})
+    save_file(plain, temporary, metadata={_DIGEST: _digest(plain)})
     with temporary.open("rb") as file:
         records.to_disk(file)
     records.rename_durably(temporary, path)
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file that `save_durably` wrote still holds what it wrote, to the last bit."""
+    """Whether a file that `save_durably` wrote still holds the same bits."""
     try:
-        with safe_open(path, framework="pt") as file:
-            stated = (file.metadata() or {}).get(DIGEST)
+        with _opened(path) as file:
+            stated = (file.metadata() or {}).get(_DIGEST)
             return stated == _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError):
+    except ModelError:
         return False
 
 
@@ -199,13 +296,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
-
-
-def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
-    while size:
-        chunk = source.read(min(size, _CHUNK))
-        target.write(chunk)
-        size -= len(chunk)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -1,12 +1,9 @@
 """Mixtures of experts: fused experts as linear layers of each expert, which share their memory.
 
-transformers keeps all experts of a mixture in parameters [experts, …], which no hook sees and no name tells apart. Here
-such a module is replaced by one that computes the same and holds every expert under its number, with ordinary `Linear`
-layers: `experts.3.down_proj`. Their weights are views of the parameters. So statistics, gradients, masks, packing and
-manifests go by layers, as elsewhere, and each layer sees the tokens that are routed to its expert.
-
-A module of fused experts is known by what transformers' `use_experts_implementation` says of it, or by its class in
-`FORMS`.
+transformers keeps all experts of a mixture in parameters [experts, …], which no hook sees and no name tells apart. Such
+a module is replaced by one that computes the same and holds ordinary `Linear` layers, whose weights are views of the
+parameters: `experts.3.down_proj`. So pruning, packing and manifests go by layers, as elsewhere, and each layer sees the
+tokens that are routed to its expert.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -51,9 +48,11 @@ class Experts(nn.Module):
     Attributes:
         parts: the layers of every expert.
         count: how many experts have layers.
-        every_token: run every expert on every token; what is not routed to it counts nothing in the output. A graph is
-            always traced so, because what runs in it cannot depend on where a token is routed.
+        every_token: run every expert on every token; outputs of tokens that are not routed to it do not count.
+        rest: the fused module without its parameters: its functions and numbers.
     """
+
+    rest: Any
 
     def __init__(self, fused: nn.Module, parts: tuple[Part, ...]) -> None:
         super().__init__()
@@ -66,18 +65,13 @@ class Experts(nn.Module):
         for name, module in fused.named_children():  # a norm behind the experts, say
             if not any(part.weight.startswith(f"{name}.") for part in parts):
                 self.add_module(name, module)
-        rest = copy(fused)  # its functions and numbers, without the parameters
+        rest = copy(fused)
         rest._parameters = {}
-        self._rest = (rest,)  # no module of this one
-
-    @property
-    def rest(self) -> Any:
-        """What the module has beside its parameters."""
-        return self._rest[0]
+        object.__setattr__(self, "rest", rest)  # no submodule of this one
 
     @property
     def runs_all(self) -> bool:
-        """Whether every expert runs on every token now."""
+        """Whether every expert runs on every token now; a traced graph cannot depend on the routing."""
         return self.every_token or torch.compiler.is_compiling()
 
     def layers(self, expert: int) -> list[nn.Module]:
@@ -85,19 +79,18 @@ class Experts(nn.Module):
         return list(getattr(self, str(expert)).values())
 
     def run(self, expert: int, x: Tensor) -> Tensor:
-        """What an expert makes of tokens [tokens, width]."""
+        """The output of one expert for tokens [tokens, width]."""
         into, out = self.layers(expert)
-        output: Tensor = out(self.gated(into(x)))
-        return self.rest.post_expert_norm(output) if getattr(self.rest, "has_post_expert_norm", False) else output
-
-    def gated(self, x: Tensor) -> Tensor:
-        """What stands between the two layers of an expert."""
+        hidden = into(x)
         if not getattr(self.rest, "has_gate", True):
-            return self.rest.act_fn(x)
-        if hasattr(self.rest, "_apply_gate"):
-            return self.rest._apply_gate(x)
-        gate, up = x.chunk(2, dim=-1)
-        return self.rest.act_fn(gate) * up
+            hidden = self.rest.act_fn(hidden)
+        elif hasattr(self.rest, "_apply_gate"):
+            hidden = self.rest._apply_gate(hidden)
+        else:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self.rest.act_fn(gate) * up
+        output: Tensor = out(hidden)
+        return self.rest.post_expert_norm(output) if getattr(self.rest, "has_post_expert_norm", False) else output
 
 
 class RoutedExperts(Experts):
@@ -108,7 +101,7 @@ class RoutedExperts(Experts):
         Args:
             hidden: [tokens, width], or with a batch in front.
             index: the experts of each token [tokens, k].
-            weights: what they count [tokens, k].
+            weights: their weights [tokens, k].
         """
         x, index, weights = hidden.reshape(-1, hidden.shape[-1]), index.flatten(0, -2), weights.flatten(0, -2)
         output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
@@ -129,7 +122,7 @@ class RoutedExperts(Experts):
 
 
 class TripleExperts(RoutedExperts):
-    """Experts of three layers: act(first) · second, then the third."""
+    """Experts of three layers: act(first) · second, then the third (DBRX)."""
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         first, second, third = self.layers(expert)
@@ -137,7 +130,7 @@ class TripleExperts(RoutedExperts):
 
 
 class StackedExperts(Experts):
-    """Tokens come sorted by expert, as many for each; those that are not routed to it are zeros (Llama 4)."""
+    """Tokens come sorted by expert, the same number for each; zeros where a token is not routed to it (Llama 4)."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         outputs = []
@@ -175,19 +168,17 @@ Form = tuple[type[Experts], tuple[Part, ...]]
 _GATED = (Part("gate_up_proj", "gate_up_proj"), Part("down_proj", "down_proj"))
 FORMS: dict[str, Form] = {
     "DbrxExperts": (TripleExperts, (Part("w1", "mlp.w1"), Part("v1", "mlp.v1"), Part("w2", "mlp.w2", transposed=True))),
-    "InklingSharedExperts": (
-        SharedExperts,
-        (Part("gate_proj", "gate_proj"), Part("up_proj", "up_proj"), Part("down_proj", "down_proj")),
-    ),
+    "InklingSharedExperts": (SharedExperts, tuple(Part(name, name) for name in ("gate_proj", "up_proj", "down_proj"))),
     "JetMoeParallelExperts": (SortedExperts, (Part("linear", "weight"),)),
     "Llama4TextExperts": (StackedExperts, tuple(Part(p.layer, p.weight, transposed=True) for p in _GATED)),
     "LongcatFlashExperts": (RoutedExperts, _GATED),
 }
-"""{class of transformers that has fused experts in a way of its own: what takes its place}."""
+"""{class in transformers whose experts are fused in a way of its own: its replacement}."""
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """What takes the place of a module; None if it is no fused experts that are known."""
+    """The replacement for a module of fused experts, by `FORMS` or transformers' `use_experts_implementation`; else
+    None."""
     if type(module).__name__ in FORMS:
         return FORMS[type(module).__name__]
     if isinstance(module, Experts) or not hasattr(module, "is_concatenated"):
@@ -199,10 +190,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def unfuse_(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Replace the fused experts of a model, in place.
-
-    Args:
-        only: the paths of those to replace; all if None.
+    """Replace the fused experts of a model, in place: all, or those at the paths `only`.
 
     Returns:
         {path: the module that was there}.
@@ -218,7 +206,7 @@ def unfuse_(model: nn.Module, only: Collection[str] | None = None) -> dict[str, 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Replace the fused experts of a model for the duration of a `with`; what is done to their weights stays."""
+    """Replace the fused experts of a model for the duration of a `with`; changes of their weights stay."""
     replaced = unfuse_(model)
     try:
         yield
@@ -228,7 +216,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def run_all_(model: nn.Module) -> None:
-    """Let every expert run on every token from now on, so that all are measured on all of the text.
+    """Run every expert on every token from now on, so that all are measured on all of the text.
 
     Raises:
         UsageError: the model has no experts, or they get their tokens sorted.
@@ -248,7 +236,7 @@ def run_all_(model: nn.Module) -> None:
 
 
 def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """{name of a tensor of an expert: (name of the fused one that holds it, the view of it that this is)}."""
+    """{name of a tensor of an expert: (name of the fused tensor, the view of it that this is)}."""
     found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
     for path, module in experts_of(model).items():
         for expert in range(module.count):

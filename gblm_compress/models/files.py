@@ -1,81 +1,130 @@
-"""Which files of a folder make a model, and whether they are safe to read: asked once, before anything else reads them.
+"""Which files of a folder make a model, and whether they are safe to read; everything else asks here first.
 
-transformers reads one set of weights of a folder, and everything here reads the same: what `config.json` names, else
-`model.safetensors`, else the files in `model.safetensors.index.json`. What lies beside them (an original
-`consolidated.safetensors`, say) is no part of the model. Importing this module loads neither torch nor transformers.
+Only the weights that transformers would read count: those that `config.json` names, else `model.safetensors`, else
+those in `model.safetensors.index.json`. Importing this module loads neither torch nor transformers.
 """
 
 import json
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from gblm_compress.errors import ModelError, first_line
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
+
+from gblm_compress.errors import ModelError, UsageError, first_line
 from gblm_compress.storage.records import read_json
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensors.index.json"
-"""What the weights of packed folders are called: names that transformers finds only once this package is imported."""
+"""Names for packed weights; transformers finds them only once this package is imported."""
 
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
-FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16")
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens|gblm_manifest)\.json"
     r"|(preprocessor_config|processor_config|modules|sentence_bert_config)\.json"
     r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
 )
-"""What beside weights or graph decides what a model computes; a note or a license does not."""
+"""The files beside weights or graph that decide what a model computes; a note or a license does not."""
 
-_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".onnx", ".data", ".onnx_data")
 _OF_GRAPHS = (".onnx", ".data", ".onnx_data")
+_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", *_OF_GRAPHS)
 _FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no more
 
+# The names that families of models have for the same key of config.json.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's `config.json`, of which the keys that are read here have the right types.
+
+def first_of(config: Any, names: Iterable[str]) -> Any:
+    """The value that a config has under the first of these names; None if it has none."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _no_repository(implementation: str | dict[str, str]) -> str | dict[str, str]:
+    if any("/" in name for name in (implementation.values() if isinstance(implementation, dict) else [implementation])):
+        raise ValueError("a kernel from the Hugging Face hub is code, which is not run; remove the key")
+    return implementation
+
+
+_Number = Annotated[int, Field(ge=1, le=2**31)]
+_Count = Annotated[int, Field(ge=0, le=2**31)]
+_Attention = Annotated[str | dict[str, str], AfterValidator(_no_repository)]
+_KEYS: dict[str, Any] = {
+    "own_attn_implementation": (_Attention | None, Field(None, alias="_attn_implementation")),
+    "attn_implementation": (_Attention | None, None),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict[str, JsonValue] | None, None)),
+    **dict.fromkeys((*LAYERS, *WIDTHS, *POSITIONS, "vocab_size"), (_Number | None, None)),
+    **dict.fromkeys((*HEADS, "intermediate_size"), (_Number | list[_Number] | None, None)),
+    **dict.fromkeys(EXPERTS, (_Count | list[_Count] | None, None)),
+}
+_Decoder: Any = create_model(
+    "_Decoder", __config__=ConfigDict(extra="allow", strict=True, protected_namespaces=()), **_KEYS
+)
+"""The keys of a decoder: at the top of config.json, or in its `text_config`. transformers checks all others."""
+
+
+class _ConfigKeys(_Decoder):
+    model_type: str
+    architectures: list[str] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    text_config: _Decoder | None = None
+    quantization_config: dict[str, JsonValue] | None = None
+    transformers_weights: str | None = None
+
+
+def read_checked(path: Path, keys: type[BaseModel], missing: str) -> dict[str, Any]:
+    """The content of a JSON file in which the keys that are read have the right types.
 
     Raises:
-        ModelError: there is none, or it is damaged.
+        ModelError: there is no such file, with the message `missing`, or it is damaged.
     """
-    from pydantic import ValidationError
-
-    from gblm_compress.models.config_keys import ConfigKeys
-
-    path = folder / CONFIG
     try:
-        content = read_json(path)
-        ConfigKeys.model_validate(content)
+        content: dict[str, Any] = read_json(path)
+        keys.model_validate(content)
     except FileNotFoundError as error:
-        raise ModelError(f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model") from error
+        raise ModelError(missing) from error
     except OSError as error:
         raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        given = json.dumps(fault["input"], default=str)[:80]
-        reason = "it names no model_type" if fault["type"] == "missing" else f"{key}: {fault['msg']}, got {given}"
-        raise ModelError(f"{str(path)!r} is damaged: {reason}") from error
-    except ValueError as error:
+        key = "".join(f"{part}." for part in fault["loc"])[:-1]
+        given = "" if fault["type"] == "missing" else f", got {json.dumps(fault['input'], default=str)[:80]}"
+        raise ModelError(
+            f"{str(path)!r} is damaged: " + (f"{key}: {fault['msg']}{given}" if key else fault["msg"])
+        ) from error
+    except (ValueError, UsageError) as error:
         raise ModelError(f"{str(path)!r} is damaged: {first_line(error)}") from error
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model's `config.json`, read by `read_checked`."""
+    path = folder / CONFIG
+    content = read_checked(path, _ConfigKeys, f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model")
     for name in ("dtype", "torch_dtype"):
-        if content.get(name) not in (None, *FLOATS):
+        if content.get(name) not in (None, *_FLOATS):
             raise ModelError(
-                f"{str(path)!r}: {name} is {str(content[name])!r}; models in {', '.join(FLOATS)} can be read here"
+                f"{str(path)!r}: {name} is {str(content[name])!r}; models in {', '.join(_FLOATS)} can be read here"
             )
     return content
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure that a model's folder can be read without reading anything else.
+    """Check a model's folder before anything else reads it.
 
     Raises:
-        ModelError: a file that loading would open is no regular file, leads out of the folder, is no model's, or is
-            damaged; the folder holds an adapter, or a model that another tool has quantised.
+        ModelError: a file that loading would open is no regular file, leads out of the folder, or is damaged; the
+            folder holds an adapter, or a model that another tool has quantised.
     """
     for path in _files(folder):
         _check_file(path, folder)
@@ -93,21 +142,14 @@ def check_folder(folder: Path) -> None:
             "prune the original model"
         )
     if (folder / GRAPH).exists():
-        check_graph(folder)
+        _check_graph(folder)
     else:
-        _check_sizes(folder, config, weight_files(folder))
+        _check_sizes(folder, config)
 
 
-def _check_sizes(folder: Path, config: dict[str, Any], weights: list[Path]) -> None:
-    """A model is built from its config before a tensor is read: one layer or expert after the other, however many.
-
-    Raises:
-        ModelError: the config names more layers than there are tensors, or more experts than there are tensors, and
-            rows in the largest.
-    """
-    from gblm_compress.models.config_keys import EXPERTS, LAYERS
-
-    tensors = [entry for path in weights for entry in read_header(path)[0].values()]
+def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse more layers or experts than the files have room for: a model is built before it is filled."""
+    tensors = [entry for path in weight_files(folder) for entry in read_header(path)[0].values()]
     widest = max((size for entry in tensors for size in entry["shape"]), default=0)  # of a router, or of fused experts
     limits = dict.fromkeys(LAYERS, len(tensors)) | dict.fromkeys(EXPERTS, max(len(tensors), widest))
     for part in (config, config.get("text_config") or {}):
@@ -120,47 +162,8 @@ def _check_sizes(folder: Path, config: dict[str, Any], weights: list[Path]) -> N
                 )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a folder, in order.
-
-    Raises:
-        ModelError: there are none, the index is damaged, or a file is missing, outside the folder or no safetensors.
-    """
-    index = index_file(folder)
-    if index is None:
-        return [_single(folder)]
-    try:
-        weight_map = read_json(index).get("weight_map")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{str(index)!r} is damaged: {first_line(error)}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{str(index)!r} is damaged: it has no weight_map of tensors to files")
-    names = list(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{str(index)!r} names the file {name!r}; it must be a .safetensors file in the same folder (pickled "
-                "weights are never loaded)"
-            )
-    files = [folder / name for name in sorted(set(names))]
-    for path in files:
-        _check_safetensors(path, folder)
-    return files
-
-
-def index_file(folder: Path) -> Path | None:
-    """The index through which transformers reads a folder's weights; None where it reads a single file."""
-    named = _named_weights(folder)
-    if named is not None:
-        return folder / named if named.endswith(".index.json") else None
-    single, index = (SPARSE_SINGLE, SPARSE_INDEX) if _is_packed(folder) else (SINGLE, INDEX)
-    return folder / index if not (folder / single).exists() and (folder / index).exists() else None
-
-
-def check_graph(folder: Path) -> None:
-    """Raises:
-    ModelError: the ONNX graph cannot be parsed, or its data lies outside the folder.
-    """
+def _check_graph(folder: Path) -> None:
+    """Refuse an ONNX graph that cannot be parsed, or whose data lies outside the folder."""
     import onnx
     from onnx.external_data_helper import ExternalDataInfo
 
@@ -169,7 +172,18 @@ def check_graph(folder: Path) -> None:
         graph = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf and onnx raise their own kinds for bytes that are no graph
         raise ModelError(f"{str(path)!r} is no ONNX graph, or a truncated one ({first_line(error)})") from error
-    for tensor in _tensors(graph):
+
+    def tensors(message: Any) -> Iterator[Any]:
+        """All tensors: in functions, subgraphs and attributes too."""
+        for field, value in message.ListFields():
+            parts = value if isinstance(value, Sequence) else (value,)
+            for part in parts if field.message_type is not None else ():
+                if isinstance(part, onnx.TensorProto):
+                    yield part
+                else:
+                    yield from tensors(part)
+
+    for tensor in tensors(graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         name = ExternalDataInfo(tensor).location
@@ -180,37 +194,77 @@ def check_graph(folder: Path) -> None:
         _check_file(folder / name, folder)
 
 
-def _tensors(message: Any) -> Iterator[Any]:
-    """All tensors of an ONNX model, those of its functions, of subgraphs and of attributes too."""
-    import onnx
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads from a folder, in order.
 
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in value if isinstance(value, Sequence) else (value,):
-            if isinstance(part, onnx.TensorProto):
-                yield part
-            else:
-                yield from _tensors(part)
+    Raises:
+        ModelError: there are none, the index is damaged, or a file is missing, outside the folder or no safetensors.
+    """
+    entry, index = _entry(folder), index_file(folder)
+    if index is None and not entry.exists():
+        hint = ""
+        if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir()):
+            hint = "; pickled weights are never loaded: convert the model with save_pretrained first"
+        elif other := sorted(folder.glob("*.safetensors")):
+            hint = f"; {other[0].name!r} is not a name that transformers reads"
+        raise ModelError(f"{str(folder)!r} has no {entry.name} and no {INDEX}{hint}")
+    files = [entry] if index is None else [folder / name for name in _indexed(index)]
+    for path in files:
+        if not path.exists():
+            raise ModelError(f"{str(path)!r} is missing; the checkpoint is incomplete")
+        _check_file(path, folder)
+        read_header(path)
+    return files
+
+
+def index_file(folder: Path) -> Path | None:
+    """The index through which transformers reads a folder's weights; None where it reads a single file."""
+    entry = _entry(folder)
+    return entry if entry.name.endswith(".index.json") else None
+
+
+def _entry(folder: Path) -> Path:
+    """The file of weights that transformers opens first, which may be the index of several."""
+    named = read_config(folder).get("transformers_weights")
+    if named is not None:
+        if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(
+                f"{str(folder / CONFIG)!r} names {named!r} as its weights; it must be a .safetensors file, or the "
+                "index of some, in the same folder (pickled weights are never loaded)"
+            )
+        return folder / named
+    single, index = folder / SPARSE_SINGLE, folder / SPARSE_INDEX
+    if not (single.exists() or index.exists()):  # `save_pretrained` gives packed weights the ordinary names again
+        single, index = folder / SINGLE, folder / INDEX
+    return index if index.exists() and not single.exists() else single
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of the files that an index lists."""
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(index)!r} is damaged: {first_line(error)}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{str(index)!r} is damaged: it has no weight_map of tensors to files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{str(index)!r} names the file {name!r}; it must be a .safetensors file in the same folder (pickled "
+                "weights are never loaded)"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that make a model, in order of their names: weights or graph, configs, tokenizer.
-
-    Raises:
-        ModelError: as `weight_files`.
-    """
+    """The files that make a model, in order of their names: weights or graph, configs, tokenizer."""
     index = index_file(folder)
     light = [path for path in _files(folder) if path.is_file() and _LIGHT.fullmatch(path.name)]
     return sorted({*_heavy(folder), *light, *([index] if index else [])})
 
 
 def bytes_of(folder: Path) -> int:
-    """Size of the weights, or of an ONNX graph and its data, in bytes.
-
-    Raises:
-        ModelError: as `weight_files`.
-    """
+    """Size of the weights, or of an ONNX graph and its data, in bytes."""
     return sum(path.stat().st_size for path in _heavy(folder))
 
 
@@ -220,39 +274,8 @@ def _heavy(folder: Path) -> list[Path]:
     return weight_files(folder)
 
 
-def _named_weights(folder: Path) -> str | None:
-    """The file that `config.json` names as the weights; transformers looks there alone."""
-    named = read_config(folder).get("transformers_weights")
-    if named is None:
-        return None
-    if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
-        raise ModelError(
-            f"{str(folder / CONFIG)!r} names {named!r} as its weights; it must be a .safetensors file, or the index of "
-            "some, in the same folder (pickled weights are never loaded)"
-        )
-    return named
-
-
-def _is_packed(folder: Path) -> bool:
-    """Whether the weights have the names of packed ones; `save_pretrained` gives them the ordinary names again."""
-    return any((folder / name).exists() for name in (SPARSE_SINGLE, SPARSE_INDEX))
-
-
-def _single(folder: Path) -> Path:
-    path = folder / (_named_weights(folder) or (SPARSE_SINGLE if _is_packed(folder) else SINGLE))
-    if not path.exists():
-        hint = ""
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            hint = "; pickled weights are never loaded: convert the model with save_pretrained first"
-        elif other := sorted(folder.glob("*.safetensors")):
-            hint = f"; {other[0].name!r} is not a name that transformers reads"
-        raise ModelError(f"{str(folder)!r} has no {path.name} and no {INDEX}{hint}")
-    _check_safetensors(path, folder)
-    return path
-
-
 def _files(folder: Path) -> list[Path]:
-    """What loading a model may open: files of the folder by their suffix, links and special files included."""
+    """The files that loading a model may open, by their suffix; links and special files included."""
     try:
         entries = sorted(folder.iterdir())
         for below in sorted(path for pattern in _FOLDERS for path in folder.glob(pattern) if path.is_dir()):
@@ -263,29 +286,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path, folder: Path) -> None:
+    """Refuse what is no regular file of this folder, or of the hub's cache: snapshots/REVISION links to blobs there."""
     try:
-        target = path.resolve(strict=True)
+        target, folder = path.resolve(strict=True), folder.resolve()
         mode = target.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise ModelError(f"{str(path)!r} leads nowhere: a broken link, or a missing file") from error
     if not stat.S_ISREG(mode):
         raise ModelError(f"{str(path)!r} is no regular file; nothing of this folder is read")
-    if not target.is_relative_to(folder.resolve()) and not _is_hub_blob(target, folder):
+    is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    if not target.is_relative_to(folder) and not is_blob:
         raise ModelError(f"{str(path)!r} is a link out of the folder, to {str(target)!r}; put the file itself there")
-
-
-def _is_hub_blob(target: Path, folder: Path) -> bool:
-    """Whether a link leads where the cache of the Hugging Face hub keeps its files: snapshots/REVISION beside blobs."""
-    folder = folder.resolve()
-    return folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
-
-
-def _check_safetensors(path: Path, folder: Path) -> None:
-    """What of a safetensors file is read here rather than by its library: the length and the JSON of its header."""
-    if not path.exists():
-        raise ModelError(f"{str(path)!r} is missing; the checkpoint is incomplete")
-    _check_file(path, folder)
-    read_header(path)
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:

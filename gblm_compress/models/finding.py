@@ -1,19 +1,22 @@
-"""Finding a model: a hub id, a local folder, a `.gguf` file, `demo` or `tiny`, resolved to one local folder.
+"""Finding a model: a hub id, a folder, a `.gguf` file, `demo` or `tiny`, made one local folder.
 
 Everything after this module sees an ordinary Hugging Face folder with safetensors, which `files` has checked.
 """
 
 import hashlib
 import io
+import mmap
+import struct
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from filelock import SoftFileLock
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
-from gblm_compress.models import files, gguf_file
+from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -49,14 +52,21 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     """
     if source := find_here(name):
         return source
-    gguf = _gguf_of(name)
-    source = ModelSource(name, _converted_gguf(gguf, progress) if gguf else _from_hub(name))
+    if gguf := _gguf_of(name):
+
+        def convert(folder: Path) -> None:
+            progress.say(f"converting {gguf.name} to safetensors (once) …")
+            _convert(gguf, folder, show=progress.console.is_terminal and not progress.quiet)
+
+        source = ModelSource(name, _made_once(_converted(gguf), convert))
+    else:
+        source = ModelSource(name, _downloaded(name))
     files.check_folder(source.folder)
     return source
 
 
 def find_here(name: str) -> ModelSource | None:
-    """What `resolve_model` gives, where it is here already; None where it would have to be fetched or converted.
+    """As `resolve_model`; None where the model would have to be fetched or converted.
 
     Raises:
         ModelError, MissingDependencyError: as `resolve_model`.
@@ -66,11 +76,13 @@ def find_here(name: str) -> ModelSource | None:
     path = local(name)
     kind = kind_of(path)
     if gguf := _gguf_of(name):
-        source = ModelSource(name, _converted_folder(gguf))
+        source = ModelSource(name, _converted(gguf))
         if not source.folder.is_dir():
             return None
     elif name == TINY and kind is None:
-        source = ModelSource(name, _tiny())
+        from gblm_compress.models.tiny import build_tiny
+
+        source = ModelSource(name, _made_once(cache_folder() / TINY, lambda folder: build_tiny("llama", folder)))
     elif kind == "folder":
         source = ModelSource(name, path)
     elif kind == "file":
@@ -84,47 +96,19 @@ def find_here(name: str) -> ModelSource | None:
 
 
 def _gguf_of(name: str) -> Path | None:
-    """The GGUF file that a name stands for; None where it stands for something else."""
+    """The GGUF file that a name stands for, checked; None where it stands for something else."""
     path = local(name)
-    if path.suffix.lower() != ".gguf" and (name != DEMO or kind_of(path) is not None):
-        return None
     if name == DEMO and kind_of(path) is None:
-        return _demo_gguf()
+        return _demo()
+    if path.suffix.lower() != ".gguf":
+        return None
     if kind_of(path) != "file":
         raise ModelError(f"model {name!r}: no such file")
-    gguf_file.check(path)
+    check_gguf(path)
     return path
 
 
-def _tiny() -> Path:
-    from gblm_compress.models.tiny import build_tiny
-
-    return _made_once(cache_folder() / TINY, lambda folder: build_tiny("llama", folder))
-
-
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache; where it is missing one process makes it, and others that want it wait.
-
-    Raises:
-        UsageError: the cache folder cannot be written.
-    """
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
-                outputs.remove_partial(folder)
-                if not folder.is_dir():
-                    silence_libraries()
-                    with outputs.atomic_folder(folder) as temporary:
-                        make(temporary)
-        except OSError as error:
-            raise UsageError(
-                f"the cache folder {str(folder.parent)!r} cannot be written: {error.strerror}; set {CACHE_VARIABLE}"
-            ) from error
-    return folder
-
-
-def _demo_gguf() -> Path:
+def _demo() -> Path:
     spec = find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(
@@ -137,7 +121,7 @@ def _demo_gguf() -> Path:
     return found[0]
 
 
-def _from_hub(name: str) -> Path:
+def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
@@ -159,30 +143,41 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _converted_folder(gguf: Path) -> Path:
-    """Where the safetensors folder of a GGUF file is, or will be: in the cache, by its content."""
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; one process makes it where it is missing, and others that want it wait.
+
+    Raises:
+        UsageError: the cache folder cannot be written.
+    """
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
+                outputs.remove_partial(folder)
+                if not folder.is_dir():
+                    silence_libraries()
+                    with outputs.atomic_folder(folder) as temporary:
+                        make(temporary)
+        except OSError as error:
+            raise UsageError(
+                f"the cache folder {str(folder.parent)!r} cannot be written: {error.strerror}; set {CACHE_VARIABLE}"
+            ) from error
+    return folder
+
+
+def _converted(gguf: Path) -> Path:
+    """The place in the cache of the safetensors folder of a GGUF file, by its content."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
 
 
-def _converted_gguf(gguf: Path, progress: Progress) -> Path:
-    """The safetensors folder made of a GGUF file, converted once."""
-
-    def convert(folder: Path) -> None:
-        progress.say(f"converting {gguf.name} to safetensors (once) …")
-        _convert_gguf(gguf, folder, progress)
-
-    return _made_once(_converted_folder(gguf), convert)
-
-
-def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
+def _convert(gguf: Path, folder: Path, show: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Its bar is for a terminal, where none of ours runs; transformers has no switch for it.
-    own_bar = nullcontext() if progress.console.is_terminal and not progress.quiet else redirect_stderr(io.StringIO())
     try:
-        with own_bar:
+        # transformers has no switch for the bar of this conversion.
+        with nullcontext() if show else redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # transformers raises many kinds for a file that is not what it claims
@@ -194,3 +189,101 @@ def _convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     save_processor(tokenizer, folder)
+
+
+_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
+_SIZES = {kind: struct.calcsize(layout) for kind, layout in _INTEGERS.items()} | {6: 4, 7: 1, 12: 8}  # bytes of a value
+_STRING, _ARRAY = 8, 9
+_DEEPEST = 4  # arrays within arrays
+_MOST_DIMENSIONS = 4
+_NAME_END = 64  # bytes of a name that are looked at
+_MOST_STEPS = 10_000_000  # keys, tensors and items of arrays; large vocabularies need one or two million
+
+
+def check_gguf(path: Path) -> None:
+    """Check that a GGUF file's header stays within the file: its readers trust every count.
+
+    Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic, version, numbers of tensors and of keys; for
+    each key a name, a type and a value; for each tensor a name, its dimensions, a type and an offset.
+
+    Raises:
+        ModelError: the file is no GGUF file of version 2 or 3, or is truncated or damaged.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).check()
+    except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
+        raise ModelError(f"model {str(path)!r}: cannot be read as GGUF ({error})") from error
+
+
+class _Header:
+    """A position in a GGUF header that advances as it is read."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at, self._steps = data, 0, 0
+
+    def check(self) -> None:
+        magic, version, tensors, keys = self._read("<4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r} and version {version}")
+        sizes: dict[str, int] = {}
+        for _ in self._count(keys):
+            key = self._string()
+            (kind,) = self._read("<I")
+            if not key.endswith((b".block_count", b".expert_count")):
+                self._skip_value(kind, _DEEPEST)
+            elif kind in _INTEGERS:
+                sizes[key.decode(errors="replace")] = self._read(_INTEGERS[kind])[0]
+            else:
+                raise ValueError(f"{key.decode(errors='replace')} is no number")
+        widest = tensors
+        for _ in self._count(tensors):
+            self._string()
+            (dimensions,) = self._read("<I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise ValueError(f"a tensor has {dimensions} dimensions")
+            widest = max((widest, *self._read(f"<{dimensions}Q")))
+            self._skip(12)
+        for name, size in sizes.items():  # readers build a model of that size before they read a tensor
+            if size > (tensors if name.endswith(".block_count") else widest):
+                raise ValueError(f"{name} is {size}, and it holds {tensors} tensors")
+
+    def _skip_value(self, kind: int, depth: int) -> None:
+        if kind == _STRING:
+            self._string()
+        elif kind == _ARRAY and depth:
+            item, count = self._read("<IQ")
+            if item in _SIZES:
+                self._skip(len(self._count(count, _SIZES[item])) * _SIZES[item])
+            else:
+                for _ in self._count(count):
+                    self._skip_value(item, depth - 1)
+        elif kind in _SIZES:
+            self._skip(_SIZES[kind])
+        else:
+            raise ValueError(f"a key has a value of unknown type {kind}")
+
+    def _count(self, count: int, size: int = 8) -> range:
+        """A walk over items of at least `size` bytes. Readers walk item by item, and sparse files hold any number."""
+        if size * count > len(self._data) - self._at:
+            raise ValueError("its header leads beyond its end")
+        self._steps += count
+        if self._steps > _MOST_STEPS:
+            raise ValueError(f"its header counts {self._steps:,} keys, tensors and items; {_MOST_STEPS:,} are read")
+        return range(count)
+
+    def _string(self) -> bytes:
+        """Skip a string; its last bytes."""
+        (size,) = self._read("<Q")
+        self._skip(size)
+        return self._data[self._at - min(size, _NAME_END) : self._at]
+
+    def _read(self, layout: str) -> tuple[Any, ...]:
+        begin = self._at
+        self._skip(struct.calcsize(layout))
+        return struct.unpack_from(layout, self._data, begin)
+
+    def _skip(self, size: int) -> None:
+        self._at += size
+        if self._at > len(self._data):
+            raise ValueError("its header leads beyond its end")

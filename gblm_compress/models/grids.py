@@ -1,13 +1,12 @@
-"""The grids of a pruned folder: its weights are stored dense, and beside them is which values they may take.
+"""The grids of a pruned folder: its weights are stored dense, and a file beside them holds the values they may take.
 
-`gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of every layer on a grid. The manifest states the hash of
-that file; how many columns share a scale follows from the settings in it.
+`gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of every layer on a grid. The manifest states its hash;
+its settings say how many columns share a scale.
 """
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +21,7 @@ from gblm_compress.models.files import read_header
 from gblm_compress.models.source import ModelSource
 
 GRIDS = "gblm_grids.safetensors"
-_PARTS = (".scales", ".levels")
+_SCALES, _LEVELS = ".scales", ".levels"
 
 
 def as_tensors(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
@@ -33,24 +32,17 @@ def as_tensors(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
 
 def parts_of(layers: Iterable[str]) -> list[str]:
     """The names of the tensors that are the grids of these layers."""
-    return [f"{name}{part}" for name in layers for part in _PARTS]
+    return [f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)]
 
 
 def layers_on_grids(names: Collection[str]) -> list[str]:
-    """The layers of which a file with tensors of these names holds the grids."""
-    found = [name.removesuffix(_PARTS[0]) for name in names if name.endswith(_PARTS[0])]
-    return [name for name in found if f"{name}{_PARTS[1]}" in names]
+    """The layers whose grids are in a file with tensors of these names."""
+    found = [name.removesuffix(_SCALES) for name in names if name.endswith(_SCALES)]
+    return [name for name in found if f"{name}{_LEVELS}" in names]
 
 
 def read_from(path: Path, group: int | None) -> dict[str, Grid]:
-    """The grids in a file, {layer: grid}, beside whatever else it holds.
-
-    Args:
-        group: columns that share a scale; None for a whole row.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
+    """The grids in a file, {layer: grid}; `group` columns share a scale, or a whole row if None."""
     found = {}
     for name in layers_on_grids(keys(path)):
         scales, levels = (read_tensor(path, part) for part in parts_of([name]))
@@ -58,24 +50,25 @@ def read_from(path: Path, group: int | None) -> dict[str, Grid]:
     return found
 
 
-def write(folder: Path, grids: Mapping[str, Grid]) -> str:
-    """Write the grids {layer: grid} of a pruned folder; returns the hash of the file, for the manifest."""
+def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
+    """Write the grids {layer: grid} of a pruned folder; the hash of the file, for the manifest. None without grids."""
+    if not grids:
+        return None
     path = folder / GRIDS
     save_file({name: tensor.contiguous() for name, tensor in as_tensors(grids).items()}, path)
     return _digest(path)
 
 
 def read_grids(source: ModelSource) -> dict[str, Grid]:
-    """The grid of every layer of a pruned folder, {layer: grid}; empty where its weights lie on none.
+    """The grid of every layer of a pruned folder, {layer: grid}; empty where it was not quantised.
 
     Raises:
         ModelError: the manifest or the file is damaged, or they do not belong together.
     """
     content = manifest.read(source.folder) if manifest.is_ours(source.folder) else {}
-    stated = content.get("grids_sha256")
+    stated, path = content.get("grids_sha256"), source.folder / GRIDS
     if stated is None:
         return {}
-    path = source.folder / GRIDS
     if not path.is_file():  # never wait for a pipe or read a device
         raise ModelError(f"{str(path)!r} is missing or no regular file; the manifest says what it must hold")
     read_header(path)
@@ -85,37 +78,27 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
     if set(keys(path)) != set(parts_of(layers)):
         raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
     grids = read_from(path, columns_of_a_scale(settings["quantise"], settings["group"]))
-    for name, grid in grids.items():
-        _check(f"{str(path)!r}: {name}", grid, settings["quantise"], layers[name])
+    for layer, grid in grids.items():  # it must be sound before it is used, see `Grid`
+        name, (rows, columns) = f"{str(path)!r}: {layer}", layers[layer]["shape"]
+        groups = 1 if grid.group is None else -(-columns // grid.group)
+        check_tensor(f"{name}.scales", grid.scales, [torch.float16], [rows, groups])
+        check_tensor(f"{name}.levels", grid.levels, [torch.int8], [LEVELS[settings["quantise"]]])
+        if (grid.scales < 0).any():
+            raise ModelError(f"{name}.scales: holds a scale below zero; the file is damaged")
+        if (grid.levels[1:] <= grid.levels[:-1]).any():
+            raise ModelError(f"{name}.levels: do not increase; the file is damaged")
     return grids
 
 
-def _check(name: str, grid: Grid, kind: str, layer: dict[str, Any]) -> None:
-    """What is in a file must be before it is used, see `Grid`.
-
-    Raises:
-        ModelError: it is not that.
-    """
-    rows, columns = layer["shape"]
-    groups = 1 if grid.group is None else -(-columns // grid.group)
-    check_tensor(f"{name}.scales", grid.scales, [torch.float16], [rows, groups])
-    check_tensor(f"{name}.levels", grid.levels, [torch.int8], [LEVELS[kind]])
-    if (grid.scales < 0).any():
-        raise ModelError(f"{name}.scales: holds a scale below zero; the file is damaged")
-    if (grid.levels[1:] <= grid.levels[:-1]).any():
-        raise ModelError(f"{name}.levels: do not increase; the file is damaged")
-
-
 def verify(source: ModelSource) -> None:
-    """Hold every nonzero weight of a pruned folder against its grid, in the dtype in which it is stored.
+    """Check every nonzero weight of a pruned folder against its grid, in the dtype in which it is stored.
 
     Raises:
         VerificationError: a weight is no point of its grid; the message names it.
         ModelError: as `read_grids`.
     """
-    grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
-    for layer, tensor in manifest.pruned_tensors(source) if grids else ():
-        weight = tensor.T if layers[layer]["transposed"] else tensor
+    grids = read_grids(source)
+    for layer, weight in manifest.pruned_weights(source) if grids else ():
         points = rounded(weight.float(), weight != 0, grids[layer]).to(weight.dtype)
         if (off := weight != points).any():
             row, column = off.nonzero()[0].tolist()

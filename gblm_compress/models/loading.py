@@ -5,6 +5,8 @@ Pickled weights are never loaded and code that ships with a model is never run.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +17,48 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
 
+_SAFELY = {"trust_remote_code": False, "local_files_only": True}
+
+
+@contextmanager
+def _named_errors(source: ModelSource, reason: str) -> Iterator[None]:
+    """transformers, safetensors and torch each raise their own kinds for bad files; here they are `ModelError`s."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"model {source.name!r}: {error}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"model {source.name!r}: {reason} ({first_line(error)})") from error
+
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
     """The model in eval mode on `device`, of the class that its task says; its experts are not fused, see `experts`.
 
     Args:
-        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, as is always a packed folder's.
+        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, which packed folders always have.
         device: "cpu", "cuda", "cuda:1", …
 
     Raises:
         ModelError: the folder is for no task that is known, or its weights do not load completely.
     """
-    from gblm_compress.models.experts import unfuse_
-
     auto_class = _auto_class(source)
-    if source.is_packed:
-        dtype = "auto"
-    try:
+    dtype = "auto" if source.is_packed else dtype
+    with _named_errors(source, "cannot be loaded"):
         model, info = auto_class.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
+            source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_SAFELY
         )
-    except Exception as error:  # transformers, safetensors and torch each raise their own kinds for bad files
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"model {source.name!r}: cannot be loaded ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
             f"first {missing[0]!r}; it is incomplete or of another architecture than config.json says"
         )
-    model = model.eval().to(device)
-    unfuse_(model)
-    _leave_weights_alone_(model)
-    return model
+    return _prepared_(model.eval().to(device))
 
 
 def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     """As `load_model`, with its parameters on the meta device; its buffers are real.
-
-    Args:
-        dtype: as for `load_model`.
 
     Raises:
         ModelError: the folder is for no task that is known.
@@ -68,41 +67,34 @@ def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    from gblm_compress.models.experts import unfuse_
-
     auto_class = _auto_class(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    with _named_errors(source, "cannot be built"):
+        config = AutoConfig.from_pretrained(source.folder, **_SAFELY)
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.tie_weights()  # making it empty has untied it
-    except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: cannot be built ({first_line(error)})") from error
+    return _prepared_(model.eval().requires_grad_(False))
+
+
+def _prepared_(model: Any) -> Any:
+    from gblm_compress.models.experts import unfuse_
+
     unfuse_(model)
-    _leave_weights_alone_(model)
-    return model.eval().requires_grad_(False)
-
-
-def _leave_weights_alone_(model: Any) -> None:
-    """Keep RWKV from dividing weights by powers of two when it first runs, and hidden states after it: it is a change
-    of scale for the range of float16. Without it float16 may overflow where the model is deep."""
-    if getattr(model.config, "rescale_every", 0):
+    if getattr(model.config, "rescale_every", 0):  # RWKV would divide its weights when it first runs, for float16
         model.config.rescale_every = 0
+    return model
 
 
 def check_model(source: ModelSource, verb: str) -> None:
     """Raises:
-    ModelError: the folder is an export, where what is asked for needs the folder that it was made from, or it is
-        for no task that is known.
+    ModelError: the folder is an export, where `verb` needs the folder that it was made from, or it is for no task that
+        is known.
     """
-    original = f"{verb} the Hugging Face folder that it was made from"
-    if source.is_packed:
-        raise ModelError(f"model {source.name!r} is an export; {original}")
-    if source.is_onnx:
+    if source.is_export:
+        hint = f", or remove {GRAPH} if it does not belong there" if source.is_onnx else ""
         raise ModelError(
-            f"model {source.name!r} is an export, for it holds {GRAPH}; {original}, or remove that file if it does not "
-            "belong there"
+            f"model {source.name!r} is an export; {verb} the Hugging Face folder that it was made from{hint}"
         )
     task_of(source)
 
@@ -117,11 +109,7 @@ def check_length(source: ModelSource, tokens: int, what: str = "sequence length"
 
 
 def check_positions(name: str, config: dict[str, Any], tokens: int, what: str = "sequence length") -> None:
-    """The same for a model that generates, by its config.
-
-    Raises:
-        UsageError: as `check_length`.
-    """
+    """As `check_length` for a model that generates, by its config."""
     config = config | (config.get("text_config") or {})
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -132,7 +120,7 @@ def check_positions(name: str, config: dict[str, Any], tokens: int, what: str = 
 
 
 def task_of(source: ModelSource) -> Task:
-    """What the model is for, by the class that its config names and what else its folder says.
+    """The task of a model, by the class that its config names and the rest of its folder.
 
     Raises:
         ModelError: that is no task in `TASKS`, or its class is not known; or as `Task.of_folder`.
@@ -140,29 +128,20 @@ def task_of(source: ModelSource) -> Task:
     import transformers
 
     found = TASKS[DEFAULT]
-    for architecture in source.config.get("architectures") or []:
-        model_class = getattr(transformers, architecture, None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            raise ModelError(
-                f"model {source.name!r}: transformers {transformers.__version__} does not know the architecture "
-                f"{architecture}; custom code that ships with a model is not run"
-            )
-        try:
+    with _named_errors(source, "its task cannot be found"):
+        for architecture in source.config.get("architectures") or []:
+            model_class = getattr(transformers, architecture, None)
+            if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+                raise ModelError(
+                    f"transformers {transformers.__version__} does not know the architecture {architecture}; custom "
+                    "code that ships with a model is not run"
+                )
             found = tasks.task_of(model_class)
-        except ModelError as error:
-            raise ModelError(f"model {source.name!r}: {error}") from error
-    try:
         return found.of_folder(source.folder)
-    except ModelError as error:
-        raise ModelError(f"model {source.name!r}: {error}") from error
 
 
 def _auto_class(source: ModelSource) -> Any:
-    """The class of transformers that loads the model.
-
-    Raises:
-        ModelError: as `task_of`, or the folder is an ONNX export.
-    """
+    """The class of transformers that loads the model."""
     import transformers
 
     if source.is_onnx:
@@ -180,29 +159,18 @@ def load_processor(source: ModelSource) -> Any:
 
     task = task_of(source)
     auto_class = getattr(transformers, task.processor.auto_class)
-    try:
-        processor = auto_class.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
+    with _named_errors(source, f"its {task.processor.name} cannot be loaded"):
+        processor = auto_class.from_pretrained(source.folder, **_SAFELY)
         task.check_processor(processor)
-    except ModelError as error:
-        raise ModelError(f"model {source.name!r}: {error}") from error
-    except Exception as error:  # as in load_model
-        what = f"its {task.processor.name} cannot be loaded ({first_line(error)})"
-        raise ModelError(f"model {source.name!r}: {what}") from error
     return processor
 
 
 def config_of(source: ModelSource) -> Any:
-    """The config as transformers has it, with the defaults of the architecture.
-
-    Raises:
-        ModelError: it does not load.
-    """
+    """The config as transformers has it, with the defaults of the architecture; `ModelError` if it does not load."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # as in load_model
-        raise ModelError(f"model {source.name!r}: its config cannot be loaded ({first_line(error)})") from error
+    with _named_errors(source, "its config cannot be loaded"):
+        return AutoConfig.from_pretrained(source.folder, **_SAFELY)
 
 
 def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:
@@ -214,7 +182,9 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
     processor.save_pretrained(folder)
     if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
         content = json.loads(path.read_text(encoding="utf-8"))
-        _join_merges_(content["model"])
+        merges = content["model"].get("merges", [])
+        if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
+            content["model"]["merges"] = [" ".join(merge) for merge in merges]  # as tokenizers before 0.20 read them
         path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) if path.exists() else {}
@@ -222,19 +192,12 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config["model_input_names"] = processor.model_input_names  # theirs includes token_type_ids
         path.write_text(json.dumps(config, indent=2) + "\n")
-    if source is not None:
-        for pattern in task_of(source).companions:
-            for companion in source.folder.glob(pattern):
-                copied = folder / companion.relative_to(source.folder)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(companion, copied)
-
-
-def _join_merges_(model: dict[str, Any]) -> None:
-    """Write the merges of a BPE as tokenizers before 0.20 read them too, unless their parts hold spaces."""
-    merges = model.get("merges", [])
-    if merges and all(isinstance(merge, list) and not any(" " in part for part in merge) for merge in merges):
-        model["merges"] = [" ".join(merge) for merge in merges]
+    if source is None:
+        return
+    for companion in (path for pattern in task_of(source).companions for path in source.folder.glob(pattern)):
+        copied = folder / companion.relative_to(source.folder)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(companion, copied)
 
 
 def choose_device(requested: str) -> str:
@@ -250,12 +213,12 @@ def choose_device(requested: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(requested)
-    except RuntimeError as error:
-        raise UsageError(f"device {requested!r} is not known; give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {requested!r} is not supported; give auto, cpu, cuda or cuda:N")
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type == "cpu":
         return "cpu"
+    if device.type != "cuda":
+        raise UsageError(f"device {requested!r} is not supported; give auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise MissingDependencyError(
             f"device {requested!r} was asked for, but torch {torch.__version__} finds no CUDA device; "
@@ -269,7 +232,7 @@ def choose_device(requested: str) -> str:
 
 
 def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
-    """The dtype to compute in: what was asked for; by default float32 on a CPU, the checkpoint's own elsewhere."""
+    """The dtype to compute in: the requested one; by default float32 on a CPU, the checkpoint's own elsewhere."""
     if requested != "auto":
         return requested
     return "float32" if device == "cpu" else stored_dtype(source)

@@ -1,104 +1,83 @@
-"""The manifest of a folder that this program made: what was done, from what, and what its tensors must look like.
+"""The manifest and the model card of a folder that this program made: from what, how, and with which tensors.
 
-`write` and `write_export` put `gblm_manifest.json` and a model card into a folder; `verify` reopens a pruned folder and
-holds every pruned tensor against the manifest. Nothing in it depends on the time of day: same seed, same bytes.
+Nothing in them depends on the time of day: same seed, same bytes. `verify` checks a pruned folder by its manifest.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from huggingface_hub import ModelCardData
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 import gblm_compress
-from gblm_compress.errors import ModelError, UsageError, VerificationError, first_line
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.quantisation import QUANTISERS
+from gblm_compress.methods.quantisation import QUANTISERS, grid_in_words
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
-from gblm_compress.models import card
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
-from gblm_compress.models.conversion import TensorNames
+from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
 from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
+from gblm_compress.printing import printable
 from gblm_compress.storage.outputs import MANIFEST
-from gblm_compress.storage.records import read_json
 
-PACKAGES = ("torch", "transformers", "safetensors")
+_CARRIED = ("prune", "calibration", "compute", "layers", "left_dense")
+_SHAPES = (
+    "model_type", "architectures", "vocab_size", *WIDTHS, *LAYERS, *HEADS, "num_key_value_heads", "head_dim",
+    "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", *EXPERTS,
+)  # fmt: skip
+"""The keys of config.json that must agree between a model and its baseline."""
+
 _Count = Annotated[int, Field(ge=0)]
+_Size = Annotated[int, Field(ge=1)]
 
 
-class _Layer(BaseModel):
-    """A pruned layer, as the manifest states it."""
+def _is_pattern(text: str) -> str:
+    Pattern(text)
+    return text
 
-    model_config = ConfigDict(extra="forbid", strict=True)
 
-    pattern: str
-    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+class _Layer(BaseModel, strict=True):
+    pattern: Annotated[str, AfterValidator(_is_pattern)]
+    shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
     nonzeros: _Count
     transposed: bool
-    by_magnitude: bool = False
-    output_error: Annotated[float, Field(ge=0)] | None = None
 
 
-class _LeftDense(BaseModel):
-    """Linear weights that were not pruned, as the manifest states them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _LeftDense(BaseModel, strict=True):
     weights: _Count
     reason: str
 
 
-class _Prune(BaseModel):
-    """Settings of a pruning. They are plain values, of which those that are read again are checked: a folder stays
-    readable when an option comes or goes.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class _Prune(BaseModel, strict=True):
     method: str
     pattern: str
-    quantise: str
-    group: Literal["row"] | Annotated[int, Field(ge=1)] | None
-
-    @field_validator("quantise")
-    @classmethod
-    def _is_known(cls, value: str) -> str:
-        if value not in QUANTISERS:
-            raise ValueError(f"{value!r} is none of {', '.join(QUANTISERS)}")
-        return value
+    quantise: Annotated[str, Field(pattern=f"^({'|'.join(QUANTISERS)})$")]
+    group: Literal["row"] | _Size | None
 
 
-class _Calibration(BaseModel):
-    """The text that statistics were measured on."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class _Calibration(BaseModel, strict=True):
     samples: _Count
     sequence_length: _Count
     seed: _Count
-    fingerprint: str
 
 
-class _Base(BaseModel):
-    """The model that a folder was made from."""
-
-    model_config = ConfigDict(strict=True)
-
+class _Base(BaseModel, strict=True):
     name: str
     sha256: str
 
 
-class _Manifest(BaseModel):
-    """What is read again of a manifest, with the types it must have."""
+class _Manifest(BaseModel, strict=True):
+    """The keys that are read again. Others may come and go with versions: the folders stay readable."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    kind: Literal["pruned", "export"]
+    kind: str
     base_model: _Base
     layers: dict[str, _Layer] = {}
     left_dense: dict[str, _LeftDense] = {}
@@ -117,127 +96,96 @@ class _Manifest(BaseModel):
 
 
 def write(
-    folder: Path,
-    *,
-    source: ModelSource,
-    settings: dict[str, Any],
-    calibration: dict[str, Any] | None,
-    compute: dict[str, str],
-    layers: dict[str, dict[str, Any]],
-    left_dense: dict[str, dict[str, Any]],
-    grids_sha256: str | None,
+    folder: Path, source: ModelSource, content: dict[str, Any], *, library: str = "transformers", loading: str = ""
 ) -> None:
-    """Write the manifest and the model card of a pruned folder.
+    """Write the manifest and the model card of a folder made from `source`.
 
     Args:
-        layers: {name: {"pattern", "shape", "nonzeros", "transposed", "by_magnitude", "output_error"}} of the pruned
-            layers.
-        left_dense: {name: {"weights", "reason"}} of all other linear weights.
-        grids_sha256: hash of the file of grids; None where there is none.
-    """
-    content = {
-        "kind": "pruned",
-        "gblm_compress": gblm_compress.__version__,
-        "base_model": _base_model(source),
-        "source_sha256": source.fingerprint,
-        "prune": settings,
-        "calibration": calibration,
-        "compute": compute,
-        "versions": {package: version(package) for package in PACKAGES},
-        "layers": layers,
-        "left_dense": left_dense,
-        **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
-    }
-    on_grid = "" if grids_sha256 is None else f", {settings['quantise']}"
-    title = f"{_short(content)}, {settings['method']}, {settings['pattern']}{on_grid}"
-    _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
-
-
-def write_recovered(
-    folder: Path, *, source: ModelSource, recovery: dict[str, Any], nonzeros: dict[str, int], grids_sha256: str | None
-) -> None:
-    """Write the manifest and the model card of a pruned folder whose weights were trained.
-
-    Args:
-        source: the pruned folder; its manifest is carried on.
-        recovery: what was done, and what it brought.
-        nonzeros: {pruned layer: how many it has now}.
-        grids_sha256: as for `write`.
-    """
-    pruned = read(source.folder)
-    layers = {
-        name: {**layer, "nonzeros": nonzeros[name], "output_error": None} for name, layer in pruned["layers"].items()
-    }
-    content = {
-        **{key: value for key, value in pruned.items() if key != "grids_sha256"},
-        "gblm_compress": gblm_compress.__version__,
-        "source_sha256": source.fingerprint,
-        "versions": {package: version(package) for package in PACKAGES},
-        "layers": layers,
-        "recovery": recovery,
-        **({"grids_sha256": grids_sha256} if grids_sha256 else {}),
-    }
-    title = f"{_short(content)}, {pruned['prune']['method']}, {pruned['prune']['pattern']}, recovered"
-    _write(folder, content, card.PRUNED, "transformers", title, auto_class=task_of(source).auto_class)
-
-
-def write_export(
-    folder: Path,
-    *,
-    source: ModelSource,
-    format: str,
-    dtype: str,
-    library: str,
-    loading: str,
-    checks: dict[str, Any],
-) -> None:
-    """Write the manifest and the model card of an export; both carry on what the source's manifest says.
-
-    Args:
+        content: what this step adds: its "kind" ("pruned" or "export") and keys of its own. Pruning gives "prune" (its
+            settings), "calibration", "compute", "layers" {name: {"pattern", "shape", "nonzeros", "transposed", …}},
+            "left_dense" {name: {"weights", "reason"}} and "grids_sha256"; later steps carry the first five on.
         library: what loads the folder, as the hub calls it.
-        loading: the lines of Python that load the folder, for the card.
-        checks: what verification found.
+        loading: Python that loads the folder, for the card; the task's class of transformers if empty.
     """
-    content: dict[str, Any] = {
-        "kind": "export",
+    before = read(source.folder) if is_ours(source.folder) else {}
+    # Where the dense model lies on this machine's disk is nobody else's business.
+    name = source.name if source.name.count("/") <= 1 else source.folder.name
+    content = {
+        "kind": content["kind"],
         "gblm_compress": gblm_compress.__version__,
-        "format": format,
-        "dtype": dtype,
-        "base_model": _base_model(source),
+        "base_model": before.get("base_model", {"name": name, "sha256": source.fingerprint}),
         "source_sha256": source.fingerprint,
-        "checks": checks,
-        "versions": {package: version(package) for package in PACKAGES},
-        **_carried(source, "prune", "calibration", "layers", "left_dense"),
+        "versions": {package: version(package) for package in ("torch", "transformers", "safetensors")},
+        **{key: before[key] for key in _CARRIED if key in before},
+        **content,
     }
-    _write(folder, content, card.EXPORT, library, f"{_short(content)}, {format}", loading=loading)
-
-
-def _write(folder: Path, content: dict[str, Any], template: str, library: str, title: str, **more: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    card.write(folder, content, template, library, title, **more)
+    if not loading:
+        auto_class = task_of(source).auto_class
+        loading = f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("THIS FOLDER")'
+    (folder / "README.md").write_text(card_text(content, library, loading), encoding="utf-8")
 
 
-def _carried(source: ModelSource, *names: str) -> dict[str, Any]:
-    """What the manifest of a folder says under some of its keys, as far as there is one and it has them."""
-    content = read(source.folder) if is_ours(source.folder) else {}
-    return {name: content[name] for name in names if name in content}
+def card_text(content: dict[str, Any], library: str, loading: str) -> str:
+    """The model card of a folder with this manifest, loaded by `library` with the lines of Python in `loading`."""
+    base, settings, layers = content["base_model"]["name"], content.get("prune"), content.get("layers", {})
+    title, done, tags = [base.rpartition("/")[2]], [f"{base}:"], ["gblm-compress"]
+    rows: dict[str, Any] = {}
+    if settings:
+        rows, zeros = _provenance(settings, content.get("calibration"), layers, content.get("left_dense", {}))
+        title += [settings[key] for key in ("method", "pattern", "quantise") if settings[key] != "none"]
+        done.append(f"{100 * zeros:.1f} % of the weights in its {len(layers)} pruned layers were set to zero,")
+        tags = ["pruned", "sparse", *tags]
+    if "recovery" in content:
+        title.append("recovered")
+        done.append("the others were trained,")
+    if "format" in content:
+        title.append(content["format"])
+        done.append(f"exported as {content['format']} in {content['dtype']},")
+    done.append(f"by gblm-compress {gblm_compress.__version__}.")
+    lines = ["---", ModelCardData(base_model=printable(base), library_name=library, tags=tags).to_yaml(), "---"]
+    lines += [f"# {_plain(', '.join(title))}", "", _plain(" ".join(done)), "", "```python", loading, "```", ""]
+    if rows:
+        lines += ["| | |", "| --- | --- |", *(f"| {key} | {_plain(value)} |" for key, value in rows.items()), ""]
+    lines += [f"All settings, the nonzeros of each layer and the results of verification are in `{MANIFEST}`.", ""]
+    return "\n".join(lines)
 
 
-def _base_model(source: ModelSource) -> dict[str, str]:
-    """The dense model that everything started from: its fingerprint, and its hub id or the name of its folder.
+def _provenance(
+    settings: dict[str, Any], calibration: dict[str, Any] | None, layers: dict[str, Any], left_dense: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """What was done to a model, {property: value}, and the share of zeros."""
+    nonzeros = sum(layer["nonzeros"] for layer in layers.values())
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
+    total = weights + sum(dense["weights"] for dense in left_dense.values())
+    rows = {
+        "saliency": settings["method"],
+        "pattern": settings["pattern"],
+        **{key: settings.get(key) for key in ("allocation", "update", "gradient_norm", "alpha")},
+        "grid of the survivors": grid_in_words(settings["quantise"], settings["group"]),
+        "calibration": calibration
+        and "{samples} samples of {sequence_length} tokens, seed {seed}".format(**calibration),
+        "pruned layers": f"{len(layers)}, with {100 * weights / total:.1f} % of all linear weights",
+        "nonzeros in them": f"{nonzeros:,} of {weights:,}",
+        "left dense": reasons(left_dense) or "no linear layer",
+    }
+    return {key: value for key, value in rows.items() if value not in (None, "none")}, 1 - nonzeros / weights
 
-    Where it lies on this machine's disk is nobody else's business.
-    """
-    if is_ours(source.folder):
-        base: dict[str, str] = read(source.folder)["base_model"]
-        return base
-    name = source.name if "/" not in source.name or source.name.count("/") == 1 else source.folder.name
-    return {"name": name, "sha256": source.fingerprint}
+
+def _plain(value: object) -> str:
+    """Text from outside as a card shows it: one line, neither Markdown nor HTML."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", printable(str(value))).replace("<", "&lt;")
 
 
-def _short(content: dict[str, Any]) -> str:
-    name: str = content["base_model"]["name"]
-    return name.rpartition("/")[2]
+def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
+    """Why weights were left dense, in words: how many layers and weights for each reason."""
+    layers = Counter(dense["reason"] for dense in left_dense.values())
+    weights: Counter[str] = Counter()
+    for dense in left_dense.values():
+        weights[dense["reason"]] += dense["weights"]
+    return "; ".join(
+        f"{reason}: {count} layer{'s' * (count > 1)}, {weights[reason]:,} weights" for reason, count in layers.items()
+    )
 
 
 def weights_of(source: ModelSource) -> str:
@@ -255,34 +203,14 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_pruned(folder: Path) -> bool:
-    """Whether a folder carries the manifest of a model that was pruned.
-
-    Raises:
-        ModelError: the manifest is damaged.
-    """
+    """Whether a folder carries the manifest of a model that was pruned; `ModelError` if it is damaged."""
     return is_ours(folder) and read(folder).get("prune") is not None
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that this program made.
-
-    Raises:
-        ModelError: there is none, or it is damaged.
-    """
-    try:
-        content = read_json(folder / MANIFEST)
-        _Manifest.model_validate(content)
-        for layer in content.get("layers", {}).values():
-            Pattern(layer["pattern"])
-        return content
-    except FileNotFoundError as error:
-        raise ModelError(f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`") from error
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({where}: {fault['msg']})") from error
-    except (OSError, ValueError, UsageError) as error:
-        raise ModelError(f"{str(folder)!r}: {MANIFEST} is damaged ({first_line(error)})") from error
+    """The manifest of a folder that this program made; `ModelError` if there is none, or it is damaged."""
+    missing = f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`"
+    return read_checked(folder / MANIFEST, _Manifest, missing)
 
 
 def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
@@ -304,6 +232,26 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
     return list(layers)
 
 
+def pruned_weights(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """(layer, its weight [out_features, in_features]) of all layers that the manifest of a pruned folder lists.
+
+    Raises:
+        VerificationError: there is no such tensor, or it has another shape.
+        ModelError: a file is damaged.
+    """
+    checkpoint = Checkpoint(source.folder, load_skeleton(source))
+    for name, layer in read(source.folder)["layers"].items():
+        if f"{name}.weight" not in checkpoint:
+            raise VerificationError(f"{name}.weight: the manifest lists it, but no tensor of that name was saved")
+        stored = checkpoint.read(f"{name}.weight")
+        weight = stored.T if layer["transposed"] else stored
+        if list(weight.shape) != layer["shape"]:
+            raise VerificationError(
+                f"{name}.weight: saved with shape {list(weight.shape)}, the manifest says {layer['shape']}"
+            )
+        yield name, weight
+
+
 def verify(folder: Path) -> None:
     """Reopen a pruned folder and check each pruned tensor against its pattern and its manifest.
 
@@ -312,35 +260,37 @@ def verify(folder: Path) -> None:
             -0.0, NaN or infinity; the message names it.
     """
     layers = read(folder)["layers"]
-    for layer, tensor in pruned_tensors(ModelSource(str(folder), folder)):
-        _verify_tensor(f"{layer}.weight", tensor, layers[layer])
+    for layer, weight in pruned_weights(ModelSource(str(folder), folder)):
+        name, pattern, stated = f"{layer}.weight", layers[layer]["pattern"], layers[layer]["nonzeros"]
+        if not is_finite(weight):
+            raise VerificationError(f"{name}: holds NaN or infinite values")
+        if has_negative_zeros(weight):
+            raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
+        if violation := Pattern(pattern).first_violation(weight):
+            raise VerificationError(f"{name}: breaks pattern {pattern} at {violation}")
+        if (nonzeros := count_nonzeros(weight)) != stated:
+            raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {stated}")
 
 
-def pruned_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """(layer, its weight as the model stores it) of all layers that the manifest of a pruned folder lists.
+def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
+    """Check that figures of a model may be compared with those of another one.
 
     Raises:
-        VerificationError: there is no such tensor.
-        ModelError: a file is damaged.
+        UsageError: `baseline` has another architecture or other shapes than `model`, or is another model than the one
+            that the manifest of `model` names; an export without a manifest is compared by shape alone.
     """
-    checkpoint = Checkpoint(source.folder, TensorNames(load_skeleton(source)))
-    for layer in read(source.folder)["layers"]:
-        if f"{layer}.weight" not in checkpoint:
-            raise VerificationError(f"{layer}.weight: the manifest lists it, but no tensor of that name was saved")
-        yield layer, checkpoint.read(f"{layer}.weight")
-
-
-def _verify_tensor(name: str, tensor: Tensor, layer: dict[str, Any]) -> None:
-    shape = tuple(layer["shape"])
-    if layer["transposed"]:
-        tensor = tensor.T
-    if tensor.shape != shape:
-        raise VerificationError(f"{name}: saved with shape {tuple(tensor.shape)}, the manifest says {shape}")
-    if not is_finite(tensor):
-        raise VerificationError(f"{name}: holds NaN or infinite values")
-    if has_negative_zeros(tensor):
-        raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
-    if violation := Pattern(layer["pattern"]).first_violation(tensor):
-        raise VerificationError(f"{name}: breaks pattern {layer['pattern']} at {violation}")
-    if (nonzeros := count_nonzeros(tensor)) != layer["nonzeros"]:
-        raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {layer['nonzeros']}")
+    ours, theirs = (one.config | (one.config.get("text_config") or {}) for one in (model, baseline))
+    for key in _SHAPES:
+        if None not in (ours.get(key), theirs.get(key)) and ours[key] != theirs[key]:
+            raise UsageError(
+                f"{baseline.name!r} is no baseline of {model.name!r}: its {key} is {theirs[key]!r}, the model's "
+                f"{ours[key]!r}; give the dense model that it was made from"
+            )
+    base, origin = (read(one.folder)["base_model"] if is_ours(one.folder) else None for one in (model, baseline))
+    if base is None or (origin is None and baseline.is_export):
+        return
+    if base["sha256"] not in ((origin or {}).get("sha256"), baseline.fingerprint):
+        raise UsageError(
+            f"{baseline.name!r} is no baseline of {model.name!r}, which was made from {base['name']!r} by its "
+            f"{MANIFEST}: the contents of the files differ; give that model, or an export of it"
+        )

@@ -14,27 +14,19 @@ from gblm_compress.models.files import GRAPH, SPARSE_METHOD
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as the user named it, and the local folder that holds it."""
+    """A model as the user named it, and the local folder that holds it. Damaged files raise `ModelError`."""
 
     name: str
     folder: Path
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json.
-
-        Raises:
-            ModelError: there is none, or it is damaged.
-        """
+        """The folder's config.json."""
         return files.read_config(self.folder)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the files that make the model.
-
-        Raises:
-            ModelError: a file of the model is missing or damaged.
-        """
+        """SHA-256 over the names and contents of the files that make the model."""
         digest = hashlib.sha256()
         for path in files.files_of(self.folder):
             digest.update(path.name.encode() + b"\0")
@@ -43,13 +35,18 @@ class ModelSource:
         return digest.hexdigest()
 
     @property
+    def bytes_on_disk(self) -> int:
+        """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
+        return files.bytes_of(self.folder)
+
+    @property
     def is_onnx(self) -> bool:
         """Whether the folder is an ONNX export rather than a model for torch."""
         return (self.folder / GRAPH).exists()
 
     @cached_property
     def operators(self) -> dict[str, int]:
-        """How often the graph of the ONNX export has each operator; with its domain where that is this package's."""
+        """{operator in the graph of the ONNX export: how often}; with its domain if that is this package's."""
         import onnx
 
         graph = onnx.load(self.folder / GRAPH, load_external_data=False).graph
@@ -80,8 +77,3 @@ class ModelSource:
     def is_export(self) -> bool:
         """Whether the folder was exported from a pruned one, in a dtype of its own."""
         return self.is_onnx or self.is_packed
-
-    @property
-    def bytes_on_disk(self) -> int:
-        """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
-        return files.bytes_of(self.folder)

@@ -7,42 +7,32 @@ import torch
 
 from gblm_compress.errors import UsageError
 
-# Byte-level vocabulary and one special token.
-VOCABULARY = 257
+VOCABULARY = 257  # bytes and one special token
 _SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 256}
 _LLAMA = {
-    **_SIZES,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **_SIZES, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}
+}  # fmt: skip
+_KINDS: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "tie_word_embeddings": True},
+    "mistral": {**_LLAMA, "sliding_window": None},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 16},
+    "gpt2": {**_SIZES, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4},
+    "opt": {
+        **_SIZES, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "word_embed_proj_dim": 64, "pad_token_id": 256,
+    },
+}  # fmt: skip
 
 
 def tiny_config(kind: str) -> Any:
     """The config of a tiny model: llama, mistral, qwen2, qwen3, gpt2 or opt."""
-    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
-        "mistral": lambda: transformers.MistralConfig(**_LLAMA, sliding_window=None),
-        "qwen2": lambda: transformers.Qwen2Config(**_LLAMA),
-        "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=16),
-        "gpt2": lambda: transformers.GPT2Config(**_SIZES, n_positions=512, n_embd=64, n_layer=2, n_head=4),
-        "opt": lambda: transformers.OPTConfig(
-            **_SIZES,
-            hidden_size=64,
-            ffn_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=64,
-            pad_token_id=256,
-        ),
-    }
-    if kind not in configs:
-        raise UsageError(f"tiny model {kind!r} is not known; give one of {', '.join(configs)}")
-    return configs[kind]()
+    if kind not in _KINDS:
+        raise UsageError(f"tiny model {kind!r} is not known; give one of {', '.join(_KINDS)}")
+    return CONFIG_MAPPING[kind](**_KINDS[kind])
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:

@@ -10,7 +10,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Need
 from gblm_compress.models import loading
-from gblm_compress.models.config_keys import HEADS, LAYERS, WIDTHS, first_of
+from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings

@@ -18,7 +18,6 @@ from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zero
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import linear_weights, prunable_layers
 from gblm_compress.models.checkpoint import Checkpoint
-from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
@@ -99,7 +98,7 @@ def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings)
 
 
 def checkpoint_of(source: ModelSource, model: Any) -> Checkpoint:
-    return Checkpoint(source.folder, TensorNames(model))
+    return Checkpoint(source.folder, model)
 
 
 def save(
@@ -142,16 +141,16 @@ def save(
     with outputs.atomic_folder(output, force=force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
         copy_settings(source, temporary, processor)
-        manifest.write(
-            temporary,
-            source=source,
-            settings=identity["settings"],
-            calibration=identity["calibration"],
-            compute={"dtype": identity["dtype"], "device": identity["device"]},
-            layers={name: asdict(layer) for name, layer in results.items()},
-            left_dense={name: asdict(dense) for name, dense in walked.left_dense.items()},
-            grids_sha256=grids.write(temporary, on) if on else None,
-        )
+        content = {
+            "kind": "pruned",
+            "prune": identity["settings"],
+            "calibration": identity["calibration"],
+            "compute": {"dtype": identity["dtype"], "device": identity["device"]},
+            "layers": {name: asdict(layer) for name, layer in results.items()},
+            "left_dense": {name: asdict(dense) for name, dense in walked.left_dense.items()},
+            "grids_sha256": grids.write(temporary, on),
+        }
+        manifest.write(temporary, source, content)
         progress.say("verifying …")
         manifest.verify(temporary)
         grids.verify(ModelSource(str(output), temporary))

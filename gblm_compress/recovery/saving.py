@@ -9,7 +9,6 @@ from torch import Tensor
 from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
 from gblm_compress.models import grids, manifest
 from gblm_compress.models.checkpoint import Checkpoint
-from gblm_compress.models.conversion import TensorNames
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.saving import copy_settings, verify_by_loading
 from gblm_compress.recovery.texts import Windows
@@ -35,7 +34,7 @@ def save(
         OutputError: it cannot be written.
         VerificationError: what was written is not what was trained.
     """
-    checkpoint = Checkpoint(source.folder, TensorNames(student))
+    checkpoint = Checkpoint(source.folder, student)
 
     def changed(name: str) -> Tensor | None:
         trained = training.result(name)
@@ -45,22 +44,22 @@ def save(
     with outputs.atomic_folder(output, force=force) as temporary:
         checkpoint.rewrite(temporary, changed)
         copy_settings(source, temporary, processor)
-        written = Checkpoint(temporary, TensorNames(student))
+        written = Checkpoint(temporary, student)
         layers, state = manifest.read(source.folder)["layers"], training.progress
         nonzeros = {name: count_nonzeros(written.read(f"{name}.weight")) for name in layers}
-        manifest.write_recovered(
-            temporary,
-            source=source,
-            recovery={
+        content = {
+            "kind": "pruned",
+            "layers": {name: layers[name] | {"nonzeros": nonzeros[name], "output_error": None} for name in layers},
+            "grids_sha256": grids.write(temporary, on),
+            "recovery": {
                 "settings": settings.model_dump(mode="json"),
                 "text": fingerprint(windows.samples),
                 "overlap": windows.overlap,
                 "curve": [asdict(look) for look in state.curve],
                 "best": state.best,
             },
-            nonzeros=nonzeros,
-            grids_sha256=grids.write(temporary, on) if on else None,
-        )
+        }
+        manifest.write(temporary, source, content)
         manifest.verify(temporary)
         whole = ModelSource(str(output), temporary)
         grids.verify(whole)

@@ -23,7 +23,7 @@ from gblm_compress.measure.benchmarking import vocabulary
 from gblm_compress.measure.runtimes import Generating, load_runtime
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
-from gblm_compress.models.config_keys import POSITIONS, first_of
+from gblm_compress.models.files import POSITIONS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.costs import passes

@@ -1,4 +1,4 @@
-"""A checkpoint read by the model's names and rewritten in one stream, against transformers' own saving and loading."""
+"""A checkpoint read by the model's names and rewritten in one stream, against transformers' own loading and saving."""
 
 import json
 import shutil
@@ -11,34 +11,51 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.errors import ModelError
-from gblm_compress.models import checkpoint as checkpoint_module
-from gblm_compress.models.checkpoint import Checkpoint, save_durably
-from gblm_compress.models.conversion import TensorNames
-from tests.conftest import ARCHITECTURES
+from gblm_compress.models.checkpoint import Checkpoint, read_tensor, save_durably
+from gblm_compress.models.experts import unfuse_
+from tests.families.tiny import tiny_family
+
+# Files with a matrix for each expert, with fused experts, with experts below each other, and with renamed tensors.
+CONVERTED = ("mixtral", "qwen3_moe", "gpt_oss", "dbrx", "granitemoe", "hrm_text")
 
 
-def checkpoint_of(folder: Path, model) -> Checkpoint:
-    return Checkpoint(folder, TensorNames(model))
+def loaded(folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    unfuse_(model)
+    return model
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_rewritten_checkpoint_differs_in_what_was_changed_only(kind, sharded, tiny, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny(kind).folder)
-    source, target = tmp_path / "source", tmp_path / "target"
+@pytest.mark.parametrize("kind", [*CONVERTED, "llama", "gpt2", "opt"])
+def test_files_are_read_and_rewritten_as_transformers_does_it(kind: str, tiny, tmp_path: Path) -> None:
+    """One tensor is changed, and nothing else is; tensors that are given as they were give the same bytes."""
+    source, target, same = tmp_path / "source", tmp_path / "target", tmp_path / "same"
     target.mkdir()
-    model.save_pretrained(source, max_shard_size="60KB" if sharded else "1GB")
-    assert (source / "model.safetensors.index.json").exists() == sharded
-    name, parameter = next((n, p) for n, p in model.named_parameters() if p.dim() == 2 and "attn" in n)
-    new = torch.arange(parameter.numel(), dtype=parameter.dtype).view_as(parameter).T.contiguous().T  # any strides
-    checkpoint_of(source, model).rewrite(target, lambda n: new if n == name else None)
+    same.mkdir()
+    model = tiny_family(kind) if kind in CONVERTED else AutoModelForCausalLM.from_pretrained(tiny(kind).folder)
+    model.save_pretrained(source, max_shard_size="1GB" if kind in CONVERTED else "60KB")
+    model = loaded(source)
+    checkpoint = Checkpoint(source, model)
+    for name, parameter in model.named_parameters():
+        assert name in checkpoint and torch.equal(checkpoint.read(name), parameter)
+    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    changed = next((name for name in matrices if ".experts.2." in name), None)
+    changed = changed or next(name for name in matrices if ".0." in name)
+    old = model.get_parameter(changed)
+    new = torch.arange(old.numel(), dtype=old.dtype).view_as(old).T.contiguous().T  # any strides
+    checkpoint.rewrite(target, lambda name: new if name == changed else None)
+    checkpoint.rewrite(same, lambda name: checkpoint.read(name))
     shutil.copy(source / "config.json", target)
-    got = AutoModelForCausalLM.from_pretrained(target)
-    for other, tensor in got.named_parameters():
-        assert torch.equal(tensor, new if other == name else model.get_parameter(other))
-    assert sorted(p.name for p in target.iterdir() if p.name != "config.json") == sorted(
-        p.name for p in source.iterdir() if "safetensors" in p.name
-    )
+    for name, parameter in loaded(target).named_parameters():
+        assert torch.equal(parameter, new if name == changed else model.get_parameter(name)), name
+    files = sorted(path.name for path in source.iterdir() if "safetensors" in path.name)
+    assert (len(files) > 1) == (kind not in CONVERTED), "several shards and an index"
+    assert files == sorted(path.name for path in same.iterdir())
+    assert files == sorted(path.name for path in target.iterdir() if "safetensors" in path.name)
+    for file in files:
+        if file.endswith(".safetensors"):
+            before, after = load_file(source / file), load_file(same / file)
+            assert before.keys() == after.keys() == load_file(target / file).keys()
+            assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
 def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path) -> None:
@@ -47,7 +64,7 @@ def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path)
     shutil.copy(tiny("gpt2").folder / "config.json", tmp_path)
     state = {k.removeprefix("transformer."): v for k, v in load_file(tiny("gpt2").folder / "model.safetensors").items()}
     save_file(state, tmp_path / "model.safetensors")
-    checkpoint = checkpoint_of(tmp_path, model)
+    checkpoint = Checkpoint(tmp_path, model)
     name = "transformer.h.1.mlp.c_fc.weight"
     assert name in checkpoint and torch.equal(checkpoint.read(name), model.get_parameter(name))
     (tmp_path / "out").mkdir()
@@ -59,20 +76,19 @@ def test_a_bare_backbone_gets_the_names_of_the_whole_model(tiny, tmp_path: Path)
 def test_what_is_missing_or_damaged_is_named(tiny, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama").folder)
     with pytest.raises(ModelError, match="no.such: no such tensor in"):
-        checkpoint_of(tiny("llama").folder, model).read("no.such")
+        Checkpoint(tiny("llama").folder, model).read("no.such")
     data = (tiny("llama").folder / "model.safetensors").read_bytes()
     shutil.copy(tiny("llama").folder / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="damaged safetensors file"):
-        checkpoint_of(tmp_path, model)
+        Checkpoint(tmp_path, model)
 
 
-def test_reading_and_writing_leave_the_file_alone(tiny, tmp_path: Path) -> None:
-    """A tensor may be mapped to its file; what is done to it must not reach the file."""
+def test_reading_and_writing_leave_the_file_alone(tmp_path: Path) -> None:
+    """A tensor may be mapped to its file; writing into the tensor must not reach the file."""
     path = tmp_path / "t.safetensors"
     save_durably(path, {"a": torch.ones(3, 5).T})
     before = path.read_bytes()
-    tensor = checkpoint_module.read_tensor(path, "a")
-    tensor.zero_()
+    read_tensor(path, "a").zero_()
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
     assert json.loads(before[8 : 8 + int.from_bytes(before[:8], "little")])["a"]["shape"] == [5, 3]

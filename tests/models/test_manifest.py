@@ -1,43 +1,54 @@
-"""Verification finds every kind of damage, and names the tensor."""
+"""Every kind of damage is found and named; manifests from anywhere are refused, and no name is obeyed on a card."""
 
 import json
 import re
+import shutil
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
+from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import manifest
+from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
+from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
 
 LAYER = "model.layers.0.mlp.up_proj"
+SETTINGS = PruneSettings(method="magnitude", pattern="2:4", fit="none")
 
 
-@pytest.fixture
-def folder(tiny, tmp_path, progress):
-    output = tmp_path / "out"
-    prune(
-        tiny("llama"),
-        output,
-        PruneSettings(method="magnitude", pattern="2:4", fit="none"),
-        CalibrationSettings(),
-        progress=progress,
-    )
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("manifest") / "out"
+    prune(tiny("llama"), output, SETTINGS, CalibrationSettings(), progress=Progress(quiet=True))
     return output
 
 
-def damage(folder, change) -> None:
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    """A copy of a pruned folder, to be damaged."""
+    return shutil.copytree(written, tmp_path / "out")
 
 
-def test_what_prune_writes_verifies(folder) -> None:
-    manifest.verify(folder)
+def restated(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Change keys of the manifest."""
+    path = folder / manifest.MANIFEST
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(content))
+    return content
+
+
+def fill_negative(state) -> None:
+    state[f"{LAYER}.weight"].masked_fill_(state[f"{LAYER}.weight"] == 0, -0.0)
 
 
 def swap_zero_and_weight(state) -> None:
@@ -52,40 +63,30 @@ def swap_zero_and_weight(state) -> None:
         (lambda s: s.pop(f"{LAYER}.weight"), "no tensor of that name was saved"),
         (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
         (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says 4096"),
-        (lambda s: s[f"{LAYER}.weight"][s[f"{LAYER}.weight"] == 0].shape and s[f"{LAYER}.weight"].masked_fill_(
-            s[f"{LAYER}.weight"] == 0, -0.0), "holds -0.0"),
+        (fill_negative, "holds -0.0"),
         (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
         (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}), "saved with shape"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_found_and_named(folder, change, message: str) -> None:
-    damage(folder, change)
+    manifest.verify(folder)
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=re.escape(LAYER) + ".*" + message):
         manifest.verify(folder)
 
 
-def test_a_damaged_file_is_a_model_error(folder) -> None:
-    (folder / "model.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(ModelError, match="damaged safetensors"):
-        manifest.verify(folder)
-
-
-def test_a_folder_without_manifest_is_no_pruned_one(tmp_path) -> None:
-    with pytest.raises(ModelError, match="not made by `gblm-compress prune`"):
-        manifest.read(tmp_path)
-
-
-def test_the_manifest_holds_every_parameter(folder) -> None:
-    content = json.loads((folder / manifest.MANIFEST).read_text())
-    assert content["prune"] == PruneSettings(method="magnitude", pattern="2:4", fit="none").model_dump(mode="json")
+def test_the_manifest_holds_every_setting(written) -> None:
+    content = json.loads((written / manifest.MANIFEST).read_text())
+    assert content["prune"] == SETTINGS.model_dump(mode="json")
     assert content["calibration"] is None  # magnitude looks at no text
     assert content["versions"]["torch"] == version("torch")
-    assert "magnitude, 2:4" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
-def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, folder, tiny, tmp_path, progress) -> None:
-    source = ModelSource("out", folder)
+def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, written, tiny, tmp_path, progress) -> None:
+    source = ModelSource("out", written)
     export(source, tmp_path / "export", ExportSettings(format=format), progress=progress)
     content = manifest.read(tmp_path / "export")
     assert content["base_model"]["sha256"] == tiny("llama").fingerprint
@@ -97,51 +98,128 @@ def test_an_export_says_where_it_comes_from_and_how_it_is_loaded(format, folder,
     assert loaded["model"].config.num_hidden_layers == 2 and loaded["tokenizer"]("a")["input_ids"]
 
 
-def test_what_is_pruned_already_is_said(folder, tiny, tmp_path, progress) -> None:
+def test_what_is_pruned_already_is_said(written, tiny, tmp_path, progress) -> None:
     settings = PruneSettings(method="magnitude", sparsity=0.3, fit="none")
-    again = prune(ModelSource("out", folder), tmp_path / "again", settings, CalibrationSettings(), progress=progress)
+    again = prune(ModelSource("out", written), tmp_path / "again", settings, CalibrationSettings(), progress=progress)
     assert "out is pruned already (2:4, 50.0 % zeros); zeros stay zeros" in again.warnings[0]
     assert manifest.read(tmp_path / "again")["base_model"]["sha256"] == tiny("llama").fingerprint
 
 
-DAMAGED = [
-    ("[]", "not an object"),
-    ('{"kind": "pruned"}', "base_model: Field required"),
-    ({"layers": {}}, "has its settings and its layers listed"),
-    ({"kind": "export", "layers": {}}, "has its settings and its layers listed"),
-    ({"prune": 5}, "prune: "),
-    ({"prune": {"method": "x |\n# INJECTED"}}, "prune.method: "),
-    ({"calibration": []}, "calibration: "),
-    ({"checks": []}, "checks: "),
-    ({"left_dense": []}, "left_dense: "),
-    ({"left_dense": {"a": {}}}, "left_dense.a.weights: Field required"),
-    ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
-    ({"layers": {LAYER: {"pattern": "2:4", "shape": [0, 0], "nonzeros": 0, "transposed": False}}}, "shape"),
-    ({"layers": {LAYER: {"pattern": "2:4", "shape": [1], "nonzeros": 1, "transposed": False}}}, "shape"),
-    ({"layers": {LAYER: {"pattern": "2:x", "shape": [1, 1], "nonzeros": 1, "transposed": False}}}, "pattern '2:x'"),
-    ({"layers": {LAYER: {"pattern": "2:4", "shape": [1, 1], "nonzeros": -1, "transposed": False}}}, "nonzeros"),
-]
+def layer(**changes: Any) -> dict[str, Any]:
+    return {"layers": {LAYER: {"pattern": "2:4", "shape": [1, 1], "nonzeros": 1, "transposed": False} | changes}}
 
 
-def test_settings_that_are_none_make_no_pruned_folder(folder) -> None:
-    path = folder / manifest.MANIFEST
-    assert manifest.is_pruned(folder)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "export", "prune": None, "layers": {}}))
-    assert not manifest.is_pruned(folder)
-
-
-@pytest.mark.parametrize(("change", "message"), DAMAGED)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("[]", "not an object"),
+        ('{"kind": "pruned"}', "base_model: Field required"),
+        ({"layers": {}}, "has its settings and its layers listed"),
+        ({"kind": "export", "layers": {}}, "has its settings and its layers listed"),
+        ({"prune": 5}, "prune: "),
+        ({"prune": {"method": ["x |\n# INJECTED"]}}, r'prune.method: .* got \["x |\\n# INJECTED"\]'),
+        ({"calibration": []}, "calibration: "),
+        ({"checks": []}, "checks: "),
+        ({"left_dense": {"a": {}}}, "left_dense.a.weights: Field required"),
+        ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
+        (layer(shape=[0, 0]), "shape"),
+        (layer(shape=[1]), "shape"),
+        (layer(pattern="2:x"), "pattern '2:x'"),
+        (layer(nonzeros=-1), "nonzeros"),
+    ],
+)
 def test_a_manifest_from_anywhere(change, message: str, folder) -> None:
-    path = folder / manifest.MANIFEST
-    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    if isinstance(change, str):
+        (folder / manifest.MANIFEST).write_text(change)
+    else:
+        restated(folder, **change)
     with pytest.raises(ModelError, match=message):
         manifest.read(folder)
 
 
-def test_a_manifest_of_another_model_exports_nothing(folder, tmp_path, progress) -> None:
-    path = folder / manifest.MANIFEST
-    content = json.loads(path.read_text())
-    content["layers"]["model.embed_tokens"] = content["layers"].pop(LAYER)
-    path.write_text(json.dumps(content))
+def test_folders_that_were_not_pruned_are_told(folder, tmp_path, progress) -> None:
+    with pytest.raises(ModelError, match="not made by `gblm-compress prune`"):
+        manifest.read(tmp_path)
+    assert manifest.is_pruned(folder)
+    layers = restated(folder)["layers"]
+    restated(folder, layers=layers | {"model.embed_tokens": layers[LAYER]})
     with pytest.raises(ModelError, match="lists 'model.embed_tokens'.*belongs to another model"):
         export(ModelSource("out", folder), tmp_path / "x", ExportSettings(format="bitmask"), progress=progress)
+    restated(folder, kind="export", prune=None, layers={})
+    assert not manifest.is_pruned(folder)
+
+
+def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_path, progress) -> None:
+    """Names come from outside: none may add a line of YAML or Markdown."""
+    place = tmp_path / "evil\nlicense: mine\n# [red]"
+    shutil.copytree(tiny("llama").folder, place)
+    settings = PruneSettings(method="magnitude", pattern="2:4", ignore=("*.0.self_attn.q_proj",), fit="none")
+    result = prune(ModelSource(str(place), place), tmp_path / "out", settings, CalibrationSettings(), progress=progress)
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and "license" not in front and "\n" not in front["base_model"]
+    assert ", magnitude, 2:4\n" in card and "AutoModelForCausalLM.from_pretrained" in card
+    total = sum(layer.shape[0] * layer.shape[1] for layer in result.layers.values())
+    head, ignored = 257 * 64, 64 * 64
+    assert f"with {100 * total / (total + head + ignored):.1f} % of all linear weights" in card
+    assert f"embedding tied: 1 layer, {head:,} weights" in card
+    assert f"ignored by pattern '*.0.self_attn.q_proj': 1 layer, {ignored:,} weights" in card
+
+
+def test_what_a_manifest_says_is_text_on_the_card(folder, tmp_path, progress) -> None:
+    left = restated(folder)["left_dense"]
+    left["lm_head"]["reason"] = "head\n# INJECTED \x1b[2J <script> | `code` [x](javascript:)"
+    name = "a/<img onerror=x>|[x](y)"
+    restated(folder, left_dense=left, base_model={"name": name, "sha256": "0"})
+    export(ModelSource("out", folder), tmp_path / "export", ExportSettings(format="bitmask"), progress=progress)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == name
+    body = card.split("---", 2)[2]
+    assert "\x1b" not in body and "<img" not in body and "<script" not in body and "\n# INJECTED" not in body
+    assert r"head\\n# INJECTED \\x1b\[2J &lt;script> \| \`code\` \[x\](javascript:)" in body
+
+
+def changed(source: ModelSource, folder: Path, **config: Any) -> ModelSource:
+    """A copy of a model with another config.json."""
+    shutil.copytree(source.folder, folder)
+    content = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(content))
+    return ModelSource(folder.name, folder)
+
+
+def test_the_source_is_a_baseline_wherever_it_lies(folder, tiny, tmp_path) -> None:
+    pruned = ModelSource("pruned", folder)
+    check_baseline(pruned, tiny("llama"))
+    check_baseline(pruned, ModelSource("copy", shutil.copytree(tiny("llama").folder, tmp_path / "copy")))
+    check_baseline(pruned, pruned)  # it comes from the same model
+    build_tiny("llama", tmp_path / "twin", seed=1)
+    twin = ModelSource("twin", tmp_path / "twin")
+    with pytest.raises(UsageError, match=r"'twin' is no baseline of 'pruned', which was made from .* by its gblm_m"):
+        check_baseline(pruned, twin)
+    (folder / manifest.MANIFEST).unlink()
+    check_baseline(pruned, twin)  # nothing but the shapes is known
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ({}, {"hidden_size": 32}, "hidden_size is 32, the model's 64"),
+        ({}, {"architectures": ["X"]}, "architectures is "),
+        ({"text_config": {"num_experts": 4}}, {"text_config": {"num_experts": 8}}, "num_experts is 8, the model's 4"),
+    ],
+)
+def test_another_architecture_is_named_by_its_first_difference(ours, theirs, message, tiny, tmp_path) -> None:
+    model, other = (
+        changed(tiny("llama"), tmp_path / "model", **ours),
+        changed(tiny("llama"), tmp_path / "other", **theirs),
+    )
+    with pytest.raises(UsageError, match=rf"'other' is no baseline of 'model': its {message}"):
+        check_baseline(model, other)
+
+
+def test_evaluate_refuses_it_before_reading_anything(tiny, written, progress) -> None:
+    settings = EvaluateSettings(dataset="./gone.txt", sequence_length=32)
+    with pytest.raises(UsageError) as found:
+        evaluate(ModelSource("pruned", written), settings, baseline=tiny("mistral"), progress=progress)
+    assert "2 faults" in str(found.value) and "its model_type is 'mistral'" in str(found.value)
+    assert "'./gone.txt': no such file" in str(found.value)

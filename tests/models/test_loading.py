@@ -1,0 +1,152 @@
+"""Models and processors in memory: what is missing or unknown is one message; devices, dtypes, lengths."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
+from gblm_compress.models import loading
+from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
+from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.tasks.text import vocabulary_of
+
+
+@pytest.fixture
+def source(tiny, tmp_path) -> ModelSource:
+    """A copy of a tiny Llama, to be spoilt."""
+    return ModelSource("m", shutil.copytree(tiny("llama").folder, tmp_path / "model"))
+
+
+def test_a_graph_beside_weights_is_named(source) -> None:
+    (source.folder / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"is an export; prune the .* or remove model\.onnx if"):
+        loading.check_model(source, "prune")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("BertForMaskedLM", "is for fill-mask"),
+        *((name, f"does not know the architecture {name}") for name in ("MartianForCausalLM", "__version__", "utils")),
+        *((name, f"does not know the architecture {name}") for name in ("pipeline", "LlamaConfig")),
+        *((name, "is for no task") for name in ("PreTrainedModel", "BertForPreTraining", "GPT2DoubleHeadsModel")),
+    ],
+)
+def test_architectures_for_no_task(architecture: str, message: str, source) -> None:
+    (source.folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
+    with pytest.raises(ModelError, match=f"model 'm': .*{message}"):
+        load_model(source)
+
+
+def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
+    """transformers makes an empty one of tokenizer_config.json alone."""
+    (source.folder / "tokenizer.json").unlink()
+    for kind in ("BertTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "T5Tokenizer"):
+        (source.folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        with pytest.raises(ModelError, match="model 'm': .*tokenizer files are missing or do not fit"):
+            load_processor(source)
+    (source.folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        load_processor(source)
+
+
+def test_a_vision_model_without_an_image_processor_is_told_what_it_lacks(tmp_path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="its image processor cannot be loaded"):
+        load_processor(ModelSource("vit", tmp_path))
+
+
+def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
+    state = load_file(source.folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(source)
+
+
+def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
+    assert vocabulary_of(loading.config_of(tiny("gpt2"))) == 257
+    for config, expected in (
+        ({"model_type": "gpt2"}, 50257),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert vocabulary_of(loading.config_of(ModelSource("m", tmp_path))) == expected
+
+
+def test_devices_and_dtypes(monkeypatch, tiny) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu:0") == "cpu"
+    with pytest.raises(MissingDependencyError, match="finds no CUDA device"):
+        choose_device("cuda")
+    for other in ("gpu9", "mps", "meta", "xpu:0"):
+        with pytest.raises(UsageError, match=f"'{other}' is not (known|supported); give auto, cpu, cuda or cuda:N"):
+            choose_device(other)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == "cuda"
+    assert choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(MissingDependencyError, match="the last of 2 CUDA devices is cuda:1"):
+        choose_device("cuda:2")
+    assert choose_dtype("auto", tiny("llama"), "cpu") == "float32"
+    assert choose_dtype("bfloat16", tiny("llama"), "cpu") == "bfloat16"
+
+
+_BY_KIND = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"n_positions": 512}, 512),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default"}}, 512),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"text_config": {"max_position_embeddings": 512}, "vision_config": {"max_position_embeddings": 64}}, 512),
+        ({"max_position_embeddings": 512, "rope_parameters": _BY_KIND}, None),
+        ({}, None),
+    ],
+)
+def test_no_more_tokens_than_positions(config, positions, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "m", **config}))
+    loading.check_length(ModelSource("m", tmp_path), 512)
+    if positions:
+        with pytest.raises(UsageError, match="'m' has 512 positions; sequence length is 513, give 512 or less"):
+            loading.check_length(ModelSource("m", tmp_path), 513)
+    else:
+        loading.check_length(ModelSource("m", tmp_path), 100_000)
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_path: Path) -> None:
+    texts = ["the hares sat in the grass and the hares ate the clover"] * 9
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
+    if not spaced:
+        learnt.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    learnt.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=learnt, unk_token="?")
+    loading.save_processor(tokenizer, tmp_path)
+    stored = (tmp_path / "tokenizer.json").read_text()
+    merges = json.loads(stored)["model"]["merges"]
+    assert merges and {type(merge) for merge in merges} == {list if spaced else str}
+    assert "\n" not in stored.strip()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("the clover ate")["input_ids"] == tokenizer("the clover ate")["input_ids"]
+    loading.save_processor(byte_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_tiny_kinds_are_named() -> None:
+    with pytest.raises(UsageError, match="llama, mistral"):
+        tiny_config("bloom")
