@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 
+from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 
@@ -66,3 +67,48 @@ def written(folder: Path, family: str, auto_class: str = "AutoModel") -> ModelSo
     encoder(family, auto_class).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return ModelSource(folder.name, folder)
+
+
+def inputs_of(model: Any, layers: dict[str, Any], sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What each layer gets in a forward pass of the whole model, [tokens, in_features]."""
+    found = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: found.update({name: args[0].detach().flatten(0, -2)})
+        )
+        for name, layer in layers.items()
+    ]
+    model(**sample)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0, as_one: bool = False) -> dict[str, Any]:
+    """Masks of gblm at 50 % per row: whole forward passes over one sample at a time, with no padding.
+
+    Args:
+        samples: the model's arguments for each.
+        losses: of the model, one for each sample.
+        as_one: whether all layers are measured in the dense model.
+    """
+    per_block = prunable_layers(model)
+    layers = {name: layer for block in per_block for name, layer in block.items()}
+    gradients = dict.fromkeys(layers, 0.0)
+    for loss in losses:
+        found = torch.autograd.grad(loss(model), [layer.weight for layer in layers.values()])
+        for name, gradient in zip(layers, found, strict=True):
+            gradients[name] = gradients[name] + gradient.abs()
+    masks = {}
+    for block in [layers] if as_one else per_block:
+        squares = dict.fromkeys(block, 0.0)
+        for sample in samples:
+            for name, x in inputs_of(model, block, sample).items():
+                squares[name] = squares[name] + x.square().sum(0)
+        for name, layer in block.items():
+            score = layer.weight.detach().abs() * ((squares[name] / len(samples)).sqrt() + alpha * gradients[name])
+            masks[name] = score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2]
+        with torch.no_grad():
+            for name, layer in block.items():
+                layer.weight *= masks[name]
+    return masks

@@ -17,11 +17,10 @@ from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneS
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.embedding import Embedding, top_agreement
 from gblm_compress.tasks.passages import Row, encode
-from gblm_compress.tasks.task import random_numbers, with_draws
+from gblm_compress.tasks.task import with_draws
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training.distillation import distil_, predictions
 from tests.tasks import families
-from tests.tasks.test_tasks import slow_masks
 
 TASK = TASKS["embedding"]
 TEXT = CalibrationSettings(dataset="demo", samples=6, sequence_length=40)
@@ -54,25 +53,6 @@ def test_families_are_pruned_by_every_kind_of_method(family: str, task: str, pro
         layers = prune_(model, samples, PruneSettings(**settings), progress)
         assert len(layers) == sum(map(len, prunable_layers(dense))) >= 6
         assert all(layer.nonzeros == layer.shape[0] * layer.shape[1] // 2 for layer in layers.values())
-
-
-def test_masks_are_those_of_a_loop_that_sees_no_padding(progress) -> None:
-    """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
-    model = families.encoder("bert")
-    samples = drawn(model)
-    directions = {tuple(cut(s)["input_ids"][0].tolist()): random_numbers(s, 32, normal=True) for s in samples}
-
-    def loss(model, ids):
-        pooled = model(input_ids=ids).last_hidden_state[0].mean(0)
-        return pooled @ directions[tuple(ids[0].tolist())] / pooled.norm()
-
-    texts = [cut(sample)["input_ids"] for sample in samples]
-    expected = slow_masks(copy.deepcopy(model), texts, 100.0, loss)
-    without = slow_masks(copy.deepcopy(model), texts, 0.0, loss)
-    prune_(model, samples, PruneSettings(method="gblm", alpha=100.0, fit="none"), progress)
-    total = sum(mask.numel() for mask in expected.values())
-    different = sum(int(((model.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
-    assert different <= 1e-3 * total < 1e-2 * total < sum(int((m != without[n]).sum()) for n, m in expected.items())
 
 
 def test_squared_gradients_estimate_the_curvature_of_the_distance() -> None:

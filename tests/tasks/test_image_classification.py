@@ -1,20 +1,27 @@
 """Models that classify images: families, masks against a slow loop, and what is refused."""
 
+import gzip
+import io
+import random
+import struct
 from functools import partial
+from pathlib import Path
 
 import numpy
 import onnxruntime
+import pyarrow
 import pytest
 import torch
 import transformers
 from PIL import Image
+from pyarrow import parquet
 from torch.nn.functional import cross_entropy
 
+from gblm_compress import tasks
 from gblm_compress.errors import DataError, ModelError
 from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
-from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
@@ -26,7 +33,9 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 from gblm_compress.tasks import TASKS, task_of
+from gblm_compress.tasks import image_classification as images
 from gblm_compress.tasks.image_classification import Picture, Pictures, labels_of
+from tests.tasks import families
 
 TASK = TASKS["image-classification"]
 CLASSES, SAMPLES = 6, 5
@@ -81,41 +90,14 @@ def drawn(source: ModelSource, dataset) -> list:
     return TASK.calibration(processor, config, str(dataset), SAMPLES, 2, 0)
 
 
-def slow_masks(model, samples, labels, as_one: bool = False) -> dict[str, torch.Tensor]:
-    """Masks of gblm at 50 % per row, alpha 1: forward passes of the whole model over one image at a time.
+def slow_masks(source: ModelSource, samples, labels, as_one: bool = False) -> dict[str, torch.Tensor]:
+    images = [{"pixel_values": sample["pixel_values"]} for sample in samples]
 
-    Args:
-        as_one: whether all layers are measured in the dense model.
-    """
-    per_block = prunable_layers(model)
-    layers = {name: layer for block in per_block for name, layer in block.items()}
-    per_block = [layers] if as_one else per_block
-    gradients = dict.fromkeys(layers, 0.0)
-    for sample, label in zip(samples, labels, strict=True):
-        loss = cross_entropy(model(pixel_values=sample["pixel_values"]).logits, label)
-        for name, gradient in zip(
-            layers, torch.autograd.grad(loss, [layer.weight for layer in layers.values()]), strict=True
-        ):
-            gradients[name] = gradients[name] + gradient.abs()
-    masks = {}
-    for block in per_block:
-        squares = dict.fromkeys(block, 0.0)
+    def loss(image, label, model):
+        return cross_entropy(model(**image).logits, label)
 
-        def add(name, squares, _, args) -> None:
-            squares[name] = squares[name] + args[0].detach().flatten(0, -2).square().sum(0)
-
-        hooks = [layer.register_forward_pre_hook(partial(add, name, squares)) for name, layer in block.items()]
-        for sample in samples:
-            model(pixel_values=sample["pixel_values"])
-        for hook in hooks:
-            hook.remove()
-        for name, layer in block.items():
-            score = layer.weight.detach().abs() * ((squares[name] / len(samples)).sqrt() + gradients[name])
-            masks[name] = score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2]
-        with torch.no_grad():
-            for name, layer in block.items():
-                layer.weight *= masks[name]
-    return masks
+    losses = [partial(loss, *each) for each in zip(images, labels, strict=True)]
+    return families.slow_masks(load_model(source), images, losses, as_one=as_one)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -146,11 +128,11 @@ def test_masks_are_those_of_a_loop_over_images(model, pictures, tmp_path, progre
             likelihoods = dense(pixel_values=sample["pixel_values"]).logits.detach().softmax(-1)[0].tolist()
             sums = [sum(likelihoods[: place + 1]) for place in range(CLASSES)]
             labels.append(torch.tensor([next(place for place, total in enumerate(sums) if total >= number)]))
-    expected = slow_masks(dense, samples, labels)
+    expected = slow_masks(source, samples, labels)
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     different = sum(int(((pruned.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
     assert len(expected) == 12 and different <= 1e-3 * sum(mask.numel() for mask in expected.values())
-    others = slow_masks(load_model(source), samples, [(label + 1) % CLASSES for label in labels])
+    others = slow_masks(source, samples, [(label + 1) % CLASSES for label in labels])
     assert sum(int((mask != others[name]).sum()) for name, mask in expected.items()) > 1e-2 * 12 * 32 * 32
 
 
@@ -211,8 +193,8 @@ def test_blocks_that_change_the_size_of_states_are_measured_as_one(model, pictur
     calibration = CalibrationSettings(dataset=str(pictures), samples=SAMPLES)
     settings = PruneSettings(method="gblm", alpha=1.0, update="none")
     prune(source, tmp_path / "out", settings, calibration, device="cpu", progress=progress)
-    dense, samples = load_model(source), drawn(source, pictures)
-    expected = slow_masks(dense, samples, [sample["labels"] for sample in samples], as_one=True)
+    samples = drawn(source, pictures)
+    expected = slow_masks(source, samples, [sample["labels"] for sample in samples], as_one=True)
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     different = sum(int(((pruned.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
     assert len(expected) == 13 and different <= 1e-3 * sum(mask.numel() for mask in expected.values())
@@ -295,3 +277,206 @@ def test_a_limit_draws_from_all_classes(model, pictures) -> None:
     source = model("vit")
     found = TASK.evaluation(load_processor(source), load_model(source).config, str(pictures), 2, 6)
     assert len(found) == 6 and len({int(sample["labels"]) for sample in found}) > 3
+
+
+def picture(value: int, size: int = 4, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (size, size), value if mode == "L" else (value,) * 3)
+
+
+def png(value: int) -> bytes:
+    content = io.BytesIO()
+    picture(value).save(content, "png")
+    return content.getvalue()
+
+
+def idx(path: Path, numbers: numpy.ndarray) -> None:
+    """The format of MNIST: two zero bytes, 8 for bytes, how many dimensions, their sizes, the numbers."""
+    content = struct.pack(f">4B{numbers.ndim}I", 0, 0, 8, numbers.ndim, *numbers.shape) + numbers.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of three images, one in capitals and one a level deeper."""
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "data" / name / "deep").mkdir(parents=True)
+        for value, place in enumerate(("a.png", "b.PNG", "deep/c.bmp")):
+            picture(10 * number + value).save(tmp_path / "data" / name / place)
+    (tmp_path / "data" / "notes.txt").write_text("no image")
+    (tmp_path / "data" / "empty").mkdir()
+    return tmp_path / "data"
+
+
+def values(found: images.Pictures, mode: str = "L") -> list[tuple[int, images.Label]]:
+    return [(one.read(mode).getpixel((0, 0)), one.label) for one in found.found]
+
+
+def test_a_folder_has_a_class_for_each_sub_folder(folder) -> None:
+    found = images.read(str(folder), "evaluation", None, 0)
+    assert found.classes == ("cat", "dog")
+    assert values(found) == [(0, "cat"), (1, "cat"), (2, "cat"), (10, "dog"), (11, "dog"), (12, "dog")]
+    chosen = random.Random(5).sample(range(6), 4)
+    drawn = images.read(str(folder), "calibration", 4, 5)
+    assert values(drawn) == [values(found)[index] for index in chosen] and drawn.classes == found.classes
+    assert tasks.data_files(str(folder)) == [folder] and tasks.is_here(str(folder))
+
+
+def test_a_folder_without_classes_has_no_labels(folder) -> None:
+    assert values(images.read(str(folder / "cat" / "deep"), "calibration", None, 0)) == [(2, None)]
+
+
+def test_parts_of_a_folder(tmp_path, folder) -> None:
+    (tmp_path / "both").mkdir()
+    folder.rename(tmp_path / "both" / "train")
+    assert len(images.read(str(tmp_path / "both"), "calibration", None, 0).found) == 6
+    with pytest.raises(DataError, match="has no part for evaluation: no folder val or validation"):
+        images.read(str(tmp_path / "both"), "evaluation", None, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(tmp_path, suffix) -> None:
+    pixels = numpy.arange(2 * 3 * 5, dtype=numpy.uint8).reshape(2, 3, 5)
+    idx(tmp_path / f"t10k-images-idx3-ubyte{suffix}", pixels)
+    idx(tmp_path / f"t10k-labels-idx1-ubyte{suffix}", numpy.array([7, 3], dtype=numpy.uint8))
+    found = images.read(str(tmp_path), "evaluation", None, 0).found
+    assert [one.label for one in found] == [7, 3]
+    assert (numpy.stack([numpy.asarray(one.read("L")) for one in found]) == pixels).all()
+    assert found[0].read("RGB").size == (5, 3)
+    with pytest.raises(DataError, match="no part for calibration: no file train-images-idx3-ubyte"):
+        images.read(str(tmp_path), "calibration", None, 0)
+    alone = tmp_path / "images-idx3-ubyte"
+    idx(alone, pixels)
+    assert images.data_files(str(alone)) == [alone]
+    assert [one.label for one in images.read(str(alone), "calibration", None, 0).found] == [None, None]
+    idx(labels := tmp_path / "labels-idx1-ubyte", numpy.array([1, 0], dtype=numpy.uint8))
+    assert images.data_files(str(alone)) == [alone, labels]
+    assert [one.label for one in images.read(str(alone), "calibration", None, 0).found] == [1, 0]
+
+
+def test_a_parquet_file(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    stored = [{"bytes": png(value), "path": None} for value in range(200)]
+    parquet.write_table(pyarrow.table({"image": stored, "label": list(range(200))}), path)
+    assert values(images.read(str(path), "evaluation", None, 0)) == [(value, value) for value in range(200)]
+    for count in (9, 2):  # of four batches, some have none
+        chosen = sorted(random.Random(1).sample(range(200), count))
+        assert values(images.read(str(path), "calibration", count, 1)) == [(value, value) for value in chosen]
+    parquet.write_table(pyarrow.table({"image": stored[:2], "label": [False, True]}), path)
+    labels = [one.label for one in images.read(str(path), "evaluation", None, 0).found]
+    assert labels == [0, 1] and not any(isinstance(label, bool) for label in labels)
+    parquet.write_table(pyarrow.table({"image": [png(3)]}), path)
+    assert values(images.read(str(path), "calibration", None, 0)) == [(3, None)]
+
+
+def test_a_hub_dataset(monkeypatch) -> None:
+    class Rows(list):
+        def shuffle(self, seed: int, buffer_size: int) -> "Rows":
+            return Rows(reversed(self))
+
+    rows = Rows({"image": picture(value), "label": value} for value in range(5))
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
+    assert values(images.read("owner/name", "evaluation", None, 0)) == [(value, value) for value in range(5)]
+    assert values(images.read("owner/name", "calibration", 2, 0)) == [(4, 4), (3, 3)]
+    assert images.data_files("owner/name:config@split") == []
+
+
+def table(**columns) -> bytes:
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), content)
+    return content.getvalue()
+
+
+TRAIN, HEAD = "train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "the folder holds no image; give a folder with a sub-folder"),
+        ({"train/a.txt": b"", "test/a.png": png(0)}, "has no image for calibration: the folder 'train' holds none"),
+        ({"cat/a.png": png(0), "b.png": png(0)}, "'b.png' lies beside folders of classes"),
+        ({TRAIN: b"\0\0\x0d\3" + bytes(12)}, "is no IDX file of bytes in 3 dimensions"),
+        ({TRAIN: HEAD + bytes(29)}, "says that it holds 2×3×5 numbers, and holds 29"),
+        ({f"{TRAIN}.gz": gzip.compress(HEAD + bytes(10_000_000))}, "holds 2×3×5 numbers, and holds more"),
+        (
+            {TRAIN: struct.pack(">4B3I", 0, 0, 8, 3, *[1 << 16] * 3)},
+            "65536×65536 numbers; 1 to 4,294,967,296 can",
+        ),
+        ({f"{TRAIN}.gz": b"\x1f\x8b" + bytes(20)}, "cannot be read"),
+        (
+            {TRAIN: HEAD + bytes(30), "train-labels-idx1-ubyte": struct.pack(">4BI", 0, 0, 8, 1, 3) + bytes(3)},
+            "2 images in train-images-idx3-ubyte, 3 labels in train-labels-idx1-ubyte",
+        ),
+        ({"a.parquet": table(img=[png(0)])}, "has no column 'image'; it has 'img'"),
+        ({"a.parquet": table(image=[3])}, "row 0: its image is int; the bytes of an image file are needed"),
+        ({"a.parquet": table(image=[png(0)], label=[0.5])}, "row 0: its label is float; a number or a name is needed"),
+        ({"a.parquet": table(image=pyarrow.array([], pyarrow.binary()))}, "holds no image"),
+        ({"a.parquet": b"PAR1" + bytes(40)}, "cannot be read"),
+    ],
+)
+def test_unusable_datasets_are_data_errors(tmp_path, files, message) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    source = tmp_path / "a.parquet" if "a.parquet" in files else tmp_path
+    with pytest.raises(DataError, match=message):
+        images.read(str(source), "calibration", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("demo", "'demo' is text, and the model takes images"),
+        ("c4", "is text"),
+        ("./gone", "'./gone' is not there; give a folder with a sub-folder"),
+        ("gone.parquet", "no such file"),
+        ("words.txt", "is not there"),
+    ],
+)
+def test_what_is_no_dataset_of_images(source, message) -> None:
+    with pytest.raises(DataError, match=message):
+        images.data_files(source)
+
+
+def test_what_no_task_can_read_is_refused_in_words_for_all_of_them(tmp_path) -> None:
+    """The model is not known yet: a folder without an image may have been meant for one of texts or of images."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").touch()
+    for path, message in (
+        ("empty", "is a folder"),
+        ("config.json", "is a file of another kind"),
+    ):
+        with pytest.raises(DataError) as raised:
+            tasks.data_files(str(tmp_path / path))
+        said = str(raised.value)
+        assert said.startswith(f"dataset {str(tmp_path / path)!r} {message}; for a causal language model give a .txt")
+        assert all(task.help in said and task.reads in said for task in tasks.TASKS.values())
+    for gone in ("gone.parquet", "./gone.txt", "./gone"):
+        with pytest.raises(DataError, match=rf"'{gone}': no such file$"):
+            tasks.data_files(gone)
+
+
+def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
+    picture(0, 64).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    (tmp_path / "words.jpg").write_text("no image")
+    Image.fromarray(numpy.full((4, 4), 1000, numpy.uint16)).save(tmp_path / "deep.png")
+    found = images.read(str(tmp_path), "evaluation", None, 0).found
+    messages = (
+        "cut.png' cannot be read as an image",
+        "deep.png' has pixels of mode I;16",
+        "words.jpg' cannot be read as an image .of no known format.; remove it",
+    )
+    for one, message in zip(found, messages, strict=True):
+        with pytest.raises(DataError, match=message):
+            one.read("RGB")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_all_modes_are_converted(tmp_path, mode) -> None:
+    picture(200).convert(mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    (one,) = images.read(str(tmp_path), "evaluation", None, 0).found
+    assert one.read("RGB").mode == "RGB" and one.read("L").mode == "L"
+    if mode != "1":  # black and white: dots that look grey from afar
+        assert abs(one.read("RGB").getpixel((1, 1))[0] - 200) <= (5 if mode == "P" else 1)

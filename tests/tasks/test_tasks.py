@@ -1,44 +1,37 @@
 """Tasks added from outside: their masks are those of a slow loop that never sees padding."""
 
-import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch.nn.functional import cross_entropy, pad
-from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2DoubleHeadsModel, LlamaForCausalLM
+from transformers import BertForMaskedLM, BertModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
 from gblm_compress.calibration.block_statistics import gram_matrices, regional_norms
 from gblm_compress.calibration.blocks import activation_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.exporters import export
-from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer, tiny_model
+from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.in_memory import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     CalibrationSettings,
-    EvaluateSettings,
-    ExportSettings,
     PruneSettings,
     ResourceSettings,
 )
 from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
-from gblm_compress.tasks.metrics import mean_metric
-from gblm_compress.tasks.task import Sample, Task, fingerprint
-from gblm_compress.tasks.text import load_text, tokenize, vocabulary_of
+from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
+from gblm_compress.tasks.text import load_text
 from gblm_compress.training.distillation import distil_, predictions
 from tests.conftest import CAUSAL_LM, replay, samples
 from tests.tasks import families
@@ -47,57 +40,32 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"
 SAMPLES, LENGTH = 5, 24
 
 
-class Norms(Task):
-    """Windows of several lengths, padded; the loss is the norm of all predictions."""
-
-    help = "an encoder"
-    auto_class = "AutoModel"
-    output = "last_hidden_state"
-
-    def calibration(self, processor, config, dataset, samples, length, seed):
-        ids = tokenize(processor, vocabulary_of(config), load_text(dataset, "calibration"))
-        generator, found = random.Random(seed), []
-        for _ in range(samples):
-            start, tokens = generator.randrange(len(ids) - length), generator.randint(length // 2, length)
-            mask = (torch.arange(length) < tokens).long()
-            window = ids[start : start + length] * mask
-            found.append({"input_ids": window.unsqueeze(0), "attention_mask": mask.unsqueeze(0)})
-        return found
-
-    def loss(self, judged, sample):
-        return judged.norm()
-
-    def evaluation(self, processor, config, dataset, length, limit):
-        return self.calibration(processor, config, dataset, limit or 64, length, seed=1)
-
-    def metrics(self, measured):
-        return {"norm": mean_metric(measured)}
-
-    def fidelity(self, reference, judged):
-        return {"cosine": float(torch.cosine_similarity(reference, judged).mean())}
+TASK = TASKS["embedding"]
 
 
 @pytest.fixture
-def encoder(tmp_path, monkeypatch) -> ModelSource:
-    """A tiny encoder on disk, whose task is `Norms`."""
-    monkeypatch.setitem(TASKS, "embedding", Norms())
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.3)
-            elif name.endswith("LayerNorm.weight"):  # else all tokens have one norm, and the loss no gradient
-                parameter.uniform_(0, 2)
-    model.save_pretrained(tmp_path / "encoder")
-    byte_tokenizer().save_pretrained(tmp_path / "encoder")
-    return ModelSource("encoder", tmp_path / "encoder")
+def encoder(tmp_path) -> ModelSource:
+    """A tiny encoder on disk."""
+    source = families.written(tmp_path / "encoder", "bert")
+    model = load_model(source)
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):  # else all tokens have one norm, which has no gradient
+            parameter.detach().uniform_(0, 2, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(source.folder)
+    return source
 
 
-def drawn(source: ModelSource, prose: Path) -> list[Sample]:
-    size = SAMPLES, LENGTH, 0
-    found = TASKS["embedding"].calibration(load_processor(source), config_of(source), str(prose), *size)
+@pytest.fixture
+def text(tmp_path) -> CalibrationSettings:
+    """Passages of 12 to 24 bytes, so that most are padded."""
+    words = [word for word in load_text("demo", "calibration").split() if len(word) < 4]
+    lines = [" ".join(words[7 * i : 7 * i + 5 + i % 3]) for i in range(40)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    return CalibrationSettings(dataset=str(tmp_path / "lines.txt"), samples=SAMPLES, sequence_length=LENGTH)
+
+
+def drawn(source: ModelSource, text: CalibrationSettings) -> list[Sample]:
+    found = TASK.calibration(load_processor(source), config_of(source), text.dataset, SAMPLES, LENGTH, 0)
     assert len({int(sample["attention_mask"].sum()) for sample in found}) > 2  # lengths differ
     return found
 
@@ -114,89 +82,58 @@ def counted_files(monkeypatch) -> list[Path]:
     return files
 
 
-def inputs_of(model, layers, ids) -> dict[str, torch.Tensor]:
-    """What each layer gets in a forward pass of the whole model, [tokens, in_features]."""
-    found = {}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: found.update({name: args[0].detach().flatten(0, -2)})
-        )
-        for name, layer in layers.items()
-    ]
-    model(input_ids=ids)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def without_padding(found) -> list[torch.Tensor]:
     return [sample["input_ids"][:, : int(sample["attention_mask"].sum())] for sample in found]
 
 
-def slow_masks(
-    model,
-    texts: list[torch.Tensor],
-    alpha: float,
-    loss: Callable[[Any, torch.Tensor], torch.Tensor] = lambda model, ids: model(ids).last_hidden_state.norm(),
-) -> dict[str, torch.Tensor]:
-    """Masks of gblm at 50 % per row: whole forward passes over one sample at a time, with no padding."""
-    per_block = prunable_layers(model)
-    layers = {name: layer for block in per_block for name, layer in block.items()}
-    gradients = dict.fromkeys(layers, 0.0)
-    for ids in texts:
-        found = torch.autograd.grad(loss(model, ids), [layer.weight for layer in layers.values()])
-        for name, gradient in zip(layers, found, strict=True):
-            gradients[name] = gradients[name] + gradient.abs()
-    masks = {}
-    for block in per_block:
-        squares = dict.fromkeys(block, 0.0)
-        for ids in texts:
-            for name, x in inputs_of(model, block, ids).items():
-                squares[name] = squares[name] + x.square().sum(0)
-        for name, layer in block.items():
-            score = layer.weight.detach().abs() * ((squares[name] / len(texts)).sqrt() + alpha * gradients[name])
-            masks[name] = score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2]
-        with torch.no_grad():
-            for name, layer in block.items():
-                layer.weight *= masks[name]
-    return masks
-
-
 @pytest.mark.parametrize(("offload", "memory"), [(False, None), (True, 1)])
 def test_masks_are_those_of_a_loop_that_sees_no_padding(
-    encoder, tmp_path, prose, progress, monkeypatch, offload, memory
+    encoder, tmp_path, text, progress, monkeypatch, offload, memory
 ) -> None:
-    text = CalibrationSettings(dataset=str(prose), samples=SAMPLES, sequence_length=LENGTH)
+    """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
     resources = ResourceSettings.model_construct(offload=offload, memory=memory)
-    settings = PruneSettings(method="gblm", alpha=1.0, update="none")
+    settings = PruneSettings(method="gblm", alpha=100.0, update="none")
     files = counted_files(monkeypatch)
     prune(encoder, tmp_path / "out", settings, text, resources=resources, device="cpu", progress=progress)
     assert bool(files) == offload
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     assert type(pruned) is BertModel
-    expected = slow_masks(load_model(encoder), without_padding(drawn(encoder, prose)), alpha=1.0)
-    different = sum(int(((pruned.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
-    assert len(expected) == 12 and different <= 1e-3 * sum(mask.numel() for mask in expected.values())
-    # It would not pass by chance: gradients and what padding adds turn far more of the mask.
-    without_gradients = slow_masks(load_model(encoder), without_padding(drawn(encoder, prose)), alpha=0.0)
+    found = drawn(encoder, text)
+    texts = without_padding(found)
+
+    def loss(ids, sample, model):
+        pooled = model(input_ids=ids).last_hidden_state[0].mean(0)
+        return pooled @ random_numbers(sample, 32, normal=True) / pooled.norm()
+
+    losses = [partial(loss, *each) for each in zip(texts, found, strict=True)]
+    samples = [{"input_ids": ids} for ids in texts]
+    expected = families.slow_masks(load_model(encoder), samples, losses, 100.0)
     total = sum(mask.numel() for mask in expected.values())
-    assert sum(int((mask != without_gradients[name]).sum()) for name, mask in expected.items()) > 1e-2 * total
-    full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in drawn(encoder, prose)]
+
+    def different(masks) -> int:
+        return sum(int((masks[name] != mask).sum()) for name, mask in expected.items())
+
+    def mask_of(model) -> dict[str, torch.Tensor]:
+        return {name: model.get_submodule(name).weight != 0 for name in expected}
+
+    assert len(expected) == 12 and different(mask_of(pruned)) <= 1e-3 * total
+    # It would not pass by chance: gradients and what padding adds turn far more of the mask.
+    assert different(families.slow_masks(load_model(encoder), samples, losses, 0.0)) > 1e-2 * total
     model = load_model(encoder)
+    full = [{**sample, "attention_mask": torch.ones_like(sample["attention_mask"])} for sample in found]
     prune_(model, full, settings, progress)
-    padded = sum(int(((model.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
-    assert padded > 1e-2 * total
+    assert different(mask_of(model)) > 1e-2 * total
 
 
-def test_statistics_of_a_block_leave_padding_out(encoder, prose) -> None:
-    found = drawn(encoder, prose)
+def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
+    found = drawn(encoder, text)
     model = load_model(encoder)
     layers = prunable_layers(model)[0]
-    block = replay(model, found, TASKS["embedding"]).block(0)
+    block = replay(model, found, TASK).block(0)
     texts = without_padding(found)
     grams, squares = (dict.fromkeys(layers, 0.0) for _ in range(2))
     for ids in texts:
-        for name, x in inputs_of(model, layers, ids).items():
+        for name, x in families.inputs_of(model, layers, {"input_ids": ids}).items():
             grams[name] = grams[name] + x.T @ x
         outputs = []
         hook = model.encoder.layer[0].register_forward_hook(
@@ -216,12 +153,9 @@ def test_statistics_of_a_block_leave_padding_out(encoder, prose) -> None:
     assert block.tokens == sum(ids.shape[1] for ids in texts) / SAMPLES
 
 
-def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, prose, progress, monkeypatch) -> None:
-    text = CalibrationSettings(dataset=str(prose), samples=SAMPLES, sequence_length=LENGTH)
-    resources, settings = (
-        ResourceSettings.model_construct(offload=True, memory=1),
-        PruneSettings(alpha=1.0, update="none"),
-    )
+def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, text, progress, monkeypatch) -> None:
+    resources = ResourceSettings.model_construct(offload=True, memory=1)
+    settings = PruneSettings(alpha=1.0, update="none")
 
     def pruned(name: str, resume: bool) -> bytes:
         prune(
@@ -301,55 +235,37 @@ def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 1e-3
 
 
-def test_experts_that_read_rows_of_their_own_choice_refuse_padding(encoder, prose) -> None:
+def test_experts_that_read_rows_of_their_own_choice_refuse_padding(encoder, text) -> None:
     model = load_model(encoder)
     layer = model.encoder.layer[1].intermediate.dense
     layer.register_forward_pre_hook(lambda _, args: (args[0][:, 1:],))
     model.encoder.layer[1].output.register_forward_pre_hook(lambda _, args: (args[0], args[1][:, 1:]))
-    states = replay(model, drawn(encoder, prose), TASKS["embedding"])
+    states = replay(model, drawn(encoder, text), TASK)
     states.advance(0)
     with pytest.raises(ModelError, match=r"intermediate.dense: the layer reads 23 rows of a sample of 24 tokens"):
         activation_norms(states.block(1), prunable_layers(model)[1])
 
 
-def test_an_encoder_is_packed_and_has_no_export_to_onnx(encoder, tmp_path, prose, progress) -> None:
-    text = CalibrationSettings(dataset=str(prose), samples=SAMPLES, sequence_length=LENGTH)
-    prune(
-        encoder, tmp_path / "pruned", PruneSettings(pattern="2:4", update="none"), text, device="cpu", progress=progress
-    )
-    pruned = ModelSource("pruned", tmp_path / "pruned")
-    assert "`AutoModel.from_pretrained` loads" in (pruned.folder / "README.md").read_text()
-    done = export(pruned, tmp_path / "packed", ExportSettings(format="bitmask"), force=False, progress=progress)
-    assert done.checks["packed_layers"] == 12 and done.checks["logits_relative_difference"] < 1e-4
-    with pytest.raises(UsageError, match="an encoder cannot be exported to ONNX"):
-        export(pruned, tmp_path / "onnx", ExportSettings(format="onnx"), force=False, progress=progress)
+def test_a_task_says_what_it_has_not(encoder) -> None:
+    class Bare(Task):
+        help = "a bare model"
 
+        def calibration(self, *arguments):
+            return []
 
-def test_an_encoder_is_judged_by_the_metrics_of_its_task(encoder, tmp_path, prose, progress) -> None:
-    pruned = ModelSource("pruned", tmp_path / "pruned")
-    prune(
-        encoder,
-        pruned.folder,
-        PruneSettings(method="magnitude", fit="none"),
-        CalibrationSettings(),
-        device="cpu",
-        progress=progress,
-    )
-    settings = EvaluateSettings(dataset=str(prose), sequence_length=LENGTH, max_windows=3)
-    found = evaluate(pruned, settings, baseline=encoder, device="cpu", progress=progress)
-    dense, other, norms, cosines = load_model(encoder), load_model(pruned), [], []
-    for ids in without_padding(TASKS["embedding"].evaluation(*_tokenizer_and_config(encoder), str(prose), LENGTH, 3)):
-        one, two = (model(input_ids=ids).last_hidden_state[0].detach().double() for model in (dense, other))
-        norms.append(float(two.norm()))
-        cosines.append(float(((one * two).sum(1) / one.norm(dim=1) / two.norm(dim=1)).mean()))
-    assert found.metrics["norm"].value == pytest.approx(sum(norms) / 3, rel=1e-4)
-    assert found.fidelity["cosine"] == pytest.approx(sum(cosines) / 3, rel=1e-4) and found.fidelity["cosine"] < 0.999
-    plain = found.as_dict()
-    assert plain["metrics"] == ["norm"] and plain["baseline_norm"] == found.baseline["norm"].value
+        def loss(self, judged, sample):
+            return judged.norm()
 
-
-def _tokenizer_and_config(source: ModelSource):
-    return load_processor(source), config_of(source)
+    task, some = Bare(), (None,) * 5
+    for call, message in (
+        (lambda: task.training(*some), "there is no training of a bare model"),
+        (lambda: task.evaluation(*some), "there is no evaluation of a bare model"),
+        (lambda: task.timed(*some[1:]), "there is no benchmark of a bare model"),
+        (lambda: task.example(None), "a bare model cannot be exported to ONNX"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+    assert task.metrics([task.measure(torch.ones(4), {})])["loss"].value == 2.0 and task.agreement([], []) == {}
 
 
 def test_the_task_of_the_page_prunes(monkeypatch, prose, progress) -> None:
