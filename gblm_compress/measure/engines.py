@@ -52,6 +52,7 @@ class GenaiRuntime:
                 self._model = onnxruntime_genai.Model(config)
         except RuntimeError as error:
             raise ModelError(f"{source.name!r}: onnxruntime-genai cannot load it ({str(error)[:300]})") from error
+        self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
 
     def predict(self, sample: Sample) -> Tensor:
@@ -73,9 +74,6 @@ class GenaiRuntime:
         else:
             cache.append_tokens(ids.int().numpy())
         return torch.from_numpy(cache.get_logits()).float()[:, -1], cache
-
-    def step_ms(self) -> dict[str, float]:
-        return {}
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """The operators of the graph as it was exported; the library does not say what it runs."""
@@ -155,10 +153,13 @@ class VllmRuntime:
         self._engine = self._llm.llm_engine
         self._tokens: dict[str, list[int]] = {}
         self._started = 0
+        self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"vLLM {vllm.__version__} on {current_platform.device_type}", dtype
 
-    def predict(self, sample: Sample) -> Tensor:
+    def predict(self, *_: Any) -> Any:
         raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
+
+    last_logits = predict
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         self._engine.abort_request(list(self._tokens))
@@ -173,12 +174,6 @@ class VllmRuntime:
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """`ids` are those that the engine chose itself, and are not given to it again."""
         return self._next(cache + 1), cache + 1
-
-    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
-
-    def step_ms(self) -> dict[str, float]:
-        return {}
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """Those of the packed layers, merged as vLLM merges them; its own layers count as dense."""

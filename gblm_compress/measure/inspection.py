@@ -132,19 +132,6 @@ def survivors(weight: Tensor) -> Tensor:
     return (weight != 0).float().mean(0)
 
 
-def as_strips(columns: Tensor, width: int = STRIP) -> Tensor:
-    """Columns side by side, in lines below each other like text, [lines, width]; NaN where the last line ends."""
-    lines = -(-len(columns) // width)
-    return torch.nn.functional.pad(columns, (0, lines * width - len(columns)), value=math.nan).reshape(lines, width)
-
-
-def scale(columns: Tensor) -> tuple[float, float]:
-    """The range of a panel's colours: around the layer's mean, as far as the column furthest from it."""
-    mean = float(columns.mean())
-    reach = max(float((columns - mean).abs().max()), 1e-3)
-    return mean - reach, mean + reach
-
-
 @plain_figures()
 def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
     """One panel for each kind of layer in the first, the middle and the last block, as PNG.
@@ -167,12 +154,13 @@ def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
     for (row, block), (column, kind) in product(enumerate(blocks), enumerate(kinds)):
         axis = axes[row][column]
         if kind in panels[block]:
-            strip = panels[block][kind]
-            low, high = scale(strip)
-            how = {"vmin": low, "vmax": high, "cmap": "RdBu", "aspect": "auto", "interpolation": "nearest"}
-            figure.colorbar(axis.imshow(as_strips(strip).numpy(), **how), ax=axis, shrink=0.8).ax.tick_params(
-                labelsize=6
-            )
+            share = panels[block][kind]
+            lines = torch.nn.functional.pad(share, (0, -len(share) % STRIP), value=math.nan).reshape(-1, STRIP)
+            mean = float(share.mean())
+            reach = max(float((share - mean).abs().max()), 1e-3)  # of the column furthest from the mean
+            colours = {"vmin": mean - reach, "vmax": mean + reach, "cmap": "RdBu"}
+            image = axis.imshow(lines.numpy(), aspect="auto", interpolation="nearest", **colours)
+            figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=6)
         if row == 0:
             axis.set_title(printable(kind), fontsize=8)
         if column == 0:

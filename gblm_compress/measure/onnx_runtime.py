@@ -33,7 +33,6 @@ AT_ONCE = "gblm_tokens_at_once"
 STATE = re.compile(r"_state(_\d+)?$")
 """The end of the names of inputs and outputs that have one size for any number of tokens."""
 _LOGITS, _PAST = "logits", "past_key_values."
-_OPTIONAL = ("attention_mask", "position_ids")
 
 
 def check_onnx_provider(device: str) -> str:
@@ -152,7 +151,7 @@ class OnnxSession:
 
 
 def _joined(counters: Sequence[Counter[str]], calls: Sequence[int]) -> list[Counter[str]]:
-    """One counter for as many calls of a graph as each entry of `calls` says."""
+    """The sums of the first `calls[0]` counters, of the next `calls[1]`, and so on."""
     assert len(counters) == sum(calls)
     left = iter(counters)
     return [sum(islice(left, number), Counter()) for number in calls]
@@ -188,6 +187,7 @@ class OnnxForward:
             return 1
 
         self._opened.profile(profile, run)
+        self.step_ms = self._opened.step_ms
 
     def predict(self, sample: Sample) -> Tensor:
         if missing := [name for name in self._inputs if name not in sample]:
@@ -200,9 +200,6 @@ class OnnxForward:
         with self._opened.named_errors("run"):
             (prediction,) = self._opened.session.run([self._task.output], given)
         return torch.from_numpy(prediction).float()
-
-    def step_ms(self) -> dict[str, float]:
-        return self._opened.step_ms
 
     def kernels(self, tokens: int) -> dict[str, int]:
         return self._opened.kernels(tokens)
@@ -234,6 +231,7 @@ class OnnxRuntime:
         self.dtype = self._interface.dtype
         self._at_once = _at_once(self._opened)
         self._opened.profile(profile, self._calls_of)
+        self.step_ms = self._opened.step_ms
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -241,17 +239,15 @@ class OnnxRuntime:
         return torch.from_numpy(logits).float()
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self._greedy(ids, None)
+        return self.decode(ids, None)
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        return self._greedy(ids, cache)
+        logits, cache = self._step(ids, cache)
+        return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
-
-    def step_ms(self) -> dict[str, float]:
-        return self._opened.step_ms
 
     def kernels(self, tokens: int) -> dict[str, int]:
         return self._opened.kernels(tokens)
@@ -260,10 +256,6 @@ class OnnxRuntime:
         """Read so many tokens; the number of calls of the graph."""
         self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
         return -(-tokens // (self._at_once or tokens))
-
-    def _greedy(self, ids: Tensor, cache: _Cache | None) -> tuple[Tensor, Any]:
-        logits, cache = self._step(ids, cache)
-        return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
     def _step(self, ids: Tensor, cache: _Cache | None) -> tuple[Any, _Cache]:
         cache = cache or self._empty(len(ids))
@@ -324,11 +316,8 @@ class OnnxRuntime:
         return _Cache([self._ort_value(value, *self._device) for value in wider], cache.length)
 
     def _empty(self, batch: int) -> _Cache:
-        values = [
-            self._ort_value(np.zeros((batch, *shape), dtype), *self._device)
-            for dtype, shape in self._interface.past.values()
-        ]
-        return _Cache(values, 0)
+        empty = [np.zeros((batch, *shape), dtype) for dtype, shape in self._interface.past.values()]
+        return _Cache([self._ort_value(value, *self._device) for value in empty], 0)
 
 
 @dataclass(frozen=True)
@@ -372,7 +361,7 @@ class _Interface:
             return value
 
         logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
-        takes = ("input_ids", *(name for name in _OPTIONAL if name in inputs))
+        takes = ("input_ids", *(name for name in ("attention_mask", "position_ids") if name in inputs))
         for name in takes:
             tensor(inputs, name, ("tensor(int64)",), 2)
         past: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -389,11 +378,11 @@ class _Interface:
                 which = "dimensions after the first" if is_state else "second and fourth dimension"
                 raise opened.other_interface(f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
             past[name] = ONNX_TYPES[value.type], tuple(shape)
-            tensor(outputs, _present(name), (value.type,), len(value.shape))
+            tensor(outputs, name.replace(_PAST, "present.", 1), (value.type,), len(value.shape))
         if not past:
             raise opened.other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
-        shares = "GroupQueryAttention" in operators
-        return cls(ONNX_TYPES[logits.type], takes, past, tuple(map(_present, past)), shares)
+        present = tuple(name.replace(_PAST, "present.", 1) for name in past)
+        return cls(ONNX_TYPES[logits.type], takes, past, present, "GroupQueryAttention" in operators)
 
 
 def _at_once(opened: OnnxSession) -> int | None:
@@ -403,8 +392,3 @@ def _at_once(opened: OnnxSession) -> int | None:
     if not re.fullmatch(r"[1-9]\d{0,8}", said):
         raise opened.other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
     return int(said)
-
-
-def _present(past: str) -> str:
-    """The output that continues an input of the cache."""
-    return "present." + past.removeprefix(_PAST)

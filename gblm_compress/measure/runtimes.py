@@ -45,6 +45,7 @@ class Runtime(Protocol):
     def predict(self, sample: Sample) -> Tensor:
         """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
 
+    @property
     def step_ms(self) -> dict[str, float]:
         """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
 
@@ -73,8 +74,8 @@ class TorchRuntime:
 
     def __init__(self, model: Any) -> None:
         self.model, self.task = model, task_of(type(model))
-        self.provider = str(model.device)
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.provider, self.dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+        self.step_ms: dict[str, float] = {}
 
     @torch.inference_mode()
     def predict(self, sample: Sample) -> Tensor:
@@ -97,9 +98,6 @@ class TorchRuntime:
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids.to(self.model.device), cache)
         return logits.float().cpu(), cache
-
-    def step_ms(self) -> dict[str, float]:
-        return {}
 
     def kernels(self, tokens: int) -> dict[str, int]:
         from transformers.pytorch_utils import Conv1D

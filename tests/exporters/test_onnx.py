@@ -15,6 +15,7 @@ from gblm_compress.exporters import (
     onnx_packing,
     onnx_plain,
     onnx_verification,
+    onnx_weights,
 )
 from gblm_compress.exporters import onnx as exporter
 from gblm_compress.kernels import cpu
@@ -70,14 +71,13 @@ def test_names_and_dynamic_dimensions(exported) -> None:
     assert outputs["logits"] == ["batch_size", "sequence_length", 257]
     for layer in range(2):
         for kind in ("key", "value"):
-            assert inputs.pop(f"past_key_values.{layer}.{kind}") == [
-                "batch_size",
-                2,
-                "past_sequence_length",
-                16,
-            ]
+            past = ["batch_size", 2, "past_sequence_length", 16]
+            assert inputs.pop(f"past_key_values.{layer}.{kind}") == past
             assert outputs.pop(f"present.{layer}.{kind}") == ["batch_size", 2, "total_sequence_length", 16]
     assert set(inputs) == {"input_ids", "attention_mask", "position_ids"} and set(outputs) == {"logits"}
+    decoder = json.loads((folder.folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 16)
+    assert set(decoder["inputs"]) == {*inputs, "past_key_names", "past_value_names"}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -121,21 +121,7 @@ def test_greedy_tokens_are_those_of_generate(exported) -> None:
     assert greedy_tokens(TorchRuntime(model), ids, 12) == expected
 
 
-def test_checks_say_what_was_measured(exported) -> None:
-    _, _, result = exported
-    assert result.checks["logits_relative_difference"] < 1e-4
-    assert result.checks["layers_checked"] == 14
-    assert result.checks["zeros"] == sum([64 * 64 * 2, 32 * 64 * 2, 64 * 128 * 3])  # half of both blocks' weights
-
-
-def test_genai_config(exported) -> None:
-    _, folder, _ = exported
-    decoder = json.loads((folder.folder / "genai_config.json").read_text())["model"]["decoder"]
-    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 2, 16)
-    assert set(decoder["inputs"]) >= {"input_ids", "attention_mask", "position_ids", "past_key_names"}
-
-
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
 def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
     result = export(tiny(kind), tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
     assert result.checks["identical_greedy_tokens"] == 32
@@ -178,20 +164,9 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, spars
     saved = (dense.folder / "model.onnx.data").stat().st_size - (packed.folder / "model.onnx.data").stat().st_size
     weights = result.checks["zeros"] * 2  # half of them are zeros
     assert saved == pytest.approx(weights * (4 - 4 / 2 - 1 / 8), rel=0.05)
-    ids = torch.arange(40).reshape(2, 20)
-    assert torch.equal(
-        OnnxRuntime(packed, "cpu", 1).predict({"input_ids": ids}),
-        OnnxRuntime(dense, "cpu", 1).predict({"input_ids": ids}),
-    )
-    assert result.checks["zeros"] == dense_result.checks["zeros"]
-
-
-def test_sparse_float16(exported, tmp_path, progress) -> None:
-    settings = ExportSettings(**PLAIN, dtype="float16", sparse=True)
-    result = export(exported[0], tmp_path / "out", settings, progress=progress)
-    assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
-    assert result.checks["logits_relative_difference"] < 2e-2
-    assert result.checks["identical_greedy_tokens"] == 32
+    sample = {"input_ids": torch.arange(40).reshape(2, 20)}
+    got, expected = (OnnxRuntime(folder, "cpu", 1).predict(sample) for folder in (packed, dense))
+    assert torch.equal(got, expected) and result.checks["zeros"] == dense_result.checks["zeros"]
 
 
 def test_onnx_runtime_folds_the_decoder(sparse, tmp_path) -> None:
@@ -233,27 +208,13 @@ def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch
 
 
 @needs_operator
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 64, 200])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("tokens", "threads"), [(1, 1), (7, 2), (8, 1), (9, 2), (200, 2)])
 def test_kernels_for_every_number_of_tokens(exported, with_kernels, tokens: int, threads: int) -> None:
     ids = torch.randint(0, 257, (2, tokens), generator=torch.Generator().manual_seed(tokens))
     got = OnnxRuntime(with_kernels[1], "cpu", threads).predict({"input_ids": ids})
     torch.testing.assert_close(
         got, OnnxRuntime(exported[1], "cpu", 1).predict({"input_ids": ids}), rtol=1e-4, atol=1e-4
     )
-
-
-@needs_operator
-def test_what_runs_is_listed_with_its_provider(exported, with_kernels) -> None:
-    dense = OnnxRuntime(exported[1], "cpu", 1, profile=[1]).kernels(1)
-    runtime = OnnxRuntime(with_kernels[1], "cpu", 1, profile=(5, 1))
-    packed = runtime.kernels(1)
-    assert runtime.kernels(4) == packed and runtime.kernels(5) == runtime.kernels(20)
-    for operator in ("MatMul (CPUExecutionProvider)", "BitmaskLinear (CPUExecutionProvider)"):
-        assert runtime.kernels(5)[operator] == packed[operator]
-    assert packed["BitmaskLinear (CPUExecutionProvider)"] == 8
-    products = "MatMul (CPUExecutionProvider)"
-    assert dense[products] - packed[products] == 15 and packed["DenseLinear (CPUExecutionProvider)"] == 1
 
 
 def without_a_start(graph) -> None:
@@ -336,16 +297,9 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
 
     shape = array.T.shape if kernels else array.shape
     assert np.array_equal(decoded(), array.T if kernels else array)
-    damages = [
-        {"mask": None},
-        {"nonzeros": None},
-        {"mask": mask * 0},
-        {"mask": mask.astype(np.float32)},
-        {"nonzeros": values[:-1]},
-        {"nonzeros": values[None]},
-        {"nonzeros": values.astype(np.int64)},
-        {"nonzeros": values + 1},
-    ]
+    damages = [{"mask": damaged} for damaged in (None, mask * 0, mask.astype(np.float32))]
+    wrong = (None, values[:-1], values[None], values.astype(np.int64), values + 1)
+    damages += [{"nonzeros": damaged} for damaged in wrong]
     shape, right = (3, 64), shape
     with pytest.raises(VerificationError, match=r"^w\.(mask|shape): .* the weight has \[3, 64\]"):
         decoded()
@@ -355,12 +309,21 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
             decoded(**damage)
 
 
-def test_wrong_logits_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
-    source, _, _ = exported
-    monkeypatch.setattr(OnnxRuntime, "predict", lambda self, sample: torch.zeros(*sample["input_ids"].shape, 257))
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "message"),
+    [
+        (OnnxRuntime, "predict", lambda _, sample: torch.zeros(*sample["input_ids"].shape, 257), "and torch differ"),
+        (onnx_weights, "find", lambda *_: {}, "no initializer of the graph holds its weight"),
+        (onnx_verification, "decode", lambda *_: np.ones((1, 1)), r"zeros in the model, 0 in the graph's initializer"),
+    ],
+)
+def test_wrong_logits_and_lost_zeros_fail_verification(
+    exported, tmp_path, monkeypatch, progress, owner, name, wrong, message
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    with pytest.raises(VerificationError, match="logits of ONNX Runtime and torch differ"):
-        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
+    with pytest.raises(VerificationError, match=message):
+        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
     assert not list(tmp_path.iterdir())
 
 
@@ -414,15 +377,8 @@ def test_an_export_that_decides_no_token_is_refused(exported, tmp_path, monkeypa
         export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
-def test_lost_zeros_fail_verification(exported, tmp_path, monkeypatch, progress) -> None:
-    source, _, _ = exported
-    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported, noise=1e-7))
-    with pytest.raises(VerificationError, match=r"no initializer of the graph holds its weight"):
-        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
-
-
-def kept_trace(exported, noise: float = 0.0):
-    """Stands in for the tracer with the graph that was exported before, its weights changed by `noise`."""
+def kept_trace(exported):
+    """A tracer that gives the graph that was exported before."""
     import onnx_ir as ir
 
     def trace(model, source):
@@ -432,9 +388,6 @@ def kept_trace(exported, noise: float = 0.0):
             if rest:
                 direction = "input" if stem == "past_key_values" else "output"
                 value.name = f"{direction}.cache.layers.{rest[0]}.{rest[1]}s"
-        for value in program.graph.initializers.values():
-            if len(value.shape) == 2:
-                value.const_value = ir.tensor(value.const_value.numpy() + np.float32(noise), name=value.name)
         return program
 
     return trace

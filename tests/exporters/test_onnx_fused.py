@@ -6,12 +6,16 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
 
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export, onnx_fused
+from gblm_compress.exporters.onnx_fused import calculate_rotations_
+from gblm_compress.exporters.onnx_weights import initializer
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime, load_runtime
@@ -276,19 +280,14 @@ def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monke
 
 
 def _twice(config: str) -> str:
-    assert config.count('"session_options": {') == 1
-    return config.replace(
-        '"session_options": {', '"session_options": {"custom_ops_library": "evil.so"}, "session_options": {'
-    )
+    options = '"session_options": {'
+    return config.replace(options, f'{options}"custom_ops_library": "evil.so"}}, {options}')
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            {"session_options": {"custom_ops_library": "evil.so"}},
-            r"model\.decoder\.session_options\.custom_ops_library",
-        ),
+        ({"session_options": {"custom_ops_library": "evil.so"}}, r"model\.decoder\.session_options\.custom_ops"),
         ({"session_options": {"enable_profiling": "/tmp/x"}}, r"model\.decoder\.session_options\.enable_profiling"),
         ({"pipeline": [{"a": {"filename": "a.onnx"}}]}, r"model\.decoder\.pipeline"),
         ({"filename": "../other.onnx"}, r"the graph '\.\./other\.onnx'"),
@@ -320,3 +319,61 @@ def test_genai_needs_its_config(exported, tmp_path) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="onnxruntime-genai cannot load it"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
+
+
+POSITIONS, PAIRS = 8192, 32
+TURNS = (1 / 10000 ** (np.arange(PAIRS) / PAIRS)).astype(np.float32)
+ANGLES = np.outer(np.arange(POSITIONS, dtype=np.float32), TURNS)
+"""In float32, as in transformers: beyond 4,096 radians each is rounded by up to 4.9e-4."""
+
+
+def program(**named) -> ir.Model:
+    """A graph that gives rows of its tables."""
+    rows = ir.Value(name="rows", shape=ir.Shape([None]), type=ir.TensorType(ir.DataType.INT64))
+    graph = ir.Graph([rows], [], nodes=[], opset_imports={"": 21}, name="tables")
+    for name, table in named.items():
+        node = ir.node("Gather", [initializer(graph, name, table), rows])
+        node.outputs[0].name = f"{name}.rows"
+        node.outputs[0].dtype = ir.tensor(table).dtype
+        node.outputs[0].shape = ir.Shape([None, PAIRS])
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+    return ir.Model(graph, ir_version=10)
+
+
+def session(made: ir.Model, folder, **options):
+    ir.save(made, folder / "model.onnx")
+    settings = onnxruntime.SessionOptions()
+    for name, value in options.items():
+        setattr(settings, name, str(value))
+    return onnxruntime.InferenceSession(folder / "model.onnx", settings)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 6e-4), (np.float16, 1.1e-3)])
+def test_the_graph_makes_the_tables(dtype, tolerance, tmp_path) -> None:
+    made = program(cos_cache=np.cos(ANGLES).astype(dtype), sin_cache=np.sin(ANGLES).astype(dtype))
+    calculate_rotations_(made, [TURNS[:7], TURNS])
+    assert max(one.const_value.size for one in made.graph.initializers.values()) == PAIRS
+    found = session(made, tmp_path).run(None, {"rows": np.arange(POSITIONS)})
+    exact = np.outer(np.arange(POSITIONS), TURNS.astype(np.float64))
+    for one, expected in zip(found, (np.cos(exact), np.sin(exact)), strict=True):
+        assert one.dtype == dtype and np.abs(one - expected).max() < tolerance
+
+
+def test_a_session_holds_the_tables(tmp_path) -> None:
+    """So that a step calculates none."""
+    made = program(cos_cache=np.cos(ANGLES), sin_cache=np.sin(ANGLES), cos_cache_local=np.cos(ANGLES))
+    calculate_rotations_(made, [TURNS])
+    assert sum(node.op_type == "Range" for node in made.graph) == 1
+    session(made, tmp_path, optimized_model_filepath=tmp_path / "folded.onnx")
+    assert {node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node} == {"Gather"}
+
+
+@pytest.mark.parametrize("change", ["scaled", "other frequencies", "one number", "another name"])
+def test_other_tables_stay(change) -> None:
+    table, name = np.cos(ANGLES), "table" if change == "another name" else "cos_cache"
+    table *= np.float32(1.2 if change == "scaled" else 1)
+    table[4711, 0] += 0.01 * (change == "one number")
+    made = program(**{name: table})
+    calculate_rotations_(made, [TURNS * np.float32(1.001)] if change == "other frequencies" else [TURNS])
+    assert list(made.graph.initializers) == [name] and len(made.graph) == 1

@@ -19,8 +19,7 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
-from gblm_compress.models.files import SPARSE_INDEX, SPARSE_SINGLE
-from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.files import SPARSE_INDEX
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
@@ -152,7 +151,8 @@ def test_from_pretrained_computes_what_the_dense_folder_does(kind, format, famil
 
 @FORMATS
 def test_bytes_of_the_pruned_layers_in_16_bit(format, tiny, tmp_path, progress) -> None:
-    _, _, result = exported(tiny, tmp_path, progress, dtype="bfloat16", format=format)
+    _, folder, result = exported(tiny, tmp_path, progress, dtype="bfloat16", format=format)
+    assert load_model(folder, "float32").dtype == torch.bfloat16  # a sparse checkpoint keeps its own
     padding = 14 * 64 * 2 if format == "bitmask" else 0  # bytes; kernels may read that far past the last value
     assert (result.checks["packed_bytes"] - padding) / result.checks["same_layers_dense_bytes"] == 9 / 16
 
@@ -172,38 +172,16 @@ def test_in_a_new_process_whatever_is_imported_first(tiny, tmp_path, progress) -
 
 
 @FORMATS
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_saved_again_and_loaded_again(format, kind, tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress, kind, format=format)
-    model = AutoModelForCausalLM.from_pretrained(folder.folder)
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert same_bits(one, other), name
-
-
-@pytest.mark.filterwarnings("default")  # lm-eval's own
-def test_lm_eval_loads_the_folder_by_itself(tiny, tmp_path, progress) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    source, folder, _ = exported(tiny, tmp_path, progress)
-    requests = [Instance("loglikelihood", {}, (text, " and so on"), 0) for text in ("It is", "They were")]
-    found = []
-    for model in (source, folder):
-        lm = HFLM(pretrained=str(model.folder), device="cpu", dtype="float32", batch_size=2)
-        found.append([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
-    assert isinstance(lm.model.model.layers[0].mlp.up_proj, PackedLinear)
-    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][0] != found[0][1]
-
-
-@FORMATS
-def test_generate_cast_and_compile(format, tiny, tmp_path, progress) -> None:
+def test_generate_save_cast_and_compile(format, tiny, tmp_path, progress) -> None:
     source, folder, _ = exported(tiny, tmp_path, progress, format=format)
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
     ids = torch.arange(20).unsqueeze(0)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert same_bits(one, other), name
     with torch.no_grad():
         expected = dense(input_ids=ids).logits
         compiled = torch.compile(model, backend="aot_eager")
@@ -224,17 +202,8 @@ def test_loaded_in_another_dtype(format, asked, tiny, tmp_path, progress) -> Non
     assert torch.equal(layer.dense_weight(), dense)
 
 
-@FORMATS
-def test_every_dtype(format, tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress, dtype="bfloat16", format=format)
-    model = load_model(folder, "float32")  # a sparse checkpoint keeps its own
-    assert model.dtype == torch.bfloat16
-    assert model.model.layers[0].mlp.up_proj.values.dtype == torch.bfloat16
-
-
-@FORMATS
-def test_evaluate_and_benchmark_take_it(format, tiny, tmp_path, prose, progress) -> None:
-    source, folder, _ = exported(tiny, tmp_path, progress, format=format)
+def test_evaluate_and_benchmark_take_it(tiny, tmp_path, prose, progress) -> None:
+    source, folder, _ = exported(tiny, tmp_path, progress)
     settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
     same = evaluate(folder, settings, baseline=source, progress=progress)
     assert same.fidelity["mean_kl"] == pytest.approx(0, abs=1e-6)
@@ -264,15 +233,6 @@ def test_what_is_not_2_4_is_refused_by_layer(tiny, tmp_path, progress) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"pruned"}
 
 
-def test_a_damaged_folder(tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress, format="semi-structured")
-    (folder.folder / SPARSE_SINGLE).write_bytes(b"junk")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_model(folder)
-    with pytest.raises(ModelError, match="damaged safetensors file"):
-        resolve_model(str(folder.folder), progress)
-
-
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
 def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size, tiny, tmp_path, progress) -> None:
     """Without this package transformers does not know the layout, and would leave what it does not find random."""
@@ -294,20 +254,14 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size,
 
 def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, progress) -> None:
     _, folder, _ = exported(tiny, tmp_path, progress)
+    pruning, out = (PruneSettings(method="magnitude", fit="none"), CalibrationSettings()), tmp_path / "x"
     for refused in (
         lambda: inspect(folder, None, progress),
-        lambda: export(folder, tmp_path / "x", ExportSettings(format="onnx"), progress=progress),
+        lambda: export(folder, out, ExportSettings(format="onnx"), progress=progress),
+        lambda: prune(folder, out, *pruning, progress=progress),
     ):
         with pytest.raises(ModelError, match="is an export"):
             refused()
-    with pytest.raises(ModelError, match="is an export"):
-        prune(
-            folder,
-            tmp_path / "x",
-            PruneSettings(method="magnitude", fit="none"),
-            CalibrationSettings(),
-            progress=progress,
-        )
 
 
 UP = "model.layers.0.mlp.up_proj"  # [128, 64]
@@ -346,28 +300,20 @@ def with_value(at, number):
     return lambda values: values.index_fill(0, torch.tensor([at]), number)
 
 
-NAN, INFINITY = float("nan"), float("inf")
+NAN = float("nan")
 DAMAGES = {
     "bitmask": [
         (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
         (replaced(f"{K}.values", lambda values: None), rf"{K}\.values: no such tensor"),
         (replaced("model.norm.weight", lambda weight: None), r"model\.norm\.weight: no such tensor"),
         (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{UP}\.values: .* mask takes \[8256\]"),
-        (replaced(f"{UP}.mask", lambda mask: mask ^ 1), rf"{UP}\.values: shape \[4160\]; the mask takes \[4...\]"),
         (replaced(f"{UP}.mask", lambda mask: mask[1:]), rf"{UP}\.mask: int64 \[127, 1\]; needs int64 \[128, 1\]"),
-        (replaced(f"{UP}.mask", lambda mask: mask.view(torch.int32)), rf"{UP}\.mask: int32 \[128, 2\]; needs int64"),
-        (replaced(f"{UP}.mask", lambda mask: mask.T), rf"{UP}\.mask: int64 \[1, 128\]; needs"),
         (replaced(f"{UP}.mask", lambda mask: mask.double()), rf"{UP}\.(values|mask): "),
         (replaced(f"{K}.values", lambda values: values[:-1]), rf"{K}\.values: shape \[1087\]; .* takes \[1088\]"),
-        (replaced(f"{K}.values", lambda values: values[:0]), rf"{K}\.values: shape \[0\]"),
-        (replaced(f"{K}.values", lambda values: values[None]), rf"{K}\.values: shape \[1, 1088\]"),
         (replaced(f"{K}.values", lambda values: values.long()), rf"{K}\.values: int64 .* needs float32 or float16 or"),
         (replaced(f"{K}.values", with_value(5, NAN)), rf"{K}\.values: holds NaN or infinite"),
-        (replaced(f"{K}.values", with_value(0, INFINITY)), rf"{K}\.values: holds NaN or infinite"),
         (replaced(f"{K}.values", with_value(1087, 1.0)), rf"{K}\.values: the last 64 must be zeros"),
         (of_layer(nonzeros=-64), rf"layer '{UP}': nonzeros -64 is no number of values"),
-        (of_layer(nonzeros=1e300), rf"layer '{UP}': nonzeros 1e\+300 is no number"),
-        (of_layer(nonzeros=True), rf"layer '{UP}': nonzeros True is no number"),
         (of_layer(nonzeros=10**18), rf"layer '{UP}': nonzeros 1000000000000000000 is no number"),
         (described(lambda c: c["layers"][UP].pop("nonzeros")), rf"layer '{UP}': it is described as .*missing"),
     ],
@@ -379,14 +325,12 @@ DAMAGES = {
         (replaced(f"{UP}.positions", lambda positions: positions[1:]), rf"{UP}\.positions: uint8 \[127, 8\]; needs"),
         (replaced(f"{UP}.positions", lambda positions: positions.long()), rf"{UP}\.positions: int64 .* needs uint8"),
         (replaced(f"{UP}.positions", lambda p: p * 0), rf"{UP}\.positions: 1024 bytes hold no two increasing"),
-        (replaced(f"{UP}.positions", lambda p: p * 0 + 0x41), rf"{UP}\.positions: 1024 bytes hold no two increasing"),
         (of_layer(nonzeros=5), rf"layer '{UP}': .* unexpected keyword argument 'nonzeros'"),
     ],
     "both": [
         (described(lambda config: config.update(layout="csr")), "layout 'csr' is not known; this version reads"),
         (described(lambda config: config.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known"),
         (described(lambda config: config.update(layers=[UP])), "names no packed layers"),
-        (described(lambda config: config.update(layers={})), "names no packed layers"),
         (described(lambda config: config["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
         (described(lambda config: config["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
         (described(lambda config: config["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
@@ -394,8 +338,6 @@ DAMAGES = {
         (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
         (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
         (of_layer(shape=[64, 128]), rf"layer '{UP}': it is described as .*; the model's has shape \[128, 64\]"),
-        (of_layer(shape=[-128, 64]), "the model's has shape"),
-        (of_layer(shape="128x64"), "the model's has shape"),
         (of_layer(shape=None), "the model's has shape"),
         (of_layer(bias=True), "the model's has shape .* bias False"),
         (of_layer(colour="red"), "unexpected keyword argument 'colour'"),
@@ -463,32 +405,35 @@ def test_verification_notices_a_changed_weight(format, tiny, tmp_path, progress,
         exported(tiny, tmp_path, progress, format=format)
 
 
-def test_verification_notices_a_changed_tensor_that_is_not_packed(tiny, tmp_path, progress, monkeypatch) -> None:
+def another_norm(model) -> None:
+    model.model.norm.weight.data *= 1.001
+
+
+def another_mask(model) -> None:
+    model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", another_norm, r"model\.norm\.weight.*bit for bit"),
+        ("gpt_neo", another_mask, r"h\.1\.attn\.attention\.bias: .* computes another buffer"),
+    ],
+)
+def test_verification_notices_a_tensor_that_is_not_packed(
+    kind, change, message, tiny, family, tmp_path, progress, monkeypatch
+) -> None:
     load = exporters_sparse.loading.load_model
 
-    def with_another_norm(source, *arguments):
+    def changed(source, *arguments):
         model = load(source, *arguments)
         if source.is_packed:
-            model.model.norm.weight.data *= 1.001
+            change(model)
         return model
 
-    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_norm)
-    with pytest.raises(VerificationError, match=r"model\.norm\.weight.*bit for bit"):
-        exported(tiny, tmp_path, progress)
-
-
-def test_verification_notices_a_buffer_that_is_computed(family, tmp_path, progress, monkeypatch) -> None:
-    load = exporters_sparse.loading.load_model
-
-    def with_another_mask(source, *arguments):
-        model = load(source, *arguments)
-        if source.is_packed:
-            model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
-        return model
-
-    monkeypatch.setattr(exporters_sparse.loading, "load_model", with_another_mask)
-    with pytest.raises(VerificationError, match=r"h\.1\.attn\.attention\.bias: .* computes another buffer"):
-        exported(family, tmp_path, progress, "gpt_neo")
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", changed)
+    with pytest.raises(VerificationError, match=message):
+        exported(family if kind in FAMILIES else tiny, tmp_path, progress, kind)
 
 
 @FORMATS

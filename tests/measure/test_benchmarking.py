@@ -1,10 +1,16 @@
+"""A benchmark: what is compared with what, and the process that times a model, where everything is an answer."""
+
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress import errors
+from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.measure import benchmarking
-from gblm_compress.measure.benchmarking import benchmark
+from gblm_compress.measure.benchmarking import benchmark, failure, vocabulary
 from gblm_compress.measure.timings import NO_SPEED_UP, Speedup, Spread
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
@@ -27,12 +33,9 @@ def test_spread_is_the_percentiles() -> None:
     ],
 )
 def test_overlapping_intervals_claim_nothing(baseline, model, verdict) -> None:
-    assert Speedup.of(baseline, model).verdict == verdict
-
-
-def test_the_ends_of_a_speed_up_are_those_of_the_intervals() -> None:
-    speedup = Speedup.of(Spread(3.0, 2.0, 4.0), Spread(1.0, 0.5, 1.6))
-    assert (speedup.ratio, speedup.low, speedup.high) == (3.0, 2.0 / 1.6, 8.0)
+    speedup = Speedup.of(baseline, model)
+    assert speedup.verdict == verdict and speedup.ratio == baseline.median / model.median
+    assert (speedup.low, speedup.high) == (baseline.p10 / model.p90, baseline.p90 / model.p10)
 
 
 def test_dense_and_pruned_are_timed_in_one_run(tiny, progress, tmp_path) -> None:
@@ -72,48 +75,31 @@ def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
         benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)
 
 
-def test_levels_are_timed_against_levels(tiny, progress, tmp_path) -> None:
-    """What is rounded is held against what is rounded, and neither against the other's floats."""
-    models = {}
-    for name, weights in (("packed", "int8"), ("rounded", "int8"), ("float", None)):
-        folder = tmp_path / name
+@pytest.mark.parametrize(
+    ("checks", "lane", "advice"),
+    [
+        ([{"weights": "int8"}, {}], "int8", "in int8, but no baseline does; .*--format onnx --quantise int8"),
+        ([{"arithmetic": "float32"}, {"arithmetic": "float16"}], "float16/float32", "--dtype float16 --kernels`"),
+    ],
+    ids=["levels", "arithmetic"],
+)
+def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, tmp_path, checks, lane, advice) -> None:
+    config, models = json.loads((tiny("llama").folder / "config.json").read_text()), []
+    for number, found in enumerate((checks[0], *checks)):
+        folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "model.onnx").touch()
-        (folder / "config.json").write_bytes((tiny("llama").folder / "config.json").read_bytes())
-        checks = {"weights": weights} if weights else {}
-        base = {"name": "tiny", "sha256": "0" * 64}
-        manifest = {"kind": "export", "base_model": base, "checks": checks}
-        (folder / "gblm_manifest.json").write_text(json.dumps(manifest))
-        models[name] = ModelSource(name, folder)
-    lane = benchmarking._Lane("onnxruntime", "int8")
-    settings = BenchmarkSettings(runtimes=("onnxruntime",))
-    assert list(benchmarking._lanes([models["packed"]], settings, "auto", "cpu")) == [lane]
-    found = benchmarking._baseline_of(models["packed"], lane, [models["float"], models["rounded"]])
-    assert found is models["rounded"]
-    with pytest.raises(UsageError, match="in int8, but no baseline does; .*--format onnx --quantise int8"):
-        benchmarking._baseline_of(models["packed"], lane, [models["float"]])
-
-
-def test_weights_of_float16_are_timed_against_those_of_the_same_arithmetic(tiny, tmp_path) -> None:
-    models = {}
-    for name, arithmetic in (("kernels", "float32"), ("dense kernels", "float32"), ("plain", "float16")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "model.onnx").touch()
-        config = json.loads((tiny("llama").folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
-        base = {"name": "tiny", "sha256": "0" * 64}
-        checks = {"dtype": "float16", "arithmetic": arithmetic}
-        content = {"kind": "export", "base_model": base, "checks": checks}
-        (folder / "gblm_manifest.json").write_text(json.dumps(content))
-        models[name] = ModelSource(name, folder)
+        manifest = {"kind": "export", "base_model": {"name": "tiny", "sha256": "0" * 64}}
+        (folder / "gblm_manifest.json").write_text(json.dumps(manifest | {"checks": {"dtype": "float16", **found}}))
+        models.append(ModelSource(str(number), folder))
+    packed, same, other = models
     settings = BenchmarkSettings(runtimes=("onnxruntime",))
-    (lane, other) = benchmarking._lanes([models["kernels"], models["plain"]], settings, "auto", "cpu")
-    assert (lane.dtype, other.dtype) == ("float16/float32", "float16")
-    found = benchmarking._baseline_of(models["kernels"], lane, [models["plain"], models["dense kernels"]])
-    assert found is models["dense kernels"]
-    with pytest.raises(UsageError, match="--dtype float16 --kernels`"):
-        benchmarking._baseline_of(models["kernels"], lane, [models["plain"]])
+    (own,) = benchmarking._lanes([packed], settings, "auto", "cpu")
+    assert own == benchmarking._Lane("onnxruntime", lane)
+    assert benchmarking._baseline_of(packed, own, [other, same]) is same
+    with pytest.raises(UsageError, match=advice):
+        benchmarking._baseline_of(packed, own, [other])
 
 
 def test_no_model_in_the_asked_runtime(tiny, progress) -> None:
@@ -138,3 +124,44 @@ def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
         "m: prefill on 2 × many; decode on 2 × few (batch 1, 2)",
         "m: prefill and decode on 2 × many (batch 16)",
     ]
+
+
+def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
+    setup = {
+        "name": "model", "folder": str(tiny("llama").folder), "dtype": "float32", "device": "cpu", "threads": 1,
+        "runtime": "torch", "batch": [1], "prompt": 4, "generate": 2,
+    }  # fmt: skip
+    requests = [setup, {"batch": -1, "prompt": 4, "generate": 2, "seed": 0}]
+    done = subprocess.run(
+        [sys.executable, "-m", "gblm_compress.measure.benchmarking"],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        capture_output=True,
+        text=True,
+    )
+    loaded, failed = map(json.loads, done.stdout.splitlines())
+    assert loaded["dtype"] == "float32"
+    assert failed["kind"] == "GblmError" and "RuntimeError: " in failed["error"]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ModelError("two\nlines"), ModelError, "two\nlines"),
+        (MemoryError(), NotEnoughMemoryError, "memory ran out (MemoryError); give a smaller --batch"),
+        (RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), NotEnoughMemoryError, "memory ran out"),
+        (KeyError("x"), GblmError, "a model cannot be timed (KeyError: 'x')"),
+    ],
+)
+def test_the_kind_of_a_failure(error, kind, message) -> None:
+    answer = failure(error)
+    assert getattr(errors, answer["kind"]) is kind and answer["error"].startswith(message)
+
+
+def test_the_vocabulary_of_a_model_with_a_config_of_its_text_part(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "x", "text_config": {"vocab_size": 7}}')
+    assert vocabulary(ModelSource("x", tmp_path)) == 7
+    config.write_text('{"model_type": "x"}')
+    with pytest.raises(ModelError, match="'y': config.json has no vocab_size"):
+        vocabulary(ModelSource("y", tmp_path))

@@ -92,6 +92,14 @@ def test_limit_takes_the_first_questions(tiny, own_task, progress) -> None:
     assert answered == {"parity": ("acc_norm", slow_answers(tiny("llama"))[:5])}
 
 
+def test_recovery_needs_two_questions_and_a_right_answer() -> None:
+    ratio = recovery([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
+    assert (ratio.ratio, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
+    assert recovery([[1.0, 1.0]], [[0.0, 0.0]]) is recovery([[1.0]], [[1.0]]) is None
+    result = score({"a": ("acc", [1.0, 0.0]), "b": ("acc", [1.0])})
+    assert (result.mean_accuracy, result.recovery, [task.error for task in result.tasks]) == (0.75, None, [0.5, None])
+
+
 def test_recovery_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Two tasks of different size, answers of the two models correlated: 95 % of the intervals hold the true ratio."""
     generator = torch.Generator().manual_seed(0)
@@ -106,19 +114,6 @@ def test_recovery_interval_covers_the_truth_as_often_as_it_says() -> None:
         ratio = recovery(model, dense)
         covered += ratio.low <= 0.8 <= ratio.high
     assert 0.92 <= covered / 400 <= 0.98
-
-
-def test_recovery_of_a_model_against_itself_is_one_without_doubt() -> None:
-    ratio = recovery([[1.0, 0.0, 1.0]], [[1.0, 0.0, 1.0]])
-    assert (ratio.ratio, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
-    assert recovery([[1.0, 1.0]], [[0.0, 0.0]]) is None
-    assert recovery([[1.0]], [[1.0]]) is None
-
-
-def test_score_without_a_dense_model() -> None:
-    result = score({"a": ("acc", [1.0, 0.0]), "b": ("acc", [1.0])})
-    assert (result.mean_accuracy, result.recovery) == (0.75, None)
-    assert [task.error for task in result.tasks] == [0.5, None]
 
 
 def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
@@ -142,27 +137,23 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("file", "old", "new"),
     [
-        lambda folder: (folder / "questions.jsonl").write_text("{not json"),
-        lambda folder: (folder / "questions.jsonl").write_text(""),
-        lambda folder: (folder / "questions.jsonl").write_text('{"other": 1}\n'),
-        lambda folder: (folder / "questions.jsonl").write_text('{"question": "a", "choices": 3, "label": "x"}\n'),
-        lambda folder: _replace(folder, "validation_split: validation", "validation_split: gone"),
-        lambda folder: _replace(folder, "{{question}}", "{{question"),
+        ("questions.jsonl", None, "{not json"),
+        ("questions.jsonl", None, ""),
+        ("questions.jsonl", None, '{"other": 1}\n'),
+        ("questions.jsonl", None, '{"question": "a", "choices": 3, "label": "x"}\n'),
+        ("parity.yaml", "validation_split: validation", "validation_split: gone"),
+        ("parity.yaml", "{{question}}", "{{question"),
     ],
     ids=["json", "empty", "columns", "types", "split", "template"],
 )
-def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, progress, spoil) -> None:
-    spoil(own_task)
+def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, progress, file, old, new) -> None:
+    path = own_task / file
+    path.write_text(path.read_text().replace(old, new) if old else new)
     model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
     with pytest.raises(DataError, match=r"tasks? '?parity"):
         zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
-
-
-def _replace(folder: Path, old: str, new: str) -> None:
-    path = folder / "parity.yaml"
-    path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(

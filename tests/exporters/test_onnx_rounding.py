@@ -1,4 +1,4 @@
-"""Weights as levels in ONNX graphs: torch with the numbers of the file gives the logits of the graph."""
+"""Weights as levels: torch with the numbers of the file gives the logits of the graph, for both kinds of operators."""
 
 import os
 import subprocess
@@ -6,32 +6,29 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 
-from gblm_compress.errors import MissingDependencyError, UsageError
-from gblm_compress.exporters import export
-from gblm_compress.kernels import cpu
+from gblm_compress.errors import UsageError, VerificationError
+from gblm_compress.exporters import check, export
+from gblm_compress.exporters.onnx_rounding import Blocks
+from gblm_compress.exporters.onnx_rounding import restored as blocks_restored
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.models import grids
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.exporters.test_onnx import needs_operator
 from tests.hostile_graphs import restored
 
-
-def _operator_missing() -> bool:
-    try:
-        return not cpu.onnxruntime_library()
-    except MissingDependencyError:
-        return True
-
-
-pytestmark = pytest.mark.skipif(_operator_missing(), reason="compiled without ONNX Runtime's C header")
+pytestmark = needs_operator
+WIDTHS = {"int8": 8, "int4": 4}
 WAYS = {
     "int8": {"quantise": "int8"},
     "int8 by 32": {"quantise": "int8", "group": 32},
@@ -141,64 +138,15 @@ def test_weights_pruned_onto_grids_are_stored_as_they_are(tiny, tmp_path, prose,
             assert any(p.shape == dense.shape and np.allclose(p, dense, rtol=1e-6, atol=0) for p in parts), name
 
 
-@pytest.mark.parametrize(
-    ("kind", "format"), [("int4", "bitmask-int4"), ("int4", "bitmask-int8"), ("int8", "bitmask-int8")]
-)
-def test_weights_pruned_onto_grids_are_packed_as_they_are(tiny, tmp_path, progress, kind: str, format: str) -> None:
-    settings = PruneSettings(method="magnitude", fit="none", quantise=kind, group=32)
-    prune(tiny("llama"), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
-    source, packed = (ModelSource(name, tmp_path / name) for name in ("pruned", "packed"))
-    with pytest.raises(UsageError, match="group 64: the model was pruned onto grids of 32; leave --group out"):
-        export(source, packed.folder, ExportSettings(format=format, group=64), force=False, progress=progress)
-    export(source, packed.folder, ExportSettings(format=format), force=False, progress=progress)
-    loaded = load_model(packed)
-    for name, weight in load_model(source, "float32").named_parameters():
-        if "proj" in name:
-            assert torch.equal(loaded.get_submodule(name.removesuffix(".weight")).dense_weight(), weight), name
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_products_that_are_traced_as_gemms_run_on_the_operator(tiny, tmp_path, progress, kind: str) -> None:
-    settings = PruneSettings(method="magnitude", fit="none")
-    prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
-    source = ModelSource("pruned", tmp_path / "pruned")
-    result, folder = exported(source, tmp_path / "out", progress, quantise="int8")
-    assert result.checks["graph"] == "plain" and result.checks["layers_checked"] == {"gpt2": 8, "opt": 12}[kind]
-    assert len(weights_in(folder)) == {"gpt2": 9, "opt": 13}[kind]
-    assert "Gemm" not in folder.operators
-
-
-def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
-    _, folder = exported(tiny("llama"), tmp_path / "out", progress, quantise="int8")
-    graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
-    assert {tuple(t.dims) for t in graph.initializer if t.data_type == onnx.TensorProto.INT64 and len(t.dims) == 2} == {
-        (0, 0)
-    }
-    weights_in(folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"quantise": "int8", "sparse": True}, "leave one out"),
-        ({"quantise": "int8", "kernels": True, "dtype": "float16"}, "give no other dtype"),
-        ({"kernels": True, "group": 64}, "group would do nothing without quantise"),
-    ],
-)
-def test_options_that_do_nothing_are_refused(options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ExportSettings(format="onnx", **options)
-
-
 PACK = """
 import hashlib, onnx, onnx_ir as ir, torch
 from gblm_compress.exporters import onnx_packing, onnx_weights
-from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed_linear import PackedLinear
 
 model, info, helper = torch.nn.Module(), onnx.helper.make_tensor_value_info, onnx.helper
 names, sizes = [f"layer{number}" for number in range(9)], [onnx.TensorProto.FLOAT, [1, 64]]
 weights = {name: torch.eye(64) * (1 + number) for number, name in enumerate(names)}
-packed = {name: LAYOUTS["bitmask-int8"].layer.from_dense(weight, None) for name, weight in weights.items()}
+packed = {name: PackedLinear.from_dense("bitmask-int8", weight) for name, weight in weights.items()}
 nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in names]
 stored = [onnx.numpy_helper.from_array(weight.T.numpy(), name) for name, weight in weights.items()]
 graph = helper.make_graph(nodes, "g", [info("x", *sizes)], [info(f"y{name}", *sizes) for name in names], stored)
@@ -218,3 +166,126 @@ def test_the_bytes_of_a_graph_do_not_depend_on_the_hashes_of_a_process() -> None
     ]
     first, second = (process.communicate(timeout=120)[0] for process in started)
     assert first and first == second
+
+
+def by_hand(levels: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The weight of a MatMulNBits, number by number, as ONNX Runtime's documentation of the operator has it."""
+    rows, _, size = levels.shape
+    group, weight = size * 8 // bits, np.zeros((rows, columns), np.float32)
+    for row in range(rows):
+        for column in range(columns):
+            block, place = divmod(column, group)
+            if bits == 8:
+                level = int(levels[row, block, place])
+            else:
+                level = int(levels[row, block, place // 2]) >> (4 * (place % 2)) & 15
+            weight[row, column] = (level - 2 ** (bits - 1)) * scales[row, block]
+    return weight
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("columns", [64, 80])
+def test_blocks_hold_the_nearest_points_and_zeros_as_zeros(bits, columns):
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    weight[:, ::3] = 0
+    packed = Blocks.from_dense(weight, bits, group=32)
+    dense = packed.dense_weight()
+    assert np.array_equal(dense.numpy(), by_hand(packed.levels, packed.scales, bits, columns))
+    assert not dense[weight == 0].any() and not torch.signbit(dense[dense == 0]).any()
+    step = torch.from_numpy(np.abs(packed.scales)).repeat_interleave(32, 1)[:, :columns]
+    assert ((dense - weight).abs() <= step * 1.001).all()
+    assert packed.error(weight) < {8: 0.01, 4: 0.15}[bits]
+    assert torch.equal(Blocks.stack([packed, packed]).dense_weight(), torch.cat([dense, dense]))
+
+
+def test_blocks_that_do_not_fit_their_scales_are_found():
+    packed = Blocks.from_dense(torch.ones(2, 64), 4, group=32)
+    with pytest.raises(VerificationError, match="do not fit"):
+        blocks_restored(packed.levels, packed.scales[:, :1], 4, 64)
+    with pytest.raises(VerificationError, match="do not fit"):
+        blocks_restored(packed.levels, packed.scales, 4, 65)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantise": "int8"},
+        {"quantise": "int4", "group": 64},
+        {"quantise": "int8", "group": 128},  # of 64 columns
+        {"quantise": "int4", "graph": "plain"},
+    ],
+    ids=["int8", "int4 by 64", "int8 by 128", "plain"],
+)
+def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, options):
+    settings = ExportSettings(format="onnx", **options)
+    result = export(tiny("llama"), tmp_path / "out", settings, progress=Progress(quiet=True))
+    assert result.checks["weights"] == options["quantise"]
+    assert 0 < result.checks["largest_rounding_error"] < 0.2
+    assert result.checks["logits_relative_difference"] < result.checks["logits_tolerance"]
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert products and not [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in stored]
+    assert not [name for name, array in stored.items() if array.dtype == np.float32 and array.shape == (256, 64)]
+    widths = [{a.name: a.i for a in node.attribute}["bits"] for node in products]
+    assert set(widths) == {WIDTHS[options["quantise"]], 8} and widths.count(8) >= 1  # the head has 8 bits
+    onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")  # without this package's library
+
+
+@pytest.mark.parametrize(("kind", "kernels", "layers"), [("gpt2", True, 8), ("opt", False, 12)])
+def test_products_that_are_traced_as_gemms_are_rounded_too(kind, kernels, layers, tiny, tmp_path, progress) -> None:
+    pruning = PruneSettings(method="magnitude", fit="none")
+    prune(tiny(kind), tmp_path / "p", pruning, CalibrationSettings(), progress=progress)
+    settings = ExportSettings(format="onnx", quantise="int8", kernels=kernels)
+    result = export(ModelSource("p", tmp_path / "p"), tmp_path / "out", settings, progress=progress)
+    assert result.checks["graph"] == "plain" and result.checks["layers_checked"] == layers
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    assert not [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in stored]
+    if kernels:
+        assert len(weights_in(ModelSource("out", tmp_path / "out"))) == layers + 1  # and the head
+    else:
+        assert sum(node.op_type == "MatMulNBits" for node in graph.node) == layers + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("int4", "bitmask-int4"), ("int4", "bitmask-int8"), ("int8", "bitmask-int8")]
+)
+def test_weights_pruned_onto_grids_are_packed_as_they_are(tiny, tmp_path, progress, kind: str, format: str) -> None:
+    settings = PruneSettings(method="magnitude", fit="none", quantise=kind, group=32)
+    prune(tiny("llama"), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
+    source, packed = (ModelSource(name, tmp_path / name) for name in ("pruned", "packed"))
+    with pytest.raises(UsageError, match="group 64: the model was pruned onto grids of 32; leave --group out"):
+        export(source, packed.folder, ExportSettings(format=format, group=64), progress=progress)
+    export(source, packed.folder, ExportSettings(format=format), progress=progress)
+    loaded = load_model(packed)
+    for name, weight in load_model(source, "float32").named_parameters():
+        if "proj" in name:
+            assert torch.equal(loaded.get_submodule(name.removesuffix(".weight")).dense_weight(), weight), name
+
+
+def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
+    _, folder = exported(tiny("llama"), tmp_path / "out", progress, quantise="int8")
+    graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
+    masks = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT64 and len(t.dims) == 2]
+    assert {tuple(mask.dims) for mask in masks} == {(0, 0)} and weights_in(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantise": "int8", "sparse": True}, "leave one out"),
+        ({"quantise": "int8", "kernels": True, "dtype": "float16"}, "give no other dtype"),
+        ({"kernels": True, "group": 64}, "group would do nothing without quantise"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportSettings(format="onnx", **options)
+
+
+def test_grids_that_onnx_runtime_does_not_have_are_refused(tiny, monkeypatch) -> None:
+    grid = grids.Grid(torch.ones(1, 1), torch.arange(-7, 8, dtype=torch.int8), 64)
+    monkeypatch.setattr("gblm_compress.exporters.read_grids", lambda source: {"layer": grid})
+    with pytest.raises(UsageError, match="pruned onto grids of 64, which ONNX Runtime does not have; add --kernels"):
+        check(ModelSource("m", tiny("llama").folder), ExportSettings(format="onnx", quantise="int4"))

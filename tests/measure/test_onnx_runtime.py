@@ -161,13 +161,6 @@ def test_states_begin_at_zero_and_are_carried_on(tmp_path) -> None:
     assert torch.equal(second[0], 4 * scores + scores + 10)
 
 
-def test_a_state_without_a_size_is_an_error(tmp_path) -> None:
-    content = with_state()
-    content.input[3].type.tensor_type.shape.dim[1].dim_param = "width"
-    with pytest.raises(ModelError, match=r"recurrent_state' has .*dimensions after the first must be numbers"):
-        runtime(content, tmp_path)
-
-
 def test_outputs_are_known_by_name(tmp_path) -> None:
     content = graph()
     outputs = list(content.output)

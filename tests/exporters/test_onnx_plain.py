@@ -1,20 +1,24 @@
-"""Graphs of models that generate nothing: what optimum looks for is there, and padded batches come out as in torch."""
+"""Plain graphs beside decoders: one forward pass, as optimum reads it, and recurrences with a limit of tokens."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
-from gblm_compress.errors import UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
-from gblm_compress.measure import onnx_runtime
+from gblm_compress.exporters.onnx_plain import note_limit
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.measure.onnx_runtime import OnnxForward
+from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
@@ -24,6 +28,7 @@ from gblm_compress.settings import (
     PruneSettings,
 )
 from gblm_compress.tasks import TASKS
+from tests.measure.test_onnx_runtime import runtime, with_state
 from tests.tasks import families
 
 TEXT = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
@@ -32,8 +37,6 @@ TEXT = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """{task: (the pruned folder, its export)} for a BERT that embeds and a DistilBERT that classifies."""
-    from gblm_compress.progress import Progress
-
     progress, found = Progress(quiet=True), {}
     for task, family in (("embedding", "bert"), ("classification", "distilbert")):
         folder = tmp_path_factory.mktemp(task)
@@ -94,12 +97,8 @@ def test_forward_passes_are_timed_in_both_runtimes(exported, tmp_path, progress)
     settings = BenchmarkSettings(batch=(1, 4), prompt=16, repeats=5, warmup=0)
     dense = ModelSource("dense", pruned.folder.parent / "dense")
     found = benchmark([packed], [dense], settings, device="cpu", progress=progress)
-    assert [(m.model, m.batch) for m in found.measurements] == [
-        ("dense", 1),
-        ("packed", 1),
-        ("dense", 4),
-        ("packed", 4),
-    ]
+    timed = [(m.model, m.batch) for m in found.measurements]
+    assert timed == [(name, batch) for batch in (1, 4) for name in ("dense", "packed")]
     for m in found.measurements:
         assert m.tpot_ms is m.tokens_per_second is m.decode_kernels is m.decode_speedup is None
         assert m.samples_per_second == pytest.approx(1000 * m.batch / m.ttft_ms.median)
@@ -117,8 +116,70 @@ def test_what_has_no_place_in_such_a_graph_is_refused(exported, tmp_path, progre
 
 def test_a_wrong_prediction_fails_verification(exported, tmp_path, monkeypatch, progress) -> None:
     pruned, _ = exported["embedding"]
-    original = onnx_runtime.OnnxForward.predict
+    original = OnnxForward.predict
     monkeypatch.setattr(OnnxForward, "predict", lambda self, sample: 1.01 * original(self, sample))
     with pytest.raises(VerificationError, match="differ by"):
         export(pruned, tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
     assert not (tmp_path / "out").exists()
+
+
+IDS = torch.arange(300).remainder(7).unsqueeze(0)
+
+
+def limited(tokens: int) -> onnx.GraphProto:
+    """A graph with the state of a recurrence that fails for more tokens: it makes a tensor of those that are left."""
+    content = with_state()
+    content.initializer.extend(
+        [numpy_helper.from_array(np.array([tokens]), "most"), numpy_helper.from_array(np.array([1]), "first")]
+    )
+    content.node.extend(
+        [
+            helper.make_node("Shape", ["input_ids"], ["sizes"]),
+            helper.make_node("Gather", ["sizes", "first"], ["given"]),
+            helper.make_node("Sub", ["most", "given"], ["left"]),
+            helper.make_node("ConstantOfShape", ["left"], ["padding"]),
+        ]
+    )
+    content.output.append(helper.make_tensor_value_info("padding", TensorProto.FLOAT, ["left"]))
+    return content
+
+
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tokens: int) -> None:
+    expected = runtime(with_state(), tmp_path).predict({"input_ids": IDS})
+    runtime(limited(tokens), tmp_path)
+    assert note_limit(tmp_path, "handmade") == tokens
+    limit = {prop.key: prop.value for prop in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert limit == {AT_ONCE: str(tokens)}
+    again = OnnxRuntime(ModelSource("handmade", tmp_path), "cpu", 1)
+    got = again.predict({"input_ids": IDS})
+    # The state is that of all tokens of a call; after the last call it is that of the whole text.
+    assert got.shape == expected.shape
+    assert torch.equal(got[0, -1], expected[0, -1])
+    # A benchmark's profile of so many tokens counts the operators of all their calls.
+    profiled = OnnxRuntime(ModelSource("handmade", tmp_path), "cpu", 1, profile=[1, tokens, 2 * tokens + 1])
+    once, more = profiled.kernels(tokens), profiled.kernels(2 * tokens + 1)
+    assert once == profiled.kernels(1) and more == {operator: 3 * count for operator, count in once.items()}
+    assert profiled.step_ms
+
+
+def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:
+    runtime(with_state(), tmp_path)
+    before = (tmp_path / "model.onnx").read_bytes()
+    assert note_limit(tmp_path, "handmade") is None
+    assert (tmp_path / "model.onnx").read_bytes() == before
+
+
+def test_a_recurrence_of_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> None:
+    runtime(limited(2), tmp_path)
+    with pytest.raises(ModelError, match=r"'handmade': tracing keeps a fixed number of steps.*sparse PyTorch"):
+        note_limit(tmp_path, "handmade")
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    runtime(with_state(), tmp_path)
+    content = onnx.load(tmp_path / "model.onnx")
+    content.metadata_props.add(key=AT_ONCE, value="0 or so")
+    onnx.save(content, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=r"metadata 'gblm_tokens_at_once' is '0 or so'; a number of tokens is needed"):
+        OnnxRuntime(ModelSource("handmade", tmp_path), "cpu", 1)
