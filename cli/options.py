@@ -70,7 +70,10 @@ def add(program: typer.Typer, command: Command) -> None:
             raise
         summaries.show(command.name, result, json_)
         if failed := getattr(result, "failed_gates", None):
-            raise together(GateError, f"{len(failed)} of {len(result.gates)} gates failed", summaries.gates(failed))
+            from gblm_compress.runs.report import sentence
+
+            count = f"{len(failed)} of {len(result.gates)} gates failed"
+            raise together(GateError, count, [sentence(gate) for gate in failed])
 
     described: Any = called
     described.__signature__ = Signature(parameters)

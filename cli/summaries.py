@@ -1,10 +1,12 @@
 """What each command prints at its end: tables that fit the terminal, sentences, and the command that comes next."""
 
+import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from rich import box
@@ -66,27 +68,14 @@ def _text(cell: Any) -> Text:
     return cell if isinstance(cell, Text) else Text(printable(str(cell)))
 
 
-def table(headings: Iterable[str], rows: Iterable[Iterable[Any]], **options: Any) -> Table:
-    """A table with a line below its headings, which begin with > where they are of numbers."""
+def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **options: Any) -> Table:
+    """A table with a line below its headings; one that begins with > stands over numbers."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
     for heading in headings:
         made.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
+        made.add_row(*row)
     return made
-
-
-def _pairs(pairs: dict[str, str | None]) -> Table:
-    """Facts under one another; those without a value are left out."""
-    return table(("", ""), ((name, value) for name, value in pairs.items() if value), show_header=False)
-
-
-def titled(content: Any) -> list[Any]:
-    """A table of a report under its title, with its notes."""
-    headings = [f">{name}" if number else name for name, number in content.columns.items()]
-    rows = [[Text(printable(cell.text), style=COLOURS[cell.mark]) for cell in row] for row in content.rows]
-    title = Text(content.title, style="bold")
-    return [table(headings, rows, title=title, title_justify="left"), *content.all_notes]
 
 
 def _duration(seconds: float) -> str:
@@ -95,166 +84,155 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _cost(c: dict[str, Any]) -> dict[str, str | None]:
-    return {"time": _duration(c["seconds"]), "peak memory": decimal(c["peak_memory_bytes"]), "written to": c["folder"]}
+NAMED: dict[str, Callable[[Any], str]] = {
+    "bytes": decimal,
+    "time": _duration,
+    "spread": "{0[median]:.1f} ({0[p10]:.1f}–{0[p90]:.1f})".format,
+    "verdict": lambda speedup: speedup["verdict"] if speedup else "baseline",
+    "ratio": "{0[ratio]:.3f} ({0[low]:.3f}–{0[high]:.3f})".format,
+}
+
+
+class _Cells(Formatter):
+    """Formats as `str.format`, with None as nothing, the formats of `NAMED`, and ± before an error."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None and format_spec != "verdict":
+            return ""
+        if format_spec in NAMED:
+            return NAMED[format_spec](value)
+        sign = " ± " if format_spec.startswith("±") else ""
+        return sign + format(value, format_spec.removeprefix("±"))
+
+
+def _cell(form: str, row: Mapping[str, Any]) -> str:
+    return _Cells().vformat(form, (), row)
+
+
+def _table(columns: str, rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A table of rows; the columns are "heading = format | heading = format"."""
+    forms = dict(column.strip().split(" = ") for column in columns.split("|"))
+    return table(forms, ([_cell(form, row) for form in forms.values()] for row in rows))
+
+
+def _facts(facts: dict[str, str | None], cost: Mapping[str, Any]) -> Table:
+    """Facts under one another, those that are known, and the cost of a stage."""
+    memory = cost.get("peak_memory_bytes")
+    ends = {"time": _duration(cost["seconds"]), "peak memory": memory and decimal(memory), "written to": cost["folder"]}
+    return _pairs(facts | ends)
+
+
+def _pairs(facts: Mapping[str, str | None]) -> Table:
+    return table(("", ""), ((name, fact) for name, fact in facts.items() if fact), show_header=False)
 
 
 def prune(c: dict[str, Any]) -> list[Any]:
     from gblm_compress.models.manifest import reasons
 
-    share, zeros = c["weights"] / c["linear_weights"], 1 - c["nonzeros"] / c["weights"]
-    patterns = ", ".join(sorted({layer["pattern"] for layer in c["layers"].values()}))
+    patterns, zeros = {layer["pattern"] for layer in c["layers"].values()}, c["weights"] - c["nonzeros"]
     facts = {
-        "pruned layers": f"{len(c['layers'])}, with {100 * share:.1f} % of all linear weights",
-        "pattern": f"{patterns}, verified on disk",
-        "zeros": f"{c['weights'] - c['nonzeros']:,} of {c['weights']:,} ({100 * zeros:.2f} %)",
-        "grid": c["grid"] and f"{c['grid']}; verified on disk",
+        "pruned layers": f"{len(c['layers'])}, with {c['weights'] / c['linear_weights']:.1%} of all linear weights",
+        "pattern": f"{', '.join(sorted(patterns))}, verified on disk",
+        "zeros": f"{zeros:,} of {c['weights']:,} ({zeros / c['weights']:.2%})",
+        "grid": c["grid"] and f"{c['grid']}, verified on disk",
         "left dense": reasons(c["left_dense"]),
     }
     notes = [f"note: {warning}" for warning in c["warnings"]]
-    return [_pairs(facts | _cost(c)), *notes, f"next: gblm-compress evaluate {c['folder']} --baseline MODEL"]
+    return [_facts(facts, c), *notes, _next("evaluate", c["folder"], "--baseline MODEL")]
+
+
+def _next(command: str, *words: str) -> str:
+    return " ".join(("next: gblm-compress", command, *words))
 
 
 def advise(c: dict[str, Any]) -> list[Any]:
-    rows = [
-        (p["name"], decimal(p["bytes"]), f"{p['ms_per_token']:.1f}", f"{p['low']:.1f}–{p['high']:.1f}")
-        for p in c["predictions"]
-    ]
-    memory, disk = decimal(c["pruning_memory_bytes"]), decimal(c["pruning_disk_bytes"])
-    return [
-        table(("way", ">weights", ">ms per token", ">from–to"), rows),
-        *c["sentences"],
-        f"Pruning so would take about {_duration(c['pruning_seconds'])}, {memory} of memory, {disk} of disk.",
-        *(f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()),
-    ]
+    columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
+    cost = "{pruning_seconds:time}, {pruning_memory_bytes:bytes} of memory, {pruning_disk_bytes:bytes} of disk"
+    notes = [f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()]
+    pruning = f"Pruning so would take about {_cell(cost, c)}."
+    return [_table(columns, c["predictions"]), *c["sentences"], pruning, *notes]
 
 
 def generate(c: dict[str, Any]) -> list[Any]:
+    rate = c["tokens"] / c["seconds"]
     facts: dict[str, str | None] = {
         "texts": f"{c['texts']:,}, of {c['words']:,} words",
-        "tokens": f"{c['tokens']:,}, in {c['dtype']}, {c['tokens'] / c['seconds']:,.0f} tokens/s",
+        "tokens": f"{c['tokens']:,}, in {c['dtype']}, {rate:,.0f} tokens/s",
     }
-    cost = _cost(c | {"folder": c["file"]})
-    return [_pairs(facts | cost), f"next: gblm-compress prune MODEL -o pruned --calibration {c['file']}"]
+    return [_facts(facts, c | {"folder": c["file"]}), _next("prune MODEL -o pruned --calibration", c["file"])]
 
 
 def recover(c: dict[str, Any]) -> list[Any]:
-    rows = []
-    for number, look in enumerate(c["curve"]):
-        loss, best = look["loss"], " *" if number == c["best"] else ""
-        cells = "" if loss is None else f"{loss:.4f}", f"{look['held_out']:.4f}{best}", f"{100 * look['moved']:.1f} %"
-        rows.append((f"{look['tokens']:,}", *cells))
+    columns = ">tokens = {tokens:,} | >training loss = {loss:.4f} | >validation loss = {held_out:.4f}{mark}"
+    curve = [look | {"mark": " *" if number == c["best"] else ""} for number, look in enumerate(c["curve"])]
     facts: dict[str, str | None] = {
-        "held-out loss": f"{c['before']:.4f} before, {c['after']:.4f} after, nats per token",
-        "kept": f"the weights after {c['curve'][c['best']]['tokens']:,} tokens (*)",
+        "validation loss": f"{c['before']:.4f} before, {c['after']:.4f} after, nats per token",
+        "kept": f"the weights after {curve[c['best']]['tokens']:,} tokens (*)",
         "trained": f"{c['trained']:,} weights; the pattern is verified on disk",
         "text": f"each window read {c['passes']:.1f} times on average",
-        **{f"overlap with {name}": f"{100 * share:.2f} %" for name, share in c["overlap"].items()},
+        **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
-    curve = table((">tokens", ">training loss", ">loss, held out", ">mask moved"), rows)
-    return [curve, _pairs(facts | _cost(c)), f"next: gblm-compress evaluate {c['folder']} --baseline MODEL"]
+    following = _next("evaluate", c["folder"], "--baseline MODEL")
+    return [_table(f"{columns} | >mask moved = {{moved:.1%}}", curve), _facts(facts, c), following]
 
 
 def export(c: dict[str, Any]) -> list[Any]:
-    checks = {
-        name.replace("_", " "): f"{value:.3g}" if isinstance(value, float) else str(value)
-        for name, value in c["checks"].items()
-    }
-    facts = {
-        "format": c["format"],
-        "size": f"{decimal(c['bytes'])} (source {decimal(c['source_bytes'])})",
-        **checks,
-        "time": _duration(c["seconds"]),
-        "written to": c["folder"],
-    }
-    return [_pairs(facts), f"next: gblm-compress benchmark {c['folder']} --baseline MODEL"]
+    facts = {"format": c["format"], "size": _cell("{bytes:bytes} (source {source_bytes:bytes})", c)}
+    for name, value in c["checks"].items():
+        facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return [_facts(facts, c), _next("benchmark", c["folder"], "--baseline MODEL")]
 
 
 def evaluate(c: dict[str, Any]) -> list[Any]:
-    facts: dict[str, str | None] = {}
+    per = "token" if c["sample"] == "window" else c["sample"]
+    names = {
+        "mean_kl": ("mean KL from dense", f"{{0:z.4f}} nats per {per}"),
+        "top1_agreement": ("top-1 agreement", "{0:.2%}"),
+        "top10_agreement": ("dense top 10 kept", "{0:.2%}"),
+    }
+    facts = {}
     for metric in c["metrics"][:1]:
-        facts[metric] = _with_error(c[metric], c[f"{metric}_error"], 3)
-        facts[f"{metric}, dense"] = f"{c[f'baseline_{metric}']:.3f}" if c["fidelity"] is not None else None
+        facts[metric] = _cell(f"{{{metric}:.3f}}{{{metric}_error:±.3f}}", c)
+        facts[f"{metric}, dense"] = _cell(f"{{baseline_{metric}:.3f}}", c)
     for name, value in (c["fidelity"] or {}).items():
-        if name == "mean_kl":
-            per = "token" if c["sample"] == "window" else c["sample"]
-            facts["mean KL from dense"] = f"{value:z.4f} nats per {per}"
-        elif name in ("top1_agreement", "top10_agreement"):
-            facts["dense top 10 kept" if "10" in name else "top-1 agreement"] = f"{100 * value:.2f} %"
-        else:
-            facts[f"{name.replace('_', ' ')} with dense"] = f"{value:.4f}"
+        said, form = names.get(name, (f"{name.replace('_', ' ')} with dense", "{0:.4f}"))
+        facts[said] = form.format(value)
     length = f" of {c['sequence_length']} tokens" if c["sample"] == "window" else ""
     facts["data"] = f"{c['dataset']}: {c['windows']} {c['sample']}{'s' * (c['windows'] != 1)}{length}"
     facts["computed in"] = f"{c['dtype']} on {c['provider']}"
-    return [_pairs(facts), *([_tasks(c["zero_shot"])] if c["zero_shot"] else [])]
-
-
-def _tasks(zero_shot: dict[str, Any]) -> Table:
-    def ratio(found: dict[str, float] | None) -> str:
-        return "" if found is None else f"{found['ratio']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
-
-    rows = []
-    for t in zero_shot["tasks"]:
-        dense = "" if t["dense_accuracy"] is None else f"{t['dense_accuracy']:.3f}"
-        accuracy = _with_error(t["accuracy"], t["error"], 3)
-        rows.append((t["task"], t["metric"], t["questions"], accuracy, dense, ratio(t["recovery"])))
-    rows.append(("mean", "", "", f"{zero_shot['mean_accuracy']:.3f}", "", ratio(zero_shot["recovery"])))
-    return table(("task", "metric", ">questions", ">accuracy", ">dense", ">recovery (95 %)"), rows)
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    found = [_pairs(facts)]
+    if zero_shot := c["zero_shot"]:
+        columns = "task = {task} | metric = {metric} | >questions = {questions}"
+        columns += " | >accuracy = {accuracy:.3f}{error:±.3f}"
+        mean = dict.fromkeys(("metric", "questions", "error", "dense_accuracy")) | {"task": "mean"}
+        mean |= {"accuracy": zero_shot["mean_accuracy"], "recovery": zero_shot["recovery"]}
+        columns += " | >dense = {dense_accuracy:.3f} | >recovery (95 %) = {recovery:ratio}"
+        found.append(_table(columns, [*zero_shot["tasks"], mean]))
+    return found
 
 
 def compare(c: dict[str, Any]) -> list[Any]:
-    numbers = (">seeds", ">perplexity", ">KL from dense", ">accuracy", ">recovery", ">time", ">peak memory")
-    rows = [
-        (
-            m["method"],
-            m["pattern"],
-            m["seeds"],
-            _with_error(m["perplexity"], m["perplexity_error"], 2),
-            _with_error(m["mean_kl"], m["mean_kl_error"], 3),
-            *("" if m[name] is None else f"{m[name]:.3f}" for name in ("accuracy", "recovery")),
-            f"{m['seconds']:.0f} s",
-            decimal(m["peak_memory_bytes"]),
-        )
-        for m in c["rows"]
-    ]
-    found = table(("method", "pattern", *numbers), rows)
-    return [found, f"dense: perplexity {c['dense_perplexity']:.2f}", f"plot: {c['plot']}"]
+    columns = "method = {method} | pattern = {pattern} | >seeds = {seeds}"
+    columns += " | >perplexity = {perplexity:.2f}{perplexity_error:±.2f}"
+    columns += " | >KL from dense = {mean_kl:.3f}{mean_kl_error:±.3f} | >accuracy = {accuracy:.3f}"
+    columns += " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s | >peak memory = {peak_memory_bytes:bytes}"
+    return [_table(columns, c["rows"]), f"dense: perplexity {c['dense_perplexity']:.2f}", f"plot: {c['plot']}"]
 
 
 def benchmark(c: dict[str, Any]) -> list[Any]:
-    generates = any(m["tpot_ms"] for m in c["measurements"])
-    times = (">TTFT ms (p10–p90)", ">TPOT ms (p10–p90)", ">tokens/s") if generates else (">ms (p10–p90)", ">samples/s")
-    speedups = {"prefill_speedup": "prefill", "decode_speedup": "decode"}
-    speedups = speedups if generates else {"prefill_speedup": "against dense"}
-
-    def spread(found: dict[str, float]) -> str:
-        return f"{found['median']:.1f} ({found['p10']:.1f}–{found['p90']:.1f})"
-
-    rows = [
-        (
-            m["model"],
-            f"{m['runtime']} {m['dtype']} ({m['provider']})",
-            m["batch"],
-            *(spread(m[name]) for name in ("ttft_ms", "tpot_ms") if m[name]),
-            f"{m['tokens_per_second' if generates else 'samples_per_second']:.1f}",
-            decimal(m["peak_memory_bytes"]),
-            f"{m['load_seconds']:.1f}",
-            decimal(m["bytes_on_disk"]),
-            *(m[name]["verdict"] if m[name] else "baseline" for name in speedups),
-        )
-        for m in c["measurements"]
-    ]
+    columns = "model = {model} | runtime = {runtime} {dtype} ({provider}) | >batch = {batch}"
+    costs = ">peak = {peak_memory_bytes:bytes} | >load s = {load_seconds:.1f} | >on disk = {bytes_on_disk:bytes}"
+    if any(m["tpot_ms"] for m in c["measurements"]):
+        times = ">TTFT ms (p10–p90) = {ttft_ms:spread} | >TPOT ms (p10–p90) = {tpot_ms:spread}"
+        columns += f" | {times} | >tokens/s = {{tokens_per_second:.1f}} | {costs}"
+        columns += " | prefill = {prefill_speedup:verdict} | decode = {decode_speedup:verdict}"
+    else:
+        columns += f" | >ms (p10–p90) = {{ttft_ms:spread}} | >samples/s = {{samples_per_second:.1f}} | {costs}"
+        columns += " | against dense = {prefill_speedup:verdict}"
     machine = c["environment"]
-    return [
-        table(("model", "runtime", ">batch", *times, ">peak", ">load s", ">on disk", *speedups.values()), rows),
-        *kernel_lines(c["measurements"]),
-        f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}",
-        *([f"warning: {warning}"] if (warning := noisy(machine)) else []),
-    ]
+    where = f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}"
+    warnings = [f"warning: {warning}"] if (warning := noisy(machine)) else []
+    return [_table(columns, c["measurements"]), *kernel_lines(c["measurements"]), where, *warnings]
 
 
 def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
@@ -277,30 +255,26 @@ def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
 
 
 def inspect(c: dict[str, Any]) -> list[Any]:
-    headings = ("layer", "shape", ">nonzero", ">empty rows", ">empty columns", ">row spread", ">column spread")
-    rows = [
-        (
-            layer["name"],
-            "{}×{}".format(*layer["shape"]),
-            f"{100 * layer['nonzeros'] / (layer['shape'][0] * layer['shape'][1]):.2f} %",
-            layer["empty_rows"],
-            layer["empty_columns"],
-            f"{layer['row_spread']:.3f}",
-            f"{layer['column_spread']:.3f}",
-            ", ".join(layer["patterns"]) or "none",
-        )
-        for layer in c["layers"]
-    ]
-    shares = ("nonzeros", "kept_rows", "gone_rows", "kept_columns", "gone_columns")
-    kinds = [(k["kind"], k["layers"], *(f"{100 * k[name]:.2f} %" for name in shares)) for k in c["kinds"]]
-    names = ("kind of layer", ">layers", ">nonzero", ">rows kept", ">rows gone", ">columns kept", ">columns gone")
-    share = 100 * c["nonzeros"] / c["weights"]
-    return [
-        table((*headings, "patterns that hold"), rows),
-        table(names, kinds),
-        f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({share:.2f} %)",
-        *([f"heat map: {c['heat_map']}"] if c["heat_map"] else []),
-    ]
+    columns = "layer = {name} | shape = {shape[0]}×{shape[1]} | >nonzero = {share:.2%} | >empty rows = {empty_rows}"
+    columns += " | >empty columns = {empty_columns} | >row spread = {row_spread:.3f}"
+    columns += " | >column spread = {column_spread:.3f} | patterns that hold = {holds}"
+    rows = []
+    for layer in c["layers"]:
+        share, holds = layer["nonzeros"] / math.prod(layer["shape"]), ", ".join(layer["patterns"]) or "none"
+        rows.append(layer | {"share": share, "holds": holds})
+    kinds = "kind of layer = {kind} | >layers = {layers} | >nonzero = {nonzeros:.2%} | >rows kept = {kept_rows:.2%}"
+    kinds += " | >rows gone = {gone_rows:.2%} | >columns kept = {kept_columns:.2%} | >columns gone = {gone_columns:.2%}"
+    total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
+    heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
+    return [_table(columns, rows), _table(kinds, c["kinds"]), total, *heat_map]
+
+
+def titled(content: Any) -> list[Any]:
+    """A table of a report under its title, with its notes."""
+    headings = [f">{name}" if number else name for name, number in content.columns.items()]
+    rows = [[Text(printable(cell.text), style=COLOURS[cell.mark]) for cell in row] for row in content.rows]
+    title = Text(content.title, style="bold")
+    return [table(headings, rows, title=title, title_justify="left"), *content.all_notes]
 
 
 def run(result: Any) -> list[Any]:
@@ -309,7 +283,7 @@ def run(result: Any) -> list[Any]:
     from gblm_compress.runs.run_report import REPORT, headline
 
     if isinstance(result, DryRun):
-        return dry_run(result)
+        return dry_run(result.as_dict())
     verdict, output = report.verdict(result), Path(result.output)
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
@@ -321,33 +295,28 @@ def run(result: Any) -> list[Any]:
     return [*found, Text.assemble((f"{verdict}: " if verdict else "", colour), printable(headline(result)))]
 
 
-def gates(failed: Iterable[Any]) -> list[str]:
-    """Gates that failed, in words."""
-    from gblm_compress.runs.report import sentence
-
-    return [sentence(gate) for gate in failed]
-
-
-def dry_run(result: Any) -> list[Any]:
+def dry_run(c: dict[str, Any]) -> list[Any]:
     rows = []
-    for number, step in enumerate(result.steps, 1):
-        stays = step.disk.stays if step.disk and step.fate != "reuse" else 0
-        seconds = "" if step.seconds is None else f"{step.seconds:.0f} s"
-        rows.append((number, step.does, step.fate, decimal(stays) if stays else "", seconds))
-    limits = ", ".join(f"{name} {value}" for group in result.gates for name, value in group.items())
-    needed, free = "not known until the model is on this machine", decimal(result.free_bytes)
-    if result.bytes is not None:
-        needed = f"at most {decimal(result.bytes)}, temporary files included"
-    time = "not known; some of these stages have not been done in this folder yet"
-    if result.seconds is not None:
-        time = f"{result.seconds:.0f} s when these stages were last done in this folder"
+    for number, step in enumerate(c["steps"], 1):
+        taken = step["disk"] if step["fate"] != "reuse" else None
+        rows.append(step | {"number": number, "stays": (taken and taken["stays"]) or None})
+    columns = "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
+    limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
+    disk, time = (
+        "not known until the model is on this machine",
+        "not known; some of these stages are new to this folder",
+    )
+    if c["bytes"] is not None:
+        disk = _cell("at most {bytes:bytes}, temporary files included", c)
+    if c["seconds"] is not None:
+        time = f"{c['seconds']:.0f} s when these stages were last done in this folder"
     return [
-        table(("", "stage", "what would happen", ">disk, at most", ">last time"), rows),
+        _table(f"{columns} | >last time = {{seconds:.0f}}", rows),
         *([f"gates to check: {limits}"] if limits else []),
-        f"disk: {needed}; {free} are free",
+        f"disk: {disk}; {decimal(c['free_bytes'])} are free",
         f"time: {time}",
-        f"output: {result.output}",
-        *_unchecked(result.unchecked),
+        f"output: {c['output']}",
+        *_unchecked(c["unchecked"]),
     ]
 
 
