@@ -68,7 +68,8 @@ def add(program: typer.Typer, command: Command) -> None:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        summaries.show(command.name, result, json_)
+        dense = own.get("teacher") or (own.get("model") if command.name in ("prune", "generate") else None)
+        summaries.show(command.name, result, json_, dense or "MODEL")
         if failed := getattr(result, "failed_gates", None):
             from gblm_compress.runs.report import sentence
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,14 +24,14 @@ COLOURS = {"good": "green", "bad": "bold red", "": ""}
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def show(command: str, result: Any, as_json: bool) -> None:
-    """Print a result: one JSON document, or a summary for people."""
+def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
+    """Print a result: one JSON document, or a summary for people that names the dense model."""
     if as_json or command == "schema":
         print(records.as_json(_plain(result)), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
     for part in parts(command, result):
-        print_part(part, console)
+        print_part(part.replace("MODEL", shlex.quote(model)) if isinstance(part, _Next) else part, console)
 
 
 def parts(command: str, result: Any) -> list[Any]:
@@ -138,11 +139,15 @@ def prune(c: dict[str, Any]) -> list[Any]:
         "left dense": reasons(c["left_dense"]),
     }
     notes = [f"note: {warning}" for warning in c["warnings"]]
-    return [_facts(facts, c), *notes, _next("evaluate", c["folder"], "--baseline MODEL")]
+    return [_facts(facts, c), *notes, _next("evaluate", c["folder"], "--baseline", "MODEL")]
 
 
-def _next(command: str, *words: str) -> str:
-    return " ".join(("next: gblm-compress", command, *words))
+class _Next(str):
+    """A command, with MODEL for the dense model."""
+
+
+def _next(*words: str) -> _Next:
+    return _Next(f"next: gblm-compress {shlex.join(words)}")
 
 
 def advise(c: dict[str, Any]) -> list[Any]:
@@ -159,7 +164,10 @@ def generate(c: dict[str, Any]) -> list[Any]:
         "texts": f"{c['texts']:,}, of {c['words']:,} words",
         "tokens": f"{c['tokens']:,}, in {c['dtype']}, {rate:,.0f} tokens/s",
     }
-    return [_facts(facts, c | {"folder": c["file"]}), _next("prune MODEL -o pruned --calibration", c["file"])]
+    return [
+        _facts(facts, c | {"folder": c["file"]}),
+        _next("prune", "MODEL", "-o", "pruned", "--calibration", c["file"]),
+    ]
 
 
 def recover(c: dict[str, Any]) -> list[Any]:
@@ -172,7 +180,7 @@ def recover(c: dict[str, Any]) -> list[Any]:
         "text": f"each window read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
-    following = _next("evaluate", c["folder"], "--baseline MODEL")
+    following = _next("evaluate", c["folder"], "--baseline", "MODEL")
     return [_table(f"{columns} | >mask moved = {{moved:.1%}}", curve), _facts(facts, c), following]
 
 
@@ -180,7 +188,7 @@ def export(c: dict[str, Any]) -> list[Any]:
     facts = {"format": c["format"], "size": _cell("{bytes:bytes} (source {source_bytes:bytes})", c)}
     for name, value in c["checks"].items():
         facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return [_facts(facts, c), _next("benchmark", c["folder"], "--baseline MODEL")]
+    return [_facts(facts, c), _next("benchmark", c["folder"], "--baseline", "MODEL")]
 
 
 def evaluate(c: dict[str, Any]) -> list[Any]:
