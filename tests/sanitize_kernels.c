@@ -9,7 +9,7 @@
  * teams of any size. A product is held against a naive one in double, an expansion against the matrix bit for bit. Hostile are
  * numbers that there is no code for, which must be refused with nothing written; bits beyond the last column, which must not
  * be written; and values that are NaN or infinite. Masks that do not fit their values are not the kernels' to find: see
- * bitmask.h.
+ * job.h.
  */
 #include <math.h>
 #include <pthread.h>
@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "../gblm_compress/kernels/bitmask.h"
+#include "../gblm_compress/kernels/many_tokens.h"
 
 EXPORT void gblm_set_parallel(void *parallel, void *omp_get_thread_num, void *omp_get_num_threads);
 EXPORT int gblm_bitmask_linear(const void *mask, const void *values, const int64_t *starts, const void *x, void *y, void *panels,

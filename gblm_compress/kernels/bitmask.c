@@ -1,10 +1,11 @@
-/* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See bitmask.h.
+/* Kernels of the bitmask layout for decoding, 1 to 8 tokens, and the expansion of rows. See job.h.
  *
  * Every kernel computes rows [begin, end) for all tokens; each token of `x` is readable for whole words. Paths: portable C,
  * AVX2, AVX-512 (fp32; fp16 with VBMI2; bf16 with VBMI2 and BF16). They are compiled for their instruction set by
  * attribute, so that one library runs anywhere; `gblm_paths` says what the CPU has.
  */
 #include "bitmask.h"
+#include "many_tokens.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

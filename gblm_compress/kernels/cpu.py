@@ -123,7 +123,7 @@ def scratch(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Bitmask:
-    """A weight [rows, columns] in the bitmask layout, see bitmask.h. The layout's `check` must have passed it.
+    """A weight [rows, columns] in the bitmask layout, see job.h. The layout's `check` must have passed it.
 
     Attributes:
         mask: [rows, words], int64.

@@ -1,4 +1,4 @@
-/* Kernels of the bitmask layout for many tokens: prompts and large batches. See bitmask.h.
+/* Kernels of the bitmask layout for many tokens: prompts and large batches. See job.h.
  *
  * x is first packed, for the whole call, into panels of up to PANEL tokens in which the tokens of one column lie side by
  * side: [columns][tokens]. Then
@@ -11,10 +11,9 @@
  * expanded in the L1 cache and multiplied from there, so that the dense weight never exists in memory. AMX multiplies tiles
  * of 16 rows × 32 columns, AVX-512 pairs of columns.
  */
-#include "bitmask.h"
+#include "many_tokens.h"
 
 #if defined(__x86_64__)
-
 
 enum { PANEL = 128, AVX2_PANEL = 64, ROWS = 128, STRIP = 32, STRIP_WORDS = 8, PANELS = 4 /* that share an expansion */ };
 

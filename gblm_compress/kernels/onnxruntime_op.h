@@ -1,4 +1,5 @@
-/* What the operators for ONNX Runtime share. Without ONNX Runtime's C header GBLM_HEADER is not defined, and there are none. */
+/* What the operators for ONNX Runtime share, in onnxruntime_shared.c: both operators call it, it calls neither. Without ONNX
+ * Runtime's C header GBLM_HEADER is not defined, and there are none. */
 #ifndef GBLM_ONNXRUNTIME_OP_H
 #define GBLM_ONNXRUNTIME_OP_H
 
@@ -18,7 +19,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "bitmask.h"
+#include "job.h"
 
 enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64 };
 extern const OrtApi *gblm_ort;
@@ -56,7 +57,7 @@ OrtStatusPtr gblm_take_y(OrtKernelContext *context, const char *operator, int in
 /* `run` of Threads on those of the session, whose kernel context is the context. */
 void gblm_run_session(void *context, void (*part)(void *work, int index), void *work, int count);
 
-/* Turn a copy of BitmaskLinear's operator into QuantisedLinear's. */
+/* Turn a copy of BitmaskLinear's operator into QuantisedLinear's; in onnxruntime_quantised.c. */
 void gblm_make_quantised(OrtCustomOp *operation);
 #endif
 

@@ -1,7 +1,7 @@
 /* Kernels of quantised weights, for tokens by eights and, with AVX-512, for many, and the restoration of rows.
  *
  * A weight is scale · level: scales are fp16, one for each `group` columns of a row or for a row, levels are int8. Masks and
- * starts are those of bitmask.h; what is stored for each bit is a level, or a place of 4 bits in a table of 16 levels. Places
+ * starts are those of job.h; what is stored for each bit is a level, or a place of 4 bits in a table of 16 levels. Places
  * are two to a byte, the first in the low half, and those of every word of the mask begin with a byte.
  *
  * x is rounded once for each call, to 16 bits with one scale a token: q = round(x · 32767 / largest). Its error is 1/65534 of
@@ -13,6 +13,7 @@
  */
 #include <float.h>
 
+#include "bitmask.h"
 #include "quantised_words.h"
 
 enum { BLOCK = 16 /* words whose scales are widened at once */, PERIOD = 4096 /* columns summed in int32 */ };
@@ -205,13 +206,6 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
 
 ROUNDED_TYPES(avx2, AVX2)
-
-int8_t gblm_to_places[8][64] __attribute__((aligned(64)));
-
-__attribute__((constructor)) static void fill_to_places(void) {
-    for (int odd = 0; odd < 8; odd++)
-        for (int c = 0; c < 64; c++) gblm_to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
-}
 
 /* The 16 levels of a row in each lane. */
 AVX2 INLINE __m256i avx2_table(const Quantised *job, int64_t row, const int kind) {

@@ -1,6 +1,6 @@
 /* What the kernels of quantised weights are given. See quantised.c.
  *
- * Masks and starts are as bitmask.h says, but starts count bytes. Levels are within -127 … 127. `values` is readable for 64
+ * Masks and starts are as job.h says, but starts count bytes. Levels are within -127 … 127. `values` is readable for 64
  * bytes past the last; rows are at most MOST_WORDS words, lest an integer overflows. All of it is the caller's to guarantee.
  *
  * A 2:4 weight has patterns instead of a mask: of every four columns the first three bits of the mask, 6 bytes for each 64
@@ -9,7 +9,7 @@
 #ifndef GBLM_QUANTISED_H
 #define GBLM_QUANTISED_H
 
-#include "bitmask.h"
+#include "job.h"
 
 enum { MOST_WORDS = 1024 };
 

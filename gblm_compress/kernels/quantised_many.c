@@ -8,6 +8,13 @@
 
 #if defined(__x86_64__)
 
+int8_t gblm_to_places[8][64] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_to_places(void) {
+    for (int odd = 0; odd < 8; odd++)
+        for (int c = 0; c < 64; c++) gblm_to_places[odd][c] = (int8_t)((2 * odd >> c / 16 & 1) - 1);
+}
+
 enum { TILE = GBLM_TILE, AT_ONCE = 96 /* tokens */, DEEP = 8 /* words of 32 rows that are spread */, MOST_GROUPS = DEEP * 2 };
 
 /* Part of 32 rows: of each 4 columns those of rows 0 to 15, then those of rows 16 to 31; and the scales of the groups. */

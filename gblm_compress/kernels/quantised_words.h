@@ -130,7 +130,7 @@ VNNI INLINE __m512i word_of(uint64_t bits, const uint8_t **v, __m512i table, con
         packed = _mm512_shuffle_epi8(
             table, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15)));
     }
-    /* as assembly, so that one function serves both; see expand_ps in bitmask.h too */
+    /* as assembly, so that one function serves both; see expand_ps in job.h too */
     __asm__("vpexpandb %0, %0 %{%1%}%{z%}" : "+v"(packed) : "Yk"((__mmask64)bits));
     return packed;
 }
