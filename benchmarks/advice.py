@@ -22,22 +22,22 @@ from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.stage import prune
-from gblm_compress.runs.advice import PROMPT, advise
-from gblm_compress.runs.predictions import WAYS, Way
+from gblm_compress.runs.advice import PROMPT, WAYS, advise
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
 
 QUIET = Progress(quiet=True)
 ROUNDS, TOKENS = 10, 12
 
 
-def measured(way: Way, dense: ModelSource, pruned: ModelSource, scratch: Path) -> float:
+def measured(way: str, dense: ModelSource, pruned: ModelSource, scratch: Path) -> float:
     """Milliseconds that a decode step of the whole model takes."""
-    source = pruned if way.pruned else dense
-    if way.export is not None:
-        artefact = ModelSource(way.name, scratch / way.name.replace(", ", "-").replace(" ", "-"))
-        export(source, artefact.folder, ExportSettings(**way.export), progress=QUIET)
+    kind, dtype, exported = WAYS[way]
+    source = pruned if kind == "pruned" else dense
+    if exported is not None:
+        artefact = ModelSource(way, scratch / way.replace(", ", "-").replace(" ", "-"))
+        export(source, artefact.folder, ExportSettings(**exported), progress=QUIET)
         source = artefact
-    runtime = cast(Generating, load_runtime(source, way.dtype, "cpu", torch.get_num_threads()))
+    runtime = cast(Generating, load_runtime(source, dtype, "cpu", torch.get_num_threads()))
     size = vocabulary(dense)
     runs = [generate(runtime, size, 1, PROMPT, TOKENS, seed)["decode_seconds"] for seed in range(ROUNDS + 1)]
     return 1000 * median(runs[1:]) / (TOKENS - 1)
@@ -52,17 +52,17 @@ def main() -> None:
     silence_libraries()
     dense = resolve_model(options.model, QUIET)
     chosen = PruneSettings(method="magnitude", fit="none")
-    advice = advise(dense, AdviseSettings(), chosen, CalibrationSettings(), progress=Progress())
+    advice = advise(dense, AdviseSettings(), progress=Progress())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         pruned = ModelSource("pruned", Path(folder) / "pruned")
         prune(dense, pruned.folder, chosen, CalibrationSettings(), progress=QUIET)
         for way in WAYS:
-            found = next((each for each in advice.predictions if each.name == way.name), None)
+            found = next((each for each in advice.predictions if each.name == way), None)
             if found is not None:
                 ms = measured(way, dense, pruned, Path(folder))
                 error = found.ms_per_token / ms - 1
-                rows.append({"way": way.name, "predicted_ms": found.ms_per_token, "measured_ms": ms, "error": error})
+                rows.append({"way": way, "predicted_ms": found.ms_per_token, "measured_ms": ms, "error": error})
     show(f"{options.model}, advice after {advice.seconds:.0f} s", rows)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")

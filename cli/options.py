@@ -71,10 +71,8 @@ def add(program: typer.Typer, command: Command) -> None:
         dense = own.get("teacher") or (own.get("model") if command.name in ("prune", "generate") else None)
         summaries.show(command.name, result, json_, dense or "MODEL")
         if failed := getattr(result, "failed_gates", None):
-            from gblm_compress.runs.report import sentence
-
             count = f"{len(failed)} of {len(result.gates)} gates failed"
-            raise together(GateError, count, [sentence(gate) for gate in failed])
+            raise together(GateError, count, [gate.sentence for gate in failed])
 
     described: Any = called
     described.__signature__ = Signature(parameters)

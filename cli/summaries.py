@@ -152,10 +152,8 @@ def _next(*words: str) -> _Next:
 
 def advise(c: dict[str, Any]) -> list[Any]:
     columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
-    cost = "{pruning_seconds:time}, {pruning_memory_bytes:bytes} of memory, {pruning_disk_bytes:bytes} of disk"
     notes = [f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()]
-    pruning = f"Pruning so would take about {_cell(cost, c)}."
-    return [_table(columns, c["predictions"]), *c["sentences"], pruning, *notes]
+    return [_table(columns, c["predictions"]), *c["sentences"], *notes]
 
 
 def generate(c: dict[str, Any]) -> list[Any]:
@@ -287,7 +285,7 @@ def titled(content: Any) -> list[Any]:
 
 def run(result: Any) -> list[Any]:
     from gblm_compress.runs import report, tables
-    from gblm_compress.runs.dry_run import DryRun
+    from gblm_compress.runs.pipeline import DryRun
     from gblm_compress.runs.run_report import REPORT, headline
 
     if isinstance(result, DryRun):
@@ -337,10 +335,10 @@ def validate(c: dict[str, Any]) -> list[Any]:
 
 
 def report(result: Any) -> list[Any]:
-    from gblm_compress.runs.history import runs
+    from gblm_compress.runs.run_report import headline
 
     changes = titled(result.changes) if result.changes else []
-    return [*titled(runs(result.runs)), *changes, f"page: {result.page}"]
+    return [*(headline(run) for run in result.runs), *changes, f"page: {result.page}"]
 
 
 def push(c: dict[str, Any]) -> list[Any]:

@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from gblm_compress.pruning.stage import PruneResult
     from gblm_compress.recovery.stage import RecoverResult
     from gblm_compress.runs.advice import Advice
-    from gblm_compress.runs.cells import CompareResult
-    from gblm_compress.runs.dry_run import DryRun
-    from gblm_compress.runs.history import ReportResult
+    from gblm_compress.runs.comparison import CompareResult
+    from gblm_compress.runs.pipeline import DryRun
     from gblm_compress.runs.pushing import PushResult
+    from gblm_compress.runs.report import ReportResult
     from gblm_compress.runs.run_report import RunReport
 
     Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
@@ -78,20 +78,12 @@ DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 
 @command
-def advise(
-    model: Model,
-    *,
-    settings: AdviseSettings,
-    pruning: PruneSettings,
-    text: Calibration,
-    processor: InMemory = None,
-    quiet: Quiet = False,
-) -> "Advice":
+def advise(model: Model, *, settings: AdviseSettings, processor: InMemory = None, quiet: Quiet = False) -> "Advice":
     """Predict what compressing a model would bring on this machine, before any of it is done."""
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.runs import advice
 
-        return advice.advise(source, settings, pruning, text, progress=progress)
+        return advice.advise(source, settings, progress=progress)
 
 
 @command
@@ -249,16 +241,8 @@ def compare(
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
         from gblm_compress.runs import comparison
 
-        return comparison.compare(
-            source,
-            Path(output),
-            settings,
-            text,
-            evaluation,
-            dtype=compute.dtype,
-            device=compute.device,
-            progress=progress,
-        )
+        grid = comparison.Grid(settings, text, evaluation, compute.dtype, compute.device)
+        return comparison.compare(source, Path(output), grid, progress=progress)
 
 
 @command
@@ -339,13 +323,12 @@ def run(
         outputs.check_document(document, "gblm-compress")
     progress = _progress(quiet)
 
-    from gblm_compress.runs import checks, pipeline
-    from gblm_compress.runs import dry_run as looking
+    from gblm_compress.runs import pipeline
     from gblm_compress.runs import report as documents
 
     if dry_run:
-        errors.raise_all(checks.check(content, progress) + checks.check_output(content, folder))
-        return looking.dry_run(content, folder, progress)
+        errors.raise_all(pipeline.check(content, progress) + pipeline.check_output(content, folder))
+        return pipeline.dry_run(content, folder, progress)
     result = pipeline.run(content, folder, progress)
     if junit is not None:
         records.write_text(Path(junit), documents.junit(result))
@@ -356,14 +339,14 @@ def run(
 
 @command
 def report(
-    *runs: Annotated[FileName, "Folders that `run` wrote, the newest last."],
+    *runs: Annotated[FileName, "A folder that `run` wrote, or two to compare, the newest last."],
     output: Annotated[FileName, "Page to write."] = "report.html",
     fail_on_regression: Annotated[bool, "End with exit code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
-    """Join the reports of several runs on one page: the last one against the one before it, and all over time."""
-    from gblm_compress.runs import history
+    """Write the page of a run, with what changed since an earlier run if two are given."""
+    from gblm_compress.runs import report as documents
 
-    result = history.report([Path(run) for run in runs], Path(output))
+    result = documents.report([Path(run) for run in runs], Path(output))
     if fail_on_regression and (worse := result.regressions):
         failure = errors.together(GateError, f"{len(worse)} figures got worse", worse)
         failure.result = result
@@ -393,14 +376,14 @@ def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> 
         content = load_recipe(path, tuple(set))
         progress = _progress(quiet)
 
-        from gblm_compress.runs import checks
+        from gblm_compress.runs import pipeline
 
-        errors.raise_all(checks.check(content, progress))
+        errors.raise_all(pipeline.check(content, progress))
     except GblmError as error:
         error.result = {"valid": False, "faults": error.faults or (str(error),), "recipe": None}
         raise
     found = {"valid": True, "faults": [], "recipe": content.model_dump(mode="json")}
-    return found | {"path": str(path), "unchecked": checks.unchecked(content)}
+    return found | {"path": str(path), "unchecked": pipeline.unchecked(content)}
 
 
 @command

@@ -115,7 +115,6 @@ def _import_what_commands_import() -> None:
     from gblm_compress.measure import inspection  # noqa: F401
     from gblm_compress.models import packed_checkpoint  # noqa: F401
     from gblm_compress.runs import (
-        checks,  # noqa: F401
         comparison,  # noqa: F401
         pipeline,  # noqa: F401
         recipe,  # noqa: F401

@@ -22,7 +22,7 @@ from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
 from gblm_compress.models import finding
-from gblm_compress.runs import checks, pipeline, run_report, yaml_nodes
+from gblm_compress.runs import pipeline, run_report, yaml_nodes
 from gblm_compress.runs.recipe import SHIPPED
 from gblm_compress.settings import PruneSettings, Recipe
 
@@ -71,7 +71,7 @@ def stop_before_work(monkeypatch, tmp_path) -> None:
     def begin(*arguments: Any, **settings: Any) -> None:
         raise WorkBegins
 
-    for module, name in ((finding, "resolve_model"), (checks, "check"), (pipeline, "run"), (run_report, "read")):
+    for module, name in ((finding, "resolve_model"), (pipeline, "check"), (pipeline, "run"), (run_report, "read")):
         monkeypatch.setattr(module, name, begin)
     for module, name in ((tasks, "data_files"), (zero_shot, "check_folder")):
         monkeypatch.setattr(module, name, lambda name: None)

@@ -44,8 +44,8 @@ def test_what_reaches_into_another_room_is_found(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "test_x.py"
     path.parent.mkdir()
     path.write_text(
-        "from gblm_compress.pruning import stage\nfrom gblm_compress.runs import reuse\n"
+        "from gblm_compress.pruning import stage\nfrom gblm_compress.runs import job\n"
         "from gblm_compress.layouts.packed import _hidden\n"
-        "stage._save()\nreuse._path()\nmonkeypatch.setattr(stage, '_walk', None)\n"
+        "stage._save()\njob._path()\nmonkeypatch.setattr(stage, '_walk', None)\n"
     )
     assert sorted(reached_into(path)) == ["layouts._hidden", "pruning._save", "pruning._walk"]

@@ -1,362 +1,313 @@
-"""The charts of a report as Vega-Lite specifications: the page draws them, and `images` makes pictures of the same."""
+"""The charts of a report as PNG, for the page and for files of their own. They are drawn by matplotlib."""
 
-from collections.abc import Callable
-from typing import get_args
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from gblm_compress.measure.timings import Part
-from gblm_compress.printing import printable
-from gblm_compress.runs import vega
-from gblm_compress.runs.figures import LESS_IS_BETTER, Figure
+from gblm_compress.printing import plain_figures, printable
+from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, Row, amount
 from gblm_compress.runs.run_report import RunReport
-from gblm_compress.runs.summary import ModelSummary
-from gblm_compress.runs.vega import COLOURS, ROW, Chart, Spec
 
-PARTS = get_args(Part)
-"""What a decode step is made of, see `measure.onnx_runtime.part_of`."""
+GREY = "#7f7f7f"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+"""Colours that people with each kind of colour blindness tell apart (Okabe and Ito). Grey is for dense."""
+LINE = 0.32  # inches of a line of labels
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        name: of its place on the page and of its file.
+        caption: what it shows and how to read it; the text for those who do not see it.
+        picture: PNG on white.
+    """
+
+    name: str
+    title: str
+    caption: str
+    picture: bytes
 
 
 def of(report: RunReport) -> list[Chart]:
     """The charts that a report has data for."""
-    return [chart for make in CHARTS if (chart := make(report)) is not None]
-
-
-def quality_against_bytes(report: RunReport) -> Chart | None:
-    """The metric that counts first over megabytes on disk."""
-    points = _points(report, lambda row, found: Figure(found["bytes"].value / 1e6))
-    what = "Quality against size: to the left is smaller. The broken line joins what nothing else beats on both."
-    return _front(report, "quality-bytes", "Quality and size", what, "megabytes on disk", points)
-
-
-def quality_against_time(report: RunReport) -> Chart | None:
-    """The metric that counts first over milliseconds per token."""
-    name = "tpot_ms" if _generates(report) else "ttft_ms"
-    batch = report.smallest_batch
-    points = _points(report, lambda row, found: found.get(name) if row.batch == batch else None)
-    axis = "ms per token" if name == "tpot_ms" else "ms per forward pass"
-    what = f"Quality against time at batch {batch}: to the left is faster, and lines span p10 to p90. The broken line "
-    return _front(
-        report, "quality-time", "Quality and speed", what + "joins what nothing else beats on both.", axis, points
+    made = (
+        quality_and_size(report),
+        quality_and_speed(report),
+        latency(report, "tpot_ms", "latency-decode", "Time per token after the first", "decode"),
+        first_token(report),
+        byte_limit(report),
+        step(report),
+        methods(report, "method_perplexity", "methods-perplexity", "Perplexity by method"),
+        methods(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method"),
+        zeros(report),
+        output_error(report),
+        recovery(report),
     )
+    return [chart for chart in made if chart is not None]
+
+
+def quality_and_size(report: RunReport) -> Chart | None:
+    """The metric that counts first over megabytes on disk."""
+    sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
+    what = "Quality against size: to the left is smaller."
+    return _front(report, "quality-bytes", "Quality and size", what, sizes, "megabytes on disk")
+
+
+def quality_and_speed(report: RunReport) -> Chart | None:
+    """The metric that counts first over milliseconds per token."""
+    name, what = ("tpot_ms", "token") if report.generates else ("ttft_ms", "forward pass")
+    times = [row for row in report.find(name) if row.batch == report.smallest_batch]
+    caption = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
+    return _front(report, "quality-time", "Quality and speed", caption, times, f"ms per {what}")
+
+
+def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row], axis: str) -> Chart | None:
+    points = []
+    for metric in report.metrics[:1]:
+        dense = next(iter(report.find(metric, DENSE)), None)
+        found = {row.artefact: row for row in report.find(metric)}
+        points = [(row, y) for row in rows if (y := dense if row.dense else found.get(row.artefact)) is not None]
+    if len(points) < 2:
+        return None
+    less = metric in LESS_IS_BETTER
+    caption = f"{what} The broken line joins the points that no other beats on both axes. "
+    picture = scatter(points, axis, metric, front=1 if less else -1)
+    return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
 
 
 def first_token(report: RunReport) -> Chart | None:
     """Time to first token, or of the forward pass of what generates nothing."""
-    if _generates(report):
-        return _latency(report, "ttft_ms", "latency-prefill", "prefill", "Time to the first token")
-    return _latency(report, "ttft_ms", "latency-prefill", "a forward pass", "Time of a forward pass")
+    if report.generates:
+        return latency(report, "ttft_ms", "latency-prefill", "Time to the first token", "prefill")
+    return latency(report, "ttft_ms", "latency-prefill", "Time of a forward pass", "a forward pass")
 
 
-def next_token(report: RunReport) -> Chart | None:
-    """Time per output token."""
-    return _latency(report, "tpot_ms", "latency-decode", "decode", "Time per token after the first")
+def latency(report: RunReport, figure: str, name: str, title: str, what: str) -> Chart | None:
+    """A time of every artefact in every runtime at every batch size."""
+    caption = f"Milliseconds of {what}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
+    rows = report.find(figure)
+    return Chart(name, title, caption, dots(rows, "milliseconds")) if rows else None
 
 
 def byte_limit(report: RunReport) -> Chart | None:
-    """How much faster each artefact decodes, beside what its bytes allow."""
-    values: list[Spec] = []
-    for row in report.pruned_rows:
-        base, speedup = report.baseline(row), report.figures(row).get("decode_speedup")
-        if base is not None and speedup is not None:
-            limit = base.bytes_on_disk / row.bytes_on_disk
-            values.append({"row": vega.label(row), **vega.ends(speedup), "limit": limit, "kind": vega.kind(row)})
-    if not values:
+    """How much faster each artefact decodes, beside the limit that its bytes set."""
+    rows, limits = report.find("decode_speedup"), []
+    for row in rows:
+        size, lane = report.find("bytes", row.artefact), (row.runtime, row.dtype, row.batch)
+        baseline = next((each.artefact for each in report.find("tpot_ms") if each.dense
+                         and (each.runtime, each.dtype, each.batch) == lane), DENSE)  # fmt: skip
+        of_dense = report.find("bytes", baseline)
+        limits.append((of_dense[0].value or 0) / (size[0].value or 1) if size and of_dense else 1.0)
+    if not rows:
         return None
-    order = [value["row"] for value in values]
-    mark = {
-        "mark": {"type": "tick", "thickness": 3, "size": ROW * 0.7, "color": COLOURS[4]},
-        "encoding": {"x": {"field": "limit", "type": "quantitative"}, **vega.rows(order)},
-    }
-    one = {"mark": {"type": "rule", "strokeDash": [4, 4], "color": COLOURS[0]}, "encoding": {"x": {"datum": 1}}}
-    layers = [one, *vega.dots("times as fast as dense", values, "limit"), mark]
+
+    def mark(axes: Any) -> None:
+        axes.axvline(1, color=GREY, ls="--", lw=1)
+        axes.plot(limits, range(len(limits)), "|", color=COLOURS[3], ms=14, mew=3)
+
     return Chart(
         "byte-limit",
         "Decoding, and what the bytes allow",
-        "A decode step reads every weight once, so that fewer bytes set a limit: the upright mark is the dense model's "
-        "bytes over the artefact's. The dot is what was measured, its line the interval. What lies between them is "
-        "attention, norms, threads that wait, and arithmetic on packed weights; beyond the mark, the kernel is better "
-        "than dense's.",
-        {"data": {"values": values}, "height": ROW * len(order), "layer": layers},
+        "A decode step reads every weight once, so fewer bytes set a limit: the upright mark is the dense model's "
+        "bytes over the artefact's. The dot is the measured speed-up, its line the interval. The gap between them is "
+        "attention, norms, waiting threads, and arithmetic on packed weights. A dot beyond the mark means that the "
+        "kernel is better than dense's.",
+        dots(rows, "times as fast as dense", mark),
     )
 
 
 def step(report: RunReport) -> Chart | None:
     """Where the time of a decode step goes, or of the forward pass of what generates nothing."""
-    values: list[Spec] = [
-        {"row": printable(f"{row.model} · {row.runtime}"), "part": part, "ms": ms, "place": PARTS.index(part)}
-        for row in report.rows
-        if row.timing and row.batch == report.smallest_batch
-        for part, ms in row.timing.step_ms.items()
-    ]
-    if not values:
+    rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
+    if not rows:
         return None
-    order = list(dict.fromkeys(value["row"] for value in values))
-    colour = {"domain": list(PARTS), "range": [COLOURS[i] for i in (1, 0, 2, 3, 4)]}
-    title, of = "Where a forward pass's time goes", "a forward pass of one sample, profiled apart from the timings"
-    if _generates(report):
+    labels = list(dict.fromkeys(row.where for row in rows))
+
+    def draw(axes: Any) -> None:
+        ends = dict.fromkeys(labels, 0.0)
+        for part, colour in zip(get_args(Part), (COLOURS[0], GREY, *COLOURS[1:]), strict=False):
+            if widths := {row.where: row.value or 0.0 for row in rows if row.part == part}:
+                lines, left = [labels.index(label) for label in widths], [ends[label] for label in widths]
+                axes.barh(lines, list(widths.values()), left=left, color=colour, label=part)
+                ends |= {label: ends[label] + width for label, width in widths.items()}
+        _lines(axes, labels, "milliseconds")
+
+    title, of_what = "Where a forward pass's time goes", "a forward pass of one sample, profiled apart from the timings"
+    if report.generates:
         title = "Where a decode step's time goes"
-        of = "a step on one token, profiled apart from the timings and without a prompt"
-    return Chart(
-        "step",
-        title,
-        f"Milliseconds of each part of {of}: what zeros shorten is the products, and attention, norms and the rest "
-        "stay.",
-        {
-            "data": {"values": values},
-            "height": ROW * len(order),
-            "mark": {"type": "bar"},
-            "encoding": {
-                "x": {"field": "ms", "type": "quantitative", "title": "milliseconds", "axis": {"tickCount": 5}},
-                "order": {"field": "place"},
-                "color": {
-                    "field": "part",
-                    "type": "nominal",
-                    "title": None,
-                    "scale": colour,
-                    "legend": {"orient": "top", "columns": 3},
-                },
-                "tooltip": [
-                    {"field": "row", "title": "of"},
-                    {"field": "part"},
-                    {"field": "ms", "type": "quantitative", "format": ".2f"},
-                ],
-                **vega.rows(order),
-            },
-        },
-    )
+        of_what = "a step on one token, profiled apart from the timings and without a prompt"
+    what = f"Milliseconds of each part of {of_what}. Zeros shorten the products; attention, norms and the rest stay."
+    return Chart("step", title, what, drawn(draw, LINE * len(labels)))
 
 
-def perplexity_by_method(report: RunReport) -> Chart | None:
-    """Perplexity of a grid."""
-    return _methods(report, "perplexity", "Perplexity by method")
+def methods(report: RunReport, figure: str, name: str, title: str) -> Chart | None:
+    """A figure of the compared methods."""
+    ends = [(row, row.value or 0.0, row.error or 0.0) for row in report.find(figure)]
+    rows = [replace(row, low=value - error, high=value + error) for row, value, error in ends]
+    caption = "Further left is better. A line is one standard error over the seeds to each side."
+    axis = "perplexity" if figure == "method_perplexity" else "nats per token"
+    return Chart(name, title, caption, dots(rows, axis)) if rows else None
 
 
-def divergence_by_method(report: RunReport) -> Chart | None:
-    """KL divergence of a grid."""
-    return _methods(report, "mean_kl", "KL divergence from dense by method")
-
-
-def sparsity(report: RunReport) -> Chart | None:
+def zeros(report: RunReport) -> Chart | None:
     """Zeros of every pruned layer, block by projection."""
     what = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
-    zeros = {layer.name: 1 - layer.nonzeros / layer.weights for layer in report.layers}
-    return _by_layer(report, "sparsity", "Zeros by layer", what, "zeros", zeros, top=1.0)
+    return _tiles("sparsity", "Zeros by layer", what, report.find("zeros"), 1.0)
 
 
 def output_error(report: RunReport) -> Chart | None:
     """How far the output of every pruned layer is from that of its dense weights, block by projection."""
     what = (
-        "How far the output of each layer was from what its dense weights give for the same inputs, as a share of "
-        "that, on the calibration text when it was pruned and fitted: dark is where pruning costs most."
+        "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, "
+        "on the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
     )
-    errors = {layer.name: layer.output_error for layer in report.layers if layer.output_error is not None}
-    return _by_layer(report, "output-error", "Error by layer", what, "error", errors, max(errors.values(), default=1.0))
+    return _tiles("output-error", "Error by layer", what, report.find("output_error"))
 
 
 def recovery(report: RunReport) -> Chart | None:
     """The loss on held-out text, over the tokens that a recovery was trained on."""
+    rows = report.find("held_out_loss")
+    if not rows:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.plot([row.tokens for row in rows], [row.value for row in rows], "o-", color=COLOURS[0], mfc="white")
+        kept = [row for row in rows if row.part == "kept"]
+        axes.plot([row.tokens for row in kept], [row.value for row in kept], "o", color=COLOURS[0])
+        axes.set(xlabel="tokens trained on", ylabel="nats per token")
+
     what = (
         "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the "
-        "training weighs it, on text that the training does not see: lower is better. The filled dot is what was kept."
+        "training weighs it, on text that the training does not see: lower is better. The filled dot was kept."
     )
-    return _curve(report, "recovery", "Learning curve", what, "held_out", "nats per token", ".3~f")
+    return Chart("recovery", "Learning curve", what, drawn(draw, 3.0))
 
 
-def mask(report: RunReport) -> Chart | None:
-    """The share of the first mask's survivors that is gone, over the tokens that a recovery was trained on."""
-    if not any(look.moved for look in report.recovery):
+@plain_figures()
+def drawn(draw: Callable[[Any], None], height: float) -> bytes:
+    """A picture of what `draw` puts on matplotlib's axes, `height` inches high beside its labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 1.2 + height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160, format="png")
+    return picture.getvalue()
+
+
+def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
+    """Points with their errors and names.
+
+    Args:
+        points: the rows of the x and of the y coordinate.
+        log: draws logarithmic axes, and the dense model as a broken line.
+        front: joins the points that no other beats on both axes, where a smaller x is better and a smaller (1) or
+            larger (-1) y; 0 joins none.
+    """
+
+    def draw(axes: Any) -> None:
+        if log:
+            _logarithmic(axes, points[0][1].baseline)
+        axes.margins(0.15)
+        for (a, b), colour in zip(points, _colours(axes, [a for a, _ in points]), strict=True):
+            axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), fmt="o", color=colour)
+        for a, b in points:  # names of points at the right stand before them
+            right = a.value and a.value > sum(axes.get_xlim()) / 2
+            side: dict[str, Any] = {"ha": "right", "xytext": (-6, 5)} if right else {"ha": "left", "xytext": (6, 5)}
+            axes.annotate(printable(a.artefact)[:40], (a.value, b.value), textcoords="offset points", **side)
+        if front:
+            line = best((a.value or 0, front * (b.value or 0)) for a, b in points)
+            axes.step([a for a, _ in line], [front * b for _, b in line], where="post", color=GREY, ls="--", lw=1)
+        axes.set(xlabel=x, ylabel=y)
+
+    return drawn(draw, 3.2)
+
+
+def _logarithmic(axes: Any, dense: float | None) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    if dense is not None:
+        axes.axhline(dense, color=GREY, ls="--", lw=1)
+
+
+def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates, both of which are better when smaller; by the first one."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = None) -> bytes:
+    """Dots with intervals, a line for each row; `more` draws beside them."""
+
+    def draw(axes: Any) -> None:
+        for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
+            axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=colour)
+        if more is not None:
+            more(axes)
+        _lines(axes, [f"{row.artefact}, {row.part}" if row.part else row.where for row in rows], axis)
+
+    return drawn(draw, LINE * len(rows))
+
+
+def _tiles(name: str, title: str, caption: str, rows: Sequence[Row], top: float | None = None) -> Chart | None:
+    """A share of each layer as the darkness of a tile: a column for each block, a line for each projection."""
+    places: dict[tuple[str, int], float] = {}
+    for row in rows:
+        parts = row.part.split(".")
+        if numbers := [i for i, part in enumerate(parts) if part.isdecimal()]:
+            places[".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])] = row.value or 0.0
+    if not places:
         return None
-    what = (
-        "The share of the weights that pruning kept and that are zero by now; as many others took their places. The "
-        "filled dot is what was kept."
-    )
-    return _curve(report, "recovery-mask", "How far the mask moved", what, "moved", "survivors that are gone", ".1%")
+    projections, blocks = (list(dict.fromkeys(each)) for each in zip(*places, strict=True))
+    nan = float("nan")
+    shown = [[places.get((projection, block), nan) for block in blocks] for projection in projections]
+
+    def draw(axes: Any) -> None:
+        image = axes.imshow(shown, cmap="Blues", aspect="auto", vmin=0, vmax=top, interpolation="nearest")
+        axes.figure.colorbar(image, ax=axes, format=lambda share, _: amount("zeros", share))
+        axes.set_xticks(range(len(blocks)), blocks)
+        axes.locator_params(axis="x", nbins=16)
+        _lines(axes, projections, "block")
+
+    return Chart(name, title, caption, drawn(draw, LINE * len(projections)))
 
 
-CHARTS: tuple[Callable[[RunReport], Chart | None], ...] = (
-    quality_against_bytes,
-    quality_against_time,
-    next_token,
-    first_token,
-    byte_limit,
-    step,
-    perplexity_by_method,
-    divergence_by_method,
-    sparsity,
-    output_error,
-    recovery,
-    mask,
-)
-"""Every chart, in the order of the page."""
+def _colours(axes: Any, rows: Sequence[Row]) -> list[str]:
+    """A colour for each row by its runtime or pattern, with a legend; dense is grey."""
+    kinds = [DENSE if row.dense else row.runtime or row.part or "pruned" for row in rows]
+    others = sorted(set(kinds) - {DENSE})
+    colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(others)} | {DENSE: GREY}
+    for kind in dict.fromkeys(kinds):
+        axes.plot([], [], "o", color=colours[kind], label=printable(kind)[:60])
+    return [colours[kind] for kind in kinds]
 
 
-def _by_layer(
-    report: RunReport, name: str, title: str, what: str, field: str, shares: dict[str, float], top: float
-) -> Chart | None:
-    """A share of each layer as the darkness of a tile, a column for each block and a row for each projection."""
-    values = [
-        {
-            "block": layer.block,
-            "projection": printable(layer.projection),
-            field: shares[layer.name],
-            "layer": printable(layer.name),
-        }
-        for layer in report.layers
-        if layer.block is not None and layer.name in shares
-    ]
-    if not values:
+def _spread(row: Row) -> list[list[float]] | None:
+    if row.low is None or row.high is None or row.value is None:
         return None
-    projections = list(dict.fromkeys(value["projection"] for value in values))
-    return Chart(
-        name,
-        title,
-        what,
-        {
-            "data": {"values": values},
-            "height": ROW * len(projections),
-            "mark": {"type": "rect"},
-            "encoding": {
-                "x": {"field": "block", "type": "ordinal", "axis": {"labelAngle": 0, "labelOverlap": True}},
-                "y": {"field": "projection", "type": "nominal", "sort": projections, "title": None},
-                "color": {
-                    "field": field,
-                    "type": "quantitative",
-                    "scale": {"scheme": "blues", "domain": [0, top]},
-                    "legend": {"format": ".0%", "orient": "top"},
-                },
-                "tooltip": [
-                    {"field": "layer"},
-                    {"field": field, "type": "quantitative", "format": ".2%"},
-                ],
-            },
-        },
-    )
+    return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
 
 
-def _points(report: RunReport, x_of: Callable[[ModelSummary, dict[str, Figure]], Figure | None]) -> list[Spec]:
-    """One point for each row that has both coordinates; an artefact that was evaluated in one runtime keeps its
-    quality in others, and so does the dense model."""
-    dense = report.rows[0].metrics if report.rows else {}
-    metric = next(iter(dense), None)
-    points = []
-    for row in report.rows:
-        quality = (dense if row.dense else row.metrics).get(metric or "")
-        x = x_of(row, report.figures(row))
-        if quality is None or quality.value is None or x is None:
-            continue
-        error = quality.error or 0.0
-        y = {"y": quality.value, "y_low": quality.value - error, "y_high": quality.value + error}
-        points.append(
-            {"row": vega.label(row), "model": printable(row.model), "kind": vega.kind(row), **vega.ends(x), **y}
-        )
-    return list({(point["model"], point["kind"], point["middle"]): point for point in points}.values())
-
-
-def _generates(report: RunReport) -> bool:
-    """Whether tokens were generated one by one."""
-    return any(row.timing and row.timing.tpot_ms for row in report.rows)
-
-
-def _front(report: RunReport, name: str, title: str, caption: str, axis: str, points: list[Spec]) -> Chart | None:
-    if len(points) < 2:
-        return None
-    metric = next(iter(report.rows[0].metrics))
-    lower_is_better = metric in LESS_IS_BETTER
-    sign = 1 if lower_is_better else -1
-    line = [{"x": x, "y": sign * y} for x, y in vega.front((point["middle"], sign * point["y"]) for point in points)]
-    least, most = min(point["middle"] for point in points), max(point["middle"] for point in points)
-    # names of points at the right stand before them, lest they end beyond the chart
-    points = [point | {"before": point["middle"] > least + 0.6 * (most - least)} for point in points]
-    x = {"field": "middle", "type": "quantitative", "title": axis, "scale": {"padding": 24}, "axis": {"tickCount": 8}}
-    y = {"field": "y", "type": "quantitative", "title": metric, "scale": {"zero": False, "padding": 24}}
-    shown = {"x": x, "y": y, "color": vega.colour(points), "tooltip": vega.tooltip("row", "middle", "y")}
-    return Chart(
-        name,
-        title,
-        caption + (f" Lower {metric} is better." if lower_is_better else f" Higher {metric} is better."),
-        {
-            "data": {"values": points},
-            "height": 280,
-            "layer": [
-                {
-                    "data": {"values": line},
-                    "mark": {"type": "line", "interpolate": "step-after", "color": COLOURS[0], "strokeDash": [4, 3]},
-                    "encoding": {"x": x | {"field": "x"}, "y": y},
-                },
-                {"mark": "rule", "encoding": shown | {"y": y | {"field": "y_low"}, "y2": {"field": "y_high"}}},
-                {"mark": "rule", "encoding": shown | {"x": x | {"field": "low"}, "x2": {"field": "high"}}},
-                {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1}, "encoding": shown},
-                {
-                    "mark": {
-                        "type": "text",
-                        "align": {"expr": "datum.before ? 'right' : 'left'"},
-                        "dx": {"expr": "datum.before ? -8 : 8"},
-                        "dy": -8,
-                        "limit": 160,
-                    },
-                    "encoding": {"x": x, "y": y, "text": {"field": "model"}},
-                },
-            ],
-        },
-    )
-
-
-def _latency(report: RunReport, name: str, chart: str, pass_: str, title: str) -> Chart | None:
-    values = [
-        {"row": vega.label(row), **vega.ends(found[name]), "kind": vega.kind(row)}
-        for row in report.rows
-        for found in [report.figures(row)]
-        if name in found
-    ]
-    if not values:
-        return None
-    caption = f"Milliseconds of {pass_}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
-    height = ROW * len({value["row"] for value in values})
-    spec = {"data": {"values": values}, "height": height, "layer": vega.dots("milliseconds", values)}
-    return Chart(chart, title, caption, spec)
-
-
-def _curve(report: RunReport, name: str, title: str, caption: str, field: str, axis: str, digits: str) -> Chart | None:
-    """One figure of a recovery's looks over its tokens."""
-    if not report.recovery:
-        return None
-    values = [{"tokens": look.tokens, "y": getattr(look, field), "kept": look.kept} for look in report.recovery]
-    x = {"field": "tokens", "type": "quantitative", "title": "tokens trained on", "axis": {"format": "~s"}}
-    y = {"field": "y", "type": "quantitative", "title": axis, "axis": {"format": digits}}
-    shown = [
-        {"field": "tokens", "type": "quantitative", "format": ","},
-        {"field": "y", "type": "quantitative", "title": axis, "format": digits},
-    ]
-    dot = {"type": "point", "size": 70, "opacity": 1, "color": COLOURS[1]}
-    return Chart(
-        name,
-        title,
-        caption,
-        {
-            "data": {"values": values},
-            "height": 240,
-            "encoding": {"x": x, "y": y, "tooltip": shown},
-            "layer": [
-                {"mark": {"type": "line", "color": COLOURS[1]}},
-                {"mark": dot},
-                {"mark": dot | {"filled": True}, "transform": [{"filter": "datum.kept"}]},
-            ],
-        },
-    )
-
-
-def _methods(report: RunReport, field: str, title: str) -> Chart | None:
-    values: list[Spec] = []
-    for method in report.comparison.rows if report.comparison else ():
-        value, error = getattr(method, field), getattr(method, f"{field}_error") or 0.0
-        label = printable(f"{method.method}, {method.pattern}")
-        ends = vega.ends(Figure(value, value - error, value + error))
-        values.append({"row": label, "kind": printable(method.pattern), **ends})
-    if not values:
-        return None
-    axis = "perplexity" if field == "perplexity" else "nats per token"
-    return Chart(
-        f"methods-{field}".replace("_", "-"),
-        title,
-        "Further left is better. A line is one standard error over the seeds to each side.",
-        {"data": {"values": values}, "height": ROW * len(values), "layer": vega.dots(axis, values)},
-    )
+def _lines(axes: Any, labels: Sequence[str], axis: str) -> None:
+    """Name the lines of a chart, from the top."""
+    axes.set_yticks(range(len(labels)), [printable(label)[:60] for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(axis)

@@ -1,71 +1,189 @@
 """The comparison of pruning methods and patterns on one model: what each quality costs in time and memory.
 
-It is a grid with a cell for each seed (see `grid`), summarised for each method and pattern in a table and a plot. All
-cells are evaluated against one `Reference`, and recorded at once; an interrupted comparison goes on where it stopped.
+It is a grid with a cell for each method, pattern and seed. A cell is pruned in a process of its own, so that its peak
+memory is its own, and recorded at once; an interrupted comparison goes on where it stopped.
 """
 
+import math
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from gblm_compress import errors
-from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.errors import GblmError, ModelError, OutputError, UsageError
 from gblm_compress.machine import environment
-from gblm_compress.measure.evaluation import Reference, prepare
-from gblm_compress.measure.evaluation import check as evaluate_faults
-from gblm_compress.models import loading
+from gblm_compress.measure import evaluation, zero_shot
+from gblm_compress.measure.evaluation import Reference
+from gblm_compress.models import finding, loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import skeleton_budgets
-from gblm_compress.runs import grid
-from gblm_compress.runs.cells import Cell, CompareResult, summarise
-from gblm_compress.runs.reuse import carry_out
-from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings
+from gblm_compress.pruning.stage import PruneResult, prune
+from gblm_compress.runs import charts, rows
+from gblm_compress.runs.job import Stage, carry_out
+from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 from gblm_compress.storage import outputs, records
+from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
 
 
-def compare(
-    dense: ModelSource | Reference,
-    output: Path,
-    settings: CompareSettings,
-    calibration: CalibrationSettings,
-    evaluation: EvaluateSettings,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    progress: Progress,
-) -> CompareResult:
+@dataclass(frozen=True)
+class Cell:
+    """One method with one pattern and one seed.
+
+    Attributes:
+        seconds, peak_memory_bytes: of pruning, loading and saving included.
+        accuracy, recovery: means over the zero-shot tasks; None where none were asked for.
+    """
+
+    method: str
+    pattern: str
+    seed: int
+    perplexity: float
+    dense_perplexity: float
+    mean_kl: float
+    top1_agreement: float
+    accuracy: float | None
+    recovery: float | None
+    seconds: float
+    peak_memory_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """The whole grid; `comparison.json` is this.
+
+    Attributes:
+        rows: for each method and pattern the means over the seeds, with standard errors (None for one seed).
+    """
+
+    model: str
+    dense_perplexity: float
+    rows: list[dict[str, Any]]
+    cells: list[Cell]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    plot: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared; seeds 0, 1, … take the place of the calibration's own."""
+
+    settings: CompareSettings
+    calibration: CalibrationSettings
+    evaluation: EvaluateSettings
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def methods(self) -> list[PruneSettings]:
+        """The settings of every method with every pattern."""
+        return [
+            self.settings.prune_settings(method, pattern)
+            for pattern in self.settings.patterns
+            for method in self.settings.methods
+        ]
+
+    def stages(self, reference: Reference, output: Path) -> list[Stage]:
+        """The stages that make the cells, in their order."""
+        return [
+            self._stage(reference, output, method, pattern, seed)
+            for pattern in self.settings.patterns
+            for method in self.settings.methods
+            for seed in range(self.settings.seeds)
+        ]
+
+    def _stage(self, reference: Reference, output: Path, method: str, pattern: str, seed: int) -> Stage:
+        settings = self.settings.prune_settings(method, pattern)
+        text = self.calibration.model_copy(update={"seed": seed})
+        asked = self.evaluation
+
+        def work(progress: Progress) -> Cell:
+            with tempfile.TemporaryDirectory(prefix=".cell-", dir=output) as folder:
+                pruned = ModelSource(method, Path(folder) / "pruned")
+                what = reference.source, pruned.folder, settings, text
+                cost = _in_own_process(method, partial(_prune, *what, self, progress.quiet))
+                place = {"dtype": self.dtype, "device": self.device}
+                found = evaluation.evaluate(pruned, asked, baseline=reference, progress=progress, **place)
+            assert found.baseline is not None and found.fidelity is not None
+            tasks = found.zero_shot
+            return Cell(
+                method=method,
+                pattern=pattern,
+                seed=seed,
+                perplexity=found.metrics["perplexity"].value,
+                dense_perplexity=found.baseline["perplexity"].value,
+                mean_kl=found.fidelity["mean_kl"],
+                top1_agreement=found.fidelity["top1_agreement"],
+                accuracy=tasks.mean_accuracy if tasks else None,
+                recovery=tasks.recovery.ratio if tasks and tasks.recovery else None,
+                seconds=cost.seconds,
+                peak_memory_bytes=cost.peak_memory_bytes,
+            )
+
+        name = f"{method} {pattern} seed {seed}"
+        return Stage(
+            name=name,
+            does=f"compare: {name}",
+            home=output,
+            reads=(reference.source,),
+            texts=(text.dataset, asked.dataset),
+            decides=lambda: [
+                settings,
+                text,
+                asked,
+                zero_shot.fingerprint(asked.tasks, asked.include_path),
+                self.dtype,
+                self.device,
+            ],
+            work=work,
+        )
+
+
+def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progress: Progress) -> CompareResult:
     """Prune and evaluate every method with every pattern and seed, and write table and plot to `output`.
 
     Args:
         dense: the model; a `Reference` to it computes once what this and other evaluations need.
         output: folder of the records; cells that are on record there with the same settings are not run again.
-        calibration: seeds 0, 1, … take the place of its own.
 
     Raises:
         GblmError: of the first cell that fails; those before it stay on record.
     """
     with outputs.working_in(output, "comparison"), ExitStack() as stack:
         source = dense.source if isinstance(dense, Reference) else dense
-        absent = errors.collect([partial(loading.choose_device, device)])
-        errors.raise_all(absent + check(source, settings, calibration, evaluation, progress))
-        prepare(source, evaluation, progress)  # what a cell would find missing only after its hours of pruning
-        device = loading.choose_device(device)
+        absent = errors.collect([partial(loading.choose_device, grid.device)])
+        errors.raise_all(absent + check(source, grid, progress))
+        evaluation.prepare(source, grid.evaluation, progress)  # what a cell would find missing only after its pruning
+        grid = replace(grid, device=loading.choose_device(grid.device))
         if isinstance(dense, ModelSource):
-            dense = stack.enter_context(closing(Reference(dense, dtype=dtype, device=device, folder=output)))
-        stages = grid.stages_of(dense, output, settings, calibration, evaluation, dtype, device)
-        cells = [Cell(**carry_out(output, stage, progress).result) for stage in stages]
+            made = Reference(dense, dtype=grid.dtype, device=grid.device, folder=output)
+            dense = stack.enter_context(closing(made))
+        cells = [Cell(**carry_out(stage, progress).result) for stage in grid.stages(dense, output)]
         result = CompareResult(
             model=source.name,
             dense_perplexity=cells[0].dense_perplexity,
             rows=summarise(cells),
             cells=cells,
-            calibration=calibration.model_dump(mode="json", exclude={"seed"}),
-            evaluation=evaluation.model_dump(mode="json"),
+            calibration=grid.calibration.model_dump(mode="json", exclude={"seed"}),
+            evaluation=grid.evaluation.model_dump(mode="json"),
             environment=environment(),
             plot=str(output / PLOT),
         )
@@ -74,66 +192,77 @@ def compare(
         return result
 
 
-def check(
-    source: ModelSource,
-    settings: CompareSettings,
-    calibration: CalibrationSettings,
-    evaluation: EvaluateSettings,
-    progress: Progress,
-    *,
-    text_is_given: bool = True,
-) -> list[GblmError]:
+def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given: bool = True) -> list[GblmError]:
     """The faults of every cell that show before the first.
 
     Args:
         text_is_given: whether the text of the calibration is there already.
     """
-    methods = [settings.prune_settings(method, pattern) for pattern in settings.patterns for method in settings.methods]
-    if export := errors.collect([partial(loading.check_model, source, "compare")]):
-        return export
-    task = loading.task_of(source)
+    if unusable := errors.collect([partial(loading.check_model, source, "compare")]):
+        return unusable
+    task, text, methods = loading.task_of(source), grid.calibration, grid.methods()
     if not task.generates:
         return [UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")]
     looks: list[Callable[[], object]] = []
     if any(method.needs_text for method in methods):
         if text_is_given:
-            looks.append(partial(task.data_files, calibration.dataset))
-        looks.append(partial(loading.check_length, source, calibration.sequence_length))
-    found = errors.collect(looks) + evaluate_faults([source], evaluation, progress)
-    if found:
+            looks.append(partial(task.data_files, text.dataset))
+        looks.append(partial(loading.check_length, source, text.sequence_length))
+    if found := errors.collect(looks) + evaluation.check([source], grid.evaluation, progress):
         return found
     skeleton = loading.load_skeleton(source)
     return errors.collect(partial(skeleton_budgets, skeleton, method) for method in methods)
 
 
-@plain_figures()
+def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
+    """The means of each method and pattern over the seeds, in the order of their first cells."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.pattern), []).append(cell)
+    result = []
+    for (method, pattern), group in groups.items():
+        summary: dict[str, Any] = {"method": method, "pattern": pattern, "seeds": len(group)}
+        for name in ("perplexity", "mean_kl"):
+            mean = mean_metric([getattr(cell, name) for cell in group])
+            summary |= {name: mean.value, f"{name}_error": mean.error}
+        for name in ("accuracy", "recovery", "seconds"):
+            known = [value for cell in group if (value := getattr(cell, name)) is not None]
+            summary[name] = math.fsum(known) / len(known) if known else None
+        result.append(summary | {"peak_memory_bytes": max(cell.peak_memory_bytes for cell in group)})
+    return result
+
+
 def draw(result: CompareResult, path: Path) -> None:
-    """Quality against time, one panel a pattern: perplexity over seconds of pruning, both on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    patterns = list(dict.fromkeys(method.pattern for method in result.rows))
-    figure, panels = pyplot.subplots(1, len(patterns), figsize=(6 * len(patterns), 4), squeeze=False)
-    for panel, pattern in zip(panels[0], patterns, strict=True):
-        for method in (method for method in result.rows if method.pattern == pattern):
-            error, label = method.perplexity_error, printable(method.method)
-            panel.errorbar(method.seconds, method.perplexity, yerr=error, fmt="o", label=label)
-        panel.axhline(result.dense_perplexity, linestyle="--", color="grey")
-        panel.set(xscale="log", yscale="log", title=pattern, xlabel="seconds of pruning", ylabel="perplexity")
-        panel.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
-        for axis in (panel.xaxis, panel.yaxis):
-            low, high = axis.get_view_interval()
-            steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
-            axis.set_major_locator(ticker.LogLocator(subs=steps))
-            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            axis.set_minor_locator(ticker.NullLocator())
-    figure.suptitle(f"{printable(result.model)} (dense: dashed)")
-    figure.tight_layout()
+    """Quality against time: perplexity over seconds of pruning, both on logarithmic axes."""
+    found = list(rows.method_rows(result.as_dict()))
+    seconds, perplexity = (
+        [row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity")
+    )
+    picture = charts.scatter(list(zip(seconds, perplexity, strict=True)), "seconds of pruning", "perplexity", log=True)
     try:
-        figure.savefig(path, dpi=150)
+        path.write_bytes(picture)
     except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be written: {error.strerror}") from error
-    finally:
-        pyplot.close(figure)
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _in_own_process(method: str, prune: Callable[[], PruneResult]) -> PruneResult:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(prune).result()
+        except BrokenProcessPool as error:
+            raise ModelError(
+                f"the process that pruned by {method} was killed, most likely for want of memory; the same command "
+                "goes on from here, with fewer --samples or a shorter --sequence-length it needs less"
+            ) from error
+
+
+def _prune(
+    source: ModelSource,
+    output: Path,
+    settings: PruneSettings,
+    calibration: CalibrationSettings,
+    grid: Grid,
+    quiet: bool,
+) -> PruneResult:
+    finding.silence_libraries()
+    return prune(source, output, settings, calibration, dtype=grid.dtype, device=grid.device, progress=Progress(quiet))

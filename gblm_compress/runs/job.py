@@ -1,27 +1,40 @@
-"""What the stages of a run share: the recipe and its model, and what a stage says of itself."""
+"""What the stages of a run share: the recipe with its model, the interface of a stage, and its record on disk.
 
-from abc import ABC, abstractmethod
+A stage that is on record is reused while its key, a hash of everything that decides its outcome, and the content of
+what it wrote have not changed.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from gblm_compress import errors
-from gblm_compress.errors import GblmError
+from gblm_compress import errors, tasks
+from gblm_compress.errors import GblmError, ModelError, OutputError, first_line
 from gblm_compress.formats import FORMATS
+from gblm_compress.machine import environment
 from gblm_compress.measure.evaluation import Reference
 from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.budgeting import skeleton_budgets
-from gblm_compress.runs.reuse import data_hash
+from gblm_compress.runs.run_report import Outcome
 from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.settings.stages import WRITTEN
-from gblm_compress.storage import outputs
+from gblm_compress.storage import outputs, records
+
+STAGES = ".stages"
+Look = Callable[[], object]
+"""Raises what is in the way of the work, if anything is."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Job:
     """What all stages of a run share.
 
     Attributes:
-        dense: the model of the recipe; where it is not `here` yet, it has no folder to look at, only a name.
+        dense: the model of the recipe; only its name counts where it is not `here` yet.
         output: folder of the run.
     """
 
@@ -39,14 +52,14 @@ class Job:
     output: Path
 
     @classmethod
-    def without_model(cls, recipe: Recipe, output: Path) -> "Job":
-        """A run of whose model only the name is known."""
+    def of(cls, recipe: Recipe, dense: ModelSource | None, output: Path) -> "Job":
+        """A run of a model that is here, or of one of which only the name is known."""
         name = recipe.model.source
-        return cls(recipe, ModelSource(name, Path(name)), False, output)
+        return cls(recipe, dense or ModelSource(name, Path(name)), dense is not None, output)
 
     @property
     def dtype(self) -> str:
-        """What the recipe says of the dtype to compute in; "auto" leaves it to each model."""
+        """The recipe's dtype to compute in; "auto" leaves it to each model."""
         return self.recipe.model.dtype
 
     @cached_property
@@ -70,15 +83,13 @@ class Job:
 
     @cached_property
     def calibration(self) -> CalibrationSettings:
-        """What the recipe says of the calibration, with the text that stages read."""
+        """The recipe's calibration, with the text that stages read."""
         given = self.recipe.calibration
         return given.model_copy(update={"dataset": self.text(given.dataset)})
 
     @cached_property
     def recover(self) -> RecoverSettings | None:
-        """What the recipe says of the training, with the texts that stages read, and nothing in them that the run
-        evaluates on.
-        """
+        """The recipe's training, with the texts that stages read, without the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
         if given is None:
             return None
@@ -86,15 +97,19 @@ class Job:
         evaluated = (*given.disjoint_from, *([evaluate.dataset] if evaluate else []))
         return given.model_copy(update={"data": data, "disjoint_from": tuple(dict.fromkeys(evaluated))})
 
+    def artefact(self, name: str) -> ModelSource:
+        """A folder of the run."""
+        return ModelSource(name, self.output / name)
+
     @cached_property
     def as_pruned(self) -> ModelSource:
-        """What the pruning writes."""
-        return ModelSource("pruned", self.output / "pruned")
+        """The result of the pruning."""
+        return self.artefact("pruned")
 
     @cached_property
     def pruned(self) -> ModelSource:
         """The pruned model that is exported and measured: as it was pruned, or trained after that."""
-        return ModelSource("recovered", self.output / "recovered") if self.recipe.recover else self.as_pruned
+        return self.artefact("recovered") if self.recipe.recover else self.as_pruned
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
@@ -125,6 +140,18 @@ class Job:
         stored = getattr(torch, loading.stored_dtype(self.dense)).itemsize
         return self.dense.bytes_on_disk // int(stored) * int(getattr(torch, dtype).itemsize)
 
+    def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
+        """Looks for the texts that are given, and at the length of their windows, which the model must take.
+
+        Args:
+            key: of the length in the recipe.
+        """
+        task = loading.task_of(self.dense) if self.here else tasks
+        looks: list[Look] = [partial(task.data_files, name) for name in texts if self.is_given(name)]
+        if length and self.here:
+            looks.append(partial(loading.check_length, self.dense, length, key))
+        return looks
+
 
 @dataclass(frozen=True)
 class Disk:
@@ -137,71 +164,129 @@ class Disk:
     meanwhile: int = 0
 
 
-@dataclass(frozen=True)
-class Stage(ABC):
-    """One stage of a run."""
-
-    job: Job
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What it is called; no other stage of the run is called so."""
-
-    @property
-    @abstractmethod
-    def does(self) -> str:
-        """What it does, in words."""
-
-    @abstractmethod
-    def check(self, progress: Progress) -> list[GblmError]:
-        """What is in its way, as far as recipe, machine and a model that is here tell. Nothing is fetched."""
-
-    def disk(self) -> Disk:
-        """What disk it takes at most; the model must be here."""
-        return Disk()
-
-    @abstractmethod
-    def work(self, progress: Progress) -> Any:
-        """Do it, and return a frozen result with `as_dict()`."""
+def _none(progress: Progress) -> list[GblmError]:
+    return []
 
 
-@dataclass(frozen=True)
-class Recorded(Stage):
-    """A stage that is recorded when it is done, and reused while nothing that decides its outcome changes."""
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run.
 
-    @property
-    def place(self) -> Path | None:
-        """The folder or text that it writes; None where its result is all."""
-        return None
+    Attributes:
+        name: no other stage of the run has it.
+        does: what it does, in words.
+        home: the folder of its record.
+        reads, texts: the models and datasets that it reads, of which stages before it may make some.
+        decides: everything else that decides its outcome, as settings and plain values.
+        work: does it, and returns a frozen result with `as_dict()`.
+        check: finds what is in its way, as far as recipe, machine and a model that is here tell. It fetches nothing.
+        place: the folder or text that it writes; None where its result is all.
+        disk: the disk that it takes; the model must be here.
+        cells: the stages that it is made of, which have records in its place.
+    """
+
+    name: str
+    does: str
+    home: Path
+    reads: tuple[ModelSource, ...] = ()
+    texts: tuple[str, ...] = ()
+    decides: Callable[[], list[Any]]
+    work: Callable[[Progress], Any]
+    check: Callable[[Progress], list[GblmError]] = _none
+    place: Path | None = None
+    disk: Callable[[], Disk] = Disk
+    cells: "tuple[Stage, ...]" = ()
 
     def check_place(self) -> None:
         """Raises:
-        UsageError: what stands where it will write is none of what it writes.
+        UsageError: something else stands where it will write.
         """
-        if self.place is not None:
+        if self.place is not None and self.place.suffix == ".txt":
+            if self.place.exists():
+                outputs.check_file(self.place, ".txt", "text", force=True)
+        elif self.place is not None:
             outputs.check_output(self.place, force=True)
 
     @property
-    @abstractmethod
-    def reads(self) -> tuple[ModelSource, ...]:
-        """The models that it reads, which the stages before it make."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The datasets that it reads, of which a stage before it may make one."""
-        return ()
-
-    @abstractmethod
-    def decides(self) -> list[Any]:
-        """What else decides its outcome, as plain values."""
-
-    def inputs(self) -> list[Any]:
-        """Everything that decides its outcome; what it reads must be there."""
-        models = [source.fingerprint for source in self.reads]
-        return [models, [data_hash(name) for name in self.texts], *self.decides()]
+    def key(self) -> str:
+        """A hash of everything that decides the outcome; what it reads must be there."""
+        models, texts = [source.fingerprint for source in self.reads], [data_hash(name) for name in self.texts]
+        decides = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in self.decides()]
+        versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
+        content = [self.name, [models, texts, *decides], versions]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def plain(settings: BaseModel | None) -> Any:
-    """Settings as JSON has them."""
-    return settings and settings.model_dump(mode="json")
+class Record(BaseModel):
+    """A finished stage, as it is on disk."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: str
+    content: str | None
+    seconds: float
+    result: dict[str, Any]
+
+    def holds(self, key: str, place: Path | None) -> bool:
+        """Whether it is of the stage with this key, and what the stage wrote still has the content that it had."""
+        return self.key == key and self.content == _content(place)
+
+
+def carry_out(stage: Stage, progress: Progress) -> Outcome:
+    """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
+    record, key = read_record(stage, progress), stage.key
+    if record is not None and record.holds(key, stage.place):
+        progress.say(f"• {stage.name}: reused")
+        return Outcome(stage.name, True, record.seconds, record.result)
+    progress.say(f"• {stage.name}")
+    path = _path(stage)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be replaced: {error.strerror}; remove it") from error
+    start = time.perf_counter()
+    result = json.loads(json.dumps(stage.work(progress).as_dict()))
+    seconds = time.perf_counter() - start
+    record = Record(key=key, content=_content(stage.place), seconds=seconds, result=result)
+    path.parent.mkdir(exist_ok=True)
+    records.write_sealed(path, record.model_dump())
+    return Outcome(stage.name, False, seconds, result)
+
+
+def read_record(stage: Stage, progress: Progress) -> Record | None:
+    """The record of a stage; None where there is none, or none that can be read."""
+    path = _path(stage)
+    if not path.exists():
+        return None
+    try:
+        return Record.model_validate(records.read_sealed(path))
+    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        progress.say(f"{path} is damaged and ignored ({first_line(error)})")
+        return None
+
+
+def _path(stage: Stage) -> Path:
+    return stage.home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage.name)}.json"
+
+
+def _content(place: Path | None) -> str | None:
+    """A fingerprint of what a stage wrote; None where it writes nothing, or that is gone or damaged."""
+    if place is None or not place.exists():
+        return None
+    if place.is_file():
+        return data_hash(str(place))
+    try:
+        return ModelSource("", place).fingerprint
+    except ModelError:
+        return None
+
+
+def data_hash(dataset: str) -> str | None:
+    """The content of a local dataset, as a hash; None of one that only has a name."""
+    digest, paths = hashlib.sha256(), tasks.data_files(dataset)
+    for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
+        if path.is_file():
+            with path.open("rb") as file:  # its folder may be its label
+                name = str(path.relative_to(root.parent))
+                digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if paths else None

@@ -1,28 +1,158 @@
-"""The run of a recipe: prune → export → evaluate → benchmark → gates, reusing what is already done."""
+"""The run of a recipe: what is in its way, what it would do, and doing it. Finished stages are reused."""
 
+import shlex
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-from gblm_compress import errors
-from gblm_compress.machine import environment
+from gblm_compress import errors, tasks
+from gblm_compress.errors import GblmError
+from gblm_compress.machine import environment, noisy
 from gblm_compress.measure.evaluation import prepare
+from gblm_compress.models import loading
 from gblm_compress.models.finding import find_here, resolve_model
+from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.runs import conditions, report, reuse, summary
-from gblm_compress.runs.artefacts import Export
-from gblm_compress.runs.checks import check, check_model, check_output
-from gblm_compress.runs.gates import check_gates
-from gblm_compress.runs.job import Job, Recorded
-from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.run_report import RunReport
-from gblm_compress.runs.stages import Benchmark, Evaluate, stages_of
+from gblm_compress.runs import report, rows
+from gblm_compress.runs.job import Disk, Job, carry_out, read_record
+from gblm_compress.runs.rows import DENSE, Row, check_gates
+from gblm_compress.runs.run_report import Outcome, RunReport
+from gblm_compress.runs.stages import exports_of_dense, stages_of
 from gblm_compress.settings import Recipe
+from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs, records
+
+RECIPE = "recipe.json"
+"""The recipe of a run in its folder, with what `--set` changed: JSON, which is YAML too."""
+ANYWHERE = Path()  # the folder of a run is no matter to the checks of its stages
+Fate = Literal["do", "reuse", "reuse if its inputs come out the same"]
+
+
+def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
+    """Every fault of a run that shows before it, as far as the file, this machine and a model that is here tell.
+
+    Nothing is fetched, converted or computed; `unchecked` lists what could not be looked at.
+    """
+    here: list[ModelSource | None] = []
+    name, device = recipe.model.source, recipe.model.device
+    found = errors.collect([lambda: here.append(find_here(name)), partial(loading.choose_device, device)])
+    return found + check_model(recipe, here[0] if here else None, progress)
+
+
+def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -> list[GblmError]:
+    """Every fault that the stages of a run find, each once."""
+    unusable = errors.collect([partial(loading.check_model, dense, "prune")]) if dense else []
+    job = Job.of(recipe, None if unusable else dense, ANYWHERE)
+    found = unusable + [fault for stage in stages_of(job) for fault in stage.check(progress)]
+    return list({str(fault): fault for fault in found}.values())
+
+
+def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
+    """What is in the way of a run: a folder of something else, or in it a foreign file where a stage will write."""
+    stages = stages_of(Job.of(recipe, None, output))
+    return errors.collect([partial(outputs.check_workable, output, "run")]) or errors.collect(
+        stage.check_place for stage in stages
+    )
+
+
+def unchecked(recipe: Recipe) -> list[str]:
+    """What `check` does not look at, because it is on the hub or would have to be converted."""
+    job = Job.of(recipe, None, ANYWHERE)
+    datasets = dict.fromkeys(name for stage in stages_of(job) for name in stage.texts)
+    model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
+    return model + [f"dataset {name}" for name in filter(job.is_given, datasets) if not tasks.is_here(name)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as it would go.
+
+    Attributes:
+        does: what it does, in words.
+        fate: whether its record is reused; for a stage that reads new files, that shows only once they are there.
+        disk: what it takes at most, if it is done; None where the model is not here to tell.
+        seconds: how long it took when it was last done in this folder; None where that is not on record.
+    """
+
+    name: str
+    does: str
+    fate: Fate
+    disk: Disk | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        gates: the conditions that are checked at the end.
+        free_bytes: of the disk that `output` is on.
+        unchecked: models and texts that are not on this machine yet.
+    """
+
+    output: str
+    steps: list[Step]
+    gates: list[dict[str, Any]]
+    free_bytes: int
+    unchecked: list[str]
+
+    @property
+    def to_do(self) -> list[Step]:
+        """The steps that are, or may be, done."""
+        return [step for step in self.steps if step.fate != "reuse"]
+
+    @property
+    def bytes(self) -> int | None:
+        """What the run takes of the disk at most; None where the model is not here to tell."""
+        disks = [step.disk for step in self.to_do if step.disk is not None]
+        if len(disks) < len(self.to_do):
+            return None
+        return sum(disk.stays for disk in disks) + max((disk.meanwhile for disk in disks), default=0)
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of the steps to do when they were last done; None where that is not on record for all of them."""
+        known = [step.seconds for step in self.to_do if step.seconds is not None]
+        return sum(known) if len(known) == len(self.to_do) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "bytes": self.bytes, "seconds": self.seconds}
+
+
+def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
+    """What a run in `output` would do. Nothing is written.
+
+    Raises:
+        GblmError: a file that the recipe names cannot be read.
+    """
+    job = Job.of(recipe, find_here(recipe.model.source), output)
+    steps: list[Step] = []
+    made_anew: set[Path] = set() if job.here else {job.dense.folder}
+    for stage in stages_of(job):
+        disk = stage.disk() if job.here else None
+        for part in stage.cells or (stage,):
+            known = made_anew.isdisjoint([*(source.folder for source in part.reads), *map(Path, part.texts)])
+            record = read_record(part, progress)
+            fate: Fate = "do"
+            if record is not None and not known:
+                fate = "reuse if its inputs come out the same"
+            elif record is not None and record.holds(part.key, part.place):
+                fate = "reuse"
+            if part.place is not None and fate != "reuse":
+                made_anew.add(part.place)
+            steps.append(Step(part.name, part.does, fate, disk, record.seconds if record else None))
+    gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
+    return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe))
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
-    """Carry out a recipe and write artefacts and `report.json` to `output`.
+    """Carry out a recipe and write artefacts and report to `output`.
 
     Raises:
         GblmError: all that `check` finds, before anything is done; or of the stage that failed. A failed gate is no
@@ -33,47 +163,123 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     dense = resolve_model(recipe.model.source, progress)
     if not was_here:
         errors.raise_all(check_model(recipe, dense, progress))
-    job = Job(recipe, dense, True, output)
+    job = Job.of(recipe, dense, output)
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
-        records.write_text(output / conditions.RECIPE, conditions.as_given(recipe))
-        result = _carry_out(job, progress)
+        records.write_text(output / RECIPE, records.as_json(recipe.model_dump(mode="json", exclude_unset=True)))
+        outcomes, comparison = [], None
+        for stage in stages_of(job):
+            if stage.cells:
+                comparison = stage.work(progress).as_dict()
+            else:
+                outcomes.append(carry_out(stage, progress))
+        result = _report(job, outcomes, comparison)
         report.write(result, output)
         return result
 
 
-def _carry_out(job: Job, progress: Progress) -> RunReport:
-    """Every stage in its order, and what they found together."""
-    stages = stages_of(job)
-    outcomes: dict[str, Outcome] = {}
-    comparison = None
-    for stage in stages:
-        if isinstance(stage, Recorded):
-            outcomes[stage.name] = reuse.carry_out(job.output, stage, progress)
-        else:
-            comparison = stage.work(progress)
-    results = {name: outcome.result for name, outcome in outcomes.items()}
-    evaluations = {stage.source.name: results[stage.name] for stage in stages if isinstance(stage, Evaluate)}
-    timings = next((results[stage.name] for stage in stages if isinstance(stage, Benchmark)), None)
-    measurements = timings["measurements"] if timings else []
-    exports = [stage for stage in stages if isinstance(stage, Export)]
-    of_pruned = [export.artefact for export in exports if not export.of_dense]
-    baselines = [job.dense, *(export.artefact for export in exports if export.of_dense)]
-    rows = summary.summarise(job.dense, job.pruned, of_pruned, baselines, results["prune"], evaluations, measurements)
+def _report(job: Job, outcomes: list[Outcome], comparison: dict[str, Any] | None) -> RunReport:
+    results = {outcome.name: outcome.result for outcome in outcomes}
+    measured = list(_rows(job, results))
+    if comparison is not None:
+        measured += rows.method_rows(comparison)
+    recipe = job.output / RECIPE
     return RunReport(
         recipe=job.recipe.model_dump(mode="json"),
         output=str(job.output),
         environment=environment(),
-        stages=list(outcomes.values()),
-        rows=rows,
-        comparison=comparison,
-        gates=check_gates(job.recipe.gates, rows),
+        stages=outcomes,
+        rows=measured,
+        gates=check_gates(job.recipe.gates, measured),
         model=job.recipe.model.source,
-        method=conditions.method(job.recipe, results["prune"]),
+        method=_method(job.recipe, results["prune"]),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        conditions=conditions.of(job.recipe, results["prune"], evaluations.get(job.pruned.name), timings),
-        commands=conditions.commands(job),
-        layers=summary.layers_of(results["prune"]["layers"]),
-        recovery=summary.recovery_of(results.get("recover")),
+        conditions=_conditions(job.recipe, results, results.get(f"evaluate {job.pruned.name}")),
+        commands=[f"gblm-compress run {shlex.quote(str(recipe))} -o {shlex.quote(str(job.output))}"],
     )
+
+
+def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
+    """The rows of every artefact, in torch first and dense first, and those of layers and of the training."""
+    found: list[Row] = []
+    pruned = results["prune"]
+    baselines = exports_of_dense(job)
+    exports = [job.artefact(settings.folder_name) for settings in job.recipe.export]
+    timings = results.get("benchmark", {"measurements": []})["measurements"]
+    evaluations = [result for name, result in results.items() if name.startswith("evaluate ")]
+    for source in sorted([job.dense, job.pruned, *baselines, *exports], key=lambda source: source.is_onnx):
+        dense = source is job.dense or source in baselines
+        evaluation = evaluations[0] if source is job.dense and evaluations else results.get(f"evaluate {source.name}")
+        model = {
+            "model": DENSE if source is job.dense else source.name,
+            "dense": dense,
+            "metrics": _metrics(evaluation, source is job.dense) if evaluation else {},
+            "fidelity": (evaluation["fidelity"] or {}) if evaluation and not dense else {},
+            "tasks": evaluation["zero_shot"] if evaluation and not dense else None,
+            "nonzero_fraction": 1.0 if dense else pruned["nonzeros"] / pruned["weights"],
+            "bytes_on_disk": source.bytes_on_disk,
+        }
+        for timing in [each for each in timings if each["model"] == source.name] or [None]:
+            found += rows.rows_of({**model, "timing": timing}, job.dense.bytes_on_disk)
+    found += rows.layer_rows(job.as_pruned.name, pruned["layers"])
+    if trained := results.get("recover"):
+        found += rows.recovery_rows(job.pruned.name, trained["curve"], trained["best"])
+    return list(dict.fromkeys(found))
+
+
+def _metrics(evaluation: dict[str, Any], of_dense: bool) -> dict[str, dict[str, float | None]]:
+    """{metric: value, error and dense value} of the evaluated model, or of the dense one beside it."""
+    return {
+        name: {"value": evaluation[f"baseline_{name}"], "error": None, "dense": None}
+        if of_dense
+        else {
+            "value": evaluation[name],
+            "error": evaluation[f"{name}_error"],
+            "dense": evaluation[f"baseline_{name}"],
+        }
+        for name in evaluation["metrics"]
+    }
+
+
+def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
+    """What was done to the model, in words."""
+    zeros = 1 - pruned["nonzeros"] / pruned["weights"]
+    pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
+    fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""
+    grid = f", {pruned['grid']}" if pruned["grid"] else ""
+    trained = ", recovered" if recipe.recover else ""
+    return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{fit}{grid}{trained}"
+
+
+def _conditions(
+    recipe: Recipe, results: dict[str, dict[str, Any]], evaluation: dict[str, Any] | None
+) -> dict[str, str]:
+    """The conditions of the measurements, {name: in words}."""
+    found, timings, here = {}, results.get("benchmark"), environment()
+    if written := recipe.generate:
+        begun = f", begun with words of {written.starts}" if written.starts else ""
+        found[WRITTEN] = f"{written.tokens:,} tokens by the dense model{begun}, seed {written.seed}"
+    if recipe.prune.needs_text:
+        text = recipe.calibration
+        size = f"{text.samples} samples of {text.sequence_length} tokens, seed {text.seed}"
+        found["calibration"] = f"{text.dataset}: {size}"
+    if evaluation:
+        size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
+        found["evaluation"] = f"{evaluation['dataset']}: {size}"
+    if timings and (settings := recipe.benchmark):
+        here = timings["environment"]
+        found["timing"] = (
+            f"a prompt of {settings.prompt} tokens, {settings.generate} generated; {settings.repeats} rounds after "
+            f"{settings.warmup} of warm-up, models in turn"
+        )
+        found["machine"] = f"{here['cpu']}, {here['threads']} threads, {here['device']}"
+        if warning := noisy(here):
+            found["warning"] = warning
+    else:
+        found["machine"] = here["cpu"]
+    found["system"] = f"{here['system']}, {here['cores']} cores, Python {here['python']}"
+    found["packages"] = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
+    if notes := results["prune"].get("warnings"):
+        found["note"] = "; ".join(notes)
+    return found

@@ -1,20 +1,73 @@
-"""The report of a run as files, all made from one `RunReport`: JSON, a web page, pictures, Markdown and JUnit."""
+"""The report of a run as files: JSON, a web page, pictures, Markdown and JUnit."""
 
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gblm_compress.printing import printable
-from gblm_compress.runs import charts, images, page, tables
-from gblm_compress.runs.run_report import REPORT, RunReport, headline, when
-from gblm_compress.runs.tables import Table
-from gblm_compress.storage import records
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
+from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.printing import printable, printable_lines
+from gblm_compress.runs import charts, run_report, tables
+from gblm_compress.runs.run_report import REPORT, RunReport, headline, when
+from gblm_compress.storage import outputs, records
+
+FILES = Path(__file__).parent / "page_files"
 MARK = "gblm-compress"
-"""What every document that is written here has among its first characters."""
+"""Every document that is written here has this among its first characters."""
 PAGE, PICTURES = "report.html", "charts"
 SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
 """The tables of a summary, in a terminal or in Markdown."""
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The page of a run, and what changed since the run before it.
+
+    Attributes:
+        page: the file that was written.
+        runs: the reports, the newest last.
+        changes: None for a single run.
+    """
+
+    page: str
+    runs: list[RunReport]
+    changes: tables.Table | None
+
+    @property
+    def regressions(self) -> list[str]:
+        """The figures that got worse, in words."""
+        worse = [row for row in self.changes.rows if row[-1].text == "worse"] if self.changes else []
+        return [f"{where.text}: {name.text} {before.text} → {now.text}" for where, name, before, now, *_ in worse]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"page": self.page, "runs": [run.as_dict() for run in self.runs], "regressions": self.regressions}
+
+
+def report(folders: Sequence[Path], output: Path) -> ReportResult:
+    """Write the page of the last run, with what changed since the one before it if that is given.
+
+    Args:
+        folders: one run or two, the newest last.
+        output: the page; one that this program wrote may be there.
+
+    Raises:
+        UsageError: not one or two runs, a folder holds no report, or another file is where the page would be.
+        OutputError: the disk does not take the page.
+    """
+    outputs.check_document(output, MARK)
+    if len(folders) not in (1, 2):
+        raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
+    runs = [run_report.read(folder) for folder in folders]
+    changed = tables.changes(*runs) if len(runs) == 2 else None
+    records.write_text(output, html(runs[-1], changed))
+    return ReportResult(str(output), runs, changed)
 
 
 def write(report: RunReport, output: Path) -> None:
@@ -23,24 +76,45 @@ def write(report: RunReport, output: Path) -> None:
     Raises:
         OutputError: the disk does not take them.
     """
+    drawn = charts.of(report)
     records.write_text(output / REPORT, records.as_json(report.as_dict()))
-    records.write_text(output / PAGE, html(report))
-    images.write(charts.of(report), output / PICTURES)
+    records.write_text(output / PAGE, html(report, drawn=drawn))
+    folder = output / PICTURES
+    try:
+        folder.mkdir(exist_ok=True)
+        for chart in drawn:
+            (folder / f"{chart.name}.png").write_bytes(chart.picture)
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
 
 
-def html(report: RunReport) -> str:
-    """The page of one run."""
-    return page.render(
+def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence[charts.Chart] | None = None) -> str:
+    """The page of a run, which needs nothing beside itself: `page_files/` holds its template, style and script.
+
+    Args:
+        changed: the table of changes since another run.
+        drawn: the charts, if they are there already.
+    """
+    shown = charts.of(report) if drawn is None else drawn
+    environment = Environment(autoescape=True, finalize=_printable, loader=FileSystemLoader(FILES))
+    return environment.get_template("page.html").render(
         title=f"{report.model}: {report.method}",
         verdict=verdict(report),
-        headline=[headline(report)],
+        headline=headline(report),
         subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {when(report)}",
-        charts=charts.of(report),
-        tables=tables.of(report),
+        charts=[(chart, base64.b64encode(chart.picture).decode()) for chart in shown],
+        tables=[*([changed] if changed else []), *tables.of(report)],
         conditions=report.conditions,
         commands=report.commands,
-        recipe=report.recipe,
+        recipe=json.dumps(report.recipe, indent=2),
+        css=Markup((FILES / "page.css").read_text()),
+        js=Markup((FILES / "page.js").read_text()),
     )
+
+
+def _printable(value: Any) -> Any:
+    """Text that every file can hold: names may have bytes that are no UTF-8."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable_lines(value)
 
 
 def verdict(report: RunReport) -> str | None:
@@ -54,12 +128,31 @@ def markdown(report: RunReport) -> str:
     lines = [f"<!-- {MARK} -->", f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
     lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:
-        lines += ["Failed gates:", "", *(f"- {plain(sentence(gate))}" for gate in failed), ""]
-    for table in tables.of(report):
-        if table.title in SHORT:
-            lines += markdown_table(table)
-    lines += [*(f"- {plain(name)}: {plain(value)}" for name, value in report.conditions.items()), ""]
-    return "\n".join(lines)
+        lines += ["Failed gates:", "", *(f"- {plain(gate.sentence)}" for gate in failed), ""]
+    return "\n".join([*lines, *markdown_tables(report, SHORT), *markdown_pairs(report.conditions), ""])
+
+
+def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
+    """Tables under their titles, as lines."""
+    lines = []
+    for each in tables.of(report):
+        if each.title in titles:
+            lines += [f"### {each.title}", "", "| " + " | ".join(each.columns) + " |"]
+            lines.append("| " + " | ".join("---:" if number else "---" for number in each.columns.values()) + " |")
+            lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in each.rows]
+            lines += ["", *(f"{note}\n" for note in each.all_notes)]
+    return lines
+
+
+def markdown_pairs(pairs: Mapping[str, str]) -> list[str]:
+    """A list of names with what is said of them, as lines."""
+    return [f"- {plain(name)}: {plain(value)}" for name, value in pairs.items()]
+
+
+def plain(text: str) -> str:
+    """Text from outside as Markdown shows it: one line, neither markup nor HTML."""
+    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]|#" else c for c in printable(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def junit(report: RunReport) -> str:
@@ -75,30 +168,6 @@ def junit(report: RunReport) -> str:
     for gate in report.gates:
         case = ElementTree.SubElement(suite, "testcase", classname=gate.gate, name=printable(gate.subject))
         if not gate.passed:
-            ElementTree.SubElement(case, "failure", message=printable(sentence(gate)))
+            ElementTree.SubElement(case, "failure", message=printable(gate.sentence))
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def sentence(gate: Any) -> str:
-    """An outcome in words: the gate, what it is on, what was measured, and the limit."""
-    unit = tables.unit_of(gate.gate)
-    limit = f"{'at least' if gate.gate.startswith('min_') else 'at most'} {tables.with_unit(gate.limit, unit)}"
-    if gate.measured is None:
-        return f"{gate.gate} on {gate.subject}; {limit} is needed"
-    end = f" (worse end {tables.with_unit(gate.bound, unit)})" if gate.bound is not None else ""
-    return f"{gate.gate} on {gate.subject}: {tables.with_unit(gate.measured, unit)}{end}; {limit} is needed"
-
-
-def markdown_table(table: Table) -> list[str]:
-    """A table under its title, as lines."""
-    lines = [f"### {table.title}", "", "| " + " | ".join(table.columns) + " |"]
-    lines.append("| " + " | ".join("---:" if number else "---" for number in table.columns.values()) + " |")
-    lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in table.rows]
-    return [*lines, "", *(f"{note}\n" for note in table.all_notes)]
-
-
-def plain(text: str) -> str:
-    """Text from outside as Markdown shows it: one line, neither markup nor HTML."""
-    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]|#" else c for c in printable(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;")

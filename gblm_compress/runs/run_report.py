@@ -1,6 +1,6 @@
-"""Everything a run found out. `report.json` is this, and all that people see is made of it."""
+"""The report of a run: `report.json` is this, and everything that people see is made from it."""
 
-import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,52 +8,52 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gblm_compress.errors import UsageError, first_line
-from gblm_compress.runs.cells import CompareResult
-from gblm_compress.runs.figures import Figure, figures
-from gblm_compress.runs.gates import GateOutcome
-from gblm_compress.runs.reuse import Outcome
-from gblm_compress.runs.summary import LayerSummary, ModelSummary, RecoveryLook
+from gblm_compress.runs import rows as measured
+from gblm_compress.runs.rows import DENSE, SIZE, GateOutcome, Row, amount, interval
 from gblm_compress.storage import records
 
 REPORT = "report.json"
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A finished stage: whether it was reused, how long it took, and its result as plain values."""
+
+    name: str
+    reused: bool
+    seconds: float
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunReport:
-    """Everything a run found out.
+    """Everything that a run found.
 
     Attributes:
+        rows: every figure, those of the dense model first.
         model: the dense model, as the recipe names it.
         method: what was done to it, in words.
         finished: when, in UTC, as ISO 8601 writes it.
-        conditions: under which the figures were measured, {what: in words}.
-        commands: that do it again.
-        rows: every model in every runtime at every batch size; the dense one comes first.
-        gates: each with its limit and what was measured.
-        layers: the pruned ones.
-        recovery: the looks at held-out text, in their order; none where the recipe has no `recover`.
-        comparison: the grid of methods, when the recipe has one.
+        conditions: of the measurements, {name: in words}.
+        commands: that repeat the run.
     """
 
     recipe: dict[str, Any]
     output: str
     environment: dict[str, Any]
     stages: list[Outcome]
-    rows: list[ModelSummary]
+    rows: list[Row]
     gates: list[GateOutcome] = field(default_factory=list)
-    comparison: CompareResult | None = None
     model: str = ""
     method: str = ""
     finished: str = ""
     conditions: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
-    layers: list[LayerSummary] = field(default_factory=list)
-    recovery: list[RecoveryLook] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         """Whether every gate holds."""
-        return all(gate.passed for gate in self.gates)
+        return not self.failed_gates
 
     @property
     def failed_gates(self) -> list[GateOutcome]:
@@ -61,61 +61,92 @@ class RunReport:
         return [gate for gate in self.gates if not gate.passed]
 
     @property
-    def pruned_rows(self) -> list[ModelSummary]:
-        """The rows that are no baseline."""
-        return [row for row in self.rows if not row.dense]
-
-    def figures(self, row: ModelSummary) -> dict[str, Figure]:
-        """What was measured of a row."""
-        return figures(row, self.rows[0].bytes_on_disk)
-
-    def baseline(self, row: ModelSummary) -> ModelSummary | None:
-        """The dense row that a row is timed beside: of its runtime, dtype and batch."""
-        lane = (row.runtime, row.dtype, row.batch)
-        return next((r for r in self.rows if r.dense and (r.runtime, r.dtype, r.batch) == lane), None)
+    def metrics(self) -> list[str]:
+        """The metrics of the models' task, the one that counts first at the front."""
+        of_dense = [row.figure for row in self.rows if row.artefact == DENSE and not row.runtime]
+        return [name for name in of_dense if name not in SIZE]
 
     @property
-    def best(self) -> ModelSummary | None:
-        """What the headline is about: the artefact that decodes fastest for sure, else the smallest evaluated."""
-        rows = [row for row in self.pruned_rows if row.batch in (None, self.smallest_batch)]
-        return max(rows, key=self._merit, default=None)
+    def fidelity(self) -> list[str]:
+        """The figures that say how close the predictions are to the dense model's."""
+        of_pruned = [row.figure for row in self.rows if not (row.dense or row.part or row.runtime)]
+        others = (*SIZE, *self.metrics, "retained", *(f"{name}_increase" for name in self.metrics))
+        return [name for name in dict.fromkeys(of_pruned) if name not in others and not name.startswith("task_")]
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens were generated one by one."""
+        return any(row.figure == "tpot_ms" for row in self.rows)
 
     @property
     def smallest_batch(self) -> int | None:
         """The smallest batch that was timed."""
         return min((row.batch for row in self.rows if row.batch is not None), default=None)
 
-    def _merit(self, row: ModelSummary) -> tuple[float, bool, int]:
-        speedup = self.figures(row).get("decode_speedup")
-        sure = max(speedup.low or 0.0, 1.0) if speedup else 1.0
-        return (sure, bool(row.metrics), -row.bytes_on_disk)
+    def find(self, figure: str, artefact: str | None = None) -> list[Row]:
+        """The rows of a figure that have a value, of one artefact or of all."""
+        of = (artefact, None)
+        return [
+            r for r in self.rows if r.figure == figure and r.value is not None and (r.artefact in of or not artefact)
+        ]
+
+    @property
+    def best(self) -> str | None:
+        """The artefact of the headline: the one that certainly decodes fastest, else the smallest one evaluated."""
+        made = dict.fromkeys(row.artefact for row in self.find("bytes") if not row.dense)
+        return max(made, key=self._merit, default=None)
+
+    def _merit(self, artefact: str) -> tuple[float, bool, float]:
+        speedup = self.speedup("decode_speedup", artefact)
+        evaluated = any(self.find(name, artefact) for name in self.metrics)
+        return max((speedup and speedup.low) or 0, 1.0), evaluated, -(self.find("bytes", artefact)[0].value or 0)
+
+    def speedup(self, figure: str, artefact: str) -> Row | None:
+        """The best speed-up of an artefact at the smallest batch."""
+        found = [row for row in self.find(figure, artefact) if row.batch == self.smallest_batch]
+        return max(found, key=lambda row: row.low or 0, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "passed": self.passed}
 
 
 def read(folder: Path) -> RunReport:
-    """The report of a run, from the folder of the run or its `report.json`.
+    """The report of a run, from the folder of the run or its `report.json`; those of version 0.1.0 are read too.
 
     Raises:
-        UsageError: there is none, or it is not one that this version wrote.
+        UsageError: there is none, or it is damaged.
     """
     path = folder / REPORT if folder.is_dir() else folder
     try:
-        return TypeAdapter(RunReport).validate_python(records.read_json(path))
+        content = records.read_json(path)
+        if any("bytes_on_disk" in row for row in content.get("rows", ())):
+            content["rows"] = [row.as_dict() for row in dict.fromkeys(_rows_of_0_1(content))]
+        return TypeAdapter(RunReport).validate_python(content)
     except OSError as error:
         raise UsageError(
             f"{str(folder)!r} holds no report of a run ({error.strerror or error}); give the folder that "
             "`gblm-compress run` wrote"
         ) from error
-    except (ValidationError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         fault = error.errors()[0] if isinstance(error, ValidationError) else None
         said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else first_line(error)
         raise UsageError(
-            f"{str(path)!r} is no report of this version ({said}); `gblm-compress run` writes it anew and reuses "
-            "every finished stage"
+            f"{str(path)!r} is no report that this version reads ({said}); `gblm-compress run` writes it anew and "
+            "reuses every finished stage"
         ) from error
+
+
+def _rows_of_0_1(content: dict[str, Any]) -> Iterator[Row]:
+    """The rows of a report of version 0.1.0, which has one entry for each model, runtime and batch."""
+    for model in content["rows"]:
+        yield from measured.rows_of(model, content["rows"][0]["bytes_on_disk"])
+    results = {stage["name"]: stage["result"] for stage in content["stages"]}
+    yield from measured.layer_rows("pruned", results["prune"]["layers"])
+    if trained := results.get("recover"):
+        yield from measured.recovery_rows("recovered", trained["curve"], trained["best"])
+    if content.get("comparison"):
+        yield from measured.method_rows(content["comparison"])
 
 
 def when(report: RunReport) -> str:
@@ -128,43 +159,33 @@ def headline(report: RunReport) -> str:
     return headline_of(report, report.best) if report.best else "Nothing was measured."
 
 
-def headline_of(report: RunReport, row: ModelSummary) -> str:
-    """The same of any artefact."""
-    found, parts = report.figures(row), []
-    parts.append(f"{found['bytes_ratio'].value:.2f}× the bytes of the dense model")
-    if speedup := found.get("decode_speedup"):
-        parts.append(_speed("decodes", speedup))
-    elif speedup := found.get("prefill_speedup"):
-        parts.append(_speed("runs", speedup))
-    for name, metric in list(row.metrics.items())[:1]:
-        dense = f"{number(metric.dense)} → " if metric.dense is not None else ""
-        parts.append(f"{name} {dense}{number(metric.value, metric.error)}")
-    if "top1_agreement" in found:
-        of = "tokens" if "perplexity" in row.metrics else "predictions"
-        parts.append(f"the same answer as dense in {100 * found['top1_agreement'].value:.0f} % of {of}")
-    if "task_recovery" in found:
-        kept = found["task_recovery"]
-        parts.append(f"{kept.value:.2f}× the accuracy on tasks{interval(kept)}")
-    place = f"; on {report.conditions['machine']}, {row.where}" if row.timing and "machine" in report.conditions else ""
-    return f"{row.model}: {', '.join(parts)}{place}."
-
-
-def _speed(verb: str, speedup: Figure) -> str:
-    if (speedup.low or 0) > 1:
-        return f"{verb} {speedup.value:.2f}× as fast{interval(speedup)}"
-    if (speedup.high or 2) < 1:
-        return f"{verb} {speedup.value:.2f}× as fast{interval(speedup)}, which is slower"
-    return f"{verb} no faster for sure ({speedup.value:.2f}×{interval(speedup)})"
-
-
-def interval(figure: Figure, digits: int = 2) -> str:
-    """The ends of a figure's interval; nothing where it has none."""
-    return "" if figure.low is None or figure.high is None else f" [{figure.low:.{digits}f}–{figure.high:.{digits}f}]"
-
-
-def number(value: float | None, error: float | None = None) -> str:
-    """A figure with as many digits as say something, and its standard error where there is one."""
-    if value is None or not math.isfinite(value):
-        return "not finite"
-    digits = 2 if abs(value) >= 1 else 3
-    return f"{value:z.{digits}f}" + ("" if error is None else f" ±{error:.{digits}f}")
+def headline_of(report: RunReport, artefact: str) -> str:
+    """Size, speed and quality of an artefact beside the dense model, in one sentence."""
+    parts = [f"{amount('bytes_ratio', row.value)} the bytes of the dense model" for row in
+             report.find("bytes_ratio", artefact)[:1]]  # fmt: skip
+    speedup, verb = report.speedup("decode_speedup", artefact), "decodes"
+    if speedup is None:
+        speedup, verb = report.speedup("prefill_speedup", artefact), "runs"
+    if speedup is not None:
+        times = f"{speedup.value:.2f}×"
+        if (speedup.low or 0) > 1 or (speedup.high or 2) < 1:
+            slower = ", which is slower" if (speedup.high or 2) < 1 else ""
+            parts.append(f"{verb} {times} as fast{interval(speedup)}{slower}")
+        else:
+            parts.append(f"no clear speed difference ({times}{interval(speedup)})")
+    for name in report.metrics[:1]:
+        for row in report.find(name, artefact):
+            dense = "" if row.baseline is None else f"{amount(name, row.baseline)} → "
+            parts.append(f"{name} {dense}{amount(name, row.value, row.error)}")
+    of = "tokens" if "perplexity" in report.metrics else "predictions"
+    parts += [
+        f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}"
+        for row in report.find("top1_agreement", artefact)
+    ]
+    parts += [
+        f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}"
+        for row in report.find("task_recovery", artefact)
+    ]
+    machine = report.conditions.get("machine") if speedup else None
+    where = f"; on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}" if speedup and machine else ""
+    return f"{artefact}: {', '.join(parts)}{where}."

@@ -1,19 +1,12 @@
-"""The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it.
+"""The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it."""
 
-A stage says in one place what it is called and does, what decides its outcome, what is in its way before any work, what
-disk it takes, and does it. Those that write are in `artefacts`, those that measure here. What is reused is
-in `reuse`.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from gblm_compress import errors
+from gblm_compress import errors, exporters
+from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError, UsageError
-from gblm_compress.exporters import dtype_of
+from gblm_compress.exporters import check_grid, export
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
@@ -21,248 +14,338 @@ from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
+from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.placement import Size
-from gblm_compress.runs import comparison, grid
-from gblm_compress.runs.artefacts import Export, Generate, Prune, Recover
-from gblm_compress.runs.comparison import compare
-from gblm_compress.runs.job import Disk, Job, Recorded, Stage, plain
+from gblm_compress.pruning.stage import prune
+from gblm_compress.recovery.stage import check_kind, check_mask, checkpoint_bytes, recover
+from gblm_compress.runs import comparison
+from gblm_compress.runs.job import Disk, Job, Look, Stage
 from gblm_compress.settings import (
     GATES,
     BenchmarkSettings,
-    CalibrationSettings,
     CompareSettings,
     EvaluateSettings,
     ExportSettings,
+    GenerateSettings,
+    RecoverSettings,
 )
-
-Look = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Evaluate(Recorded):
-    """Evaluate the pruned model or an export of it, held against the dense one.
-
-    Attributes:
-        runtime: what runs it.
-        settings: without tasks outside torch, where alone lm-eval asks.
-    """
-
-    source: ModelSource
-    runtime: str
-    settings: EvaluateSettings
-
-    @property
-    def name(self) -> str:
-        return f"evaluate {self.source.name}"
-
-    @property
-    def does(self) -> str:
-        asked = f" and by {', '.join(self.settings.tasks)}" if self.settings.tasks else ""
-        return f"evaluate {self.source.name} on {self.settings.dataset}{asked}"
-
-    @property
-    def reads(self) -> tuple[ModelSource, ...]:
-        return (self.job.dense, self.source)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return (self.settings.dataset,)
-
-    def decides(self) -> list[Any]:
-        tasks = zero_shot.fingerprint(self.settings.tasks, self.settings.include_path)
-        return [plain(self.settings), tasks, self.job.dtype, self.job.device]
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        """For an export, what the pruned model's evaluation does not show already."""
-        if self.runtime == "onnxruntime":
-            return errors.collect([partial(check_onnx_provider, self.job.device)])
-        if self.source is not self.job.pruned:
-            return []
-        found = evaluation.check([self.job.dense] if self.job.here else [], self.settings, progress)
-        return found + errors.collect([self._check_gates])
-
-    def disk(self) -> Disk:
-        """The logits of the dense model, which go when the run ends."""
-        room, windows = self.job.reference.room, self.settings.max_windows
-        if windows is None:  # as many as the text has
-            return Disk(meanwhile=room)
-        config, length = loading.config_of(self.job.dense), self.settings.sequence_length
-        values = windows * loading.task_of(self.job.dense).judged_values(config, length)
-        return Disk(meanwhile=min(room, 4 * values))
-
-    def work(self, progress: Progress) -> Any:
-        job = self.job
-        dense, dtype, device = job.reference, job.dtype, job.device
-        return evaluate(self.source, self.settings, baseline=dense, dtype=dtype, device=device, progress=progress)
-
-    def _check_gates(self) -> None:
-        """Raises:
-        UsageError: the artefact that gates on quality name is not evaluated.
-        """
-        without = {s.folder_name for s in self.job.recipe.export if not self.job.can_run(s)}
-        for gates in self.job.recipe.gates:
-            if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
-                raise UsageError(
-                    f"gates.artefact {gates.artefact!r} is not evaluated on {self.job.device}; set model.device"
-                )
-
-
-@dataclass(frozen=True)
-class Benchmark(Recorded):
-    """Time the pruned model and its exports beside the dense one."""
-
-    settings: BenchmarkSettings
-    models: tuple[ModelSource, ...]
-    baselines: tuple[ModelSource, ...]
-
-    name = "benchmark"
-
-    @property
-    def does(self) -> str:
-        return f"benchmark in {' and '.join(self.settings.runtimes)}"
-
-    @property
-    def reads(self) -> tuple[ModelSource, ...]:
-        return (*self.baselines, *self.models)
-
-    def decides(self) -> list[Any]:
-        return [plain(self.settings), self.job.dtype, self.job.device, environment()]
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        looks: list[Look] = [self._check_runtimes, self._check_gates]
-        if self.job.here:
-            length = self.settings.prompt + self.settings.generate
-            looks.append(partial(loading.check_length, self.job.dense, length, "benchmark.prompt plus generate"))
-        return errors.collect(looks)
-
-    def work(self, progress: Progress) -> Any:
-        job, models, baselines = self.job, list(self.models), list(self.baselines)
-        return benchmark(models, baselines, self.settings, dtype=job.dtype, device=job.device, progress=progress)
-
-    def _check_runtimes(self) -> None:
-        """Raises:
-        UsageError: nothing that the recipe makes is timed.
-        MissingDependencyError: ONNX Runtime lacks the device.
-        """
-        able = filter(self.job.can_run, self.job.recipe.export)
-        runtimes = set(FOLDER_RUNTIMES).union(*(FORMATS[settings.format].runtimes for settings in able))
-        if not (timed := runtimes.intersection(self.settings.runtimes)):
-            raise UsageError(
-                f"benchmark.runtimes is {' and '.join(self.settings.runtimes)} alone, and no export runs in it on "
-                f"{self.job.device}: nothing would be timed; name other runtimes, or another model.device"
-            )
-        for runtime in timed:
-            check_installed(runtime)
-        if timed - set(FOLDER_RUNTIMES):
-            check_onnx_provider(self.job.device)
-
-    def _check_gates(self) -> None:
-        """Raises:
-        UsageError: the artefact that gates name is not timed.
-        """
-        recipe = self.job.recipe
-        exports = {settings.folder_name: Export(self.job, settings) for settings in recipe.export}
-        for gates in recipe.gates:
-            artefact = gates.artefact
-            if not any(GATES[name].needs == "benchmark" for name in gates.limits):
-                continue
-            if export := exports.get(artefact or ""):
-                if not set(export.format.runtimes) & set(self.settings.runtimes):
-                    raise UsageError(f"gates.artefact {artefact!r} runs in {export.format.runtime}, which is not timed")
-                if not self.job.can_run(export.settings):
-                    raise UsageError(f"gates.artefact {artefact!r} is not timed on {self.job.device}; set model.device")
-            if artefact == self.job.pruned.name and not set(FOLDER_RUNTIMES) & set(self.settings.runtimes):
-                raise UsageError(
-                    f"gates.artefact {artefact!r} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed"
-                )
-
-
-@dataclass(frozen=True)
-class Compare(Stage):
-    """Compare methods, patterns and seeds. The cells of the grid have records, in its folder; it has none itself."""
-
-    settings: CompareSettings
-    calibration: CalibrationSettings
-    evaluation: EvaluateSettings
-
-    name = "compare"
-
-    @property
-    def does(self) -> str:
-        grid = f"{len(self.settings.methods)} methods, {len(self.settings.patterns)} patterns"
-        return f"compare {grid}, {self.settings.seeds} seeds"
-
-    @property
-    def home(self) -> Path:
-        """The folder of its records, table and plot."""
-        return self.job.output / "comparison"
-
-    def cells(self) -> list[grid.CellStage]:
-        """What it does, cell by cell."""
-        job, settings = self.job, (self.settings, self.calibration, self.evaluation)
-        return grid.stages_of(job.reference, self.home, *settings, job.dtype, job.device)
-
-    def check(self, progress: Progress) -> list[GblmError]:
-        if not self.job.here:
-            return []
-        given = self.job.is_given(self.calibration.dataset)
-        what = self.job.dense, self.settings, self.calibration, self.evaluation
-        return comparison.check(*what, progress, text_is_given=given)
-
-    def disk(self) -> Disk:
-        """The largest pruned model, which goes once it is evaluated."""
-        dtype = loading.choose_dtype(self.job.dtype, self.job.dense, self.job.device)
-        methods = {cell.settings for cell in self.cells()}
-        sizes = [(Size(self.job.dense, dtype, method, self.calibration), method) for method in methods]
-        return Disk(meanwhile=max(size.checkpoint + size.kept(method) for size, method in sizes))
-
-    def work(self, progress: Progress) -> Any:
-        job, settings = self.job, (self.settings, self.calibration, self.evaluation)
-        return compare(job.reference, self.home, *settings, dtype=job.dtype, device=job.device, progress=progress)
 
 
 def stages_of(job: Job) -> list[Stage]:
     """The stages of a run, in their order."""
     recipe = job.recipe
-    exports = [Export(job, settings) for settings in recipe.export]
-    baselines = [Export(job, settings, of_dense=True) for settings in _timed_against(job)]
-    stages: list[Stage] = [Generate(job, recipe.generate)] if recipe.generate else []
-    stages.append(Prune(job, recipe.prune, job.calibration))
+    stages = [_generate(job, recipe.generate)] if recipe.generate else []
+    stages.append(_prune(job))
     if job.recover is not None:
-        stages.append(Recover(job, job.recover))
-    stages += [*exports, *baselines]
-    measured = [export for export in exports if job.can_run(export.settings)]
+        stages.append(_recover(job, job.recover))
+    stages += [_export(job, settings) for settings in recipe.export]
+    stages += [_export(job, settings, of_dense=True) for settings in timed_against(job)]
     if recipe.evaluate is not None:
-        without_tasks = recipe.evaluate.model_copy(update={"tasks": ()})
-        stages.append(Evaluate(job, job.pruned, "torch", recipe.evaluate))
-        for export in measured:
-            settings = recipe.evaluate if export.format.runtime == "torch" else without_tasks
-            stages.append(Evaluate(job, export.artefact, export.format.runtime, settings))
+        stages.append(_evaluate(job, job.pruned, recipe.evaluate, "torch"))
+        for settings in filter(job.can_run, recipe.export):
+            stages.append(_evaluate(job, job.artefact(settings.folder_name), recipe.evaluate, _runtime(settings)))
     if recipe.benchmark is not None:
-        models = (job.pruned, *(export.artefact for export in measured))
-        dense = (job.dense, *(export.artefact for export in baselines))
-        stages.append(Benchmark(job, recipe.benchmark, models, dense))
+        stages.append(_benchmark(job, recipe.benchmark))
     if recipe.compare is not None and recipe.evaluate is not None:
-        stages.append(Compare(job, recipe.compare, job.calibration, recipe.evaluate))
+        stages.append(_compare(job, recipe.compare, recipe.evaluate))
     return stages
 
 
-def _timed_against(job: Job) -> list[ExportSettings]:
-    """The exports of the dense model that the benchmark needs as baselines: one per format that is timed in a runtime
-    of its own, and dtype, without the format's own options; but where `kernels` compute in float32 with weights of
-    float16, so does the dense model, once it is here to say so, and where weights are levels of 8 or 4 bits, it is ONNX
-    Runtime's own."""
+def exports_of_dense(job: Job) -> list[ModelSource]:
+    """The exports of the dense model that others are timed against."""
+    return [job.artefact(f"dense-{settings.folder_name}") for settings in timed_against(job)]
+
+
+def timed_against(job: Job) -> list[ExportSettings]:
+    """How the dense model is exported for the benchmark: once for each format that is timed in a runtime of its own,
+    and dtype, without the format's own options. Where `kernels` compute in float32 with weights of float16, the dense
+    model does so too, once it is here to tell; where weights are levels of 8 or 4 bits, they are ONNX Runtime's own.
+    """
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
-    for settings in recipe.export:
-        if not timed & set(FORMATS[settings.format].runtimes) or not job.can_run(settings):
-            continue
-        known = job.here or settings.dtype != "auto"
-        half = settings.kernels and known and dtype_of(job.dense, settings) == "float16"
-        stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
-        found.append(ExportSettings(format=settings.format, **stored))
+    for settings in filter(job.can_run, recipe.export):
+        if timed & set(FORMATS[settings.format].runtimes):
+            known = job.here or settings.dtype != "auto"
+            half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
+            stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
+            found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))
+
+
+def _runtime(settings: ExportSettings) -> str:
+    return FORMATS[settings.format].runtime
+
+
+def _generate(job: Job, settings: GenerateSettings) -> Stage:
+    texts = () if settings.starts is None else (settings.starts,)
+
+    def check(progress: Progress) -> list[GblmError]:
+        return generation.check(job.dense, settings) if job.here else errors.collect(job.looks_at(texts))
+
+    def work(progress: Progress) -> object:
+        return generation.generate(job.dense, job.written, settings, job.device, progress, force=True)
+
+    return Stage(
+        name="generate",
+        does=f"let {job.dense.name} write {settings.tokens:,} tokens",
+        home=job.output,
+        reads=(job.dense,),
+        texts=texts,
+        decides=lambda: [settings, job.device],
+        place=job.written,
+        check=check,
+        work=work,
+    )
+
+
+def _prune(job: Job) -> Stage:
+    settings, text = job.recipe.prune, job.calibration
+    texts = (text.dataset,) if settings.needs_text else ()
+
+    def check(progress: Progress) -> list[GblmError]:
+        length = text.sequence_length if settings.needs_text else 0
+        return errors.collect([*job.looks_at(texts, length, "calibration.sequence_length"), lambda: job.patterns])
+
+    def disk() -> Disk:
+        size = Size(job.dense, loading.choose_dtype(job.dtype, job.dense, job.device), settings, text)
+        return Disk(size.checkpoint, size.kept(settings))
+
+    def work(progress: Progress) -> object:
+        return prune(
+            job.dense,
+            job.as_pruned.folder,
+            settings,
+            text,
+            resources=job.recipe.resources,
+            resume=None,
+            dtype=job.dtype,
+            device=job.device,
+            force=True,
+            progress=progress,
+        )
+
+    return Stage(
+        name="prune",
+        does=f"prune {job.dense.name} by {settings.method}, {settings.pattern}",
+        home=job.output,
+        reads=(job.dense,),
+        texts=texts,
+        decides=lambda: [settings, text if settings.needs_text else None, job.dtype, job.device],
+        place=job.as_pruned.folder,
+        check=check,
+        disk=disk,
+        work=work,
+    )
+
+
+def _recover(job: Job, settings: RecoverSettings) -> Stage:
+    def check(progress: Progress) -> list[GblmError]:
+        looks = job.looks_at(settings.datasets, settings.sequence_length, "recover.sequence_length")
+        looks.append(OPTIMISERS[settings.optimiser].check)
+        if job.here:
+            looks.append(partial(check_kind, job.dense))
+        if not errors.collect([lambda: job.patterns]):  # else it is the pruning's fault
+            patterns = {pattern.name for pattern in job.patterns.values()}
+            looks.append(partial(check_mask, settings, patterns, job.recipe.prune.grid is not None))
+        return errors.collect(looks)
+
+    def work(progress: Progress) -> object:
+        return recover(
+            job.as_pruned,
+            job.dense,
+            job.pruned.folder,
+            settings,
+            resume=None,
+            device=job.device,
+            force=True,
+            progress=progress,
+        )
+
+    return Stage(
+        name="recover",
+        does=f"train the pruned model on {settings.tokens:,} tokens",
+        home=job.output,
+        reads=(job.as_pruned, job.dense),
+        texts=settings.datasets,
+        decides=lambda: [settings, job.device],
+        place=job.pruned.folder,
+        check=check,
+        disk=lambda: Disk(job.dense.bytes_on_disk, meanwhile=checkpoint_bytes(job.dense)),
+        work=work,
+    )
+
+
+def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage:
+    """Export the pruned model, or the dense one that an export of it is timed against."""
+    source = job.dense if of_dense else job.pruned
+    artefact = job.artefact(f"dense-{settings.folder_name}" if of_dense else settings.folder_name)
+    what = f"{settings.format} ({settings.dtype})"
+
+    def check(progress: Progress) -> list[GblmError]:
+        unfit = errors.collect([lambda: job.patterns])  # which is the pruning's fault
+        patterns = {} if unfit or of_dense else job.patterns
+        looks: list[Look] = [partial(exporters.check, job.dense if job.here else None, settings, patterns)]
+        if job.recipe.prune.grid is not None and not of_dense:
+            looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
+        return errors.collect(looks)
+
+    def disk() -> Disk:
+        size = job.bytes_in(exporters.dtype_of(job.dense, settings))
+        return Disk(size, meanwhile=FORMATS[settings.format].copies * size)
+
+    return Stage(
+        name=f"export {artefact.name}",
+        does=f"export the dense model to {what}, the baseline of the benchmark" if of_dense else f"export to {what}",
+        home=job.output,
+        reads=(source,),
+        decides=lambda: [settings],
+        place=artefact.folder,
+        check=check,
+        disk=disk,
+        work=lambda progress: export(source, artefact.folder, settings, force=True, progress=progress),
+    )
+
+
+def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: str) -> Stage:
+    """Evaluate the pruned model or an export of it, beside the dense one. Only torch answers tasks."""
+    settings = asked if runtime == "torch" else asked.model_copy(update={"tasks": ()})
+
+    def check(progress: Progress) -> list[GblmError]:
+        """For an export, what the pruned model's evaluation does not show already."""
+        if runtime == "onnxruntime":
+            return errors.collect([partial(check_onnx_provider, job.device)])
+        if source is not job.pruned:
+            return []
+        found = evaluation.check([job.dense] if job.here else [], settings, progress)
+        return found + errors.collect([partial(_check_evaluated, job)])
+
+    def disk() -> Disk:
+        """The logits of the dense model, which go when the run ends."""
+        room, windows = job.reference.room, settings.max_windows
+        if windows is None:  # as many as the text has
+            return Disk(meanwhile=room)
+        config, length = loading.config_of(job.dense), settings.sequence_length
+        return Disk(meanwhile=min(room, 4 * windows * loading.task_of(job.dense).judged_values(config, length)))
+
+    def work(progress: Progress) -> object:
+        dense, dtype, device = job.reference, job.dtype, job.device
+        return evaluate(source, settings, baseline=dense, dtype=dtype, device=device, progress=progress)
+
+    by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
+    return Stage(
+        name=f"evaluate {source.name}",
+        does=f"evaluate {source.name} on {settings.dataset}{by}",
+        home=job.output,
+        reads=(job.dense, source),
+        texts=(settings.dataset,),
+        decides=lambda: [
+            settings,
+            zero_shot.fingerprint(settings.tasks, settings.include_path),
+            job.dtype,
+            job.device,
+        ],
+        check=check,
+        disk=disk,
+        work=work,
+    )
+
+
+def _check_evaluated(job: Job) -> None:
+    """Raises:
+    UsageError: the artefact that gates on quality name is not evaluated.
+    """
+    without = {settings.folder_name for settings in job.recipe.export if not job.can_run(settings)}
+    for gates in job.recipe.gates:
+        if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
+            raise UsageError(f"gates.artefact {gates.artefact!r} is not evaluated on {job.device}; set model.device")
+
+
+def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
+    """Time the pruned model and its exports beside the dense one."""
+    models = [job.pruned, *(job.artefact(each.folder_name) for each in filter(job.can_run, job.recipe.export))]
+    baselines = [job.dense, *exports_of_dense(job)]
+
+    def check(progress: Progress) -> list[GblmError]:
+        length = settings.prompt + settings.generate
+        looks = job.looks_at((), length, "benchmark.prompt plus generate")
+        return errors.collect([*looks, partial(_check_runtimes, job, settings), partial(_check_timed, job, settings)])
+
+    def work(progress: Progress) -> object:
+        return benchmark(models, baselines, settings, dtype=job.dtype, device=job.device, progress=progress)
+
+    return Stage(
+        name="benchmark",
+        does=f"benchmark in {' and '.join(settings.runtimes)}",
+        home=job.output,
+        reads=(*baselines, *models),
+        decides=lambda: [settings, job.dtype, job.device, environment()],
+        check=check,
+        work=work,
+    )
+
+
+def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
+    """Raises:
+    UsageError: nothing that the recipe makes is timed.
+    MissingDependencyError: ONNX Runtime lacks the device.
+    """
+    able = [FORMATS[each.format].runtimes for each in filter(job.can_run, job.recipe.export)]
+    if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
+        raise UsageError(
+            f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
+            "nothing would be timed; name other runtimes, or another model.device"
+        )
+    for runtime in timed:
+        check_installed(runtime)
+    if timed - set(FOLDER_RUNTIMES):
+        check_onnx_provider(job.device)
+
+
+def _check_timed(job: Job, settings: BenchmarkSettings) -> None:
+    """Raises:
+    UsageError: the artefact that gates name is not timed.
+    """
+    exports = {each.folder_name: each for each in job.recipe.export}
+    for gates in job.recipe.gates:
+        if not any(GATES[name].needs == "benchmark" for name in gates.limits):
+            continue
+        named = f"gates.artefact {gates.artefact!r}"
+        if made := exports.get(gates.artefact or ""):
+            if not set(FORMATS[made.format].runtimes) & set(settings.runtimes):
+                raise UsageError(f"{named} runs in {_runtime(made)}, which is not timed")
+            if not job.can_run(made):
+                raise UsageError(f"{named} is not timed on {job.device}; set model.device")
+        if gates.artefact == job.pruned.name and not set(FOLDER_RUNTIMES) & set(settings.runtimes):
+            raise UsageError(f"{named} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed")
+
+
+def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> Stage:
+    """Compare methods, patterns and seeds. Its cells have records; it has none itself."""
+    grid = comparison.Grid(settings, job.calibration, asked, job.dtype, job.device)
+    home: Path = job.output / "comparison"
+    cells = grid.stages(job.reference, home)
+
+    def check(progress: Progress) -> list[GblmError]:
+        given = job.is_given(job.calibration.dataset)
+        return comparison.check(job.dense, grid, progress, text_is_given=given) if job.here else []
+
+    def disk() -> Disk:
+        """The largest pruned model, which goes once it is evaluated."""
+        dtype = loading.choose_dtype(job.dtype, job.dense, job.device)
+        sizes = [(Size(job.dense, dtype, method, job.calibration), method) for method in grid.methods()]
+        return Disk(meanwhile=max(size.checkpoint + size.kept(method) for size, method in sizes))
+
+    return Stage(
+        name="compare",
+        does=f"compare {len(settings.methods)} methods, {len(settings.patterns)} patterns, {settings.seeds} seeds",
+        home=home,
+        decides=list,
+        check=check,
+        disk=disk,
+        work=lambda progress: comparison.compare(job.reference, home, grid, progress=progress),
+        cells=tuple(cells),
+    )

@@ -1,16 +1,35 @@
-"""The tables of a report, once for the terminal, Markdown and the page: cells have a text, and a value to sort by."""
+"""The tables of a report for the terminal, Markdown and the page: cells have a text, and a value to sort by."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from rich.filesize import decimal
+from gblm_compress.runs.rows import LESS_IS_BETTER, Row, amount, interval
+from gblm_compress.runs.run_report import RunReport
 
-from gblm_compress.runs.figures import Figure
-from gblm_compress.runs.run_report import RunReport, number
-from gblm_compress.runs.summary import ModelSummary
-from gblm_compress.settings import GATES
-
+NAMES = {
+    "cross_entropy": "cross-entropy",
+    "mean_kl": "KL",
+    "top1_agreement": "same top-1",
+    "top10_agreement": "dense top 10 kept",
+    "density": "nonzero",
+    "bytes": "on disk",
+    "bytes_ratio": "of dense",
+    "ttft_ms": "TTFT",
+    "tpot_ms": "TPOT",
+    "tokens_per_second": "tokens/s",
+    "samples_per_second": "samples/s",
+    "decode_speedup": "decode",
+    "prefill_speedup": "prefill",
+    "method_kl": "KL",
+    "zeros": "zeros",
+    "output_error": "error",
+}
+"""The headings of figures; others have their own names."""
 UNMEASURED = "–"
-"""What a cell says of a figure that was not measured; every table that has one explains it."""
+SMALL = 0.01
+"""A figure without an interval counts as the same if it changes by no more than this fraction."""
+MOST = 4  # figures that a note names
 
 
 @dataclass(frozen=True)
@@ -43,190 +62,136 @@ class Table:
 
     @property
     def all_notes(self) -> tuple[str, ...]:
-        """The notes, and what a cell without a figure means."""
+        """The notes, with one about cells that have no figure."""
         unmeasured = any(cell.text == UNMEASURED for row in self.rows for cell in row)
         return (*self.notes, *([f"{UNMEASURED} was not measured."] if unmeasured else []))
 
 
+def name_of(figure: str) -> str:
+    """What a figure is called in a heading."""
+    return NAMES.get(figure, figure.removeprefix("method_").replace("_", " "))
+
+
+def cell_of(row: Row | None) -> Cell:
+    """A figure with its error or, for a ratio, its interval."""
+    if row is None:
+        return Cell(UNMEASURED)
+    ratio = row.figure.endswith(("speedup", "recovery"))
+    mark = "good" if ratio and (row.low or 0) > 1 else "bad" if ratio and (row.high or 2) < 1 else ""
+    text = amount(row.figure, row.value, row.error).removesuffix(" ms")  # which the heading says
+    return Cell(text + (interval(row) if ratio else ""), row.value, mark)
+
+
 def of(report: RunReport) -> list[Table]:
     """The tables of a report that have rows."""
-    tables = [
-        gates(report),
-        quality(report),
-        speed(report),
-        tasks(report),
-        comparison(report),
-        kernels(report),
-        layers(report),
-        recovery(report),
-        stages(report),
-    ]
-    return [table for table in tables if table.rows]
+    made = [gates(report), quality(report), speed(report)]
+    for title, labels, figures, note in PLAIN:
+        made.append(table(title, report.rows, labels, figures, note))
+    return [each for each in (*made, stages(report)) if each.rows]
 
 
-def quality(report: RunReport) -> Table:
-    """A row for each model: what it kept, and what it takes."""
-    each = list({row.model: row for row in report.rows}.values())
-    names = list(dict.fromkeys(name for row in each for name in list(row.metrics)[:1]))
-    fidelity = list(dict.fromkeys(name for row in each for name in row.fidelity))
-    columns = {"model": False} | dict.fromkeys(
-        [*names, *(FIDELITY.get(name, name.replace("_", " ")) for name in fidelity), "nonzero", "on disk", "of dense"],
-        True,
-    )
-    rows = []
-    for row in each:
-        found = report.figures(row)
-        rows.append(
-            [
-                Cell(row.model),
-                *(_metric(row, name) for name in names),
-                *(_fidelity(name, found.get(name)) for name in fidelity),
-                Cell(f"{100 * row.nonzero_fraction:.1f} %", row.nonzero_fraction),
-                size(row.bytes_on_disk),
-                Cell(f"{found['bytes_ratio'].value:.2f}×", found["bytes_ratio"].value),
-            ]
-        )
-    errors = any(row.metrics[name].error is not None for row in each for name in names if name in row.metrics)
-    notes = ("± is one standard error over the samples.",) if errors else ()
-    return Table("Quality and size", columns, rows, notes)
+def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequence[str], *notes: str) -> Table:
+    """A line for each combination of labels, with a column for each of the figures that any of the rows has.
+
+    Args:
+        labels: {heading: attribute of a row}.
+    """
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.figure in figures:
+            lines.setdefault(tuple(getattr(row, label) for label in labels.values()), {})[row.figure] = row
+    shown = [figure for figure in figures if any(figure in line for line in lines.values())]
+    columns = dict.fromkeys(labels, False) | {
+        name_of(figure) + " ms" * figure.endswith("_ms"): True for figure in shown
+    }
+    cells = [[*map(_label, key), *(cell_of(line.get(figure)) for figure in shown)] for key, line in lines.items()]
+    return Table(title, columns, cells, notes)
 
 
-def speed(report: RunReport) -> Table:
-    """A row for each model, runtime and batch that was timed."""
-    timed = [(row, row.timing, report.figures(row)) for row in report.rows if row.timing]
-    generates = any("tpot_ms" in found for _, _, found in timed)
-    dtypes = {row.dtype for row, _, _ in timed}
-    first = "TTFT ms" if generates else "forward ms"
-    columns = {"model": False, "runtime": False} | dict.fromkeys(["batch", first], True)
-    columns |= dict.fromkeys(["TPOT ms", "tokens/s", "decode ×"] if generates else ["speed-up ×"], True)
-    columns |= {"memory": True}
-    rows = []
-    for row, timing, found in timed:
-        shown = ["ttft_ms"] + (["tpot_ms", "tokens_per_second"] if generates else [])
-        ratio = "decode_speedup" if generates else "prefill_speedup"
-        rows.append(
-            [
-                Cell(row.model),
-                Cell(row.runtime if len(dtypes) == 1 else f"{row.runtime} {row.dtype}"),
-                Cell(str(timing.batch), timing.batch),
-                *(_number(found.get(name)) for name in shown),
-                Cell("dense", 1.0) if row.dense else _speedup(found.get(ratio)),
-                size(timing.peak_memory_bytes),
-            ]
-        )
-    notes = [
-        "Medians over the rounds; the speed-up is that over dense in the same runtime and dtype, with the interval "
-        "that p10 and p90 of both span."
-    ]
-    if len(dtypes) == 1:
-        notes.append(f"All compute in {dtypes.pop()}.")
-    if untimed := [row.model for row in report.rows if row.timing is None and rows]:
-        notes.append(f"Not timed: {', '.join(dict.fromkeys(untimed))}.")
-    return Table("Speed and memory", columns, rows, tuple(notes))
+def _label(value: Any) -> Cell:
+    return Cell(f"{value:,}", value) if isinstance(value, int) else Cell(str(value))
+
+
+PLAIN = (
+    (
+        "Tasks",
+        {"model": "artefact", "task": "part"},
+        ("questions", "accuracy", "dense_accuracy", "recovery"),
+        "± is one standard error; the interval of a recovery is one of 95 %.",
+    ),
+    (
+        "Methods",
+        {"method": "artefact", "pattern": "part"},
+        ("method_perplexity", "method_kl", "method_seconds", "method_memory", "method_seeds"),
+        "± is one standard error over the seeds.",
+    ),
+    (
+        "Kernels that ran",
+        {"model": "where", "kernel": "part"},
+        ("prefill_kernels", "decode_kernels"),
+        "Calls in one pass.",
+    ),
+    (
+        "Pruned layers",
+        {"layer": "part"},
+        ("weights", "zeros", "output_error"),
+        "The error is that of the layer's output, relative to its dense weights' output.",
+    ),
+    (
+        "Recovery",
+        {"tokens": "tokens", "weights": "part"},
+        ("held_out_loss",),
+        "KL divergence from dense in nats per token, mixed with the cross-entropy of the text as in the training.",
+    ),
+)
+"""The tables that only list rows: title, labels, figures, note."""
 
 
 def gates(report: RunReport) -> Table:
     """The gates."""
-    rows = [
-        [
-            Cell(gate.gate),
-            Cell(gate.subject),
-            _limit(gate.gate, gate.limit),
-            _limit(gate.gate, gate.measured),
-            _limit(gate.gate, gate.bound) if gate.bound is not None else Cell(""),
-            Cell("yes", 1, "good") if gate.passed else Cell("no", 0, "bad"),
+    rows = []
+    for gate in report.gates:
+        found = [
+            Cell("" if value is None else amount(gate.gate[4:], value), value)
+            for value in (gate.limit, gate.measured, gate.bound)
         ]
-        for gate in report.gates
-    ]
+        if gate.measured is None:
+            found[1] = Cell(UNMEASURED)
+        holds = Cell("yes", 1, "good") if gate.passed else Cell("no", 0, "bad")
+        rows.append([Cell(gate.gate), Cell(gate.subject), *found, holds])
     columns = {"gate": False, "of": False, "limit": True, "found": True, "worst": True, "holds": False}
     return Table("Gates", columns, rows)
 
 
-def tasks(report: RunReport) -> Table:
-    """Accuracies on zero-shot tasks."""
-    each = {row.model: row.tasks for row in report.rows if row.tasks}
-    rows = [
-        [
-            Cell(model),
-            Cell(task.task),
-            Cell(str(task.questions), task.questions),
-            Cell(number(task.accuracy, task.error), task.accuracy),
-            Cell(UNMEASURED if task.dense_accuracy is None else f"{task.dense_accuracy:.3f}", task.dense_accuracy),
-            _speedup(None if task.recovery is None else Figure(task.recovery.ratio, task.recovery.low,
-                                                               task.recovery.high)),
-        ]
-        for model, found in each.items()
-        for task in found.tasks
-    ]  # fmt: skip
-    columns = {"model": False, "task": False} | dict.fromkeys(["questions", "accuracy", "dense", "recovery"], True)
-    return Table("Tasks", columns, rows, ("The interval of a recovery is one of 95 %.",) if rows else ())
+def quality(report: RunReport) -> Table:
+    """The metric that counts first, how alike the predictions are, and the size, of each artefact."""
+    metrics = report.metrics[:1]
+    figures = [*metrics, *report.fidelity, "density", "bytes", "bytes_ratio"]
+    errors = any(row.error is not None for name in metrics for row in report.find(name))
+    notes = ["± is one standard error over the samples."] if errors else []
+    return table("Quality and size", report.rows, {"model": "artefact"}, figures, *notes)
 
 
-def comparison(report: RunReport) -> Table:
-    """The grid of methods."""
-    found = report.comparison
-    columns = {"method": False, "pattern": False}
-    columns |= dict.fromkeys(["perplexity", "KL", "seconds", "memory", "seeds"], True)
-    rows = [
-        [
-            Cell(method.method),
-            Cell(method.pattern),
-            Cell(number(method.perplexity, method.perplexity_error), method.perplexity),
-            Cell(number(method.mean_kl, method.mean_kl_error), method.mean_kl),
-            Cell(f"{method.seconds:.0f}", method.seconds),
-            size(method.peak_memory_bytes),
-            Cell(str(method.seeds), method.seeds),
-        ]
-        for method in (found.rows if found else ())
+def speed(report: RunReport) -> Table:
+    """Times, speed-up and memory of each artefact in each runtime at each batch size."""
+    timed = [row for row in report.rows if row.runtime and not row.part]
+    dtypes = {row.dtype for row in timed}
+    shown = ["tpot_ms", "tokens_per_second", "decode_speedup"] if report.generates else ["prefill_speedup"]
+    labels = {"model": "artefact", "runtime": "runtime", "dtype": "dtype", "batch": "batch"}
+    notes = [
+        "Medians over the rounds. The speed-up is over dense in the same runtime and dtype; p10 and p90 of both give "
+        "its interval."
     ]
-    notes = (f"Perplexity of the dense model is {number(found.dense_perplexity)}.",) if found else ()
-    return Table("Methods", columns, rows, notes)
-
-
-def kernels(report: RunReport) -> Table:
-    """What ran, and how often in one pass."""
-    rows: list[list[Cell]] = []
-    for row in report.rows:
-        passes = (("prefill", row.timing.prefill_kernels), ("decode", row.timing.decode_kernels)) if row.timing else ()
-        for name, ran in passes:
-            for kernel, count in (ran or {}).items():
-                rows.append([*map(Cell, (row.model, row.where, name, kernel)), Cell(str(count), count)])
-    columns = {"model": False, "runtime": False, "pass": False, "kernel": False, "times": True}
-    return Table("Kernels that ran", columns, rows)
-
-
-def layers(report: RunReport) -> Table:
-    """The pruned layers."""
-    rows = [
-        [
-            Cell(layer.name),
-            Cell(layer.pattern),
-            Cell(f"{layer.weights:,}", layer.weights),
-            Cell(f"{100 * (1 - layer.nonzeros / layer.weights):.2f}", 1 - layer.nonzeros / layer.weights),
-        ]
-        for layer in report.layers
-    ]
-    return Table("Pruned layers", {"layer": False, "pattern": False, "weights": True, "zeros %": True}, rows)
-
-
-def recovery(report: RunReport) -> Table:
-    """A row for each look at held-out text."""
-    rows = [
-        [
-            Cell(f"{look.tokens:,}", look.tokens),
-            Cell(number(look.held_out), look.held_out),
-            Cell(f"{100 * look.moved:.1f}", look.moved),
-            Cell("yes" if look.kept else "", float(look.kept)),
-        ]
-        for look in report.recovery
-    ]
-    columns = {"tokens": True, "held-out loss": True, "mask moved %": True, "kept": False}
-    notes = (
-        "The loss is the KL divergence from dense in nats per token, mixed with the cross-entropy of the text as in "
-        "the training.",
-        "The mask moved by the share of the weights that pruning kept and that are zero by now.",
-    )
-    return Table("Recovery", columns, rows, notes)
+    if len(dtypes) == 1:
+        del labels["dtype"]
+        notes.append(f"All compute in {dtypes.pop()}.")
+    names = {row.artefact for row in timed}
+    if untimed := [row.artefact for row in report.find("bytes") if row.artefact not in names]:
+        notes.append(f"Not timed: {', '.join(untimed)}.")
+    found = table("Speed and memory", timed, labels, ["ttft_ms", *shown, "memory"], *notes)
+    dense = {row.artefact for row in timed if row.dense}
+    rows = [[*line[:-2], Cell("dense", 1.0), line[-1]] if line[0].text in dense else line for line in found.rows]
+    return replace(found, rows=rows) if name_of(shown[-1]) in found.columns else found
 
 
 def stages(report: RunReport) -> Table:
@@ -238,56 +203,49 @@ def stages(report: RunReport) -> Table:
     return Table("Stages", {"stage": False, "seconds": True, "": False}, rows)
 
 
-FIDELITY = {"mean_kl": "KL", "top1_agreement": "same top-1"}
+def changes(before: RunReport, now: RunReport) -> Table:
+    """What changed between two runs, for every figure that both have, with what got worse first.
+
+    Times are compared within one runtime, dtype and batch; other figures by the artefact alone.
+    """
+    earlier, later = _by_key(before), _by_key(now)
+    lines = []
+    for key, row in later.items():
+        if (was := earlier.get(key)) and was.value is not None and row.value is not None:
+            change, verdict = row.value / was.value - 1 if was.value else 0.0, compared(was, row)
+            rank, mark = {"worse": (0, "bad"), "better": (1, "good"), "same": (2, "")}[verdict]
+            figures = [Cell(amount(row.figure, each.value), each.value) for each in (was, row)]
+            percent = Cell(f"{100 * change:+.1f} %", change)
+            lines.append([Cell(row.where), Cell(name_of(row.figure)), *figures, percent, Cell(verdict, rank, mark)])
+    lines.sort(key=lambda line: line[-1].value or 0)
+    columns = {"artefact": False, "figure": False, "before": True, "now": True, "change": True, "verdict": False}
+    notes = ["Worse and better: the intervals of both runs do not overlap; without intervals, a change of more than "
+             f"{100 * SMALL:.0f} %."]  # fmt: skip
+    if gone := [f"{name_of(row.figure)} of {row.artefact}" for key, row in earlier.items() if key not in later]:
+        more = f" and {len(gone) - MOST} more" if len(gone) > MOST else ""
+        notes.append(f"Measured before and not now, or not in the same way: {', '.join(gone[:MOST])}{more}.")
+    return Table("This run against the one before", columns, lines, tuple(notes))
 
 
-def size(count: float) -> Cell:
-    """Bytes."""
-    return Cell(decimal(int(count)), count)
+def compared(was: Row, now: Row) -> str:
+    """ "worse", "better" or "same"."""
+    assert was.value is not None and now.value is not None
+    if was.low is not None and was.high is not None and now.low is not None and now.high is not None:
+        above, below = now.low > was.high, now.high < was.low
+    else:
+        change, same = now.value - was.value, SMALL * abs(was.value)
+        above, below = change > same, change < -same
+    if not above and not below:
+        return "same"
+    return "worse" if above == (now.figure in LESS_IS_BETTER) else "better"
 
 
-def with_unit(value: float | None, unit: str) -> str:
-    """A figure as a gate's unit has it written."""
-    if value is None:
-        return UNMEASURED
-    if unit == "bytes":
-        return decimal(int(value))
-    return (
-        f"{100 * value:.1f} %" if unit == "%" else f"{number(value)}{unit if unit == '×' else ' ' * bool(unit) + unit}"
-    )
-
-
-def unit_of(gate: str) -> str:
-    """The unit of what a gate limits."""
-    return GATES[gate].unit if gate in GATES else ""
-
-
-def _limit(gate: str, value: float | None) -> Cell:
-    return Cell(with_unit(value, unit_of(gate)), value)
-
-
-def _metric(row: ModelSummary, name: str) -> Cell:
-    metric = row.metrics.get(name)
-    if metric is None:
-        return Cell(UNMEASURED)
-    return Cell(number(metric.value, metric.error), metric.value)
-
-
-def _fidelity(name: str, figure: Figure | None) -> Cell:
-    if figure is None:
-        return Cell(UNMEASURED)
-    return Cell(f"{100 * figure.value:.1f} %" if name.endswith("agreement") else f"{figure.value:.3f}", figure.value)
-
-
-def _number(figure: Figure | None) -> Cell:
-    if figure is None:
-        return Cell(UNMEASURED)
-    return Cell(f"{figure.value:.{0 if figure.value >= 1000 else 1}f}", figure.value)
-
-
-def _speedup(figure: Figure | None) -> Cell:
-    if figure is None:
-        return Cell(UNMEASURED)
-    mark = "good" if (figure.low or 0) > 1 else "bad" if (figure.high or 2) < 1 else ""
-    ends = "" if figure.low is None else f" [{figure.low:.2f}–{figure.high:.2f}]"
-    return Cell(f"{figure.value:.2f}{ends}", figure.value, mark)
+def _by_key(report: RunReport) -> dict[tuple[Any, ...], Row]:
+    """The rows that are compared, by what they must have in common; not those that follow from others."""
+    found = {}
+    for row in report.rows:
+        derived = row.figure in ("bytes_ratio", "retained", "density") or row.figure.endswith("_increase")
+        if not row.part and row.tokens is None and not derived:
+            stored = row.dtype and row.dtype.partition("/")[0]  # without that of the arithmetic
+            found[row.artefact, row.figure, row.runtime, stored, row.batch] = row
+    return found

@@ -5,7 +5,6 @@ package loads no torch.
 """
 
 from gblm_compress.settings.fields import MANY, Panel, Settings
-from gblm_compress.settings.gates import GATES, Gate, GateSettings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -13,7 +12,7 @@ from gblm_compress.settings.prune import (
     OverrideSettings,
     PruneSettings,
 )
-from gblm_compress.settings.recipe import CompareSettings, Recipe
+from gblm_compress.settings.recipe import GATES, CompareSettings, Gate, GateSettings, Recipe
 from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
     AdviseSettings,

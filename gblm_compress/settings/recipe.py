@@ -1,9 +1,10 @@
 """A whole run, its grid of methods and its gates."""
 
 from collections.abc import Collection
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.allocation import ALLOCATIONS
@@ -12,8 +13,7 @@ from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
 from gblm_compress.methods.updates import UPDATES
-from gblm_compress.settings.fields import MANY, PatternName, Settings, closest, synonyms_of
-from gblm_compress.settings.gates import GATES, GateSettings
+from gblm_compress.settings.fields import MANY, Memory, PatternName, Settings, closest, synonyms_of
 from gblm_compress.settings.prune import PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
@@ -26,6 +26,82 @@ from gblm_compress.settings.stages import (
     ModelSettings,
     ResourceSettings,
 )
+
+AtLeast0 = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One entry of `GATES`.
+
+    Attributes:
+        help: what is limited.
+        needs: the section of a recipe that measures it, "tasks" for `evaluate.tasks`; None where nothing must be asked.
+        kind: the type of the limit.
+    """
+
+    help: str
+    needs: Literal["evaluate", "tasks", "benchmark"] | None
+    kind: Any = Annotated[float, Field(gt=0)]
+
+
+GATES: dict[str, Gate] = {
+    "max_perplexity": Gate("Largest perplexity.", "evaluate"),
+    "max_perplexity_increase": Gate(
+        "Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %.", "evaluate", AtLeast0
+    ),
+    "min_retained": Gate(
+        "Share of the dense model's metric that is kept, of those of which more is better: Spearman's correlation of "
+        "embeddings, accuracy.",
+        "evaluate",
+    ),
+    "max_mean_kl": Gate("Largest mean KL divergence from dense, in nats per token.", "evaluate", AtLeast0),
+    "min_top1_agreement": Gate(
+        "Least agreement with dense on the most probable token, as a fraction of tokens.", "evaluate", Share
+    ),
+    "min_task_accuracy": Gate("Least mean accuracy on the zero-shot tasks.", "tasks", Share),
+    "min_task_recovery": Gate("Least mean accuracy on the tasks over that of dense.", "tasks"),
+    "max_bytes": Gate("Most bytes on disk, for example 300MB.", None, Memory),
+    "max_bytes_ratio": Gate("Most bytes on disk over those of the dense model.", None),
+    "max_memory": Gate("Most peak memory while it is timed.", "benchmark", Memory),
+    "max_ttft_ms": Gate("Longest time to the first token, in milliseconds.", "benchmark"),
+    "max_tpot_ms": Gate("Longest time per token after it, in milliseconds.", "benchmark"),
+    "min_tokens_per_second": Gate("Fewest generated tokens per second, of all sequences.", "benchmark"),
+    "min_samples_per_second": Gate("Fewest samples per second of forward pass.", "benchmark"),
+    "min_decode_speedup": Gate("Least TPOT of dense over TPOT.", "benchmark"),
+    "min_prefill_speedup": Gate("Least TTFT of dense over TTFT.", "benchmark"),
+}
+"""The gates of a recipe: each is called after the figure that it limits (`runs.rows`), with `max_` or `min_` before."""
+
+
+class _Gates(Settings):
+    """What must hold for the run to succeed; an unset gate is not checked. Where a figure has an interval, its worse
+    end must reach the limit: the 90th percentile of a time, the lower end of a speed-up or an accuracy. A gate on
+    quality is on every artefact that is evaluated. One on bytes, memory or speed is on the best artefact, at every
+    batch size; a speed-up must then be significant.
+    """
+
+    artefact: str | None = Field(
+        None,
+        description="Which one the gates are on, by the name of its folder: pruned, bitmask, onnx, …; if unset, every "
+        "one for quality, the best one for the rest.",
+    )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gates that are set."""
+        return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
+
+
+if TYPE_CHECKING:  # a type checker cannot read a registry
+
+    class GateSettings(_Gates):
+        """See `_Gates`."""
+
+else:
+    _FIELDS = {name: (gate.kind | None, Field(None, description=gate.help)) for name, gate in GATES.items()}
+    GateSettings = create_model("GateSettings", __base__=_Gates, __doc__=_Gates.__doc__, **_FIELDS)
 
 
 class CompareSettings(Settings):

@@ -4,9 +4,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from gblm_compress.errors import UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
-from gblm_compress.settings.fields import MANY, Dtype, Memory, Panel, Settings, Synonyms, Tokens, synonyms_of
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.settings.fields import (
+    MANY,
+    Dtype,
+    Fraction,
+    Memory,
+    Panel,
+    PatternName,
+    Settings,
+    Synonyms,
+    Tokens,
+    synonyms_of,
+)
 
 if TYPE_CHECKING:  # a type checker cannot read a registry
     FormatName: TypeAlias = str
@@ -147,11 +160,11 @@ class ExportSettings(Settings):
 class AdviseSettings(Settings):
     """What advice is asked for."""
 
-    target: Literal["bytes", "latency", "quality"] = Field(
-        "latency",
-        description="What matters most: bytes of the weights, latency (time per token), or quality (estimated, not "
-        "measured).",
+    target: Literal["bytes", "latency"] = Field(
+        "latency", description="What matters most: bytes of the weights, or latency (time per token)."
     )
+    pattern: PatternName = Field("unstructured", description="As prune.pattern.")
+    sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
     blocks: int | None = Field(
         None,
         ge=2,
@@ -159,6 +172,14 @@ class AdviseSettings(Settings):
         description="Blocks of the larger of the two models that are timed; five, or more for small ones, if unset.",
     )
     threads: int | None = Field(None, ge=1, le=MANY, description="CPU threads; as many as torch uses if unset.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            Pattern(self.pattern).sparsity(self.sparsity)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -159,7 +159,7 @@ def test_schema_and_doctor_and_version(program) -> None:
 def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_path) -> None:
     from gblm_compress.cli.app import _run
     from gblm_compress.runs import pipeline
-    from gblm_compress.runs.gates import GateOutcome
+    from gblm_compress.runs.rows import GateOutcome
     from gblm_compress.runs.run_report import RunReport
 
     gate = GateOutcome("min_decode_speedup", "pruned in torch, batch 1", 1.3, 1.0, False)
@@ -172,12 +172,12 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
     assert "1 of 1 gates failed\nmin_decode_speedup on pruned in torch, batch 1: 1.00×; at least 1.30×" in captured.err
 
 
-def test_reports_of_several_runs_and_a_push_that_sends_nothing(program, tmp_path) -> None:
+def test_a_report_of_two_runs_and_a_push_that_sends_nothing(program, tmp_path) -> None:
     for name, tpot in (("before", 10.0), ("now", 14.0)):
         write_report(tmp_path / name, tpot=tpot)
     done = program("report", "before", "now", "-o", "joined.html", "--fail-on-regression", "--json")
-    assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 → 14.00" in done.stderr
-    assert json.loads(done.stdout)["regressions"] and "2 runs of bitmask" in (tmp_path / "joined.html").read_text()
+    assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in done.stderr
+    assert json.loads(done.stdout)["regressions"] and "the one before" in (tmp_path / "joined.html").read_text()
     assert program("report", "now", "-o", "joined.html").code == 0  # its own page may be replaced
     (tmp_path / "notes.html").write_text("mine")
     done = program("report", "now", "-o", "notes.html")

@@ -13,9 +13,7 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import comparison
-from gblm_compress.runs.cells import Cell, CompareResult, summarise
-from gblm_compress.runs.comparison import compare, draw
-from gblm_compress.runs.grid import CellStage
+from gblm_compress.runs.comparison import Cell, CompareResult, Grid, compare, draw, summarise
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
 
 
@@ -32,7 +30,8 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32, seed=7)
     evaluation = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
     output = tmp_path / "grid"
-    result = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
+    what = Grid(grid, text, evaluation)
+    result = compare(tiny("llama"), output, what, progress=progress)
     assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("paper", "2:4", 0), ("obs+fast", "2:4", 0)]
     settings = PruneSettings(method="obs", fit="fast", pattern="2:4")
     prune(tiny("llama"), tmp_path / "p", settings, text.model_copy(update={"seed": 0}), progress=progress)
@@ -44,8 +43,8 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     assert (output / comparison.PLOT).read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob(".cell-*"))
 
-    monkeypatch.setattr(CellStage, "work", lambda *_: pytest.fail("a cell on record was run again"))
-    again = compare(tiny("llama"), output, grid, text, evaluation, progress=progress)
+    monkeypatch.setattr(comparison, "_in_own_process", lambda *_: pytest.fail("a cell on record was run again"))
+    again = compare(tiny("llama"), output, what, progress=progress)
     assert again.cells == result.cells
 
 
@@ -57,13 +56,13 @@ def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
         cell("a", 2, 17.0, seconds=2.0),
     ]
     first, second = summarise(cells)
-    assert (first.method, first.seeds, first.perplexity, first.seconds) == ("a", 3, 13.0, 2.0)
-    assert first.perplexity_error == pytest.approx(math.sqrt(13.0 / 3))
-    assert first.peak_memory_bytes == 30 and first.accuracy == pytest.approx(0.6)
-    assert (second.method, second.perplexity_error, second.accuracy) == ("b", None, None)
+    assert [first[name] for name in ("method", "seeds", "perplexity", "seconds")] == ["a", 3, 13.0, 2.0]
+    assert first["perplexity_error"] == pytest.approx(math.sqrt(13.0 / 3))
+    assert first["peak_memory_bytes"] == 30 and first["accuracy"] == pytest.approx(0.6)
+    assert [second[name] for name in ("method", "perplexity_error", "accuracy")] == ["b", None, None]
 
 
-def test_the_plot_has_a_panel_for_every_pattern(tmp_path) -> None:
+def test_the_plot_is_a_picture(tmp_path) -> None:
     cells = [cell("a", 0, 10.0), cell("a", 1, 11.0), cell("b", 0, 20.0, pattern="unstructured")]
     draw(CompareResult("m", 9.0, summarise(cells), cells, {}, {}), tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5000
@@ -101,7 +100,8 @@ def test_malformed_methods(methods, message) -> None:
 def compared(source, folder: Path, calibration: str, evaluation: str, progress) -> None:
     settings = CompareSettings(methods=("wanda",), patterns=("2:4",), seeds=1)
     text = CalibrationSettings(dataset=calibration, samples=1, sequence_length=32)
-    compare(source, folder, settings, text, EvaluateSettings(dataset=evaluation, sequence_length=32), progress=progress)
+    what = Grid(settings, text, EvaluateSettings(dataset=evaluation, sequence_length=32))
+    compare(source, folder, what, progress=progress)
 
 
 def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) -> None:
@@ -114,7 +114,7 @@ def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) ->
 def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     tiny, prose, tmp_path, progress, monkeypatch
 ) -> None:
-    monkeypatch.setattr(CellStage, "work", None)
+    monkeypatch.setattr(comparison, "_in_own_process", None)
     with pytest.raises(DataError, match="gone.txt.*no such file"):
         compared(tiny("llama"), tmp_path / "grid", str(prose), str(tmp_path / "gone.txt"), progress)
     assert not (tmp_path / "grid").exists()
@@ -124,10 +124,10 @@ def test_what_a_cell_would_find_out_after_pruning_is_found_out_before(
     grid = CompareSettings(methods=("wanda",), patterns=("2:4", "2:7"), seeds=1)
     text, evaluation = CalibrationSettings(dataset=str(prose), sequence_length=32), EvaluateSettings(dataset=str(prose))
     with pytest.raises(UsageError, match="positions; sequence length is 2048"):
-        compare(tiny("llama"), tmp_path / "grid", grid, text, evaluation, progress=progress)
+        compare(tiny("llama"), tmp_path / "grid", Grid(grid, text, evaluation), progress=progress)
     evaluation = evaluation.model_copy(update={"sequence_length": 32})
     with pytest.raises(UsageError, match="not a multiple of 7"):
-        compare(tiny("llama"), tmp_path / "grid", grid, text, evaluation, progress=progress)
+        compare(tiny("llama"), tmp_path / "grid", Grid(grid, text, evaluation), progress=progress)
     assert not (tmp_path / "grid").exists()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()

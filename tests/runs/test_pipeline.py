@@ -15,11 +15,11 @@ from gblm_compress.models.loading import load_model, load_processor, save_proces
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
-from gblm_compress.runs import artefacts, pipeline, report, run_report, tables
-from gblm_compress.runs.dry_run import dry_run
-from gblm_compress.runs.job import Job, Recorded
+from gblm_compress.runs import pipeline, report, run_report, stages, tables
+from gblm_compress.runs.job import Job
+from gblm_compress.runs.pipeline import dry_run
 from gblm_compress.runs.recipe import find_recipe, load_recipe
-from gblm_compress.runs.stages import Evaluate, stages_of
+from gblm_compress.runs.stages import stages_of
 from gblm_compress.storage.outputs import working_in
 
 SMOKE = ("benchmark.batch=[1]",)
@@ -61,7 +61,7 @@ def test_artefacts_and_report(finished) -> None:
     ]  # fmt: skip
     assert content["passed"] is True
     html = (output / report.PAGE).read_text()
-    assert "dense-onnx" in html and "vegaEmbed" in html
+    assert "dense-onnx" in html and "data:image/png" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {
         "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step", "sparsity",
@@ -79,20 +79,19 @@ def test_the_recipe_in_the_folder_does_the_same_again(finished, module_cache) ->
 
 def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
     _, result = finished
-    rows = {(row.model, row.runtime): row for row in result.rows}
-    assert list(rows) == [
-        ("dense", "torch"), ("pruned", "torch"), ("bitmask", "torch"),
-        ("dense-onnx", "onnxruntime"), ("onnx", "onnxruntime"), ("semi-structured", "torch (CUDA)"),
-    ]  # fmt: skip
-    pruned, onnx = rows["pruned", "torch"], rows["onnx", "onnxruntime"]
-    assert pruned.nonzero_fraction == 0.5 and rows["dense", "torch"].nonzero_fraction == 1.0
-    perplexity = pruned.metrics["perplexity"]
-    assert onnx.metrics["perplexity"].value == pytest.approx(perplexity.value, rel=1e-3)
-    assert rows["dense", "torch"].metrics["perplexity"].value == perplexity.dense != perplexity.value
-    assert rows["semi-structured", "torch (CUDA)"].timing is None
-    assert pruned.timing.decode_speedup and rows["dense", "torch"].timing.decode_speedup is None
-    assert result.baseline(onnx).model == "dense-onnx" and result.baseline(pruned).model == "dense"
-    assert result.figures(rows["bitmask", "torch"])["bytes_ratio"].value < 0.7
+    times = {row.artefact: row for row in result.find("ttft_ms")}
+    assert {name: (row.runtime, row.dense) for name, row in times.items()} == {
+        "dense": ("torch", True), "pruned": ("torch", False), "bitmask": ("torch", False),
+        "dense-onnx": ("onnxruntime", True), "onnx": ("onnxruntime", False),
+    }  # fmt: skip
+    assert {row.artefact: row.value for row in result.find("density")} == {
+        "dense": 1.0, "pruned": 0.5, "bitmask": 0.5, "semi-structured": 0.5, "dense-onnx": 1.0, "onnx": 0.5,
+    }  # fmt: skip
+    quality = {row.artefact: row for row in result.find("perplexity")}
+    assert quality["onnx"].value == pytest.approx(quality["pruned"].value, rel=1e-3)
+    assert quality["dense"].value == quality["pruned"].baseline != quality["pruned"].value
+    assert {row.artefact for row in result.find("decode_speedup")} == {"pruned", "bitmask", "onnx"}
+    assert result.find("bytes_ratio", "bitmask")[0].value < 0.7
     assert [table.title for table in tables.of(result)] == [
         "Gates", "Quality and size", "Speed and memory", "Kernels that ran", "Pruned layers", "Stages"
     ]  # fmt: skip
@@ -138,7 +137,7 @@ def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(walk, "prune_block_", count_block)
-            patch.setattr(artefacts, "export", end_before_exports)
+            patch.setattr(stages, "export", end_before_exports)
             pipeline.run(smoke(*recipe_overrides), tmp_path / "out", Progress(quiet=True))
         assert not list(tmp_path.glob("out/.pruned*"))
         pruned.clear()
@@ -204,11 +203,11 @@ def test_the_dense_model_reads_every_window_once_for_all_evaluations(finished, m
     names = [Path(name).name for name in read]
     assert {name: names.count(name) for name in names} == {"tiny": windows, "pruned": windows, "bitmask": windows}
     assert again.rows == first.rows
-    for stage in stages_of(Job(smoke(), resolve_model("tiny", Progress(quiet=True)), True, output)):
-        if isinstance(stage, Evaluate):
-            alone = evaluate(stage.source, stage.settings, baseline=stage.job.dense, progress=Progress(quiet=True))
-            (outcome,) = (outcome for outcome in again.stages if outcome.name == stage.name)
-            assert outcome.result == json.loads(json.dumps(alone.as_dict()))
+    dense = resolve_model("tiny", Progress(quiet=True))
+    for outcome in (outcome for outcome in again.stages if outcome.name.startswith("evaluate ")):
+        source = ModelSource("", output / outcome.name.removeprefix("evaluate "))
+        alone = evaluate(source, smoke().evaluate, baseline=dense, progress=Progress(quiet=True)).as_dict()
+        assert outcome.result | {"model": ""} == json.loads(json.dumps(alone))
 
 
 def test_a_damaged_artefact_is_made_again(finished, module_cache) -> None:
@@ -248,7 +247,7 @@ def test_an_output_that_cannot_be_written(tmp_path, module_cache) -> None:
 
 
 def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path, module_cache, monkeypatch) -> None:
-    monkeypatch.setattr(artefacts, "prune", None)
+    monkeypatch.setattr(stages, "prune", None)
     with working_in(tmp_path, "run"):
         for name in ("onnx", "dense-onnx"):
             (tmp_path / name).mkdir()
@@ -263,28 +262,22 @@ def test_a_bfloat16_checkpoint_runs_from_end_to_end_on_a_cpu(tiny, tmp_path, mod
     save_processor(load_processor(tiny("llama")), tmp_path / "model")
     recipe = smoke(f"model={tmp_path / 'model'}", "export=[{format: bitmask}]", "gates.max_perplexity_increase=100")
     result = pipeline.run(recipe, tmp_path / "out", Progress(quiet=True))
-    assert [(row.model, row.dtype) for row in result.rows] == [
+    assert [(row.artefact, row.dtype) for row in result.find("tpot_ms")] == [
         ("dense", "float32"), ("dense", "bfloat16"), ("pruned", "float32"), ("bitmask", "bfloat16")
     ]  # fmt: skip
-    assert [row.timing.decode_speedup is None for row in result.rows] == [True, True, False, False]
+    assert [row.artefact for row in result.find("decode_speedup")] == ["pruned", "bitmask"]
     assert result.passed
 
 
-def test_the_list_of_stages_names_all_of_them(finished, module_cache) -> None:
+def test_the_list_of_stages_names_all_of_them_and_asks_tasks_in_torch_only(finished) -> None:
     output, result = finished
-    listed = stages_of(Job.without_model(smoke(), output))
+    listed = stages_of(Job.of(smoke("evaluate.tasks=[piqa]"), None, output))
     assert [stage.name for stage in listed] == [outcome.name for outcome in result.stages]
-    assert listed[0].does == "prune tiny by gblm, 2:4"
-    assert any("dense model to onnx" in stage.does for stage in listed)
-    written = {stage.place.name for stage in listed if isinstance(stage, Recorded) and stage.place}
+    said = [stage.does for stage in listed]
+    assert said[0] == "prune tiny by gblm, 2:4" and any("dense model to onnx" in does for does in said)
+    assert {"evaluate pruned on demo and by piqa", "evaluate onnx on demo"} < {*said}
+    written = {stage.place.name for stage in listed if stage.place}
     assert written == {path.name for path in output.iterdir() if path.is_dir()} - {".stages", report.PICTURES}
-
-
-def test_tasks_are_asked_in_torch_only(tmp_path) -> None:
-    listed = stages_of(Job.without_model(smoke("evaluate.tasks=[piqa]"), tmp_path))
-    asked = {stage.name: stage.settings.tasks for stage in listed if isinstance(stage, Evaluate)}
-    assert asked == {"evaluate pruned": ("piqa",), "evaluate bitmask": ("piqa",), "evaluate onnx": ()}
-    assert "evaluate pruned on demo and by piqa" in [stage.does for stage in listed]
 
 
 def fates(recipe, output: Path) -> dict[str, str]:
@@ -352,18 +345,22 @@ def test_a_recovered_model_is_what_is_exported_and_measured(tmp_path, module_cac
         "export=[{format: bitmask}]", "benchmark=null", "gates={}",
     )  # fmt: skip
     result = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
-    names = [
-        stage.name for stage in stages_of(Job(recipe, resolve_model("tiny", Progress(quiet=True)), True, tmp_path))
+    assert [stage.name for stage in result.stages] == [
+        "prune",
+        "recover",
+        "export bitmask",
+        "evaluate recovered",
+        "evaluate bitmask",
     ]
-    assert names == ["prune", "recover", "export bitmask", "evaluate recovered", "evaluate bitmask"]
     for folder in ("recovered", "bitmask"):
         text = (tmp_path / "run" / folder / "gblm_manifest.json").read_text()
         assert ('"recovery"' in text) == (folder == "recovered")
     source = json.loads((tmp_path / "run" / "bitmask" / "gblm_manifest.json").read_text())["source_sha256"]
     assert source == ModelSource("recovered", tmp_path / "run" / "recovered").fingerprint
     curve = next(outcome for outcome in result.stages if outcome.name == "recover").result["curve"]
-    assert [(look.tokens, look.held_out) for look in result.recovery] == [(s["tokens"], s["held_out"]) for s in curve]
-    assert min(result.recovery, key=lambda look: look.held_out).kept
+    looks = result.find("held_out_loss")
+    assert [(look.tokens, look.value) for look in looks] == [(s["tokens"], s["held_out"]) for s in curve]
+    assert min(looks, key=lambda look: look.value).part == "kept"
     again = pipeline.run(recipe, tmp_path / "run", Progress(quiet=True))
     assert all(stage["reused"] for stage in again.as_dict()["stages"]), again.as_dict()["stages"]
     assert result.as_dict()["rows"] == again.as_dict()["rows"]

@@ -1,4 +1,4 @@
-"""What is written of a run: names from outside bend none of it, and what it says is what was measured."""
+"""The report as tables and files: names from outside bend none of it, and it says what was measured."""
 
 import json
 from xml.etree import ElementTree
@@ -6,12 +6,13 @@ from xml.etree import ElementTree
 import pytest
 
 from gblm_compress.cli import summaries
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
-from gblm_compress.runs.run_report import headline, number
-from tests.runs.reports import HOSTILE, report, row
+from gblm_compress.runs.rows import Row
+from gblm_compress.runs.run_report import headline
+from tests.runs.reports import HOSTILE, grid, measured, model, models, report, results, write_report
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
@@ -29,27 +30,39 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     assert run_report.read(tmp_path) == hostile
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
-    assert len(list((tmp_path / documents.PICTURES).iterdir())) == 12
+    assert page.count("<script") == 1 and 'src="http' not in page and 'href="http' not in page
+    pictures = list((tmp_path / documents.PICTURES).iterdir())
+    assert len(pictures) == page.count("data:image/png") == 11
     markdown = documents.markdown(hostile)
     assert "<script>" not in markdown and "\x1b" not in markdown and r"\|\`" in markdown
     assert all(line.count(" | ") == 5 for line in markdown.splitlines() if line.startswith("| max"))
     assert ElementTree.fromstring(documents.junit(hostile)).get("failures") == "1"
 
 
+def test_a_folder_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / documents.PICTURES).write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        documents.write(report(), tmp_path)
+
+
 def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
     assert headline(report()) == (
-        "bitmask: 0.60× the bytes of the dense model, decodes 2.00× as fast [1.64–2.44], "
+        "bitmask: 0.600× the bytes of the dense model, decodes 2.00× as fast [1.64–2.44], "
         "perplexity 20.00 → 24.00 ±0.50, the same answer as dense in 81 % of tokens, "
-        "0.90× the accuracy on tasks [0.80–1.00]; on a CPU, 2 threads, cpu, torch, batch 1."
+        "0.900× the accuracy on tasks [0.80–1.00]; on a CPU, 2 threads, cpu, torch, batch 1."
     )
+    assert headline(report(rows=[])) == "Nothing was measured."
 
 
-def test_a_speed_up_that_is_none_is_called_so() -> None:
-    rows = report().rows
-    slow = report(rows=[rows[0], row("onnx", 20.5, 990_000, 24.0)])
-    assert "decodes no faster for sure (0.98× [0.80–1.19])" in headline(slow)
-    slower = report(rows=[rows[0], row("onnx", 30.0, 990_000, 24.0)])
-    assert "0.67× as fast [0.55–0.81], which is slower" in headline(slower)
+@pytest.mark.parametrize(
+    ("tpot", "said"),
+    [
+        (20.5, "no clear speed difference (0.98× [0.80–1.19])"),
+        (30.0, "decodes 0.67× as fast [0.55–0.81], which is slower"),
+    ],
+)
+def test_a_speed_up_that_is_none_is_called_so(tpot, said) -> None:
+    assert said in headline(report(rows=measured(models()[0], model("onnx", tpot, 990_000, 24.0))))
 
 
 def test_junit_and_markdown_name_what_failed() -> None:
@@ -66,19 +79,32 @@ def test_junit_and_markdown_name_what_failed() -> None:
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     by_title = {table.title: table for table in tables.of(report())}
+    assert list(by_title) == [
+        "Gates", "Quality and size", "Speed and memory", "Tasks", "Methods", "Kernels that ran", "Pruned layers",
+        "Recovery", "Stages",
+    ]  # fmt: skip
     quality, speed = by_title["Quality and size"], by_title["Speed and memory"]
     (absent,) = [line for line in quality.rows if line[0].text == "semi-structured"]
-    assert [cell.text for cell in absent] == ["semi-structured", "–", "–", "–", "50.0 %", "590.0 kB", "0.59×"]
+    assert [cell.text for cell in absent] == ["semi-structured", "–", "–", "–", "50.0 %", "590.0 kB", "0.590×"]
     assert quality.all_notes[-1] == "– was not measured."
     assert "Not timed: semi-structured." in speed.notes
     assert [cell.text for cell in speed.rows[2]] == [
-        "bitmask", "torch", "1", "50.0", "10.0", "100.0", "2.00 [1.64–2.44]", "1.8 MB"
+        "bitmask", "torch", "1", "50.00", "10.00", "100.00", "2.00× [1.64–2.44]", "1.8 MB"
     ]  # fmt: skip
+    assert [cell.text for cell in speed.rows[0]][-2:] == ["dense", "3.0 MB"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "recipe: Field required"), ("[", "Expecting value"), ("[]", "it holds a list"), (None, "holds no report")],
+    [
+        ("{}", "recipe: Field required"),
+        ("[", "Expecting value"),
+        ("[]", "it holds a list"),
+        (None, "holds no report"),
+        ('{"rows": [{"bytes_on_disk": 0}]}', "is no report that this version reads"),
+        ('{"rows": [{"bytes_on_disk": 1}], "stages": 3}', "is no report that this version reads"),
+        ('{"rows": 3}', "is no report that this version reads"),
+    ],
 )
 def test_a_report_that_is_none(tmp_path, content, message) -> None:
     if content is not None:
@@ -87,26 +113,90 @@ def test_a_report_that_is_none(tmp_path, content, message) -> None:
         run_report.read(tmp_path)
 
 
+def test_a_report_of_version_0_1_has_the_same_rows(tmp_path) -> None:
+    """It had an entry for each model, runtime and batch; layers and training were in the results of the stages."""
+    content = json.loads(json.dumps(report().as_dict()))
+    content |= {"rows": models(), "comparison": grid(), "layers": [], "recovery": []}
+    content["stages"] = [
+        {"name": name, "reused": False, "seconds": 1.0, "result": found} for name, found in results().items()
+    ]
+    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
+    assert run_report.read(tmp_path).rows == report().rows
+
+
+def row(figure: str, value: float, low: float | None = None, high: float | None = None) -> Row:
+    return Row("bitmask", figure, value, low, high)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("was", "now", "verdict"),
     [
-        (lambda content: content["rows"][0].update(bytes_on_disk=0), "rows.0.bytes_on_disk: "),
-        (lambda content: content["rows"][0]["timing"]["step_ms"].update(thought=1.0), "rows.0.timing.step_ms"),
-        (lambda content: content["layers"][0].update(weights=0), "layers.0.weights: "),
+        (row("tpot_ms", 10, 9, 11), row("tpot_ms", 12, 11.5, 13), "worse"),
+        (row("tpot_ms", 10, 9, 11), row("tpot_ms", 12, 10.9, 13), "same"),
+        (row("tpot_ms", 10, 9, 11), row("tpot_ms", 8, 7, 8.9), "better"),
+        (row("decode_speedup", 2, 1.8, 2.2), row("decode_speedup", 1.5, 1.4, 1.7), "worse"),
+        (row("perplexity", 20), row("perplexity", 20.1), "same"),
+        (row("perplexity", 20), row("perplexity", 20.3), "worse"),
+        (row("top1_agreement", 0.8), row("top1_agreement", 0.9), "better"),
+        (row("spearman", -0.5), row("spearman", -0.5), "same"),
+        (row("spearman", -0.5), row("spearman", -0.4), "better"),
     ],
 )
-def test_a_report_of_impossible_figures_is_refused(tmp_path, change, message) -> None:
-    content = json.loads(json.dumps(report().as_dict()))
-    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
-    run_report.read(tmp_path)
-    change(content)
-    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=message):
-        run_report.read(tmp_path)
+def test_worse_is_what_the_intervals_leave_no_doubt_about(was, now, verdict) -> None:
+    assert tables.compared(was, now) == verdict
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(21.454, "21.45"), (0.3691, "0.369"), (-1e-9, "0.000"), (float("nan"), "not finite")]
-)
-def test_a_figure_has_digits_that_say_something_and_no_sign_of_rounding(value, said) -> None:
-    assert number(value) == said
+def changed(*runs, folder) -> documents.ReportResult:
+    for number, run in enumerate(runs):
+        (folder / f"{number}").mkdir()
+        documents.write(run, folder / f"{number}")
+    return documents.report([folder / f"{number}" for number in range(len(runs))], folder / "page.html")
+
+
+def test_what_got_worse_comes_first_and_is_named(tmp_path) -> None:
+    found = changed(report(), report(tpot=14.0, perplexity=25.0), folder=tmp_path)
+    verdicts = [line[-1].text for line in found.changes.rows]
+    assert verdicts == sorted(verdicts, key=("worse", "better", "same").index)
+    assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in found.regressions
+    assert "pruned: perplexity 24.00 → 25.00" in found.regressions
+    assert not [line for line in found.regressions if line.startswith("dense")]
+    assert "This run against the one before" in (tmp_path / "page.html").read_text()
+    assert found.as_dict()["regressions"] == found.regressions
+
+
+def test_two_runs_are_compared_and_no_more(tmp_path) -> None:
+    alone = changed(report(), folder=tmp_path)
+    assert alone.regressions == [] and "before" not in (tmp_path / "page.html").read_text()
+    write_report(tmp_path / "again")
+    assert documents.report([tmp_path / "0", tmp_path / "again"], tmp_path / "page.html").regressions == []
+    for folders in ([], [tmp_path / "0"] * 3):
+        with pytest.raises(UsageError, match="give one folder"):
+            documents.report(folders, tmp_path / "page.html")
+
+
+def test_times_are_compared_in_one_place_and_other_figures_anywhere() -> None:
+    _, pruned, bitmask, _ = models(tpot=14.0, perplexity=25.0)
+    moved = [each | {"timing": each["timing"] | {"batch": 8}} for each in (pruned, bitmask)]
+    table = tables.changes(report(), report(rows=measured(models()[0], *moved)))
+    assert [(line[0].text, line[1].text) for line in table.rows if line[-1].text == "worse"] == [
+        ("pruned", "perplexity"), ("bitmask", "perplexity"),
+    ]  # fmt: skip
+    assert "Measured before and not now, or not in the same way: memory of pruned, TTFT of pruned" in table.notes[1]
+    assert len(tables.changes(report(), report()).notes) == 1
+    other = tables.changes(report("onnx"), report("bitmask"))
+    assert {line[0].text.split(" ")[0] for line in other.rows} == {"dense", "pruned", "semi-structured"}
+
+
+def test_the_metrics_of_a_new_task_are_compared() -> None:
+    def encoder(spearman: float, cosine: float):
+        dense, pruned, *_ = models()
+        metric = {"value": spearman, "error": None, "dense": 0.8}
+        metrics = {"spearman": metric, "of_a_new_task": metric}
+        of_dense = {name: {"value": 0.8, "error": None, "dense": None} for name in metrics}
+        alike = {"metrics": metrics, "fidelity": {"cosine": cosine}}
+        return report(rows=measured(dense | {"metrics": of_dense}, pruned | alike))
+
+    rows = tables.changes(encoder(0.8, 0.99), encoder(0.7, 0.9)).rows
+    assert [line[1].text for line in rows if line[-1].text == "worse"] == ["spearman", "of a new task", "cosine"]
+    quality = next(table for table in tables.of(encoder(0.8, 0.99)) if table.title == "Quality and size")
+    assert list(quality.columns) == ["model", "spearman", "cosine", "nonzero", "on disk", "of dense"]

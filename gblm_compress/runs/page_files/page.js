@@ -1,22 +1,5 @@
 "use strict";
-// Draws the charts, and sorts a table by the column whose heading is pressed.
-const ink = { color: "var(--ink)", soft: "var(--soft)", line: "var(--line)" };
-const text = { labelColor: ink.color, titleColor: ink.color };
-const look = {
-  background: "transparent",
-  font: 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif',
-  axis: { ...text, labelFontSize: 12, titleFontSize: 12, labelLimit: 190, gridColor: ink.line, domainColor: ink.soft,
-    tickColor: ink.soft },
-  legend: { ...text, labelFontSize: 12, titleFontSize: 12 },
-  text: { color: ink.color, fontSize: 12 },
-  view: { stroke: "transparent" },
-};
-const charts = JSON.parse(document.getElementById("charts-data").textContent);
-Promise.all(Object.entries(charts).map(([name, spec]) =>
-  vegaEmbed(`#chart-${name}`, { ...spec, width: "container", autosize: { type: "fit-x", contains: "padding" } },
-    { actions: false, renderer: "svg", config: look })
-)).then(() => { document.documentElement.dataset.charts = "drawn"; });
-
+// Sorts a table by the column whose heading is pressed.
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const heading = button.closest("th"), row = heading.parentElement, body = row.closest("table").tBodies[0];

@@ -3,18 +3,21 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
+from PIL import Image
 
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.methods import optimisers
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.runs import pipeline
-from gblm_compress.runs.checks import check, unchecked
-from gblm_compress.runs.job import Job
+from gblm_compress.runs.job import Job, data_hash
+from gblm_compress.runs.pipeline import check, unchecked
 from gblm_compress.settings import ExportSettings, Recipe
 from tests.families.tiny import tiny_family
 from tests.tasks import families
+from tests.tasks.test_image_classification import idx
 
 PARTS = {
     "calibration": {"dataset": "demo", "sequence_length": 64, "samples": 2},
@@ -40,7 +43,7 @@ def test_a_recipe_without_faults(progress) -> None:
     [
         ({"model": "./gone"}, "model './gone': no such folder"),
         ({"model": "gone.gguf"}, "model 'gone.gguf': no such file"),
-        ({"model": {"source": "tiny", "device": "gpu9"}}, "device 'gpu9' is not known"),
+        ({"model": {"source": "tiny", "device": "gpu9"}}, "device 'gpu9' is not supported"),
         ({"calibration": {"dataset": "./gone.txt", "sequence_length": 64}}, "dataset './gone.txt': no such file"),
         ({"calibration": {"dataset": "demo"}}, "512 positions; calibration.sequence_length is 2048"),
         ({"evaluate": {"dataset": "gone.jsonl", "sequence_length": 64}}, "dataset 'gone.jsonl': no such file"),
@@ -214,3 +217,31 @@ def test_text_that_a_run_writes_need_not_be_there(progress, tmp_path, monkeypatc
     assert faults(progress, compare=grid, **keys, **WRITTEN) == []
     assert unchecked(recipe(**keys, **WRITTEN)) == ["dataset owner/texts"]
     assert faults(progress, model="owner/model", **keys, **WRITTEN) == []
+
+
+def test_an_image_in_another_class_is_other_data(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat/a", "cat/b", "dog/c")):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number).save(path)
+    before = data_hash(str(tmp_path / "images"))
+    assert data_hash(str(tmp_path / "images")) == before
+    (tmp_path / "images" / "cat" / "b.png").rename(tmp_path / "images" / "dog" / "b.png")
+    assert data_hash(str(tmp_path / "images")) != before
+
+
+def test_a_folder_that_moved_is_the_same_data(tmp_path: Path) -> None:
+    (tmp_path / "one" / "texts").mkdir(parents=True)
+    (tmp_path / "one" / "texts" / "a.txt").write_text("text")
+    before = data_hash(str(tmp_path / "one" / "texts" / "a.txt"))
+    (tmp_path / "one").rename(tmp_path / "other")
+    assert data_hash(str(tmp_path / "other" / "texts" / "a.txt")) == before
+
+
+def test_labels_beside_images_are_data(tmp_path: Path) -> None:
+    idx(images := tmp_path / "t10k-images-idx3-ubyte", numpy.zeros((2, 3, 3), dtype=numpy.uint8))
+    found = {data_hash(str(images))}
+    for labels in ([0, 1], [1, 0]):
+        idx(tmp_path / "t10k-labels-idx1-ubyte", numpy.array(labels, dtype=numpy.uint8))
+        found.add(data_hash(str(images)))
+    assert len(found) == 3

@@ -1,0 +1,260 @@
+"""What a run measured, one row for each figure. Gates, tables, charts and the page only show rows."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from rich.filesize import decimal
+
+from gblm_compress.measure.timings import NO_SPEED_UP
+from gblm_compress.measure.zero_shot import TWO_SIDED_95
+from gblm_compress.settings import GATES, GateSettings
+
+LESS_IS_BETTER = frozenset({"perplexity", "cross_entropy", "loss", "mean_kl", "bytes", "memory", "ttft_ms", "tpot_ms"})
+"""Figures that are better when they are smaller. More is better for all others."""
+DENSE = "dense"
+SIZE = ("bytes", "bytes_ratio", "density")
+UNITS = {
+    "bytes": ("bytes", "memory"),
+    "%": ("agreement", "accuracy", "increase", "density", "zeros", "output_error"),
+    "×": ("speedup", "ratio", "recovery", "retained"),
+    "ms": ("_ms",),
+    "count": ("kernels", "questions", "weights", "seeds"),
+}
+"""{unit: how the names of its figures end}."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one artefact.
+
+    Attributes:
+        artefact: the name of its folder, `DENSE` for the recipe's model; a method where methods are compared.
+        figure: the name of the figure. The gates `max_NAME` and `min_NAME` limit the figure NAME.
+        value: None where it is not finite.
+        low, high: the ends of its interval: p10 and p90 of a time, 95 % of an accuracy.
+        error: its standard error.
+        baseline: the same figure of the dense model.
+        dense: whether the artefact is a baseline.
+        part: the layer, task, kernel, pattern or part of a step, where a figure has a row for each.
+        runtime, dtype, batch: of a timing.
+        tokens: trained on before, in a recovery.
+    """
+
+    artefact: str
+    figure: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+    baseline: float | None = None
+    dense: bool = False
+    part: str = ""
+    runtime: str = ""
+    dtype: str | None = None
+    batch: int | None = None
+    tokens: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Artefact, runtime and batch in words."""
+        batch = "" if self.batch is None else f", batch {self.batch}"
+        return f"{self.artefact} in {self.runtime}{batch}" if self.runtime else self.artefact
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without those that are not set."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name == "value" or (value not in (None, "") and value is not False)
+        }
+
+
+def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
+    """The rows of an artefact with one of its timings.
+
+    Args:
+        model: plain values: `model`, `dense`, `runtime`, `metrics` as {name: {value, error, dense}}, `fidelity`,
+            `tasks` (`ZeroShot`), `nonzero_fraction`, `bytes_on_disk`, `timing` (`Measurement`).
+        dense_bytes: of the dense model on disk.
+    """
+    row = partial(Row, model["model"], dense=model["dense"])
+    yield row("bytes", model["bytes_on_disk"])
+    yield row("bytes_ratio", model["bytes_on_disk"] / dense_bytes)
+    yield row("density", model["nonzero_fraction"])
+    more_is_better = [name for name in model["metrics"] if name not in LESS_IS_BETTER]
+    for name, metric in model["metrics"].items():
+        value, dense = metric["value"], metric["dense"]
+        yield row(name, value, error=metric["error"], baseline=dense)
+        if value is not None and dense:
+            yield row(f"{name}_increase", value / dense - 1)
+            if name in more_is_better[:1]:
+                yield row("retained", value / dense)
+    for name, value in model["fidelity"].items():
+        yield row(name, value)
+    if model["tasks"]:
+        yield from _tasks(row, model["tasks"])
+    if model["timing"]:
+        yield from _timing(row, model["timing"])
+
+
+def _tasks(row: Any, found: Mapping[str, Any]) -> Iterator[Row]:
+    errors = [task["error"] for task in found["tasks"]]
+    known = [error for error in errors if error is not None]
+    half = TWO_SIDED_95 * math.hypot(*known) / len(known) if len(known) == len(errors) else None
+    mean = found["mean_accuracy"]
+    yield row("task_accuracy", mean) if half is None else row("task_accuracy", mean, mean - half, mean + half)
+    if ratio := found["recovery"]:
+        yield row("task_recovery", ratio["ratio"], ratio["low"], ratio["high"])
+    for task in found["tasks"]:
+        each = partial(row, part=f"{task['task']} ({task['metric']})")
+        yield each("accuracy", task["accuracy"], error=task["error"])
+        yield each("questions", task["questions"])
+        if task["dense_accuracy"] is not None:
+            yield each("dense_accuracy", task["dense_accuracy"])
+        if ratio := task["recovery"]:
+            yield each("recovery", ratio["ratio"], ratio["low"], ratio["high"])
+
+
+def _timing(row: Any, timing: Mapping[str, Any]) -> Iterator[Row]:
+    at = partial(row, runtime=timing["runtime"], dtype=timing["dtype"], batch=timing["batch"])
+    yield at("memory", timing["peak_memory_bytes"])
+    for name in ("ttft_ms", "tpot_ms"):
+        if spread := timing[name]:
+            yield at(name, spread["median"], spread["p10"], spread["p90"])
+    spread = timing["tpot_ms"] or timing["ttft_ms"]
+    rate = [1000 * timing["batch"] / spread[end] for end in ("median", "p90", "p10")]
+    yield at("tokens_per_second" if timing["tpot_ms"] else "samples_per_second", *rate)
+    for name in ("decode_speedup", "prefill_speedup"):
+        if speedup := timing[name]:
+            yield at(name, speedup["ratio"], speedup["low"], speedup["high"])
+    for name in ("prefill_kernels", "decode_kernels"):
+        for kernel, count in (timing[name] or {}).items():
+            yield at(name, count, part=kernel)
+    for part, ms in timing["step_ms"].items():
+        yield at("step_ms", ms, part=part)
+
+
+def layer_rows(artefact: str, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """The rows of pruned layers, from {name: `LayerResult` as plain values}."""
+    for name, layer in layers.items():
+        weights = layer["shape"][0] * layer["shape"][1]
+        yield Row(artefact, "weights", weights, part=name)
+        yield Row(artefact, "zeros", 1 - layer["nonzeros"] / weights, part=name)
+        if layer.get("output_error") is not None:
+            yield Row(artefact, "output_error", layer["output_error"], part=name)
+
+
+def recovery_rows(artefact: str, curve: Iterable[Mapping[str, Any]], best: int) -> Iterator[Row]:
+    """The losses on held-out text during a training, of which the weights of number `best` were kept."""
+    for number, look in enumerate(curve):
+        part = "kept" if number == best else "not kept"
+        yield Row(artefact, "held_out_loss", look["held_out"], part=part, tokens=look["tokens"])
+
+
+def method_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of compared methods, from a `CompareResult` as plain values."""
+    for method in comparison["rows"]:
+        row = partial(Row, method["method"], part=method["pattern"])
+        dense = comparison["dense_perplexity"]
+        yield row("method_perplexity", method["perplexity"], error=method["perplexity_error"], baseline=dense)
+        yield row("method_kl", method["mean_kl"], error=method["mean_kl_error"])
+        yield row("method_seconds", method["seconds"])
+        yield row("method_memory", method["peak_memory_bytes"])
+        yield row("method_seeds", method["seeds"])
+
+
+def unit_of(figure: str) -> str:
+    """ "bytes", "%" of a fraction, "×" of a ratio, "ms", "count", or nothing for a plain number."""
+    return next((unit for unit, endings in UNITS.items() if figure.endswith(endings)), "")
+
+
+def amount(figure: str, value: float | None, error: float | None = None) -> str:
+    """A figure with its unit, as many digits as say something, and its standard error where there is one."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    unit = unit_of(figure)
+    if unit == "bytes":
+        return decimal(int(value))
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit == "%":
+        value, error = 100 * value, None if error is None else 100 * error
+    digits = 1 if unit == "%" else 0 if abs(value) >= 1000 else 2 if abs(value) >= 1 else 3
+    spread = "" if error is None else f" ±{error:.{digits}f}"
+    return f"{value:z,.{digits}f}{spread}{unit if unit in ('', '×') else ' ' + unit}"
+
+
+def interval(row: Row, digits: int = 2) -> str:
+    """The ends of a row's interval; nothing where it has none."""
+    return "" if row.low is None or row.high is None else f" [{row.low:.{digits}f}–{row.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class GateOutcome:
+    """A gate: its artefact, its limit, the measured figure, and whether it holds.
+
+    Attributes:
+        measured: None where it was not measured, which passes no gate.
+        bound: the end of its interval that the limit is for; None where there is no interval.
+        artefact: None where nothing was measured of any.
+    """
+
+    gate: str
+    subject: str
+    limit: float
+    measured: float | None
+    passed: bool
+    bound: float | None = None
+    artefact: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in words."""
+        figure = self.gate[4:]
+        limit = f"{'at least' if self.gate.startswith('min_') else 'at most'} {amount(figure, self.limit)} is needed"
+        if self.measured is None:
+            return f"{self.gate} on {self.subject}; {limit}"
+        end = "" if self.bound is None else f" (worse end {amount(figure, self.bound)})"
+        return f"{self.gate} on {self.subject}: {amount(figure, self.measured)}{end}; {limit}"
+
+
+def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[GateOutcome]:
+    """The outcome of every gate that is set.
+
+    A gate on quality is on every artefact that was evaluated, or on the one that its group names. Any other is on the
+    best one, at each batch size; a speed-up must then be significant, unless its artefact is named.
+    """
+    outcomes: list[GateOutcome] = []
+    measured = [row for row in rows if not row.dense and not row.part and row.value is not None]
+    for group in groups:
+        for name, limit in group.limits.items():
+            found = [row for row in measured if row.figure == name[4:] and group.artefact in (None, row.artefact)]
+            if not found:
+                subject = f"{group.artefact or 'all artefacts'}: not measured"
+                outcomes.append(GateOutcome(name, subject, limit, None, False, artefact=group.artefact))
+            elif GATES[name].needs in ("evaluate", "tasks"):
+                outcomes += [_outcome(name, limit, row) for row in found]
+            else:
+                best = max if name.startswith("min_") else min
+                for batch in sorted({row.batch or 0 for row in found}):
+                    here = [row for row in found if (row.batch or 0) == batch]
+                    row = best(here, key=lambda each: _worse_end(name, each))
+                    outcomes.append(_outcome(name, limit, row, significant=group.artefact is None))
+    return outcomes
+
+
+def _outcome(name: str, limit: float, row: Row, significant: bool = False) -> GateOutcome:
+    end, subject = _worse_end(name, row), row.where
+    passed = end >= limit if name.startswith("min_") else end <= limit
+    if significant and name.endswith("speedup") and (row.low or 0) <= 1:
+        subject, passed = f"best of all, {subject}: {NO_SPEED_UP}", False
+    return GateOutcome(name, subject, limit, row.value, passed, None if row.low is None else end, row.artefact)
+
+
+def _worse_end(name: str, row: Row) -> float:
+    end = row.low if name.startswith("min_") else row.high
+    assert row.value is not None
+    return row.value if end is None else end
