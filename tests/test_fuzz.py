@@ -2,16 +2,13 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pytest
-import typer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import processes
+from tests.fuzz.__main__ import Runner, runner
 from tests.fuzz.kinds import KINDS
-from tests.fuzz.runner import Runner, runner
 
 EXAMPLES = 3  # of each kind
 SECONDS = 60  # what a command may take on a machine that is busy with other tests
@@ -49,19 +46,3 @@ def test_what_is_not_spoilt_is_read(kind: str, fuzz: Runner, tmp_path) -> None:
         (tmp_path / "cache").mkdir(exist_ok=True)
         outcome = fuzz.server.run(command, folder, tmp_path / "cache", SECONDS)
         assert outcome.code == 0, outcome.stderr
-
-
-def test_every_fault_of_killed_and_paired_commands_is_reported(monkeypatch, capsys) -> None:
-    def fault(*_):
-        raise AssertionError("a byte was lost")
-
-    monkeypatch.setattr(processes, "Server", nullcontext)
-    monkeypatch.setattr(processes, "build_store", lambda *_: None)
-    monkeypatch.setattr(processes, "_expected", lambda *_: ({}, 1.0))
-    monkeypatch.setattr(processes, "_kill", lambda *_: True)
-    monkeypatch.setattr(processes, "_pair", fault)
-    with pytest.raises(typer.Exit) as ended:
-        processes.main(kills=1, pairs=2, seed=0)
-    shown = capsys.readouterr().out
-    assert ended.value.exit_code == 1
-    assert shown.count("a byte was lost") == 2 and "1 killed before its end" in shown

@@ -1,6 +1,3 @@
-"""Inputs from anywhere: mutated folders, files and command lines through the real commands.
-
-`make fuzz` runs it for as long as it is told; `tests/test_fuzz.py` runs a short slice. `server` holds a process with
-everything imported, of which each command is a fork; `mutations` spoils files; `kinds` says what is spoilt and which
-commands read it; `__main__` runs and reports.
+"""Inputs from anywhere: mutated folders, files and command lines through the real commands, each in a fork of a process
+that has everything imported. `mutations` spoils files; `kinds` lists the inputs and the commands that read them.
 """

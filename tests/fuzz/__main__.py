@@ -1,60 +1,121 @@
 """`python -m tests.fuzz --seconds 600`: examples of every kind in turn; exit code 1 if there are faults."""
 
+import argparse
+import hashlib
 import random
+import shutil
 import sys
+import tempfile
 import time
-from typing import Annotated
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from rich.console import Console
-from rich.table import Table
 
-from tests.fuzz.kinds import KINDS
-from tests.fuzz.runner import SECONDS, Runner, runner
+from tests.forks import Outcome, Server
+from tests.fuzz.kinds import KINDS, Kind, build_store, example
+from tests.fuzz.mutations import Draw
 
 BATCH = 25  # examples of a kind before the next one's turn
+SECONDS = 10.0  # what a command on a tiny model may take
+FORESEEN = (0, 2, 3, 4, 5, 6)
 
 
-def main(
-    seconds: Annotated[float, typer.Option(help="How long to go on.")] = 600,
-    kind: Annotated[list[str] | None, typer.Option(help="Only these kinds; all if unset.")] = None,
-    random_seed: Annotated[int | None, typer.Option("--seed", help="To do the same again; drawn if unset.")] = None,
-    limit: Annotated[float, typer.Option(help="Seconds that a command may take.")] = SECONDS,
-) -> None:
-    """Mutate inputs of every kind, run the real commands on them, and report what they should not have done."""
-    number = random_seed if random_seed is not None else random.randrange(2**32)
-    faults: list[str] = []
-    with runner(limit) as run:
-        start = time.monotonic()
-        while time.monotonic() - start < seconds:
-            for name in kind or KINDS:
-                found = _batch(run, name, number)
-                faults += found
-                number += 1
-                took = time.monotonic() - start
-                print(
-                    f"{took:.0f} s: {sum(run.counts.values())} inputs, {len(faults)} faults",
-                    *found,
-                    sep="\n",
-                    file=sys.stderr,
-                )
-                if took > seconds:
-                    break
-    table = Table("kind", "inputs")
-    for name, count in run.counts.items():
-        table.add_row(name, str(count))
-    table.add_row("all", str(sum(run.counts.values())))
-    Console().print(table)
-    for fault in faults:
-        print(fault)
-    print(f"{len(faults)} faults, seeds up to {number - 1}")
-    raise typer.Exit(bool(faults))
+class Runner:
+    """Runs examples, and says what is wrong with how a command ended."""
+
+    def __init__(self, server: Server, store: Path, seconds: float) -> None:
+        self.server, self.store, self.seconds = server, store, seconds
+        self.counts: Counter[str] = Counter()
+
+    def check(self, name: str, draw: Draw) -> None:
+        """Run one example of a kind.
+
+        Raises:
+            AssertionError: the command crashed, hung, ended in a traceback, left something behind or changed an input;
+                with all that is needed to do it again.
+        """
+        kind = KINDS[name]
+        with tempfile.TemporaryDirectory(prefix="gblm-fuzz-") as place:
+            folder, cache = Path(place) / "work", Path(place) / "cache"
+            shutil.copytree(self.store / kind.made, folder, symlinks=True)
+            cache.mkdir()
+            done, arguments = example(kind, folder, draw)
+            before = _content(folder, kind)
+            own_cache = folder / "cache"
+            outcome = self.server.run(arguments, folder, own_cache if own_cache.exists() else cache, self.seconds)
+            self.counts[name] += 1
+            faults = list(_faults(outcome)) + list(_leftovers(before, _content(folder, kind), outcome))
+            assert not faults, f"{name}: {'; '.join(done)}\n{arguments}\n{faults}\n{outcome.stderr[-3000:]}"
 
 
-def _batch(run: Runner, name: str, number: int) -> list[str]:
-    """Some examples of one kind; the smallest that is at fault, if any is."""
+def _faults(outcome: Outcome) -> Iterator[str]:
+    if outcome.timed_out:
+        yield f"no end within {outcome.seconds:.0f} s"
+    elif outcome.signal:
+        yield f"ended by signal {outcome.signal}"
+    elif outcome.code not in FORESEEN:
+        yield f"exit code {outcome.code}"
+    if "Traceback" in outcome.stderr:
+        yield "a traceback"
+    if "\x1b" in outcome.stdout + outcome.stderr:
+        yield "an escape sequence on the terminal"
+
+
+def _leftovers(before: dict[str, str], after: dict[str, str], outcome: Outcome) -> Iterator[str]:
+    """A command may only make an output, and that only if it succeeded."""
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before and not (outcome.code == 0 and not name.startswith(".")):
+            yield f"{name} was left"
+        elif name in before and before[name] != after.get(name):
+            yield f"{name} was changed"
+
+
+def _content(folder: Path, kind: Kind) -> dict[str, str]:
+    """{path: a hash of its content} of the inputs, and the names alone of new paths at the top."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if parts[0] not in kind.changes and not (parts[0] == "out" and len(parts) > 1):
+            regular = path.is_file() and not path.is_symlink()
+            found["/".join(parts)] = hashlib.sha256(path.read_bytes()).hexdigest() if regular else "no file"
+    return found
+
+
+@contextmanager
+def runner(seconds: float = SECONDS) -> Iterator[Runner]:
+    """A runner with folders of its own, which go at the end."""
+    with tempfile.TemporaryDirectory(prefix="gblm-fuzz-store-") as store, Server() as server:
+        build_store(Path(store), server)
+        yield Runner(server, Path(store), seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600, help="how long to go on")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only these kinds; all if unset")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="to do the same again")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds that a command may take")
+    options = parser.parse_args()
+    faults, number, start = 0, options.seed, time.monotonic()
+    with runner(options.limit) as run:
+        while (took := time.monotonic() - start) < options.seconds:
+            name = (options.kind or list(KINDS))[(number - options.seed) % len(options.kind or KINDS)]
+            if fault := _batch(run, name, number):
+                faults += 1
+                print(fault)
+            number += 1
+            print(f"{took:.0f} s: {sum(run.counts.values())} inputs, {faults} faults", file=sys.stderr)
+    print(*(f"{count:6} {name}" for name, count in run.counts.items()), sep="\n")
+    print(f"{faults} faults, seeds up to {number - 1}")
+    sys.exit(faults > 0)
+
+
+def _batch(run: Runner, name: str, number: int) -> str | None:
+    """Some examples of one kind; the smallest fault, if any."""
 
     @seed(number)
     @settings(
@@ -68,9 +129,9 @@ def _batch(run: Runner, name: str, number: int) -> list[str]:
     try:
         examples()
     except Exception as fault:
-        return [f"seed {number}: {fault}"]
-    return []
+        return f"seed {number}: {fault}"
+    return None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

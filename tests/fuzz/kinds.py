@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,20 +27,12 @@ PRUNE = ["prune", "MODEL", "-o", "out", "--calibration", "text.txt", "--samples"
 RUN = ["run", "small.yaml", "-o", "ran", "--json", "--quiet"]
 SMALL_RECIPE = """\
 model: dense
-prune:
-  method: magnitude
-  fit: none
-evaluate:
-  dataset: text.txt
-  sequence_length: 16
-  max_windows: 2
+prune: {method: magnitude, fit: none}
+evaluate: {dataset: text.txt, sequence_length: 16, max_windows: 2}
 """
 RECIPE = """\
-model: MODEL
-calibration:
-  dataset: text.txt
-  samples: 2
-  sequence_length: 16
+model: dense
+calibration: {dataset: text.txt, samples: 2, sequence_length: 16}
 prune:
   method: wanda
   pattern: "2:4"
@@ -49,88 +40,68 @@ prune:
     - layers: "*.0.*"
       pattern: dense
 export:
-  - format: bitmask
-    dtype: auto
-evaluate:
-  dataset: text.txt
-  sequence_length: 16
-  max_windows: 2
-benchmark:
-  batch: [1, 2]
-  prompt: 8
-gates:
-  max_perplexity_increase: 0.5
-  min_decode_speedup: 1.1
+  - {format: bitmask, dtype: auto}
+evaluate: {dataset: text.txt, sequence_length: 16, max_windows: 2}
+benchmark: {batch: [1, 2], prompt: 8}
+gates: {max_perplexity_increase: 0.5, min_decode_speedup: 1.1}
 """
+EXPORTS = {
+    "bitmask": {"format": "bitmask"},
+    "semi-structured": {"format": "semi-structured"},
+    "bitmask-int8": {"format": "bitmask-int8"},
+    "semi-structured-int4": {"format": "semi-structured-int4"},
+    "onnx": {"format": "onnx"},
+    "onnx-kernels": {"format": "onnx", "kernels": True},
+}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input.
+    """A kind of input."""
 
-    Attributes:
-        made: the name of the folder in the store that the working folder is copied from.
-        files: patterns of what is spoilt, below the working folder.
-        commands: what reads it; MODEL is the name of the model's folder.
-        changes: folders that the commands may write to although they exist.
-    """
-
-    made: str
-    files: tuple[str, ...]
-    commands: tuple[list[str], ...]
-    changes: tuple[str, ...] = ()
+    made: str  # the folder in the store that the working folder is copied from
+    files: tuple[str, ...]  # patterns of what is spoilt, below the working folder
+    commands: tuple[list[str], ...]  # what reads it
+    changes: tuple[str, ...] = ()  # folders that the commands may write to although they exist
 
 
 def _with(arguments: list[str], model: str, *more: str) -> list[str]:
     return [model if argument == "MODEL" else argument for argument in arguments] + list(more)
 
 
-def _models() -> dict[str, Kind]:
-    dense, pruned = "dense", "pruned"
-    kinds = {
-        "dense folder": Kind(
-            dense,
-            ("dense/*",),
-            (
-                _with(PRUNE, dense, "--method", "magnitude"),
-                _with(PRUNE, dense, "--method", "wanda", "--offload"),
-                ["inspect", dense, "--json", "--quiet"],
-                ["validate", "recipe.yaml"],
-            ),
-        ),
-        "sharded folder": Kind("sharded", ("sharded/*",), (_with(PRUNE, "sharded", "--method", "magnitude"),)),
-        "pruned folder": Kind(
-            pruned,
-            ("pruned/*",),
-            (
-                ["export", pruned, "-o", "out", "--format", "bitmask", "--json", "--quiet"],
-                ["export", pruned, "-o", "out", "--format", "semi-structured", "--json", "--quiet"],
-                _with(EVALUATE, pruned),
-                _with(PRUNE, pruned, "--method", "magnitude"),
-            ),
-        ),
-        "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, dense, "--resume"),), (".out.pruning",)),
-    }
-    for name in ("bitmask", "semi-structured", "bitmask-int8", "semi-structured-int4", "onnx", "onnx-kernels"):
-        kinds[f"{name} folder"] = Kind(name, (f"{name}/*",), (_with(EVALUATE, name),))
-    return kinds
+def _export(layout: str) -> list[str]:
+    return ["export", "pruned", "-o", "out", "--format", layout, "--json", "--quiet"]
 
 
+def _inspect(name: str) -> list[str]:
+    return ["inspect", name, "--json", "--quiet"]
+
+
+_MAGNITUDE, _WANDA = ("--method", "magnitude"), ("--method", "wanda")
+_RECORDS = ("ran/.stages/*", "ran/pruned/*", "ran/gblm_manifest.json")
+_JSONL = ["evaluate", "dense", "--dataset", "text.jsonl", *SHORT, "--max-windows", "2", "--json", "--quiet"]
+_DENSE = (
+    _with(PRUNE, "dense", *_MAGNITUDE),
+    _with(PRUNE, "dense", *_WANDA, "--offload"),
+    _inspect("dense"),
+    ["validate", "recipe.yaml"],
+)
+_PRUNED = (
+    _export("bitmask"),
+    _export("semi-structured"),
+    _with(EVALUATE, "pruned"),
+    _with(PRUNE, "pruned", *_MAGNITUDE),
+)
 KINDS: dict[str, Kind] = {
-    **_models(),
-    "records of a recipe": Kind(
-        "ran", ("ran/.stages/*", "ran/pruned/*", "ran/gblm_manifest.json"), (RUN,), changes=("ran",)
-    ),
-    "gguf": Kind("gguf", ("tiny.gguf",), (["inspect", "tiny.gguf", "--json", "--quiet"],)),
+    "dense folder": Kind("dense", ("dense/*",), _DENSE),
+    "sharded folder": Kind("sharded", ("sharded/*",), (_with(PRUNE, "sharded", *_MAGNITUDE),)),
+    "pruned folder": Kind("pruned", ("pruned/*",), _PRUNED),
+    "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, "dense", "--resume"),), (".out.pruning",)),
+    **{f"{name} folder": Kind(name, (f"{name}/*",), (_with(EVALUATE, name),)) for name in EXPORTS},
+    "records of a recipe": Kind("ran", _RECORDS, (RUN,), changes=("ran",)),
+    "gguf": Kind("gguf", ("tiny.gguf",), (_inspect("tiny.gguf"),)),
     "recipe": Kind("dense", ("recipe.yaml",), (["validate", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"])),
-    "text": Kind(
-        "dense",
-        ("text.txt", "text.jsonl"),
-        (
-            _with(PRUNE, "dense", "--method", "wanda"),
-            ["evaluate", "dense", "--dataset", "text.jsonl", *SHORT, "--max-windows", "2", "--json", "--quiet"],
-        ),
-    ),
+    "text": Kind("dense", ("text.txt", "text.jsonl"), (_with(PRUNE, "dense", *_WANDA), _JSONL)),
     "measurements": Kind("cache", ("cache/measurements.json",), (_with(EVALUATE, "bitmask"),), ("cache",)),
     "command line": Kind("dense", (), (_with(PRUNE, "dense"), _with(EVALUATE, "dense"), ["inspect", "dense"])),
 }
@@ -145,59 +116,42 @@ def build_store(store: Path, server: Server) -> None:
     """Make every kind's unspoilt folder below `store`."""
     silence_libraries()
     progress, text = Progress(quiet=True), "\n\n".join(demo_paragraphs("evaluation")[:40])[:3000]
-    jsonl = "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n"))
-    model = store / "dense" / "dense"
-    model.parent.mkdir(parents=True)
-    build_tiny("llama", model)
-
-    def beside(name: str, make: Callable[[Path], object]) -> Path:
-        folder = store / name
-        folder.mkdir(exist_ok=True)
-        make(folder / name)
-        (folder / "text.txt").write_text(text)
-        (folder / "text.jsonl").write_text(jsonl)
-        (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", "dense"))
-        (folder / "small.yaml").write_text(SMALL_RECIPE)
-        return folder / name
-
-    def shard(folder: Path) -> None:
-        load_model(source).save_pretrained(folder, max_shard_size="100KB")
-        load_processor(source).save_pretrained(folder)
-
-    source = ModelSource("dense", model)
-    beside("dense", lambda folder: None)
-    beside("sharded", shard)
-    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none", quantise="int8")
-    pruned = ModelSource(
-        "pruned",
-        beside("pruned", lambda folder: prune(source, folder, settings, CalibrationSettings(), progress=progress)),
-    )
-    exports = {
-        "bitmask": ExportSettings(format="bitmask"),
-        "semi-structured": ExportSettings(format="semi-structured"),
-        "bitmask-int8": ExportSettings(format="bitmask-int8"),
-        "semi-structured-int4": ExportSettings(format="semi-structured-int4"),
-        "onnx": ExportSettings(format="onnx"),
-        "onnx-kernels": ExportSettings(format="onnx", kernels=True),
+    beside = {
+        "text.txt": text,
+        "text.jsonl": "".join(json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n")),
+        "recipe.yaml": RECIPE,
+        "small.yaml": SMALL_RECIPE,
     }
-    for name, wanted in exports.items():
-        beside(name, lambda folder, wanted=wanted: export(pruned, folder, wanted, progress=progress))
-    shutil.copytree(store / "dense", store / "ran")
+
+    def place(name: str) -> Path:
+        (store / name).mkdir(parents=True)
+        for file, content in beside.items():
+            (store / name / file).write_text(content)
+        return store / name / name
+
+    source, pruned = (ModelSource(name, place(name)) for name in ("dense", "pruned"))
+    build_tiny("llama", source.folder)
+    sharded = place("sharded")
+    load_model(source).save_pretrained(sharded, max_shard_size="100KB")
+    load_processor(source).save_pretrained(sharded)
+    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none", quantise="int8")
+    prune(source, pruned.folder, settings, CalibrationSettings(), progress=progress)
+    for name, wanted in EXPORTS.items():
+        export(pruned, place(name), ExportSettings(**wanted), progress=progress)
+    _write_gguf(place("gguf").with_name("tiny.gguf"))
     (store / "first-cache").mkdir()
-    _do(server, RUN, store / "ran", store / "first-cache")
-    beside("gguf", lambda folder: _write_gguf(folder.with_name("tiny.gguf")))
-    shutil.copytree(store / "bitmask", store / "cache")
-    shutil.copytree(store / "dense", store / "run")
-    _do(server, _with(PRUNE, "dense"), store / "run", store / "first-cache", INTERRUPTED)
+    for name, made, arguments, code in (
+        ("ran", "dense", RUN, PROGRAM),
+        ("run", "dense", _with(PRUNE, "dense"), INTERRUPTED),
+        ("cache", "bitmask", _with(EVALUATE, "bitmask"), PROGRAM),
+    ):
+        shutil.copytree(store / made, store / name)
+        cache = store / "cache" / "cache" if name == "cache" else store / "first-cache"
+        cache.mkdir(exist_ok=True)
+        outcome = server.run(arguments, store / name, cache, code=code)
+        assert outcome.code == 0, outcome.stderr
     (store / "run" / ".out.lock").unlink()
     assert (store / "run" / ".out.pruning" / "run.json").exists()
-    (store / "cache" / "cache").mkdir()
-    _do(server, _with(EVALUATE, "bitmask"), store / "cache", store / "cache" / "cache")
-
-
-def _do(server: Server, arguments: list[str], folder: Path, cache: Path, code: str = PROGRAM) -> None:
-    outcome = server.run(arguments, folder, cache, code=code)
-    assert outcome.code == 0, outcome.stderr
 
 
 def _write_gguf(path: Path) -> None:
@@ -229,22 +183,15 @@ def example(kind: Kind, folder: Path, draw: Draw) -> tuple[list[str], list[str]]
     if not kind.files:
         return [], _odd_arguments(command, draw)
     files = sorted(path for pattern in kind.files for path in folder.glob(pattern) if path.is_file())
-    done = []
-    for path in draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
-        done.append(spoil(path, draw))
-    return done, command
+    chosen = draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True))
+    return [spoil(path, draw) for path in chosen], command
 
 
 def _odd_arguments(command: list[str], draw: Draw) -> list[str]:
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(command) - 1))
-        what = draw(st.sampled_from(["replace", "insert", "delete", "repeat"]))
-        if what == "delete":
-            del command[place]
-        elif what == "repeat":
-            command.insert(place, command[place])
-        else:
-            command[place : place + (what == "replace")] = [draw(st.sampled_from(ODD_ARGUMENTS) | st.text(max_size=8))]
+        new = draw(st.sampled_from([*ODD_ARGUMENTS, command[place]]) | st.text(max_size=8))
+        command[place : place + draw(st.integers(0, 1))] = draw(st.sampled_from([[], [new]]))
         if not command:
             return ["--version"]
     return [argument.replace("\x00", "") for argument in command]

@@ -51,20 +51,15 @@ def _bytes(path: Path, draw: Draw) -> str:
 
 
 def _nature(path: Path, draw: Draw) -> str:
-    what = draw(st.sampled_from(["missing", "folder", "pipe", "link out", "broken link", "loop", "device"]))
+    links = {"link out": "/etc/hostname", "broken link": "nowhere", "loop": path, "device": "/dev/zero"}
+    what = draw(st.sampled_from(["missing", "folder", "pipe", *links]))
     path.unlink()
     if what == "folder":
         path.mkdir()
     elif what == "pipe":
         os.mkfifo(path)
-    elif what == "link out":
-        path.symlink_to("/etc/hostname")
-    elif what == "broken link":
-        path.symlink_to("nowhere")
-    elif what == "loop":
-        path.symlink_to(path)
-    elif what == "device":
-        path.symlink_to("/dev/zero")
+    elif what in links:
+        path.symlink_to(links[what])
     return what
 
 
@@ -121,26 +116,22 @@ def _tensor(path: Path, draw: Draw) -> str:
     tensors = load_file(path)
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors[name]
-    what = draw(st.sampled_from(["missing", "short", "long", "dtype", "ones", "nan", "bit", "flat", "random"]))
+    what = draw(st.sampled_from(["missing", "short", "long", "dtype", "ones", "flat", "bit", "random"]))
+    raw = tensor.view(-1).view(torch.uint8)
     if what == "missing":
         del tensors[name]
-    elif what == "short":
-        tensors[name] = tensor[: len(tensor) // 2].clone()
-    elif what == "long":
-        tensors[name] = torch.cat([tensor, tensor])
-    elif what == "dtype":
-        tensors[name] = tensor.to(draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.bfloat16])))
-    elif what == "ones":
-        tensors[name] = torch.full_like(tensor, -1) if tensor.dtype != torch.uint8 else torch.full_like(tensor, 255)
-    elif what == "nan" and tensor.is_floating_point():
-        tensor.view(-1)[draw(st.integers(0, tensor.numel() - 1))] = float("nan")
     elif what == "bit":
-        raw = tensor.view(-1).view(torch.uint8)
         raw[draw(st.integers(0, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
-    elif what == "flat":
-        tensors[name] = tensor.reshape(-1)
     elif what == "random":
-        raw = tensor.view(-1).view(torch.uint8)
         raw.copy_(torch.randint(0, 256, raw.shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))))
+    else:
+        dtype = draw(st.sampled_from([torch.float64, torch.int8, torch.bool, torch.bfloat16]))
+        tensors[name] = {
+            "short": tensor[: len(tensor) // 2].clone(),
+            "long": torch.cat([tensor, tensor]),
+            "dtype": tensor.to(dtype),
+            "ones": torch.full_like(tensor, 255 if tensor.dtype == torch.uint8 else -1),
+            "flat": tensor.reshape(-1),
+        }[what]
     save_file(tensors, path, metadata={"format": "pt"})
     return f"tensor {name}: {what}"

@@ -1,141 +1,129 @@
 """`python -m tests.fuzz.processes`: commands killed at any moment, and two at a time with the same output.
 
 After a kill only whole results may be there under their names, inputs are as they were, and the same command ends with
-the bytes of a run that nobody disturbed. Of two commands with one output one succeeds, and the other either comes
-after it or says who holds the output.
+the bytes of an undisturbed run. Of two commands with one output one succeeds, and the other either comes after it or
+says who holds the output.
 """
 
+import argparse
 import hashlib
 import random
 import re
 import shutil
+import sys
 import tempfile
-import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from tests.forks import Outcome, Server
 from tests.fuzz.kinds import PRUNE, RUN, build_store
 
-COMMANDS = {
-    "prune": ["prune", "dense", "-o", "out", *PRUNE[4:], "--method", "gblm", "--no-offload"],
-    "export": ["export", "pruned", "-o", "out", "--format", "bitmask", "--json", "--quiet"],
-    "run": [*RUN[:2], "-o", "out", *RUN[4:]],
-}
-INPUT = {"prune": "dense", "export": "pruned", "run": "dense"}
-AGAIN = {"prune": ["--resume", "--force"], "export": ["--force"], "run": []}
 LONG_ENOUGH = 60.0  # seconds, in which every command ends if it is let
 
 
-def main(
-    kills: Annotated[int, typer.Option(help="How many commands to kill.")] = 100,
-    pairs: Annotated[int, typer.Option(help="How many pairs to start.")] = 50,
-    seed: Annotated[int, typer.Option(help="Random seed for the moments.")] = 0,
-) -> None:
-    """Kill commands, start pairs of them, and report every lost, mixed or left byte."""
+@dataclass
+class Command:
+    """A command on a copy of an input folder, and what an undisturbed run leaves there."""
+
+    input: str
+    arguments: list[str]
+    again: list[str]
+    in_one_piece: bool = True  # the output appears at once; the folder of a recipe's run grows
+    expected: dict[str, str] | None = None
+    seconds: float = 0.0
+
+    def run(self, server: Server, place: Path, seconds: float = LONG_ENOUGH) -> Outcome:
+        shutil.rmtree(place / "work", ignore_errors=True)
+        shutil.copytree(place / "store" / self.input, place / "work")
+        return server.run(self.arguments, place / "work", place, seconds)
+
+    def measure(self, server: Server, place: Path) -> None:
+        for _ in range(2):  # the caches are warm the second time
+            outcome = self.run(server, place)
+            assert outcome.code == 0, outcome.stderr
+        self.expected, self.seconds = _content(place / "work"), outcome.seconds
+
+    def check(self, folder: Path, whole: bool) -> None:
+        """Inputs are as they were; an output is there in full or not at all; at the end nothing else is there."""
+        found = _content(folder)
+        inputs = {name: content for name, content in self.expected.items() if not name.startswith("out/")}
+        assert inputs.items() <= found.items(), "an input was changed"
+        if whole:
+            assert found == self.expected, sorted(found.items() ^ self.expected.items())
+        elif self.in_one_piece and (folder / "out").exists():
+            assert self.expected.items() <= found.items(), "an output is there and not whole"
+
+
+COMMANDS = {
+    "prune": Command(
+        "dense",
+        ["prune", "dense", "-o", "out", *PRUNE[4:], "--method", "gblm", "--no-offload"],
+        ["--resume", "--force"],
+    ),
+    "export": Command(
+        "pruned", ["export", "pruned", "-o", "out", "--format", "bitmask", "--json", "--quiet"], ["--force"]
+    ),
+    "run": Command("dense", [*RUN[:2], "-o", "out", *RUN[4:]], [], in_one_piece=False),
+}
+
+
+def main(kills: int, pairs: int, seed: int) -> int:
+    """Kill commands, start pairs of them, and report every lost, mixed or left byte; how many faults there were."""
     generator = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="gblm-fuzz-") as place, Server() as one, Server() as other:
-        store = Path(place) / "store"
-        build_store(store, one)
-        expected = {name: _expected(one, store, Path(place) / f"expected-{name}", name) for name in COMMANDS}
+    with tempfile.TemporaryDirectory(prefix="gblm-fuzz-") as folder, Server() as one, Server() as other:
+        place = Path(folder)
+        build_store(place / "store", one)
+        for command in COMMANDS.values():
+            command.measure(one, place)
         seen: Counter[str] = Counter()
-        faults = 0
         for number in range(kills + pairs):
             name = list(COMMANDS)[number % len(COMMANDS)]
+            moment = generator.uniform(0, 1.15 * COMMANDS[name].seconds)
             try:
                 if number < kills:
-                    killed = _kill(one, store, Path(place), name, expected, generator)
-                    seen["killed before its end" if killed else "ended"] += 1
+                    seen[_kill(COMMANDS[name], one, place, moment)] += 1
                 else:
-                    seen[_pair(one, other, store, Path(place), name, expected, generator)] += 1
+                    seen[_pair(COMMANDS[name], (one, other), place, moment)] += 1
             except AssertionError as fault:
-                faults += 1
+                seen["faults"] += 1
                 print(f"FAULT of {name}, number {number}: {fault}", flush=True)
-                shutil.rmtree(Path(place) / "work", ignore_errors=True)  # as the next one finds it after a success
     for what, count in sorted(seen.items()):
         print(f"{count:5} {what}")
-    if faults:
-        print(f"{faults:5} faults")
-        raise typer.Exit(1)
+    return seen["faults"]
 
 
-def _expected(server: Server, store: Path, folder: Path, name: str) -> tuple[dict[str, str], float]:
-    """What an undisturbed command leaves, and how long it takes."""
-    outcome = _run(server, store, folder, name, LONG_ENOUGH)
-    assert outcome.code == 0, outcome.stderr
-    outcome = _run(server, store, folder, name, LONG_ENOUGH)  # the caches are warm now
-    content = _content(folder)
-    shutil.rmtree(folder)
-    return content, outcome.seconds
-
-
-def _kill(server: Server, store: Path, place: Path, name: str, expected: dict, generator: random.Random) -> bool:
-    """Kill a command at some moment, let the same command end after it, and say whether it was killed at all."""
-    content, seconds = expected[name]
-    folder = place / "work"
-    first = _run(server, store, folder, name, generator.uniform(0, 1.1 * seconds))
-    _check(folder, content, whole=False, in_one_piece=name != "run")
-    end = server.run(COMMANDS[name] + AGAIN[name], folder, place, LONG_ENOUGH)
+def _kill(command: Command, server: Server, place: Path, moment: float) -> str:
+    """Kill a command at some moment, and let the same command end after it."""
+    first = command.run(server, place, moment)
+    command.check(place / "work", whole=False)
+    end = server.run(command.arguments + command.again, place / "work", place, LONG_ENOUGH)
     assert end.code == 0, end.stderr
-    _check(folder, content, whole=True)
-    shutil.rmtree(folder)
-    return first.timed_out
+    command.check(place / "work", whole=True)
+    return "killed before its end" if first.timed_out else "ended"
 
 
-def _pair(
-    one: Server, other: Server, store: Path, place: Path, name: str, expected: dict, generator: random.Random
-) -> str:
+def _pair(command: Command, servers: tuple[Server, Server], place: Path, moment: float) -> str:
     """Two at once. Both may come to an end, one after the other, where a second run has nothing or all to do again."""
-    content, seconds = expected[name]
-    folder, caches = place / "work", (place / "one", place / "other")
-    for cache in caches:
-        cache.mkdir(exist_ok=True)
-    shutil.copytree(store / INPUT[name], folder)
-    outcomes: dict[int, Outcome] = {}
+    folder = place / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(place / "store" / command.input, folder)
 
-    def run(number: int, server: Server, delay: float) -> None:
-        threading.Event().wait(delay)
-        outcomes[number] = server.run(COMMANDS[name] + AGAIN[name], folder, caches[number], LONG_ENOUGH)
+    def run(number: int) -> Outcome:
+        time.sleep(number * moment)
+        (place / f"cache-{number}").mkdir(exist_ok=True)
+        arguments = command.arguments + command.again
+        return servers[number].run(arguments, folder, place / f"cache-{number}", LONG_ENOUGH)
 
-    threads = [
-        threading.Thread(target=run, args=(0, one, 0.0)),
-        threading.Thread(target=run, args=(1, other, generator.uniform(0, 1.2 * seconds))),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    codes = sorted(outcome.code if outcome.code is not None else -1 for outcome in outcomes.values())
-    stopped = [outcome.stderr for outcome in outcomes.values() if outcome.code != 0]
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = list(threads.map(run, range(2)))
+    codes = sorted(outcome.code if outcome.code is not None else -1 for outcome in outcomes)
+    stopped = [outcome.stderr for outcome in outcomes if outcome.code != 0]
     assert codes in ([0, 0], [0, 2]) and all("is being written by process" in said for said in stopped), outcomes
-    _check(folder, content, whole=True)
-    shutil.rmtree(folder)
+    command.check(folder, whole=True)
     return "pairs of which one stopped at once" if stopped else "pairs that came one after the other"
-
-
-def _run(server: Server, store: Path, folder: Path, name: str, seconds: float) -> Outcome:
-    if folder.exists():
-        shutil.rmtree(folder)
-    shutil.copytree(store / INPUT[name], folder)
-    return server.run(COMMANDS[name], folder, folder.parent, seconds)
-
-
-def _check(folder: Path, expected: dict[str, str], whole: bool, in_one_piece: bool = True) -> None:
-    """Inputs are as they were; an output is there in full or not at all; at the end nothing else is there.
-
-    Args:
-        in_one_piece: whether the output appears at once; the folder of a recipe's run grows.
-    """
-    found = _content(folder)
-    inputs = {name: content for name, content in expected.items() if not name.startswith("out/")}
-    assert inputs.items() <= found.items(), "an input was changed"
-    if whole:
-        assert found == expected, sorted(found.items() ^ expected.items())
-    elif in_one_piece and (folder / "out").exists():
-        assert expected.items() <= found.items(), "an output is there and not whole"
 
 
 def _content(folder: Path) -> dict[str, str]:
@@ -149,4 +137,8 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="how many commands to kill")
+    parser.add_argument("--pairs", type=int, default=50, help="how many pairs to start")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
+    sys.exit(main(**vars(parser.parse_args())) > 0)
