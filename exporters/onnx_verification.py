@@ -16,7 +16,7 @@ from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.onnx_runtime import OnnxForward, OnnxRuntime
-from gblm_compress.measure.runtimes import Generating, TorchRuntime
+from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
@@ -75,7 +75,7 @@ def verify(
     }
 
 
-def _decode_side_by_side(reference: Generating, runtime: Generating, prompt: Tensor) -> tuple[Tensor, Tensor]:
+def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [GREEDY_TOKENS, vocabulary] of both through their caches. Both are fed the tokens that the reference
     chooses, so that every step can be compared."""
     ids, cache, other_cache = prompt, None, None

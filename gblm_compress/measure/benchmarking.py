@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,7 @@ from gblm_compress.machine import busy_cores, environment
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import (
     Generating,
-    Runtime,
+    Predicting,
     check_device,
     check_installed,
     load_runtime,
@@ -318,7 +318,7 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
         timed: Callable[..., dict[str, Any]]
         if task.generates:
-            timed = partial(generate, cast(Generating, runtime), vocabulary(source))
+            timed = partial(generate, runtime, vocabulary(source))
         else:
             timed = partial(forward, runtime, task, loading.config_of(source))
         facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
@@ -353,7 +353,7 @@ def vocabulary(source: ModelSource) -> int:
 
 
 def forward(
-    runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
+    runtime: Predicting, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
 ) -> dict[str, Any]:
     """Time one forward pass of random samples, of a model that does not generate."""
     sample = task.timed(config, batch, prompt, seed)

@@ -15,7 +15,6 @@ from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.storage.records import read_json
-from gblm_compress.tasks.task import Sample
 
 ROOM = 1024
 """Default room of genai's cache beyond the prompt, in tokens; it is allocated whole."""
@@ -55,10 +54,6 @@ class GenaiRuntime:
         self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
 
-    def predict(self, sample: Sample) -> Tensor:
-        generator = self._generator(sample["input_ids"])
-        return torch.from_numpy(generator.get_output("logits")).float()
-
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         return self.decode(ids, self._generator(ids))
 
@@ -66,14 +61,6 @@ class GenaiRuntime:
         """`ids` are those that the generator chose itself, and are not given to it again."""
         cache.generate_next_token()
         return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
-
-    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        """The library takes tokens of the caller's choice after a prompt for one sequence only."""
-        if cache is None:
-            cache = self._generator(ids)
-        else:
-            cache.append_tokens(ids.int().numpy())
-        return torch.from_numpy(cache.get_logits()).float()[:, -1], cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """The operators of the graph as it was exported; the library does not say what it runs."""
@@ -155,11 +142,6 @@ class VllmRuntime:
         self._started = 0
         self.step_ms: dict[str, float] = {}
         self.provider, self.dtype = f"vLLM {vllm.__version__} on {current_platform.device_type}", dtype
-
-    def predict(self, *_: Any) -> Any:
-        raise UsageError("vLLM gives no logits of a whole text; models are evaluated in torch")
-
-    last_logits = predict
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         self._engine.abort_request(list(self._tokens))

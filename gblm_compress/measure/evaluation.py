@@ -20,7 +20,7 @@ from torch import Tensor
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.measure import zero_shot
-from gblm_compress.measure.runtimes import Runtime, load_runtime
+from gblm_compress.measure.runtimes import Predicting, load_runtime
 from gblm_compress.measure.zero_shot import Answers, ZeroShot
 from gblm_compress.models import loading
 from gblm_compress.models.manifest import check_baseline
@@ -91,7 +91,7 @@ class Reference:
         """Args: folder: where the logits are kept; None keeps none, for a single evaluation."""
         self.source = source
         self._dtype, self._device, self._folder = dtype, device, folder
-        self._runtime: Runtime | None = None
+        self._runtime: Predicting | None = None
         self._file: IO[bytes] | None = None
         self._left = 0
         self._kept: dict[str, tuple[int, torch.Size]] = {}  # {sample: place in the file and shape}
@@ -130,7 +130,7 @@ class Reference:
             self._file.close()
             self._file = None
 
-    def _loaded(self, progress: Progress) -> Runtime:
+    def _loaded(self, progress: Progress) -> Predicting:
         if self._runtime is None:
             progress.say(f"loading {self.source.name} …")
             device = loading.choose_device(self._device)

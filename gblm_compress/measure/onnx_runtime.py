@@ -246,6 +246,7 @@ class OnnxRuntime:
         return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        """As in torch."""
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
 

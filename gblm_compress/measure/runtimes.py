@@ -42,9 +42,6 @@ class Runtime(Protocol):
     def dtype(self) -> str:
         """The dtype of the weights."""
 
-    def predict(self, sample: Sample) -> Tensor:
-        """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
-
     @property
     def step_ms(self) -> dict[str, float]:
         """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
@@ -56,6 +53,13 @@ class Runtime(Protocol):
         """
 
 
+class Predicting(Runtime, Protocol):
+    """A loaded model that is evaluated."""
+
+    def predict(self, sample: Sample) -> Tensor:
+        """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
+
+
 class Generating(Runtime, Protocol):
     """A loaded model that generates."""
 
@@ -64,9 +68,6 @@ class Generating(Runtime, Protocol):
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
-
-    def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
 
 
 class TorchRuntime:
@@ -96,6 +97,7 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
+        """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
         logits, cache = self._step(ids.to(self.model.device), cache)
         return logits.float().cpu(), cache
 
@@ -146,8 +148,9 @@ def load_runtime(
     runtime: str | None = None,
     profile: Sequence[int] = (),
     generate: int = 0,
-) -> Runtime:
-    """Load a folder in a runtime that executes it.
+) -> Any:
+    """Load a folder in a runtime that executes it: `Predicting` in torch and ONNX Runtime, `Generating` where the model
+    generates.
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.

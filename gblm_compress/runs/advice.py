@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -162,7 +162,7 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
     """Milliseconds of decode steps, each after `between`."""
     # One model at a time: the threads of another session that waits would take the cores.
-    runtime = cast(Generating, load_runtime(artefact, dtype, "cpu", threads))
+    runtime: Generating = load_runtime(artefact, dtype, "cpu", threads)
     ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.prefill(ids)
     spent = []

@@ -190,11 +190,6 @@ def test_genai_runs_the_folder(exported, name) -> None:
         assert greedy_tokens(runtime, row, 12) == greedy_tokens(reference, row, 12)
     both, _ = runtime.prefill(ids)
     assert both.shape == (2, 1) and torch.equal(both, reference.prefill(ids)[0])
-    torch.testing.assert_close(runtime.last_logits(ids, None)[0], reference.last_logits(ids, None)[0], **CLOSE)
-    _, cache = runtime.last_logits(ids[:1], None)
-    grown, _ = runtime.last_logits(ids[:1, :1], cache)
-    expected = reference.last_logits(torch.cat([ids[:1], ids[:1, :1]], 1), None)[0]
-    torch.testing.assert_close(grown, expected, **CLOSE)
     assert runtime.kernels(1)["GroupQueryAttention (onnxruntime-genai)"] == 2
 
 

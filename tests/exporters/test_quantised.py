@@ -275,5 +275,5 @@ def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, m
     damage(folder)
     with pytest.raises(ModelError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ModelError, match="model 'x': cannot be loaded"):
+    with pytest.raises(ModelError, match="model 'x': "):
         load_model(ModelSource("x", folder))
