@@ -1,7 +1,8 @@
 """Output folders: whether one may be written, held by one process at a time, and whole or not there at all.
 
 Every folder that this program makes carries `gblm_manifest.json`, which lists its files. A folder is replaced only if
-it carries one and holds nothing that is not listed.
+it carries one and holds nothing that is not listed. Each check raises UsageError, before any work is done. A folder
+that cannot be written later raises OutputError.
 """
 
 import hashlib
@@ -41,9 +42,6 @@ def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool
         force: an existing folder may be replaced, if it is ours.
         inputs: files and folders that the work reads.
         first: whether this process writes; of several on one run the others only check.
-
-    Raises:
-        UsageError: the folder is in use, is in the way, or cannot be created.
     """
     if not first:
         check_output(folder, force, inputs)
@@ -57,11 +55,7 @@ def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool
 
 @contextmanager
 def working_in(folder: Path, kind: str) -> Iterator[None]:
-    """Hold a folder that several calls work in, of a kind ("run", "comparison"), while the `with` runs.
-
-    Raises:
-        UsageError: it is in use, holds something else, or cannot be written.
-    """
+    """Hold a folder that several calls work in, of a kind ("run", "comparison"), while the `with` runs."""
     with _locked(folder):
         is_new = not folder.exists()
         check_workable(folder, kind)
@@ -88,12 +82,11 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
     Args:
         force: replace an existing folder, if it is ours.
         inside: where the temporary folder lies, on the same file system; beside `folder` by default.
-
-    Raises:
-        OutputError: the folder cannot be created, filled or renamed, or something that must not be replaced has
-            appeared in its place.
     """
-    with scratch_folder(folder, inside) as temporary:
+    temporary = (inside or folder.parent) / f"{beside(folder, 'partial-')}{secrets.token_hex(8)}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         yield temporary
         manifest = temporary / MANIFEST
         if manifest.exists():
@@ -108,21 +101,6 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
         except UsageError as error:  # it was free when the work began
             raise OutputError(str(error)) from error
         _replace(folder, temporary)
-
-
-@contextmanager
-def scratch_folder(folder: Path, inside: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that is removed at the end; `remove_partial` removes one that a killed
-    process left. `inside` as for `atomic_folder`.
-
-    Raises:
-        OutputError: the folder cannot be created or filled.
-    """
-    temporary = (inside or folder.parent) / f"{beside(folder, 'partial-')}{secrets.token_hex(8)}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output {str(folder)!r} cannot be written: {reason}") from error
@@ -163,11 +141,8 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that is in the way or cannot be written, before any work is done.
-
-    Raises:
-        UsageError: it is or holds an input or the current folder, is a file, exists and may not be replaced, or cannot
-            be created.
+    """Refuse an output folder that is or holds an input or the current folder, is a file, exists and may not be
+    replaced, or cannot be created.
     """
     try:
         str(folder).encode()
@@ -197,9 +172,7 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
-    """Raises:
-    UsageError: the folder exists, is not empty, and `force` is not given or some of it is not ours.
-    """
+    """Refuse a folder that exists and is not empty, where `force` is not given or some of it is not ours."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not found:
         return
@@ -219,11 +192,7 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 
 def check_workable(folder: Path, kind: str) -> None:
-    """Refuse a folder for `working_in`, before any work is done; nothing is created.
-
-    Raises:
-        UsageError: it is a link, holds something else than work of that kind, or cannot be written.
-    """
+    """Refuse a folder for `working_in` that is a link, holds other work, or cannot be written; nothing is created."""
     try:
         if folder.is_symlink():
             raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
@@ -237,9 +206,7 @@ def check_workable(folder: Path, kind: str) -> None:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raises:
-    OutputError: less than `needed` bytes are free where `folder` will be.
-    """
+    """Raise OutputError where less than `needed` bytes are free."""
     free = free_bytes(folder)
     if free < needed:
         raise OutputError(
@@ -254,14 +221,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
-    """Refuse a file to write, before any work is done.
-
-    Args:
-        what: the file, in words.
-        force: an existing file may be replaced.
-
-    Raises:
-        UsageError: `path` does not end in `suffix`, is a folder, exists, or lies where nothing can be written.
+    """Refuse a file to write that does not end in `suffix`, is no file, exists without `force`, or lies where nothing
+    can be written; `what` it is, in words.
     """
     if path.suffix != suffix:
         raise UsageError(f"{what} {str(path)!r}: give a name that ends in {suffix}")
@@ -269,10 +230,7 @@ def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
         raise UsageError(f"{what} {str(path)!r} is no file; give another name")
     if path.exists() and not force:
         raise UsageError(f"{what} {str(path)!r} exists; give another file, or --force to replace it")
-    if not path.parent.is_dir():
-        raise UsageError(f"{what} {str(path)!r}: there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{what} {str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
+    _check_place(path, f"{what} ")
 
 
 @contextmanager
@@ -285,23 +243,22 @@ def reserved_file(path: Path, suffix: str, what: str, force: bool = False) -> It
 
 
 def check_document(path: Path, mark: str) -> None:
-    """Refuse a file to write, before any work is done: one of our own documents or an empty file may be replaced.
-
-    Args:
-        mark: a text among the first characters of our own documents.
-
-    Raises:
-        UsageError: `path` is no file, is a file of another kind, or lies where nothing can be written.
-    """
+    """Refuse a file to write, unless it is new, empty, or one of our own documents, which begin with a mark."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UsageError(f"{str(path)!r} is a link or no file; give another name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{str(path)!r} cannot be written: {str(path.parent)!r} is no folder, or is read-only")
+    _check_place(path)
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
             beginning = file.read(500)
         if beginning and mark not in beginning:
             raise UsageError(f"{str(path)!r} exists and was not written by this program; give another name")
+
+
+def _check_place(path: Path, what: str = "") -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{what}{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{what}{str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
 
 
 @contextmanager

@@ -15,14 +15,10 @@ _LARGEST_JSON = 256 << 20
 
 
 def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
-    """The JSON object, or array where `kind` is list, in a file.
+    """The JSON object, or array where `kind` is list, in a regular file; ValueError where its content is none.
 
     Args:
         unique: refuse an object with a repeated key, of which other readers may take another value.
-
-    Raises:
-        OSError: there is no such regular file, or it cannot be read.
-        ValueError: its content is no such JSON.
     """
     if not path.is_file():  # never wait for a pipe or read a device
         raise FileNotFoundError(f"{path.name} is missing or no regular file")
@@ -64,12 +60,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The content of a record that `write_sealed` wrote.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it is not what was written, to the last value.
-    """
+    """The content of a record that `write_sealed` wrote; ValueError where any value of it has changed."""
     content = read_json(path)
     if content.pop(SEAL, None) != _seal(content):
         raise ValueError("its content is not that of which it states the hash")
