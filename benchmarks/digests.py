@@ -72,7 +72,7 @@ def compare() -> None:
             for fit in FITS:
                 pruned = home / f"{fit}-{pattern.replace(':', '-')}"
                 text = ["--calibration", "demo", *TEXTS[asked.model], "--dtype", "float32"]
-                text += ["--fit-dtype", "float32"] if fit == "balanced" else []
+                text += []
                 call("prune", asked.model, "-o", str(pruned), "--device", "cpu", "--fit", fit, *options, *text)
                 found[pruned.name] = digests(pruned)
                 for export in EXPORTS[pattern] if fit == "none" else []:

@@ -661,6 +661,7 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[dict[str, Tensor]],
     from gblm_compress.calibration.ranks import Ranks
     from gblm_compress.models.source import ModelSource
     from gblm_compress.progress import Progress
+    from gblm_compress.pruning.planning import Placement, Plan, uniform_budgets
     from gblm_compress.pruning.run_folder import RunFolder
     from gblm_compress.pruning.walk import Walk
     from gblm_compress.settings import PruneSettings
@@ -678,17 +679,19 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[dict[str, Tensor]],
         ranks = Ranks()
         run = RunFolder(Path(work) / "run", {}, resume=False, ranks=ranks)
         device = torch.device(bench.device)
-        walk = Walk(
-            weights=StreamedWeights(ModelSource("random", folder), skeleton, bench.device),
+        settings = PruneSettings(method=method, pattern="2:4", fit="none")
+        plan = Plan(
+            settings=settings,
             task=TASKS["causal-lm"],
             samples=samples,
-            settings=PruneSettings(method=method, pattern="2:4", fit="none"),
-            run=run,
-            pool=StatePool(run.states, 32 << 30, device),
-            progress=Progress(quiet=True),
+            budgets=uniform_budgets(skeleton, settings),
+            device=device,
+            products="float32",
+            placement=Placement(offload=True, states=32 << 30, by_sample=False),
             ranks=ranks,
         )
-        walk.prune_()
+        weights = StreamedWeights(ModelSource("random", folder), skeleton, bench.device)
+        Walk(plan, weights, run, StatePool(run.states, plan.placement.states, device), Progress(quiet=True)).prune_()
         bench.synchronize()
     return time.perf_counter() - start, torch.cuda.max_memory_allocated() if bench.on_cuda else 0
 

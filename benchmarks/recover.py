@@ -27,8 +27,7 @@ import torch
 from ending import exit_after
 from torch.nn.functional import linear
 
-from gblm_compress.calibration.products import faster_dtype
-from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.machine import environment
 from gblm_compress.models import manifest
 from gblm_compress.models.architecture import head_and_embedding

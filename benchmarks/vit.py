@@ -20,7 +20,7 @@ from torch import Tensor
 from gblm_compress.models import loading
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CompareSettings, PruneSettings
 from gblm_compress.tasks.metrics import mean_metric
 from gblm_compress.tasks.task import Sample

@@ -105,7 +105,7 @@ def _unforeseen(error: Exception) -> int:
 def _in_words(error: Exception) -> tuple[str, int]:
     said = first_line(error)
     if is_out_of_memory(error):
-        advice = "give smaller batches, fewer --samples or a shorter --sequence-length; prune has --offload"
+        advice = "give smaller batches, fewer --samples or a shorter --sequence-length; prune has --memory"
         return f"memory ran out ({said}); {advice}", NotEnoughMemoryError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({said}); make room, and run the same command again", OutputError.exit_code

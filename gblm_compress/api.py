@@ -115,7 +115,7 @@ def prune(
                 f"{' and '.join(void)} would do nothing: without an output folder the model is pruned where it is"
             )
 
-        from gblm_compress.pruning.in_memory import prune_in_place
+        from gblm_compress.pruning.stage import prune_in_place
 
         return prune_in_place(model, processor, settings, text, _progress(quiet))
     outputs.check_output(Path(output), force)

@@ -128,7 +128,7 @@ def read_by_torchrun(*arguments: str) -> None:
     if command == "prune":  # the default fit is refused, but only once all processes run
         assert "--fit" in options
         settings = PruneSettings(fit=options[options.index("--fit") + 1])
-        assert not settings.fits_blocks and not settings.distillation_epochs
+        assert not settings.fits_blocks
 
 
 def read_by_vllm(*arguments: str) -> None:

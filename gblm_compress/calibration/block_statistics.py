@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.blocks import Block, activation_norms, only_requires_grad, sum_over_inputs
 from gblm_compress.methods.choices import Need, Statistics
-from gblm_compress.methods.gram import activation_norms_of
+from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.models.architecture import as_matrix
 

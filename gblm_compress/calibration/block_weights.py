@@ -77,7 +77,7 @@ class StreamedWeights:
         if any(self._block_of(name) for name in shared):
             raise ModelError(
                 f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a "
-                "time in memory; give --no-offload"
+                "time in memory; give more --memory"
             )
         self._blocks = [
             [group for group in groups if group[0].startswith(f"{self.prefix}.{index}.")]

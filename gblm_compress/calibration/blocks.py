@@ -5,7 +5,7 @@ blocks before it as they are *after* pruning. How blocks are called is in `block
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,8 +65,6 @@ class Block:
         inputs: the hidden states of every sample, each [1, tokens, hidden size].
         counted: which tokens of every sample are no padding, bool [1, tokens]; None if all are counted.
         ranks: the processes that share the samples.
-        token_weights: {layer name: how much each token of every sample counts, float32 [tokens]}; for other layers all
-            count alike.
     """
 
     module: nn.Module
@@ -74,7 +72,6 @@ class Block:
     inputs: Sequence[Tensor]
     counted: Sequence[Tensor | None]
     ranks: Ranks = field(default_factory=Ranks)
-    token_weights: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def run(self, sample: int) -> Tensor:
@@ -131,8 +128,7 @@ def sum_over_inputs(
 
     Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum.
     A layer whose weight is used in several places is measured in all of them.
-    Once all layers of a block have run, the rest of the block is left out. Where tokens count differently, the input of
-    each is multiplied by the square root of its weight, and no sum is shared.
+    Once all layers of a block have run, the rest of the block is left out.
 
     Args:
         add: takes the sum so far (None at first; it may be changed) and a layer's input [tokens, in_features] in
@@ -143,14 +139,14 @@ def sum_over_inputs(
         {name: sum over the samples of all processes}.
 
     Raises:
-        ModelError: a sum is NaN or infinite, or there is padding or tokens count differently, and a layer does not read
-            all tokens of a sample; the message names the layer.
+        ModelError: a sum is NaN or infinite, or there is padding and a layer does not read all tokens of a sample; the
+            message names the layer.
     """
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens
     ran: Counter[str] = Counter()  # in the sample at work
     latest: tuple[Tensor, Tensor | None, Tensor, set[str]] | None = None  # an input, a sum before and after it, whose
-    sample, counted = 0, None  # at work
+    counted: Tensor | None = None  # of the sample at work
     whole = True  # the first sample goes through the whole block: who knows whether a layer is called again
 
     def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -158,22 +154,20 @@ def sum_over_inputs(
         ran[name] += 1
         got[name] += args[0].numel() // args[0].shape[-1] if counted is None else int(counted.sum())
         before = sums.get(name)
-        weights = block.token_weights.get(name)
-        factors = None if weights is None else weights[sample].sqrt()
-        if weights is None and latest and args[0] is latest[0] and before is latest[1] and name not in latest[3]:
+        if latest and args[0] is latest[0] and before is latest[1] and name not in latest[3]:
             sums[name] = latest[2]
             latest[3].add(name)
         else:
             shared = before is not None and sum(total is before for total in sums.values()) > 1
             own = before.clone() if before is not None and shared else before
-            sums[name] = add(own, _counted_tokens(name, args[0].detach(), counted, factors))
-            latest = (args[0], before, sums[name], {name}) if weights is None else None
+            sums[name] = add(own, _counted_tokens(name, args[0].detach(), counted))
+            latest = (args[0], before, sums[name], {name})
         if not whole and len(ran) == len(layers):
             raise _AllLayersReached
 
     users = _users(block.module, layers)
     with _hooks(user.register_forward_pre_hook(partial(measure, name)) for name, user in users):
-        for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads both
+        for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads `counted`
             ran.clear()
             with suppress(_AllLayersReached):
                 block.run(sample)
@@ -206,21 +200,14 @@ def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn
     return [*layers.items(), *others]
 
 
-def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None, factors: Tensor | None) -> Tensor:
-    """A layer's input [..., in_features] as [tokens, in_features] in float32, times the factors, without padding."""
+def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:
+    """A layer's input [..., in_features] as [tokens, in_features] in float32, without padding."""
     tokens = inputs.reshape(-1, inputs.shape[-1]).float()
     if counted is not None and len(tokens) != counted.numel():
         raise ModelError(
             f"{name}: the layer reads {len(tokens)} rows of a sample of {counted.numel()} tokens, so that padding "
             "cannot be told from text; give samples without padding, or add the layer to 'ignore'"
         )
-    if factors is not None:
-        if len(tokens) != len(factors):
-            raise ModelError(
-                f"{name}: the layer reads {len(tokens)} rows of a sample of {len(factors)} tokens, so that guidance "
-                "cannot tell which they are; leave guidance out, or add the layer to 'ignore'"
-            )
-        tokens = tokens * factors[:, None]
     return tokens if counted is None else tokens[counted.flatten()]
 
 

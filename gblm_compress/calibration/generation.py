@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from gblm_compress import errors
-from gblm_compress.calibration.products import faster_dtype
-from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.models import loading

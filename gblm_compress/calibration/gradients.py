@@ -1,5 +1,4 @@
-"""Gradient norms of the dense model, in one of two orders: of weights, which are added up and freed as soon as they are
-known, and of what layers give for each token.
+"""Gradient norms of the dense model's weights, in one of two orders. Each gradient is added up and freed at once.
 
 Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
 backward. At any time there are the hidden states between blocks, and of one block its activations for one sample and
@@ -12,9 +11,8 @@ blocks, and the accumulators of all blocks. 2PT forward, 4PT backward.
 The same operations on the same numbers in the same order: the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,56 +27,33 @@ from gblm_compress.methods.zeros import check_finite
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GradientNorm
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are measured.
-
-    Attributes:
-        norm: of weights, "l1" (p = 1) or "l2" (p = 2); None if those are not wanted.
-        of_tokens: whether those of tokens are.
-    """
-
-    norm: GradientNorm | None = "l1"
-    of_tokens: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Gradients of the layers of a block, by name: Σ_n |g_n|^p of weights, and for every sample what is felt of each
-    token [tokens]."""
-
-    sums: dict[str, Tensor]
-    felt: dict[str, list[Tensor]]
+Sums = Iterable[tuple[int, dict[str, Tensor]]]  # Σ_n |g_n|^p of each block's layers, the last block first
 
 
 def gradient_norms(
     weights: Weights,
     calls: BlockCalls,
     per_block: list[dict[str, nn.Module]],
-    wanted: Wanted,
+    norm: GradientNorm,
     pool: StatePool,
-    save: Callable[[int, dict[str, Tensor], dict[str, Tensor]], None],
+    save: Callable[[int, dict[str, Tensor]], None],
     progress: Progress,
     ranks: Ranks,
     skip: frozenset[int] = frozenset(),
     by_sample: bool = False,
 ) -> None:
-    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, and what the loss feels of each token at every layer, given to
-    `save` block by block, the last block first.
+    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
 
     g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a sample.
-    What is felt of a token is the squared norm of the gradient to the layer's output for it.
     Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs backward.
 
     Args:
         weights: the dense model; sample by sample, all of it must be in memory.
         calls: how its blocks are called, and the samples.
         per_block: {name: Linear or Conv1D} of each block.
-        wanted: which gradients.
+        norm: "l1" (p = 1) or "l2" (p = 2).
         pool: where hidden states are kept.
-        save: takes a block's index, {name: G in float32, in the stored layout of the weight}, and {name: what is felt,
-            float32 [samples of all processes, tokens], zero for padding}, without layers that no gradient reaches.
+        save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
         skip: blocks whose gradients are known already.
         by_sample: the order of the work, see above.
 
@@ -89,47 +64,23 @@ def gradient_norms(
     if not of_blocks:
         return
     if by_sample:
-        sums = _by_sample(weights, calls, of_blocks, wanted, progress)
+        sums = _by_sample(weights, calls, of_blocks, norm, progress)
     else:
-        sums = _by_block(weights, calls, of_blocks, wanted, pool, progress)
-    for index, measured in sums:
-        ranks.sum_(measured.sums.values())
-        # A layer that some samples did not reach has no gradient for each token.
-        whole = {name: one for name, one in measured.felt.items() if len(one) == len(calls.samples)}
-        felt = {name: _of_all(one, calls.counted, ranks) for name, one in whole.items()}
-        for name, total in (*measured.sums.items(), *felt.items()):
+        sums = _by_block(weights, calls, of_blocks, norm, pool, progress)
+    for index, totals in sums:
+        ranks.sum_(totals.values())
+        for name, total in totals.items():
             check_finite(name, "gradients", total)
-        if wanted.norm == "l2":
-            for total in measured.sums.values():
+            if norm == "l2":
                 total.sqrt_()
-        save(index, measured.sums, felt)
-
-
-def token_weights(felt: Tensor, power: float) -> Tensor:
-    """How much each token counts, from what is felt of it, both [samples, tokens].
-
-    On average 1 over all tokens of which anything is felt; padding counts nothing.
-    """
-    return felt.pow(power) / felt[felt > 0].pow(power).mean() if felt.any() else torch.ones_like(felt)
-
-
-def _of_all(felt: list[Tensor], counted: Sequence[Tensor | None], ranks: Ranks) -> Tensor:
-    """What is felt in the samples of all processes, of that in those of this one, [tokens] each."""
-    own = torch.stack([one if mask is None else one * mask.flatten() for one, mask in zip(felt, counted, strict=True)])
-    together = own.new_zeros(ranks.total(len(own), own.device), own.shape[1])
-    together[ranks.rank :: ranks.size] = own
-    ranks.sum_([together])
-    return together
-
-
-Sums = Iterable[tuple[int, Measured]]  # of each block, the last block first
+        save(index, totals)
 
 
 def _by_block(
     weights: Weights,
     calls: BlockCalls,
     of_blocks: dict[int, dict[str, nn.Module]],
-    wanted: Wanted,
+    norm: GradientNorm,
     pool: StatePool,
     progress: Progress,
 ) -> Sums:
@@ -139,37 +90,39 @@ def _by_block(
         for sample in progress.track(range(len(calls.samples)), "loss", "samples"):
             upstream[sample] = calls.loss_gradient(sample, upstream[sample])
     lowest = min(of_blocks)
-    passing = lowest + (not wanted.of_tokens)  # the lowest block to whose input a gradient goes
     order = list(reversed(range(lowest, len(weights.blocks))))
     for index in progress.track(order, "gradients", "blocks", tokens=calls.tokens):
         states = inputs.pop()
-        with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), wanted) as measured:
+        with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), norm) as sums:
             for sample, hidden in enumerate(states):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index >= passing)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
                 torch.autograd.backward(output, upstream[sample])
                 if leaf.grad is not None:
                     upstream[sample] = leaf.grad
         states.release()
         if index in of_blocks:
-            yield index, measured
+            yield index, sums
     for states in (*inputs, upstream):
         states.release()
 
 
 def _by_sample(
-    weights: Weights, calls: BlockCalls, of_blocks: dict[int, dict[str, nn.Module]], wanted: Wanted, progress: Progress
+    weights: Weights,
+    calls: BlockCalls,
+    of_blocks: dict[int, dict[str, nn.Module]],
+    norm: GradientNorm,
+    progress: Progress,
 ) -> Sums:
     lowest = min(of_blocks)
-    passing = lowest + (not wanted.of_tokens)  # the lowest block to whose input a gradient goes
     with ExitStack() as within:
         blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
         within.enter_context(weights.outer())
         within.enter_context(only_requires_grad(weights.model, []))
-        found = {index: within.enter_context(_measured(blocks[index], of_blocks[index], wanted)) for index in of_blocks}
+        found = {index: within.enter_context(_measured(blocks[index], of_blocks[index], norm)) for index in of_blocks}
         for sample in progress.track(range(len(calls.samples)), "gradients", "samples", tokens=calls.tokens):
             hidden, ran = calls.embed(sample), []
             for index, block in enumerate(blocks):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index >= passing)
+                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
                 hidden = output.detach()
                 if index >= lowest:
                     ran.append((leaf, output))
@@ -207,38 +160,31 @@ def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress
 
 
 @contextmanager
-def _measured(block: nn.Module, layers: dict[str, nn.Module], wanted: Wanted) -> Iterator[Measured]:
-    """Gradients in float32, over the backward passes within the `with`.
+def _measured(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
+    """Σ_n |g_n|^p in float32, over the backward passes within the `with`.
 
     A gradient is added and freed as soon as autograd has produced it.
     """
-    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items() if wanted.norm}
-    felt: dict[str, list[Tensor]] = {name: [] for name in layers}
+    parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
 
     def reduce_gradient(total: Tensor, weight: Tensor) -> None:
         gradient = weight.grad
         assert gradient is not None
         weight.grad = None
-        if wanted.norm == "l1":
+        if norm == "l1":
             total.add_(gradient.abs_())
         else:
             gradient = gradient.float()
             total.addcmul_(gradient, gradient)
-
-    def feel(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: felt[name].append(gradient.float().square().sum(-1).flatten()))  # type: ignore[no-untyped-call]
 
     with only_requires_grad(block, parameters.values()):
         hooks = [
             weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
             for name, weight in parameters.items()
         ]
-        if wanted.of_tokens:
-            hooks += [layer.register_forward_hook(partial(feel, name)) for name, layer in layers.items()]
         try:
-            yield Measured(sums, felt)
+            yield sums
         finally:
             for hook in hooks:
                 hook.remove()

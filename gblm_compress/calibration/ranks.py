@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from gblm_compress.errors import RankError, UsageError, first_line
+from gblm_compress.machine import has_bfloat16
 
 TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
@@ -125,6 +126,11 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
+
+
+def faster_dtype(device: str, group: Ranks) -> str:
+    """bfloat16 where the devices of all ranks have instructions for it, else float32."""
+    return "bfloat16" if group.every(has_bfloat16(device), torch.device(device)) else "float32"
 
 
 def is_first_started() -> bool:

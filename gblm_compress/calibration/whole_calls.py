@@ -45,7 +45,7 @@ class WholeWeights(ResidentWeights):
             ModelError: the model is on disk, or nothing but itself is around its blocks.
         """
         if not isinstance(weights, ResidentWeights):
-            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give --no-offload") from reason
+            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from reason
         around = _around_blocks(weights, arguments)
         if around is None:
             raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason

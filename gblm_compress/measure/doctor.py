@@ -44,6 +44,7 @@ def diagnose() -> list[Finding]:
         version, is_triton = machine.version_of(name), name == "triton"
         enables = "GPU kernels of sparse folders and of torch.compile" if is_triton else ""
         found.append(Finding(name, version or "not installed", enables, version is not None or is_triton))
+    found.append(Finding("CPU products", "bfloat16" if machine.has_bfloat16("cpu") else "float32", "dtype auto"))
     for name, enables in machine.INSTRUCTION_SETS.items():
         found.append(Finding(f"instruction set {name}", "yes" if name in flags else "no", enables))
     found.append(Finding("sparse CPU kernels", kernels, runs or "bitmask folders run, unpacked and slow", bool(paths)))

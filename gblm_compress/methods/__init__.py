@@ -1,5 +1,5 @@
 """The mathematics of pruning.
 
-Saliencies, patterns, allocations, refinements, updates, and the registries that list them. Tensors in, tensors out; no
+Saliencies, patterns, allocations, fits, quantisers, and the registries that list them. Tensors in, tensors out; no
 model, no I/O. Importing a module with a registry loads no torch: settings are built from them.
 """

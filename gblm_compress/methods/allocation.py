@@ -1,14 +1,13 @@
 """Allocation: which pattern and sparsity each layer gets.
 
-`allocate` lays down what the user asked for: one budget everywhere, and exceptions by layer name. `owl` and
-`sensitivities` find how much each layer should keep, from statistics of the dense model; `spread` turns that into
-budgets that keep as many weights in all as the uniform ones. Add an allocation by writing one and listing it in
-`ALLOCATIONS`.
+`allocate` gives every layer one budget, with exceptions by layer name. `by_sensitivity` finds how much each layer
+should keep, from gradients of the dense model. `spread` turns that into budgets that keep as many weights in all as the
+uniform ones. Add an allocation by writing one and listing it in `ALLOCATIONS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.patterns import DENSE, Pattern
-from gblm_compress.methods.saliency import gradient, wanda
+from gblm_compress.methods.saliency import gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OUTLIER = 5.0
-"""A weight is an outlier where its score exceeds the mean of its block this many times (OWL's M)."""
+DEVIATION = 0.08
+"""The largest change of a layer's density."""
 
 _BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
 
@@ -66,33 +65,6 @@ def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, .
     return budgets
 
 
-def outlier_share(scores: Sequence[Tensor]) -> float:
-    """The share of a block's weights whose score |W|·A exceeds `OUTLIER` times the mean over the block (the layerwise
-    outlier distribution of OWL, arXiv 2310.05175, section 3.2; "layer" there is the block with all its matrices).
-    """
-    weights = sum(score.numel() for score in scores)
-    mean = sum(float(score.double().sum()) for score in scores) / weights
-    return sum(int((score > OUTLIER * mean).sum()) for score in scores) / weights
-
-
-def owl(outlier_shares: dict[str, float], density: float, deviation: float) -> dict[str, float]:
-    """The fraction of weights that each layer keeps by OWL (arXiv 2310.05175, section 3.3, and its code).
-
-    The more outliers, the more is kept: densities are an affine image of the outlier shares, their highest and
-    lowest 2·`deviation` apart and their mean `density`.
-
-    Args:
-        outlier_shares: {layer name: outlier share of its block}.
-        density: fraction of weights to keep on average.
-        deviation: λ, published as 0.08.
-    """
-    low, high = min(outlier_shares.values()), max(outlier_shares.values())
-    scale = 2 * deviation / (high - low) if high > low else 0.0
-    raised = {name: (share - low) * scale for name, share in outlier_shares.items()}
-    mean = sum(raised.values()) / len(raised)
-    return {name: density + value - mean for name, value in raised.items()}
-
-
 class GlobalRanking:
     """How many of each layer's weights are among the most important of the whole model, by |W|·G.
 
@@ -121,9 +93,9 @@ class GlobalRanking:
 
 
 def spread(
-    budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float], deviation: float
+    budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float], deviation: float = DEVIATION
 ) -> dict[str, Budget]:
-    """Budgets that follow `densities` and keep in all what `budgets` do.
+    """Budgets that follow `densities` and keep as many weights in all as `budgets`.
 
     Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
     right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
@@ -133,7 +105,6 @@ def spread(
         budgets: {name: budget before}, of the layers that take part, all of one pattern.
         sizes: {name: weights of the layer}.
         densities: {name: the fraction that it should keep}.
-        deviation: the largest change of a density.
     """
     wanted = sum((1 - budgets[name].sparsity) * sizes[name] for name in budgets)
     n_m = next(iter(budgets.values())).pattern.n_m
@@ -191,22 +162,12 @@ Blocks = Iterable[Iterable[DenseLayer]]
 """The layers block by block. Each is in memory only until the next is asked for; a block may have none."""
 
 
-def uniform(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
+def uniform(blocks: Blocks, density: float) -> dict[str, float]:
     """No layer's density moves."""
     return {}
 
 
-def by_outliers(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
-    """`owl`, from the scores |W|·A of each block."""
-    shares: dict[str, float] = {}
-    for block in blocks:
-        scores = {layer.name: wanda(layer.weight, layer.statistics, 0.0) for layer in block}
-        if scores:
-            shares |= dict.fromkeys(scores, outlier_share(list(scores.values())))
-    return owl(shares, density, deviation)
-
-
-def by_sensitivity(blocks: Blocks, density: float, deviation: float) -> dict[str, float]:
+def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
     """`GlobalRanking`, by the scores |W|·G."""
     ranking = GlobalRanking()
     for block in blocks:
@@ -220,23 +181,18 @@ class Allocation(Choice):
     """An entry of `ALLOCATIONS`.
 
     Attributes:
-        densities: of (the layers that no exception names, the fraction of weights to keep on average, the largest
-            change of a layer's fraction): {name: the fraction that the layer should keep}, for all layers, or for none
-            where every layer keeps its own. `spread` brings them to the right sum.
+        densities: of (the layers that no exception names, the fraction of weights to keep on average): {name: the
+            fraction that the layer should keep}; empty where every layer keeps its own.
     """
 
-    densities: Callable[[Blocks, float, float], dict[str, float]]
+    densities: Callable[[Blocks, float], dict[str, float]]
 
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(uniform, help="the same everywhere"),
-    "owl": Allocation(
-        by_outliers, help="more where a block has outliers", needs=Need.ACTIVATIONS, reads=("deviation",)
-    ),
     "sensitivity": Allocation(
         by_sensitivity,
         help="one threshold on the gradient scores of the whole model",
         needs=Need.GRADIENTS,
-        reads=("deviation",),
     ),
 }

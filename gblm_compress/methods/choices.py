@@ -1,7 +1,7 @@
-"""What every entry of a registry says of itself, and the statistics that it may ask for.
+"""What every entry of a registry declares, and the statistics that it may ask for.
 
-The registries `METHODS`, `REFINEMENTS`, `UPDATES`, `QUANTISERS` and `ALLOCATIONS` are the only lists of what can be
-chosen. Settings, help, generated documentation, and the estimates of memory and time follow from their entries.
+The registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` are the only lists of what can be chosen. Settings,
+help, generated documentation, and the estimates of memory and time follow from their entries.
 """
 
 from __future__ import annotations

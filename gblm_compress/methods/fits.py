@@ -1,50 +1,317 @@
-"""Fits: what the surviving weights become, from nothing to all that helps; and presets: procedures as published.
+"""Fits: what the weights that survive become, layer by layer. Pure functions; the fits of blocks are in `training`.
 
-Both stand for settings that a user could write out, and are no code path of their own.
+With X [tokens, in_features] a layer's inputs and Ŵ an approximation of its weight W, the layer's reconstruction error
+is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ), with the Gram matrix H = XᵀX.
+
+A fit takes W [out_features, in_features] in float32, the mask of its shape (True = keep) and the layer's `Statistics`.
+It returns the new weight, with exact zeros outside the mask. Add a fit by writing one and listing it in `FITS`.
+
+For quantised survivors a fit has a second step, `on_grid`. It returns values whose nearest grid points are the result,
+so that a later fit starts from the values before rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+from gblm_compress.errors import UsageError
+from gblm_compress.methods.choices import Choice, Need, Statistics
+from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.quantisation import Grid, rounded
+from gblm_compress.methods.zeros import keep_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DAMPING = 0.01
+"""Added to the diagonal of a Gram matrix, relative to its mean (SparseGPT, arXiv 2301.00774, section 4)."""
+
+BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007
+"""Passes over the text at most, and Adam's step relative to a layer's root mean square weight, where a block is fitted
+to the output of the dense block."""
+
+MODEL_EPOCHS, MODEL_RATE = 3, 0.0005
+"""The same where all survivors are fitted to the dense model's predictions."""
+
+COLUMNS = 128
+"""Columns between two propagations of the accumulated error to the rest of the matrix."""
+
+OPEN_SHARE = 0.9
+"""Converged rows are put aside once at most this share of the rows is left: a copy costs as much as a few sums."""
+
+SWEEPS = 4
+"""How often coordinate descent on a grid goes through all columns."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitChoice:
+def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
+    """A [in_features] from the Gram matrix of `samples` samples: A_j = sqrt(H_jj / N)."""
+    return (gram.diagonal() / samples).sqrt()
+
+
+def damped(gram: Tensor) -> Tensor:
+    """H + λI, λ = `DAMPING` times the mean of H's diagonal, or 1 where H = 0: positive definite for any H."""
+    import torch
+
+    mean = gram.diagonal().mean()
+    result = gram.clone()
+    result.diagonal().add_(torch.where(mean == 0, 1.0, DAMPING * mean))
+    return result
+
+
+def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖: how far a layer's output is from that of its dense weights, as a share of it; 0 of 0.
+
+    Args:
+        weight: W [out_features, in_features].
+        pruned: Ŵ, the same shape.
+        gram: H = XᵀX [in_features, in_features].
+    """
+    change = weight - pruned
+    lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (change, weight))
+    return float((lost / whole).sqrt()) if whole > 0 else 0.0
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3).
+
+    U_jj² is the j-th diagonal entry of the inverse of the Hessian in which the inputs before j are eliminated, and
+    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed. Computed in float64.
+
+    Args:
+        gram: H [in_features, in_features].
+
+    Returns:
+        [in_features, in_features] in H's dtype.
+
+    Raises:
+        UsageError: rounding leaves the matrix singular.
+    """
+    import torch
+
+    lower, failed = torch.linalg.cholesky_ex(damped(gram.double()))
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise UsageError(
+            f"the {len(gram)} inputs of a layer depend on each other, and their Gram matrix has no inverse; give more "
+            "text, or --fit fast"
+        )
+    return upper.to(gram.dtype)
+
+
+def none(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
+    """The survivors as they were."""
+    return keep_only(weight, keep)
+
+
+def obs(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
+    """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
+
+    Column by column, what pruning a weight does to the output is undone as well as the columns to its right can.
+    """
+    factor = inverse_factor(statistics.moments())
+    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1)[0]
+
+
+def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
+    """SparseGPT whole (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are being updated.
+
+    The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
+    for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
+
+    Returns:
+        The new weight and the mask, True = keep; both [out_features, in_features].
+    """
+    import torch
+
+    factor = inverse_factor(gram)
+    # Damping alone would make an input that is always zero look as powerful as it is itself.
+    sharpness = torch.where(gram.diagonal() == 0, 0.0, factor.diagonal().reciprocal())
+
+    def choose(start: int, end: int, current: Tensor) -> Tensor:
+        return pattern.mask((current * sharpness[start:end]).square(), current, sparsity, before=start)
+
+    step = pattern.n_m[1] if pattern.n_m is not None else COLUMNS
+    return _propagate(weight, factor, choose, step)
+
+
+def obs_on_grid(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
+    """SparseGPT's joint pruning and quantisation with a given mask and grid (arXiv 2301.00774, section 3.5): as `obs`,
+    and the columns to the right also undo what rounding a survivor does to the output.
+    """
+    factor = inverse_factor(statistics.moments())
+    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
+
+
+def _propagate(
+    weight: Tensor,
+    factor: Tensor,
+    choose: Callable[[int, int, Tensor], Tensor],
+    step: int,
+    grid: Grid | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The blocked algorithm: `choose` gives the mask of columns start … end from their values at that moment.
+
+    Args:
+        step: for how many columns at a time a mask is chosen.
+        grid: what survivors are rounded to; they stay as they are without one.
+
+    Returns:
+        The survivors as they were when it was their turn, before rounding, and the mask.
+    """
+    import torch
+
+    result = weight.clone()
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    columns = weight.shape[1]
+    width = step * max(1, COLUMNS // step)
+    for left in range(0, columns, width):
+        right = min(left + width, columns)
+        errors = result.new_zeros(weight.shape[0], right - left)
+        for column in range(left, right):
+            if (column - left) % step == 0:
+                end = min(column + step, right)
+                mask[:, column:end] = choose(column, end, result[:, column:end])
+            value, kept = result[:, column : column + 1], mask[:, column : column + 1]
+            point = value * kept if grid is None else rounded(value, kept, grid.of_column(column))
+            error = (value - point) / factor[column, column]
+            result[:, column + 1 : right] -= error * factor[column, column + 1 : right]
+            errors[:, column - left] = error.squeeze(1)
+        result[:, right:] -= errors @ factor[left:right, right:]
+    return keep_only(result, mask), mask
+
+
+def least_squares(
+    weight: Tensor,
+    keep: Tensor,
+    statistics: Statistics,
+    tolerance: float = 1e-2,
+    max_iterations: int = 100,
+) -> Tensor:
+    """The surviving weights that minimise the layer's reconstruction error for a given mask.
+
+    Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
+    (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
+    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
+    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike. Rows that are done are soon left
+    out of the products.
+
+    Args:
+        tolerance: how small the residual of a row becomes beside that of the start.
+        max_iterations: steps at most, where it does not become so small.
+    """
+    import torch
+
+    hessian = damped(statistics.moments())
+    inverse_diagonal = hessian.diagonal().reciprocal()
+    mask = keep.to(weight.dtype)
+    solution = torch.empty_like(weight)
+    rows = torch.arange(len(weight), device=weight.device)  # those that `current` and what follows hold
+    current = weight * mask
+    residual = ((weight - current) @ hessian).mul_(mask)
+    direction = residual * inverse_diagonal
+    product = (residual * direction).sum(1)
+    goal = tolerance**2 * product
+    for _ in range(max_iterations):
+        active = product > goal
+        count = int(active.sum())
+        if not count:
+            break
+        if count <= OPEN_SHARE * len(rows):
+            solution[rows] = current
+            rows, mask, current, residual, direction, product, goal = (
+                tensor[active] for tensor in (rows, mask, current, residual, direction, product, goal)
+            )
+            active = product > goal
+        image = (direction @ hessian).mul_(mask)
+        curvature = (direction * image).sum(1)
+        # A row that is done stands still; without the guard its 0/0 would be NaN.
+        length = torch.where(active, product / curvature.clamp_min(torch.finfo(weight.dtype).tiny), 0.0).unsqueeze(1)
+        current.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
+        preconditioned = residual * inverse_diagonal
+        new_product = (residual * preconditioned).sum(1)
+        ratio = new_product / product.clamp_min(torch.finfo(weight.dtype).tiny)
+        direction.mul_(ratio.unsqueeze(1)).add_(preconditioned)
+        product = new_product
+    solution[rows] = current
+    return solution
+
+
+def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
+    """Coordinate descent on the grid (QuantEase, arXiv 2309.01885, Algorithm 1) for a given mask.
+
+    Starting from the nearest grid points, column by column each survivor goes to the grid point that is best for the
+    layer's damped reconstruction error while all others stay where they are. No step raises the error.
+    """
+    hessian = damped(statistics.moments())
+    # Transposed, so that a column lies in one piece of memory.
+    goal, wishes, mask, chosen = (
+        matrix.T.contiguous() for matrix in (weight, fitted, keep, rounded(fitted, keep, grid))
+    )
+    columns = weight.shape[1]
+    for _ in range(SWEEPS):
+        for left in range(0, columns, COLUMNS):
+            right = min(left + COLUMNS, columns)
+            slope = hessian[left:right] @ (goal - chosen)
+            for column in range(left, right):
+                place = column - left
+                wish = chosen[column] + slope[place] / hessian[column, column]
+                point = rounded(wish.unsqueeze(1), mask[column].unsqueeze(1), grid.of_column(column)).squeeze(1)
+                slope[place + 1 :].addr_(hessian[column + 1 : right, column], point - chosen[column], alpha=-1)
+                wishes[column], chosen[column] = wish, point
+    return keep_only(wishes.T, keep)
+
+
+def as_fitted(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
+    """The fitted survivors go to their nearest grid points."""
+    return fitted
+
+
+@dataclass(frozen=True)
+class FitChoice(Choice):
     """An entry of `FITS`.
 
     Attributes:
-        help: what is fitted, as half a sentence for `--help` and the recipe reference.
-        update: the update that it is.
-        distillation_epochs: passes over the samples that fit all survivors to the dense model's predictions.
+        apply: of (W, mask, statistics of the layer).
+        on_grid: of (W, what `apply` left, mask, statistics, grid), the second step for a quantised layer.
+        moves: whether survivors change their values.
+        fits_block: whether the layers of a block are then fitted together to the output of the dense block
+            (`training.reconstruction`).
+        fits_model: whether all survivors are fitted at the end to the dense model's predictions
+            (`training.distillation`).
     """
 
-    help: str
-    update: str
-    distillation_epochs: int = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The keys that it stands for."""
-        return {"update": self.update, "distillation_epochs": self.distillation_epochs}
+    apply: Callable[[Tensor, Tensor, Statistics], Tensor]
+    on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] = as_fitted
+    moves: bool = True
+    fits_block: bool = False
+    fits_model: bool = False
 
 
 FITS: dict[str, FitChoice] = {
-    "none": FitChoice(help="survivors keep their values", update="none"),
-    "fast": FitChoice(help="each layer's output (update least-squares)", update="least-squares"),
-    "balanced": FitChoice(help="then each block's output (update reconstruct)", update="reconstruct"),
+    "none": FitChoice(none, help="survivors keep their values", moves=False),
+    "fast": FitChoice(least_squares, settle, help="least squares on each layer's output", needs=Need.GRAM, passes=1.0),
+    "obs": FitChoice(obs, obs_on_grid, help="SparseGPT's error propagation", needs=Need.GRAM | Need.FACTOR, passes=1.0),
+    "balanced": FitChoice(
+        least_squares,
+        settle,
+        help="fast, then Adam on each block's output",
+        needs=Need.GRAM,
+        reads=("rounds",),
+        passes=1.0,
+        fits_block=True,
+    ),
     "best": FitChoice(
-        help="then the model's predictions (3 epochs of distillation)", update="reconstruct", distillation_epochs=3
+        least_squares,
+        settle,
+        help="balanced, then Adam on the model's predictions",
+        needs=Need.GRAM,
+        reads=("rounds",),
+        passes=1.0,
+        fits_block=True,
+        fits_model=True,
     ),
 }
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"method": "gblm", "gradient_norm": "l1", "alpha": 100.0, "alpha_scale": "published", "fit": "none"},
-    "sparsegpt": {"method": "obs", "update": "obs"},
-}
-"""paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774."""
-
-
-def describe_preset(name: str) -> str:
-    """The keys that a preset stands for, in words."""
-    return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())

@@ -1,8 +1,8 @@
-"""Methods: which weights of a layer survive. One function a method; add a method by writing one and listing it.
+"""Methods: which weights of a layer survive. Add a method by writing one function and listing it in `METHODS`.
 
-Most are saliencies: they take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and
+Most are saliencies. They take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and
 return a score of W's shape; in each group of the pattern the weights with the lowest score are pruned. A method that
-chooses its mask in another way takes the `Rule` of the layer and returns a `Selection` itself, as `obs`.
+chooses its mask in another way takes the `Rule` of the layer and returns a `Selection`, as `obs` does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gblm_compress.methods.choices import Choice, Need, Statistics
+from gblm_compress.methods.fits import sparsegpt
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.updates import sparsegpt
 from gblm_compress.methods.zeros import check_finite
 
 if TYPE_CHECKING:
@@ -29,14 +29,12 @@ class Rule:
         pattern: which weights compete.
         sparsity: fraction of zeros.
         alpha: factor of the gradient term, scaled to the calibration.
-        damping: of a Gram matrix, in shares of its mean diagonal.
     """
 
     layer: str
     pattern: Pattern
     sparsity: float
     alpha: float
-    damping: float
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,12 @@ class Selection:
 
     Attributes:
         keep: the mask [out_features, in_features], True = keep.
-        updated: {update: the weight that it leaves}, [out_features, in_features] with exact zeros outside the mask: of
-            an update that the method makes while it chooses, so that it need not be made again.
+        fitted: {fit: the weight that it leaves}, [out_features, in_features] with exact zeros outside the mask, where
+            the method makes a fit while it chooses.
     """
 
     keep: Tensor
-    updated: Mapping[str, Tensor] = field(default_factory=dict)
+    fitted: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,9 @@ def by_score(score: Callable[[Tensor, Statistics, float], Tensor]) -> Callable[[
 
 
 def obs(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
-    """SparseGPT's mask, which follows the weights while update `obs` moves them (`updates.sparsegpt`)."""
-    updated, keep = sparsegpt(weight, statistics.moments(), rule.pattern, rule.sparsity, rule.damping)
-    return Selection(keep, {"obs": updated})
+    """SparseGPT's mask, which follows the weights while fit `obs` moves them (`fits.sparsegpt`)."""
+    fitted, keep = sparsegpt(weight, statistics.moments(), rule.pattern, rule.sparsity)
+    return Selection(keep, {"obs": fitted})
 
 
 METHODS: dict[str, Method] = {
@@ -135,11 +133,5 @@ METHODS: dict[str, Method] = {
         reads=("alpha",),
         synonyms=("Wanda++", "Wanda-pp"),
     ),
-    "obs": Method(
-        obs,
-        help="the choice of SparseGPT",
-        needs=Need.GRAM | Need.FACTOR,
-        reads=("damping", "guidance"),
-        synonyms=("SparseGPT",),
-    ),
+    "obs": Method(obs, help="the choice of SparseGPT", needs=Need.GRAM | Need.FACTOR, synonyms=("SparseGPT",)),
 }

@@ -120,15 +120,12 @@ def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     return name, list(lists[name])
 
 
-def prunable_layers(
-    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
-) -> list[dict[str, nn.Module]]:
+def prunable_layers(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[dict[str, nn.Module]]:
     """The layers to prune, block by block, as {full name: module} in the model's order.
 
     Args:
         model: a model with blocks.
-        targets: shell-style patterns over full module names; a layer must match one.
-        ignore: patterns of layers to leave dense; routers always are.
+        ignore: shell-style patterns over full module names, of layers to leave dense; routers always are.
 
     Raises:
         UsageError: a pattern matches no weight of the model.
@@ -136,37 +133,32 @@ def prunable_layers(
     """
     prefix, blocks = find_blocks(model)
     weighted = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-    for option, patterns in (("targets", targets), ("ignore", ignore)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in weighted):
-                first = next((name for name, module in blocks[0].named_modules() if is_linear(module)), "…")
-                raise UsageError(
-                    f"{option} pattern {pattern!r} matches no module of the model; "
-                    f"its layers are named like {f'{prefix}.0.{first}'!r} (* stands for any text)"
-                )
-    wanted = {name for name, _, reason in linear_weights(model, targets, ignore) if reason is None}
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in weighted):
+            first = next((name for name, module in blocks[0].named_modules() if is_linear(module)), "…")
+            raise UsageError(
+                f"ignore pattern {pattern!r} matches no module of the model; "
+                f"its layers are named like {f'{prefix}.0.{first}'!r} (* stands for any text)"
+            )
+    wanted = {name for name, _, reason in linear_weights(model, ignore) if reason is None}
     layers = [
         {name: module for name, module in block.named_modules(prefix=f"{prefix}.{index}") if name in wanted}
         for index, block in enumerate(blocks)
     ]
     if not any(layers):
         raise ModelError(
-            f"no prunable layer is left: targets {list(targets)} less ignore {list(ignore)} selects none of the "
-            f"Linear or Conv1D layers in {prefix}"
+            f"no prunable layer is left: ignore {list(ignore)} matches all Linear or Conv1D layers in {prefix}"
         )
     return layers
 
 
-def linear_weights(
-    model: nn.Module, targets: tuple[str, ...] = ("*",), ignore: tuple[str, ...] = ()
-) -> list[tuple[str, int, str | None]]:
+def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple[str, int, str | None]]:
     """Every weight by which the model multiplies its hidden states, as (name, number of weights, why it is not pruned).
 
     The reason is None for prunable layers. Names are those of layers, or of parameters where no layer of its own holds
     the weight (fused experts, routers). Works on models on the meta device.
 
     Args:
-        targets: as for `prunable_layers`.
         ignore: as for `prunable_layers`.
     """
     prefix, _ = find_blocks(model)
@@ -183,8 +175,6 @@ def linear_weights(
             return "router"
         if not is_linear(module):
             return f"layer of type {type(module).__name__}"
-        if not any(fnmatchcase(name, pattern) for pattern in targets):
-            return "not targeted"
         matches = (pattern for pattern in ignore if fnmatchcase(name, pattern))
         return next((f"ignored by pattern {pattern!r}" for pattern in matches), None)
 

@@ -225,11 +225,11 @@ def run_all_(model: nn.Module) -> None:
     if not experts:
         raise UsageError(
             f"{type(model).__name__} has no mixture of experts, so that no tokens can go to all of them; leave out "
-            "--experts all"
+            "calibration.experts all"
         )
     if any(isinstance(mixture, SortedExperts) for mixture in experts.values()):
         raise UsageError(
-            f"{type(model).__name__} gives each expert its own tokens and no others; leave out --experts all"
+            f"{type(model).__name__} gives each expert its own tokens and no others; leave out calibration.experts all"
         )
     for mixture in experts.values():
         mixture.every_token = True

@@ -161,7 +161,7 @@ def _provenance(
     rows = {
         "saliency": settings["method"],
         "pattern": settings["pattern"],
-        **{key: settings.get(key) for key in ("allocation", "update", "gradient_norm", "alpha")},
+        **{key: settings.get(key) for key in ("allocation", "fit", "gradient_norm", "alpha")},
         "grid of the survivors": grid_in_words(settings["quantise"], settings["group"]),
         "calibration": calibration
         and "{samples} samples of {sequence_length} tokens, seed {seed}".format(**calibration),

@@ -1,4 +1,4 @@
-"""Pruning of one block: measure, score, mask, refine the mask, update the survivors.
+"""Pruning of one block: measure, score, mask, fit the survivors.
 
 Everything that decides about the weights of a block happens here; the loop over the blocks is in `walk.py`.
 """
@@ -13,11 +13,9 @@ from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.blocks import Block
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.gram import output_error
-from gblm_compress.methods.quantisation import Grid
-from gblm_compress.methods.refinement import REFINEMENTS
-from gblm_compress.methods.saliency import METHODS, Rule, Selection
-from gblm_compress.methods.updates import UPDATES
+from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, FITS, output_error
+from gblm_compress.methods.quantisation import QUANTISERS, Grid
+from gblm_compress.methods.saliency import METHODS, Rule
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of
@@ -28,7 +26,7 @@ from gblm_compress.training.reconstruction import reconstruct_
 FEW_TOKENS = 32
 """An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""
 
-_BY_MAGNITUDE = {"method": "magnitude", "update": "none", "refine": "none"}
+_BY_MAGNITUDE = {"method": "magnitude", "fit": "none"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class LayerResult:
         transposed: whether the folder stores it as (in_features, out_features).
         by_magnitude: whether it was pruned by magnitude, because its expert got too few tokens.
         output_error: how far its output on the calibration text is from that of its dense weights, as a share of it
-            (`methods.gram.output_error`); None where no Gram matrix was measured, or the whole model was fitted since.
+            (`methods.fits.output_error`); None where no Gram matrix was measured, or the whole model was fitted since.
     """
 
     pattern: str
@@ -53,6 +51,19 @@ class LayerResult:
     output_error: float | None = None
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a block is fitted to.
+
+    Attributes:
+        outputs: of the block in the dense model, for every sample.
+        products: the dtype of the products in the fit, float32 or bfloat16.
+    """
+
+    outputs: Sequence[Tensor]
+    products: str
+
+
 @torch.no_grad()
 def prune_block_(
     block: Block | None,
@@ -60,7 +71,7 @@ def prune_block_(
     gradients: dict[str, Tensor],
     settings: PruneSettings,
     budgets: dict[str, Budget],
-    targets: Sequence[Tensor] = (),
+    target: Target | None = None,
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
     """Prune the layers of one block in place.
 
@@ -69,7 +80,7 @@ def prune_block_(
         layers: {name: Linear or Conv1D}, the layers of the block that are to be pruned; may be empty.
         gradients: {name: G in the stored layout of the weight}, for a saliency that needs gradients.
         budgets: {name: how much it keeps}.
-        targets: the block's outputs in the dense model for every sample; needed to reconstruct it, else unused.
+        target: needed where the block is fitted, else unused.
 
     Returns:
         {name: what became of it}, and {name: grid} of the layers whose survivors lie on one. A layer that never ran on
@@ -79,9 +90,7 @@ def prune_block_(
     few = _with_few_tokens(block, layers, statistics)
     layers = {name: layer for name, layer in layers.items() if name in few or statistics[name].tokens != 0}
     alpha = settings.effective_alpha(block.samples, block.tokens) if block else settings.alpha
-    rules = {
-        name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha, settings.damping) for name in layers
-    }
+    rules = {name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha) for name in layers}
     own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
     grids: dict[str, Grid] = {}
     dense = {
@@ -97,19 +106,19 @@ def prune_block_(
 
     def choose(name: str, stored: Tensor) -> Tensor:
         values = as_matrix(layers[name], stored)
-        selection = _select(values, statistics[name], rules[name], own[name])
+        selection = METHODS[own[name].method].select(values, statistics[name], rules[name])
         return as_matrix(layers[name], selection.keep)  # back to the stored layout: a transposition undoes itself
 
     if settings.fits_blocks and layers:
-        assert block is not None and len(targets) == len(block.inputs), "the loop must pass the dense outputs"
+        assert block is not None and target is not None
         _, grids = reconstruct_(
             block,
             layers,
-            targets,
-            epochs=settings.reconstruction_epochs,
-            rate=settings.reconstruction_rate,
-            compute=settings.fit_dtype,
-            rounds=settings.reconstruction_rounds,
+            target.outputs,
+            epochs=BLOCK_EPOCHS,
+            rate=BLOCK_RATE,
+            compute=target.products,
+            rounds=settings.rounds,
             choose=choose,
             grids=grids,
         )
@@ -139,27 +148,20 @@ def _with_few_tokens(
 def _prune_layer(
     weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings
 ) -> tuple[Tensor, Grid | None]:
-    """The pruned and updated weight of one layer, [out_features, in_features] in float32, and the grid on whose nearest
+    """The pruned and fitted weight of one layer, [out_features, in_features] in float32, and the grid on whose nearest
     points its survivors are to lie, if any.
     """
-    selection, update = _select(weight, statistics, rule, settings), UPDATES[settings.update]
-    updated = selection.updated.get(settings.update)
-    if updated is None:
-        updated = update.apply(weight, selection.keep, statistics, settings.damping)
-    make = settings.quantiser.make
+    selection, fit = METHODS[settings.method].select(weight, statistics, rule), FITS[settings.fit]
+    fitted = selection.fitted.get(settings.fit)
+    if fitted is None:
+        fitted = fit.apply(weight, selection.keep, statistics)
+    make = QUANTISERS[settings.quantise].make
     if make is None:
-        return updated, None
+        return fitted, None
     norm = statistics.activation_norm  # where it is measured for something else: no grid asks for text
     importance = None if norm is None else norm.square()
-    grid = make(updated, selection.keep, group=settings.columns_of_a_scale, importance=importance)
-    return update.on_grid(weight, updated, selection.keep, statistics, settings.damping, grid), grid
-
-
-def _select(weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings) -> Selection:
-    """What the method selects of a layer, with the mask refined; an update belongs to the mask before."""
-    selection = METHODS[settings.method].select(weight, statistics, rule)
-    keep = REFINEMENTS[settings.refine].refine(weight, selection.keep, statistics, rule.pattern)
-    return selection if keep is selection.keep else Selection(keep)
+    grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
+    return fit.on_grid(weight, fitted, selection.keep, statistics, grid), grid
 
 
 def layer_result(

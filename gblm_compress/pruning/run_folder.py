@@ -2,7 +2,7 @@
 
 .OUTPUT.pruning/
     run.json                 what the run is: settings, text, model; the budgets once they are known; exceptions
-    gradients-7.safetensors  gradient norms of block 7, of weights and of tokens, until it is pruned
+    gradients-7.safetensors  gradient norms of block 7, until it is pruned
     block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and the grids they lie on
     distilled-7.safetensors  those after the distillation
     states/                  hidden states that found no room in memory; worthless after an interruption
@@ -24,11 +24,11 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import grids
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
+from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.storage import records
 from gblm_compress.storage.resuming import check_identity, own_files
 
 IDENTITY = "run.json"
-FELT = "tokens/"  # before the name of a layer
 _TENSORS = re.compile(r"(gradients|block|distilled)-\d+\.safetensors")
 _OTHERS = re.compile(  # the record, hidden states, and what is written aside
     r"run\.json|states|\.(gradients|block|distilled)-\d+\.safetensors|\.run\.json\.\d+|"
@@ -141,9 +141,9 @@ class RunFolder:
         """Whether the finished blocks hold the weights of the distillation already."""
         return self._record.distilled
 
-    def save_gradients(self, block: int, norms: dict[str, Tensor], felt: dict[str, Tensor]) -> None:
-        """Keep the gradient norms {layer name: G} of a block, and what is felt of its tokens {layer name: …}."""
-        self._save(f"gradients-{block}", norms | {FELT + name: one for name, one in felt.items()})
+    def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
+        """Keep the gradient norms {layer name: G} of a block."""
+        self._save(f"gradients-{block}", norms)
 
     @property
     def blocks(self) -> int:
@@ -152,12 +152,7 @@ class RunFolder:
 
     def gradients(self, block: int) -> dict[str, Tensor]:
         """The gradient norms of a block that `has_gradients`, else none."""
-        return {name: norm for name, norm in self._load(f"gradients-{block}").items() if not name.startswith(FELT)}
-
-    def felt(self, block: int) -> dict[str, Tensor]:
-        """What is felt of the tokens of a block {layer name: [samples, tokens]}, where it was measured."""
-        stored = self._load(f"gradients-{block}")
-        return {name.removeprefix(FELT): one for name, one in stored.items() if name.startswith(FELT)}
+        return self._load(f"gradients-{block}")
 
     def has_gradients(self, block: int) -> bool:
         """Whether the block's gradients were measured, or are not needed any more."""
@@ -168,15 +163,17 @@ class RunFolder:
         block: int,
         weights: dict[str, Tensor],
         on: Mapping[str, Grid] | None = None,
-        by_magnitude: Collection[str] = (),
-        output_errors: Mapping[str, float] | None = None,
+        results: Mapping[str, LayerResult] | None = None,
     ) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, which of
-        them were pruned by magnitude, and the errors of their outputs.
+        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, and what
+        became of the layers.
         """
-        if by_magnitude or output_errors:
+        results = results or {}
+        by_magnitude = {name for name, result in results.items() if result.by_magnitude}
+        errors = {name: result.output_error for name, result in results.items() if result.output_error is not None}
+        if by_magnitude or errors:
             self._record.by_magnitude = sorted({*self._record.by_magnitude, *by_magnitude})
-            self._record.output_errors |= output_errors or {}
+            self._record.output_errors |= errors
             self._write()
         self._save(f"block-{block}", weights | grids.as_tensors(on or {}))
         self._files.discard(f"gradients-{block}")

@@ -1,120 +1,75 @@
 """Put the output together from the source and the finished blocks, and verify it."""
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.methods.allocation import Budget
-from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import grids, loading, manifest
-from gblm_compress.models.architecture import linear_weights, prunable_layers
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.placement import Placement
+from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.settings import PruneSettings
+from gblm_compress.pruning.walk import Walked
 from gblm_compress.storage import outputs
 
 
 @dataclass(frozen=True)
-class LeftDense:
-    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
-
-    weights: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Walked:
-    """What is left of a walk once its model is released.
+class Written:
+    """The folder to write, and what its manifest says of the run.
 
     Attributes:
-        left_dense: see `PruneResult`.
-        exceptions: the layers among them that an exception or the allocation decided about.
-        blocks: how many were pruned one after the other.
-        whole: whether all blocks of the model were pruned as one.
+        source: the dense model.
+        processor: its tokenizer or image processor.
+        identity: see `RunFolder`.
     """
 
-    layers: dict[str, LayerResult]
-    left_dense: dict[str, LeftDense]
-    exceptions: frozenset[str]
-    blocks: int
-    whole: bool
-    checkpoint: Checkpoint
-
-
-UNSEEN = "never ran on the calibration text"
-
-
-def left_dense_of(
-    model: nn.Module, settings: PruneSettings, layers: Collection[str], budgets: Mapping[str, Budget]
-) -> dict[str, LeftDense]:
-    """All linear weights of a model that are not among the pruned `layers`, and why they were not pruned.
-
-    Args:
-        budgets: what was to become of the layers.
-    """
-    unseen = {name for name, budget in budgets.items() if budget.pattern.name != DENSE and name not in layers}
-    return {
-        name: LeftDense(
-            weights, reason or (UNSEEN if name in unseen else "left dense by an exception or the allocation")
-        )
-        for name, weights, reason in linear_weights(model, settings.targets, settings.ignore)
-        if name not in layers
-    }
+    source: ModelSource
+    output: Path
+    force: bool
+    processor: Any
+    identity: dict[str, Any]
 
 
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_stored(source: ModelSource, model: nn.Module, settings: PruneSettings) -> None:
-    """Raises:
-    ModelError: the files do not hold a layer's weight as the model does.
+def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint:
+    """The files of the source, by the model's names.
+
+    Raises:
+        ModelError: the files do not hold a layer's weight as the model does.
     """
-    checkpoint = checkpoint_of(source, model)
-    for block in prunable_layers(model, settings.targets, settings.ignore):
-        for name in block:
-            if f"{name}.weight" not in checkpoint:
-                raise ModelError(
-                    f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}; save the model with "
-                    "save_pretrained first, or add the layer to --ignore"
-                )
-            if (stored := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
-                raise ModelError(
-                    f"model {source.name!r}: its files hold {name + '.weight'!r} in {stored}, not as floating-point "
-                    "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
-                )
-
-
-def checkpoint_of(source: ModelSource, model: Any) -> Checkpoint:
-    return Checkpoint(source.folder, model)
+    checkpoint = Checkpoint(source.folder, model)
+    for name in layers:
+        if f"{name}.weight" not in checkpoint:
+            raise ModelError(
+                f"model {source.name!r}: its files hold no tensor {name + '.weight'!r}; save the model with "
+                "save_pretrained first, or add the layer to --ignore"
+            )
+        if (dtype := checkpoint.read(f"{name}.weight").dtype) not in _STORED:
+            raise ModelError(
+                f"model {source.name!r}: its files hold {name + '.weight'!r} in {dtype}, not as floating-point "
+                "numbers of 16 bits or more; the model is quantised or damaged: prune the original"
+            )
+    return checkpoint
 
 
 def save(
-    source: ModelSource,
-    output: Path,
-    run: RunFolder,
-    walked: Walked,
-    settings: PruneSettings,
-    processor: Any,
-    identity: dict[str, Any],
-    force: bool,
-    placement: Placement,
-    progress: Progress,
+    what: Written, run: RunFolder, walked: Walked, checkpoint: Checkpoint, plan: Plan, progress: Progress
 ) -> dict[str, LayerResult]:
     """Put the output together from the source and the finished blocks, and verify it."""
-    layers, checkpoint = walked.layers, walked.checkpoint
+    layers, settings = walked.layers, plan.settings
     blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
     on: dict[str, Grid] = {}
     for index in range(walked.blocks):
@@ -125,22 +80,23 @@ def save(
         layer = name.removesuffix(".weight")
         if layer == name or layer not in layers:
             return None
-        stored = checkpoint.read(name)
+        dense = checkpoint.read(name)
         computed = run.finished_layer(blocks[layer], layer)
         if grid := on.get(layer):
             matrix = computed.T if layers[layer].transposed else computed
             point = rounded(matrix.float(), matrix != 0, grid)  # to the last bit, whatever dtype it was computed in
-            weight = positive_zeros((point.T if layers[layer].transposed else point).to(stored.dtype))
+            weight = positive_zeros((point.T if layers[layer].transposed else point).to(dense.dtype))
         elif settings.updates:
-            weight = positive_zeros(computed.to(stored.dtype))
+            weight = positive_zeros(computed.to(dense.dtype))
         else:  # a survivor keeps its value to the last bit, whatever dtype it was judged in
-            weight = keep_only(stored, computed != 0)
+            weight = keep_only(dense, computed != 0)
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
-    with outputs.atomic_folder(output, force=force, inside=run.folder) as temporary:
+    identity = what.identity
+    with outputs.atomic_folder(what.output, force=what.force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
-        copy_settings(source, temporary, processor)
+        copy_settings(what.source, temporary, what.processor)
         content = {
             "kind": "pruned",
             "prune": identity["settings"],
@@ -150,12 +106,13 @@ def save(
             "left_dense": {name: asdict(dense) for name, dense in walked.left_dense.items()},
             "grids_sha256": grids.write(temporary, on),
         }
-        manifest.write(temporary, source, content)
+        manifest.write(temporary, what.source, content)
         progress.say("verifying …")
         manifest.verify(temporary)
-        grids.verify(ModelSource(str(output), temporary))
+        written = ModelSource(str(what.output), temporary)
+        grids.verify(written)
         nonzeros = {name: layer.nonzeros for name, layer in results.items()}
-        verify_by_loading(ModelSource(str(output), temporary), nonzeros, placement.offload)
+        verify_by_loading(written, nonzeros, plan.placement.offload)
     return results
 
 

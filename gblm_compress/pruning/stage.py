@@ -1,44 +1,48 @@
-"""The pruning stage: from a model source to a verified folder, resumable.
+"""The pruning stage: from a model source to a verified folder, resumable; or of a model in memory, in place.
 
-The walk over the blocks is in `walk.py`, what goes where is decided in `placement.py`; here is what surrounds them: the
-folder of the run, and how the output is put together from the source and the finished blocks.
+The walk over the blocks is in `walk.py`, what is decided before it in `planning.py`. Here is what surrounds them: the
+texts, the folder of the run, the output, and what is said at the end.
 """
 
+import math
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from gblm_compress import __version__, errors, tasks
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.products import dtype_for_fits, faster_dtype, with_fit_dtype
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
-from gblm_compress.methods.patterns import DENSE
-from gblm_compress.models import loading
-from gblm_compress.models.experts import experts_of, run_all_
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.fits import FITS
+from gblm_compress.models import loading, manifest
+from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.experts import run_all_, unfused
+from gblm_compress.models.loading import check_positions
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import run_folder, saving
-from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.budgeting import skeleton_budgets
-from gblm_compress.pruning.notes import closing_notes, pruned_before
-from gblm_compress.pruning.placement import Placement, Size, check_disk, choose_placement
+from gblm_compress.pruning import planning, run_folder, saving
+from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
+from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY, Placement, Plan, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.saving import LeftDense, Walked, check_stored, checkpoint_of, left_dense_of
-from gblm_compress.pruning.walk import Walk
-from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.pruning.walk import LeftDense, Walk, Walked
+from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import outputs
 from gblm_compress.storage.resuming import kept_where_resuming_helps
-from gblm_compress.tasks.task import Sample, on_device
-from gblm_compress.tasks.task import fingerprint as fingerprint_of
+from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class PruneResult:
     """The outcome of the stage. Only the two measurements differ between runs with the same seed.
 
     Attributes:
-        folder: what was written; None where a model in memory was pruned in place.
+        folder: the new folder; None where a model in memory was pruned in place.
         layers: the pruned ones.
         left_dense: all other linear weights of the model, and why they were not pruned.
         grid: what the survivors were rounded to, in words; None if they were not.
@@ -59,7 +63,7 @@ class PruneResult:
     peak_memory_bytes: int
     calibration_fingerprint: str | None = None
     grid: str | None = None
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     @property
     def nonzeros(self) -> int:
@@ -105,181 +109,281 @@ def prune(
         resources: how much memory to take, and whether the model stays on disk.
         resume: go on with an interrupted run; it must be one of the same settings. None: go on if it is.
         dtype: to compute in, see `ComputeSettings`; the folder keeps the checkpoint's own.
-        device: where to compute.
         force: replace an existing folder.
+    """
+    start, resources = time.perf_counter(), resources or ResourceSettings()
+    texts = [source.folder, *tasks.files_of(calibration.dataset)]
+    with outputs.reserved(output, force, texts, ranks.is_first_started()):
+        budgets = _checked(source, settings, calibration, dtype, device)
+        device = ranks.device_of_rank(loading.choose_device(device))
+        processor, task = loading.load_processor(source), loading.task_of(source)
+        before = _pruned_before(source)
+        for note in before:
+            progress.say(f"note: {note}")
+        samples: list[Sample] = []
+        if settings.needs_text:
+            progress.say(f"reading {calibration.dataset} …")
+            size = calibration.samples, calibration.sequence_length, calibration.seed
+            samples = task.calibration(processor, loading.config_of(source), calibration.dataset, *size)
+        read = fingerprint(samples) if samples else None
+        with peak_memory(device) as memory, ranks.joined(device) as group:
+            _check_ranks(settings, group)
+            dtype, products = planning.choose_dtypes(dtype, source, settings, device, group)
+            bytes_of = Size(source, dtype, settings, calibration)
+            placement = planning.choose_placement(bytes_of, resources, settings, device, group)
+            own = [on_device(sample, device) for sample in group.share(samples)] if samples else []
+            plan = Plan(settings, task, own, budgets, torch.device(device), products, placement, group)
+            identity = {
+                "model": source.fingerprint,
+                "settings": settings.model_dump(mode="json"),
+                "calibration": {**calibration.model_dump(mode="json"), "fingerprint": read} if samples else None,
+                "dtype": dtype,
+                "products": products if settings.fits_blocks else None,
+                "device": plan.device.type,
+                "processes": group.size,
+                "version": __version__,
+            }
+            run = RunFolder(run_folder.path_of(output), identity, resume, group)
+            for name in run.damaged:
+                progress.say(f"{name} of the interrupted run is damaged; its work is done again")
+            with kept_where_resuming_helps(run, "finished blocks", resume, progress):
+                needed = bytes_of.on_disk(settings, placement, run.bytes)
+                outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
+                place = "on disk, a block at a time in memory" if placement.offload else "in memory"
+                does = "resuming" if run.resumed else "pruning"
+                progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
+                if samples and not progress.quiet:
+                    progress.say(planning.estimate(source, plan, dtype, calibration))
+                walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
+                # The others are done: they do not wait for the first, which may save for longer than they may wait.
+                if group.is_first:
+                    progress.say("saving …")
+                    written = saving.Written(source, output, force, processor, identity)
+                    layers = saving.save(written, run, walked, checkpoint, plan, progress)
+                    walked = replace(walked, layers=layers)
+                run.remove()
+    return _result(str(output), plan, calibration, walked, start, memory.peak_bytes, read, before)
+
+
+def prune_in_place(
+    model: Any, processor: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
+) -> PruneResult:
+    """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode.
+
+    Args:
+        processor: for the calibration data; may be None for a method that needs none.
+    """
+    start, samples = time.perf_counter(), list[Sample]()
+    if settings.needs_text:
+        task = tasks.task_of(type(model))
+        if processor is None:
+            raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
+        task.check_processor(processor)
+        if task.generates:
+            check_positions(type(model).__name__, model.config.to_dict(), calibration.sequence_length)
+        size = calibration.samples, calibration.sequence_length, calibration.seed
+        samples = task.calibration(processor, model.config, calibration.dataset, *size)
+    model.eval()
+    own = [on_device(sample, model.device) for sample in samples]
+    with peak_memory(str(model.device)) as memory, unfused(model):
+        if calibration.experts == "all":
+            run_all_(model)
+        plan, walked = _prune_in_place(model, own, settings, progress)
+    read = fingerprint(samples) if samples else None
+    return _result(None, plan, calibration, walked, start, memory.peak_bytes, read)
+
+
+def prune_(
+    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
+) -> dict[str, LayerResult]:
+    """Prune a model in memory, in place, and return {layer name: what became of it}.
+
+    Args:
+        model: in eval mode; its class says what it is for.
+        samples: of its task, on its device; may be empty for a method that needs no text.
+    """
+    with unfused(model):
+        return _prune_in_place(model, samples, settings, progress)[1].layers
+
+
+def _prune_in_place(
+    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
+) -> tuple[Plan, Walked]:
+    weights = ResidentWeights(model)
+    device = next(model.parameters()).device
+    planning.check_float16(str(model.dtype).removeprefix("torch."), settings, str(device))
+    memory = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+    plan = Plan(
+        settings=settings,
+        task=tasks.task_of(type(model)),
+        samples=samples,
+        budgets=uniform_budgets(model, settings),
+        device=device,
+        products=ranks.faster_dtype(str(device), Ranks()),
+        placement=Placement(offload=False, states=memory, by_sample=False),
+        ranks=Ranks(),
+    )
+    with _scratch_folder() as folder:
+        run = RunFolder(folder / "run", {}, resume=False, ranks=plan.ranks)
+        return plan, Walk(plan, weights, run, StatePool(run.states, memory, device), progress).prune_()
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for the gradients and the pruned weights of blocks.
 
     Raises:
-        GblmError: of the kind that says what is wrong.
+        OutputError: the disk does not take them.
     """
-    with outputs.reserved(
-        output, force, [source.folder, *tasks.files_of(calibration.dataset)], ranks.is_first_started()
-    ):
-        return _prune(
-            source,
-            output,
-            settings,
-            calibration,
-            resources or ResourceSettings(),
-            resume,
-            dtype,
-            device,
-            force,
-            progress,
-        )
+    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+        try:
+            yield Path(folder)
+        except (OSError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise OutputError(
+                f"{folder!r} cannot be written ({getattr(error, 'strerror', None) or error}); gradients and pruned "
+                "weights are kept there meanwhile: make room, or name another folder in TMPDIR"
+            ) from error
 
 
-def _prune(
-    source: ModelSource,
-    output: Path,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    resources: ResourceSettings,
-    resume: bool | None,
-    dtype: str,
-    device: str,
-    force: bool,
-    progress: Progress,
-) -> PruneResult:
-    start = time.perf_counter()
+def _walk(
+    source: ModelSource, plan: Plan, run: RunFolder, dtype: str, all_experts: bool, progress: Progress
+) -> tuple[Walked, Checkpoint]:
+    """Prune every block and leave it finished in the run folder. The model is released at the end."""
+    weights: Weights
+    if plan.placement.offload:
+        weights = StreamedWeights(source, loading.load_skeleton(source, dtype), str(plan.device))
+    else:
+        weights = ResidentWeights(loading.load_model(source, dtype, str(plan.device)))
+    if plan.samples and all_experts:
+        run_all_(weights.model)
+    checkpoint = saving.stored(source, weights.model, plan.budgets)
+    pool = StatePool(run.states, plan.placement.states, plan.device)
+    return Walk(plan, weights, run, pool, progress).prune_(), checkpoint
+
+
+def _checked(
+    source: ModelSource, settings: PruneSettings, calibration: CalibrationSettings, dtype: str, device: str
+) -> dict[str, Budget]:
+    """The budgets of the layers, unless something makes the run impossible.
+
+    Raises:
+        GblmError: all faults at once.
+    """
     loading.check_model(source, "prune")
+    budgets: list[dict[str, Budget]] = []
     looks: list[Callable[[], object]] = [
-        partial(loading.choose_device, device),
-        lambda: skeleton_budgets(loading.load_skeleton(source), settings),
+        lambda: planning.check_float16(dtype, settings, loading.choose_device(device)),
+        lambda: budgets.append(uniform_budgets(loading.load_skeleton(source), settings)),
     ]
-    if "fit_dtype" in settings.read and settings.fit_dtype != "auto":
-        looks.append(partial(dtype_for_fits, dtype, settings, asked=True))
-    if settings.guidance:
-        looks.append(lambda: check_guidance(loading.load_skeleton(source)))
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
         looks.append(partial(loading.task_of(source).data_files, calibration.dataset))
         if calibration.experts == "all":
             looks.append(lambda: run_all_(loading.load_skeleton(source)))
     errors.raise_all(errors.collect(looks))
-    device = ranks.device_of_rank(loading.choose_device(device))
-    processor = loading.load_processor(source)
-    before = pruned_before(source)
-    for note in before:
-        progress.say(f"note: {note}")
-    samples = _calibration_samples(source, processor, calibration, progress) if settings.needs_text else []
-    fingerprint = fingerprint_of(samples) if samples else None
-    with peak_memory(device) as memory, ranks.joined(device) as group:
-        _check_ranks(settings, group)
-        asked, dtype = dtype != "auto", _choose_dtype(dtype, source, device, group)
-        if "fit_dtype" in settings.read:
-            settings = with_fit_dtype(settings, device, group)
-            dtype = dtype_for_fits(dtype, settings, asked=asked)
-        size = Size(source, dtype, settings, calibration)
-        placement = choose_placement(size, resources, settings, device, group)
-        identity = {
-            "model": source.fingerprint,
-            "settings": settings.model_dump(mode="json"),
-            "calibration": {**calibration.model_dump(mode="json"), "fingerprint": fingerprint} if samples else None,
-            "dtype": dtype,
-            "device": device.partition(":")[0],
-            "processes": group.size,
-            "version": __version__,
-        }
-        run = RunFolder(run_folder.path_of(output), identity, resume, group)
-        for name in run.damaged:
-            progress.say(f"{name} of the interrupted run is damaged; its work is done again")
-        with kept_where_resuming_helps(run, "finished blocks", resume, progress):
-            check_disk(run, size, settings, placement)
-            place = "on disk, a block at a time in memory" if placement.offload else "in memory"
-            progress.say(f"{'resuming' if run.resumed else 'pruning'} {source.name} in {dtype} on {device}, {place} …")
-            walked = _walk(source, settings, calibration, samples, run, placement, dtype, device, group, progress)
-            layers = walked.layers
-            # The others are done: they do not wait for the first, which may save for longer than they may wait.
-            if group.is_first:
-                progress.say("saving …")
-                layers = saving.save(
-                    source, output, run, walked, settings, processor, identity, force, placement, progress
-                )
-            run.remove()
-    seconds = time.perf_counter() - start
-    return PruneResult(
-        folder=str(output),
-        layers=layers,
-        left_dense=walked.left_dense,
-        seconds=seconds,
-        peak_memory_bytes=memory.peak_bytes,
-        calibration_fingerprint=fingerprint,
-        grid=settings.grid,
-        warnings=(*before, *closing_notes(settings, calibration, layers, walked, seconds, placement, group)),
-    )
-
-
-def _walk(
-    source: ModelSource,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    samples: list[Sample],
-    run: RunFolder,
-    placement: Placement,
-    dtype: str,
-    device: str,
-    group: Ranks,
-    progress: Progress,
-) -> Walked:
-    """Prune every block and leave it finished in the run folder. The model is released at the end."""
-    weights: Weights
-    if placement.offload:
-        weights = StreamedWeights(source, loading.load_skeleton(source, dtype), device)
-    else:
-        weights = ResidentWeights(loading.load_model(source, dtype, device))
-    if samples and calibration.experts == "all":
-        run_all_(weights.model)
-    check_stored(source, weights.model, settings)
-    walk = Walk(
-        weights=weights,
-        task=loading.task_of(source),
-        samples=[on_device(sample, device) for sample in group.share(samples)] if samples else [],
-        settings=settings,
-        run=run,
-        pool=StatePool(run.states, placement.states, torch.device(device)),
-        progress=progress,
-        ranks=group,
-        by_sample=placement.by_sample,
-    )
-    layers = walk.prune_()
-    budgets = run.budgets or {}
-    exceptions = frozenset(name for name, budget in budgets.items() if budget.pattern.name == DENSE)
-    left_dense = left_dense_of(walk.weights.model, settings, layers, budgets)
-    whole = run.blocks < len(weights.blocks)
-    return Walked(layers, left_dense, exceptions, run.blocks, whole, checkpoint_of(source, weights.model))
-
-
-def _choose_dtype(requested: str, source: ModelSource, device: str, group: Ranks) -> str:
-    """As everywhere, but for a bfloat16 checkpoint on a CPU "auto" is what the CPUs of all ranks multiply faster."""
-    if requested == "auto" and device == "cpu" and loading.stored_dtype(source) == "bfloat16":
-        return faster_dtype(device, group)
-    return loading.choose_dtype(requested, source, device)
+    return budgets[0]
 
 
 def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
     """Raises:
-    UsageError: what is asked for does not run on several processes.
+    UsageError: the fit does not run on several processes.
     """
-    if group.size > 1 and (settings.fits_blocks or settings.distillation_epochs):
+    if group.size > 1 and settings.fits_blocks:
         raise UsageError(
-            "reconstruct and distillation take one step of Adam after the other and do not run on several processes; "
+            f"fit {settings.fit} takes one step of Adam after the other and does not run on several processes; "
             "choose --fit fast, or run one process"
         )
 
 
-def check_guidance(model: Any) -> None:
-    """Raises:
-    UsageError: layers of the model do not read all tokens.
-    """
-    if experts_of(model):
-        raise UsageError(
-            "guidance weighs tokens, and nothing says which of them an expert of this model gets; leave guidance out"
+def _result(
+    folder: str | None,
+    plan: Plan,
+    calibration: CalibrationSettings,
+    walked: Walked,
+    start: float,
+    peak: int,
+    read: str | None,
+    before: Sequence[str] = (),
+) -> PruneResult:
+    seconds = time.perf_counter() - start
+    return PruneResult(
+        folder=folder,
+        layers=walked.layers,
+        left_dense=walked.left_dense,
+        seconds=seconds,
+        peak_memory_bytes=peak,
+        calibration_fingerprint=read,
+        grid=plan.settings.grid,
+        warnings=(*before, *_notes(plan, calibration, walked, seconds)),
+    )
+
+
+def _pruned_before(source: ModelSource) -> list[str]:
+    """What to say about a source that this program has pruned already."""
+    if not manifest.is_pruned(source.folder):
+        return []
+    layers = manifest.read(source.folder).get("layers", {}).values()
+    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
+    patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
+    return [
+        f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
+        "sparsity does nothing: prune the dense model to change method or pattern"
+    ]
+
+
+def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds: float) -> list[str]:
+    """What a user should know of settings and model beside the result."""
+    notes, settings, layers = [], plan.settings, walked.layers
+    size = (calibration.samples, calibration.sequence_length)
+    if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
+        notes.append(
+            f"alpha = {settings.alpha:g} weighs gradients against activations as published only at 128 samples of "
+            f"2048 tokens; here it is {calibration.samples} of {calibration.sequence_length} "
+            "(alpha_scale: normalised, in a recipe, keeps its meaning)"
         )
+    if walked.whole:
+        notes.append(
+            "the blocks of this architecture repeat, share weights or pass more on than hidden states, so that all "
+            "layers were measured in the dense model at once"
+        )
+    if few := [name for name, layer in layers.items() if layer.by_magnitude]:
+        notes.append(
+            f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
+            f"magnitude, first {few[0]} (more --samples reach more experts; calibration.experts: all, in a recipe, "
+            "sends every token to all of them)"
+        )
+    dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
+    weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense
+    uniform = weights * (1 - settings.uniform_budget.sparsity)
+    extra = sum(layer.nonzeros for layer in layers.values()) + dense - uniform
+    if settings.overrides and extra > 0:
+        notes.append(
+            f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
+            f"({100 * extra / uniform:.1f} %)"
+        )
+    better = better_fit(settings, several=plan.ranks.size > 1, offload=plan.placement.offload)
+    cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0
+    if cost > 1:
+        notes.append(
+            f"--fit {better} fits the surviving weights further and gives a better model at the same size; it takes "
+            f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
+        )
+    return notes
 
 
-def _calibration_samples(
-    source: ModelSource, processor: Any, calibration: CalibrationSettings, progress: Progress
-) -> list[Sample]:
-    progress.say(f"reading {calibration.dataset} …")
-    size = calibration.samples, calibration.sequence_length, calibration.seed
-    return loading.task_of(source).calibration(processor, loading.config_of(source), calibration.dataset, *size)
+def better_fit(settings: PruneSettings, several: bool = False, offload: bool = False) -> str | None:
+    """The next fit that does more for the survivors than that of these settings; None if none does.
+
+    Args:
+        several: whether the run is on several processes.
+        offload: whether the model stays on disk.
+    """
+    fit = FITS[settings.fit]
+    if several:
+        return None if fit.moves else "fast"
+    if fit.fits_block:
+        return None if fit.fits_model or offload else "best"
+    return "balanced"

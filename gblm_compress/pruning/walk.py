@@ -1,15 +1,15 @@
 """The walk over a model that prunes it: backward once for the gradients, then forward, block by block.
 
     gradients of the dense model ─┐
-    for each block:               ├─► score ─► mask ─► zeros, update ─► the block's output feeds the next
+    for each block:               ├─► score ─► mask ─► zeros, fit ─► the block's output feeds the next
       statistics of the block  ───┘
     all survivors at once: distillation, if asked for
 
-It is one walk whether the model is in memory or on disk (`block_weights`), on one process or several (`ranks`), from
-the start or from where an interrupted run ended (`run_folder`).
+It is one walk whether the model is in memory or on disk (`calibration.weights`), on one process or several (`ranks`),
+from the start or from where an interrupted run ended (`run_folder`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,28 +17,55 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.block_calls import BlockCalls
+from gblm_compress.calibration.block_statistics import layer_statistics
 from gblm_compress.calibration.block_weights import Weights
 from gblm_compress.calibration.blocks import Block, BlockReplay
-from gblm_compress.calibration.gradients import Wanted, gradient_norms, token_weights
+from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.calibration.whole_calls import WholeCalls, calls_of
-from gblm_compress.errors import ModelError
-from gblm_compress.methods.allocation import ALLOCATIONS, Budget
+from gblm_compress.calibration.whole_calls import calls_of
+from gblm_compress.methods.allocation import ALLOCATIONS, Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
+from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import check_finite
-from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.block_pruning import LayerResult, layer_result, prune_block_
-from gblm_compress.pruning.budgeting import budgets as layer_budgets
-from gblm_compress.pruning.budgeting import uniform_budgets
+from gblm_compress.pruning.block_pruning import LayerResult, Target, layer_result, prune_block_
+from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.settings import PruneSettings
-from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.training.distillation import distil_
 from gblm_compress.training.distillation import predictions as dense_predictions
+
+UNSEEN = "never ran on the calibration text"
+Layers = list[dict[str, nn.Module]]  # of each block, by full name
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
+
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Walked:
+    """The outcome of a walk.
+
+    Attributes:
+        layers: the pruned ones.
+        left_dense: all other linear weights of the model, and why they were not pruned.
+        exceptions: the layers among them that an exception or the allocation decided about.
+        blocks: how many were pruned one after the other.
+        whole: whether all blocks of the model were pruned as one.
+    """
+
+    layers: dict[str, LayerResult]
+    left_dense: dict[str, LeftDense]
+    exceptions: frozenset[str]
+    blocks: int
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -47,102 +74,103 @@ class Walk:
 
     Attributes:
         weights: the dense model; in memory it is pruned in place.
-        task: what the model is for.
-        samples: those of this process; may be empty for a method that needs no text.
-        settings: what to prune and how.
         run: where finished work is kept; what is there already is not done again.
         pool: where hidden states are kept.
-        ranks: the processes that share the samples.
-        by_sample: in which order gradients are measured, see `gradients`; nothing else depends on it.
     """
 
+    plan: Plan
     weights: Weights
-    task: Task
-    samples: Sequence[Sample]
-    settings: PruneSettings
     run: RunFolder
     pool: StatePool
     progress: Progress
-    ranks: Ranks
-    by_sample: bool = False
 
-    def prune_(self) -> dict[str, LayerResult]:
+    def prune_(self) -> Walked:
         """Prune every block and leave it finished in the run folder.
-
-        Returns:
-            {layer name: what became of it}.
 
         Raises:
             ModelError: a value is NaN or infinite, or the architecture is not supported.
-            UsageError: a width does not divide by M, or a name pattern matches nothing.
         """
+        settings, model, blocks = self.plan.settings, self.weights.model, len(self.weights.blocks)
+        layers = prunable_layers(model, settings.ignore)
+        self._check_finite(layers)
         with chunked_attention():
-            return self._prune_()
+            if settings.needs_text:
+                weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
+                results = replace(self, weights=weights)._with(calls, weights.per_block(layers))
+            else:
+                results = self._with(None, layers)
+        budgets = self.run.budgets or {}
+        dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
+        reasons = dict.fromkeys(dense, "left dense by an exception or the allocation")
+        left_dense = {
+            name: LeftDense(count, reason or reasons.get(name, UNSEEN))
+            for name, count, reason in linear_weights(model, settings.ignore)
+            if name not in results
+        }
+        return Walked(results, left_dense, frozenset(dense), self.run.blocks, self.run.blocks < blocks)
 
-    def _prune_(self) -> dict[str, LayerResult]:
-        settings = self.settings
-        layers = prunable_layers(self.weights.model, settings.targets, settings.ignore)
-        self._check(layers)
-        if not settings.needs_text:
-            return self._with(None, layers)
-        weights, calls = calls_of(self.weights, self.task, self.samples)
-        if settings.guidance and isinstance(calls, WholeCalls):
-            raise ModelError("guidance is for models whose blocks run one by one, and these do not; leave it out")
-        return replace(self, weights=weights)._with(calls, weights.per_block(layers))
+    def _check_finite(self, layers: Layers) -> None:
+        """Before the minutes of calibration begin."""
+        for index, block in enumerate(layers):
+            with self.weights.block(index):
+                for name, layer in block.items():
+                    check_finite(name, "weights", weight_matrix(layer).detach())
 
-    def _with(self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]]) -> dict[str, LayerResult]:
-        settings = self.settings
-        if settings.runs_backward:
+    def _with(self, calls: BlockCalls | None, layers: Layers) -> dict[str, LayerResult]:
+        plan, run = self.plan, self.run
+        if plan.settings.needs_gradients:
             assert calls is not None
-            self._measure_gradients(calls, layers)
-        budgets = self.run.budgets
+            gradient_norms(
+                self.weights,
+                calls,
+                layers,
+                plan.settings.gradient_norm,
+                self.pool,
+                run.save_gradients,
+                self.progress,
+                plan.ranks,
+                skip=frozenset(index for index in range(len(layers)) if run.has_gradients(index)),
+                by_sample=plan.placement.by_sample,
+            )
+        budgets = run.budgets
         if budgets is None:
-            budgets = self.run.budgets = layer_budgets(layers, settings, self._dense_blocks(calls))
+            budgets = run.budgets = self._budgets(calls, layers)
         layers = [
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
         predictions = []
-        if settings.distillation_epochs and not self.run.distilled:
-            predictions = dense_predictions(self.weights.model, self.task, self.samples, self.progress)
+        if plan.settings.fits_model and not run.distilled:
+            predictions = dense_predictions(self.weights.model, plan.task, plan.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
             pruned = [{name: layer for name, layer in block.items() if name in results} for block in layers]
             results = self._distil_(pruned, budgets, predictions)
         return results
 
-    def _check(self, layers: list[dict[str, nn.Module]]) -> None:
-        """Find every reason not to start before the minutes of calibration begin."""
-        uniform_budgets({name: layer for block in layers for name, layer in block.items()}, self.settings)
-        for index, block in enumerate(layers):
-            with self.weights.block(index):
-                for name, layer in block.items():
-                    check_finite(name, "weights", weight_matrix(layer).detach())
+    def _budgets(self, calls: BlockCalls | None, layers: Layers) -> dict[str, Budget]:
+        """How much each layer keeps: what the settings ask for, spread by the allocation."""
+        settings, uniform = self.plan.settings, self.plan.budgets
+        free = [{name: layer for name, layer in block.items() if not settings.is_exception(name)} for block in layers]
+        if not any(free):
+            return uniform
+        blocks = self._dense_blocks(calls, free)
+        densities = ALLOCATIONS[settings.allocation].densities(blocks, 1 - settings.uniform_budget.sparsity)
+        if not densities:
+            return uniform
+        sizes = {name: weight_matrix(layer).numel() for block in free for name, layer in block.items()}
+        return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities)
 
-    def _measure_gradients(self, calls: BlockCalls, layers: list[dict[str, nn.Module]]) -> None:
-        known = frozenset(index for index in range(len(layers)) if self.run.has_gradients(index))
-        gradient_norms(
-            self.weights,
-            calls,
-            layers,
-            Wanted(self.settings.gradient_norm if self.settings.needs_gradients else None, self.settings.guidance > 0),
-            self.pool,
-            self.run.save_gradients,
-            self.progress,
-            self.ranks,
-            skip=known,
-            by_sample=self.by_sample,
-        )
-
-    def _dense_blocks(self, calls: BlockCalls | None) -> Iterator[tuple[Block | None, dict[str, Tensor]]]:
-        """Every block of the dense model, for the allocation; measured only if it asks."""
-        replay = None
-        if ALLOCATIONS[self.settings.allocation].needs & Need.BLOCKS:
+    def _dense_blocks(self, calls: BlockCalls | None, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
+        """Every block of the dense model, measured as the allocation asks for."""
+        allocation, replay = ALLOCATIONS[self.plan.settings.allocation], None
+        if allocation.needs & Need.BLOCKS:
             assert calls is not None
-            replay = BlockReplay(calls, self.weights, self.pool, self.ranks)
-        blocks = range(len(self.weights.blocks))
-        for index in self.progress.track(blocks, f"allocation ({self.settings.allocation})", "blocks"):
+            replay = self._replay(calls)
+        what = f"allocation ({self.plan.settings.allocation})"
+        for index in self.progress.track(range(len(layers)), what, "blocks"):
             with self.weights.block(index):
-                yield replay.block(index) if replay else None, self._gradients(index)
+                block = replay.block(index) if replay else None
+                yield _measured(block, layers[index], self._gradients(index), allocation.needs)
                 if replay:
                     replay.advance(index)
         if replay:
@@ -151,30 +179,23 @@ class Walk:
     def _gradients(self, index: int) -> dict[str, Tensor]:
         return {name: norms.to(self.pool.device) for name, norms in self.run.gradients(index).items()}
 
-    def _guided(self, block: Block, index: int) -> Block:
-        """The block with weights of its tokens, where the settings ask for them."""
-        weights = {
-            name: self.ranks.share(list(token_weights(felt.to(self.pool.device), self.settings.guidance)))
-            for name, felt in self.run.felt(index).items()
-        }
-        return replace(block, token_weights=weights)
+    def _replay(self, calls: BlockCalls) -> BlockReplay:
+        return BlockReplay(calls, self.weights, self.pool, self.plan.ranks)
 
     def _prune_blocks_(
-        self, calls: BlockCalls | None, layers: list[dict[str, nn.Module]], budgets: dict[str, Budget]
+        self, calls: BlockCalls | None, layers: Layers, budgets: dict[str, Budget]
     ) -> dict[str, LayerResult]:
-        settings, run = self.settings, self.run
+        settings, run = self.plan.settings, self.run
         replay = dense = None
         if settings.needs_blocks:
             assert calls is not None
-            replay = BlockReplay(calls, self.weights, self.pool, self.ranks)
-            if settings.fits_blocks:
-                dense = BlockReplay(calls, self.weights, self.pool, self.ranks)
+            replay = self._replay(calls)
+            dense = self._replay(calls) if settings.fits_blocks else None
         results: dict[str, LayerResult] = {}
-        # What goes into a block is needed as long as a block from there on is still to be pruned.
+        # The input of a block is needed as long as a block from there on is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = calls.tokens if calls else 0
-        blocks = range(len(layers))
-        for index in self.progress.track(blocks, f"pruning ({settings.method})", "blocks", tokens=tokens):
+        for index in self.progress.track(range(len(layers)), f"pruning ({settings.method})", "blocks", tokens=tokens):
             with self.weights.block(index):
                 if dense and index <= last:
                     dense.advance(index)
@@ -184,42 +205,32 @@ class Walk:
                     found = {name: layer for name, layer in layers[index].items() if name in known}
                     results |= self._results(found, budgets)
                 else:
+                    block = replay.block(index) if replay else None
+                    target = Target(dense.hidden, self.plan.products) if dense else None
                     pruned, grids = prune_block_(
-                        self._guided(replay.block(index), index) if replay else None,
-                        layers[index],
-                        self._gradients(index),
-                        settings,
-                        budgets,
-                        dense.hidden if dense else (),
+                        block, layers[index], self._gradients(index), settings, budgets, target
                     )
+                    run.finish(index, _weights({name: layers[index][name] for name in pruned}), grids, pruned)
                     results |= pruned
-                    by_magnitude = [name for name, result in pruned.items() if result.by_magnitude]
-                    errors = {
-                        name: result.output_error for name, result in pruned.items() if result.output_error is not None
-                    }
-                    kept = _weights({name: layers[index][name] for name in pruned})
-                    run.finish(index, kept, grids, by_magnitude, errors)
                 if replay and index < last:
                     replay.advance(index)
         return results
 
-    def _distil_(
-        self, layers: list[dict[str, nn.Module]], budgets: dict[str, Budget], predictions: list[Tensor]
-    ) -> dict[str, LayerResult]:
+    def _distil_(self, layers: Layers, budgets: dict[str, Budget], predictions: list[Tensor]) -> dict[str, LayerResult]:
         pruned = {name: layer for block in layers for name, layer in block.items()}
         on: dict[str, Grid] = {}
         for block in range(len(layers)):
-            for name, grid in self.run.grids(block, self.settings.columns_of_a_scale).items():
+            for name, grid in self.run.grids(block, self.plan.settings.columns_of_a_scale).items():
                 on[name] = grid.to(pruned[name].weight.device)
         _, grids = distil_(
             self.weights.model,
             pruned,
-            self.task,
-            self.samples,
+            self.plan.task,
+            self.plan.samples,
             predictions,
-            epochs=self.settings.distillation_epochs,
-            rate=self.settings.distillation_rate,
-            compute=self.settings.fit_dtype,
+            epochs=MODEL_EPOCHS,
+            rate=MODEL_RATE,
+            compute=self.plan.products,
             progress=self.progress,
             grids=on,
         )
@@ -232,6 +243,14 @@ class Walk:
             name: layer_result(layer, budgets[name], name in by_magnitude, errors.get(name))
             for name, layer in layers.items()
         }
+
+
+def _measured(
+    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
+) -> Iterator[DenseLayer]:
+    statistics = layer_statistics(block, layers, gradients, needs)
+    for name, layer in layers.items():
+        yield DenseLayer(name, weight_matrix(layer).detach().float(), statistics[name])
 
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from gblm_compress import __version__, errors
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.products import with_fit_dtype
-from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.mask_rules import MASK_RULES
@@ -186,7 +185,7 @@ def _recover(
     """The training, once its folder is written; and the seconds of the runs that it went on from."""
     if settings.batch < group.size:
         raise UsageError(f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more")
-    settings = with_fit_dtype(settings, device, group)
+    settings = _with_dtype(settings, device, group)
     task, processor = loading.task_of(source), loading.load_processor(source)
     progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
     windows = windows_of(task, processor, loading.config_of(source), settings)
@@ -279,7 +278,7 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     survivors = sum(layer["nonzeros"] for layer in content["layers"].values())
     processes = ranks.processes_here()
     here = loading.choose_device(device)
-    each = bytes_a_weight(with_fit_dtype(settings, here, Ranks()), survivors / weights, processes)
+    each = bytes_a_weight(_with_dtype(settings, here, Ranks()), survivors / weights, processes)
     needed = processes * (each * weights + teacher.bytes_on_disk)
     free = psutil.virtual_memory().available
     if here == "cpu" and needed > free:
@@ -300,3 +299,10 @@ def _budget(layer: dict[str, Any]) -> Budget:
     (rows, columns), pattern = layer["shape"], Pattern(layer["pattern"])
     zeros = rows * columns - layer["nonzeros"] + 0.5 * (rows if pattern.name == UNSTRUCTURED else 1)
     return Budget(pattern, zeros / (rows * columns))
+
+
+def _with_dtype(settings: RecoverSettings, device: str, group: Ranks) -> RecoverSettings:
+    """The settings, with "auto" as dtype of products replaced by its meaning here."""
+    if settings.fit_dtype != "auto":
+        return settings
+    return settings.model_copy(update={"fit_dtype": faster_dtype(device, group)})

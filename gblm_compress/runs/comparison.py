@@ -24,7 +24,7 @@ from gblm_compress.measure.evaluation import Reference
 from gblm_compress.models import finding, loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.budgeting import skeleton_budgets
+from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.pruning.stage import PruneResult, prune
 from gblm_compress.runs import charts, rows
 from gblm_compress.runs.job import Stage, carry_out
@@ -211,7 +211,7 @@ def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given:
     if found := errors.collect(looks) + evaluation.check([source], grid.evaluation, progress):
         return found
     skeleton = loading.load_skeleton(source)
-    return errors.collect(partial(skeleton_budgets, skeleton, method) for method in methods)
+    return errors.collect(partial(uniform_budgets, skeleton, method) for method in methods)
 
 
 def summarise(cells: list[Cell]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.budgeting import skeleton_budgets
+from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.runs.run_report import Outcome
 from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.settings.stages import WRITTEN
@@ -120,7 +120,7 @@ class Job:
         """
         if not self.here:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
-        budgets = skeleton_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
+        budgets = uniform_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
         return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
 
     @cached_property

@@ -18,7 +18,7 @@ from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.placement import Size
+from gblm_compress.pruning.planning import Size
 from gblm_compress.pruning.stage import prune
 from gblm_compress.recovery.stage import check_kind, check_mask, checkpoint_bytes, recover
 from gblm_compress.runs import comparison

@@ -9,15 +9,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
 from gblm_compress.methods.choices import Choice, Need, describe, readers
-from gblm_compress.methods.fits import FITS, PRESETS, describe_preset
+from gblm_compress.methods.fits import FITS, FitChoice
 from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantiser, columns_of_a_scale, grid_in_words
-from gblm_compress.methods.refinement import REFINEMENTS, Refinement
 from gblm_compress.methods.saliency import METHODS, Method
-from gblm_compress.methods.updates import UPDATES, Update
 from gblm_compress.settings.fields import (
     MANY,
-    FitDtype,
     Fraction,
     Panel,
     PatternName,
@@ -28,26 +25,28 @@ from gblm_compress.settings.fields import (
 
 REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "method": METHODS,
-    "refine": REFINEMENTS,
-    "update": UPDATES,
+    "fit": FITS,
     "allocation": ALLOCATIONS,
     "quantise": QUANTISERS,
 }
 """{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"method": "gblm", "gradient_norm": "l1", "alpha": 100.0, "alpha_scale": "published", "fit": "none"},
+    "sparsegpt": {"method": "obs", "fit": "obs"},
+}
+"""paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774."""
+
 if TYPE_CHECKING:  # a type checker cannot read a registry
     MethodName: TypeAlias = str
-    RefinementName: TypeAlias = str
     FitName: TypeAlias = str
-    UpdateName: TypeAlias = str
     AllocationName: TypeAlias = str
     PresetName: TypeAlias = str
     QuantiserName: TypeAlias = str
     Group: TypeAlias = str | int
 else:
     MethodName = Literal[*METHODS]
-    RefinementName = Literal[*REFINEMENTS]
     FitName = Literal[*FITS]
-    UpdateName = Literal[*UPDATES]
     AllocationName = Literal[*ALLOCATIONS]
     PresetName = Literal[*PRESETS]
     QuantiserName = Literal[*QUANTISERS]
@@ -55,8 +54,11 @@ else:
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
-FITTED = frozenset(("update", "distillation_epochs"))  # what a fit stands for
-READ_BY_DISTILLATION = ("distillation_rate", "fit_dtype")
+
+
+def describe_preset(name: str) -> str:
+    """The keys that a preset sets, in words."""
+    return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
 
 
 def _number(value: Any) -> Any:
@@ -78,8 +80,7 @@ def _budget(pattern: str, sparsity: float | None) -> Budget:
 
 def _readers(key: str) -> str:
     """Who reads a key that not all combinations read, in words; empty for a key that all of them read."""
-    distillation = ["distillation_epochs above 0"] if key in READ_BY_DISTILLATION else []
-    return ", or ".join(readers(key, REGISTRIES) + distillation)
+    return ", or ".join(readers(key, REGISTRIES))
 
 
 class OverrideSettings(Settings):
@@ -88,6 +89,11 @@ class OverrideSettings(Settings):
     layers: str = Field(description="Shell-style pattern over full layer names.")
     pattern: PatternOrDense = Field("unstructured", description="As prune.pattern, or dense: left as it is.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
+
+    @property
+    def budget(self) -> Budget:
+        """What a layer that matches may keep."""
+        return _budget(self.pattern, self.sparsity)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -100,11 +106,11 @@ class PruneSettings(Settings):
 
     preset: PresetName | None = Field(
         None,
-        description="A procedure as published; stands for the keys that are not given. "
+        description="A paper's settings; your options override them. "
         + " ".join(f"{name}: {describe_preset(name)}." for name in PRESETS),
     )
     method: Annotated[MethodName, synonyms_of(METHODS)] = Field(
-        "gblm", description=f"What a weight is worth. {describe(METHODS)}."
+        "gblm", description=f"How weights are ranked. {describe(METHODS)}."
     )
     pattern: PatternName = Field(
         "unstructured",
@@ -120,7 +126,7 @@ class PruneSettings(Settings):
     alpha: Annotated[float, Panel.METHOD] = Field(
         100.0, ge=0, description=f"Weight of the gradient term, read with {_readers('alpha')}."
     )
-    alpha_scale: Annotated[AlphaScale, Panel.METHOD] = Field(
+    alpha_scale: Annotated[AlphaScale, Panel.NO_OPTION] = Field(
         "published",
         description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
         "published 128 samples of 2048 tokens.",
@@ -128,68 +134,22 @@ class PruneSettings(Settings):
     allocation: Annotated[AllocationName, Panel.METHOD] = Field(
         "uniform", description=f"How much each layer keeps. {describe(ALLOCATIONS)}."
     )
-    deviation: Annotated[float, Panel.METHOD] = Field(
-        0.08, gt=0, lt=1, description=f"How far a layer's density may move, read with {_readers('deviation')}."
-    )
-    refine: Annotated[RefinementName, Panel.METHOD] = Field(
-        "none", description=f"What happens to the mask. {describe(REFINEMENTS)}."
-    )
-    fit: FitName | None = Field(
-        "balanced",
-        description="What the surviving weights are fitted to; stands for update and "
-        f"distillation_epochs. {describe(FITS)}.",
-    )
-    update: Annotated[UpdateName, Panel.FIT] = Field(
-        "reconstruct", description=f"What happens to the survivors, instead of a fit. {describe(UPDATES)}."
+    fit: FitName = Field("balanced", description=f"What the surviving weights are fitted to. {describe(FITS)}.")
+    rounds: Annotated[int, Panel.FIT] = Field(
+        1,
+        ge=1,
+        le=MANY,
+        description=f"Number of fits of a block, read with {_readers('rounds')}. The mask is "
+        "chosen again before each but the first; pruned weights are updated too (Wanda++).",
     )
     quantise: QuantiserName = Field(
         "none",
-        description="Grid of the surviving weights, on which they are fitted and stored. " + f"{describe(QUANTISERS)}.",
+        description=f"Grid of the surviving weights, on which they are fitted and stored. {describe(QUANTISERS)}.",
     )
     group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
         None,
         description=f"Weights of a row that share a scale, read with {_readers('group')}: row, or so many neighbouring "
         f"columns; by default {_group_defaults()}.",
-    )
-    damping: Annotated[float, Panel.FIT] = Field(
-        0.01, gt=0, description=f"Damping in shares of the mean input power, read with {_readers('damping')}."
-    )
-    guidance: Annotated[float, Panel.FIT] = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="How much those tokens count in Gram matrices that the loss feels: the power of the squared "
-        f"gradient of what a layer gives for them; 0: all count alike. Read with {_readers('guidance')}.",
-    )
-    reconstruction_epochs: Annotated[int, Panel.FIT] = Field(
-        3, ge=1, le=MANY, description="Update reconstruct: passes over the samples, at most."
-    )
-    reconstruction_rounds: Annotated[int, Panel.FIT] = Field(
-        1,
-        ge=1,
-        le=MANY,
-        description="Update reconstruct: number of fits. After the first fit, the mask is re-chosen before each fit; "
-        "pruned weights are updated too.",
-    )
-    reconstruction_rate: Annotated[float, Panel.FIT] = Field(
-        0.007, gt=0, description="Update reconstruct: Adam's step in shares of a layer's root mean square weight."
-    )
-    distillation_epochs: Annotated[int, Panel.FIT] = Field(
-        0,
-        ge=0,
-        le=MANY,
-        description="Passes over the samples that fit all survivors to the dense model's predictions at the end.",
-    )
-    distillation_rate: Annotated[float, Panel.FIT] = Field(
-        0.0005, gt=0, description="Distillation: Adam's step, as reconstruction_rate."
-    )
-    fit_dtype: Annotated[FitDtype, Panel.FIT] = Field(
-        "auto",
-        description="Dtype of products in reconstruction and distillation; weights are always float32. float32 leaves "
-        "products in --dtype. auto: the one that the machine multiplies faster in.",
-    )
-    targets: Annotated[tuple[str, ...], Panel.METHOD] = Field(
-        ("*",), description="Shell-style patterns of the layers to prune."
     )
     ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field((), description="Patterns of the layers to leave alone.")
     overrides: Annotated[tuple[OverrideSettings, ...], Panel.METHOD] = Field(
@@ -199,30 +159,8 @@ class PruneSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = PRESETS.get(values["preset"], {}) if isinstance(values.get("preset"), str) else {}
-        if "fit" in preset:
-            preset = FITS[preset["fit"]].settings | preset
-        # A fit replaces what it stands for in the preset, and the other way round.
-        replaced = {"fit"} if FITTED & values.keys() else FITTED if values.get("fit") is not None else set()
-        values = {key: value for key, value in preset.items() if key not in replaced} | values
-        if FITTED & values.keys():
-            values.setdefault("fit", None)
-        fit = values.get("fit")
-        return FITS[fit].settings | values if isinstance(fit, str) and fit in FITS else values
-
-    @model_validator(mode="after")
-    def _check_fit(self) -> Self:
-        if self.fit is not None and (choice := FITS[self.fit]).settings != self.model_dump(include=set(FITTED)):
-            if self.update == choice.update and choice.distillation_epochs and self.distillation_epochs:
-                return self
-            stands = ", ".join(f"{key} {value}" for key, value in choice.settings.items())
-            raise ValueError(
-                f"fit {self.fit} is {stands}: it cannot be update {self.update} with {self.distillation_epochs} "
-                "epochs of distillation; give the fit, or the others without it"
-            )
-        return self
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
 
     @field_validator("pattern")
     @classmethod
@@ -235,12 +173,8 @@ class PruneSettings(Settings):
             raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
-    def _check_sparsity(self) -> Self:
+    def _check(self) -> Self:
         _budget(self.pattern, self.sparsity)
-        return self
-
-    @model_validator(mode="after")
-    def _check_all_is_read(self) -> Self:
         preset = PRESETS.get(self.preset or "", {})
         for name, field in type(self).model_fields.items():
             value, where = getattr(self, name), _readers(name)
@@ -249,15 +183,9 @@ class PruneSettings(Settings):
         return self
 
     @property
-    def choices(self) -> tuple[Method, Refinement, Update, Quantiser, Allocation]:
+    def choices(self) -> tuple[Method, FitChoice, Quantiser, Allocation]:
         """The entries of the registries that the names stand for."""
-        update, allocation = UPDATES[self.update], ALLOCATIONS[self.allocation]
-        return METHODS[self.method], REFINEMENTS[self.refine], update, self.quantiser, allocation
-
-    @property
-    def quantiser(self) -> Quantiser:
-        """What the surviving weights are rounded by."""
-        return QUANTISERS[self.quantise]
+        return METHODS[self.method], FITS[self.fit], QUANTISERS[self.quantise], ALLOCATIONS[self.allocation]
 
     @property
     def columns_of_a_scale(self) -> int | None:
@@ -272,14 +200,13 @@ class PruneSettings(Settings):
     @property
     def read(self) -> frozenset[str]:
         """Which of the keys that not all combinations read are read by this one."""
-        keys = {key for choice in self.choices for key in choice.keys}
-        return frozenset(keys.union(READ_BY_DISTILLATION) if self.distillation_epochs else keys)
+        return frozenset(key for choice in self.choices for key in choice.keys)
 
     @property
     def block_needs(self) -> Need:
         """What is measured of each block when it is pruned."""
-        method, refinement, update, quantiser, _ = self.choices
-        return method.needs | refinement.needs | update.needs | quantiser.needs
+        method, fit, quantiser, _ = self.choices
+        return method.needs | fit.needs | quantiser.needs
 
     @property
     def needs(self) -> Need:
@@ -292,11 +219,6 @@ class PruneSettings(Settings):
         return Need.GRADIENTS in self.needs
 
     @property
-    def runs_backward(self) -> bool:
-        """Whether the dense model runs backward, for the gradients of its weights or of tokens."""
-        return self.needs_gradients or self.guidance > 0
-
-    @property
     def needs_blocks(self) -> bool:
         """Whether the blocks are run one by one on the text while they are pruned."""
         return bool(self.block_needs & Need.BLOCKS) or self.fits_blocks
@@ -304,17 +226,22 @@ class PruneSettings(Settings):
     @property
     def needs_text(self) -> bool:
         """Whether the method looks at calibration text at all."""
-        return bool(self.needs) or self.needs_blocks or self.distillation_epochs > 0
+        return bool(self.needs) or self.needs_blocks or self.fits_model
 
     @property
     def updates(self) -> bool:
         """Whether survivors change their values."""
-        return UPDATES[self.update].moves or self.distillation_epochs > 0
+        return FITS[self.fit].moves
 
     @property
     def fits_blocks(self) -> bool:
         """Whether the survivors of each block are fitted together to its output."""
-        return UPDATES[self.update].fits_block
+        return FITS[self.fit].fits_block
+
+    @property
+    def fits_model(self) -> bool:
+        """Whether all survivors are fitted together to the dense model's predictions."""
+        return FITS[self.fit].fits_model
 
     def effective_alpha(self, samples: int, sequence_length: float) -> float:
         """The factor of the gradient term for a calibration of this size.
@@ -334,7 +261,7 @@ class PruneSettings(Settings):
         Raises:
             UsageError: an override matches none.
         """
-        overrides = tuple(Override(o.layers, _budget(o.pattern, o.sparsity)) for o in self.overrides)
+        overrides = tuple(Override(override.layers, override.budget) for override in self.overrides)
         return allocate(names, self.uniform_budget, overrides)
 
     @property

@@ -8,13 +8,11 @@ from pydantic import Field, ValidationError, create_model, field_validator, mode
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.allocation import ALLOCATIONS
-from gblm_compress.methods.fits import FITS, PRESETS
+from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.quantisation import QUANTISERS
-from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS
-from gblm_compress.methods.updates import UPDATES
 from gblm_compress.settings.fields import MANY, Memory, PatternName, Settings, closest, synonyms_of
-from gblm_compress.settings.prune import PruneSettings
+from gblm_compress.settings.prune import PRESETS, PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
     WRITTEN,
@@ -113,7 +111,7 @@ class CompareSettings(Settings):
         max_length=100,
         json_schema_extra={"uniqueItems": True},
         description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), "
-        "gblm+none, obs+best, wanda+swap+least-squares, gblm+owl, wanda+int4, …",
+        "gblm+none, obs+best, gblm+sensitivity, wanda+fast+int4, …",
     )
     patterns: tuple[PatternName, ...] = Field(
         ("2:4", "unstructured"),
@@ -144,29 +142,22 @@ class CompareSettings(Settings):
         first, *rest = method.split("+")
         if first not in (*PRESETS, *METHODS):
             known = ", ".join((*PRESETS, *METHODS))
-            if first in (*FITS, *UPDATES, *REFINEMENTS, *ALLOCATIONS, *QUANTISERS):
+            if first in (*FITS, *ALLOCATIONS, *QUANTISERS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
             elif close := closest(first, (*PRESETS, *METHODS), synonyms_of(METHODS)):
                 known += f"; did you mean {close!r}?"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}
-        parts: dict[str, Collection[str]] = {
-            "fit": FITS,
-            "update": UPDATES,
-            "refine": REFINEMENTS,
-            "allocation": ALLOCATIONS,
-            "quantise": QUANTISERS,
-        }
+        parts: dict[str, Collection[str]] = {"fit": FITS, "allocation": ALLOCATIONS, "quantise": QUANTISERS}
         for part in rest:
             key = next((key for key, names in parts.items() if part in names), None)
             if key is None:
                 raise ValueError(
-                    f"method {method!r}: {part!r} is no fit, update, refinement, allocation or grid, or the second of "
-                    "its kind; give for example wanda+swap+least-squares"
+                    f"method {method!r}: {part!r} is no fit, allocation or grid, or the second of its kind; give for "
+                    "example wanda+fast+int4"
                 )
             values[key] = part
-            for taken in ("fit", "update") if key in ("fit", "update") else (key,):
-                del parts[taken]
+            del parts[key]
         return PruneSettings(**values)
 
 

@@ -39,7 +39,7 @@ class ComputeSettings(Settings):
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
         description="Dtype to compute in. auto: the checkpoint's own on CUDA, float32 on a CPU; prune uses bfloat16 "
-        "for a bfloat16 checkpoint on a CPU that is faster at it.",
+        "for a bfloat16 checkpoint on a CPU that has it.",
     )
     device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
@@ -61,7 +61,7 @@ class CalibrationSettings(Settings):
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows, texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed for sampling.")
-    experts: Literal["routed", "all"] = Field(
+    experts: Annotated[Literal["routed", "all"], Panel.NO_OPTION] = Field(
         "routed",
         description="Mixtures of experts: measure each expert on the tokens that are routed to it, or on all tokens.",
     )
@@ -75,7 +75,7 @@ class ResourceSettings(Settings):
         description="Host memory to use, for example 4GiB; 80 % of the free memory if unset. Hidden states that do not "
         "fit are kept on disk, and so is the model when a CPU prunes it.",
     )
-    offload: Annotated[bool | None, Panel.RESOURCES] = Field(
+    offload: Annotated[bool | None, Panel.NO_OPTION] = Field(
         None, description="Keep the model on disk, and one block in memory; if unset, only when it does not fit."
     )
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.models.tiny import VOCABULARY, tiny_model
-from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
 from tests.scripts import loaded

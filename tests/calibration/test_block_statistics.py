@@ -1,14 +1,12 @@
 """Gram matrices and regional gradients against whole forward passes, one token and one sample at a time."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from gblm_compress.calibration.block_statistics import gram_matrices, regional_norms
 from gblm_compress.calibration.blocks import Block, activation_norms
 from gblm_compress.errors import ModelError
-from gblm_compress.methods.gram import activation_norms_of
+from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, replay, samples
@@ -45,36 +43,6 @@ def test_gram_is_the_sum_of_outer_products_token_by_token(kind: str) -> None:
     for name, gram in grams.items():
         torch.testing.assert_close(gram.double(), slow[name], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(activation_norms_of(gram, len(ids)), norms[name])
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_tokens_count_by_their_weights(padded: bool) -> None:
-    ids = samples()
-    weights = [torch.rand(24, generator=torch.Generator().manual_seed(place)) for place in range(len(ids))]
-    if padded:
-        mask = torch.ones(1, 24, dtype=torch.long)
-        mask[0, 20:] = 0
-        ids = [{**sample, "attention_mask": mask} for sample in ids]
-    block, layers = second_block("llama", ids)
-    own = {name: [weight + place for weight in weights] for place, name in enumerate(layers)}
-    grams = gram_matrices(replace(block, token_weights=own), layers)
-    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda module, args, name=name: inputs[name].append(args[0][0].double()))
-    for sample in range(len(ids)):
-        block.run(sample)
-    for name, gram in grams.items():
-        slow = torch.zeros(gram.shape, dtype=torch.float64)
-        for x, weight in zip(inputs[name], own[name], strict=True):
-            for token in range(20 if padded else 24):
-                slow += float(weight[token]) * torch.outer(x[token], x[token])
-        torch.testing.assert_close(gram.double(), slow, rtol=1e-4, atol=1e-3)
-
-
-def test_a_layer_that_reads_other_rows_than_tokens_has_no_weights_of_tokens() -> None:
-    block, layers = second_block("llama", samples())
-    with pytest.raises(ModelError, match=r"24 rows of a sample of 7 tokens, so that guidance cannot tell"):
-        gram_matrices(replace(block, token_weights=dict.fromkeys(layers, [torch.ones(7)] * 3)), layers)
 
 
 def test_layers_with_one_input_share_the_matrix() -> None:

@@ -77,11 +77,11 @@ def test_the_next_block_is_read_ahead_in_both_directions(tiny, monkeypatch) -> N
     "settings",
     [
         {"pattern": "2:4"},
-        {"method": "wanda", "pattern": "unstructured", "allocation": "owl"},
+        {"method": "wanda", "pattern": "unstructured", "allocation": "sensitivity"},
         {"method": "gradient", "allocation": "sensitivity"},
-        {"method": "regional", "update": "least-squares", "refine": "swap", "pattern": "2:4"},
+        {"method": "regional", "fit": "fast", "pattern": "2:4"},
         {"method": "magnitude"},
-        {"method": "obs", "update": "reconstruct", "reconstruction_epochs": 1, "pattern": "2:4"},
+        {"method": "obs", "fit": "balanced", "pattern": "2:4"},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )  # fmt: skip
@@ -89,7 +89,7 @@ def test_pruning_from_disk_gives_the_same_bytes(kind, settings, tiny, tmp_path, 
     folders = []
     for offload, memory in ((False, None), (True, 1)):  # with one byte of memory every hidden state is a file, too
         prune(
-            tiny(kind), tmp_path / str(offload), PruneSettings(**({"update": "none"} | settings)),
+            tiny(kind), tmp_path / str(offload), PruneSettings(**({"fit": "none"} | settings)),
             CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
             resources=ResourceSettings.model_construct(offload=offload, memory=memory), progress=progress,
         )  # fmt: skip

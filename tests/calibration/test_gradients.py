@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.block_calls import BlockCalls
 from gblm_compress.calibration.block_weights import ResidentWeights
-from gblm_compress.calibration.gradients import Wanted, gradient_norms, token_weights
+from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError
@@ -29,8 +29,8 @@ def norms_of(
     weights = ResidentWeights(model)
     found: dict[int, dict[str, Tensor]] = {}
     gradient_norms(
-        weights, BlockCalls(weights, CAUSAL_LM, ids), layers or prunable_layers(model), Wanted(norm),
-        pool or in_memory(), lambda index, norms, felt: found.update({index: norms}), Progress(quiet=True), Ranks(),
+        weights, BlockCalls(weights, CAUSAL_LM, ids), layers or prunable_layers(model), norm,
+        pool or in_memory(), lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(),
         skip, by_sample,
     )  # fmt: skip
     return found
@@ -138,71 +138,3 @@ def test_overflowing_gradients_name_the_layer(by_sample: bool) -> None:
     model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = float("inf")
     with pytest.raises(ModelError, match=r"model\.layers\.\d.*gradients are NaN or infinite.*--dtype float32"):
         norms_of(model, samples(), by_sample=by_sample)
-
-
-def felt_of(model, ids, norm=None, skip=frozenset(), by_sample=False) -> dict[int, dict[str, Tensor]]:
-    weights = ResidentWeights(model)
-    found: dict[int, dict[str, Tensor]] = {}
-
-    def save(index: int, norms: dict[str, Tensor], felt: dict[str, Tensor]) -> None:
-        assert bool(norms) == bool(norm)
-        found[index] = felt
-
-    gradient_norms(
-        weights, BlockCalls(weights, CAUSAL_LM, ids), prunable_layers(model), Wanted(norm, of_tokens=True), in_memory(),
-        save, Progress(quiet=True), Ranks(), skip, by_sample,
-    )  # fmt: skip
-    return found
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("norm", [None, "l2"])
-@pytest.mark.parametrize("by_sample", [False, True])
-def test_what_is_felt_of_tokens_is_that_of_plain_autograd(kind: str, norm: str | None, by_sample: bool) -> None:
-    model, ids = tiny_model(kind), samples()
-    found = felt_of(model, ids, norm, by_sample=by_sample)
-    assert list(found) == [1, 0]
-    got = found[0] | found[1]
-    given: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        def hook(module, args, output) -> None:
-            output.retain_grad()
-            given[name] = output
-
-        return hook
-
-    layers = all_layers(model)
-    for name, layer in layers.items():
-        layer.register_forward_hook(keep(name))
-    for place, sample in enumerate(ids):
-        model(**sample, labels=sample["input_ids"]).loss.backward()
-        for name in layers:
-            expected = given[name].grad.double().square().sum(-1).flatten()
-            assert expected.max() > 0
-            torch.testing.assert_close(got[name][place].double(), expected, rtol=1e-3, atol=1e-12)
-
-
-def test_what_is_felt_of_known_blocks_is_left_out() -> None:
-    model, ids = tiny_model("llama"), samples()
-    whole = felt_of(model, ids)
-    for by_sample in (False, True):
-        for left in (0, 1):
-            rest = felt_of(model, ids, skip=frozenset({1 - left}), by_sample=by_sample)
-            assert list(rest) == [left]
-            assert all(torch.equal(rest[left][name], whole[left][name]) for name in whole[left])
-
-
-def test_padding_is_not_felt() -> None:
-    model, ids = tiny_model("llama"), samples()
-    mask = torch.ones_like(ids[0]["input_ids"])
-    mask[0, 20:] = 0
-    for felt in felt_of(model, [{**sample, "attention_mask": mask} for sample in ids])[0].values():
-        assert not felt[:, 20:].any() and felt[:, :19].any(1).all()
-
-
-def test_weights_of_tokens() -> None:
-    felt = torch.tensor([[4.0, 16.0], [0.0, 1.0]])
-    assert torch.allclose(token_weights(felt, 0.5), torch.tensor([[2.0, 4.0], [0.0, 1.0]]) / (7 / 3))
-    assert torch.allclose(token_weights(felt, 1.0), torch.tensor([[4.0, 16.0], [0.0, 1.0]]) / 7)
-    assert torch.equal(token_weights(torch.zeros(1, 2), 0.5), torch.ones(1, 2))

@@ -19,7 +19,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
     return [
         "prune", str(source.folder), "-o", str(output), "--calibration", str(prose),
-        "--samples", "5", "--sequence-length", "32", "--update", "none", "--json", *more,
+        "--samples", "5", "--sequence-length", "32", "--fit", "none", "--json", *more,
     ]  # fmt: skip
 
 
@@ -34,19 +34,17 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
         ("torchrun", {"method": "gblm", "pattern": "2:4"}),
         ("forks", {"method": "regional", "pattern": "2:4"}),
         ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
-        ("forks", {"method": "obs", "guidance": "0.5"}),
     ],
-    ids=["gblm", "regional", "obs-sensitivity", "guided"],
+    ids=["gblm", "regional", "obs-sensitivity"],
 )
 def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose, progress) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-    guided = {"guidance": float(settings["guidance"])} if "guidance" in settings else {}
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
     done = torchrun("-m", "gblm_compress", *given) if start == "torchrun" else pair(*given)
     assert '"folder"' in done.stdout, done.stderr
     assert done.stdout.count('"folder"') == 1  # the first rank alone reports
     prune(
-        tiny("llama"), tmp_path / "one", PruneSettings(update="none", **{**settings, **guided}),
+        tiny("llama"), tmp_path / "one", PruneSettings(fit="none", **settings),
         CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32), progress=progress,
     )  # fmt: skip
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -105,8 +103,8 @@ def test_a_fault_of_one_rank_ends_all_with_its_message(failing, pair, tiny, tmp_
 
 
 def test_what_needs_one_process_or_more_samples_is_refused(pair, tiny, tmp_path, prose) -> None:
-    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose, "--update", "reconstruct"))
-    assert done.code == 1 and "do not run on several processes" in done.stderr, done
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose, "--fit", "balanced"))
+    assert done.code == 1 and "does not run on several processes" in done.stderr, done
     with pytest.raises(UsageError, match="2 samples cannot be split over 3 processes"):
         Ranks(0, 3).share([1, 2])
 

@@ -12,8 +12,7 @@ from gblm_compress.calibration.whole_calls import calls_of
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import prune, prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
 from tests.conftest import CAUSAL_LM, in_memory, samples

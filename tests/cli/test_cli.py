@@ -44,7 +44,7 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
     [
         (["prune", "tiny", "-o", "x", "--method", "foo"], 2, "--method: input should be 'gblm'"),
         (["prune", "tiny", "-o", "x", "--method", "sparsegpt"], 2, "did you mean 'obs'?"),
-        (["prune", "tiny", "-o", "x", "--update", "leastsquares"], 2, "did you mean 'least-squares'?"),
+        (["prune", "tiny", "-o", "x", "--fit", "balancd"], 2, "did you mean 'balanced'?"),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "--dtype: input should be 'auto', 'float32', 'float16' or "),
         (["evaluate", "tiny", "--dtype", "bf16"], 2, "did you mean 'bfloat16'?"),
         (["compare", "tiny", "--methods", "wanda_pp"], 2, "did you mean 'regional'?"),

@@ -72,7 +72,7 @@ def test_a_field_that_is_not_given_is_left_to_presets_and_defaults() -> None:
     assert ask().model_fields_set == set()
     assert ask("--preset", "sparsegpt") == Toys(preset="sparsegpt")
     given = ask("--preset", "sparsegpt", "--method", "gblm")  # the default, but given
-    assert (given.method, given.update) == ("gblm", "obs")
+    assert (given.method, given.fit) == ("gblm", "obs")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
                 assert not hasattr(limit, "ge") or f"[{limit.ge}<=x" in block or "<str>" in block
     if declared.name == "prune":
         assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Arguments", "Common", "Method", "Fit", "Resources"]
-        assert text.index("Fit:") < text.index("--damping") < text.index("Resources:") < text.index("--memory")
+        assert text.index("Fit:") < text.index("--rounds") < text.index("Resources:") < text.index("--memory")
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ _RECORDS = ("ran/.stages/*", "ran/pruned/*", "ran/gblm_manifest.json")
 _JSONL = ["evaluate", "dense", "--dataset", "text.jsonl", *SHORT, "--max-windows", "2", "--json", "--quiet"]
 _DENSE = (
     _with(PRUNE, "dense", *_MAGNITUDE),
-    _with(PRUNE, "dense", *_WANDA, "--offload"),
+    _with(PRUNE, "dense", *_WANDA, "--memory", "1MB"),
     _inspect("dense"),
     ["validate", "recipe.yaml"],
 )

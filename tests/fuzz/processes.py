@@ -60,7 +60,7 @@ class Command:
 COMMANDS = {
     "prune": Command(
         "dense",
-        ["prune", "dense", "-o", "out", *PRUNE[4:], "--method", "gblm", "--no-offload"],
+        ["prune", "dense", "-o", "out", *PRUNE[4:], "--method", "gblm"],
         ["--resume", "--force"],
     ),
     "export": Command(

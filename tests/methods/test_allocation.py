@@ -7,32 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gblm_compress.methods.allocation import Budget, GlobalRanking, outlier_share, owl, spread
+from gblm_compress.methods.allocation import Budget, GlobalRanking, spread
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
-
-
-@pytest.mark.parametrize(("strong", "expected"), [(2.0, 1 / 8), (40.0, 0.0)])
-def test_outlier_share_weight_by_weight(strong: float, expected: float) -> None:
-    """One mean over the block's matrices: 30 is no outlier beside a matrix of 40s, though it is one in its own."""
-    scores = [torch.tensor([[1.0, 1.0, 1.0, 30.0, 1.0, 1.0]]), torch.tensor([[strong, strong]])]
-    values = [value for score in scores for value in score.flatten().tolist()]
-    assert sum(value > 5 * sum(values) / len(values) for value in values) == 8 * expected
-    assert outlier_share(scores) == expected
-
-
-def test_owl_is_the_published_map() -> None:
-    """The published code: (LOD − min)·2λ/(max − min), less its mean, plus the density."""
-    shares = {"a": 0.01, "b": 0.04, "c": 0.02}
-    kept = owl(shares, 0.4, 0.08)
-    assert kept["b"] - kept["a"] == pytest.approx(0.16)
-    assert (kept["c"] - kept["a"]) / (kept["b"] - kept["a"]) == pytest.approx(1 / 3)
-    assert sum(kept.values()) / 3 == pytest.approx(0.4)
-    assert owl({"a": 0.1, "b": 0.1}, 0.5, 0.08) == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
@@ -98,17 +79,6 @@ def test_groups_of_four_stay_two_to_four_with_the_usual_deviation() -> None:
     assert [b.pattern.name for b in after.values()] == ["2:4", "2:4"]
 
 
-def test_owl_in_a_model_gives_blocks_with_outliers_more(progress) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[:, :2] *= 100
-    results = prune_(model, samples(), PruneSettings(method="wanda", allocation="owl", fit="none"), progress)
-    density = {name: r.nonzeros / math.prod(r.shape) for name, r in results.items()}
-    first, second = (density[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1))
-    assert second - first == pytest.approx(0.16, abs=0.02)
-    assert sum(r.nonzeros for r in results.values()) <= 0.51 * sum(math.prod(r.shape) for r in results.values())
-
-
 def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
     model, ids = tiny_model("llama"), samples()
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
@@ -125,13 +95,13 @@ def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
     assert density[lowest] < 0.45 and density[highest] > 0.55
 
 
-def test_exceptions_keep_their_budget_and_dense_layers_their_weights(progress) -> None:
+def test_exceptions_keep_their_budget_and_dense_layers_their_weights(progress, monkeypatch) -> None:
+    monkeypatch.setattr(spread, "__defaults__", (0.3,))
     model, dense = tiny_model("llama"), tiny_model("llama")
     settings = PruneSettings(
         method="wanda",
         pattern="4:8",
-        allocation="owl",
-        deviation=0.3,
+        allocation="sensitivity",
         overrides=({"layers": "*.down_proj", "pattern": "6:8"}, {"layers": "*.0.self_attn.*", "pattern": "dense"}),
         fit="none",
     )

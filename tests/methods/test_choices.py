@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 
 from gblm_compress.methods.allocation import ALLOCATIONS, DenseLayer
 from gblm_compress.methods.choices import Need, Statistics, describe, readers
+from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import QUANTISERS
-from gblm_compress.methods.refinement import REFINEMENTS
 from gblm_compress.methods.saliency import METHODS, Rule
-from gblm_compress.methods.updates import UPDATES
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import costs
-from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning import planning
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import REGISTRIES, PruneSettings
 from tests.conftest import samples
 
@@ -31,12 +30,11 @@ FIELDS = {
     "regional_norm": Need.REGIONAL,
     "gram": Need.GRAM,
 }
-RULE = Rule("layer", Pattern("2:4"), 0.5, 2.0, 0.01)
+RULE = Rule("layer", Pattern("2:4"), 0.5, 2.0)
 CALLS = {
     "method": lambda name, w, s: METHODS[name].select(w, s, RULE).keep,
-    "refine": lambda name, w, s: REFINEMENTS[name].refine(w, w > w.median(1, keepdim=True).values, s, RULE.pattern),
-    "update": lambda name, w, s: UPDATES[name].apply(w, w > 0, s, 0.01),
-    "allocation": lambda name, w, s: ALLOCATIONS[name].densities([[DenseLayer("a", w, s)], []], 0.5, 0.08),
+    "fit": lambda name, w, s: FITS[name].apply(w, w > 0, s),
+    "allocation": lambda name, w, s: ALLOCATIONS[name].densities([[DenseLayer("a", w, s)], []], 0.5),
     "quantise": lambda name, w, s: (make := QUANTISERS[name].make) and make(w, w > 0, group=None).scales,
 }
 ENTRIES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
@@ -62,11 +60,11 @@ def test_an_entry_is_all_that_settings_know_of_a_choice(kind: str, name: str) ->
     entry, schema = REGISTRIES[kind][name], PruneSettings.model_json_schema()["properties"]
     assert schema[kind]["enum"] == list(REGISTRIES[kind])
     assert f"{name}: {entry.help}" in schema[kind]["description"] and "|" not in entry.help
-    settings = PruneSettings(**{"method": "magnitude", "update": "none", kind: name})
+    settings = PruneSettings(**{"method": "magnitude", "fit": "none", kind: name})
     assert settings.needs == entry.needs
     assert settings.needs_text == bool(entry.needs)
     assert set(entry.keys) == settings.read <= set(PruneSettings.model_fields)
-    assert costs.passes(settings) >= 1 + entry.passes
+    assert planning.passes(settings) >= 1 + entry.passes
 
 
 @pytest.mark.parametrize("kind", REGISTRIES)
@@ -78,47 +76,41 @@ def test_an_unknown_name_is_refused_and_never_another_method(kind: str, progress
 
 
 def test_readers_of_a_key_are_told_in_words() -> None:
-    assert readers("damping", REGISTRIES) == ["method obs", "update obs, least-squares or reconstruct"]
+    assert readers("rounds", REGISTRIES) == ["fit balanced or best"]
     assert readers("gradient_norm", REGISTRIES) == ["method gblm or gradient", "allocation sensitivity"]
     assert readers("pattern", REGISTRIES) == []
-    assert describe({"swap": REFINEMENTS["swap"]}) == f"swap: {REFINEMENTS['swap'].help}"
+    assert describe({"fast": FITS["fast"]}) == f"fast: {FITS['fast'].help}"
 
 
 TOYS = """
 import sys
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.quantisation import QUANTISERS
-from gblm_compress.methods.refinement import REFINEMENTS, Refinement
+from gblm_compress.methods.fits import FITS, FitChoice
 from gblm_compress.methods.saliency import METHODS, Method, by_score
-from gblm_compress.methods.updates import UPDATES, Update
 
 def last(weight, statistics, alpha):
     return (weight * 0 + statistics.regional() * 0 + alpha).cumsum(1)
 
-def mirror(weight, keep, statistics, pattern):
-    return keep.flip(1)
+def double(weight, keep, statistics):
+    return weight * keep * (2 + 0 * statistics.moments().sum())
 
-def double(weight, keep, statistics, damping):
-    return weight * keep * (2 + 0 * statistics.moments().sum() + damping)
-
-def first_block_more(blocks, density, deviation):
+def first_block_more(blocks, density):
     return {
-        layer.name: density + (-deviation if index else deviation) * bool(layer.statistics.activations().any())
+        layer.name: density + (-0.04 if index else 0.04) * bool(layer.statistics.activations().any())
         for index, block in enumerate(blocks) for layer in block
     }
 
 METHODS["last"] = Method(by_score(last), help="the last inputs", needs=Need.REGIONAL, reads=("alpha",))
-REFINEMENTS["mirror"] = Refinement(mirror, help="the first for the last")
-UPDATES["double"] = Update(double, help="twice as much", needs=Need.GRAM, reads=("damping",), passes=5.0)
-ALLOCATIONS["first"] = Allocation(first_block_more, help="the first more", needs=Need.ACTIVATIONS, reads=("deviation",))
+FITS["double"] = FitChoice(double, help="twice as much", needs=Need.GRAM, passes=5.0)
+ALLOCATIONS["first"] = Allocation(first_block_more, help="the first more", needs=Need.ACTIVATIONS)
 assert "torch" not in sys.modules
 """
 
 
 @pytest.fixture
 def with_toys(tmp_path):
-    """Run the program with four choices of somebody else's."""
+    """Run the program with three choices of somebody else's."""
     (tmp_path / "toys.py").write_text(TOYS + "from gblm_compress.cli.app import main\nmain(sys.argv[1:])\n")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -132,24 +124,24 @@ def test_choices_from_outside_prune_a_model(with_toys, tiny, tmp_path, prose) ->
     source = tiny("llama")
     done = with_toys(
         "prune", str(source.folder), "-o", str(tmp_path / "out"), "--calibration", str(prose), "--samples", "2",
-        "--sequence-length", "16", "--method", "last", "--refine", "mirror", "--update", "double",
-        "--allocation", "first", "--alpha", "3", "--damping", "1", "--deviation", "0.25", "--quiet",
+        "--sequence-length", "16", "--method", "last", "--fit", "double",
+        "--allocation", "first", "--alpha", "3", "--quiet",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     dense, pruned = (load_file(folder / "model.safetensors") for folder in (source.folder, tmp_path / "out"))
-    for block, share in ((0, 0.75), (1, 0.25)):
+    for block, share in ((0, 0.54), (1, 0.46)):
         name = f"model.layers.{block}.self_attn.q_proj.weight"
-        first = int(share * dense[name].shape[1])
-        torch.testing.assert_close(pruned[name][:, :first], 3 * dense[name][:, :first])
-        assert not pruned[name][:, first:].any()
+        last = dense[name].shape[1] - int((1 - share) * dense[name].shape[1])
+        torch.testing.assert_close(pruned[name][:, -last:], 2 * dense[name][:, -last:])
+        assert not pruned[name][:, :-last].any()
 
 
 def test_choices_from_outside_are_told_with_the_others(with_toys) -> None:
     help = " ".join(with_toys("prune", "--help").stdout.replace("│", " ").split())
     schema = json.loads(with_toys("schema").stdout)["$defs"]["PruneSettings"]["properties"]
     for kind, name, text in (
-        ("method", "last", "the last inputs"), ("refine", "mirror", "the first for the last"),
-        ("update", "double", "twice as much"), ("allocation", "first", "the first more"),
+        ("method", "last", "the last inputs"), ("fit", "double", "twice as much"),
+        ("allocation", "first", "the first more"),
     ):  # fmt: skip
         assert f"{name}: {text}" in help
         assert name in schema[kind]["enum"] and f"{name}: {text}" in schema[kind]["description"]

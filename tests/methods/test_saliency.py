@@ -35,7 +35,7 @@ def test_score_is_the_formula_weight_by_weight(name: str) -> None:
 def test_the_highest_scores_survive(name: str) -> None:
     weight = torch.randn(5, 8)
     statistics = Statistics(torch.rand(8), torch.rand(5, 8), torch.rand(5, 8))
-    rule = Rule("layer", Pattern("2:4"), 0.5, 100.0, 0.01)
+    rule = Rule("layer", Pattern("2:4"), 0.5, 100.0)
     selection = METHODS[name].select(weight, statistics, rule)
     score = getattr(saliency, name)(weight, statistics, 100.0)
     assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.updated

@@ -26,7 +26,7 @@ def test_experts_compute_what_the_fused_ones_do(kind: str) -> None:
         assert experts_of(model) and not any(form_of(module) for module in model.modules())
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
         if kind == "jetmoe":  # whose experts get their tokens sorted
-            with pytest.raises(UsageError, match="its own tokens and no others; leave out --experts all"):
+            with pytest.raises(UsageError, match="its own tokens and no others; leave out calibration.experts all"):
                 run_all_(model)
         else:
             run_all_(model)

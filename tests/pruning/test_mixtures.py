@@ -7,9 +7,8 @@ from gblm_compress.models.experts import fused_weights, run_all_, unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
-from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.saving import UNSEEN
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.walk import UNSEEN
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from tests.conftest import samples
 from tests.families.tiny import tiny_family

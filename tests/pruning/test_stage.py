@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,28 +11,20 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.calibration import products
-from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration import ranks
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.fits import FITS, PRESETS
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.updates import least_squares
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer, tiny_model
+from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import placement, stage
-from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.stage import prune
-from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.storage.paths import CACHE_VARIABLE
+from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
+from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_calibration import slow_activation_norms
 from tests.conftest import ARCHITECTURES, samples
-from tests.families.tiny import tiny_family
-from tests.tasks import families
 
 
 def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:
@@ -108,18 +99,18 @@ def test_no_error_is_claimed_where_none_was_measured_or_all_was_fitted_since(pro
 
 @pytest.mark.parametrize("method", REGISTRIES["method"])
 def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, progress: Progress) -> None:
-    """All methods, refinements and updates; patterns, allocations, models and distillation take turns beside them."""
+    """All methods and fits; patterns, allocations, grids and models take turns beside them."""
     ids = samples(2, 16)
-    for number, (refine, update) in enumerate(product(REGISTRIES["refine"], REGISTRIES["update"])):
+    for number, fit in enumerate(REGISTRIES["fit"]):
         settings = PruneSettings(
-            method=method, refine=refine, update=update,
+            method=method,
+            fit=fit,
             pattern=("2:4", "unstructured", "unstructured-per-matrix")[number % 3],
-            allocation=list(REGISTRIES["allocation"])[(number // 3) % 3],
-            distillation_epochs=number % 2,
+            allocation=list(REGISTRIES["allocation"])[number % 2],
             quantise=list(REGISTRIES["quantise"])[(number + 1) % 3],
-            **({"reconstruction_epochs": 1, "reconstruction_rounds": 2} if update == "reconstruct" else {}),
-        )  # fmt: skip
-        model = tiny_model(("llama", "gpt2", "opt")[(number // 3) % 3])
+            **({"rounds": 2} if fit == "balanced" else {}),
+        )
+        model = tiny_model(("llama", "gpt2", "opt")[number % 3])
         dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
         results = prune_(model, ids, settings, progress)
         moved = 0
@@ -132,68 +123,44 @@ def test_every_combination_of_choices_runs_and_gives_its_pattern(method: str, pr
             moved += int(((stored != 0) & (stored != dense[f"{name}.weight"])).sum())
         weights = sum(result.shape[0] * result.shape[1] for result in results.values())
         assert sum(result.nonzeros for result in results.values()) <= 0.51 * weights
-        assert moved > 0 if update != "none" or settings.grid else moved == 0 or settings.distillation_epochs > 0
+        assert (moved > 0) == (fit != "none" or settings.grid is not None)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 def test_obs_has_the_mask_of_sparsegpt_whatever_becomes_of_the_survivors(pattern: str, progress: Progress) -> None:
     dense, weights = tiny_model("llama"), {}
-    for update in ("obs", "none", "least-squares"):
+    for fit in ("obs", "none", "fast"):
         model = tiny_model("llama")
-        prune_(model, samples(4, 48), PruneSettings(method="obs", update=update, pattern=pattern), progress)
-        weights[update] = {name: weight_matrix(layer) for name, layer in prunable_layers(model)[0].items()}
+        prune_(model, samples(4, 48), PruneSettings(method="obs", fit=fit, pattern=pattern), progress)
+        weights[fit] = {name: weight_matrix(layer) for name, layer in prunable_layers(model)[0].items()}
     for name, layer in prunable_layers(dense)[0].items():
         kept = weights["obs"][name] != 0
         assert torch.equal(weights["none"][name], layer.weight * kept)
-        assert torch.equal(weights["least-squares"][name] != 0, kept)
+        assert torch.equal(weights["fast"][name] != 0, kept)
         assert not torch.equal(weights["obs"][name], weights["none"][name])
 
 
-def test_a_preset_is_its_settings_written_out(progress: Progress) -> None:
+def test_a_preset_is_its_settings_written_out() -> None:
     for name, keys in PRESETS.items():
         assert PruneSettings(preset=name).model_dump(exclude={"preset"}) == PruneSettings(**keys).model_dump(
             exclude={"preset"}
         )
     chosen = PruneSettings(preset="paper", fit="fast", gradient_norm="l2")
-    assert (chosen.method, chosen.update, chosen.gradient_norm) == ("gblm", "least-squares", "l2")
-    for given, update in (
-        ({"update": "obs"}, "obs"),
-        ({"distillation_epochs": 2}, "none"),
-        ({"fit": "best"}, "reconstruct"),
-    ):
-        assert PruneSettings(preset="paper", **given).update == update
-    assert PruneSettings(preset="paper", update="obs").fit is None
+    assert (chosen.method, chosen.fit, chosen.gradient_norm) == ("gblm", "fast", "l2")
     assert PruneSettings(preset="sparsegpt", fit="best") == PruneSettings(preset="sparsegpt", method="obs", fit="best")
-    assert PruneSettings(preset="sparsegpt", distillation_epochs=2).update == "obs"
     assert PruneSettings.model_validate(chosen.model_dump()) == chosen
-    one, other = tiny_model("llama"), tiny_model("llama")
-    prune_(one, samples(), PruneSettings(preset="sparsegpt"), progress)
-    prune_(other, samples(), PruneSettings(**PRESETS["sparsegpt"]), progress)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def test_a_fit_is_its_settings_written_out() -> None:
-    assert PruneSettings() == PruneSettings(fit="balanced")
-    for name, fit in FITS.items():
-        chosen, written = PruneSettings(fit=name), PruneSettings(**fit.settings)
-        assert written.fit is None and written.model_dump(exclude={"fit"}) == chosen.model_dump(exclude={"fit"})
-        assert PruneSettings.model_validate(chosen.model_dump()) == chosen
-    assert PruneSettings(fit="best", distillation_epochs=7).distillation_epochs == 7
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"fit": "none", "update": "obs"}, "fit none is update none, .* it cannot be update obs"),
-        ({"fit": "fast", "distillation_epochs": 3}, "with 3 epochs of distillation"),
-        ({"fit": "best", "distillation_epochs": 0}, "with 0 epochs of distillation"),
         ({"fit": "bets"}, "'balanced' or 'best'"),
         ({"fit": ["best"]}, "'balanced' or 'best'"),
         ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128"),
         ({"quantise": "int5"}, "'int8' or 'int4'"),
     ],
 )
-def test_a_fit_or_grid_that_is_none_or_contradicted_is_refused(given, message) -> None:
+def test_a_fit_or_grid_that_is_none_is_refused(given, message) -> None:
     with pytest.raises(ValidationError, match=message):
         PruneSettings(**given)
 
@@ -203,55 +170,12 @@ def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progre
     ids, unseen, dense = samples(16, 48), samples(4, 48, seed=5), tiny_model("llama")
 
     @torch.no_grad()
-    def divergence(**settings) -> float:
+    def divergence(fit: str) -> float:
         model = tiny_model("llama")
-        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", **({"update": "none"} | settings)), progress)
+        prune_(model, ids, PruneSettings(method="wanda", pattern="2:4", fit=fit), progress)
         return sum(mean_kl(dense(**i).logits[0], model(**i).logits[0]) for i in unseen)
 
-    none, refined, fitted = divergence(), divergence(refine="swap"), divergence(update="least-squares")
-    distilled = divergence(update="least-squares", distillation_epochs=3)
-    assert refined < none and distilled < fitted < none
-
-
-def test_guidance_weighs_tokens_by_what_the_loss_feels_of_them(progress: Progress) -> None:
-    """The first layer of the first block, whose inputs are those of the dense model, by plain autograd and by hand."""
-    ids, name = samples(4, 48), "model.layers.0.self_attn.q_proj"
-    model = tiny_model("llama")
-    layer = model.get_submodule(name)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def keep(module, args, output) -> None:
-        output.retain_grad()
-        seen.append((args[0][0].detach().double(), output))
-
-    handle = layer.register_forward_hook(keep)
-    for sample in ids:
-        model(**sample, labels=sample["input_ids"]).loss.backward()
-    handle.remove()
-    felt = [output.grad[0].double().norm(dim=-1) for _, output in seen]
-    mean = torch.cat(felt)[torch.cat(felt) > 0].mean()
-    gram = sum((x * (own / mean)[:, None]).T @ x for (x, _), own in zip(seen, felt, strict=True)).float()
-    weight = layer.weight.detach().clone()
-    settings = PruneSettings(method="magnitude", pattern="2:4", update="least-squares", guidance=0.5)
-    prune_(model, ids, settings, progress)
-    expected = least_squares(weight, layer.weight != 0, Statistics(gram=gram), settings.damping)
-    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-3, atol=1e-5)
-    plain = tiny_model("llama")
-    prune_(plain, ids, settings.model_copy(update={"guidance": 0.0}), progress)
-    assert not torch.allclose(plain.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_guidance_that_cannot_be_is_refused_before_work(tmp_path, prose, progress) -> None:
-    settings = {"method": "wanda", "update": "least-squares", "guidance": 0.5}
-    tiny_family("mixtral").save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
-    experts = ModelSource("experts", tmp_path / "dense")
-    with pytest.raises(UsageError, match="which of them an expert of this model gets; leave guidance out"):
-        pruned(None, tmp_path, prose, progress, experts, **settings)
-    with pytest.raises(ModelError, match="guidance is for models whose blocks run one by one"):
-        repeats = families.encoder("albert", "AutoModelForSequenceClassification")
-        labelled = [{**sample, "labels": torch.tensor([0])} for sample in samples(2)]
-        prune_(repeats, labelled, PruneSettings(**settings), progress)
+    assert divergence(fit="best") < divergence(fit="fast") < divergence(fit="none")
 
 
 def test_the_columns_of_a_scale() -> None:
@@ -275,15 +199,7 @@ def test_the_columns_of_a_scale() -> None:
         ({"method": "wanda", "gradient_norm": "l2"}, {"method": "wanda", "allocation": "sensitivity"}),
         ({"method": "wanda", "alpha": 3.0}, {"method": "regional"}),
         ({"method": "regional", "alpha_scale": "normalised"}, {"method": "gblm"}),
-        ({"fit": "none", "deviation": 0.2}, {"allocation": "owl"}),
-        ({"update": "none", "damping": 0.5}, {"update": "least-squares"}),
-        ({"fit": "fast", "reconstruction_epochs": 5}, {"fit": "balanced"}),
-        ({"update": "least-squares", "reconstruction_rounds": 2}, {"update": "reconstruct"}),
-        ({"update": "least-squares", "reconstruction_rate": 0.1}, {"update": "reconstruct"}),
-        ({"fit": "balanced", "distillation_rate": 0.1}, {"fit": "best"}),
-        ({"fit": "fast", "fit_dtype": "float32"}, {"fit": "best"}),
-        ({"fit": "none", "guidance": 0.5}, {"fit": "fast"}),
-        ({"fit": "none", "guidance": 0.5}, {"refine": "swap"}),
+        ({"fit": "fast", "rounds": 2}, {"fit": "balanced"}),
         ({"group": 64}, {"quantise": "int8"}),
         ({"group": "row"}, {"quantise": "int4"}),
     ],
@@ -342,7 +258,7 @@ def pruned(
     prune(
         tiny(kind) if isinstance(kind, str) else kind,
         output,
-        PruneSettings(**({"update": "none"} | settings)),
+        PruneSettings(**({"fit": "none"} | settings)),
         CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
         progress=progress,
     )
@@ -423,7 +339,7 @@ def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress)
     assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
 
 
-def test_a_better_fit_and_a_better_mask_are_told(tiny, tmp_path, prose, progress) -> None:
+def test_a_better_fit_is_told(tiny, tmp_path, prose, progress) -> None:
     text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
 
     def notes(**settings) -> str:
@@ -432,10 +348,8 @@ def test_a_better_fit_and_a_better_mask_are_told(tiny, tmp_path, prose, progress
             prune(tiny("llama"), output, PruneSettings(pattern="2:4", **settings), text, progress=progress).warnings
         )
 
-    told = notes(method="regional", fit="none")
-    assert "--fit balanced fits the surviving weights further" in told
-    assert "--method obs chose a better mask for this fit where it was measured: perplexity 105.2 against 125.9" in told
-    assert "chose a better mask" not in notes(method="obs", fit="none")
+    assert "--fit balanced fits the surviving weights further" in notes(method="regional", fit="none")
+    assert "--fit" not in notes(method="wanda", fit="best")
 
 
 def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> None:
@@ -456,7 +370,7 @@ def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> 
     )
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "owl", "sensitivity"])
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
 def test_exceptions_for_all_layers(allocation, progress) -> None:
     settings = {"method": "wanda", "allocation": allocation, "fit": "none"}
     results = prune_(
@@ -527,38 +441,20 @@ def test_the_source_is_not_modified(tiny, tmp_path, prose, progress) -> None:
     assert {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
-def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_is_faster_at(
-    stored, faster, tiny, tmp_path, prose, progress, monkeypatch
-) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    measured = []
-    monkeypatch.setattr(products, "measured_dtype", lambda: measured.append(0) or faster)
+@pytest.mark.parametrize("has", [True, False])
+def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, tiny, tmp_path, prose, monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "has_bfloat16", lambda device: has)
     folder = tmp_path / "model"
-    tiny_model("llama").to(getattr(torch, stored)).save_pretrained(folder)
+    tiny_model("llama").bfloat16().save_pretrained(folder)
     for path in tiny("llama").folder.glob("token*"):
         shutil.copy(path, folder)
-    expected = faster if stored == "bfloat16" else "float32"
-    for run in range(2):
-        result = prune(
-            ModelSource("model", folder), tmp_path / str(run), PruneSettings(method="wanda", fit="none"),
-            CalibrationSettings(dataset=str(prose), samples=2, sequence_length=16), progress=progress,
-        )  # fmt: skip
-        assert manifest.read(Path(result.folder))["compute"]["dtype"] == expected
-        assert loading.stored_dtype(ModelSource("pruned", Path(result.folder))) == stored
-    assert len(measured) == (stored == "bfloat16")
+    pruned(tiny, tmp_path, prose, Progress(quiet=True), ModelSource("model", folder), method="wanda")
+    assert manifest.read(tmp_path / "out")["compute"]["dtype"] == ("bfloat16" if has else "float32")
+    assert loading.stored_dtype(ModelSource("pruned", tmp_path / "out")) == "bfloat16"
 
 
-def test_ranks_agree_on_dtype_and_order(tiny, tmp_path, monkeypatch) -> None:
-    """What does not hold on every rank is not done."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "measured_dtype", lambda: "bfloat16")
-    monkeypatch.setattr(loading, "stored_dtype", lambda source: "bfloat16")
-    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = placement.Size(tiny("llama"), "float32", settings, text)
-    for others in (True, False):
-        group = Ranks(0, 2)
-        monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
-        assert stage._choose_dtype("auto", tiny("llama"), "cpu", group) == ("bfloat16" if others else "float32")
-        assert placement.choose_placement(size, ResourceSettings(), settings, "cpu", group).by_sample is others
+def test_only_some_layers_are_pruned_by_exceptions(progress: Progress) -> None:
+    only = ({"layers": "*", "pattern": "dense"}, {"layers": "*.mlp.*", "pattern": "2:4"})
+    settings = PruneSettings(method="magnitude", fit="none", pattern="2:4", overrides=only)
+    results = prune_(tiny_model("llama"), [], settings, progress)
+    assert len(results) == 6 and all(".mlp." in name for name in results)

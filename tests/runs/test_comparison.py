@@ -69,11 +69,11 @@ def test_the_plot_is_a_picture(tmp_path) -> None:
 
 
 def test_what_a_method_name_stands_for() -> None:
-    settings = CompareSettings.prune_settings("gblm+swap+least-squares+owl", "4:8")
-    assert (settings.method, settings.refine, settings.update, settings.allocation, settings.pattern) == (
-        "gblm", "swap", "least-squares", "owl", "4:8",
-    )  # fmt: skip
-    assert CompareSettings.prune_settings("obs+obs", "2:4") == PruneSettings(method="obs", update="obs", pattern="2:4")
+    settings = CompareSettings.prune_settings("gblm+fast+sensitivity+int8", "4:8")
+    assert settings == PruneSettings(
+        method="gblm", fit="fast", allocation="sensitivity", quantise="int8", pattern="4:8"
+    )
+    assert CompareSettings.prune_settings("obs+obs", "2:4") == PruneSettings(method="obs", fit="obs", pattern="2:4")
     assert CompareSettings.prune_settings("obs+best", "2:4") == PruneSettings(method="obs", fit="best", pattern="2:4")
     paper = PruneSettings(preset="paper", method="gblm", fit="none", pattern="2:4")
     assert CompareSettings.prune_settings("paper", "2:4") == paper
@@ -83,9 +83,9 @@ def test_what_a_method_name_stands_for() -> None:
     ("methods", "message"),
     [
         (("wand",), "'wand' is neither a preset nor a method"),
-        (("wanda+swop",), "'swop' is no fit, update, refinement, allocation or grid"),
+        (("wanda+swop",), "'swop' is no fit, allocation or grid"),
         (
-            ("wanda+obs+least-squares",),
+            ("wanda+obs+fast",),
             "or the second of its kind",
         ),
         ((), "at least 1 item"),

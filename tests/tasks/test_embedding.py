@@ -11,8 +11,7 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.in_memory import prune_
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import prune, prune_
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.embedding import Embedding, top_agreement

@@ -112,7 +112,7 @@ def test_masks_are_those_of_a_loop_over_images(model, pictures, tmp_path, progre
     prune(
         source,
         tmp_path / "out",
-        PruneSettings(method="gblm", alpha=1.0, update="none"),
+        PruneSettings(method="gblm", alpha=1.0, fit="none"),
         CalibrationSettings(dataset=str(pictures), samples=SAMPLES),
         resources=ResourceSettings(offload=offload),
         device="cpu",
@@ -191,14 +191,14 @@ def test_metrics_are_those_of_a_count(model, pictures, progress) -> None:
 def test_blocks_that_change_the_size_of_states_are_measured_as_one(model, pictures, tmp_path, progress) -> None:
     source = model("swin")
     calibration = CalibrationSettings(dataset=str(pictures), samples=SAMPLES)
-    settings = PruneSettings(method="gblm", alpha=1.0, update="none")
+    settings = PruneSettings(method="gblm", alpha=1.0, fit="none")
     prune(source, tmp_path / "out", settings, calibration, device="cpu", progress=progress)
     samples = drawn(source, pictures)
     expected = slow_masks(source, samples, [sample["labels"] for sample in samples], as_one=True)
     pruned = load_model(ModelSource("out", tmp_path / "out"))
     different = sum(int(((pruned.get_submodule(n).weight != 0) != mask).sum()) for n, mask in expected.items())
     assert len(expected) == 13 and different <= 1e-3 * sum(mask.numel() for mask in expected.values())
-    with pytest.raises(ModelError, match=r"block 0 makes hidden states \[1, 16, 32\] of \[1, 64, 16\]; .*--no-offload"):
+    with pytest.raises(ModelError, match=r"block 0 makes hidden states \[1, 16, 32\] of \[1, 64, 16\]; .*--memory"):
         prune(
             source, tmp_path / "p", settings, calibration,
             resources=ResourceSettings(offload=True), device="cpu", progress=progress,

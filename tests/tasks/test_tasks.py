@@ -20,7 +20,7 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.in_memory import prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
@@ -92,7 +92,7 @@ def test_masks_are_those_of_a_loop_that_sees_no_padding(
 ) -> None:
     """gblm of the task as it ships: the gradient of the embedding's product with each sample's direction."""
     resources = ResourceSettings.model_construct(offload=offload, memory=memory)
-    settings = PruneSettings(method="gblm", alpha=100.0, update="none")
+    settings = PruneSettings(method="gblm", alpha=100.0, fit="none")
     files = counted_files(monkeypatch)
     prune(encoder, tmp_path / "out", settings, text, resources=resources, device="cpu", progress=progress)
     assert bool(files) == offload
@@ -155,7 +155,7 @@ def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
 
 def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, text, progress, monkeypatch) -> None:
     resources = ResourceSettings.model_construct(offload=True, memory=1)
-    settings = PruneSettings(alpha=1.0, update="none")
+    settings = PruneSettings(alpha=1.0, fit="none")
 
     def pruned(name: str, resume: bool) -> bytes:
         prune(
@@ -200,7 +200,7 @@ def padded_samples(count: int, length: int) -> list[Sample]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"alpha_scale": "normalised"}, {"method": "obs"}, {"update": "reconstruct"}, {"distillation_epochs": 1}],
+    [{"alpha_scale": "normalised"}, {"method": "obs"}, {"fit": "balanced"}, {"fit": "best"}],
     ids=lambda settings: "-".join(map(str, settings)),
 )
 def test_padded_or_not_a_decoder_becomes_the_same(settings, progress, monkeypatch) -> None:
@@ -212,7 +212,7 @@ def test_padded_or_not_a_decoder_becomes_the_same(settings, progress, monkeypatc
         with monkeypatch.context() as patch:
             if given is not cut:
                 patch.setitem(TASKS, "causal-lm", PaddedLM())
-            prune_(models[-1], given, PruneSettings(pattern="2:4", **{"update": "none"} | settings), progress)
+            prune_(models[-1], given, PruneSettings(pattern="2:4", **{"fit": "none"} | settings), progress)
 
     def distance(model) -> float:
         pairs = zip(models[0].parameters(), model.parameters(), strict=True)
@@ -225,7 +225,7 @@ def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
     dense, losses = tiny_model("llama"), []
     for task, given in ((CAUSAL_LM, samples(8, 16)), (PaddedLM(), padded_samples(8, 16))):
         pruned = tiny_model("llama")
-        prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", update="none"), progress)
+        prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress)
         layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
         teacher = predictions(dense, task, given, progress)
         fitted, _ = distil_(

@@ -1,16 +1,13 @@
-"""Updates and refinement against slow procedures that follow the papers weight by weight."""
+"""Fits of layers against slow procedures that follow the papers weight by weight."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.gram import inverse_factor, reconstruction_error
+from gblm_compress.methods.fits import SWEEPS, inverse_factor, least_squares, obs, obs_on_grid, settle, sparsegpt
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid, make_grid, rounded
-from gblm_compress.methods.refinement import swap
-from gblm_compress.methods.updates import SWEEPS, least_squares, obs, obs_on_grid, settle, sparsegpt
 
 KINDS = ("full", "rank-deficient", "dead columns", "one token", "all zero")
 
@@ -58,7 +55,8 @@ def slow_obs(weight: Tensor, gram: Tensor, choose, step: int) -> tuple[Tensor, T
 
 
 def error(before: Tensor, after: Tensor, gram: Tensor) -> float:
-    return float(reconstruction_error((before - after).double(), with_damping(gram)).sum())
+    difference = (before - after).double()
+    return float(((difference @ with_damping(gram)) * difference).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,12 +119,6 @@ def test_sparsegpt_gives_up_inputs_that_are_always_zero_first(pattern: str, scal
     assert torch.equal(mask, sparsegpt(weight, gram, Pattern(pattern), 0.5)[1])
 
 
-def test_too_little_damping_is_said() -> None:
-    _, gram = layer("one token")
-    with pytest.raises(UsageError, match=r"damping 1e-30 is too small.*give a larger one"):
-        inverse_factor(gram, 1e-30)
-
-
 @pytest.mark.parametrize("power", [1.0, 1e3, 1e6])
 def test_least_squares_is_near_the_optimum_where_one_input_dominates(power: float) -> None:
     """With the tolerance that is used: a dominating input is kept, and the others still make up for each other."""
@@ -172,7 +164,7 @@ def test_a_row_that_is_done_early_is_as_if_it_were_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_updates_are_in_the_order_of_their_freedom(kind: str) -> None:
+def test_fits_are_in_the_order_of_their_freedom(kind: str) -> None:
     """Least squares is the optimum for the mask, obs one way towards it, and no update the start."""
     weight, gram = layer(kind, rows=12)
     keep = wanda_mask(weight, gram, "2:4")
@@ -223,7 +215,7 @@ def test_pruning_and_rounding_go_together_column_by_column(kind: str, bits: str,
     keep, statistics = wanda_mask(weight, gram, "2:4"), Statistics(gram=gram)
     updated = obs(weight, keep, statistics)
     grid = make_grid(updated, keep, bits, group)
-    result = rounded(obs_on_grid(weight, updated, keep, statistics, 0.01, grid), keep, grid)
+    result = rounded(obs_on_grid(weight, updated, keep, statistics, grid), keep, grid)
     expected = slow_obs_on_grid(weight, keep, gram, grid)
     step = grid.scale_of(weight.shape[1]).expand_as(weight) if kind == "full" and bits == "int8" else None
     if step is None:
@@ -240,7 +232,7 @@ def test_survivors_settle_on_the_grid_as_when_every_point_is_tried(kind: str, bi
     updated = least_squares(weight, keep, statistics)
     grid = make_grid(updated, keep, bits, group)
     start = rounded(updated, keep, grid)
-    result = rounded(settle(weight, updated, keep, statistics, 0.01, grid), keep, grid)
+    result = rounded(settle(weight, updated, keep, statistics, grid), keep, grid)
     expected = slow_settle(weight, start, keep, gram, grid, SWEEPS)
     assert error(weight, result, gram) == pytest.approx(error(weight, expected, gram), rel=1e-3)
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
@@ -253,65 +245,7 @@ def test_settling_goes_through_more_columns_than_one_block() -> None:
     updated = least_squares(weight, keep, statistics)
     grid = make_grid(updated, keep, "int4", 64)
     start = rounded(updated, keep, grid)
-    result = rounded(settle(weight, updated, keep, statistics, 0.01, grid), keep, grid)
+    result = rounded(settle(weight, updated, keep, statistics, grid), keep, grid)
     expected = slow_settle(weight, start, keep, gram, grid, SWEEPS)
     assert error(weight, result, gram) == pytest.approx(error(weight, expected, gram), rel=0.02)
     assert error(weight, result, gram) < 0.8 * error(weight, start, gram)
-
-
-def slow_swap(weight: Tensor, keep: Tensor, gram: Tensor, group: int) -> Tensor:
-    """The best exchange of each row, found by computing the error of every one, until none helps."""
-    keep, w, h = keep.clone(), weight.double(), gram.double()
-
-    def row_error(row: Tensor, kept: Tensor) -> float:
-        d = row * ~kept
-        return float(d @ h @ d)
-
-    for i in range(len(w)):
-        while True:
-            current = row_error(w[i], keep[i])
-            found = []
-            for p in keep[i].nonzero().flatten().tolist():
-                for q in (~keep[i]).nonzero().flatten().tolist():
-                    if p // group == q // group:
-                        trial = keep[i].clone()
-                        trial[p], trial[q] = False, True
-                        found.append((row_error(w[i], trial), p, q))
-            best, p, q = min(found)
-            if best >= current - 1e-6 * float(w[i] @ h @ w[i]):
-                break
-            keep[i, p], keep[i, q] = False, True
-    return keep
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
-def test_swaps_are_those_of_exhaustive_search_and_never_raise_the_error(kind: str, pattern: str) -> None:
-    weight, gram = layer(kind)
-    start = wanda_mask(weight, gram, pattern)
-    result = swap(weight, start, Statistics(gram=gram), Pattern(pattern))
-    exhaustive = slow_swap(weight, start, gram, Pattern(pattern).n_m[1] if ":" in pattern else 16)
-    before, after, best = (reconstruction_error(weight * ~mask, gram) for mask in (start, result, exhaustive))
-    torch.testing.assert_close(after, best, rtol=1e-4, atol=1e-4)  # masks may differ in inputs that are always zero
-    assert (after <= before * (1 + 1e-5)).all()
-    if kind == "full":
-        assert after.sum() < before.sum()
-    assert torch.equal(result.sum(1), start.sum(1))
-    assert Pattern(pattern).first_violation(weight * result) is None
-
-
-def test_swaps_of_wide_rows_lower_the_error_with_few_candidates() -> None:
-    weight, gram = layer(rows=8, columns=128)
-    start = wanda_mask(weight, gram, "unstructured")
-    result = swap(weight, start, Statistics(gram=gram), Pattern("unstructured"))
-    before, after = (reconstruction_error(weight * ~mask, gram) for mask in (start, result))
-    assert (after < before).all()
-    assert torch.equal(result.sum(1), start.sum(1))
-
-
-def test_swaps_go_on_until_none_helps() -> None:
-    weight, gram = layer(rows=4, columns=1024)
-    start = ~wanda_mask(weight, gram, "2:4")  # the worst: most groups have something to exchange
-    result = swap(weight, start, Statistics(gram=gram), Pattern("2:4"))
-    assert ((result & ~start).sum(1) > 100).all()
-    assert torch.equal(swap(weight, result, Statistics(gram=gram), Pattern("2:4")), result)

@@ -1,0 +1,279 @@
+"""What a pruning is to do, decided before the work: budgets, dtypes, what goes to memory or disk, and what it costs."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from gblm_compress.calibration import ranks
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import UsageError
+from gblm_compress.methods.allocation import ALLOCATIONS, Budget
+from gblm_compress.methods.choices import Need
+from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS
+from gblm_compress.methods.patterns import DENSE
+from gblm_compress.models import loading
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
+from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
+from gblm_compress.models.source import ModelSource
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.tasks.causal_lm import LOSS_TOKENS
+from gblm_compress.tasks.task import Sample, Task
+
+SHARE_OF_FREE_MEMORY = 0.8
+"""What a run takes of the memory that is free when it starts, unless it is told."""
+
+FIT_BYTES = 24
+"""For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
+
+GRID_BYTES = 12
+"""And where it is rounded meanwhile: gradients before they pass through, and what the scales' gradients need."""
+
+ROUND_BYTES = 12
+"""And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
+
+FACTOR_BYTES = 24
+"""For each entry of a Gram matrix while its inverse is factorised in float64, beside the matrix itself (22.7 seen)."""
+
+LOGIT_BYTES = 36
+"""For each logit of a sample in distillation: both models', with their gradients, in float32 and behind a cap."""
+
+SMALL = {"samples": 16, "sequence_length": 512}
+"""The smaller text that is offered where a run takes long."""
+
+LONG_SECONDS = 600.0
+"""A run that takes longer than this is offered `SMALL`."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What goes where.
+
+    Attributes:
+        offload: whether the model stays on disk.
+        states: bytes of host memory that hidden states may take.
+        by_sample: whether there is room to measure gradients sample by sample (see `gradients`), which is faster.
+    """
+
+    offload: bool
+    states: int
+    by_sample: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pruning of one model.
+
+    Attributes:
+        task: what the model is for.
+        samples: those of this process; empty for a method that needs no text.
+        budgets: {layer to prune: what the settings ask for, before an allocation}.
+        device: where blocks run.
+        products: the dtype of products in fits by Adam, float32 or bfloat16.
+        ranks: the processes that share the samples.
+    """
+
+    settings: PruneSettings
+    task: Task
+    samples: Sequence[Sample]
+    budgets: dict[str, Budget]
+    device: torch.device
+    products: str
+    placement: Placement
+    ranks: Ranks
+
+
+def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
+    """What the settings ask for each layer, exceptions included, before an allocation.
+
+    Args:
+        model: its weights may be on the meta device.
+
+    Raises:
+        UsageError: an exception matches no layer, all layers would stay dense, or a width does not divide by M.
+        ModelError: as `prunable_layers`.
+    """
+    layers = {name: layer for block in prunable_layers(model, settings.ignore) for name, layer in block.items()}
+    result = settings.budgets(list(layers))
+    if all(budget.pattern.name == DENSE for budget in result.values()):
+        raise UsageError("the exceptions in 'overrides' leave every layer dense: there is nothing to prune")
+    for name, layer in layers.items():
+        pattern, width = result[name].pattern, weight_matrix(layer).shape[1]
+        if not pattern.fits(width):
+            assert pattern.n_m is not None
+            raise UsageError(
+                f"{name}: in_features={width} is not a multiple of {pattern.n_m[1]}, which pattern {pattern.name} "
+                "needs; add it to --ignore, or choose another pattern"
+            )
+    return result
+
+
+def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, device: str, group: Ranks) -> list[str]:
+    """The dtype to compute in, and that of products in fits.
+
+    As everywhere, but a bfloat16 checkpoint on a CPU is computed in bfloat16 where the CPUs have instructions for it.
+    """
+    fast = ranks.faster_dtype(device, group)
+    products = "float32" if requested == "float32" else fast
+    if requested == "auto" and device == "cpu" and loading.stored_dtype(source) == "bfloat16":
+        return [fast, products]
+    dtype = loading.choose_dtype(requested, source, device)
+    if requested == "auto" and dtype == "float16" and settings.fits_blocks and products != "bfloat16":
+        dtype = "float32"
+    return [dtype, products]
+
+
+def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
+    """Fits in float16 lose gradients of 1e-8 and less, which a relative squared error has.
+
+    Raises:
+        UsageError: fits would compute in float16.
+    """
+    if dtype == "float16" and settings.fits_blocks and ranks.faster_dtype(device, Ranks()) != "bfloat16":
+        raise UsageError(
+            f"fits in float16 lose gradients that are too small for it, and {device} has no bfloat16; give --fit fast, "
+            "or compute in float32"
+        )
+
+
+class Size:
+    """How large a model and what is measured on it are, in bytes, as far as its files and its config tell.
+
+    Attributes:
+        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if the config is silent.
+    """
+
+    def __init__(
+        self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
+    ) -> None:
+        itemsize, stored = (getattr(torch, name).itemsize for name in (dtype, loading.stored_dtype(source)))
+        config = loading.config_of(source).get_text_config()  # of a multimodal model, the part that is pruned
+        blocks, hidden = first_of(config, LAYERS) or 1, first_of(config, WIDTHS) or 0
+        heads = _largest(first_of(config, HEADS) or 0)
+        inner = _largest(first_of(config, ("intermediate_size",)) or 4 * hidden)
+        tokens, length = first_of(config, ("vocab_size",)) or 0, calibration.sequence_length
+        vocabulary = tokens if loading.task_of(source).generates else 0  # of whose logits there are many
+        self.checkpoint = source.bytes_on_disk
+        self.weights = source.bytes_on_disk // stored * itemsize
+        self.outside_blocks = 2 * tokens * hidden * itemsize
+        self.block = self.weights // blocks
+        self.gradients = 4 * self.weights // itemsize if settings.needs_gradients else 0
+        self.activations = blocks * length * (16 * hidden + 4 * inner + 2 * heads * length) * itemsize
+        place = calibration.samples * length * hidden * itemsize if settings.needs_text else 0
+        self._states_of_gradients = (blocks + 1) * place if settings.needs_gradients else 0
+        self._states_of_pruning = (2 + settings.fits_blocks) * place
+        weights, block = self.weights // itemsize, self.block // itemsize
+        fit_bytes = FIT_BYTES + (GRID_BYTES if settings.grid else 0)
+        rounds = ROUND_BYTES if settings.rounds > 1 else 0
+        at_a_block = (
+            12 * block  # accumulators, gradients, a layer's scores and masks
+            + (4 * (3 * hidden**2 + inner**2) if Need.GRAM in settings.needs else 0)
+            + (self.block if Need.GRAM in settings.block_needs else 0)  # as it was, for the errors of its layers
+            + (FACTOR_BYTES * inner**2 if Need.FACTOR in settings.needs else 0)
+            + ((fit_bytes + rounds) * block if settings.fits_blocks else 0)
+            + 12 * min(length, LOSS_TOKENS) * vocabulary  # logits and their gradients
+            + self.activations // blocks
+        )
+        at_the_end = fit_bytes * weights + LOGIT_BYTES * length * vocabulary + self.activations
+        self.working = max(at_a_block, at_the_end if settings.fits_model else 0)
+
+    def kept(self, settings: PruneSettings) -> int:
+        """What a run keeps on disk until its output is whole: finished blocks and gradients."""
+        return self.weights * (2 if settings.fits_model else 1) + self.gradients
+
+    def held(self, offload: bool) -> int:
+        """Bytes of memory for weights and work, beside hidden states."""
+        return (self.outside_blocks + self.block if offload else self.weights) + self.working
+
+    def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
+        """Bytes that output, gradients, finished blocks and hidden states take beyond those that are `finished`."""
+        states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
+        return self.checkpoint + max(0, self.kept(settings) - finished) + max(0, states - placement.states)
+
+
+def _largest(value: int | list[int]) -> int:
+    """A key of config.json that some families give layer by layer."""
+    return max(value) if isinstance(value, list) else value
+
+
+def choose_placement(
+    size: Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks
+) -> Placement:
+    """Raises:
+    UsageError: it must stay on disk, and distillation needs it in memory.
+    """
+    free = psutil.virtual_memory().available // ranks.processes_here()
+    host = int(SHARE_OF_FREE_MEMORY * free) if resources.memory is None else int(resources.memory)
+    on_cpu = device == "cpu"
+    room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
+    needed = size.held(offload=False)
+    offload = needed > room if resources.offload is None else resources.offload
+    if offload and settings.fits_model:
+        raise UsageError(
+            f"distillation works on the whole model, which takes about {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may "
+            f"be used; {'give more --memory, or ' if on_cpu else ''}leave the distillation out (--fit balanced)"
+        )
+    by_sample = not offload and size.activations > 0 and needed + size.gradients + size.activations <= room
+    return Placement(
+        offload=offload,
+        states=max(0, host - size.held(offload)) if on_cpu else host,
+        by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
+    )
+
+
+def passes(settings: PruneSettings) -> float:
+    """About how many forward passes over the calibration text the settings cost, for an estimate of time.
+
+    A backward pass counts as two forward ones; Gram matrices and the solutions on them as one each, which they are in
+    a block whose width is a few times smaller than the text is long.
+    """
+    count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
+    count += _measuring(settings.block_needs) + _measuring(ALLOCATIONS[settings.allocation].needs)
+    count += sum(choice.passes for choice in settings.choices)
+    if settings.fits_blocks:
+        count += 1.0 + 3.0 * BLOCK_EPOCHS * settings.rounds
+    if settings.fits_model:
+        count += 1.0 + 4.0 * MODEL_EPOCHS
+    return count
+
+
+def _measuring(needs: Need) -> float:
+    """Passes of one walk over the blocks that measures this."""
+    return 2.0 * bool(needs & Need.BLOCKS) + 3.0 * (Need.REGIONAL in needs) + 1.0 * (Need.GRAM in needs)
+
+
+def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings) -> str:
+    """Time and memory of a run in one line, with a smaller text where it takes long. No result depends on it."""
+    settings, rate = plan.settings, _operations_per_second(plan.device, getattr(torch, dtype))
+    weights = source.bytes_on_disk / getattr(torch, loading.stored_dtype(source)).itemsize
+
+    def seconds(text: CalibrationSettings) -> float:
+        tokens = text.samples * text.sequence_length / plan.ranks.size
+        return 2 * weights * tokens * passes(settings) / rate
+
+    takes = seconds(calibration)
+    held = Size(source, dtype, settings, calibration).held(plan.placement.offload)
+    line = f"this takes about {_words(takes)} and {held / 1e9:.1f} GB of memory on this machine"
+    small = calibration.model_copy(update=SMALL)
+    if takes > LONG_SECONDS and seconds(small) < takes / 2:
+        line += f"; --samples 16 --sequence-length 512 take about {_words(seconds(small))}"
+    return line
+
+
+def _words(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"
+
+
+def _operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second in a block, from a short product: blocks reach about half of its rate."""
+    x, weight = (torch.ones(rows, 1024, dtype=dtype, device=device) for rows in (512, 1024))
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (x @ weight).sum().item()
+        spent.append(time.perf_counter() - start)
+    return 0.5 * 2 * 512 * 1024 * 1024 / min(spent)

@@ -1,0 +1,141 @@
+"""What a run plans to need, and where it puts things; what it costs, and which fit does more."""
+
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gblm_compress.calibration import ranks
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.errors import UsageError
+from gblm_compress.models import loading
+from gblm_compress.models.source import ModelSource
+from gblm_compress.pruning import planning, stage
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.families.tiny import tiny_family
+
+
+def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
+    text = CalibrationSettings(samples=2, sequence_length=512)
+    one, whole = (
+        planning.Size(tiny("llama"), "float32", PruneSettings(method="wanda", fit=fit), text)
+        for fit in ("balanced", "best")
+    )
+    vocabulary = tiny("llama").config["vocab_size"]
+    fit = planning.FIT_BYTES * whole.weights // 4
+    assert whole.working == fit + planning.LOGIT_BYTES * 512 * vocabulary + whole.activations > one.working
+
+
+def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
+    text = CalibrationSettings(samples=2, sequence_length=64)
+
+    def working(**chosen) -> int:
+        return planning.Size(
+            tiny("llama"), "float32", PruneSettings(**({"method": "wanda", "fit": "none"} | chosen)), text
+        ).working
+
+    inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
+    block = planning.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
+    # The block as it was is kept beside them, for the errors of its layers' outputs.
+    assert working(fit="fast") - working() == 4 * inputs + block
+    assert working(fit="obs") - working(fit="fast") == planning.FACTOR_BYTES * 128**2
+    one, two = (working(fit="balanced", rounds=rounds) for rounds in (1, 2))
+    assert two - one == planning.ROUND_BYTES * block // 4
+    assert working(fit="balanced", quantise="int4") - one == planning.GRID_BYTES * block // 4
+    # At the end, where distillation needs the most, the rounds need nothing any more.
+    assert working(fit="best", rounds=1) == working(fit="best", rounds=2)
+
+
+def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
+    """Beside what the files weigh, which include the other parts."""
+    model = tiny_family("gemma3")
+    model.save_pretrained(tmp_path / "both")
+    text = {**model.config.get_text_config().to_dict(), "architectures": ["Gemma3ForCausalLM"]}
+    assert "text_config" in model.config.to_dict() and text["hidden_size"] == 64
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text(json.dumps(text))
+    weights = "model.safetensors"
+    (tmp_path / "text" / weights).write_bytes((tmp_path / "both" / weights).read_bytes())
+    settings, samples = PruneSettings(fit="best"), CalibrationSettings(samples=2, sequence_length=64)
+    both, alone = (
+        vars(planning.Size(ModelSource(name, tmp_path / name), "float32", settings, samples))
+        for name in ("both", "text")
+    )
+    assert both == alone
+    assert both["outside_blocks"] == 2 * 257 * 64 * 4 and both["block"] == both["weights"] // 2
+    assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
+
+
+def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
+    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
+    size = planning.Size(tiny("llama"), "float32", settings, text)
+    enough = size.held(offload=False) + size.gradients + size.activations
+    chosen = planning.choose_placement(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
+    assert chosen.by_sample and not chosen.offload
+    chosen = planning.choose_placement(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
+    assert not chosen.by_sample and not chosen.offload
+    assert not planning.choose_placement(
+        size, ResourceSettings(memory=enough, offload=True), settings, "cpu", Ranks()
+    ).by_sample
+
+
+def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
+    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
+    size = planning.Size(tiny("llama"), "float32", settings, text)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    chosen = planning.choose_placement(size, ResourceSettings(), settings, "cpu", Ranks())
+    assert chosen.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
+    chosen = planning.choose_placement(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
+    assert chosen.states + size.weights + size.working == 10**9
+
+
+@pytest.mark.parametrize(
+    ("fit", "better"),
+    [("none", "balanced"), ("fast", "balanced"), ("obs", "balanced"), ("balanced", "best"), ("best", None)],
+)
+def test_the_next_fit_does_more_and_takes_longer(fit: str, better: str | None) -> None:
+    chosen = PruneSettings(fit=fit)
+    assert stage.better_fit(chosen) == better
+    if better is not None:
+        assert planning.passes(PruneSettings(fit=better)) > planning.passes(chosen)
+
+
+def test_no_fit_is_offered_that_cannot_run() -> None:
+    assert stage.better_fit(PruneSettings(fit="none"), several=True) == "fast"
+    assert stage.better_fit(PruneSettings(fit="fast"), several=True) is None
+    assert stage.better_fit(PruneSettings(fit="balanced"), offload=True) is None
+
+
+@pytest.mark.parametrize(("rate", "offers"), [(1e15, False), (1e3, True)])
+def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, offers, tiny, monkeypatch) -> None:
+    monkeypatch.setattr(planning, "_operations_per_second", lambda device, dtype: rate)
+    settings, text = PruneSettings(), CalibrationSettings()
+    plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=SimpleNamespace(offload=False))
+    line = planning.estimate(tiny("llama"), plan, "float32", text)
+    assert line.startswith("this takes about ") and "GB of memory on this machine" in line
+    assert ("--samples 16 --sequence-length 512 take about" in line) == offers
+
+
+def test_bfloat16_checkpoints_are_computed_in_what_the_cpus_of_all_ranks_have(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(ranks, "has_bfloat16", lambda device: True)
+    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
+    size = planning.Size(tiny("llama"), "float32", settings, text)
+    for others, fast in ((True, "bfloat16"), (False, "float32")):
+        group = Ranks(0, 2)
+        monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])
+        for stored, dtype in (("bfloat16", fast), ("float16", "float32"), ("float32", "float32")):
+            monkeypatch.setattr(loading, "stored_dtype", lambda source, stored=stored: stored)
+            assert planning.choose_dtypes("auto", tiny("llama"), settings, "cpu", group) == [dtype, fast]
+            assert planning.choose_dtypes("float32", tiny("llama"), settings, "cpu", group) == ["float32"] * 2
+        assert planning.choose_placement(size, ResourceSettings(), settings, "cpu", group).by_sample is others
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_fits_compute_in_no_float16(has: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    planning.check_float16("float16", PruneSettings(fit="fast"), "cuda:0")
+    with nullcontext() if has else pytest.raises(UsageError, match="fits in float16 lose gradients"):
+        planning.check_float16("float16", PruneSettings(), "cuda:0")
