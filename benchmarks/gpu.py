@@ -656,9 +656,8 @@ def prune_streamed(bench: Bench, folder: Path, samples: list[dict[str, Tensor]],
     """(seconds, peak of device memory in bytes) of the walk over a checkpoint whose blocks are read one at a time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gblm_compress.calibration.block_weights import StreamedWeights
-    from gblm_compress.calibration.hidden_states import StatePool
     from gblm_compress.calibration.ranks import Ranks
+    from gblm_compress.calibration.weights import StatePool, StreamedWeights
     from gblm_compress.models.source import ModelSource
     from gblm_compress.progress import Progress
     from gblm_compress.pruning.planning import Placement, Plan, uniform_budgets

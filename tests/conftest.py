@@ -15,11 +15,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch
 from torch import nn
 
-from gblm_compress.calibration.block_calls import BlockCalls
-from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.blocks import BlockReplay
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.weights import ResidentWeights, StatePool
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource

@@ -1,7 +1,7 @@
-"""Calibration: blocks with what goes into them, and the activation norms inside them.
+"""Blocks with their inputs, and the statistics of the layers in them.
 
 `BlockReplay` takes the samples through the blocks one block at a time, so that each `Block` sees the output of the
-blocks before it as they are *after* pruning. How blocks are called is in `block_calls`, the gradients in `gradients`.
+blocks before it as they are *after* pruning.
 """
 
 from collections import Counter
@@ -14,25 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_calls import BlockCalls, Call, counted_tokens
-from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
+from gblm_compress.calibration.calls import BlockCalls, Call, counted_tokens
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.errors import ModelError
+from gblm_compress.methods.choices import Need, Statistics
+from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.methods.zeros import check_finite
-from gblm_compress.models.architecture import weight_matrix
+from gblm_compress.models.architecture import as_matrix, weight_matrix
 
 
 class BlockReplay:
     """The hidden states of all samples, on their way through the blocks one block at a time.
 
-    Args:
-        calls: how the blocks are called.
-        pool: where the states are kept.
-        ranks: the processes that share the samples.
-
     Attributes:
-        hidden: the hidden states of every sample, on their way, each [1, length, hidden size].
+        hidden: those of every sample, each [1, length, hidden size].
     """
 
     def __init__(self, calls: BlockCalls, weights: Weights, pool: StatePool, ranks: Ranks) -> None:
@@ -57,14 +53,12 @@ class BlockReplay:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the model and what goes into it.
+    """One block of the model and its input.
 
     Attributes:
-        module: the block; what it computes follows its weights as they are now.
         calls: its arguments beside the hidden states, for every sample of this process.
         inputs: the hidden states of every sample, each [1, tokens, hidden size].
         counted: which tokens of every sample are no padding, bool [1, tokens]; None if all are counted.
-        ranks: the processes that share the samples.
     """
 
     module: nn.Module
@@ -99,14 +93,8 @@ def activation_norms(
 ) -> dict[str, Tensor]:
     """A_j = sqrt(mean over samples of the sum over counted tokens of x_j²) of the linear layers in a block.
 
-    Args:
-        tokens: as for `sum_over_inputs`.
-
     Returns:
         {name: A [in_features], float32}.
-
-    Raises:
-        ModelError: an activation is NaN or infinite; the message names the layer.
     """
 
     def add(total: Tensor | None, x: Tensor) -> Tensor:
@@ -127,13 +115,12 @@ def sum_over_inputs(
     """A sum over all samples of something quadratic that is measured on the input of every layer.
 
     Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum.
-    A layer whose weight is used in several places is measured in all of them.
-    Once all layers of a block have run, the rest of the block is left out.
+    A weight that is used in several places is measured in all of them.
 
     Args:
-        add: takes the sum so far (None at first; it may be changed) and a layer's input [tokens, in_features] in
-            float32, without padding; gives the new sum.
-        tokens: takes {name: how many tokens the layer got, over all processes}; 0 for one that never ran.
+        add: of (the sum so far, None at first; a layer's input [tokens, in_features] in float32, without padding): the
+            new sum.
+        tokens: filled with {name: how many tokens the layer got, over all processes}; 0 for one that never ran.
 
     Returns:
         {name: sum over the samples of all processes}.
@@ -224,6 +211,83 @@ def _hooks(handles: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def layer_statistics(
+    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
+) -> dict[str, Statistics]:
+    """The statistics of each layer.
+
+    Args:
+        block: None if none of `Need.BLOCKS` is needed.
+        layers: {name: Linear or Conv1D}; may be empty.
+        gradients: {name: G in the stored layout of the weight}; empty if it was not measured.
+    """
+    grams: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
+    regional: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    if block is not None and layers:
+        if Need.GRAM in needs:
+            grams = gram_matrices(block, layers, tokens)
+            activations = {name: activation_norms_of(gram, block.samples) for name, gram in grams.items()}
+        elif Need.ACTIVATIONS in needs:
+            activations = activation_norms(block, layers, tokens)
+        if Need.REGIONAL in needs:
+            regional = regional_norms(block, layers)
+
+    def matrix(layer: nn.Module, stored: Tensor | None) -> Tensor | None:
+        return None if stored is None else as_matrix(layer, stored)
+
+    return {
+        name: Statistics(
+            activation_norm=activations.get(name),
+            gradient_norm=matrix(layer, gradients.get(name)),
+            regional_norm=matrix(layer, regional.get(name)),
+            gram=grams.get(name),
+            tokens=tokens.get(name),
+        )
+        for name, layer in layers.items()
+    }
+
+
+def gram_matrices(
+    block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
+) -> dict[str, Tensor]:
+    """H = XᵀX of every layer's input, summed over all counted tokens of all samples.
+
+    Returns:
+        {name: H [in_features, in_features], float32}. Layers with the very same input share one matrix.
+    """
+
+    def add(total: Tensor | None, x: Tensor) -> Tensor:
+        return x.T @ x if total is None else total.addmm_(x.T, x)
+
+    return sum_over_inputs(block, layers, add, tokens)
+
+
+def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """R = sqrt(mean over samples of (∇_W ‖block(X_n)‖₂)²), X_n the inputs of sample n (Wanda++, arXiv 2503.04992).
+
+    Returns:
+        {name: R in float32, in the stored layout of the weight}.
+    """
+    weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    with only_requires_grad(block.module, weights.values()), torch.enable_grad():
+        for sample, hidden in enumerate(block.inputs):
+            output = block.calls[sample].run(block.module, hidden)
+            norm = block.without_padding(sample, output).float().norm()
+            # An expert without a token takes no part.
+            gradients = torch.autograd.grad(norm, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient.float(), gradient.float())
+    block.ranks.sum_(sums.values())
+    for name, total in sums.items():
+        check_finite(name, "gradients", total)
+        total.div_(block.samples).sqrt_()
+    return sums
 
 
 @contextmanager

@@ -18,11 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_calls import BlockCalls
-from gblm_compress.calibration.block_weights import Weights
 from gblm_compress.calibration.blocks import BlockReplay, only_requires_grad
-from gblm_compress.calibration.hidden_states import HiddenStates, StatePool
+from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GradientNorm

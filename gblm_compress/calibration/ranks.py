@@ -1,4 +1,4 @@
-"""Several processes on one run: each measures its share of the samples, sums are taken over all of them.
+"""Several processes on one run: each measures its share of the samples, and sums go over all of them.
 
 Started by `torchrun --nproc-per-node N -m gblm_compress prune …`. Every rank then decides the same, from the same sums;
 the first rank alone writes, to a folder that all of them can read.
@@ -21,12 +21,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those of the run. `Ranks()` is a run of one process, for which nothing is communicated.
-
-    Attributes:
-        rank: which process this is, from 0.
-        size: how many there are.
-    """
+    """This process among those of the run. `Ranks()` is a run of one process, which communicates nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -37,42 +32,26 @@ class Ranks:
         return self.rank == 0
 
     def share(self, samples: Sequence[T]) -> list[T]:
-        """This rank's part of the samples.
-
-        Raises:
-            UsageError: there are fewer samples than ranks.
-        """
+        """This rank's part of the samples."""
         if len(samples) < self.size:
             raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
         return list(samples[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order.
-
-        Raises:
-            RankError: another rank is gone.
-        """
+        """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order."""
         if self.size > 1:
             with self._all_present():
                 for tensor in tensors:
                     distributed.all_reduce(tensor)
 
     def sum_to_(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor on one rank by the sum over all ranks; on the others it holds nothing of use afterwards.
-
-        Raises:
-            RankError: another rank is gone.
-        """
+        """Replace a tensor on one rank by the sum over all ranks; on the others it holds nothing of use afterwards."""
         if self.size > 1:
             with self._all_present():
                 distributed.reduce(tensor, owner)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor on all ranks by that of one.
-
-        Raises:
-            RankError: another rank is gone.
-        """
+        """Replace a tensor on all ranks by that of one."""
         if self.size > 1:
             with self._all_present():
                 distributed.broadcast(tensor, owner)
@@ -90,11 +69,7 @@ class Ranks:
         return self.total(int(yes), device) == self.size
 
     def wait(self) -> None:
-        """Go on once every rank is here.
-
-        Raises:
-            RankError: another rank is gone.
-        """
+        """Go on once every rank is here."""
         if self.size > 1:
             with self._all_present():
                 distributed.barrier()

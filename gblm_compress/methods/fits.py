@@ -152,14 +152,9 @@ def _propagate(
     step: int,
     grid: Grid | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The blocked algorithm: `choose` gives the mask of columns start … end from their values at that moment.
+    """The blocked algorithm; returns the survivors as they were before rounding, and the mask.
 
-    Args:
-        step: for how many columns at a time a mask is chosen.
-        grid: what survivors are rounded to; they stay as they are without one.
-
-    Returns:
-        The survivors as they were when it was their turn, before rounding, and the mask.
+    `choose` gives the mask of `step` columns, start … end, from their values at that moment.
     """
     import torch
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_statistics import layer_statistics
-from gblm_compress.calibration.blocks import Block
+from gblm_compress.calibration.blocks import Block, layer_statistics
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, FITS, output_error

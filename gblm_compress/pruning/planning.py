@@ -13,7 +13,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget
 from gblm_compress.methods.choices import Need
-from gblm_compress.methods.fits import BLOCK_EPOCHS, MODEL_EPOCHS
+from gblm_compress.methods.fits import BLOCK_EPOCHS, FITS, MODEL_EPOCHS
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -243,6 +243,21 @@ def passes(settings: PruneSettings) -> float:
 def _measuring(needs: Need) -> float:
     """Passes of one walk over the blocks that measures this."""
     return 2.0 * bool(needs & Need.BLOCKS) + 3.0 * (Need.REGIONAL in needs) + 1.0 * (Need.GRAM in needs)
+
+
+def better_fit(settings: PruneSettings, several: bool = False, offload: bool = False) -> str | None:
+    """The next fit that does more for the survivors than that of these settings; None if none does.
+
+    Args:
+        several: whether the run is on several processes.
+        offload: whether the model stays on disk.
+    """
+    fit = FITS[settings.fit]
+    if several:
+        return None if fit.moves else "fast"
+    if fit.fits_block:
+        return None if fit.fits_model or offload else "best"
+    return "balanced"
 
 
 def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
+from gblm_compress.calibration.weights import ResidentWeights, StreamedWeights
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros

@@ -21,13 +21,11 @@ from torch import nn
 
 from gblm_compress import __version__, errors, tasks
 from gblm_compress.calibration import ranks
-from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights, Weights
-from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.methods.allocation import Budget
-from gblm_compress.methods.fits import FITS
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.experts import run_all_, unfused
@@ -230,11 +228,7 @@ def _prune_in_place(
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder for the gradients and the pruned weights of blocks.
-
-    Raises:
-        OutputError: the disk does not take them.
-    """
+    """A folder for the gradients and the pruned weights of blocks."""
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
         try:
             yield Path(folder)
@@ -266,11 +260,7 @@ def _walk(
 def _checked(
     source: ModelSource, settings: PruneSettings, calibration: CalibrationSettings, dtype: str, device: str
 ) -> dict[str, Budget]:
-    """The budgets of the layers, unless something makes the run impossible.
-
-    Raises:
-        GblmError: all faults at once.
-    """
+    """The budgets of the layers, unless something makes the run impossible."""
     loading.check_model(source, "prune")
     budgets: list[dict[str, Budget]] = []
     looks: list[Callable[[], object]] = [
@@ -287,9 +277,6 @@ def _checked(
 
 
 def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
-    """Raises:
-    UsageError: the fit does not run on several processes.
-    """
     if group.size > 1 and settings.fits_blocks:
         raise UsageError(
             f"fit {settings.fit} takes one step of Adam after the other and does not run on several processes; "
@@ -364,7 +351,7 @@ def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds
             f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
         )
-    better = better_fit(settings, several=plan.ranks.size > 1, offload=plan.placement.offload)
+    better = planning.better_fit(settings, several=plan.ranks.size > 1, offload=plan.placement.offload)
     cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0
     if cost > 1:
         notes.append(
@@ -372,18 +359,3 @@ def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds
             f"about {cost:.1f} times as long (estimated from its passes over the text: {cost * seconds:,.0f} s)"
         )
     return notes
-
-
-def better_fit(settings: PruneSettings, several: bool = False, offload: bool = False) -> str | None:
-    """The next fit that does more for the survivors than that of these settings; None if none does.
-
-    Args:
-        several: whether the run is on several processes.
-        offload: whether the model stays on disk.
-    """
-    fit = FITS[settings.fit]
-    if several:
-        return None if fit.moves else "fast"
-    if fit.fits_block:
-        return None if fit.fits_model or offload else "best"
-    return "balanced"

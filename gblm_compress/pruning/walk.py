@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
-from gblm_compress.calibration.block_calls import BlockCalls
-from gblm_compress.calibration.block_statistics import layer_statistics
-from gblm_compress.calibration.block_weights import Weights
-from gblm_compress.calibration.blocks import Block, BlockReplay
+from gblm_compress.calibration.blocks import Block, BlockReplay, layer_statistics
+from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import gradient_norms
-from gblm_compress.calibration.hidden_states import StatePool
-from gblm_compress.calibration.whole_calls import calls_of
+from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import ALLOCATIONS, Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.tasks.task import Sample, Task

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gblm_compress.calibration.block_statistics import gram_matrices, regional_norms
-from gblm_compress.calibration.blocks import Block, activation_norms
+from gblm_compress.calibration.blocks import Block, activation_norms, gram_matrices, regional_norms
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.models.architecture import prunable_layers

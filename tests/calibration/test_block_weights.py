@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gblm_compress.calibration.block_weights import ResidentWeights, StreamedWeights
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.loading import load_model, load_skeleton
 from gblm_compress.models.source import ModelSource

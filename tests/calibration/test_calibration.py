@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from gblm_compress.calibration.block_calls import BlockCalls, NoChainError
-from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.blocks import activation_norms
+from gblm_compress.calibration.calls import BlockCalls, NoChainError
+from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks, prunable_layers
 from gblm_compress.models.tiny import tiny_model

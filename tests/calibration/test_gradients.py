@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_calls import BlockCalls
-from gblm_compress.calibration.block_weights import ResidentWeights
+from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.gradients import gradient_norms
-from gblm_compress.calibration.hidden_states import StatePool
 from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.calibration.weights import ResidentWeights, StatePool
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from gblm_compress.calibration.block_weights import ResidentWeights
 from gblm_compress.calibration.blocks import BlockReplay, activation_norms
+from gblm_compress.calibration.calls import calls_of
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.calibration.whole_calls import calls_of
+from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model

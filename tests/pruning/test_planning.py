@@ -12,7 +12,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning import planning, stage
+from gblm_compress.pruning import planning
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from tests.families.tiny import tiny_family
 
@@ -98,15 +98,15 @@ def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monke
 )
 def test_the_next_fit_does_more_and_takes_longer(fit: str, better: str | None) -> None:
     chosen = PruneSettings(fit=fit)
-    assert stage.better_fit(chosen) == better
+    assert planning.better_fit(chosen) == better
     if better is not None:
         assert planning.passes(PruneSettings(fit=better)) > planning.passes(chosen)
 
 
 def test_no_fit_is_offered_that_cannot_run() -> None:
-    assert stage.better_fit(PruneSettings(fit="none"), several=True) == "fast"
-    assert stage.better_fit(PruneSettings(fit="fast"), several=True) is None
-    assert stage.better_fit(PruneSettings(fit="balanced"), offload=True) is None
+    assert planning.better_fit(PruneSettings(fit="none"), several=True) == "fast"
+    assert planning.better_fit(PruneSettings(fit="fast"), several=True) is None
+    assert planning.better_fit(PruneSettings(fit="balanced"), offload=True) is None
 
 
 @pytest.mark.parametrize(("rate", "offers"), [(1e15, False), (1e3, True)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gblm_compress.calibration.block_calls import Call
+from gblm_compress.calibration.calls import Call
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
 from gblm_compress.methods.allocation import Budget

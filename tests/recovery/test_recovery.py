@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.calibration import products
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.methods.mask_rules import MASK_RULES
 from gblm_compress.methods.optimisers import OPTIMISERS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.weights import StatePool
 from gblm_compress.models.tiny import VOCABULARY, tiny_model
 from gblm_compress.recovery.teacher import Teacher
 from tests.conftest import CAUSAL_LM, samples

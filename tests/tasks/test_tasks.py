@@ -12,9 +12,8 @@ import transformers
 from torch.nn.functional import cross_entropy, pad
 from transformers import BertForMaskedLM, BertModel, GPT2DoubleHeadsModel, LlamaForCausalLM
 
-from gblm_compress.calibration.block_statistics import gram_matrices, regional_norms
-from gblm_compress.calibration.blocks import activation_norms
-from gblm_compress.calibration.hidden_states import StatePool
+from gblm_compress.calibration.blocks import activation_norms, gram_matrices, regional_norms
+from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor

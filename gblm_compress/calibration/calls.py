@@ -1,16 +1,18 @@
 """How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.block_weights import Weights
+from gblm_compress.calibration.weights import ResidentWeights, Weights
 from gblm_compress.errors import ModelError, first_line, is_out_of_memory
 from gblm_compress.tasks.task import Sample, Task
 
@@ -23,15 +25,9 @@ class BlockCalls:
     """How a model calls its blocks, and what it does before and after them.
 
     The arguments of every block (masks, position embeddings, …) are recorded for every sample from a forward pass of
-    the model, in which at most the first block computes, and replayed; they are not rebuilt. The first sample is
-    recorded twice, with other hidden states, so that an architecture whose block arguments depend on what blocks
-    compute, or whose blocks do not form a chain, is refused instead of calibrated wrongly. So are blocks that repeat or
-    share weights: what is measured in one place would not be all that a weight does.
-
-    Args:
-        weights: a model in eval mode.
-        task: what it is for.
-        samples: its samples, all of one shape.
+    the model, in which at most the first block computes, and replayed. The first sample is recorded twice, with other
+    hidden states. So a model is refused whose block arguments depend on hidden states, or whose blocks form no chain,
+    repeat or share weights.
 
     Attributes:
         calls: for each block, the arguments of each sample; one object where they equal those of the first sample.
@@ -74,11 +70,7 @@ class BlockCalls:
         raise AssertionError("the first block ran when the calls were recorded")
 
     def loss_gradient(self, sample: int, hidden: Tensor) -> Tensor:
-        """The gradient of a sample's loss to what the last block gives; needs `weights.outer()`.
-
-        Args:
-            hidden: the last block's output [1, tokens, hidden size].
-        """
+        """The gradient of a sample's loss to `hidden`, the last block's output; needs `weights.outer()`."""
 
         def predict(sample: Sample, hidden: Tensor) -> Tensor:
             prediction: Tensor = getattr(self._without_blocks(sample, lambda first: hidden), self.task.output)
@@ -107,11 +99,7 @@ class BlockCalls:
 
 
 def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
-    """A forward pass of the model.
-
-    Raises:
-        ModelError: the model does not run on these arguments, or on a part of a sample.
-    """
+    """A forward pass of the model, whose errors are about the model."""
     try:
         return model(**arguments)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -130,11 +118,7 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 
 @dataclass
 class Call:
-    """One block's recorded arguments, less the hidden states: positional ones after them, and keywords.
-
-    Attributes:
-        beside: what a block returns after the hidden states; None if it returns nothing but those, and no tuple.
-    """
+    """One block's recorded arguments, less the hidden states; and what it returns `beside` them, if it returns more."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -200,14 +184,8 @@ def _record_calls(
 ) -> list[Call]:
     """How the model calls each of its blocks, checking that they form a chain.
 
-    Only the first block computes, to show what a block returns. The others give the negative of what they get: enough
+    Only the first block computes, to show what a block returns. The others give the negative of their input: enough
     to see whether the next one takes it.
-
-    Args:
-        arguments: of the model's forward pass.
-        first_block: with its weights.
-        like: calls that show what a block returns; then no block computes, and the pass ends with the last block.
-        negate: whether the first block computes with the negative of what it gets.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
@@ -314,3 +292,112 @@ def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = before
+
+
+class WholeWeights(ResidentWeights):
+    """A model in memory whose only block is the module around its blocks.
+
+    Some architectures pass more from block to block than hidden states, change the size of these, run blocks several
+    times or let them share weights. Then all layers are measured in the dense model at once, wherever their weights
+    are used, and none sees what the pruning of others does to its input.
+    """
+
+    @classmethod
+    def of(cls, weights: Weights, arguments: dict[str, Any], reason: NoChainError) -> Self:
+        if not isinstance(weights, ResidentWeights):
+            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from reason
+        around = _around_blocks(weights, arguments)
+        if around is None:
+            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
+        whole = cls(weights.model)
+        whole.blocks = [around]
+        return whole
+
+    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+        return [{name: layer for block in layers for name, layer in block.items()}]
+
+
+@dataclass
+class WholeCall(Call):
+    """A call of the module around the blocks, whose input is among its arguments."""
+
+    def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        return block(*self.args, **self.kwargs)
+
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        return _states(self.returned(block, hidden))
+
+
+class WholeCalls(BlockCalls):
+    """As `BlockCalls`, of the module around the blocks as the only one."""
+
+    def __init__(self, weights: WholeWeights, task: Task, samples: Sequence[Sample]) -> None:
+        self._weights, self.task, self.samples = weights, task, samples
+        self.counted = [task.counted(sample) for sample in samples]
+        self.calls = [[self._record(sample) for sample in samples]]
+        with torch.no_grad():
+            self._like = self.calls[0][0].returned(weights.blocks[0], torch.empty(0))
+        self.tokens = counted_tokens(self.counted, self.embed(0))
+
+    def embed(self, sample: int) -> Tensor:
+        """Stands for hidden states; nothing reads it."""
+        return torch.zeros_like(_states(self._like))
+
+    def _record(self, sample: Sample) -> Call:
+        found: list[Call] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            found.append(WholeCall(args, kwargs, hidden_is_keyword=False))
+            raise _AroundBlocksReached
+
+        with forward_replaced(self._weights.blocks[0], stop), torch.no_grad():
+            try:
+                run_model(self._weights.model, self.task.arguments(sample))
+            except _AroundBlocksReached:
+                return found[0]
+        raise AssertionError("it ran when it was looked for")
+
+    def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
+        def output(*args: Any, **kwargs: Any) -> Any:
+            hidden = instead(_states(self._like))
+            if isinstance(self._like, Tensor):
+                return hidden
+            if isinstance(self._like, tuple):
+                return (hidden, *self._like[1:])
+            made = copy(self._like)
+            made[next(iter(made))] = hidden
+            return made
+
+        with forward_replaced(self._weights.blocks[0], output):
+            return run_model(self._weights.model, self.task.arguments(sample))
+
+
+def _states(output: Any) -> Tensor:
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+@torch.no_grad()
+def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | None:
+    """The innermost module around the blocks that a forward pass runs once; None if that is the model itself."""
+    runs: Counter[nn.Module] = Counter()
+    around, path = [], weights.prefix
+    with ExitStack() as within:
+        while path := path.rpartition(".")[0]:
+            around.append(weights.model.get_submodule(path))
+            within.callback(around[-1].register_forward_pre_hook(lambda module, _: runs.update([module])).remove)
+        run_model(weights.model, arguments)
+    return next((module for module in around if runs[module] == 1), None)
+
+
+class _AroundBlocksReached(Exception):
+    """Ends a forward pass once the arguments of what is around the blocks are known."""
+
+
+def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
+    """How a model calls its blocks, and the weights by those blocks: its own, or all of them as one."""
+    try:
+        return weights, BlockCalls(weights, task, samples)
+    except NoChainError as reason:
+        whole = WholeWeights.of(weights, task.arguments(samples[0]), reason)
+        return whole, WholeCalls(whole, task, samples)

@@ -1,15 +1,18 @@
-"""Where the weights of a model are while its blocks are worked on one by one: all in memory, or the block at work only.
+"""Where weights and hidden states are while blocks are worked on one by one: in memory, or in files.
 
-Both classes offer the same: `with weights.block(i):` and `with weights.outer():` make the weights of one block, or of
-everything outside the blocks, ready for use.
+`with weights.block(i):` and `with weights.outer():` make the weights of one block, or of everything outside the blocks,
+ready for use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError
@@ -19,12 +22,7 @@ from gblm_compress.models.source import ModelSource
 
 
 class ResidentWeights:
-    """A model that is in memory as a whole.
-
-    Attributes:
-        model: the model.
-        blocks: its blocks in order.
-    """
+    """A model that is in memory as a whole."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -48,20 +46,11 @@ class ResidentWeights:
 class StreamedWeights:
     """A model of which only what is at work is in memory; the rest stays in the safetensors of its checkpoint.
 
-    What is done to a block's weights is lost when its `with` ends, unless somebody has saved it. Where blocks run on a
-    GPU the next one is read while one runs; on a CPU the pages of the file are used as they are where the dtype allows.
-
-    Attributes:
-        model: the model; parameters that are not at work are on the meta device.
-        blocks: its blocks in order.
+    Changes to a block's weights are lost when its `with` ends. Where blocks run on a GPU the next one is read while one
+    runs; on a CPU the pages of the file are used as they are where the dtype allows.
 
     Args:
-        source: the dense model.
         model: it without its weights, as `loading.load_skeleton` makes it; buffers must be real.
-        device: where blocks run.
-
-    Raises:
-        ModelError: the checkpoint lacks a tensor.
     """
 
     def __init__(self, source: ModelSource, model: Any, device: str) -> None:
@@ -175,3 +164,77 @@ def _buffers_to(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+class StatePool:
+    """Room for all hidden states of a run: bytes of memory on the host, and an empty folder for the rest.
+
+    The states are scratch: an interrupted run computes them again.
+    """
+
+    def __init__(self, folder: Path, budget: int, device: torch.device) -> None:
+        self.left, self.device = budget, device
+        self._folder, self._names = folder, count()
+
+    def states(self, samples: int) -> "HiddenStates":
+        """Room for the states of that many samples at one place between blocks."""
+        return HiddenStates(self, samples)
+
+    def new_file(self) -> Path:
+        """A path that nothing uses yet."""
+        return self._folder / f"{next(self._names)}.safetensors"
+
+
+class HiddenStates(Sequence[Tensor]):
+    """The hidden states [1, length, hidden size] of every sample at one place, on the device whenever they are read.
+
+    They lie in one piece of memory, for all samples, or in a file each: many pieces among short-lived ones would keep
+    the allocator from giving those back.
+    """
+
+    def __init__(self, pool: StatePool, samples: int) -> None:
+        self._pool = pool
+        self._memory: Tensor | None = None
+        self._files: list[Path | None] = [None] * samples
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        if self._memory is not None:
+            return self._memory[index : index + 1].to(self._pool.device, non_blocking=True)
+        path = self._files[index]
+        assert path is not None, "read before it was written, or after it was released"
+        return load_file(path)["states"].to(self._pool.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __setitem__(self, index: int, states: Tensor) -> None:
+        states = states.detach()
+        if self._memory is None and not any(self._files) and len(self) * states.nbytes <= self._pool.left:
+            self._memory = _on_host(len(self), states)
+            self._pool.left -= self._memory.nbytes
+        if self._memory is not None:
+            self._memory[index : index + 1].copy_(states)
+            return
+        before, path = self._files[index], self._pool.new_file()
+        save_file({"states": states.cpu().contiguous()}, path)
+        self._files[index] = path
+        if before is not None:  # not overwritten: somebody may still read a tensor that is mapped to it
+            before.unlink()
+
+    def release(self) -> None:
+        """Give memory and files back; the states are gone."""
+        if self._memory is not None:
+            self._pool.left += self._memory.nbytes
+            self._memory = None
+        for index, path in enumerate(self._files):
+            if path is not None:
+                path.unlink()
+                self._files[index] = None
+
+
+def _on_host(samples: int, like: Tensor) -> Tensor:
+    """Room for the states of all samples in the host's memory, page-locked where they travel to a GPU and back."""
+    return torch.empty(samples, *like.shape[1:], dtype=like.dtype, pin_memory=like.device.type == "cuda")
