@@ -19,9 +19,8 @@ from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.stage import prune_
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import prune, prune_
 from gblm_compress.settings import (
     CalibrationSettings,
     PruneSettings,
