@@ -21,16 +21,16 @@ _SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 
 @contextmanager
-def _named_errors(source: ModelSource, reason: str) -> Iterator[None]:
-    """transformers, safetensors and torch each raise their own kinds for bad files; here they are `ModelError`s."""
+def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
+    """Raise a `ModelError` with the model's name and a reason for whatever a library raises for bad files; without a
+    reason, only for a `ModelError` of our own."""
     try:
         yield
-    except ModelError as error:
-        raise ModelError(f"model {source.name!r}: {error}") from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or not (reason or isinstance(error, ModelError)):
             raise
-        raise ModelError(f"model {source.name!r}: {reason} ({first_line(error)})") from error
+        detail = f"{reason} ({first_line(error)})" if reason else error
+        raise ModelError(f"model {source.name!r}: {detail}") from error
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -127,9 +127,9 @@ def task_of(source: ModelSource) -> Task:
     """
     import transformers
 
-    found = TASKS[DEFAULT]
-    with _named_errors(source, "its task cannot be found"):
-        for architecture in source.config.get("architectures") or []:
+    found, architectures = TASKS[DEFAULT], source.config.get("architectures") or []
+    with _named_errors(source):
+        for architecture in architectures:
             model_class = getattr(transformers, architecture, None)
             if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
                 raise ModelError(
@@ -161,6 +161,7 @@ def load_processor(source: ModelSource) -> Any:
     auto_class = getattr(transformers, task.processor.auto_class)
     with _named_errors(source, f"its {task.processor.name} cannot be loaded"):
         processor = auto_class.from_pretrained(source.folder, **_SAFELY)
+    with _named_errors(source):
         task.check_processor(processor)
     return processor
 

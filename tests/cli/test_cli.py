@@ -65,7 +65,11 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
             2,
             "'nope' matches no module",
         ),
-        (["prune", "tiny", "-o", "x", "--sequence-length", "64", "--device", "gpu9"], 2, "device 'gpu9' is not known"),
+        (
+            ["prune", "tiny", "-o", "x", "--sequence-length", "64", "--device", "gpu9"],
+            2,
+            "device 'gpu9' is not supported",
+        ),
         (
             ["benchmark", "tiny", "--baseline", "tiny", "--runtimes", "foo"],
             2,

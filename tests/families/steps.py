@@ -1,4 +1,4 @@
-"""What a family is taken through."""
+"""The steps that a family is taken through."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -9,7 +9,7 @@ from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import PruneResult, prune
+from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, ResourceSettings
 from tests.families.tiny import tiny_family
 
@@ -23,7 +23,7 @@ _TEXT = "The quick brown fox jumps over the lazy dog. 0123456789 Pack my box wit
 
 
 def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, str]:
-    """What became of each step of a family: "ok", or why it is refused. A step after one that is refused is left out.
+    """{step: "ok", or why it is refused}. A step after one that is refused is left out.
 
     Pruning reopens what it wrote through transformers and counts its zeros; exports verify themselves.
     """
@@ -39,7 +39,9 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
         calibration = CalibrationSettings(dataset=str(text), samples=4, sequence_length=64)
         settings, resources = PruneSettings(method="gblm", fit=fit), ResourceSettings(offload=offload)
         result = prune(dense, output, settings, calibration, resources=resources, progress=Progress(quiet=True))
-        assert (share := pruned_share(result)) >= LEAST, f"{100 * share:.1f} % of the linear weights are pruned"
+        apart = sum(dense.weights for dense in result.left_dense.values() if dense.reason in _APART)
+        share = result.weights / (result.linear_weights - apart)
+        assert share >= LEAST, f"{100 * share:.1f} % of the linear weights are pruned"
 
     def exported(**settings: Any) -> None:
         format = ExportSettings(**settings)
@@ -53,25 +55,15 @@ def take(name: str, folder: Path, steps: Collection[str] = STEPS) -> dict[str, s
         "onnx": lambda: exported(format="onnx", graph="plain"),
     }
     for step in STEPS:
-        if step not in (BUILD, PRUNE) and step not in steps:
+        if step not in (BUILD, PRUNE, *steps):
             continue
-        outcomes[step] = _outcome(work[step], name, folder)
+        try:
+            work[step]()
+            outcomes[step] = "ok"
+        except GblmError as error:
+            outcomes[step] = str(error).replace(str(folder), "…")
+        except Exception as error:  # of a model that cannot be built so small, or a fault of the program
+            outcomes[step] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if step in (BUILD, PRUNE) and outcomes[step] != "ok":
             break
     return outcomes
-
-
-def pruned_share(result: PruneResult) -> float:
-    """The share of the linear weights in the blocks, routers apart, that is in pruned layers."""
-    apart = sum(dense.weights for dense in result.left_dense.values() if dense.reason in _APART)
-    return result.weights / (result.linear_weights - apart)
-
-
-def _outcome(work: Callable[[], None], name: str, folder: Path) -> str:
-    try:
-        work()
-    except GblmError as error:
-        return str(error).replace(str(folder), "…")
-    except Exception as error:  # of a model that cannot be built so small, or a fault of the program
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return "ok"

@@ -11,7 +11,7 @@ from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.models.source import ModelSource
 from tests.conftest import greedy_tokens
-from tests.families.page import PAGE, RESULTS, page
+from tests.families.__main__ import PAGE, RESULTS, page
 from tests.families.steps import take
 from tests.families.tiny import families
 

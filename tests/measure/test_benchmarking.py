@@ -62,7 +62,7 @@ def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypa
     with pytest.raises(UsageError) as found:
         benchmark([tiny("llama")], [tiny("qwen2")], settings, device="gpu9", progress=progress)
     text = str(found.value)
-    assert text.startswith("4 faults") and "device 'gpu9' is not known" in text
+    assert text.startswith("4 faults") and "device 'gpu9' is not supported" in text
     assert text.count("prompt plus generate is 604") == 2 and "is no baseline of" in text
 
 

@@ -33,15 +33,18 @@ def test_a_graph_beside_weights_is_named(source) -> None:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("BertForMaskedLM", "is for fill-mask"),
-        *((name, f"does not know the architecture {name}") for name in ("MartianForCausalLM", "__version__", "utils")),
-        *((name, f"does not know the architecture {name}") for name in ("pipeline", "LlamaConfig")),
-        *((name, "is for no task") for name in ("PreTrainedModel", "BertForPreTraining", "GPT2DoubleHeadsModel")),
+        *(
+            (name, "does not know")
+            for name in ("MartianForCausalLM", "__version__", "utils", "pipeline", "LlamaConfig")
+        ),
+        *((name, "not supported") for name in ("BertForMaskedLM", "PreTrainedModel", "GPT2DoubleHeadsModel")),
     ],
 )
 def test_architectures_for_no_task(architecture: str, message: str, source) -> None:
     (source.folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
-    with pytest.raises(ModelError, match=f"model 'm': .*{message}"):
+    with pytest.raises(
+        ModelError, match=f"model 'm': .*{message}.*{architecture}|model 'm': {architecture} .*{message}"
+    ):
         load_model(source)
 
 
