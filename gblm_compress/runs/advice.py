@@ -62,13 +62,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Advice:
-    """The outcome.
-
-    Attributes:
-        predictions: by the target, the best first.
-        left_out: {way: why it cannot be had here}.
-        sentences: the advice in words.
-    """
+    """The predictions, the best first; the ways that cannot be had here, and why; and the advice in words."""
 
     predictions: tuple[Prediction, ...]
     left_out: dict[str, str]
@@ -161,7 +155,6 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
     """Milliseconds of decode steps, each after `between`."""
-    # One model at a time: the threads of another session that waits would take the cores.
     runtime: Generating = load_runtime(artefact, dtype, "cpu", threads)
     ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.prefill(ids)

@@ -37,12 +37,8 @@ REPORT, PLOT = "comparison.json", "comparison.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one pattern and one seed.
-
-    Attributes:
-        seconds, peak_memory_bytes: of pruning, loading and saving included.
-        accuracy, recovery: means over the zero-shot tasks; None where none were asked for.
-    """
+    """One method with one pattern and one seed. Time and memory are of pruning, loading and saving included; accuracy
+    and recovery are means over the zero-shot tasks, None without any."""
 
     method: str
     pattern: str
@@ -63,11 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """The whole grid; `comparison.json` is this.
-
-    Attributes:
-        rows: for each method and pattern the means over the seeds, with standard errors (None for one seed).
-    """
+    """The whole grid, as in `comparison.json`. `rows` are the means over the seeds (`summarise`)."""
 
     model: str
     dense_perplexity: float
@@ -158,11 +150,9 @@ class Grid:
 
 
 def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progress: Progress) -> CompareResult:
-    """Prune and evaluate every method with every pattern and seed, and write table and plot to `output`.
+    """Prune and evaluate every method with every pattern and seed, and write records, table and plot to `output`.
 
-    Args:
-        dense: the model; a `Reference` to it computes once what this and other evaluations need.
-        output: folder of the records; cells that are on record there with the same settings are not run again.
+    Cells that are on record there with the same settings are not run again.
 
     Raises:
         GblmError: of the first cell that fails; those before it stay on record.
@@ -193,11 +183,7 @@ def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progres
 
 
 def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given: bool = True) -> list[GblmError]:
-    """The faults of every cell that show before the first.
-
-    Args:
-        text_is_given: whether the text of the calibration is there already.
-    """
+    """The faults of every cell that show before the first, but for those of a text that is not given yet."""
     if unusable := errors.collect([partial(loading.check_model, source, "compare")]):
         return unusable
     task, text, methods = loading.task_of(source), grid.calibration, grid.methods()
@@ -215,7 +201,7 @@ def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given:
 
 
 def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
-    """The means of each method and pattern over the seeds, in the order of their first cells."""
+    """For each method and pattern the means over the seeds, with standard errors (None for one seed)."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.pattern), []).append(cell)

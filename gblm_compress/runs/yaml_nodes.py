@@ -1,45 +1,26 @@
-"""YAML 1.2 as plain values with their positions. This is the only module that knows YAML.
+"""YAML 1.2 as plain values with their positions, read by ruamel. This is the only module that knows YAML.
 
-What a recipe needs is what JSON can say: mappings with text as keys, sequences, text, numbers, booleans and null.
-Anchors, aliases and tags are refused, so that nothing in a file can grow, refer to itself or name a type; size, depth
-and number of values are limited while the parser is still reading.
+Anchors, aliases and tags are refused, and size, depth and number of values are limited, so that nothing in a file can
+grow, refer to itself or name a type.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    MappingEndEvent,
-    MappingStartEvent,
-    NodeEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
-from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-MAX_BYTES = 64 * 1024
-MAX_DEPTH = 16
-MAX_NODES = 5_000
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 64 * 1024, 16, 5_000
 MAX_DIGITS = 40  # characters of a number; Python's own conversion is quadratic, and fails beyond 4,300
-
-# The core schema of YAML 1.2 (chapter 10.3.2).
-_NULLS = ("", "~", "null", "Null", "NULL")
-_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them
-_BASES = {"0o": 8, "0x": 16}
 
 
 class YamlFaults(Exception):
-    """The text is not what can be read here; `faults` are all that were found, each with its place."""
+    """The text cannot be read; `faults` are all that were found, each with its place."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -48,12 +29,7 @@ class YamlFaults(Exception):
 
 @dataclass
 class Node:
-    """A value and where it stands.
-
-    Attributes:
-        where: its place in words: that of its key in a mapping, its own in a sequence.
-        value: None, a boolean, a number, text, {key: node} or [node].
-    """
+    """A value and its place in words: of its key in a mapping, its own in a sequence."""
 
     where: str
     value: Any
@@ -62,9 +38,7 @@ class Node:
         """The value without places; sequences are tuples, as settings have them."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return tuple(node.plain() for node in self.value)
-        return self.value
+        return tuple(node.plain() for node in self.value) if isinstance(self.value, list) else self.value
 
     def at(self, location: tuple[Any, ...]) -> "Node":
         """The deepest node on the way to `location` that there is."""
@@ -83,112 +57,74 @@ def read(content: bytes, where: Callable[[int], str]) -> Node:
         where: the place of a line, counted from 1, in words.
 
     Raises:
-        YamlFaults: it is not UTF-8, no YAML, or uses what is not read here.
+        YamlFaults: it is not UTF-8, no YAML, too large, or has anchors, aliases, tags, or a key twice.
     """
-    return _Reader(where).read(content)
-
-
-class _Reader:
-    def __init__(self, where: Callable[[int], str]) -> None:
-        self.where = where
-        self.faults: list[str] = []
-        self.nodes = 0
-
-    def read(self, content: bytes) -> Node:
+    faults: list[str] = []
+    line = 1
+    try:
         if len(content) > MAX_BYTES:
-            self._stop(1, f"{len(content):,} bytes; {MAX_BYTES:,} are read at most")
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            self._stop(content.count(b"\n", 0, error.start) + 1, f"not UTF-8: byte {content[error.start]:#04x}")
-        try:
-            node = self._document(YAML(typ="safe", pure=True).parse(text))
-        except ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            self._stop(line, f"not valid YAML: character {error.character:#04x} is not allowed")
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            reason = ", ".join(part for part in (error.context, error.problem) if part)
-            self._stop(mark.line + 1 if mark else 1, f"not valid YAML: {reason}")
-        except (YAMLError, ArithmeticError, LookupError, ValueError) as error:  # ruamel does not check every escape
-            self._stop(1, f"not valid YAML: {error}")
-        if self.faults:
-            raise YamlFaults(self.faults)
-        return node
-
-    def _document(self, events: Iterator[Any]) -> Node:
-        node = None
-        for event in events:
-            if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-                self._stop(event.start_mark.line + 1, "a document of another version than YAML 1.2")
-            elif isinstance(event, NodeEvent):
-                if node is not None:
-                    self._stop(event.start_mark.line + 1, "a second document; one is read")
-                node = self._node(events, event, self.where(event.start_mark.line + 1), 0)
-        return node or Node(self.where(1), None)
-
-    def _node(self, events: Iterator[Any], event: Any, where: str, depth: int) -> Node:
-        line = event.start_mark.line + 1
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            self._stop(line, f"more than {MAX_NODES:,} values")
-        if depth > MAX_DEPTH:
-            self._stop(line, f"nested more than {MAX_DEPTH} deep")
-        if isinstance(event, AliasEvent):
-            self._fault(line, f"*{event.anchor} is an alias; write the value out")
-            return Node(where, None)
-        if event.anchor is not None:
-            self._fault(line, f"&{event.anchor} is an anchor; anchors and aliases are not read")
-        if event.tag is not None:
-            self._fault(line, f"{event.tag!r} is a tag; tags are not read")
-        if isinstance(event, ScalarEvent):
-            if _NO_TEXT.search(event.value):
-                self._fault(line, f"{event.value!r} holds NUL or half a character, which no name or path can")
-            return Node(where, event.value if event.style else self._scalar(event.value, line))
-        if isinstance(event, SequenceStartEvent):
-            return Node(where, self._sequence(events, depth))
-        assert isinstance(event, MappingStartEvent)
-        return Node(where, self._mapping(events, depth))
-
-    def _sequence(self, events: Iterator[Any], depth: int) -> list[Node]:
-        nodes: list[Node] = []
-        while not isinstance(event := next(events), SequenceEndEvent):
-            nodes.append(self._node(events, event, self.where(event.start_mark.line + 1), depth + 1))
-        return nodes
-
-    def _mapping(self, events: Iterator[Any], depth: int) -> dict[str, Node]:
-        nodes: dict[str, Node] = {}
-        while not isinstance(event := next(events), MappingEndEvent):
+            raise YAMLError(f"{len(content):,} bytes; {MAX_BYTES:,} are read at most")
+        text = content.decode("utf-8-sig")
+        depth = number = 0
+        for event in YAML(typ="safe", pure=True).parse(text):
             line = event.start_mark.line + 1
-            key = self._node(events, event, self.where(line), depth + 1)
-            name = event.value if isinstance(event, ScalarEvent) else ""  # a key is its text, as in JSON
-            if isinstance(key.value, dict | list):
-                self._fault(line, "a key is a mapping or a sequence; keys are text")
-            elif name in nodes:
-                self._fault(line, f"key {name!r} appears twice")
-            nodes[name] = self._node(events, next(events), self.where(line), depth + 1)
-        return nodes
+            number += isinstance(event, NodeEvent)
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MAX_DEPTH + 1 or number > MAX_NODES:
+                limit = f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"more than {MAX_NODES:,} values"
+                raise YAMLError(limit)
+            faults += (f"{where(line)}: {fault}" for fault in _faults(event))
+        node = None if faults else YAML(typ="safe", pure=True).compose(text)
+        tree = Node(where(1), None) if node is None else _tree(node, where, where(node.start_mark.line + 1), faults)
+    except (YAMLError, ArithmeticError, LookupError, ValueError) as error:  # ruamel does not check every escape
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        position = getattr(error, "position", getattr(error, "start", None))
+        line = mark.line + 1 if mark else line if position is None else content.count(b"\n", 0, position) + 1
+        said = [part for name in ("context", "problem") if (part := getattr(error, name, None))]
+        faults.append(f"{where(line)}: not valid YAML: {', '.join(said) or str(error).splitlines()[0]}")
+    if faults:
+        raise YamlFaults(faults)
+    return tree
 
-    def _scalar(self, text: str, line: int) -> Any:
-        """What text without quotes stands for."""
-        if text in _NULLS:
-            return None
-        if text in _BOOLEANS:
-            return _BOOLEANS[text]
-        is_integer = _INTEGER.fullmatch(text)
-        if not is_integer and not _FLOAT.fullmatch(text):
-            return text
-        if len(text) > MAX_DIGITS:
-            self._fault(line, f"a number of {len(text):,} characters; {MAX_DIGITS} are read at most")
-            return None
-        if is_integer:
-            return int(text[2:], _BASES[text[:2]]) if text[:2] in _BASES else int(text)
-        number = float(text.replace(".", "") if text[-1].isalpha() else text)  # Python has no dot before inf and nan
-        return int(number) if number.is_integer() and abs(number) < 2**53 else number  # in JSON, too, 2.0 is an integer
 
-    def _fault(self, line: int, message: str) -> None:
-        self.faults.append(f"{self.where(line)}: {message}")
+def _faults(event: Any) -> list[str]:
+    """What a recipe must not have."""
+    if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+        return ["a document of another version than YAML 1.2"]
+    if isinstance(event, AliasEvent):
+        return [f"*{event.anchor} is an alias; write the value out"]
+    anchor, tag, text = (getattr(event, name, None) for name in ("anchor", "tag", "value"))
+    found = [] if anchor is None else [f"&{anchor} is an anchor; anchors and aliases are not read"]
+    found += [] if tag is None else [f"{tag!r} is a tag; tags are not read"]
+    unreadable = text is not None and _NO_TEXT.search(text)
+    return found + ([f"{text!r} holds NUL or half a character, which no name or path can"] if unreadable else [])
 
-    def _stop(self, line: int, message: str) -> NoReturn:
-        self._fault(line, message)
-        raise YamlFaults(self.faults)
+
+def _tree(node: Any, where: Callable[[int], str], place: str, faults: list[str]) -> Node:
+    if isinstance(node, SequenceNode):
+        return Node(place, [_tree(item, where, where(item.start_mark.line + 1), faults) for item in node.value])
+    if isinstance(node, ScalarNode):
+        return Node(place, _value(node, place, faults))
+    assert isinstance(node, MappingNode)
+    found: dict[str, Node] = {}
+    for key, value in node.value:
+        here = where(key.start_mark.line + 1)
+        if not isinstance(key, ScalarNode):
+            faults.append(f"{here}: a key is a mapping or a sequence; keys are text")
+        elif key.value in found:
+            faults.append(f"{here}: key {key.value!r} appears twice")
+        else:
+            found[key.value] = _tree(value, where, here, faults)  # a key is its text, as in JSON
+    return Node(place, found)
+
+
+def _value(node: Any, place: str, faults: list[str]) -> Any:
+    kind = node.tag.rpartition(":")[2]
+    if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+        faults.append(f"{place}: a number of {len(node.value):,} characters; {MAX_DIGITS} are read at most")
+        return None
+    if kind not in ("null", "bool", "int", "float"):
+        return node.value
+    value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value  # in JSON, too, 2.0 is an integer

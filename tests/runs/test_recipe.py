@@ -183,7 +183,7 @@ def test_what_may_have_been_meant_is_said(tmp_path, setting: str, hint: str) -> 
 
 
 def test_faults_of_reading_are_all_given_with_file_and_line(tmp_path) -> None:
-    path = write(tmp_path, "model: &m demo\nprune: !!map {}\nprune: {}\n")
+    path = write(tmp_path, "model: &m demo\nprune: !!map {}\ncalibration: *m\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     message = str(caught.value)

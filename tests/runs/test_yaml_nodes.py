@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.runs import yaml_nodes
 from gblm_compress.runs.yaml_nodes import YamlFaults, read
 
 
@@ -24,7 +23,6 @@ def faults(text: str | bytes) -> list[str]:
         ("2:4", "2:4"),  # 124 in YAML 1.1
         ("yes", "yes"),  # true there
         ("010", 10),  # 8 there
-        ("1_000", "1_000"),
         ("2024-01-01", "2024-01-01"),
         ("0o17", 15),
         ("0x1f", 31),
@@ -75,13 +73,13 @@ def test_nan() -> None:
         ("a: 1" + "0" * 90 + "e9", "1: a number of 93 characters"),
         ("a: [\n\n", "3: not valid YAML: while parsing a flow node, expected the node content"),
         ("a: b: c", "1: not valid YAML: mapping values are not allowed here"),
-        ("a: 1\nb: \0", "2: not valid YAML: character 0x00 is not allowed"),
-        (b"a: 1\nb: \xff", "2: not UTF-8: byte 0xff"),
-        ("a: 1".encode("utf-16"), "1: not UTF-8: byte 0xff"),
+        ("a: 1\nb: \0", "2: not valid YAML: unacceptable character #x0000"),
+        (b"a: 1\nb: \xff", "2: not valid YAML: 'utf-8' codec can't decode byte 0xff"),
+        ("a: 1".encode("utf-16"), "1: not valid YAML: 'utf-8' codec can't decode byte 0xff"),
         ('a: "\\Uffffffff"', "1: not valid YAML"),
         ('a: "\\U00110000"', "1: not valid YAML"),
         ("%YAML 1.1\n---\na: yes", "2: a document of another version than YAML 1.2"),
-        ("a: 1\n---\nb: 2", "3: a second document"),
+        ("a: 1\n---\nb: 2", "2: not valid YAML: expected a single document"),
     ],
 )
 def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
@@ -89,8 +87,9 @@ def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
     assert any(fault in f for f in found), found
 
 
-def test_faults_that_do_not_end_the_reading_are_all_found() -> None:
-    assert [fault.partition(":")[0] for fault in faults("a: &x 1\nb: !t 2\nc: *x\na: 3\n")] == ["1", "2", "3", "4"]
+def test_all_that_is_refused_is_found() -> None:
+    assert [fault.partition(":")[0] for fault in faults("a: &x 1\nb: !t 2\nc: *x\n")] == ["1", "2", "3"]
+    assert len(faults("a: 1\na: 2\nb: 1\nb: 2")) == 2
 
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -132,9 +131,3 @@ def test_any_bytes_are_read_or_refused(content: bytes) -> None:
         read(content, str)
     except YamlFaults as error:
         assert error.faults
-
-
-def test_limits_let_long_recipes_pass() -> None:
-    items = "".join(f"    - {{layers: 'model.layers.{i}.*', pattern: unstructured}}\n" for i in range(700))
-    assert len(items) < yaml_nodes.MAX_BYTES
-    assert len(value("prune:\n  overrides:\n" + items)["prune"]["overrides"]) == 700  # type: ignore[index]
