@@ -20,7 +20,7 @@ from torch import Tensor
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.measure import zero_shot
-from gblm_compress.measure.runtimes import Predicting, load_runtime
+from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.measure.zero_shot import Answers, ZeroShot
 from gblm_compress.models import loading
 from gblm_compress.models.manifest import check_baseline
@@ -71,15 +71,8 @@ class EvaluateResult:
         return {**plain, "metrics": list(plain["metrics"])}
 
 
-def _ask(source: ModelSource, runtime: Any, settings: EvaluateSettings, progress: Progress) -> Answers:
-    """The answers of the loaded `source`, in torch, to the tasks of an evaluation."""
-    progress.say(f"asking {source.name} …")
-    tokenizer = loading.load_processor(source)
-    return zero_shot.answers(runtime.model, tokenizer, settings.tasks, settings.limit, settings.include_path, progress)
-
-
 class Reference:
-    """The dense model that several evaluations are compared with. It answers each question once.
+    """A model that is asked; the dense one answers several evaluations, each question once.
 
     Logits are kept in float32, as computed, in a file without a name, which the system removes with the process. Where
     there is no more room, they are computed again for each evaluation.
@@ -91,7 +84,7 @@ class Reference:
         """Args: folder: where the logits are kept; None keeps none, for a single evaluation."""
         self.source = source
         self._dtype, self._device, self._folder = dtype, device, folder
-        self._runtime: Predicting | None = None
+        self._runtime: Any = None
         self._file: IO[bytes] | None = None
         self._left = 0
         self._kept: dict[str, tuple[int, torch.Size]] = {}  # {sample: place in the file and shape}
@@ -104,18 +97,22 @@ class Reference:
 
     def judged(self, sample: Sample, progress: Progress) -> Tensor:
         """The judged part of the prediction for a sample, [positions, …] in float32: see `Task.judged`."""
-        key = fingerprint([sample])
+        key = "" if self._folder is None else fingerprint([sample])
         if key in self._kept:
             return self._read(*self._kept[key])
-        judged = loading.task_of(self.source).judged(self._loaded(progress).predict(sample), sample).contiguous()
+        judged = loading.task_of(self.source).judged(self.loaded(progress).predict(sample), sample).contiguous()
         if self._folder is not None:
             self._keep(key, judged)
         return judged
 
     def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
-        asked = (settings.tasks, settings.limit, settings.include_path)
+        """Its answers to the zero-shot tasks."""
+        asked = settings.tasks, settings.limit, settings.include_path
         if asked not in self._answers:
-            self._answers[asked] = _ask(self.source, self._loaded(progress), settings, progress)
+            model = self.loaded(progress).model
+            progress.say(f"asking {self.source.name} …")
+            tokenizer = loading.load_processor(self.source)
+            self._answers[asked] = zero_shot.answers(model, tokenizer, *asked, progress)
         return self._answers[asked]
 
     def unload(self) -> None:
@@ -130,7 +127,8 @@ class Reference:
             self._file.close()
             self._file = None
 
-    def _loaded(self, progress: Progress) -> Predicting:
+    def loaded(self, progress: Progress) -> Any:
+        """The model in the runtime that evaluates it."""
         if self._runtime is None:
             progress.say(f"loading {self.source.name} …")
             device = loading.choose_device(self._device)
@@ -206,26 +204,25 @@ def evaluate(
     looks += [partial(check_baseline, source, model) for model in dense]
     errors.raise_all(check([source, *dense], settings, progress) + errors.collect(looks))
     task, samples = loading.task_of(source), _samples(source, settings, progress)
-    device = loading.choose_device(device)
-    progress.say(f"loading {source.name} …")
-    model = load_runtime(source, loading.choose_dtype(dtype, source, device), device, torch.get_num_threads())
+    own = Reference(source, dtype=dtype, device=device)
+    runtime = own.loaded(progress)
     measured, of_dense, likenesses, predicted = [], [], [], 0
     for sample in progress.track(samples, "evaluating", unit=f"{task.sample}s"):
-        judged = task.judged(model.predict(sample), sample)
+        judged = own.judged(sample, progress)
         measured.append(task.measure(judged, sample))
         predicted += len(judged)
         if reference is not None:
-            expected = reference.judged(sample, progress)
-            of_dense.append(task.measure(expected, sample))
-            likenesses.append(task.fidelity(expected, judged))
+            dense_judged = reference.judged(sample, progress)
+            of_dense.append(task.measure(dense_judged, sample))
+            likenesses.append(task.fidelity(dense_judged, judged))
     metrics = task.metrics(measured)
     if metrics and not any(math.isfinite(metric.value) for metric in metrics.values()):
         values = " and ".join(f"{name} is {metric.value}" for name, metric in metrics.items())
         raise ModelError(f"{source.name!r}: its {values}; the model produces NaN or infinite predictions")
     answers = None
     if settings.tasks:
-        answered = _ask(source, model, settings, progress)
-        answers = zero_shot.score(answered, reference.answers(settings, progress) if reference else None)
+        expected = reference.answers(settings, progress) if reference else None
+        answers = zero_shot.score(own.answers(settings, progress), expected)
     fidelity = None
     if reference is not None:
         fidelity = {name: mean([one[name] for one in likenesses]) for name in likenesses[0]}
@@ -238,8 +235,8 @@ def evaluate(
         windows=len(samples),
         predicted_tokens=predicted,
         sequence_length=settings.sequence_length,
-        dtype=model.dtype,
-        provider=model.provider,
+        dtype=runtime.dtype,
+        provider=runtime.provider,
         sample=task.sample,
         baseline=task.metrics(of_dense) if reference else None,
         fidelity=fidelity,

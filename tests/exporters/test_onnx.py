@@ -287,8 +287,8 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
         held = LAYOUTS["bitmask"].kind.pack(torch.from_numpy(array))
         packed = {".mask": held["mask"].numpy(), ".nonzeros": held["values"].numpy(), ".starts": np.array([0, 1])}
     else:
-        mask, values = onnx_packing.encode(array)
-        packed = {".mask": mask, ".nonzeros": values}
+        packed = dict(zip((".mask", ".nonzeros"), onnx_packing.encode(array), strict=True))
+    mask, values = packed[".mask"], packed[".nonzeros"]
 
     def decoded(**changed):
         arrays = packed | {"." + suffix: array for suffix, array in changed.items()}
