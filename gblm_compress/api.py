@@ -110,30 +110,19 @@ def prune(
             raise UsageError(f"model {str(model)!r} is on disk; give the output folder of the pruned one")
         given = {**resources.model_dump(exclude_defaults=True), "resume": resume, "force": force}
         given |= compute.model_dump(exclude_defaults=True)
-        if void := [name for name, value in given.items() if value]:
-            raise UsageError(
-                f"{' and '.join(void)} would do nothing: without an output folder the model is pruned where it is"
-            )
+        if void := " and ".join(name for name, value in given.items() if value):
+            raise UsageError(f"{void} would do nothing: without an output folder the model is pruned where it is")
 
         from gblm_compress.pruning.stage import prune_in_place
 
         return prune_in_place(model, processor, settings, text, _progress(quiet))
-    outputs.check_output(Path(output), force)
-    texts = [text.dataset] if settings.needs_text else []
+    path, how, texts = Path(output), compute.model_dump(), [text.dataset] if settings.needs_text else []
+    outputs.check_output(path, force)
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
         from gblm_compress.pruning import stage
 
         return stage.prune(
-            source,
-            Path(output),
-            settings,
-            text,
-            resources=resources,
-            resume=resume,
-            dtype=compute.dtype,
-            device=compute.device,
-            force=force,
-            progress=progress,
+            source, path, settings, text, resources=resources, resume=resume, force=force, progress=progress, **how
         )
 
 
@@ -213,14 +202,8 @@ def evaluate(
     with _found(*models, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source, *dense):
         from gblm_compress.measure import evaluation
 
-        return evaluation.evaluate(
-            source,
-            settings,
-            baseline=dense[0] if dense else None,
-            dtype=compute.dtype,
-            device=compute.device,
-            progress=progress,
-        )
+        reference = dense[0] if dense else None
+        return evaluation.evaluate(source, settings, baseline=reference, progress=progress, **compute.model_dump())
 
 
 @command
@@ -260,14 +243,8 @@ def benchmark(
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
 
-        return benchmarking.benchmark(
-            sources[: len(models)],
-            sources[len(models) :],
-            settings,
-            dtype=compute.dtype,
-            device=compute.device,
-            progress=progress,
-        )
+        contenders, baselines = sources[: len(models)], sources[len(models) :]
+        return benchmarking.benchmark(contenders, baselines, settings, progress=progress, **compute.model_dump())
 
 
 @command

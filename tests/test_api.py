@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import gblm_compress
 from gblm_compress import api
 from gblm_compress.calibration import ranks
 from gblm_compress.cli import summaries
+from gblm_compress.command import text_file
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
@@ -29,7 +31,7 @@ from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceS
 from gblm_compress.storage.records import as_json
 from gblm_compress.tasks.causal_lm import calibration_windows
 from gblm_compress.tasks.text import load_text
-from tests.runs.reports import report, write_report
+from tests.runs.reports import write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}
@@ -154,18 +156,21 @@ def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     fingerprints = set()
-    for number, given in enumerate((texts, Dataset.from_dict({"text": texts}), str(path), path)):
-        done = gblm_compress.prune(
-            tiny("llama").folder,
-            tmp_path / f"{number}",
-            calibration=given,
-            method="wanda",
-            fit="none",
-            quiet=True,
-            **TEXT,
-        )
+    for number, given in enumerate((Dataset.from_dict({"text": texts}), path)):
+        options = {"method": "wanda", "fit": "none", "quiet": True, **TEXT}
+        done = gblm_compress.prune(tiny("llama").folder, tmp_path / f"{number}", calibration=given, **options)
         fingerprints.add(done.calibration_fingerprint)
     assert len(fingerprints) == 1
+
+
+def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("GBLM_COMPRESS_CACHE", str(tmp_path))
+    first = Path(text_file(["a", "b"]))
+    assert [json.loads(line) for line in first.read_text().splitlines()] == [{"text": "a"}, {"text": "b"}]
+    os.utime(first, (0, 0))
+    assert text_file([{"text": "a"}, {"text": "b"}]) == str(first) and first.stat().st_mtime > 0  # used again
+    os.utime(first, (0, 0))
+    assert Path(text_file(["c"])).exists() and not first.exists()
 
 
 @pytest.mark.parametrize(
@@ -193,22 +198,6 @@ def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> No
     with pytest.raises(UsageError, match=f"(?s){message}"):
         call(model)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_page_of_runs_names_what_got_worse(tmp_path) -> None:
-    runs = tmp_path / "before", tmp_path / "now"
-    for run, tpot in zip(runs, (10.0, 14.0), strict=True):
-        write_report(run, tpot=tpot)
-    joined = gblm_compress.report(*runs, output=tmp_path / "joined.html")
-    assert "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in joined.regressions
-    assert [run.finished for run in joined.runs] == [report().finished] * 2
-    assert "the one before" in (tmp_path / "joined.html").read_text()
-    alone = gblm_compress.report(str(runs[0]), output=str(tmp_path / "joined.html"))  # its own page may be replaced
-    assert (alone.changes, alone.regressions) == (None, [])
-    assert "the one before" not in (tmp_path / "joined.html").read_text()
-    (tmp_path / "notes.html").write_text("mine")
-    with pytest.raises(UsageError, match="was not written by this program"):
-        gblm_compress.report(*runs, output=tmp_path / "notes.html")
 
 
 def test_a_push_sends_nothing_unless_a_repository_is_named(tmp_path, monkeypatch) -> None:
@@ -332,12 +321,12 @@ def test_models_in_memory_are_exported_inspected_and_evaluated(tiny, prose, tmp_
     dense = tiny("llama").folder
     model, tokenizer = gblm_compress.load(dense)
     gblm_compress.prune(model, processor=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT)
-    exported = gblm_compress.export(model, tmp_path / "onnx", processor=tokenizer, format="onnx", quiet=True)
-    assert exported.folder == str(tmp_path / "onnx")
+    exported = gblm_compress.export(model, tmp_path / "bitmask", processor=tokenizer, format="bitmask", quiet=True)
+    assert exported.folder == str(tmp_path / "bitmask")
     zeros = gblm_compress.inspect(model, processor=tokenizer, quiet=True)
     assert zeros.nonzeros * 2 == zeros.weights
     common = {"dataset": prose, "sequence_length": 32, "max_windows": 2, "quiet": True}
-    beside = gblm_compress.evaluate(tmp_path / "onnx", **common)
+    beside = gblm_compress.evaluate(tmp_path / "bitmask", **common)
     direct = gblm_compress.evaluate(model, processor=tokenizer, baseline=dense, **common)
     assert direct.metrics != direct.baseline
     assert beside.metrics["perplexity"].value == pytest.approx(direct.metrics["perplexity"].value, rel=1e-4)

@@ -101,7 +101,7 @@ def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, progress, m
     wrong = GenerateSettings(sequence_length=500, starts=str(tmp_path / "gone.txt"))
     with pytest.raises(GblmError) as all_faults:
         generate(source, out, wrong, device="gpu", progress=progress)
-    for message in ("512 positions", "no such file", "'gpu' is not known"):
+    for message in ("512 positions", "no such file", "'gpu' is not supported"):
         assert message in str(all_faults.value)
     with outputs.reserved_file(out, ".txt", "text"), pytest.raises(UsageError, match="is being written by process"):
         generate(source, out, GenerateSettings(), device="cpu", progress=progress)
