@@ -1,6 +1,7 @@
 """What each command prints at its end: tables that fit the terminal, sentences, and the command that comes next."""
 
 import math
+import os
 import re
 import shlex
 import sys
@@ -25,7 +26,12 @@ PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
 def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
-    """Print a result: one JSON document, or a summary for people that names the dense model."""
+    """Print a result: one JSON document, or a summary for people that names the dense model.
+
+    Of several processes that torchrun started, the first one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json or command == "schema":
         print(records.as_json(_plain(result)), end="")
         return
