@@ -76,9 +76,7 @@ def onnxruntime_library() -> Path:
 
 @cache
 def paths(dtype: torch.dtype) -> tuple[str, ...]:
-    """The paths that this CPU can run for weights of `dtype`, int8 for all that are quantised, slowest first; empty
-    without the library.
-    """
+    """The paths that this CPU can run for weights of `dtype` (int8 for all levels), slowest first."""
     kernels = library()
     if kernels is None:
         return ()
@@ -88,11 +86,7 @@ def paths(dtype: torch.dtype) -> tuple[str, ...]:
 
 @cache
 def path(dtype: torch.dtype) -> str:
-    """The path that runs: the best one, or the one that `GBLM_COMPRESS_KERNEL` forces.
-
-    Raises:
-        UsageError: a path is forced that this CPU or dtype does not have.
-    """
+    """The path that runs: the best one, or the one that `GBLM_COMPRESS_KERNEL` forces, UsageError if there is none."""
     forced = os.environ.get(PATH_VARIABLE)
     if forced is None:
         return paths(dtype)[-1]

@@ -57,24 +57,21 @@ def _kind(mask: str, values: str) -> Any:
     return named(values)(named(mask)())
 
 
-def _floats(mask: str, format: str, kernels: tuple[str, ...], pattern: str | None = None) -> Layout:
-    return Layout(f"{__name__}.masks:{mask}", f"{__name__}.values:Floats", format, kernels, pattern)
-
-
-def _levels(mask: str, values: str, width: int, format: str, pattern: str | None = None) -> Layout:
+def _layout(mask: str, values: str, format: str, pattern: str | None = None, **more: Any) -> Layout:
     kinds = f"{__name__}.masks:{mask}", f"{__name__}.values:{values}"
-    return Layout(*kinds, format, ("cpu", "cuda"), pattern, width=width, exact="bitmask", tables="int8")
+    return Layout(*kinds, format, more.pop("kernels", ("cpu", "cuda")), pattern, **more)
 
 
+_ROUNDS = {"exact": "bitmask", "tables": "int8"}
 # A folder's config.json has the name; commands and recipes have the format.
 LAYOUTS = {
-    "bitmask": _floats("Bitmask", "bitmask", ("cpu", "cuda")),
-    "sparse24": _floats("Positions", "semi-structured", ("cuda",), "2:4"),
-    "bitmask-int8": _levels("Bitmask", "Levels", 8, "bitmask-int8"),
-    "bitmask-int4": _levels("Bitmask", "Places", 4, "bitmask-int4"),
-    "sparse24-int8": _levels("Patterns", "Levels", 8, "semi-structured-int8", "2:4"),
-    "sparse24-int4": _levels("Patterns", "Places", 4, "semi-structured-int4", "2:4"),
-    "int8": _levels("Whole", "Levels", 8, "int8"),
+    "bitmask": _layout("Bitmask", "Floats", "bitmask"),
+    "sparse24": _layout("Positions", "Floats", "semi-structured", "2:4", kernels=("cuda",)),
+    "bitmask-int8": _layout("Bitmask", "Levels", "bitmask-int8", width=8, **_ROUNDS),
+    "bitmask-int4": _layout("Bitmask", "Places", "bitmask-int4", width=4, **_ROUNDS),
+    "sparse24-int8": _layout("Patterns", "Levels", "semi-structured-int8", "2:4", width=8, **_ROUNDS),
+    "sparse24-int4": _layout("Patterns", "Places", "semi-structured-int4", "2:4", width=4, **_ROUNDS),
+    "int8": _layout("Whole", "Levels", "int8", width=8, **_ROUNDS),
 }
 
 

@@ -35,13 +35,9 @@ _HEAD_START = 10_000_000  # clock cycles that the device waits while the host qu
 
 
 class Candidate(NamedTuple):
-    """A kernel, and its variant: the fields of a `Tiling`, or the number of a cuSPARSELt algorithm.
+    """A kernel, and its variant: the fields of a `Tiling`, or the number of a cuSPARSELt algorithm."""
 
-    Attributes:
-        kernel: "triton", "cusparselt", "cutlass" or "dense".
-    """
-
-    kernel: str
+    kernel: str  # "triton", "cusparselt", "cutlass" or "dense"
     variant: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -52,15 +48,10 @@ DENSE = Candidate("dense")
 
 
 class Operands(NamedTuple):
-    """What torch's kernels need beside a sparse24 weight; empty where none is needed.
+    """What torch's kernels need beside a sparse24 weight; empty where none is needed."""
 
-    Attributes:
-        cusparselt: the weight in cuSPARSELt's own format, 9/16 of the dense bytes once more.
-        cutlass: the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared.
-    """
-
-    cusparselt: Tensor
-    cutlass: Tensor
+    cusparselt: Tensor  # the weight in cuSPARSELt's own format, 9/16 of the dense bytes once more
+    cutlass: Tensor  # the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared
 
 
 def plan(weight: Packed) -> str:
@@ -99,17 +90,15 @@ def _fits_torch(weight: Packed, tokens: int) -> bool:
     return (weight.stored, weight.width) == ("two of four", 16) and tokens >= FEWEST_FOR_TORCH
 
 
+@cache
 def candidates(plan: str) -> tuple[Candidate, ...]:
     """The words of a plan; without one, dense throughout."""
     return tuple(_candidate(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
 
 
-_candidates = cache(candidates)
-
-
 def choose(plan: str, tokens: int) -> Candidate:
-    """What runs for that many tokens: what was measured for the next power of two."""
-    return _candidates(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
+    """The candidate for that many tokens: the fastest for the next power of two."""
+    return candidates(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
 
 
 def _candidate(word: str) -> Candidate:
@@ -118,15 +107,7 @@ def _candidate(word: str) -> Candidate:
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: Operands | None = None) -> Tensor:
-    """x Wᵀ + b as the plan says.
-
-    Args:
-        x: [..., columns] in the dtype of the values.
-        operands: what torch's kernels need, where the plan has one of them.
-
-    Returns:
-        [..., rows].
-    """
+    """x Wᵀ + b [..., rows] as the plan says, for x [..., columns] in the dtype of the weight."""
     rows, columns = weight.shape
     flat = x.reshape(-1, columns)
     if not len(flat):
@@ -137,15 +118,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, plan: str, operands: 
 def run(
     candidate: Candidate, x: Tensor, weight: Packed, bias: Tensor | None, operands: Operands | None = None
 ) -> Tensor:
-    """x Wᵀ + b by a candidate.
-
-    Args:
-        x: [tokens, columns], at least one token, in the dtype of the values.
-        operands: what torch's kernels need, where it is one of them.
-
-    Returns:
-        [tokens, rows].
-    """
+    """x Wᵀ + b [tokens, rows] by a candidate, for x [tokens, columns] of at least one token."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if candidate.kernel == "triton":
             rows, columns, warps, tensor_cores, programs = candidate.variant
@@ -171,33 +144,22 @@ def run(
 
 
 def operands(weight: Packed, kernels: set[str]) -> Operands:
-    """What the named kernels need.
-
-    Raises:
-        RuntimeError: torch's kernels do not take the shape, dtype or device, and say so.
-    """
-    none = weight.values.new_empty(0)
+    """What the named kernels need; RuntimeError where they do not take the shape, dtype or device."""
+    cusparselt = cutlass = weight.values.new_empty(0)
     with torch.cuda.device_of(weight.values):  # type: ignore[no-untyped-call]
-        return Operands(
-            cusparselt_operand(gpu.expand(weight)) if "cusparselt" in kernels else none,
-            cutlass_operand(weight.places, weight.shape) if "cutlass" in kernels else none,
-        )
-
-
-def cusparselt_operand(dense: Tensor) -> Tensor:
-    """A 2:4 matrix in cuSPARSELt's format."""
-    SparseSemiStructuredTensorCUSPARSELT._validate_device_dim_dtype_shape(dense)
-    return torch._cslt_compress(dense)
+        if "cusparselt" in kernels:
+            dense = gpu.expand(weight)
+            SparseSemiStructuredTensorCUSPARSELT._validate_device_dim_dtype_shape(dense)
+            cusparselt = torch._cslt_compress(dense)
+        if "cutlass" in kernels:
+            cutlass = cutlass_operand(weight.places, weight.shape)
+        return Operands(cusparselt, cutlass)
 
 
 def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The positions of sparse24 in the order in which CUTLASS reads them: the same bits, by tiles.
+    """The positions of sparse24 [rows, columns / 8] as CUTLASS reads them, [rows, columns / 16] in int16.
 
-    Args:
-        positions: [rows, columns / 8], uint8; rows a multiple of 32 and columns of 64.
-
-    Returns:
-        [rows, columns / 16], int16.
+    They are the same bits, by tiles. Rows are a multiple of 32 and columns of 64.
     """
     rows, columns = shape
     if needed := _needed_by_cutlass(shape):
@@ -210,7 +172,7 @@ def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _needed_by_cutlass(shape: tuple[int, int]) -> str:
-    """What CUTLASS needs of a shape that it does not take; empty for one that it does."""
+    """The multiples that CUTLASS needs where it does not take a shape; else empty."""
     limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
     multiples = limits.sparse_min_rows, limits.sparse_min_cols
     taken = not any(size % multiple for size, multiple in zip(shape, multiples, strict=True))
@@ -244,7 +206,7 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
             continue
         for candidate, call in found.items():
             try:
-                if not _agrees(call(), expected):
+                if not bool((call() - expected).abs().max() <= AGREEMENT * expected.abs().max()):
                     warnings.warn(f"{candidate} computes another product on this GPU and is not used", stacklevel=2)
                     excluded[str(candidate)] = "another product"
                     continue
@@ -255,28 +217,17 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
 
 
 def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[], Tensor]]:
-    """The candidates of one kernel that can be asked for so many tokens, ready to call."""
-    tokens = x.shape[0]
+    """The candidates of one kernel that take so many tokens, ready to call."""
     needed: Operands | None = None
+    found = [DENSE] if kernel == "dense" else []
     if kernel == "triton":
-        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.stored, tokens)]
-    elif kernel == "dense":
-        found = [DENSE]
-    elif not _fits_torch(weight, tokens):
-        found = []
-    else:
-        needed = operands(weight, {kernel})
-        algorithm = (
-            (torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True),)
-            if kernel == "cusparselt"
-            else ()
-        )
-        found = [Candidate(kernel, algorithm)]
+        found = [Candidate(kernel, tuple(map(int, tiling))) for tiling in gpu.tilings(weight.stored, len(x))]
+    elif kernel != "dense" and _fits_torch(weight, len(x)):
+        needed, variant = operands(weight, {kernel}), tuple[int, ...]()
+        if kernel == "cusparselt":
+            variant = (torch._cslt_sparse_mm_search(needed.cusparselt, x.contiguous().T, transpose_result=True),)
+        found = [Candidate(kernel, variant)]
     return {candidate: partial(run, candidate, x, weight, None, needed) for candidate in found}
-
-
-def _agrees(got: Tensor, expected: Tensor) -> bool:
-    return bool((got - expected).abs().max() <= AGREEMENT * expected.abs().max())
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:

@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.kernels.masks import (
-    PADDING,
-    PATTERN_BYTES,
-    WORD,
-    bits,
-    from_patterns,
-    pattern_codes,
-    row_counts,
-    to_patterns,
-    words,
-)
+from gblm_compress.kernels import masks
+from gblm_compress.kernels.masks import PADDING, WORD, bits, row_counts, words
 from gblm_compress.layouts.packed import check_tensor
 from gblm_compress.methods.patterns import Pattern
 
@@ -44,7 +35,7 @@ class Mask:
     fills = False
 
     def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        """The shape of the buffer. Raises ModelError where rows have no such mask."""
+        """The shape of the buffer; ModelError where rows of that length have no such mask."""
         raise NotImplementedError
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
@@ -56,13 +47,10 @@ class Mask:
         raise NotImplementedError
 
     def choose(self, weight: Tensor) -> Tensor:
-        """Which weights are stored, as booleans.
+        """Which weights are stored, as booleans; UsageError where the mask cannot be stored so.
 
         Args:
-            weight: [rows, columns] in floats, or booleans of what must be stored.
-
-        Raises:
-            UsageError: the mask cannot be stored so.
+            weight: [rows, columns] in floats, or booleans of those that must be stored.
         """
         raise NotImplementedError
 
@@ -89,11 +77,7 @@ class Mask:
         return values.new_zeros(alive.shape).masked_scatter_(alive, values)
 
     def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
-        """Buffer and values [stored] of some rows and columns, each without gaps.
-
-        Raises:
-            UsageError: the columns cannot begin or end there.
-        """
+        """Buffer and values [stored] of some rows and columns, each without gaps; UsageError where that cannot be."""
         mask = self.to_words(buffer)
         counts = row_counts(mask)
         first = int(counts[: rows.start].sum())
@@ -108,15 +92,11 @@ class Mask:
         return self.from_words(mask.clone(), len(columns)), values.clone()
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
-        """Raises:
-        ModelError: it is no mask of a matrix of that shape; the message begins with the buffer's name.
-        """
+        """Raises ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
         check_tensor(self.name or "", buffer, (self.dtype,), self.buffer_shape(shape))
 
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
-        """Raises:
-        ModelError: they are no values of that mask; the message begins with "values".
-        """
+        """Raises ModelError, beginning with "values", where they are no values of that mask."""
         needed = self.values_shape(shape, count)
         if len(needed) == 1 and values.shape != needed:
             raise ModelError(
@@ -242,17 +222,17 @@ class Patterns(_TwoOfFour):
 
     def buffer_shape(self, shape: Shape) -> tuple[int, int]:
         rows, _ = super().buffer_shape(shape)
-        return rows, -(-shape[1] // WORD) * PATTERN_BYTES
+        return rows, -(-shape[1] // WORD) * masks.PATTERN_BYTES
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
-        return to_patterns(mask)
+        return masks.to_patterns(mask)
 
     def to_words(self, buffer: Tensor) -> Tensor:
-        return from_patterns(buffer)
+        return masks.from_patterns(buffer)
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
         super().check(buffer, shape)
-        codes, groups = pattern_codes(buffer), shape[1] // 4
+        codes, groups = masks.pattern_codes(buffer), shape[1] // 4
         bad = int(((codes[:, :groups] == 0) | (codes[:, :groups] == 7)).sum() + codes[:, groups:].count_nonzero())
         if bad:
             raise ModelError(f"patterns: {bad} codes do not stand for two of four columns; the file is damaged")

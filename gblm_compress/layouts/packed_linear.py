@@ -99,13 +99,7 @@ class PackedLinear(nn.Module):
     values: Tensor
 
     def __init__(
-        self,
-        layout: str,
-        shape: Sequence[int],
-        bias: bool,
-        dtype: torch.dtype,
-        device: str | None = None,
-        **sizes: Any,
+        self, layout: str, shape: Sequence[int], bias: bool, dtype: torch.dtype, device: str | None = None, **sizes: Any
     ) -> None:
         super().__init__()
         if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
@@ -118,12 +112,10 @@ class PackedLinear(nn.Module):
             raise TypeError(f"{', '.join(faults)} for the {layout} layout")
         self.out_features, self.in_features = shape
         self.group: int | None = sizes.get("group")
-        self.bias = (
-            nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
-        empty = self.kind.empty(shape, dtype, device, sizes)
-        for name in self.kind.names:
-            self.register_buffer(name, empty[name])
+        values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
+        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        for name, tensor in self.kind.empty(shape, dtype, device, sizes).items():
+            self.register_buffer(name, tensor)
         for name in DERIVED:
             self.register_buffer(name, torch.empty(0, dtype=dtype if name == "like" else None), persistent=False)
         self.crossover, self.plan = 0, ""
@@ -133,11 +125,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def described(cls, layout: str, description: Any, dtype: torch.dtype) -> Self:
-        """An empty layer of a `description`, for others to fill.
-
-        Raises:
-            ModelError: it describes none.
-        """
+        """An empty layer of a `description`, for others to fill; ModelError where it describes none."""
         layout = description.get("layout", layout) if isinstance(description, dict) else layout
         check_described(layout, {"": description})
         try:
@@ -149,15 +137,11 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, layout: str, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
-        """The packed layer of a dense one, prepared.
+        """The packed layer of a dense one, prepared; UsageError where the layout cannot hold the weight.
 
         Args:
             weight: [out_features, in_features].
-            bias: [out_features].
             options: of the kind's `pack`.
-
-        Raises:
-            UsageError: the layout cannot hold the weight.
         """
         kind: Any = LAYOUTS[layout].kind
         layer = cls.holding(layout, weight.shape, kind.pack(weight, **options), weight.dtype)
@@ -180,8 +164,7 @@ class PackedLinear(nn.Module):
     def stack(cls, layers: Sequence[Self]) -> Self:
         """One layer, without bias, for checked ones of a layout and as many inputs: their outputs in order.
 
-        Raises:
-            UsageError: they have no common form.
+        Raises UsageError where they have no common form.
         """
         first, heights = layers[0], [layer.out_features for layer in layers]
         packed = first.kind.stack([layer.held for layer in layers], heights, first.in_features)
@@ -190,8 +173,7 @@ class PackedLinear(nn.Module):
     def cut(self, rows: range, columns: range) -> Self:
         """The layer, without bias, of some outputs and inputs, each without gaps; this one must be checked.
 
-        Raises:
-            UsageError: the layout cannot be cut there.
+        Raises UsageError where the layout cannot be cut.
         """
         packed = self.kind.cut(self.held, self.shape, rows, columns)
         return self.holding(self.layout, (len(rows), len(columns)), packed, self.dtype)
@@ -246,11 +228,7 @@ class PackedLinear(nn.Module):
         return words[kernel]
 
     def look_up(self, numbers: Tensor) -> Tensor:
-        """Rows of W [..., in_features] for their numbers [...].
-
-        Raises:
-            UsageError: the layout cannot be read row by row.
-        """
+        """Rows of W [..., in_features] for their numbers [...]; UsageError where the layout has a mask."""
         if self.kind.mask.name is not None:
             raise UsageError(f"rows cannot be looked up in the {self.layout} layout")
         if not self._prepared:
@@ -274,26 +252,19 @@ class PackedLinear(nn.Module):
 
     @property
     def largest_error(self) -> float:
-        """The largest `error` of a layer that may have this layout."""
+        """The kind's."""
         return self.kind.largest_error
 
     def check(self) -> None:
-        """Hold the packed tensors against layout and shape.
-
-        Raises:
-            ModelError: they are no such weight; the message begins with the tensor's name.
-        """
+        """Raises ModelError, beginning with a buffer's name, where the tensors are no such weight."""
         self.kind.check(self.held, self.shape, self.group)
         if self.bias is not None:
             check_tensor("bias", self.bias, (self.dtype,), (self.out_features,))
 
     def prepare(self) -> None:
-        """Make ready to run: check the packed weight, and choose the kernels of the device.
+        """Make ready to run: `check` the packed weight, and choose the kernels of the device.
 
         Loading and moving the layer do it; `forward` does where it was filled by hand.
-
-        Raises:
-            ModelError: as for `check`.
         """
         self.check()
         held, device, place = self.held, self.get_buffer("values").device, self.kind.mask.name

@@ -53,30 +53,23 @@ class Floats:
         return self.mask.bits(self.width or width)
 
     def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
-        """The buffers of a layer that is to be filled.
-
-        Raises:
-            ModelError: there is no layer of such sizes.
-        """
+        """The buffers of a layer that is to be filled, in order of `names`; ModelError where the sizes are of none."""
         count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))
         if type(count) is not int or not 0 <= count <= most:
             raise ModelError(f"{self.counted} {count!r} is no number of values of a matrix of shape {list(shape)}")
         count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
-        held = {"values": torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)}
-        if self.mask.name:
-            held[self.mask.name] = torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device)
-        return held
+        values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
+        if not self.mask.name:
+            return {"values": values}
+        buffer = torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device)
+        return {self.mask.name: buffer, "values": values}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
         """The `sizes` of a packed weight."""
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Pack a weight [rows, columns] in float32, float16 or bfloat16.
-
-        Raises:
-            UsageError: the layout cannot hold it.
-        """
+        """Pack a weight [rows, columns] in float32, float16 or bfloat16; UsageError where the layout cannot hold it."""
         stored = self.mask.choose(weight)
         return self._hold(self.mask.from_words(words(stored), weight.shape[1]), weight[stored], weight.shape)
 
@@ -87,19 +80,14 @@ class Floats:
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
         """Packed weights of so many rows each, one below the other, in memory of their own.
 
-        Raises:
-            UsageError: they have no common form.
+        Raises UsageError where they have no common form.
         """
         values = torch.cat([self.mask.flat(held["values"]) for held in parts])
         others = {name: torch.cat([held[name] for held in parts]) for name in self.names if name != "values"}
         return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        """Some rows and columns, each without gaps, in memory of their own.
-
-        Raises:
-            UsageError: the layout cannot be cut there.
-        """
+        """Some rows and columns, each without gaps, in memory of their own; UsageError where that cannot be."""
         others = [name for name in self.names if name not in (self.mask.name, "values")]
         buffer, codes = self.mask.cut(self.places(held), self._codes(held), shape, rows, columns)
         part = self._hold(buffer, self._stored(codes, buffer), (len(rows), len(columns)))
@@ -134,8 +122,7 @@ class Floats:
         return held[self.mask.name or "values"]
 
     def _hold(self, buffer: Tensor, values: Tensor, shape: Shape) -> dict[str, Tensor]:
-        held = {"values": self.mask.hold(values, shape)}
-        return {self.mask.name: buffer, **held} if self.mask.name else held
+        return {**({self.mask.name: buffer} if self.mask.name else {}), "values": self.mask.hold(values, shape)}
 
     def _codes(self, held: Held) -> Tensor:
         """What is stored for each weight [stored]."""
@@ -154,11 +141,7 @@ class Floats:
         return row_starts(mask)
 
     def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
-        """The weight as the CPU's kernels read it; None where they do not take it.
-
-        Args:
-            held: with `starts` and `sums`, where these were computed before.
-        """
+        """The weight as the CPU's kernels read it; `held` may have its `starts` and `sums`. None without kernels."""
         if self.mask.stored != "mask":
             return None
         starts = held["starts"] if "starts" in held else self._row_starts(held["mask"])
@@ -379,8 +362,7 @@ def groups_of(columns: int, group: int | None) -> int:
 def group_of(columns: int, groups: int) -> int | None:
     """How many columns share a scale where a row has so many scales; None for all of a row.
 
-    Raises:
-        ModelError: rows cannot have so many.
+    Raises ModelError where rows cannot have so many.
     """
     found = [group for group in (None, *GROUPS) if groups_of(columns, group) == groups]
     if not found:

@@ -73,11 +73,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, description in layers.items():
             with self._named_errors(model, f"quantization_config, layer {name!r}: "):
                 if name in own:
-                    empty = _like(dense_embedding(model, own[name]), layout, description, model.config.dtype)
-                    model.set_submodule(own[name], PackedEmbedding(empty, own=True))
-                    continue
-                dense = linear_layer(model, name, tied=name in embeddings.values())
-                model.set_submodule(name, _like(dense, layout, description, model.config.dtype))
+                    dense: Any = dense_embedding(model, own[name])
+                else:
+                    dense = linear_layer(model, name, tied=name in embeddings.values())
+                empty = _like(dense, layout, description, model.config.dtype)
+                made = PackedEmbedding(empty, own=True) if name in own else empty
+                model.set_submodule(own.get(name, name), made)
         with self._named_errors(model, "quantization_config, "):
             look_up_(model, embeddings)
 
@@ -97,7 +98,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, tensor in model.state_dict(keep_vars=True).items():
             missing = not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False))
             if missing and not any(pattern.search(name) for pattern in optional):
-                raise self._error(model, f"{name}: no such tensor is in the folder, so it is incomplete")
+                with self._named_errors(model, f"{name}: "):
+                    raise ModelError("no such tensor is in the folder, so it is incomplete")
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             layer.loading = False
@@ -111,15 +113,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         module = model.get_submodule(layer)
         return isinstance(module, PackedLinear) and tensor in module.kind.names
 
-    def _error(self, model: Any, reason: str) -> ModelError:
-        return ModelError(f"{str(model.name_or_path)!r}: {reason}")
-
     @contextmanager
     def _named_errors(self, model: Any, prefix: str) -> Iterator[None]:
         try:
             yield
         except ModelError as error:
-            raise self._error(model, f"{prefix}{error}") from error
+            raise ModelError(f"{str(model.name_or_path)!r}: {prefix}{error}") from error
 
     @property
     def is_trainable(self) -> bool:
@@ -176,10 +175,6 @@ def pack_(
     Returns:
         The layers that the layout would round too much, and that are packed exactly instead; and {layer: its dense
         weight} of head and embedding.
-
-    Raises:
-        UsageError: the layout cannot hold a weight.
-        ModelError: a name is not that of a linear layer, or a weight is not finite.
     """
     kind: Any = LAYOUTS[layout].kind
     other = LAYOUTS[layout].exact
@@ -219,14 +214,7 @@ def is_tied(model: nn.Module, name: str) -> bool:
 
 
 def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
-    """The layer of that name.
-
-    Args:
-        tied: whether it may share its weight.
-
-    Raises:
-        ModelError: there is none, or it is not one that can be pruned.
-    """
+    """The layer of that name, which may share its weight if `tied`; ModelError where there is none to be packed."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -285,11 +273,7 @@ def _packed(module: Any, layout: str) -> PackedLinear | None:
 
 
 def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
-    """The embedding of that name.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The embedding of that name; ModelError where there is none."""
     module = dict(model.named_modules()).get(name)
     if type(module) is not nn.Embedding:
         raise ModelError(f"{type(model).__name__} has no embedding {name!r}")
@@ -297,11 +281,7 @@ def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
 
 
 def look_up_(model: Any, embeddings: dict[str, str]) -> None:
-    """Let embeddings look up rows of packed layers of the model, in place.
-
-    Raises:
-        ModelError: a name is not that of an embedding, or of a packed layer of its shape.
-    """
+    """Let embeddings look up rows of packed layers of their shape, in place; ModelError where a name is of none."""
     for name, layer in embeddings.items():
         if layer == own_layer(name):
             continue
@@ -322,11 +302,7 @@ def untie_(model: Any, embeddings: dict[str, str]) -> None:
 
 
 def check_embeddings(embeddings: Any, layers: dict[str, Any]) -> None:
-    """Hold what a folder's config.json says of embeddings against what it says of layers.
-
-    Raises:
-        ModelError: it names no layer for one.
-    """
+    """Raises ModelError where a folder's config.json names no packed layer for an embedding."""
     if not isinstance(embeddings, dict) or not all(isinstance(layer, str) for layer in embeddings.values()):
         raise ModelError("quantization_config does not say which layer holds the rows of an embedding; it is damaged")
     for name, layer in embeddings.items():

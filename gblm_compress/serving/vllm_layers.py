@@ -30,12 +30,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its 
 
 @register_quantization_config(SPARSE_METHOD)
 class PackedConfig(QuantizationConfig):  # type: ignore[misc]
-    """What `config.json` says of a packed folder.
-
-    Attributes:
-        layout: one of `LAYOUTS`.
-        layers: {layer of the folder: `PackedLinear.description()`}.
-    """
+    """What `config.json` says of a packed folder: a layout, and {layer: `PackedLinear.description()`}."""
 
     def __init__(self, layout: str, layers: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -202,13 +197,7 @@ def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:
     """Which of `of` rows (or columns) of a part each of `size` rows of vLLM's layer is, -1 for those of other parts.
 
-    Args:
-        load: vLLM's loader of that layer.
-        dimension: what vLLM calls the dimension: "output_dim" or "input_dim".
-        shard: what vLLM calls the part.
-
-    Raises:
-        ModelError: vLLM cannot slice it so.
+    `load` is vLLM's loader of the layer, `dimension` and `shard` are its names of the dimension and the part.
     """
     places = nn.Parameter(torch.full((size,), -1, device="cpu"), requires_grad=False)
     set_weight_attrs(places, {dimension: 0})

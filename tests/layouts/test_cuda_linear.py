@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+from gblm_compress import machine
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import DERIVED, UNPACKED, PackedLinear, on_cuda
@@ -188,7 +189,7 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, d
     assert cuda_linear.is_plan(good, weight) and "cutlass" in good
     assert not cuda_linear.is_plan(good, as_kernels_read_it(64, 64, "bitmask"))
     assert not cuda_linear.is_plan(good, as_kernels_read_it(16, 64))  # too few rows for CUTLASS
-    monkeypatch.setattr(cuda_linear.measurements, "recorded", lambda path, machine: {what: damage(good.split())})
+    monkeypatch.setattr(machine, "recorded", lambda path, machine: {what: damage(good.split())})
     what = "cuda sparse24 64x64 torch.bfloat16"
     assert cuda_linear.plan(weight) == good
 
