@@ -24,24 +24,8 @@ from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
 
-ARCHITECTURES = frozenset(
-    {
-        "Ernie4_5ForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "GemmaForCausalLM",
-        "GraniteForCausalLM",
-        "HunYuanDenseV1ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "NemotronForCausalLM",
-        "Phi3ForCausalLM",
-        "PhiForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "SmolLM3ForCausalLM",
-    }
-)
+_NAMES = "Ernie4_5 Gemma Gemma2 Gemma3 Granite HunYuanDenseV1 Llama Mistral Nemotron Phi Phi3 Qwen2 Qwen3 SmolLM3"
+ARCHITECTURES = frozenset(f"{name}ForCausalLM" for name in _NAMES.split())
 """Architectures whose graph computes what transformers computes (tests/exporters/test_onnx_fused.py)."""
 
 WINDOWED = frozenset(

@@ -117,5 +117,5 @@ def _sizes(shape: ir.Value | None, x: ir.Value) -> list[Any]:
 
 
 def _number(value: ir.Value | None) -> int | None:
-    constant = value.const_value if value is not None else None
-    return int(constant.numpy().item()) if constant is not None and constant.size == 1 else None
+    tensor = value.const_value if value is not None else None
+    return int(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None

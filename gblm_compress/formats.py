@@ -1,4 +1,4 @@
-"""What a model can be written as: one line in `FORMATS` and one file in `exporters/` each.
+"""The formats of exports: one line in `FORMATS` and one file in `exporters/` each.
 
 See docs/adding-an-exporter.md. Importing this registry loads no torch.
 """
@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from gblm_compress.layouts import LAYOUTS, Layout
 
 FOLDER_RUNTIMES = ("torch", "vllm")
-"""What executes a Hugging Face folder, of `BenchmarkSettings.runtimes`; the first evaluates it."""
+"""The runtimes of a Hugging Face folder; the first evaluates it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What is said of a format before its exporter is imported.
+    """A format, as known before its exporter is imported.
 
     Attributes:
         exporter: the module with its `check` and `export`; imported on use.
-        help: what is written, as half a sentence for `--help` and the recipe reference.
-        runtimes: what executes it, of `BenchmarkSettings.runtimes`; the first evaluates it.
-        dtypes: those that it can have; the first is taken where the checkpoint's own is none of them.
-        reads: the options of `ExportSettings` that it reads and others may not; giving one in vain is refused.
+        help: half a sentence for `--help` and the recipe reference.
+        runtimes: of `BenchmarkSettings.runtimes`; the first evaluates it.
+        dtypes: the first is the default where the checkpoint's own is none of them.
+        reads: its options among those of `ExportSettings`; the others are refused.
         copies: how often the dense weights are on disk beside the output while it is made.
-        layout: the name in `LAYOUTS` of how it packs weights; None where it does not.
-        synonyms: what else it may be called.
+        layout: how it packs weights, a name in `LAYOUTS`.
     """
 
     exporter: str
@@ -37,7 +36,7 @@ class Format:
 
     @property
     def runtime(self) -> str:
-        """What evaluates it."""
+        """The runtime that evaluates it."""
         return self.runtimes[0]
 
     @property
