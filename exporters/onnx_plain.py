@@ -21,7 +21,7 @@ import torch
 from gblm_compress.errors import ModelError
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
-from gblm_compress.models.architecture import cache_kinds, sliding_windows
+from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.files import GRAPH, HEADS, POSITIONS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
@@ -148,11 +148,13 @@ def _fold_windows_(program: ir.Model, config: Any) -> None:
 
     The graph's cache keeps all tokens, and its masks hide those outside the window.
     """
-    layers, graph = sliding_windows(config), program.graph
+    from transformers import DynamicCache
+
+    layers, graph = DynamicCache(config=config).layers, program.graph
     for value in list(graph.inputs):
         if match := _WINDOW_NAME.fullmatch(value.name or ""):
             graph.inputs.remove(value)
-            value.const_value = ir.tensor(np.array(layers[int(match[2])], np.int64), name=value.name)
+            value.const_value = ir.tensor(np.array(layers[int(match[2])].sliding_window, np.int64), name=value.name)
             graph.register_initializer(value)
     for value in list(graph.outputs):
         if _WINDOW_NAME.fullmatch(value.name or ""):

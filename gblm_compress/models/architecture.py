@@ -83,13 +83,6 @@ def cache_kinds(config: Any) -> set[str]:
     return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
 
 
-def sliding_windows(config: Any) -> list[int | None]:
-    """The sliding window of each layer's cache, in tokens; None for a layer without one."""
-    from transformers import DynamicCache
-
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-
-
 def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
 

@@ -1,4 +1,4 @@
-"""The grids of a pruned folder: its weights are stored dense, and a file beside them holds the values they may take.
+"""The grids of a pruned folder, a file of the values its weights may take, and the verification of both.
 
 `gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of every layer on a grid. The manifest states its hash;
 its settings say how many columns share a scale.
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.layouts.packed import check_tensor
+from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import LEVELS, Grid, columns_of_a_scale, rounded
+from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import manifest
-from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
 from gblm_compress.models.files import read_header
+from gblm_compress.models.loading import load_skeleton
 from gblm_compress.models.source import ModelSource
 
 GRIDS = "gblm_grids.safetensors"
@@ -91,20 +94,41 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
 
 
 def verify(source: ModelSource) -> None:
-    """Check every nonzero weight of a pruned folder against its grid, in the dtype in which it is stored.
+    """Reopen a pruned folder and check each pruned weight, in the dtype in which it is stored.
 
     Raises:
-        VerificationError: a weight is no point of its grid; the message names it.
+        VerificationError: a weight is missing, breaks its pattern, has another shape or number of nonzeros than the
+            manifest says, is no point of its grid, or holds -0.0, NaN or infinity; the message names it.
         ModelError: as `read_grids`.
     """
-    grids = read_grids(source)
-    for layer, weight in manifest.pruned_weights(source) if grids else ():
+    grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
+    checkpoint = Checkpoint(source.folder, load_skeleton(source))
+    for layer, stated in layers.items():
+        name = f"{layer}.weight"
+        if name not in checkpoint:
+            raise VerificationError(f"{name}: the manifest lists it, but no tensor of that name was saved")
+        stored = checkpoint.read(name)
+        weight = stored.T if stated["transposed"] else stored
+        if list(weight.shape) != stated["shape"]:
+            raise VerificationError(
+                f"{name}: saved with shape {list(weight.shape)}, the manifest says {stated['shape']}"
+            )
+        if not is_finite(weight):
+            raise VerificationError(f"{name}: holds NaN or infinite values")
+        if has_negative_zeros(weight):
+            raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
+        if violation := Pattern(stated["pattern"]).first_violation(weight):
+            raise VerificationError(f"{name}: breaks pattern {stated['pattern']} at {violation}")
+        if (nonzeros := count_nonzeros(weight)) != stated["nonzeros"]:
+            raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {stated['nonzeros']}")
+        if not grids:
+            continue
         points = rounded(weight.float(), weight != 0, grids[layer]).to(weight.dtype)
         if (off := weight != points).any():
             row, column = off.nonzero()[0].tolist()
             raise VerificationError(
-                f"{layer}.weight: {float(weight[row, column]):g} in row {row}, column {column} is no point of its "
-                f"grid; the nearest is {float(points[row, column]):g}"
+                f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; the "
+                f"nearest is {float(points[row, column]):g}"
             )
 
 

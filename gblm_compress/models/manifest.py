@@ -1,29 +1,26 @@
 """The manifest and the model card of a folder that this program made: from what, how, and with which tensors.
 
-Nothing in them depends on the time of day: same seed, same bytes. `verify` checks a pruned folder by its manifest.
+Nothing in them depends on the time of day: same seed, same bytes.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub import ModelCardData
 from pydantic import AfterValidator, BaseModel, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 import gblm_compress
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import QUANTISERS, grid_in_words
-from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
-from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
-from gblm_compress.models.loading import load_skeleton, stored_dtype, task_of
+from gblm_compress.models.loading import stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import printable
 from gblm_compress.storage.outputs import MANIFEST
@@ -230,46 +227,6 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
                 "such linear layer; the manifest belongs to another model"
             )
     return list(layers)
-
-
-def pruned_weights(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """(layer, its weight [out_features, in_features]) of all layers that the manifest of a pruned folder lists.
-
-    Raises:
-        VerificationError: there is no such tensor, or it has another shape.
-        ModelError: a file is damaged.
-    """
-    checkpoint = Checkpoint(source.folder, load_skeleton(source))
-    for name, layer in read(source.folder)["layers"].items():
-        if f"{name}.weight" not in checkpoint:
-            raise VerificationError(f"{name}.weight: the manifest lists it, but no tensor of that name was saved")
-        stored = checkpoint.read(f"{name}.weight")
-        weight = stored.T if layer["transposed"] else stored
-        if list(weight.shape) != layer["shape"]:
-            raise VerificationError(
-                f"{name}.weight: saved with shape {list(weight.shape)}, the manifest says {layer['shape']}"
-            )
-        yield name, weight
-
-
-def verify(folder: Path) -> None:
-    """Reopen a pruned folder and check each pruned tensor against its pattern and its manifest.
-
-    Raises:
-        VerificationError: a tensor is missing, breaks its pattern, has another number of nonzeros, or holds
-            -0.0, NaN or infinity; the message names it.
-    """
-    layers = read(folder)["layers"]
-    for layer, weight in pruned_weights(ModelSource(str(folder), folder)):
-        name, pattern, stated = f"{layer}.weight", layers[layer]["pattern"], layers[layer]["nonzeros"]
-        if not is_finite(weight):
-            raise VerificationError(f"{name}: holds NaN or infinite values")
-        if has_negative_zeros(weight):
-            raise VerificationError(f"{name}: holds -0.0; zeros must be +0.0")
-        if violation := Pattern(pattern).first_violation(weight):
-            raise VerificationError(f"{name}: breaks pattern {pattern} at {violation}")
-        if (nonzeros := count_nonzeros(weight)) != stated:
-            raise VerificationError(f"{name}: {nonzeros} nonzeros were saved, the manifest says {stated}")
 
 
 def check_baseline(model: ModelSource, baseline: ModelSource) -> None:

@@ -108,7 +108,6 @@ def save(
         }
         manifest.write(temporary, what.source, content)
         progress.say("verifying …")
-        manifest.verify(temporary)
         written = ModelSource(str(what.output), temporary)
         grids.verify(written)
         nonzeros = {name: layer.nonzeros for name, layer in results.items()}

@@ -60,7 +60,6 @@ def save(
             },
         }
         manifest.write(temporary, source, content)
-        manifest.verify(temporary)
         whole = ModelSource(str(output), temporary)
         grids.verify(whole)
         verify_by_loading(whole, nonzeros)

@@ -288,7 +288,6 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
             "with --fit balanced, which works on one block at a time"
         )
     try:
-        manifest.verify(source.folder)
         grids.verify(source)
     except VerificationError as error:
         raise ModelError(f"model {source.name!r} is not what `prune` wrote: {error}; prune again") from error

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gblm_compress.errors import GblmError, ModelError, VerificationError
-from gblm_compress.models import manifest
+from gblm_compress.models import grids
 from gblm_compress.models.files import bytes_of, check_folder, files_of, read_header, weight_files
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
@@ -172,7 +172,7 @@ def test_a_header_without_metadata(folder, tmp_path, progress) -> None:
     header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": None}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     assert read_header(path)[1] == {}
-    manifest.verify(pruned(folder, tmp_path / "out", progress).folder)
+    grids.verify(pruned(folder, tmp_path / "out", progress))
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -212,7 +212,7 @@ def test_weights_in_no_dtype_that_is_pruned_are_refused(dtype, folder, tmp_path,
 def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> None:
     """A folder that its users cannot load is no result, whatever its tensors are like."""
     monkeypatch.setattr(
-        manifest, "verify", lambda place: (place / "model.safetensors").rename(place / "other.safetensors")
+        grids, "verify", lambda out: (out.folder / "model.safetensors").rename(out.folder / "other.safetensors")
     )
     with pytest.raises(VerificationError, match=r"does not load: .*no file named model\.safetensors"):
         pruned(folder, tmp_path / "out", progress)

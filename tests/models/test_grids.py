@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,44 @@ def test_a_weight_off_its_grid_is_found_and_named(folder) -> None:
     state[f"{LAYER}.weight"][row, column] *= 1.001
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=rf"{LAYER}.*row {row}, column {column} is no point of its grid"):
+        grids.verify(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory) -> Path:
+    """A folder that is 2:4 and not quantised."""
+    output = tmp_path_factory.mktemp("plain") / "out"
+    return pruned(tiny("llama"), output, Progress(quiet=True), pattern="2:4").folder
+
+
+def fill_negative(state) -> None:
+    state[f"{LAYER}.weight"].masked_fill_(state[f"{LAYER}.weight"] == 0, -0.0)
+
+
+def swap_zero_and_weight(state) -> None:
+    group = state[f"{LAYER}.weight"][0]
+    zeros, nonzeros = (group[:4] == 0).nonzero()[0], (group[4:8] != 0).nonzero()[0] + 4
+    group[zeros], group[nonzeros] = group[nonzeros].clone(), 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(f"{LAYER}.weight"), "no tensor of that name was saved"),
+        (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
+        (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says 4096"),
+        (fill_negative, "holds -0.0"),
+        (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
+        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}), "saved with shape"),
+    ],
+)
+def test_damage_is_found_and_named(plain, change, message: str, tmp_path) -> None:
+    folder = ModelSource("out", shutil.copytree(plain, tmp_path / "out"))
+    grids.verify(folder)
+    state = load_file(folder.folder / "model.safetensors")
+    change(state)
+    save_file(state, folder.folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=re.escape(LAYER) + ".*" + message):
         grids.verify(folder)
 
 

@@ -1,7 +1,6 @@
-"""Every kind of damage is found and named; manifests from anywhere are refused, and no name is obeyed on a card."""
+"""Manifests from anywhere are refused, no name is obeyed on a card, and no model is compared with a stranger."""
 
 import json
-import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 
-from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.exporters import export
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import manifest
@@ -45,36 +43,6 @@ def restated(folder: Path, **changes: Any) -> dict[str, Any]:
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(content))
     return content
-
-
-def fill_negative(state) -> None:
-    state[f"{LAYER}.weight"].masked_fill_(state[f"{LAYER}.weight"] == 0, -0.0)
-
-
-def swap_zero_and_weight(state) -> None:
-    group = state[f"{LAYER}.weight"][0]
-    zeros, nonzeros = (group[:4] == 0).nonzero()[0], (group[4:8] != 0).nonzero()[0] + 4
-    group[zeros], group[nonzeros] = group[nonzeros].clone(), 0.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop(f"{LAYER}.weight"), "no tensor of that name was saved"),
-        (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
-        (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says 4096"),
-        (fill_negative, "holds -0.0"),
-        (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
-        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}), "saved with shape"),
-    ],
-)
-def test_damage_is_found_and_named(folder, change, message: str) -> None:
-    manifest.verify(folder)
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match=re.escape(LAYER) + ".*" + message):
-        manifest.verify(folder)
 
 
 def test_the_manifest_holds_every_setting(written) -> None:
