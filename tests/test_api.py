@@ -109,20 +109,11 @@ def test_what_would_be_dropped_is_refused(tiny, prose, tmp_path) -> None:
 def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: False)
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    options = {"processor": tokenizer, "calibration": prose, "quiet": True, "method": "wanda", **TEXT}
     with pytest.raises(UsageError, match="LlamaForCausalLM' has 512 positions; sequence length is 600"):
-        gblm_compress.prune(
-            model, processor=tokenizer, calibration=prose, quiet=True, method="wanda", samples=2, sequence_length=600
-        )
+        gblm_compress.prune(model, **options | {"sequence_length": 600})
     with pytest.raises(UsageError, match="fits in float16 lose gradients"):
-        gblm_compress.prune(
-            model.half(),
-            processor=tokenizer,
-            calibration=prose,
-            quiet=True,
-            method="wanda",
-            fit="balanced",
-            **TEXT,
-        )
+        gblm_compress.prune(model.half(), fit="balanced", **options)
 
 
 def test_a_full_disk_of_an_in_place_pruning_is_told(tiny, monkeypatch) -> None:
@@ -135,32 +126,22 @@ def test_a_full_disk_of_an_in_place_pruning_is_told(tiny, monkeypatch) -> None:
         gblm_compress.prune(model, method="magnitude", fit="none", quiet=True)
 
 
-def test_a_model_in_memory_is_left_alone_where_a_folder_is_written(tiny, prose, tmp_path) -> None:
+def test_a_model_and_texts_in_memory_give_the_folder_that_files_give(tiny, tmp_path) -> None:
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = gblm_compress.prune(
-        model, tmp_path / "out", processor=tokenizer, calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
-    )
-    assert result.folder == str(tmp_path / "out")
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    from_path = gblm_compress.prune(
-        tiny("llama").folder, tmp_path / "again", calibration=prose, method="wanda", fit="none", quiet=True, **TEXT
-    )
-    assert from_path.layers == result.layers
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
-    assert weights[0] == weights[1]
-
-
-def test_texts_rows_and_a_file_are_the_same(tiny, tmp_path) -> None:
     texts = [part for part in load_text("demo", "calibration")[:6000].split("\n\n") if part.strip()]
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    fingerprints = set()
-    for number, given in enumerate((Dataset.from_dict({"text": texts}), path)):
-        options = {"method": "wanda", "fit": "none", "quiet": True, **TEXT}
-        done = gblm_compress.prune(tiny("llama").folder, tmp_path / f"{number}", calibration=given, **options)
-        fingerprints.add(done.calibration_fingerprint)
-    assert len(fingerprints) == 1
+    options = {"method": "wanda", "fit": "none", "quiet": True, **TEXT}
+    rows = Dataset.from_dict({"text": texts})
+    result = gblm_compress.prune(model, tmp_path / "memory", processor=tokenizer, calibration=rows, **options)
+    assert result.folder == str(tmp_path / "memory")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    from_files = gblm_compress.prune(tiny("llama").folder, tmp_path / "files", calibration=path, **options)
+    assert from_files.layers == result.layers
+    assert from_files.calibration_fingerprint == result.calibration_fingerprint
+    weights = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "files")}
+    assert len(weights) == 1
 
 
 def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path) -> None:

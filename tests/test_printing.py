@@ -12,7 +12,6 @@ HOSTILE = [
     "a\x1b[31mb",
     "a\nb: c",
     "\udcff",
-    "\ud800",
     "\u202eevil",
     "\x00",
     "tab\t",

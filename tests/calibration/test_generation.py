@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-import gblm_compress
 from gblm_compress.calibration import generation
 from gblm_compress.calibration.generation import STARTS, generate, texts_of, write
 from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
@@ -114,14 +113,6 @@ def test_a_text_without_long_lines_is_refused(tiny, tmp_path, progress) -> None:
         write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(starts=str(tmp_path / "menu.txt")), progress)
 
 
-def test_an_export_writes_no_text(tiny, tmp_path) -> None:
-    settings = {"method": "magnitude", "pattern": "2:4", "fit": "none", "device": "cpu"}
-    gblm_compress.prune(tiny("llama").folder, tmp_path / "pruned", quiet=True, **settings)
-    gblm_compress.export(tmp_path / "pruned", tmp_path / "packed", format="bitmask", quiet=True)
-    with pytest.raises(ModelError, match="is an export; write with the Hugging Face folder"):
-        gblm_compress.generate(str(tmp_path / "packed"), tmp_path / "out.txt", quiet=True)
-
-
 def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch) -> None:
     def broken(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -130,13 +121,3 @@ def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         generate(tiny("llama"), tmp_path / "out.txt", GenerateSettings(**SMALL), device="cpu", progress=progress)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_written_text_is_read_as_calibration(tiny, tmp_path, progress) -> None:
-    source, out = tiny("llama"), tmp_path / "out.txt"
-    generate(source, out, GenerateSettings(**SMALL), device="cpu", progress=progress)
-    result = gblm_compress.prune(
-        source.folder, tmp_path / "pruned", calibration=str(out), samples=2, sequence_length=32, fit="none",
-        method="wanda", quiet=True, device="cpu",
-    )  # fmt: skip
-    assert result.nonzeros > 0

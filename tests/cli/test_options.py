@@ -152,8 +152,6 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
     ("words", "completed"),
     [
         ("prune --method g", ["gblm", "gradient"]),
-        ("evaluate --dtype b", ["bfloat16"]),
-        ("export --format b", ["bitmask", "bitmask-int8", "bitmask-int4"]),
         ("benchmark --runtimes torch,", ["torch,torch", "torch,vllm", "torch,onnxruntime", "torch,genai"]),
     ],
 )
