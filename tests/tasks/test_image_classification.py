@@ -136,15 +136,6 @@ def test_masks_are_those_of_a_loop_over_images(model, pictures, tmp_path, progre
     assert sum(int((mask != others[name]).sum()) for name, mask in expected.items()) > 1e-2 * 12 * 32 * 32
 
 
-@pytest.mark.parametrize(("method", "fit"), [("wanda", "none"), ("obs", "fast"), ("gblm", "balanced")])
-def test_methods_and_fits_go_through(model, pictures, tmp_path, progress, method, fit) -> None:
-    settings = PruneSettings(method=method, pattern="2:4", fit=fit)
-    calibration = CalibrationSettings(dataset=str(pictures), samples=SAMPLES)
-    prune(model("vit"), tmp_path / "p", settings, calibration, device="cpu", progress=progress)
-    found = inspect(ModelSource("p", tmp_path / "p"), None, progress)
-    assert all("2:4" in layer.patterns for layer in found.layers)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, family) -> None:
     """By the method and fit that call its blocks in every way: for gradients, statistics, targets and distillation."""

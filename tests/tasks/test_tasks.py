@@ -30,7 +30,6 @@ from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
 from gblm_compress.tasks.text import load_text
-from gblm_compress.training.distillation import distil_, predictions
 from tests.conftest import CAUSAL_LM, replay, samples
 from tests.tasks import families
 
@@ -217,20 +216,6 @@ def test_padded_or_not_a_decoder_becomes_the_same(settings, progress, monkeypatc
         return sum(float((one - other).detach().square().sum()) for one, other in pairs) ** 0.5
 
     assert distance(models[1]) < 0.05 * distance(models[2])
-
-
-def test_the_loss_of_distillation_leaves_padding_out(progress) -> None:
-    dense, losses = tiny_model("llama"), []
-    for task, given in ((CAUSAL_LM, samples(8, 16)), (PaddedLM(), padded_samples(8, 16))):
-        pruned = tiny_model("llama")
-        prune_(pruned, [], PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress)
-        layers = {name: layer for block in prunable_layers(pruned) for name, layer in block.items()}
-        teacher = predictions(dense, task, given, progress)
-        fitted, _ = distil_(
-            pruned, layers, task, given, teacher, epochs=1, rate=1e-3, compute="float32", progress=progress
-        )
-        losses.append(fitted.before)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 1e-3
 
 
 def test_experts_that_read_rows_of_their_own_choice_refuse_padding(encoder, text) -> None:
