@@ -14,17 +14,16 @@ GREY = "#7f7f7f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 """Colours that people with each kind of colour blindness tell apart (Okabe and Ito). Grey is for dense."""
 LINE = 0.32  # inches of a line of labels
+ZEROS = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
+ERRORS = (
+    "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
+    "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
+)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart.
-
-    Attributes:
-        name: of its place on the page and of its file.
-        caption: what it shows and how to read it; the text for those who do not see it.
-        picture: PNG on white.
-    """
+    """A PNG on white, the name of its file, and a caption that says what it shows and how to read it."""
 
     name: str
     title: str
@@ -34,17 +33,20 @@ class Chart:
 
 def of(report: RunReport) -> list[Chart]:
     """The charts that a report has data for."""
+    first = ("Time of a forward pass", "a forward pass")
+    if report.generates:
+        first = ("Time to the first token", "prefill")
     made = (
         quality_and_size(report),
         quality_and_speed(report),
         latency(report, "tpot_ms", "latency-decode", "Time per token after the first", "decode"),
-        first_token(report),
+        latency(report, "ttft_ms", "latency-prefill", *first),
         byte_limit(report),
         step(report),
         methods(report, "method_perplexity", "methods-perplexity", "Perplexity by method"),
         methods(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method"),
-        zeros(report),
-        output_error(report),
+        tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS, 1.0),
+        tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
         recovery(report),
     )
     return [chart for chart in made if chart is not None]
@@ -77,13 +79,6 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     caption = f"{what} The broken line joins the points that no other beats on both axes. "
     picture = scatter(points, axis, metric, front=1 if less else -1)
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
-
-
-def first_token(report: RunReport) -> Chart | None:
-    """Time to first token, or of the forward pass of what generates nothing."""
-    if report.generates:
-        return latency(report, "ttft_ms", "latency-prefill", "Time to the first token", "prefill")
-    return latency(report, "ttft_ms", "latency-prefill", "Time of a forward pass", "a forward pass")
 
 
 def latency(report: RunReport, figure: str, name: str, title: str, what: str) -> Chart | None:
@@ -151,21 +146,6 @@ def methods(report: RunReport, figure: str, name: str, title: str) -> Chart | No
     caption = "Further left is better. A line is one standard error over the seeds to each side."
     axis = "perplexity" if figure == "method_perplexity" else "nats per token"
     return Chart(name, title, caption, dots(rows, axis)) if rows else None
-
-
-def zeros(report: RunReport) -> Chart | None:
-    """Zeros of every pruned layer, block by projection."""
-    what = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
-    return _tiles("sparsity", "Zeros by layer", what, report.find("zeros"), 1.0)
-
-
-def output_error(report: RunReport) -> Chart | None:
-    """How far the output of every pruned layer is from that of its dense weights, block by projection."""
-    what = (
-        "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, "
-        "on the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
-    )
-    return _tiles("output-error", "Error by layer", what, report.find("output_error"))
 
 
 def recovery(report: RunReport) -> Chart | None:
@@ -267,7 +247,7 @@ def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = No
     return drawn(draw, LINE * len(rows))
 
 
-def _tiles(name: str, title: str, caption: str, rows: Sequence[Row], top: float | None = None) -> Chart | None:
+def tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float | None = None) -> Chart | None:
     """A share of each layer as the darkness of a tile: a column for each block, a line for each projection."""
     places: dict[tuple[str, int], float] = {}
     for row in rows:

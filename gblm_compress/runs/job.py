@@ -39,12 +39,8 @@ Look = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What all stages of a run share.
-
-    Attributes:
-        dense: the model of the recipe; only its name counts where it is not `here` yet.
-        output: folder of the run.
-    """
+    """What all stages of a run share: the recipe, its dense model, of which only the name counts where it is not `here`
+    yet, and the folder of the run."""
 
     recipe: Recipe
     dense: ModelSource

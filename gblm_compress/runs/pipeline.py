@@ -69,14 +69,8 @@ def unchecked(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A stage as it would go.
-
-    Attributes:
-        does: what it does, in words.
-        fate: whether its record is reused; for a stage that reads new files, that shows only once they are there.
-        disk: what it takes at most, if it is done; None where the model is not here to tell.
-        seconds: how long it took when it was last done in this folder; None where that is not on record.
-    """
+    """A stage as it would go: whether its record is reused, the disk that it takes at most (None where the model is not
+    here to tell), and how long it took when it was last done in this folder (None where that is not on record)."""
 
     name: str
     does: str
@@ -87,13 +81,7 @@ class Step:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do.
-
-    Attributes:
-        gates: the conditions that are checked at the end.
-        free_bytes: of the disk that `output` is on.
-        unchecked: models and texts that are not on this machine yet.
-    """
+    """What a run would do. `unchecked` are models and texts that are not on this machine yet."""
 
     output: str
     steps: list[Step]

@@ -27,13 +27,7 @@ SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The page of a run, and what changed since the run before it.
-
-    Attributes:
-        page: the file that was written.
-        runs: the reports, the newest last.
-        changes: None for a single run.
-    """
+    """The file of the page, the reports, the newest last, and what changed between two of them."""
 
     page: str
     runs: list[RunReport]

@@ -194,13 +194,7 @@ def interval(row: Row, digits: int = 2) -> str:
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """A gate: its artefact, its limit, the measured figure, and whether it holds.
-
-    Attributes:
-        measured: None where it was not measured, which passes no gate.
-        bound: the end of its interval that the limit is for; None where there is no interval.
-        artefact: None where nothing was measured of any.
-    """
+    """A gate: its limit, the measured figure (None passes no gate), and the end of its interval that must reach it."""
 
     gate: str
     subject: str

@@ -27,16 +27,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that a run found.
-
-    Attributes:
-        rows: every figure, those of the dense model first.
-        model: the dense model, as the recipe names it.
-        method: what was done to it, in words.
-        finished: when, in UTC, as ISO 8601 writes it.
-        conditions: of the measurements, {name: in words}.
-        commands: that repeat the run.
-    """
+    """Everything that a run found: a row for each figure, those of the dense model first; the model as the recipe names
+    it; its pruning and the conditions of the measurements in words; and the commands that repeat the run."""
 
     recipe: dict[str, Any]
     output: str

@@ -34,12 +34,7 @@ MOST = 4  # figures that a note names
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell.
-
-    Attributes:
-        value: to sort by; None sorts by the text.
-        mark: "good", "bad" or nothing.
-    """
+    """A text, the value to sort by (None sorts by the text), and its mark: "good", "bad" or nothing."""
 
     text: str
     value: float | None = None
@@ -48,12 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        columns: {heading: whether it holds numbers}.
-        notes: below it.
-    """
+    """A table; `columns` is {heading: whether it holds numbers}, and `notes` stand below it."""
 
     title: str
     columns: dict[str, bool]

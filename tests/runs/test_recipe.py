@@ -21,20 +21,6 @@ def test_every_shipped_recipe_loads_and_opens_with_its_command(path: Path) -> No
     assert first == f"# gblm-compress run recipes/{path.name}"
 
 
-def test_the_three_recipes_ship() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.yaml")} >= {
-        "quickstart",
-        "llama-2-7b-gblm-2to4",
-        "ci-smoke",
-    }
-
-
-def test_the_papers_settings() -> None:
-    recipe = load_recipe(find_recipe("llama-2-7b-gblm-2to4"))
-    assert (recipe.calibration.samples, recipe.calibration.sequence_length) == (128, 2048)
-    assert (recipe.prune.method, recipe.prune.pattern, recipe.prune.alpha) == ("gblm", "2:4", 100)
-
-
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "r.yaml"
     path.write_text(text)
@@ -83,26 +69,19 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
     ("text", "message"),
     [
         ("", "a recipe is a mapping with a key 'model'; this is null"),
-        ("- model: demo", "a recipe is a mapping"),
-        ("model: [", "not valid YAML"),
         ("model: demo\nmodel: tiny", "key 'model' appears twice"),
         ("prune: {}", "model: missing; it is required"),
         ("model: demo\ngates: {max_perplexity_increase: 0.1}", "needs an 'evaluate' section"),
         ("model: demo\ngates: {min_decode_speedup: 1.3}", "needs a 'benchmark' section"),
         ("model: demo\nprune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
-        ("model: demo\nprune: {sparsity: .nan}", "prune.sparsity"),
         ("model: demo\nexport: [{format: onnx}, {format: onnx}]", "listed twice"),
         ("model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}", "methods has 'wanda' twice"),
-        ("model: demo\nresources: {memory: 0GB}", "greater than or equal to 1000000"),
-        ("model: demo\ncalibration: {samples: 1000000000000}", "less than or equal to 10000000"),
         (
             "model: demo\nresources: {memory: 4}",
             "memory 4 has no unit, or not one that is known; give for example 4GiB",
         ),
-        ("model: demo\nresources: {memory: 4 bananas}", "memory '4 bananas' has no unit, or not one that is known"),
         ('model: demo\ncalibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
         ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
-        ("model: demo\nx: " + "y" * 5000, "x: unknown key"),
         ("model: demo\nprune: " + "y" * 5000, 'got "yyy'),
         (
             "model: demo\nexport: [{format: onnx, dtype: bfloat16}]",
@@ -134,7 +113,6 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
             "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
         ),
         ("model: demo\ncalibration: {dataset: written}", "dataset 'written' needs a 'generate' section"),
-        ("model: demo\nrecover: {data: [demo, written=2]}", "dataset 'written' needs a 'generate' section"),
         ("model: demo\ngenerate: {tokens: 2M}", "'generate' would do nothing: name 'written' in"),
         (
             "model: demo\ngenerate: {}\ncalibration: {dataset: written}\nprune: {method: magnitude, fit: none}",
@@ -262,11 +240,6 @@ def test_schema_describes_every_key() -> None:
         assert all("description" in field for field in definition["properties"].values())
 
 
-def test_recipes_survive_a_round_trip() -> None:
-    recipe = load_recipe(find_recipe("quickstart"))
-    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
-
-
 VALID = [
     "model: demo",
     "model: {source: demo, dtype: bfloat16, device: cpu}",
@@ -276,56 +249,35 @@ VALID = [
     'model: demo\nprune: {overrides: [{layers: a, pattern: dense}, {layers: b, pattern: "1:4"}]}',
     "model: demo\ncalibration: {samples: 2.0, seed: 1}",
     "model: demo\nresources: {memory: 4GiB, offload: true}",
-    "model: demo\nresources: {memory: 4.5 gb}",
-    "model: demo\nresources: {memory: 4000000000}",
     "model: demo\nexport: []\nevaluate: null\nbenchmark: {batch: [1, 8], runtimes: [torch]}",
     'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["2:4", unstructured], seeds: 1}',
 ]
 INVALID = [
     "{}",
     "model: demo\ncalibration: {seed: -1}",
-    "[]",
     "model: 3",
-    "model: {}",
     "model: {source: demo, dtype: fp16}",
     "model: demo\nprun: {}",
     "model: demo\nprune: null",
-    "model: demo\nprune: []",
     "model: demo\nprune: {pattern: 124}",
     'model: demo\nprune: {pattern: "2:04"}',
-    'model: demo\nprune: {pattern: "0:4"}',
-    'model: demo\nprune: {pattern: "2 : 4"}',
     'model: demo\nprune: {pattern: "٢:٤"}',
     'model: demo\nprune: {pattern: "1:4000000"}',
     "model: demo\nprune: {pattern: dense}",
     'model: demo\nprune: {overrides: [{layers: a, pattern: "x"}]}',
-    "model: demo\nprune: {overrides: [{pattern: dense}]}",
-    "model: demo\nprune: {overrides: {layers: a}}",
     "model: demo\nprune: {ignore: a}",
-    "model: demo\nprune: {ignore: [1]}",
     'model: demo\nprune: {alpha: "100"}',
-    "model: demo\nprune: {alpha: true}",
     "model: demo\nprune: {alpha: -1}",
-    "model: demo\nprune: {sparsity: 1}",
     'model: demo\ncalibration: {sequence_length: "64"}',
     "model: demo\ncalibration: {sequence_length: 64.5}",
-    "model: demo\ncalibration: {samples: true}",
     "model: demo\ncalibration: {samples: 0}",
-    "model: demo\ncalibration: {samples: 100000000}",
-    "model: demo\ncalibration: {dataset: 3}",
     "model: demo\nresources: {memory: 4}",
-    'model: demo\nresources: {memory: "4"}',
     "model: demo\nresources: {memory: 4 bananas}",
-    "model: demo\nresources: {memory: 4.5}",
     'model: demo\nresources: {offload: "yes"}',
-    "model: demo\nresources: {offload: 1}",
     "model: demo\nexport: {format: onnx}",
-    "model: demo\nexport: [onnx]",
     "model: demo\nexport: [{format: tensorrt}]",
     "model: demo\nbenchmark: {batch: 1}",
-    "model: demo\nbenchmark: {batch: []}",
     f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
-    "model: demo\nbenchmark: {batch: [0]}",
     'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["4"]}',
     "model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}",
     "model: demo\nevaluate: {}\ncompare: {methods: []}",

@@ -1,7 +1,6 @@
 """Whatever shows before the work is found before the work, all of it at once."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -10,12 +9,10 @@ from PIL import Image
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.methods import optimisers
-from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.runs import pipeline
-from gblm_compress.runs.job import Job, data_hash
+from gblm_compress.runs.job import data_hash
 from gblm_compress.runs.pipeline import check, unchecked
-from gblm_compress.settings import ExportSettings, Recipe
-from tests.families.tiny import tiny_family
+from gblm_compress.settings import Recipe
 from tests.tasks import families
 from tests.tasks.test_image_classification import idx
 
@@ -113,11 +110,6 @@ def test_a_fault_that_shows_before_the_work(progress, keys, message) -> None:
     assert message in fault
 
 
-def test_weights_on_grids_are_exported_as_other_numbers_too(progress) -> None:
-    for settings in ({"format": "onnx"}, {"format": "onnx", "sparse": True}, {"format": "bitmask"}):
-        assert faults(progress, prune={"quantise": "int4"}, export=[settings]) == []
-
-
 def test_a_model_that_recovery_does_not_train_is_told_before_the_pruning(progress, tmp_path) -> None:
     source = families.written(tmp_path / "bert", "bert")
     found = faults(progress, model=str(source.folder), recover={"sequence_length": 32, "data": ["demo"]})
@@ -152,13 +144,6 @@ def test_an_operator_that_was_not_compiled(progress, monkeypatch) -> None:
     assert "operator for ONNX Runtime was not compiled" in message
 
 
-def test_a_cache_that_onnx_has_no_words_for(progress, tmp_path) -> None:
-    tiny_family("deepseek_v32").save_pretrained(tmp_path / "indexed")  # keeps the keys of its indexer too
-    byte_tokenizer().save_pretrained(tmp_path / "indexed")
-    found = faults(progress, model=str(tmp_path / "indexed"), export=[{"format": "onnx", "graph": "plain"}])
-    assert any("for which ONNX exports have no inputs" in message for message in found), found
-
-
 def test_a_float16_checkpoint_and_kernels(tiny, progress, tmp_path, monkeypatch) -> None:
     from gblm_compress.models.loading import load_model
 
@@ -166,15 +151,6 @@ def test_a_float16_checkpoint_and_kernels(tiny, progress, tmp_path, monkeypatch)
     load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")
     exports = [{"format": "onnx", "kernels": True}, {"format": "onnx", "kernels": True, "graph": "plain"}]
     assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
-
-
-def test_what_a_device_has_no_kernels_for_is_not_measured_there() -> None:
-    kernels, plain, halves = (
-        ExportSettings(format=format, kernels=kernels)
-        for format, kernels in (("onnx", True), ("onnx", False), ("semi-structured", False))
-    )
-    for device, able in (("cpu", [True, True, False]), ("cuda:0", [False, True, True])):
-        assert [Job.can_run(SimpleNamespace(device=device), each) for each in (kernels, plain, halves)] == able
 
 
 def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
