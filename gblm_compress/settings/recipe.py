@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
@@ -137,6 +138,7 @@ class CompareSettings(Settings):
         return self
 
     @staticmethod
+    @cache
     def prune_settings(method: str, pattern: str) -> PruneSettings:
         """The settings that an entry of `methods` stands for."""
         first, *rest = method.split("+")
