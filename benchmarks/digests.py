@@ -78,8 +78,7 @@ def compare() -> None:
         for pattern, options in PATTERNS.items():
             for fit in FITS:
                 pruned = home / f"{fit}-{pattern.replace(':', '-')}"
-                text = ["--calibration", "demo", *TEXTS[asked.model], "--dtype", "float32"]
-                text += []
+                text = ["--calibration", "demo", *TEXTS[asked.model], "--dtype", "float32", "--allocation", "uniform"]
                 call("prune", asked.model, "-o", str(pruned), "--device", "cpu", "--fit", fit, *options, *text)
                 found[pruned.name] = digests(pruned)
                 for export in EXPORTS[pattern] if fit == "none" else []:

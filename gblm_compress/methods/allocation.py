@@ -20,7 +20,7 @@ from gblm_compress.methods.saliency import gradient
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEVIATION = 0.08
+DEVIATION = 0.25
 """The largest change of a layer's density."""
 
 _BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0

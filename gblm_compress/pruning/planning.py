@@ -11,7 +11,7 @@ from torch import nn
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
-from gblm_compress.methods.allocation import ALLOCATIONS, Budget
+from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, FITS, MODEL_EPOCHS
 from gblm_compress.methods.patterns import DENSE
@@ -231,7 +231,7 @@ def passes(settings: PruneSettings) -> float:
     a block whose width is a few times smaller than the text is long.
     """
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
-    count += _measuring(settings.block_needs) + _measuring(ALLOCATIONS[settings.allocation].needs)
+    count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
     count += sum(choice.passes for choice in settings.choices)
     if settings.fits_blocks:
         count += 1.0 + 3.0 * BLOCK_EPOCHS * settings.rounds

@@ -20,7 +20,7 @@ from gblm_compress.calibration.blocks import Block, BlockReplay, layer_statistic
 from gblm_compress.calibration.calls import BlockCalls, calls_of
 from gblm_compress.calibration.gradients import gradient_norms
 from gblm_compress.calibration.weights import StatePool, Weights
-from gblm_compress.methods.allocation import ALLOCATIONS, Budget, DenseLayer, spread
+from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
@@ -151,7 +151,7 @@ class Walk:
         if not any(free):
             return uniform
         blocks = self._dense_blocks(calls, free)
-        densities = ALLOCATIONS[settings.allocation].densities(blocks, 1 - settings.uniform_budget.sparsity)
+        densities = settings.allocates.densities(blocks, 1 - settings.uniform_budget.sparsity)
         if not densities:
             return uniform
         sizes = {name: weight_matrix(layer).numel() for block in free for name, layer in block.items()}
@@ -159,7 +159,7 @@ class Walk:
 
     def _dense_blocks(self, calls: BlockCalls | None, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
         """Every block of the dense model, measured as the allocation asks for."""
-        allocation, replay = ALLOCATIONS[self.plan.settings.allocation], None
+        allocation, replay = self.plan.settings.allocates, None
         if allocation.needs & Need.BLOCKS:
             assert calls is not None
             replay = self._replay(calls)

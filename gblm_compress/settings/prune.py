@@ -32,7 +32,14 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
 """{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"method": "gblm", "gradient_norm": "l1", "alpha": 100.0, "alpha_scale": "published", "fit": "none"},
+    "paper": {
+        "method": "gblm",
+        "gradient_norm": "l1",
+        "alpha": 100.0,
+        "alpha_scale": "published",
+        "allocation": "uniform",
+        "fit": "none",
+    },
     "sparsegpt": {"method": "obs", "fit": "obs"},
 }
 """paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774."""
@@ -131,8 +138,10 @@ class PruneSettings(Settings):
         description="published: alpha as it is; normalised: alpha means at any calibration size what it means at the "
         "published 128 samples of 2048 tokens.",
     )
-    allocation: Annotated[AllocationName, Panel.METHOD] = Field(
-        "uniform", description=f"How much each layer keeps. {describe(ALLOCATIONS)}."
+    allocation: Annotated[AllocationName | None, Panel.METHOD] = Field(
+        None,
+        description=f"How much each layer keeps. {describe(ALLOCATIONS)}. If unset: sensitivity where the method "
+        "reads gradients, with an unstructured pattern; else uniform.",
     )
     fit: FitName = Field("balanced", description=f"What the surviving weights are fitted to. {describe(FITS)}.")
     rounds: Annotated[int, Panel.FIT] = Field(
@@ -174,7 +183,10 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _budget(self.pattern, self.sparsity)
+        budget = _budget(self.pattern, self.sparsity)
+        if self.allocation is None:  # not among the fields that were given, so that recipes are repeated as given
+            free = Need.GRADIENTS in METHODS[self.method].needs and budget.pattern.n_m is None
+            self.__dict__["allocation"] = "sensitivity" if free else "uniform"
         preset = PRESETS.get(self.preset or "", {})
         for name, field in type(self).model_fields.items():
             value, where = getattr(self, name), _readers(name)
@@ -183,9 +195,14 @@ class PruneSettings(Settings):
         return self
 
     @property
+    def allocates(self) -> Allocation:
+        """How much each layer keeps."""
+        return ALLOCATIONS[self.allocation or "uniform"]
+
+    @property
     def choices(self) -> tuple[Method, FitChoice, Quantiser, Allocation]:
         """The entries of the registries that the names stand for."""
-        return METHODS[self.method], FITS[self.fit], QUANTISERS[self.quantise], ALLOCATIONS[self.allocation]
+        return METHODS[self.method], FITS[self.fit], QUANTISERS[self.quantise], self.allocates
 
     @property
     def columns_of_a_scale(self) -> int | None:
@@ -211,7 +228,7 @@ class PruneSettings(Settings):
     @property
     def needs(self) -> Need:
         """What is measured at all: of each block, and before, for the allocation."""
-        return self.block_needs | ALLOCATIONS[self.allocation].needs
+        return self.block_needs | self.allocates.needs
 
     @property
     def needs_gradients(self) -> bool:

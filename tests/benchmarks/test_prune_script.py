@@ -42,7 +42,9 @@ def test_pruning_gives_the_masks_of_the_reference(reference, kind, pattern, norm
     ids = [sample["input_ids"] for sample in given]
     slow, fast = tiny_model(kind, seed=1), tiny_model(kind, seed=1)
     expected = reference.prune_(slow, ids, reference.gradient_norms(slow, ids)[norm], pattern, 100.0)
-    results = prune_(fast, given, PruneSettings(pattern=pattern, gradient_norm=norm, fit="none"), progress)
+    results = prune_(
+        fast, given, PruneSettings(pattern=pattern, gradient_norm=norm, allocation="uniform", fit="none"), progress
+    )
     assert list(results) == list(expected)
     same = [(fast.get_submodule(name).weight != 0) == mask for name, mask in expected.items()]
     agreement = sum(int(layer.sum()) for layer in same) / sum(layer.numel() for layer in same)

@@ -41,7 +41,9 @@ def test_masks_of_a_block_that_repeats_are_those_of_all_its_runs(alpha: float, p
     ]
     labelled = [{**text, "labels": torch.tensor([label % 3])} for label, text in enumerate(texts)]
     model = copy.deepcopy(dense)
-    found = prune_(model, labelled, PruneSettings(method="gblm", alpha=alpha, fit="none"), progress)
+    found = prune_(
+        model, labelled, PruneSettings(method="gblm", alpha=alpha, allocation="uniform", fit="none"), progress
+    )
     assert len(found) == 6
 
     masks: dict[str, list[torch.Tensor]] = {"all runs": [], "the first": []}

@@ -55,7 +55,7 @@ def test_masks_are_those_of_a_loop_over_tokens_and_experts(progress) -> None:
     dense = model.get_parameter(f"{EXPERTS}.gate_up_proj").detach().clone()
     norms = [slow_norms(model, ids, expert) for expert in range(4)]
     gradients = slow_gradients(model, ids)
-    results = prune_(model, ids, PruneSettings(method="gblm", gradient_norm="l1", fit="none"), progress)
+    results = prune_(model, ids, PruneSettings(method="gblm", allocation="uniform", fit="none"), progress)
     pruned = model.get_parameter(f"{EXPERTS}.gate_up_proj")
     for expert in range(4):
         assert not results[f"{EXPERTS}.{expert}.gate_up_proj"].by_magnitude

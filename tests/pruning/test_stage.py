@@ -63,7 +63,9 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
     ids = samples()
     expected = slow_prune(tiny_model(kind), ids, method, norm, 100.0)
     model = tiny_model(kind)
-    results = prune_(model, ids, PruneSettings(method=method, gradient_norm=norm, fit="none"), progress)
+    results = prune_(
+        model, ids, PruneSettings(method=method, gradient_norm=norm, allocation="uniform", fit="none"), progress
+    )
     assert list(results) == list(expected)
     different = total = 0
     for name, mask in expected.items():
@@ -236,7 +238,12 @@ def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Pro
     masks = []
     for repeats in (1, 3):
         model = tiny_model("llama")
-        prune_(model, ids * repeats, PruneSettings(alpha_scale="normalised", alpha=1.0, fit="none"), progress)
+        prune_(
+            model,
+            ids * repeats,
+            PruneSettings(alpha_scale="normalised", alpha=1.0, allocation="uniform", fit="none"),
+            progress,
+        )
         masks.append([p != 0 for p in model.parameters()])
     different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
     assert different <= 10  # a rounding difference may swap weights of all but equal score
@@ -258,7 +265,7 @@ def pruned(
     prune(
         tiny(kind) if isinstance(kind, str) else kind,
         output,
-        PruneSettings(**({"fit": "none"} | settings)),
+        PruneSettings(**({"fit": "none", "allocation": "uniform"} | settings)),
         CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
         progress=progress,
     )
@@ -458,3 +465,22 @@ def test_only_some_layers_are_pruned_by_exceptions(progress: Progress) -> None:
     settings = PruneSettings(method="magnitude", fit="none", pattern="2:4", overrides=only)
     results = prune_(tiny_model("llama"), [], settings, progress)
     assert len(results) == 6 and all(".mlp." in name for name in results)
+
+
+@pytest.mark.parametrize(
+    ("given", "allocation"),
+    [
+        ({}, "sensitivity"),
+        ({"method": "gradient", "pattern": "unstructured-per-matrix"}, "sensitivity"),
+        ({"pattern": "2:4"}, "uniform"),
+        ({"method": "wanda"}, "uniform"),
+        ({"allocation": "uniform"}, "uniform"),
+        ({"preset": "paper"}, "uniform"),
+        ({"method": "wanda", "allocation": "sensitivity"}, "sensitivity"),
+    ],
+)
+def test_layers_share_by_their_gradients_where_these_are_measured_anyway(given, allocation) -> None:
+    settings = PruneSettings(**given)
+    assert settings.allocation == settings.model_dump()["allocation"] == allocation
+    assert ("allocation" in settings.model_fields_set) == bool(given.keys() & {"allocation", "preset"})
+    assert PruneSettings.model_validate(settings.model_dump()) == settings

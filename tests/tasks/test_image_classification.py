@@ -112,7 +112,7 @@ def test_masks_are_those_of_a_loop_over_images(model, pictures, tmp_path, progre
     prune(
         source,
         tmp_path / "out",
-        PruneSettings(method="gblm", alpha=1.0, fit="none"),
+        PruneSettings(method="gblm", alpha=1.0, allocation="uniform", fit="none"),
         CalibrationSettings(dataset=str(pictures), samples=SAMPLES),
         resources=ResourceSettings(offload=offload),
         device="cpu",
@@ -182,7 +182,7 @@ def test_metrics_are_those_of_a_count(model, pictures, progress) -> None:
 def test_blocks_that_change_the_size_of_states_are_measured_as_one(model, pictures, tmp_path, progress) -> None:
     source = model("swin")
     calibration = CalibrationSettings(dataset=str(pictures), samples=SAMPLES)
-    settings = PruneSettings(method="gblm", alpha=1.0, fit="none")
+    settings = PruneSettings(method="gblm", alpha=1.0, allocation="uniform", fit="none")
     prune(source, tmp_path / "out", settings, calibration, device="cpu", progress=progress)
     samples = drawn(source, pictures)
     expected = slow_masks(source, samples, [sample["labels"] for sample in samples], as_one=True)

@@ -152,7 +152,7 @@ def test_statistics_of_a_block_leave_padding_out(encoder, text) -> None:
 
 def test_an_interrupted_run_of_padded_samples_goes_on(encoder, tmp_path, text, progress, monkeypatch) -> None:
     resources = ResourceSettings.model_construct(offload=True, memory=1)
-    settings = PruneSettings(alpha=1.0, fit="none")
+    settings = PruneSettings(alpha=1.0, allocation="uniform", fit="none")
 
     def pruned(name: str, resume: bool) -> bytes:
         prune(
