@@ -1,5 +1,4 @@
-"""Peak memory of a stretch of work: resident set of the process on a CPU, device memory on CUDA; and what the C library
-does with memory that is freed."""
+"""Peak memory of a stretch of work: resident set of the process on a CPU, device memory on CUDA; and freed memory."""
 
 import ctypes
 import sys
@@ -18,25 +17,20 @@ _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
 
 @dataclass
 class PeakMemory:
-    """The highest value seen.
-
-    Attributes:
-        peak_bytes: valid once the `with` has ended.
-        at_work: a context for each piece of the work, in which other processes do none; that between them may not be
-            counted.
-    """
+    """The highest value seen, valid once the `with` has ended."""
 
     peak_bytes: int = 0
     at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+    """For each piece of the work, while other processes do none; what lies between the pieces may not be counted."""
 
 
 @contextmanager
 def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
-    On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the
-    whole life of the process. On CUDA the counter of torch's allocator is read; of what others allocate nobody keeps
-    count, so that it is sampled how much less of the device is free while `at_work` runs: by other programs too.
+    On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the whole life of
+    the process. On CUDA the counter of torch's allocator is read. Nobody counts what other libraries allocate. There,
+    the loss of free memory is sampled while `at_work` runs, that to other programs included.
 
     Args:
         of_torch: whether torch allocates what is measured.
@@ -52,7 +46,20 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
             yield result
             result.peak_bytes = torch.cuda.max_memory_allocated(device)
             return
-        result.at_work = _Share(lambda: torch.cuda.mem_get_info(device)[0], result).at_work
+        held = 0  # by this process, where several take turns to work on the device
+
+        def free() -> int:
+            return int(torch.cuda.mem_get_info(device)[0])
+
+        @contextmanager
+        def at_work() -> Iterator[None]:
+            nonlocal held
+            before, kept = free(), held
+            with _sampled(lambda: kept + before - free(), result):
+                yield
+            held += before - free()
+
+        result.at_work = at_work
         yield result
         return
     import psutil
@@ -62,27 +69,9 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
         yield result
 
 
-class _Share:
-    """What of a device is this process's, where several take turns to work on it.
-
-    Args:
-        free: gives the bytes that are free.
-    """
-
-    def __init__(self, free: Callable[[], int], result: PeakMemory) -> None:
-        self._free, self._result, self._held = free, result, 0
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        before, held = self._free(), self._held
-        with _sampled(lambda: held + before - self._free(), self._result):
-            yield
-        self._held += before - self._free()
-
-
 @contextmanager
 def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
-    """Keep the highest of what is taken in `result`."""
+    """Keep the highest value of `taken` in `result`."""
     done = threading.Event()
 
     def watch() -> None:

@@ -146,7 +146,7 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     pruned = ModelSource("p", tmp_path / "p")
     assert (pruned.folder / "preprocessor_config.json").exists()
     found = inspect(pruned, None, progress)
-    assert all("2:4" in layer.patterns for layer in found.layers) and {kind.layers for kind in found.kinds} <= {1, 2}
+    assert all("2:4" in layer.patterns for layer in found.layers) and {kind["layers"] for kind in found.kinds} <= {1, 2}
     done = evaluate(pruned, EvaluateSettings(dataset=str(pictures)), baseline=source, device="cpu", progress=progress)
     assert list(done.metrics) == ["top1_accuracy", "top5_accuracy", "cross_entropy"] and done.windows == 2 * CLASSES
     assert done.fidelity["top1_agreement"] <= 1 and done.fidelity["mean_kl"] > 0
