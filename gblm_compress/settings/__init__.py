@@ -4,7 +4,7 @@ Field descriptions are the text of `--help`, of `gblm-compress schema` and of th
 package loads no torch.
 """
 
-from gblm_compress.settings.fields import MANY, Panel, Settings
+from gblm_compress.settings.fields import Panel, Settings
 from gblm_compress.settings.prune import (
     PUBLISHED_CALIBRATION,
     REGISTRIES,
@@ -22,13 +22,11 @@ from gblm_compress.settings.stages import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
-    ModelSettings,
     ResourceSettings,
 )
 
 __all__ = [
     "GATES",
-    "MANY",
     "PUBLISHED_CALIBRATION",
     "REGISTRIES",
     "AdviseSettings",
@@ -42,7 +40,6 @@ __all__ = [
     "GateSettings",
     "GenerateSettings",
     "GradientNorm",
-    "ModelSettings",
     "OverrideSettings",
     "Panel",
     "PruneSettings",
