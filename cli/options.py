@@ -6,6 +6,7 @@ A field's type, range, default, description and panel are all that `--help`, par
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
 
@@ -98,8 +99,13 @@ def _own(parameter: Parameter) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, made], default=default)
 
 
+@cache
+def _schemas(settings: type[Settings]) -> Any:
+    return settings.model_json_schema()["properties"]
+
+
 def _options(part: Part) -> list[Parameter]:
-    schemas = part.kind.model_json_schema()["properties"]
+    schemas = _schemas(part.kind)
     return [
         _option(part.kind, field, SPELLINGS.get(name, name), schemas[field])
         for field, name in part.names.items()
