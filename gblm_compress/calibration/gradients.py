@@ -48,10 +48,8 @@ def gradient_norms(
 
     Args:
         weights: the dense model; sample by sample, all of it must be in memory.
-        calls: how its blocks are called, and the samples.
         per_block: {name: Linear or Conv1D} of each block.
         norm: "l1" (p = 1) or "l2" (p = 2).
-        pool: where hidden states are kept.
         save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
         skip: blocks whose gradients are known already.
         by_sample: the order of the work, see above.
@@ -160,10 +158,7 @@ def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress
 
 @contextmanager
 def _measured(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm) -> Iterator[dict[str, Tensor]]:
-    """Σ_n |g_n|^p in float32, over the backward passes within the `with`.
-
-    A gradient is added and freed as soon as autograd has produced it.
-    """
+    """Σ_n |g_n|^p in float32, over the backward passes within the `with`."""
     parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in parameters.items()}
 

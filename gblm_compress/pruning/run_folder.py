@@ -57,17 +57,15 @@ class RunFolder:
     """Finished work of a run. Only the first rank writes; the others wait for it.
 
     Attributes:
-        resumed: whether it goes on with what was there.
-        damaged: the files of it that no longer hold what was written; they are gone, and their work is done again.
+        resumed: whether it goes on with an interrupted run.
+        damaged: the files that no longer hold what was written; they are removed, and their work is done again.
 
     Args:
-        folder: need not exist.
         identity: everything that decides the outcome, as JSON can hold it.
-        resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
-        ranks: the processes of the run; all of them see the folder.
+        resume: go on with an interrupted run; else its work is removed. None: go on if it has the same identity.
 
     Raises:
-        UsageError: what is there belongs to a run with another identity, cannot be read, or is not of a run at all.
+        UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all.
         OutputError: the folder cannot be written.
     """
 
@@ -79,7 +77,7 @@ class RunFolder:
         self.resumed = same and resume is not False
         if known and resume:
             check_identity(folder, known.identity, identity)
-        # What is there is asked now, and kept up in memory: later the first rank may be ahead of the others by a file.
+        # Files are listed once, and then tracked in memory: later the first rank may be ahead of the others by a file.
         files = self._own_files() if self.resumed else []
         self.damaged = [path.name for path in files if not is_intact(path)]
         self._files = {path.stem for path in files if path.name not in self.damaged}
@@ -165,9 +163,7 @@ class RunFolder:
         on: Mapping[str, Grid] | None = None,
         results: Mapping[str, LayerResult] | None = None,
     ) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block, the grids they lie on, and what
-        became of the layers.
-        """
+        """Keep the final weights {layer name: weight in its stored layout} of a block, their grids, and the results."""
         results = results or {}
         by_magnitude = {name for name, result in results.items() if result.by_magnitude}
         errors = {name: result.output_error for name, result in results.items() if result.output_error is not None}
@@ -190,7 +186,7 @@ class RunFolder:
         return {name: stored[name] for name in _layers(stored)}
 
     def grids(self, block: int, group: int | None) -> dict[str, Grid]:
-        """The grids of the layers of a finished block, of which so many columns (None: a row) share a scale."""
+        """The grids of a finished block, whose scales hold for `group` columns (None: a row)."""
         return grids.read_from(self._path(self._finished_name(block)), group)
 
     def layers(self, block: int) -> list[str]:
@@ -202,9 +198,7 @@ class RunFolder:
         return read_tensor(self._path(self._finished_name(block)), name)
 
     def finish_distilled(self, per_block: list[dict[str, Tensor]], on: Mapping[str, Grid]) -> None:
-        """Keep the weights of all blocks after the distillation, and the grids they lie on, in place of those before:
-        all of them, or none.
-        """
+        """Keep the weights of all blocks after the distillation, and their grids: all of them, or none."""
         for block, weights in enumerate(per_block):
             own = {name: on[name] for name in weights if name in on}
             self._save(f"distilled-{block}", weights | grids.as_tensors(own))

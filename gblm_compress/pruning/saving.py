@@ -116,7 +116,7 @@ def save(
 
 
 def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
-    """Give a folder what belongs to a model beside its weights: the configs of the source, and the processor."""
+    """Copy the configs of the source, and save the processor."""
     for name in ("config.json", "generation_config.json"):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
