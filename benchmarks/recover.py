@@ -6,8 +6,7 @@ products  the products of all linear layers alone: forward in the dense model, f
 bytes     a copy of as many bytes as a step must move at least: weights of both networks, gradients, masters and Adam's
           moments, once each.
 
-The parts and the step are medians; the first steps are not counted, nor are the looks at held-out text before the first
-and after the last.
+The parts and the step are medians; the first steps are not counted.
 """
 
 import argparse
@@ -35,18 +34,17 @@ from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.recovery import stage
-from gblm_compress.recovery.losses import Losses
-from gblm_compress.recovery.teacher import Teacher
-from gblm_compress.recovery.training import Training
-from gblm_compress.recovery.weights import Weights
 from gblm_compress.settings import RecoverSettings
+from gblm_compress.training import recovery
+from gblm_compress.training.imitation import Imitation, Teacher
+from gblm_compress.training.trainer import Trainer
+from gblm_compress.training.weights import Weights
 
 PARTS = {
-    "step": (Training, "_step"),
-    "dense model": (Teacher, "of"),
-    "forward and loss": (Losses, "training"),
-    "gradients to masters": (Weights, "pass_gradients"),
+    "step": (Trainer, "_step"),
+    "dense model": (Teacher, "predictions"),
+    "forward and loss": (Imitation, "__call__"),
+    "gradients to masters": (Weights, "pull"),
     "Adam": (torch.optim.Adam, "step"),
     "weights to the network": (Weights, "show"),
 }
@@ -85,11 +83,12 @@ def timed_steps(source: ModelSource, dense: ModelSource, settings: RecoverSettin
         return run
 
     patches = [patch.object(owner, name, clocked(part, getattr(owner, name))) for part, (owner, name) in PARTS.items()]
+    patches.append(patch.object(recovery, "LOOKS", 1))  # none between two steps
     with tempfile.TemporaryDirectory() as folder:
         for each in patches:
             each.start()
         try:
-            stage.recover(source, dense, Path(folder) / "recovered", settings, device="cpu", progress=Progress())
+            recovery.recover(source, dense, Path(folder) / "recovered", settings, device="cpu", progress=Progress())
         finally:
             patch.stopall()
     parts = {part: median(times[WARM_UP:]) for part, times in spent.items()}
@@ -148,8 +147,6 @@ def main() -> None:
         tokens=options.steps * tokens,
         batch=options.batch,
         sequence_length=options.sequence_length,
-        evaluate_every=options.steps * tokens,
-        fit_dtype=dtype,
     )
     parts = timed_steps(source, dense, settings)
     layers = manifest.read(source.folder)["layers"]

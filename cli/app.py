@@ -13,6 +13,7 @@ from gblm_compress import __version__
 from gblm_compress.api import COMMANDS
 from gblm_compress.cli import options
 from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, UsageError, first_line, is_out_of_memory
+from gblm_compress.machine.memory import own_process
 from gblm_compress.printing import printable_lines
 
 # Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal has not
             stream.reconfigure(errors="backslashreplace")
+    own_process()
     try:
         code = _run(arguments)
         sys.stdout.flush()

@@ -180,12 +180,12 @@ def recover(c: dict[str, Any]) -> list[Any]:
     facts: dict[str, str | None] = {
         "validation loss": f"{c['before']:.4f} before, {c['after']:.4f} after, nats per token",
         "kept": f"the weights after {curve[c['best']]['tokens']:,} tokens (*)",
-        "trained": f"{c['trained']:,} weights; the pattern is verified on disk",
+        "trained": f"{c['trained']:,} weights at rate {c['rate']:g}; the pattern is verified on disk",
         "text": f"each window read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
     following = _next("evaluate", c["folder"], "--baseline", "MODEL")
-    return [_table(f"{columns} | >mask moved = {{moved:.1%}}", curve), _facts(facts, c), following]
+    return [_table(columns, curve), _facts(facts, c), following]
 
 
 def export(c: dict[str, Any]) -> list[Any]:

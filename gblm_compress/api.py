@@ -48,13 +48,13 @@ if TYPE_CHECKING:
     from gblm_compress.measure.evaluation import EvaluateResult
     from gblm_compress.measure.inspection import InspectResult
     from gblm_compress.pruning.stage import PruneResult
-    from gblm_compress.recovery.stage import RecoverResult
     from gblm_compress.runs.advice import Advice
     from gblm_compress.runs.comparison import CompareResult
     from gblm_compress.runs.pipeline import DryRun
     from gblm_compress.runs.pushing import PushResult
     from gblm_compress.runs.report import ReportResult
     from gblm_compress.runs.run_report import RunReport
+    from gblm_compress.training.recovery import RecoverResult
 
     Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor
 else:
@@ -141,9 +141,9 @@ def recover(
     """Train a pruned model to predict what the dense one does; its pattern stays."""
     outputs.check_output(Path(output), force)
     with _found(pruned, teacher, texts=settings.datasets, quiet=quiet) as (progress, source, dense):
-        from gblm_compress.recovery import stage
+        from gblm_compress.training import recovery
 
-        return stage.recover(
+        return recovery.recover(
             source, dense, Path(output), settings, resume=resume, device=compute.device, force=force, progress=progress
         )
 

@@ -27,7 +27,7 @@ from gblm_compress.runs.recipe import SHIPPED
 from gblm_compress.settings import PruneSettings, Recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
 PROGRAMS = ("gblm-compress", "make", "python", "pip", "torchrun", "vllm")

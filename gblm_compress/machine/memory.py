@@ -88,14 +88,23 @@ def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
         result.peak_bytes = max(result.peak_bytes, taken())
 
 
+_owned = False
+
+
+def own_process() -> None:
+    """Say that this process does nothing beside the program: its malloc may be set, which cannot be undone wholly."""
+    global _owned
+    _owned = True
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Keep freed memory for the next tensor while the `with` runs, rather than give it back to the system.
 
     glibc maps large tensors from the system one by one, which then clears every page anew: a third of a training's
-    time on a CPU. Another C library is left as it is.
+    time on a CPU. Another C library is left as it is, and so is a process that calls the Python functions.
     """
-    process = ctypes.CDLL(None) if sys.platform == "linux" else None
+    process = ctypes.CDLL(None) if _owned and sys.platform == "linux" else None
     if process is None or not hasattr(process, "mallopt"):
         yield
         return

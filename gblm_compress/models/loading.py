@@ -201,6 +201,14 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
         shutil.copyfile(companion, copied)
 
 
+def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
+    """Give a folder what belongs to a model beside its weights: the configs of the source, and the processor."""
+    for name in ("config.json", "generation_config.json"):
+        if (source.folder / name).exists():
+            shutil.copyfile(source.folder / name, folder / name)
+    save_processor(processor, folder, source)
+
+
 def choose_device(requested: str) -> str:
     """ "auto" becomes "cuda" where there is one, else "cpu"; anything else is checked.
 

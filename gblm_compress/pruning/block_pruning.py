@@ -19,8 +19,8 @@ from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of
 from gblm_compress.settings import PruneSettings
-from gblm_compress.training.masters import write_
-from gblm_compress.training.reconstruction import reconstruct_
+from gblm_compress.training.fits import How, reconstruct_
+from gblm_compress.training.weights import write_
 
 FEW_TOKENS = 32
 """An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""
@@ -110,17 +110,8 @@ def prune_block_(
 
     if settings.fits_blocks and layers:
         assert block is not None and target is not None
-        _, grids = reconstruct_(
-            block,
-            layers,
-            target.outputs,
-            epochs=BLOCK_EPOCHS,
-            rate=BLOCK_RATE,
-            compute=target.products,
-            rounds=settings.rounds,
-            choose=choose,
-            grids=grids,
-        )
+        how = How(BLOCK_EPOCHS, BLOCK_RATE, target.products, settings.rounds)
+        grids = reconstruct_(block, layers, target.outputs, how, grids, choose).grids
     errors = {
         name: output_error(weight.float(), weight_matrix(layers[name]).detach().float(), statistics[name].moments())
         for name, weight in dense.items()

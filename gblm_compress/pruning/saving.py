@@ -1,7 +1,6 @@
 """Put the output together from the source and the finished blocks, and verify it."""
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.calibration.weights import ResidentWeights, StreamedWeights
-from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.calibration.written import verify_by_loading
+from gblm_compress.errors import ModelError
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import grids, loading, manifest
@@ -96,7 +95,7 @@ def save(
     identity = what.identity
     with outputs.atomic_folder(what.output, force=what.force, inside=run.folder) as temporary:
         checkpoint.rewrite(temporary, changed)
-        copy_settings(what.source, temporary, what.processor)
+        loading.copy_settings(what.source, temporary, what.processor)
         content = {
             "kind": "pruned",
             "prune": identity["settings"],
@@ -113,39 +112,3 @@ def save(
         nonzeros = {name: layer.nonzeros for name, layer in results.items()}
         verify_by_loading(written, nonzeros, plan.placement.offload)
     return results
-
-
-def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
-    """Copy the configs of the source, and save the processor."""
-    for name in ("config.json", "generation_config.json"):
-        if (source.folder / name).exists():
-            shutil.copyfile(source.folder / name, folder / name)
-    loading.save_processor(processor, folder, source)
-
-
-def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload: bool = False) -> None:
-    """Load the folder as its users will, and count the weights it has.
-
-    Args:
-        nonzeros: {pruned layer: how many it has}.
-        offload: load block by block, where the model does not fit in memory.
-
-    Raises:
-        VerificationError: what transformers loads is not what the manifest says.
-    """
-    try:
-        model = loading.load_skeleton(written) if offload else loading.load_model(written)
-        weights = StreamedWeights(written, model, "cpu") if offload else ResidentWeights(model)
-        loading.load_processor(written)
-    except ModelError as error:
-        raise VerificationError(f"the written folder does not load: {error}") from error
-    for index in range(len(weights.blocks)):
-        with weights.block(index):
-            for name, kept in nonzeros.items():
-                if not name.startswith(f"{weights.prefix}.{index}."):
-                    continue
-                found = count_nonzeros(weights.model.get_submodule(name).get_parameter("weight"))
-                if found != kept:
-                    raise VerificationError(
-                        f"{name}: transformers loads {found} nonzeros from the written folder, and {kept} were kept"
-                    )

@@ -31,8 +31,9 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult, Target, layer_result, prune_block_
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.training.distillation import distil_
-from gblm_compress.training.distillation import predictions as dense_predictions
+from gblm_compress.training.fits import How, distil_
+from gblm_compress.training.imitation import Imitation
+from gblm_compress.training.imitation import predictions as dense_predictions
 
 UNSEEN = "never ran on the calibration text"
 Layers = list[dict[str, nn.Module]]  # of each block, by full name
@@ -219,19 +220,10 @@ class Walk:
         for block in range(len(layers)):
             for name, grid in self.run.grids(block, self.plan.settings.columns_of_a_scale).items():
                 on[name] = grid.to(pruned[name].weight.device)
-        _, grids = distil_(
-            self.weights.model,
-            pruned,
-            self.plan.task,
-            self.plan.samples,
-            predictions,
-            epochs=MODEL_EPOCHS,
-            rate=MODEL_RATE,
-            compute=self.plan.products,
-            progress=self.progress,
-            grids=on,
-        )
-        self.run.finish_distilled([_weights(block) for block in layers], grids)
+        plan = self.plan
+        loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: predictions[some[0]], plan.products)
+        fitted = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, self.progress)
+        self.run.finish_distilled([_weights(block) for block in layers], fitted.grids)
         return self._results(pruned, budgets)
 
     def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:

@@ -14,13 +14,11 @@ from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
-from gblm_compress.methods.optimisers import OPTIMISERS
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import Size
 from gblm_compress.pruning.stage import prune
-from gblm_compress.recovery.stage import check_kind, check_mask, checkpoint_bytes, recover
 from gblm_compress.runs import comparison
 from gblm_compress.runs.job import Disk, Job, Look, Stage
 from gblm_compress.settings import (
@@ -32,6 +30,7 @@ from gblm_compress.settings import (
     GenerateSettings,
     RecoverSettings,
 )
+from gblm_compress.training.recovery import check_kind, checkpoint_bytes, recover
 
 
 def stages_of(job: Job) -> list[Stage]:
@@ -145,12 +144,8 @@ def _prune(job: Job) -> Stage:
 def _recover(job: Job, settings: RecoverSettings) -> Stage:
     def check(progress: Progress) -> list[GblmError]:
         looks = job.looks_at(settings.datasets, settings.sequence_length, "recover.sequence_length")
-        looks.append(OPTIMISERS[settings.optimiser].check)
         if job.here:
             looks.append(partial(check_kind, job.dense))
-        if not errors.collect([lambda: job.patterns]):  # else it is the pruning's fault
-            patterns = {pattern.name for pattern in job.patterns.values()}
-            looks.append(partial(check_mask, settings, patterns, job.recipe.prune.grid is not None))
         return errors.collect(looks)
 
     def work(progress: Progress) -> object:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from gblm_compress.errors import MissingDependencyError, UsageError
 from gblm_compress.kernels import cpu
-from gblm_compress.methods import optimisers
 from gblm_compress.runs import pipeline
 from gblm_compress.runs.job import data_hash
 from gblm_compress.runs.pipeline import check, unchecked
@@ -47,10 +46,6 @@ def test_a_recipe_without_faults(progress) -> None:
         ({"evaluate": {"dataset": "demo"}}, "512 positions; sequence length is 2048"),
         ({"recover": {"data": ["gone.txt"]}}, "dataset 'gone.txt': no such file"),
         ({"recover": {"sequence_length": 1024}}, "512 positions; recover.sequence_length is 1024"),
-        (
-            {"recover": {"mask": "exchange"}, "prune": {"pattern": "2:4"}},
-            "mask exchange is for unstructured patterns",
-        ),
         (
             {"prune": {"quantise": "int4"}, "export": [{"format": "onnx", "quantise": "int4"}]},
             "pruned onto grids of 64, which ONNX Runtime does not have; add --kernels",
@@ -119,12 +114,6 @@ def test_a_model_that_recovery_does_not_train_is_told_before_the_pruning(progres
 def test_what_within_2_4_is_exported(progress) -> None:
     for pattern in ("2:4", "1:4", "1:2", "2:8"):
         assert faults(progress, prune={"pattern": pattern}, export=[{"format": "semi-structured"}]) == []
-
-
-def test_an_absent_optimiser_is_told_before_the_pruning(progress, monkeypatch) -> None:
-    monkeypatch.setattr(optimisers, "find_spec", lambda name: None)
-    (fault,) = faults(progress, recover={"optimiser": "adam-8bit", "sequence_length": 64})
-    assert "bitsandbytes, which is not installed" in fault
 
 
 def test_an_absent_package_and_an_unknown_task(progress, monkeypatch, tmp_path) -> None:

@@ -14,9 +14,9 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 
 HELD_OUT_EVERY = 32
-"""One window of so many is never trained on, whatever the weights of the texts, so that a second training on the same
-texts looks at windows that the first has not seen."""
-MOST_LOOKED_AT = 32
+"""One window in 32 is never trained on, whatever the weights of the texts, so that a second training on the same texts
+is judged on windows that the first has not read."""
+MOST_HELD_OUT = 32
 GRAM = 13
 """Words in a row that count as a copy: GPT-3's measure of overlap (arXiv 2005.14165, appendix C)."""
 ALLOWED_OVERLAP = 0.02
@@ -31,7 +31,7 @@ class Windows:
 
     Attributes:
         samples: all windows of all texts.
-        held_out: those that are looked at and not trained on, by number.
+        held_out: the windows of the looks, by number; none is trained on.
         steps: the windows of every step, by number.
         overlap: {text of `disjoint_from`: the share of its 13-grams that the data holds}.
     """
@@ -42,14 +42,9 @@ class Windows:
     overlap: dict[str, float]
 
     @property
-    def read(self) -> set[int]:
-        """The windows that are trained on, by number."""
-        return {index for step in self.steps for index in step}
-
-    @property
     def used(self) -> set[int]:
-        """The windows that are trained on or looked at."""
-        return self.read.union(self.held_out)
+        """The windows that are trained on or held out."""
+        return {index for step in self.steps for index in step}.union(self.held_out)
 
     def passes(self, steps: int | None = None) -> float:
         """How often a window is read, on average, in so many steps; in all if None."""
@@ -63,15 +58,13 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
     Each text gives its share of the windows; one that is too short is read again, in another order.
 
     Raises:
-        DataError: a text cannot be read or holds no two windows, or the data holds too much of a text that it must not.
-        ModelError: as `text.tokenize`.
-        UsageError: models of that task are not trained.
+        DataError: a text cannot be read or holds no two windows, or the data holds too much of `disjoint_from`.
     """
     length, needed = settings.sequence_length, settings.steps * settings.batch
     total = sum(source.weight for source in settings.data)
     samples: list[Sample] = []
     held_out: list[int] = []
-    queues = []
+    queues, texts = [], []
     generator = torch.Generator().manual_seed(settings.seed)
     for source in settings.data:
         share = source.weight / total
@@ -83,13 +76,14 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
             )
         numbers = range(len(samples), len(samples) + len(found))
         aside = numbers[::HELD_OUT_EVERY]
-        few = max(1, min(len(aside), int(MOST_LOOKED_AT * share)))
+        few = max(1, min(len(aside), int(MOST_HELD_OUT * share)))
         held_out += aside[:: -(-len(aside) // few)]
         queues.append(_Queue(share, [number for number in numbers if number not in aside], generator))
         samples += found
+        texts.append(found)
     order = _mixed(queues, needed)
     steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
-    return Windows(samples, held_out, steps, _overlap(processor, samples, settings.disjoint_from))
+    return Windows(samples, held_out, steps, _overlap(processor, texts, settings.disjoint_from))
 
 
 class _Queue:
@@ -117,14 +111,20 @@ def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
     return order
 
 
-def _overlap(processor: Any, samples: Sequence[Sample], others: Sequence[str]) -> dict[str, float]:
-    """Raises:
-    DataError: the samples hold too much of another text.
+def _overlap(processor: Any, texts: Sequence[Sequence[Sample]], others: Sequence[str]) -> dict[str, float]:
+    """{other text: the share of its 13-grams that the texts hold}, matched over running text, across windows.
+
+    Args:
+        texts: the windows of each, one after the other.
+
+    Raises:
+        DataError: the texts hold too much of another.
     """
     if not others:
         return {}
     known: dict[str, int] = {}
-    own = np.unique(np.concatenate([grams(processor.decode(each["input_ids"][0]), known) for each in samples]))
+    running = [torch.cat([window["input_ids"][0] for window in windows]) for windows in texts]
+    own = np.unique(np.concatenate([grams(processor.decode(ids), known) for ids in running]))
     found = {}
     for other in others:
         theirs = np.unique(grams(text.load_text(other, "evaluation", MOST_OF_ANOTHER), known))

@@ -1,16 +1,16 @@
-"""Checkpoints of a training, from which the same command goes on as if it had never ended.
+"""Checkpoints of a recovery, from which the same command goes on as if it had never ended.
 
 .OUTPUT.recovery/
     run.json                what the training is, and its latest checkpoint: step, curve, best
-    state-120.0.safetensors weights, masks and Adam's state after step 120, as far as they are those of process 0
-    best-3.0.safetensors    weights and masks at look 3, the best so far
-    states/                 what the dense model said of windows, where it found no room in memory
+    state-120.0.safetensors weights and Adam's state after step 120, of the tensors that process 0 owns
+    best-3.0.safetensors    weights at look 3, the best so far
+    states/                 predictions of the dense model that found no room in memory
 """
 
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
 from gblm_compress.storage import records
 from gblm_compress.storage.resuming import check_identity, own_files
+from gblm_compress.training.trainer import Look, Progressed
 
 RECORD = "run.json"
 _TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")
@@ -29,55 +30,21 @@ _OTHERS = re.compile(  # the record, what the dense model said, and what is writ
 )
 
 
-@dataclass(frozen=True)
-class Look:
-    """One look at the held-out windows.
-
-    Attributes:
-        tokens: trained on before.
-        loss: mean of the steps since the look before; None at the start.
-        held_out: mean loss of predictions over held-out windows, in nats per token: KL(dense ‖ student), mixed with the
-            cross-entropy of the text as in the training.
-        moved: share of the masks' survivors that are not those of the start.
-    """
-
-    tokens: int
-    loss: float | None
-    held_out: float
-    moved: float
-
-
-@dataclass
-class Progressed:
-    """How far a training is.
-
-    Attributes:
-        step: steps done.
-        curve: all looks.
-        best: number of the look with the lowest held-out loss.
-        since: losses of the steps since the last look.
-        seconds: of training, over all runs of it.
-    """
-
-    step: int = 0
-    curve: list[Look] = field(default_factory=list)
-    best: int = 0
-    since: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 def path_of(output: Path) -> Path:
     """The folder of checkpoints of an output folder: hidden, beside it."""
     return output.with_name(f".{output.name}.recovery")
 
 
-class Kept:
+class Checkpoints:
     """The checkpoints of one training. Every rank writes its own tensors, the first rank the record.
 
     Args:
         folder: need not exist; all ranks read and write it.
         identity: everything that decides the outcome, as JSON can hold it.
         resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
+
+    Attributes:
+        latest: how far the training is at its latest checkpoint; None if there is none.
 
     Raises:
         UsageError: what is there belongs to another training, cannot be read, or is not of a training at all.
@@ -87,11 +54,11 @@ class Kept:
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
         self.folder, self._identity, self._ranks = folder, identity, ranks
         self.states = folder / "states" / str(ranks.rank)
-        self._latest = self._read(resume)
+        self.latest = self._read(resume)
         ranks.wait()
         try:
             if ranks.is_first:
-                if self._latest is None:
+                if self.latest is None:
                     shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder / "states", ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -110,17 +77,12 @@ class Kept:
         """What lies in the folder already."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    @property
-    def is_there(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self._latest is not None
-
-    def load(self) -> tuple[Progressed, dict[str, Tensor]]:
-        """The latest checkpoint, as far as it is this rank's."""
-        assert self._latest is not None
-        progress = Progressed(**{**self._latest, "curve": [Look(**look) for look in self._latest["curve"]]})
-        path = self._file("state", progress.step)
-        return progress, {name: read_tensor(path, name) for name in keys(path)}
+    def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
+        """The latest checkpoint, as far as it is this rank's; None if there is none."""
+        if self.latest is None:
+            return None
+        path = self._file("state", self.latest.step)
+        return deepcopy(self.latest), {name: read_tensor(path, name) for name in keys(path)}
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
         """Keep a checkpoint, and remove the one before once this one is whole."""
@@ -128,22 +90,21 @@ class Kept:
         if self._ranks.is_first:
             record = {"identity": self._identity, "progress": asdict(progress)}
             records.write_sealed(self.folder / RECORD, record)
-        self._latest = asdict(progress)
+        self.latest = deepcopy(progress)
         self._ranks.wait()
         self._remove_all_but("state", progress.step)
         self._remove_all_but("best", progress.best)
 
     def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
         """Keep the weights of a look in place of the best before, unless the latest checkpoint goes on from those."""
-        recorded = [self._latest["best"]] if self._latest else []
+        recorded = [self.latest.best] if self.latest else []
         self._remove_all_but("best", *recorded)
         self._write("best", look, tensors)
 
-    def best(self, look: int) -> Callable[[str], Tensor]:
-        """What `save_best` was given, on any rank, by its name."""
-        files = [self._file("best", look, rank) for rank in range(self._ranks.size)]
-        where = {name: path for path in files for name in keys(path)}
-        return lambda name: read_tensor(where[name], name)
+    def best(self, look: int) -> dict[str, Tensor]:
+        """What `save_best` was given on this rank."""
+        path = self._file("best", look)
+        return {name: read_tensor(path, name) for name in keys(path)}
 
     def remove(self) -> None:
         """Remove everything."""
@@ -168,7 +129,7 @@ class Kept:
             if path not in left:
                 path.unlink()
 
-    def _read(self, resume: bool | None) -> dict[str, Any] | None:
+    def _read(self, resume: bool | None) -> Progressed | None:
         """How far the training is at its latest checkpoint; None where there is none to go on from.
 
         Raises:
@@ -179,10 +140,11 @@ class Kept:
             return None
         try:
             known = records.read_sealed(self.folder / RECORD)
-            progress: dict[str, Any] = known["progress"]
+            plain = known["progress"]
+            progress = Progressed(**{**plain, "curve": [Look(**look) for look in plain["curve"]]})
             files = [
-                self._file(kind, int(progress[key]), rank)
-                for kind, key in (("state", "step"), ("best", "best"))
+                self._file(kind, int(number), rank)
+                for kind, number in (("state", progress.step), ("best", progress.best))
                 for rank in range(self._ranks.size)
             ]
             if known["identity"] == self._identity:

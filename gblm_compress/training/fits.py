@@ -1,0 +1,162 @@
+"""Fits on the calibration samples: of one block to the dense block's output, and of all layers to its predictions."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.blocks import Block
+from gblm_compress.methods.quantisation import Grid
+from gblm_compress.methods.zeros import keep_only, positive_zeros
+from gblm_compress.progress import Progress
+from gblm_compress.training.imitation import Imitation, autocast
+from gblm_compress.training.trainer import Plan, Trainer
+from gblm_compress.training.weights import Weights
+
+HELD_OUT_EVERY = 8
+BATCH = 2
+"""Samples whose gradients one step averages."""
+PATIENCE = 2
+"""Epochs without improvement that end a fit."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How a fit is done.
+
+    Attributes:
+        epochs: at most this many passes over the samples that are not held out.
+        rate: see `Plan`.
+        compute: float32 or bfloat16, of the products; masters and optimiser states are float32.
+        rounds: how many fits of a block, each with another mask.
+    """
+
+    epochs: int
+    rate: float
+    compute: str
+    rounds: int = 1
+
+    def plan(self, samples: int) -> Plan:
+        """The steps over so many samples. Every 8th is held out; the only one serves both purposes."""
+        held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
+        training = [index for index in range(samples) if index not in held_out] or held_out
+        generator = torch.Generator().manual_seed(0)
+        steps = []
+        for _ in range(self.epochs):
+            order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+            steps += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+        return Plan(steps, held_out, self.rate, look_every=math.ceil(len(training) / BATCH), patience=PATIENCE)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The mean loss over the held-out samples before and after, and the grids with their scales as fitted."""
+
+    before: float
+    after: float
+    grids: dict[str, Grid]
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ‖output − target‖² / ‖target‖²; both [..., tokens, hidden size], in float32.
+
+    The next block normalises every token by its norm, so that it sees this error. In a plain mean of squares the few
+    tokens with huge activations would dominate.
+    """
+    output, target = output.float(), target.float()
+    scale = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((output - target).square().sum(-1) / scale).mean()
+
+
+def reconstruct_(
+    block: Block,
+    layers: Mapping[str, nn.Module],
+    targets: Sequence[Tensor],
+    how: How,
+    grids: Mapping[str, Grid],
+    choose: Callable[[str, Tensor], Tensor] | None = None,
+) -> Fit:
+    """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
+
+    In all rounds but the last, pruned weights gather steps too, and the next round begins with the mask of the weights
+    as they are then. The round with the lowest error on held-out samples counts.
+
+    Args:
+        block: the block, already pruned, with the inputs that come from the pruned blocks before it.
+        layers: {name: its pruned layers}.
+        targets: the dense block's output for each of its inputs, each [1, length, hidden size].
+        grids: {name: grid} of the layers whose survivors are rounded; their weights need not be.
+        choose: of (name, values of a layer as it stores its weight), the mask for them; needed for several rounds.
+
+    Returns:
+        The relative error before the first round and after the best.
+    """
+
+    def loss(indices: Sequence[int]) -> Tensor:
+        (index,) = indices
+        hidden = block.inputs[index]
+        with autocast(hidden.device, how.compute):
+            output = block.calls[index].run(block.module, hidden)
+        return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
+
+    plan, fits = how.plan(len(block.inputs)), list[Fit]()
+    start: dict[str, tuple[Tensor, Tensor | None]]
+    start = {name: (layer.get_parameter("weight").detach(), None) for name, layer in layers.items()}
+    with _wide(layers, how.compute):
+        for left in reversed(range(how.rounds)):
+            masks = {name: one != 0 for name, (one, _) in start.items()}
+            weights = Weights(layers, grids, start=start, revive=left > 0)
+            progress = Trainer(block.module, weights, loss, plan).run()
+            values = weights.values
+            found = Fit(progress.curve[0].held_out, progress.curve[progress.best].held_out, {})
+            if all(found.after < earlier.after for earlier in fits):
+                best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
+            fits.append(found)
+            if left == 0 or progress.best == 0:  # the last; or one that moved nothing, and so would those after it
+                break
+            assert choose is not None, "several rounds need a choice of masks"
+            start = {name: (keep_only(one, choose(name, one)), factors) for name, (one, factors) in values.items()}
+        fitted = Weights(layers, grids, start=best).finish()
+    return Fit(fits[0].before, min(one.after for one in fits), fitted)
+
+
+def distil_(
+    layers: Mapping[str, nn.Module], loss: Imitation, how: How, grids: Mapping[str, Grid], progress: Progress
+) -> Fit:
+    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions.
+
+    Args:
+        layers: {full name: pruned layer}.
+        loss: of the model that has these layers.
+        grids: as for `reconstruct_`.
+
+    Returns:
+        The mean loss before and after.
+    """
+    plan = how.plan(len(loss.samples))
+    with (
+        _wide(layers, how.compute),
+        progress.counter("distilling", "steps", len(plan.steps)) as advance,
+    ):
+        weights = Weights(layers, grids)
+        found = Trainer(loss.model, weights, loss, plan).run(lambda _: advance())
+        fitted = weights.finish()
+    return Fit(found.curve[0].held_out, found.curve[found.best].held_out, fitted)
+
+
+@contextmanager
+def _wide(layers: Mapping[str, nn.Module], compute: str) -> Iterator[None]:
+    """Hold float16 weights in float32 where products round them to bfloat16: float16 would lose their gradients."""
+    weights = [layer.get_parameter("weight") for layer in layers.values()] if compute == "bfloat16" else []
+    narrow = {weight: weight.data for weight in weights if weight.dtype is torch.float16}
+    for weight in narrow:
+        weight.data = weight.data.float()
+    try:
+        yield
+    finally:
+        for weight, stored in narrow.items():
+            stored.copy_(positive_zeros(weight.data.half()))
+            weight.data = stored

@@ -1,0 +1,196 @@
+"""What the dense model predicts, and the loss of a pruned model that is to predict the same."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.weights import StatePool
+from gblm_compress.errors import UsageError
+from gblm_compress.models.architecture import head_and_embedding
+from gblm_compress.progress import Progress
+from gblm_compress.tasks.task import Sample, Task
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass once the input of the head is known."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+@torch.no_grad()
+def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
+    """What the dense model predicts for a sample: what of its output is judged; or where a head makes logits over a
+    vocabulary, the head's input [1, tokens, hidden size], a hundredth of the size.
+    """
+    head = head_and_embedding(model)[0]
+    if head is None:
+        return task.judged(getattr(model(**task.arguments(sample)), task.output), sample)
+
+    def end(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(args[0])
+
+    with _hook(head.register_forward_pre_hook(end)):
+        try:
+            model(**task.arguments(sample))
+        except _HeadReached as reached:
+            return reached.states
+    raise AssertionError("a model with a head runs it")
+
+
+def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
+    """`prediction` of every sample."""
+    return [prediction(model, task, one) for one in progress.track(samples, "dense predictions", unit="samples")]
+
+
+class Teacher:
+    """The dense model, asked for windows while a training goes on. Predictions are kept if windows are read again.
+
+    Args:
+        model: in eval mode, with a head.
+        samples: windows by number.
+        asked: the numbers of those that will be asked for.
+        compute: dtype of its products.
+        pool: where predictions are kept; None to keep none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        samples: Sequence[Sample],
+        asked: Iterable[int],
+        compute: str,
+        pool: StatePool | None,
+    ) -> None:
+        self._model, self._task, self._samples, self._compute = model, task, samples, compute
+        self._places = {index: place for place, index in enumerate(sorted(asked))}
+        self._kept = None if pool is None else pool.states(len(self._places))
+        self._known: set[int] = set()
+
+    def predictions(self, indices: Sequence[int]) -> Tensor:
+        """`prediction` of windows together, [windows, tokens, hidden size]."""
+        if self._kept is not None and self._known.issuperset(indices):
+            return torch.cat([self._kept[self._places[index]] for index in indices])
+        sample = together([self._samples[index] for index in indices])
+        with autocast(next(iter(sample.values())).device, self._compute):
+            states = prediction(self._model, self._task, sample).to(getattr(torch, self._compute))
+        if self._kept is not None:
+            for row, index in enumerate(indices):
+                self._kept[self._places[index]] = states[[row]]
+            self._known.update(indices)
+        return states
+
+
+class Imitation:
+    """How far a pruned model is from the dense one: a loss for `Trainer`.
+
+    Args:
+        model: the pruned model; its head is the dense model's.
+        samples: all samples, by number.
+        dense: of numbers of samples, what `prediction` gives for them together.
+        compute: float32 or bfloat16, of the products.
+        text_weight: share of `Task.loss` in the loss; the rest is `Task.divergence`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        samples: Sequence[Sample],
+        dense: Callable[[Sequence[int]], Tensor],
+        compute: str,
+        text_weight: float = 0.0,
+    ) -> None:
+        self.model, self.samples, self._task, self._dense = model, samples, task, dense
+        self._compute, self._text_weight = compute, text_weight
+        self._head = head_and_embedding(model)[0]
+        self._head_is_last = self._head is not None and self._ends_with(self._head)
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        """The mean loss of samples, in nats per position where a vocabulary is predicted."""
+        samples, dense = [self.samples[index] for index in indices], self._dense(indices)
+        with autocast(dense.device, self._compute):
+            own, target = self._outputs(together(samples), dense)
+        # Taken apart at once: a gradient for a slice of the logits would be filled up to all of them.
+        losses = [self._loss(*each) for each in zip(own.unbind(), target.unbind(), samples, strict=True)]
+        return torch.stack(losses).mean()
+
+    def _loss(self, own: Tensor, dense: Tensor, sample: Sample) -> Tensor:
+        judged, weight = self._task.judged(own[None], sample), self._text_weight
+        if self._head is not None:
+            dense = self._task.judged(dense[None], sample)
+        loss = self._task.divergence(dense, judged)
+        return (1 - weight) * loss + weight * self._task.loss(judged.float(), sample) if weight else loss
+
+    def _outputs(self, sample: Sample, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs of the pruned and of the dense model [samples, …]."""
+        head = self._head
+        if head is None:
+            return self._run(sample), dense[None]
+        if self._head_is_last:
+            own = self._run(sample)
+            with torch.no_grad():
+                return own, head.forward(dense.to(head.get_parameter("weight").dtype))
+
+        def add_dense(head: nn.Module, args: tuple[Tensor, ...], own: Tensor) -> Tensor:
+            with torch.no_grad():
+                target = head.forward(dense.to(args[0].dtype))
+            return torch.cat([own, target])
+
+        with _hook(head.register_forward_hook(add_dense)):  # a scale or a cap behind the head is done to both
+            both = self._run(sample)
+        return both[: len(dense)], both[len(dense) :].detach()
+
+    def _run(self, sample: Sample) -> Tensor:
+        output: Tensor = getattr(self.model(**self._task.arguments(sample)), self._task.output)
+        return output
+
+    @torch.no_grad()
+    def _ends_with(self, head: nn.Module) -> bool:
+        """Whether the model gives what its head gives."""
+        found: list[Tensor] = []
+        sample = {name: tensor[:, :1] for name, tensor in self.samples[0].items()}
+        with (
+            autocast(next(iter(sample.values())).device, self._compute),
+            _hook(head.register_forward_pre_hook(lambda head, args: found.append(args[0]))),
+        ):
+            logits = self._run(sample)
+            return torch.equal(logits, head.forward(found[-1]))
+
+
+def together(samples: Sequence[Sample]) -> Sample:
+    """Samples of one shape as one [samples, tokens]."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def autocast(device: torch.device, compute: str) -> torch.autocast:
+    """Products in `compute`; float32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
+
+
+def check_same_head(teacher: Any, student: Any, name: str) -> None:
+    """Raises:
+    UsageError: head or embedding of the two models are not the same numbers, in the dtype of the dense one.
+    """
+    for what, theirs, own in zip(
+        ("head", "embedding"), head_and_embedding(teacher), head_and_embedding(student), strict=True
+    ):
+        one, other = (getattr(module, "weight", None) for module in (theirs, own))
+        if one is None or other is None or not torch.equal(one, other.to(one.dtype)):
+            shapes = " and ".join(str(list(w.shape)) if w is not None else "none" for w in (one, other))
+            raise UsageError(
+                f"teacher {name!r}: its {what} is not that of the pruned model ({shapes}); give the dense model that "
+                "it was pruned from"
+            )
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

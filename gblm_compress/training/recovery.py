@@ -1,0 +1,394 @@
+"""Recovery: train a pruned model to predict what the dense one does, into a folder of the same pattern; resumable."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from gblm_compress import __version__, errors
+from gblm_compress.calibration import ranks
+from gblm_compress.calibration.attention import chunked_attention
+from gblm_compress.calibration.ranks import Ranks, faster_dtype
+from gblm_compress.calibration.weights import StatePool
+from gblm_compress.calibration.written import verify_by_loading
+from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.machine.memory import freed_memory_kept, peak_memory
+from gblm_compress.methods.quantisation import Grid
+from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
+from gblm_compress.models import grids, loading, manifest
+from gblm_compress.models.architecture import head_and_embedding
+from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
+from gblm_compress.settings import RecoverSettings
+from gblm_compress.storage import outputs
+from gblm_compress.storage.resuming import kept_where_resuming_helps
+from gblm_compress.tasks import files_of
+from gblm_compress.tasks.task import fingerprint, on_device
+from gblm_compress.training import checkpoints
+from gblm_compress.training.checkpoints import Checkpoints
+from gblm_compress.training.imitation import Imitation, Teacher, check_same_head
+from gblm_compress.training.texts import Windows, windows_of
+from gblm_compress.training.trainer import Look, Plan, Progressed, Trainer
+from gblm_compress.training.weights import Weights
+
+LOOKS = 10
+PATIENCE = 3
+LARGEST_NORM = 1.0
+TOGETHER = 1024
+"""Tokens that go through the network at once: enough for fast products, few enough for their logits to be small."""
+SHARE_FOR_STATES = 0.3
+"""The dense model's predictions take at most this share of the memory that is free once models are loaded."""
+ACTIVATIONS = 8
+"""Bytes that autograd keeps for a token, for each input and output of a pruned layer."""
+LOGITS = 5
+"""Tensors of the size of the logits: of both models, their gradients, and what a product needs for a moment."""
+RATE, RATE_AFTER_A_FIT = 0.002, 0.0007
+"""A start that is fitted well wants smaller steps: .325 nats per token against .339 after 40k tokens."""
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """The outcome of a recovery.
+
+    Attributes:
+        folder: what was written.
+        rate: as given, or as chosen by the fit of the pruned folder.
+        tokens: trained on, over all looks.
+        best: number of the look whose weights were kept.
+        curve: all looks at held-out text.
+        passes: how often a window was read, on average.
+        overlap: {text that the data must not hold: the share of its 13-grams that it holds}.
+        trained: weights that were trained.
+        seconds: of this run, and of the runs before that it went on from.
+    """
+
+    folder: str
+    rate: float
+    tokens: int
+    best: int
+    curve: tuple[Look, ...]
+    passes: float
+    overlap: dict[str, float]
+    trained: int
+    seconds: float
+    peak_memory_bytes: int = 0
+
+    @property
+    def before(self) -> float:
+        """Mean loss of predictions on held-out text at the start, in nats per token."""
+        return self.curve[0].held_out
+
+    @property
+    def after(self) -> float:
+        """The same of what was kept."""
+        return self.curve[self.best].held_out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "before": self.before, "after": self.after}
+
+
+def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
+    """Find what makes a recovery impossible, before a model is loaded; the zeros of the pruned folder are looked at.
+
+    Raises:
+        GblmError: all faults at once.
+    """
+    check_kind(source)
+    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings, device)]
+    looks += [partial(loading.task_of(source).data_files, name) for name in settings.datasets]
+    looks += [partial(loading.check_length, source, settings.sequence_length)]
+    errors.raise_all(errors.collect(looks))
+
+
+def check_kind(source: ModelSource) -> None:
+    """Raises:
+    UsageError: models of that task are not trained.
+    """
+    if not (task := loading.task_of(source)).generates:
+        raise UsageError(
+            f"recover trains causal language models, and {source.name!r} is {task.help}; prune with --fit best"
+        )
+
+
+def checkpoint_bytes(pruned: ModelSource) -> int:
+    """What checkpoints take at most: 16 times the model in 16 bits, for two of weights with two moments, and two of the
+    best weights."""
+    return 16 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
+
+
+def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
+    """The rate as given, or as the fit of a pruned folder wants it."""
+    if settings.rate is not None:
+        return settings.rate
+    pruning = manifest.read(source.folder)["prune"]
+    fitted = pruning.get("fit") in ("balanced", "best") or pruning.get("update") == "reconstruct"
+    return RATE_AFTER_A_FIT if fitted else RATE
+
+
+def bytes_a_weight(compute: torch.dtype, density: float, processes: int) -> float:
+    """What a pruned weight takes in the memory of one process, without the dense model's.
+
+    All processes have what the network sees (2 or 4 bytes); and of a survivor its column (2) and its gradient (4).
+    They share out the masters (4) and Adam's moments (8).
+    """
+    return compute.itemsize + density * (2 + 4 + (4 + 8) / processes)
+
+
+def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, compute: torch.dtype) -> float:
+    """Bytes that a training takes on one process: weights of both models, activations and logits."""
+    layers = manifest.read(source.folder)["layers"].values()
+    shapes = [layer["shape"] for layer in layers]
+    count = sum(map(math.prod, shapes))
+    density = sum(layer["nonzeros"] for layer in layers) / count
+    dense = teacher.bytes_on_disk / getattr(torch, loading.stored_dtype(teacher)).itemsize
+    weights = bytes_a_weight(compute, density, ranks.processes_here()) * count + compute.itemsize * dense
+    rest = 4 * max(0.0, dense - count)  # head, embedding and norms of the student, in float32
+    passing = 2 * 4 * max(map(math.prod, shapes))  # a weight and its gradient, dense
+    tokens = max(TOGETHER, settings.sequence_length)
+    activations = ACTIVATIONS * tokens * sum(map(sum, shapes))
+    vocabulary = loading.config_of(teacher).get_text_config().vocab_size
+    logits = LOGITS * compute.itemsize * tokens * vocabulary
+    return weights + rest + passing + activations + logits
+
+
+def recover(
+    source: ModelSource,
+    teacher: ModelSource,
+    output: Path,
+    settings: RecoverSettings,
+    *,
+    resume: bool | None = False,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress,
+) -> RecoverResult:
+    """Train the pruned model `source` to predict what `teacher` does; write and verify a folder of the same pattern.
+
+    Args:
+        source: a folder that `prune` wrote, never modified.
+        teacher: the dense model that it was pruned from.
+        output: the new folder; it appears whole or not at all.
+        resume: go on from the last checkpoint; it must be of the same settings. None: go on if it is.
+        force: replace an existing folder.
+    """
+    inputs = [source.folder, teacher.folder, *files_of(*settings.datasets)]
+    with outputs.reserved(output, force, inputs, ranks.is_first_started()):
+        check(source, teacher, settings, device)
+        settings = settings.model_copy(update={"rate": rate_of(settings, source)})
+        device = ranks.device_of_rank(loading.choose_device(device))
+        with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device) as group:
+            work = _Recovery(source, teacher, output, settings, device, group)
+            result = work.run(resume, force, progress)
+        return replace(result, peak_memory_bytes=memory.peak_bytes)
+
+
+@dataclass(frozen=True)
+class _Recovery:
+    """One recovery on one of its processes; attributes as for `recover`."""
+
+    source: ModelSource
+    teacher: ModelSource
+    output: Path
+    settings: RecoverSettings
+    device: str
+    group: Ranks
+
+    def run(self, resume: bool | None, force: bool, progress: Progress) -> RecoverResult:
+        start, settings, group = time.monotonic(), self.settings, self.group
+        if settings.batch < group.size:
+            raise UsageError(
+                f"a step of {settings.batch} windows cannot be split over {group.size} processes; give more"
+            )
+        compute = faster_dtype(self.device, group)
+        task, processor = loading.task_of(self.source), loading.load_processor(self.source)
+        progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
+        windows = windows_of(task, processor, loading.config_of(self.source), settings)
+        store = Checkpoints(checkpoints.path_of(self.output), self._identity(windows, compute), resume, group)
+        before = store.latest or Progressed()
+        with kept_where_resuming_helps(store, "checkpoints", resume, progress):
+            student = loading.load_model(self.source, "float32", self.device)
+            dense = loading.load_model(self.teacher, compute, self.device)
+            check_same_head(dense, student, self.teacher.name)
+            samples = [on_device(sample, self.device) for sample in windows.samples]
+            pool = self._pool(windows, dense.config, compute, store)
+            weights = self._weights(student, getattr(torch, compute))
+            voice = Teacher(dense, task, samples, windows.used, compute, pool)
+            loss = Imitation(student, task, samples, voice.predictions, compute, settings.text_weight)
+            progress.say(
+                f"{'going on with' if store.latest else 'training'} {self.source.name} on {self.device}: "
+                f"{settings.steps:,} steps of {settings.batch} × {settings.sequence_length} tokens, rate "
+                f"{settings.rate:g}, {len(windows.held_out)} windows held out …"
+            )
+            plan = self._plan(windows)
+            trainer = Trainer(student, weights, loss, plan, store, group)
+            left = len(plan.steps) - before.step
+            with chunked_attention(), progress.counter("training", "steps", left, left * plan.tokens) as advance:
+                state = trainer.run(
+                    partial(_step_done, advance),
+                    lambda look: progress.say(f"{look.tokens:,} tokens: loss {look.held_out:.4f} on held-out text"),
+                )
+            del trainer, voice, loss, dense
+            for name in weights.layers:
+                weights.parameters[name].data = weights.parameters[name].data.float()
+            fitted = weights.finish()
+            if group.is_first:
+                progress.say("saving …")
+                self._save(student, weights, fitted, state, windows, processor, force)
+            store.remove()
+        return RecoverResult(
+            folder=str(self.output),
+            rate=settings.rate or 0.0,
+            tokens=state.curve[-1].tokens,
+            best=state.best,
+            curve=tuple(state.curve),
+            passes=windows.passes(state.step),
+            overlap=windows.overlap,
+            trained=group.total(weights.count, torch.device(self.device)),
+            seconds=before.seconds + time.monotonic() - start,
+        )
+
+    def _identity(self, windows: Windows, compute: str) -> dict[str, Any]:
+        """Everything that decides the outcome."""
+        return {
+            "model": self.source.fingerprint,
+            "teacher": self.teacher.fingerprint,
+            "settings": self.settings.model_dump(mode="json"),
+            "compute": compute,
+            "text": fingerprint(windows.samples),
+            "held_out": windows.held_out,
+            "device": self.device.partition(":")[0],
+            "processes": self.group.size,
+            "version": __version__,
+        }
+
+    def _plan(self, windows: Windows) -> Plan:
+        settings = self.settings
+        tokens = settings.batch * settings.sequence_length
+        assert settings.rate is not None
+        return Plan(
+            windows.steps,
+            windows.held_out,
+            settings.rate,
+            look_every=max(1, round(settings.tokens / LOOKS / tokens)),
+            patience=PATIENCE,
+            together=max(1, TOGETHER // settings.sequence_length),
+            largest_norm=LARGEST_NORM,
+            tokens=tokens,
+        )
+
+    def _pool(self, windows: Windows, config: Any, compute: str, store: Checkpoints) -> StatePool | None:
+        """Where predictions of the dense model are kept; None where no window is read again.
+
+        Raises:
+            OutputError: the disk has too little room for these, the output and its checkpoints.
+        """
+        pool, in_files = None, 0
+        if windows.passes() > 1:
+            tokens = len(windows.used) * self.settings.sequence_length
+            states = tokens * int(config.get_text_config().hidden_size) * getattr(torch, compute).itemsize
+            room = int(SHARE_FOR_STATES * psutil.virtual_memory().available) // ranks.processes_here()
+            pool = StatePool(store.states, room, torch.device(self.device))
+            in_files = states * self.group.size if states > room else 0
+        needed = self.source.bytes_on_disk + checkpoint_bytes(self.source) + in_files - store.bytes
+        outputs.check_space(self.output, needed, "the output, its checkpoints and the dense model's predictions")
+        return pool
+
+    def _weights(self, student: Any, compute: torch.dtype) -> Weights:
+        """All weights but head and embedding; the student then has its pruned layers in the dtype of products."""
+        layers = {f"{name}.weight": student.get_submodule(name) for name in manifest.read(self.source.folder)["layers"]}
+        on = {f"{name}.weight": grid.to(self.device) for name, grid in grids.read_grids(self.source).items()}
+        tables = {id(module.weight) for module in head_and_embedding(student) if module is not None}
+        others = {name: one for name, one in student.named_parameters() if name not in layers and id(one) not in tables}
+        weights = Weights(layers, on, others, ranks=self.group)
+        for name, parameter in weights.parameters.items():
+            # Experts are views of one tensor, some of them transposed; what is sent must lie in one piece.
+            parameter.data = parameter.data.to(compute if name in layers else torch.float32).contiguous()
+        return weights
+
+    def _save(
+        self,
+        student: Any,
+        weights: Weights,
+        on: dict[str, Grid],
+        state: Progressed,
+        windows: Windows,
+        processor: Any,
+        force: bool,
+    ) -> None:
+        """Write the folder, reopen it, and hold it against pattern, manifest and what transformers loads."""
+        source = self.source
+        checkpoint = Checkpoint(source.folder, student)
+
+        def changed(name: str) -> Tensor | None:
+            if name not in weights.parameters:
+                return None
+            return positive_zeros(weights.parameters[name].detach().cpu().to(checkpoint.read(name).dtype))
+
+        with outputs.atomic_folder(self.output, force=force) as temporary:
+            checkpoint.rewrite(temporary, changed)
+            loading.copy_settings(source, temporary, processor)
+            written = Checkpoint(temporary, student)
+            layers = manifest.read(source.folder)["layers"]
+            nonzeros = {name: count_nonzeros(written.read(f"{name}.weight")) for name in layers}
+            content = {
+                "kind": "pruned",
+                "layers": {name: layers[name] | {"nonzeros": nonzeros[name], "output_error": None} for name in layers},
+                "grids_sha256": grids.write(temporary, {name.removesuffix(".weight"): on[name] for name in on}),
+                "recovery": {
+                    "settings": self.settings.model_dump(mode="json"),
+                    "text": fingerprint(windows.samples),
+                    "overlap": windows.overlap,
+                    "curve": [asdict(look) for look in state.curve],
+                    "best": state.best,
+                },
+            }
+            manifest.write(temporary, source, content)
+            whole = ModelSource(str(self.output), temporary)
+            grids.verify(whole)
+            verify_by_loading(whole, nonzeros)
+
+
+def _step_done(advance: Callable[[], None], loss: float) -> None:
+    if not math.isfinite(loss):
+        raise ModelError(f"the loss of a step is {loss}; give a smaller --rate")
+    advance()
+
+
+def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
+    loading.check_model(source, "recover")
+    if not manifest.is_pruned(source.folder):
+        raise ModelError(
+            f"model {source.name!r} was not made by `gblm-compress prune`, so that nothing says which zeros must stay; "
+            "give a pruned folder"
+        )
+    loading.check_model(teacher, "learn from")
+    if manifest.is_pruned(teacher.folder):
+        raise UsageError(f"teacher {teacher.name!r} is pruned itself; give the dense model that it was pruned from")
+    own, theirs = (loading.config_of(each).get_text_config() for each in (source, teacher))
+    if own.vocab_size != theirs.vocab_size:
+        raise UsageError(
+            f"teacher {teacher.name!r} has {theirs.vocab_size} tokens, and the pruned model {own.vocab_size}; give the "
+            "dense model that it was pruned from"
+        )
+    here = loading.choose_device(device)
+    processes = ranks.processes_here()
+    needed = processes * memory_needed(source, teacher, settings, getattr(torch, faster_dtype(here, Ranks())))
+    free = psutil.virtual_memory().available
+    if here == "cpu" and needed > free:
+        raise UsageError(
+            f"the training takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a "
+            "smaller model, or prune with --fit balanced, which works on one block at a time"
+        )
+    try:
+        grids.verify(source)
+    except VerificationError as error:
+        raise ModelError(f"model {source.name!r} is not what `prune` wrote: {error}; prune again") from error

@@ -1,0 +1,264 @@
+"""The one trainer: Adam over the weights of a network, with a schedule, early stopping and checkpoints.
+
+Block fits, distillation and recovery are three uses of it. A checkpoint has everything that a step reads, so that an
+interrupted training goes on to the same bits.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gblm_compress.calibration.ranks import Ranks
+from gblm_compress.training.weights import Weights
+
+WARM_UP = 0.1
+BETAS = (0.9, 0.95)
+CHECKPOINT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read, and how large the steps are.
+
+    Attributes:
+        steps: the samples of every step, by number.
+        held_out: the samples that are not trained on.
+        rate: the largest step relative to the root mean square of a tensor's values, so that one value suits layers and
+            models of any scale. It rises over the first tenth of the steps and falls as a half cosine.
+        look_every: steps between two looks at the held-out samples.
+        patience: stop after this many looks without improvement.
+        together: samples that go through the network at once.
+        largest_norm: of the gradients over all tensors; larger ones are scaled down to it.
+        tokens: of a step.
+    """
+
+    steps: Sequence[Sequence[int]]
+    held_out: Sequence[int]
+    rate: float
+    look_every: int
+    patience: int
+    together: int = 1
+    largest_norm: float = math.inf
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """The loss on held-out samples.
+
+    Attributes:
+        tokens: trained on before.
+        loss: mean of the steps since the look before; None at the start.
+        held_out: mean loss of the held-out samples.
+    """
+
+    tokens: int
+    loss: float | None
+    held_out: float
+
+
+@dataclass
+class Progressed:
+    """How far a training is.
+
+    Attributes:
+        step: steps done.
+        curve: all looks.
+        best: number of the look with the lowest held-out loss.
+        since: losses of the steps since the last look.
+        seconds: of training, over all runs of it.
+    """
+
+    step: int = 0
+    curve: list[Look] = field(default_factory=list)
+    best: int = 0
+    since: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Store(Protocol):
+    """Where a training keeps its best weights, and its checkpoints."""
+
+    def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
+        """The latest checkpoint, if any."""
+
+    def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
+        """Keep a checkpoint."""
+
+    def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
+        """Keep the weights of a look in place of the best before."""
+
+    def best(self, look: int) -> dict[str, Tensor]:
+        """What `save_best` was given."""
+
+
+class InMemory:
+    """Keeps the best weights alone."""
+
+    def load(self) -> None:
+        """Nothing."""
+
+    def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
+        """Nothing is kept."""
+
+    def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
+        self._best = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def best(self, look: int) -> dict[str, Tensor]:
+        return self._best
+
+
+class Trainer:
+    """One training.
+
+    Args:
+        network: what is trained, in eval mode.
+        weights: its trained tensors.
+        loss: of (samples, by number), their mean.
+        ranks: the processes that share the samples of a step.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: Weights,
+        loss: Callable[[Sequence[int]], Tensor],
+        plan: Plan,
+        store: Store | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._network, self._weights, self._loss, self._plan = network, weights, loss, plan
+        self._store, self._ranks = store or InMemory(), ranks or Ranks()
+        self._trained = {
+            f"{name} {part}": parameter
+            for name, master in weights.masters.items()
+            for part, parameter in master.named_parameters()
+        }
+        groups = [{"params": [one], "lr": plan.rate * _size(one.detach())} for one in self._trained.values()]
+        # Values that are all zero have nothing to move, and Adam takes no empty list.
+        moving = [group for group in groups if group["lr"]]
+        self._adam = torch.optim.Adam(moving or [{"params": [torch.zeros(0)]}], betas=BETAS)
+        self._rates = [group["lr"] for group in self._adam.param_groups]
+
+    def run(
+        self, step_done: Callable[[float], None] = lambda loss: None, looked: Callable[[Look], None] = lambda look: None
+    ) -> Progressed:
+        """Train to the end, or until the held-out loss stops improving; the masters have the best weights afterwards.
+
+        Args:
+            step_done: takes the mean loss of each step.
+            looked: takes each look but the first.
+        """
+        plan, weights, state = self._plan, self._weights, Progressed()
+        if (kept := self._store.load()) is not None:
+            state = kept[0]
+            self._restore(kept[1])
+        with weights.trained_in(self._network):
+            weights.show()
+            if not state.curve:
+                self._look(state)
+            started = saved = time.monotonic()
+            before = state.seconds
+            for batch in plan.steps[state.step :]:
+                if len(state.curve) - 1 - state.best >= plan.patience:
+                    break
+                state.since.append(self._step(batch, state))
+                step_done(state.since[-1])
+                if state.step % plan.look_every == 0 or state.step == len(plan.steps):
+                    looked(self._look(state))
+                now = time.monotonic()
+                state.seconds = before + now - started
+                if self._ranks.total(int(now - saved > CHECKPOINT_SECONDS), weights.device):
+                    self._store.save(state, weights.state() | self._moments())
+                    saved = time.monotonic()
+        weights.restore(self._store.best(state.best))
+        return state
+
+    def _step(self, batch: Sequence[int], state: Progressed) -> float:
+        """One step of Adam; the mean loss of the batch."""
+        plan, weights = self._plan, self._weights
+        total = torch.zeros((), device=weights.device)
+        for some in self._own(batch):
+            with torch.enable_grad():
+                loss = self._loss(some) * len(some) / len(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self._ranks.sum_([total])
+        weights.pull()
+        self._limit_gradients()
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * schedule_of(state.step, len(plan.steps))
+        self._adam.step()
+        self._adam.zero_grad()
+        for master in weights.masters.values():
+            master.settle_()
+        weights.show()
+        state.step += 1
+        return float(total)
+
+    @torch.no_grad()
+    def _look(self, state: Progressed) -> Look:
+        """Measure the held-out samples, and keep the weights if they are the best."""
+        plan, total = self._plan, 0.0
+        for some in self._own(plan.held_out):
+            total += float(self._loss(some)) * len(some)
+        if self._ranks.size > 1:
+            everywhere = torch.tensor(total, dtype=torch.float64, device=self._weights.device)
+            self._ranks.sum_([everywhere])
+            total = float(everywhere)
+        loss = sum(state.since) / len(state.since) if state.since else None
+        look = Look(state.step * plan.tokens, loss, total / len(plan.held_out))
+        state.curve.append(look)
+        state.since = []
+        if len(state.curve) == 1 or look.held_out < state.curve[state.best].held_out:
+            state.best = len(state.curve) - 1
+            self._store.save_best(state.best, self._weights.state())
+        return look
+
+    def _own(self, samples: Sequence[int]) -> list[Sequence[int]]:
+        """This process's share of samples, in parts that go through the network together."""
+        mine, count = samples[self._ranks.rank :: self._ranks.size], self._plan.together
+        return [mine[first : first + count] for first in range(0, len(mine), count)]
+
+    def _limit_gradients(self) -> None:
+        if math.isinf(self._plan.largest_norm):
+            return
+        masters = self._trained.values()
+        norm = nn.utils.get_total_norm([one.grad for one in masters if one.grad is not None])
+        squares = norm.square().to(self._weights.device)
+        self._ranks.sum_([squares])
+        nn.utils.clip_grads_with_norm_(masters, self._plan.largest_norm, squares.sqrt())
+
+    def _moments(self) -> dict[str, Tensor]:
+        """What Adam knows of the masters of this process, {name of the tensor, and what it is: tensor}."""
+        return {
+            f"{name} {part}": tensor
+            for name, one in self._trained.items()
+            for part, tensor in self._adam.state.get(one, {}).items()
+        }
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self._weights.restore(tensors)
+        for name, one in self._trained.items():
+            if f"{name} step" in tensors:  # Adam counts its steps on the host
+                moments = {part: tensors[f"{name} {part}"].to(one.device) for part in ("exp_avg", "exp_avg_sq")}
+                self._adam.state[one] = {"step": tensors[f"{name} step"], **moments}
+
+
+def schedule_of(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step of `steps`."""
+    warm_up = max(1, int(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _size(values: Tensor) -> float:
+    """The root mean square of the values that are not zero; 0 if there is none."""
+    alive = values[values != 0]
+    return float(alive.square().mean().sqrt()) if len(alive) else 0.0
