@@ -61,19 +61,12 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name of a model's cache among the arguments of its `forward`: `past_key_values`, or `cache` from transformers
-    5.20 or so on, or `state` (RWKV).
-
-    Raises:
-        ModelError: it has none.
-    """
-    known = ("cache", "past_key_values", "state")
-    name = next((name for name in known if name in inspect.signature(model.forward).parameters), None)
-    if name is None:
-        raise ModelError(
-            f"{type(model).__name__} takes none of {', '.join(known)}, so that it cannot go on from a cache"
-        )
-    return name
+    """The name of a model's cache among the arguments of its `forward`; `ModelError` if it has none."""
+    known = ("cache", "past_key_values", "state")  # of transformers 5.20 and later, of earlier ones, of RWKV
+    for name in known:
+        if name in inspect.signature(model.forward).parameters:
+            return name
+    raise ModelError(f"{type(model).__name__} takes none of {', '.join(known)}, so that it cannot go on from a cache")
 
 
 def cache_kinds(config: Any) -> set[str]:

@@ -34,7 +34,6 @@ def silence_libraries() -> None:
     import transformers
 
     huggingface_hub.utils.logging.set_verbosity_error()
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -138,8 +137,7 @@ def _downloaded(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it "
-            f"({first_line(error)}); "
-            "check the spelling, your network, and for gated models `hf auth login`"
+            f"({first_line(error)}); check the spelling, your network, and for gated models `hf auth login`"
         ) from error
 
 
