@@ -80,8 +80,8 @@ def test_every_section_runs(tmp_path) -> None:
     }
     assert len(model["failed"]) == 12 and all("CUDA graphs need CUDA" in why for why in model["failed"].values())
     assert all(entry["same_greedy_tokens"] == 1.0 for entry in model["agreement"].values())
-    assert "gblm_compress::sparse24_linear" in model["profiler"]["sparse24 decode"]
-    assert "gblm_compress::sparse24_linear" not in model["profiler"]["dense decode"]
+    assert "gblm_compress::linear" in model["profiler"]["sparse24 decode"]
+    assert "gblm_compress::linear" not in model["profiler"]["dense decode"]
     assert onnx["rows"] and "CUDA" in str(onnx["skipped"])
     assert [row["method"] for row in pruning["rows"]] == ["wanda", "gblm"]
     for row in pruning["rows"]:
