@@ -22,8 +22,8 @@ from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
 from gblm_compress.models import finding
-from gblm_compress.runs import pipeline, run_report, yaml_nodes
-from gblm_compress.runs.recipe import SHIPPED
+from gblm_compress.runs import pipeline, run_report
+from gblm_compress.runs.recipe import SHIPPED, read_yaml
 from gblm_compress.settings import PruneSettings, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +199,7 @@ def test_options_named_in_the_text_exist() -> None:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.partition("\n")[0])
 def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_before_work) -> None:
-    part = yaml_nodes.read(block.encode(), str).plain()
+    part = read_yaml(block.encode(), str).plain()
     if scripts := [job["script"] for job in part.values() if isinstance(job, dict) and "script" in job]:
         for words in (command(line) for script in scripts for line in script):
             assert words
@@ -209,7 +209,7 @@ def test_a_yaml_block_is_part_of_a_recipe_a_task_file_or_a_job(block: str, stop_
         tasks = (ROOT / "tests" / "measure" / "zero_shot_tasks").glob("*.yaml")
         assert part.keys() <= {key for task in tasks for key in yaml.safe_load(task.read_text())}
         return
-    whole = yaml_nodes.read((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
+    whole = read_yaml((SHIPPED / "quickstart.yaml").read_bytes(), str).plain()
     assert Recipe.model_validate(whole | part, strict=True)
 
 

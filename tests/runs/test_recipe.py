@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from gblm_compress.errors import RecipeError, UsageError
-from gblm_compress.runs import yaml_nodes
-from gblm_compress.runs.recipe import SHIPPED, find_recipe, load_recipe, schema
+from gblm_compress.runs.recipe import SHIPPED, find_recipe, load_recipe, read_yaml, schema
 from gblm_compress.settings import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -287,7 +286,7 @@ INVALID = [
 @pytest.mark.parametrize("text", VALID + INVALID)
 def test_schema_and_loader_agree(tmp_path, text: str) -> None:
     """An editor that checks with the schema, on values read as JSON has them, says what the loader says."""
-    content = json.loads(json.dumps(yaml_nodes.read(text.encode(), str).plain()))
+    content = json.loads(json.dumps(read_yaml(text.encode(), str).plain()))
     in_editor = jsonschema.Draft202012Validator(schema()).is_valid(content)
     assert in_editor == (text in VALID)
     if in_editor:

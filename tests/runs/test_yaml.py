@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.runs.yaml_nodes import YamlFaults, read
+from gblm_compress.runs.recipe import YamlFaults, read_yaml
 
 
 def value(text: str | bytes) -> object:
-    return read(text if isinstance(text, bytes) else text.encode(), str).plain()
+    return read_yaml(text if isinstance(text, bytes) else text.encode(), str).plain()
 
 
 def faults(text: str | bytes) -> list[str]:
@@ -117,7 +117,7 @@ def test_what_would_grow_is_stopped_at_once(text, fault) -> None:
 
 
 def test_places_are_those_of_keys_and_items() -> None:
-    tree = read(b"a:\n  b:\n    - 1\n    - c: 2\n", str)
+    tree = read_yaml(b"a:\n  b:\n    - 1\n    - c: 2\n", str)
     assert [tree.at(location).where for location in [(), ("a",), ("a", "b"), ("a", "b", 1), ("a", "b", 1, "c")]] == [
         "1", "1", "2", "4", "4",
     ]  # fmt: skip
@@ -128,6 +128,6 @@ def test_places_are_those_of_keys_and_items() -> None:
 @given(st.one_of(st.binary(max_size=60), st.text("[]{}&*!|>-?:,#'\"\\%@ \n\t0ae.x~<", max_size=60).map(str.encode)))
 def test_any_bytes_are_read_or_refused(content: bytes) -> None:
     try:
-        read(content, str)
+        read_yaml(content, str)
     except YamlFaults as error:
         assert error.faults
