@@ -244,8 +244,14 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
         "search": {
             "do_sample": False,
             "max_length": min(length, 2048),
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
             "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
             "top_k": 1,
+            "top_p": 1.0,
         },
     }
 
