@@ -14,54 +14,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from gblm_compress.errors import GblmError
+
 if TYPE_CHECKING:
-    from gblm_compress.api import (
-        advise,
-        benchmark,
-        compare,
-        evaluate,
-        export,
-        generate,
-        inspect,
-        load,
-        prune,
-        push,
-        recover,
-        report,
-        run,
-    )
-    from gblm_compress.errors import GblmError
+    from gblm_compress.api import *  # noqa: F403
     from gblm_compress.kernels.cpu import onnxruntime_library
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GblmError",
-    "__version__",
-    "advise",
-    "benchmark",
-    "compare",
-    "evaluate",
-    "export",
-    "generate",
-    "inspect",
-    "load",
-    "onnxruntime_library",
-    "prune",
-    "push",
-    "recover",
-    "report",
-    "run",
-]
+__all__ = [  # noqa: F405
+    "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect", "load",
+    "onnxruntime_library", "prune", "push", "recover", "report", "run",
+]  # fmt: skip
 if not (Path(__file__).parent / "cli").is_dir():  # a checkout on Windows, where git makes no links
-    __path__.append(str(Path(__file__).parents[1]))
-
-_HOME_OF = {"GblmError": "gblm_compress.errors", "onnxruntime_library": "gblm_compress.kernels.cpu"}
+    __path__.append(str(Path(__file__).parents[1]))  # noqa: F405
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(import_module(_HOME_OF.get(name, "gblm_compress.api")), name)
+        home = "kernels.cpu" if name == "onnxruntime_library" else "api"
+        return getattr(import_module(f"gblm_compress.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

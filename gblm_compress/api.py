@@ -18,6 +18,7 @@ from gblm_compress import __version__, errors
 from gblm_compress.command import REQUIRED, Command, command
 from gblm_compress.errors import GateError, GblmError, UsageError
 from gblm_compress.machine import share_cores
+from gblm_compress.machine.memory import is_own_process
 from gblm_compress.progress import Progress
 from gblm_compress.runs.recipe import describe_fault, faults_of, find_recipe, load_recipe
 from gblm_compress.runs.recipe import schema as recipe_schema
@@ -407,7 +408,8 @@ def _progress(quiet: bool) -> Progress:
     progress = Progress(quiet or os.environ.get("RANK", "0") != "0")
     if "torch" not in sys.modules:  # a sign of life before the seconds that torch and transformers take to load
         progress.say(f"gblm-compress {__version__} starts …")
-    share_cores()
+    if is_own_process():
+        share_cores()
 
     from gblm_compress.models.finding import silence_libraries
 

@@ -54,6 +54,15 @@ def test_importing_it_loads_no_torch() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_only_the_command_line_changes_the_environment(own, monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr(api, "share_cores", lambda: called.append(own))
+    monkeypatch.setattr(api, "is_own_process", lambda: own)
+    api.validate("ci-smoke", quiet=True)
+    assert called == [True] * own
+
+
 def test_the_signature_shows_every_setting() -> None:
     shown = inspect.signature(gblm_compress.prune).parameters
     fields = (*PruneSettings.model_fields, *CalibrationSettings.model_fields, *ResourceSettings.model_fields)

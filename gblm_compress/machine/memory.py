@@ -92,9 +92,14 @@ _owned = False
 
 
 def own_process() -> None:
-    """Say that this process does nothing beside the program: its malloc may be set, which cannot be undone wholly."""
+    """Say that this process is the command line's: its malloc and its environment may be set."""
     global _owned
     _owned = True
+
+
+def is_own_process() -> bool:
+    """Whether `own_process` was called; not where a program calls the Python functions."""
+    return _owned
 
 
 @contextmanager
