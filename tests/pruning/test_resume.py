@@ -18,7 +18,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models import manifest
+from gblm_compress.models import grids, manifest
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import saving
@@ -93,11 +93,11 @@ def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
 def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) -> None:
     """After an end during the saving no gradient is measured and no block pruned a second time."""
 
-    def full(folder: Path) -> None:
+    def full(written: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(manifest, "verify", full)
+        patch.setattr(grids, "verify", full)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     calls = count()
     original = Call.run
@@ -242,12 +242,12 @@ def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, pr
 
 
 def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(tiny, tmp_path, prose, monkeypatch) -> None:
-    def occupy(folder: Path) -> None:
+    def occupy(written: object) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes").write_text("mine")
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="exists.*finished blocks are kept"):
-        patch.setattr(manifest, "verify", occupy)
+        patch.setattr(grids, "verify", occupy)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     (tmp_path / "out").rename(tmp_path / "notes")
     run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
@@ -297,10 +297,10 @@ def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monke
     with pytest.raises(ModelError, match="up_proj: 1 of"):
         run(source, tmp_path / "out", prose, offload=True, **GBLM)
 
-    def wrong(folder: Path) -> None:
+    def wrong(written: object) -> None:
         raise VerificationError("wrong")
 
-    monkeypatch.setattr(manifest, "verify", wrong)
+    monkeypatch.setattr(grids, "verify", wrong)
     with pytest.raises(VerificationError):
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert {path.name for path in tmp_path.iterdir()} == {"broken", prose.name}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.calibration import ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models import loading, manifest
+from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
@@ -429,11 +429,11 @@ def test_an_existing_output_needs_force(tiny, tmp_path, prose, progress) -> None
 
 
 def test_an_interrupted_run_leaves_no_output(tiny, tmp_path, prose, progress, monkeypatch) -> None:
-    def interrupt(folder: Path) -> None:
-        assert any(folder.glob("*.safetensors"))
+    def interrupt(written: ModelSource) -> None:
+        assert any(written.folder.glob("*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifest, "verify", interrupt)
+    monkeypatch.setattr(grids, "verify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pruned(tiny, tmp_path, prose, progress, method="magnitude")
     assert {path.name for path in tmp_path.iterdir()} == {prose.name, ".out.pruning"}
