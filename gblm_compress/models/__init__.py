@@ -1,4 +1,1 @@
-"""Models on disk and in memory.
-
-Finding, checking, loading, their layers, and the manifest of what was done to them.
-"""
+"""Finding, checking and loading models; their layers, and the manifest of what was done to them."""

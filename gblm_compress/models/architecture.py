@@ -1,8 +1,4 @@
-"""Where a transformers model keeps the weights that can be pruned: its blocks and their linear layers.
-
-Nothing here knows a model by name. A model has a `ModuleList` of blocks; pruned are the `Linear` and `Conv1D` layers in
-them, so never embeddings, heads or norms.
-"""
+"""Where a transformers model keeps the weights that can be pruned: `Linear` and `Conv1D` layers in a list of blocks."""
 
 import inspect
 import re
@@ -25,7 +21,7 @@ _ROUTER_NAME = re.compile(r".*router.*|gate|.*expert_gate")
 _ROUTER_CLASS = re.compile(r".*Router.*|.*TopK?Gat(e|ing)|.*MoE(V\d+)?Gate", re.IGNORECASE)
 
 _MULTIPLIES: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
-"""{class of layers: whether they only multiply by their weight and add their bias}, as far as known."""
+"""{class: whether its layers only multiply by their weight and add their bias}."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -44,12 +40,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer stores its weight as [in_features, out_features], as GPT-2's Conv1D does."""
+    """Whether a layer stores its weight as [in_features, out_features], as Conv1D does."""
     return isinstance(module, Conv1D)
 
 
 def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
-    """A tensor in the stored layout of the layer's weight, as [out_features, in_features], sharing its memory."""
+    """A tensor stored like the layer's weight, as [out_features, in_features], sharing its memory."""
     return stored.T if is_transposed(module) else stored
 
 
@@ -70,18 +66,14 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def cache_kinds(config: Any) -> set[str]:
-    """The classes of transformers that hold the cache of a model; a plain KV cache is of "DynamicLayer" alone."""
+    """The transformers classes of a model's cache layers; a plain KV cache has "DynamicLayer" alone."""
     from transformers import DynamicCache
 
     return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
 
 
 def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
-    """The name of the ModuleList that holds most of the linear weights, and its blocks in order.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The name of the ModuleList with most of the linear weights, and its blocks; `ModelError` if there is none."""
     lists = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     }
@@ -107,16 +99,7 @@ def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def prunable_layers(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[dict[str, nn.Module]]:
-    """The layers to prune, block by block, as {full name: module} in the model's order.
-
-    Args:
-        model: a model with blocks.
-        ignore: shell-style patterns over full module names, of layers to leave dense; routers always are.
-
-    Raises:
-        UsageError: a pattern matches no weight of the model.
-        ModelError: nothing is left to prune.
-    """
+    """{full name: layer to prune} of each block, in order; `UsageError` if a pattern of `ignore` matches no weight."""
     prefix, blocks = find_blocks(model)
     weighted = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
     for pattern in ignore:
@@ -139,13 +122,9 @@ def prunable_layers(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[dict
 
 
 def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple[str, int, str | None]]:
-    """Every weight by which the model multiplies its hidden states, as (name, number of weights, why it is not pruned).
+    """(name, size, why it is not pruned or None) of all weights that hidden states are multiplied by.
 
-    The reason is None for prunable layers. Names are those of layers, or of parameters where no layer of its own holds
-    the weight (fused experts, routers). Works on models on the meta device.
-
-    Args:
-        ignore: as for `prunable_layers`.
+    Fused experts and routers have names of parameters, others of layers.
     """
     prefix, _ = find_blocks(model)
     head, embedding = head_and_embedding(model)
@@ -181,18 +160,13 @@ def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple
 
 
 def head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """The layer that makes logits and the embedding of tokens, where the model says which they are."""
     if not hasattr(model, "get_output_embeddings"):
         return None, None
     return model.get_output_embeddings(), model.get_input_embeddings()
 
 
 def _routers(model: nn.Module) -> Callable[[str], bool]:
-    """Whether the module of a name is a router or part of one.
-
-    By its outputs, a router is a module beside the experts with an output for each of them, or for fewer (one gate for
-    the experts that are shared, say).
-    """
+    """Tells whether a name is of a router or part of one: by name, class or outputs (at most one for each expert)."""
     by_outputs = set()
     for path, experts in experts_of(model).items():
         mixture = path.rpartition(".")[0]

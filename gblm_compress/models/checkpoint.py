@@ -1,8 +1,7 @@
 """A model's weights on disk: safetensors files, read by the model's names, rewritten in one stream.
 
-transformers renames and converts tensors while it loads a checkpoint: Mixtral's files have a matrix for each expert,
-its model has one parameter for all. Only this module knows that mapping. It goes both ways, so rewritten files keep
-their own names and layout. At most the experts of one block are in memory, and a file is mapped only while it is read.
+transformers renames and converts tensors while it loads: Mixtral's files have a matrix for each expert, its model one
+parameter for all. The mapping goes both ways. A file is mapped only while it is read.
 """
 
 import hashlib
@@ -40,12 +39,9 @@ _KEPT_GROUPS = 3  # files interleave the tensors of a block's experts
 
 @dataclass(eq=False)
 class _Group:
-    """Tensors of files that together make tensors of the model.
+    """Tensors of files that make tensors of the model, by transformers' names; `converter` is None for a plain one.
 
-    Attributes:
-        converter: None for one tensor that stays as it is.
-        target: transformers' name for the first tensor made.
-        sources: {name in the files: (pattern of the converter, name before conversion)}.
+    sources: {name in the files: (pattern of the converter, name before conversion)}.
     """
 
     converter: Any
@@ -53,13 +49,12 @@ class _Group:
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def targets(self) -> list[str]:
-        """transformers' names for the tensors made."""
         patterns = self.converter.target_patterns if self.converter else [self.target]
         return [self.target.replace(patterns[0], pattern, 1) for pattern in patterns]
 
 
 class _Names:
-    """How the tensors of files and of a model make each other. It keeps no parameter of the model alive."""
+    """How tensors of files and of a model make each other. Keeps no parameter of the model alive."""
 
     def __init__(self, model: Any) -> None:
         self.views = fused_weights(model)
@@ -99,11 +94,10 @@ class _Names:
         return next((one for one in (name, with_prefix, without) if one in self._known), name)
 
     def targets(self, group: _Group) -> list[str]:
-        """The model's names for the tensors that a group makes."""
         return [self.whole(name) for name in group.targets()]
 
     def made(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """{name in the model: tensor} of a group, from a function that reads a tensor of the files."""
+        """{name in the model: tensor} of a group."""
         if group.converter is None:
             return {self.whole(group.target): read(key) for key in group.sources}
         converter = deepcopy(group.converter)
@@ -112,7 +106,7 @@ class _Names:
         return {self.whole(name): tensor for name, tensor in self._converted(converter, group.target).items()}
 
     def unmade(self, group: _Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{name in the files: tensor} from all tensors that the group makes: the inverse of `made`."""
+        """{name in the files: tensor} from all tensors of a group: the inverse of `made`."""
         if group.converter is None:
             return {key: tensors[self.whole(group.target)] for key in group.sources}
         converter = group.converter.reverse_transform()
@@ -139,13 +133,9 @@ class _Names:
 
 
 class Checkpoint:
-    """The safetensors files of a Hugging Face folder, addressed by the names of the model's tensors.
+    """The safetensors files of a folder, addressed by the names of the model's tensors.
 
-    Tensors of experts have the names of the fused parameters, or those that `experts` gives each expert's layers. The
-    model may be on any device, with its experts fused or not; it is not kept.
-
-    Raises:
-        ModelError: a file is damaged or missing.
+    Experts have the names of fused parameters, or of each expert's layers. The model, on any device, is not kept.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -167,11 +157,7 @@ class Checkpoint:
         return self._names.views.get(name, (name,))[0] in self._group_of
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name in the checkpoint's dtype, mapped to its file where possible.
-
-        Raises:
-            ModelError: there is none, or its file is damaged.
-        """
+        """The tensor of that name in the checkpoint's dtype, mapped to its file where possible."""
         whole, view = self._names.views.get(name, (name, None))
         if whole not in self._group_of:
             raise ModelError(
@@ -185,10 +171,9 @@ class Checkpoint:
         return made if view is None else view(made).clone()
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
-        """Write the checkpoint to `folder`, file by file under the same names, with some tensors changed.
+        """Write the checkpoint to `folder` under the same file names.
 
-        Args:
-            changed: gives the new tensor of a name, of the same shape and dtype, or None where it stays.
+        `changed` gives a tensor's new value, of the same shape and dtype, or None where it stays.
         """
         weight_map = {}
         written = _latest(lambda group: self._changed(group, changed))
@@ -218,7 +203,6 @@ class Checkpoint:
             (folder / self._index.name).write_text(json.dumps(content, indent=2, sort_keys=True))
 
     def _changed(self, group: _Group, changed: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-        """{name in the files: new tensor} of a group; empty where it stays as it is."""
         names = [part for name in self._names.targets(group) for part in self._parts.get(name, [name])]
         new = {name: tensor for name in names if (tensor := changed(name)) is not None}
         if not new or (group.converter is None and len(names) == 1):
@@ -230,13 +214,13 @@ class Checkpoint:
         return self._names.unmade(group, made)
 
     def _written_name(self, key: str) -> str:
-        """The name of a tensor in a rewritten file: its own, with the prefix that a bare backbone lacks."""
+        """A tensor's name in a rewritten file, with the prefix that a bare backbone lacks."""
         group = self._groups[key]
         return self._names.whole(key) if group.converter is None and group.target == key else key
 
 
 def _latest(make: Callable[[_Group], dict[str, Tensor]]) -> Callable[[_Group], dict[str, Tensor]]:
-    """`make` with the results for the latest groups kept; it forgets before it makes, to save memory."""
+    """`make` with the latest results kept; it forgets before it makes, to save memory."""
     made: dict[_Group, dict[str, Tensor]] = {}
 
     def of(group: _Group) -> dict[str, Tensor]:
@@ -259,19 +243,18 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    """One tensor of a safetensors file; `ModelError` if the file is damaged."""
     with _opened(path) as file:
         return file.get_tensor(key)
 
 
 def keys(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file; `ModelError` if the file is damaged."""
+    """The names of the tensors in a safetensors file."""
     with _opened(path) as file:
         return list(file.keys())
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all, even if the machine stops; `is_intact` can check it later."""
+    """Write a safetensors file whole or not at all, even if the machine stops; for `is_intact`."""
     temporary = path.with_name(f".{path.name}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, temporary, metadata={_DIGEST: _digest(plain)})
@@ -281,7 +264,7 @@ def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file that `save_durably` wrote still holds the same bits."""
+    """Whether a file of `save_durably` still holds the same bits."""
     try:
         with _opened(path) as file:
             stated = (file.metadata() or {}).get(_DIGEST)

@@ -1,9 +1,8 @@
 """Mixtures of experts: fused experts as linear layers of each expert, which share their memory.
 
-transformers keeps all experts of a mixture in parameters [experts, …], which no hook sees and no name tells apart. Such
-a module is replaced by one that computes the same and holds ordinary `Linear` layers, whose weights are views of the
-parameters: `experts.3.down_proj`. So pruning, packing and manifests go by layers, as elsewhere, and each layer sees the
-tokens that are routed to its expert.
+transformers keeps the experts of a mixture in parameters [experts, …]. Here a module that computes the same has
+`Linear` layers, whose weights are views of them: `experts.3.down_proj`. So each layer sees the tokens routed to its
+expert.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,14 +21,7 @@ from gblm_compress.errors import UsageError
 
 @dataclass(frozen=True)
 class Part:
-    """A layer that every expert has.
-
-    Attributes:
-        layer: its name within the expert.
-        weight: the parameter that holds its weights, [experts, …] or [experts · …, …].
-        transposed: whether that is [in_features, out_features] for each expert.
-        bias: the parameter that holds its biases [experts, out_features], if any.
-    """
+    """A layer of every expert: weights [experts, …] or [experts · …, …], biases [experts, out_features]."""
 
     layer: str
     weight: str
@@ -43,14 +35,7 @@ class Part:
 
 
 class Experts(nn.Module):
-    """The experts of a mixture, each under its number, in place of the module that had them fused.
-
-    Attributes:
-        parts: the layers of every expert.
-        count: how many experts have layers.
-        every_token: run every expert on every token; outputs of tokens that are not routed to it do not count.
-        rest: the fused module without its parameters: its functions and numbers.
-    """
+    """The experts of a mixture, each under its number; `rest` is the fused module without parameters."""
 
     rest: Any
 
@@ -71,11 +56,10 @@ class Experts(nn.Module):
 
     @property
     def runs_all(self) -> bool:
-        """Whether every expert runs on every token now; a traced graph cannot depend on the routing."""
+        """Whether every expert runs on every token; a traced graph cannot depend on the routing."""
         return self.every_token or torch.compiler.is_compiling()
 
     def layers(self, expert: int) -> list[nn.Module]:
-        """The layers of one expert, in the order of the parts."""
         return list(getattr(self, str(expert)).values())
 
     def run(self, expert: int, x: Tensor) -> Tensor:
@@ -94,15 +78,10 @@ class Experts(nn.Module):
 
 
 class RoutedExperts(Experts):
-    """Every token goes to some experts, and their outputs are weighed; experts beyond `count` give their input."""
+    """Every token goes to some experts, with weights; experts beyond `count` return their input."""
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """
-        Args:
-            hidden: [tokens, width], or with a batch in front.
-            index: the experts of each token [tokens, k].
-            weights: their weights [tokens, k].
-        """
+        """hidden [tokens, width], index [tokens, k] and weights [tokens, k]; a batch may come first."""
         x, index, weights = hidden.reshape(-1, hidden.shape[-1]), index.flatten(0, -2), weights.flatten(0, -2)
         output = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
         if self.runs_all:
@@ -130,7 +109,7 @@ class TripleExperts(RoutedExperts):
 
 
 class StackedExperts(Experts):
-    """Tokens come sorted by expert, the same number for each; zeros where a token is not routed to it (Llama 4)."""
+    """Tokens come sorted by expert, as many for each, zeros where a token is not routed to it (Llama 4)."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         outputs = []
@@ -145,14 +124,14 @@ class StackedExperts(Experts):
 
 
 class SortedExperts(Experts):
-    """One layer for each expert; tokens come sorted by expert, a number of them for each (JetMoe)."""
+    """One layer for each expert; tokens come sorted by expert, with a count for each (JetMoe)."""
 
     def forward(self, inputs: Tensor, sizes: list[int]) -> Tensor:
         return torch.cat([self.layers(expert)[0](x) for expert, x in enumerate(torch.split(inputs, sizes))])
 
 
 class SharedExperts(Experts):
-    """All tokens go to all experts, weighed between their layers (Inkling)."""
+    """All tokens go to all experts, weighted between their layers (Inkling)."""
 
     def forward(self, hidden: Tensor, gammas: Tensor) -> Tensor:
         x, weights = hidden.reshape(-1, hidden.shape[-1]), gammas.reshape(-1, self.count)
@@ -173,12 +152,11 @@ FORMS: dict[str, Form] = {
     "Llama4TextExperts": (StackedExperts, tuple(Part(p.layer, p.weight, transposed=True) for p in _GATED)),
     "LongcatFlashExperts": (RoutedExperts, _GATED),
 }
-"""{class in transformers whose experts are fused in a way of its own: its replacement}."""
+"""{class of fused experts in transformers that has a form of its own: its replacement}."""
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """The replacement for a module of fused experts, by `FORMS` or transformers' `use_experts_implementation`; else
-    None."""
+    """The replacement for fused experts, by `FORMS` or transformers' `use_experts_implementation`; else None."""
     if type(module).__name__ in FORMS:
         return FORMS[type(module).__name__]
     if isinstance(module, Experts) or not hasattr(module, "is_concatenated"):
@@ -190,11 +168,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def unfuse_(model: nn.Module, only: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Replace the fused experts of a model, in place: all, or those at the paths `only`.
-
-    Returns:
-        {path: the module that was there}.
-    """
+    """Replace fused experts in place, all or those at the paths `only`; {path: the module that was there}."""
     forms = {name: (module, form) for name, module in model.named_modules() if (form := form_of(module))}
     replaced = {}
     for name, (module, (kind, parts)) in forms.items():
@@ -206,7 +180,7 @@ def unfuse_(model: nn.Module, only: Collection[str] | None = None) -> dict[str, 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Replace the fused experts of a model for the duration of a `with`; changes of their weights stay."""
+    """Replace fused experts within a `with`; changes of their weights stay."""
     replaced = unfuse_(model)
     try:
         yield
@@ -216,11 +190,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def run_all_(model: nn.Module) -> None:
-    """Run every expert on every token from now on, so that all are measured on all of the text.
-
-    Raises:
-        UsageError: the model has no experts, or they get their tokens sorted.
-    """
+    """Run every expert on every token from now on; `UsageError` if the model cannot."""
     experts = experts_of(model)
     if not experts:
         raise UsageError(
@@ -250,12 +220,10 @@ def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], T
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
-    """{path: experts} of a model whose experts are not fused."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def _linear(fused: nn.Module, part: Part, expert: int, experts: int) -> nn.Linear:
-    """A layer of one expert, in the memory of the fused ones."""
     stored = fused.get_parameter(part.weight)
     weight = part.view(stored.detach(), expert, experts)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=part.bias is not None, device="meta")

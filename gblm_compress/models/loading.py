@@ -1,7 +1,4 @@
-"""Models and their processors in memory, devices and dtypes.
-
-Pickled weights are never loaded and code that ships with a model is never run.
-"""
+"""Models and processors in memory, devices and dtypes. Neither pickled weights nor code of a model is ever loaded."""
 
 import json
 import shutil
@@ -22,8 +19,10 @@ _SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 @contextmanager
 def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
-    """Raise a `ModelError` with the model's name and a reason for whatever a library raises for bad files; without a
-    reason, only for a `ModelError` of our own."""
+    """Add the model's name and `reason` to whatever a library raises for bad files.
+
+    Without a reason, only to our own `ModelError`.
+    """
     try:
         yield
     except Exception as error:
@@ -34,14 +33,9 @@ def _named_errors(source: ModelSource, reason: str = "") -> Iterator[None]:
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model in eval mode on `device`, of the class that its task says; its experts are not fused, see `experts`.
+    """The model in eval mode, of its task's class, with its experts as layers.
 
-    Args:
-        dtype: "float32", "float16", "bfloat16"; "auto" is the checkpoint's own, which packed folders always have.
-        device: "cpu", "cuda", "cuda:1", …
-
-    Raises:
-        ModelError: the folder is for no task that is known, or its weights do not load completely.
+    The dtype "auto" is the checkpoint's own, which packed folders always have.
     """
     auto_class = _auto_class(source)
     dtype = "auto" if source.is_packed else dtype
@@ -58,11 +52,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
 
 
 def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
-    """As `load_model`, with its parameters on the meta device; its buffers are real.
-
-    Raises:
-        ModelError: the folder is for no task that is known.
-    """
+    """As `load_model`, with its parameters on the meta device; its buffers are real."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -87,10 +77,7 @@ def _prepared_(model: Any) -> Any:
 
 
 def check_model(source: ModelSource, verb: str) -> None:
-    """Raises:
-    ModelError: the folder is an export, where `verb` needs the folder that it was made from, or it is for no task that
-        is known.
-    """
+    """`ModelError` for an export, where `verb` needs the folder that it was made from, and for unknown tasks."""
     if source.is_export:
         hint = f", or remove {GRAPH} if it does not belong there" if source.is_onnx else ""
         raise ModelError(
@@ -100,16 +87,12 @@ def check_model(source: ModelSource, verb: str) -> None:
 
 
 def check_length(source: ModelSource, tokens: int, what: str = "sequence length") -> None:
-    """Raises:
-    UsageError: the model has fewer positions than `tokens`, and no scaling of rotary embeddings that adds some. Only
-        for models that generate: the others cut what they read.
-    """
+    """`UsageError` if a model that generates has too few positions and no scaling of rotary embeddings."""
     if task_of(source).generates:
         check_positions(source.name, source.config, tokens, what)
 
 
 def check_positions(name: str, config: dict[str, Any], tokens: int, what: str = "sequence length") -> None:
-    """As `check_length` for a model that generates, by its config."""
     config = config | (config.get("text_config") or {})
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -120,11 +103,7 @@ def check_positions(name: str, config: dict[str, Any], tokens: int, what: str = 
 
 
 def task_of(source: ModelSource) -> Task:
-    """The task of a model, by the class that its config names and the rest of its folder.
-
-    Raises:
-        ModelError: that is no task in `TASKS`, or its class is not known; or as `Task.of_folder`.
-    """
+    """The task of a model, by the class that its config names and the rest of its folder."""
     import transformers
 
     found, architectures = TASKS[DEFAULT], source.config.get("architectures") or []
@@ -141,7 +120,6 @@ def task_of(source: ModelSource) -> Task:
 
 
 def _auto_class(source: ModelSource) -> Any:
-    """The class of transformers that loads the model."""
     import transformers
 
     if source.is_onnx:
@@ -150,11 +128,7 @@ def _auto_class(source: ModelSource) -> Any:
 
 
 def load_processor(source: ModelSource) -> Any:
-    """The tokenizer or image processor beside the model, as its task needs one.
-
-    Raises:
-        ModelError: there is none, it does not load, or as `Task.check_processor`.
-    """
+    """The tokenizer or image processor of a model; `ModelError` if it is missing or unfit."""
     import transformers
 
     task = task_of(source)
@@ -167,7 +141,7 @@ def load_processor(source: ModelSource) -> Any:
 
 
 def config_of(source: ModelSource) -> Any:
-    """The config as transformers has it, with the defaults of the architecture; `ModelError` if it does not load."""
+    """The config as transformers has it, with the defaults of the architecture."""
     from transformers import AutoConfig
 
     with _named_errors(source, "its config cannot be loaded"):
@@ -175,10 +149,9 @@ def config_of(source: ModelSource) -> Any:
 
 
 def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:
-    """Write a model's processor; a tokenizer so that older transformers, optimum-onnx and onnxruntime-genai read it.
+    """Write a model's processor, with the `Task.companions` of `source`.
 
-    Args:
-        source: the folder that the model comes from, whose `Task.companions` go along.
+    Older transformers, optimum-onnx and onnxruntime-genai can read the tokenizer.
     """
     processor.save_pretrained(folder)
     if (path := folder / "tokenizer.json").exists():  # indented, it takes twice the bytes
@@ -202,7 +175,7 @@ def save_processor(processor: Any, folder: Path, source: ModelSource | None = No
 
 
 def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
-    """Give a folder what belongs to a model beside its weights: the configs of the source, and the processor."""
+    """Write what belongs to a model beside its weights: the configs of the source, and the processor."""
     for name in ("config.json", "generation_config.json"):
         if (source.folder / name).exists():
             shutil.copyfile(source.folder / name, folder / name)
@@ -210,12 +183,7 @@ def copy_settings(source: ModelSource, folder: Path, processor: Any) -> None:
 
 
 def choose_device(requested: str) -> str:
-    """ "auto" becomes "cuda" where there is one, else "cpu"; anything else is checked.
-
-    Raises:
-        MissingDependencyError: a CUDA device is asked for and torch finds none, or not so many.
-        UsageError: the device is neither a CPU nor one of CUDA.
-    """
+    """ "auto" becomes "cuda" where there is one, else "cpu"; others are checked. Raises `MissingDependencyError`."""
     import torch
 
     if requested == "auto":
@@ -241,12 +209,12 @@ def choose_device(requested: str) -> str:
 
 
 def choose_dtype(requested: str, source: ModelSource, device: str) -> str:
-    """The dtype to compute in: the requested one; by default float32 on a CPU, the checkpoint's own elsewhere."""
+    """The requested dtype; "auto" is float32 on a CPU, the checkpoint's own elsewhere."""
     if requested != "auto":
         return requested
     return "float32" if device == "cpu" else stored_dtype(source)
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """The dtype of the checkpoint, as config.json states it; float32 where it does not."""
+    """The dtype that config.json states; float32 where it states none."""
     return source.config.get("dtype") or source.config.get("torch_dtype") or "float32"

@@ -1,7 +1,4 @@
-"""The manifest and the model card of a folder that this program made: from what, how, and with which tensors.
-
-Nothing in them depends on the time of day: same seed, same bytes.
-"""
+"""The manifest and model card of a folder made here. Nothing in them depends on time: same seed, same bytes."""
 
 import json
 import re
@@ -30,7 +27,7 @@ _SHAPES = (
     "model_type", "architectures", "vocab_size", *WIDTHS, *LAYERS, *HEADS, "num_key_value_heads", "head_dim",
     "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", *EXPERTS,
 )  # fmt: skip
-"""The keys of config.json that must agree between a model and its baseline."""
+"""Keys of config.json that a model and its baseline share."""
 
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
@@ -97,12 +94,8 @@ def write(
 ) -> None:
     """Write the manifest and the model card of a folder made from `source`.
 
-    Args:
-        content: what this step adds: its "kind" ("pruned" or "export") and keys of its own. Pruning gives "prune" (its
-            settings), "calibration", "compute", "layers" {name: {"pattern", "shape", "nonzeros", "transposed", …}},
-            "left_dense" {name: {"weights", "reason"}} and "grids_sha256"; later steps carry the first five on.
-        library: what loads the folder, as the hub calls it.
-        loading: Python that loads the folder, for the card; the task's class of transformers if empty.
+    `content` has a "kind" ("pruned" or "export") and this step's keys; `_CARRIED` keys come from `source`. `loading` is
+    Python that loads the folder, for the card; by default with the task's class of transformers.
     """
     before = read(source.folder) if is_ours(source.folder) else {}
     # Where the dense model lies on this machine's disk is nobody else's business.
@@ -124,7 +117,6 @@ def write(
 
 
 def card_text(content: dict[str, Any], library: str, loading: str) -> str:
-    """The model card of a folder with this manifest, loaded by `library` with the lines of Python in `loading`."""
     base, settings, layers = content["base_model"]["name"], content.get("prune"), content.get("layers", {})
     title, done, tags = [base.rpartition("/")[2]], [f"{base}:"], ["gblm-compress"]
     rows: dict[str, Any] = {}
@@ -151,7 +143,7 @@ def card_text(content: dict[str, Any], library: str, loading: str) -> str:
 def _provenance(
     settings: dict[str, Any], calibration: dict[str, Any] | None, layers: dict[str, Any], left_dense: dict[str, Any]
 ) -> tuple[dict[str, Any], float]:
-    """What was done to a model, {property: value}, and the share of zeros."""
+    """{property: value} of what was done to a model, and the share of zeros."""
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())
@@ -170,12 +162,12 @@ def _provenance(
 
 
 def _plain(value: object) -> str:
-    """Text from outside as a card shows it: one line, neither Markdown nor HTML."""
+    """Text from outside in one line, neither Markdown nor HTML."""
     return re.sub(r"([\\`|\[\]])", r"\\\1", printable(str(value))).replace("<", "&lt;")
 
 
 def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
-    """Why weights were left dense, in words: how many layers and weights for each reason."""
+    """Why weights were left dense: how many layers and weights for each reason."""
     layers = Counter(dense["reason"] for dense in left_dense.values())
     weights: Counter[str] = Counter()
     for dense in left_dense.values():
@@ -186,8 +178,7 @@ def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
 
 
 def weights_of(source: ModelSource) -> str:
-    """What weights are stored in: a dtype, or int8 or int4 in an ONNX export with levels of so many bits; or two
-    dtypes, such as float16/float32, where the second is that of the arithmetic and another than is stored."""
+    """The dtype of the weights, or int8 or int4; such as float16/float32 where the arithmetic has another."""
     checks = read(source.folder).get("checks", {}) if source.is_onnx and is_ours(source.folder) else {}
     stored = stored_dtype(source)
     arithmetic = checks.get("arithmetic", stored)
@@ -195,27 +186,21 @@ def weights_of(source: ModelSource) -> str:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder carries a manifest."""
     return (folder / MANIFEST).exists()
 
 
 def is_pruned(folder: Path) -> bool:
-    """Whether a folder carries the manifest of a model that was pruned; `ModelError` if it is damaged."""
     return is_ours(folder) and read(folder).get("prune") is not None
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that this program made; `ModelError` if there is none, or it is damaged."""
+    """The manifest of a folder; `ModelError` if there is none."""
     missing = f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`"
     return read_checked(folder / MANIFEST, _Manifest, missing)
 
 
 def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
-    """The layers that pruning touched; without a manifest, all that it would touch by default.
-
-    Raises:
-        ModelError: the manifest is damaged, or names what is no linear layer of that shape in the model.
-    """
+    """The layers that were pruned; without a manifest, those that would be by default."""
     if not is_pruned(source.folder):
         return [name for block in prunable_layers(model) for name in block]
     modules, layers = dict(model.named_modules()), read(source.folder)["layers"]
@@ -230,11 +215,9 @@ def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
 
 
 def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
-    """Check that figures of a model may be compared with those of another one.
+    """`UsageError` where `model` and `baseline` have other shapes, or `model` was made from another model.
 
-    Raises:
-        UsageError: `baseline` has another architecture or other shapes than `model`, or is another model than the one
-            that the manifest of `model` names; an export without a manifest is compared by shape alone.
+    An export without a manifest is compared by shape alone.
     """
     ours, theirs = (one.config | (one.config.get("text_config") or {}) for one in (model, baseline))
     for key in _SHAPES:

@@ -1,8 +1,7 @@
 """Packed checkpoints: folders that `AutoModelForCausalLM.from_pretrained` loads as models with packed layers.
 
-The weights are plain tensors in safetensors, `config.json` has a `quantization_config` with method `gblm_sparse`, and
-transformers' own quantizer registry, which importing `gblm_compress` fills, puts `PackedLinear` modules in place of
-the linear layers before the tensors are loaded.
+Weights are plain tensors in safetensors. Importing `gblm_compress` registers a quantizer that puts `PackedLinear` in
+place of linear layers before transformers loads the tensors.
 """
 
 import json
@@ -31,13 +30,10 @@ from gblm_compress.storage.records import read_json
 
 @register_quantization_config(SPARSE_METHOD)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` says of a packed checkpoint.
+    """The `quantization_config` of a packed checkpoint.
 
-    Attributes:
-        layout: one of `LAYOUTS`.
-        layers: {layer: `PackedLinear.description()`, and "layout" where it has another}.
-        embeddings: {embedding: the layer whose rows it looks up}.
-        experts: paths of the mixtures whose experts are layers; the folder names its tensors as the model does.
+    layers: {layer: `PackedLinear.description()`, and "layout" where it has another}; embeddings: {embedding: the layer
+    whose rows it looks up}; experts: paths of mixtures with experts as layers, whose tensors have the model's names.
     """
 
     def __init__(
@@ -57,7 +53,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(SPARSE_METHOD)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the listed layers by empty `PackedLinear`s, for transformers to load their tensors into."""
+    """Replaces the listed layers by empty `PackedLinear`s, for transformers to fill."""
 
     requires_calibration = True  # transformers must not try to make such weights from dense ones
     quantization_config: PackedConfig
@@ -108,7 +104,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """True for packed tensors: transformers then leaves it to their layer to find a shape wrong."""
+        """True for packed tensors, so that their layer checks their shape, not transformers."""
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return isinstance(module, PackedLinear) and tensor in module.kind.names
@@ -129,7 +125,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _with_weights_named(config: Any) -> Any:
-    """Say where the weights of a packed folder are, unless `save_pretrained` has given them the ordinary name again."""
+    """Name the weights of a packed folder, unless `save_pretrained` has given them the ordinary name."""
     for name in (SPARSE_SINGLE, SPARSE_INDEX):
         if cached_file(config._name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None:
             config.transformers_weights = name
@@ -138,9 +134,9 @@ def _with_weights_named(config: Any) -> Any:
 
 
 def save_packed(model: Any, folder: Path) -> None:
-    """`save_pretrained`, with weights called so that transformers without this package finds none.
+    """`save_pretrained` under names that transformers finds only with this package.
 
-    It would ignore the packed tensors otherwise, and fill the layers with random numbers.
+    It would ignore packed tensors otherwise, and fill the layers with random numbers.
     """
     model.save_pretrained(folder, save_original_format=not model.config.quantization_config.experts)
     for path in sorted(folder.glob("model*.safetensors")):
@@ -165,16 +161,10 @@ def pack_(
     grids: Mapping[str, Grid] | None = None,
     **options: Any,
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Replace the named linear layers of a model by `PackedLinear`s with the same values, in place.
+    """Replace the named linear layers by `PackedLinear`s with the same values, in place.
 
-    Args:
-        tables: the layout for head and embedding; they stay as they are if unset.
-        grids: {layer: where its weights lie}, for a quantised layout.
-        options: of the kind's `pack`.
-
-    Returns:
-        The layers that the layout would round too much, and that are packed exactly instead; and {layer: its dense
-        weight} of head and embedding.
+    `tables` is the layout for head and embedding, if any; `grids` {layer: grid} are for quantised layouts. Returns the
+    layers packed exactly, since the layout would round them too much, and {layer: dense weight} of head and embedding.
     """
     kind: Any = LAYOUTS[layout].kind
     other = LAYOUTS[layout].exact
@@ -208,13 +198,12 @@ def _described(packed: PackedLinear, layout: str) -> dict[str, Any]:
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
-    """Whether the layer of that name shares its weight with another one."""
     pairs = getattr(model, "all_tied_weights_keys", {}).items()
     return any(f"{name}.weight" in pair for pair in pairs)
 
 
 def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
-    """The layer of that name, which may share its weight if `tied`; ModelError where there is none to be packed."""
+    """The layer of that name, which may share its weight if `tied`; `ModelError` if it cannot be packed."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -226,7 +215,7 @@ def linear_layer(model: nn.Module, name: str, *, tied: bool = False) -> Any:
 
 
 def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) -> PackedLinear:
-    """An empty layer in the place of a dense one, for transformers to fill."""
+    """An empty layer in the place of a dense one."""
     shape, bias = list(weight_matrix(dense).shape), getattr(dense, "bias", None) is not None
     if not isinstance(description, dict) or (description.get("shape"), description.get("bias")) != (shape, bias):
         raise ModelError(f"it is described as {description!r}; the model's has shape {shape} and bias {bias}")
@@ -236,15 +225,14 @@ def _like(dense: Any, layout: str, description: Any, dtype: torch.dtype | None) 
 
 
 def own_layer(embedding: str) -> str:
-    """The name of the layer in an embedding that has one of its own."""
+    """The name of an embedding's own packed layer."""
     return f"{embedding}.{OWN}"
 
 
 def pack_tables_(model: Any, layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Replace head and embedding of a model, in place, where they are of the plain kinds and the layout can hold them.
+    """Replace head and embedding in place, where they are plain and the layout can hold them.
 
-    Returns:
-        {packed layer: the dense weight}, and {embedding: the layer whose rows it looks up}.
+    Returns {packed layer: dense weight} and {embedding: the layer whose rows it looks up}.
     """
     head, embedding = head_and_embedding(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -273,7 +261,6 @@ def _packed(module: Any, layout: str) -> PackedLinear | None:
 
 
 def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
-    """The embedding of that name; ModelError where there is none."""
     module = dict(model.named_modules()).get(name)
     if type(module) is not nn.Embedding:
         raise ModelError(f"{type(model).__name__} has no embedding {name!r}")
@@ -281,7 +268,7 @@ def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
 
 
 def look_up_(model: Any, embeddings: dict[str, str]) -> None:
-    """Let embeddings look up rows of packed layers of their shape, in place; ModelError where a name is of none."""
+    """Let embeddings look up rows of packed layers of their shape, in place."""
     for name, layer in embeddings.items():
         if layer == own_layer(name):
             continue
@@ -293,7 +280,7 @@ def look_up_(model: Any, embeddings: dict[str, str]) -> None:
 
 
 def untie_(model: Any, embeddings: dict[str, str]) -> None:
-    """Have transformers no longer tie weights that are one packed layer now."""
+    """Stop transformers from tying weights that are one packed layer now."""
     gone = {f"{name}.weight" for pair in embeddings.items() for name in pair}
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         if isinstance(pairs := getattr(model, attribute, None), dict):
@@ -302,7 +289,6 @@ def untie_(model: Any, embeddings: dict[str, str]) -> None:
 
 
 def check_embeddings(embeddings: Any, layers: dict[str, Any]) -> None:
-    """Raises ModelError where a folder's config.json names no packed layer for an embedding."""
     if not isinstance(embeddings, dict) or not all(isinstance(layer, str) for layer in embeddings.values()):
         raise ModelError("quantization_config does not say which layer holds the rows of an embedding; it is damaged")
     for name, layer in embeddings.items():

@@ -1,4 +1,4 @@
-"""A model as the user named it, and the local folder that holds it."""
+"""A model's name and folder."""
 
 import hashlib
 from collections import Counter
@@ -21,7 +21,6 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json."""
         return files.read_config(self.folder)
 
     @cached_property
@@ -36,17 +35,15 @@ class ModelSource:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Size of the weights and graphs in bytes, tokenizer and configs excluded."""
         return files.bytes_of(self.folder)
 
     @property
     def is_onnx(self) -> bool:
-        """Whether the folder is an ONNX export rather than a model for torch."""
         return (self.folder / GRAPH).exists()
 
     @cached_property
     def operators(self) -> dict[str, int]:
-        """{operator in the graph of the ONNX export: how often}; with its domain if that is this package's."""
+        """{operator in the ONNX graph: how often}; this package's have the prefix "gblm."."""
         import onnx
 
         graph = onnx.load(self.folder / GRAPH, load_external_data=False).graph
@@ -55,17 +52,16 @@ class ModelSource:
 
     @property
     def needs_operator(self) -> bool:
-        """Whether the ONNX export runs on this package's operators for ONNX Runtime (`export --kernels`)."""
+        """Whether the graph uses this package's operators for ONNX Runtime (`export --kernels`)."""
         return self.is_onnx and any(name.startswith("gblm.") for name in self.operators)
 
     @property
     def is_packed(self) -> bool:
-        """Whether the folder is a packed checkpoint, in one of `LAYOUTS`."""
         return self._quantization.get("quant_method") == SPARSE_METHOD
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether the folder is a packed checkpoint in a layout that only CUDA has kernels for."""
+        """Whether the folder is packed in a layout that has kernels for CUDA alone."""
         layout = known(self._quantization.get("layout")) if self.is_packed else None
         return layout is not None and layout.needs_cuda
 
@@ -75,5 +71,4 @@ class ModelSource:
 
     @property
     def is_export(self) -> bool:
-        """Whether the folder was exported from a pruned one, in a dtype of its own."""
         return self.is_onnx or self.is_packed

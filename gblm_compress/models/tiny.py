@@ -1,4 +1,4 @@
-"""Tiny random models with a byte tokenizer: the model source `tiny` of smoke tests, and what the tests run on."""
+"""Tiny random models with a byte tokenizer: the model `tiny`, and models for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(kind: str) -> Any:
-    """The config of a tiny model: llama, mistral, qwen2, qwen3, gpt2 or opt."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if kind not in _KINDS:
@@ -36,10 +35,7 @@ def tiny_config(kind: str) -> Any:
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
-    """A tiny model with random weights in float32, in eval mode; the same for the same seed.
-
-    Its weights are large enough for attention and losses to depend visibly on the input.
-    """
+    """A tiny float32 model. Its random weights are large enough for losses to depend visibly on the input."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
