@@ -8,6 +8,7 @@ from gblm_compress.calibration.weights import StatePool
 from gblm_compress.models.tiny import VOCABULARY, tiny_model
 from gblm_compress.training.imitation import Imitation, Teacher, predictions
 from tests.conftest import CAUSAL_LM, samples
+from tests.tasks.test_tasks import PaddedLM, padded_samples
 
 TINY = {
     "vocab_size": VOCABULARY,
@@ -69,3 +70,13 @@ def test_the_divergence_is_that_of_predictions_whatever_comes_after_the_head(con
     assert float(loss([0, 2]).detach()) == pytest.approx((expected[0] + expected[2]) / 2, rel=1e-4)
     loss([1]).backward()
     assert all(p.grad is not None for name, p in pruned.named_parameters() if "layers" in name)
+
+
+def test_padding_is_left_out() -> None:
+    dense, pruned, found = tiny_model("llama"), tiny_model("llama"), []
+    for parameter in pruned.model.layers.parameters():
+        parameter.data *= parameter.abs() > 0.05
+    for task, given in ((CAUSAL_LM, samples(3, 16)), (PaddedLM(), padded_samples(3, 16))):
+        loss = Imitation(pruned, task, given, Teacher(dense, task, given, [0], "float32", None).predictions, "float32")
+        found.append(float(loss([0]).detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] > 1e-3
