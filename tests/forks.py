@@ -110,6 +110,7 @@ def _import_what_commands_import() -> None:
     import onnxruntime  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from optimum.exporters.tasks import TasksManager  # noqa: F401
 
     from gblm_compress.exporters import onnx, sparse  # noqa: F401
     from gblm_compress.measure import inspection  # noqa: F401

@@ -17,7 +17,7 @@ from gblm_compress.errors import OutputError
 from gblm_compress.storage import records
 from gblm_compress.storage.paths import cache_folder
 
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "datasets", "safetensors", "triton")
+PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "optimum", "datasets", "safetensors", "triton")
 INSTRUCTION_SETS = {
     "avx2": "fp32 kernels of torch and ONNX Runtime at half the width of AVX-512",
     "avx512f": "full-width fp32 kernels",

@@ -3,6 +3,7 @@
 Importing a module of this folder loads no torch.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,22 +66,41 @@ def is_here(dataset: str) -> bool:
 
 
 def task_of(model_class: type) -> Task:
-    """The task for which transformers loads a class of models, or one above it.
+    """The task that optimum's TasksManager infers for a class of models, or for one above it.
 
-    An unknown class from outside transformers is for `DEFAULT`. A language model that reads images or sound too is a
-    language model: its other parts stay as they are.
+    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or
+    sound too is a language model: its other parts stay as they are.
 
     Raises:
-        ModelError: the class is one of transformers, and for none of `TASKS`.
+        ModelError: the class is for a task that is not in `TASKS`, or a class of transformers for none.
     """
     import transformers
+    from optimum.exporters.tasks import TasksManager
 
+    infer, name = TasksManager.infer_task_from_model, "no task that optimum knows"
     for kind in model_class.__mro__:
-        for task in TASKS.values():
-            for loaded in getattr(transformers, task.auto_class)._model_mapping._model_mapping.values():
-                if kind.__name__ in (loaded if isinstance(loaded, tuple) else (loaded,)):
-                    return task
-    if not model_class.__module__.startswith("transformers."):
-        return TASKS[DEFAULT]
+        try:
+            name = infer(kind)
+            inferred = {infer(getattr(transformers, task.auto_class)): task for task in TASKS.values()}
+            if found := inferred.get(name) or (name.endswith("to-text") and _loaded_as(kind, [TASKS["causal-lm"]])):
+                return found
+            break
+        except ValueError:  # not in optimum's lists, which miss the classes that share a config, as DeiT's do
+            if found := _loaded_as(kind, TASKS.values()):
+                return found
+    else:
+        if not model_class.__module__.startswith("transformers."):
+            return TASKS[DEFAULT]
     needed = " or ".join(task.help for task in TASKS.values())
-    raise ModelError(f"{model_class.__name__} is not supported; {needed} is needed")
+    raise ModelError(f"{model_class.__name__} is for {name}; {needed} is needed")
+
+
+def _loaded_as(kind: type, tasks: Iterable[Task]) -> Task | None:
+    """The first of some tasks for which transformers loads the class."""
+    import transformers
+
+    for task in tasks:
+        for names in getattr(transformers, task.auto_class)._model_mapping._model_mapping.values():
+            if kind.__name__ in (names if isinstance(names, tuple) else (names,)):
+                return task
+    return None

@@ -37,7 +37,8 @@ def test_a_graph_beside_weights_is_named(source) -> None:
             (name, "does not know")
             for name in ("MartianForCausalLM", "__version__", "utils", "pipeline", "LlamaConfig")
         ),
-        *((name, "not supported") for name in ("BertForMaskedLM", "PreTrainedModel", "GPT2DoubleHeadsModel")),
+        ("BertForMaskedLM", "is for fill-mask"),
+        *((name, "is for no task") for name in ("PreTrainedModel", "GPT2DoubleHeadsModel")),
     ],
 )
 def test_architectures_for_no_task(architecture: str, message: str, source) -> None:

@@ -271,9 +271,18 @@ def test_a_class_tells_its_task() -> None:
     assert task_of(BertModel) is TASKS["embedding"]
     assert task_of(transformers.BertForSequenceClassification) is TASKS["classification"]
     assert task_of(transformers.DeiTForImageClassification) is TASKS["image-classification"]
-    for other in (BertForMaskedLM, GPT2DoubleHeadsModel):
-        with pytest.raises(ModelError, match=f"{other.__name__} is not supported; a causal language model or"):
+    for other, name in {
+        BertForMaskedLM: "fill-mask",
+        GPT2DoubleHeadsModel: "no task that optimum knows",
+        transformers.ParakeetForCTC: "automatic-speech-recognition",
+    }.items():
+        with pytest.raises(ModelError, match=f"{other.__name__} is for {name}; a causal language model or"):
             task_of(other)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_optimum_infers_every_task_for_its_auto_class(task: Task) -> None:
+    assert task_of(getattr(transformers, task.auto_class)) is task
 
 
 def test_the_registry_loads_no_torch() -> None:
