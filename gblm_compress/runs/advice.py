@@ -29,7 +29,7 @@ from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSe
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
-"""At least so many blocks are timed, and more of small ones, up to so many weights: noise drowns fewer."""
+"""Least blocks and weights that are timed; fewer would drown in noise."""
 WORTH = 1.15
 """A gain below this is not worth the quality that pruning takes."""
 WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
@@ -44,13 +44,12 @@ WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
     "packed, ONNX int8": ("pruned", "auto", {"format": "onnx", "quantise": "int8", "kernels": True}),
     "packed, ONNX int4": ("pruned", "auto", {"format": "onnx", "quantise": "int4", "kernels": True}),
 }
-"""{way: its kind, dtype in torch, and the settings of its export if there is one}."""
+"""{way: kind, dtype in torch, settings of its export}."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The whole model in one of the `WAYS`: bytes of the weights, and milliseconds of a decode step of one sequence,
-    with those that the 10th and 90th percentiles of both measurements give."""
+    """The whole model in one way: bytes of weights, and milliseconds per decode step with p10 and p90."""
 
     name: str
     kind: str
@@ -62,7 +61,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Advice:
-    """The predictions, the best first; the ways that cannot be had here, and why; and the advice in words."""
+    """The predictions, best first; the ways that do not work here, with the reason; and the advice in words."""
 
     predictions: tuple[Prediction, ...]
     left_out: dict[str, str]
@@ -72,17 +71,11 @@ class Advice:
     environment: dict[str, Any] = field(default_factory=environment)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
 def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress) -> Advice:
-    """Predict size and speed of the `WAYS` to compress a model.
-
-    Raises:
-        ModelError: it generates no text, names no number of blocks, or is packed or exported already.
-        UsageError: it has fewer positions than are timed.
-    """
+    """Predict size and speed of the `WAYS` to compress a model that generates text."""
     start = time.monotonic()
     loading.check_model(source, "ask about")
     if not (task := loading.task_of(source)).generates:
@@ -108,7 +101,7 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
 
 
 def _cut(source: ModelSource, number: int, settings: AdviseSettings, folder: Path) -> dict[bool, ModelSource]:
-    """A model of so many blocks with random weights, by whether it is pruned."""
+    """Models of so many blocks with random weights, by whether they are pruned."""
     skeleton = loading.load_skeleton(source)
     config = skeleton.config.get_text_config()
     if (blocks := getattr(config, "num_hidden_layers", None)) is None:
@@ -127,7 +120,6 @@ def _cut(source: ModelSource, number: int, settings: AdviseSettings, folder: Pat
 
 
 def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, threads: int) -> Prediction:
-    """Make and time both cut models in a way, and predict the whole one."""
     kind, dtype, exported = WAYS[way]
     made, size = [], []
     for number, cut in cuts.items():
@@ -141,7 +133,6 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
     few, many = cuts
 
     def whole(of_few: float, of_many: float) -> float:
-        """What is linear in the number of blocks."""
         slope = max(0.0, of_many - of_few) / (many - few)
         return of_many + slope * (blocks - many)
 
@@ -154,7 +145,6 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
-    """Milliseconds of decode steps, each after `between`."""
     runtime: Generating = load_runtime(artefact, dtype, "cpu", threads)
     ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.prefill(ids)
@@ -172,7 +162,7 @@ def _cost(prediction: Prediction, target: str) -> float:
 
 
 def sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
-    """The advice in words, from predictions of which the best comes first."""
+    """The advice in words; the best prediction comes first."""
     kinds = ("pruned", "dense", "quantised")
     pruned, dense, quantised = (next((p for p in predictions if p.kind == kind), None) for kind in kinds)
     rival = next((each for each in predictions if each.kind != "pruned"), None)
@@ -181,7 +171,6 @@ def sentences(predictions: Sequence[Prediction], target: str) -> Iterator[str]:
         return _cost(other, target) / _cost(one, target) >= WORTH
 
     def against(one: Prediction, other: Prediction) -> str:
-        """What one needs beside another, as far as their ranges allow."""
         if target == "latency" and one.high >= other.low:
             ranges = " and ".join(f"{each.name} {each.low:.1f}–{each.high:.1f}" for each in (one, other))
             return f"cannot tell, for the ranges overlap: {ranges} ms per token; ask again, or measure with `benchmark`"

@@ -1,4 +1,4 @@
-"""The charts of a report as PNG, for the page and for files of their own. They are drawn by matplotlib."""
+"""The charts of a report as PNG, drawn by matplotlib."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ ERRORS = (
 
 @dataclass(frozen=True)
 class Chart:
-    """A PNG on white, the name of its file, and a caption that says what it shows and how to read it."""
+    """A PNG on white with its caption; `name` is that of its file."""
 
     name: str
     title: str
@@ -53,14 +53,12 @@ def of(report: RunReport) -> list[Chart]:
 
 
 def quality_and_size(report: RunReport) -> Chart | None:
-    """The metric that counts first over megabytes on disk."""
     sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
     what = "Quality against size: to the left is smaller."
     return _front(report, "quality-bytes", "Quality and size", what, sizes, "megabytes on disk")
 
 
 def quality_and_speed(report: RunReport) -> Chart | None:
-    """The metric that counts first over milliseconds per token."""
     name, what = ("tpot_ms", "token") if report.generates else ("ttft_ms", "forward pass")
     times = [row for row in report.find(name) if row.batch == report.smallest_batch]
     caption = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
@@ -82,14 +80,13 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
 
 
 def latency(report: RunReport, figure: str, name: str, title: str, what: str) -> Chart | None:
-    """A time of every artefact in every runtime at every batch size."""
     caption = f"Milliseconds of {what}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
     rows = report.find(figure)
     return Chart(name, title, caption, dots(rows, "milliseconds")) if rows else None
 
 
 def byte_limit(report: RunReport) -> Chart | None:
-    """How much faster each artefact decodes, beside the limit that its bytes set."""
+    """The decode speed-up of each artefact, beside the limit that its bytes set."""
     rows, limits = report.find("decode_speedup"), []
     for row in rows:
         size, lane = report.find("bytes", row.artefact), (row.runtime, row.dtype, row.batch)
@@ -116,7 +113,6 @@ def byte_limit(report: RunReport) -> Chart | None:
 
 
 def step(report: RunReport) -> Chart | None:
-    """Where the time of a decode step goes, or of the forward pass of what generates nothing."""
     rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
     if not rows:
         return None
@@ -140,7 +136,6 @@ def step(report: RunReport) -> Chart | None:
 
 
 def methods(report: RunReport, figure: str, name: str, title: str) -> Chart | None:
-    """A figure of the compared methods."""
     ends = [(row, row.value or 0.0, row.error or 0.0) for row in report.find(figure)]
     rows = [replace(row, low=value - error, high=value + error) for row, value, error in ends]
     caption = "Further left is better. A line is one standard error over the seeds to each side."
@@ -149,7 +144,6 @@ def methods(report: RunReport, figure: str, name: str, title: str) -> Chart | No
 
 
 def recovery(report: RunReport) -> Chart | None:
-    """The loss on held-out text, over the tokens that a recovery was trained on."""
     rows = report.find("held_out_loss")
     if not rows:
         return None
@@ -169,7 +163,7 @@ def recovery(report: RunReport) -> Chart | None:
 
 @plain_figures()
 def drawn(draw: Callable[[Any], None], height: float) -> bytes:
-    """A picture of what `draw` puts on matplotlib's axes, `height` inches high beside its labels."""
+    """A picture, `height` inches high besides its labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,13 +180,11 @@ def drawn(draw: Callable[[Any], None], height: float) -> bytes:
 
 
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
-    """Points with their errors and names.
+    """Points (row of x, row of y) with their errors and names.
 
     Args:
-        points: the rows of the x and of the y coordinate.
+        front: joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better.
         log: draws logarithmic axes, and the dense model as a broken line.
-        front: joins the points that no other beats on both axes, where a smaller x is better and a smaller (1) or
-            larger (-1) y; 0 joins none.
     """
 
     def draw(axes: Any) -> None:
@@ -226,7 +218,7 @@ def _logarithmic(axes: Any, dense: float | None) -> None:
 
 
 def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both coordinates, both of which are better when smaller; by the first one."""
+    """The points that no other beats, where smaller is better in both coordinates."""
     kept: list[tuple[float, float]] = []
     for point in sorted(set(points)):
         if not kept or point[1] < kept[-1][1]:
@@ -235,7 +227,7 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = None) -> bytes:
-    """Dots with intervals, a line for each row; `more` draws beside them."""
+    """A dot with its interval for each row; `more` draws beside them."""
 
     def draw(axes: Any) -> None:
         for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
@@ -248,7 +240,7 @@ def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = No
 
 
 def tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float | None = None) -> Chart | None:
-    """A share of each layer as the darkness of a tile: a column for each block, a line for each projection."""
+    """A tile for each layer, darker for a larger share; columns are blocks, lines projections."""
     places: dict[tuple[str, int], float] = {}
     for row in rows:
         parts = row.part.split(".")
@@ -271,7 +263,7 @@ def tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float |
 
 
 def _colours(axes: Any, rows: Sequence[Row]) -> list[str]:
-    """A colour for each row by its runtime or pattern, with a legend; dense is grey."""
+    """A colour for each row by its runtime or pattern; dense is grey."""
     kinds = [DENSE if row.dense else row.runtime or row.part or "pruned" for row in rows]
     others = sorted(set(kinds) - {DENSE})
     colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(others)} | {DENSE: GREY}
@@ -287,7 +279,6 @@ def _spread(row: Row) -> list[list[float]] | None:
 
 
 def _lines(axes: Any, labels: Sequence[str], axis: str) -> None:
-    """Name the lines of a chart, from the top."""
     axes.set_yticks(range(len(labels)), [printable(label)[:60] for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(axis)

@@ -1,7 +1,6 @@
-"""The comparison of pruning methods and patterns on one model: what each quality costs in time and memory.
+"""Pruning methods and patterns compared on one model: a grid with a cell for each method, pattern and seed.
 
-It is a grid with a cell for each method, pattern and seed. A cell is pruned in a process of its own, so that its peak
-memory is its own, and recorded at once; an interrupted comparison goes on where it stopped.
+Each cell is pruned in its own process, so that its peak memory is its own. Finished cells are saved and reused.
 """
 
 import math
@@ -37,8 +36,7 @@ REPORT, PLOT = "comparison.json", "comparison.png"
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one pattern and one seed. Time and memory are of pruning, loading and saving included; accuracy
-    and recovery are means over the zero-shot tasks, None without any."""
+    """One method, pattern and seed. `seconds` and memory include loading and saving; task figures are means."""
 
     method: str
     pattern: str
@@ -53,13 +51,12 @@ class Cell:
     peak_memory_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CompareResult:
-    """The whole grid, as in `comparison.json`. `rows` are the means over the seeds (`summarise`)."""
+    """The whole grid, as in `comparison.json`. `rows` are the means over the seeds."""
 
     model: str
     dense_perplexity: float
@@ -71,13 +68,12 @@ class CompareResult:
     plot: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared; seeds 0, 1, … take the place of the calibration's own."""
+    """The compared methods; seeds 0, 1, … replace the calibration's own."""
 
     settings: CompareSettings
     calibration: CalibrationSettings
@@ -86,7 +82,6 @@ class Grid:
     device: str = "auto"
 
     def methods(self) -> list[PruneSettings]:
-        """The settings of every method with every pattern."""
         return [
             self.settings.prune_settings(method, pattern)
             for pattern in self.settings.patterns
@@ -94,7 +89,6 @@ class Grid:
         ]
 
     def stages(self, reference: Reference, output: Path) -> list[Stage]:
-        """The stages that make the cells, in their order."""
         return [
             self._stage(reference, output, method, pattern, seed)
             for pattern in self.settings.patterns
@@ -150,18 +144,12 @@ class Grid:
 
 
 def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progress: Progress) -> CompareResult:
-    """Prune and evaluate every method with every pattern and seed, and write records, table and plot to `output`.
-
-    Cells that are on record there with the same settings are not run again.
-
-    Raises:
-        GblmError: of the first cell that fails; those before it stay on record.
-    """
+    """Prune and evaluate every cell; write records, table and plot to `output`. Finished cells are reused."""
     with outputs.working_in(output, "comparison"), ExitStack() as stack:
         source = dense.source if isinstance(dense, Reference) else dense
         absent = errors.collect([partial(loading.choose_device, grid.device)])
         errors.raise_all(absent + check(source, grid, progress))
-        evaluation.prepare(source, grid.evaluation, progress)  # what a cell would find missing only after its pruning
+        evaluation.prepare(source, grid.evaluation, progress)  # before the first pruning
         grid = replace(grid, device=loading.choose_device(grid.device))
         if isinstance(dense, ModelSource):
             made = Reference(dense, dtype=grid.dtype, device=grid.device, folder=output)
@@ -183,7 +171,7 @@ def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progres
 
 
 def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given: bool = True) -> list[GblmError]:
-    """The faults of every cell that show before the first, but for those of a text that is not given yet."""
+    """The faults of every cell that show before the first."""
     if unusable := errors.collect([partial(loading.check_model, source, "compare")]):
         return unusable
     task, text, methods = loading.task_of(source), grid.calibration, grid.methods()
@@ -201,7 +189,7 @@ def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given:
 
 
 def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
-    """For each method and pattern the means over the seeds, with standard errors (None for one seed)."""
+    """The means over the seeds of each method and pattern, with standard errors (None for one seed)."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.pattern), []).append(cell)
@@ -219,7 +207,7 @@ def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def draw(result: CompareResult, path: Path) -> None:
-    """Quality against time: perplexity over seconds of pruning, both on logarithmic axes."""
+    """Perplexity over seconds of pruning, both on logarithmic axes."""
     found = list(rows.method_rows(result.as_dict()))
     seconds, perplexity = (
         [row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity")

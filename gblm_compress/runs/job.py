@@ -1,7 +1,6 @@
-"""What the stages of a run share: the recipe with its model, the interface of a stage, and its record on disk.
+"""The job that stages share, the interface of a stage, and its record on disk.
 
-A stage that is on record is reused while its key, a hash of everything that decides its outcome, and the content of
-what it wrote have not changed.
+A recorded stage is reused while its key (a hash of all its inputs) and the content of its output are unchanged.
 """
 
 import hashlib
@@ -39,8 +38,7 @@ Look = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """What all stages of a run share: the recipe, its dense model, of which only the name counts where it is not `here`
-    yet, and the folder of the run."""
+    """A recipe, its dense model (only its name, unless it is `here`) and the run's folder."""
 
     recipe: Recipe
     dense: ModelSource
@@ -49,43 +47,38 @@ class Job:
 
     @classmethod
     def of(cls, recipe: Recipe, dense: ModelSource | None, output: Path) -> "Job":
-        """A run of a model that is here, or of one of which only the name is known."""
         name = recipe.model.source
         return cls(recipe, dense or ModelSource(name, Path(name)), dense is not None, output)
 
     @property
     def dtype(self) -> str:
-        """The recipe's dtype to compute in; "auto" leaves it to each model."""
         return self.recipe.model.dtype
 
     @cached_property
     def device(self) -> str:
-        """Where the recipe runs; as it asks, where that is absent."""
+        """The device of the run; if it is absent, as the recipe names it."""
         absent = errors.collect([partial(loading.choose_device, self.recipe.model.device)])
         return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
 
     @property
     def written(self) -> Path:
-        """The text that the dense model writes, where the recipe has `generate`."""
         return self.output / f"{WRITTEN}.txt"
 
     def text(self, name: str) -> str:
-        """A dataset of the recipe as stages read it."""
         return str(self.written) if name == WRITTEN and self.recipe.generate else name
 
     def is_given(self, dataset: str) -> bool:
-        """Whether a dataset that stages read is there without this run."""
+        """Whether a dataset exists without this run."""
         return self.recipe.generate is None or dataset != str(self.written)
 
     @cached_property
     def calibration(self) -> CalibrationSettings:
-        """The recipe's calibration, with the text that stages read."""
         given = self.recipe.calibration
         return given.model_copy(update={"dataset": self.text(given.dataset)})
 
     @cached_property
     def recover(self) -> RecoverSettings | None:
-        """The recipe's training, with the texts that stages read, without the text that the run evaluates on."""
+        """The training, which leaves out the text that the run evaluates on."""
         given, evaluate = self.recipe.recover, self.recipe.evaluate
         if given is None:
             return None
@@ -94,26 +87,20 @@ class Job:
         return given.model_copy(update={"data": data, "disjoint_from": tuple(dict.fromkeys(evaluated))})
 
     def artefact(self, name: str) -> ModelSource:
-        """A folder of the run."""
         return ModelSource(name, self.output / name)
 
     @cached_property
     def as_pruned(self) -> ModelSource:
-        """The result of the pruning."""
         return self.artefact("pruned")
 
     @cached_property
     def pruned(self) -> ModelSource:
-        """The pruned model that is exported and measured: as it was pruned, or trained after that."""
+        """The model that is exported and measured: pruned, or recovered."""
         return self.artefact("recovered") if self.recipe.recover else self.as_pruned
 
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
-        """{layer: pattern} of what will be pruned; under the recipe's key where the model is not here.
-
-        Raises:
-            GblmError: a pattern does not fit a layer, or a name matches none.
-        """
+        """{layer: pattern} of the pruning. Raises a GblmError if a pattern fits no layer."""
         if not self.here:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
         budgets = uniform_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
@@ -121,7 +108,7 @@ class Job:
 
     @cached_property
     def reference(self) -> Reference:
-        """The dense model, for all evaluations; `close` it at the end of the run."""
+        """The dense model, for all evaluations; `close` it after the run."""
         several = self.recipe.compare or any(map(self.can_run, self.recipe.export))
         folder = self.output if several else None
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
@@ -132,16 +119,11 @@ class Job:
         return on_cuda if FORMATS[settings.format].needs_cuda else not (settings.kernels and on_cuda)
 
     def bytes_in(self, dtype: str) -> int:
-        """Bytes of the dense weights in a dtype."""
         stored = getattr(torch, loading.stored_dtype(self.dense)).itemsize
         return self.dense.bytes_on_disk // int(stored) * int(getattr(torch, dtype).itemsize)
 
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
-        """Looks for the texts that are given, and at the length of their windows, which the model must take.
-
-        Args:
-            key: of the length in the recipe.
-        """
+        """Checks of the given texts, and of the length under a recipe's `key`."""
         task = loading.task_of(self.dense) if self.here else tasks
         looks: list[Look] = [partial(task.data_files, name) for name in texts if self.is_given(name)]
         if length and self.here:
@@ -151,10 +133,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of weights and logits that a stage writes at most: those that stay, and those beside them while it works.
-
-    A tokenizer and an ONNX graph, which are small beside weights, are not counted.
-    """
+    """Most bytes of weights and logits that a stage writes: those that stay, and temporary ones."""
 
     stays: int = 0
     meanwhile: int = 0
@@ -166,19 +145,14 @@ def _none(progress: Progress) -> list[GblmError]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run.
+    """One stage of a run: its inputs, its check and its work.
 
     Attributes:
-        name: no other stage of the run has it.
-        does: what it does, in words.
+        does: the work in words.
         home: the folder of its record.
-        reads, texts: the models and datasets that it reads, of which stages before it may make some.
-        decides: everything else that decides its outcome, as settings and plain values.
-        work: does it, and returns a frozen result with `as_dict()`.
-        check: finds what is in its way, as far as recipe, machine and a model that is here tell. It fetches nothing.
-        place: the folder or text that it writes; None where its result is all.
-        disk: the disk that it takes; the model must be here.
-        cells: the stages that it is made of, which have records in its place.
+        decides: settings and plain values that decide the result, besides the inputs.
+        place: the folder or text that it writes, if any.
+        cells: its parts, which have records of their own.
     """
 
     name: str
@@ -194,9 +168,6 @@ class Stage:
     cells: "tuple[Stage, ...]" = ()
 
     def check_place(self) -> None:
-        """Raises:
-        UsageError: something else stands where it will write.
-        """
         if self.place is not None and self.place.suffix == ".txt":
             if self.place.exists():
                 outputs.check_file(self.place, ".txt", "text", force=True)
@@ -205,7 +176,7 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """A hash of everything that decides the outcome; what it reads must be there."""
+        """A hash of everything that decides the result. The inputs must exist."""
         models, texts = [source.fingerprint for source in self.reads], [data_hash(name) for name in self.texts]
         decides = [each.model_dump(mode="json") if isinstance(each, BaseModel) else each for each in self.decides()]
         versions = environment()["packages"] | {"gblm_compress": environment()["gblm_compress"]}
@@ -214,7 +185,7 @@ class Stage:
 
 
 class Record(BaseModel):
-    """A finished stage, as it is on disk."""
+    """A finished stage on disk."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -224,12 +195,11 @@ class Record(BaseModel):
     result: dict[str, Any]
 
     def holds(self, key: str, place: Path | None) -> bool:
-        """Whether it is of the stage with this key, and what the stage wrote still has the content that it had."""
         return self.key == key and self.content == _content(place)
 
 
 def carry_out(stage: Stage, progress: Progress) -> Outcome:
-    """Reuse the recorded stage if nothing that decides its outcome has changed; else do the work and record it."""
+    """Reuse the recorded stage if nothing changed; else do the work and record it."""
     record, key = read_record(stage, progress), stage.key
     if record is not None and record.holds(key, stage.place):
         progress.say(f"• {stage.name}: reused")
@@ -250,7 +220,7 @@ def carry_out(stage: Stage, progress: Progress) -> Outcome:
 
 
 def read_record(stage: Stage, progress: Progress) -> Record | None:
-    """The record of a stage; None where there is none, or none that can be read."""
+    """The record of a stage; None if there is none, or it is damaged."""
     path = _path(stage)
     if not path.exists():
         return None
@@ -266,7 +236,7 @@ def _path(stage: Stage) -> Path:
 
 
 def _content(place: Path | None) -> str | None:
-    """A fingerprint of what a stage wrote; None where it writes nothing, or that is gone or damaged."""
+    """A fingerprint of a stage's output; None if there is none, or it is damaged."""
     if place is None or not place.exists():
         return None
     if place.is_file():
@@ -278,7 +248,7 @@ def _content(place: Path | None) -> str | None:
 
 
 def data_hash(dataset: str) -> str | None:
-    """The content of a local dataset, as a hash; None of one that only has a name."""
+    """A hash of a local dataset's content; None of a dataset that is not local."""
     digest, paths = hashlib.sha256(), tasks.data_files(dataset)
     for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""The run of a recipe: what is in its way, what it would do, and doing it. Finished stages are reused."""
+"""The run of a recipe: its check, its dry run and the run itself."""
 
 import shlex
 from collections.abc import Sequence
@@ -27,16 +27,13 @@ from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs, records
 
 RECIPE = "recipe.json"
-"""The recipe of a run in its folder, with what `--set` changed: JSON, which is YAML too."""
-ANYWHERE = Path()  # the folder of a run is no matter to the checks of its stages
+"""A run's recipe in its folder, with the changes of `--set`: JSON, which is YAML too."""
+ANYWHERE = Path()  # checks do not depend on the folder
 Fate = Literal["do", "reuse", "reuse if its inputs come out the same"]
 
 
 def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
-    """Every fault of a run that shows before it, as far as the file, this machine and a model that is here tell.
-
-    Nothing is fetched, converted or computed; `unchecked` lists what could not be looked at.
-    """
+    """Every fault of a run that shows before it. Nothing is fetched, converted or computed."""
     here: list[ModelSource | None] = []
     name, device = recipe.model.source, recipe.model.device
     found = errors.collect([lambda: here.append(find_here(name)), partial(loading.choose_device, device)])
@@ -44,7 +41,6 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 
 
 def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -> list[GblmError]:
-    """Every fault that the stages of a run find, each once."""
     unusable = errors.collect([partial(loading.check_model, dense, "prune")]) if dense else []
     job = Job.of(recipe, None if unusable else dense, ANYWHERE)
     found = unusable + [fault for stage in stages_of(job) for fault in stage.check(progress)]
@@ -52,7 +48,7 @@ def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -
 
 
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
-    """What is in the way of a run: a folder of something else, or in it a foreign file where a stage will write."""
+    """Foreign files where the run would write."""
     stages = stages_of(Job.of(recipe, None, output))
     return errors.collect([partial(outputs.check_workable, output, "run")]) or errors.collect(
         stage.check_place for stage in stages
@@ -60,7 +56,7 @@ def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
 
 
 def unchecked(recipe: Recipe) -> list[str]:
-    """What `check` does not look at, because it is on the hub or would have to be converted."""
+    """The model and datasets that are not on this machine yet, which `check` cannot look at."""
     job = Job.of(recipe, None, ANYWHERE)
     datasets = dict.fromkeys(name for stage in stages_of(job) for name in stage.texts)
     model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
@@ -69,8 +65,7 @@ def unchecked(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A stage as it would go: whether its record is reused, the disk that it takes at most (None where the model is not
-    here to tell), and how long it took when it was last done in this folder (None where that is not on record)."""
+    """A stage in a dry run. `disk` is None if the model is not here, `seconds` if no earlier run is recorded."""
 
     name: str
     does: str
@@ -81,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do. `unchecked` are models and texts that are not on this machine yet."""
+    """The stages that a run would do. `unchecked` are models and texts that are not on this machine yet."""
 
     output: str
     steps: list[Step]
@@ -91,12 +86,11 @@ class DryRun:
 
     @property
     def to_do(self) -> list[Step]:
-        """The steps that are, or may be, done."""
         return [step for step in self.steps if step.fate != "reuse"]
 
     @property
     def bytes(self) -> int | None:
-        """What the run takes of the disk at most; None where the model is not here to tell."""
+        """Most bytes on disk; None if the model is not here."""
         disks = [step.disk for step in self.to_do if step.disk is not None]
         if len(disks) < len(self.to_do):
             return None
@@ -104,21 +98,16 @@ class DryRun:
 
     @property
     def seconds(self) -> float | None:
-        """The time of the steps to do when they were last done; None where that is not on record for all of them."""
+        """The last time of the steps to do; None unless all are recorded."""
         known = [step.seconds for step in self.to_do if step.seconds is not None]
         return sum(known) if len(known) == len(self.to_do) else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {**asdict(self), "bytes": self.bytes, "seconds": self.seconds}
 
 
 def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
-    """What a run in `output` would do. Nothing is written.
-
-    Raises:
-        GblmError: a file that the recipe names cannot be read.
-    """
+    """The stages that a run in `output` would do. Nothing is written."""
     job = Job.of(recipe, find_here(recipe.model.source), output)
     steps: list[Step] = []
     made_anew: set[Path] = set() if job.here else {job.dense.folder}
@@ -142,9 +131,7 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     """Carry out a recipe and write artefacts and report to `output`.
 
-    Raises:
-        GblmError: all that `check` finds, before anything is done; or of the stage that failed. A failed gate is no
-            exception: see `RunReport.passed`.
+    All faults that `check` finds are raised before the work. A failed gate raises nothing: see `RunReport.passed`.
     """
     errors.raise_all(check(recipe, progress) + check_output(recipe, output))
     was_here = find_here(recipe.model.source) is not None
@@ -189,7 +176,6 @@ def _report(job: Job, outcomes: list[Outcome], comparison: dict[str, Any] | None
 
 
 def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
-    """The rows of every artefact, in torch first and dense first, and those of layers and of the training."""
     found: list[Row] = []
     pruned = results["prune"]
     baselines = exports_of_dense(job)
@@ -217,7 +203,6 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
 
 
 def _metrics(evaluation: dict[str, Any], of_dense: bool) -> dict[str, dict[str, float | None]]:
-    """{metric: value, error and dense value} of the evaluated model, or of the dense one beside it."""
     return {
         name: {"value": evaluation[f"baseline_{name}"], "error": None, "dense": None}
         if of_dense
@@ -231,7 +216,6 @@ def _metrics(evaluation: dict[str, Any], of_dense: bool) -> dict[str, dict[str, 
 
 
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
-    """What was done to the model, in words."""
     zeros = 1 - pruned["nonzeros"] / pruned["weights"]
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
     fit = f", fit {recipe.prune.fit}" if recipe.prune.fit else ""
@@ -243,7 +227,6 @@ def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
 def _conditions(
     recipe: Recipe, results: dict[str, dict[str, Any]], evaluation: dict[str, Any] | None
 ) -> dict[str, str]:
-    """The conditions of the measurements, {name: in words}."""
     found, timings, here = {}, results.get("benchmark"), environment()
     if written := recipe.generate:
         begun = f", begun with words of {written.starts}" if written.starts else ""

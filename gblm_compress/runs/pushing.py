@@ -1,4 +1,4 @@
-"""An artefact of a run on the Hugging Face hub, with a card that states what was measured of it."""
+"""Push an artefact of a run to the Hugging Face hub, with its measurements on the card."""
 
 import re
 from dataclasses import dataclass, replace
@@ -22,30 +22,22 @@ SHOWN = ("Gates", "Quality and size", "Speed and memory", "Tasks")
 
 @dataclass(frozen=True)
 class PushResult:
-    """The complete model card, the other files {name in the repository: path}, and the address of the commit, None
-    where nothing left the machine."""
+    """The model card, the other files {name in the repository: path}, and the commit's address if pushed."""
 
     card: str
     files: dict[str, Path]
     pushed_to: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {"card": self.card, "files": [*self.files, CARD], "pushed_to": self.pushed_to}
 
 
 def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = False, api: Any = None) -> PushResult:
-    """Put together what would be pushed of a run's folder, and push it in one commit if a repository is named.
-
-    Args:
-        artefact: the name of a folder in the run.
-        repo: OWNER/NAME; if None, nothing leaves the machine.
-        private: whether a new repository is.
-        api: the hub's client; that of the user's login if None.
+    """Prepare the upload of an artefact; upload it in one commit if `repo` (OWNER/NAME) is given.
 
     Raises:
-        UsageError: the run has no such artefact, `repo` is no name of a repository, or the hub refuses it.
-        GblmError: the hub does not answer, or an upload fails.
+        UsageError: no such artefact, or the hub refuses it.
+        GblmError: the upload fails.
     """
     report, folder = run_report.read(run), run / artefact
     known = [row.artefact for row in report.find("bytes") if not row.dense]
@@ -75,7 +67,7 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
 
 
 def complete(report: RunReport, artefact: str, card: str) -> str:
-    """The card that pruning or export wrote, with what was measured: tables for people, `model-index` for the hub."""
+    """The artefact's card, with measurements: tables for people, `model-index` for the hub."""
     found = ModelCard(card, ignore_metadata_errors=True)
     if not REPO.fullmatch(str(found.data.base_model)):
         found.data.base_model = None  # a local name, which the hub has no page for

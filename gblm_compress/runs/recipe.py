@@ -41,19 +41,19 @@ class YamlFaults(Exception):
 
 @dataclass
 class Node:
-    """A value and its place in words: of its key in a mapping, its own in a sequence."""
+    """A value and its place in words."""
 
     where: str
     value: Any
 
     def plain(self) -> Any:
-        """The value without places; sequences are tuples, as settings have them."""
+        """The value without places; sequences are tuples."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         return tuple(node.plain() for node in self.value) if isinstance(self.value, list) else self.value
 
     def at(self, location: tuple[Any, ...]) -> "Node":
-        """The deepest node on the way to `location` that there is."""
+        """The deepest existing node on the way to `location`."""
         node = self
         for part in location:
             children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
@@ -63,11 +63,7 @@ class Node:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe, given as a path or as the name of a shipped one.
-
-    Raises:
-        UsageError: there is neither, or the path is no file.
-    """
+    """The file of a recipe, given as a path or as the name of a shipped one."""
     path = local(name)
     if kind_of(path) == "file":
         return path
@@ -79,15 +75,10 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read and validate a recipe.
+    """Read and validate a recipe; a RecipeError lists every fault.
 
     Args:
-        path: the YAML file.
-        overrides: `key=value` pairs with dotted keys, applied before validation; values are YAML.
-
-    Raises:
-        RecipeError: listing every fault.
-        UsageError: an override is malformed.
+        overrides: `key=value` pairs with dotted keys and YAML values, applied before validation.
     """
     tree = _read(path)
     if not isinstance(tree.value, dict):
@@ -132,12 +123,12 @@ def schema() -> dict[str, Any]:
 
 
 def faults_of(error: ValidationError) -> list[Any]:
-    """The faults that a user made: pydantic counts faulty items as missing, and reports them as such a second time."""
+    """The faults without a repetition: pydantic also counts faulty items as missing."""
     return [fault for fault in error.errors() if not (fault["type"] == "too_short" and fault["input"])]
 
 
 def describe_fault(fault: Any, model: type[BaseModel]) -> str:
-    """One validation error in words: where, what was given, and a suggestion for what is misspelt."""
+    """One validation error in words, with a suggestion for a misspelt name."""
     location = [part for part in fault["loc"] if part != "function-before[_source_alone(), ModelSettings]"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
@@ -163,7 +154,6 @@ def _shortened(text: str) -> str:
 
 
 def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
-    """The settings that a location within `model` leads to."""
     for part in location:
         if part not in model.model_fields:  # a place in a sequence
             continue
@@ -174,7 +164,6 @@ def _model_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel]:
 
 
 def _override(tree: Node, override: str) -> None:
-    """Set one dotted key of the recipe that was read."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
@@ -198,14 +187,7 @@ def _override(tree: Node, override: str) -> None:
 
 
 def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
-    """Read one document.
-
-    Args:
-        where: the place of a line, counted from 1, in words.
-
-    Raises:
-        YamlFaults: it is not UTF-8, no YAML, too large, or has anchors, aliases, tags, or a key twice.
-    """
+    """Read one document; `where` names a line, counted from 1. Raises YamlFaults."""
     faults: list[str] = []
     line = 1
     try:
@@ -235,7 +217,6 @@ def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
 
 
 def _faults(event: Any) -> list[str]:
-    """What a recipe must not have."""
     if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
         return ["a document of another version than YAML 1.2"]
     if isinstance(event, AliasEvent):

@@ -19,7 +19,7 @@ from gblm_compress.storage import outputs, records
 
 FILES = Path(__file__).parent / "page_files"
 MARK = "gblm-compress"
-"""Every document that is written here has this among its first characters."""
+"""Every document has this among its first characters."""
 PAGE, PICTURES = "report.html", "charts"
 SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
 """The tables of a summary, in a terminal or in Markdown."""
@@ -27,7 +27,7 @@ SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
 
 @dataclass(frozen=True)
 class ReportResult:
-    """The file of the page, the reports, the newest last, and what changed between two of them."""
+    """The page's file, the reports (newest last) and their differences."""
 
     page: str
     runs: list[RunReport]
@@ -35,26 +35,15 @@ class ReportResult:
 
     @property
     def regressions(self) -> list[str]:
-        """The figures that got worse, in words."""
         worse = [row for row in self.changes.rows if row[-1].text == "worse"] if self.changes else []
         return [f"{where.text}: {name.text} {before.text} → {now.text}" for where, name, before, now, *_ in worse]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {"page": self.page, "runs": [run.as_dict() for run in self.runs], "regressions": self.regressions}
 
 
 def report(folders: Sequence[Path], output: Path) -> ReportResult:
-    """Write the page of the last run, with what changed since the one before it if that is given.
-
-    Args:
-        folders: one run or two, the newest last.
-        output: the page; one that this program wrote may be there.
-
-    Raises:
-        UsageError: not one or two runs, a folder holds no report, or another file is where the page would be.
-        OutputError: the disk does not take the page.
-    """
+    """Write the page of the last of one or two runs, with the changes between two."""
     outputs.check_document(output, MARK)
     if len(folders) not in (1, 2):
         raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
@@ -65,11 +54,7 @@ def report(folders: Sequence[Path], output: Path) -> ReportResult:
 
 
 def write(report: RunReport, output: Path) -> None:
-    """Write `report.json`, the page, and the charts as pictures.
-
-    Raises:
-        OutputError: the disk does not take them.
-    """
+    """Write `report.json`, the page, and the charts as pictures."""
     drawn = charts.of(report)
     records.write_text(output / REPORT, records.as_json(report.as_dict()))
     records.write_text(output / PAGE, html(report, drawn=drawn))
@@ -83,12 +68,7 @@ def write(report: RunReport, output: Path) -> None:
 
 
 def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence[charts.Chart] | None = None) -> str:
-    """The page of a run, which needs nothing beside itself: `page_files/` holds its template, style and script.
-
-    Args:
-        changed: the table of changes since another run.
-        drawn: the charts, if they are there already.
-    """
+    """The page of a run in one file. `changed` is the table of changes since another run."""
     shown = charts.of(report) if drawn is None else drawn
     environment = Environment(autoescape=True, finalize=_printable, loader=FileSystemLoader(FILES))
     return environment.get_template("page.html").render(
@@ -107,17 +87,16 @@ def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence
 
 
 def _printable(value: Any) -> Any:
-    """Text that every file can hold: names may have bytes that are no UTF-8."""
+    """Names may have bytes that are no UTF-8."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable_lines(value)
 
 
 def verdict(report: RunReport) -> str | None:
-    """Whether every gate holds, in a word; None without gates."""
     return ("PASS" if report.passed else "FAIL") if report.gates else None
 
 
 def markdown(report: RunReport) -> str:
-    """A summary for a job's page: the verdict, the headline, the tables, and the names of the gates that failed."""
+    """A summary for the page of a CI job."""
     word = verdict(report)
     lines = [f"<!-- {MARK} -->", f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
     lines += [plain(headline(report)), ""]
@@ -127,7 +106,6 @@ def markdown(report: RunReport) -> str:
 
 
 def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
-    """Tables under their titles, as lines."""
     lines = []
     for each in tables.of(report):
         if each.title in titles:
@@ -139,18 +117,17 @@ def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
 
 
 def markdown_pairs(pairs: Mapping[str, str]) -> list[str]:
-    """A list of names with what is said of them, as lines."""
     return [f"- {plain(name)}: {plain(value)}" for name, value in pairs.items()]
 
 
 def plain(text: str) -> str:
-    """Text from outside as Markdown shows it: one line, neither markup nor HTML."""
+    """Text from outside for Markdown: one line without markup or HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]|#" else c for c in printable(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def junit(report: RunReport) -> str:
-    """The gates as test cases, for the test pages of CI systems."""
+    """The gates as test cases for CI systems."""
     suite = ElementTree.Element(
         "testsuite",
         name=f"{MARK}: {printable(report.model)}",

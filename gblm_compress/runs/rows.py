@@ -1,4 +1,4 @@
-"""What a run measured, one row for each figure. Gates, tables, charts and the page only show rows."""
+"""The figures of a run, one row each. Gates, tables, charts and the page show rows."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ UNITS = {
     "ms": ("_ms",),
     "count": ("kernels", "questions", "weights", "seeds"),
 }
-"""{unit: how the names of its figures end}."""
+"""{unit: endings of its figures' names}."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,11 @@ class Row:
     """One figure of one artefact.
 
     Attributes:
-        artefact: the name of its folder, `DENSE` for the recipe's model; a method where methods are compared.
-        figure: the name of the figure. The gates `max_NAME` and `min_NAME` limit the figure NAME.
-        value: None where it is not finite.
-        low, high: the ends of its interval: p10 and p90 of a time, 95 % of an accuracy.
-        error: its standard error.
+        artefact: its folder's name, `DENSE` for the recipe's model, or a compared method.
+        value: None if not finite.
+        low, high: its interval: p10 and p90 of a time, 95 % of an accuracy.
         baseline: the same figure of the dense model.
-        dense: whether the artefact is a baseline.
-        part: the layer, task, kernel, pattern or part of a step, where a figure has a row for each.
-        runtime, dtype, batch: of a timing.
+        part: the layer, task, kernel, pattern or part of a step.
         tokens: trained on before, in a recovery.
     """
 
@@ -59,12 +55,11 @@ class Row:
 
     @property
     def where(self) -> str:
-        """Artefact, runtime and batch in words."""
         batch = "" if self.batch is None else f", batch {self.batch}"
         return f"{self.artefact} in {self.runtime}{batch}" if self.runtime else self.artefact
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without those that are not set."""
+        """Plain values for JSON, without unset ones."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -76,9 +71,7 @@ def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
     """The rows of an artefact with one of its timings.
 
     Args:
-        model: plain values: `model`, `dense`, `runtime`, `metrics` as {name: {value, error, dense}}, `fidelity`,
-            `tasks` (`ZeroShot`), `nonzero_fraction`, `bytes_on_disk`, `timing` (`Measurement`).
-        dense_bytes: of the dense model on disk.
+        model: plain values, with `metrics` as {name: {value, error, dense}}, a `ZeroShot` and a `Measurement`.
     """
     row = partial(Row, model["model"], dense=model["dense"])
     yield row("bytes", model["bytes_on_disk"])
@@ -138,7 +131,7 @@ def _timing(row: Any, timing: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def layer_rows(artefact: str, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    """The rows of pruned layers, from {name: `LayerResult` as plain values}."""
+    """The rows of pruned layers {name: `LayerResult`}."""
     for name, layer in layers.items():
         weights = layer["shape"][0] * layer["shape"][1]
         yield Row(artefact, "weights", weights, part=name)
@@ -148,14 +141,14 @@ def layer_rows(artefact: str, layers: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 
 def recovery_rows(artefact: str, curve: Iterable[Mapping[str, Any]], best: int) -> Iterator[Row]:
-    """The losses on held-out text during a training, of which the weights of number `best` were kept."""
+    """The held-out losses of a training; the weights of number `best` were kept."""
     for number, look in enumerate(curve):
         part = "kept" if number == best else "not kept"
         yield Row(artefact, "held_out_loss", look["held_out"], part=part, tokens=look["tokens"])
 
 
 def method_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
-    """The rows of compared methods, from a `CompareResult` as plain values."""
+    """The rows of a `CompareResult`."""
     for method in comparison["rows"]:
         row = partial(Row, method["method"], part=method["pattern"])
         dense = comparison["dense_perplexity"]
@@ -167,12 +160,12 @@ def method_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def unit_of(figure: str) -> str:
-    """ "bytes", "%" of a fraction, "×" of a ratio, "ms", "count", or nothing for a plain number."""
+    """Any of "bytes", "%", "×", "ms", "count", or nothing for a plain number."""
     return next((unit for unit, endings in UNITS.items() if figure.endswith(endings)), "")
 
 
 def amount(figure: str, value: float | None, error: float | None = None) -> str:
-    """A figure with its unit, as many digits as say something, and its standard error where there is one."""
+    """A figure with its unit, meaningful digits and standard error."""
     if value is None or not math.isfinite(value):
         return "not finite"
     unit = unit_of(figure)
@@ -188,13 +181,12 @@ def amount(figure: str, value: float | None, error: float | None = None) -> str:
 
 
 def interval(row: Row, digits: int = 2) -> str:
-    """The ends of a row's interval; nothing where it has none."""
     return "" if row.low is None or row.high is None else f" [{row.low:.{digits}f}–{row.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """A gate: its limit, the measured figure (None passes no gate), and the end of its interval that must reach it."""
+    """A gate with its result. `bound` is the worse end of the interval; `measured` None passes no gate."""
 
     gate: str
     subject: str
@@ -206,7 +198,6 @@ class GateOutcome:
 
     @property
     def sentence(self) -> str:
-        """The outcome in words."""
         figure = self.gate[4:]
         limit = f"{'at least' if self.gate.startswith('min_') else 'at most'} {amount(figure, self.limit)} is needed"
         if self.measured is None:
@@ -216,10 +207,9 @@ class GateOutcome:
 
 
 def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[GateOutcome]:
-    """The outcome of every gate that is set.
+    """The outcome of every gate: on every artefact for quality, on the best one for the rest.
 
-    A gate on quality is on every artefact that was evaluated, or on the one that its group names. Any other is on the
-    best one, at each batch size; a speed-up must then be significant, unless its artefact is named.
+    Other gates are checked at each batch size. A speed-up must be significant, unless its artefact is named.
     """
     outcomes: list[GateOutcome] = []
     measured = [row for row in rows if not row.dense and not row.part and row.value is not None]

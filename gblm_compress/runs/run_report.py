@@ -1,4 +1,4 @@
-"""The report of a run: `report.json` is this, and everything that people see is made from it."""
+"""The report of a run, as in `report.json`; pages, tables and charts are made from it."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished stage: whether it was reused, how long it took, and its result as plain values."""
+    """A finished stage with its result as plain values."""
 
     name: str
     reused: bool
@@ -27,8 +27,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that a run found: a row for each figure, those of the dense model first; the model as the recipe names
-    it; its pruning and the conditions of the measurements in words; and the commands that repeat the run."""
+    """All results of a run. `rows` begin with the dense model; `commands` repeat the run."""
 
     recipe: dict[str, Any]
     output: str
@@ -44,39 +43,34 @@ class RunReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate holds."""
         return not self.failed_gates
 
     @property
     def failed_gates(self) -> list[GateOutcome]:
-        """The gates that do not hold."""
         return [gate for gate in self.gates if not gate.passed]
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the models' task, the one that counts first at the front."""
+        """The metrics of the task, the main one first."""
         of_dense = [row.figure for row in self.rows if row.artefact == DENSE and not row.runtime]
         return [name for name in of_dense if name not in SIZE]
 
     @property
     def fidelity(self) -> list[str]:
-        """The figures that say how close the predictions are to the dense model's."""
+        """Figures that compare predictions with the dense model's."""
         of_pruned = [row.figure for row in self.rows if not (row.dense or row.part or row.runtime)]
         others = (*SIZE, *self.metrics, "retained", *(f"{name}_increase" for name in self.metrics))
         return [name for name in dict.fromkeys(of_pruned) if name not in others and not name.startswith("task_")]
 
     @property
     def generates(self) -> bool:
-        """Whether tokens were generated one by one."""
         return any(row.figure == "tpot_ms" for row in self.rows)
 
     @property
     def smallest_batch(self) -> int | None:
-        """The smallest batch that was timed."""
         return min((row.batch for row in self.rows if row.batch is not None), default=None)
 
     def find(self, figure: str, artefact: str | None = None) -> list[Row]:
-        """The rows of a figure that have a value, of one artefact or of all."""
         of = (artefact, None)
         return [
             r for r in self.rows if r.figure == figure and r.value is not None and (r.artefact in of or not artefact)
@@ -84,7 +78,7 @@ class RunReport:
 
     @property
     def best(self) -> str | None:
-        """The artefact of the headline: the one that certainly decodes fastest, else the smallest one evaluated."""
+        """The artefact of the headline: the fastest with certainty, else the smallest one evaluated."""
         made = dict.fromkeys(row.artefact for row in self.find("bytes") if not row.dense)
         return max(made, key=self._merit, default=None)
 
@@ -99,16 +93,11 @@ class RunReport:
         return max(found, key=lambda row: row.low or 0, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "passed": self.passed}
 
 
 def read(folder: Path) -> RunReport:
-    """The report of a run, from the folder of the run or its `report.json`; those of version 0.1.0 are read too.
-
-    Raises:
-        UsageError: there is none, or it is damaged.
-    """
+    """The report of a run, from its folder or its `report.json`; version 0.1.0 is read too."""
     path = folder / REPORT if folder.is_dir() else folder
     try:
         content = records.read_json(path)
@@ -130,7 +119,7 @@ def read(folder: Path) -> RunReport:
 
 
 def _rows_of_0_1(content: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a report of version 0.1.0, which has one entry for each model, runtime and batch."""
+    """Version 0.1.0 had one entry for each model, runtime and batch."""
     for model in content["rows"]:
         yield from measured.rows_of(model, content["rows"][0]["bytes_on_disk"])
     results = {stage["name"]: stage["result"] for stage in content["stages"]}
@@ -142,12 +131,10 @@ def _rows_of_0_1(content: dict[str, Any]) -> Iterator[Row]:
 
 
 def when(report: RunReport) -> str:
-    """The end of a run, to the minute."""
     return f"{report.finished[:16].replace('T', ' ')} UTC"
 
 
 def headline(report: RunReport) -> str:
-    """Size, speed and quality of the best artefact beside the dense model, in one sentence."""
     return headline_of(report, report.best) if report.best else "Nothing was measured."
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run, one list made from the recipe: `validate`, `run --dry-run`, `run` and the report read it."""
+"""The stages of a run, as a list made from the recipe."""
 
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from gblm_compress.training.recovery import check_kind, checkpoint_bytes, recove
 
 
 def stages_of(job: Job) -> list[Stage]:
-    """The stages of a run, in their order."""
     recipe = job.recipe
     stages = [_generate(job, recipe.generate)] if recipe.generate else []
     stages.append(_prune(job))
@@ -54,14 +53,14 @@ def stages_of(job: Job) -> list[Stage]:
 
 
 def exports_of_dense(job: Job) -> list[ModelSource]:
-    """The exports of the dense model that others are timed against."""
     return [job.artefact(f"dense-{settings.folder_name}") for settings in timed_against(job)]
 
 
 def timed_against(job: Job) -> list[ExportSettings]:
-    """How the dense model is exported for the benchmark: once for each format that is timed in a runtime of its own,
-    and dtype, without the format's own options. Where `kernels` compute in float32 with weights of float16, the dense
-    model does so too, once it is here to tell; where weights are levels of 8 or 4 bits, they are ONNX Runtime's own.
+    """The exports of the dense model for the benchmark: one for each timed format and dtype.
+
+    The dense export computes as the pruned one does: in float32 on float16 weights where `kernels` do. With 8 or 4
+    bits it uses ONNX Runtime's own operators.
     """
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
@@ -175,13 +174,12 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
 
 
 def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage:
-    """Export the pruned model, or the dense one that an export of it is timed against."""
     source = job.dense if of_dense else job.pruned
     artefact = job.artefact(f"dense-{settings.folder_name}" if of_dense else settings.folder_name)
     what = f"{settings.format} ({settings.dtype})"
 
     def check(progress: Progress) -> list[GblmError]:
-        unfit = errors.collect([lambda: job.patterns])  # which is the pruning's fault
+        unfit = errors.collect([lambda: job.patterns])  # a fault of the pruning stage
         patterns = {} if unfit or of_dense else job.patterns
         looks: list[Look] = [partial(exporters.check, job.dense if job.here else None, settings, patterns)]
         if job.recipe.prune.grid is not None and not of_dense:
@@ -206,11 +204,10 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
 
 
 def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: str) -> Stage:
-    """Evaluate the pruned model or an export of it, beside the dense one. Only torch answers tasks."""
+    """Evaluate the pruned model or an export of it. Only torch answers tasks."""
     settings = asked if runtime == "torch" else asked.model_copy(update={"tasks": ()})
 
     def check(progress: Progress) -> list[GblmError]:
-        """For an export, what the pruned model's evaluation does not show already."""
         if runtime == "onnxruntime":
             return errors.collect([partial(check_onnx_provider, job.device)])
         if source is not job.pruned:
@@ -219,7 +216,7 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
         return found + errors.collect([partial(_check_evaluated, job)])
 
     def disk() -> Disk:
-        """The logits of the dense model, which go when the run ends."""
+        """The dense model's logits, which are removed when the run ends."""
         room, windows = job.reference.room, settings.max_windows
         if windows is None:  # as many as the text has
             return Disk(meanwhile=room)
@@ -250,9 +247,6 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
 
 
 def _check_evaluated(job: Job) -> None:
-    """Raises:
-    UsageError: the artefact that gates on quality name is not evaluated.
-    """
     without = {settings.folder_name for settings in job.recipe.export if not job.can_run(settings)}
     for gates in job.recipe.gates:
         if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
@@ -260,7 +254,6 @@ def _check_evaluated(job: Job) -> None:
 
 
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
-    """Time the pruned model and its exports beside the dense one."""
     models = [job.pruned, *(job.artefact(each.folder_name) for each in filter(job.can_run, job.recipe.export))]
     baselines = [job.dense, *exports_of_dense(job)]
 
@@ -284,10 +277,6 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
 
 
 def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
-    """Raises:
-    UsageError: nothing that the recipe makes is timed.
-    MissingDependencyError: ONNX Runtime lacks the device.
-    """
     able = [FORMATS[each.format].runtimes for each in filter(job.can_run, job.recipe.export)]
     if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
         raise UsageError(
@@ -301,9 +290,6 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
 
 
 def _check_timed(job: Job, settings: BenchmarkSettings) -> None:
-    """Raises:
-    UsageError: the artefact that gates name is not timed.
-    """
     exports = {each.folder_name: each for each in job.recipe.export}
     for gates in job.recipe.gates:
         if not any(GATES[name].needs == "benchmark" for name in gates.limits):
@@ -319,7 +305,7 @@ def _check_timed(job: Job, settings: BenchmarkSettings) -> None:
 
 
 def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> Stage:
-    """Compare methods, patterns and seeds. Its cells have records; it has none itself."""
+    """The stage has no record: its cells have."""
     grid = comparison.Grid(settings, job.calibration, asked, job.dtype, job.device)
     home: Path = job.output / "comparison"
     cells = grid.stages(job.reference, home)
@@ -329,7 +315,7 @@ def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> St
         return comparison.check(job.dense, grid, progress, text_is_given=given) if job.here else []
 
     def disk() -> Disk:
-        """The largest pruned model, which goes once it is evaluated."""
+        """The largest pruned model, removed after its evaluation."""
         dtype = loading.choose_dtype(job.dtype, job.dense, job.device)
         sizes = [(Size(job.dense, dtype, method, job.calibration), method) for method in grid.methods()]
         return Disk(meanwhile=max(size.checkpoint + size.kept(method) for size, method in sizes))

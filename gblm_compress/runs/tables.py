@@ -1,4 +1,4 @@
-"""The tables of a report for the terminal, Markdown and the page: cells have a text, and a value to sort by."""
+"""The tables of a report, for the terminal, Markdown and the page."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `columns` is {heading: whether it holds numbers}, and `notes` stand below it."""
+    """A table; `columns` is {heading: whether it holds numbers}."""
 
     title: str
     columns: dict[str, bool]
@@ -52,18 +52,16 @@ class Table:
 
     @property
     def all_notes(self) -> tuple[str, ...]:
-        """The notes, with one about cells that have no figure."""
         unmeasured = any(cell.text == UNMEASURED for row in self.rows for cell in row)
         return (*self.notes, *([f"{UNMEASURED} was not measured."] if unmeasured else []))
 
 
 def name_of(figure: str) -> str:
-    """What a figure is called in a heading."""
     return NAMES.get(figure, figure.removeprefix("method_").replace("_", " "))
 
 
 def cell_of(row: Row | None) -> Cell:
-    """A figure with its error or, for a ratio, its interval."""
+    """A figure with its error or interval."""
     if row is None:
         return Cell(UNMEASURED)
     ratio = row.figure.endswith(("speedup", "recovery"))
@@ -73,7 +71,6 @@ def cell_of(row: Row | None) -> Cell:
 
 
 def of(report: RunReport) -> list[Table]:
-    """The tables of a report that have rows."""
     made = [gates(report), quality(report), speed(report)]
     for title, labels, figures, note in PLAIN:
         made.append(table(title, report.rows, labels, figures, note))
@@ -81,11 +78,7 @@ def of(report: RunReport) -> list[Table]:
 
 
 def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequence[str], *notes: str) -> Table:
-    """A line for each combination of labels, with a column for each of the figures that any of the rows has.
-
-    Args:
-        labels: {heading: attribute of a row}.
-    """
+    """A line for each combination of labels {heading: attribute of a row}, a column for each measured figure."""
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if row.figure in figures:
@@ -138,7 +131,6 @@ PLAIN = (
 
 
 def gates(report: RunReport) -> Table:
-    """The gates."""
     rows = []
     for gate in report.gates:
         found = [
@@ -154,7 +146,6 @@ def gates(report: RunReport) -> Table:
 
 
 def quality(report: RunReport) -> Table:
-    """The metric that counts first, how alike the predictions are, and the size, of each artefact."""
     metrics = report.metrics[:1]
     figures = [*metrics, *report.fidelity, "density", "bytes", "bytes_ratio"]
     errors = any(row.error is not None for name in metrics for row in report.find(name))
@@ -163,7 +154,6 @@ def quality(report: RunReport) -> Table:
 
 
 def speed(report: RunReport) -> Table:
-    """Times, speed-up and memory of each artefact in each runtime at each batch size."""
     timed = [row for row in report.rows if row.runtime and not row.part]
     dtypes = {row.dtype for row in timed}
     shown = ["tpot_ms", "tokens_per_second", "decode_speedup"] if report.generates else ["prefill_speedup"]
@@ -185,7 +175,6 @@ def speed(report: RunReport) -> Table:
 
 
 def stages(report: RunReport) -> Table:
-    """What was done, and how long it took."""
     rows = [
         [Cell(stage.name), Cell(f"{stage.seconds:.1f}", stage.seconds), Cell("reused" if stage.reused else "done")]
         for stage in report.stages
@@ -194,9 +183,9 @@ def stages(report: RunReport) -> Table:
 
 
 def changes(before: RunReport, now: RunReport) -> Table:
-    """What changed between two runs, for every figure that both have, with what got worse first.
+    """The changes between two runs, worse figures first.
 
-    Times are compared within one runtime, dtype and batch; other figures by the artefact alone.
+    Times are compared within one runtime, dtype and batch.
     """
     earlier, later = _by_key(before), _by_key(now)
     lines = []
@@ -218,7 +207,7 @@ def changes(before: RunReport, now: RunReport) -> Table:
 
 
 def compared(was: Row, now: Row) -> str:
-    """ "worse", "better" or "same"."""
+    """Either "worse", "better" or "same"."""
     assert was.value is not None and now.value is not None
     if was.low is not None and was.high is not None and now.low is not None and now.high is not None:
         above, below = now.low > was.high, now.high < was.low
@@ -231,7 +220,7 @@ def compared(was: Row, now: Row) -> str:
 
 
 def _by_key(report: RunReport) -> dict[tuple[Any, ...], Row]:
-    """The rows that are compared, by what they must have in common; not those that follow from others."""
+    """The rows by what two runs compare, without figures that follow from others."""
     found = {}
     for row in report.rows:
         derived = row.figure in ("bytes_ratio", "retained", "density") or row.figure.endswith("_increase")

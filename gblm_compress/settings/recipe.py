@@ -32,13 +32,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Gate:
-    """One entry of `GATES`.
-
-    Attributes:
-        help: what is limited.
-        needs: the section of a recipe that measures it, "tasks" for `evaluate.tasks`; None where nothing must be asked.
-        kind: the type of the limit.
-    """
+    """An entry of `GATES`; `needs` is the section of a recipe that measures it, `kind` the limit's type."""
 
     help: str
     needs: Literal["evaluate", "tasks", "benchmark"] | None
@@ -89,7 +83,6 @@ class _Gates(Settings):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The gates that are set."""
         return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
 
 
@@ -140,7 +133,6 @@ class CompareSettings(Settings):
     @staticmethod
     @cache
     def prune_settings(method: str, pattern: str) -> PruneSettings:
-        """The settings that an entry of `methods` stands for."""
         first, *rest = method.split("+")
         if first not in (*PRESETS, *METHODS):
             known = ", ".join((*PRESETS, *METHODS))
@@ -220,7 +212,6 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_written(self) -> Self:
-        """The text that the model writes is there where it is named, is read, and judges nothing."""
         recover, evaluate = self.recover, self.evaluate
         trained = [source.dataset for source in recover.data] if recover else []
         calibrated = self.prune.needs_text or self.compare
