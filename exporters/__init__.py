@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The outcome of an export. Bytes are those of weights and graphs on disk, `checks` the results of verification."""
+    """Bytes are those of weights and graphs on disk, `checks` the results of verification."""
 
     format: str
     folder: str
@@ -35,7 +35,6 @@ class ExportResult:
     checks: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
@@ -70,9 +69,8 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     """Raise what makes an export impossible, without loading weights.
 
     Args:
-        source: the model, or the dense one that it will be made from; None where it is not here yet.
-        patterns: {layer: its pattern} of the layers that will be pruned, under any name where `source` is None; None
-            where `source` is the model to export.
+        source: the model, or the dense one that it will be made from; None if it does not exist yet.
+        patterns: {layer: its pattern} of the layers that will be pruned; None if `source` is the model to export.
     """
     if source is not None:
         check_model(source, "export")
@@ -82,11 +80,7 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
 
 
 def check_grid(group: int | None, settings: ExportSettings) -> None:
-    """Refuse options that contradict the grids that the weights lie on.
-
-    Args:
-        group: columns that share a scale; None for whole rows.
-    """
+    """Refuse options that contradict the grids of the weights: `group` columns share a scale, or whole rows (None)."""
     own = group or "whole rows"
     if settings.group is not None:
         raise UsageError(f"group {settings.group}: the model was pruned onto grids of {own}; leave --group out")
@@ -95,8 +89,7 @@ def check_grid(group: int | None, settings: ExportSettings) -> None:
 
 
 def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
-    """The dtype of the exported weights; levels compute in float32. "auto" is the checkpoint's own where the format
-    has it."""
+    """The dtype of the exported weights; levels compute in float32. The default is the checkpoint's, if possible."""
     if settings.quantise:
         return "float32"
     if settings.dtype != "auto":

@@ -37,8 +37,7 @@ from gblm_compress.storage import outputs
 DATA = GRAPH + ".data"
 # For onnxruntime-genai, which loads a library from the model's folder, and for programs without Python.
 LIBRARY = "gblm_onnxruntime" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-LENGTHEN = 5
-"""A graph with a recurrence is verified on a text so many times longer, which is more than a chunk."""
+LENGTHEN = 5  # A graph with a recurrence is verified on a longer text, with more tokens than a chunk.
 
 _LOADING = """\
 import onnxruntime
@@ -54,11 +53,7 @@ session = onnxruntime.InferenceSession("THIS FOLDER/model.onnx", options)"""
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
-    """Raises:
-    UsageError: the model's task has no such ONNX export.
-    MissingDependencyError: `kernels` without the compiled operator.
-    ModelError: there is no such graph of the model, or `kernels` do not run the width of a layer.
-    """
+    """Refuse tasks without such a graph, missing operators, and layers whose width `kernels` do not run."""
     if settings.kernels:
         cpu.onnxruntime_library()
     if source is None:
@@ -82,24 +77,16 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
 
 
 def graph_of(model: nn.Module, settings: ExportSettings) -> str:
-    """The graph that was asked for, or else the fused one where there is one."""
     return settings.graph or ("plain" if onnx_fused.why_not(model) else "fused")
 
 
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write an ONNX folder: `model.onnx`, its data, tokenizer, config, generation config, `genai_config.json`.
+    """Write a folder of `model.onnx`, its data, processor and configs, verified in ONNX Runtime.
 
-    Args:
-        settings: `dtype` auto is float32 for a bfloat16 checkpoint, since ONNX Runtime has no bfloat16 on the CPU.
-            With `kernels`, float16 is the dtype of the weights alone, and a model that was never pruned runs on the
-            dense operator. With `quantise`, the model is rounded first, and verified so.
-
-    Raises:
-        UsageError, MissingDependencyError: as `check`.
-        ModelError: transformers' exporter does not manage the architecture.
-        VerificationError: ONNX Runtime's logits or weights are not torch's, at once or decoded through the cache.
+    A bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With `kernels`, float16
+    is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
     """
     task, stored = loading.task_of(source), dtype_of(source, settings)
     half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32

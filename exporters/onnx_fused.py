@@ -25,37 +25,36 @@ from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.source import ModelSource
 
 _NAMES = "Ernie4_5 Gemma Gemma2 Gemma3 Granite HunYuanDenseV1 Llama Mistral Nemotron Phi Phi3 Qwen2 Qwen3 SmolLM3"
+# Tested in tests/exporters/test_onnx_fused.py.
 ARCHITECTURES = frozenset(f"{name}ForCausalLM" for name in _NAMES.split())
-"""Architectures whose graph computes what transformers computes (tests/exporters/test_onnx_fused.py)."""
 
+# Also right with sliding windows.
 WINDOWED = frozenset(
     f"{name}ForCausalLM" for name in ("Gemma2", "Gemma3", "Mistral", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
 )
-"""Those that are right with sliding windows too."""
 
+# Rotary embeddings that are right, beside the default; the builder ignores some.
 _ROPE_TYPES = {
     "GraniteForCausalLM": {"linear"},
     "HunYuanDenseV1ForCausalLM": {"dynamic"},
     "LlamaForCausalLM": {"llama3"},
 }
-"""The rotary embeddings that come out right beside the default; the builder ignores some."""
 
 _WRONG = {"OlmoForCausalLM": "onnxruntime-genai's builder gives it RMS norms, and it has others"}
 
 # For the CPU the builder has no GroupQueryAttention in float16; the graph for CUDA has, and runs on the CPU as well.
 _ARGUMENTS = {"float32": ("-p", "fp32", "-e", "cpu"), "float16": ("-p", "fp16", "-e", "cuda")}
 _OPSET = 21  # of ONNX Runtime 1.20
+# Prefixes of the names of rotary tables, and the operators that make them.
 TABLES = {"cos_cache": "Cos", "sin_cache": "Sin"}
-"""The beginnings of the names of rotary tables, and the operators that make them."""
-_ROUNDINGS = 4
-"""An angle may differ by so many roundings in float32, since other programs take powers in another way."""
+_ROUNDINGS = 4  # Float32 roundings by which an angle may differ: programs compute powers differently.
 # Nothing is fetched, no code of a model is run, and every layer has the whole cache. Norms of queries and keys are
 # nodes of their own, because inside attention they are for CUDA only.
 _OPTIONS = ("hf_token=false", "hf_remote=false", "windowed_kv_cache=false", "fuse_qk_norm_gqa=false")
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Why there is no fused graph of such a model; None where there is one."""
+    """Why the model has no fused graph; None if it has one."""
     name, config = type(model).__name__, model.config
     if name not in ARCHITECTURES:
         exist = f"there are fused graphs of {', '.join(sorted(ARCHITECTURES))}"
@@ -71,11 +70,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: Path) -> tuple[ir.Model, dict[str, Any]]:
-    """The graph and its `genai_config.json`, built in `folder`, which must stay while the graph's weights are in use.
-
-    Raises:
-        ModelError: the builder does not manage the model.
-    """
+    """The graph and its `genai_config.json`, built in `folder`, which must outlive the graph."""
     given, built = folder / "model", folder / "graph"
     model.save_pretrained(given)
     loading.save_processor(tokenizer, given)
@@ -109,7 +104,6 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
 
 
 def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json under the names that the builder reads."""
     made = dict(config)
     for norm in ("layer_norm_eps", "norm_eps"):
         if norm in config:
@@ -126,7 +120,6 @@ def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_rotary(program: ir.Model, without: list[bool]) -> None:
-    """Take the rotary embedding out of the attention of layers, by number."""
     attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]
     for node in [node for node, left_out in zip(attentions, without, strict=False) if left_out]:
         node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
@@ -135,8 +128,7 @@ def _leave_out_rotary(program: ir.Model, without: list[bool]) -> None:
 
 
 def _ask_for_no_more(program: ir.Model) -> None:
-    """Name the oldest operator set that has the graph's operators, and drop inputs that are left empty, so that ONNX
-    Runtime loads the graph from 1.20 on."""
+    """Set the oldest operator set that has the operators, and drop empty inputs, so that ONNX Runtime 1.20 loads it."""
     latest, needed = program.opset_imports[""], 1
     for node in program.graph:
         if node.domain == "" and onnx.defs.has(node.op_type):
@@ -149,11 +141,8 @@ def _ask_for_no_more(program: ir.Model) -> None:
 def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
     """Replace the tables of rotary embeddings by the operators that make them, in place; other tables stay.
 
-    A Llama with 131,072 positions and heads of 64 has tables of 34 MB. ONNX Runtime folds the operators at load, so
-    that the session holds the tables as before.
-
-    Args:
-        frequencies: float32 [pairs] each, in radians a position, of the model's rotary embeddings.
+    The tables of a Llama with 131,072 positions and heads of 64 take 34 MB. ONNX Runtime folds the operators at load.
+    `frequencies` are those of the model: float32 [pairs] each, in radians a position.
     """
     graph = program.graph
     nodes: list[ir.Node] = []
@@ -193,7 +182,6 @@ def calculate_rotations_(program: ir.Model, frequencies: Iterable[Any]) -> None:
 
 
 def _makes(table: Any, operator: str, turns: Any) -> bool:
-    """Whether a table [positions, pairs] is the operator's result for positions times frequencies."""
     if table.ndim != 2 or turns.shape != table.shape[1:]:
         return False
     angles = np.outer(np.arange(len(table), dtype=np.float32), turns)

@@ -1,16 +1,15 @@
 """Pruned weights of an ONNX graph, packed: unpacked at load by standard operators, or multiplied packed by ours.
 
-`encode_initializers_` is for storage only. ONNX Runtime folds the decoder at load, so that the session runs dense
-weights. The decoder of a weight with E elements in row-major order:
+`encode_initializers_` is for storage only: ONNX Runtime folds the decoder at load. The decoder of a weight with E
+elements in row-major order has no `Where`, which ONNX Runtime does not fold in float16, and no `BitShift`, which
+OpenVINO rounds:
 
     bytes [E/8, 1] ─BitwiseAnd(1, 2, 4 … 128)─► [E/8, 8] ─Reshape─► [E] ─Cast─► bool ─Cast─► bits, int32
-    bits ─CumSum─► · bits = for each weight, its place among the nonzeros counted from 1, and 0 for a zero
+    bits ─CumSum─► · bits = the place of each weight among the nonzeros, counted from 1; 0 for a zero
     Gather(values = [0, nonzeros…], places) ─Reshape─► the weight
 
-There is no `Where`, which ONNX Runtime does not fold in float16, and no `BitShift`, which OpenVINO rounds.
-
-`use_kernels_` is for speed. It uses the operators of kernels/onnxruntime_op.c: gblm.BitmaskLinear for pruned weights,
-gblm.QuantisedLinear for levels of 8 or 4 bits, gblm.DenseLinear for the rest. Activations stay in float32.
+`use_kernels_` is for speed: gblm.BitmaskLinear for pruned weights, gblm.QuantisedLinear for levels of 8 or 4 bits,
+gblm.DenseLinear for the rest (kernels/onnxruntime_op.c). Activations stay in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +41,7 @@ MAX_WEIGHTS = 8  # that one node multiplies by
 
 
 def encode_initializers_(program: ir.Model, names: list[str]) -> None:
-    """Replace the named initializers by their packed form and a decoder, in place.
-
-    A weight whose number of elements is no multiple of 8, or that would not become smaller, stays as it is.
-    """
+    """Replace the named initializers by their packed form and a decoder, in place, if `encode` packs them."""
     graph = program.graph
     nodes: list[ir.Node] = []
 
@@ -80,7 +76,7 @@ def encode_initializers_(program: ir.Model, names: list[str]) -> None:
 
 
 def encode(weight: Any) -> tuple[Any, Any] | None:
-    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None where that saves nothing.
+    """(mask bytes [elements / 8, 1], values [1 + nonzeros]) of an array; None if it would not become smaller.
 
     Bit b of byte i says whether element 8·i + b, in row-major order, is stored.
     """
@@ -100,16 +96,13 @@ def use_kernels_(
     packed: Mapping[str, PackedLinear] | None = None,
     tables: Sequence[PackedLinear] = (),
 ) -> None:
-    """Multiply by the named initializers [in_features, out_features] on an operator for zeros, and by all others with
-    DenseLinear, instead of MatMul, in place. MatMuls of the same input become one node, at the place of the first.
+    """Replace MatMuls by this package's operators, in place: for zeros with the named initializers [in_features,
+    out_features], DenseLinear with all others. MatMuls of one input become one node.
 
     Args:
-        half: store all these weights, and the embedding, in float16, which must lose nothing.
+        half: store these weights and the embedding in float16, which must lose nothing.
         packed: {initializer: its weight as levels}, for all names or none.
-        tables: the weights of head and embedding as levels, which replace initializers with their numbers.
-
-    Raises:
-        ModelError: a named weight is not used by MatMuls alone, or its in_features is not a multiple of 64.
+        tables: the levels of head and embedding, which replace initializers of the same numbers.
     """
     stored = np.float16 if half else np.float32
 
@@ -136,7 +129,7 @@ def use_kernels_(
 
 
 def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
-    """{suffix: array}: the inputs of gblm.QuantisedLinear for a weight, in order."""
+    """{suffix: array}: the weight as inputs of gblm.QuantisedLinear, in order."""
     stored = layer.held
     nothing = torch.empty(0, dtype=torch.int8)
     mask = stored.get("mask", torch.empty(0, 0, dtype=torch.int64))
@@ -148,7 +141,7 @@ def quantised_parts(layer: PackedLinear) -> dict[str, Any]:
 def _use_packed(
     program: ir.Model, names: Sequence[str], operator: str, parts: Callable[[str, Any], dict[str, Any]]
 ) -> None:
-    """Args: parts: makes the operator's inputs, {suffix: array}, of a name and its weight [rows, columns]."""
+    """`parts` makes the operator's inputs, {suffix: array}, of a name and its weight [rows, columns]."""
     graph = program.graph
     inputs: dict[str, list[ir.Value]] = {}
     same_input: dict[ir.Value, list[ir.Node]] = {}

@@ -1,7 +1,6 @@
 """The plain ONNX graph of any model that can be traced, by transformers' exporter: one node for each operation.
 
-No other module knows the exporter, which is experimental. Models that generate have a cache among their inputs and
-outputs, under the names of optimum and onnxruntime-genai. Others have one forward pass, under the names of optimum.
+The names are those of optimum and onnxruntime-genai. No other module knows the exporter, which is experimental.
 """
 
 import io
@@ -41,13 +40,12 @@ _FORWARD_DIMENSIONS = {
     4: ("batch_size", "num_channels", "height", "width"),
 }
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
+# {part of a layer's cache: its name in onnxruntime-genai}
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
-"""{part of a layer's cache: its name in onnxruntime-genai}."""
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
-_GENAI_STATES = ("lfm2",)
-"""Families with states beside keys and values that onnxruntime-genai 0.18 runs; it finds them by `layer_types`."""
-_UNLIMITED = 1 << 20
-"""The context length of a model whose positions have no limit."""
+_GENAI_STATES = ("lfm2",)  # Families with other states that onnxruntime-genai 0.18 runs, by their `layer_types`.
+_UNLIMITED = 1 << 20  # Context length of a model without a limit of positions.
+# Classes of caches that the exporter can trace.
 _KINDS = {
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -56,23 +54,18 @@ _KINDS = {
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "DummyLayer",
 }
-"""The classes of caches that come out as keys and values, as states of convolutions and recurrences, or not at all."""
+# Possible numbers of tokens in a chunk of a recurrence; transformers' have 64 to 256.
 CHUNKS = (16, 32, 64, 128, 256, 512)
-"""Tokens that a chunk of a recurrence may have; those of transformers have 64 to 256."""
 
 
 def check(source: ModelSource, config: Any) -> None:
-    """Raises: ModelError: the model's cache has more than keys, values and states."""
+    """Refuse a model whose cache has more than keys, values and states."""
     if kinds := cache_kinds(config) - _KINDS:
         raise _not_plain(source, ", ".join(sorted(kinds)))
 
 
 def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | None]:
-    """The traced graph and its `genai_config.json`; None where onnxruntime-genai does not run the model.
-
-    Raises:
-        ModelError: transformers' exporter does not manage the architecture.
-    """
+    """The traced graph and its `genai_config.json`; None if onnxruntime-genai does not run the model."""
     if not task_of(type(model)).generates:
         return _forward(model, source), None
     program = _trace(model, source)
@@ -89,7 +82,6 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | N
 
 
 def _trace(model: Any, source: ModelSource) -> ir.Model:
-    """The graph of the decode step with any number of tokens."""
     with _tracing(model, source):
         from transformers.exporters.utils import decompose_for_generation
 
@@ -99,7 +91,6 @@ def _trace(model: Any, source: ModelSource) -> ir.Model:
 
 
 def _forward(model: Any, source: ModelSource) -> ir.Model:
-    """The graph of one forward pass."""
     task = task_of(type(model))
     with _tracing(model, source):
         program = _graph_of(model, dict(task.example(model.config)), task.varying_axes)
@@ -115,7 +106,7 @@ def _forward(model: Any, source: ModelSource) -> ir.Model:
 
 
 def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> ir.Model:
-    """Args: axes: how many of the first dimensions of every input vary; all if None."""
+    """The first `axes` dimensions of every input vary; all if None."""
     from torch.export import Dim
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -127,7 +118,7 @@ def _graph_of(module: Any, inputs: dict[str, Any], axes: int | None = None) -> i
 
 @contextmanager
 def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
-    """Silence the tracer's prints and logs. Raises: ModelError: for whatever is raised within."""
+    """Silence the tracer, and raise a ModelError for whatever is raised within."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -144,10 +135,7 @@ def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
 
 
 def _fold_windows_(program: ir.Model, config: Any) -> None:
-    """Make the width of sliding windows a constant instead of a part of the cache.
-
-    The graph's cache keeps all tokens, and its masks hide those outside the window.
-    """
+    """Make the width of sliding windows a constant instead of a part of the cache, which keeps all tokens."""
     from transformers import DynamicCache
 
     layers, graph = DynamicCache(config=config).layers, program.graph
@@ -162,7 +150,6 @@ def _fold_windows_(program: ir.Model, config: Any) -> None:
 
 
 def _name_cache_(program: ir.Model, source: ModelSource) -> None:
-    """Give the cache the names that optimum and onnxruntime-genai expect."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         if match := _CACHE_NAME.fullmatch(value.name or ""):
             direction, layer, kind, number = match.groups()
@@ -180,7 +167,7 @@ def _not_plain(source: ModelSource, what: str | None) -> ModelError:
 
 
 def _name_dimensions_(program: ir.Model) -> None:
-    """Name the dynamic dimensions by meaning and make the cache's fixed ones plain numbers."""
+    """Name the dynamic dimensions and make the cache's fixed ones plain numbers."""
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.name is not None and value.shape is not None
         if STATE.search(value.name):
@@ -196,10 +183,7 @@ def _name_dimensions_(program: ir.Model) -> None:
 
 
 def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
-    """The `genai_config.json` with which onnxruntime-genai runs the folder; None where it does not know the states.
-
-    Head count and size are those of the graph's cache inputs, the rest is the model's config.
-    """
+    """The `genai_config.json` for onnxruntime-genai; None if it does not know the states."""
     config = config.get_text_config()
     given = {value.name or "": value for value in program.graph.inputs}
     cache = [name for name in given if name.startswith("past_key_values.")]
@@ -257,15 +241,9 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
 
 
 def note_limit(folder: Path, name: str) -> int | None:
-    """Find the most tokens that a graph with a recurrence reads at once, and write it into its metadata.
+    """Find the most tokens that a graph with a recurrence reads at once, and write it into its metadata; None if all.
 
     Tracing keeps one chunk of a recurrence. `OnnxRuntime` reads longer texts in several calls.
-
-    Returns:
-        The limit; None where there is none.
-
-    Raises:
-        ModelError: the graph does not even read the smallest chunk.
     """
     runtime = OnnxRuntime(ModelSource(name, folder), "cpu", torch.get_num_threads())
 

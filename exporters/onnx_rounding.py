@@ -1,7 +1,6 @@
-"""Weights as levels of 8 or 4 bits in ONNX graphs: for this package's operators, or in blocks for ONNX Runtime's own.
+"""Weights as levels of 8 or 4 bits in ONNX graphs: for this package's operators, or for ONNX Runtime's MatMulNBits.
 
-A block of ONNX Runtime's operator (com.microsoft MatMulNBits) is `group` columns of a row with a scale in float32,
-rounded by ONNX Runtime's quantizer; zeros are stored like other weights.
+A block of the latter is `group` columns of a row with a float32 scale; zeros are stored like other weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,35 +31,27 @@ from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import ExportSettings
 
-GROUP = 32
-"""Columns of a block by default, as in llama.cpp's Q8_0 and Q4_0."""
+GROUP = 32  # Default columns of a block, as in llama.cpp's Q8_0 and Q4_0.
 BLOCKS, BLOCK_SCALES = {8: ".blocks8", 4: ".blocks4"}, ".block_scales"
-INT8_INPUTS = 4
-"""The accuracy level at which the operator rounds inputs to 8 bits, where that is faster."""
+INT8_INPUTS = 4  # Accuracy level: inputs are rounded to 8 bits, if that is faster.
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A model's packed weights: {layer: weight}, those of head and embedding, and the share of each layer that rounding
-    moved."""
+    """Packed layers by name, packed head and embedding, and the share of each layer's norm that rounding moved."""
 
     layers: dict[str, Any]
     tables: list[Any]
     moved: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """How much rounding moved, for the result."""
         much = [name for name, share in self.moved.items() if share > self.layers[name].largest_error]
         return {"largest_rounding_error": max(self.moved.values()), **({"layers_rounded_much": much} if much else {})}
 
 
 @torch.no_grad()
 def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
-    """Round all linear layers of the blocks, head and embedding, in place.
-
-    Args:
-        is_dense: the model was never pruned.
-    """
+    """Round all linear layers of the blocks, head and embedding, in place."""
     pack, pack_table = _packers(source, settings, is_dense)
     layers, moved = {}, {}
     named: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
@@ -101,12 +92,11 @@ def _packers(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight [rows, columns] in blocks, with the interface of packed layers.
+    """A weight [rows, columns] in blocks, with the interface of packed layers: scale · (level - half of all levels).
 
     Attributes:
-        levels: unsigned, [rows, blocks, bytes of a block]; of 4 bits the first is the lower half of a byte.
-        scales: [rows, blocks] in float32; a weight is scale · (level - half of all levels).
-        bits: of a level.
+        levels: unsigned [rows, blocks, bytes of a block]; with 4 bits the first is the lower half of a byte.
+        scales: float32 [rows, blocks].
         columns: of the weight; the last block may be longer.
     """
 
@@ -140,11 +130,7 @@ class Blocks:
 
 
 def restored(levels: Any, scales: Any, bits: int, columns: int) -> Any:
-    """The weight [rows, columns] of the initializers of a MatMulNBits, in float32.
-
-    Raises:
-        VerificationError: they do not fit each other.
-    """
+    """The weight [rows, columns] in float32 of the initializers of a MatMulNBits."""
     rows, blocks, size = levels.shape if levels.ndim == 3 else (0, 0, 0)
     if scales.shape != (rows, blocks) or not 0 <= blocks * size * 8 // bits - columns < size * 8 // bits:
         raise VerificationError(f"blocks of shape {list(levels.shape)} do not fit scales of shape {list(scales.shape)}")
@@ -159,10 +145,7 @@ def use_nbits_(program: ir.Model, packed: Mapping[str, Blocks], tables: Sequence
 
     Args:
         packed: {initializer: its weight} of all layers.
-        tables: the weights of head and embedding, which replace initializers with their numbers.
-
-    Raises:
-        ModelError: a weight is not used by a MatMul.
+        tables: head and embedding, which replace initializers of the same numbers.
     """
 
     def store(name: str, weight: Any) -> Rows | None:

@@ -1,7 +1,4 @@
-"""Rewriting of graphs from torch's exporter in standard operators that ONNX Runtime recognises and fuses.
-
-Each rule names its pattern. Elsewhere it changes nothing.
-"""
+"""Rewriting of traced graphs in operators that ONNX Runtime recognises and fuses; other patterns stay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +14,6 @@ _START, _END = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # of a slice with
 
 
 def slim_(program: ir.Model) -> None:
-    """Apply all rules, in place."""
     rules: dict[str, Callable[[ir.Graph, ir.Node], ir.Node | None]] = {
         "Mul": _division,
         "Reshape": _transpose,
@@ -34,7 +30,7 @@ def slim_(program: ir.Model) -> None:
 
 
 def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    """x · Reciprocal(√v) as x / √v, by which ONNX Runtime recognises an RMS norm and makes one operator of it."""
+    """x · Reciprocal(√v) as x / √v, which ONNX Runtime recognises as an RMS norm."""
     for x, other in (node.inputs, reversed(node.inputs)):
         inverse = _made_by(other, "Reciprocal")
         if inverse is not None and _made_by(inverse.inputs[0], "Sqrt") is not None:
@@ -43,8 +39,7 @@ def _division(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
 
 
 def _product(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
-    """x · W + b of a constant W [in, out], or [out, in] with transB, as a MatMul and an Add, for the passes that look
-    for MatMuls. ONNX Runtime joins both again."""
+    """x · W + b of a constant W [in, out], or [out, in] with transB, as MatMul and Add, for the passes on MatMuls."""
     x, weight, *bias = node.inputs
     attributes = {name: node.attributes[name].value for name in node.attributes}
     if attributes.get("transA") or {attributes.get(name, 1.0) for name in ("alpha", "beta")} != {1.0}:
@@ -103,7 +98,7 @@ def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
 
 
 def _sizes(shape: ir.Value | None, x: ir.Value) -> list[Any]:
-    """The parts of a shape: numbers, and (start, end) for dimensions of `x`; None for anything else."""
+    """The parts of a shape: numbers, (start, end) of dimensions of `x`, None for anything else."""
     parts = _made_by(shape, "Concat")
     found: list[Any] = []
     for part in parts.inputs if parts is not None else ():

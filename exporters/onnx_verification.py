@@ -34,14 +34,9 @@ QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), 
 def verify(
     folder: Path, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
 ) -> dict[str, Any]:
-    """Reopen the folder in ONNX Runtime and compare it with torch on a sample.
+    """Reopen the folder in ONNX Runtime; compare predictions, and zeros of `layers`, with torch.
 
-    Args:
-        dtype: the entry of `TOLERANCE` that it is held to.
-        layers: the pruned ones, whose zeros are counted in the graph.
-
-    Raises:
-        VerificationError: predictions or zeros differ.
+    `dtype` is an entry of `TOLERANCE`.
     """
     zeros = _verify_zeros(folder, model, layers, places)
     reference = TorchRuntime(model)
@@ -76,8 +71,7 @@ def verify(
 
 
 def _decode_side_by_side(reference: TorchRuntime, runtime: OnnxRuntime, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [GREEDY_TOKENS, vocabulary] of both through their caches. Both are fed the tokens that the reference
-    chooses, so that every step can be compared."""
+    """Logits [GREEDY_TOKENS, vocabulary] of both; both are fed the tokens that the reference chooses."""
     ids, cache, other_cache = prompt, None, None
     expected, got = [], []
     for _ in range(GREEDY_TOKENS):
@@ -101,7 +95,6 @@ def _check_logits(expected: Tensor, got: Tensor, dtype: str, how: str) -> float:
 
 
 def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dict[str, Place]) -> dict[str, int]:
-    """Compare the number of zeros of every pruned layer with its initializer, as saved."""
     initializers = ir.load(folder / GRAPH).graph.initializers
     decoded: dict[str, Any] = {}
     total = 0
@@ -120,14 +113,7 @@ def _verify_zeros(folder: Path, model: nn.Module, layers: list[str], places: dic
 
 
 def decode(initializers: Any, name: str, shape: tuple[int, ...]) -> Any:
-    """The weight [in_features, out_features], or the other way round, from its initializers in any form.
-
-    Args:
-        shape: of the initializer before it was packed.
-
-    Raises:
-        VerificationError: an initializer is missing or does not fit the others or the shape.
-    """
+    """The weight of an initializer of that shape, [in_features, out_features] or the other way round, from any form."""
 
     def stored(suffix: str, *dtypes: str) -> Any:
         value = initializers.get(name + suffix)
@@ -171,7 +157,6 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
 
 
 def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Any:
-    """The weight [columns, rows] of the inputs of gblm.QuantisedLinear."""
     parts = {"scales": torch.tensor(scales.view("int16")), "mask": torch.tensor(mask), "values": torch.tensor(values)}
     if not levels.size:
         return _unpacked(name, "bitmask-int8", parts)

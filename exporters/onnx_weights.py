@@ -1,4 +1,4 @@
-"""The weights of an ONNX graph: where a model's layers are among the initializers, and how to store them otherwise."""
+"""The weights of an ONNX graph: where a model's layers are, and how to store them otherwise."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -17,8 +17,7 @@ Packed = TypeVar("Packed", bound=PackedLinear)
 
 @dataclass(frozen=True)
 class Place:
-    """Columns [start, stop) of an initializer of that shape, [in_features, columns], or a whole one in either
-    orientation."""
+    """Columns [start, stop) of an initializer [in_features, columns], or a whole one in either orientation."""
 
     initializer: str
     shape: tuple[int, ...]
@@ -26,16 +25,13 @@ class Place:
     stop: int
 
     def of(self, array: Any) -> Any:
-        """The layer's elements of the initializer."""
         return array[:, self.start : self.stop]
 
 
 def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
-    """Recognise every linear weight by its content, bit for bit: alone, transposed, or side by side with others in one
-    initializer. An initializer of one layer is renamed after it; some exporters number them.
+    """{layer: its place} of every linear weight, by content: alone, transposed, or side by side in one initializer.
 
-    Returns:
-        {layer: its place}, without the layers that are nowhere.
+    An initializer of one layer is renamed after it; some exporters number them.
     """
     by_content: dict[bytes, str] = {}
     by_row: dict[bytes, list[tuple[str, Any]]] = {}
@@ -61,7 +57,6 @@ def find(program: ir.Model, model: nn.Module) -> dict[str, Place]:
 
 
 def _side_by_side(name: str, array: Any, by_row: dict[bytes, list[tuple[str, Any]]]) -> dict[str, Place]:
-    """The layers whose transposed weights lie side by side in `array`."""
     found, start = {}, 0
     while start < array.shape[1]:
         for layer, weight in by_row.get(_content(array[:, start]), ()):
@@ -80,11 +75,7 @@ def _content(array: Any) -> bytes:
 
 
 def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[str, Packed]:
-    """{initializer: the packed weights of its layers, one below the other}.
-
-    Args:
-        packed: {layer: its weight}; of the layers of an initializer all or none.
-    """
+    """{initializer: the packed weights of its layers, one below the other}."""
     together: dict[str, list[Packed]] = {}
     for layer in sorted((layer for layer in packed if layer in places), key=lambda layer: places[layer].start):
         together.setdefault(places[layer].initializer, []).append(packed[layer])
@@ -92,7 +83,6 @@ def stacked(packed: Mapping[str, Packed], places: Mapping[str, Place]) -> dict[s
 
 
 def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """A new initializer of that name."""
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     assert value.const_value is not None
     value.shape, value.dtype = ir.Shape(value.const_value.shape), value.const_value.dtype
@@ -101,7 +91,7 @@ def initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 
 def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """The initializer of that name, made where it is missing."""
+    """The initializer of that name, made if missing."""
     return graph.initializers.get(name) or initializer(graph, name, array)
 
 
@@ -116,26 +106,21 @@ def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """A weight [out_features, in_features] in its stored form.
+    """A stored weight [out_features, in_features].
 
-    Attributes:
-        multiply: makes the node that gives x Wᵀ of x.
-        read: makes the nodes that read the rows of a Gather in float32; the result is that of the last.
+    `multiply` makes the node for x Wᵀ; `read` the nodes that read rows of a Gather in float32, the result last.
     """
 
     multiply: Callable[[ir.Value], ir.Node]
     read: Callable[[ir.Node], list[ir.Node]]
 
 
+# Stores an initializer, from its name and its weight [out_features, in_features] in float32; None leaves it.
 Store: TypeAlias = Callable[[str, Any], Rows | None]
-"""Stores an initializer, from its name and its weight [out_features, in_features] in float32; None leaves it."""
 
 
 def use_rows_(program: ir.Model, store: Store) -> None:
-    """Multiply by the stored form of all constant matrices instead of MatMul, in place.
-
-    An embedding that shares the weight of the head reads the head's, which has its orientation.
-    """
+    """Multiply by the stored form of all constant matrices instead of MatMul, in place; tied embeddings read it too."""
     graph = program.graph
     turned: dict[ir.Value, Rows] = {}
     for matmul in [node for node in graph if node.op_type == "MatMul"]:
@@ -168,7 +153,7 @@ def use_rows_(program: ir.Model, store: Store) -> None:
 
 
 def store_embeddings_(program: ir.Model, store: Store) -> None:
-    """Store the tables whose rows are gathered as other weights, in place."""
+    """Store the tables of Gathers, in place."""
     graph = program.graph
     for gather in [node for node in graph if node.op_type == "Gather"]:
         table = gather.inputs[0]
@@ -182,12 +167,10 @@ def store_embeddings_(program: ir.Model, store: Store) -> None:
 
 
 def rows_of(gather: ir.Node, table: ir.Value) -> ir.Node:
-    """The Gather, of a table's rows."""
     return ir.node("Gather", [table, gather.inputs[1]], attributes={"axis": 0})
 
 
 def widened(node: ir.Node) -> ir.Node:
-    """The node's output in float32."""
     return ir.node("Cast", [node.outputs[0]], attributes={"to": ir.DataType.FLOAT})
 
 

@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
-    """Raises: UsageError: a layer will not have the N:M pattern that the layout needs."""
+    """Refuse patterns other than the N:M that the layout needs."""
     needed = LAYOUTS[_layout(settings)].pattern
     for name, pattern in (patterns or {}).items() if needed else ():
         if not _implies(pattern, Pattern(str(needed))):
@@ -54,7 +54,6 @@ def _implies(pattern: Pattern, needed: Pattern) -> bool:
 
 
 def _check_weights(weights: Mapping[str, Tensor], needed: str, format: str) -> None:
-    """Refuse layers without the N:M pattern that the layout needs; the first five are listed."""
     pattern = Pattern(needed)
     broken = {name: violation for name, weight in weights.items() if (violation := pattern.first_violation(weight))}
     if broken:
@@ -75,13 +74,7 @@ def _layout(settings: ExportSettings) -> str:
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write a sparse checkpoint of a pruned model. A weight that several blocks share stays dense.
-
-    Raises:
-        UsageError: the layout cannot hold a pruned layer or would not save bytes.
-        ModelError: the model does not load, or its manifest names a layer that is not linear.
-        VerificationError: the reloaded folder has other weights, buffers or logits than the source.
-    """
+    """Write a sparse checkpoint of a pruned model, and verify it. Weights that several blocks share stay dense."""
     dtype = dtype_of(source, settings)
     model, processor = loading.load_model(source, dtype), loading.load_processor(source)
     task = loading.task_of(source)
@@ -132,7 +125,7 @@ def export(
 
 
 def _run(model: Any, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-    """The prediction for a sample, and the buffers that a folder does not hold, as they are afterwards."""
+    """The prediction, and afterwards the buffers that a folder does not hold."""
     prediction = TorchRuntime(model).predict(sample)
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear))
     kept = model.state_dict()
@@ -141,11 +134,7 @@ def _run(model: Any, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _verify_tensors(exported: ModelSource, written: Any, dense: dict[str, Tensor]) -> Any:
-    """Reload the folder as a user would, and compare each tensor with the one that was written, bit for bit.
-
-    Where the layout rounds, weights are compared within its tolerance, and every layer must multiply as its restored
-    weight does.
-    """
+    """Reload the folder and compare each tensor bit for bit; rounded weights within the layout's tolerance."""
     model = loading.load_model(exported)
     for name, weight in dense.items():
         packed = model.get_submodule(name)
@@ -163,7 +152,6 @@ def _verify_tensors(exported: ModelSource, written: Any, dense: dict[str, Tensor
 
 
 def _check_products(name: str, packed: PackedLinear) -> None:
-    """Compare the products of one token and of many with those of the restored weight."""
     weight, allowed = packed.dense_weight().float(), 1e-3 if packed.dtype == torch.float32 else 1e-2
     for tokens in (1, 64):
         generator = torch.Generator().manual_seed(tokens)
@@ -177,7 +165,7 @@ def _check_products(name: str, packed: PackedLinear) -> None:
 def _verify_run(
     exported: ModelSource, model: Any, sample: Sample, reference: tuple[Tensor, dict[str, Tensor]]
 ) -> float:
-    """Run the reloaded model; the largest difference of a logit, relative to the largest logit."""
+    """The largest difference of a logit of the reloaded model, relative to the largest logit."""
     expected, buffers = reference
     prediction, computed = _run(model, sample)
     for name in sorted(computed.keys() | buffers.keys()):

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 
 from gblm_compress.layouts import LAYOUTS, Layout
 
-FOLDER_RUNTIMES = ("torch", "vllm")
-"""The runtimes of a Hugging Face folder; the first evaluates it."""
+FOLDER_RUNTIMES = ("torch", "vllm")  # Runtimes of a Hugging Face folder; the first evaluates it.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format, as known before its exporter is imported.
+    """A format, known before its exporter is imported.
 
     Attributes:
-        exporter: the module with its `check` and `export`; imported on use.
-        help: half a sentence for `--help` and the recipe reference.
-        runtimes: of `BenchmarkSettings.runtimes`; the first evaluates it.
-        dtypes: the first is the default where the checkpoint's own is none of them.
+        exporter: the module with its `check` and `export`.
+        help: half a sentence for `--help`.
+        runtimes: the first evaluates it.
+        dtypes: the first is the default if the format lacks the checkpoint's own.
         reads: its options among those of `ExportSettings`; the others are refused.
-        copies: how often the dense weights are on disk beside the output while it is made.
-        layout: how it packs weights, a name in `LAYOUTS`.
+        copies: dense copies of the weights on disk while it is made, beside the output.
+        layout: a name in `LAYOUTS`.
     """
 
     exporter: str
@@ -36,12 +35,10 @@ class Format:
 
     @property
     def runtime(self) -> str:
-        """The runtime that evaluates it."""
         return self.runtimes[0]
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether only CUDA has kernels for it."""
         return self.layout is not None and LAYOUTS[self.layout].needs_cuda
 
 

@@ -1,4 +1,1 @@
-"""What a model is like.
-
-Perplexity, fidelity, zero-shot accuracy, latency, memory, zeros; in torch or ONNX Runtime.
-"""
+"""Perplexity, fidelity, zero-shot accuracy, latency, memory and zeros of a model, in torch or ONNX Runtime."""

@@ -1,8 +1,8 @@
 """The benchmark stage: latency and memory of models beside their dense baseline, in one run.
 
-Every model lives in a process of its own (`python -m gblm_compress.measure.benchmarking`), so that peak memory and load
-time are per model. In each round every model generates once, in alternating order, so that a drift of the machine hits
-all alike. The first rounds are warm-up and dropped. Requests and answers are lines of JSON on stdin and stdout.
+Each model has its own process (`python -m gblm_compress.measure.benchmarking`), for its own peak memory and load time;
+it reads and answers lines of JSON. In each round every model generates once, in alternating order, so that drift of
+the machine hits all alike.
 """
 
 import json
@@ -52,14 +52,11 @@ from gblm_compress.tasks.task import Task
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The outcome of the stage."""
-
     measurements: tuple[Measurement, ...]
     settings: dict[str, Any]
     environment: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
@@ -74,11 +71,7 @@ def benchmark(
 ) -> BenchmarkResult:
     """Time `models` against their baseline in the same runtime and dtype.
 
-    Args:
-        models: Hugging Face folders (torch) and ONNX exports (ONNX Runtime).
-        baselines: the dense model: its Hugging Face folder, which is timed in every dtype that a torch model has, and
-            an ONNX export for each dtype of the ONNX models.
-        dtype: of the torch models that are stored dense; exports have their own.
+    `dtype` is for dense torch folders; exports have their own, and the baselines need an export for each of them.
     """
     errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = loading.choose_device(device)
@@ -102,8 +95,7 @@ def benchmark(
 def check(
     models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
 ) -> list[GblmError]:
-    """The faults that show before a benchmark: the device is absent, or models are too short for prompt and generation,
-    run in none of `settings.runtimes`, or have no baseline of their runtime, dtype, architecture and origin."""
+    """The faults that show before a benchmark: device, lengths, runtimes, baselines."""
     absent = errors.collect([partial(loading.choose_device, device)])
     found = absent + errors.collect(
         partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
@@ -129,7 +121,7 @@ def check(
 
 
 class _Lane(NamedTuple):
-    """What dense and pruned must share to be compared: the runtime, and the weights of `manifest.weights_of`."""
+    """What dense and pruned must share to be compared; the dtype is that of `manifest.weights_of`."""
 
     runtime: str
     dtype: str
@@ -138,7 +130,6 @@ class _Lane(NamedTuple):
 def _lanes(
     models: list[ModelSource], settings: BenchmarkSettings, dtype: str, device: str
 ) -> dict[_Lane, list[ModelSource]]:
-    """The models by lane; those that torch loads dense are given a dtype."""
     lanes: dict[_Lane, list[ModelSource]] = {}
     for model in models:
         own = manifest.weights_of(model) if model.is_export else loading.choose_dtype(dtype, model, device)
@@ -149,7 +140,7 @@ def _lanes(
 
 
 def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
-    """The first baseline that runs in the model's lane. An export has one dtype, a dense folder is loaded in any."""
+    """The first baseline of the model's lane. An export has one dtype, a dense folder any."""
     for baseline in baselines:
         fits = not baseline.is_export or manifest.weights_of(baseline) == lane.dtype
         if lane.runtime in runtimes_of(baseline) and fits:
@@ -178,7 +169,7 @@ def _benchmark_lane(
     threads: int,
     progress: Progress,
 ) -> list[Measurement]:
-    """Time the models of one lane, the first of which is the baseline."""
+    """Time the models of one lane, the baseline first."""
     with ExitStack() as stack:
         workers = [
             stack.enter_context(started(source, lane, device, threads, settings))
@@ -233,7 +224,7 @@ def _benchmark_lane(
 
 
 def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spread, Spread | None]:
-    """(TTFT, TPOT) in milliseconds; no TPOT where nothing was generated."""
+    """(TTFT, TPOT) in milliseconds; no TPOT if nothing was generated."""
     decoded = [1000 * run["decode_seconds"] / (settings.generate - 1) for run in runs if "decode_seconds" in run]
     return Spread.of([1000 * run["prefill_seconds"] for run in runs]), Spread.of(decoded) if decoded else None
 
@@ -246,7 +237,7 @@ class Worker:
         self.facts = self.ask(setup)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request; an error of the process is raised here, of its kind."""
+        """The answer to a request. An error in the process is raised here, with its own class."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -268,7 +259,6 @@ class Worker:
 def started(
     source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
 ) -> Iterator[Worker]:
-    """The model, loaded in a process that ends with the context."""
     command = [sys.executable, "-m", __name__]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     setup = {
@@ -288,7 +278,7 @@ def started(
 
 
 def main() -> None:
-    """Load the model named in the first request, then answer the others until stdin ends."""
+    """Load the model of the first request, then answer the others until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # no print of a library must be taken for an answer
     silence_libraries()
@@ -334,7 +324,7 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
 
 
 def failure(error: Exception) -> dict[str, str]:
-    """An error as an answer: its message, and the name of its kind in `errors`, which the parent raises."""
+    """An error as an answer: its message, and its class in `errors`."""
     if isinstance(error, GblmError):
         return {"error": str(error), "kind": type(error).__name__}
     if is_out_of_memory(error):
@@ -345,7 +335,6 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 def vocabulary(source: ModelSource) -> int:
-    """The number of different tokens that a model knows, by its `config.json`."""
     size: int | None = (source.config | (source.config.get("text_config") or {})).get("vocab_size")
     if size is None:
         raise ModelError(f"{source.name!r}: config.json has no vocab_size, from which prompts are drawn; add it")
@@ -355,7 +344,7 @@ def vocabulary(source: ModelSource) -> int:
 def forward(
     runtime: Predicting, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
 ) -> dict[str, Any]:
-    """Time one forward pass of random samples, of a model that does not generate."""
+    """Time one forward pass of random samples."""
     sample = task.timed(config, batch, prompt, seed)
     start = time.perf_counter()
     runtime.predict(sample)
@@ -363,13 +352,7 @@ def forward(
 
 
 def generate(runtime: Generating, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
-    """Time one greedy generation from a prompt of random tokens.
-
-    Returns:
-        prefill_seconds: from the prompt to the first token (TTFT).
-        decode_seconds: for the `generate - 1` tokens after it.
-        tokens: [batch][generate].
-    """
+    """Time one greedy generation from random tokens: prefill (TTFT), then decode of `generate - 1` tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)
     start = time.perf_counter()

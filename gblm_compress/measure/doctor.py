@@ -11,8 +11,6 @@ from gblm_compress.models.finding import DEMO_INSTALL, DEMO_PACKAGE
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the diagnosis."""
-
     subject: str
     found: str
     enables: str
@@ -20,7 +18,6 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Everything worth knowing before a run, good and bad."""
     import onnxruntime
     import torch
 

@@ -16,16 +16,13 @@ from gblm_compress.models.files import GRAPH
 from gblm_compress.models.source import ModelSource
 from gblm_compress.storage.records import read_json
 
-ROOM = 1024
-"""Default room of genai's cache beyond the prompt, in tokens; it is allocated whole."""
-_HARMLESS = {"log_id", "provider_options"}
-"""The options of genai's session that neither load libraries nor write files."""
-CACHE_GIB = "1"
-"""The size of vLLM's KV cache on a CPU, where it would reserve most of the memory."""
+ROOM = 1024  # Default room of genai's cache beyond the prompt, in tokens; it is allocated whole.
+_HARMLESS = {"log_id", "provider_options"}  # Session options of genai that neither load libraries nor write files.
+CACHE_GIB = "1"  # Size of vLLM's KV cache on a CPU, which by default takes most of the memory.
 
 
 class GenaiRuntime:
-    """onnxruntime-genai on an exported folder. The library's `Generator` is the cache of the protocol."""
+    """The library's `Generator` is the cache; it keeps the tokens that it chose, so `decode` does not use its `ids`."""
 
     def __init__(self, source: ModelSource, device: str, threads: int, room: int = ROOM) -> None:
         import onnxruntime_genai
@@ -58,12 +55,11 @@ class GenaiRuntime:
         return self.decode(ids, self._generator(ids))
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """`ids` are those that the generator chose itself, and are not given to it again."""
         cache.generate_next_token()
         return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """The operators of the graph as it was exported; the library does not say what it runs."""
+        """The operators of the exported graph; the library does not say what it runs."""
         return self._operators
 
     def _generator(self, ids: Tensor) -> Any:
@@ -80,11 +76,7 @@ class GenaiRuntime:
 
 
 def _checked_length(source: ModelSource) -> int:
-    """The tokens that the model of a folder can hold, by `genai_config.json`.
-
-    Raises:
-        ModelError: the file is missing or damaged, or asks for libraries, other graphs, or files to write.
-    """
+    """The longest sequence by `genai_config.json`, which must ask for no libraries, other graphs, or files to write."""
     path = source.folder / "genai_config.json"
     try:
         model = read_json(path, unique=True)["model"]
@@ -109,10 +101,9 @@ def _checked_length(source: ModelSource) -> int:
 
 
 class VllmRuntime:
-    """vLLM's engine in this process, stepped by hand: one request a sequence, all of them in one batch.
+    """vLLM's engine in this process, stepped by hand: one request a sequence, all in one batch.
 
-    Scheduling, cache, compiled graph and choice of tokens are those of `vllm serve`, without its server and its prefix
-    cache.
+    It works as in `vllm serve`, without server and prefix cache. It keeps the tokens that it chose, as genai does.
     """
 
     def __init__(self, source: ModelSource, dtype: str, device: str, threads: int) -> None:
@@ -154,11 +145,10 @@ class VllmRuntime:
         return self._next(1), 1
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """`ids` are those that the engine chose itself, and are not given to it again."""
         return self._next(cache + 1), cache + 1
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """Those of the packed layers, merged as vLLM merges them; its own layers count as dense."""
+        """Those of the packed layers, merged as in vLLM; its own layers count as dense."""
 
         def count(model: Any) -> dict[str, int]:
             from vllm.model_executor.layers.linear import LinearBase
@@ -171,7 +161,7 @@ class VllmRuntime:
         return found
 
     def _next(self, number: int) -> Tensor:
-        """Token `number` of every sequence, [batch, 1]; the engine is stepped until all have it."""
+        """Token `number` of every sequence, [batch, 1]."""
         while any(len(tokens) < number for tokens in self._tokens.values()):
             if not self._engine.has_unfinished_requests():
                 raise ModelError("vLLM ended a sequence early; give a smaller --prompt or --generate")

@@ -31,21 +31,16 @@ from gblm_compress.storage import outputs
 from gblm_compress.tasks.metrics import Metric, mean
 from gblm_compress.tasks.task import Sample, fingerprint
 
-MOST_KEPT = 16 << 30
-"""Bytes of logits that are kept at most. Memory seldom caches more, and disks are slow."""
+MOST_KEPT = 16 << 30  # Largest number of bytes of kept logits; memory seldom caches more, and disks are slow.
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The outcome of the stage.
-
-    Attributes:
-        metrics: the metrics of the task, the one that counts first: see `Task.metrics`.
-        windows, predicted_tokens: the number of samples and predictions behind them.
-        sample: the task's word for a sample.
-        baseline: the metrics of the dense model, when there is one.
-        fidelity: how close the predictions stay to the dense model's: means over the samples of `Task.fidelity`, and
-            `Task.agreement`.
+    """Attributes:
+    metrics, baseline: of the model and of the dense one; the first is the most important.
+    windows, predicted_tokens: the number of samples and predictions behind them.
+    sample: the task's word for a sample.
+    fidelity: means over the samples of `Task.fidelity`, and `Task.agreement`.
     """
 
     model: str
@@ -72,16 +67,15 @@ class EvaluateResult:
 
 
 class Reference:
-    """A model that is asked; the dense one answers several evaluations, each question once.
+    """A model that answers several evaluations, each question once.
 
-    Logits are kept in float32, as computed, in a file without a name, which the system removes with the process. Where
-    there is no more room, they are computed again for each evaluation.
+    Logits are kept in float32 in an unnamed file in `folder` (None keeps none), which the system removes with the
+    process. Without room, they are computed again.
     """
 
     def __init__(
         self, source: ModelSource, *, dtype: str = "auto", device: str = "auto", folder: Path | None = None
     ) -> None:
-        """Args: folder: where the logits are kept; None keeps none, for a single evaluation."""
         self.source = source
         self._dtype, self._device, self._folder = dtype, device, folder
         self._runtime: Any = None
@@ -92,11 +86,10 @@ class Reference:
 
     @property
     def room(self) -> int:
-        """The most bytes of logits that it keeps."""
         return 0 if self._folder is None else min(MOST_KEPT, outputs.free_bytes(self._folder) // 2)
 
     def judged(self, sample: Sample, progress: Progress) -> Tensor:
-        """The judged part of the prediction for a sample, [positions, …] in float32: see `Task.judged`."""
+        """`Task.judged` of the prediction: [positions, …] in float32."""
         key = "" if self._folder is None else fingerprint([sample])
         if key in self._kept:
             return self._read(*self._kept[key])
@@ -106,7 +99,6 @@ class Reference:
         return judged
 
     def answers(self, settings: EvaluateSettings, progress: Progress) -> Answers:
-        """Its answers to the zero-shot tasks."""
         asked = settings.tasks, settings.limit, settings.include_path
         if asked not in self._answers:
             model = self.loaded(progress).model
@@ -120,7 +112,6 @@ class Reference:
         self._runtime = None
 
     def close(self) -> None:
-        """Free memory and file."""
         self.unload()
         self._kept.clear()
         if self._file is not None:
@@ -128,7 +119,6 @@ class Reference:
             self._file = None
 
     def loaded(self, progress: Progress) -> Any:
-        """The model in the runtime that evaluates it."""
         if self._runtime is None:
             progress.say(f"loading {self.source.name} …")
             device = loading.choose_device(self._device)
@@ -161,7 +151,7 @@ class Reference:
 
 
 def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
-    """The samples of an evaluation, after its checks, so that faults show before any work."""
+    """The samples of an evaluation, after its checks."""
     errors.raise_all(check([source], settings, progress))
     return _samples(source, settings, progress)
 
@@ -174,7 +164,7 @@ def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress
 
 
 def check(models: list[ModelSource], settings: EvaluateSettings, progress: Progress) -> list[GblmError]:
-    """The faults of tasks, models, and local texts that show before an evaluation."""
+    """The faults that show before an evaluation."""
     looks: list[Callable[[], object]] = [
         lambda: (loading.task_of(models[0]) if models else tasks).data_files(settings.dataset)
     ]
@@ -192,11 +182,9 @@ def evaluate(
     device: str = "auto",
     progress: Progress,
 ) -> EvaluateResult:
-    """Measure how well a model does its task, and its fidelity to `baseline` on the same windows.
+    """Measure how well a model does its task, and its fidelity to `baseline` on the same samples.
 
-    Args:
-        source: a Hugging Face folder (run in torch) or an ONNX export (run in ONNX Runtime).
-        baseline: the dense model, or a `Reference` to it for several evaluations.
+    A `Reference` serves several evaluations. A Hugging Face folder runs in torch, an ONNX export in ONNX Runtime.
     """
     reference = Reference(baseline, dtype=dtype, device=device) if isinstance(baseline, ModelSource) else baseline
     dense = [] if reference is None else [reference.source]

@@ -1,7 +1,6 @@
 """The zeros of a model: counts, patterns that hold, row and column structure, and a picture.
 
-Gradient-based masks show structure (whole input columns that matter little, arXiv 2311.04902, section 4); a
-table hides it, so `draw` shows how many weights survive in each column.
+Gradient-based masks show structure: whole input columns matter little (arXiv 2311.04902, section 4).
 """
 
 import io
@@ -26,21 +25,15 @@ from gblm_compress.storage import outputs
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
 STRIP = 128  # columns in a line of a panel
-KEPT, GONE = 0.9, 0.1
-"""A row or column survives if at least so much of its weights do, and vanishes if at most so much do."""
+KEPT, GONE = 0.9, 0.1  # A row or column is kept if this share of its weights survives, and gone at most that.
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """The zeros of one layer.
-
-    Attributes:
-        shape: (out_features, in_features).
-        patterns: those of `CANDIDATES` that hold exactly.
-        empty_rows, empty_columns: outputs and inputs without any weight.
-        row_spread, column_spread: standard deviation over rows (columns) of the fraction of survivors.
-        kept_rows, kept_columns: how many survive, see `KEPT`.
-        gone_rows, gone_columns: how many vanish, see `GONE`.
+    """Attributes:
+    shape: (out_features, in_features).
+    patterns: those of `CANDIDATES` that hold exactly.
+    row_spread, column_spread: standard deviation over rows (columns) of the share of surviving weights.
     """
 
     name: str
@@ -59,8 +52,6 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class InspectResult:
-    """All layers of a model, and those of each kind of projection together."""
-
     model: str
     layers: tuple[LayerReport, ...]
     heat_map: str | None
@@ -69,12 +60,11 @@ class InspectResult:
     weights: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
 def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, force: bool = False) -> InspectResult:
-    """Report on every layer that pruning touches (or would touch), and draw them as PNG where asked to."""
+    """Report on every layer that pruning touches, and draw them as PNG if asked to."""
     if heat_map is not None:
         outputs.check_file(heat_map, ".png", "heat map", force)
     loading.check_model(source, "inspect")
@@ -98,8 +88,7 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
 
 
 def kinds_of(layers: Sequence[LayerReport]) -> tuple[dict[str, Any], ...]:
-    """The layers of each kind of projection, such as `self_attn.q_proj`: how many, and the fractions of all weights,
-    rows and columns."""
+    """The layers of each kind of projection, such as `self_attn.q_proj`: how many, and shares of weights and lines."""
     found: dict[str, list[LayerReport]] = {}
     for layer in layers:
         found.setdefault(_split(layer.name)[1], []).append(layer)
@@ -114,7 +103,6 @@ def kinds_of(layers: Sequence[LayerReport]) -> tuple[dict[str, Any], ...]:
 
 
 def report(name: str, weight: Tensor) -> LayerReport:
-    """The zeros of one weight [out_features, in_features]."""
     alive = weight != 0
     out_features, in_features = weight.shape
     found: dict[str, Any] = {}
@@ -128,7 +116,7 @@ def report(name: str, weight: Tensor) -> LayerReport:
 
 
 def survivors(weight: Tensor) -> Tensor:
-    """The fraction of nonzero weights in each column (input) of [out_features, in_features]."""
+    """The share of nonzero weights in each column (input) of [out_features, in_features]."""
     return (weight != 0).float().mean(0)
 
 
@@ -136,8 +124,7 @@ def survivors(weight: Tensor) -> Tensor:
 def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
     """One panel for each kind of layer in the first, the middle and the last block, as PNG.
 
-    A cell is a column of the weight. Its colour is the difference of the column's density from the layer's mean. At N:M
-    the mean of whole groups would be N/M everywhere.
+    A colour is the difference of a column's density from the layer's mean.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -28,19 +28,12 @@ ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 PACKED = ("BitmaskLinear", "QuantisedLinear")  # operators of this package that read packed weights
 WARM = 6  # runs of the smallest profile, of which all but the first count
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-AT_ONCE = "gblm_tokens_at_once"
-"""Key of a graph's metadata: the largest number of tokens that it reads in one call, where there is one."""
-STATE = re.compile(r"_state(_\d+)?$")
-"""The end of the names of inputs and outputs that have one size for any number of tokens."""
+AT_ONCE = "gblm_tokens_at_once"  # Key of a graph's metadata: the most tokens that it reads in one call, if limited
+STATE = re.compile(r"_state(_\d+)?$")  # Names of inputs and outputs of fixed size
 _LOGITS, _PAST = "logits", "past_key_values."
 
 
 def check_onnx_provider(device: str) -> str:
-    """The execution provider for a device.
-
-    Raises:
-        MissingDependencyError: the installed ONNX Runtime lacks it.
-    """
     import onnxruntime
 
     provider = _PROVIDERS.get(device.partition(":")[0], device)
@@ -53,17 +46,9 @@ def check_onnx_provider(device: str) -> str:
 
 
 class OnnxSession:
-    """The graph of an exported folder, opened for a device, with this package's operators.
-
-    Attributes:
-        session: ONNX Runtime's own.
-        provider: where it runs.
-        device, device_id: where its values are.
-        step_ms: see `profile`; empty before.
-    """
+    """The graph of a folder, opened with this package's operators; `step_ms` and `kernels` need `profile`."""
 
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
-        """Args: profile: whether `profile` will be called."""
         import onnxruntime
 
         self.step_ms: dict[str, float] = {}
@@ -99,7 +84,7 @@ class OnnxSession:
 
     @contextmanager
     def named_errors(self, verb: str) -> Iterator[None]:
-        """Raise a ModelError for anything that ONNX Runtime raises within the `with`."""
+        """Raise a ModelError for anything that ONNX Runtime raises."""
         try:
             yield
         except Exception as error:  # onnxruntime raises its own kinds, which share no base
@@ -108,20 +93,16 @@ class OnnxSession:
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 
     def other_interface(self, what: str) -> ModelError:
-        """The error of a graph that is no export of this program."""
         return ModelError(
             f"{self._name!r}: model.onnx is no export of this program: {what}; make it again with "
             "`gblm-compress export MODEL -o OUT --format onnx`"
         )
 
     def profile(self, profile: Sequence[int], run: Callable[[int], int]) -> None:
-        """Record for `kernels` what runs on those numbers of tokens, and end the profiling.
+        """Record what runs on those numbers of tokens for `kernels`, and end the profiling.
 
-        `step_ms` is then {part of the graph: milliseconds} of a run on the smallest number of tokens, the median of
-        several without the first.
-
-        Args:
-            run: runs the graph on so many tokens, and returns the number of calls.
+        `step_ms` becomes {part: milliseconds}, medians over runs of the smallest number, without the first. `run` reads
+        so many tokens and returns the number of calls of the graph.
         """
         counts = sorted(set(profile))
         if not counts:
@@ -144,8 +125,7 @@ class OnnxSession:
         self._profiles = {tokens: dict(run.most_common()) for tokens, run in zip(counts, last, strict=True)}
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """{operator (provider): how often it ran} on the largest recorded number of tokens that is not above; the graph
-        is the same for all."""
+        """{operator (provider): how often it ran} on the largest recorded number of tokens up to that."""
         assert self._profiles, "the runtime must be loaded with `profile`"
         return self._profiles[max((n for n in self._profiles if n <= tokens), default=min(self._profiles))]
 
@@ -158,7 +138,6 @@ def _joined(counters: Sequence[Counter[str]], calls: Sequence[int]) -> list[Coun
 
 
 def part_of(node: str, operator: str) -> Part:
-    """The part of a decode step that an operator belongs to, by the name of its node."""
     if "lm_head" in node:
         return "head"
     if operator in PACKED:
@@ -169,8 +148,6 @@ def part_of(node: str, operator: str) -> Part:
 
 
 class OnnxForward:
-    """A graph whose inputs are the arguments of a task's samples, and one of whose outputs is the prediction."""
-
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         self._task = loading.task_of(source)
         self._opened = OnnxSession(source, device, threads, profile=bool(profile))
@@ -207,18 +184,14 @@ class OnnxForward:
 
 @dataclass
 class _Cache:
-    """Values of `_Interface.past` on the device, which may have room for more tokens, and the number of tokens."""
+    """Values of `_Interface.past` on the device, perhaps with room for more tokens, and the number of tokens."""
 
     values: list[Any]
     length: int
 
 
 class OnnxRuntime:
-    """ONNX Runtime on an exported folder; the KV cache stays on the device as OrtValues.
-
-    A fused graph writes a step's keys and values into the memory of those before, which has room for more. A plain one
-    makes all of them anew in every step.
-    """
+    """The KV cache stays on the device. A fused graph extends it in place, a plain one makes a new one each step."""
 
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
@@ -246,7 +219,6 @@ class OnnxRuntime:
         return torch.from_numpy(logits.argmax(-1, keepdims=True)), cache
 
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        """As in torch."""
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
 
@@ -254,7 +226,6 @@ class OnnxRuntime:
         return self._opened.kernels(tokens)
 
     def _calls_of(self, tokens: int) -> int:
-        """Read so many tokens; the number of calls of the graph."""
         self.prefill(torch.zeros(1, tokens, dtype=torch.int64))
         return -(-tokens // (self._at_once or tokens))
 
@@ -266,7 +237,7 @@ class OnnxRuntime:
         return logits[:, -1], cache
 
     def _run(self, ids: Any, cache: _Cache) -> tuple[Any, _Cache]:
-        """Logits [batch, tokens, vocabulary] of all tokens, in as many calls as the graph needs, and the cache."""
+        """Logits [batch, tokens, vocabulary] of all tokens, and the cache."""
         if self._at_once is None or ids.shape[1] <= self._at_once:
             return self._call(ids, cache)
         parts = []
@@ -307,7 +278,7 @@ class OnnxRuntime:
         return logits, _Cache(cache.values if in_place else present, length)
 
     def _with_room(self, cache: _Cache, ids: Tensor) -> _Cache:
-        """The cache with room for `ids` [batch, tokens]: itself, or a copy of twice the size that is needed."""
+        """The cache with room for `ids` [batch, tokens]: itself, or a copy of twice the needed size."""
         tokens = ids.shape[1]
         if cache.values[0].shape()[2] >= cache.length + tokens:
             return cache
@@ -323,15 +294,13 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class _Interface:
-    """The inputs and outputs of a graph that is known to be an export of this program.
+    """The inputs and outputs of an exported graph.
 
     Attributes:
-        dtype: of the logits.
-        takes: the inputs beside the cache.
-        past: {input of the cache: its dtype, and its shape before the first token, without the batch}. Keys and values
-            are [heads, tokens, width], states of convolutions and recurrences have shapes of their own.
+        past: {input of the cache: its dtype, and its shape before the first token, without the batch}; keys and values
+            are [heads, tokens, width].
         present: the outputs that continue them, in the same order.
-        shares_cache: whether the graph can write its outputs into the memory of the inputs that they continue.
+        shares_cache: whether outputs can be written into the memory of the inputs that they continue.
     """
 
     dtype: str
@@ -342,11 +311,7 @@ class _Interface:
 
     @classmethod
     def of(cls, opened: OnnxSession, operators: Container[str]) -> "_Interface":
-        """Read the inputs and outputs of a session, whose graph has those operators.
-
-        Raises:
-            ModelError: one is missing, not known, or of another type or shape than an export has.
-        """
+        """Raises: ModelError: an input or output is missing, unknown, or of another type or shape than in an export."""
         inputs = {value.name: value for value in opened.session.get_inputs()}
         outputs = {value.name: value for value in opened.session.get_outputs()}
 

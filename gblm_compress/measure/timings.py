@@ -7,7 +7,6 @@ import numpy as np
 from pydantic import Field
 
 Part = Literal["packed products", "dense products", "head", "attention", "rest"]
-"""The parts of a decode step."""
 NO_SPEED_UP = "no significant speed-up"
 
 
@@ -21,7 +20,6 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> "Spread":
-        """The spread of some measurements."""
         p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
         return Spread(median, p10, p90)
 
@@ -30,10 +28,8 @@ class Spread:
 class Speedup:
     """One model's figure against the baseline's.
 
-    Attributes:
-        ratio: baseline median over model median; above 1 is faster.
-        low, high: the ends of its interval: the baseline's p10 over the model's p90, and the other way round.
-        verdict: the ratio in words, or `NO_SPEED_UP` where the interval holds 1 (the p10–p90 intervals overlap).
+    `ratio` is baseline median over model median; above 1 is faster. `low` and `high` are the baseline's p10 over the
+    model's p90, and the reverse; if they enclose 1, the verdict is `NO_SPEED_UP`.
     """
 
     ratio: float
@@ -43,7 +39,6 @@ class Speedup:
 
     @staticmethod
     def of(baseline: Spread, model: Spread) -> "Speedup":
-        """The speed-up of `model`."""
         ratio, low, high = baseline.median / model.median, baseline.p10 / model.p90, baseline.p90 / model.p10
         verdict = f"{ratio:.2f}× faster" if low > 1 else f"{1 / ratio:.2f}× slower" if high < 1 else NO_SPEED_UP
         return Speedup(ratio, low, high, verdict)
@@ -54,18 +49,13 @@ class Measurement:
     """One model at one batch size.
 
     Attributes:
-        ttft_ms: time to first token (prefill), or of the forward pass where nothing is generated.
-        tpot_ms: time per output token after the first (decode), averaged over each generation. It and the other
-            figures of decode are None where nothing is generated.
-        tokens_per_second: generated tokens of all sequences per second of decode, median.
-        samples_per_second: samples per second of forward pass, median, where nothing is generated; else None.
-        peak_memory_bytes: of the worker process (CPU: resident set, libraries included; CUDA: as
-            `machine.memory.peak_memory`).
-        prefill_speedup, decode_speedup: against the baseline; None for the baseline itself.
-        prefill_kernels, decode_kernels: how often the prompt and a decode step run each kernel of torch's linear
-            layers, or each ONNX operator with its execution provider.
-        step_ms: the time of each part of a step, profiled after loading and without a prompt; empty where the runtime
-            records none.
+        ttft_ms: time to first token (prefill), or of the forward pass if nothing is generated.
+        tpot_ms: time per output token after the first; figures of decode are None if nothing is generated.
+        tokens_per_second: of all sequences, median of decode.
+        samples_per_second: of forward passes; None if the model generates.
+        peak_memory_bytes: of the worker process, see `machine.memory.peak_memory`.
+        prefill_kernels, decode_kernels: {kernel or ONNX operator: how often it runs}.
+        step_ms: profiled time of each part of a step without a prompt; empty if the runtime records none.
     """
 
     model: str

@@ -27,14 +27,12 @@ from gblm_compress.progress import Progress
 from gblm_compress.storage.paths import kind_of
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
+# A task's accuracy is the first that it has; acc_norm is by length-normalised likelihood.
 METRICS = ("acc_norm", "acc")
-"""A task's accuracy is the first of these that it has; acc_norm is by length-normalised likelihood."""
 TWO_SIDED_95 = 1.96
-BATCH = 8
-"""Choices that the model answers at a time."""
+BATCH = 8  # Choices that the model answers at a time.
 
-Answers = dict[str, tuple[str, list[float]]]
-"""{task: (metric, 1.0 or 0.0 for every question)}."""
+Answers = dict[str, tuple[str, list[float]]]  # {task: (metric, 1.0 or 0.0 for every question)}
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task: its accuracy with standard error (None for a single question), and the dense model's, where there is
-    one."""
+    """The standard error is None for a single question."""
 
     task: str
     metric: str
@@ -70,14 +67,12 @@ class ZeroShot:
 
 
 def check_folder(include_path: str | None) -> None:
-    """Refuse a folder of task files that does not exist."""
     if include_path is not None and kind_of(Path(include_path)) != "folder":
         raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
 
 
 def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
-    """The versions that decide the outcome of tasks: of lm-eval, and of every file of the user's folder, because a task
-    file includes others and data beside it."""
+    """The versions of lm-eval and of every file in the user's folder: task files include others."""
     if not tasks:
         return []
     hashes = {}
@@ -95,11 +90,7 @@ def fingerprint(tasks: Sequence[str], include_path: str | None) -> list[Any]:
 
 
 def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progress) -> Any:
-    """lm-eval's TaskManager, which must know all `tasks`, names of tasks or groups.
-
-    Args:
-        include_path: folder with task files of the user's own.
-    """
+    """lm-eval's TaskManager, which must know all `tasks`, names of tasks or groups."""
     try:
         import lm_eval
     except ImportError as error:
@@ -125,17 +116,7 @@ def task_manager(tasks: Sequence[str], include_path: str | None, progress: Progr
 def answers(
     model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None, include_path: str | None, progress: Progress
 ) -> Answers:
-    """Ask a transformers causal language model all questions.
-
-    Args:
-        tasks, include_path: as for `task_manager`.
-        limit: at most this many questions of each task, the first ones.
-
-    Raises:
-        UsageError: a task is not known or has no accuracy.
-        DataError: a task's data cannot be read.
-        NotEnoughMemoryError: memory ran out.
-    """
+    """Ask a transformers causal language model the first `limit` questions of each task."""
     manager = task_manager(tasks, include_path, progress)
     with _calm(progress):
         import lm_eval
@@ -173,7 +154,6 @@ def answers(
 
 
 def score(answered: Answers, dense: Mapping[str, tuple[str, list[float]]] | None = None) -> ZeroShot:
-    """Accuracies with standard errors, and the recovery against the dense model's answers to the same questions."""
     results, theirs = [], [] if dense is None else [dense[task][1] for task in answered]
     for number, (task, (metric, correct)) in enumerate(answered.items()):
         accuracy = mean_metric(correct)
@@ -191,13 +171,8 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
     """The ratio of two mean accuracies over tasks, with a 95 % confidence interval; tasks count alike.
 
     The models answer the same questions, so that the interval comes from the spread of x − r·y over the questions of
-    each task (delta method for the ratio r of paired means).
-
-    Args:
-        model, dense: for every task, 1.0 or 0.0 for every question.
-
-    Returns:
-        None where the dense model has no right answer, or a task a single question.
+    each task (delta method for the ratio r of paired means). None if the dense model has no right answer, or a task a
+    single question.
     """
     mean_model, mean_dense = mean([mean(x) for x in model]), mean([mean(y) for y in dense])
     if mean_dense == 0 or any(len(x) < 2 for x in model):
@@ -211,7 +186,6 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
 
 
 def _not_enough_memory(error: Exception) -> NotEnoughMemoryError | None:
-    """The error in the user's terms; None where another thing failed."""
     if not is_out_of_memory(error):
         return None
     return NotEnoughMemoryError(
