@@ -24,12 +24,9 @@ INSTRUCTION_SETS = {
     "avx512_bf16": "bf16 at twice the fp32 rate: --dtype bfloat16 pays off",
     "amx_bf16": "bf16 matrix units: --dtype bfloat16 pays off most",
 }
-QUIET = 0.2
-"""Cores that may be busy with other work during a measurement; beyond that, its figures say little."""
-SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"
-"""How often a thread of OpenMP asks whether it may go on before it sleeps; 300,000 times by default."""
-MEASUREMENTS = "measurements.json"
-"""The file in the cache folder: {machine: {what: result}}."""
+QUIET = 0.2  # cores that may be busy with other work during a measurement
+SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"  # of a thread of OpenMP before it sleeps; 300,000 by default
+MEASUREMENTS = "measurements.json"  # in the cache folder: {machine: {what: result}}
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -37,7 +34,6 @@ T = TypeVar("T", int, str)
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as plain values."""
     return {
         "gblm_compress": gblm_compress.__version__,
         "python": platform.python_version(),
@@ -59,20 +55,15 @@ def busy_cores(seconds: float = 0.5) -> float:
 
 
 def noisy(seen: dict[str, Any]) -> str | None:
-    """A warning about figures that were measured beside other work; None where there was little.
-
-    Args:
-        seen: an environment, with the `busy_cores` before the measurement.
-    """
+    """A warning about figures measured beside other work, if any; `seen` is an environment with `busy_cores`."""
     busy, cores = seen["busy_cores"], seen["cores"]
     return f"{busy:.1f} of {cores} cores were busy with other work: the figures say little" if busy > QUIET else None
 
 
 def share_cores() -> None:
-    """Let OpenMP's threads sleep soon where they wait for each other, if other programs keep a core busy.
+    """Let waiting threads of OpenMP sleep soon if other programs keep a core busy; call this before torch is loaded.
 
-    By default they spin for milliseconds, which is fastest on a quiet machine. Beside other programs, a thread that
-    spins takes the core from the one that it waits for. Call this before torch is loaded; the user's settings stay.
+    Beside other programs, a thread that spins takes the core from the one that it waits for. Users' settings stay.
     """
     chosen = {"OMP_WAIT_POLICY", SPINS} & os.environ.keys()
     if not chosen and "torch" not in sys.modules and busy_cores(0.2) > 0.5:
@@ -80,7 +71,7 @@ def share_cores() -> None:
 
 
 def _memory() -> int | None:
-    """All of it; None without psutil, as on a GPU machine that only runs benchmarks/gpu.py."""
+    """None without psutil, as on a GPU machine that only runs benchmarks/gpu.py."""
     if not find_spec("psutil"):
         return None
     import psutil
@@ -97,7 +88,7 @@ def cpu_flags() -> set[str]:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device has instructions for products in bfloat16: it then multiplies faster in it than in float32."""
+    """Whether a device multiplies faster in bfloat16 than in float32, by its instructions."""
     if device.startswith("cuda"):
         import torch
 
@@ -136,20 +127,13 @@ def version_of(package: str) -> str | None:
 
 
 def last_cache_bytes(caches: Path = _CACHES) -> int:
-    """The size of the largest cache that the first core has or shares; 0 where the system does not say (not Linux).
-
-    Args:
-        caches: a folder like `/sys/devices/system/cpu/cpu0/cache`.
-    """
+    """The size of the largest cache that the first core has or shares; 0 where the system does not say (not Linux)."""
     said = [path.read_text().strip() for path in caches.glob("index*/size")]
     return max((int(size[:-1]) * _UNITS[size[-1]] for size in said if size and size[-1] in _UNITS), default=0)
 
 
 def replacing(size: int) -> Callable[[], None]:
-    """A function that reads twice as many bytes, which replaces what a cache of that size holds.
-
-    One thread reads: the threads of torch would keep the cores for a while after it.
-    """
+    """A function that replaces what a cache of `size` bytes holds, in one thread: torch's stay busy for a while."""
     import numpy as np
 
     memory = np.ones(max(1, 2 * size // 8), np.int64)
@@ -161,14 +145,7 @@ def replacing(size: int) -> Callable[[], None]:
 
 
 def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Callable[[Any], bool]) -> T:
-    """The result of `measure`, or its earlier result on this machine, from the cache folder.
-
-    Args:
-        machine: hardware and versions that the result holds for.
-        what: everything else that it depends on.
-        is_valid: whether a value of any type, from a file that may be damaged, can be such a result; others are
-            measured again.
-    """
+    """The result of `measure`, or a valid earlier one of `machine` (hardware, versions) and `what` it depends on."""
     path = cache_folder() / MEASUREMENTS
     known = recorded(path, machine)
     if what not in known or not is_valid(known[what]):
@@ -188,7 +165,6 @@ def recorded(path: Path, machine: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The results in the file that have the right form."""
     try:
         content = records.read_json(path)
     except (OSError, ValueError):

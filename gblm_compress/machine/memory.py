@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 SAMPLE_EVERY_S = 0.02
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Parameters of `mallopt`, by the numbers that malloc.h gives them."""
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of `mallopt`, as in malloc.h
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
 
@@ -20,20 +19,16 @@ class PeakMemory:
     """The highest value seen, valid once the `with` has ended."""
 
     peak_bytes: int = 0
-    at_work: Callable[[], AbstractContextManager[None]] = nullcontext
-    """For each piece of the work, while other processes do none; what lies between the pieces may not be counted."""
+    at_work: Callable[[], AbstractContextManager[None]] = nullcontext  # around each piece of the work, in turn
 
 
 @contextmanager
 def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
     """Measure the peak while the `with` runs.
 
-    On a CPU the resident set is sampled every 20 ms, since the kernel's own high-water mark covers the whole life of
-    the process. On CUDA the counter of torch's allocator is read. Nobody counts what other libraries allocate. There,
-    the loss of free memory is sampled while `at_work` runs, that to other programs included.
-
-    Args:
-        of_torch: whether torch allocates what is measured.
+    On a CPU the resident set is sampled every 20 ms: the kernel's own high-water mark covers the whole process. On CUDA
+    torch counts what it allocates. For other libraries (not `of_torch`) the loss of free memory is sampled while
+    `at_work` runs, other programs included.
     """
     result = PeakMemory()
     if device.startswith("cuda"):
@@ -71,7 +66,6 @@ def peak_memory(device: str, *, of_torch: bool = True) -> Iterator[PeakMemory]:
 
 @contextmanager
 def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
-    """Keep the highest value of `taken` in `result`."""
     done = threading.Event()
 
     def watch() -> None:
@@ -104,10 +98,9 @@ def is_own_process() -> bool:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Keep freed memory for the next tensor while the `with` runs, rather than give it back to the system.
+    """Keep freed memory for the next tensor while the `with` runs, with glibc and after `own_process` alone.
 
-    glibc maps large tensors from the system one by one, which then clears every page anew: a third of a training's
-    time on a CPU. Another C library is left as it is, and so is a process that calls the Python functions.
+    glibc maps large tensors one by one, and the system clears every page: a third of a training's time on a CPU.
     """
     process = ctypes.CDLL(None) if _owned and sys.platform == "linux" else None
     if process is None or not hasattr(process, "mallopt"):

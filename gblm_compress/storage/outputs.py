@@ -1,8 +1,7 @@
 """Output folders: whether one may be written, held by one process at a time, and whole or not there at all.
 
-Every folder that this program makes carries `gblm_manifest.json`, which lists its files. A folder is replaced only if
-it carries one and holds nothing that is not listed. Each check raises UsageError, before any work is done. A folder
-that cannot be written later raises OutputError.
+A folder is replaced only if its `gblm_manifest.json` lists all that it holds. Checks raise UsageError before any work
+is done; a folder that cannot be written later raises OutputError.
 """
 
 import hashlib
@@ -35,13 +34,8 @@ _PROBE = ".gblm-probe-"
 def reserved(folder: Path, force: bool, inputs: Iterable[Path] = (), first: bool = True) -> Iterator[None]:
     """Hold an output folder for this process while the `with` runs, after checking that it may be written.
 
-    A lock beside the folder keeps other processes off. The lock of a dead process is taken over, and what that process
-    left half-written is removed.
-
-    Args:
-        force: an existing folder may be replaced, if it is ours.
-        inputs: files and folders that the work reads.
-        first: whether this process writes; of several on one run the others only check.
+    A lock beside it keeps other processes off; what a dead process left half-written is removed. Of several processes
+    on one run, only the `first` writes, and the others check.
     """
     if not first:
         check_output(folder, force, inputs)
@@ -77,11 +71,8 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
 def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; on success it takes `folder`'s place, else it is removed.
 
-    A manifest in it is completed with the list of its files.
-
-    Args:
-        force: replace an existing folder, if it is ours.
-        inside: where the temporary folder lies, on the same file system; beside `folder` by default.
+    A manifest in it is completed with the list of its files. `inside` is another place for the temporary folder, on the
+    same file system.
     """
     temporary = (inside or folder.parent) / f"{beside(folder, 'partial-')}{secrets.token_hex(8)}"
     try:
@@ -109,15 +100,12 @@ def atomic_folder(folder: Path, *, force: bool = False, inside: Path | None = No
 
 
 def beside(folder: Path, what: str) -> str:
-    """The name of a temporary path beside an output folder, which no other output and no other program uses."""
+    """The name of a temporary path beside an output folder."""
     return f".gblm-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:16]}.{what}"
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half-written beside a folder, which this process has locked.
-
-    A predecessor that was set aside comes back if nothing has taken its place.
-    """
+    """Remove what a killed process left beside a folder that is locked; a replaced folder that is missed comes back."""
     aside = folder.with_name(beside(folder, "replaced"))
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
@@ -126,7 +114,6 @@ def remove_partial(folder: Path) -> None:
 
 
 def _replace(folder: Path, temporary: Path) -> None:
-    """Rename `temporary` to `folder`; an existing folder is kept aside until then."""
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -141,9 +128,7 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output folder that is or holds an input or the current folder, is a file, exists and may not be
-    replaced, or cannot be created.
-    """
+    """Refuse a folder that holds an input or the current folder, may not be replaced, or cannot be created."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
@@ -206,7 +191,6 @@ def check_workable(folder: Path, kind: str) -> None:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise OutputError where less than `needed` bytes are free."""
     free = free_bytes(folder)
     if free < needed:
         raise OutputError(
@@ -216,14 +200,11 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where `folder` is, or will be."""
     return shutil.disk_usage(_existing_parent(folder)).free
 
 
 def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
-    """Refuse a file to write that does not end in `suffix`, is no file, exists without `force`, or lies where nothing
-    can be written; `what` it is, in words.
-    """
+    """Refuse a file to write with another suffix, that exists without `force`, or that cannot be written."""
     if path.suffix != suffix:
         raise UsageError(f"{what} {str(path)!r}: give a name that ends in {suffix}")
     if path.exists() and not path.is_file():
@@ -235,7 +216,6 @@ def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
 
 @contextmanager
 def reserved_file(path: Path, suffix: str, what: str, force: bool = False) -> Iterator[None]:
-    """Hold a file to write for this process while the `with` runs; see `check_file` and `reserved`."""
     check_file(path, suffix, what, force)
     with _locked(path):
         check_file(path, suffix, what, force)
@@ -292,9 +272,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(lock: SoftFileLock) -> None:
-    """Take the lock at once or not at all. filelock takes over the locks of dead processes, but not one whose process
-    died before it wrote its number: that one is removed after a while.
-    """
+    """Take the lock at once or not at all; a dead process's lock without its number is removed after a while."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -311,7 +289,6 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _said(folder: Path, key: str) -> object:
-    """A value of a folder's manifest; None where there is none that can be read."""
     try:
         return read_json(folder / MANIFEST).get(key)
     except (OSError, ValueError):

@@ -15,10 +15,9 @@ _LARGEST_JSON = 256 << 20
 
 
 def read_json(path: Path, kind: type = dict, *, unique: bool = False) -> Any:
-    """The JSON object, or array where `kind` is list, in a regular file; ValueError where its content is none.
+    """The JSON object, or array where `kind` is list, in a regular file; OSError or ValueError where there is none.
 
-    Args:
-        unique: refuse an object with a repeated key, of which other readers may take another value.
+    `unique` refuses an object with a repeated key, of which other readers may take another value.
     """
     if not path.is_file():  # never wait for a pipe or read a device
         raise FileNotFoundError(f"{path.name} is missing or no regular file")
@@ -55,7 +54,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a record of our own as JSON, durably, with a hash of its content: see `read_sealed`."""
+    """Write a record of our own, durably, with a hash of its content: see `read_sealed`."""
     write_text(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
 
 
@@ -85,13 +84,11 @@ def _finite(value: Any) -> Any:
 
 
 def to_disk(file: IO[Any]) -> None:
-    """Flush and fsync."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Rename within a folder, and fsync the folder before going on."""
     source.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:

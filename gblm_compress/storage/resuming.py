@@ -1,4 +1,4 @@
-"""What every work has in common that goes on after an interruption: a hidden folder beside the output, and its end."""
+"""Work that goes on after an interruption: its hidden folder beside the output, and when that is kept."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -26,9 +26,7 @@ class Unfinished(Protocol):
 
 
 def check_identity(folder: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises:
-    UsageError: what lies in the folder is of a work with another identity.
-    """
+    """Refuse the folder of a work with another identity."""
     changed = [key for key in identity if known.get(key) != identity[key]]
     if changed or known != identity:
         raise UsageError(
@@ -38,15 +36,7 @@ def check_identity(folder: Path, known: Mapping[str, Any], identity: Mapping[str
 
 
 def own_files(folder: Path, tensors: re.Pattern[str], others: re.Pattern[str]) -> list[Path]:
-    """The files of tensors in the folder of a work.
-
-    Args:
-        tensors: how these are called.
-        others: what else the work puts there.
-
-    Raises:
-        UsageError: something else lies in the folder, which would be lost with it.
-    """
+    """The files named as `tensors` in a work's folder; UsageError where a further one is not named as `others`."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [path for path in entries if tensors.fullmatch(path.name)]
     plain = [path for path in files if path.is_file() and not path.is_symlink()]
@@ -60,13 +50,7 @@ def own_files(folder: Path, tensors: re.Pattern[str], others: re.Pattern[str]) -
 
 @contextmanager
 def kept_where_resuming_helps(work: Unfinished, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
-    """Leave the folder of a work after an interruption, a full disk or memory, or a file that could not be read, if it
-    holds anything; remove it where the same would happen again.
-
-    Args:
-        what: it holds, in the plural.
-        resume: as the work was started, see `RunFolder`.
-    """
+    """Keep a work's folder, which holds `what`, after interruptions and lack of disk or memory; else remove it."""
     again = "the same command" if resume is None else "the same command with --resume"
 
     def leave() -> None:

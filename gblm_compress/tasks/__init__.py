@@ -1,7 +1,4 @@
-"""What a model is for: the registry of tasks, a file for each, and the samples that they read.
-
-Importing a module of this folder loads no torch.
-"""
+"""What models are for: the registry of tasks. Importing a module of this folder loads no torch."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,18 +19,12 @@ TASKS: dict[str, Task] = {
     "classification": Classification(),
     "image-classification": ImageClassification(),
 }
-"""All tasks."""
 
-DEFAULT = "causal-lm"
-"""The task of a model whose class is not known."""
+DEFAULT = "causal-lm"  # for a model of unknown class
 
 
 def data_files(dataset: str) -> list[Path]:
-    """As `Task.data_files`, for a model that is not known yet: the answer of the first task that can read the dataset.
-
-    Raises:
-        DataError: no task can read it.
-    """
+    """As `Task.data_files`, for a model that is not known yet: the first task that can read the dataset answers."""
     refused: dict[str, DataError] = {}
     for task in TASKS.values():
         try:
@@ -66,13 +57,10 @@ def is_here(dataset: str) -> bool:
 
 
 def task_of(model_class: type) -> Task:
-    """The task that optimum's TasksManager infers for a class of models, or for one above it.
+    """The task that optimum's TasksManager infers for a class of models, or for one above it; ModelError for others.
 
-    A class from outside transformers that it does not know is for `DEFAULT`. A language model that reads images or
-    sound too is a language model: its other parts stay as they are.
-
-    Raises:
-        ModelError: the class is for a task that is not in `TASKS`, or a class of transformers for none.
+    An unknown class from outside transformers is for `DEFAULT`. A language model that also reads images or sound is a
+    language model: its other parts stay as they are.
     """
     import transformers
     from optimum.exporters.tasks import TasksManager
@@ -96,7 +84,6 @@ def task_of(model_class: type) -> Task:
 
 
 def _loaded_as(kind: type, tasks: Iterable[Task]) -> Task | None:
-    """The first of some tasks for which transformers loads the class."""
     import transformers
 
     for task in tasks:

@@ -1,7 +1,4 @@
-"""Causal language modelling: every token is predicted from those before it.
-
-A text that is shorter than a window raises DataError.
-"""
+"""Causal language modelling: every token is predicted from those before it."""
 
 from __future__ import annotations
 
@@ -18,12 +15,9 @@ from gblm_compress.tasks.text import tokenize, vocabulary_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOSS_TOKENS = 128
-"""Logits that are in memory at once, in tokens: few enough to be small beside a block, enough for fast products."""
-DRAWS = 100_000
-"""How many documents of C4 may be too short in a row before the search for a long one ends."""
-CHOICE = 16
-"""Windows of a hub dataset, which may be endless, are drawn from this many times their tokens."""
+LOSS_TOKENS = 128  # whose logits are in memory at once: small beside a block, and enough for fast products
+DRAWS = 100_000  # documents of C4 that may be too short in a row
+CHOICE = 16  # windows of a hub dataset, which may be endless, are drawn from this many times their tokens
 
 
 class CausalLM(Task):
@@ -40,7 +34,6 @@ class CausalLM(Task):
         return [{"input_ids": window} for window in drawn]
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
-        """Windows of the whole text, one after the other without overlap."""
         prose = text.load_text(dataset, "calibration", tokens)
         return _cut(processor, config, prose, length, None, dataset)
 
@@ -78,7 +71,7 @@ class CausalLM(Task):
         return {"perplexity": perplexity(cross_entropy), "cross_entropy": cross_entropy}
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
-        """Everything behind the blocks works on each token alone, so that it can be done for some tokens at a time."""
+        """Everything behind the blocks works on each token alone, so some tokens at a time will do."""
         import torch
 
         ids = sample["input_ids"]
@@ -112,9 +105,7 @@ def _cut(processor: Any, config: Any, prose: str, length: int, limit: int | None
 def calibration_windows(
     tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
 ) -> list[Tensor]:
-    """Windows [1, length] as the reference scripts draw them: within documents of one shard for `c4`, from the first
-    documents of a hub dataset, else from the whole text. `seed` is that of `random.Random`.
-    """
+    """Windows [1, length] as the reference scripts draw them: each within one document of `c4`, else from the text."""
     if source == "c4":
         generator, documents = random.Random(seed), text.c4_documents()
         return [document_window(tokenizer, vocabulary, documents, length, generator) for _ in range(samples)]
@@ -123,7 +114,7 @@ def calibration_windows(
 
 
 def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
-    """Windows [1, length] of token ids [tokens], at `randint(0, tokens - length - 1)`, as the reference draws them."""
+    """Windows [1, length] of token ids [tokens], as the reference draws them."""
     _check_length(ids, length + 1, source)
     generator = random.Random(seed)
     starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
@@ -133,9 +124,7 @@ def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: st
 def document_window(
     tokenizer: Any, vocabulary: int, documents: Sequence[Mapping[str, str]], length: int, generator: random.Random
 ) -> Tensor:
-    """A window [1, length] within a single document, as the reference draws it from C4: `randint(0, documents - 1)`
-    until one is longer than `length`, then `randint(0, tokens - length - 1)`.
-    """
+    """A window [1, length] within a single document, as the reference draws it from C4."""
     for _ in range(DRAWS):
         ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
         if len(ids) > length:
@@ -148,9 +137,7 @@ def document_window(
 
 
 def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
-    """The token ids [tokens] cut into non-overlapping windows [windows, length], at most `limit` from the start; an
-    incomplete last one is dropped.
-    """
+    """The token ids [tokens] as non-overlapping windows [windows, length], at most `limit`, all complete."""
     _check_length(ids, length, source)
     count = len(ids) // length
     return ids[: count * length].reshape(count, length)[:limit]

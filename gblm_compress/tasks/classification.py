@@ -18,19 +18,16 @@ if TYPE_CHECKING:
 class Classes(Task):
     """A task whose prediction is logits [1, classes], and whose samples may have "labels" [1].
 
-    The loss is the cross-entropy of the label. Without labels one is drawn from the model's own prediction, because the
-    divergence from that prediction has no gradient. The squared gradients then estimate the diagonal of the Fisher
-    information, the curvature of that divergence.
+    The loss is the cross-entropy of the label. A missing label is drawn from the model's own prediction: the squared
+    gradients then estimate the diagonal of the Fisher information.
     """
 
-    accuracies: ClassVar[Mapping[str, int]] = {"accuracy": 1}
-    """The metrics of accuracy: among how many of the likeliest classes the label counts as right."""
+    accuracies: ClassVar[Mapping[str, int]] = {"accuracy": 1}  # metric: top-k
 
     def judged_values(self, config: Any, length: int) -> int:
         return int(config.num_labels)
 
     def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """Logits [1, classes]."""
         return prediction
 
     def loss(self, judged: Tensor, sample: Sample) -> Tensor:
@@ -39,9 +36,7 @@ class Classes(Task):
         return cross_entropy(judged.float(), sample["labels"] if "labels" in sample else drawn_label(judged, sample))
 
     def measure(self, judged: Tensor, sample: Sample) -> tuple[float, ...] | None:
-        """For each of `accuracies`, whether the label is among the likeliest classes, and the cross-entropy; None
-        without a label.
-        """
+        """The `accuracies` and the cross-entropy; None without a label."""
         if "labels" not in sample:
             return None
         likeliest = judged[0].topk(min(max(self.accuracies.values()), judged.shape[-1])).indices == sample["labels"]
@@ -49,7 +44,6 @@ class Classes(Task):
         return *right, float(self.loss(judged, sample))
 
     def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
-        """Accuracies and cross-entropy; nothing where there are no labels."""
         if measured[0] is None:
             return {}
         names = (*self.accuracies, "cross_entropy")
@@ -87,15 +81,7 @@ def _samples(processor: Any, config: Any, rows: Sequence[Row], length: int, pad:
 
 
 def class_of(label: int | str | None, where: str, config: Any, names: Mapping[str, int] | None = None) -> int:
-    """The number of the class that a label of a sample is, or names.
-
-    Args:
-        where: the sample's name in messages.
-        names: the numbers of the classes by their names in small letters; by default the model's.
-
-    Raises:
-        DataError: there is no label, or no such class.
-    """
+    """The number of a class by its number or name; `names` are in small letters, by default the model's."""
     if label is None:
         raise DataError(f"{where} has no label, and others have one; give all samples one, or none")
     names = names_of(config) if names is None else names
@@ -113,7 +99,7 @@ def class_of(label: int | str | None, where: str, config: Any, names: Mapping[st
 
 
 def names_of(config: Any) -> dict[str, int]:
-    """The numbers of a model's classes by their names in small letters."""
+    """A model's classes by their names in small letters."""
     return {str(name).lower(): int(number) for number, name in config.id2label.items()}
 
 

@@ -17,8 +17,7 @@ from gblm_compress.tasks.task import Sample, random_numbers, with_draws
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEAREST = 10
-"""How many of a text's nearest neighbours count: a pruned model should keep those of the dense one."""
+NEAREST = 10  # neighbours of a text, which a pruned model should keep
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 _MODE = "pooling_mode_"
@@ -28,10 +27,8 @@ _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
 class Embedding(PassageTask):
     """Samples are passages without labels. The embedding is pooled from the tokens that are no padding, and normalised.
 
-    The distance to the dense model's own embedding has no gradient at the dense model. The loss is instead the product
-    of the embedding with a random direction r of its own for each sample, r ~ N(0, 1). Over many, the mean squared
-    gradient is the diagonal of JᵀJ, with J the derivatives of the embedding: the curvature (Gauss-Newton) of half that
-    squared distance.
+    The distance to the dense model's embedding has no gradient at that model. The loss is the product of the embedding
+    with a random direction r ~ N(0, 1) of each sample: the mean squared gradient is the diagonal of JᵀJ (Gauss-Newton).
     """
 
     help = "a model of text embeddings"
@@ -43,7 +40,6 @@ class Embedding(PassageTask):
         self.pooling = pooling
 
     def of_folder(self, folder: Path) -> Embedding:
-        """With the pooling that sentence-transformers' files name; else the mean."""
         modules = _read(folder / "modules.json", list)
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
         if unknown := [kind for kind in kinds if kind not in _MODULES]:
@@ -111,15 +107,13 @@ class Embedding(PassageTask):
         return judged[0] @ direction.to(judged.device)
 
     def divergence(self, dense: Tensor, judged: Tensor) -> Tensor:
-        """Half the squared distance of two embeddings, which is 1 - cosine."""
+        """1 - cosine: half the squared distance."""
         return 1 - (dense * judged).sum(-1).mean()
 
     def measure(self, judged: Tensor, sample: Sample) -> tuple[Tensor, float | None]:
-        """The embedding, and the score of the pair."""
         return judged[0], float(sample["labels"]) if "labels" in sample else None
 
     def metrics(self, measured: Sequence[Any]) -> dict[str, Metric]:
-        """Spearman's rank correlation of cosines and scores; nothing where there are no scores."""
         if measured[0][1] is None:
             return {}
         pairs = list(zip(measured[::2], measured[1::2], strict=True))
@@ -138,12 +132,10 @@ class Embedding(PassageTask):
 
 
 def _alone(rows: Sequence[Row]) -> list[Row]:
-    """Each text of the rows once, without its partner."""
     return [Row((text,)) for text in dict.fromkeys(text for row in rows for text in row.texts)]
 
 
 def _read(path: Path, kind: type) -> Any:
-    """The JSON of a file, empty where there is none."""
     try:
         return read_json(path, kind) if path.exists() else kind()
     except (OSError, ValueError) as error:
@@ -151,9 +143,7 @@ def _read(path: Path, kind: type) -> Any:
 
 
 def top_agreement(reference: Tensor, vectors: Tensor, count: int) -> float:
-    """The mean share of each text's `count` nearest neighbours by `reference` that are also nearest by `vectors`; both
-    [texts, …], of length 1 each.
-    """
+    """The share of the `count` nearest neighbours that both have; both [texts, …], of length 1 each."""
     kept = 0
     for start in range(0, len(vectors), 1024):
         nearest = []

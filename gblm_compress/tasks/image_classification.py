@@ -1,9 +1,4 @@
-"""Classification of images, and where images come from.
-
-SRC is a folder with a sub-folder for each class, a folder of images without classes, a `.parquet` file or hub dataset
-(`owner/name[:config][@split]`) with columns `image` and `label`, or IDX files, the format of MNIST. Images and labels
-that cannot be read or do not fit the model raise DataError.
-"""
+"""Classification of images, and where images come from: folders, tables, hub datasets, and IDX files as of MNIST."""
 
 from __future__ import annotations
 
@@ -32,21 +27,17 @@ if TYPE_CHECKING:
 
 Label: TypeAlias = "int | str | None"
 
-MODES = {1: "L", 3: "RGB"}
-"""The mode of Pillow that an image is converted to, by the model's channels."""
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the model's channels
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}
-"""Names of the sub-folders of an image folder that hold one part each."""
+PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}  # sub-folders
 READS = (
     "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
     "'label', or IDX files (…images-idx3-ubyte, also as .gz)"
 )
-LARGEST_IDX = 1 << 32
-"""Bytes of an IDX file, which is in memory as a whole."""
+LARGEST_IDX = 1 << 32  # bytes, all in memory
 _IDX = re.compile(r".*images[-.]idx3-ubyte(\.gz)?")
 _IDX_PARTS = {"calibration": "train-", "evaluation": "t10k-"}
-_SHUFFLED = 1_000
-"""Images of a hub dataset that are held at once to draw from; its files are read in random order, too."""
+_SHUFFLED = 1_000  # images of a hub dataset that are held at once to draw from; its files are shuffled, too
 
 
 class ImageClassification(Classes):
@@ -78,7 +69,7 @@ class ImageClassification(Classes):
         return with_draws(list(Preprocessed(processor, config, pictures)), seed)
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
-        """All images in the dataset's order; where there is a limit, drawn at random, for folders go class by class."""
+        """Those within a limit are drawn at random, because folders go class by class."""
         return Preprocessed(processor, config, read(dataset, "evaluation", limit, seed=0))
 
     def probe(self, processor: Any, config: Any) -> Sample:
@@ -104,7 +95,6 @@ class Picture:
     _open: Callable[[], Image]
 
     def read(self, mode: str) -> Image:
-        """The image in a mode of Pillow: "L" for grey, "RGB" for colours."""
         from PIL import UnidentifiedImageError
 
         try:
@@ -152,8 +142,8 @@ class Preprocessed(Sequence[Sample]):
 def labels_of(pictures: Pictures, config: Any) -> list[int]:
     """The numbers of all images' classes; none where the data has no classes.
 
-    Names are those of the model, in capitals or not. Where the model has none of the dataset's names, but as many
-    classes, they are the model's in alphabetical order, as for `torchvision` and folders of ImageNet.
+    Where model and data share no name but the number of classes, folders in alphabetical order are the classes, as for
+    `torchvision` and ImageNet.
     """
     if all(picture.label is None for picture in pictures.found):
         return []
@@ -167,7 +157,7 @@ def labels_of(pictures: Pictures, config: Any) -> list[int]:
 
 
 def _pixels(processor: Any, config: Any, image: Image, where: str) -> Tensor:
-    """The processed image, [1, channels, height, width]; ModelError where processor and model do not fit."""
+    """The processed image [1, channels, height, width]."""
     # Grey images stay grey: processors that turn all images into colours are told not to.
     to_colours = config.num_channels == 1 and getattr(processor, "do_convert_rgb", None)
     try:
@@ -210,7 +200,6 @@ def _mode(config: Any) -> str:
 
 
 def _made(size: int, mode: str) -> Image:
-    """An image of blots of several sizes, the same on every machine."""
     import numpy
     from PIL import Image
 
@@ -223,7 +212,7 @@ def _made(size: int, mode: str) -> Image:
 
 
 def data_files(source: str) -> list[Path]:
-    """The file or folder of images that a source names, and the labels beside it; of the hub it asks nothing."""
+    """The local file or folder of images that a source names, and the labels beside it."""
     path = local(source)
     kind = kind_of(path)
     if source in ("demo", "wikitext2", "c4"):
@@ -243,10 +232,7 @@ def data_files(source: str) -> list[Path]:
 
 
 def read(source: str, role: text.Role, count: int | None, seed: int) -> Pictures:
-    """Images of a dataset: at most `count`, drawn at random, or all there are in the dataset's order.
-
-    `role` picks the part where a source has several; `seed` is that of `random.Random`.
-    """
+    """At most `count` images, drawn at random, or all in the dataset's order; `role` picks the part, if any."""
     path = next(iter(data_files(source)), None)
     if path is None or (path.suffix == ".parquet" and path.is_file()):
         return Pictures(_of_rows(path, source, role, count, seed))
@@ -291,7 +277,6 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
 
 
 def _of_rows(path: Path | None, source: str, role: text.Role, count: int | None, seed: int) -> list[Picture]:
-    """The chosen rows of a .parquet file, in their order, or of a hub dataset."""
     from pyarrow import parquet
 
     with text.reading(source):
@@ -332,14 +317,12 @@ def _idx_files(folder: Path) -> list[Path]:
 
 
 def _labels_beside(path: Path) -> Path | None:
-    """The IDX file of labels beside one of images, packed or not."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     names = (f"{name}.gz", name) if path.suffix == ".gz" else (name, f"{name}.gz")
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
 
 def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
-    """All images of an IDX file, or of the one in a folder that is for the role, with the labels beside it."""
     from PIL import Image
 
     if path.is_dir():
@@ -365,9 +348,7 @@ def _of_idx(path: Path, source: str, role: text.Role) -> list[Picture]:
 
 
 def _idx(path: Path, source: str, dimensions: int) -> tuple[tuple[int, ...], bytes]:
-    """The sizes and the numbers of an IDX file of bytes: two zero bytes, the type of the numbers (8: bytes), how many
-    dimensions, their sizes as 32-bit numbers, the high byte first, and the numbers row by row.
-    """
+    """Sizes and numbers of an IDX file: bytes 0, 0, 8 (the type) and dimensions, big-endian sizes, the numbers."""
     where = f"dataset {source!r}: {path.name}"
     with text.reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         head = file.read(4 + 4 * dimensions)

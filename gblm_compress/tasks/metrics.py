@@ -30,7 +30,6 @@ def variance_of_mean(values: Sequence[float]) -> float:
 
 
 def mean_metric(values: Sequence[float]) -> Metric:
-    """The mean with its standard error."""
     return Metric(mean(values), math.sqrt(variance_of_mean(values)) if len(values) > 1 else None)
 
 
@@ -43,8 +42,7 @@ def perplexity(cross_entropy: Metric) -> Metric:
 def spearman(values: Sequence[float], scores: Sequence[float]) -> Metric:
     """Spearman's rank correlation ρ, ties at their mean rank; NaN where all values or all scores are equal.
 
-    Its standard error is that of Fisher's z with the variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000), by the
-    delta method.
+    Its error is by the delta method from Fisher's z, of variance (1 + ρ²/2) / (n - 3) (Bonett and Wright 2000).
     """
     ours, theirs = (_ranks(numbers) for numbers in (values, scores))
     middle, count = (len(ours) + 1) / 2, len(ours)

@@ -1,9 +1,6 @@
 """Passages: sentences, paragraphs and rows of tables as padded samples of a model that reads texts whole.
 
-Rows come from csv, jsonl and parquet files and hub datasets. Their columns are known by name: `text` or `sentence`,
-alone or with `text_pair`; `sentence1` and `sentence2`; `premise` and `hypothesis`; `score`, `label`. A csv file without
-such a head line may have two sentences and a score, as the STS benchmark does. Rows that cannot be read or do not fit
-each other raise DataError.
+A csv file without known columns may have two sentences and a score, as the STS benchmark does.
 """
 
 from __future__ import annotations
@@ -24,8 +21,7 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import check_ids, vocabulary_of
 
-FEWEST_WORDS = 5
-"""Words in a passage of a plain text; shorter lines are headings, captions and rests."""
+FEWEST_WORDS = 5  # of a passage; shorter lines are headings, captions and rests
 
 _FILES = (*text.FILES, ".csv")
 _READS = "a .txt, .csv, .jsonl or .parquet file, or a hub dataset"
@@ -36,23 +32,17 @@ _NEEDED = (
 )
 _C4_DOCUMENTS = 20_000
 _MARKUP = re.compile(r"\s*(</?doc\b.*|=.*=)\s*")  # lines of Wikipedia extracts and of WikiText that are no text
-_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")
-"""Models whose positions begin after the one of padding."""
+_OFFSET = ("roberta", "camembert", "mpnet", "longformer", "data2vec-text")  # positions begin after that of padding
 
 
 @dataclass(frozen=True)
 class Row:
-    """One text, or two that the model reads together, with a label or a score where there is one.
-
-    Attributes:
-        label: a class, by its number or name.
-        where: the row's name in messages.
-    """
+    """One text, or two that the model reads together, with a label or a score where there is one."""
 
     texts: tuple[str, ...]
-    label: int | str | None = None
+    label: int | str | None = None  # a class
     score: float | None = None
-    where: str = ""
+    where: str = ""  # its name in messages
 
 
 class PassageTask(Task):
@@ -91,10 +81,7 @@ class PassageTask(Task):
 
 
 def read(source: str, role: text.Role) -> list[Row]:
-    """The passages of a text, or the rows of a table.
-
-    Documents without labels, scores and pairs are cut into lines; lines that are no sentence are left out.
-    """
+    """The rows of a table with pairs, labels or scores; of other data the lines that are long enough."""
     suffix = local(source).suffix
     if source == "demo":
         lines = text.demo_paragraphs(role)
@@ -114,7 +101,6 @@ def read(source: str, role: text.Role) -> list[Row]:
 
 
 def drawn(rows: Sequence[Row], count: int, seed: int, source: str) -> list[Row]:
-    """`count` different rows at random."""
     if len(rows) < count:
         raise DataError(
             f"dataset {source!r} gives {len(rows)} texts, but {count} samples are asked for; give more text or fewer "
@@ -124,15 +110,7 @@ def drawn(rows: Sequence[Row], count: int, seed: int, source: str) -> list[Row]:
 
 
 def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: bool) -> list[Sample]:
-    """The rows as samples [1, tokens].
-
-    Args:
-        length: tokens in each at most; never more than the model and its tokenizer take.
-        pad: whether all get the shape of the longest.
-
-    Raises:
-        ModelError: the tokenizer gives ids beyond the model's vocabulary.
-    """
+    """The rows as samples [1, tokens], of at most `length` tokens; `pad` gives all the shape of the longest."""
     if other := next((row for row in rows if len(row.texts) != len(rows[0].texts)), None):
         raise DataError(
             f"{other.where} has {len(other.texts)} texts, and {rows[0].where} has {len(rows[0].texts)}; give all rows "
@@ -159,7 +137,6 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
 
 
 def positions_of(config: Any) -> int:
-    """How many tokens the model takes at most."""
     positions: int = getattr(config, "max_position_embeddings", None) or 1 << 30
     behind = any(part in config.model_type for part in _OFFSET)
     return positions - (config.pad_token_id + 1 if behind else 0)
@@ -223,7 +200,6 @@ def _lines(document: str) -> list[str]:
 
 
 def _listed(columns: Iterable[str]) -> str:
-    """The first columns, for a message."""
     return ", ".join(map(repr, islice(columns, 8))) or "none"
 
 

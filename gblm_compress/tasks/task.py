@@ -1,7 +1,6 @@
 """The interface through which calibration, fits, evaluation and export know what a model is for.
 
-A source that cannot be read, or holds too little, raises DataError. A model and a processor that do not fit each other
-raise ModelError. A method that a task does not have raises UsageError.
+A bad or short source raises DataError, a processor that does not fit the model ModelError, a missing method UsageError.
 """
 
 from __future__ import annotations
@@ -20,12 +19,8 @@ from gblm_compress.tasks.metrics import Metric, mean_kl, mean_metric, top1_agree
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sample: TypeAlias = "Mapping[str, Tensor]"
-"""One sample by the names of the model's arguments, each tensor [1, …]; `BESIDE` may be among them."""
-
-BESIDE = ("labels", "draw")
-"""No arguments of the model: what it should predict, and the seed of whatever a loss draws."""
-
+Sample: TypeAlias = "Mapping[str, Tensor]"  # the model's arguments, each [1, …], and any of `BESIDE`
+BESIDE = ("labels", "draw")  # no arguments of the model: the target, and the seed of whatever a loss draws
 _WORDS = "A word, ACGT 1 слово 词"  # in the words, letters and digits of all sorts of vocabularies
 
 
@@ -75,14 +70,7 @@ class Task(ABC):
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        """Samples to calibrate on, all of one shape: shorter ones are padded.
-
-        Args:
-            processor: of the kind that `processor` names.
-            config: of the model, as transformers has it.
-            dataset: SRC; `data_files` accepts it.
-            length: tokens in each at most, for models of text.
-        """
+        """Samples to calibrate on, all of one shape: texts are cut to `length` tokens and padded."""
 
     def probe(self, processor: Any, config: Any) -> Sample:
         """One sample of data that every machine has, on which exports are verified."""
@@ -97,7 +85,6 @@ class Task(ABC):
         raise UsageError(f"there is no training of {self.help}; recover a pruned causal language model")
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> Sequence[Sample]:
-        """Samples to evaluate on, at most `limit`."""
         raise UsageError(f"there is no evaluation of {self.help}; models of its kind can be pruned")
 
     def measure(self, judged: Tensor, sample: Sample) -> Any:
@@ -135,7 +122,6 @@ class Task(ABC):
         raise UsageError(f"{self.help} cannot be exported to ONNX; export to a sparse PyTorch format")
 
     def arguments(self, sample: Sample) -> dict[str, Any]:
-        """The arguments of the model's forward pass."""
         return {name: tensor for name, tensor in sample.items() if name not in BESIDE}
 
     def counted(self, sample: Sample) -> Tensor | None:
@@ -149,11 +135,7 @@ class Task(ABC):
         return prediction[0] if counted is None else prediction[counted]
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
-        """The gradient of the loss to the last block's output `hidden` [1, tokens, hidden size], of its shape.
-
-        Args:
-            predict: of (a sample, the last block's output for it): the model's prediction.
-        """
+        """The gradient to the last block's output `hidden` [1, tokens, hidden size]; `predict(sample, hidden)`."""
         import torch
 
         leaf = hidden.detach().requires_grad_()
@@ -182,10 +164,7 @@ def with_draws(samples: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 def random_numbers(sample: Sample, count: int, *, normal: bool) -> Tensor:
-    """Numbers [count] that belong to a sample, in float32 on the CPU: of N(0, 1), or uniform in [0, 1).
-
-    Samples without "draw" share one seed.
-    """
+    """Numbers [count] of a sample's "draw", in float32 on the CPU: of N(0, 1), or uniform in [0, 1)."""
     import torch
 
     generator = torch.Generator().manual_seed(int(sample["draw"]) if "draw" in sample else 0)
@@ -193,5 +172,4 @@ def random_numbers(sample: Sample, count: int, *, normal: bool) -> Tensor:
 
 
 def on_device(sample: Sample, device: Any) -> Sample:
-    """The sample with its tensors on a device."""
     return {name: tensor.to(device) for name, tensor in sample.items()}

@@ -1,7 +1,6 @@
 """Texts for calibration and evaluation: where they come from, and their tokens.
 
-SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local `.txt`, `.jsonl`
-or `.parquet` file (column `text`). A source that does not exist, cannot be read or holds no text raises DataError.
+SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local file (column `text`).
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["calibration", "evaluation"]
-Records: TypeAlias = Iterable[tuple[str, Mapping[str, Any]]]
-"""Rows of a table, each with its name in messages."""
+Records: TypeAlias = Iterable[tuple[str, Mapping[str, Any]]]  # rows of a table, each with its name in messages
 
 # As the reference scripts of SparseGPT, Wanda and GBLM read them.
 _WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -35,23 +33,14 @@ TABLES = (".jsonl", ".parquet")
 FILES = (".txt", *TABLES, ".raw", ".tokens")
 READS = "a .txt, .jsonl or .parquet file, or a hub dataset"
 FOUND = {None: "is not there", "file": "is a file of another kind", "folder": "is a folder", "other": "is no file"}
-"""Why a path of that kind cannot be read, see `kind_of`."""
 
-CHARACTERS_OF_A_TOKEN = 8
-"""At most, on average; in prose, vocabularies of today have four to five."""
-MAX_LINE = 64 << 20
-"""Bytes in a line of a .jsonl file, or in a text of a .parquet file; longer ones are no documents."""
-MAX_PARQUET = 2 << 30
-"""Bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end."""
+CHARACTERS_OF_A_TOKEN = 8  # at most, on average; in prose they are four to five
+MAX_LINE = 64 << 20  # bytes in a line of a .jsonl file, or in a text of a .parquet file
+MAX_PARQUET = 2 << 30  # bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end
 
 
 def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) -> list[Path]:
-    """The local file that a source names, if it names one; of the hub it asks nothing.
-
-    Args:
-        reads: the sources that can be read, in words.
-        files: the suffixes of the files that can be read.
-    """
+    """The local file that a source names, if any; `reads` says in words what can be read, `files` are suffixes."""
     path = local(source)
     if source in ("demo", "wikitext2", "c4"):
         return []
@@ -64,12 +53,7 @@ def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) 
 
 
 def load_text(source: str, role: Role, tokens: int | None = None) -> str:
-    """The text of `source`, its documents joined; `role` picks the part where a source has several.
-
-    Args:
-        tokens: how many are enough. Documents of the hub are read until they hold so many, and no further. Local
-            files, WikiText-2 and C4's evaluation part are read whole.
-    """
+    """The text of `source`, its documents joined; those of a hub dataset are read until they hold enough `tokens`."""
     data_files(source)
     joint = "\n\n"
     if source == "demo":
@@ -96,11 +80,7 @@ def load_text(source: str, role: Role, tokens: int | None = None) -> str:
 
 
 def records(source: str, role: Role, columns: Collection[str] = ()) -> Records:
-    """The rows of a .jsonl or .parquet file, or of a hub dataset, as they are read.
-
-    Args:
-        columns: the only ones that are read of a .parquet file, where it has any of them.
-    """
+    """The rows of a file or hub dataset as they are read; of a .parquet file only the `columns`, if it has any."""
     path = local(source)
     if path.suffix == ".jsonl":
         return _of_jsonl(path, source)
@@ -110,7 +90,6 @@ def records(source: str, role: Role, columns: Collection[str] = ()) -> Records:
 
 
 def hub_rows(source: str, role: Role) -> Any:
-    """The rows of a hub dataset, of the split that it names or that the role has."""
     location, _, split = source.partition("@")
     name, _, config = location.partition(":")
     default_split = "train" if role == "calibration" else "test"
@@ -123,11 +102,7 @@ def c4_documents(*, streaming: bool = False) -> Any:
 
 
 def demo_paragraphs(role: Role) -> list[str]:
-    """Prose of the Python language reference that CPython carries, in disjoint parts for the two roles.
-
-    A repeated paragraph counts once. Its SHA-256 decides the part: three in four belong to calibration, one in four to
-    evaluation, the same on every machine.
-    """
+    """Prose of the language reference that CPython carries; by SHA-256, one paragraph in four is for evaluation."""
     from pydoc_data.topics import topics
 
     paragraphs = dict.fromkeys(
@@ -144,11 +119,7 @@ def demo_paragraphs(role: Role) -> list[str]:
 
 
 def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
-    """The text tokenized whole, as the reference does: token ids [tokens], int64.
-
-    Raises:
-        ModelError: the tokenizer gives an id beyond the `vocabulary` tokens that the model has embeddings for.
-    """
+    """The text tokenized whole, as the reference does: token ids [tokens], int64."""
     import torch
 
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
@@ -157,7 +128,6 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
 
 
 def check_ids(ids: Tensor, vocabulary: int) -> None:
-    """Raise ModelError where the model has no embedding for an id."""
     if ids.numel() and (largest := int(ids.max())) >= vocabulary:
         raise ModelError(
             f"the tokenizer gives the token id {largest}, but the model has embeddings for {vocabulary} tokens, 0 to "
@@ -167,7 +137,7 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 
 
 def vocabulary_of(config: Any) -> int:
-    """How many tokens a model has embeddings for; ModelError where its config does not say."""
+    """How many tokens a model has embeddings for."""
     try:
         return int(config.get_text_config().vocab_size)
     except (AttributeError, TypeError, ValueError) as error:
@@ -204,7 +174,6 @@ def _named(rows: Any, source: str) -> Records:
 
 
 def _of_jsonl(path: Path, source: str) -> Records:
-    """The objects of a file with one JSON object a line, empty lines left out."""
     with reading(source), path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"dataset {source!r}, line {number}"
@@ -244,7 +213,6 @@ def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
 
 
 def _texts(rows: Records) -> Iterator[str]:
-    """The texts of rows that have a column `text`; those that are null are left out."""
     for where, row in rows:
         if "text" not in row:
             raise DataError(f"{where} has no column 'text'; it has {', '.join(map(repr, islice(row, 8))) or 'none'}")
