@@ -1,4 +1,1 @@
-"""What is measured on samples.
-
-Blocks with their inputs, statistics, gradients; in memory, on disk or on several processes.
-"""
+"""Measurements on samples: blocks with their inputs, statistics, gradients."""

@@ -1,14 +1,10 @@
-"""Causal attention in bfloat16 on a CPU: half the operations of `scaled_dot_product_attention` where a text is read,
-and a fraction of its time where one is written.
+"""Causal attention in bfloat16 on a CPU: half the operations of torch's kernel where a text is read, and a fraction of
+its time where one is written.
 
-torch's kernel for CPUs computes all scores of a sample of ordinary length and throws those of later tokens away. Here
-queries go in chunks, and a chunk sees the keys up to its end. On a Zen 4 core, 9 heads of width 64 with 512 tokens
-take 4.0 instead of 8.7 ms forward and 11.3 instead of 26.2 ms forward and backward. In float32 the gain is small, and
-torch's kernel is kept: another order of the sums would tip near-ties between scores, and the masks would not be those
-of a plain implementation any more.
-
-For one new token of each of 96 texts, torch's kernel takes 10.7 ms and a product for each head of keys 1.4 (9 heads, 3
-of keys, 150 tokens, one busy thread of a Zen 5); in float32 2.5 and 2.0.
+Torch's kernel computes all scores of a sample and discards those of later tokens. Here queries go in chunks, and a
+chunk sees the keys up to its end. One Zen 4 core, 9 heads of width 64, 512 tokens: 4.0 instead of 8.7 ms forward, 11.3
+instead of 26.2 ms forward and backward. In float32 the gain is small, and another order of the sums would change masks.
+One new token of 96 texts (9 heads, 3 of keys, 150 tokens, one thread of a Zen 5): 1.4 instead of 10.7 ms.
 """
 
 from collections.abc import Iterator
@@ -21,17 +17,10 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-CHUNK = 128
-"""Queries in a chunk: few enough to leave out most of what causality hides, enough for fast products."""
-
-LONGEST = 2048
-"""Tokens in a sample up to which this is faster than torch's kernel; scores then outgrow the caches."""
-
-LARGEST = 32.0
-"""Scores have 8 bits here: of larger ones the error would show, and torch's kernel keeps them in float32."""
-
-SPECIAL = ("position_bias", "softcap", "s_aux")
-"""Arguments that make attention something else."""
+CHUNK = 128  # queries: few enough to leave out most hidden scores, enough for fast products
+LONGEST = 2048  # tokens in a sample; with more, scores outgrow the caches and torch's kernel is faster
+LARGEST = 32.0  # of larger scores, the error of 8 bits would show; torch's kernel keeps them in float32
+SPECIAL = ("position_bias", "softcap", "s_aux")  # arguments that make attention something else
 
 
 @contextmanager
@@ -56,14 +45,15 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers registers them. What is neither plain causal attention without a cache, nor
-    that of one new token, is left to torch; and what is not in bfloat16, or has scores too large for it.
+    """An attention function as transformers registers them.
+
+    In bfloat16 it computes causal attention without a cache, or of one new token. The rest is left to torch, as are
+    scores above `LARGEST`.
 
     Args:
-        module: whose `is_causal` holds if `is_causal` is None.
+        module: its `is_causal` holds if `is_causal` is None.
         query: [samples, heads, length, width].
-        key: [samples, heads of keys and values, length, width]; longer than queries where there is a cache.
-        value: [samples, heads of keys and values, length, width of values].
+        key, value: [samples, heads of keys and values, length, width]; longer than queries where there is a cache.
 
     Returns:
         ([samples, length, heads, width of values], None).
@@ -98,6 +88,6 @@ def attention(
 
 
 def in_bfloat16(query: Tensor) -> bool:
-    """Whether products with it are computed in bfloat16 on a CPU, by its dtype or by autocast."""
+    """Whether products with it are in bfloat16 on a CPU, by its dtype or by autocast."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     return query.device.type == "cpu" and dtype == torch.bfloat16

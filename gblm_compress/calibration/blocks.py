@@ -1,7 +1,7 @@
-"""Blocks with their inputs, and the statistics of the layers in them.
+"""Blocks with their inputs, and the statistics of their layers.
 
-`BlockReplay` takes the samples through the blocks one block at a time, so that each `Block` sees the output of the
-blocks before it as they are *after* pruning.
+`BlockReplay` runs the samples through one block after the other, so that each `Block` sees the output of the *pruned*
+blocks before it.
 """
 
 from collections import Counter
@@ -25,11 +25,7 @@ from gblm_compress.models.architecture import as_matrix, weight_matrix
 
 
 class BlockReplay:
-    """The hidden states of all samples, on their way through the blocks one block at a time.
-
-    Attributes:
-        hidden: those of every sample, each [1, length, hidden size].
-    """
+    """The hidden states [1, length, hidden size] of all samples, taken through one block after the other."""
 
     def __init__(self, calls: BlockCalls, weights: Weights, pool: StatePool, ranks: Ranks) -> None:
         self._calls, self._weights, self._ranks = calls, weights, ranks
@@ -39,7 +35,7 @@ class BlockReplay:
                 self.hidden[sample] = calls.embed(sample)
 
     def block(self, index: int) -> "Block":
-        """Block `index` with the hidden states that go into it now; needs `weights.block(index)`."""
+        """Block `index` with its present inputs; needs `weights.block(index)`."""
         calls, counted = self._calls.calls[index], self._calls.counted
         return Block(self._weights.blocks[index], calls, self.hidden, counted, self._ranks)
 
@@ -53,18 +49,12 @@ class BlockReplay:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the model and its input.
-
-    Attributes:
-        calls: its arguments beside the hidden states, for every sample of this process.
-        inputs: the hidden states of every sample, each [1, tokens, hidden size].
-        counted: which tokens of every sample are no padding, bool [1, tokens]; None if all are counted.
-    """
+    """One block of the model and its input."""
 
     module: nn.Module
-    calls: Sequence[Call]
-    inputs: Sequence[Tensor]
-    counted: Sequence[Tensor | None]
+    calls: Sequence[Call]  # of every sample of this process
+    inputs: Sequence[Tensor]  # hidden states [1, tokens, hidden size] of every sample
+    counted: Sequence[Tensor | None]  # bool [1, tokens] for every sample, False for padding; None if all are counted
     ranks: Ranks = field(default_factory=Ranks)
 
     @torch.no_grad()
@@ -73,7 +63,7 @@ class Block:
         return self.calls[sample].run(self.module, self.inputs[sample])
 
     def without_padding(self, sample: int, states: Tensor) -> Tensor:
-        """What belongs to the counted tokens of a sample, of anything [1, tokens, …]."""
+        """The counted tokens of a sample, of anything [1, tokens, …]."""
         counted = self.counted[sample]
         return states if counted is None else states[counted]
 
@@ -84,18 +74,14 @@ class Block:
 
     @property
     def tokens(self) -> float:
-        """How many counted tokens a sample has on average over all processes."""
+        """Counted tokens of a sample, on average over all processes."""
         return self.ranks.total(counted_tokens(self.counted, self.inputs[0]), self.inputs[0].device) / self.samples
 
 
 def activation_norms(
     block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
 ) -> dict[str, Tensor]:
-    """A_j = sqrt(mean over samples of the sum over counted tokens of x_j²) of the linear layers in a block.
-
-    Returns:
-        {name: A [in_features], float32}.
-    """
+    """{name: A [in_features]}, A_j = sqrt(mean over samples of the sum over counted tokens of x_j²), in float32."""
 
     def add(total: Tensor | None, x: Tensor) -> Tensor:
         squares = x.square().sum(0)
@@ -112,22 +98,17 @@ def sum_over_inputs(
     add: Callable[[Tensor | None, Tensor], Tensor],
     tokens: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """A sum over all samples of something quadratic that is measured on the input of every layer.
+    """{name: a sum over the inputs of a layer}, over the samples of all processes.
 
-    Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum.
-    A weight that is used in several places is measured in all of them.
+    Layers that are called one after the other with the very same input (queries, keys and values, say) share one sum. A
+    weight that is used in several places is measured in all of them.
 
     Args:
-        add: of (the sum so far, None at first; a layer's input [tokens, in_features] in float32, without padding): the
-            new sum.
-        tokens: filled with {name: how many tokens the layer got, over all processes}; 0 for one that never ran.
-
-    Returns:
-        {name: sum over the samples of all processes}.
+        add: (sum so far or None, input [tokens, in_features] in float32 without padding) -> new sum.
+        tokens: filled with {name: tokens that the layer got, over all processes}; 0 for one that never ran.
 
     Raises:
-        ModelError: a sum is NaN or infinite, or there is padding and a layer does not read all tokens of a sample; the
-            message names the layer.
+        ModelError: a sum is NaN or infinite, or there is padding and a layer does not read all tokens of a sample.
     """
     sums: dict[str, Tensor] = {}
     got: Counter[str] = Counter()  # tokens
@@ -175,7 +156,7 @@ def sum_over_inputs(
 
 
 def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The layers by their names, and behind them all other modules of the block that multiply by the same weights."""
+    """The layers by name, then all other modules of the block that multiply by the same weights."""
     weights = {name: layer.weight for name, layer in layers.items()}
     names = {id(weight): name for name, weight in weights.items()}
     of_layers = set(layers.values())
@@ -188,7 +169,7 @@ def _users(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[str, nn
 
 
 def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor:
-    """A layer's input [..., in_features] as [tokens, in_features] in float32, without padding."""
+    """A layer's input as [tokens, in_features] in float32, without padding."""
     tokens = inputs.reshape(-1, inputs.shape[-1]).float()
     if counted is not None and len(tokens) != counted.numel():
         raise ModelError(
@@ -204,7 +185,6 @@ class _AllLayersReached(Exception):
 
 @contextmanager
 def _hooks(handles: Any) -> Iterator[None]:
-    """Keep the hooks for the duration of a `with`, and remove them even when a forward pass raises."""
     handles = list(handles)
     try:
         yield
@@ -220,7 +200,6 @@ def layer_statistics(
 
     Args:
         block: None if none of `Need.BLOCKS` is needed.
-        layers: {name: Linear or Conv1D}; may be empty.
         gradients: {name: G in the stored layout of the weight}; empty if it was not measured.
     """
     grams: dict[str, Tensor] = {}
@@ -254,10 +233,9 @@ def layer_statistics(
 def gram_matrices(
     block: Block, layers: dict[str, nn.Module], tokens: dict[str, int] | None = None
 ) -> dict[str, Tensor]:
-    """H = XᵀX of every layer's input, summed over all counted tokens of all samples.
+    """{name: H = XᵀX [in_features, in_features]} of every layer's input, in float32.
 
-    Returns:
-        {name: H [in_features, in_features], float32}. Layers with the very same input share one matrix.
+    The sum is over all counted tokens of all samples. Layers with the very same input share one matrix.
     """
 
     def add(total: Tensor | None, x: Tensor) -> Tensor:
@@ -267,10 +245,9 @@ def gram_matrices(
 
 
 def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """R = sqrt(mean over samples of (∇_W ‖block(X_n)‖₂)²), X_n the inputs of sample n (Wanda++, arXiv 2503.04992).
+    """{name: R} in float32, in the stored layout of the weight (Wanda++, arXiv 2503.04992).
 
-    Returns:
-        {name: R in float32, in the stored layout of the weight}.
+    R = sqrt(mean over samples of (∇_W ‖block(X_n)‖₂)²), X_n the inputs of sample n.
     """
     weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
@@ -292,7 +269,7 @@ def regional_norms(block: Block, layers: dict[str, nn.Module]) -> dict[str, Tens
 
 @contextmanager
 def only_requires_grad(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Let autograd see `weights` and nothing else of the model for the duration of a `with`."""
+    """Within the `with`, autograd sees `weights` and nothing else of the model."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)

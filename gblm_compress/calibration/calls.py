@@ -18,16 +18,15 @@ from gblm_compress.tasks.task import Sample, Task
 
 
 class NoChainError(ModelError):
-    """The blocks of a model cannot be run one by one: something goes from one to another beside the hidden states."""
+    """Blocks that cannot run one by one: they pass on more than hidden states."""
 
 
 class BlockCalls:
     """How a model calls its blocks, and what it does before and after them.
 
-    The arguments of every block (masks, position embeddings, …) are recorded for every sample from a forward pass of
-    the model, in which at most the first block computes, and replayed. The first sample is recorded twice, with other
-    hidden states. So a model is refused whose block arguments depend on hidden states, or whose blocks form no chain,
-    repeat or share weights.
+    The arguments of every block (masks, position embeddings, …) are recorded for every sample in a forward pass, in
+    which at most the first block computes. The first sample is recorded twice, with other hidden states, to refuse a
+    model whose block arguments depend on them. Blocks that form no chain, repeat or share weights are refused too.
 
     Attributes:
         calls: for each block, the arguments of each sample; one object where they equal those of the first sample.
@@ -58,7 +57,7 @@ class BlockCalls:
 
     @torch.no_grad()
     def embed(self, sample: int) -> Tensor:
-        """What goes into the first block [1, tokens, hidden size]; needs `weights.outer()`."""
+        """The input of the first block [1, tokens, hidden size]; needs `weights.outer()`."""
 
         def stop(hidden: Tensor) -> Tensor:
             raise _FirstBlockReached(hidden)
@@ -85,7 +84,7 @@ class BlockCalls:
         return self.task.loss_gradient(predict, self.samples[sample], hidden)
 
     def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
-        """A forward pass of the model in which `instead` stands for all its blocks."""
+        """A forward pass of the model with `instead` in place of all blocks."""
         model, path = self._weights.model, self._weights.prefix
         parent, _, name = path.rpartition(".")
         holder = model.get_submodule(parent)
@@ -99,7 +98,7 @@ class BlockCalls:
 
 
 def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
-    """A forward pass of the model, whose errors are about the model."""
+    """A forward pass of the model; raises ModelError for its errors."""
     try:
         return model(**arguments)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -112,13 +111,13 @@ def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
 
 
 def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
-    """How many tokens of all samples are counted; `hidden` are the states of one, [1, tokens, hidden size]."""
+    """How many tokens of all samples are counted; `hidden` [1, tokens, hidden size] are of one."""
     return sum(hidden.shape[1] if mask is None else int(mask.sum()) for mask in counted)
 
 
 @dataclass
 class Call:
-    """One block's recorded arguments, less the hidden states; and what it returns `beside` them, if it returns more."""
+    """The recorded arguments of a block without the hidden states, and what it returns `beside` them, if anything."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -135,7 +134,7 @@ class Call:
 
 
 class _FirstBlockReached(Exception):
-    """Ends a forward pass once the input of the first block is known."""
+    """Ends a forward pass at the input of the first block."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -146,7 +145,7 @@ class _LastBlockReached(Exception):
 
 
 class _StandIn(nn.Module):
-    """Takes the place of all blocks; what a model asks of a block beside calling it, the first block answers."""
+    """Takes the place of all blocks; other attributes are those of the first block."""
 
     def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], beside: tuple[Any, ...] | None) -> None:
         super().__init__()
@@ -182,10 +181,10 @@ def _record_calls(
     like: list[Call] | None = None,
     negate: bool = False,
 ) -> list[Call]:
-    """How the model calls each of its blocks, checking that they form a chain.
+    """How the model calls each of its blocks; checks that they form a chain.
 
-    Only the first block computes, to show what a block returns. The others give the negative of their input: enough
-    to see whether the next one takes it.
+    Only the first block computes. The others return the negative of their input: enough to see whether the next takes
+    it.
     """
     model, blocks = weights.model, weights.blocks
     calls: list[Call] = []
@@ -258,7 +257,7 @@ def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
 
 
 def _shared(call: Call, first: Call) -> Call:
-    """A call with every argument that equals the first sample's in that one's memory; `first` if they all do."""
+    """The call, sharing equal arguments with the first sample's; `first` itself if all are equal."""
     args = tuple(b if _same(a, b) else a for a, b in zip(call.args, first.args, strict=True))
     kwargs = {name: b if _same(a, b := first.kwargs.get(name)) else a for name, a in call.kwargs.items()}
     same = all(map(operator.is_, (*args, *kwargs.values()), (*first.args, *map(first.kwargs.get, kwargs))))
@@ -281,7 +280,7 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else for the duration of a `with`; its hooks stay."""
+    """Within the `with`, a module computes something else; its hooks stay."""
     of_class = "forward" not in vars(module)
     before = module.forward
     module.forward = instead
@@ -297,9 +296,8 @@ def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator
 class WholeWeights(ResidentWeights):
     """A model in memory whose only block is the module around its blocks.
 
-    Some architectures pass more from block to block than hidden states, change the size of these, run blocks several
-    times or let them share weights. Then all layers are measured in the dense model at once, wherever their weights
-    are used, and none sees what the pruning of others does to its input.
+    Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
+    Then all layers are measured in the dense model at once, and none sees how pruning others changes its input.
     """
 
     @classmethod
@@ -329,7 +327,7 @@ class WholeCall(Call):
 
 
 class WholeCalls(BlockCalls):
-    """As `BlockCalls`, of the module around the blocks as the only one."""
+    """As `BlockCalls`, with the module around the blocks as the only one."""
 
     def __init__(self, weights: WholeWeights, task: Task, samples: Sequence[Sample]) -> None:
         self._weights, self.task, self.samples = weights, task, samples
@@ -379,7 +377,7 @@ def _states(output: Any) -> Tensor:
 
 @torch.no_grad()
 def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | None:
-    """The innermost module around the blocks that a forward pass runs once; None if that is the model itself."""
+    """The innermost module around the blocks that runs once in a forward pass; None if it is the model."""
     runs: Counter[nn.Module] = Counter()
     around, path = [], weights.prefix
     with ExitStack() as within:
@@ -391,11 +389,11 @@ def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | N
 
 
 class _AroundBlocksReached(Exception):
-    """Ends a forward pass once the arguments of what is around the blocks are known."""
+    """Ends a forward pass once the arguments of the module around the blocks are known."""
 
 
 def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
-    """How a model calls its blocks, and the weights by those blocks: its own, or all of them as one."""
+    """How a model calls its blocks, and its weights by those blocks: its own, or all of them as one."""
     try:
         return weights, BlockCalls(weights, task, samples)
     except NoChainError as reason:

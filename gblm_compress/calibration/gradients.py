@@ -1,14 +1,11 @@
-"""Gradient norms of the dense model's weights, in one of two orders. Each gradient is added up and freed at once.
+"""Gradient norms of the dense model's weights, in one of two orders, to the same bits. Each gradient is freed at once.
 
 Block by block: all samples go forward once; then, from the last block to the first, each block is computed again and
-backward. At any time there are the hidden states between blocks, and of one block its activations for one sample and
-its float32 accumulators. In multiplications and additions, for P weights in the blocks and T tokens: 2PT forward, 2PT
-to compute blocks again, 4PT backward.
+backward. Memory: the hidden states between blocks, and of one block the activations of a sample and its float32 sums.
+For P weights and T tokens: 2PT multiply-adds forward, 2PT to compute blocks again, 4PT backward.
 
-Sample by sample: each goes through all blocks and back. At any time there are the activations of one sample in all
-blocks, and the accumulators of all blocks. 2PT forward, 4PT backward.
-
-The same operations on the same numbers in the same order: the same bits.
+Sample by sample: each goes through all blocks and back. Memory: the activations of one sample and the float32 sums, of
+all blocks. 2PT forward, 4PT backward.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +41,7 @@ def gradient_norms(
     """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
 
     g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a sample.
-    Embeddings, norms and heads get no gradient; below the lowest block that wants one nothing runs backward.
+    Nothing runs backward below the lowest block that wants gradients.
 
     Args:
         weights: the dense model; sample by sample, all of it must be in memory.
@@ -52,7 +49,6 @@ def gradient_norms(
         norm: "l1" (p = 1) or "l2" (p = 2).
         save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
         skip: blocks whose gradients are known already.
-        by_sample: the order of the work, see above.
 
     Raises:
         ModelError: a gradient is NaN or infinite; the message names the layer.
@@ -137,7 +133,7 @@ def _by_sample(
 def _run(
     calls: BlockCalls, index: int, sample: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """A block's input for a sample as a leaf of autograd, and its output with the graph between them."""
+    """A block's input as a leaf of autograd, and its output with the graph between them."""
     leaf = hidden.detach().requires_grad_(needs_gradient)
     with torch.enable_grad():
         return leaf, calls.calls[index][sample].run(block, leaf)

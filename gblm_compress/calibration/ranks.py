@@ -1,7 +1,7 @@
 """Several processes on one run: each measures its share of the samples, and sums go over all of them.
 
-Started by `torchrun --nproc-per-node N -m gblm_compress prune …`. Every rank then decides the same, from the same sums;
-the first rank alone writes, to a folder that all of them can read.
+`torchrun --nproc-per-node N -m gblm_compress prune …` starts them. Each decides the same, from the same sums; the first
+alone writes.
 """
 
 import os
@@ -28,11 +28,10 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes and reports."""
+        """Whether this rank writes and reports."""
         return self.rank == 0
 
     def share(self, samples: Sequence[T]) -> list[T]:
-        """This rank's part of the samples."""
         if len(samples) < self.size:
             raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
         return list(samples[self.rank :: self.size])
@@ -45,19 +44,18 @@ class Ranks:
                     distributed.all_reduce(tensor)
 
     def sum_to_(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor on one rank by the sum over all ranks; on the others it holds nothing of use afterwards."""
+        """As `sum_`, on the rank `owner` alone; on others the tensor is undefined afterwards."""
         if self.size > 1:
             with self._all_present():
                 distributed.reduce(tensor, owner)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
-        """Replace a tensor on all ranks by that of one."""
+        """Replace a tensor on all ranks by that of `owner`."""
         if self.size > 1:
             with self._all_present():
                 distributed.broadcast(tensor, owner)
 
     def total(self, count: int, device: torch.device) -> int:
-        """The sum of a number over all ranks."""
         if self.size == 1:
             return count
         value = torch.tensor(count, device=device)
@@ -69,7 +67,6 @@ class Ranks:
         return self.total(int(yes), device) == self.size
 
     def wait(self) -> None:
-        """Go on once every rank is here."""
         if self.size > 1:
             with self._all_present():
                 distributed.barrier()
@@ -109,12 +106,12 @@ def faster_dtype(device: str, group: Ranks) -> str:
 
 
 def is_first_started() -> bool:
-    """Whether this is the process that writes, as torchrun says before the processes have met."""
+    """As `Ranks.is_first`, before the processes have met."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def processes_here() -> int:
-    """How many processes of the run share this machine, and so its memory."""
+    """How many processes of the run share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

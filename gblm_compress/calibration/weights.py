@@ -1,7 +1,7 @@
-"""Where weights and hidden states are while blocks are worked on one by one: in memory, or in files.
+"""Weights and hidden states of a model whose blocks are worked on one by one: in memory, or in files.
 
-`with weights.block(i):` and `with weights.outer():` make the weights of one block, or of everything outside the blocks,
-ready for use.
+`with weights.block(i):` makes the weights of one block ready for use, `with weights.outer():` everything outside the
+blocks (embeddings, final norm and head).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,23 +34,21 @@ class ResidentWeights:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """The block, with its weights."""
         yield self.blocks[index]
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        """Embeddings, final norm and head."""
         yield
 
 
 class StreamedWeights:
-    """A model of which only what is at work is in memory; the rest stays in the safetensors of its checkpoint.
+    """A model on disk, of which only the part at work is in memory.
 
-    Changes to a block's weights are lost when its `with` ends. Where blocks run on a GPU the next one is read while one
-    runs; on a CPU the pages of the file are used as they are where the dtype allows.
+    Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs; on a
+    CPU the pages of the file are used as they are where the dtype allows.
 
     Args:
-        model: it without its weights, as `loading.load_skeleton` makes it; buffers must be real.
+        model: from `loading.load_skeleton`, without weights; buffers must be real.
     """
 
     def __init__(self, source: ModelSource, model: Any, device: str) -> None:
@@ -85,12 +83,10 @@ class StreamedWeights:
         _buffers_to(self.model, self._device)
 
     def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
-        """The layers of `prunable_layers`, by these blocks."""
         return layers
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """The block, with its weights."""
         ahead, self._ahead = self._ahead, None
         tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(self._blocks[index])
         following = index + (1 if index >= self._latest else -1)
@@ -106,12 +102,10 @@ class StreamedWeights:
 
     @property
     def _reads_ahead(self) -> bool:
-        """Whether there is a device that computes while the next block is read."""
         return self._device.type == "cuda"
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        """Embeddings, final norm and head."""
         with self._placed(self._outer, self._read(self._outer)):
             yield
 
@@ -167,7 +161,7 @@ def _buffers_to(model: nn.Module, device: torch.device) -> None:
 
 
 class StatePool:
-    """Room for all hidden states of a run: bytes of memory on the host, and an empty folder for the rest.
+    """Room for all hidden states of a run: `budget` bytes of host memory, and an empty folder for the rest.
 
     The states are scratch: an interrupted run computes them again.
     """
@@ -181,15 +175,13 @@ class StatePool:
         return HiddenStates(self, samples)
 
     def new_file(self) -> Path:
-        """A path that nothing uses yet."""
         return self._folder / f"{next(self._names)}.safetensors"
 
 
 class HiddenStates(Sequence[Tensor]):
-    """The hidden states [1, length, hidden size] of every sample at one place, on the device whenever they are read.
+    """The hidden states [1, length, hidden size] of every sample at one place, read to the device.
 
-    They lie in one piece of memory, for all samples, or in a file each: many pieces among short-lived ones would keep
-    the allocator from giving those back.
+    They lie in one piece of memory, or in a file each: many pieces would fragment the allocator's memory.
     """
 
     def __init__(self, pool: StatePool, samples: int) -> None:
@@ -225,7 +217,6 @@ class HiddenStates(Sequence[Tensor]):
             before.unlink()
 
     def release(self) -> None:
-        """Give memory and files back; the states are gone."""
         if self._memory is not None:
             self._pool.left += self._memory.nbytes
             self._memory = None
@@ -236,5 +227,5 @@ class HiddenStates(Sequence[Tensor]):
 
 
 def _on_host(samples: int, like: Tensor) -> Tensor:
-    """Room for the states of all samples in the host's memory, page-locked where they travel to a GPU and back."""
+    """Page-locked where the states travel to a GPU and back."""
     return torch.empty(samples, *like.shape[1:], dtype=like.dtype, pin_memory=like.device.type == "cuda")

@@ -10,14 +10,9 @@ from gblm_compress.models.source import ModelSource
 
 
 def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload: bool = False) -> None:
-    """Load the folder as its users will, and count the weights it has.
+    """Load the folder as its users will, and compare with {pruned layer: nonzeros}.
 
-    Args:
-        nonzeros: {pruned layer: how many it has}.
-        offload: load block by block, where the model does not fit in memory.
-
-    Raises:
-        VerificationError: what transformers loads is not what the manifest says.
+    `offload` loads block by block, where the model does not fit in memory. Raises VerificationError.
     """
     try:
         model = loading.load_skeleton(written) if offload else loading.load_model(written)

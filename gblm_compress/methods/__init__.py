@@ -1,5 +1,4 @@
-"""The mathematics of pruning.
+"""The mathematics of pruning: tensors in, tensors out; no model, no I/O.
 
-Saliencies, patterns, allocations, fits, quantisers, and the registries that list them. Tensors in, tensors out; no
-model, no I/O. Importing a module with a registry loads no torch: settings are built from them.
+Importing a module with a registry loads no torch: settings are built from them.
 """

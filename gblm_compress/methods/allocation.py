@@ -1,8 +1,8 @@
 """Allocation: which pattern and sparsity each layer gets.
 
-`allocate` gives every layer one budget, with exceptions by layer name. `by_sensitivity` finds how much each layer
-should keep, from gradients of the dense model. `spread` turns that into budgets that keep as many weights in all as the
-uniform ones. Add an allocation by writing one and listing it in `ALLOCATIONS`.
+`allocate` gives every layer one budget, with exceptions by name. `by_sensitivity` finds how much each layer should
+keep. `spread` turns that into budgets that keep as many weights in all. Add an allocation by listing it in
+`ALLOCATIONS`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,13 @@ from gblm_compress.methods.saliency import gradient
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEVIATION = 0.25
-"""The largest change of a layer's density."""
-
+DEVIATION = 0.25  # the largest change of a layer's density
 _BINS, _LOWEST, _HIGHEST = 8192, -160.0, 96.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one layer may keep.
-
-    Attributes:
-        pattern: which weights compete.
-        sparsity: fraction of zeros.
-    """
+    """What one layer may keep; `sparsity` is the fraction of zeros."""
 
     pattern: Pattern
     sparsity: float
@@ -41,18 +34,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Override:
-    """An exception to the uniform allocation, for the layers whose full name matches `layers`."""
+    """An exception for the layers whose full name matches `layers`."""
 
     layers: str
     budget: Budget
 
 
 def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, ...]) -> dict[str, Budget]:
-    """The budget of every layer; where several overrides match, the last one counts.
-
-    Raises:
-        UsageError: an override matches no layer.
-    """
+    """The budget of every layer; the last override that matches counts. UsageError: one matches no layer."""
     names = list(names)
     budgets = dict.fromkeys(names, uniform)
     for override in overrides:
@@ -68,19 +57,19 @@ def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, .
 class GlobalRanking:
     """How many of each layer's weights are among the most important of the whole model, by |W|·G.
 
-    Layers are added one at a time and only a histogram of each is kept: 8192 bins of a 32nd of a power of two.
+    Of each layer only a histogram is kept: 8192 bins of a 32nd of a power of two.
     """
 
     def __init__(self) -> None:
         self._histograms: dict[str, Tensor] = {}
 
     def add(self, name: str, score: Tensor) -> None:
-        """Count the scores of a layer; any shape, not negative. A score of zero counts as the lowest."""
+        """Count the scores of a layer, of any shape, not negative. Zero counts as the lowest."""
         logarithms = score.flatten().float().log2().clamp(_LOWEST, _HIGHEST)
         self._histograms[name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
 
     def densities(self, density: float) -> dict[str, float]:
-        """The fraction of each layer that a single threshold keeps, set so that `density` of all weights survive."""
+        """The fraction of each layer above one threshold, by which `density` of all weights survive."""
         total = sum(self._histograms.values())
         above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
         first = int((above >= density * above[0]).sum()) - 1
@@ -102,7 +91,7 @@ def spread(
     above; at 2:4 with the usual deviation that leaves every layer at 2.
 
     Args:
-        budgets: {name: budget before}, of the layers that take part, all of one pattern.
+        budgets: of the layers that take part, all of one pattern.
         sizes: {name: weights of the layer}.
         densities: {name: the fraction that it should keep}.
     """
@@ -132,7 +121,7 @@ def spread(
 
 
 def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wanted: float) -> dict[str, Budget]:
-    """N:M of each layer, with Σ N/M · size as near to `wanted` as it can be without being above (largest remainder)."""
+    """N:M of each layer, with Σ N/M · size just below `wanted` (largest remainder)."""
     kept = {name: int(density * m + 1e-9) for name, density in densities.items()}
     left = wanted * (1 + 1e-9) - sum(kept[name] / m * sizes[name] for name in kept)
     for name in sorted(kept, key=lambda name: kept[name] - densities[name] * m):
@@ -145,30 +134,23 @@ def _whole_groups(densities: dict[str, float], sizes: dict[str, int], m: int, wa
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A layer of the dense model, as an allocation sees it.
-
-    Attributes:
-        name: its full name.
-        weight: W [out_features, in_features] in float32.
-        statistics: what the allocation asks for.
-    """
+    """A layer of the dense model."""
 
     name: str
-    weight: Tensor
-    statistics: Statistics
+    weight: Tensor  # W [out_features, in_features] in float32
+    statistics: Statistics  # of the allocation's needs
 
 
+# Each block is in memory only until the next is asked for; one may have no layers.
 Blocks = Iterable[Iterable[DenseLayer]]
-"""The layers block by block. Each is in memory only until the next is asked for; a block may have none."""
 
 
 def uniform(blocks: Blocks, density: float) -> dict[str, float]:
-    """No layer's density moves."""
     return {}
 
 
 def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
-    """`GlobalRanking`, by the scores |W|·G."""
+    """One `GlobalRanking` of the scores |W|·G."""
     ranking = GlobalRanking()
     for block in blocks:
         for layer in block:
@@ -180,9 +162,8 @@ def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
 class Allocation(Choice):
     """An entry of `ALLOCATIONS`.
 
-    Attributes:
-        densities: of (the layers that no exception names, the fraction of weights to keep on average): {name: the
-            fraction that the layer should keep}; empty where every layer keeps its own.
+    `densities` maps (layers that no exception names, mean fraction to keep) to {name: fraction to keep}; empty where
+    every layer keeps its own budget.
     """
 
     densities: Callable[[Blocks, float], dict[str, float]]

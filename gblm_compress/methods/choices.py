@@ -1,7 +1,7 @@
 """What every entry of a registry declares, and the statistics that it may ask for.
 
-The registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` are the only lists of what can be chosen. Settings,
-help, generated documentation, and the estimates of memory and time follow from their entries.
+The registries `METHODS`, `FITS`, `QUANTISERS` and `ALLOCATIONS` are the only lists of choices. Settings, help,
+documentation, and the estimates of memory and time follow from their entries.
 """
 
 from __future__ import annotations
@@ -19,42 +19,26 @@ class Need(Flag):
     """What must be measured, or have room, for a choice."""
 
     NOTHING = 0
-    ACTIVATIONS = auto()
-    """`Statistics.activation_norm`."""
-    GRADIENTS = auto()
-    """`Statistics.gradient_norm`."""
-    REGIONAL = auto()
-    """`Statistics.regional_norm`."""
-    GRAM = auto()
-    """`Statistics.gram`; it gives the activation norms too."""
-    FACTOR = auto()
-    """Memory to factorise a Gram matrix in float64."""
-    BLOCKS = ACTIVATIONS | REGIONAL | GRAM
-    """What is measured by running the blocks one by one on the text."""
+    ACTIVATIONS = auto()  # `Statistics.activation_norm`
+    GRADIENTS = auto()  # `Statistics.gradient_norm`
+    REGIONAL = auto()  # `Statistics.regional_norm`
+    GRAM = auto()  # `Statistics.gram`, which gives the activation norms too
+    FACTOR = auto()  # memory to factorise a Gram matrix in float64
+    BLOCKS = ACTIVATIONS | REGIONAL | GRAM  # measured by running the blocks one by one on the text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One entry of a registry; its function comes with the subclass.
+    """One entry of a registry; its function comes with the subclass."""
 
-    Attributes:
-        help: what it does, as half a sentence for `--help` and the recipe reference.
-        needs: what is measured for it.
-        reads: the keys of `PruneSettings` that it reads and others may not, beside `gradient_norm`, which is read where
-            gradients are needed; giving one in vain is refused.
-        passes: what it costs beside its statistics, in forward passes over the calibration text.
-        synonyms: what other tools and papers call it.
-    """
-
-    help: str
-    needs: Need = Need.NOTHING
-    reads: tuple[str, ...] = ()
-    passes: float = 0.0
-    synonyms: tuple[str, ...] = ()
+    help: str  # half a sentence for `--help` and the recipe reference
+    needs: Need = Need.NOTHING  # measured for it
+    reads: tuple[str, ...] = ()  # keys of `PruneSettings` that others may not read; giving one in vain is refused
+    passes: float = 0.0  # cost beside its statistics, in forward passes over the calibration text
+    synonyms: tuple[str, ...] = ()  # of other tools and papers
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys that it reads and others may not."""
         return ("gradient_norm", *self.reads) if Need.GRADIENTS in self.needs else self.reads
 
 
@@ -62,24 +46,20 @@ class Choice:
 class Statistics:
     """What calibration measured of one layer. A field is None where no choice in use needs it.
 
-    Attributes:
-        activation_norm: A [in_features], A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by
-            the number of samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over
-            all tokens, has none. It changes no order of wanda, but the weight of A beside α·G in gblm.
-        gradient_norm: G [out_features, in_features], (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of
-            the mean token cross-entropy of the dense model; p = 1 or 2.
-        regional_norm: R [out_features, in_features], the root mean square over the samples of the gradients of
-            ‖block(X_n)‖₂, the norm of the dense block's whole output.
-        gram: H [in_features, in_features], XᵀX over all tokens of all samples.
-        tokens: how many tokens the layer got, where its inputs were measured: all of them, or those that are routed to
-            its expert; 0 if it never ran.
+    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by the number of
+    samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over all tokens, has none.
+    It changes no order of wanda, but the weight of A beside α·G in gblm.
+
+    `gradient_norm` is (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of the dense model's mean loss; p = 1 or 2.
+
+    `regional_norm` is the root mean square over the samples of the gradients of ‖block(X_n)‖₂, of the dense block.
     """
 
-    activation_norm: Tensor | None = None
-    gradient_norm: Tensor | None = None
-    regional_norm: Tensor | None = None
-    gram: Tensor | None = None
-    tokens: int | None = None
+    activation_norm: Tensor | None = None  # A [in_features]
+    gradient_norm: Tensor | None = None  # G [out_features, in_features]
+    regional_norm: Tensor | None = None  # R [out_features, in_features]
+    gram: Tensor | None = None  # H = XᵀX [in_features, in_features], over all tokens of all samples
+    tokens: int | None = None  # that the layer got, all or those of its expert; 0 if it never ran, None if not measured
 
     def activations(self) -> Tensor:
         """A, for a choice that declares `Need.ACTIVATIONS` or `Need.GRAM`."""
@@ -104,11 +84,7 @@ def _measured(value: Tensor | None, need: str) -> Tensor:
 
 
 def readers(key: str, registries: Mapping[str, Mapping[str, Choice]]) -> list[str]:
-    """Who reads a key, in words, for example ["method gblm or regional"]; empty for a key that is no choice's own.
-
-    Args:
-        registries: {how settings call the choice: its registry}.
-    """
+    """Who reads a key, for example ["method gblm or regional"]; empty for a key that is no choice's own."""
     found = []
     for kind, registry in registries.items():
         names = [name for name, choice in registry.items() if key in choice.keys]
@@ -118,5 +94,4 @@ def readers(key: str, registries: Mapping[str, Mapping[str, Choice]]) -> list[st
 
 
 def describe(registry: Mapping[str, Any]) -> str:
-    """All names of a registry with their help, in one line."""
     return "; ".join(f"{name}: {choice.help}" for name, choice in registry.items())

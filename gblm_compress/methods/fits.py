@@ -1,4 +1,4 @@
-"""Fits: what the weights that survive become, layer by layer. Pure functions; the fits of blocks are in `training`.
+"""Fits: new values of the weights that survive, layer by layer. The fits of blocks are in `training`.
 
 With X [tokens, in_features] a layer's inputs and Ŵ an approximation of its weight W, the layer's reconstruction error
 is ‖X(W − Ŵ)ᵀ‖² = Σ_rows (w − ŵ)ᵀ H (w − ŵ), with the Gram matrix H = XᵀX.
@@ -25,28 +25,16 @@ from gblm_compress.methods.zeros import keep_only
 if TYPE_CHECKING:
     from torch import Tensor
 
-DAMPING = 0.01
-"""Added to the diagonal of a Gram matrix, relative to its mean (SparseGPT, arXiv 2301.00774, section 4)."""
-
-BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007
-"""Passes over the text at most, and Adam's step relative to a layer's root mean square weight, where a block is fitted
-to the output of the dense block."""
-
-MODEL_EPOCHS, MODEL_RATE = 3, 0.0005
-"""The same where all survivors are fitted to the dense model's predictions."""
-
-COLUMNS = 128
-"""Columns between two propagations of the accumulated error to the rest of the matrix."""
-
-OPEN_SHARE = 0.9
-"""Converged rows are put aside once at most this share of the rows is left: a copy costs as much as a few sums."""
-
-SWEEPS = 4
-"""How often coordinate descent on a grid goes through all columns."""
+DAMPING = 0.01  # of a Gram matrix's diagonal, relative to its mean (SparseGPT, arXiv 2301.00774, section 4)
+BLOCK_EPOCHS, BLOCK_RATE = 3, 0.007  # passes at most; Adam's step relative to a layer's root mean square weight
+MODEL_EPOCHS, MODEL_RATE = 3, 0.0005  # the same for the fit of the whole model
+COLUMNS = 128  # between two propagations of the accumulated error to the rest of the matrix
+OPEN_SHARE = 0.9  # Converged rows are put aside once at most this share is left: a copy costs as much as a few sums.
+SWEEPS = 4  # of coordinate descent over all columns
 
 
 def activation_norms_of(gram: Tensor, samples: int) -> Tensor:
-    """A [in_features] from the Gram matrix of `samples` samples: A_j = sqrt(H_jj / N)."""
+    """A_j = sqrt(H_jj / N) [in_features], from the Gram matrix of N samples."""
     return (gram.diagonal() / samples).sqrt()
 
 
@@ -61,13 +49,7 @@ def damped(gram: Tensor) -> Tensor:
 
 
 def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖: how far a layer's output is from that of its dense weights, as a share of it; 0 of 0.
-
-    Args:
-        weight: W [out_features, in_features].
-        pruned: Ŵ, the same shape.
-        gram: H = XᵀX [in_features, in_features].
-    """
+    """‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, the relative error of a layer's output; 0 where that is zero."""
     change = weight - pruned
     lost, whole = ((matrix @ gram).mul_(matrix).sum().clamp_min(0) for matrix in (change, weight))
     return float((lost / whole).sqrt()) if whole > 0 else 0.0
@@ -77,16 +59,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
     """U, upper triangular with UᵀU = (H + λI)⁻¹ (SparseGPT, arXiv 2301.00774, section 3.3).
 
     U_jj² is the j-th diagonal entry of the inverse of the Hessian in which the inputs before j are eliminated, and
-    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed. Computed in float64.
-
-    Args:
-        gram: H [in_features, in_features].
-
-    Returns:
-        [in_features, in_features] in H's dtype.
-
-    Raises:
-        UsageError: rounding leaves the matrix singular.
+    U_j,j: / U_jj the compensation that the remaining weights get when weight j is changed. Computed in float64; raises
+    UsageError where rounding leaves the matrix singular.
     """
     import torch
 
@@ -102,27 +76,24 @@ def inverse_factor(gram: Tensor) -> Tensor:
 
 
 def none(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
-    """The survivors as they were."""
     return keep_only(weight, keep)
 
 
 def obs(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
     """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
 
-    Column by column, what pruning a weight does to the output is undone as well as the columns to its right can.
+    Column by column, the columns to the right undo the effect of pruning on the output as well as they can.
     """
     factor = inverse_factor(statistics.moments())
     return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1)[0]
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
-    """SparseGPT whole (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are being updated.
+    """The weight and mask of SparseGPT (arXiv 2301.00774, Algorithm 1): the mask follows the weights as they are
+    updated.
 
     The mask is chosen by w²/U_jj², for `N:M` group by group, else 128 columns at a time: over all rows, as published,
     for `unstructured-per-matrix`, row by row for `unstructured`. Weights of inputs that are always zero go first.
-
-    Returns:
-        The new weight and the mask, True = keep; both [out_features, in_features].
     """
     import torch
 
@@ -138,8 +109,9 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
 
 
 def obs_on_grid(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
-    """SparseGPT's joint pruning and quantisation with a given mask and grid (arXiv 2301.00774, section 3.5): as `obs`,
-    and the columns to the right also undo what rounding a survivor does to the output.
+    """SparseGPT's joint pruning and quantisation with a given mask and grid (arXiv 2301.00774, section 3.5).
+
+    As `obs`, and the columns to the right also undo the effect of rounding.
     """
     factor = inverse_factor(statistics.moments())
     return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
@@ -152,9 +124,9 @@ def _propagate(
     step: int,
     grid: Grid | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The blocked algorithm; returns the survivors as they were before rounding, and the mask.
+    """The survivors before rounding, and the mask, by the blocked algorithm.
 
-    `choose` gives the mask of `step` columns, start … end, from their values at that moment.
+    `choose` gives the mask of `step` columns, start … end, from their present values.
     """
     import torch
 
@@ -185,17 +157,12 @@ def least_squares(
     tolerance: float = 1e-2,
     max_iterations: int = 100,
 ) -> Tensor:
-    """The surviving weights that minimise the layer's reconstruction error for a given mask.
+    """The survivors that minimise the layer's reconstruction error for a given mask.
 
-    Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of
-    (w − ŵ)ᵀ H (w − ŵ) + λ‖w − ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the
-    preconditioner D, from the masked weights on; a row is done when its residual r has fallen to `tolerance` of what it
-    was at the start, measured as √(rᵀD⁻¹r), in which inputs of any power count alike. Rows that are done are soon left
-    out of the products.
-
-    Args:
-        tolerance: how small the residual of a row becomes beside that of the start.
-        max_iterations: steps at most, where it does not become so small.
+    Each row w solves (H + λI)_SS ŵ_S = ((H + λI) w)_S on its support S: the minimiser of (w − ŵ)ᵀ H (w − ŵ) + λ‖w −
+    ŵ‖². All rows are solved at once by conjugate gradients with the diagonal as the preconditioner D, from the masked
+    weights on. A row is done when its residual r has fallen to `tolerance` of that at the start, measured as √(rᵀD⁻¹r),
+    in which inputs of any power count alike. Rows that are done are soon left out.
     """
     import torch
 
@@ -238,8 +205,8 @@ def least_squares(
 def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
     """Coordinate descent on the grid (QuantEase, arXiv 2309.01885, Algorithm 1) for a given mask.
 
-    Starting from the nearest grid points, column by column each survivor goes to the grid point that is best for the
-    layer's damped reconstruction error while all others stay where they are. No step raises the error.
+    From the nearest grid points on, column by column each survivor goes to the grid point with the least damped
+    reconstruction error while all others stay. No step raises the error.
     """
     hessian = damped(statistics.moments())
     # Transposed, so that a column lies in one piece of memory.
@@ -267,23 +234,14 @@ def as_fitted(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statisti
 
 @dataclass(frozen=True)
 class FitChoice(Choice):
-    """An entry of `FITS`.
+    """An entry of `FITS`."""
 
-    Attributes:
-        apply: of (W, mask, statistics of the layer).
-        on_grid: of (W, what `apply` left, mask, statistics, grid), the second step for a quantised layer.
-        moves: whether survivors change their values.
-        fits_block: whether the layers of a block are then fitted together to the output of the dense block
-            (`training.reconstruction`).
-        fits_model: whether all survivors are fitted at the end to the dense model's predictions
-            (`training.distillation`).
-    """
-
-    apply: Callable[[Tensor, Tensor, Statistics], Tensor]
+    apply: Callable[[Tensor, Tensor, Statistics], Tensor]  # (W, mask, statistics) -> weight
+    # (W, weight of `apply`, mask, statistics, grid) -> values
     on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] = as_fitted
-    moves: bool = True
-    fits_block: bool = False
-    fits_model: bool = False
+    moves: bool = True  # survivors change their values
+    fits_block: bool = False  # then the layers of a block are fitted together to the output of the dense block
+    fits_model: bool = False  # at the end all survivors are fitted to the dense model's predictions
 
 
 FITS: dict[str, FitChoice] = {

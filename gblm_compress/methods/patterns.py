@@ -1,8 +1,7 @@
 """Sparsity patterns: which weights compete with which, and the mask that follows from their scores.
 
-A pattern partitions a weight matrix [out_features, in_features] into groups; in each group the weights
-with the highest score survive. One function, `keep_largest`, decides inside the groups of every pattern.
-A mask's `True` means *keep*, everywhere.
+A pattern partitions a weight matrix [out_features, in_features] into groups; in each group the weights with the highest
+score survive. One function, `keep_largest`, decides in the groups of every pattern. A mask's `True` means *keep*.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ FEW = 16  # scores in a group up to which comparing all pairs is faster than sel
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern by its name: `unstructured` (the weights of one output row compete),
-    `unstructured-per-matrix` (all weights of a matrix compete), `N:M` (at most N nonzeros in every M
-    consecutive weights along the input dimension), or `dense` (nothing is pruned).
+    """A pattern by its name; raises UsageError for an unknown one.
 
-    Raises:
-        UsageError: the name is none of these, or N:M does not satisfy 0 < N < M.
+    `unstructured`: the weights of one output row compete. `unstructured-per-matrix`: all weights of a matrix compete.
+    `N:M`: at most N nonzeros in every M consecutive weights along the input. `dense`: nothing is pruned.
     """
 
     name: str
@@ -48,7 +45,7 @@ class Pattern:
 
     @cached_property
     def n_m(self) -> tuple[int, int] | None:
-        """(N, M) of an N:M pattern, None for an unstructured one."""
+        """(N, M); None for an unstructured pattern."""
         if ":" not in self.name:
             return None
         n, m = self.name.split(":")
@@ -73,21 +70,16 @@ class Pattern:
         return implied
 
     def fits(self, in_features: int) -> bool:
-        """Whether rows of `in_features` weights divide into whole groups."""
         return self.n_m is None or in_features % self.n_m[1] == 0
 
     def mask(self, score: Tensor, weight: Tensor, sparsity: float, before: int = 0) -> Tensor:
-        """The weights to keep.
+        """The weights to keep, boolean [out_features, in_features].
 
         Args:
-            score: saliency [out_features, in_features]; higher survives.
-            weight: [out_features, in_features]; its magnitude breaks ties of the score.
-            sparsity: fraction of zeros; ignored by N:M, which fixes it.
-            before: columns of the same layer whose mask is chosen already; together with them the fraction is right,
-                so that the rounding of parts does not add up.
-
-        Returns:
-            Boolean [out_features, in_features], True = keep.
+            score: [out_features, in_features]; higher survives.
+            weight: the same shape; its magnitude breaks ties of the score.
+            sparsity: fraction of zeros; ignored by N:M.
+            before: columns of the layer whose mask is chosen already; the fraction is right for all columns together.
         """
         rows, columns = score.shape
         if self.n_m is not None:
@@ -100,7 +92,7 @@ class Pattern:
         return kept.reshape(rows, columns)
 
     def first_violation(self, weight: Tensor) -> str | None:
-        """Where `weight` [out_features, in_features] breaks an N:M pattern, as text; None if nowhere."""
+        """Where a weight [out_features, in_features] breaks an N:M pattern, as text; None if nowhere."""
         if self.n_m is None:
             return None
         n, m = self.n_m
@@ -115,17 +107,9 @@ class Pattern:
 
 
 def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
-    """Mark the `keep` largest scores of every row.
+    """Mark exactly `keep` of the largest scores in every row of [groups, size].
 
-    Deterministic: ties of the score go to the larger magnitude, ties of both to the lower index.
-
-    Args:
-        score: [groups, size].
-        magnitude: [groups, size].
-        keep: how many of each group survive, 0 <= keep <= size.
-
-    Returns:
-        Boolean [groups, size] with exactly `keep` True in each row.
+    Ties of the score go to the larger magnitude, ties of both to the lower index.
     """
     size = score.shape[1]
     if keep == 0:
@@ -144,7 +128,7 @@ def keep_largest(score: Tensor, magnitude: Tensor, keep: int) -> Tensor:
 
 
 def _fewer_are_larger(score: Tensor, than: int) -> Tensor:
-    """Where fewer than that many of the row are larger [groups, size]: all pairs are compared, a column at a time."""
+    """Where fewer than `than` of the row are larger: compares all pairs, a column at a time."""
     import torch
 
     columns = score.T.contiguous()

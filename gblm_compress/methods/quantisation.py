@@ -1,8 +1,8 @@
 """Quantisers: the grids of few values that a quantised weight may take. Pure functions on one layer.
 
-A weight on a grid is scale · level. Scales are float16, one for each group of neighbouring columns of a row, or one for
-a row. Levels are int8 and the same for a whole layer. int8 has all of them, -127 … 127. int4 has 16, chosen for the
-layer: pruning leaves a gap around zero, on which evenly spaced levels would waste some of so few.
+A weight on a grid is scale · level. Scales are float16, one for a row or for neighbouring columns of a row. Levels are
+int8, the same for a whole layer. int8 has -127 … 127. int4 has 16, chosen for the layer: pruning leaves a gap around
+zero, on which evenly spaced levels would waste some.
 
 W is [rows, columns] in float32, `keep` a mask of its shape (True = survives).
 """
@@ -21,29 +21,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 127
-LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}
-"""{kind of grid: how many levels it has}."""
-GROUPS = (32, 64, 128)
-"""Columns that may share a scale, beside all of a row."""
-EVEN = tuple(range(-8, 8))
-"""Levels of int4 where nothing is known of the inputs."""
+LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}  # {kind of grid: number of levels}
+GROUPS = (32, 64, 128)  # columns that may share a scale, beside all of a row
+EVEN = tuple(range(-8, 8))  # levels of int4 where nothing is known of the inputs
+# of the scale that would hold a group's largest weight: smaller ones cut it off
 SHRINKS = tuple(1 - step / 40 for step in range(13))
-"""Shares of the scale that would hold a group's largest weight: smaller ones cut it off, for the sake of the others."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the weights of a layer may lie.
+    """The values that the weights of a layer may take."""
 
-    Attributes:
-        scales: [rows, groups] in float16, not negative.
-        levels: [255] or [16] in int8, increasing.
-        group: columns that share a scale; None where all of a row do.
-    """
-
-    scales: Tensor
-    levels: Tensor
-    group: int | None
+    scales: Tensor  # [rows, groups] in float16, not negative
+    levels: Tensor  # [255] or [16] in int8, increasing
+    group: int | None  # columns that share a scale; None for a row
 
     def scale_of(self, columns: int) -> Tensor:
         """The scale of every weight, [rows, columns] in float32, or [rows, 1] where a row has one."""
@@ -54,29 +45,25 @@ class Grid:
         return values if self.group is None else values.repeat_interleave(self.group, 1)[:, :columns]
 
     def of_column(self, column: int) -> Grid:
-        """The grid of one column, as a matrix of its own."""
         place = 0 if self.group is None else column // self.group
         return Grid(self.scales[:, place : place + 1], self.levels, None)
 
     def to(self, device: Any) -> Grid:
-        """The grid on another device."""
         return Grid(self.scales.to(device), self.levels.to(device), self.group)
 
     def stretched(self, factors: Tensor) -> Grid:
-        """The grid with every scale multiplied, by factors [rows, groups]."""
+        """The grid with every scale multiplied by factors [rows, groups]."""
         return Grid(_half(self.scales.float() * factors), self.levels, self.group)
 
 
 def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, importance: Tensor | None = None) -> Grid:
-    """The grid with the least squared error for the survivors that a search over scales and levels finds.
+    """The grid with the least squared error for the survivors, by a search over scales and levels.
 
-    Where nothing is known of the inputs, int4 has even steps, zero among them: the weights that count most may be small
-    ones of strong inputs, and no level may be far from them.
+    Without `importance`, int4 has even steps, zero among them: small weights of strong inputs may count most.
 
     Args:
         kind: of `LEVELS`.
-        group: columns that share a scale; None for a whole row.
-        importance: what the squared error of a column counts, [columns]: the power of its input; unset if unknown.
+        importance: weight of a column's squared error, [columns]: the power of its input.
     """
     import torch
 
@@ -102,10 +89,9 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """For every weight the nearest level, as its place in `grid.levels`: [rows, columns] in uint8.
+    """The nearest level of every weight, as its place in `grid.levels`: [rows, columns] in uint8.
 
-    Two levels part half way between them. Twice that is an integer, so that a table of integers says it all, which
-    takes a twentieth of the time of a search.
+    Levels part half way. Twice that is an integer, so that a table is enough; it takes a twentieth of a search's time.
     """
     import torch
 
@@ -128,17 +114,11 @@ def rounded(weight: Tensor, keep: Tensor, grid: Grid) -> Tensor:
 
 
 def straight_through(weight: Tensor, factors: Tensor, grid: Grid) -> Tensor:
-    """The survivors of a weight on their nearest points of a stretched grid, in a form that can be fitted.
+    """The survivors on their nearest points of a stretched grid, [rows, columns] in float32, differentiable.
 
-    Gradients pass to the weight as if it had not been rounded (arXiv 1308.3432); those of a factor are the ones of
-    learned step sizes (LSQ, arXiv 1902.08153, eq. 3): the point less the weight within the grid, the point beyond it.
-
-    Args:
-        weight: zero where pruned.
-        factors: of the scales, [rows, groups].
-
-    Returns:
-        [rows, columns] in float32.
+    Gradients pass to the weight as if it had not been rounded (arXiv 1308.3432). Those of a factor are as for learned
+    step sizes (LSQ, arXiv 1902.08153, eq. 3): the point less the weight within the grid, the point beyond it. The
+    weight is zero where pruned; `factors` of the scales are [rows, groups].
     """
     import torch
 
@@ -169,8 +149,9 @@ def _half(scales: Tensor) -> Tensor:
 
 
 def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
-    """The 16 levels of the least squared error for given scales: the exact optimum over a histogram of the integers
-    -127 … 127, by dynamic programming over where the levels part (k-means in one dimension).
+    """The 16 levels with the least squared error for given scales (k-means in one dimension).
+
+    Exact over a histogram of the integers -127 … 127, by dynamic programming over where the levels part.
     """
     import torch
 
@@ -204,21 +185,13 @@ def _best_levels(weight: Tensor, counts: Tensor, grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantiser(Choice):
-    """An entry of `QUANTISERS`.
+    """An entry of `QUANTISERS`."""
 
-    Attributes:
-        make: the grid of a layer, of W, `keep`, `group` and `importance` as in `make_grid`; None where weights are not
-            rounded.
-        group: columns that share a scale unless the user says otherwise; None for a whole row.
-    """
-
-    make: Callable[..., Grid] | None = None
-    group: int | None = None
+    make: Callable[..., Grid] | None = None  # as `make_grid`; None where weights are not rounded
+    group: int | None = None  # columns that share a scale by default; None for a row
 
 
-ROW = "row"
-"""A group that is all of a row."""
-
+ROW = "row"  # a group that is all of a row
 QUANTISERS: dict[str, Quantiser] = {
     "none": Quantiser(help="survivors stay floating-point numbers"),
     "int8": Quantiser(make=partial(make_grid, kind="int8"), help="255 evenly spaced values", reads=("group",)),
@@ -229,12 +202,7 @@ QUANTISERS: dict[str, Quantiser] = {
 
 
 def columns_of_a_scale(quantise: str, group: str | int | None) -> int | None:
-    """How many columns of a row share a scale; None for all of them.
-
-    Args:
-        quantise: of `QUANTISERS`.
-        group: `ROW`, a number of columns, or None for the quantiser's own.
-    """
+    """How many columns of a row share a scale; None for a row. `group` None: the quantiser's own."""
     if group is None:
         return QUANTISERS[quantise].group
     return None if group == ROW else int(group)

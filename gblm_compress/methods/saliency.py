@@ -1,8 +1,8 @@
 """Methods: which weights of a layer survive. Add a method by writing one function and listing it in `METHODS`.
 
 Most are saliencies. They take the weight W [out_features, in_features] in float32 and the layer's `Statistics`, and
-return a score of W's shape; in each group of the pattern the weights with the lowest score are pruned. A method that
-chooses its mask in another way takes the `Rule` of the layer and returns a `Selection`, as `obs` does.
+return a score of W's shape; in each group of the pattern the lowest scores are pruned. A method that chooses its mask
+in another way returns a `Selection`, as `obs` does.
 """
 
 from __future__ import annotations
@@ -22,42 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """What decides about one layer beside its weight and statistics.
+    """What decides about one layer beside its weight and statistics."""
 
-    Attributes:
-        layer: its name, for messages.
-        pattern: which weights compete.
-        sparsity: fraction of zeros.
-        alpha: factor of the gradient term, scaled to the calibration.
-    """
-
-    layer: str
+    layer: str  # its name, for messages
     pattern: Pattern
-    sparsity: float
-    alpha: float
+    sparsity: float  # fraction of zeros
+    alpha: float  # factor of the gradient term, scaled to the calibration
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a method chose.
+    """The mask that a method chose, and the fit that it makes meanwhile, if any."""
 
-    Attributes:
-        keep: the mask [out_features, in_features], True = keep.
-        fitted: {fit: the weight that it leaves}, [out_features, in_features] with exact zeros outside the mask, where
-            the method makes a fit while it chooses.
-    """
-
-    keep: Tensor
-    fitted: Mapping[str, Tensor] = field(default_factory=dict)
+    keep: Tensor  # [out_features, in_features], True = keep
+    fitted: Mapping[str, Tensor] = field(default_factory=dict)  # {fit: weight of W's shape}
 
 
 @dataclass(frozen=True)
 class Method(Choice):
-    """An entry of `METHODS`.
-
-    Attributes:
-        select: of (W, its statistics, the layer's rule).
-    """
+    """An entry of `METHODS`."""
 
     select: Callable[[Tensor, Statistics, Rule], Selection]
 
@@ -96,10 +79,7 @@ def regional(weight: Tensor, statistics: Statistics, alpha: float) -> Tensor:
 
 
 def by_score(score: Callable[[Tensor, Statistics, float], Tensor]) -> Callable[[Tensor, Statistics, Rule], Selection]:
-    """The method that keeps the weights with the highest `score`, a function of (W, its statistics, alpha).
-
-    The method raises ModelError where a score is NaN or infinite.
-    """
+    """The method that keeps the highest scores; it raises ModelError where one is NaN or infinite."""
 
     def select(weight: Tensor, statistics: Statistics, rule: Rule) -> Selection:
         scores = score(weight, statistics, rule.alpha)

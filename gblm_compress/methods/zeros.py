@@ -1,7 +1,6 @@
-"""The zeros of a weight: set, counted, and kept positive; and values that are no numbers. All in forms that torch is
-fast at on a CPU.
+"""The zeros of a weight, and values that are no numbers, in forms that are fast on a CPU.
 
-`masked_fill`, `count_nonzero` and `isfinite` take three to sixty times as long there as what is used here.
+`masked_fill`, `count_nonzero` and `isfinite` take three to sixty times as long.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def keep_only(weight: Tensor, keep: Tensor) -> Tensor:
-    """The weight with +0.0 wherever it is zero or `keep`, of the same shape, is False; the weight must be finite."""
+    """The finite weight, with +0.0 wherever it is zero or `keep` is False."""
     return (weight * keep).add_(0.0)
 
 
@@ -25,7 +24,7 @@ def positive_zeros(weight: Tensor) -> Tensor:
 
 
 def has_negative_zeros(weight: Tensor) -> bool:
-    """Whether any zero is -0.0, which is the smallest integer to its bits."""
+    """Whether any zero is -0.0, the smallest integer by its bits."""
     import torch
 
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
@@ -33,7 +32,6 @@ def has_negative_zeros(weight: Tensor) -> bool:
 
 
 def count_nonzeros(weight: Tensor) -> int:
-    """How many weights are not zero."""
     return int((weight != 0).sum())
 
 
@@ -45,9 +43,7 @@ def is_finite(values: Tensor) -> bool:
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:
-    """Raises:
-    ModelError: `values` hold NaN or infinity; the message names the layer.
-    """
+    """Raise ModelError if `values` hold NaN or infinity; the message names the layer."""
     if not is_finite(values):
         bad = int((~values.isfinite()).sum())
         advice = (

@@ -1,4 +1,1 @@
-"""Pruning a model.
-
-The walk over its blocks, one block, the fits of the survivors, and what an interrupted run keeps.
-"""
+"""Pruning a model: the walk over its blocks, and what an interrupted run keeps."""

@@ -1,7 +1,4 @@
-"""Pruning of one block: measure, score, mask, fit the survivors.
-
-Everything that decides about the weights of a block happens here; the loop over the blocks is in `walk.py`.
-"""
+"""Pruning of one block: measure, score, mask, fit the survivors. The loop over the blocks is in `walk.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,45 +19,29 @@ from gblm_compress.settings import PruneSettings
 from gblm_compress.training.fits import How, reconstruct_
 from gblm_compress.training.weights import write_
 
-FEW_TOKENS = 32
-"""An expert that fewer tokens of the text are routed to is pruned by magnitude: its statistics say little."""
-
+FEW_TOKENS = 32  # An expert with fewer tokens is pruned by magnitude: its statistics say little.
 _BY_MAGNITUDE = {"method": "magnitude", "fit": "none"}
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer.
-
-    Attributes:
-        pattern: the pattern it satisfies.
-        shape: (out_features, in_features).
-        nonzeros: how many weights are left.
-        transposed: whether the folder stores it as (in_features, out_features).
-        by_magnitude: whether it was pruned by magnitude, because its expert got too few tokens.
-        output_error: how far its output on the calibration text is from that of its dense weights, as a share of it
-            (`methods.fits.output_error`); None where no Gram matrix was measured, or the whole model was fitted since.
-    """
+    """The outcome of one layer."""
 
     pattern: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out_features, in_features)
     nonzeros: int
-    transposed: bool
-    by_magnitude: bool = False
+    transposed: bool  # stored as (in_features, out_features)
+    by_magnitude: bool = False  # because its expert got too few tokens
+    # of `fits.output_error` on the calibration text; None if not measured, or if all survivors were fitted since
     output_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a block is fitted to.
+    """What a block is fitted to."""
 
-    Attributes:
-        outputs: of the block in the dense model, for every sample.
-        products: the dtype of the products in the fit, float32 or bfloat16.
-    """
-
-    outputs: Sequence[Tensor]
-    products: str
+    outputs: Sequence[Tensor]  # of the block in the dense model, for every sample
+    products: str  # the dtype of products in the fit, float32 or bfloat16
 
 
 @torch.no_grad()
@@ -74,16 +55,16 @@ def prune_block_(
 ) -> tuple[dict[str, LayerResult], dict[str, Grid]]:
     """Prune the layers of one block in place.
 
+    A layer that never ran on the text stays as it is. An expert with few tokens is pruned by magnitude.
+
     Args:
-        block: the block and its inputs; None for a method that looks at no text.
-        layers: {name: Linear or Conv1D}, the layers of the block that are to be pruned; may be empty.
-        gradients: {name: G in the stored layout of the weight}, for a saliency that needs gradients.
-        budgets: {name: how much it keeps}.
-        target: needed where the block is fitted, else unused.
+        block: None for a method that looks at no text.
+        layers: {name: Linear or Conv1D} to prune; may be empty.
+        gradients: {name: G in the stored layout of the weight}, where the method needs gradients.
+        target: needed where the block is fitted.
 
     Returns:
-        {name: what became of it}, and {name: grid} of the layers whose survivors lie on one. A layer that never ran on
-        the text is not among them and stays as it is; an expert with too few tokens is pruned by magnitude.
+        {name: its result} of the pruned layers, and {name: grid} of those whose survivors lie on one.
     """
     statistics = layer_statistics(block, layers, gradients, settings.block_needs)
     few = _with_few_tokens(block, layers, statistics)
@@ -125,7 +106,7 @@ def prune_block_(
 def _with_few_tokens(
     block: Block | None, layers: dict[str, nn.Module], statistics: dict[str, Statistics]
 ) -> frozenset[str]:
-    """The layers of experts that too few tokens were routed to; where gradients alone are measured, those without."""
+    """Layers of experts with few tokens; where gradients alone are measured, those with none."""
     if block is None:
         measured = {name: one.gradient_norm for name, one in statistics.items()}
         return frozenset(name for name, norm in measured.items() if norm is not None and not norm.any())
@@ -138,9 +119,7 @@ def _with_few_tokens(
 def _prune_layer(
     weight: Tensor, statistics: Statistics, rule: Rule, settings: PruneSettings
 ) -> tuple[Tensor, Grid | None]:
-    """The pruned and fitted weight of one layer, [out_features, in_features] in float32, and the grid on whose nearest
-    points its survivors are to lie, if any.
-    """
+    """The fitted weight [out_features, in_features] in float32, and the grid that it is to be rounded to."""
     selection, fit = METHODS[settings.method].select(weight, statistics, rule), FITS[settings.fit]
     fitted = selection.fitted.get(settings.fit)
     if fitted is None:
@@ -157,7 +136,6 @@ def _prune_layer(
 def layer_result(
     layer: nn.Module, budget: Budget, by_magnitude: bool, output_error: float | None = None
 ) -> LayerResult:
-    """What a pruned layer is like now."""
     weight = weight_matrix(layer).detach()
     shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
     return LayerResult(budget.pattern.name, shape, nonzeros, is_transposed(layer), by_magnitude, output_error)

@@ -1,4 +1,4 @@
-"""What a pruning is to do, decided before the work: budgets, dtypes, what goes to memory or disk, and what it costs."""
+"""What is decided before a pruning: budgets, dtypes, what goes to memory or disk, and the cost."""
 
 import time
 from collections.abc import Sequence
@@ -23,78 +23,44 @@ from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceS
 from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
-SHARE_OF_FREE_MEMORY = 0.8
-"""What a run takes of the memory that is free when it starts, unless it is told."""
-
-FIT_BYTES = 24
-"""For each weight that Adam fits: master, gradient, two moments, best so far, and a copy for the products."""
-
-GRID_BYTES = 12
-"""And where it is rounded meanwhile: gradients before they pass through, and what the scales' gradients need."""
-
-ROUND_BYTES = 12
-"""And where rounds follow each other: what pruned weights gather, the start of the round, the best of those before."""
-
-FACTOR_BYTES = 24
-"""For each entry of a Gram matrix while its inverse is factorised in float64, beside the matrix itself (22.7 seen)."""
-
-LOGIT_BYTES = 36
-"""For each logit of a sample in distillation: both models', with their gradients, in float32 and behind a cap."""
-
-SMALL = {"samples": 16, "sequence_length": 512}
-"""The smaller text that is offered where a run takes long."""
-
-LONG_SECONDS = 600.0
-"""A run that takes longer than this is offered `SMALL`."""
+SHARE_OF_FREE_MEMORY = 0.8  # unless the user says how much
+FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
+GRID_BYTES = 12  # more where it is rounded: gradients before rounding, and what the scales' gradients need
+ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
+FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
+LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
+SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
+LONG_SECONDS = 600.0  # a longer run is offered `SMALL`
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What goes where.
+    """What goes where."""
 
-    Attributes:
-        offload: whether the model stays on disk.
-        states: bytes of host memory that hidden states may take.
-        by_sample: whether there is room to measure gradients sample by sample (see `gradients`), which is faster.
-    """
-
-    offload: bool
-    states: int
-    by_sample: bool
+    offload: bool  # the model stays on disk
+    states: int  # bytes of host memory for hidden states
+    by_sample: bool  # room to measure gradients sample by sample, which is faster
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pruning of one model.
-
-    Attributes:
-        task: what the model is for.
-        samples: those of this process; empty for a method that needs no text.
-        budgets: {layer to prune: what the settings ask for, before an allocation}.
-        device: where blocks run.
-        products: the dtype of products in fits by Adam, float32 or bfloat16.
-        ranks: the processes that share the samples.
-    """
+    """One pruning of one model."""
 
     settings: PruneSettings
     task: Task
-    samples: Sequence[Sample]
-    budgets: dict[str, Budget]
-    device: torch.device
-    products: str
+    samples: Sequence[Sample]  # those of this process; empty for a method that needs no text
+    budgets: dict[str, Budget]  # before an allocation
+    device: torch.device  # where blocks run
+    products: str  # the dtype of products in fits by Adam, float32 or bfloat16
     placement: Placement
     ranks: Ranks
 
 
 def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budget]:
-    """What the settings ask for each layer, exceptions included, before an allocation.
-
-    Args:
-        model: its weights may be on the meta device.
+    """The budget of each layer before an allocation, exceptions included; the model may be on the meta device.
 
     Raises:
         UsageError: an exception matches no layer, all layers would stay dense, or a width does not divide by M.
-        ModelError: as `prunable_layers`.
     """
     layers = {name: layer for block in prunable_layers(model, settings.ignore) for name, layer in block.items()}
     result = settings.budgets(list(layers))
@@ -114,7 +80,7 @@ def uniform_budgets(model: nn.Module, settings: PruneSettings) -> dict[str, Budg
 def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, device: str, group: Ranks) -> list[str]:
     """The dtype to compute in, and that of products in fits.
 
-    As everywhere, but a bfloat16 checkpoint on a CPU is computed in bfloat16 where the CPUs have instructions for it.
+    On a CPU a bfloat16 checkpoint is computed in bfloat16 where the CPUs have instructions for it.
     """
     fast = ranks.faster_dtype(device, group)
     products = "float32" if requested == "float32" else fast
@@ -127,11 +93,7 @@ def choose_dtypes(requested: str, source: ModelSource, settings: PruneSettings, 
 
 
 def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
-    """Fits in float16 lose gradients of 1e-8 and less, which a relative squared error has.
-
-    Raises:
-        UsageError: fits would compute in float16.
-    """
+    """Refuse fits in float16: they lose gradients of 1e-8 and less, which a relative squared error has."""
     if dtype == "float16" and settings.fits_blocks and ranks.faster_dtype(device, Ranks()) != "bfloat16":
         raise UsageError(
             f"fits in float16 lose gradients that are too small for it, and {device} has no bfloat16; give --fit fast, "
@@ -140,11 +102,7 @@ def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
 
 
 class Size:
-    """How large a model and what is measured on it are, in bytes, as far as its files and its config tell.
-
-    Attributes:
-        activations: what autograd keeps of all blocks for one sample, counted generously; 0 if the config is silent.
-    """
+    """Bytes of a model and of what is measured on it, as far as its files and its config tell."""
 
     def __init__(
         self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings
@@ -181,7 +139,7 @@ class Size:
         self.working = max(at_a_block, at_the_end if settings.fits_model else 0)
 
     def kept(self, settings: PruneSettings) -> int:
-        """What a run keeps on disk until its output is whole: finished blocks and gradients."""
+        """Bytes on disk until the output is whole: finished blocks and gradients."""
         return self.weights * (2 if settings.fits_model else 1) + self.gradients
 
     def held(self, offload: bool) -> int:
@@ -189,22 +147,19 @@ class Size:
         return (self.outside_blocks + self.block if offload else self.weights) + self.working
 
     def on_disk(self, settings: PruneSettings, placement: Placement, finished: int) -> int:
-        """Bytes that output, gradients, finished blocks and hidden states take beyond those that are `finished`."""
+        """Bytes on disk for output, gradients, blocks and hidden states, less those that are `finished`."""
         states = max(0 if placement.by_sample else self._states_of_gradients, self._states_of_pruning)
         return self.checkpoint + max(0, self.kept(settings) - finished) + max(0, states - placement.states)
 
 
 def _largest(value: int | list[int]) -> int:
-    """A key of config.json that some families give layer by layer."""
+    """Some families give a key of config.json layer by layer."""
     return max(value) if isinstance(value, list) else value
 
 
 def choose_placement(
     size: Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks
 ) -> Placement:
-    """Raises:
-    UsageError: it must stay on disk, and distillation needs it in memory.
-    """
     free = psutil.virtual_memory().available // ranks.processes_here()
     host = int(SHARE_OF_FREE_MEMORY * free) if resources.memory is None else int(resources.memory)
     on_cpu = device == "cpu"
@@ -225,10 +180,10 @@ def choose_placement(
 
 
 def passes(settings: PruneSettings) -> float:
-    """About how many forward passes over the calibration text the settings cost, for an estimate of time.
+    """The cost of the settings in forward passes over the calibration text, roughly.
 
-    A backward pass counts as two forward ones; Gram matrices and the solutions on them as one each, which they are in
-    a block whose width is a few times smaller than the text is long.
+    A backward pass counts as two. Gram matrices and their solutions count as one each, which holds in a block whose
+    width is a few times smaller than the text is long.
     """
     count = 1.0 + 3.0 * settings.needs_gradients  # loading and saving; gradients
     count += _measuring(settings.block_needs) + _measuring(settings.allocates.needs)
@@ -246,12 +201,7 @@ def _measuring(needs: Need) -> float:
 
 
 def better_fit(settings: PruneSettings, several: bool = False, offload: bool = False) -> str | None:
-    """The next fit that does more for the survivors than that of these settings; None if none does.
-
-    Args:
-        several: whether the run is on several processes.
-        offload: whether the model stays on disk.
-    """
+    """The next fit that does more for the survivors; None if none does. `several`: processes."""
     fit = FITS[settings.fit]
     if several:
         return None if fit.moves else "fast"
@@ -261,7 +211,7 @@ def better_fit(settings: PruneSettings, several: bool = False, offload: bool = F
 
 
 def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings) -> str:
-    """Time and memory of a run in one line, with a smaller text where it takes long. No result depends on it."""
+    """Time and memory of a run in one line, with a smaller text where it takes long."""
     settings, rate = plan.settings, _operations_per_second(plan.device, getattr(torch, dtype))
     weights = source.bytes_on_disk / getattr(torch, loading.stored_dtype(source)).itemsize
 
@@ -284,7 +234,7 @@ def _words(seconds: float) -> str:
 
 
 def _operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions a second in a block, from a short product: blocks reach about half of its rate."""
+    """Multiply-adds a second in a block, from a short product: blocks reach half of its rate."""
     x, weight = (torch.ones(rows, 1024, dtype=dtype, device=device) for rows in (512, 1024))
     spent = []
     for _ in range(5):

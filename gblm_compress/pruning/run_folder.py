@@ -1,9 +1,9 @@
-"""The folder of a run that is under way: what is finished lies here, durable, until the output is whole.
+"""The folder of an unfinished run: finished work stays here until the output is whole.
 
 .OUTPUT.pruning/
-    run.json                 what the run is: settings, text, model; the budgets once they are known; exceptions
+    run.json                 identity of the run: settings, text, model; budgets once they are known; exceptions
     gradients-7.safetensors  gradient norms of block 7, until it is pruned
-    block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and the grids they lie on
+    block-7.safetensors      the pruned weights of block 7, in the dtype of computation, and their grids
     distilled-7.safetensors  those after the distillation
     states/                  hidden states that found no room in memory; worthless after an interruption
 """
@@ -56,13 +56,12 @@ def path_of(output: Path) -> Path:
 class RunFolder:
     """Finished work of a run. Only the first rank writes; the others wait for it.
 
-    Attributes:
-        resumed: whether it goes on with an interrupted run.
-        damaged: the files that no longer hold what was written; they are removed, and their work is done again.
+    `resumed`: it continues an interrupted run. `damaged`: files that were changed since; they are removed, and their
+    work is done again.
 
     Args:
-        identity: everything that decides the outcome, as JSON can hold it.
-        resume: go on with an interrupted run; else its work is removed. None: go on if it has the same identity.
+        identity: everything that decides the result, as JSON.
+        resume: continue an interrupted run, or with False remove its work. None: continue if the identity is the same.
 
     Raises:
         UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all.
@@ -103,17 +102,14 @@ class RunFolder:
 
     @property
     def bytes(self) -> int:
-        """What the finished work takes on the disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     @property
     def holds_work(self) -> bool:
-        """Whether anything is finished."""
         return bool(self._files) or self._record.budgets is not None
 
     @property
     def budgets(self) -> dict[str, Budget] | None:
-        """The budget of each layer, once it was decided."""
         stored = self._record.budgets
         if stored is None:
             return None
@@ -126,34 +122,32 @@ class RunFolder:
 
     @property
     def by_magnitude(self) -> list[str]:
-        """The layers of finished blocks that were pruned by magnitude, because their experts got too few tokens."""
+        """Layers of finished blocks that were pruned by magnitude."""
         return self._record.by_magnitude
 
     @property
     def output_errors(self) -> dict[str, float]:
-        """{layer: error of its output}, of finished blocks; none once the distillation has changed all weights."""
+        """{layer: error of its output}; none after the distillation, which changes all weights."""
         return {} if self.distilled else self._record.output_errors
 
     @property
     def distilled(self) -> bool:
-        """Whether the finished blocks hold the weights of the distillation already."""
         return self._record.distilled
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
-        """Keep the gradient norms {layer name: G} of a block."""
         self._save(f"gradients-{block}", norms)
 
     @property
     def blocks(self) -> int:
-        """How many blocks the finished work is of."""
+        """How many blocks are finished."""
         return sum(name.startswith("block-") for name in self._files)
 
     def gradients(self, block: int) -> dict[str, Tensor]:
-        """The gradient norms of a block that `has_gradients`, else none."""
+        """{layer: G} of a block that `has_gradients`, else none."""
         return self._load(f"gradients-{block}")
 
     def has_gradients(self, block: int) -> bool:
-        """Whether the block's gradients were measured, or are not needed any more."""
+        """Whether the gradients were measured, or are not needed any more."""
         return f"gradients-{block}" in self._files or self.has_finished(block)
 
     def finish(
@@ -163,7 +157,7 @@ class RunFolder:
         on: Mapping[str, Grid] | None = None,
         results: Mapping[str, LayerResult] | None = None,
     ) -> None:
-        """Keep the final weights {layer name: weight in its stored layout} of a block, their grids, and the results."""
+        """Keep the final weights {layer: weight in its stored layout} of a block, their grids, and the results."""
         results = results or {}
         by_magnitude = {name for name, result in results.items() if result.by_magnitude}
         errors = {name: result.output_error for name, result in results.items() if result.output_error is not None}
@@ -177,11 +171,9 @@ class RunFolder:
             self._path(f"gradients-{block}").unlink(missing_ok=True)
 
     def has_finished(self, block: int) -> bool:
-        """Whether the block is pruned."""
         return f"block-{block}" in self._files
 
     def finished(self, block: int) -> dict[str, Tensor]:
-        """The final weights of a finished block."""
         stored = self._load(self._finished_name(block))
         return {name: stored[name] for name in _layers(stored)}
 
@@ -190,15 +182,13 @@ class RunFolder:
         return grids.read_from(self._path(self._finished_name(block)), group)
 
     def layers(self, block: int) -> list[str]:
-        """The names of the layers of a finished block."""
         return _layers(keys(self._path(self._finished_name(block))))
 
     def finished_layer(self, block: int, name: str) -> Tensor:
-        """The final weight of one layer of a finished block."""
         return read_tensor(self._path(self._finished_name(block)), name)
 
     def finish_distilled(self, per_block: list[dict[str, Tensor]], on: Mapping[str, Grid]) -> None:
-        """Keep the weights of all blocks after the distillation, and their grids: all of them, or none."""
+        """Keep the distilled weights of all blocks, and their grids: all of them, or none."""
         for block, weights in enumerate(per_block):
             own = {name: on[name] for name in weights if name in on}
             self._save(f"distilled-{block}", weights | grids.as_tensors(own))
@@ -206,7 +196,7 @@ class RunFolder:
         self._write()
 
     def remove(self) -> None:
-        """The run is over. No rank waits for another here: it may have failed, or be busy for long."""
+        """Remove the folder. No rank waits for another here: it may have failed, or be busy for long."""
         if self._ranks.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -230,7 +220,7 @@ class RunFolder:
         return own_files(self.folder, _TENSORS, _OTHERS)
 
     def _read(self, resume: bool | None) -> _Record | None:
-        """What `run.json` says; None where there is none, or where it is damaged and nobody insists on going on."""
+        """The content of `run.json`; None where there is none, or if it is damaged and `resume` is not True."""
         path, files = self.folder / IDENTITY, self._own_files()
         try:
             if not path.exists() and not files:
@@ -254,6 +244,6 @@ class RunFolder:
 
 
 def _layers(names: Collection[str]) -> list[str]:
-    """The names of layers among those of the tensors of a block: all but the parts of their grids."""
+    """The layers of a block among the names of its tensors, without the parts of grids."""
     parts = grids.parts_of(grids.layers_on_grids(names))
     return [name for name in names if name not in parts]

@@ -1,4 +1,4 @@
-"""Put the output together from the source and the finished blocks, and verify it."""
+"""Write the output from the source and the finished blocks, and verify it."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -25,19 +25,13 @@ from gblm_compress.storage import outputs
 
 @dataclass(frozen=True)
 class Written:
-    """The folder to write, and what its manifest says of the run.
-
-    Attributes:
-        source: the dense model.
-        processor: its tokenizer or image processor.
-        identity: see `RunFolder`.
-    """
+    """The folder to write."""
 
     source: ModelSource
     output: Path
     force: bool
-    processor: Any
-    identity: dict[str, Any]
+    processor: Any  # tokenizer or image processor
+    identity: dict[str, Any]  # of the `RunFolder`
 
 
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +61,6 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
 def save(
     what: Written, run: RunFolder, walked: Walked, checkpoint: Checkpoint, plan: Plan, progress: Progress
 ) -> dict[str, LayerResult]:
-    """Put the output together from the source and the finished blocks, and verify it."""
     layers, settings = walked.layers, plan.settings
     blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
     on: dict[str, Grid] = {}

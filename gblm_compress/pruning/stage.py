@@ -1,8 +1,4 @@
-"""The pruning stage: from a model source to a verified folder, resumable; or of a model in memory, in place.
-
-The walk over the blocks is in `walk.py`, what is decided before it in `planning.py`. Here is what surrounds them: the
-texts, the folder of the run, the output, and what is said at the end.
-"""
+"""A whole pruning: from a model source to a verified folder, resumable; or of a model in memory, in place."""
 
 import math
 import tempfile
@@ -45,41 +41,30 @@ from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The outcome of the stage. Only the two measurements differ between runs with the same seed.
+    """The result of a pruning. Only `seconds` and `peak_memory_bytes` differ between runs with the same seed."""
 
-    Attributes:
-        folder: the new folder; None where a model in memory was pruned in place.
-        layers: the pruned ones.
-        left_dense: all other linear weights of the model, and why they were not pruned.
-        grid: what the survivors were rounded to, in words; None if they were not.
-    """
-
-    folder: str | None
+    folder: str | None  # None where a model in memory was pruned in place
     layers: dict[str, LayerResult]
-    left_dense: dict[str, LeftDense]
+    left_dense: dict[str, LeftDense]  # all other linear weights of the model
     seconds: float
     peak_memory_bytes: int
     calibration_fingerprint: str | None = None
-    grid: str | None = None
+    grid: str | None = None  # in words; None if the survivors were not rounded
     warnings: tuple[str, ...] = ()
 
     @property
     def nonzeros(self) -> int:
-        """Nonzeros over all pruned layers."""
         return sum(layer.nonzeros for layer in self.layers.values())
 
     @property
     def weights(self) -> int:
-        """Weights over all pruned layers, zeros included."""
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
 
     @property
     def linear_weights(self) -> int:
-        """All linear weights of the model."""
         return self.weights + sum(dense.weights for dense in self.left_dense.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         totals = {"nonzeros": self.nonzeros, "weights": self.weights, "linear_weights": self.linear_weights}
         return {**asdict(self), **totals}
 
@@ -99,15 +84,12 @@ def prune(
 ) -> PruneResult:
     """Prune `source` and write an ordinary Hugging Face folder with a manifest, then reopen and verify it.
 
-    Finished blocks are kept beside the output until it is whole. An interruption or a full disk leaves them there.
+    Finished blocks are kept beside the output until it is whole, also after an interruption or a full disk.
 
     Args:
-        source: the dense model, never modified.
-        output: the new folder; it appears whole or not at all.
-        resources: how much memory to take, and whether the model stays on disk.
-        resume: go on with an interrupted run; it must be one of the same settings. None: go on if it is.
-        dtype: to compute in, see `ComputeSettings`; the folder keeps the checkpoint's own.
-        force: replace an existing folder.
+        output: it appears whole or not at all.
+        resume: continue an interrupted run of the same settings. None: if there is one.
+        dtype: to compute in; the folder keeps that of the checkpoint.
     """
     start, resources = time.perf_counter(), resources or ResourceSettings()
     texts = [source.folder, *tasks.files_of(calibration.dataset)]
@@ -166,11 +148,7 @@ def prune(
 def prune_in_place(
     model: Any, processor: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
 ) -> PruneResult:
-    """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode.
-
-    Args:
-        processor: for the calibration data; may be None for a method that needs none.
-    """
+    """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode."""
     start, samples = time.perf_counter(), list[Sample]()
     if settings.needs_text:
         task = tasks.task_of(type(model))
@@ -194,7 +172,7 @@ def prune_in_place(
 def prune_(
     model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
 ) -> dict[str, LayerResult]:
-    """Prune a model in memory, in place, and return {layer name: what became of it}.
+    """Prune a model in memory, in place, and return {layer name: its result}.
 
     Args:
         model: in eval mode; its class says what it is for.
@@ -228,7 +206,6 @@ def _prune_in_place(
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder for the gradients and the pruned weights of blocks."""
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
         try:
             yield Path(folder)
@@ -260,7 +237,7 @@ def _walk(
 def _checked(
     source: ModelSource, settings: PruneSettings, calibration: CalibrationSettings, dtype: str, device: str
 ) -> dict[str, Budget]:
-    """The budgets of the layers, unless something makes the run impossible."""
+    """The budgets of the layers; raises every reason together why the run is impossible."""
     loading.check_model(source, "prune")
     budgets: list[dict[str, Budget]] = []
     looks: list[Callable[[], object]] = [
@@ -308,7 +285,7 @@ def _result(
 
 
 def _pruned_before(source: ModelSource) -> list[str]:
-    """What to say about a source that this program has pruned already."""
+    """A note on a source that this program has pruned already."""
     if not manifest.is_pruned(source.folder):
         return []
     layers = manifest.read(source.folder).get("layers", {}).values()
@@ -322,7 +299,6 @@ def _pruned_before(source: ModelSource) -> list[str]:
 
 
 def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds: float) -> list[str]:
-    """What a user should know of settings and model beside the result."""
     notes, settings, layers = [], plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
     if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:

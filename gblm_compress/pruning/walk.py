@@ -5,8 +5,8 @@
       statistics of the block  ───┘
     all survivors at once: distillation, if asked for
 
-It is one walk whether the model is in memory or on disk (`calibration.weights`), on one process or several (`ranks`),
-from the start or from where an interrupted run ended (`run_folder`).
+The walk is the same for a model in memory or on disk (`weights`), on one process or several (`ranks`), from the start
+or resumed (`run_folder`).
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ Layers = list[dict[str, nn.Module]]  # of each block, by full name
 
 @dataclass(frozen=True)
 class LeftDense:
-    """A linear layer, or a tensor of fused ones, that was not pruned: how many weights it has, and the reason."""
+    """A linear layer, or a tensor of fused ones, that was not pruned."""
 
     weights: int
     reason: str
@@ -49,45 +49,27 @@ class LeftDense:
 
 @dataclass(frozen=True)
 class Walked:
-    """The outcome of a walk.
-
-    Attributes:
-        layers: the pruned ones.
-        left_dense: all other linear weights of the model, and why they were not pruned.
-        exceptions: the layers among them that an exception or the allocation decided about.
-        blocks: how many were pruned one after the other.
-        whole: whether all blocks of the model were pruned as one.
-    """
+    """The result of a walk."""
 
     layers: dict[str, LayerResult]
-    left_dense: dict[str, LeftDense]
-    exceptions: frozenset[str]
-    blocks: int
-    whole: bool
+    left_dense: dict[str, LeftDense]  # all other linear weights of the model
+    exceptions: frozenset[str]  # layers that an exception or the allocation left dense
+    blocks: int  # how many were pruned one after the other
+    whole: bool  # all blocks of the model were pruned as one
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One pruning of one model.
-
-    Attributes:
-        weights: the dense model; in memory it is pruned in place.
-        run: where finished work is kept; what is there already is not done again.
-        pool: where hidden states are kept.
-    """
+    """One pruning of one model."""
 
     plan: Plan
-    weights: Weights
-    run: RunFolder
-    pool: StatePool
+    weights: Weights  # of the dense model
+    run: RunFolder  # finished work, which is not done again
+    pool: StatePool  # of hidden states
     progress: Progress
 
     def prune_(self) -> Walked:
-        """Prune every block and leave it finished in the run folder.
-
-        Raises:
-            ModelError: a value is NaN or infinite, or the architecture is not supported.
-        """
+        """Prune every block and leave it finished in the run folder. A model in memory is pruned in place."""
         settings, model, blocks = self.plan.settings, self.weights.model, len(self.weights.blocks)
         layers = prunable_layers(model, settings.ignore)
         self._check_finite(layers)
@@ -146,7 +128,7 @@ class Walk:
         return results
 
     def _budgets(self, calls: BlockCalls | None, layers: Layers) -> dict[str, Budget]:
-        """How much each layer keeps: what the settings ask for, spread by the allocation."""
+        """The budget of each layer, spread by the allocation."""
         settings, uniform = self.plan.settings, self.plan.budgets
         free = [{name: layer for name, layer in block.items() if not settings.is_exception(name)} for block in layers]
         if not any(free):
@@ -159,7 +141,7 @@ class Walk:
         return uniform | spread({name: uniform[name] for name in sizes}, sizes, densities)
 
     def _dense_blocks(self, calls: BlockCalls | None, layers: Layers) -> Iterator[Iterator[DenseLayer]]:
-        """Every block of the dense model, measured as the allocation asks for."""
+        """Every block of the dense model, with the statistics that the allocation needs."""
         allocation, replay = self.plan.settings.allocates, None
         if allocation.needs & Need.BLOCKS:
             assert calls is not None

@@ -28,9 +28,7 @@ REGISTRIES: dict[str, Mapping[str, Choice]] = {
     "fit": FITS,
     "allocation": ALLOCATIONS,
     "quantise": QUANTISERS,
-}
-"""{key of `PruneSettings`: what it chooses from}. Entries that are added before this module is imported count."""
-
+}  # {key of `PruneSettings`: its choices}; entries added before this module is imported count
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "method": "gblm",
@@ -41,8 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fit": "none",
     },
     "sparsegpt": {"method": "obs", "fit": "obs"},
-}
-"""paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774."""
+}  # paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774
 
 if TYPE_CHECKING:  # a type checker cannot read a registry
     MethodName: TypeAlias = str
@@ -64,7 +61,6 @@ PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to 
 
 
 def describe_preset(name: str) -> str:
-    """The keys that a preset sets, in words."""
     return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
 
 
@@ -86,7 +82,7 @@ def _budget(pattern: str, sparsity: float | None) -> Budget:
 
 
 def _readers(key: str) -> str:
-    """Who reads a key that not all combinations read, in words; empty for a key that all of them read."""
+    """Who reads a key, in words; empty for a key that all combinations read."""
     return ", or ".join(readers(key, REGISTRIES))
 
 
@@ -99,7 +95,6 @@ class OverrideSettings(Settings):
 
     @property
     def budget(self) -> Budget:
-        """What a layer that matches may keep."""
         return _budget(self.pattern, self.sparsity)
 
     @model_validator(mode="after")
@@ -196,22 +191,20 @@ class PruneSettings(Settings):
 
     @property
     def allocates(self) -> Allocation:
-        """How much each layer keeps."""
         return ALLOCATIONS[self.allocation or "uniform"]
 
     @property
     def choices(self) -> tuple[Method, FitChoice, Quantiser, Allocation]:
-        """The entries of the registries that the names stand for."""
         return METHODS[self.method], FITS[self.fit], QUANTISERS[self.quantise], self.allocates
 
     @property
     def columns_of_a_scale(self) -> int | None:
-        """How many columns of a row share a scale; None for all of them."""
+        """None for a whole row."""
         return columns_of_a_scale(self.quantise, self.group)
 
     @property
     def grid(self) -> str | None:
-        """The grid of the survivors in words; None where they are not rounded."""
+        """In words; None where survivors are not rounded."""
         return grid_in_words(self.quantise, self.group)
 
     @property
@@ -221,28 +214,26 @@ class PruneSettings(Settings):
 
     @property
     def block_needs(self) -> Need:
-        """What is measured of each block when it is pruned."""
+        """Measured of each block when it is pruned."""
         method, fit, quantiser, _ = self.choices
         return method.needs | fit.needs | quantiser.needs
 
     @property
     def needs(self) -> Need:
-        """What is measured at all: of each block, and before, for the allocation."""
+        """Measured at all: of each block, and before, for the allocation."""
         return self.block_needs | self.allocates.needs
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the gradients of the dense model's weights are read."""
         return Need.GRADIENTS in self.needs
 
     @property
     def needs_blocks(self) -> bool:
-        """Whether the blocks are run one by one on the text while they are pruned."""
+        """Whether the blocks run one by one on the text while they are pruned."""
         return bool(self.block_needs & Need.BLOCKS) or self.fits_blocks
 
     @property
     def needs_text(self) -> bool:
-        """Whether the method looks at calibration text at all."""
         return bool(self.needs) or self.needs_blocks or self.fits_model
 
     @property
@@ -252,12 +243,10 @@ class PruneSettings(Settings):
 
     @property
     def fits_blocks(self) -> bool:
-        """Whether the survivors of each block are fitted together to its output."""
         return FITS[self.fit].fits_block
 
     @property
     def fits_model(self) -> bool:
-        """Whether all survivors are fitted together to the dense model's predictions."""
         return FITS[self.fit].fits_model
 
     def effective_alpha(self, samples: int, sequence_length: float) -> float:
@@ -273,19 +262,13 @@ class PruneSettings(Settings):
         return self.alpha * samples_factor * (sequence_length / published_length) ** 0.5
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
-        """The budget of each named layer.
-
-        Raises:
-            UsageError: an override matches none.
-        """
+        """Before an allocation. UsageError: an override matches none."""
         overrides = tuple(Override(override.layers, override.budget) for override in self.overrides)
         return allocate(names, self.uniform_budget, overrides)
 
     @property
     def uniform_budget(self) -> Budget:
-        """The budget of a layer that no override matches."""
         return _budget(self.pattern, self.sparsity)
 
     def is_exception(self, name: str) -> bool:
-        """Whether an override decides about the layer."""
         return any(fnmatchcase(name, override.layers) for override in self.overrides)
