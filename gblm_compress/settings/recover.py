@@ -1,4 +1,4 @@
-"""What the training of a pruned model is: its text, length and loss."""
+"""Settings of the training of a pruned model."""
 
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ class Source(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """`SRC` or `SRC=WEIGHT`, as recipes and the command line may write it."""
+        """Parse `SRC` or `SRC=WEIGHT`."""
         if not isinstance(value, str):
             return value
         dataset, _, weight = value.rpartition("=")
@@ -76,10 +76,8 @@ class RecoverSettings(Settings):
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """All texts that are read."""
         return (*(source.dataset for source in self.data), *self.disjoint_from)
 
     @property
     def steps(self) -> int:
-        """How many steps the tokens make."""
         return self.tokens // (self.batch * self.sequence_length)

@@ -1,10 +1,10 @@
-"""Checkpoints of a recovery, from which the same command goes on as if it had never ended.
+"""Checkpoints of a recovery. A resumed training ends with the same bits.
 
 .OUTPUT.recovery/
-    run.json                what the training is, and its latest checkpoint: step, curve, best
+    run.json                settings and inputs; step, curve and best look of the latest checkpoint
     state-120.0.safetensors weights and Adam's state after step 120, of the tensors that process 0 owns
     best-3.0.safetensors    weights at look 3, the best so far
-    states/                 predictions of the dense model that found no room in memory
+    states/                 the dense model's predictions, if memory is short
 """
 
 import re
@@ -25,13 +25,12 @@ from gblm_compress.training.trainer import Look, Progressed
 
 RECORD = "run.json"
 _TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")
-_OTHERS = re.compile(  # the record, what the dense model said, and what is written aside
+_OTHERS = re.compile(  # the record, the dense model's predictions, temporary files
     r"run\.json|states|\.(state|best)-\d+\.\d+\.safetensors|\.run\.json\.\d+"
 )
 
 
 def path_of(output: Path) -> Path:
-    """The folder of checkpoints of an output folder: hidden, beside it."""
     return output.with_name(f".{output.name}.recovery")
 
 
@@ -39,16 +38,11 @@ class Checkpoints:
     """The checkpoints of one training. Every rank writes its own tensors, the first rank the record.
 
     Args:
-        folder: need not exist; all ranks read and write it.
-        identity: everything that decides the outcome, as JSON can hold it.
-        resume: go on with what is there; else it is thrown away. None: go on if it is of the same identity.
-
-    Attributes:
-        latest: how far the training is at its latest checkpoint; None if there is none.
+        identity: everything that decides the outcome, as JSON values.
+        resume: True goes on, False starts anew, None goes on if the identity is the same.
 
     Raises:
-        UsageError: what is there belongs to another training, cannot be read, or is not of a training at all.
-        OutputError: the folder cannot be written.
+        UsageError: the folder holds another training, other files, or a damaged record.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
@@ -69,23 +63,21 @@ class Checkpoints:
 
     @property
     def holds_work(self) -> bool:
-        """Whether a checkpoint was written, before this run or by it."""
         return (self.folder / RECORD).exists()
 
     @property
     def bytes(self) -> int:
-        """What lies in the folder already."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
-        """The latest checkpoint, as far as it is this rank's; None if there is none."""
+        """This rank's part of the latest checkpoint."""
         if self.latest is None:
             return None
         path = self._file("state", self.latest.step)
         return deepcopy(self.latest), {name: read_tensor(path, name) for name in keys(path)}
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
-        """Keep a checkpoint, and remove the one before once this one is whole."""
+        """Write a checkpoint, then remove the previous one."""
         self._write("state", progress.step, tensors)
         if self._ranks.is_first:
             record = {"identity": self._identity, "progress": asdict(progress)}
@@ -96,18 +88,16 @@ class Checkpoints:
         self._remove_all_but("best", progress.best)
 
     def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
-        """Keep the weights of a look in place of the best before, unless the latest checkpoint goes on from those."""
+        """Write the best weights; the previous ones stay while the latest checkpoint needs them."""
         recorded = [self.latest.best] if self.latest else []
         self._remove_all_but("best", *recorded)
         self._write("best", look, tensors)
 
     def best(self, look: int) -> dict[str, Tensor]:
-        """What `save_best` was given on this rank."""
         path = self._file("best", look)
         return {name: read_tensor(path, name) for name in keys(path)}
 
     def remove(self) -> None:
-        """Remove everything."""
         if self._ranks.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -115,7 +105,6 @@ class Checkpoints:
         return self.folder / f"{kind}-{number}.{self._ranks.rank if rank is None else rank}.safetensors"
 
     def _write(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write this rank's tensors, and go on once all ranks have written theirs."""
         try:
             save_durably(self._file(kind, number), tensors)
         except OSError as error:
@@ -123,18 +112,12 @@ class Checkpoints:
         self._ranks.wait()
 
     def _remove_all_but(self, kind: str, *numbers: int) -> None:
-        """Remove this rank's other files of a kind."""
         left = {self._file(kind, number) for number in numbers}
         for path in self.folder.glob(f"{kind}-*.{self._ranks.rank}.safetensors"):
             if path not in left:
                 path.unlink()
 
     def _read(self, resume: bool | None) -> Progressed | None:
-        """How far the training is at its latest checkpoint; None where there is none to go on from.
-
-        Raises:
-            UsageError: it is damaged or of another training, and `resume` asks for it; or something else lies there.
-        """
         own_files(self.folder, _TENSORS, _OTHERS)
         if resume is False or not (self.folder / RECORD).exists():
             return None

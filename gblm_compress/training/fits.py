@@ -1,4 +1,4 @@
-"""Fits on the calibration samples: of one block to the dense block's output, and of all layers to its predictions."""
+"""Fits on the calibration samples: one block to the dense block's output, or all layers to the dense predictions."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +18,14 @@ from gblm_compress.training.weights import Weights
 
 HELD_OUT_EVERY = 8
 BATCH = 2
-"""Samples whose gradients one step averages."""
+"""Samples in a step."""
 PATIENCE = 2
 """Epochs without improvement that end a fit."""
 
 
 @dataclass(frozen=True)
 class How:
-    """How a fit is done.
-
-    Attributes:
-        epochs: at most this many passes over the samples that are not held out.
-        rate: see `Plan`.
-        compute: float32 or bfloat16, of the products; masters and optimiser states are float32.
-        rounds: how many fits of a block, each with another mask.
-    """
+    """How a fit is done: `compute` is the dtype of products; `rounds` are fits of a block, each with a new mask."""
 
     epochs: int
     rate: float
@@ -40,7 +33,7 @@ class How:
     rounds: int = 1
 
     def plan(self, samples: int) -> Plan:
-        """The steps over so many samples. Every 8th is held out; the only one serves both purposes."""
+        """Every 8th sample is held out; a single sample is trained on too."""
         held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
         training = [index for index in range(samples) if index not in held_out] or held_out
         generator = torch.Generator().manual_seed(0)
@@ -53,7 +46,7 @@ class How:
 
 @dataclass(frozen=True)
 class Fit:
-    """The mean loss over the held-out samples before and after, and the grids with their scales as fitted."""
+    """Validation loss before and after, and the grids with fitted scales."""
 
     before: float
     after: float
@@ -63,8 +56,7 @@ class Fit:
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ‖output − target‖² / ‖target‖²; both [..., tokens, hidden size], in float32.
 
-    The next block normalises every token by its norm, so that it sees this error. In a plain mean of squares the few
-    tokens with huge activations would dominate.
+    The next block normalises every token. In a plain mean of squares a few tokens with huge activations would dominate.
     """
     output, target = output.float(), target.float()
     scale = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -81,18 +73,14 @@ def reconstruct_(
 ) -> Fit:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
-    In all rounds but the last, pruned weights gather steps too, and the next round begins with the mask of the weights
-    as they are then. The round with the lowest error on held-out samples counts.
+    In all rounds but the last, pruned weights are trained too, and `choose` finds the next round's mask. The round with
+    the lowest validation error is kept.
 
     Args:
-        block: the block, already pruned, with the inputs that come from the pruned blocks before it.
-        layers: {name: its pruned layers}.
-        targets: the dense block's output for each of its inputs, each [1, length, hidden size].
-        grids: {name: grid} of the layers whose survivors are rounded; their weights need not be.
-        choose: of (name, values of a layer as it stores its weight), the mask for them; needed for several rounds.
-
-    Returns:
-        The relative error before the first round and after the best.
+        block: its inputs come from the pruned blocks before it.
+        targets: the dense block's outputs, each [1, length, hidden size].
+        grids: {name: grid} of the layers to round.
+        choose: (name, values in the stored layout) -> mask; needed for several rounds.
     """
 
     def loss(indices: Sequence[int]) -> Tensor:
@@ -126,16 +114,7 @@ def reconstruct_(
 def distil_(
     layers: Mapping[str, nn.Module], loss: Imitation, how: How, grids: Mapping[str, Grid], progress: Progress
 ) -> Fit:
-    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions.
-
-    Args:
-        layers: {full name: pruned layer}.
-        loss: of the model that has these layers.
-        grids: as for `reconstruct_`.
-
-    Returns:
-        The mean loss before and after.
-    """
+    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions."""
     plan = how.plan(len(loss.samples))
     with (
         _wide(layers, how.compute),
@@ -149,7 +128,7 @@ def distil_(
 
 @contextmanager
 def _wide(layers: Mapping[str, nn.Module], compute: str) -> Iterator[None]:
-    """Hold float16 weights in float32 where products round them to bfloat16: float16 would lose their gradients."""
+    """Hold float16 weights in float32 while products are bfloat16: float16 gradients would underflow."""
     weights = [layer.get_parameter("weight") for layer in layers.values()] if compute == "bfloat16" else []
     narrow = {weight: weight.data for weight in weights if weight.dtype is torch.float16}
     for weight in narrow:

@@ -1,4 +1,4 @@
-"""What the dense model predicts, and the loss of a pruned model that is to predict the same."""
+"""The dense model's predictions, and the loss of a pruned model towards them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ class _HeadReached(Exception):
 
 @torch.no_grad()
 def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
-    """What the dense model predicts for a sample: what of its output is judged; or where a head makes logits over a
-    vocabulary, the head's input [1, tokens, hidden size], a hundredth of the size.
+    """The judged output of the dense model. For a language model: the head's input [1, tokens, hidden size], which is
+    far smaller than the logits.
     """
     head = head_and_embedding(model)[0]
     if head is None:
@@ -42,18 +42,16 @@ def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
 
 
 def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:
-    """`prediction` of every sample."""
     return [prediction(model, task, one) for one in progress.track(samples, "dense predictions", unit="samples")]
 
 
 class Teacher:
-    """The dense model, asked for windows while a training goes on. Predictions are kept if windows are read again.
+    """The dense model during a training.
 
     Args:
         model: in eval mode, with a head.
-        samples: windows by number.
-        asked: the numbers of those that will be asked for.
-        compute: dtype of its products.
+        asked: the windows that will be asked for, by number.
+        compute: dtype of products.
         pool: where predictions are kept; None to keep none.
     """
 
@@ -72,7 +70,7 @@ class Teacher:
         self._known: set[int] = set()
 
     def predictions(self, indices: Sequence[int]) -> Tensor:
-        """`prediction` of windows together, [windows, tokens, hidden size]."""
+        """The head's input [windows, tokens, hidden size]."""
         if self._kept is not None and self._known.issuperset(indices):
             return torch.cat([self._kept[self._places[index]] for index in indices])
         sample = together([self._samples[index] for index in indices])
@@ -86,14 +84,12 @@ class Teacher:
 
 
 class Imitation:
-    """How far a pruned model is from the dense one: a loss for `Trainer`.
+    """The loss of a pruned model, with the dense model's head, towards the dense model's predictions.
 
     Args:
-        model: the pruned model; its head is the dense model's.
-        samples: all samples, by number.
-        dense: of numbers of samples, what `prediction` gives for them together.
-        compute: float32 or bfloat16, of the products.
-        text_weight: share of `Task.loss` in the loss; the rest is `Task.divergence`.
+        dense: numbers of samples -> their `prediction`, concatenated.
+        compute: dtype of products, float32 or bfloat16.
+        text_weight: share of `Task.loss`; the rest is `Task.divergence`.
     """
 
     def __init__(
@@ -111,11 +107,11 @@ class Imitation:
         self._head_is_last = self._head is not None and self._ends_with(self._head)
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
-        """The mean loss of samples, in nats per position where a vocabulary is predicted."""
+        """The mean loss of samples; nats per token for a language model."""
         samples, dense = [self.samples[index] for index in indices], self._dense(indices)
         with autocast(dense.device, self._compute):
             own, target = self._outputs(together(samples), dense)
-        # Taken apart at once: a gradient for a slice of the logits would be filled up to all of them.
+        # `unbind`, because the gradient of a slice of the logits would be padded to all of them.
         losses = [self._loss(*each) for each in zip(own.unbind(), target.unbind(), samples, strict=True)]
         return torch.stack(losses).mean()
 
@@ -127,7 +123,7 @@ class Imitation:
         return (1 - weight) * loss + weight * self._task.loss(judged.float(), sample) if weight else loss
 
     def _outputs(self, sample: Sample, dense: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs of the pruned and of the dense model [samples, …]."""
+        """Outputs of the pruned and the dense model [samples, …]."""
         head = self._head
         if head is None:
             return self._run(sample), dense[None]
@@ -151,7 +147,7 @@ class Imitation:
 
     @torch.no_grad()
     def _ends_with(self, head: nn.Module) -> bool:
-        """Whether the model gives what its head gives."""
+        """Whether nothing, such as a scale or a cap, follows the head."""
         found: list[Tensor] = []
         sample = {name: tensor[:, :1] for name, tensor in self.samples[0].items()}
         with (
@@ -163,19 +159,16 @@ class Imitation:
 
 
 def together(samples: Sequence[Sample]) -> Sample:
-    """Samples of one shape as one [samples, tokens]."""
+    """Concatenate samples of one shape to [samples, tokens]."""
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def autocast(device: torch.device, compute: str) -> torch.autocast:
-    """Products in `compute`; float32 leaves everything as it is."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == "bfloat16")
 
 
 def check_same_head(teacher: Any, student: Any, name: str) -> None:
-    """Raises:
-    UsageError: head or embedding of the two models are not the same numbers, in the dtype of the dense one.
-    """
+    """Raise UsageError unless head and embedding are equal, in the dense model's dtype."""
     for what, theirs, own in zip(
         ("head", "embedding"), head_and_embedding(teacher), head_and_embedding(student), strict=True
     ):

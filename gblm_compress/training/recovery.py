@@ -1,4 +1,4 @@
-"""Recovery: train a pruned model to predict what the dense one does, into a folder of the same pattern; resumable."""
+"""Recovery: train a pruned model to predict what the dense one does, with the same pattern; resumable."""
 
 import math
 import time
@@ -43,17 +43,17 @@ LOOKS = 10
 PATIENCE = 3
 LARGEST_NORM = 1.0
 TOGETHER = 1024
-"""Tokens that go through the network at once: enough for fast products, few enough for their logits to be small."""
+"""Tokens in a forward pass: enough for fast products, few enough for small logits."""
 SHARE_FOR_STATES = 0.3
-"""The dense model's predictions take at most this share of the memory that is free once models are loaded."""
+"""The dense model's predictions take at most this share of the free memory."""
 SLACK = 1.33
-"""Memory of weights that is freed and kept for the next tensor: 22.7 bytes a weight were measured for 17 counted."""
+"""The allocator keeps freed memory: 22.7 bytes a weight were measured for 17 counted."""
 ACTIVATIONS = 8
-"""Bytes that autograd keeps for a token, for each input and output of a pruned layer."""
+"""Bytes that autograd keeps per token, for each input and output of a pruned layer."""
 LOGITS = 5
-"""Tensors of the size of the logits: of both models, their gradients, and what a product needs for a moment."""
+"""Tensors of the size of the logits: of both models, their gradients, and a temporary."""
 RATE, RATE_AFTER_A_FIT = 0.002, 0.0007
-"""A start that is fitted well wants smaller steps: .325 nats per token against .339 after 40k tokens."""
+"""After a fit smaller steps are better: .325 nats per token against .339, after 40k tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,11 @@ class RecoverResult:
     """The outcome of a recovery.
 
     Attributes:
-        folder: what was written.
-        rate: as given, or as chosen by the fit of the pruned folder.
-        tokens: trained on, over all looks.
-        best: number of the look whose weights were kept.
-        curve: all looks at held-out text.
+        best: number of the look in `curve` whose weights were kept.
         passes: how often a window was read, on average.
-        overlap: {text that the data must not hold: the share of its 13-grams that it holds}.
-        trained: weights that were trained.
-        seconds: of this run, and of the runs before that it went on from.
+        overlap: {text of `disjoint_from`: share of its 13-grams that the data holds}.
+        trained: number of trained weights.
+        seconds: of all runs.
     """
 
     folder: str
@@ -85,25 +81,20 @@ class RecoverResult:
 
     @property
     def before(self) -> float:
-        """Mean loss of predictions on held-out text at the start, in nats per token."""
+        """Validation loss at the start, in nats per token."""
         return self.curve[0].held_out
 
     @property
     def after(self) -> float:
-        """The same of what was kept."""
+        """Validation loss of the kept weights."""
         return self.curve[self.best].held_out
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return {**asdict(self), "before": self.before, "after": self.after}
 
 
 def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
-    """Find what makes a recovery impossible, before a model is loaded; the zeros of the pruned folder are looked at.
-
-    Raises:
-        GblmError: all faults at once.
-    """
+    """Raise all faults at once, before a model is loaded; checks the zeros of the pruned folder."""
     check_kind(source)
     looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings, device)]
     looks += [partial(loading.task_of(source).data_files, name) for name in settings.datasets]
@@ -112,9 +103,6 @@ def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, 
 
 
 def check_kind(source: ModelSource) -> None:
-    """Raises:
-    UsageError: models of that task are not trained.
-    """
     if not (task := loading.task_of(source)).generates:
         raise UsageError(
             f"recover trains causal language models, and {source.name!r} is {task.help}; prune with --fit best"
@@ -122,13 +110,11 @@ def check_kind(source: ModelSource) -> None:
 
 
 def checkpoint_bytes(pruned: ModelSource) -> int:
-    """What checkpoints take at most: 16 times the model in 16 bits, for two of weights with two moments, and two of the
-    best weights."""
+    """16 times the model in 16 bits: at most two checkpoints of weights and both moments, and two of best weights."""
     return 16 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
 
 
 def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
-    """The rate as given, or as the fit of a pruned folder wants it."""
     if settings.rate is not None:
         return settings.rate
     pruning = manifest.read(source.folder)["prune"]
@@ -137,16 +123,16 @@ def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
 
 
 def bytes_a_weight(compute: torch.dtype, density: float, processes: int) -> float:
-    """What a pruned weight takes in the memory of one process, without the dense model's.
+    """Memory of a pruned weight on one process, without the dense model's.
 
-    All processes have what the network sees (2 or 4 bytes); and of a survivor its column (2) and its gradient (4).
-    They share out the masters (4) and Adam's moments (8).
+    Every process has the network's value (2 or 4 bytes), and of a survivor its column (2) and gradient (4). The masters
+    (4) and Adam's moments (8) are divided among processes.
     """
     return compute.itemsize + density * (2 + 4 + (4 + 8) / processes)
 
 
 def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, compute: torch.dtype) -> float:
-    """Bytes that a training takes on one process: weights of both models, activations and logits."""
+    """Bytes on one process: weights of both models, activations and logits."""
     layers = manifest.read(source.folder)["layers"].values()
     shapes = [layer["shape"] for layer in layers]
     count = sum(map(math.prod, shapes))
@@ -173,13 +159,10 @@ def recover(
     force: bool = False,
     progress: Progress,
 ) -> RecoverResult:
-    """Train the pruned model `source` to predict what `teacher` does; write and verify a folder of the same pattern.
+    """Train `source`, a pruned folder, to predict what `teacher` does; write and verify a new folder.
 
     Args:
-        source: a folder that `prune` wrote, never modified.
-        teacher: the dense model that it was pruned from.
-        output: the new folder; it appears whole or not at all.
-        resume: go on from the last checkpoint; it must be of the same settings. None: go on if it is.
+        resume: see `Checkpoints`.
         force: replace an existing folder.
     """
     inputs = [source.folder, teacher.folder, *files_of(*settings.datasets)]
@@ -195,7 +178,7 @@ def recover(
 
 @dataclass(frozen=True)
 class _Recovery:
-    """One recovery on one of its processes; attributes as for `recover`."""
+    """One recovery, on one of its processes."""
 
     source: ModelSource
     teacher: ModelSource
@@ -259,7 +242,6 @@ class _Recovery:
         )
 
     def _identity(self, windows: Windows, compute: str) -> dict[str, Any]:
-        """Everything that decides the outcome."""
         return {
             "model": self.source.fingerprint,
             "teacher": self.teacher.fingerprint,
@@ -288,11 +270,7 @@ class _Recovery:
         )
 
     def _pool(self, windows: Windows, config: Any, compute: str, store: Checkpoints) -> StatePool | None:
-        """Where predictions of the dense model are kept; None where no window is read again.
-
-        Raises:
-            OutputError: the disk has too little room for these, the output and its checkpoints.
-        """
+        """Storage for the dense model's predictions; None if no window is read twice. Checks the disk space."""
         pool, in_files = None, 0
         if windows.passes() > 1:
             tokens = len(windows.used) * self.settings.sequence_length
@@ -305,14 +283,14 @@ class _Recovery:
         return pool
 
     def _weights(self, student: Any, compute: torch.dtype) -> Weights:
-        """All weights but head and embedding; the student then has its pruned layers in the dtype of products."""
+        """All weights but head and embedding. The pruned layers become the dtype of products."""
         layers = {f"{name}.weight": student.get_submodule(name) for name in manifest.read(self.source.folder)["layers"]}
         on = {f"{name}.weight": grid.to(self.device) for name, grid in grids.read_grids(self.source).items()}
         tables = {id(module.weight) for module in head_and_embedding(student) if module is not None}
         others = {name: one for name, one in student.named_parameters() if name not in layers and id(one) not in tables}
         weights = Weights(layers, on, others, ranks=self.group)
         for name, parameter in weights.parameters.items():
-            # Experts are views of one tensor, some of them transposed; what is sent must lie in one piece.
+            # Experts are views of one tensor, some transposed; sent tensors must be contiguous.
             parameter.data = parameter.data.to(compute if name in layers else torch.float32).contiguous()
         return weights
 
@@ -326,7 +304,7 @@ class _Recovery:
         processor: Any,
         force: bool,
     ) -> None:
-        """Write the folder, reopen it, and hold it against pattern, manifest and what transformers loads."""
+        """Write the folder, and verify pattern, manifest and what transformers loads."""
         source = self.source
         checkpoint = Checkpoint(source.folder, student)
 

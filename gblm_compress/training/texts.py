@@ -1,4 +1,4 @@
-"""The windows of a training: mixed from several texts by weight, in an order that the seed alone decides."""
+"""The windows of a training, mixed from several texts by weight. The seed alone decides their order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,27 +14,19 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 
 HELD_OUT_EVERY = 32
-"""One window in 32 is never trained on, whatever the weights of the texts, so that a second training on the same texts
-is judged on windows that the first has not read."""
+"""One window in 32 is never trained on, whatever the weights, so that a second training is judged on unread windows."""
 MOST_HELD_OUT = 32
 GRAM = 13
-"""Words in a row that count as a copy: GPT-3's measure of overlap (arXiv 2005.14165, appendix C)."""
+"""Words in a row that count as a copy, as for GPT-3 (arXiv 2005.14165, appendix C)."""
 ALLOWED_OVERLAP = 0.02
 MOST_OF_ANOTHER = 10_000_000
-"""Tokens of a hub dataset that the data is compared with; it may have no end."""
+"""Tokens read from a hub dataset in `disjoint_from`."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What is trained on.
-
-    Attributes:
-        samples: all windows of all texts.
-        held_out: the windows of the looks, by number; none is trained on.
-        steps: the windows of every step, by number.
-        overlap: {text of `disjoint_from`: the share of its 13-grams that the data holds}.
-    """
+    """All windows; the held-out ones and those of each step, by number; {text: share of 13-grams in common}."""
 
     samples: list[Sample]
     held_out: list[int]
@@ -43,22 +35,19 @@ class Windows:
 
     @property
     def used(self) -> set[int]:
-        """The windows that are trained on or held out."""
         return {index for step in self.steps for index in step}.union(self.held_out)
 
     def passes(self, steps: int | None = None) -> float:
-        """How often a window is read, on average, in so many steps; in all if None."""
+        """How often a window is read on average, in the first `steps`."""
         read = [index for step in self.steps[:steps] for index in step]
         return len(read) / max(1, len(set(read)))
 
 
 def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:
-    """Read the texts, cut them into windows and choose the order.
-
-    Each text gives its share of the windows; one that is too short is read again, in another order.
+    """Each text gives its share of the windows; one that is too short is read again, in another order.
 
     Raises:
-        DataError: a text cannot be read or holds no two windows, or the data holds too much of `disjoint_from`.
+        DataError: a text is too short, or overlaps too much with `disjoint_from`.
     """
     length, needed = settings.sequence_length, settings.steps * settings.batch
     total = sum(source.weight for source in settings.data)
@@ -87,7 +76,7 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
 
 
 class _Queue:
-    """The windows of one text, again and again, each time in another order."""
+    """The windows of one text, without end; each pass has another order."""
 
     def __init__(self, share: float, numbers: list[int], generator: torch.Generator) -> None:
         self.share, self._numbers, self._generator = Fraction(share), numbers, generator
@@ -103,7 +92,7 @@ class _Queue:
 
 
 def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
-    """So many windows; at any place each text has given its share, to the nearest window."""
+    """At any place each text has given its share, to the nearest window."""
     order = []
     for place in range(1, needed + 1):
         behind = max(queues, key=lambda queue: queue.share * place - queue.given)
@@ -112,14 +101,7 @@ def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
 
 
 def _overlap(processor: Any, texts: Sequence[Sequence[Sample]], others: Sequence[str]) -> dict[str, float]:
-    """{other text: the share of its 13-grams that the texts hold}, matched over running text, across windows.
-
-    Args:
-        texts: the windows of each, one after the other.
-
-    Raises:
-        DataError: the texts hold too much of another.
-    """
+    """{other text: share of its 13-grams that the texts hold}, also across windows."""
     if not others:
         return {}
     known: dict[str, int] = {}
@@ -138,11 +120,7 @@ def _overlap(processor: Any, texts: Sequence[Sequence[Sample]], others: Sequence
 
 
 def grams(prose: str, known: dict[str, int]) -> Any:
-    """A hash of every `GRAM` words in a row [words - GRAM + 1], in 64 bits, whatever their case.
-
-    Args:
-        known: {word: its number}; new words are added.
-    """
+    """64-bit hashes [words - GRAM + 1] of every `GRAM` words in a row, in lower case; adds new words to `known`."""
     words = np.array([known.setdefault(word, len(known) + 1) for word in prose.lower().split()], np.uint64)
     count = max(0, len(words) - GRAM + 1)
     found = np.zeros(count, np.uint64)

@@ -1,8 +1,4 @@
-"""The one trainer: Adam over the weights of a network, with a schedule, early stopping and checkpoints.
-
-Block fits, distillation and recovery are three uses of it. A checkpoint has everything that a step reads, so that an
-interrupted training goes on to the same bits.
-"""
+"""The one trainer, for fits, distillation and recovery: Adam, a schedule, early stopping and checkpoints."""
 
 import math
 import time
@@ -23,18 +19,16 @@ CHECKPOINT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read, and how large the steps are.
+    """The samples, by number, and the hyperparameters.
 
     Attributes:
-        steps: the samples of every step, by number.
-        held_out: the samples that are not trained on.
-        rate: the largest step relative to the root mean square of a tensor's values, so that one value suits layers and
-            models of any scale. It rises over the first tenth of the steps and falls as a half cosine.
-        look_every: steps between two looks at the held-out samples.
+        rate: peak learning rate, relative to the root mean square of a tensor's values. Linear warm-up over the first
+            tenth of the steps, then cosine decay.
+        look_every: steps between two measurements of the validation loss ("looks").
         patience: stop after this many looks without improvement.
-        together: samples that go through the network at once.
-        largest_norm: of the gradients over all tensors; larger ones are scaled down to it.
-        tokens: of a step.
+        together: samples in a forward pass.
+        largest_norm: gradients are clipped to this norm, over all tensors.
+        tokens: in a step.
     """
 
     steps: Sequence[Sequence[int]]
@@ -49,13 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Look:
-    """The loss on held-out samples.
-
-    Attributes:
-        tokens: trained on before.
-        loss: mean of the steps since the look before; None at the start.
-        held_out: mean loss of the held-out samples.
-    """
+    """Validation loss after `tokens`; `loss` is the mean training loss since the previous look, None at the start."""
 
     tokens: int
     loss: float | None
@@ -64,15 +52,7 @@ class Look:
 
 @dataclass
 class Progressed:
-    """How far a training is.
-
-    Attributes:
-        step: steps done.
-        curve: all looks.
-        best: number of the look with the lowest held-out loss.
-        since: losses of the steps since the last look.
-        seconds: of training, over all runs of it.
-    """
+    """Progress of a training: steps done, all looks, number of the best, training losses since the last, seconds."""
 
     step: int = 0
     curve: list[Look] = field(default_factory=list)
@@ -82,23 +62,23 @@ class Progressed:
 
 
 class Store(Protocol):
-    """Where a training keeps its best weights, and its checkpoints."""
+    """Checkpoints, and the best weights."""
 
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
-        """The latest checkpoint, if any."""
+        """The latest checkpoint."""
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
-        """Keep a checkpoint."""
+        """Write a checkpoint."""
 
     def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
-        """Keep the weights of a look in place of the best before."""
+        """Replace the best weights."""
 
     def best(self, look: int) -> dict[str, Tensor]:
-        """What `save_best` was given."""
+        """The best weights."""
 
 
 class InMemory:
-    """Keeps the best weights alone."""
+    """Keeps the best weights and no checkpoints."""
 
     def load(self) -> None:
         """Nothing."""
@@ -114,14 +94,7 @@ class InMemory:
 
 
 class Trainer:
-    """One training.
-
-    Args:
-        network: what is trained, in eval mode.
-        weights: its trained tensors.
-        loss: of (samples, by number), their mean.
-        ranks: the processes that share the samples of a step.
-    """
+    """One training of a network in eval mode. `loss` takes numbers of samples and returns their mean."""
 
     def __init__(
         self,
@@ -140,7 +113,7 @@ class Trainer:
             for part, parameter in master.named_parameters()
         }
         groups = [{"params": [one], "lr": plan.rate * _size(one.detach())} for one in self._trained.values()]
-        # Values that are all zero have nothing to move, and Adam takes no empty list.
+        # All-zero tensors are not trained, and Adam takes no empty list.
         moving = [group for group in groups if group["lr"]]
         self._adam = torch.optim.Adam(moving or [{"params": [torch.zeros(0)]}], betas=BETAS)
         self._rates = [group["lr"] for group in self._adam.param_groups]
@@ -148,11 +121,11 @@ class Trainer:
     def run(
         self, step_done: Callable[[float], None] = lambda loss: None, looked: Callable[[Look], None] = lambda look: None
     ) -> Progressed:
-        """Train to the end, or until the held-out loss stops improving; the masters have the best weights afterwards.
+        """Train until the end or early stopping, then restore the best weights into the masters.
 
         Args:
-            step_done: takes the mean loss of each step.
-            looked: takes each look but the first.
+            step_done: called with the mean loss of each step.
+            looked: called with each look but the first.
         """
         plan, weights, state = self._plan, self._weights, Progressed()
         if (kept := self._store.load()) is not None:
@@ -180,7 +153,6 @@ class Trainer:
         return state
 
     def _step(self, batch: Sequence[int], state: Progressed) -> float:
-        """One step of Adam; the mean loss of the batch."""
         plan, weights = self._plan, self._weights
         total = torch.zeros((), device=weights.device)
         for some in self._own(batch):
@@ -203,7 +175,6 @@ class Trainer:
 
     @torch.no_grad()
     def _look(self, state: Progressed) -> Look:
-        """Measure the held-out samples, and keep the weights if they are the best."""
         plan, total = self._plan, 0.0
         for some in self._own(plan.held_out):
             total += float(self._loss(some)) * len(some)
@@ -221,7 +192,7 @@ class Trainer:
         return look
 
     def _own(self, samples: Sequence[int]) -> list[Sequence[int]]:
-        """This process's share of samples, in parts that go through the network together."""
+        """This process's samples, by forward pass."""
         mine, count = samples[self._ranks.rank :: self._ranks.size], self._plan.together
         return [mine[first : first + count] for first in range(0, len(mine), count)]
 
@@ -235,7 +206,6 @@ class Trainer:
         nn.utils.clip_grads_with_norm_(masters, self._plan.largest_norm, squares.sqrt())
 
     def _moments(self) -> dict[str, Tensor]:
-        """What Adam knows of the masters of this process, {name of the tensor, and what it is: tensor}."""
         return {
             f"{name} {part}": tensor
             for name, one in self._trained.items()
@@ -251,7 +221,7 @@ class Trainer:
 
 
 def schedule_of(step: int, steps: int) -> float:
-    """The share of the peak learning rate at a step of `steps`."""
+    """The learning rate at a step, relative to its peak."""
     warm_up = max(1, int(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -259,6 +229,6 @@ def schedule_of(step: int, steps: int) -> float:
 
 
 def _size(values: Tensor) -> float:
-    """The root mean square of the values that are not zero; 0 if there is none."""
+    """Root mean square of the nonzero values."""
     alive = values[values != 0]
     return float(alive.square().mean().sqrt()) if len(alive) else 0.0

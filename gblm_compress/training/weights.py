@@ -1,4 +1,4 @@
-"""The trained weights of a network: float32 masters without the pruned weights, and what the network sees of them."""
+"""The trained weights of a network: float32 masters of the surviving weights, and the parameters made from them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,17 +15,13 @@ from gblm_compress.methods.zeros import positive_zeros
 from gblm_compress.models.architecture import as_matrix, weight_matrix
 
 SCALE_RATE = 0.1
-"""The step of a scale relative to the step of a weight: a scale moves a whole group."""
+"""Learning rate of a scale relative to a weight's: a scale moves a whole group."""
 
 
 class Survivors(nn.Module):
-    """Parametrisation of a tensor with zeros by its other values [survivors], in the order of the tensor.
+    """Parametrisation of a sparse tensor by its surviving values [survivors], in row order.
 
-    It keeps the column of each value rather than a mask: at half density in as many bytes, and several times as fast
-    on a CPU.
-
-    Args:
-        alive: bool, True where a value is trained.
+    Column indices take as many bytes as a mask at half density, and are several times as fast on a CPU.
     """
 
     def __init__(self, alive: Tensor) -> None:
@@ -36,14 +32,12 @@ class Survivors(nn.Module):
         self._columns = rows.nonzero()[:, 1].to(torch.int16 if narrow else torch.int32)
         self._counts = rows.sum(1)
         lengths = torch.unique(self._counts).tolist()
-        self._each = lengths[0] if len(lengths) == 1 else None  # the usual case, and several times as fast
+        self._each = lengths[0] if len(lengths) == 1 else None  # several times as fast
 
     def forward(self, packed: Tensor) -> Tensor:
-        """The dense tensor, zero where nothing is trained."""
         return packed.new_zeros(self._shape.numel()).scatter_(0, self._places(torch.int64), packed).view(self._shape)
 
     def right_inverse(self, dense: Tensor) -> Tensor:
-        """The trained values of a dense tensor."""
         narrow = dense.numel() <= torch.iinfo(torch.int32).max
         return dense.flatten().index_select(0, self._places(torch.int32 if narrow else torch.int64))
 
@@ -55,11 +49,11 @@ class Survivors(nn.Module):
 
 
 class OnGrid(nn.Module):
-    """Parametrisation of a weight by one that is not rounded, and by factors [rows, groups] of the grid's scales.
+    """Parametrisation of a weight on a grid by unrounded values, and by factors [rows, groups] of the grid's scales.
 
     Args:
-        factors: of the scales at the start, 1 if unset.
-        as_matrix: a tensor in the stored layout as [out_features, in_features], and back.
+        factors: 1 if None.
+        as_matrix: turns the stored layout into [out_features, in_features], and back.
     """
 
     def __init__(self, grid: Grid, factors: Tensor | None, as_matrix: Callable[[Tensor], Tensor]) -> None:
@@ -68,12 +62,10 @@ class OnGrid(nn.Module):
         self.factors = nn.Parameter(torch.ones_like(grid.scales.float()) if factors is None else factors.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The survivors on the nearest points; gradients pass through."""
         return self._as_matrix(straight_through(self._as_matrix(weight), self._stretch(), self._grid))
 
     @property
     def grid(self) -> Grid:
-        """The grid with its scales as they are now."""
         return self._grid.stretched(self._stretch().detach())
 
     def _stretch(self) -> Tensor:
@@ -81,14 +73,13 @@ class OnGrid(nn.Module):
 
 
 class Master(nn.Module):
-    """What is trained of one tensor, in float32.
+    """The float32 master of one tensor.
 
     Args:
-        start: the values at the start, in the stored layout.
-        survivors: None if every value is trained.
-        grid: where the network sees the values, if on a grid.
-        keep: the mask, where pruned weights gather steps although the network sees zeros: the straight-through
-            estimator of SR-STE (arXiv 2102.04010), from which a new mask can be chosen.
+        start: values in the stored layout.
+        survivors: None to train every value.
+        keep: the mask, if pruned weights gather steps while the network sees zeros (straight-through estimator of
+            SR-STE, arXiv 2102.04010).
     """
 
     weight: Tensor
@@ -105,12 +96,11 @@ class Master(nn.Module):
 
     @property
     def trained(self) -> nn.Parameter:
-        """What the optimiser moves, beside the factors of scales."""
         return self.parametrizations.weight.original if parametrize.is_parametrized(self) else self.weight  # type: ignore
 
     @property
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """The values before rounding, in the stored layout, and the factors of the scales."""
+        """Values before rounding, in the stored layout, and factors of the scales."""
         survivors, grid = self._parts
         dense = self.trained.detach()
         dense = dense if survivors is None else survivors(dense)
@@ -118,7 +108,7 @@ class Master(nn.Module):
         return dense if self.gathered is None else dense + self.gathered, factors
 
     def pull(self, gradient: Tensor) -> None:
-        """Take the gradient of what the network saw, at the places that are trained."""
+        """Take the network's gradient, packed to the survivors."""
         survivors, grid = self._parts
         if grid is None:
             self.trained.grad = gradient
@@ -128,30 +118,24 @@ class Master(nn.Module):
 
     @torch.no_grad()
     def settle_(self) -> None:
-        """After a step: gather the steps of pruned weights, and make these zero again."""
+        """After a step: gather the steps of pruned weights, and set these to zero."""
         if self.gathered is not None and self._keep is not None:
             self.gathered.add_(self.trained * ~self._keep)
             self.trained.mul_(self._keep)
 
 
 class Weights:
-    """The trained tensors of a network. Its parameters hold what it sees; the masters are apart.
+    """The trained tensors of a network: its `parameters`, and the `masters` of this process.
 
-    Several processes share the masters: each tensor has an owner, which keeps its master and the optimiser's state.
-    Gradients are summed to the owner, which sends the new values to all (ZeRO stage 1, arXiv 1910.02054).
+    Each tensor has an owner among the processes, which keeps its master and Adam's state. Gradients are summed to the
+    owner, and the owner sends the new values to all (ZeRO stage 1, arXiv 1910.02054).
 
     Args:
-        layers: {name of the weight in the network: pruned layer}; their zeros stay.
-        grids: {name of the weight: grid}, of the layers that lie on one.
-        others: {name: parameter} that is trained as a whole.
-        start: {name of the weight: its values in the stored layout, and factors of its scales}, where these are not
-            what the layer holds.
+        layers: {name of the weight: pruned layer}; their zeros stay.
+        grids: {name of the weight: grid}.
+        others: dense parameters to train.
+        start: {name of the weight: `Master.values`}, if not the layer's own.
         revive: let pruned weights gather steps, see `Master`.
-
-    Attributes:
-        layers: as given.
-        parameters: {name: parameter of the network}.
-        masters: {name: master} of this process.
     """
 
     def __init__(
@@ -185,7 +169,7 @@ class Weights:
 
     @contextmanager
     def trained_in(self, network: nn.Module) -> Iterator[None]:
-        """Let autograd see these tensors of the network alone, and gather their gradients."""
+        """Only these tensors require gradients, which are gathered here."""
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
             for name, parameter in self.parameters.items()
@@ -199,30 +183,26 @@ class Weights:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
         return next(iter(self.parameters.values())).device
 
     @property
     def count(self) -> int:
-        """How many weights this process has the masters of."""
         return sum(master.trained.numel() for master in self.masters.values())
 
     @property
     def values(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """{name: its values before rounding, in the stored layout, and the factors of its scales} of this process."""
         return {name: master.values for name, master in self.masters.items()}
 
     @torch.no_grad()
     def show(self) -> None:
-        """Put what the network is to see into its parameters, on every process."""
+        """Write the masters into the parameters, on every process."""
         for name, parameter in self.parameters.items():
             if name in self.masters:
                 parameter.copy_(self.masters[name].weight)
             self._ranks.send_(parameter.detach(), self._owner[name])
 
     def pull(self) -> None:
-        """Sum what was gathered over all processes and pass it to the masters, which have none where no sample came
-        through."""
+        """Sum the gradients over all processes and pass them to the masters; a tensor without any keeps None."""
         came = torch.tensor([float(name in self._gradients) for name in self.parameters], device=self.device)
         self._ranks.sum_([came])
         for name, any_came in zip(self.parameters, came.tolist(), strict=True):
@@ -237,11 +217,7 @@ class Weights:
 
     @torch.no_grad()
     def finish(self) -> dict[str, Grid]:
-        """Leave the network with the masters' values, its zeros +0.0.
-
-        Returns:
-            {name of the weight: its grid}, with the scales as trained, on every process.
-        """
+        """Write the masters into the network, with +0.0 zeros, and return {name of the weight: grid} as trained."""
         self.show()
         for parameter in self.parameters.values():
             parameter.copy_(positive_zeros(parameter))
@@ -250,14 +226,13 @@ class Weights:
         return {name: on.grid for name, on in self._on.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What is trained on this process, {name of the tensor and of its part: tensor}."""
+        """{"name part": tensor}, of this process's masters."""
         return {
             f"{name} {part}": one for name, master in self.masters.items() for part, one in master.state_dict().items()
         }
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with what `state` gave."""
         for name, one in self.state().items():
             one.copy_(state[name])
 
@@ -266,7 +241,6 @@ class Weights:
         return dense if survivors is None else survivors.right_inverse(dense)
 
     def _gather(self, name: str, parameter: Tensor) -> None:
-        """Add the gradient of a sample to those before, and let go of the dense one."""
         assert parameter.grad is not None
         gradient = self._packed(name, parameter.grad).float()
         parameter.grad = None
@@ -278,9 +252,7 @@ class Weights:
 
 @torch.no_grad()
 def write_(layer: nn.Module, values: Tensor, grid: Grid | None) -> None:
-    """Copy values [out_features, in_features] into a layer in its dtype, the survivors on their nearest points of a
-    grid if there is one; zeros are +0.0.
-    """
+    """Copy values [out_features, in_features] into a layer in its dtype, rounded to the grid, with +0.0 zeros."""
     if grid is not None:
         values = rounded(values, values != 0, grid)
     weight = weight_matrix(layer)
@@ -288,7 +260,7 @@ def write_(layer: nn.Module, values: Tensor, grid: Grid | None) -> None:
 
 
 def owners(sizes: Mapping[str, int], processes: int) -> dict[str, int]:
-    """{name: process}, so that all have about as much: the largest first, each to the one that has least."""
+    """{name: process}: the largest first, each to the process with the least."""
     load = [0] * processes
     owner = {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
