@@ -6,23 +6,24 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from gblm_compress.machine import noisy
-from gblm_compress.printing import PlainConsole, printable
+from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.storage import records
 
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
+NEXT = "next: gblm-compress "
 PRODUCT = re.compile("MatMul|Gemm|Linear")
+COST = "time = {seconds:time} | peak memory = {peak_memory_bytes:bytes} | written to = {folder}"
 
 
 def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
@@ -37,52 +38,17 @@ def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
     for part in parts(command, result):
-        print_part(part.replace("MODEL", shlex.quote(model)) if isinstance(part, _Next) else part, console)
+        is_next = isinstance(part, str) and part.startswith(NEXT)
+        console.show(part.replace("MODEL", shlex.quote(model)) if is_next else part)
 
 
 def parts(command: str, result: Any) -> list[Any]:
     """The tables and sentences that sum up a result."""
-    return SUMMARIES[command](result if command in OF_RUNS else _plain(result))
+    return SUMMARIES[command](result if command in ("run", "report") else _plain(result))
 
 
 def _plain(result: Any) -> Any:
     return result.as_dict() if hasattr(result, "as_dict") else result
-
-
-def print_part(part: Table | Text | str, console: PlainConsole) -> None:
-    """Print a table or a sentence. A table that is wider than the console is stacked: a line for each row, and below
-    it every other cell with its heading."""
-    if not isinstance(part, Table):
-        console.say(part)
-    elif console.measure(part, options=console.options.update(width=1000)).maximum <= console.width:
-        console.print(part)
-    else:
-        for sentence in _stacked(part):
-            console.say(sentence)
-
-
-def _stacked(table: Table) -> Iterator[Text]:
-    if table.title:
-        yield Text.assemble(table.title)
-    headings = [str(column.header) for column in table.columns[1:]]
-    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
-        yield Text.assemble(_text(first), style="bold")
-        facts = [Text.assemble(f"{name} ", _text(cell)) for name, cell in zip(headings, others, strict=True) if cell]
-        yield Text("  ") + Text(", ").join(facts)
-
-
-def _text(cell: Any) -> Text:
-    return cell if isinstance(cell, Text) else Text(printable(str(cell)))
-
-
-def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **options: Any) -> Table:
-    """A table with a line below its headings; one that begins with > stands over numbers."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
-    for heading in headings:
-        made.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
-    for row in rows:
-        made.add_row(*row)
-    return made
 
 
 def _duration(seconds: float) -> str:
@@ -116,21 +82,29 @@ def _cell(form: str, row: Mapping[str, Any]) -> str:
     return _Cells().vformat(form, (), row)
 
 
+def _forms(text: str) -> dict[str, str]:
+    """What is written as "name = format | name = format"."""
+    return dict(part.strip().split(" = ") for part in text.split("|"))
+
+
 def _table(columns: str, rows: Iterable[Mapping[str, Any]]) -> Table:
-    """A table of rows; the columns are "heading = format | heading = format"."""
-    forms = dict(column.strip().split(" = ") for column in columns.split("|"))
+    forms = _forms(columns)
     return table(forms, ([_cell(form, row) for form in forms.values()] for row in rows))
 
 
-def _facts(facts: dict[str, str | None], cost: Mapping[str, Any]) -> Table:
+def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = None) -> Table:
     """Facts under one another, those that are known, and the cost of a stage."""
-    memory = cost.get("peak_memory_bytes")
-    ends = {"time": _duration(cost["seconds"]), "peak memory": memory and decimal(memory), "written to": cost["folder"]}
-    return _pairs(facts | ends)
+    costs = (
+        {name: _cell(form, {"peak_memory_bytes": None} | dict(cost)) for name, form in _forms(COST).items()}
+        if cost
+        else {}
+    )
+    return table(("", ""), ((name, fact) for name, fact in {**facts, **costs}.items() if fact), show_header=False)
 
 
-def _pairs(facts: Mapping[str, str | None]) -> Table:
-    return table(("", ""), ((name, fact) for name, fact in facts.items() if fact), show_header=False)
+def _next(*words: str) -> str:
+    """The command that comes next, with MODEL for the dense model."""
+    return NEXT + shlex.join(words)
 
 
 def prune(c: dict[str, Any]) -> list[Any]:
@@ -148,14 +122,6 @@ def prune(c: dict[str, Any]) -> list[Any]:
     return [_facts(facts, c), *notes, _next("evaluate", c["folder"], "--baseline", "MODEL")]
 
 
-class _Next(str):
-    """A command, with MODEL for the dense model."""
-
-
-def _next(*words: str) -> _Next:
-    return _Next(f"next: gblm-compress {shlex.join(words)}")
-
-
 def advise(c: dict[str, Any]) -> list[Any]:
     columns = "way = {name} | >weights = {bytes:bytes} | >ms per token = {ms_per_token:.1f} ({low:.1f}–{high:.1f})"
     notes = [f"note: {way} cannot be had: {reason}" for way, reason in c["left_out"].items()]
@@ -163,29 +129,25 @@ def advise(c: dict[str, Any]) -> list[Any]:
 
 
 def generate(c: dict[str, Any]) -> list[Any]:
-    rate = c["tokens"] / c["seconds"]
-    facts: dict[str, str | None] = {
+    facts = {
         "texts": f"{c['texts']:,}, of {c['words']:,} words",
-        "tokens": f"{c['tokens']:,}, in {c['dtype']}, {rate:,.0f} tokens/s",
+        "tokens": f"{c['tokens']:,}, in {c['dtype']}, {c['tokens'] / c['seconds']:,.0f} tokens/s",
     }
-    return [
-        _facts(facts, c | {"folder": c["file"]}),
-        _next("prune", "MODEL", "-o", "pruned", "--calibration", c["file"]),
-    ]
+    following = _next("prune", "MODEL", "-o", "pruned", "--calibration", c["file"])
+    return [_facts(facts, c | {"folder": c["file"]}), following]
 
 
 def recover(c: dict[str, Any]) -> list[Any]:
     columns = ">tokens = {tokens:,} | >training loss = {loss:.4f} | >validation loss = {held_out:.4f}{mark}"
     curve = [look | {"mark": " *" if number == c["best"] else ""} for number, look in enumerate(c["curve"])]
-    facts: dict[str, str | None] = {
+    facts = {
         "validation loss": f"{c['before']:.4f} before, {c['after']:.4f} after, nats per token",
         "kept": f"the weights after {curve[c['best']]['tokens']:,} tokens (*)",
         "trained": f"{c['trained']:,} weights at rate {c['rate']:g}; the pattern is verified on disk",
         "text": f"each window read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
-    following = _next("evaluate", c["folder"], "--baseline", "MODEL")
-    return [_table(columns, curve), _facts(facts, c), following]
+    return [_table(columns, curve), _facts(facts, c), _next("evaluate", c["folder"], "--baseline", "MODEL")]
 
 
 def export(c: dict[str, Any]) -> list[Any]:
@@ -196,38 +158,38 @@ def export(c: dict[str, Any]) -> list[Any]:
 
 
 def evaluate(c: dict[str, Any]) -> list[Any]:
-    per = "token" if c["sample"] == "window" else c["sample"]
+    is_text, facts = c["sample"] == "window", {}
     names = {
-        "mean_kl": ("mean KL from dense", f"{{0:z.4f}} nats per {per}"),
+        "mean_kl": ("mean KL from dense", f"{{0:z.4f}} nats per {'token' if is_text else c['sample']}"),
         "top1_agreement": ("top-1 agreement", "{0:.2%}"),
         "top10_agreement": ("dense top 10 kept", "{0:.2%}"),
     }
-    facts = {}
     for metric in c["metrics"][:1]:
         facts[metric] = _cell(f"{{{metric}:.3f}}{{{metric}_error:±.3f}}", c)
         facts[f"{metric}, dense"] = _cell(f"{{baseline_{metric}:.3f}}", c)
     for name, value in (c["fidelity"] or {}).items():
         said, form = names.get(name, (f"{name.replace('_', ' ')} with dense", "{0:.4f}"))
         facts[said] = form.format(value)
-    length = f" of {c['sequence_length']} tokens" if c["sample"] == "window" else ""
+    length = f" of {c['sequence_length']} tokens" if is_text else ""
     facts["data"] = f"{c['dataset']}: {c['windows']} {c['sample']}{'s' * (c['windows'] != 1)}{length}"
     facts["computed in"] = f"{c['dtype']} on {c['provider']}"
-    found = [_pairs(facts)]
-    if zero_shot := c["zero_shot"]:
-        columns = "task = {task} | metric = {metric} | >questions = {questions}"
-        columns += " | >accuracy = {accuracy:.3f}{error:±.3f}"
-        mean = dict.fromkeys(("metric", "questions", "error", "dense_accuracy")) | {"task": "mean"}
-        mean |= {"accuracy": zero_shot["mean_accuracy"], "recovery": zero_shot["recovery"]}
-        columns += " | >dense = {dense_accuracy:.3f} | >recovery (95 %) = {recovery:ratio}"
-        found.append(_table(columns, [*zero_shot["tasks"], mean]))
-    return found
+    if not (zero_shot := c["zero_shot"]):
+        return [_facts(facts)]
+    mean = dict.fromkeys(("metric", "questions", "error", "dense_accuracy")) | {"task": "mean"}
+    mean |= {"accuracy": zero_shot["mean_accuracy"], "recovery": zero_shot["recovery"]}
+    columns = (
+        "task = {task} | metric = {metric} | >questions = {questions} | >accuracy = {accuracy:.3f}{error:±.3f}"
+        " | >dense = {dense_accuracy:.3f} | >recovery (95 %) = {recovery:ratio}"
+    )
+    return [_facts(facts), _table(columns, [*zero_shot["tasks"], mean])]
 
 
 def compare(c: dict[str, Any]) -> list[Any]:
-    columns = "method = {method} | pattern = {pattern} | >seeds = {seeds}"
-    columns += " | >perplexity = {perplexity:.2f}{perplexity_error:±.2f}"
-    columns += " | >KL from dense = {mean_kl:.3f}{mean_kl_error:±.3f} | >accuracy = {accuracy:.3f}"
-    columns += " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s | >peak memory = {peak_memory_bytes:bytes}"
+    columns = (
+        "method = {method} | pattern = {pattern} | >seeds = {seeds} | >perplexity = {perplexity:.2f}"
+        "{perplexity_error:±.2f} | >KL from dense = {mean_kl:.3f}{mean_kl_error:±.3f} | >accuracy = {accuracy:.3f}"
+        " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s | >peak memory = {peak_memory_bytes:bytes}"
+    )
     return [_table(columns, c["rows"]), f"dense: perplexity {c['dense_perplexity']:.2f}", f"plot: {c['plot']}"]
 
 
@@ -250,32 +212,34 @@ def benchmark(c: dict[str, Any]) -> list[Any]:
 def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
     """The kernels of each model that multiply by weights, with the batch sizes; the JSON has the others."""
 
-    def products(kernels: dict[str, int]) -> str:
-        named = {name: n for name, n in kernels.items() if "(" not in name or PRODUCT.search(name)}
+    def products(kernels: dict[str, int] | None) -> str:
+        named = {name: n for name, n in (kernels or {}).items() if "(" not in name or PRODUCT.search(name)}
         return ", ".join(f"{n} × {name}" for name, n in named.items())
 
     batches: dict[str, list[str]] = defaultdict(list)
     for m in measurements:
-        prefill, decode = products(m["prefill_kernels"]), m["decode_kernels"] and products(m["decode_kernels"])
+        prefill, decode = products(m["prefill_kernels"]), products(m["decode_kernels"])
+        said = f"prefill and decode on {decode}" if prefill == decode else f"prefill on {prefill}; decode on {decode}"
         if m["decode_kernels"] is None:
             said = f"forward pass on {prefill}"
-        else:
-            same = prefill == decode
-            said = f"prefill and decode on {decode}" if same else f"prefill on {prefill}; decode on {decode}"
         batches[f"{m['model']}: {said}"].append(str(m["batch"]))
     return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
 
 
 def inspect(c: dict[str, Any]) -> list[Any]:
-    columns = "layer = {name} | shape = {shape[0]}×{shape[1]} | >nonzero = {share:.2%} | >empty rows = {empty_rows}"
-    columns += " | >empty columns = {empty_columns} | >row spread = {row_spread:.3f}"
-    columns += " | >column spread = {column_spread:.3f} | patterns that hold = {holds}"
+    columns = (
+        "layer = {name} | shape = {shape[0]}×{shape[1]} | >nonzero = {share:.2%} | >empty rows = {empty_rows}"
+        " | >empty columns = {empty_columns} | >row spread = {row_spread:.3f}"
+        " | >column spread = {column_spread:.3f} | patterns that hold = {holds}"
+    )
+    kinds = (
+        "kind of layer = {kind} | >layers = {layers} | >nonzero = {nonzeros:.2%} | >rows kept = {kept_rows:.2%}"
+        " | >rows gone = {gone_rows:.2%} | >columns kept = {kept_columns:.2%} | >columns gone = {gone_columns:.2%}"
+    )
     rows = []
     for layer in c["layers"]:
         share, holds = layer["nonzeros"] / math.prod(layer["shape"]), ", ".join(layer["patterns"]) or "none"
         rows.append(layer | {"share": share, "holds": holds})
-    kinds = "kind of layer = {kind} | >layers = {layers} | >nonzero = {nonzeros:.2%} | >rows kept = {kept_rows:.2%}"
-    kinds += " | >rows gone = {gone_rows:.2%} | >columns kept = {kept_columns:.2%} | >columns gone = {gone_columns:.2%}"
     total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
     heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
     return [_table(columns, rows), _table(kinds, c["kinds"]), total, *heat_map]
@@ -295,7 +259,7 @@ def run(result: Any) -> list[Any]:
     from gblm_compress.runs.run_report import REPORT, headline
 
     if isinstance(result, DryRun):
-        return dry_run(result.as_dict())
+        return _dry_run(result.as_dict())
     verdict, output = report.verdict(result), Path(result.output)
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
@@ -307,37 +271,35 @@ def run(result: Any) -> list[Any]:
     return [*found, Text.assemble((f"{verdict}: " if verdict else "", colour), printable(headline(result)))]
 
 
-def dry_run(c: dict[str, Any]) -> list[Any]:
+def _dry_run(c: dict[str, Any]) -> list[Any]:
+    columns = (
+        "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
+        " | >last time = {seconds:.0f}"
+    )
     rows = []
     for number, step in enumerate(c["steps"], 1):
-        taken = step["disk"] if step["fate"] != "reuse" else None
-        rows.append(step | {"number": number, "stays": (taken and taken["stays"]) or None})
-    columns = "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
-    limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
-    disk, time = (
-        "not known until the model is on this machine",
-        "not known; some of these stages are new to this folder",
+        disk = step["disk"] if step["fate"] != "reuse" else None
+        rows.append(step | {"number": number, "stays": (disk and disk["stays"]) or None})
+    size, time = (
+        "at most {bytes:bytes}, temporary files included",
+        "{seconds:.0f} s when these stages were last done in this folder",
     )
-    if c["bytes"] is not None:
-        disk = _cell("at most {bytes:bytes}, temporary files included", c)
-    if c["seconds"] is not None:
-        time = f"{c['seconds']:.0f} s when these stages were last done in this folder"
-    return [
-        _table(f"{columns} | >last time = {{seconds:.0f}}", rows),
-        *([f"gates to check: {limits}"] if limits else []),
-        f"disk: {disk}; {decimal(c['free_bytes'])} are free",
-        f"time: {time}",
-        f"output: {c['output']}",
-        *_unchecked(c["unchecked"]),
-    ]
+    if c["bytes"] is None:
+        size = "not known until the model is on this machine"
+    if c["seconds"] is None:
+        time = "not known; some of these stages are new to this folder"
+    limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
+    gates = [f"gates to check: {limits}"] if limits else []
+    free = _cell(f"disk: {size}; {{free_bytes:bytes}} are free", c)
+    return [_table(columns, rows), *gates, free, _cell(f"time: {time}", c), f"output: {c['output']}", *_unchecked(c)]
 
 
-def _unchecked(names: list[str]) -> list[str]:
-    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in names]
+def _unchecked(c: dict[str, Any]) -> list[str]:
+    return [f"not looked at before the run, as it is not on this machine yet: {name}" for name in c["unchecked"]]
 
 
 def validate(c: dict[str, Any]) -> list[Any]:
-    return [f"{c['path']}: valid", *_unchecked(c["unchecked"])] if c["valid"] else []
+    return [f"{c['path']}: valid", *_unchecked(c)] if c["valid"] else []
 
 
 def report(result: Any) -> list[Any]:
@@ -359,11 +321,10 @@ def doctor(c: dict[str, Any]) -> list[Any]:
     return [table(("", "found", "enables"), ((f["subject"], found(f), f["enables"]) for f in c["findings"]))]
 
 
-OF_RUNS = ("run", "report")  # whose summaries read the result itself, the others its plain values
 SUMMARIES: dict[str, Callable[[Any], list[Any]]] = {
     summary.__name__: summary
     for summary in (
-        advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push,
-        validate, doctor,
+        advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push, validate,
+        doctor,
     )
 }  # fmt: skip

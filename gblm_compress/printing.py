@@ -6,11 +6,13 @@ cursor, to add lines, to be markup or a formula.
 
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 
@@ -44,6 +46,37 @@ class PlainConsole(Console):
             start = text.plain.index(line, start)
             self.print(text[start : start + len(line)], soft_wrap=True)
             start += len(line)
+
+    def show(self, part: Table | Text | str) -> None:
+        """Print a table or a sentence. A table that is too wide is stacked: a line for each row, and below it every
+        other cell with its heading."""
+        if not isinstance(part, Table):
+            self.say(part)
+        elif self.measure(part, options=self.options.update(width=1000)).maximum <= self.width:
+            self.print(part)
+        else:
+            if part.title:
+                self.say(Text.assemble(part.title))
+            headings = [str(column.header) for column in part.columns[1:]]
+            for first, *others in zip(*(column.cells for column in part.columns), strict=True):
+                self.say(Text.assemble(_text(first), style="bold"))
+                cells = zip(headings, others, strict=True)
+                facts = [Text.assemble(f"{name} ", _text(cell)) for name, cell in cells if cell]
+                self.say(Text("  ") + Text(", ").join(facts))
+
+
+def _text(cell: Any) -> Text:
+    return cell if isinstance(cell, Text) else Text(printable(str(cell)))
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **options: Any) -> Table:
+    """A table with a line below its headings; one that begins with > stands over numbers."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
+    for heading in headings:
+        made.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 
 from gblm_compress.cli import summaries
 from gblm_compress.printing import PlainConsole
+from gblm_compress.printing import table as make_table
 from gblm_compress.runs import tables
 from tests.runs.reports import report
 
@@ -16,7 +17,7 @@ def shown(parts, width: int, terminal: bool = True) -> list[str]:
     file = io.StringIO()
     console = PlainConsole(file=file, width=width, force_terminal=terminal, color_system=None)
     for part in parts:
-        summaries.print_part(part, console)
+        console.show(part)
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
@@ -34,7 +35,7 @@ def test_the_tables_of_a_run_fit_eighty_columns_as_tables() -> None:
 
 def test_a_table_that_does_not_fit_is_stacked_and_loses_nothing() -> None:
     rows = [("model.layers.0.self_attn.q_proj", "64×64", "2:4"), ("model.layers.0.mlp.up_proj", "", "none")]
-    table = summaries.table(("layer", ">shape", "patterns that hold"), rows)
+    table = make_table(("layer", ">shape", "patterns that hold"), rows)
     assert shown([table], 40) == [
         "model.layers.0.self_attn.q_proj",
         "  shape 64×64, patterns that hold 2:4",

@@ -21,7 +21,7 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     console = PlainConsole(width=200, force_terminal=True, color_system="standard")
     for table in tables.of(hostile):
         for part in summaries.titled(table):
-            summaries.print_part(part, console)
+            console.show(part)
     shown = capsys.readouterr().out
     assert r"[/]$\frac{$\x1b[2J\udcff<script>" in shown and "\x1b[2J" not in shown and "\x1b[1;31mno" in shown
 
