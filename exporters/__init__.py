@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,20 +36,6 @@ class ExportResult:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Exporter(Protocol):
-    """The functions of an exporter's module."""
-
-    def check(
-        self, source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None
-    ) -> None:
-        """As `exporters.check`, for its formats."""
-
-    def export(
-        self, source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
-    ) -> dict[str, Any]:
-        """Write the output whole or not at all. Before that, reopen and verify it; return what was measured."""
 
 
 def export(
@@ -112,6 +98,6 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
         )
 
 
-def _exporter(settings: ExportSettings) -> Exporter:
-    exporter: Exporter = import_module(FORMATS[settings.format].exporter)
-    return exporter
+def _exporter(settings: ExportSettings) -> Any:
+    """The module with `check` and `export`. `export` writes a verified folder or none, and returns checks."""
+    return import_module(FORMATS[settings.format].exporter)

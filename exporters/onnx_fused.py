@@ -92,7 +92,12 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
     program = ir.load(built / "model.onnx")
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
-    _leave_out_rotary(program, [not used for used in getattr(model.config, "no_rope_layers", None) or ()])
+    attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]
+    for node, is_rotary in zip(attentions, getattr(model.config, "no_rope_layers", None) or (), strict=False):
+        if not is_rotary:
+            node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+            node.replace_input_with(7, None)  # the tables of cosines and sines
+            node.replace_input_with(8, None)
     for value in (*program.graph.inputs, *program.graph.outputs):
         if (value.name or "").startswith(("past_key_values.", "present.")):
             assert value.shape is not None
@@ -117,14 +122,6 @@ def _in_terms_of_the_builder(config: dict[str, Any]) -> dict[str, Any]:
     if config["architectures"] == ["SmolLM3ForCausalLM"]:  # it is a Llama in which some layers have no rotary embedding
         made["architectures"] = ["LlamaForCausalLM"]
     return made
-
-
-def _leave_out_rotary(program: ir.Model, without: list[bool]) -> None:
-    attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]
-    for node in [node for node, left_out in zip(attentions, without, strict=False) if left_out]:
-        node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
-        node.replace_input_with(7, None)  # the tables of cosines and sines
-        node.replace_input_with(8, None)
 
 
 def _ask_for_no_more(program: ir.Model) -> None:

@@ -33,12 +33,7 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "logits": ["batch_size", "sequence_length", None],
 }
 # The same without a cache, by the number of dimensions.
-_FORWARD_DIMENSIONS = {
-    1: ("batch_size",),
-    2: ("batch_size", "sequence_length"),
-    3: ("batch_size", "sequence_length", "width"),
-    4: ("batch_size", "num_channels", "height", "width"),
-}
+_SEQUENCE, _IMAGE = ("batch_size", "sequence_length", "width"), ("batch_size", "num_channels", "height", "width")
 _CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
 # {part of a layer's cache: its name in onnxruntime-genai}
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
@@ -99,7 +94,7 @@ def _forward(model: Any, source: ModelSource) -> ir.Model:
     slim_(program)
     for value in (*program.graph.inputs, *program.graph.outputs):
         assert value.shape is not None
-        names = _FORWARD_DIMENSIONS[len(value.shape)]
+        names = _IMAGE if len(value.shape) == len(_IMAGE) else _SEQUENCE[: len(value.shape)]
         sizes = [size if isinstance(size, int) else name for name, size in zip(names, value.shape, strict=True)]
         value.shape = ir.Shape(sizes)
     return program

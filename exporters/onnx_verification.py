@@ -133,7 +133,12 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
     if name + ROWS in initializers:
         return stored(ROWS, *DTYPES).T
     if name + SCALES in initializers:
-        return _dequantised(name, *(stored(part, *dtypes) for part, dtypes in QUANTISED.items()))
+        mask, values, scales, levels = (stored(part, *dtypes) for part, dtypes in QUANTISED.items())
+        arrays = {"scales": scales.view("int16"), "mask": mask, "values": values}
+        if levels.size:
+            arrays["levels"] = levels.reshape(-1, 16)
+        layout = "bitmask-int4" if levels.size else "bitmask-int8"
+        return _unpacked(name, layout, {part: torch.tensor(array) for part, array in arrays.items()})
     for bits, suffix in BLOCKS.items():
         if name + suffix in initializers:
             return restored(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0]).T
@@ -154,13 +159,6 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
     if dense.size != math.prod(shape):
         raise VerificationError(f"{name + MASK}: {dense.size} bits; the weight has {list(shape)} elements")
     return dense.reshape(shape)
-
-
-def _dequantised(name: str, mask: Any, values: Any, scales: Any, levels: Any) -> Any:
-    parts = {"scales": torch.tensor(scales.view("int16")), "mask": torch.tensor(mask), "values": torch.tensor(values)}
-    if not levels.size:
-        return _unpacked(name, "bitmask-int8", parts)
-    return _unpacked(name, "bitmask-int4", {**parts, "levels": torch.tensor(levels).reshape(-1, 16)})
 
 
 def _unpacked(name: str, layout: str, parts: dict[str, Tensor]) -> Any:

@@ -42,15 +42,11 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Refuse patterns other than the N:M that the layout needs."""
     needed = LAYOUTS[_layout(settings)].pattern
+    most, group = (Pattern(needed).n_m if needed else None) or (1, 1)
     for name, pattern in (patterns or {}).items() if needed else ():
-        if not _implies(pattern, Pattern(str(needed))):
+        n, m = pattern.n_m or (1, 1)
+        if not (n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0):
             raise UsageError(f"{name}: pattern {pattern.name} is not {needed}, which export to {settings.format} needs")
-
-
-def _implies(pattern: Pattern, needed: Pattern) -> bool:
-    """Whether every weight with one pattern has the other too, an N:M."""
-    (n, m), (most, group) = pattern.n_m or (1, 1), needed.n_m or (1, 1)
-    return n * (group // m) <= most if group % m == 0 else n <= most and m % group == 0
 
 
 def _check_weights(weights: Mapping[str, Tensor], needed: str, format: str) -> None:

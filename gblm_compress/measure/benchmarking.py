@@ -33,8 +33,7 @@ from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine import busy_cores, environment
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import (
-    Generating,
-    Predicting,
+    Runtime,
     check_device,
     check_installed,
     load_runtime,
@@ -283,18 +282,14 @@ def main() -> None:
     os.dup2(2, 1)  # no print of a library must be taken for an answer
     silence_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends this process
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
     try:
-        _serve(answer)
+        for answer in _answers():
+            print(json.dumps(answer), file=answers, flush=True)
     except Exception as error:  # the parent raises it; a terminal has one program that speaks
-        answer(failure(error))
+        print(json.dumps(failure(error)), file=answers, flush=True)
 
 
-def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
+def _answers() -> Iterator[dict[str, Any]]:
     setup = json.loads(sys.stdin.readline())
     source = ModelSource(setup["name"], Path(setup["folder"]))
     task = loading.task_of(source)
@@ -312,15 +307,15 @@ def _serve(answer: Callable[[dict[str, Any]], None]) -> None:
         else:
             timed = partial(forward, runtime, task, loading.config_of(source))
         facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
-        answer({"load_seconds": loaded, **facts})
+        yield {"load_seconds": loaded, **facts}
         for line in sys.stdin:
             request = json.loads(line)
             if request.get("finish"):
                 break
             with memory.at_work():
                 done = timed(**request)
-            answer(done)
-    answer({"peak_memory_bytes": memory.peak_bytes})
+            yield done
+    yield {"peak_memory_bytes": memory.peak_bytes}
 
 
 def failure(error: Exception) -> dict[str, str]:
@@ -341,9 +336,7 @@ def vocabulary(source: ModelSource) -> int:
     return size
 
 
-def forward(
-    runtime: Predicting, task: Task, config: Any, batch: int, prompt: int, generate: int, seed: int
-) -> dict[str, Any]:
+def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, seed: int, **_: int) -> dict[str, Any]:
     """Time one forward pass of random samples."""
     sample = task.timed(config, batch, prompt, seed)
     start = time.perf_counter()
@@ -351,7 +344,7 @@ def forward(
     return {"prefill_seconds": time.perf_counter() - start}
 
 
-def generate(runtime: Generating, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
+def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generate: int, seed: int) -> dict[str, Any]:
     """Time one greedy generation from random tokens: prefill (TTFT), then decode of `generate - 1` tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator)

@@ -164,12 +164,12 @@ class OnnxForward:
             return 1
 
         self._opened.profile(profile, run)
-        self.step_ms = self._opened.step_ms
+        self.step_ms, self.kernels = self._opened.step_ms, self._opened.kernels
 
     def predict(self, sample: Sample) -> Tensor:
         if missing := [name for name in self._inputs if name not in sample]:
             raise self._opened.other_interface(f"input {missing[0]!r} is not known")
-        floats = {"float32": torch.float32, "float16": torch.float16}[self.dtype]
+        floats = getattr(torch, self.dtype)
         given = {
             name: (sample[name].to(floats) if sample[name].is_floating_point() else sample[name]).numpy()
             for name in self._inputs
@@ -177,9 +177,6 @@ class OnnxForward:
         with self._opened.named_errors("run"):
             (prediction,) = self._opened.session.run([self._task.output], given)
         return torch.from_numpy(prediction).float()
-
-    def kernels(self, tokens: int) -> dict[str, int]:
-        return self._opened.kernels(tokens)
 
 
 @dataclass
@@ -204,7 +201,7 @@ class OnnxRuntime:
         self.dtype = self._interface.dtype
         self._at_once = _at_once(self._opened)
         self._opened.profile(profile, self._calls_of)
-        self.step_ms = self._opened.step_ms
+        self.step_ms, self.kernels = self._opened.step_ms, self._opened.kernels
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -221,9 +218,6 @@ class OnnxRuntime:
     def last_logits(self, ids: Tensor, cache: Any | None) -> tuple[Tensor, Any]:
         logits, cache = self._step(ids, cache)
         return torch.from_numpy(logits).float(), cache
-
-    def kernels(self, tokens: int) -> dict[str, int]:
-        return self._opened.kernels(tokens)
 
     def _calls_of(self, tokens: int) -> int:
         self.prefill(torch.zeros(1, tokens, dtype=torch.int64))

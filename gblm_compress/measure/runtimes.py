@@ -29,28 +29,24 @@ PACKAGES = {
 
 
 class Runtime(Protocol):
-    @property
-    def provider(self) -> str:
-        """Where it runs, in the runtime's own words."""
+    """A loaded model: it has `predict` if it is evaluated, `prefill` and `decode` if it generates.
 
-    @property
-    def dtype(self) -> str:
-        """The dtype of the weights."""
+    Attributes:
+        provider: where it runs, in the runtime's own words.
+        dtype: of the weights.
+        step_ms: {part of the model: milliseconds} of a pass over the smallest profile; empty if not recorded.
+    """
 
-    @property
-    def step_ms(self) -> dict[str, float]:
-        """{part of the model: milliseconds} of a pass over the smallest profile; empty if not recorded."""
+    provider: str
+    dtype: str
+    step_ms: dict[str, float]
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """{kernel: how often it runs} in a pass over so many tokens of all sequences together."""
 
-
-class Predicting(Runtime, Protocol):
     def predict(self, sample: Sample) -> Tensor:
         """The prediction of the model's task in float32 on the CPU."""
 
-
-class Generating(Runtime, Protocol):
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """The greedy next token of each sequence [batch, 1], and the KV cache."""
 
@@ -133,7 +129,7 @@ def load_runtime(
     profile: Sequence[int] = (),
     generate: int = 0,
 ) -> Any:
-    """Load a folder: `Predicting` in torch and ONNX Runtime, `Generating` if the model generates.
+    """Load a folder.
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.

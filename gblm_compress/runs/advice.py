@@ -18,7 +18,7 @@ from gblm_compress.exporters import export
 from gblm_compress.kernels import cpu
 from gblm_compress.machine import busy_cores, environment, last_cache_bytes, replacing
 from gblm_compress.measure.benchmarking import vocabulary
-from gblm_compress.measure.runtimes import Generating, load_runtime
+from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.measure.timings import Spread
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
@@ -145,7 +145,7 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
 
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
-    runtime: Generating = load_runtime(artefact, dtype, "cpu", threads)
+    runtime: Runtime = load_runtime(artefact, dtype, "cpu", threads)
     ids = torch.randint(0, vocabulary(artefact), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     token, cache = runtime.prefill(ids)
     spent = []
