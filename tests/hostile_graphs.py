@@ -19,6 +19,8 @@ from onnx import helper, numpy_helper
 PADDING, MAX_WEIGHTS, MAX_RANK = 64, 8, 8
 ROLES = ("mask", "values", "starts", "weight", "scales", "levels")
 VALUES = (np.float32, np.float16)
+SIZES = {"DenseLinear": 1, "BitmaskLinear": 3, "QuantisedLinear": 4}  # tensors of a weight
+GROUPS = (32, 64, 128)
 QUANTISED, LEVELS, MOST_COLUMNS = ("mask", "values", "scales", "levels"), (np.int8, np.uint8), 1 << 16
 EDGES = (-(2**63), -1, 1, 64, 2**31, 2**40, 2**63 - 1)
 
@@ -28,12 +30,9 @@ class Case:
     """One node, and what it is given.
 
     Attributes:
-        operator: the node's.
-        tensors: the packed weights by name; `mask0`, `values0`, `starts0` or `scales0`, `levels0`, …; or the dense one,
-            `weight`.
-        inputs: the node's inputs by name, in order.
+        tensors: the packed weights by name: `mask0`, `values0`, `starts0` or `scales0`, `levels0`, …; or `weight`.
+        inputs, outputs: those of the node, in order.
         variable: those tensors that are inputs of the graph rather than initializers.
-        outputs: the node's outputs.
         damages: what was done to it.
     """
 
@@ -62,64 +61,65 @@ class Case:
     def feeds(self) -> dict[str, np.ndarray]:
         return {"x": self.x} | {name: self.tensors[name] for name in self.variable}
 
+    def weights(self) -> list[list[np.ndarray]]:
+        """The tensors of each weight, in the order of the inputs."""
+        given = [self.tensors[name] for name in self.inputs[1:]]
+        size = SIZES[self.operator]
+        return [given[first : first + size] for first in range(0, len(given), size)]
+
     def is_sound(self) -> bool:
         """Whether the operator must take it: its rules, written again."""
-        count = len(self.outputs)
         if not self.inputs or self.inputs[0] != "x" or not all(self.outputs):
             return False
         if not all(name in self.tensors for name in self.inputs[1:]) or self.variable & set(self.inputs):
             return False
-        if self.x.dtype != np.float32 or not 1 <= self.x.ndim <= MAX_RANK:
+        weights, most = self.weights(), 1 if self.operator == "DenseLinear" else MAX_WEIGHTS
+        if self.x.dtype != np.float32 or not 1 <= self.x.ndim <= MAX_RANK or not 1 <= len(self.outputs) <= most:
             return False
-        given = [self.tensors[name] for name in self.inputs[1:]]
-        if self.operator == "DenseLinear":
-            return (
-                len(given) == count == 1
-                and given[0].dtype in VALUES
-                and given[0].ndim == 2
-                and 0 not in given[0].shape
-                and given[0].shape[1] % 64 == 0
-                and given[0].shape[1] == self.x.shape[-1]
-            )
-        if self.operator == "QuantisedLinear":
-            weights = [given[first : first + 4] for first in range(0, len(given), 4)]
-            sound = 1 <= count <= MAX_WEIGHTS and len(given) == 4 * count
-            return sound and all(_columns(*weight) == self.x.shape[-1] for weight in weights)
-        if not 1 <= count <= MAX_WEIGHTS or len(given) != 3 * count or len({v.dtype for v in given[1::3]}) > 1:
+        if len(self.inputs) - 1 != SIZES[self.operator] * len(self.outputs):
             return False
-        for mask, values, starts in zip(given[::3], given[1::3], given[2::3], strict=True):
-            if mask.dtype != np.int64 or values.dtype not in VALUES or starts.dtype != np.int64:
-                return False
-            if (mask.ndim, values.ndim, starts.ndim) != (2, 1, 1) or 0 in mask.shape:
-                return False
-            counts = np.bitwise_count(mask.view(np.uint64)).sum(1).astype(np.int64)
-            if not np.array_equal(starts, np.cumsum(counts) - counts) or len(values) != counts.sum() + PADDING:
-                return False
-            if self.x.shape[-1] != mask.shape[1] * 64:
-                return False
-        return True
+        if self.operator == "BitmaskLinear" and len({values.dtype for _, values, _ in weights}) > 1:
+            return False
+        columns = {"DenseLinear": _dense_columns, "BitmaskLinear": _bitmask_columns, "QuantisedLinear": _columns}
+        return all(columns[self.operator](*weight) == self.x.shape[-1] for weight in weights)
 
     def products(self) -> list[np.ndarray]:
         """What a sound case must give."""
+        if self.operator == "QuantisedLinear":
+            return [_rounded(self.x) @ restored(*weight).T for weight in self.weights()]
+        x = self.x.astype(np.float64)
         if self.operator == "DenseLinear":
-            return [self.x.astype(np.float64) @ self.tensors[self.inputs[1]].astype(np.float64).T]
-        products = []
-        for first in range(1, len(self.inputs), 4) if self.operator == "QuantisedLinear" else ():
-            weight = restored(*(self.tensors[name] for name in self.inputs[first : first + 4]))
-            products.append(_rounded(self.x) @ weight.T)
-        if products:
-            return products
-        for first in range(1, len(self.inputs), 3):
-            mask, values, _ = (self.tensors[name] for name in self.inputs[first : first + 3])
-            alive = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
-            dense = np.zeros(alive.shape)
-            dense[alive] = values[:-PADDING]
-            products.append(self.x.astype(np.float64) @ dense.T)
-        return products
+            return [x @ weight.astype(np.float64).T for (weight,) in self.weights()]
+        return [x @ _scattered(mask, values[:-PADDING]).T for mask, values, _ in self.weights()]
+
+
+def _alive(mask: np.ndarray) -> np.ndarray:
+    return np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
+
+
+def _scattered(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    dense = np.zeros(_alive(mask).shape)
+    dense[_alive(mask)] = values
+    return dense
+
+
+def _dense_columns(weight: np.ndarray) -> int | None:
+    """How many columns a weight has; None where it is none."""
+    is_weight = weight.dtype in VALUES and weight.ndim == 2 and 0 not in weight.shape and weight.shape[1] % 64 == 0
+    return weight.shape[1] if is_weight else None
+
+
+def _bitmask_columns(mask: np.ndarray, values: np.ndarray, starts: np.ndarray) -> int | None:
+    if mask.dtype != np.int64 or values.dtype not in VALUES or starts.dtype != np.int64:
+        return None
+    if (mask.ndim, values.ndim, starts.ndim) != (2, 1, 1) or 0 in mask.shape:
+        return None
+    counts = np.bitwise_count(mask.view(np.uint64)).sum(1).astype(np.int64)
+    fits = np.array_equal(starts, np.cumsum(counts) - counts) and len(values) == counts.sum() + PADDING
+    return 64 * mask.shape[1] if fits else None
 
 
 def _columns(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> int | None:
-    """How many columns a quantised weight has; None where it is none."""
     if (mask.dtype, scales.dtype, levels.dtype) != (np.int64, np.float16, np.int8) or values.dtype not in LEVELS:
         return None
     places = values.dtype == np.uint8
@@ -137,7 +137,7 @@ def _columns(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: n
             return None
     if columns > MOST_COLUMNS or len(levels) not in ((16, 16 * rows) if places else (0,)) or len(scales) != rows:
         return None
-    return columns if scales.shape[1] in (1, *(-(-columns // group) for group in (32, 64, 128))) else None
+    return columns if scales.shape[1] in (1, *(-(-columns // group) for group in GROUPS)) else None
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
@@ -147,30 +147,26 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 
 
 def restored(mask: np.ndarray, values: np.ndarray, scales: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The weight that is sound, value by value."""
+    """The quantised weight that is sound, in float64."""
     if not mask.size:
         weight = values.astype(np.float64)
+    elif not levels.size:
+        weight = _scattered(mask, values[:-PADDING])
     else:
-        weight = np.zeros((mask.shape[0], mask.shape[1] * 64))
-        at = 0  # in bytes, or in halves of them
-        for row, word in np.ndindex(mask.shape):
-            for bit in range(64):
-                if int(mask[row, word]) >> bit & 1:
-                    column, level = 64 * word + bit, values[at // 2] if levels.size else values[at]
-                    if levels.size:
-                        place = int(level) >> 4 * (at % 2) & 15
-                        level = levels[16 * (row if len(levels) > 16 else 0) + place]
-                    weight[row, column] = level
-                    at += 1
-            at += at % 2 if levels.size else 0
+        words = _alive(mask).reshape(-1, 64)
+        taken = (words.sum(1) + 1) // 2 * 2  # a word's places begin in a byte of their own
+        at = ((np.cumsum(taken) - taken)[:, None] + np.cumsum(words, 1) - 1)[words]
+        places = np.stack([values & 15, values >> 4], 1).ravel()[at]
+        rows = np.nonzero(_alive(mask))[0]
+        weight = _scattered(mask, levels.reshape(-1, 16)[rows * (len(levels) > 16), places])
     columns, groups = weight.shape[1], scales.shape[1]
-    group = columns if groups == 1 else next(size for size in (32, 64, 128) if -(-columns // size) == groups)
+    group = columns if groups == 1 else next(size for size in GROUPS if -(-columns // size) == groups)
     return weight * np.repeat(scales.astype(np.float64), group, axis=1)[:, :columns]
 
 
 def _quantised_weight(numbers: np.random.Generator, pick: random.Random, rows: int, words: int) -> list[np.ndarray]:
     """Mask, values, scales and levels of a weight."""
-    groups = pick.choice([1, *(-(-words * 64 // group) for group in (32, 64, 128))])
+    groups = pick.choice([1, *(-(-words * 64 // group) for group in GROUPS)])
     scales = numbers.uniform(0, 0.02, size=(rows, groups)).astype(np.float16)
     kind = pick.choice(("dense", "int8", "int4", "int4 by row"))
     nothing = np.zeros(0, np.int8)
@@ -261,13 +257,12 @@ def _shape(case: Case, pick: random.Random) -> None:
     empty = [(0,), (0, 5), (5, 0), (2**40, 0), (0, 2**40)]
     chosen = pick.choice(("shape", "empty", "scalar"))
     if chosen == "scalar":
-        case.tensors[name] = np.array(array.flat[0] if array.size else 0, array.dtype)
+        made = np.array(array.flat[0] if array.size else 0, array.dtype)
+    elif chosen == "shape" and array.size:
+        made = array.reshape(pick.choice(shapes))
     else:
-        case.tensors[name] = (
-            array.reshape(pick.choice(shapes))
-            if chosen == "shape" and array.size
-            else np.zeros(pick.choice(empty), array.dtype)
-        )
+        made = np.zeros(pick.choice(empty), array.dtype)
+    case.tensors[name] = made
 
 
 def _width(case: Case, pick: random.Random) -> None:
@@ -299,21 +294,19 @@ def _variable(case: Case, pick: random.Random) -> None:
 
 
 def _inputs(case: Case, pick: random.Random) -> None:
-    at = pick.randrange(len(case.inputs))
+    given, at = case.inputs, pick.randrange(len(case.inputs))
     match pick.choice(("drop", "twice", "swap", "nothing", "x", "all")):
         case "drop":
-            del case.inputs[at]
+            del given[at]
         case "twice":
-            case.inputs.insert(at, case.inputs[at])
+            given.insert(at, given[at])
         case "swap":
-            other = pick.randrange(len(case.inputs))
-            case.inputs[at], case.inputs[other] = case.inputs[other], case.inputs[at]
-        case "nothing":
-            case.inputs[at] = ""
-        case "x":
-            case.inputs[at] = "x"
+            other = pick.randrange(len(given))
+            given[at], given[other] = given[other], given[at]
         case "all":
-            case.inputs += case.inputs[1:] * pick.randint(1, 9)
+            given += given[1:] * pick.randint(1, 9)
+        case name:
+            given[at] = "x" if name == "x" else ""
 
 
 def _outputs(case: Case, pick: random.Random) -> None:
