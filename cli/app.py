@@ -1,4 +1,4 @@
-"""The program `gblm-compress`: runs a command and turns every foreseeable failure into one message and an exit code."""
+"""The program `gblm-compress`: runs a command, and ends a failure with one message and an exit code."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, U
 from gblm_compress.machine.memory import own_process
 from gblm_compress.printing import printable_lines
 
-# Typer carries a click of its own or uses the installed one, depending on its version; its exceptions' base tells.
+# Some versions of Typer carry their own click: take the base class from its exceptions.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 INTERRUPTED = 130
@@ -50,12 +50,12 @@ def program(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What holds for every command: only `--version`."""
+    """Options of the program itself."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the program and exit with its code. An exception that nobody foresaw gets one message, too."""
-    # Where one was closed before the program began, what is written to it goes nowhere.
+    """Run the program and exit with its code."""
+    # A stream may be closed before the program begins.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal has not
@@ -92,8 +92,8 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _unforeseen(error: Exception) -> int:
-    """Print what an exception of no kind of ours comes to; its code."""
-    if isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
+    """Print a message for an unexpected exception; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GblmError.exit_code
     with_traceback = bool(os.environ.get(TRACEBACK_VARIABLE))

@@ -1,7 +1,4 @@
-"""Commands of the program, made from the functions of `api`: an argument or option for each parameter and each field.
-
-A field's type, range, default, description and panel are all that `--help`, parsing and completion need.
-"""
+"""Makes the program's commands from the functions of `api`: an option for each parameter and each settings field."""
 
 import re
 from collections.abc import Callable
@@ -29,10 +26,9 @@ JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 class PanelCommand(TyperCommand):
-    """A command whose help lists the options panel by panel, as plain text."""
+    """A command whose help lists the options by panel, as plain text."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """As the base class, with a section for each panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
@@ -46,11 +42,7 @@ class PanelCommand(TyperCommand):
 
 
 def add(program: typer.Typer, command: Command) -> None:
-    """Give the program a command; an option that is not given leaves its field to a preset, or to the default.
-
-    Raises:
-        ValueError: two options have one name.
-    """
+    """Give the program a command. An option that is not given leaves its field to a preset or the default."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     own = [_own(each) for each in command.own.values() if Panel.NO_OPTION not in get_args(each.annotation)]
     flags = [each for each in own if each.default is False]
@@ -83,7 +75,6 @@ def add(program: typer.Typer, command: Command) -> None:
 
 
 def _own(parameter: Parameter) -> Parameter:
-    """An argument or option for a parameter that is no settings."""
     annotation, text, *marks = get_args(parameter.annotation)
     name, flag = parameter.name, f"--{parameter.name.replace('_', '-')}"
     many = parameter.kind is parameter.VAR_POSITIONAL or "Iterable" in str(annotation)
@@ -114,10 +105,9 @@ def _options(part: Part) -> list[Parameter]:
 
 
 def _option(settings: type[Settings], field: str, name: str, schema: dict[str, Any]) -> Parameter:
-    """A parameter as Typer reads it, for the option that fills one field."""
     described = settings.model_fields[field]
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-    schema = kinds[0] if len(kinds) == 1 else {}  # what may be of several kinds is text, which the settings read
+    schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, which the settings read
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
     kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, field)
@@ -147,7 +137,7 @@ class Syntax:
 
 
 def _help(description: str, choices: tuple[str, ...], limits: str, syntax: Syntax | None) -> str:
-    """The description, and what it does not say itself: an example, the choices, the range."""
+    """The description, then an example, the choices and the range if it does not name them."""
     explained = set(choices) <= set(re.findall(r"[\w-]+", description))
     named = "" if explained else f"[{', '.join(choices)}]"
     return " ".join(filter(None, (description, syntax.example if syntax else "", named, limits)))
@@ -160,7 +150,7 @@ def _range(schema: dict[str, Any]) -> str:
 
 
 def _completion(choices: tuple[str, ...], several: bool) -> Callable[[str], list[str]]:
-    """What a shell offers: the choices, in a list those of its last part."""
+    """The choices that a shell offers; in a list, for its last part."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, _ = incomplete.rpartition(",") if several else ("", "", "")
@@ -175,13 +165,12 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _syntax(settings: type[Settings], field: str) -> Syntax | None:
-    """How the items of a field are written, where they are settings themselves."""
+    """How items of a field are written if they are settings themselves."""
     arguments = get_args(settings.model_fields[field].annotation)
     return next((SYNTAXES[kind] for kind in arguments if isinstance(kind, type) and kind in SYNTAXES), None)
 
 
 def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
-    """The options as keywords of the Python function."""
     values = {}
     for part in command.parts.values():
         for field, name in part.names.items():
@@ -195,12 +184,12 @@ def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(values: list[str]) -> list[str]:
-    """The parts of an option that may be repeated, or given once with commas."""
+    """The parts of an option that is repeated or has commas."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def _fault(fault: Any, part: Part) -> str:
-    """A fault of settings with the option's spelling, and of several exceptions the one that has it."""
+    """A fault of settings, with the spelling of the option and the number of the item."""
     text = describe_fault(fault, part.kind)
     if not fault["loc"]:
         return text
@@ -211,7 +200,6 @@ def _fault(fault: Any, part: Part) -> str:
 
 
 def _override(text: str) -> dict[str, Any]:
-    """`LAYERS=PATTERN[@SPARSITY]` as `OverrideSettings` take it."""
     layers, equals, budget = text.partition("=")
     pattern, at, sparsity = budget.partition("@")
     if not (layers and equals and pattern):

@@ -1,4 +1,4 @@
-"""What each command prints at its end: tables that fit the terminal, sentences, and the command that comes next."""
+"""What each command prints at its end: tables, sentences, and the next command."""
 
 import math
 import os
@@ -27,10 +27,7 @@ COST = "time = {seconds:time} | peak memory = {peak_memory_bytes:bytes} | writte
 
 
 def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
-    """Print a result: one JSON document, or a summary for people that names the dense model.
-
-    Of several processes that torchrun started, the first one prints.
-    """
+    """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json or command == "schema":
@@ -67,7 +64,7 @@ NAMED: dict[str, Callable[[Any], str]] = {
 
 
 class _Cells(Formatter):
-    """Formats as `str.format`, with None as nothing, the formats of `NAMED`, and ± before an error."""
+    """`str.format` with the formats of `NAMED`, ± before an error, and nothing for None."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None and format_spec != "verdict":
@@ -83,7 +80,7 @@ def _cell(form: str, row: Mapping[str, Any]) -> str:
 
 
 def _forms(text: str) -> dict[str, str]:
-    """What is written as "name = format | name = format"."""
+    """Reads "name = format | name = format"."""
     return dict(part.strip().split(" = ") for part in text.split("|"))
 
 
@@ -93,7 +90,7 @@ def _table(columns: str, rows: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = None) -> Table:
-    """Facts under one another, those that are known, and the cost of a stage."""
+    """A table of the facts that are known, and of the cost of a stage."""
     costs = (
         {name: _cell(form, {"peak_memory_bytes": None} | dict(cost)) for name, form in _forms(COST).items()}
         if cost
@@ -103,7 +100,7 @@ def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = Non
 
 
 def _next(*words: str) -> str:
-    """The command that comes next, with MODEL for the dense model."""
+    """The next command, with MODEL for the dense model."""
     return NEXT + shlex.join(words)
 
 
@@ -210,7 +207,7 @@ def benchmark(c: dict[str, Any]) -> list[Any]:
 
 
 def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
-    """The kernels of each model that multiply by weights, with the batch sizes; the JSON has the others."""
+    """The kernels of each model that multiply by weights, and their batch sizes. The JSON has all kernels."""
 
     def products(kernels: dict[str, int] | None) -> str:
         named = {name: n for name, n in (kernels or {}).items() if "(" not in name or PRODUCT.search(name)}
@@ -246,7 +243,7 @@ def inspect(c: dict[str, Any]) -> list[Any]:
 
 
 def titled(content: Any) -> list[Any]:
-    """A table of a report under its title, with its notes."""
+    """A table of a report, with its title and notes."""
     headings = [f">{name}" if number else name for name, number in content.columns.items()]
     rows = [[Text(printable(cell.text), style=COLOURS[cell.mark]) for cell in row] for row in content.rows]
     title = Text(content.title, style="bold")

@@ -1,8 +1,4 @@
-"""Prune Hugging Face language models, export them, and measure what it really buys.
-
-Importing this package loads neither torch nor transformers, so that the command line answers at once;
-the names in `__all__` are loaded on first use.
-"""
+"""Prune Hugging Face models, export them, and measure the gain. Importing this loads no torch and no transformers."""
 
 import sys
 from collections.abc import Sequence
@@ -38,7 +34,7 @@ def __getattr__(name: str) -> object:
 
 
 class _SparseCheckpoints(MetaPathFinder):
-    """Teaches transformers to load sparse folders as soon as its quantizers are imported, and not before."""
+    """Registers our sparse checkpoints once transformers' quantizers are imported, not earlier."""
 
     TRIGGER = "transformers.quantizers"
 

@@ -1,7 +1,6 @@
-"""Every command as a Python function, on a path, a hub id or a model in memory. The command line is made from these.
+"""Every command as a Python function; the command line is made from these. Settings are keywords, named as in recipes.
 
-Settings are keywords, called as in recipes and described by `help`. Importing this module loads no torch: stages are
-imported when a command has found its models and texts.
+Importing this loads no torch: a command imports its stage once it has found its models and texts.
 """
 
 import os
@@ -80,7 +79,7 @@ DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 @command
 def advise(model: Model, *, settings: AdviseSettings, processor: InMemory = None, quiet: Quiet = False) -> "Advice":
-    """Predict what compressing a model would bring on this machine, before any of it is done."""
+    """Predict the size and speed of a model when compressed, on this machine, without pruning it."""
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.runs import advice
 
@@ -101,10 +100,10 @@ def prune(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "PruneResult":
-    """Set the least important weights to zero, and fit the others to make up for it.
+    """Set the least important weights to zero and adjust the rest.
 
-    From Python, `model` may be a transformers model in memory and `calibration` several texts, or mappings with a key
-    "text". Without an output folder such a model is pruned in place, with its dtype and on its device.
+    In Python, `model` may be a model in memory, and `calibration` texts or mappings with the key "text". Without an
+    output folder the model is pruned in place, with its dtype and on its device.
     """
     if output is None:
         if isinstance(model, str | os.PathLike):
@@ -139,7 +138,7 @@ def recover(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "RecoverResult":
-    """Train a pruned model to predict what the dense one does; its pattern stays."""
+    """Train a pruned model to match the dense one. Weights that are zero stay zero."""
     outputs.check_output(Path(output), force)
     with _found(pruned, teacher, texts=settings.datasets, quiet=quiet) as (progress, source, dense):
         from gblm_compress.training import recovery
@@ -160,7 +159,7 @@ def generate(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "GenerateResult":
-    """Let a model write text, to calibrate and train on where real text of its kind is short."""
+    """Let a model write text for calibration and training, when you have too little real text."""
     outputs.check_file(Path(output), ".txt", "text", force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
@@ -179,7 +178,7 @@ def export(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "ExportResult":
-    """Write a model as ONNX or as sparse PyTorch, and verify what was written."""
+    """Write a model as ONNX or sparse PyTorch, and verify the files."""
     outputs.check_output(Path(output), force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress import exporters
@@ -197,7 +196,7 @@ def evaluate(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "EvaluateResult":
-    """Measure perplexity or the metric of another task, fidelity to the dense model, and zero-shot accuracy."""
+    """Measure perplexity (or the metric of the task), fidelity to the dense model, and zero-shot accuracy."""
     models = [model] if baseline is None else [model, baseline]
     texts, tasks = [settings.dataset], settings.include_path
     with _found(*models, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source, *dense):
@@ -219,7 +218,7 @@ def compare(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "CompareResult":
-    """Prune by several methods and patterns, and say what each quality costs; goes on where it was interrupted."""
+    """Prune with several methods and patterns, and compare quality, time and memory. Resumes if interrupted."""
     outputs.check_workable(Path(output), "comparison")
     texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
@@ -239,7 +238,7 @@ def benchmark(
     compute: ComputeSettings,
     quiet: Quiet = False,
 ) -> "BenchmarkResult":
-    """Time models beside the dense one, in one run: latency, throughput, memory, size."""
+    """Time models against the dense one: latency, throughput, memory and size."""
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
@@ -259,7 +258,7 @@ def inspect(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "InspectResult":
-    """Report the zeros of every layer and the patterns that hold."""
+    """Show the zeros of each layer and the patterns that they follow."""
     picture = None if heat_map is None else Path(heat_map)
     if picture is not None:
         outputs.check_file(picture, ".png", "heat map", force)
@@ -280,9 +279,9 @@ def run(
     summary: Annotated[FileName | None, "File to write: verdict and tables in Markdown."] = None,
     quiet: Quiet = False,
 ) -> "RunReport | DryRun":
-    """Carry out a recipe: prune, export, evaluate, benchmark, check gates.
+    """Run a recipe: prune, export, evaluate, benchmark, check gates.
 
-    From Python, `recipe` may be the content of a recipe, and a failed gate is no exception: see `failed_gates`.
+    In Python, `recipe` may be a mapping, and a failed gate raises nothing: see `failed_gates`.
     """
     if isinstance(recipe, Mapping):
         if changes := tuple(set):
@@ -321,7 +320,7 @@ def report(
     output: Annotated[FileName, "Page to write."] = "report.html",
     fail_on_regression: Annotated[bool, "End with exit code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
-    """Write the page of a run, with what changed since an earlier run if two are given."""
+    """Write a report page for a run. With two runs, it also shows what changed."""
     from gblm_compress.runs import report as documents
 
     result = documents.report([Path(run) for run in runs], Path(output))
@@ -340,7 +339,7 @@ def push(
     push_to_hub: Annotated[str | None, "Repository to push to. If unset, nothing leaves the machine."] = None,
     private: Annotated[bool, "Make a new repository private."] = False,
 ) -> "PushResult":
-    """Show the complete model card and the files of an artefact, and push them to the hub if asked to."""
+    """Show the model card and files of an artefact, and push them if a repository is named."""
     from gblm_compress.runs import pushing
 
     return pushing.push(Path(run), artefact, push_to_hub, private=private)
@@ -348,7 +347,7 @@ def push(
 
 @command
 def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> dict[str, Any]:
-    """Check a recipe, and whether this machine can carry it out; report all faults. Nothing is downloaded."""
+    """Check a recipe, and that this machine can run it. Lists all faults; downloads nothing."""
     try:
         path = find_recipe(str(recipe))
         content = load_recipe(path, tuple(set))
@@ -372,7 +371,7 @@ def schema() -> dict[str, Any]:
 
 @command
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
-    """Say what this machine has, and what each finding enables."""
+    """Show the hardware and packages of this machine, and what they enable."""
     _progress(quiet)
 
     from gblm_compress.measure.doctor import diagnose
@@ -384,7 +383,7 @@ def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
 def load(
     model: FileName, *, dtype: str = "auto", device: str = "auto", quiet: bool = False
 ) -> tuple[PreTrainedModel, Processor]:
-    """The model of a folder, dense or packed, in eval mode, and its tokenizer or image processor."""
+    """Load a dense or packed model in eval mode, and its tokenizer or image processor."""
     with _found(model, quiet=quiet) as (_, source):
         from gblm_compress.models import loading
 
@@ -401,10 +400,7 @@ COMMANDS: tuple[Command, ...] = tuple(function.command for function in _FUNCTION
 
 
 def _progress(quiet: bool) -> Progress:
-    """What tells the person who waits; of several processes that torchrun started, the first one does.
-
-    The libraries keep quiet from here on.
-    """
+    """Progress, shown by the first process that torchrun started. Libraries print nothing from here on."""
     progress = Progress(quiet or os.environ.get("RANK", "0") != "0")
     if "torch" not in sys.modules:  # a sign of life before the seconds that torch and transformers take to load
         progress.say(f"gblm-compress {__version__} starts …")
@@ -421,10 +417,9 @@ def _progress(quiet: bool) -> Progress:
 def _found(
     *models: Any, quiet: bool, processor: Any = None, texts: Iterable[str] = (), tasks: str | None = None
 ) -> Iterator[tuple[Any, ...]]:
-    """The progress, and each model as a folder; one in memory is saved to a temporary one.
+    """The progress and each model as a folder; a model in memory is saved to a temporary one.
 
-    All names are looked up first, before a download and before torch is loaded. Whether a folder's task can read the
-    texts, its stage tells later.
+    All names are looked up before anything is downloaded and before torch is loaded.
     """
     from gblm_compress.measure.zero_shot import check_folder
     from gblm_compress.models.finding import TINY, find_here, resolve_model
@@ -447,7 +442,6 @@ def _found(
 
 
 def _saved(model: Any, processor: Any, folder: Path) -> Any:
-    """A model in memory as a folder."""
     from gblm_compress.models import loading
     from gblm_compress.models.source import ModelSource
 

@@ -1,7 +1,6 @@
-"""What a command is: a function of `api`, whose signature, settings and docstring are its only declaration.
+"""A command is a function of `api`: its signature, settings and docstring declare it for Python and the command line.
 
-A parameter is `Annotated[type, "its help"]`, or settings, which stand for one keyword per field. `command` completes
-the Python function; the command line makes its options from the same `Command`.
+A parameter is `Annotated[type, "its help"]`, or settings, which become one keyword per field.
 """
 
 import difflib
@@ -26,24 +25,20 @@ from gblm_compress.storage.records import write_text
 
 R = TypeVar("R")
 REQUIRED = "required on the command line"
-"""Marks a parameter whose default is for a model in memory."""
-KEPT_DAYS = 30  # for which texts from memory stay in the cache; a resumed call reads them again
+"""Marks a parameter that only Python may leave out."""
+KEPT_DAYS = 30  # that texts from memory stay in the cache, for a resumed call
 
 
 @dataclass(frozen=True)
 class Part:
-    """Settings that a command takes; `names` is {field: its name as a keyword}, without fields that are left out."""
+    """Settings of a command; `names` is {field: keyword}, without the fields that it leaves out."""
 
     kind: type[Settings]
     names: Mapping[str, str]
 
     @classmethod
     def of(cls, annotation: Any) -> "Part | None":
-        """The settings of a parameter: a class, or `Annotated[class, {field: its name, or None to leave it out}]`.
-
-        Raises:
-            TypeError: a name is no field.
-        """
+        """The settings of a parameter: a class, or `Annotated[class, {field: keyword, or None to leave it out}]`."""
         kind, *metadata = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
         if not (isinstance(kind, type) and issubclass(kind, Settings)):
             return None
@@ -56,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Command:
-    """A function with the parameters that it has of its own, and with its settings by parameter."""
+    """A function, its own parameters, and its settings by parameter."""
 
     function: Callable[..., Any]
     own: Mapping[str, Parameter]
@@ -64,18 +59,10 @@ class Command:
 
     @property
     def name(self) -> str:
-        """What it is called in Python and on the command line."""
         return self.function.__name__
 
     def fill(self, values: Mapping[str, Any], words: Callable[[Any, Part], str]) -> dict[str, Settings]:
-        """The settings that these keywords make.
-
-        Args:
-            words: a fault of pydantic's in words.
-
-        Raises:
-            UsageError: with all faults.
-        """
+        """The settings that these keywords make. `words` describes a fault; one UsageError lists all faults."""
         known = {name: part for part in self.parts.values() for name in part.names.values()}
         faults = [f"{self.name}: {name}: unknown; {self._meant(name, known)}" for name in values if name not in known]
         filled = {}
@@ -90,7 +77,6 @@ class Command:
         return filled
 
     def in_python(self, fault: Any, part: Part) -> str:
-        """A fault with the keyword that it is in."""
         text = describe_fault(fault, part.kind)
         if fault["loc"]:
             field = str(fault["loc"][0])
@@ -105,7 +91,7 @@ class Command:
         return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
     def signature(self) -> inspect.Signature:
-        """What Python shows: the parameters of its own, then the fields of all settings."""
+        """Its own parameters, then the fields of all settings."""
         own = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in self.own.values()]
         fields = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation)
@@ -126,11 +112,7 @@ class Command:
 
 
 def command(function: Callable[..., R]) -> Callable[..., R]:
-    """The Python function of a command: it takes the fields of its settings as keywords.
-
-    Raises:
-        ValueError: two parameters have one name.
-    """
+    """The Python function of a command, which takes the fields of its settings as keywords."""
     parameters = inspect.signature(function).parameters
     parts = {name: part for name, p in parameters.items() if (part := Part.of(p.annotation))}
     declared = Command(function, {name: p for name, p in parameters.items() if name not in parts}, parts)
@@ -148,7 +130,7 @@ def command(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def plain(field: str, value: Any) -> Any:
-    """A value as settings take it: a path as text, and texts in memory as a file."""
+    """A value for settings: a path becomes text, and texts in memory become a file."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     in_memory = field == "dataset" and isinstance(value, Iterable) and not isinstance(value, str | Mapping)
@@ -156,9 +138,7 @@ def plain(field: str, value: Any) -> Any:
 
 
 def text_file(texts: Iterable[str] | Iterable[Mapping[str, Any]]) -> str:
-    """Texts, or rows with a text, as a file of the cache. It is called after its content, so that an interrupted run
-    can go on, and is removed when it was not used for a while.
-    """
+    """Texts, or rows with a text, as a file in the cache. Its name is a hash of the content, so a run can resume."""
     from gblm_compress import tasks
 
     rows = [dict(text) if isinstance(text, Mapping) else {"text": text} for text in texts]

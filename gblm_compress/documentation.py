@@ -1,4 +1,4 @@
-"""The generated pages of `docs/`: `python -m gblm_compress.documentation` writes them, a test compares them."""
+"""Writes the generated pages of `docs/`: `python -m gblm_compress.documentation`."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,20 +1,19 @@
-"""Every error the user can cause or meet, and the exit code each ends the program with.
+"""The errors that a user can meet, and their exit codes.
 
     GblmError                      1  unexpected
     ├── RankError                  1  another process of the run ended or did not answer
     ├── UsageError                 2  an option, an argument or an output path is wrong
     │   ├── RecipeError            2  a recipe has faults; the message lists all with their location
-    │   └── OutputError            2  the disk does not take what is to be written
+    │   └── OutputError            2  the output cannot be written
     ├── InputError                 3  the model or the data cannot be used
     │   ├── ModelError             3  missing, corrupt, of an unsupported kind, or with values that cannot be pruned
     │   └── DataError              3  missing, unreadable or too short
     ├── MissingDependencyError     4  hardware or a package is missing
     │   └── NotEnoughMemoryError   4  memory ran out, of the machine or of its GPU
-    ├── VerificationError          5  an artefact, reopened, is not what it claims to be
+    ├── VerificationError          5  a written artefact is not what it claims to be
     └── GateError                  6  a gate of the recipe failed
 
-A message says what is wrong, what was given, what was needed, and what to do next. Faults that show before the work are
-raised together.
+A message says what is wrong, what was given, what was needed and what to do next.
 """
 
 import errno
@@ -26,12 +25,7 @@ _ALLOCATION = re.compile(r"can(?:'t|not) allocate memory", re.IGNORECASE)
 
 
 class GblmError(Exception):
-    """Root of the tree; never raised itself.
-
-    Attributes:
-        faults: each of several that one exception stands for; empty where the message is all.
-        result: what a command found before it failed, which the command line prints.
-    """
+    """Base class. `faults` lists several faults if there are; the command line prints `result` before the message."""
 
     exit_code = 1
     faults: tuple[str, ...] = ()
@@ -86,13 +80,13 @@ class GateError(GblmError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters; its type where it has no message."""
+    """The first line of a message, at most 300 characters; the error's type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python, torch on a GPU and torch on a CPU each say so in their own way."""
+    """Whether memory ran out, in Python, in torch on a GPU or in torch on a CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -102,7 +96,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
-    """The faults that the looks raise, in order."""
+    """The errors that these functions raise, in order."""
     found = []
     for look in looks:
         try:
@@ -113,7 +107,7 @@ def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
 
 
 def raise_all(faults: list[GblmError]) -> None:
-    """Raise the faults, if there are any: one as it is, several as one error of their kind, or else a UsageError."""
+    """Raise the faults, if any: one as it is, several as one error (a UsageError if their kinds differ)."""
     different = list({str(fault): fault for fault in faults}.values())
     if len(different) == 1:
         raise different[0]

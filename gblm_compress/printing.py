@@ -1,8 +1,4 @@
-"""Text from outside on terminals and figures: shown, never obeyed.
-
-Names of models, layers, files and data sets come from whoever made them. In here they lose the power to move the
-cursor, to add lines, to be markup or a formula.
-"""
+"""Safe text on terminals and figures: names from outside cannot move the cursor, add lines, or act as markup."""
 
 import textwrap
 import warnings
@@ -17,26 +13,25 @@ from rich.text import Text
 
 
 def printable(text: str) -> str:
-    """One line in which every control, format or undecodable character is an escape, as `repr` writes it."""
+    """One line, with control, format and undecodable characters escaped as `repr` does."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, with the line breaks kept: for messages of several lines."""
+    """As `printable`, with line breaks kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 class PlainConsole(Console):
-    """A console on which a string is what it says, in tables too; colours are for `rich.text.Text` of our own."""
+    """A console that prints strings without markup; only `rich.text.Text` has colours."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As `Console.render_str`, without markup and emoji codes."""
         return super().render_str(printable(text), **options | {"markup": False, "emoji": False, "highlight": False})
 
     def say(self, sentence: str | Text) -> None:
-        """Print a sentence. On a terminal it breaks between words, and a path longer than a line stays in one piece."""
+        """Print a sentence. A terminal breaks it between words, never within a path."""
         text = sentence if isinstance(sentence, Text) else self.render_str(sentence)
         if not self.is_terminal:
             self.print(text, soft_wrap=True)
@@ -48,8 +43,7 @@ class PlainConsole(Console):
             start += len(line)
 
     def show(self, part: Table | Text | str) -> None:
-        """Print a table or a sentence. A table that is too wide is stacked: a line for each row, and below it every
-        other cell with its heading."""
+        """Print a table or a sentence. A table that is too wide becomes lines: a row's first cell, then the others."""
         if not isinstance(part, Table):
             self.say(part)
         elif self.measure(part, options=self.options.update(width=1000)).maximum <= self.width:
@@ -81,7 +75,7 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str | Text]], **optio
 
 @contextmanager
 def plain_figures() -> Iterator[None]:
-    """Have matplotlib draw labels as they are: no formulas between dollar signs, no warnings about missing glyphs."""
+    """Matplotlib draws labels as they are: no formulas, no warnings about missing glyphs."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():

@@ -16,18 +16,17 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """What a stage tells the person who waits. `Progress(quiet=True)` says nothing."""
+    """Messages and bars of a stage on stderr."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = PlainConsole(stderr=True, quiet=quiet)
 
     def say(self, message: str) -> None:
-        """One line, now."""
         self.console.say(message)
 
     def track(self, items: Sequence[T], what: str, unit: str, tokens: int = 0) -> Iterator[T]:
-        """Yield `items` and show how many are done, when the rest will be, the memory, and the rate of `tokens`."""
+        """Yield `items`, and show their progress, the memory, and the rate of `tokens` (the total)."""
         with self.counter(what, unit, len(items), tokens) as advance:
             for item in items:
                 yield item
@@ -35,7 +34,7 @@ class Progress:
 
     @contextmanager
     def counter(self, what: str, unit: str, total: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
-        """A bar that moves by one with every call of the function it yields."""
+        """Yields a function that advances the bar by one."""
         if self.quiet:
             yield lambda: None
             return

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to calibrate and train on where real text is short (arXiv 2305.17888)."""
+"""Text that a model writes itself, for calibration and training (arXiv 2305.17888)."""
 
 import random
 import re
@@ -23,14 +23,14 @@ from gblm_compress.storage.records import write_text
 from gblm_compress.tasks import data_files
 from gblm_compress.tasks.text import load_text
 
-STARTS = (8, 13, 21, 0)  # tokens of a line that the pieces of a batch begin with, in turn
-SHORTEST = 160  # characters of a line that a piece begins with; a shorter one is a heading or a menu
-BETWEEN = "<|endoftext|>"  # stood between the texts that GPT-2, Qwen, SmolLM and many others learnt from
+STARTS = (8, 13, 21, 0)  # tokens of a line that begin the pieces of a batch, in turn
+SHORTEST = 160  # characters of a usable line; a shorter one is a heading or a menu
+BETWEEN = "<|endoftext|>"  # the separator in the training text of GPT-2, Qwen, SmolLM and others
 
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """The outcome; `tokens` are those drawn and those that pieces begin with."""
+    """`tokens` counts the drawn tokens and the given starts."""
 
     file: str
     texts: int
@@ -41,14 +41,13 @@ class GenerateResult:
     peak_memory_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
 
 def generate(
     source: ModelSource, output: Path, settings: GenerateSettings, device: str, progress: Progress, force: bool = False
 ) -> GenerateResult:
-    """Let a causal language model write a .txt file, whole or not at all, with an empty line between two texts."""
+    """Let a causal language model write a .txt file, with an empty line between two texts."""
     began = time.monotonic()
     with outputs.reserved_file(output, ".txt", "text", force):
         errors.raise_all(check(source, settings) + errors.collect([partial(loading.choose_device, device)]))
@@ -64,7 +63,7 @@ def generate(
 
 
 def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
-    """What makes writing impossible, as far as it shows without the weights."""
+    """Faults that show without the weights."""
     if unusable := errors.collect([partial(loading.check_model, source, "write with")]):
         return unusable
     if not (task := loading.task_of(source)).generates:
@@ -75,7 +74,7 @@ def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
 
 
 def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Progress) -> list[list[int]]:
-    """The tokens of all pieces; each piece begins with the token that parts texts, and may hold several texts."""
+    """The tokens of each piece. A piece begins with the separator and may hold several texts."""
     from transformers import GenerationConfig
 
     vocabulary, size = tokenizer.get_vocab(), model.config.get_text_config().vocab_size
@@ -107,7 +106,6 @@ def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Prog
 
 
 def _lines(tokenizer: Any, settings: GenerateSettings) -> list[list[int]]:
-    """The tokens of the lines that pieces begin with; none where they begin from nothing."""
     if settings.starts is None:
         return []
     content = load_text(settings.starts, "calibration", settings.tokens // 4)
@@ -119,6 +117,6 @@ def _lines(tokenizer: Any, settings: GenerateSettings) -> list[list[int]]:
 
 
 def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
-    """The texts of a piece, which its first token parts, without the empty lines that part texts in a file."""
+    """The texts of a piece, split at its first token, without empty lines inside them."""
     texts = tokenizer.decode(tokens).split(tokenizer.convert_ids_to_tokens(tokens[0]))
     return [each for text in texts if (each := re.sub(r"\n\s*\n", "\n", text).strip())]

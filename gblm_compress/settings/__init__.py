@@ -1,7 +1,6 @@
-"""The settings of every stage: one definition each, used by the command line, the recipes and Python alike.
+"""The settings of every stage, for the command line, recipes and Python. Field descriptions are the help texts.
 
-Field descriptions are the text of `--help`, of `gblm-compress schema` and of the recipe reference. Importing this
-package loads no torch.
+Importing this package loads no torch.
 """
 
 from gblm_compress.settings.fields import Panel, Settings

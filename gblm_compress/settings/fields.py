@@ -1,4 +1,4 @@
-"""What fields have in common: the base class, types, limits, and where `--help` lists them."""
+"""The base class of settings, and the types and limits of their fields."""
 
 import difflib
 import re
@@ -14,13 +14,12 @@ from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED
 
 @dataclass(frozen=True)
 class Synonyms:
-    """In the metadata of a field: {what other tools and papers call a value: the value}."""
+    """Metadata of a field: {name in other tools and papers: our value}."""
 
     names: Mapping[str, str]
 
 
 def synonyms_of(registry: Mapping[str, Any]) -> Synonyms:
-    """Those that the entries of a registry have."""
     return Synonyms({name: value for value, entry in registry.items() for name in entry.synonyms})
 
 
@@ -29,8 +28,8 @@ DTYPE_SYNONYMS = Synonyms(
 )
 Dtype = Annotated[Literal["auto", "float32", "float16", "bfloat16"], DTYPE_SYNONYMS]
 FitDtype = Annotated[Literal["auto", "float32", "bfloat16"], DTYPE_SYNONYMS]
-MANY = 10_000_000  # of anything that is counted; what is larger is a mistake, and would end in want of memory
-LEAST_MEMORY = 1_000_000  # bytes; what is smaller lacks its unit
+MANY = 10_000_000  # the most of anything counted; a larger number is a mistake and would exhaust memory
+LEAST_MEMORY = 1_000_000  # bytes; a smaller number lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
 MOST_TOKENS = 10**13
 COUNT = r"^[0-9]{1,12}(\.[0-9]{1,9})? ?[kKmMbB]?$"
@@ -67,7 +66,7 @@ if TYPE_CHECKING:  # a type checker cannot read a type that is made
 else:
     Tokens, TokensOrNone = _tokens(1), _tokens(0)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-# The rule of N < M is no matter of a regular expression: `Pattern` checks all of it, for the settings too.
+# `Pattern` also checks N < M, which this expression cannot.
 PatternName = Annotated[
     str,
     Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
@@ -82,7 +81,7 @@ Memory = Annotated[
 
 
 class Panel(Enum):
-    """Where `--help` lists the option of a field; Common where the field names none."""
+    """The section of `--help` that lists a field; Common if it names none."""
 
     COMMON = "Common"
     METHOD = "Method"
@@ -92,13 +91,13 @@ class Panel(Enum):
 
 
 class Settings(BaseModel):
-    """Frozen, and strict about keys: a misspelt one is an error, never ignored."""
+    """Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def allowed(settings: type[BaseModel], field: str) -> tuple[str, ...]:
-    """The values that a field may have, where they are named: those of a Literal, alone or in a sequence."""
+    """The values of a field that is a Literal, or a sequence of one."""
     return _texts(settings.model_fields[field].annotation) if field in settings.model_fields else ()
 
 
@@ -109,14 +108,14 @@ def _texts(annotation: Any) -> tuple[str, ...]:
 
 
 def meant(given: str, settings: type[BaseModel], field: str) -> str | None:
-    """The value of a field that a user meant by an unknown one: a synonym's, or the one that is spelt most alike."""
+    """The value that a user probably meant: by synonym or by spelling."""
     metadata = settings.model_fields[field].metadata if field in settings.model_fields else []
     synonyms = next((entry for entry in metadata if isinstance(entry, Synonyms)), Synonyms({}))
     return closest(given, allowed(settings, field), synonyms)
 
 
 def closest(given: str, values: tuple[str, ...], synonyms: Synonyms) -> str | None:
-    """The value whose name or synonym is spelt most like this one; None where none is like it."""
+    """The value with the closest name or synonym; None if none is close."""
 
     def plain(name: str) -> str:
         return "".join(letter for letter in name.lower() if letter.isalnum() or letter == "+")

@@ -65,14 +65,14 @@ GATES: dict[str, Gate] = {
     "min_decode_speedup": Gate("Least TPOT of dense over TPOT.", "benchmark"),
     "min_prefill_speedup": Gate("Least TTFT of dense over TTFT.", "benchmark"),
 }
-"""The gates of a recipe: each is called after the figure that it limits (`runs.rows`), with `max_` or `min_` before."""
+"""{`max_` or `min_` and a figure of `runs.rows`: its gate}"""
 
 
 class _Gates(Settings):
-    """What must hold for the run to succeed; an unset gate is not checked. Where a figure has an interval, its worse
-    end must reach the limit: the 90th percentile of a time, the lower end of a speed-up or an accuracy. A gate on
-    quality is on every artefact that is evaluated. One on bytes, memory or speed is on the best artefact, at every
-    batch size; a speed-up must then be significant.
+    """Limits that a run must meet; an unset gate is not checked. If a figure has an interval, its worse end must meet
+    the limit: the 90th percentile of a time, the lower end of a speed-up or an accuracy. Gates on quality apply to
+    every evaluated artefact. Gates on bytes, memory or speed apply to the best artefact, at every batch size; a
+    speed-up must then be significant.
     """
 
     artefact: str | None = Field(
@@ -97,7 +97,7 @@ else:
 
 
 class CompareSettings(Settings):
-    """A grid of methods, patterns and seeds, all calibrated and evaluated alike."""
+    """A grid of methods, patterns and seeds, with the same calibration and evaluation."""
 
     methods: tuple[str, ...] = Field(
         ("paper", "sparsegpt", "gblm", "wanda", "obs"),

@@ -1,4 +1,4 @@
-"""The settings of the stages beside pruning and recovery."""
+"""Settings of the stages other than pruning and recovery."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a type checker cannot read a registry
 else:
     FormatName = Literal[*FORMATS]
 WRITTEN = "written"
-"""The name in a recipe of the text that `generate` writes."""
+"""The name of the text that `generate` writes, in a recipe."""
 RuntimeName = Literal["torch", "vllm", "onnxruntime", "genai"]
 RUNTIME_SYNONYMS = Synonyms(
     {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"}
@@ -34,7 +34,7 @@ RUNTIME_SYNONYMS = Synonyms(
 
 
 class ComputeSettings(Settings):
-    """How to compute with a model."""
+    """Dtype and device."""
 
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
@@ -45,7 +45,7 @@ class ComputeSettings(Settings):
 
 
 class ModelSettings(ComputeSettings):
-    """The dense model, and how to compute with it."""
+    """The dense model, with dtype and device."""
 
     source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
 
@@ -68,7 +68,7 @@ class CalibrationSettings(Settings):
 
 
 class ResourceSettings(Settings):
-    """What pruning may use; none of it changes the result."""
+    """Memory for pruning; does not change the result."""
 
     memory: Annotated[Memory | None, Panel.RESOURCES] = Field(
         None,
@@ -81,7 +81,7 @@ class ResourceSettings(Settings):
 
 
 class GenerateSettings(Settings):
-    """How a model writes text to calibrate and train on."""
+    """How a model writes text for calibration and training."""
 
     tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
     starts: str | None = Field(
@@ -128,13 +128,13 @@ class ExportSettings(Settings):
 
     @property
     def folder_name(self) -> str:
-        """What the folder of the export is called in a run."""
+        """The name of the export's folder in a run."""
         options = (name if value is True else f"{name}-{value}" for name, value in self.own.items())
         return "-".join([self.format, *options, *([] if self.dtype == "auto" else [self.dtype])])
 
     @property
     def own(self) -> dict[str, Any]:
-        """The options beside the dtype that differ from their defaults; not all formats read them."""
+        """The options other than the dtype that are set; not all formats read them."""
         return self.model_dump(exclude={"format", "dtype"}, exclude_defaults=True)
 
     @model_validator(mode="after")
@@ -158,7 +158,7 @@ class ExportSettings(Settings):
 
 
 class AdviseSettings(Settings):
-    """What advice is asked for."""
+    """What to predict."""
 
     target: Literal["bytes", "latency"] = Field(
         "latency", description="What matters most: bytes of the weights, or latency (time per token)."
