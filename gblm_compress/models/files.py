@@ -1,4 +1,4 @@
-"""Which files of a folder make a model, and whether they are safe to read. Loads neither torch nor transformers.
+"""Which files of a folder make a model, and whether they are safe to read. Loads no torch, transformers or pydantic.
 
 Only the weights that transformers would read count: those that `config.json` names, else `model.safetensors`, else
 those in `model.safetensors.index.json`.
@@ -8,13 +8,15 @@ import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
+from typing import TYPE_CHECKING, Annotated, Any
 
 from gblm_compress.errors import ModelError, UsageError, first_line
 from gblm_compress.storage.records import read_json
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,35 +57,39 @@ def _no_repository(implementation: str | dict[str, str]) -> str | dict[str, str]
     return implementation
 
 
-_Number = Annotated[int, Field(ge=1, le=2**31)]
-_Count = Annotated[int, Field(ge=0, le=2**31)]
-_Attention = Annotated[str | dict[str, str], AfterValidator(_no_repository)]
-_KEYS: dict[str, Any] = {
-    "own_attn_implementation": (_Attention | None, Field(None, alias="_attn_implementation")),
-    "attn_implementation": (_Attention | None, None),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict[str, JsonValue] | None, None)),
-    **dict.fromkeys((*LAYERS, *WIDTHS, *POSITIONS, "vocab_size"), (_Number | None, None)),
-    **dict.fromkeys((*HEADS, "intermediate_size"), (_Number | list[_Number] | None, None)),
-    **dict.fromkeys(EXPERTS, (_Count | list[_Count] | None, None)),
-}
-_Decoder: Any = create_model(
-    "_Decoder", __config__=ConfigDict(extra="allow", strict=True, protected_namespaces=()), **_KEYS
-)
-"""Keys at the top of config.json, or in its `text_config`. transformers checks all others."""
+@cache
+def _config_keys() -> type["BaseModel"]:
+    from pydantic import AfterValidator, ConfigDict, Field, JsonValue, create_model
+
+    number: Any = Annotated[int, Field(ge=1, le=2**31)]
+    count: Any = Annotated[int, Field(ge=0, le=2**31)]
+    attention = Annotated[str | dict[str, str], AfterValidator(_no_repository)]
+    of_decoders: dict[str, Any] = {
+        "own_attn_implementation": (attention | None, Field(None, alias="_attn_implementation")),
+        "attn_implementation": (attention | None, None),
+        **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict[str, JsonValue] | None, None)),
+        **dict.fromkeys((*LAYERS, *WIDTHS, *POSITIONS, "vocab_size"), (number | None, None)),
+        **dict.fromkeys((*HEADS, "intermediate_size"), (number | list[number] | None, None)),
+        **dict.fromkeys(EXPERTS, (count | list[count] | None, None)),
+    }
+    checked = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+    # A decoder's keys are at the top of config.json, or in its `text_config`. transformers checks all others.
+    decoder: Any = create_model("_Decoder", __config__=checked, **of_decoders)
+    of_all: dict[str, Any] = {
+        "model_type": (str, ...),
+        "architectures": (list[str] | None, None),
+        **dict.fromkeys(("dtype", "torch_dtype", "transformers_weights"), (str | None, None)),
+        "text_config": (decoder | None, None),
+        "quantization_config": (dict[str, JsonValue] | None, None),
+    }
+    keys: type[BaseModel] = create_model("_ConfigKeys", __base__=decoder, **of_all)
+    return keys
 
 
-class _ConfigKeys(_Decoder):
-    model_type: str
-    architectures: list[str] | None = None
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    text_config: _Decoder | None = None
-    quantization_config: dict[str, JsonValue] | None = None
-    transformers_weights: str | None = None
-
-
-def read_checked(path: Path, keys: type[BaseModel], missing: str) -> dict[str, Any]:
+def read_checked(path: Path, keys: type["BaseModel"], missing: str) -> dict[str, Any]:
     """The content of a JSON file, checked against `keys`; `ModelError` with the message `missing` if there is none."""
+    from pydantic import ValidationError
+
     try:
         content: dict[str, Any] = read_json(path)
         keys.model_validate(content)
@@ -105,7 +111,7 @@ def read_checked(path: Path, keys: type[BaseModel], missing: str) -> dict[str, A
 
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    content = read_checked(path, _ConfigKeys, f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model")
+    content = read_checked(path, _config_keys(), f"{str(folder)!r} has no {CONFIG}, so it is no Hugging Face model")
     for name in ("dtype", "torch_dtype"):
         if content.get(name) not in (None, *_FLOATS):
             raise ModelError(
