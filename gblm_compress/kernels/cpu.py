@@ -1,7 +1,6 @@
-"""The CPU kernels: the compiled library, its paths, the threads it borrows, and packed weights as it reads them.
+"""The CPU kernels: the compiled library, its paths, torch's threads, and packed weights as the library reads them.
 
-The library is plain C, built with the package. Without a compiler it is missing, and `available()` is False.
-`GBLM_COMPRESS_KERNEL` forces a path (portable, neon, avx2, vnni, avx512, amx).
+The library is plain C. An installation without a compiler has none. `GBLM_COMPRESS_KERNEL` forces one of `PATHS`.
 """
 
 import ctypes
@@ -22,8 +21,7 @@ from gblm_compress.kernels.masks import WORD
 PATHS = ("portable", "neon", "avx2", "vnni", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The library's numbers for what is not quantised."""
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the library's numbers
 _LIBRARY = "_bitmask"
 
 
@@ -34,7 +32,7 @@ def library_file() -> Path | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, joined to torch's threads; None where the package was installed without a compiler."""
+    """The compiled kernels on torch's threads; None where the package was installed without a compiler."""
     found = library_file()
     if found is None:
         return None
@@ -52,16 +50,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether the compiled kernels are there."""
     return library() is not None
 
 
 def onnxruntime_library() -> Path:
-    """The library with the operator `gblm.BitmaskLinear`, for `SessionOptions.register_custom_ops_library`.
-
-    Raises:
-        MissingDependencyError: it was compiled without ONNX Runtime's C header, or not at all.
-    """
+    """The file for `SessionOptions.register_custom_ops_library`; MissingDependencyError where it was not compiled."""
     found = library_file()
     if found is None or not hasattr(ctypes.CDLL(str(found)), "RegisterCustomOps"):
         raise MissingDependencyError(
@@ -86,7 +79,7 @@ def paths(dtype: torch.dtype) -> tuple[str, ...]:
 
 @cache
 def path(dtype: torch.dtype) -> str:
-    """The path that runs: the best one, or the one that `GBLM_COMPRESS_KERNEL` forces, UsageError if there is none."""
+    """The best path, or the one that `GBLM_COMPRESS_KERNEL` forces; UsageError where the CPU lacks that."""
     forced = os.environ.get(PATH_VARIABLE)
     if forced is None:
         return paths(dtype)[-1]
@@ -108,7 +101,7 @@ _buffers = threading.local()
 
 
 def scratch(size: int) -> Tensor:
-    """That many bytes of memory, kept for this thread's next call: fresh pages would cost more than what is written."""
+    """That many bytes, kept for this thread's next call: fresh pages would cost more than the writes."""
     held: Tensor | None = getattr(_buffers, "bytes", None)
     if held is None or held.numel() < size:
         held = _buffers.bytes = torch.empty(size, dtype=torch.uint8)
@@ -117,20 +110,13 @@ def scratch(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Bitmask:
-    """A weight [rows, columns] in the bitmask layout, see job.h. The layout's `check` must have passed it.
+    """A weight [rows, columns] in the bitmask layout, see job.h. Only for tensors that passed the layout's `check`."""
 
-    Attributes:
-        mask: [rows, words], int64.
-        values: [nonzeros + padding].
-        starts: `row_starts` of the mask.
-        tried: numbers of tokens for which `linear` is timed against expanded tiles.
-    """
-
-    mask: Tensor
-    values: Tensor
-    starts: Tensor
+    mask: Tensor  # [rows, words], int64
+    values: Tensor  # [nonzeros + padding]
+    starts: Tensor  # `row_starts` of the mask
     columns: int
-    tried = tuple(range(FEW_TOKENS, 0, -1))
+    tried = tuple(range(FEW_TOKENS, 0, -1))  # numbers of tokens for which `linear` is timed against expanded tiles
 
     @property
     def rows(self) -> int:
@@ -142,23 +128,18 @@ class Bitmask:
 
     @property
     def sample(self) -> "Bitmask":
-        """As much of the weight as is timed."""
+        """The part of the weight that is timed."""
         return self
 
     @property
     def has_many(self) -> bool:
-        """Whether there is a kernel for more than `FEW_TOKENS` tokens."""
         return has_many(self.values.dtype, self.path)
 
     def linear(self, x: Tensor, kernel: str | None = None, *, many: bool = False) -> Tensor:
         """x Wᵀ, accumulated in float32: [tokens, rows] in the dtype of x [tokens, columns].
 
-        Args:
-            kernel: one of `paths`; the best one if unset.
-            many: the kernel for many tokens, where `has_many`; otherwise the one for 1 to 8.
-
-        Raises:
-            ValueError: x is no such tensor, or there is no such kernel for so many tokens.
+        `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else that for 1 to 8.
+        ValueError where x does not fit, or there is no such kernel.
         """
         kernels, (tokens, columns), (rows, words) = _library(), x.shape, self.mask.shape
         if not x.is_cpu or x.dtype != self.values.dtype or columns != self.columns:
@@ -180,11 +161,7 @@ class Bitmask:
         return y
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
-        """Rows `first` … `first + len(out)`, dense, written into `out` [count, columns].
-
-        Raises:
-            ValueError: the weight has no such rows, or `out` is no such tensor.
-        """
+        """Write rows from `first` on, dense, into `out` [count, columns]; ValueError where they do not fit."""
         _check_out(self, first, out, (self.values.dtype,))
         tensors = _at(self.mask, self.values, self.starts, out)
         sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
@@ -195,29 +172,21 @@ class Bitmask:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight [rows, columns] as levels of 8 or 4 bits, see quantised.h. The layout's `check` must have passed it.
+    """A weight [rows, columns] as levels of 8 or 4 bits, see quantised.h; for tensors that passed the layout's `check`.
 
-    Attributes:
-        values: int8 levels, or uint8 with two places in `levels` a byte; with a mask those of its bits in order,
-            without one those of all weights, [rows, words·64].
-        scales: [rows, groups], the bits of float16 as int16.
-        sums: of a row: Σ scale · level, or Σ level where the row has one scale.
-        group: columns that share a scale; 0 where all of a row do.
-        mask, starts: [rows, words] int64, and the byte at which each row begins; None where all weights are stored, and
-            with patterns.
-        levels: [1, 16] or [rows, 16] in int8; None where values are levels.
-        patterns: [rows, words·6] in uint8, see `masks`; None where the weight is not 2:4.
+    `values` are int8 levels, or uint8 with two places in `levels` to a byte: for the bits of a mask in order, or for
+    all weights, [rows, words·64].
     """
 
     values: Tensor
-    scales: Tensor
-    sums: Tensor
+    scales: Tensor  # [rows, groups], the bits of float16 as int16
+    sums: Tensor  # [rows], see `values.row_sums`
     columns: int
-    group: int
-    mask: Tensor | None = None
-    starts: Tensor | None = None
-    levels: Tensor | None = None
-    patterns: Tensor | None = None
+    group: int  # columns that share a scale; 0: all of a row
+    mask: Tensor | None = None  # [rows, words] in int64
+    starts: Tensor | None = None  # with a mask: the byte at which each row begins
+    levels: Tensor | None = None  # [1, 16] or [rows, 16] in int8; None where values are levels
+    patterns: Tensor | None = None  # [rows, words·6] in uint8, see `masks`, for 2:4
     tried = (256, 64, 16, 8, 4, 2, 1)
     has_many = False
 
@@ -234,9 +203,7 @@ class Quantised:
         return replace(self, scales=self.scales[:1024], sums=self.sums[:1024])
 
     def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
-        """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with one scale for each token, the
-        rest is exact or in float32.
-        """
+        """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with a scale for each token."""
         kernels, kernel, tokens = _library(), kernel or self.path, len(x)
         if not x.is_cpu or x.dtype not in DTYPES or x.shape[1] != self.columns:
             raise ValueError(f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight has {self.columns}")
@@ -288,7 +255,6 @@ def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:
 
 @cache
 def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
-    """The library's numbers for a dtype and a path."""
     return DTYPES[dtype], PATHS.index(kernel or path(dtype))
 
 
@@ -302,9 +268,9 @@ _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 def _openmp_of_torch() -> tuple[int | None, ...]:
-    """The entry points `_OPENMP` of the runtime that torch runs on; Nones where it has none: one thread then.
+    """The entry points `_OPENMP` of torch's runtime; Nones, which mean one thread, where it has none.
 
-    A runtime that was loaded before all else (LD_PRELOAD, as servers do) replaces the one that torch brings.
+    A preloaded runtime (LD_PRELOAD, as servers do) replaces the one that torch brings.
     """
     candidates: list[str | None] = []
     maps = Path("/proc/self/maps")

@@ -1,7 +1,7 @@
 """Products with packed weights on a GPU: few tokens in 16 bit, reading only packed bytes.
 
-`gpu_programs` has the Triton code; here a product is cut into programs. With a mask the running sum of the bits tells
-where each value lies. `block_starts` tells where those of each block begin, so that blocks need not wait.
+`gpu_programs` has the Triton code; here a product is cut into programs. With a mask the running sum of the bits gives
+the place of each value, and `block_starts` the first place of each block.
 """
 
 from typing import Any, NamedTuple
@@ -20,20 +20,13 @@ SUMMED_AT_ONCE = 1024  # outputs whose partial sums one program adds up
 
 
 class Tiling(NamedTuple):
-    """How a product is cut into programs.
+    """How a product is cut into programs."""
 
-    Attributes:
-        rows, columns: of the weight's block that a program restores at a time.
-        warps: that share the block.
-        tensor_cores: whether they multiply, else ordinary arithmetic units.
-        programs: the columns are shared by several programs until about so many run.
-    """
-
-    rows: int
+    rows: int  # of the block that a program restores at a time
     columns: int
-    warps: int
-    tensor_cores: bool
-    programs: int
+    warps: int  # that share the block
+    tensor_cores: bool  # else ordinary arithmetic units
+    programs: int  # several programs share the columns until about so many run
 
 
 _TWO_OF_FOUR = (
@@ -57,38 +50,23 @@ _MASK = (
 )
 
 
-TILINGS = {"mask": _MASK, "two of four": _TWO_OF_FOUR, "all": _TWO_OF_FOUR}
-"""{which weights are stored: the tilings to be tried}."""
+TILINGS = {"mask": _MASK, "two of four": _TWO_OF_FOUR, "all": _TWO_OF_FOUR}  # {stored weights: tilings to try}
 
 
 class Packed(NamedTuple):
-    """A packed weight as the kernels read it.
+    """A packed weight as the kernels read it."""
 
-    Attributes:
-        layout: its name, for people and for measurements that are kept.
-        stored: which weights are: of `TILINGS`.
-        width: bits of a stored weight.
-        values: as the layout stores them; in 16 bits float16 or bfloat16.
-        places: mask [rows, words] in int64, positions or patterns [rows, bytes] in uint8; unread where all are stored.
-        starts: `block_starts` of a mask; not read without one.
-        shape: (rows, columns).
-        dtype: of x, and of restored weights.
-        scales: [rows, groups], the bits of float16 as int16; None for 16 bits.
-        levels: the table of int4 [1 or rows, 16] in int8; None for int8.
-        group: columns that share a scale; 0 where all of a row do.
-    """
-
-    layout: str
-    stored: str
-    width: int
-    values: Tensor
-    places: Tensor
-    starts: Tensor
+    layout: str  # its name, for people and for measurements that are kept
+    stored: str  # a key of `TILINGS`
+    width: int  # bits of a stored weight
+    values: Tensor  # as the layout stores them; in 16 bits float16 or bfloat16
+    places: Tensor  # mask [rows, words] in int64, positions or patterns [rows, bytes] in uint8, or unread
+    starts: Tensor  # `block_starts` of a mask; unread without one
     shape: tuple[int, int]
-    dtype: torch.dtype
-    scales: Tensor | None = None
-    levels: Tensor | None = None
-    group: int = 0
+    dtype: torch.dtype  # of x, and of restored weights
+    scales: Tensor | None = None  # [rows, groups], the bits of float16 as int16; None for 16 bits
+    levels: Tensor | None = None  # the table of int4 [1 or rows, 16] in int8; None for int8
+    group: int = 0  # columns that share a scale; 0: all of a row
 
     @property
     def nbytes(self) -> int:
@@ -98,14 +76,9 @@ class Packed(NamedTuple):
 
 
 def block_starts(mask: Tensor, whole_bytes: bool = False) -> Tensor:
-    """Where the values of every `GRAIN` columns of a row begin.
+    """Where the values of every `GRAIN` columns begin, [rows, ceil(words · 64 / GRAIN)] in int32.
 
-    Args:
-        mask: [rows, words], int64.
-        whole_bytes: values are halves of bytes, and those of each word begin with a byte.
-
-    Returns:
-        [rows, ceil(words / (GRAIN / 64))], int32.
+    The mask is [rows, words] in int64. With `whole_bytes`, values are half bytes, and each word begins a new byte.
     """
     counts = row_counts(mask.reshape(-1, 1))
     if whole_bytes:
@@ -115,21 +88,15 @@ def block_starts(mask: Tensor, whole_bytes: bool = False) -> Tensor:
 
 
 def tilings(stored: str, tokens: int) -> list[Tiling]:
-    """The tilings that take so many tokens."""
     if tokens > MAX_TOKENS:
         return []
     return [tiling for tiling in TILINGS[stored] if tokens <= 2 or tiling.tensor_cores]
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """x Wᵀ + b, accumulated in float32 and rounded once.
+    """x Wᵀ + b [tokens, rows], accumulated in float32 and rounded once, for x [tokens, columns] in the weight's dtype.
 
-    Args:
-        x: [tokens, columns], 1 to `MAX_TOKENS` tokens, in the dtype of the values.
-        tiling: one that takes so many tokens.
-
-    Returns:
-        [tokens, rows] in the dtype of x.
+    `tiling` is one of `tilings` for so many tokens.
     """
     tokens, (rows, columns) = x.shape[0], weight.shape
     blocks, programs = triton.cdiv(columns, tiling.columns), triton.cdiv(rows, tiling.rows)
@@ -166,9 +133,7 @@ def expand(weight: Packed) -> Tensor:
 
 
 def _pointers(weight: Packed) -> tuple[Tensor, ...]:
-    """Values, places, starts, scales and levels as the kernels read them: of 2:4 two values at once, the mask by words
-    of 32 bits. What is not read is some tensor.
-    """
+    """Values (two at once for 2:4), places (a mask by words of 32 bits), starts, scales, levels; any if unread."""
     values, places = weight.values, weight.places
     if weight.stored == "mask":
         places = places.view(torch.int32)

@@ -1,8 +1,8 @@
 """The GPU kernels of the packed layouts, in Triton; `gpu` starts them.
 
-A program computes some output rows over a share of the columns: it reads a block of the packed weight, restores it in
-registers, and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens and on tensor cores for
-more. Where rows are few the columns are shared by several programs, whose partial sums are added up in a fixed order.
+A program computes some output rows over a share of the columns: it restores a block of the packed weight in registers
+and multiplies it by the inputs, on ordinary arithmetic units for one or two tokens, else on tensor cores. Where rows
+are few, several programs share the columns, and their partial sums are added in a fixed order.
 
 `tensors` are values, places, starts, scales, levels; `sizes` are rows, columns, and the strides of the last four.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 def _two_of_four(  # type: ignore[no-untyped-def]
     places, line, group, inside, width, WIDTH: tl.constexpr
 ):
-    """Where in every four columns the two stored weights stand, of positions or, in 8 and 4 bits, of patterns."""
+    """The two stored places in every four columns, from positions or, in 8 and 4 bits, from patterns."""
     if WIDTH == 16:
         two_groups = tl.load(places + line * width + group[None, :] // 2, mask=inside, other=0).to(tl.int32)
         nibble = two_groups >> (group % 2 * 4)[None, :]
@@ -35,7 +35,7 @@ def _two_of_four(  # type: ignore[no-untyped-def]
 def _sparse24_block(  # type: ignore[no-untyped-def]
     tensors, sizes, row, first_column, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A block [ROWS, COLUMNS] in int32, of levels or the bits of 16: each column has one of two values, or nothing."""
+    """A block [ROWS, COLUMNS] in int32, of levels or of the bits of 16-bit values."""
     values, places, _, _, levels = tensors
     rows, columns, width, _, _, stride = sizes
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 WORD = 64
 PADDING = 64
-PATTERN_BYTES = WORD // 4 * 3 // 8
-"""Bytes that the patterns of a word take."""
+PATTERN_BYTES = WORD // 4 * 3 // 8  # of a word
 _WITH_PARITY = (0b0000, 0b1001, 0b1010, 0b0011, 0b1100, 0b0101, 0b0110, 0b1111)
 _SHIFTS = tuple(range(0, 24, 3))
 
@@ -37,7 +36,7 @@ def row_starts(mask: Tensor) -> Tensor:
 
 
 def row_counts(mask: Tensor) -> Tensor:
-    """How many bits each row has [rows], int64: neighbouring counts of 1, 2 and 4 bits are added within each word."""
+    """How many bits each row has [rows], int64; counts of 1, 2 and 4 bits are added within each word."""
     words = mask - ((mask >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -60,7 +59,7 @@ def pattern_codes(patterns: Tensor) -> Tensor:
 
 
 def from_patterns(patterns: Tensor) -> Tensor:
-    """The mask [rows, words] in int64 of such patterns."""
+    """The inverse of `to_patterns`."""
     table = torch.tensor(_WITH_PARITY, dtype=torch.uint8, device=patterns.device)
     nibbles = table[pattern_codes(patterns).int()]
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous().view(torch.int64)

@@ -16,35 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is said of a layout before its files are imported.
+    """A layout, before its files are imported."""
 
-    Attributes:
-        mask, values: its kinds, as "module:class"; imported on use.
-        format: what `export --format` calls it.
-        kernels: the devices that have kernels for it; on others the weight is unpacked for every product.
-        pattern: the N:M that a weight must have; any if unset.
-        width: bits of a stored weight; those of the dtype if unset.
-        exact: the layout for a layer that this one would round too much; None where it rounds nothing.
-        tables: the layout for the model's head and embedding; None where these stay as they are.
-    """
-
-    mask: str
+    mask: str  # "module:class", as `values`
     values: str
-    format: str
-    kernels: tuple[str, ...]
-    pattern: str | None = None
-    width: int | None = None
-    exact: str | None = None
-    tables: str | None = None
+    format: str  # its name in `export --format`
+    kernels: tuple[str, ...]  # devices with kernels; others unpack the weight for every product
+    pattern: str | None = None  # the N:M that a weight must have
+    width: int | None = None  # bits of a stored weight; None: those of the dtype
+    exact: str | None = None  # the layout for layers that this one would round too much
+    tables: str | None = None  # the layout of head and embedding; None: they stay dense
 
     @property
     def needs_cuda(self) -> bool:
-        """Whether only CUDA has kernels for it."""
         return self.kernels == ("cuda",)
 
     @property
     def kind(self) -> "Floats":
-        """The kind of values, which has the kind of mask."""
         return _kind(self.mask, self.values)
 
 
@@ -76,11 +64,7 @@ LAYOUTS = {
 
 
 def check_described(layout: object, layers: object) -> None:
-    """Hold what a folder's config.json says of layout and layers against what this version reads.
-
-    Raises:
-        ModelError: it says of none.
-    """
+    """ModelError unless this version reads the layout and layers that a folder's config.json names."""
     if known(layout) is None:
         raise ModelError(
             f"layout {layout!r} is not known; this version reads {', '.join(LAYOUTS)}; a newer gblm-compress may "
@@ -91,5 +75,5 @@ def check_described(layout: object, layers: object) -> None:
 
 
 def known(name: object) -> Layout | None:
-    """The layout of that name, which a file may have damaged; None where there is none."""
+    """The layout of that name; None for any other value, as a damaged file may have."""
     return LAYOUTS.get(name) if isinstance(name, str) else None

@@ -1,7 +1,7 @@
 """Products with packed weights on a CPU: by a kernel that reads packed bytes, or by expanded tiles and a dense product.
 
-Tiles win where there are many tokens and no kernel for them. From how many tokens on is measured once for each shape,
-dtype, thread count and machine, and kept in the cache folder.
+Tiles win for many tokens without a kernel for them. The crossover is measured once for each shape, dtype, thread count
+and machine, and kept in the cache folder.
 """
 
 import time
@@ -16,8 +16,7 @@ from gblm_compress.kernels import cpu
 from gblm_compress.machine import remembered
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
-EVERY = 1 << 40
-"""A crossover: the kernel is the faster one for any number of tokens."""
+EVERY = 1 << 40  # the crossover of a kernel that is faster for any number of tokens
 
 
 def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
@@ -32,14 +31,14 @@ def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int, d
 
 
 def linear_many(x: Tensor, weight: cpu.Weight) -> Tensor:
-    """x Wᵀ for more tokens: on the kernel for them where there is one, else by tiles."""
+    """x Wᵀ by the kernel for many tokens if there is one, else by tiles."""
     if isinstance(weight, cpu.Bitmask) and weight.has_many:
         return weight.linear(x, many=True)
     return linear_by_tiles(x, weight)
 
 
 def linear_by_tiles(x: Tensor, weight: cpu.Weight) -> Tensor:
-    """x Wᵀ for any number of tokens: tiles of rows expanded into one buffer, each multiplied densely."""
+    """x Wᵀ: tiles of rows are expanded into one buffer and multiplied densely."""
     rows, columns = weight.rows, weight.columns
     size = min(rows, max(16, TILE_BYTES // (columns * x.element_size())))
     tile = cpu.scratch(size * columns * x.element_size()).view(x.dtype).view(size, columns)
@@ -48,14 +47,14 @@ def linear_by_tiles(x: Tensor, weight: cpu.Weight) -> Tensor:
 
 
 def kernel(weight: cpu.Weight, layout: str, tokens: int, crossover: int) -> str:
-    """What `linear` runs for so many tokens, in words."""
+    """The name of what `linear` runs for so many tokens."""
     if tokens <= crossover:
         return f"{layout} {weight.path}"
     return f"{layout} {weight.path}, many tokens" if weight.has_many else "expanded tiles and dense GEMM"
 
 
 def crossover(layout: str, weight: cpu.Weight, dtype: torch.dtype) -> int:
-    """The largest number of tokens, of those that are tried, for which the kernel is as fast as `linear_many`."""
+    """The largest number of tokens, among `weight.tried`, for which the kernel is as fast as `linear_many`."""
     group = f"/{weight.group}" if isinstance(weight, cpu.Quantised) else ""
     shape = f"{weight.rows}x{weight.columns}{group} {dtype} {torch.get_num_threads()} {weight.path}"
     tokens = remembered(
@@ -77,7 +76,6 @@ def _machine() -> str:
 
 
 def measure_crossover(weight: cpu.Weight, dtype: torch.dtype) -> int:
-    """As `crossover`, measured now."""
     part = weight.sample
     for tokens in weight.tried:
         x = torch.ones(tokens, weight.columns, dtype=dtype)

@@ -1,9 +1,8 @@
 """Products with packed weights on CUDA: which kernel runs for which number of tokens is measured for each shape.
 
-Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), for 2:4 torch's
-semi-structured kernels (cuSPARSELt with the algorithm that its own search finds, and CUTLASS), and the dense product of
-the weight, unpacked for the call. Each is timed on the device, the L2 cache flushed, for token counts that are powers
-of two; the fastest for each make the plan of a shape, which is kept in the cache folder.
+Candidates are the Triton kernels that read packed bytes (up to 64 tokens, in several tilings), torch's kernels for 2:4
+(cuSPARSELt and CUTLASS), and the dense product of the unpacked weight. Each is timed with a flushed L2 cache, for
+powers of two of tokens. The fastest ones are the plan of a shape, which is kept in the cache folder.
 """
 
 import warnings
@@ -35,10 +34,8 @@ _HEAD_START = 10_000_000  # clock cycles that the device waits while the host qu
 
 
 class Candidate(NamedTuple):
-    """A kernel, and its variant: the fields of a `Tiling`, or the number of a cuSPARSELt algorithm."""
-
     kernel: str  # "triton", "cusparselt", "cutlass" or "dense"
-    variant: tuple[int, ...] = ()
+    variant: tuple[int, ...] = ()  # the fields of a `Tiling`, or the number of a cuSPARSELt algorithm
 
     def __str__(self) -> str:
         return ":".join((self.kernel, ",".join(str(int(part)) for part in self.variant))).rstrip(":")
@@ -48,14 +45,14 @@ DENSE = Candidate("dense")
 
 
 class Operands(NamedTuple):
-    """What torch's kernels need beside a sparse24 weight; empty where none is needed."""
+    """What torch's kernels need beside a sparse24 weight; empty tensors where they need nothing."""
 
     cusparselt: Tensor  # the weight in cuSPARSELt's own format, 9/16 of the dense bytes once more
     cutlass: Tensor  # the positions in CUTLASS's order, 1/16 of the dense bytes; the values are shared
 
 
 def plan(weight: Packed) -> str:
-    """The fastest candidate for each of `TOKENS`, as words; measured once for a shape, dtype and machine."""
+    """The fastest candidate for each of `TOKENS`, separated by spaces; measured once for a shape, dtype and machine."""
     rows, columns = weight.shape
     device = weight.values.device
     machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
@@ -65,7 +62,7 @@ def plan(weight: Packed) -> str:
 
 
 def is_plan(words: Any, weight: Packed) -> bool:
-    """Whether these can be a plan for that weight: for each of `TOKENS` a candidate that could have been measured."""
+    """Whether these words have, for each of `TOKENS`, a candidate that can run for that weight."""
     try:
         chosen = candidates(words) if isinstance(words, str) and words else ()
     except ValueError:  # of what is no number
@@ -92,12 +89,12 @@ def _fits_torch(weight: Packed, tokens: int) -> bool:
 
 @cache
 def candidates(plan: str) -> tuple[Candidate, ...]:
-    """The words of a plan; without one, dense throughout."""
+    """The candidates of a plan; all dense for an empty one."""
     return tuple(_candidate(word) for word in plan.split()) if plan else (DENSE,) * len(TOKENS)
 
 
 def choose(plan: str, tokens: int) -> Candidate:
-    """The candidate for that many tokens: the fastest for the next power of two."""
+    """The candidate for the next power of two of tokens."""
     return candidates(plan)[min((tokens - 1).bit_length(), len(TOKENS) - 1)]
 
 
@@ -144,7 +141,7 @@ def run(
 
 
 def operands(weight: Packed, kernels: set[str]) -> Operands:
-    """What the named kernels need; RuntimeError where they do not take the shape, dtype or device."""
+    """The operands of the named kernels; RuntimeError where they do not take the shape, dtype or device."""
     cusparselt = cutlass = weight.values.new_empty(0)
     with torch.cuda.device_of(weight.values):  # type: ignore[no-untyped-call]
         if "cusparselt" in kernels:
@@ -157,10 +154,7 @@ def operands(weight: Packed, kernels: set[str]) -> Operands:
 
 
 def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The positions of sparse24 [rows, columns / 8] as CUTLASS reads them, [rows, columns / 16] in int16.
-
-    They are the same bits, by tiles. Rows are a multiple of 32 and columns of 64.
-    """
+    """The positions of sparse24 [rows, columns / 8] in CUTLASS's order of tiles, [rows, columns / 16] in int16."""
     rows, columns = shape
     if needed := _needed_by_cutlass(shape):
         raise RuntimeError(f"a weight of {rows}×{columns}: CUTLASS needs {needed}")
@@ -172,7 +166,6 @@ def cutlass_operand(positions: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _needed_by_cutlass(shape: tuple[int, int]) -> str:
-    """The multiples that CUTLASS needs where it does not take a shape; else empty."""
     limits = SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
     multiples = limits.sparse_min_rows, limits.sparse_min_cols
     taken = not any(size % multiple for size, multiple in zip(shape, multiples, strict=True))
@@ -187,12 +180,11 @@ def _measured_plan(weight: Packed) -> str:
 
 
 def fastest(times: dict[Candidate, float]) -> Candidate:
-    """The candidate with the least time, where cuSPARSELt must be worth its copy of the weight."""
     return min(times, key=lambda one: times[one] * (WORTH_A_COPY if one.kernel == "cusparselt" else 1.0))
 
 
 def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[str, str]]:
-    """Milliseconds of every candidate for that many tokens, and of those that do not run, why."""
+    """Milliseconds of every candidate for that many tokens, and why others were excluded."""
     generator = torch.Generator(weight.values.device).manual_seed(0)
     x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.values.device).to(weight.dtype)
     expected = torch.nn.functional.linear(x, gpu.expand(weight))
@@ -217,7 +209,6 @@ def measure(weight: Packed, tokens: int) -> tuple[dict[Candidate, float], dict[s
 
 
 def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[], Tensor]]:
-    """The candidates of one kernel that take so many tokens, ready to call."""
     needed: Operands | None = None
     found = [DENSE] if kernel == "dense" else []
     if kernel == "triton":
@@ -231,7 +222,7 @@ def _calls(kernel: str, weight: Packed, x: Tensor) -> dict[Candidate, Callable[[
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:
-    """Median device time of a call whose operands come from memory: the L2 cache is flushed before each."""
+    """Median device time of a call, with the L2 cache flushed before each."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     event = partial(torch.cuda.Event, enable_timing=True)
     spans = [(event(), event()) for _ in range(REPEATS)]

@@ -1,6 +1,6 @@
-"""Kinds of masks: how a layout stores which weights it holds. The values of those weights lie in order of the columns.
+"""Kinds of masks: how a layout stores which weights it holds. Values lie in order of the columns.
 
-All but `Whole` have a buffer, and pass through one form: words of 64 bits, see `kernels.masks`.
+All but `Whole` have a buffer, and convert to words of 64 bits, see `kernels.masks`.
 """
 
 from collections.abc import Sequence
@@ -20,38 +20,25 @@ Shape = Sequence[int]  # (rows, columns) of a weight
 
 
 class Mask:
-    """A kind of mask.
-
-    Attributes:
-        name: of its buffer; None where all weights are stored.
-        dtype: of its buffer.
-        stored: what the GPU's kernels call it, of `gpu.TILINGS`.
-        fills: whether groups with fewer nonzeros are filled up with zeros, so that the shape alone gives the size.
-    """
-
-    name: str | None
-    dtype = torch.uint8
-    stored: str
-    fills = False
+    name: str | None  # of the buffer; None where all weights are stored
+    dtype = torch.uint8  # of the buffer
+    stored: str  # a key of `gpu.TILINGS`
+    fills = False  # whether groups with fewer nonzeros store zeros, so that the shape alone gives the size
 
     def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        """The shape of the buffer; ModelError where rows of that length have no such mask."""
+        """The shape of the buffer; ModelError where rows cannot have that length."""
         raise NotImplementedError
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
-        """The shape of the values, where those that are stored take `count` elements."""
+        """The shape of `count` stored values."""
         return (count + PADDING,)
 
     def bits(self, width: int) -> tuple[int, int]:
-        """Bits of every weight, and bits more of every nonzero, where a stored one has `width`."""
+        """Bits of every weight, and more bits of every nonzero, for stored weights of `width` bits."""
         raise NotImplementedError
 
     def choose(self, weight: Tensor) -> Tensor:
-        """Which weights are stored, as booleans; UsageError where the mask cannot be stored so.
-
-        Args:
-            weight: [rows, columns] in floats, or booleans of those that must be stored.
-        """
+        """Which of [rows, columns] weights, or booleans, are stored; UsageError where the kind has no such mask."""
         raise NotImplementedError
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
@@ -63,12 +50,12 @@ class Mask:
         return buffer
 
     def hold(self, values: Tensor, shape: Shape) -> Tensor:
-        """Values [stored] as they lie in the layer: kernels load whole vectors past the end."""
+        """Values [stored], padded because kernels load whole vectors past the end."""
         made = self.values_shape(shape, len(values))
         return torch.nn.functional.pad(values, (0, PADDING)) if len(made) == 1 else values.reshape(made)
 
     def flat(self, values: Tensor) -> Tensor:
-        """The values [stored] of those of a layer."""
+        """The values [stored] without their padding."""
         return values[: len(values) - PADDING] if values.dim() == 1 else values.reshape(-1)
 
     def spread(self, buffer: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -77,7 +64,7 @@ class Mask:
         return values.new_zeros(alive.shape).masked_scatter_(alive, values)
 
     def cut(self, buffer: Tensor, values: Tensor, shape: Shape, rows: range, columns: range) -> tuple[Tensor, Tensor]:
-        """Buffer and values [stored] of some rows and columns, each without gaps; UsageError where that cannot be."""
+        """Buffer and values [stored] of ranges of rows and columns; UsageError where the kind cannot be cut there."""
         mask = self.to_words(buffer)
         counts = row_counts(mask)
         first = int(counts[: rows.start].sum())
@@ -92,11 +79,11 @@ class Mask:
         return self.from_words(mask.clone(), len(columns)), values.clone()
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
-        """Raises ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
+        """ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
         check_tensor(self.name or "", buffer, (self.dtype,), self.buffer_shape(shape))
 
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
-        """Raises ModelError, beginning with "values", where they are no values of that mask."""
+        """ModelError, beginning with "values", where the mask has no such values."""
         needed = self.values_shape(shape, count)
         if len(needed) == 1 and values.shape != needed:
             raise ModelError(
@@ -137,7 +124,7 @@ class Bitmask(Mask):
 
 
 class _TwoOfFour(Mask):
-    """Two weights of every four columns; groups with fewer nonzeros are filled up at the first free positions."""
+    """Two weights of every four columns; groups with fewer nonzeros store zeros at the first free positions."""
 
     stored = "two of four"
     fills = True
@@ -168,7 +155,7 @@ class _TwoOfFour(Mask):
 
 @cache
 def _bytes_of_positions() -> tuple[int, ...]:
-    """The byte of the mask for every byte of positions; 0 where a group has no two increasing ones."""
+    """The byte of the mask for every byte of positions; 0 where a group's positions do not increase."""
     pairs = {first | second << 2: 1 << first | 1 << second for second in range(4) for first in range(second)}
     return tuple(pairs.get(byte & 15, 0) | pairs.get(byte >> 4, 0) << 4 for byte in range(256))
 
@@ -180,10 +167,7 @@ def _positions_of_bytes() -> tuple[int, ...]:
 
 
 class Positions(_TwoOfFour):
-    """The 2-bit positions of two of four columns, the low one first; a byte has two groups, the first in its low half.
-
-    The two positions are distinct and in order, so that each matrix has one form and no value is lost.
-    """
+    """Two increasing 2-bit positions for every four columns; a byte has two groups, the first in its low half."""
 
     name = "positions"
 

@@ -9,14 +9,11 @@ from gblm_compress.errors import ModelError
 from gblm_compress.methods.zeros import is_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
-MOVES_MUCH = {8: 0.03, 4: 0.25}
-"""{bits of a level: the share of a weight beyond which rounding has moved much of it}."""
+MOVES_MUCH = {8: 0.03, 4: 0.25}  # {bits of a level: the largest share of a weight that rounding may move}
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> None:
-    """Raises:
-    ModelError: the tensor has none of the dtypes, another shape, gaps between its elements, or no finite values.
-    """
+    """ModelError for another dtype or shape, gaps between the elements, or values that are not finite."""
     if tensor.dtype not in dtypes or tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
         given, *needed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
         gaps = "" if tensor.is_contiguous() else ", not contiguous"

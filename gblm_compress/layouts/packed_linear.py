@@ -1,7 +1,6 @@
-"""`PackedLinear`: a linear layer that holds packed weights only, of any layout; `PackedEmbedding` looks up its rows.
+"""`PackedLinear`: a linear layer that holds packed weights only; `PackedEmbedding` looks up its rows.
 
-The product is one operator, registered with torch, so that compilers and CUDA graphs see one call. It depends on
-nothing but its arguments.
+The product is one operator of torch without other state, so that compilers and CUDA graphs see one call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from gblm_compress.layouts.packed import check_tensor
 
 UNPACKED = "dense product of the unpacked weight"
 DERIVED = ("starts", "sums", "cusparselt", "cutlass", "like")
-"""Buffers that `prepare` fills: for masks where values begin, for levels their sums by row, `cuda_linear.Operands`,
-and nothing in the dtype of inputs and outputs. They are empty where the kernels need none, and never saved.
+"""Buffers that `prepare` fills and nothing saves: where values begin, sums of levels by row, `cuda_linear.Operands`,
+and an empty tensor in the dtype of inputs and outputs. They are empty where kernels need none.
 """
 _LIBRARY: Any = torch.library.Library("gblm_compress", "DEF")  # type: ignore[no-untyped-call]
 
@@ -32,12 +31,11 @@ def _held(layout: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 def on_cpu(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], crossover: int, plan: str
 ) -> Tensor:
-    """The operator on a CPU, and without a plan on any device.
+    """The operator on a CPU, and without a plan on any device: x [..., columns] in the dtype of the layer.
 
     Args:
-        x: [..., columns] in the dtype of the layer.
         tensors: the buffers of the layout, then `DERIVED`.
-        crossover: up to how many tokens the CPU's kernel is the fastest; 0 without one.
+        crossover: the most tokens for which the CPU's kernel is the fastest; 0 without a kernel.
         plan: of `cuda_linear`; empty without one.
     """
     kind, held = LAYOUTS[layout].kind, _held(layout, tensors)
@@ -50,7 +48,6 @@ def on_cpu(
 def on_cuda(
     x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, layout: str, shape: list[int], crossover: int, plan: str
 ) -> Tensor:
-    """The operator on CUDA; arguments as of `on_cpu`."""
     if not plan:
         return on_cpu(x, tensors, bias, layout, shape, 0, plan)
     from gblm_compress.layouts import cuda_linear
@@ -74,26 +71,17 @@ OPERATOR = torch.ops.gblm_compress.linear.default
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b with W [out_features, in_features] packed. Inference only.
+    """y = x Wᵀ + b with W [out_features, in_features] packed, for inference. ModelError for impossible sizes.
 
-    The packed tensors are checked before the first use and whenever others take their place: by loading, by
-    `load_state_dict`, by moving the layer, by assignment. What is written into them in place is not noticed.
+    The packed tensors are checked before the first use, and again after loading, moving or assignment. Writes in place
+    are not noticed.
 
     Args:
-        layout: a name in `LAYOUTS`.
-        shape: (out_features, in_features).
-        bias: whether there is one.
-        dtype: of weight and bias.
         sizes: the layout's own, see `Floats.sizes`.
 
     Attributes:
-        kind: how the weight is packed; its `names` are the buffers on disk.
-        crossover, plan: as of the operator.
-        transposed: whether the layer replaces one that stores its weight as [in_features, out_features].
+        transposed: whether the dense layer stores its weight as [in_features, out_features].
         loading: whether transformers is filling it: `weight` has no values yet.
-
-    Raises:
-        ModelError: there is no such layer.
     """
 
     values: Tensor
@@ -125,7 +113,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def described(cls, layout: str, description: Any, dtype: torch.dtype) -> Self:
-        """An empty layer of a `description`, for others to fill; ModelError where it describes none."""
+        """An empty layer of a `description`; ModelError for any other value."""
         layout = description.get("layout", layout) if isinstance(description, dict) else layout
         check_described(layout, {"": description})
         try:
@@ -137,11 +125,9 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, layout: str, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
-        """The packed layer of a dense one, prepared; UsageError where the layout cannot hold the weight.
+        """The prepared layer of a weight [out_features, in_features]; UsageError where the layout cannot hold it.
 
-        Args:
-            weight: [out_features, in_features].
-            options: of the kind's `pack`.
+        `options` are those of the kind's `pack`.
         """
         kind: Any = LAYOUTS[layout].kind
         layer = cls.holding(layout, weight.shape, kind.pack(weight, **options), weight.dtype)
@@ -154,7 +140,7 @@ class PackedLinear(nn.Module):
     def holding(
         cls, layout: str, shape: Sequence[int], packed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> Self:
-        """A layer without bias around packed tensors {buffer: tensor}, which are neither checked nor copied."""
+        """A layer without bias that holds packed tensors {buffer: tensor}, neither checked nor copied."""
         layer = cls(layout, shape, False, dtype, "meta", **LAYOUTS[layout].kind.sizes_of(packed, shape))
         for name, tensor in packed.items():
             setattr(layer, name, tensor)
@@ -162,30 +148,22 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def stack(cls, layers: Sequence[Self]) -> Self:
-        """One layer, without bias, for checked ones of a layout and as many inputs: their outputs in order.
-
-        Raises UsageError where they have no common form.
-        """
+        """One layer, without bias, with the outputs of several; UsageError where they have no common form."""
         first, heights = layers[0], [layer.out_features for layer in layers]
         packed = first.kind.stack([layer.held for layer in layers], heights, first.in_features)
         return cls.holding(first.layout, (sum(heights), first.in_features), packed, first.dtype)
 
     def cut(self, rows: range, columns: range) -> Self:
-        """The layer, without bias, of some outputs and inputs, each without gaps; this one must be checked.
-
-        Raises UsageError where the layout cannot be cut.
-        """
+        """A part of a checked layer, without bias; UsageError where the layout cannot be cut there."""
         packed = self.kind.cut(self.held, self.shape, rows, columns)
         return self.holding(self.layout, (len(rows), len(columns)), packed, self.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
         return self.out_features, self.in_features
 
     @property
     def held(self) -> dict[str, Tensor]:
-        """{buffer: tensor} of the packed weight."""
         return {name: self.get_buffer(name) for name in self.kind.names}
 
     @property
@@ -194,7 +172,7 @@ class PackedLinear(nn.Module):
         return self.get_buffer("like" if self.kind.width else "values").dtype
 
     def description(self) -> dict[str, Any]:
-        """The arguments, beside dtype and device, that make an empty layer of this size; plain values for JSON."""
+        """The arguments of an empty layer of this size, without dtype and device, for JSON."""
         sizes = self.kind.sizes_of(self.held, self.shape)
         return {"shape": list(self.shape), "bias": self.bias is not None, **sizes}
 
@@ -202,7 +180,6 @@ class PackedLinear(nn.Module):
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + b with a bias from elsewhere."""
         if not self._prepared:
             self.prepare()
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
@@ -214,7 +191,7 @@ class PackedLinear(nn.Module):
         return OPERATOR(x, tensors, bias, self.layout, shape, self.crossover, self.plan)
 
     def kernel(self, tokens: int) -> str:
-        """The kernel that `forward` runs for that many tokens, in words."""
+        """The name of the kernel that `forward` runs for that many tokens."""
         if not self._prepared:
             self.prepare()
         if self._weight is not None:
@@ -228,7 +205,7 @@ class PackedLinear(nn.Module):
         return words[kernel]
 
     def look_up(self, numbers: Tensor) -> Tensor:
-        """Rows of W [..., in_features] for their numbers [...]; UsageError where the layout has a mask."""
+        """Rows of W [..., in_features] for numbers [...]; UsageError for a layout with a mask."""
         if self.kind.mask.name is not None:
             raise UsageError(f"rows cannot be looked up in the {self.layout} layout")
         if not self._prepared:
@@ -237,11 +214,10 @@ class PackedLinear(nn.Module):
         return self.kind.unpack(rows, self.in_features, self.dtype).reshape(*numbers.shape, self.in_features)
 
     def dense_weight(self) -> Tensor:
-        """W, bit for bit or within the kind's `tolerance`."""
         return self.kind.unpack(self.held, self.in_features, self.dtype)
 
     def restores(self, weight: Tensor) -> bool:
-        """Whether W is that matrix: bit for bit, or as the kind's `restores` says."""
+        """Whether W is that matrix, as the kind's `restores` says."""
         return (weight.shape, weight.dtype) == (self.shape, self.dtype) and self.kind.restores(
             self.held, self.dense_weight(), weight
         )
@@ -252,20 +228,16 @@ class PackedLinear(nn.Module):
 
     @property
     def largest_error(self) -> float:
-        """The kind's."""
         return self.kind.largest_error
 
     def check(self) -> None:
-        """Raises ModelError, beginning with a buffer's name, where the tensors are no such weight."""
+        """ModelError, beginning with a buffer's name, where the tensors are no such weight."""
         self.kind.check(self.held, self.shape, self.group)
         if self.bias is not None:
             check_tensor("bias", self.bias, (self.dtype,), (self.out_features,))
 
     def prepare(self) -> None:
-        """Make ready to run: `check` the packed weight, and choose the kernels of the device.
-
-        Loading and moving the layer do it; `forward` does where it was filled by hand.
-        """
+        """`check` the packed weight, and choose the kernels of the device."""
         self.check()
         held, device, place = self.held, self.get_buffer("values").device, self.kind.mask.name
         if place:
@@ -288,7 +260,6 @@ class PackedLinear(nn.Module):
         self._prepared = True
 
     def for_gpu(self) -> Any:
-        """The weight as the GPU's kernels read it, `gpu.Packed`."""
         from gblm_compress.kernels import gpu
 
         if self.kind.mask.stored == "mask":
@@ -297,16 +268,15 @@ class PackedLinear(nn.Module):
         return self.kind.for_gpu(held, self.layout, self.shape, self.dtype)
 
     def cuda_kernels(self) -> Any:
-        """The module `cuda_linear` where it has kernels for the weight: in 16 bit on CUDA, with Triton; else None."""
+        """The module `cuda_linear` if it has kernels for the weight (16 bit on CUDA, with Triton), else None."""
         there = self.get_buffer("values").is_cuda and self.dtype.itemsize == 2 and find_spec("triton")
         return import_module("gblm_compress.layouts.cuda_linear") if there else None
 
     @property
     def weight(self) -> Tensor:
-        """W as the dense layer stores it, for models that read it: unpacked for the call, and theirs to keep.
+        """A new copy of W as the dense layer stores it; writes into it are lost.
 
-        What is written into it is lost. While the layer is being loaded it has no values, and transformers, which would
-        initialize it, takes it for done.
+        While the layer is being loaded the copy has no values, and transformers takes it for initialized.
         """
         if self.loading:
             weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
@@ -320,12 +290,11 @@ class PackedLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes that the weight takes on disk."""
         return sum(tensor.nbytes for tensor in self.held.values())
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that the weight takes in memory, with all that `prepare` adds for the kernels of the device."""
+        """Bytes of the weight in memory, with what `prepare` adds for the kernels of the device."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
@@ -349,17 +318,11 @@ class PackedLinear(nn.Module):
         return f"{self.layout}, in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
-OWN = "rows"
-"""The name of the layer in an embedding that has one of its own."""
+OWN = "rows"  # the name of the layer in an embedding that owns one
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding that looks up rows of a packed layer: of the head where the two are tied. Inference only.
-
-    Args:
-        layer: without a mask.
-        own: whether the layer is part of this module, and saved with it; otherwise the model holds it elsewhere.
-    """
+    """An embedding that looks up rows of a packed layer without a mask: its own, or the tied head."""
 
     rows: PackedLinear
 
@@ -372,12 +335,10 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = layer.shape
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """Rows [..., embedding_dim] for numbers [...]."""
         return self.rows.look_up(numbers)
 
     @property
     def weight(self) -> Tensor:
-        """All rows, unpacked for the call; see `PackedLinear.weight`."""
         return self.rows.weight
 
     def extra_repr(self) -> str:

@@ -1,8 +1,7 @@
-"""Kinds of values: how a layout stores the weights that its mask chooses. A kind packs, unpacks, stacks, cuts, checks.
+"""Kinds of values: how a layout stores the weights that its mask chooses.
 
-`held` is {buffer: tensor} of a packed weight throughout. Levels of 8 bits are stored one for each bit of the mask. For
-levels of 4 bits a place in a table of 16 is stored, two places to a byte, the first in its low half; those of each word
-of the mask begin with a byte, which kernels load.
+`held` is {buffer: tensor} of a packed weight. Levels of 8 bits are stored one for each bit of the mask. 4 bits are a
+place in a table of 16 levels, two to a byte, the low half first. The places of each word of the mask begin a new byte.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,27 +19,22 @@ from gblm_compress.layouts.packed import DTYPES, MOVES_MUCH, check_tensor, same_
 from gblm_compress.methods.quantisation import GROUPS, LARGEST, LEVELS, Grid, make_grid, nearest, rounded
 
 Held = Mapping[str, Tensor]
-_INFINITE = 0x7C00  # float16 as bits: what is not finite has these or more, what is negative is a negative int16
-_MOST_COLUMNS = 1024 * WORD  # of a row of levels; the kernels' integers would overflow beyond
+_INFINITE = 0x7C00  # bits of float16's infinity; NaNs have more, and negative numbers are negative as int16
+_MOST_COLUMNS = 1024 * WORD  # of a row of levels; more would overflow the kernels' integers
 
 
 class Floats:
     """Weights as they are. Other kinds are subclasses.
 
     Attributes:
-        width: bits of a stored weight; None for those of the dtype.
-        tolerance: largest difference of a restored weight, as a fraction of the largest weight of the matrix; 0 where
-            all are restored bit for bit.
-        largest_error: a layer with a larger `error` is for the layout that `Layout.exact` names.
-        counted: the argument that tells how many values an empty layer has, where the shape does not.
-        names: the buffers, which are on disk. But for the values they have a row for each row of the weight.
-        sizes: arguments beside the shape that make an empty layer; they stand in `config.json`.
+        names: the buffers on disk. All but the values have a row for each row of the weight.
+        sizes: what `config.json` has beside the shape to make an empty layer.
     """
 
-    width: int | None = None
-    tolerance = 0.0
-    largest_error = float("inf")
-    counted = "nonzeros"
+    width: int | None = None  # bits of a stored weight; None: those of the dtype
+    tolerance = 0.0  # largest difference of a restored weight, relative to the largest weight; 0: bit for bit
+    largest_error = float("inf")  # a layer with a larger `error` gets the layout `Layout.exact`
+    counted = "nonzeros"  # the key of `sizes` with the number of values, where the shape does not give it
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
@@ -49,11 +43,11 @@ class Floats:
         self.sizes: tuple[str, ...] = (self.counted,) if self.counts else ()
 
     def bits(self, width: int) -> tuple[int, int]:
-        """Bits of every weight, and bits more of every nonzero, where a dense weight has `width`."""
+        """Bits of every weight, and more bits of every nonzero, for a dense weight of `width` bits."""
         return self.mask.bits(self.width or width)
 
     def empty(self, shape: Shape, dtype: torch.dtype, device: str | None, sizes: dict[str, Any]) -> dict[str, Tensor]:
-        """The buffers of a layer that is to be filled, in order of `names`; ModelError where the sizes are of none."""
+        """Empty buffers, in order of `names`; ModelError for impossible sizes."""
         count, most = sizes.get(self.counted, 0), shape[0] * (shape[1] + bool(self.width))
         if type(count) is not int or not 0 <= count <= most:
             raise ModelError(f"{self.counted} {count!r} is no number of values of a matrix of shape {list(shape)}")
@@ -65,38 +59,34 @@ class Floats:
         return {self.mask.name: buffer, "values": values}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
-        """The `sizes` of a packed weight."""
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Pack a weight [rows, columns] in float32, float16 or bfloat16; UsageError where the layout cannot hold it."""
+        """Pack a weight [rows, columns] in one of `DTYPES`; UsageError where the layout cannot hold it."""
         stored = self.mask.choose(weight)
         return self._hold(self.mask.from_words(words(stored), weight.shape[1]), weight[stored], weight.shape)
 
     def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
-        """The dense weight [rows, columns], bit for bit or within `tolerance`."""
+        """The dense weight [rows, columns], within `tolerance`."""
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
 
     def stack(self, parts: Sequence[Held], heights: Sequence[int], columns: int) -> dict[str, Tensor]:
-        """Packed weights of so many rows each, one below the other, in memory of their own.
-
-        Raises UsageError where they have no common form.
-        """
+        """A copy of several packed weights, one below the other; UsageError where they have no common form."""
         values = torch.cat([self.mask.flat(held["values"]) for held in parts])
         others = {name: torch.cat([held[name] for held in parts]) for name in self.names if name != "values"}
         return {**others, "values": self.mask.hold(values, (sum(heights), columns))}
 
     def cut(self, held: Held, shape: Shape, rows: range, columns: range) -> dict[str, Tensor]:
-        """Some rows and columns, each without gaps, in memory of their own; UsageError where that cannot be."""
+        """A copy of ranges of rows and columns; UsageError where the layout cannot be cut there."""
         others = [name for name in self.names if name not in (self.mask.name, "values")]
         buffer, codes = self.mask.cut(self.places(held), self._codes(held), shape, rows, columns)
         part = self._hold(buffer, self._stored(codes, buffer), (len(rows), len(columns)))
         return {**{name: held[name][rows.start : rows.stop].clone() for name in others}, **part}
 
     def check(self, held: Held, shape: Shape, group: int | None) -> None:
-        """Raises ModelError where kernels may not read the buffers; the message begins with the name of one.
+        """ModelError, beginning with a buffer's name, where kernels must not read the buffers.
 
-        A stored value may be zero, of either sign: weights become zero when they are cast to a narrower dtype.
+        Stored values may be zero: a cast to a narrower dtype makes some weights zero.
         """
         self.check_values(held, shape, DTYPES)
 
@@ -108,7 +98,7 @@ class Floats:
         self.mask.check_values(held["values"], dtypes, shape, count)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
-        """Whether the packed weight, unpacked, is that matrix: bit for bit, or within `tolerance`."""
+        """Whether the unpacked weight is that matrix, within `tolerance`."""
         if not self.tolerance:
             return same_bits(restored, weight)
         return bool((restored - weight).abs().max() <= self.tolerance * weight.abs().max())
@@ -125,30 +115,27 @@ class Floats:
         return {**({self.mask.name: buffer} if self.mask.name else {}), "values": self.mask.hold(values, shape)}
 
     def _codes(self, held: Held) -> Tensor:
-        """What is stored for each weight [stored]."""
+        """What is stored for each weight [stored], one to an element."""
         return self.mask.flat(held["values"])
 
     def _stored(self, codes: Tensor, buffer: Tensor) -> Tensor:
-        """The values of `_codes` under a mask."""
         return codes
 
     def _count(self, mask: Tensor) -> int:
-        """How many values a mask [rows, words] takes."""
         return int(row_counts(mask).sum())
 
     def _row_starts(self, mask: Tensor) -> Tensor:
-        """Where the values of each row of a mask begin [rows]."""
         return row_starts(mask)
 
     def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
-        """The weight as the CPU's kernels read it; `held` may have its `starts` and `sums`. None without kernels."""
+        """The weight for the CPU's kernels, None without any; `held` may have `starts` and `sums`."""
         if self.mask.stored != "mask":
             return None
         starts = held["starts"] if "starts" in held else self._row_starts(held["mask"])
         return cpu.Bitmask(held["mask"], held["values"], starts, shape[1])
 
     def for_gpu(self, held: Held, layout: str, shape: Shape, dtype: torch.dtype) -> Any:
-        """The weight as the GPU's kernels read it, `gpu.Packed`; with a mask, `held` has its `starts`."""
+        """The weight as `gpu.Packed`; with a mask, `held` has its `starts`."""
         from gblm_compress.kernels.gpu import Packed
 
         values, scales, size = held["values"], held.get("scales"), (shape[0], shape[1])
@@ -161,13 +148,11 @@ class Floats:
 class Levels(Floats):
     """Weights as scale · level, with levels of 8 bits.
 
-    Scales [rows, groups] are stored as the bits of float16 in int16, so that casting a model to another dtype leaves
-    them as they are.
+    Scales [rows, groups] are the bits of float16 in int16, so that a cast of the model does not change them.
     """
 
     kind = "int8"
-    group: int | None = None
-    """Columns that share a scale where nothing else is asked for; None for all of a row."""
+    group: int | None = None  # columns that share a scale by default; None: all of a row
     width = 8
     dtype = torch.int8
     tolerance = 1 / LARGEST
@@ -191,16 +176,11 @@ class Levels(Floats):
         return {"group": group_of(shape[1], groups), **super().sizes_of(held, shape)}
 
     def holds(self, grid: Grid | None) -> bool:
-        """Whether weights on that grid are stored as they are: it has no more levels than the layout."""
+        """Whether weights on that grid are stored exactly: it has no more levels than the layout."""
         return grid is not None and len(grid.levels) <= LEVELS[self.kind]
 
     def pack(self, weight: Tensor, *, group: int | None = None, grid: Grid | None = None) -> dict[str, Tensor]:
-        """Every weight that is not zero becomes the nearest point of its grid.
-
-        Args:
-            group: columns that share a scale, where the grid is made here; the kind's own if unset.
-            grid: where the weights lie already, after a fit on it.
-        """
+        """Round nonzero weights to the nearest points of `grid`, or of a new one with scales for `group` columns."""
         keep = weight != 0
         stored = self.mask.choose(keep)
         grid = grid or make_grid(weight.float(), keep, self.kind, group or self.group)
@@ -216,7 +196,7 @@ class Levels(Floats):
         return levels
 
     def levels_of(self, held: Held, columns: int) -> Tensor:
-        """All levels, [rows, columns] in int8; zeros where none is stored."""
+        """All levels [rows, columns] in int8; zeros where none is stored."""
         return self.mask.spread(self.places(held), self.mask.flat(held["values"]), columns)
 
     def unpack(self, held: Held, columns: int, dtype: torch.dtype) -> Tensor:
@@ -258,17 +238,16 @@ class Levels(Floats):
             raise ModelError(f"values: a level is below -{LARGEST}; the file is damaged")
 
     def table(self, held: Held) -> Tensor:
-        """The levels that weights may have."""
         return torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=held["scales"].device)
 
     def restores(self, held: Held, restored: Tensor, weight: Tensor) -> bool:
-        """Whether each weight is the nearest point of the grid to that of the matrix, and 0 where that is 0."""
+        """Whether each weight is the point of the grid that is nearest to that of the matrix, and zeros are 0."""
         scales = held["scales"].view(torch.float16)
         grid = Grid(scales, self.table(held), group_of(weight.shape[1], scales.shape[1]))
         return same_bits(restored, rounded(weight.float(), weight != 0, grid).to(weight.dtype))
 
     def error(self, restored: Tensor, weight: Tensor) -> float:
-        """As of any kind; infinite where a group of four would need a zero and the table has none."""
+        """As of `Floats`; infinite where a group of four needs a zero and the table has none."""
         zeros = restored[weight == 0] if self.mask.fills else weight[:0]
         return super().error(restored, weight) if same_bits(zeros, torch.zeros_like(zeros)) else float("inf")
 
@@ -286,9 +265,9 @@ class Levels(Floats):
 
 
 class Places(Levels):
-    """Weights as scale · level, with 16 levels: values are places in a table. Under a mask only.
+    """Weights as scale · level, stored as places in a table of 16 levels. Needs a mask.
 
-    The buffer `levels` has one table, [1, 16], or one for each row where layers were stacked.
+    The buffer `levels` is [1, 16], or [rows, 16] where layers were stacked.
     """
 
     kind = "int4"
@@ -355,15 +334,11 @@ class Places(Levels):
 
 
 def groups_of(columns: int, group: int | None) -> int:
-    """How many scales a row has."""
     return 1 if group is None else -(-columns // group)
 
 
 def group_of(columns: int, groups: int) -> int | None:
-    """How many columns share a scale where a row has so many scales; None for all of a row.
-
-    Raises ModelError where rows cannot have so many.
-    """
+    """The columns that share a scale, None for all of a row; ModelError where rows cannot have so many groups."""
     found = [group for group in (None, *GROUPS) if groups_of(columns, group) == groups]
     if not found:
         raise ModelError(f"scales: {groups} for each row; rows of {columns} columns have no such number of groups")
@@ -371,13 +346,13 @@ def group_of(columns: int, groups: int) -> int | None:
 
 
 def scale_of(scales: Tensor, columns: int) -> Tensor:
-    """The scale of every weight, in float32: [rows, columns], or [rows, 1] where a row has one."""
+    """The scale of every weight in float32, [rows, columns], or [rows, 1] where a row has one."""
     halves = scales.view(torch.float16)
     return Grid(halves, halves, group_of(columns, scales.shape[1])).scale_of(columns)
 
 
 def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
-    """What kernels subtract [rows]: Σ scale · level of a row, or Σ level where the row has one scale; in float32."""
+    """What kernels subtract [rows] in float32: Σ scale · level of a row, or Σ level where the row has one scale."""
     rows, columns = levels.shape
     group = group_of(columns, scales.shape[1])
     if group is None:
@@ -387,7 +362,7 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
 
 
 def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For each word of the mask, in order: how many bits it has, and at which byte its places begin."""
+    """For each word of the mask: how many bits it has, and the byte at which its places begin."""
     counts = row_counts(mask.reshape(-1, 1))
     sizes = (counts + 1) // 2
     return counts, torch.cumsum(sizes, 0) - sizes
@@ -398,7 +373,7 @@ def _place_bytes(counts: Tensor, starts: Tensor) -> int:
 
 
 def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
-    """Which half of a byte each bit of the mask has its place in [nonzeros]."""
+    """The half of a byte that has the place of each bit of the mask [nonzeros]."""
     first = 2 * starts - (torch.cumsum(counts, 0) - counts)
     return first.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device)
 
@@ -412,6 +387,6 @@ def pack_places(mask: Tensor, places: Tensor) -> Tensor:
 
 
 def unpack_places(mask: Tensor, values: Tensor) -> Tensor:
-    """The places [nonzeros] of `pack_places`."""
+    """The inverse of `pack_places`."""
     at = _addresses(*_bytes_before(mask))
     return (values[at // 2] >> (at % 2 * 4).to(torch.uint8)) & 15

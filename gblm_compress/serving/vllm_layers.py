@@ -1,7 +1,7 @@
 """Packed layers in vLLM: the quantisation method that a packed folder's config.json names.
 
-vLLM merges layers (q, k and v; gate and up) and shards them over processes. Its own loaders tell which rows and columns
-a process holds: they are given numbers in the place of weights.
+vLLM merges layers (q, k and v; gate and up) and shards them over processes. Its loaders get numbers in place of
+weights, which shows the rows and columns that a process holds.
 """
 
 import re
@@ -30,7 +30,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its 
 
 @register_quantization_config(SPARSE_METHOD)
 class PackedConfig(QuantizationConfig):  # type: ignore[misc]
-    """What `config.json` says of a packed folder: a layout, and {layer: `PackedLinear.description()`}."""
+    """The layout of a packed folder, and {layer: `PackedLinear.description()`}, from its `config.json`."""
 
     def __init__(self, layout: str, layers: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         return PackedLinearMethod(layouts.pop(), prefix, described)
 
     def _described(self, prefix: str) -> list[dict[str, Any]]:
-        """What is said of those layers of the folder that are in a layer of vLLM."""
+        """The descriptions of the folder's layers in a layer of vLLM."""
         parent, dot, own = prefix.rpartition(".")
         names = [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(own, [own])]
         return [self.layers[name] for name in names if name in self.layers]
@@ -88,13 +88,8 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """How vLLM fills and runs a layer that is packed, in part at least.
 
-    A part is one layer of the folder. The share of this process is cut out as soon as the tensors of a part are there,
-    and stays packed: a file that is mapped into memory is not held, and no dense weight is made.
-
-    Args:
-        layout: one of `LAYOUTS`.
-        prefix: vLLM's name of the layer.
-        described: what config.json says of its parts that are packed.
+    A part is one layer of the folder. When its tensors are there, the share of this process is cut out and stays
+    packed: no mapped file is held, and no dense weight is made.
     """
 
     def __init__(self, layout: str, prefix: str, described: list[dict[str, Any]]) -> None:
@@ -139,7 +134,6 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     self._shares[first] = part.cut(rows, self.columns)
 
     def _part(self, read: dict[str, Tensor]) -> PackedLinear:
-        """The packed layer of the tensors of a part."""
         if DENSE in read:
             part = PackedLinear.from_dense(self.layout, read[DENSE], **self._packing)
             if (error := part.error(read[DENSE])) > part.largest_error:
@@ -185,7 +179,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
-    """Where rows of a part lie without gaps: (first row in vLLM's layer, rows of the part)."""
+    """Rows of a part without gaps: (first row in vLLM's layer, rows of the part)."""
     pairs = [(row, int(places[row])) for row in (places >= 0).nonzero().flatten().tolist()]
     while pairs:
         row, source = pairs[0]
@@ -195,9 +189,9 @@ def _runs(places: Tensor) -> Iterator[tuple[int, range]]:
 
 
 def _places(load: Callable[..., None], dimension: str, size: int, of: int, shard: Hashable) -> Tensor:
-    """Which of `of` rows (or columns) of a part each of `size` rows of vLLM's layer is, -1 for those of other parts.
+    """For each of `size` rows (or columns) of vLLM's layer its number among `of` of a part, -1 for other parts.
 
-    `load` is vLLM's loader of the layer, `dimension` and `shard` are its names of the dimension and the part.
+    `load` is vLLM's loader; `dimension` and `shard` are its names of the dimension and the part.
     """
     places = nn.Parameter(torch.full((size,), -1, device="cpu"), requires_grad=False)
     set_weight_attrs(places, {dimension: 0})
