@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from collections.abc import Callable
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any
@@ -49,19 +48,16 @@ def as_matrix(module: nn.Module, stored: Tensor) -> Tensor:
     return stored.T if is_transposed(module) else stored
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: Any) -> Tensor:
     """The weight of a linear layer as [out_features, in_features], sharing its memory."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return as_matrix(module, weight)
+    return as_matrix(module, module.weight)
 
 
 def cache_argument(model: nn.Module) -> str:
     """The name of a model's cache among the arguments of its `forward`; `ModelError` if it has none."""
     known = ("cache", "past_key_values", "state")  # of transformers 5.20 and later, of earlier ones, of RWKV
-    for name in known:
-        if name in inspect.signature(model.forward).parameters:
-            return name
+    if name := next((name for name in known if name in inspect.signature(model.forward).parameters), None):
+        return name
     raise ModelError(f"{type(model).__name__} takes none of {', '.join(known)}, so that it cannot go on from a cache")
 
 
@@ -74,21 +70,17 @@ def cache_kinds(config: Any) -> set[str]:
 
 def find_blocks(model: Any) -> tuple[str, list[nn.Module]]:
     """The name of the ModuleList with most of the linear weights, and its blocks; `ModelError` if there is none."""
-    lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
-    sizes = {
-        name: sum(weight_matrix(m).numel() for m in module.modules() if is_linear(m)) for name, module in lists.items()
-    }
+    lists = {name: one for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and len(one)}
+    sizes = {name: sum(weight_matrix(m).numel() for m in one.modules() if is_linear(m)) for name, one in lists.items()}
     # Other towers of a multimodal model may be larger than the one for text.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    lists = {name: module for name, module in lists.items() if id(module) in inside} or lists
+    lists = {name: one for name, one in lists.items() if id(one) in inside} or lists
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     blocks = getattr(text, "num_hidden_layers", None)
     outer = {name: one for name, one in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    lists = {name: module for name, module in outer.items() if len(module) == blocks} or lists
+    lists = {name: one for name, one in outer.items() if len(one) == blocks} or lists
     name = max(lists, key=lambda name: sizes[name], default=None)
     if name is None or sizes[name] == 0:
         raise ModelError(
@@ -128,7 +120,7 @@ def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple
     """
     prefix, _ = find_blocks(model)
     head, embedding = head_and_embedding(model)
-    routes = _routers(model)
+    routers = _routers(model)
     seen: set[int] = set()
 
     def reason(name: str, module: nn.Module) -> str | None:
@@ -136,12 +128,11 @@ def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple
             return "embedding tied" if embedding is not None and module.weight is embedding.weight else "head"
         if not name.startswith(prefix + "."):
             return "outside the blocks"
-        if routes(name):
+        if name in routers:
             return "router"
         if not is_linear(module):
             return f"layer of type {type(module).__name__}"
-        matches = (pattern for pattern in ignore if fnmatchcase(name, pattern))
-        return next((f"ignored by pattern {pattern!r}" for pattern in matches), None)
+        return next((f"ignored by pattern {pattern!r}" for pattern in ignore if fnmatchcase(name, pattern)), None)
 
     found: list[tuple[str, int, str | None]] = []
     for name, module in model.named_modules():
@@ -150,24 +141,22 @@ def linear_weights(model: nn.Module, ignore: tuple[str, ...] = ()) -> list[tuple
                 found.append((name, module.weight.numel(), reason(name, module)))
             seen.add(id(module.weight))
             continue
-        is_router = routes(name)
         is_expert = "expert" in name.rpartition(".")[2] or "Expert" in type(module).__name__
-        for own, parameter in module.named_parameters(recurse=False) if is_router or is_expert else ():
+        for own, parameter in module.named_parameters(recurse=False) if name in routers or is_expert else ():
             if "bias" not in own and parameter.dim() >= 2:
-                why = "router" if is_router else f"fused experts ({parameter.dim()}-D parameter)"
+                why = "router" if name in routers else f"fused experts ({parameter.dim()}-D parameter)"
                 found.append((f"{name}.{own}", parameter.numel(), why))
     return found
 
 
 def head_and_embedding(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    if not hasattr(model, "get_output_embeddings"):
-        return None, None
-    return model.get_output_embeddings(), model.get_input_embeddings()
+    known = hasattr(model, "get_output_embeddings")
+    return (model.get_output_embeddings(), model.get_input_embeddings()) if known else (None, None)
 
 
-def _routers(model: nn.Module) -> Callable[[str], bool]:
-    """Tells whether a name is of a router or part of one: by name, class or outputs (at most one for each expert)."""
-    by_outputs = set()
+def _routers(model: nn.Module) -> set[str]:
+    """The names of routers and their parts, found by name, by class or by outputs (at most one for each expert)."""
+    by_outputs, found = set(), set()
     for path, experts in experts_of(model).items():
         mixture = path.rpartition(".")[0]
         for name, module in model.get_submodule(mixture).named_modules(prefix=mixture):
@@ -175,13 +164,9 @@ def _routers(model: nn.Module) -> Callable[[str], bool]:
             few = weight is not None and weight.dim() == 2 and len(weight) <= experts.count
             if few and not name.startswith(f"{path}."):
                 by_outputs.add(name)
-    by_name: dict[str, bool] = {"": False}
-
-    def routes(name: str) -> bool:
-        if name not in by_name:
-            parent, _, part = name.rpartition(".")
-            kind = type(model.get_submodule(name)).__name__
-            by_name[name] = routes(parent) or bool(_ROUTER_NAME.fullmatch(part) or _ROUTER_CLASS.fullmatch(kind))
-        return by_name[name]
-
-    return lambda name: name in by_outputs or routes(name)
+    for name, module in model.named_modules():
+        parent, _, part = name.rpartition(".")
+        is_router = _ROUTER_NAME.fullmatch(part) or _ROUTER_CLASS.fullmatch(type(module).__name__)
+        if name and (parent in found or is_router):
+            found.add(name)
+    return found | by_outputs

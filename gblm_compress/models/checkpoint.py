@@ -116,8 +116,7 @@ class _Names:
             target, pattern = converter.rename_source_key(names[whole])
             converter.add_tensor(target, names[whole], pattern, tensor)
         found = self._converted(converter, target)
-        missing = [key for key, (_, before) in group.sources.items() if before not in found]
-        if missing:
+        if missing := [key for key, (_, before) in group.sources.items() if before not in found]:
             raise ModelError(
                 f"{missing[0]}: transformers converts this tensor while loading and does not convert it back; save the "
                 "model with save_pretrained first"

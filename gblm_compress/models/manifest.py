@@ -33,13 +33,8 @@ _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
 
 
-def _is_pattern(text: str) -> str:
-    Pattern(text)
-    return text
-
-
 class _Layer(BaseModel, strict=True):
-    pattern: Annotated[str, AfterValidator(_is_pattern)]
+    pattern: Annotated[str, AfterValidator(Pattern)]
     shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
     nonzeros: _Count
     transposed: bool

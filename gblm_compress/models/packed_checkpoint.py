@@ -59,12 +59,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        layout, layers = self.quantization_config.layout, self.quantization_config.layers
-        embeddings = self.quantization_config.embeddings
+        settings = self.quantization_config
+        layout, layers, embeddings = settings.layout, settings.layers, settings.embeddings
         with self._named_errors(model, ""):
             check_described(layout, layers)
             check_embeddings(embeddings, layers)
-        unfuse_(model, self.quantization_config.experts)
+        unfuse_(model, settings.experts)
         own = {own_layer(name): name for name, layer in embeddings.items() if layer == own_layer(name)}
         for name, description in layers.items():
             with self._named_errors(model, f"quantization_config, layer {name!r}: "):
@@ -73,17 +73,20 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 else:
                     dense = linear_layer(model, name, tied=name in embeddings.values())
                 empty = _like(dense, layout, description, model.config.dtype)
-                made = PackedEmbedding(empty, own=True) if name in own else empty
-                model.set_submodule(own.get(name, name), made)
+                model.set_submodule(own.get(name, name), PackedEmbedding(empty, own=True) if name in own else empty)
         with self._named_errors(model, "quantization_config, "):
             look_up_(model, embeddings)
 
-    # transformers gives the config to one of these two, depending on its version, before it looks for the weights.
     def update_attn_implementation(self, config: Any) -> Any:
-        return _with_weights_named(config)
+        """Name the weights of a packed folder, unless `save_pretrained` has given them the ordinary name."""
+        for name in (SPARSE_SINGLE, SPARSE_INDEX):
+            if cached_file(config._name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None:
+                config.transformers_weights = name
+                break
+        return config
 
-    def update_tp_plan(self, config: Any) -> Any:
-        return _with_weights_named(config)
+    # transformers calls one of the two, depending on its version, before it looks for the weights.
+    update_tp_plan = update_attn_implementation
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         return [] if self.quantization_config.experts else weight_conversions
@@ -124,15 +127,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _with_weights_named(config: Any) -> Any:
-    """Name the weights of a packed folder, unless `save_pretrained` has given them the ordinary name."""
-    for name in (SPARSE_SINGLE, SPARSE_INDEX):
-        if cached_file(config._name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None:
-            config.transformers_weights = name
-            break
-    return config
-
-
 def save_packed(model: Any, folder: Path) -> None:
     """`save_pretrained` under names that transformers finds only with this package.
 
@@ -141,8 +135,7 @@ def save_packed(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, save_original_format=not model.config.quantization_config.experts)
     for path in sorted(folder.glob("model*.safetensors")):
         path.rename(folder / _packed_name(path.name))
-    index = folder / INDEX
-    if index.exists():
+    if (index := folder / INDEX).exists():
         content = read_json(index)
         content["weight_map"] = {name: _packed_name(file) for name, file in content["weight_map"].items()}
         (folder / SPARSE_INDEX).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
@@ -167,8 +160,7 @@ def pack_(
     layers packed exactly, since the layout would round them too much, and {layer: dense weight} of head and embedding.
     """
     kind: Any = LAYOUTS[layout].kind
-    other = LAYOUTS[layout].exact
-    layers, exact = {}, []
+    layers, exact, other = {}, [], LAYOUTS[layout].exact
     for name in names:
         dense = linear_layer(model, name)
         weight, grid = weight_matrix(dense).detach(), (grids or {}).get(name)

@@ -28,9 +28,7 @@ class ModelSource:
         """SHA-256 over the names and contents of the files that make the model."""
         digest = hashlib.sha256()
         for path in files.files_of(self.folder):
-            digest.update(path.name.encode() + b"\0")
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + b"\0" + bytes.fromhex(files.sha256_of(path)))
         return digest.hexdigest()
 
     @property

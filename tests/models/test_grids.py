@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.models import grids, loading, manifest
+from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -139,7 +140,7 @@ def restated(folder: ModelSource, change) -> None:
     change(state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder.folder / GRIDS)
     path = folder.folder / manifest.MANIFEST
-    content = json.loads(path.read_text()) | {"grids_sha256": grids._digest(folder.folder / GRIDS)}
+    content = json.loads(path.read_text()) | {"grids_sha256": sha256_of(folder.folder / GRIDS)}
     path.write_text(json.dumps(content))
 
 
