@@ -220,21 +220,7 @@ def products():
 """
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "3"}, {"OMP_DYNAMIC": "true"}],
-    ids=str,
-)
-def test_whatever_team_openmp_gives_computes_all_rows(environment) -> None:
-    code = PRODUCTS + "products()"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_several_threads_of_python_at_once() -> None:
-    code = (
-        PRODUCTS
-        + """
+AT_ONCE = """
 failed = []
 threading.excepthook = failed.append
 callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for _ in range(4)]
@@ -242,8 +228,21 @@ callers = [threading.Thread(target=lambda: [products() for _ in range(20)]) for 
 [caller.join() for caller in callers]
 assert not failed, failed
 """
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "use"),
+    [
+        ({"OMP_THREAD_LIMIT": "1"}, "products()"),
+        ({"OMP_THREAD_LIMIT": "3"}, "products()"),
+        ({"OMP_DYNAMIC": "true"}, "products()"),
+        ({}, AT_ONCE),
+    ],
+    ids=["one thread", "three threads", "dynamic", "several threads of Python"],
+)
+def test_any_team_of_threads_computes_all_rows(environment: dict[str, str], use: str) -> None:
+    command = [sys.executable, "-c", PRODUCTS + use]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -258,8 +257,3 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
             cpu.path(torch.float32)
     finally:
         cpu.path.cache_clear()
-
-
-def test_importing_torch_after_the_library_is_harmless() -> None:
-    code = "from gblm_compress.kernels import cpu; assert cpu.available(); import torch; torch.ones(3)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,6 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-import torch
 
 from gblm_compress.layouts import LAYOUTS
 
@@ -81,27 +80,6 @@ def test_against_the_dense_product(layout: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_tilings_for_every_number_of_tokens() -> None:
-    from gblm_compress.kernels import gpu
-
-    for stored, tilings in gpu.TILINGS.items():
-        assert gpu.tilings(stored, 1) == list(tilings)
-        for tokens in (3, 16, gpu.MAX_TOKENS):
-            assert gpu.tilings(stored, tokens) and all(t.tensor_cores for t in gpu.tilings(stored, tokens))
-        assert not gpu.tilings(stored, gpu.MAX_TOKENS + 1)
-
-
-def test_block_starts_are_counts_of_what_stands_before() -> None:
-    from gblm_compress.kernels import gpu
-
-    weight = torch.randn(5, 700, generator=torch.Generator().manual_seed(0)).relu()
-    starts = gpu.block_starts(LAYOUTS["bitmask"].kind.pack(weight)["mask"])
-    flat = (weight != 0).flatten()
-    assert starts.tolist() == [
-        [int(flat[: row * 700 + first].sum()) for first in range(0, 700, gpu.GRAIN)] for row in range(5)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,8 @@ def given(x: np.ndarray):
     return lambda case: setattr(case, "x", x)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
+DAMAGES = {
+    "BitmaskLinear": [
         (changed("mask0", np.full((2, 1), -1)), "starts 'starts0' says 1 at row 1; the rows before it have 64 bits"),
         (changed("mask0", np.zeros((2, 0), np.int64)), r"mask 'mask0' has shape \[2, 0\]; it needs at least one row"),
         (changed("mask0", np.zeros((2, 1), np.int32)), "mask 'mask0' must be a tensor of int64 with 2 dimensions"),
@@ -59,19 +58,7 @@ def given(x: np.ndarray):
         (given(np.zeros((3, 65), np.float32)), "the last of 64; .* 2 dimensions, the last of 65"),
         (given(np.zeros((1,) * 8 + (64,), np.float32)), "1 to 8 dimensions, .* 9 dimensions"),
     ],
-)
-def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
-    mask, values = np.array([[1], [2]]), np.append([3.0, 4.0], np.zeros(64)).astype(np.float32)
-    tensors = {"mask0": mask, "values0": values, "starts0": np.array([0, 1])}
-    case = Case("BitmaskLinear", np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
-    assert run(case, library) == ""
-    damage(case)
-    assert re.search(message, run(case, library))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
+    "DenseLinear": [
         (changed("weight", np.zeros((2, 65), np.float16)), r"weight 'weight' has shape \[2, 65\]; it needs rows, and"),
         (changed("weight", np.zeros((0, 64), np.float16)), r"weight 'weight' has shape \[0, 64\]"),
         (
@@ -82,18 +69,7 @@ def test_what_is_wrong_is_said(library: str, damage, message: str) -> None:
         (lambda case: case.variable.add("weight"), "DenseLinear: weight 'weight' must be a constant initializer"),
         (given(np.zeros((3, 65), np.float32)), "DenseLinear: x must be .* the last of 64; .* the last of 65"),
     ],
-)
-def test_what_is_wrong_with_a_dense_weight_is_said(library: str, damage, message: str) -> None:
-    tensors = {"weight": np.ones((2, 64), np.float16)}
-    case = Case("DenseLinear", np.ones((3, 64), np.float32), tensors, ["x", "weight"], ["y0"], set(), [])
-    assert run(case, library) == ""
-    damage(case)
-    assert re.search(message, run(case, library))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
+    "QuantisedLinear": [
         (changed("mask0", np.ones((2, 1025), np.int64)), r"mask 'mask0' has shape \[2, 1025\]; it .* 1 to 1024 words"),
         (
             changed("values0", np.zeros(67, np.uint8)),
@@ -113,16 +89,30 @@ def test_what_is_wrong_with_a_dense_weight_is_said(library: str, damage, message
         (lambda case: case.inputs.pop(), "mask, values, scales and levels of 1 to 8 weights, .* it has 4 inputs and 1"),
         (given(np.zeros((3, 65), np.float32)), "QuantisedLinear: x must be .* the last of 64; .* the last of 65"),
     ],
-)
-def test_what_is_wrong_with_a_quantised_weight_is_said(library: str, damage, message: str) -> None:
-    mask, scales = np.array([[1], [6]]), np.ones((2, 1), np.float16)
-    tensors = {
-        "mask0": mask,
+}
+SOUND = {
+    "BitmaskLinear": {
+        "mask0": np.array([[1], [2]]),
+        "values0": np.append([3.0, 4.0], np.zeros(64)).astype(np.float32),
+        "starts0": np.array([0, 1]),
+    },
+    "DenseLinear": {"weight": np.ones((2, 64), np.float16)},
+    "QuantisedLinear": {
+        "mask0": np.array([[1], [6]]),
         "values0": np.ones(66, np.uint8),
-        "scales0": scales,
+        "scales0": np.ones((2, 1), np.float16),
         "levels0": np.arange(16, dtype=np.int8),
-    }
-    case = Case("QuantisedLinear", np.ones((3, 64), np.float32), tensors, ["x", *tensors], ["y0"], set(), [])
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("operator", "damage", "message"),
+    [(operator, *damaged) for operator, found in DAMAGES.items() for damaged in found],
+)
+def test_the_message_names_the_fault(library: str, operator: str, damage, message: str) -> None:
+    tensors = SOUND[operator]
+    case = Case(operator, np.ones((3, 64), np.float32), dict(tensors), ["x", *tensors], ["y0"], set(), [])
     assert run(case, library) == ""
     damage(case)
     assert re.search(message, run(case, library))

@@ -27,6 +27,7 @@ def test_it_says_which_kernel_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = layer("sparse24-int8")
     assert levels.kernel(4) == f"sparse24-int8 {cpu.paths(torch.int8)[-1]}"
     assert levels.kernel(5) == "expanded tiles and dense GEMM"
+    assert layer("sparse24").kernel(1) == UNPACKED  # a layout without kernels for a CPU
     monkeypatch.setattr(cpu, "available", lambda: False)
     assert layer().kernel(1) == UNPACKED
 

@@ -11,7 +11,7 @@ from gblm_compress.errors import ModelError
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
-from gblm_compress.layouts.packed_linear import UNPACKED, PackedLinear
+from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.packed_checkpoint import pack_
 from gblm_compress.models.tiny import tiny_model
@@ -174,15 +174,6 @@ def test_a_layer_filled_by_hand_is_checked_before_a_kernel_reads_it(layout: str,
         packed(x)
 
 
-@LAYOUT_NAMES
-def test_a_layer_that_nobody_filled_is_refused(layout: str) -> None:
-    empty = PackedLinear(layout, **pair(layout)[1].description(), dtype=torch.float32)
-    for tensor in empty.held.values():
-        tensor.fill_(-1)  # any content: it comes uninitialized
-    with pytest.raises(ModelError, match=r"^(mask|values|positions|patterns|levels|scales): "):
-        empty(torch.ones(1, 100))
-
-
 @pytest.mark.parametrize("shape", [(0, 8), (8, -8), (8,), (8, 8, 8), (8.0, 8), (True, 8), "88"], ids=str)
 def test_a_shape_that_no_layer_has(shape: Any) -> None:
     with pytest.raises(ModelError, match="is not one of a matrix"):
@@ -232,8 +223,3 @@ def test_inputs_of_another_dtype_or_width_are_refused(kernels: str, layout: str)
     for x in unfit:
         with pytest.raises((RuntimeError, ValueError)):
             packed(x)
-
-
-def test_2_4_says_that_a_cpu_unpacks_it() -> None:
-    _, packed = pair("sparse24")
-    assert packed.kernel(1) == packed.kernel(1000) == UNPACKED

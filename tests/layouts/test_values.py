@@ -129,15 +129,17 @@ def test_the_error_is_the_share_that_rounding_moved(layout: str) -> None:
     assert packed(layout, weight).error(weight) > layer.largest_error
 
 
-@pytest.mark.parametrize(
-    ("layout", "bits_a_weight"),
-    [("bitmask-int8", 5.25), ("bitmask-int4", 3.25), ("sparse24-int8", 5.0), ("sparse24-int4", 3.0), ("int8", 8.25)],
-)
-def test_size_at_half_density_in_groups_of_64(layout: str, bits_a_weight: float) -> None:
-    weight = torch.ones(64, 1024)
+HALF_DENSE = {"bitmask": 9, "sparse24": 9, "bitmask-int8": 5.25, "bitmask-int4": 3.25}
+HALF_DENSE |= {"sparse24-int8": 5, "sparse24-int4": 3, "int8": 8.25}
+
+
+@LAYOUT_NAMES
+def test_bits_of_a_weight_at_half_density_in_groups_of_64(layout: str) -> None:
+    kind, weight = LAYOUTS[layout].kind, torch.ones(64, 1024)
     weight[:, ::2] = 0.0
-    more = (0 if layout == "int8" else PADDING) + (16 if layout.endswith("-int4") else 0)
-    assert 8 * (packed(layout, weight, group=64).packed_bytes - more) == bits_a_weight * weight.numel()
+    layer = packed(layout, weight if kind.width else weight.bfloat16(), **({"group": 64} if kind.width else {}))
+    more = (0 if layout in ("int8", "sparse24") else PADDING) + (16 if layout.endswith("-int4") else 0)
+    assert 8 * (layer.packed_bytes - more * layer.values.itemsize) == HALF_DENSE[layout] * weight.numel()
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 127, 129, 4096])

@@ -5,7 +5,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.kernels import cpu
-from gblm_compress.layouts import LAYOUTS, packed_linear
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.models.files import SPARSE_METHOD
@@ -35,6 +33,8 @@ def matrix(rows: int, seed: int = 0, columns: int = COLUMNS) -> Tensor:
 
 
 WEIGHTS = {"q": matrix(32, 1), "k": matrix(16, 2), "v": matrix(16, 3)}
+OUTLIERS = torch.tensor([1.0, *[0.0, 0.03] * 35, 0.0]).repeat(8, 1)
+RANK_1_OF_4 = {"rank": 1, "ranks": 4, "row_parallel": True}
 
 
 def packed(layout: str, weight: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -87,11 +87,6 @@ def test_the_entry_point_is_declared_and_light() -> None:
     code = f"import sys, {module}; assert not {{'torch', 'transformers', 'vllm'}} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_it_is_the_method_that_folders_name(config) -> None:
-    assert list(fake_vllm.METHODS) == [SPARSE_METHOD]
-    assert config("bitmask", {"a": matrix(4)}).get_name() == SPARSE_METHOD
 
 
 @LAYOUT_NAMES
@@ -160,27 +155,11 @@ def test_a_dense_part_has_scales_for_as_many_columns_as_the_packed_ones(config, 
     assert same_bits(finished(layer), torch.cat(pair))
 
 
-def test_a_dense_part_that_rounding_would_change_much_is_refused(config) -> None:
-    outlier = torch.full((8, COLUMNS), 0.03)
-    outlier[:, ::64] = 1.0
-    outlier[:, 1::2] = 0
-    with pytest.raises(ModelError, match="was left dense, and the bitmask-int4 layout would change it by .* %"):
-        down(config, "bitmask-int4", outlier).load(None, weight=outlier)
-
-
 def test_parts_with_other_groups_are_not_merged(config) -> None:
     layer = attention(config, "bitmask-int8", {"q": WEIGHTS["q"]}, QKV[:2])
     layer.load("k", **packed("bitmask-int8", WEIGHTS["k"], group=32))
     with pytest.raises(UsageError, match="have scales for different numbers of columns"):
         finished(layer)
-
-
-def test_a_dense_part_of_any_pattern_fits_into_bitmask_only(config) -> None:
-    layer = down(config, "bitmask", matrix(8))
-    layer.load(None, weight=torch.ones(8, COLUMNS))
-    assert same_bits(finished(layer), torch.ones(8, COLUMNS))
-    with pytest.raises(UsageError, match="not 2:4"):
-        down(config, "sparse24", matrix(8)).load(None, weight=torch.ones(8, COLUMNS))
 
 
 @LAYOUT_NAMES
@@ -196,60 +175,28 @@ def test_a_damaged_part_is_refused_before_it_is_cut(config, layout: str) -> None
             down(config, layout, matrix(8)).load(None, **{**tensors, name: damage(tensors[name])})
 
 
+@pytest.mark.parametrize(
+    ("layout", "options", "dense", "message"),
+    [
+        ("bitmask-int4", {}, OUTLIERS, "was left dense, and the bitmask-int4 layout would change it by .* %"),
+        ("bitmask", {}, matrix(8, columns=40), f"40 columns; the model's has {COLUMNS}"),
+        ("sparse24", {}, torch.ones(8, COLUMNS), "not 2:4"),
+        ("sparse24", RANK_1_OF_4, None, f"^{DOWN}: columns 18 to 35: a 2:4 layout can be cut at multiples of 4 only$"),
+        ("bitmask", {"rows": 12}, None, f"^{DOWN}: vLLM cannot slice 8 rows of the folder into 12 of its layer$"),
+    ],
+    ids=["rounded too much", "width", "not 2:4", "groups cut in two", "rows"],
+)
+def test_a_part_that_does_not_fit_is_refused(config, layout: str, options: Any, dense: Any, message: str) -> None:
+    tensors = packed(layout, matrix(8)) if dense is None else {"weight": dense}
+    with pytest.raises((ModelError, UsageError), match=message):
+        down(config, layout, matrix(8), **options).load(None, **tensors)
+
+
 def test_weights_too_large_for_the_dtype_are_refused(config) -> None:
     layer = down(config, "bitmask", matrix(8), dtype=torch.float16)
     layer.load(None, **packed("bitmask", matrix(8) * 1e6))
     with pytest.raises(ModelError, match=r"values: holds NaN or infinite values; .*float16 is too narrow"):
         finished(layer)
-
-
-def test_a_part_of_another_width_is_refused(config) -> None:
-    with pytest.raises(ModelError, match=f"40 columns; the model's has {COLUMNS}"):
-        down(config, "bitmask", matrix(8)).load(None, weight=matrix(8, columns=40))
-
-
-def test_groups_of_2_4_that_ranks_would_share_are_one_line(config) -> None:
-    layer = down(config, "sparse24", matrix(8), rank=1, ranks=4, row_parallel=True)
-    with pytest.raises(UsageError) as caught:
-        layer.load(None, **packed("sparse24", matrix(8)))
-    assert str(caught.value) == f"{DOWN}: columns 18 to 35: a 2:4 layout can be cut at multiples of 4 only"
-
-
-def test_compiled_it_is_one_operator(config) -> None:
-    layer = attention(config, "bitmask", WEIGHTS)
-    finished(layer)
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    x = torch.randn(3, COLUMNS)
-    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
-    called = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert called == [packed_linear.OPERATOR]
-
-
-@LAYOUT_NAMES
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")
-def test_on_cuda_the_same_operator_runs_the_plan_of_the_merged_shape(config, layout: str, monkeypatch) -> None:
-    from gblm_compress.kernels import gpu
-    from gblm_compress.layouts import cuda_linear
-
-    planned, ran = [], []
-    tiling = gpu.TILINGS[LAYOUTS[layout].kind.mask.stored][4]
-    plan = " ".join([str(cuda_linear.Candidate("triton", tuple(map(int, tiling))))] * len(cuda_linear.TOKENS))
-    monkeypatch.setattr(PackedLinear, "cuda_kernels", lambda layer: cuda_linear)
-    monkeypatch.setattr(cpu, "available", lambda: False)  # a GPU's layer is what is tested
-    monkeypatch.setattr(cuda_linear, "plan", lambda weight: planned.append(weight.shape) or plan)
-    monkeypatch.setattr(gpu, "linear", lambda x, weight, *_: ran.append(weight.shape) or x @ dense.T)
-    dense = torch.cat(list(WEIGHTS.values())).bfloat16()
-    layer = attention(config, layout, WEIGHTS, dtype=torch.bfloat16)
-    finished(layer)
-    assert planned[-1] == (64, COLUMNS) and layer.packed.kernel(1) == f"{layout} Triton"
-    monkeypatch.setattr(packed_linear, "OPERATOR", packed_linear.on_cuda)
-    x = torch.randn(2, COLUMNS).bfloat16()
-    assert torch.equal(layer(x), x @ dense.T) and ran == [(64, COLUMNS)]
 
 
 def test_layers_that_were_not_pruned_are_vllm_s_own(config) -> None:
@@ -306,12 +253,6 @@ def test_a_description_with_other_keys_is_one_line(config, described: dict[str, 
     line = str(caught.value)
     assert line.startswith("a: it is described as") and "a newer gblm-compress may have packed it" in line
     assert "\n" not in line
-
-
-def test_rows_that_do_not_fill_the_model_s_layer_are_one_line(config) -> None:
-    layer = down(config, "bitmask", matrix(8), rows=12)
-    with pytest.raises(ModelError, match=f"^{DOWN}: vLLM cannot slice 8 rows of the folder into 12 of its layer$"):
-        layer.load(None, **packed("bitmask", matrix(8)))
 
 
 @LAYOUT_NAMES
