@@ -21,9 +21,9 @@ from gblm_compress.measure.runtimes import Runtime, load_runtime
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs.advice import PROMPT, WAYS, advise
-from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.settings import AdviseSettings, ExportSettings, PruneSettings
 
 QUIET = Progress(quiet=True)
 ROUNDS, TOKENS = 10, 12
@@ -56,7 +56,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         pruned = ModelSource("pruned", Path(folder) / "pruned")
-        prune(dense, pruned.folder, chosen, CalibrationSettings(), progress=QUIET)
+        prune(PruneJob(dense, chosen), pruned.folder, QUIET)
         for way in WAYS:
             found = next((each for each in advice.predictions if each.name == way), None)
             if found is not None:

@@ -113,17 +113,17 @@ def prune(
         if void := " and ".join(name for name, value in given.items() if value):
             raise UsageError(f"{void} would do nothing: without an output folder the model is pruned where it is")
 
-        from gblm_compress.pruning.stage import prune_in_place
+        from gblm_compress.pruning import stage
 
-        return prune_in_place(model, processor, settings, text, _progress(quiet))
-    path, how, texts = Path(output), compute.model_dump(), [text.dataset] if settings.needs_text else []
+        job = stage.PruneJob(stage.InMemory(model, processor), settings, text)
+        return stage.prune(job, None, _progress(quiet))
+    path, texts = Path(output), [text.dataset] if settings.needs_text else []
     outputs.check_output(path, force)
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
         from gblm_compress.pruning import stage
 
-        return stage.prune(
-            source, path, settings, text, resources=resources, resume=resume, force=force, progress=progress, **how
-        )
+        job = stage.PruneJob(source, settings, text, compute, resources)
+        return stage.prune(job, path, progress, resume=resume, force=force)
 
 
 @command

@@ -24,6 +24,9 @@ from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
+from gblm_compress.pruning import stage
+from gblm_compress.pruning.stage import PruneJob, PruneResult
+from gblm_compress.settings import CalibrationSettings, ComputeSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.paths import CACHE_VARIABLE
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
@@ -129,6 +132,23 @@ def prose(tmp_path: Path) -> Path:
     path = tmp_path / "prose.txt"
     path.write_text(load_text("demo", "calibration")[:6000])
     return path
+
+
+def prune(
+    source: ModelSource,
+    output: Path,
+    settings: PruneSettings,
+    calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008
+    *,
+    progress: Progress | None = None,
+    resources: ResourceSettings = ResourceSettings(),  # noqa: B008
+    resume: bool = False,
+    force: bool = False,
+    **compute: str,
+) -> PruneResult:
+    """`stage.prune` of a source to a folder, quiet unless told otherwise; dtype and device are `compute`."""
+    job = PruneJob(source, settings, calibration, ComputeSettings(**compute), resources)
+    return stage.prune(job, output, progress or Progress(quiet=True), resume=resume, force=force)
 
 
 def replay(model: nn.Module, samples: list[Sample], task: Task = CAUSAL_LM) -> BlockReplay:

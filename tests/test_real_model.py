@@ -27,10 +27,9 @@ from gblm_compress.models.finding import DEMO_PACKAGE, resolve_model
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
 from gblm_compress.storage.paths import CACHE_VARIABLE
-from tests.conftest import greedy_tokens
+from tests.conftest import greedy_tokens, prune
 
 pytestmark = [
     pytest.mark.real_model,

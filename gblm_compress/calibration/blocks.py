@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.calls import BlockCalls, Call, counted_tokens
+from gblm_compress.calibration.calls import BlockCalls, Call, ForwardEnded, counted_tokens
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.errors import ModelError
@@ -131,13 +131,13 @@ def sum_over_inputs(
             sums[name] = add(own, _counted_tokens(name, args[0].detach(), counted))
             latest = (args[0], before, sums[name], {name})
         if not whole and len(ran) == len(layers):
-            raise _AllLayersReached
+            raise ForwardEnded
 
     users = _users(block.module, layers)
     with _hooks(user.register_forward_pre_hook(partial(measure, name)) for name, user in users):
         for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads `counted`
             ran.clear()
-            with suppress(_AllLayersReached):
+            with suppress(ForwardEnded):
                 block.run(sample)
             whole = whole and (len(ran) < len(layers) or ran.total() > len(layers))
     device = block.inputs[0].device
@@ -177,10 +177,6 @@ def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor
             "cannot be told from text; give samples without padding, or add the layer to 'ignore'"
         )
     return tokens if counted is None else tokens[counted.flatten()]
-
-
-class _AllLayersReached(Exception):
-    """Ends a block's forward pass once all its layers were called."""
 
 
 @contextmanager

@@ -58,15 +58,15 @@ class BlockCalls:
     @torch.no_grad()
     def embed(self, sample: int) -> Tensor:
         """The input of the first block [1, tokens, hidden size]; needs `weights.outer()`."""
+        reached: list[Tensor] = []
 
         def stop(hidden: Tensor) -> Tensor:
-            raise _FirstBlockReached(hidden)
+            reached.append(hidden)
+            raise ForwardEnded
 
-        try:
+        with suppress(ForwardEnded):
             self._without_blocks(self.samples[sample], stop)
-        except _FirstBlockReached as reached:
-            return reached.hidden
-        raise AssertionError("the first block ran when the calls were recorded")
+        return reached[0]
 
     def loss_gradient(self, sample: int, hidden: Tensor) -> Tensor:
         """The gradient of a sample's loss to `hidden`, the last block's output; needs `weights.outer()`."""
@@ -85,16 +85,24 @@ class BlockCalls:
 
     def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
         """A forward pass of the model with `instead` in place of all blocks."""
-        model, path = self._weights.model, self._weights.prefix
-        parent, _, name = path.rpartition(".")
-        holder = model.get_submodule(parent)
-        stand_in = _StandIn(self._weights.blocks[0], instead, self.calls[0][0].beside)
-        blocks = getattr(holder, name)
-        setattr(holder, name, nn.ModuleList([stand_in]))
-        try:
-            return run_model(model, self.task.arguments(sample))
-        finally:
-            setattr(holder, name, blocks)
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            return self._returned(instead(self._hidden(args, kwargs)))
+
+        def other(*args: Any, **kwargs: Any) -> Any:
+            return self._returned(self._hidden(args, kwargs))
+
+        with ExitStack() as within:
+            for index, block in enumerate(self._weights.blocks):
+                within.enter_context(forward_replaced(block, other if index else first))
+            return run_model(self._weights.model, self.task.arguments(sample))
+
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return _split_call(args, kwargs)[0]
+
+    def _returned(self, hidden: Tensor) -> Any:
+        beside = self.calls[0][0].beside
+        return hidden if beside is None else (hidden, *beside)
 
 
 def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
@@ -133,33 +141,8 @@ class Call:
         return block(hidden, *self.args, **self.kwargs)
 
 
-class _FirstBlockReached(Exception):
-    """Ends a forward pass at the input of the first block."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-class _LastBlockReached(Exception):
-    """Ends a forward pass once the last block was called."""
-
-
-class _StandIn(nn.Module):
-    """Takes the place of all blocks; other attributes are those of the first block."""
-
-    def __init__(self, block: nn.Module, instead: Callable[[Tensor], Tensor], beside: tuple[Any, ...] | None) -> None:
-        super().__init__()
-        self._block, self._instead, self._beside = [block], instead, beside
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._block[0], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._instead(_split_call(args, kwargs)[0])
-        return output if self._beside is None else (output, *self._beside)
+class ForwardEnded(Exception):
+    """Ends a forward pass once it has shown what it was run for."""
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -190,7 +173,7 @@ def _record_calls(
     calls: list[Call] = []
     ran: list[nn.Module] = []
     latest: list[Tensor] = []
-    with ExitStack() as within, suppress(_LastBlockReached):
+    with ExitStack() as within, suppress(ForwardEnded):
         compute = first_block.forward
 
         def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +209,7 @@ def _record_calls(
             calls.append(call)
             ran.append(block)
             if like is not None and block is blocks[-1]:
-                raise _LastBlockReached
+                raise ForwardEnded
             return output if call.beside is None else (output, *call.beside)
 
         for block in blocks:
@@ -346,28 +329,23 @@ class WholeCalls(BlockCalls):
 
         def stop(*args: Any, **kwargs: Any) -> Any:
             found.append(WholeCall(args, kwargs, hidden_is_keyword=False))
-            raise _AroundBlocksReached
+            raise ForwardEnded
 
-        with forward_replaced(self._weights.blocks[0], stop), torch.no_grad():
-            try:
-                run_model(self._weights.model, self.task.arguments(sample))
-            except _AroundBlocksReached:
-                return found[0]
-        raise AssertionError("it ran when it was looked for")
+        with forward_replaced(self._weights.blocks[0], stop), torch.no_grad(), suppress(ForwardEnded):
+            run_model(self._weights.model, self.task.arguments(sample))
+        return found[0]
 
-    def _without_blocks(self, sample: Sample, instead: Callable[[Tensor], Tensor]) -> Any:
-        def output(*args: Any, **kwargs: Any) -> Any:
-            hidden = instead(_states(self._like))
-            if isinstance(self._like, Tensor):
-                return hidden
-            if isinstance(self._like, tuple):
-                return (hidden, *self._like[1:])
-            made = copy(self._like)
-            made[next(iter(made))] = hidden
-            return made
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return _states(self._like)
 
-        with forward_replaced(self._weights.blocks[0], output):
-            return run_model(self._weights.model, self.task.arguments(sample))
+    def _returned(self, hidden: Tensor) -> Any:
+        if isinstance(self._like, Tensor):
+            return hidden
+        if isinstance(self._like, tuple):
+            return (hidden, *self._like[1:])
+        made = copy(self._like)
+        made[next(iter(made))] = hidden
+        return made
 
 
 def _states(output: Any) -> Tensor:
@@ -386,10 +364,6 @@ def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | N
             within.callback(around[-1].register_forward_pre_hook(lambda module, _: runs.update([module])).remove)
         run_model(weights.model, arguments)
     return next((module for module in around if runs[module] == 1), None)
-
-
-class _AroundBlocksReached(Exception):
-    """Ends a forward pass once the arguments of the module around the blocks are known."""
 
 
 def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:

@@ -8,148 +8,126 @@ Sample by sample: each goes through all blocks and back. Memory: the activations
 all blocks. 2PT forward, 4PT backward.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.blocks import BlockReplay, only_requires_grad
-from gblm_compress.calibration.calls import BlockCalls
+from gblm_compress.calibration.calls import BlockCalls, Call
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import HiddenStates, StatePool, Weights
 from gblm_compress.methods.zeros import check_finite
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GradientNorm
 
-Sums = Iterable[tuple[int, dict[str, Tensor]]]  # Σ_n |g_n|^p of each block's layers, the last block first
+OfBlock = tuple[int, dict[str, Tensor]]
 
 
-def gradient_norms(
-    weights: Weights,
-    calls: BlockCalls,
-    per_block: list[dict[str, nn.Module]],
-    norm: GradientNorm,
-    pool: StatePool,
-    save: Callable[[int, dict[str, Tensor]], None],
-    progress: Progress,
-    ranks: Ranks,
-    skip: frozenset[int] = frozenset(),
-    by_sample: bool = False,
-) -> None:
-    """G = (Σ_n |g_n|^p)^(1/p) of every layer's weight, given to `save` block by block, the last block first.
+@dataclass(frozen=True)
+class GradientPass:
+    """Measures gradients of the dense model; sample by sample, all of it must be in memory."""
 
-    g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a sample.
-    Nothing runs backward below the lowest block that wants gradients.
+    weights: Weights
+    calls: BlockCalls
+    pool: StatePool
+    ranks: Ranks
+    progress: Progress
 
-    Args:
-        weights: the dense model; sample by sample, all of it must be in memory.
-        per_block: {name: Linear or Conv1D} of each block.
-        norm: "l1" (p = 1) or "l2" (p = 2).
-        save: takes a block's index and {name: G in float32, in the stored layout of the weight}.
-        skip: blocks whose gradients are known already.
+    def norms(
+        self, of_blocks: dict[int, dict[str, nn.Module]], norm: GradientNorm, by_sample: bool = False
+    ) -> Iterator[OfBlock]:
+        """G = (Σ_n |g_n|^p)^(1/p) of the weights of {block: {name: Linear or Conv1D}}, the last block first.
 
-    Raises:
-        ModelError: a gradient is NaN or infinite; the message names the layer.
-    """
-    of_blocks = {index: layers for index, layers in enumerate(per_block) if layers and index not in skip}
-    if not of_blocks:
-        return
-    if by_sample:
-        sums = _by_sample(weights, calls, of_blocks, norm, progress)
-    else:
-        sums = _by_block(weights, calls, of_blocks, norm, pool, progress)
-    for index, totals in sums:
-        ranks.sum_(totals.values())
-        for name, total in totals.items():
-            check_finite(name, "gradients", total)
-            if norm == "l2":
-                total.sqrt_()
-        save(index, totals)
+        g_n is the gradient of the task's loss on sample n (arXiv 2311.04902, section 3), from one backward pass a
+        sample. p is 1 for "l1", 2 for "l2". Nothing runs backward below the lowest block.
 
+        Yields:
+            A block's index and {name: G in float32, in the stored layout of the weight}.
 
-def _by_block(
-    weights: Weights,
-    calls: BlockCalls,
-    of_blocks: dict[int, dict[str, nn.Module]],
-    norm: GradientNorm,
-    pool: StatePool,
-    progress: Progress,
-) -> Sums:
-    inputs = _block_inputs(weights, calls, pool, progress)
-    upstream = inputs.pop()
-    with weights.outer(), only_requires_grad(weights.model, []):
-        for sample in progress.track(range(len(calls.samples)), "loss", "samples"):
-            upstream[sample] = calls.loss_gradient(sample, upstream[sample])
-    lowest = min(of_blocks)
-    order = list(reversed(range(lowest, len(weights.blocks))))
-    for index in progress.track(order, "gradients", "blocks", tokens=calls.tokens):
-        states = inputs.pop()
-        with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), norm) as sums:
-            for sample, hidden in enumerate(states):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
-                torch.autograd.backward(output, upstream[sample])
-                if leaf.grad is not None:
-                    upstream[sample] = leaf.grad
-        states.release()
-        if index in of_blocks:
-            yield index, sums
-    for states in (*inputs, upstream):
-        states.release()
+        Raises:
+            ModelError: a gradient is NaN or infinite; the message names the layer.
+        """
+        if not of_blocks:
+            return
+        for index, totals in (self._by_sample if by_sample else self._by_block)(of_blocks, norm):
+            self.ranks.sum_(totals.values())
+            for name, total in totals.items():
+                check_finite(name, "gradients", total)
+                if norm == "l2":
+                    total.sqrt_()
+            yield index, totals
 
+    def _by_block(self, of_blocks: dict[int, dict[str, nn.Module]], norm: GradientNorm) -> Iterator[OfBlock]:
+        weights, calls = self.weights, self.calls
+        inputs = self._block_inputs()
+        upstream = inputs.pop()
+        with weights.outer(), only_requires_grad(weights.model, []):
+            for sample in self.progress.track(range(len(calls.samples)), "loss", "samples"):
+                upstream[sample] = calls.loss_gradient(sample, upstream[sample])
+        lowest = min(of_blocks)
+        order = list(reversed(range(lowest, len(weights.blocks))))
+        for index in self.progress.track(order, "gradients", "blocks", tokens=calls.tokens):
+            states = inputs.pop()
+            with weights.block(index) as block, _measured(block, of_blocks.get(index, {}), norm) as sums:
+                for sample, hidden in enumerate(states):
+                    leaf, output = _run(calls.calls[index][sample], block, hidden, needs_gradient=index > lowest)
+                    torch.autograd.backward(output, upstream[sample])
+                    if leaf.grad is not None:
+                        upstream[sample] = leaf.grad
+            states.release()
+            if index in of_blocks:
+                yield index, sums
+        for states in (*inputs, upstream):
+            states.release()
 
-def _by_sample(
-    weights: Weights,
-    calls: BlockCalls,
-    of_blocks: dict[int, dict[str, nn.Module]],
-    norm: GradientNorm,
-    progress: Progress,
-) -> Sums:
-    lowest = min(of_blocks)
-    with ExitStack() as within:
-        blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
-        within.enter_context(weights.outer())
-        within.enter_context(only_requires_grad(weights.model, []))
-        found = {index: within.enter_context(_measured(blocks[index], of_blocks[index], norm)) for index in of_blocks}
-        for sample in progress.track(range(len(calls.samples)), "gradients", "samples", tokens=calls.tokens):
-            hidden, ran = calls.embed(sample), []
-            for index, block in enumerate(blocks):
-                leaf, output = _run(calls, index, sample, block, hidden, needs_gradient=index > lowest)
-                hidden = output.detach()
-                if index >= lowest:
-                    ran.append((leaf, output))
-            upstream = calls.loss_gradient(sample, hidden)
-            while ran:
-                leaf, output = ran.pop()
-                torch.autograd.backward(output, upstream)
-                del output
-                if leaf.grad is not None:
-                    upstream = leaf.grad
-    for index in sorted(found, reverse=True):
-        yield index, found.pop(index)
+    def _by_sample(self, of_blocks: dict[int, dict[str, nn.Module]], norm: GradientNorm) -> Iterator[OfBlock]:
+        weights, calls, lowest = self.weights, self.calls, min(of_blocks)
+        with ExitStack() as within:
+            blocks = [within.enter_context(weights.block(index)) for index in range(len(weights.blocks))]
+            within.enter_context(weights.outer())
+            within.enter_context(only_requires_grad(weights.model, []))
+            found = {i: within.enter_context(_measured(blocks[i], of_blocks[i], norm)) for i in of_blocks}
+            samples = range(len(calls.samples))
+            for sample in self.progress.track(samples, "gradients", "samples", tokens=calls.tokens):
+                hidden, ran = calls.embed(sample), []
+                for index, block in enumerate(blocks):
+                    leaf, output = _run(calls.calls[index][sample], block, hidden, needs_gradient=index > lowest)
+                    hidden = output.detach()
+                    if index >= lowest:
+                        ran.append((leaf, output))
+                upstream = calls.loss_gradient(sample, hidden)
+                while ran:
+                    leaf, output = ran.pop()
+                    torch.autograd.backward(output, upstream)
+                    del output
+                    if leaf.grad is not None:
+                        upstream = leaf.grad
+        for index in sorted(found, reverse=True):
+            yield index, found.pop(index)
+
+    def _block_inputs(self) -> list[HiddenStates]:
+        """The hidden states of all samples before each block, and after the last."""
+        calls = self.calls
+        replay = BlockReplay(calls, self.weights, self.pool, Ranks())
+        found = [replay.hidden]
+        for index in self.progress.track(range(len(self.weights.blocks)), "forward", "blocks", tokens=calls.tokens):
+            states = self.pool.states(len(calls.samples))
+            with self.weights.block(index):
+                replay.advance(index, into=states)
+            replay.hidden = states
+            found.append(states)
+        return found
 
 
-def _run(
-    calls: BlockCalls, index: int, sample: int, block: nn.Module, hidden: Tensor, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _run(call: Call, block: nn.Module, hidden: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
     """A block's input as a leaf of autograd, and its output with the graph between them."""
     leaf = hidden.detach().requires_grad_(needs_gradient)
     with torch.enable_grad():
-        return leaf, calls.calls[index][sample].run(block, leaf)
-
-
-def _block_inputs(weights: Weights, calls: BlockCalls, pool: StatePool, progress: Progress) -> list[HiddenStates]:
-    """The hidden states of all samples before each block, and after the last."""
-    replay = BlockReplay(calls, weights, pool, Ranks())
-    found = [replay.hidden]
-    for index in progress.track(range(len(weights.blocks)), "forward", "blocks", tokens=calls.tokens):
-        states = pool.states(len(calls.samples))
-        with weights.block(index):
-            replay.advance(index, into=states)
-        replay.hidden = states
-        found.append(states)
-    return found
+        return leaf, call.run(block, leaf)
 
 
 @contextmanager

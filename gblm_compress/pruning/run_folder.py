@@ -12,15 +12,14 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.methods.allocation import Budget
-from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import grids
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
@@ -36,13 +35,13 @@ _OTHERS = re.compile(  # the record, hidden states, and what is written aside
 )
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     """The content of `run.json`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     identity: dict[str, Any]
-    budgets: dict[str, Annotated[tuple[str, float], Strict(False)]] | None = None  # a list in JSON
+    budgets: dict[str, Budget] | None = None
     by_magnitude: list[str] = []
     output_errors: dict[str, float] = {}
     distilled: bool = False
@@ -80,9 +79,9 @@ class RunFolder:
         files = self._own_files() if self.resumed else []
         self.damaged = [path.name for path in files if not is_intact(path)]
         self._files = {path.stem for path in files if path.name not in self.damaged}
-        self._record = known if known and self.resumed else _Record(identity=identity)
+        self.record = known if known and self.resumed else Record(identity=identity)
         if any(name.startswith("distilled") for name in self.damaged):
-            self._record.distilled = False
+            self.record.distilled = False
         ranks.wait()  # before the first rank changes anything
         try:
             if ranks.is_first:
@@ -106,33 +105,21 @@ class RunFolder:
 
     @property
     def holds_work(self) -> bool:
-        return bool(self._files) or self._record.budgets is not None
+        return bool(self._files) or self.record.budgets is not None
 
     @property
-    def budgets(self) -> dict[str, Budget] | None:
-        stored = self._record.budgets
-        if stored is None:
-            return None
-        return {name: Budget(Pattern(pattern), sparsity) for name, (pattern, sparsity) in stored.items()}
+    def identity(self) -> dict[str, Any]:
+        return self.record.identity
 
-    @budgets.setter
-    def budgets(self, budgets: dict[str, Budget]) -> None:
-        self._record.budgets = {name: (budget.pattern.name, budget.sparsity) for name, budget in budgets.items()}
+    def decide(self, budgets: dict[str, Budget]) -> None:
+        """Keep the budget of each layer."""
+        self.record.budgets = budgets
         self._write()
-
-    @property
-    def by_magnitude(self) -> list[str]:
-        """Layers of finished blocks that were pruned by magnitude."""
-        return self._record.by_magnitude
 
     @property
     def output_errors(self) -> dict[str, float]:
         """{layer: error of its output}; none after the distillation, which changes all weights."""
-        return {} if self.distilled else self._record.output_errors
-
-    @property
-    def distilled(self) -> bool:
-        return self._record.distilled
+        return {} if self.record.distilled else self.record.output_errors
 
     def save_gradients(self, block: int, norms: dict[str, Tensor]) -> None:
         self._save(f"gradients-{block}", norms)
@@ -162,8 +149,8 @@ class RunFolder:
         by_magnitude = {name for name, result in results.items() if result.by_magnitude}
         errors = {name: result.output_error for name, result in results.items() if result.output_error is not None}
         if by_magnitude or errors:
-            self._record.by_magnitude = sorted({*self._record.by_magnitude, *by_magnitude})
-            self._record.output_errors |= errors
+            self.record.by_magnitude = sorted({*self.record.by_magnitude, *by_magnitude})
+            self.record.output_errors |= errors
             self._write()
         self._save(f"block-{block}", weights | grids.as_tensors(on or {}))
         self._files.discard(f"gradients-{block}")
@@ -192,7 +179,7 @@ class RunFolder:
         for block, weights in enumerate(per_block):
             own = {name: on[name] for name in weights if name in on}
             self._save(f"distilled-{block}", weights | grids.as_tensors(own))
-        self._record.distilled = True
+        self.record.distilled = True
         self._write()
 
     def remove(self) -> None:
@@ -201,7 +188,7 @@ class RunFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finished_name(self, block: int) -> str:
-        return f"{'distilled' if self.distilled else 'block'}-{block}"
+        return f"{'distilled' if self.record.distilled else 'block'}-{block}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -219,16 +206,13 @@ class RunFolder:
     def _own_files(self) -> list[Path]:
         return own_files(self.folder, _TENSORS, _OTHERS)
 
-    def _read(self, resume: bool | None) -> _Record | None:
+    def _read(self, resume: bool | None) -> Record | None:
         """The content of `run.json`; None where there is none, or if it is damaged and `resume` is not True."""
         path, files = self.folder / IDENTITY, self._own_files()
         try:
             if not path.exists() and not files:
                 return None
-            record = _Record.model_validate(records.read_sealed(path))
-            for pattern, _ in (record.budgets or {}).values():
-                Pattern(pattern)
-            return record
+            return Record.model_validate(records.read_sealed(path))
         except (OSError, ValueError, UsageError) as error:  # pydantic's ValidationError is a ValueError
             if not resume:
                 return None
@@ -239,7 +223,7 @@ class RunFolder:
 
     def _write(self) -> None:
         if self._ranks.is_first:
-            records.write_sealed(self.folder / IDENTITY, self._record.model_dump(mode="json"))
+            records.write_sealed(self.folder / IDENTITY, self.record.model_dump(mode="json"))
         self._ranks.wait()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.calibration.written import verify_by_loading
+from gblm_compress.calibration.weights import verify_by_loading
 from gblm_compress.errors import ModelError
 from gblm_compress.methods.quantisation import Grid, rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
@@ -31,7 +31,7 @@ class Written:
     output: Path
     force: bool
     processor: Any  # tokenizer or image processor
-    identity: dict[str, Any]  # of the `RunFolder`
+    checkpoint: Checkpoint  # of the source
 
 
 _STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -58,9 +58,7 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
     return checkpoint
 
 
-def save(
-    what: Written, run: RunFolder, walked: Walked, checkpoint: Checkpoint, plan: Plan, progress: Progress
-) -> dict[str, LayerResult]:
+def save(what: Written, run: RunFolder, walked: Walked, plan: Plan, progress: Progress) -> dict[str, LayerResult]:
     layers, settings = walked.layers, plan.settings
     blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
     on: dict[str, Grid] = {}
@@ -72,7 +70,7 @@ def save(
         layer = name.removesuffix(".weight")
         if layer == name or layer not in layers:
             return None
-        dense = checkpoint.read(name)
+        dense = what.checkpoint.read(name)
         computed = run.finished_layer(blocks[layer], layer)
         if grid := on.get(layer):
             matrix = computed.T if layers[layer].transposed else computed
@@ -85,9 +83,9 @@ def save(
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
-    identity = what.identity
+    identity = run.identity
     with outputs.atomic_folder(what.output, force=what.force, inside=run.folder) as temporary:
-        checkpoint.rewrite(temporary, changed)
+        what.checkpoint.rewrite(temporary, changed)
         loading.copy_settings(what.source, temporary, what.processor)
         content = {
             "kind": "pruned",

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
-from gblm_compress.machine.memory import peak_memory
+from gblm_compress.machine.memory import PeakMemory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.checkpoint import Checkpoint
@@ -33,10 +33,35 @@ from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
 from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY, Placement, Plan, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import LeftDense, Walk, Walked
-from gblm_compress.settings import PUBLISHED_CALIBRATION, CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.settings import (
+    PUBLISHED_CALIBRATION,
+    CalibrationSettings,
+    ComputeSettings,
+    PruneSettings,
+    ResourceSettings,
+)
 from gblm_compress.storage import outputs
 from gblm_compress.storage.resuming import kept_where_resuming_helps
-from gblm_compress.tasks.task import Sample, fingerprint, on_device
+from gblm_compress.tasks.task import Sample, Task, fingerprint, on_device
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A transformers model that is pruned where it is, on its device and in its dtype; it is put into eval mode."""
+
+    model: Any
+    processor: Any = None  # for calibration data, where the method needs them
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """What to prune, and how."""
+
+    source: ModelSource | InMemory
+    settings: PruneSettings
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
 
 
 @dataclass(frozen=True)
@@ -69,104 +94,122 @@ class PruneResult:
         return {**asdict(self), **totals}
 
 
-def prune(
-    source: ModelSource,
-    output: Path,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    *,
-    resources: ResourceSettings | None = None,
-    resume: bool | None = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    force: bool = False,
-    progress: Progress,
-) -> PruneResult:
-    """Prune `source` and write an ordinary Hugging Face folder with a manifest, then reopen and verify it.
+@dataclass(frozen=True)
+class _Done:
+    plan: Plan
+    walked: Walked
+    memory: PeakMemory
+    fingerprint: str | None  # of the samples
+    notes: tuple[str, ...] = ()
 
-    Finished blocks are kept beside the output until it is whole, also after an interruption or a full disk.
+
+def prune(
+    job: PruneJob, output: Path | None, progress: Progress, *, resume: bool | None = False, force: bool = False
+) -> PruneResult:
+    """Prune a model source, or a model in memory where it is.
+
+    Of a source an ordinary Hugging Face folder with a manifest is written, reopened and verified. Finished blocks are
+    kept beside it until it is whole, also after an interruption or a full disk.
 
     Args:
-        output: it appears whole or not at all.
+        output: it appears whole or not at all; None for a model in memory.
         resume: continue an interrupted run of the same settings. None: if there is one.
-        dtype: to compute in; the folder keeps that of the checkpoint.
     """
-    start, resources = time.perf_counter(), resources or ResourceSettings()
-    texts = [source.folder, *tasks.files_of(calibration.dataset)]
-    with outputs.reserved(output, force, texts, ranks.is_first_started()):
-        budgets = _checked(source, settings, calibration, dtype, device)
-        device = ranks.device_of_rank(loading.choose_device(device))
-        processor, task = loading.load_processor(source), loading.task_of(source)
-        before = _pruned_before(source)
-        for note in before:
-            progress.say(f"note: {note}")
-        samples: list[Sample] = []
-        if settings.needs_text:
-            progress.say(f"reading {calibration.dataset} …")
-            size = calibration.samples, calibration.sequence_length, calibration.seed
-            samples = task.calibration(processor, loading.config_of(source), calibration.dataset, *size)
-        read = fingerprint(samples) if samples else None
-        with peak_memory(device) as memory, ranks.joined(device) as group:
-            _check_ranks(settings, group)
-            dtype, products = planning.choose_dtypes(dtype, source, settings, device, group)
-            bytes_of = Size(source, dtype, settings, calibration)
-            placement = planning.choose_placement(bytes_of, resources, settings, device, group)
-            own = [on_device(sample, device) for sample in group.share(samples)] if samples else []
-            plan = Plan(settings, task, own, budgets, torch.device(device), products, placement, group)
-            identity = {
-                "model": source.fingerprint,
-                "settings": settings.model_dump(mode="json"),
-                "calibration": {**calibration.model_dump(mode="json"), "fingerprint": read} if samples else None,
-                "dtype": dtype,
-                "products": products if settings.fits_blocks else None,
-                "device": plan.device.type,
-                "processes": group.size,
-                "version": __version__,
-            }
-            run = RunFolder(run_folder.path_of(output), identity, resume, group)
-            for name in run.damaged:
-                progress.say(f"{name} of the interrupted run is damaged; its work is done again")
-            with kept_where_resuming_helps(run, "finished blocks", resume, progress):
-                needed = bytes_of.on_disk(settings, placement, run.bytes)
-                outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
-                place = "on disk, a block at a time in memory" if placement.offload else "in memory"
-                does = "resuming" if run.resumed else "pruning"
-                progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
-                if samples and not progress.quiet:
-                    progress.say(planning.estimate(source, plan, dtype, calibration))
-                walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
-                # The others are done: they do not wait for the first, which may save for longer than they may wait.
-                if group.is_first:
-                    progress.say("saving …")
-                    written = saving.Written(source, output, force, processor, identity)
-                    layers = saving.save(written, run, walked, checkpoint, plan, progress)
-                    walked = replace(walked, layers=layers)
-                run.remove()
-    return _result(str(output), plan, calibration, walked, start, memory.peak_bytes, read, before)
+    start = time.perf_counter()
+    if isinstance(job.source, InMemory):
+        done = _in_place(job, job.source, progress)
+    else:
+        assert output is not None, "a source is pruned to a folder"
+        texts = [job.source.folder, *tasks.files_of(job.calibration.dataset)]
+        with outputs.reserved(output, force, texts, ranks.is_first_started()):
+            done = _to_folder(job, job.source, output, progress, resume, force)
+    seconds = time.perf_counter() - start
+    return PruneResult(
+        folder=None if output is None else str(output),
+        layers=done.walked.layers,
+        left_dense=done.walked.left_dense,
+        seconds=seconds,
+        peak_memory_bytes=done.memory.peak_bytes,
+        calibration_fingerprint=done.fingerprint,
+        grid=job.settings.grid,
+        warnings=(*done.notes, *_notes(done.plan, job.calibration, done.walked, seconds)),
+    )
 
 
-def prune_in_place(
-    model: Any, processor: Any, settings: PruneSettings, calibration: CalibrationSettings, progress: Progress
-) -> PruneResult:
-    """Prune a transformers model where it is, on its device and in its dtype. It is put into eval mode."""
-    start, samples = time.perf_counter(), list[Sample]()
+def _to_folder(
+    job: PruneJob, source: ModelSource, output: Path, progress: Progress, resume: bool | None, force: bool
+) -> _Done:
+    settings, calibration = job.settings, job.calibration
+    budgets = _checked(job, source)
+    device = ranks.device_of_rank(loading.choose_device(job.compute.device))
+    processor, task = loading.load_processor(source), loading.task_of(source)
+    before = _pruned_before(source)
+    for note in before:
+        progress.say(f"note: {note}")
+    samples: list[Sample] = []
     if settings.needs_text:
+        progress.say(f"reading {calibration.dataset} …")
+        samples = _samples(task, processor, loading.config_of(source), calibration)
+    read = fingerprint(samples) if samples else None
+    with peak_memory(device) as memory, ranks.joined(device) as group:
+        _check_ranks(settings, group)
+        dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
+        bytes_of = Size(source, dtype, settings, calibration)
+        placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
+        own = [on_device(sample, device) for sample in group.share(samples)] if samples else []
+        plan = Plan(settings, task, own, budgets, torch.device(device), products, placement, group)
+        identity = {
+            "model": source.fingerprint,
+            "settings": settings.model_dump(mode="json"),
+            "calibration": {**calibration.model_dump(mode="json"), "fingerprint": read} if samples else None,
+            "dtype": dtype,
+            "products": products if settings.fits_blocks else None,
+            "device": plan.device.type,
+            "processes": group.size,
+            "version": __version__,
+        }
+        run = RunFolder(run_folder.path_of(output), identity, resume, group)
+        for name in run.damaged:
+            progress.say(f"{name} of the interrupted run is damaged; its work is done again")
+        with kept_where_resuming_helps(run, "finished blocks", resume, progress):
+            needed = bytes_of.on_disk(settings, placement, run.bytes)
+            outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
+            place = "on disk, a block at a time in memory" if placement.offload else "in memory"
+            does = "resuming" if run.resumed else "pruning"
+            progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
+            if samples and not progress.quiet:
+                progress.say(planning.estimate(source, plan, dtype, calibration))
+            walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
+            # The others are done: they do not wait for the first, which may save for longer than they may wait.
+            if group.is_first:
+                progress.say("saving …")
+                written = saving.Written(source, output, force, processor, checkpoint)
+                walked = replace(walked, layers=saving.save(written, run, walked, plan, progress))
+            run.remove()
+    return _Done(plan, walked, memory, read, before)
+
+
+def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
+    model, processor, samples = given.model, given.processor, list[Sample]()
+    if job.settings.needs_text:
         task = tasks.task_of(type(model))
         if processor is None:
-            raise UsageError(f"method {settings.method} reads data: give the {task.processor.name} of the model")
+            raise UsageError(f"method {job.settings.method} reads data: give the {task.processor.name} of the model")
         task.check_processor(processor)
         if task.generates:
-            check_positions(type(model).__name__, model.config.to_dict(), calibration.sequence_length)
-        size = calibration.samples, calibration.sequence_length, calibration.seed
-        samples = task.calibration(processor, model.config, calibration.dataset, *size)
+            check_positions(type(model).__name__, model.config.to_dict(), job.calibration.sequence_length)
+        samples = _samples(task, processor, model.config, job.calibration)
     model.eval()
     own = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
-        if calibration.experts == "all":
+        if job.calibration.experts == "all":
             run_all_(model)
-        plan, walked = _prune_in_place(model, own, settings, progress)
-    read = fingerprint(samples) if samples else None
-    return _result(None, plan, calibration, walked, start, memory.peak_bytes, read)
+        plan, walked = _prune_in_place(model, own, job.settings, progress)
+    return _Done(plan, walked, memory, fingerprint(samples) if samples else None)
+
+
+def _samples(task: Task, processor: Any, config: Any, text: CalibrationSettings) -> list[Sample]:
+    return task.calibration(processor, config, text.dataset, text.samples, text.sequence_length, text.seed)
 
 
 def prune_(
@@ -234,15 +277,13 @@ def _walk(
     return Walk(plan, weights, run, pool, progress).prune_(), checkpoint
 
 
-def _checked(
-    source: ModelSource, settings: PruneSettings, calibration: CalibrationSettings, dtype: str, device: str
-) -> dict[str, Budget]:
+def _checked(job: PruneJob, source: ModelSource) -> dict[str, Budget]:
     """The budgets of the layers; raises every reason together why the run is impossible."""
     loading.check_model(source, "prune")
-    budgets: list[dict[str, Budget]] = []
+    settings, calibration, budgets = job.settings, job.calibration, dict[str, Budget]()
     looks: list[Callable[[], object]] = [
-        lambda: planning.check_float16(dtype, settings, loading.choose_device(device)),
-        lambda: budgets.append(uniform_budgets(loading.load_skeleton(source), settings)),
+        lambda: planning.check_float16(job.compute.dtype, settings, loading.choose_device(job.compute.device)),
+        lambda: budgets.update(uniform_budgets(loading.load_skeleton(source), settings)),
     ]
     if settings.needs_text:
         looks.append(partial(loading.check_length, source, calibration.sequence_length))
@@ -250,7 +291,7 @@ def _checked(
         if calibration.experts == "all":
             looks.append(lambda: run_all_(loading.load_skeleton(source)))
     errors.raise_all(errors.collect(looks))
-    return budgets[0]
+    return budgets
 
 
 def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
@@ -261,41 +302,18 @@ def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
         )
 
 
-def _result(
-    folder: str | None,
-    plan: Plan,
-    calibration: CalibrationSettings,
-    walked: Walked,
-    start: float,
-    peak: int,
-    read: str | None,
-    before: Sequence[str] = (),
-) -> PruneResult:
-    seconds = time.perf_counter() - start
-    return PruneResult(
-        folder=folder,
-        layers=walked.layers,
-        left_dense=walked.left_dense,
-        seconds=seconds,
-        peak_memory_bytes=peak,
-        calibration_fingerprint=read,
-        grid=plan.settings.grid,
-        warnings=(*before, *_notes(plan, calibration, walked, seconds)),
-    )
-
-
-def _pruned_before(source: ModelSource) -> list[str]:
+def _pruned_before(source: ModelSource) -> tuple[str, ...]:
     """A note on a source that this program has pruned already."""
     if not manifest.is_pruned(source.folder):
-        return []
+        return ()
     layers = manifest.read(source.folder).get("layers", {}).values()
     weights = sum(math.prod(layer["shape"]) for layer in layers)
     zeros = 1 - sum(layer["nonzeros"] for layer in layers) / weights
     patterns = ", ".join(sorted({layer["pattern"] for layer in layers}))
-    return [
+    return (
         f"{source.name} is pruned already ({patterns}, {100 * zeros:.1f} % zeros); zeros stay zeros, so that a lower "
-        "sparsity does nothing: prune the dense model to change method or pattern"
-    ]
+        "sparsity does nothing: prune the dense model to change method or pattern",
+    )
 
 
 def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds: float) -> list[str]:

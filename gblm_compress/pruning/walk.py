@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.blocks import Block, BlockReplay, layer_statistics
 from gblm_compress.calibration.calls import BlockCalls, calls_of
-from gblm_compress.calibration.gradients import gradient_norms
+from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
@@ -79,7 +79,7 @@ class Walk:
                 results = replace(self, weights=weights)._with(calls, weights.per_block(layers))
             else:
                 results = self._with(None, layers)
-        budgets = self.run.budgets or {}
+        budgets = self.run.record.budgets or {}
         dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
         reasons = dict.fromkeys(dense, "left dense by an exception or the allocation")
         left_dense = {
@@ -100,26 +100,19 @@ class Walk:
         plan, run = self.plan, self.run
         if plan.settings.needs_gradients:
             assert calls is not None
-            gradient_norms(
-                self.weights,
-                calls,
-                layers,
-                plan.settings.gradient_norm,
-                self.pool,
-                run.save_gradients,
-                self.progress,
-                plan.ranks,
-                skip=frozenset(index for index in range(len(layers)) if run.has_gradients(index)),
-                by_sample=plan.placement.by_sample,
-            )
-        budgets = run.budgets
+            measuring = GradientPass(self.weights, calls, self.pool, plan.ranks, self.progress)
+            wanted = {i: block for i, block in enumerate(layers) if block and not run.has_gradients(i)}
+            for block, norms in measuring.norms(wanted, plan.settings.gradient_norm, plan.placement.by_sample):
+                run.save_gradients(block, norms)
+        budgets = run.record.budgets
         if budgets is None:
-            budgets = run.budgets = self._budgets(calls, layers)
+            budgets = self._budgets(calls, layers)
+            run.decide(budgets)
         layers = [
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
         predictions = []
-        if plan.settings.fits_model and not run.distilled:
+        if plan.settings.fits_model and not run.record.distilled:
             predictions = dense_predictions(self.weights.model, plan.task, plan.samples, self.progress)
         results = self._prune_blocks_(calls, layers, budgets)
         if predictions:
@@ -209,7 +202,7 @@ class Walk:
         return self._results(pruned, budgets)
 
     def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:
-        by_magnitude, errors = self.run.by_magnitude, self.run.output_errors
+        by_magnitude, errors = self.run.record.by_magnitude, self.run.output_errors
         return {
             name: layer_result(layer, budgets[name], name in by_magnitude, errors.get(name))
             for name, layer in layers.items()

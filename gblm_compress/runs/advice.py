@@ -24,8 +24,8 @@ from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
-from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
+from gblm_compress.pruning.stage import PruneJob, prune
+from gblm_compress.settings import AdviseSettings, ExportSettings, PruneSettings
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
@@ -115,7 +115,7 @@ def _cut(source: ModelSource, number: int, settings: AdviseSettings, folder: Pat
     model.save_pretrained(dense.folder)
     loading.save_processor(loading.load_processor(source), dense.folder)
     chosen = PruneSettings(method="magnitude", fit="none", pattern=settings.pattern, sparsity=settings.sparsity)
-    prune(dense, pruned.folder, chosen, CalibrationSettings(), progress=Progress(quiet=True))
+    prune(PruneJob(dense, chosen), pruned.folder, Progress(quiet=True))
     return {False: dense, True: pruned}
 
 

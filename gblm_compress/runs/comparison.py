@@ -24,10 +24,16 @@ from gblm_compress.models import finding, loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
-from gblm_compress.pruning.stage import PruneResult, prune
+from gblm_compress.pruning.stage import PruneJob, PruneResult, prune
 from gblm_compress.runs import charts, rows
 from gblm_compress.runs.job import Stage, carry_out
-from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import (
+    CalibrationSettings,
+    CompareSettings,
+    ComputeSettings,
+    EvaluateSettings,
+    PruneSettings,
+)
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
@@ -239,4 +245,5 @@ def _prune(
     quiet: bool,
 ) -> PruneResult:
     finding.silence_libraries()
-    return prune(source, output, settings, calibration, dtype=grid.dtype, device=grid.device, progress=Progress(quiet))
+    compute = ComputeSettings(dtype=grid.dtype, device=grid.device)
+    return prune(PruneJob(source, settings, calibration, compute), output, Progress(quiet))

@@ -18,13 +18,14 @@ from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import Size
-from gblm_compress.pruning.stage import prune
+from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs import comparison
 from gblm_compress.runs.job import Disk, Job, Look, Stage
 from gblm_compress.settings import (
     GATES,
     BenchmarkSettings,
     CompareSettings,
+    ComputeSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -113,18 +114,9 @@ def _prune(job: Job) -> Stage:
         return Disk(size.checkpoint, size.kept(settings))
 
     def work(progress: Progress) -> object:
-        return prune(
-            job.dense,
-            job.as_pruned.folder,
-            settings,
-            text,
-            resources=job.recipe.resources,
-            resume=None,
-            dtype=job.dtype,
-            device=job.device,
-            force=True,
-            progress=progress,
-        )
+        compute = ComputeSettings(dtype=job.dtype, device=job.device)
+        what = PruneJob(job.dense, settings, text, compute, job.recipe.resources)
+        return prune(what, job.as_pruned.folder, progress, resume=None, force=True)
 
     return Stage(
         name="prune",

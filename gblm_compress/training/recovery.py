@@ -16,8 +16,7 @@ from gblm_compress import __version__, errors
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
-from gblm_compress.calibration.weights import StatePool
-from gblm_compress.calibration.written import verify_by_loading
+from gblm_compress.calibration.weights import StatePool, verify_by_loading
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.quantisation import Grid

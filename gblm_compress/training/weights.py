@@ -170,16 +170,16 @@ class Weights:
     @contextmanager
     def trained_in(self, network: nn.Module) -> Iterator[None]:
         """Only these tensors require gradients, which are gathered here."""
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self.parameters.items()
-        ]
-        try:
-            with only_requires_grad(network, self.parameters.values()):
+        with only_requires_grad(network, self.parameters.values()):  # tensors read from disk require none yet
+            hooks = [
+                parameter.register_post_accumulate_grad_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
+                for name, parameter in self.parameters.items()
+            ]
+            try:
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     @property
     def device(self) -> torch.device:

@@ -12,9 +12,8 @@ from gblm_compress.calibration.weights import ResidentWeights, StatePool, Stream
 from gblm_compress.errors import ModelError
 from gblm_compress.models.loading import load_model, load_skeleton
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from tests.conftest import ARCHITECTURES, samples
+from tests.conftest import ARCHITECTURES, prune, samples
 
 
 def streamed_weights(source: ModelSource, dtype: str = "auto") -> StreamedWeights:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.calls import BlockCalls
-from gblm_compress.calibration.gradients import gradient_norms
+from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool
 from gblm_compress.errors import ModelError
@@ -26,13 +26,11 @@ def norms_of(
     model, ids, norm="l1", pool=None, skip=frozenset(), layers=None, by_sample=False
 ) -> dict[int, dict[str, Tensor]]:
     weights = ResidentWeights(model)
-    found: dict[int, dict[str, Tensor]] = {}
-    gradient_norms(
-        weights, BlockCalls(weights, CAUSAL_LM, ids), layers or prunable_layers(model), norm,
-        pool or in_memory(), lambda index, norms: found.update({index: norms}), Progress(quiet=True), Ranks(),
-        skip, by_sample,
-    )  # fmt: skip
-    return found
+    calls = BlockCalls(weights, CAUSAL_LM, ids)
+    measuring = GradientPass(weights, calls, pool or in_memory(), Ranks(), Progress(quiet=True))
+    per_block = enumerate(layers or prunable_layers(model))
+    wanted = {index: block for index, block in per_block if block and index not in skip}
+    return dict(measuring.norms(wanted, norm, by_sample))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

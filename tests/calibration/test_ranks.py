@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
+from tests.conftest import prune
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

@@ -12,10 +12,10 @@ from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
-from tests.conftest import CAUSAL_LM, in_memory, samples
+from tests.conftest import CAUSAL_LM, in_memory, prune, samples
 from tests.families.tiny import tiny_family
 from tests.tasks import families
 

@@ -26,9 +26,8 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import CAUSAL_LM, greedy_tokens
+from tests.conftest import CAUSAL_LM, greedy_tokens, prune
 
 
 def _operator_is_compiled() -> bool:

@@ -19,7 +19,6 @@ from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -28,6 +27,7 @@ from gblm_compress.settings import (
     PruneSettings,
 )
 from gblm_compress.tasks import TASKS
+from tests.conftest import prune
 from tests.measure.test_onnx_runtime import runtime, with_state
 from tests.tasks import families
 

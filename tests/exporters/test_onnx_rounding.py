@@ -22,8 +22,8 @@ from gblm_compress.models import grids
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.conftest import prune
 from tests.exporters.test_onnx import needs_operator
 from tests.hostile_graphs import restored
 

@@ -22,13 +22,13 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
     ExportSettings,
     PruneSettings,
 )
+from tests.conftest import prune
 from tests.exporters.test_sparse import UP, described, of_layer, replaced, with_value
 
 QUANTISED = {layout.format: layout for layout in LAYOUTS.values() if layout.exact}

@@ -24,7 +24,6 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     BenchmarkSettings,
     CalibrationSettings,
@@ -32,7 +31,7 @@ from gblm_compress.settings import (
     ExportSettings,
     PruneSettings,
 )
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, prune
 
 IDS = torch.arange(12).reshape(2, 6)
 FORMATS = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])

@@ -9,8 +9,8 @@ from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings, ResourceSettings
+from tests.conftest import prune
 from tests.families.tiny import tiny_family
 
 BUILD, PRUNE = "build", "prune"

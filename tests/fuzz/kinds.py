@@ -15,9 +15,9 @@ from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
 from gblm_compress.tasks.text import demo_paragraphs
+from tests.conftest import prune
 from tests.forks import PROGRAM, Server
 from tests.fuzz.mutations import ODD_TEXTS, Draw, spoil
 

@@ -12,10 +12,9 @@ from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks.text import load_text
-from tests.conftest import CAUSAL_LM, samples
+from tests.conftest import CAUSAL_LM, prune, samples
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:

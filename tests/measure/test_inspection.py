@@ -6,8 +6,8 @@ import torch
 from gblm_compress.errors import UsageError
 from gblm_compress.measure.inspection import inspect, kinds_of, report, survivors
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings
+from tests.conftest import prune
 
 
 def test_report_finds_the_structure() -> None:

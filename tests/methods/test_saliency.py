@@ -38,6 +38,6 @@ def test_the_highest_scores_survive(name: str) -> None:
     rule = Rule("layer", Pattern("2:4"), 0.5, 100.0)
     selection = METHODS[name].select(weight, statistics, rule)
     score = getattr(saliency, name)(weight, statistics, 100.0)
-    assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.updated
+    assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.fitted
     with pytest.raises(ModelError, match="layer: 40 of 40 scores are NaN or infinite"):
         METHODS[name].select(weight * torch.inf, statistics, rule)

@@ -17,8 +17,8 @@ from gblm_compress.models.files import bytes_of, check_folder, files_of, read_he
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from tests.conftest import prune
 
 MAGNITUDE = PruneSettings(method="magnitude", fit="none")
 ONE_SHARD = "model-00001-of-00001.safetensors"

@@ -17,8 +17,8 @@ from gblm_compress.models.files import sha256_of
 from gblm_compress.models.grids import GRIDS, read_grids
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
+from tests.conftest import prune
 
 LAYER = "model.layers.0.mlp.up_proj"
 

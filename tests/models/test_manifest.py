@@ -17,8 +17,8 @@ from gblm_compress.models.manifest import check_baseline
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
+from tests.conftest import prune
 
 LAYER = "model.layers.0.mlp.up_proj"
 SETTINGS = PruneSettings(method="magnitude", pattern="2:4", fit="none")

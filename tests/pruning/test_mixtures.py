@@ -7,10 +7,10 @@ from gblm_compress.models.experts import fused_weights, run_all_, unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.pruning.walk import UNSEEN
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from tests.conftest import samples
+from tests.conftest import prune, samples
 from tests.families.tiny import tiny_family
 
 EXPERTS = "model.layers.0.mlp.experts"

@@ -23,9 +23,9 @@ from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import saving
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import records
+from tests.conftest import prune
 
 GBLM = {"pattern": "2:4"}
 FITTED = {"method": "wanda", "fit": "best", "quantise": "int8"}
@@ -351,17 +351,17 @@ def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -
 
     def first() -> None:
         run = RunFolder(folder, {}, False, Threads(0, 2))
-        run.budgets = budgets
+        run.decide(budgets)
         run.finish(0, {"a": torch.ones(2)})
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(first)
         run = RunFolder(folder, {}, False, Threads(1, 2))
         until(lambda: '"2:4"' in (folder / "run.json").read_text())
-        assert run.budgets is None
-        run.budgets = budgets
+        assert run.record.budgets is None
+        run.decide(budgets)
         until(lambda: (folder / "block-0.safetensors").exists())
         assert not run.has_finished(0)
         run.finish(0, {"a": torch.ones(2)})
         ahead.result(timeout=20)
-    assert run.budgets == budgets and run.has_finished(0) and list(run.finished(0)) == ["a"]
+    assert run.record.budgets == budgets and run.has_finished(0) and list(run.finished(0)) == ["a"]

@@ -19,12 +19,12 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
 from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_calibration import slow_activation_norms
-from tests.conftest import ARCHITECTURES, samples
+from tests.conftest import ARCHITECTURES, prune, samples
 
 
 def slow_prune(model, ids, method: str, norm: str, alpha: float) -> dict[str, torch.Tensor]:

@@ -11,10 +11,10 @@ from gblm_compress.exporters import export
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer, tiny_config
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import advice
 from gblm_compress.runs.advice import WAYS, Prediction, advise, sentences
 from gblm_compress.settings import AdviseSettings, CalibrationSettings, ExportSettings, PruneSettings
+from tests.conftest import prune
 
 SMALL = {name: WAYS[name] for name in ("dense, torch float32", "packed, torch bitmask", "packed, torch bitmask-int8")}
 QUIET = Progress(quiet=True)

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from gblm_compress.errors import DataError, ModelError, UsageError
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.runs import comparison
 from gblm_compress.runs.comparison import Cell, CompareResult, Grid, compare, draw, summarise
 from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
+from tests.conftest import prune
 
 
 def cell(method: str, seed: int, perplexity: float, **other) -> Cell:

@@ -8,10 +8,10 @@ from gblm_compress.errors import DataError, ModelError
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.classification import drawn_label
+from tests.conftest import prune
 from tests.tasks import families
 
 TASK = TASKS["classification"]

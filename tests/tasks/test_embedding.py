@@ -11,13 +11,14 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.embedding import Embedding, top_agreement
 from gblm_compress.tasks.passages import Row, encode
 from gblm_compress.tasks.task import with_draws
 from gblm_compress.tasks.text import load_text
+from tests.conftest import prune
 from tests.tasks import families
 
 TASK = TASKS["embedding"]

@@ -24,7 +24,6 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import (
     CalibrationSettings,
     EvaluateSettings,
@@ -35,6 +34,7 @@ from gblm_compress.settings import (
 from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks import image_classification as images
 from gblm_compress.tasks.image_classification import Picture, Pictures, labels_of
+from tests.conftest import prune
 from tests.tasks import families
 
 TASK = TASKS["image-classification"]

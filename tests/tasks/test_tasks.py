@@ -20,7 +20,7 @@ from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.run_folder import RunFolder
-from gblm_compress.pruning.stage import prune, prune_
+from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import (
     CalibrationSettings,
     PruneSettings,
@@ -30,7 +30,7 @@ from gblm_compress.tasks import TASKS, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
 from gblm_compress.tasks.text import load_text
-from tests.conftest import CAUSAL_LM, replay, samples
+from tests.conftest import CAUSAL_LM, prune, replay, samples
 from tests.tasks import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-task.md"

@@ -18,7 +18,6 @@ from gblm_compress.models import manifest
 from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.stage import prune
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
@@ -27,7 +26,7 @@ from gblm_compress.training.imitation import Teacher
 from gblm_compress.training.recovery import recover
 from gblm_compress.training.texts import grams, windows_of
 from gblm_compress.training.trainer import BETAS, Trainer, schedule_of
-from tests.conftest import CAUSAL_LM
+from tests.conftest import CAUSAL_LM, prune
 
 SMALL = {"sequence_length": 32, "batch": 2, "tokens": 640, "rate": 0.01}
 
