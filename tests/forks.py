@@ -1,7 +1,5 @@
-"""A process that has everything imported and runs each command in a fork of itself: `python -m tests.forks`.
-
-A command has a process of its own without the seconds of processor time that importing takes. Requests and answers are
-lines of JSON. A command that takes longer than it may is killed.
+"""`python -m tests.forks` imports everything once and runs each command in a fork: own processes without the seconds
+that importing takes. Requests and answers are lines of JSON. A command that takes too long is killed.
 """
 
 import json
@@ -37,7 +35,7 @@ MEMORY_LIMIT = 8 << 30  # bytes of address space that a command may take beyond 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code, or the signal that ended it, what it printed, and how long it took."""
+    """How a command ended: `code` is its exit code, `signal` what killed it."""
 
     code: int | None
     signal: int | None
@@ -47,29 +45,23 @@ class Outcome:
 
     @property
     def timed_out(self) -> bool:
-        """Whether it was killed for taking too long."""
         return self.signal == signal.SIGKILL
 
 
 class Server:
-    """The server as its user sees it; a context manager."""
+    """The server, as a context manager."""
 
     def __enter__(self) -> Self:
         # One thread each: a fork has only the thread that forked it, and a pool of the parent's would be missed.
         single = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "GBLM_COMPRESS_TRACEBACK": "1",
-            "COLUMNS": "120",
-        }
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GBLM_COMPRESS_TRACEBACK": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
-            env=os.environ | single | environment,
+            env=os.environ | single | environment | {"COLUMNS": "120"},
         )
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
         return self
@@ -83,9 +75,7 @@ class Server:
     ) -> Outcome:
         """Run `gblm-compress`, or other code, with these arguments in a folder."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {
-            "arguments": arguments, "folder": str(folder), "cache": str(cache), "seconds": seconds, "code": code
-        }  # fmt: skip
+        request = {"arguments": arguments, "folder": str(folder), "cache": str(cache), "seconds": seconds, "code": code}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Outcome(**json.loads(self._process.stdout.readline()))
@@ -93,17 +83,11 @@ class Server:
 
 def _serve() -> None:
     _import_what_commands_import()
-    # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(line: str) -> None:
-        answers.write(line + "\n")
-        answers.flush()
-
-    answer("ready")
+    os.dup2(2, 1)  # what a library prints is no answer
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        answer(json.dumps(_run(**json.loads(line))))
+        print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
 
 
 def _import_what_commands_import() -> None:
@@ -115,11 +99,7 @@ def _import_what_commands_import() -> None:
     from gblm_compress.exporters import onnx, sparse  # noqa: F401
     from gblm_compress.measure import inspection  # noqa: F401
     from gblm_compress.models import packed_checkpoint  # noqa: F401
-    from gblm_compress.runs import (
-        comparison,  # noqa: F401
-        pipeline,  # noqa: F401
-        recipe,  # noqa: F401
-    )
+    from gblm_compress.runs import comparison, pipeline  # noqa: F401
 
 
 def _run(arguments: list[str], folder: str, cache: str, seconds: float, code: str) -> dict[str, Any]:

@@ -21,11 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the action
 
 @dataclass
 class Job:
-    """What a run of the steps left.
-
-    Attributes:
-        codes: {name of the step: exit status}, up to the one that failed.
-    """
+    """What a run of the steps left; `codes` is {name of the step: exit status}, up to the one that failed."""
 
     codes: dict[str, int]
     log: str
@@ -86,17 +82,14 @@ def test_a_recipe_with_faults_ends_before_the_work_with_an_annotation_each(tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_example_gives_what_the_action_takes() -> None:
+def test_the_example_gives_what_the_action_takes_and_the_action_uploads_what_a_run_writes() -> None:
+    from gblm_compress.runs import report, run_report
+
     (step,) = [step for step in WORKFLOW["jobs"]["compress"]["steps"] if "gblm-compress" in step.get("uses", "")]
     required = {name for name, entry in ACTION["inputs"].items() if entry.get("required")}
     assert required <= set(step["with"]) <= set(ACTION["inputs"])
     named = re.findall(r"steps\.compress\.outputs\.(\w+)", str(WORKFLOW))
     assert named and set(named) <= set(ACTION["outputs"])
-
-
-def test_what_is_uploaded_is_what_a_run_writes() -> None:
-    from gblm_compress.runs import report, run_report
-
     (step,) = [step for step in ACTION["runs"]["steps"] if step.get("name") == "Upload the report"]
     names = {Path(line).name for line in step["with"]["path"].split()}
     assert {report.PAGE, report.PICTURES, run_report.REPORT} <= names and step["if"] == "always()"

@@ -26,7 +26,7 @@ from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.stage import prune_
-from gblm_compress.runs import advice, pushing
+from gblm_compress.runs import advice
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.records import as_json
 from gblm_compress.tasks.causal_lm import calibration_windows
@@ -75,7 +75,6 @@ def test_the_signature_shows_every_setting() -> None:
 def test_the_page_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), {})
     assert (tmp_path / "out" / "run" / "report.json").is_file()
@@ -104,15 +103,6 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
         assert torch.equal(ours, theirs), name
     assert result.folder is None and result.nonzeros * 2 == result.weights
     assert result.linear_weights > result.weights  # the head is among those left dense
-
-
-def test_what_would_be_dropped_is_refused(tiny, prose, tmp_path) -> None:
-    with pytest.raises(UsageError, match="dataset: unknown; it is called 'calibration' here"):
-        gblm_compress.prune(tiny("llama").folder, tmp_path / "out", dataset=str(prose), quiet=True)
-    with pytest.raises(UsageError, match=r"seed: unknown; did you mean 'seeds'(?s:.*)calibration: input should be"):
-        gblm_compress.compare(tiny("llama").folder, tmp_path / "out", seed=7, calibration={"samples": 7}, quiet=True)
-    with pytest.raises(UsageError, match=r"set=\['prune.alpha=50'\] changes a recipe from a file"):
-        gblm_compress.run({"model": "tiny"}, tmp_path / "out", set=["prune.alpha=50"], quiet=True)
 
 
 def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose, monkeypatch) -> None:
@@ -177,6 +167,11 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
         (lambda model: gblm_compress.export("tiny", "x"), "export: format: missing"),
         (lambda model: gblm_compress.run({"model": "tiny", "prun": 1}, "x"), "unknown key; did you mean 'prune'"),
         (lambda model: gblm_compress.advise("tiny", block=5), "advise: block: unknown; did you mean 'blocks'"),
+        (lambda model: gblm_compress.advise("tiny", pattern="2:4", sparsity=0.6), "contradicts pattern 2:4"),
+        (lambda model: gblm_compress.prune("tiny", "x", dataset="demo"), "dataset: unknown; it is called"),
+        (lambda model: gblm_compress.compare("tiny", "x", seed=7, calibration={"samples": 7}),
+         r"seed: unknown; did you mean 'seeds'.*calibration: input should be"),
+        (lambda model: gblm_compress.run({"model": "tiny"}, "x", set=["prune.alpha=50"]), "changes a recipe from"),
         (lambda model: gblm_compress.report(), "give one folder that `gblm-compress run` wrote, or two"),
         (lambda model: gblm_compress.report("gone"), "'gone' holds no report of a run"),
         (lambda model: gblm_compress.push("gone", "pruned"), "'gone' holds no report of a run"),
@@ -190,59 +185,26 @@ def test_what_is_wrong_is_said(call, message, tiny, tmp_path, monkeypatch) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_a_push_sends_nothing_unless_a_repository_is_named(tmp_path, monkeypatch) -> None:
-    (tmp_path / "bitmask").mkdir()
-    write_report(tmp_path)
-    (tmp_path / "bitmask" / "gblm_manifest.json").write_text("{}")
-    (tmp_path / "bitmask" / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
-    monkeypatch.setattr(pushing, "HfApi", None)
-    shown = gblm_compress.push(tmp_path, "bitmask")
-    assert shown.pushed_to is None and list(shown.files) == ["gblm_manifest.json"]
-    assert "decodes 2.00× as fast" in shown.card
-    with pytest.raises(UsageError, match="give OWNER/NAME"):
-        gblm_compress.push(str(tmp_path), "bitmask", push_to_hub="m", private=True)
-
-
 def test_advice_is_asked_for_with_its_settings(tiny, monkeypatch) -> None:
     monkeypatch.setattr(advice, "advise", lambda *given, progress: given)
     source, asked = gblm_compress.advise(tiny("llama").folder, blocks=2, pattern="2:4", quiet=True)
     assert (source.folder, asked.blocks, asked.pattern) == (tiny("llama").folder, 2, "2:4")
-    with pytest.raises(UsageError, match="contradicts pattern 2:4"):
-        gblm_compress.advise(tiny("llama").folder, pattern="2:4", sparsity=0.6, quiet=True)
 
 
 TEXT_OF = {"calibration": "prose.txt", "samples": 3, "sequence_length": 32, "device": "cpu"}
 HELD_OUT = {"dataset": "prose.txt", "max_windows": 2}
-GRID = {"methods": ("magnitude+none",), "patterns": ("2:4",), "seeds": 1, "evaluation_length": 32}
 WANDA = {"method": "wanda", "fit": "none", "pattern": "2:4"}
 RUNNING = {"batch": (1,), "prompt": 8, "generate": 4, "repeats": 5, "runtimes": ("torch",), "device": "cpu"}
+GRID = {"methods": ("magnitude+none",), "patterns": ("2:4",), "seeds": 1, "evaluation_length": 32}
+TRAINING = {"teacher": "tiny", "data": ("prose.txt",), "tokens": 256, "sequence_length": 16, "batch": 2}
+WRITING = {"output": "new.txt", "tokens": 100, "sequence_length": 20, "batch": 4, "device": "cpu"}
 BOTH_WAYS = {
     "prune": (("tiny",), {"output": "new", "ignore": ("*.o_proj",), **WANDA, **TEXT_OF}),
-    "recover": (
-        ("pruned",),
-        {
-            "output": "new",
-            "teacher": "tiny",
-            "data": ("prose.txt",),
-            "tokens": 256,
-            "sequence_length": 16,
-            "batch": 2,
-        },
-    ),
-    "generate": (("tiny",), {"output": "new.txt", "tokens": 100, "sequence_length": 20, "batch": 4, "device": "cpu"}),
+    "recover": (("pruned",), {"output": "new", **TRAINING}),
+    "generate": (("tiny",), WRITING),
     "export": (("pruned",), {"output": "new", "format": "semi-structured"}),
     "evaluate": (("pruned",), {"baseline": "tiny", "sequence_length": 32, **HELD_OUT}),
-    "compare": (
-        ("tiny",),
-        {
-            "methods": ("magnitude+none",),
-            "patterns": ("2:4",),
-            "seeds": 1,
-            "evaluation_length": 32,
-            **TEXT_OF,
-            **HELD_OUT,
-        },
-    ),
+    "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),
     "benchmark": (("pruned",), {"baseline": ("tiny",), **RUNNING}),
     "inspect": (("pruned",), {"heat_map": "map.png"}),
     "run": (("recipe.yaml",), {"set": ("prune.pattern=1:4",), "dry_run": True}),

@@ -158,10 +158,7 @@ def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work)
     [
         "gblm-compress frobnicate",
         "gblm-compress prune MODEL -o pruned --pattrn 2:4",
-        "gblm-compress prune MODEL",
         "gblm-compress run quickstart --set prune.patern=4:8",
-        "gblm-compress evaluate pruned --include-path tests/gone",
-        "torchrun --processes 2 -m gblm_compress prune MODEL -o pruned",
         "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --fit best",
         "make gone",
         "make fuzz HOURS=1",

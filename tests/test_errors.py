@@ -3,16 +3,7 @@ import errno
 import pytest
 import torch
 
-from gblm_compress.errors import (
-    DataError,
-    GblmError,
-    ModelError,
-    UsageError,
-    collect,
-    first_line,
-    is_out_of_memory,
-    raise_all,
-)
+from gblm_compress.errors import DataError, ModelError, UsageError, collect, first_line, is_out_of_memory, raise_all
 
 
 def failing(error: Exception):
@@ -41,7 +32,7 @@ def test_out_of_memory_in_its_kinds() -> None:
 @pytest.mark.parametrize(
     ("faults", "kind", "message"),
     [
-        (["gone"], ModelError, "gone"),
+        ([ModelError("gone")], ModelError, "gone"),
         ([ModelError("gone"), ModelError("gone")], ModelError, "gone"),  # which counts once
         ([ModelError("a"), ModelError("b")], ModelError, "2 faults\na\nb"),
         ([ModelError("a"), DataError("b")], UsageError, "2 faults\na\nb"),
@@ -49,7 +40,6 @@ def test_out_of_memory_in_its_kinds() -> None:
 )
 def test_all_faults_are_raised_at_once(faults, kind, message) -> None:
     raise_all(collect([lambda: None]))
-    faults = [fault if isinstance(fault, GblmError) else ModelError(fault) for fault in faults]
     with pytest.raises(kind) as found:
         raise_all(collect(map(failing, faults)))
     assert type(found.value) is kind and str(found.value) == message

@@ -42,10 +42,8 @@ def test_a_checkout_without_links_works(tmp_path) -> None:
         (tmp_path / "gblm_compress" / name).unlink()
         (tmp_path / "gblm_compress" / name).write_text(f"../{name}")
     for arguments in (["--version"], ["run", "quickstart", "--dry-run", "-o", "x"]):
-        command = [sys.executable, "-m", "gblm_compress", *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
-        )
+        command, environment = [sys.executable, "-m", "gblm_compress", *arguments], os.environ | {"PYTHONPATH": ""}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
 
 

@@ -6,19 +6,9 @@ from rich.text import Text
 
 from gblm_compress.printing import PlainConsole, plain_figures, printable, printable_lines
 
-HOSTILE = [
-    "[red]x",
-    "[/]",
-    "a\x1b[31mb",
-    "a\nb: c",
-    "\udcff",
-    "\u202eevil",
-    "\x00",
-    "tab\t",
-    ":smile:",
-    "$x$",
-    "\x9b2J",
-]
+HOSTILE = (
+    "[red]x", "[/]", "a\x1b[31mb", "a\nb: c", "\udcff", "\u202eevil", "\x00", "tab\t", ":smile:", "$x$", "\x9b2J",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -12,17 +12,20 @@ from gblm_compress import errors
 from tests.runs.reports import write_report
 
 ROOT = Path(__file__).parents[2]
+HELP = "--help\nprune --help"
+LIGHT = """
+import sys
+from gblm_compress.cli.app import _run
+
+for line in sys.stdin:
+    assert str(_run(line.split())) in sys.argv[1:], line
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "datasets", "optimum", "matplotlib", "lm_eval"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys\nfrom gblm_compress.cli.app import _run\n"
-        "assert _run(['--help']) == 0 and _run(['prune', '--help']) == 0\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LIGHT, "0"], input=HELP, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--gradient-norm" in done.stdout
 
@@ -47,24 +50,17 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("prune tiny -o x --fit balancd", 2, "did you mean 'balanced'?"),
         ("prune tiny -o x --method sparsegpt", 2, "did you mean 'obs'?"),
         ("evaluate tiny --dtype bf16", 2, "did you mean 'bfloat16'?"),
-        ("compare tiny --methods wanda_pp", 2, "did you mean 'regional'?"),
         ("prune tiny -o x --memory 4", 2, "--memory: memory '4' has no unit, or not one that is known"),
         ("prune tiny -o x --pattern 4:2", 2, "--pattern: pattern '4:2' is not known"),
-        ("prune tiny -o x --samples 0", 2, "--samples: input should be greater than or equal to 1"),
         ("prune tiny -o x --pattern 2:4 --sparsity 0.3", 2, "contradicts pattern 2:4"),
         ("prune tiny -o x --calibration demo --sequence-length 64 --ignore nope", 2, "'nope' matches no module"),
         ("prune tiny -o x --sequence-length 64 --device gpu9", 2, "device 'gpu9' is not supported"),
-        (
-            "benchmark tiny --baseline tiny --runtimes foo",
-            2,
-            "error: --runtimes: input should be 'torch', 'vllm', 'onnxruntime' or 'genai', got",
-        ),
-        ("compare tiny --evaluation-length 1", 2, "error: --evaluation-length: input should be greater"),
+        ("benchmark tiny --baseline tiny --runtimes foo", 2, "--runtimes: input should be 'torch', 'vllm', 'onnxru"),
         ("compare tiny --patterns 2:4,5:4", 2, "method 'paper' with pattern '5:4': pattern '5:4' is not"),
         (
-            "prune tiny -o x --override '*=2:4' --override '*=unstructured@1.5'",
+            "prune tiny -o x --override '*=2:4,*=unstructured@1.5'",
             2,
-            'error: --override (number 2), sparsity: input should be less than 1, got "1.5"',
+            "--override (number 2), sparsity: input should be",
         ),
         ("prune tiny -o x --method wanda --alpha 3", 2, "alpha 3.0 would do nothing"),
         ("prune tiny", 2, "--output"),
@@ -73,11 +69,7 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("prune ./gone -o x", 3, "no such folder"),
         ("prune owner/gone -o x", 3, "hub did not provide it"),
         ("prune tiny -o x --calibration ./gone.txt --sequence-length 64", 3, "no such file"),
-        (
-            "prune tiny -o x --calibration demo",
-            2,
-            "model 'tiny' has 512 positions; sequence length is 2048, give 512 or less",
-        ),
+        ("prune tiny -o x --calibration demo", 2, "has 512 positions; sequence length is 2048, give 512 or less"),
         ("export tiny -o x --format semi-structured", 2, "prune with `--pattern 2:4` first"),
     ],
 )
@@ -97,39 +89,36 @@ def test_models_and_texts_that_are_missing_are_told_together(program, tmp_path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_run_dry_run_and_validate(program, tmp_path) -> None:
+def test_a_dry_run_says_what_would_be_done(program, tmp_path) -> None:
     done = program("run", "ci-smoke", "--set", "prune.pattern=1:4", "--dry-run", "--json")
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["steps"][0]["does"] == "prune tiny by gblm, 1:4"
     said = program("run", "ci-smoke", "--dry-run").stdout
     assert "gates to check: artefact bitmask, max_perplexity_increase 0.5, min_decode_speedup 0.01" in said
-    assert not list(tmp_path.iterdir())
     done = program("run", "ci-smoke", "--dry-run", "--junit", "gates.xml")
     assert done.code == 2 and "--junit and --summary would do nothing with --dry-run" in done.stderr
     wrong = ("--set", "prune.pattern=unstructured", "--set", "calibration.dataset=./gone.txt")
     for arguments in (("--dry-run",), ()):
         done = program("run", "ci-smoke", *wrong, *arguments)
-        assert done.code == 2 and not done.stdout
-        assert "error: 2 faults" in done.stderr
+        assert done.code == 2 and not done.stdout and "error: 2 faults" in done.stderr
         assert "'./gone.txt': no such file" in done.stderr and "pattern unstructured is not 2:4" in done.stderr
     assert not list(tmp_path.iterdir())
-    done = program("validate", "ci-smoke")
-    assert done.stdout.endswith("ci-smoke.yaml: valid\n")
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("model: demo\nprun: {}\n")
-    done = program("validate", str(bad), "--json")
-    assert done.code == 2 and json.loads(done.stdout)["valid"] is False
+
+
+def test_a_recipe_is_validated(program, tmp_path) -> None:
+    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("model: demo\nprun: {}\n")
+    done = program("validate", str(recipe), "--json")
     (missing,) = json.loads(done.stdout)["faults"]
-    assert missing.endswith("bad.yaml:2: prun: unknown key; did you mean 'prune'?")
-    done = program("validate", str(bad))
-    assert done.code == 2 and "did you mean 'prune'?" in done.stderr
-    elsewhere = tmp_path / "elsewhere.yaml"
-    elsewhere.write_text("model: owner/model\n")
-    done = program("validate", str(elsewhere))
+    assert done.code == 2 and json.loads(done.stdout)["valid"] is False
+    assert missing.endswith("my.yaml:2: prun: unknown key; did you mean 'prune'?") and missing in done.stderr
+    recipe.write_text("model: owner/model\n")
+    done = program("validate", str(recipe))
     assert done.code == 0, done.stderr
     assert "not looked at before the run, as it is not on this machine yet: model owner/model" in done.stdout
-    elsewhere.write_text("model: ./gone\ncalibration: {dataset: ./gone.txt}\n")
-    assert program("validate", str(elsewhere)).code == 2
+    recipe.write_text("model: ./gone\ncalibration: {dataset: ./gone.txt}\n")
+    assert program("validate", str(recipe)).code == 2
 
 
 def test_schema_and_doctor_and_version(program) -> None:
@@ -155,7 +144,7 @@ def test_failed_gate_has_its_own_code_and_still_prints(monkeypatch, capsys, tmp_
     assert "1 of 1 gates failed\nmin_decode_speedup on pruned in torch, batch 1: 1.00×; at least 1.30×" in captured.err
 
 
-def test_a_report_of_two_runs_and_a_push_that_sends_nothing(program, tmp_path) -> None:
+def test_a_report_of_two_runs(program, tmp_path) -> None:
     for name, tpot in (("before", 10.0), ("now", 14.0)):
         write_report(tmp_path / name, tpot=tpot)
     done = program("report", "before", "now", "-o", "joined.html", "--fail-on-regression", "--json")
@@ -165,13 +154,6 @@ def test_a_report_of_two_runs_and_a_push_that_sends_nothing(program, tmp_path) -
     (tmp_path / "notes.html").write_text("mine")
     done = program("report", "now", "-o", "notes.html")
     assert done.code == 2 and "was not written by this program" in done.stderr
-    done = program("push", "now", "bitmask")
-    assert done.code == 2 and "its artefacts are" in done.stderr
-    (tmp_path / "now" / "bitmask").mkdir()
-    (tmp_path / "now" / "bitmask" / "gblm_manifest.json").write_text("{}")
-    (tmp_path / "now" / "bitmask" / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
-    done = program("push", "now", "bitmask")
-    assert done.code == 0 and "model-index:" in done.stdout and "not pushed; give --push-to-hub" in done.stdout
 
 
 def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
@@ -192,11 +174,7 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
         (KeyError("x"), 1, "a fault of this program; please report it (KeyError: 'x')"),
         (AssertionError(), 1, "(AssertionError: AssertionError)"),
         (MemoryError(), 4, "memory ran out (MemoryError)"),
-        (
-            OSError(28, "No space left on device", "/x"),
-            2,
-            "the disk is full ([Errno 28] No space left on device: '/x')",
-        ),
+        (OSError(28, "No space left on device", "/x"), 2, "the disk is full ([Errno 28] No space left on device: '/x'"),
         (PermissionError(13, "Permission denied", "/x"), 1, "the system refuses ([Errno 13] Permission denied: '/x')"),
         (RecursionError("maximum"), 1, "nested too deeply (maximum)"),
         (ValueError("a\x1b[2J\nb"), 1, r"ValueError: a\x1b[2J)"),
@@ -224,25 +202,9 @@ def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, ra
     assert message in shown and "Traceback (most recent call last)" in shown and "in fail" in shown
 
 
-READER_HAS_GONE = """
-import os, sys
-reading, writing = os.pipe()
-os.close(reading)
-os.dup2(writing, 1)
-sys.stdout = os.fdopen(1, "w")
-from gblm_compress.cli.app import main
-main()
-"""
-
-
-@pytest.mark.parametrize("command", ["schema", "validate quickstart --json", "run quickstart --dry-run --quiet"])
-def test_a_reader_that_leaves_ends_the_program_quietly(command: str, server, tmp_path) -> None:
-    done = server.run(command.split(), ROOT, tmp_path, code=READER_HAS_GONE)
-    assert (done.code, done.stderr) == (1, "")
-
-
-def test_nothing_is_said_of_it_at_the_end_of_the_process_either() -> None:
-    arguments = [sys.executable, "-m", "gblm_compress", "schema"]
+@pytest.mark.parametrize("command", ["schema", "validate ci-smoke --json --quiet"])
+def test_a_reader_that_leaves_ends_the_program_quietly(command: str) -> None:
+    arguments = [sys.executable, "-m", "gblm_compress", *command.split()]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -274,42 +236,32 @@ def test_control_characters_and_markup_reach_no_terminal(program) -> None:
 
 
 def test_misspelt_paths_are_found_before_torch_is_loaded(tmp_path) -> None:
-    code = (
-        "import sys\nfrom gblm_compress.cli.app import _run\n"
-        "for line in sys.stdin:\n"
-        "    assert _run(line.split()) in (2, 3), line\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets', 'optimum', 'matplotlib', 'lm_eval'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
     for name in ("file", "picture.png", "mine/thesis.tex"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    commands = [
-        "prune ./gone -o x",
-        "prune tiny -o x --calibration ./gone.txt",
-        "prune tiny -o file/below",
-        "export ./gone -o x --format onnx",
-        "evaluate ./gone",
-        "evaluate tiny --dataset gone.jsonl",
-        "evaluate tiny --dataset demo --include-path gone",
-        "compare tiny --calibration gone.parquet",
-        "benchmark tiny --baseline ./gone",
-        "compare tiny -o mine --calibration demo --dataset demo",
-        "inspect ./gone",
-        "inspect tiny --heat-map picture.jpg",
-        "inspect tiny --heat-map picture.png",
-        "run gone.yaml",
-        "run ci-smoke -o mine",
-        "run ci-smoke -o file/below --dry-run",
-        "validate gone.yaml",
-        "report gone",
-        "push gone bitmask",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", code], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path
-    )
+    commands = """
+        prune ./gone -o x
+        prune tiny -o x --calibration ./gone.txt
+        prune tiny -o file/below
+        export ./gone -o x --format onnx
+        evaluate ./gone
+        evaluate tiny --dataset gone.jsonl
+        evaluate tiny --dataset demo --include-path gone
+        benchmark tiny --baseline ./gone
+        compare tiny -o mine --calibration demo --dataset demo
+        inspect tiny --heat-map picture.jpg
+        inspect tiny --heat-map picture.png
+        run gone.yaml
+        run ci-smoke -o mine
+        run ci-smoke -o file/below --dry-run
+        validate gone.yaml
+        report gone
+        push gone bitmask
+    """.strip()
+    asked = [sys.executable, "-c", LIGHT, "2", "3"]
+    done = subprocess.run(asked, input=commands, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == len(commands)
+    assert done.stderr.count("error: ") == len(commands.splitlines())
 
 
 def test_exit_codes_are_distinct_and_documented() -> None:

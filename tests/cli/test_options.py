@@ -117,15 +117,11 @@ def test_mistakes_of_a_declaration_fail_at_import() -> None:
         command(twice)
 
 
-def help_of(*words: str) -> str:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, "--help"])
-    assert done.exit_code == 0
-    return done.output
-
-
 @pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
 def test_help_names_options_choices_ranges_and_panels(declared) -> None:
-    text = help_of(declared.name)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [declared.name, "--help"])
+    text = done.output
+    assert done.exit_code == 0
     assert max(map(len, text.splitlines())) <= 80
     blocks = {
         block.split()[0]: re.sub(r"(?<=\w)-\s+", "-", " ".join(block.split()))  # names are broken at their hyphens
