@@ -22,7 +22,11 @@ def test_experts_compute_what_the_fused_ones_do(kind: str) -> None:
         model.set_experts_implementation("eager")
     ids = torch.arange(48).view(2, 24)
     expected = model(input_ids=ids, use_cache=False).logits
+    fused = dict(model.named_parameters())
     with unfused(model):
+        for name, (whole, view) in fused_weights(model).items():
+            assert torch.equal(view(fused[whole]), model.get_parameter(name))
+            assert view(fused[whole]).data_ptr() == model.get_parameter(name).data_ptr()
         assert experts_of(model) and not any(form_of(module) for module in model.modules())
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
         if kind == "jetmoe":  # whose experts get their tokens sorted
@@ -42,35 +46,17 @@ def test_every_form_is_tried() -> None:
     assert FORMS.keys() <= classes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_views_are_where_the_layers_are(kind: str) -> None:
-    model = tiny_family(kind)
-    fused = dict(model.named_parameters())
-    unfuse_(model)
-    for name, (whole, view) in fused_weights(model).items():
-        assert torch.equal(view(fused[whole]), model.get_parameter(name))
-        assert view(fused[whole]).data_ptr() == model.get_parameter(name).data_ptr()
-
-
-def test_all_experts_are_prunable_and_routers_are_not() -> None:
+def test_experts_are_prunable_and_routers_are_told_by_their_outputs() -> None:
+    """A router may have any name; it lies beside the experts and has an output for each."""
     model = tiny_family("qwen2_moe")
+    mixture = model.model.layers[0].mlp
+    mixture.chooser, mixture.wide = nn.Linear(64, 4), nn.Linear(64, 5)
     unfuse_(model)
     layers = {name for block in prunable_layers(model) for name in block}
     assert {f"model.layers.1.mlp.experts.{e}.{p}" for e in range(4) for p in ("gate_up_proj", "down_proj")} < layers
-    reasons = {name: reason for name, _, reason in linear_weights(model)}
-    assert reasons["model.layers.0.mlp.gate.weight"] == "router"
-    assert reasons["model.layers.0.mlp.shared_expert_gate"] == "router"
-
-
-def test_a_router_is_told_by_its_outputs() -> None:
-    """Whatever it is called: beside the experts, with an output for each."""
-    model = tiny_family("mixtral")
-    mixture = model.model.layers[0].mlp
-    mixture.chooser = nn.Linear(64, 4)
-    mixture.wide = nn.Linear(64, 5)
-    unfuse_(model)
-    reasons = {name: reason for name, _, reason in linear_weights(model)}
-    assert reasons["model.layers.0.mlp.chooser"] == "router" and reasons["model.layers.0.mlp.wide"] is None
+    reasons = {name.removeprefix("model.layers.0.mlp."): reason for name, _, reason in linear_weights(model)}
+    assert reasons["gate.weight"] == reasons["shared_expert_gate"] == reasons["chooser"] == "router"
+    assert reasons["wide"] is None
 
 
 def test_a_model_without_experts_has_none_to_send_tokens_to() -> None:

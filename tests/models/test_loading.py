@@ -14,7 +14,7 @@ from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import loading
 from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.tasks.text import vocabulary_of
 
 
@@ -33,20 +33,16 @@ def test_a_graph_beside_weights_is_named(source) -> None:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        *(
-            (name, "does not know")
-            for name in ("MartianForCausalLM", "__version__", "utils", "pipeline", "LlamaConfig")
-        ),
+        *((name, "does not know") for name in ("MartianForCausalLM", "__version__", "utils", "LlamaConfig")),
         ("BertForMaskedLM", "is for fill-mask"),
         *((name, "is for no task") for name in ("PreTrainedModel", "GPT2DoubleHeadsModel")),
     ],
 )
 def test_architectures_for_no_task(architecture: str, message: str, source) -> None:
     (source.folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [architecture]}))
-    with pytest.raises(
-        ModelError, match=f"model 'm': .*{message}.*{architecture}|model 'm': {architecture} .*{message}"
-    ):
+    with pytest.raises(ModelError) as found:
         load_model(source)
+    assert all(part in str(found.value) for part in ("model 'm': ", message, architecture))
 
 
 def test_a_tokenizer_that_is_missing_or_without_its_vocabulary(source) -> None:
@@ -79,12 +75,9 @@ def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
 
 def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
     assert vocabulary_of(loading.config_of(tiny("gpt2"))) == 257
-    for config, expected in (
-        ({"model_type": "gpt2"}, 50257),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}, 99),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert vocabulary_of(loading.config_of(ModelSource("m", tmp_path))) == expected
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 99}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vocabulary_of(loading.config_of(ModelSource("m", tmp_path))) == 99
 
 
 def test_devices_and_dtypes(monkeypatch, tiny) -> None:
@@ -149,8 +142,3 @@ def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_pat
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
-
-
-def test_tiny_kinds_are_named() -> None:
-    with pytest.raises(UsageError, match="llama, mistral"):
-        tiny_config("bloom")

@@ -83,15 +83,12 @@ def layer(**changes: Any) -> dict[str, Any]:
         ("[]", "not an object"),
         ('{"kind": "pruned"}', "base_model: Field required"),
         ({"layers": {}}, "has its settings and its layers listed"),
-        ({"kind": "export", "layers": {}}, "has its settings and its layers listed"),
         ({"prune": 5}, "prune: "),
         ({"prune": {"method": ["x |\n# INJECTED"]}}, r'prune.method: .* got \["x |\\n# INJECTED"\]'),
         ({"calibration": []}, "calibration: "),
         ({"checks": []}, "checks: "),
-        ({"left_dense": {"a": {}}}, "left_dense.a.weights: Field required"),
         ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
         (layer(shape=[0, 0]), "shape"),
-        (layer(shape=[1]), "shape"),
         (layer(pattern="2:x"), "pattern '2:x'"),
         (layer(nonzeros=-1), "nonzeros"),
     ],
@@ -177,10 +174,8 @@ def test_the_source_is_a_baseline_wherever_it_lies(folder, tiny, tmp_path) -> No
     ],
 )
 def test_another_architecture_is_named_by_its_first_difference(ours, theirs, message, tiny, tmp_path) -> None:
-    model, other = (
-        changed(tiny("llama"), tmp_path / "model", **ours),
-        changed(tiny("llama"), tmp_path / "other", **theirs),
-    )
+    model = changed(tiny("llama"), tmp_path / "model", **ours)
+    other = changed(tiny("llama"), tmp_path / "other", **theirs)
     with pytest.raises(UsageError, match=rf"'other' is no baseline of 'model': its {message}"):
         check_baseline(model, other)
 
