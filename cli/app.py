@@ -29,7 +29,7 @@ error arose.
 
 app = typer.Typer(
     name="gblm-compress",
-    help="Prune Hugging Face language models, export them, and measure what it really buys.",
+    help="Prune Hugging Face language models, export them, and measure what you gain.",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,

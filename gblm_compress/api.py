@@ -62,15 +62,15 @@ else:
 
 MODEL = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M) or 'tiny' (random weights)."
 DENSE = "The dense model that it was pruned from."
-FOLDER = "Folder to write; it appears whole or not at all."
+FOLDER = "Output folder; it appears only when complete."
 
 FileName = str | os.PathLike[str]
 Model = Annotated[FileName | PreTrainedModel, MODEL]
 InMemory = Annotated[Processor | None, "Tokenizer or image processor of a model in memory.", Panel.NO_OPTION]
 Output = Annotated[FileName, FOLDER]
 Force = Annotated[bool, "Replace the output if it exists."]
-Resume = Annotated[bool, "Go on with an interrupted run of the same command."]
-Quiet = Annotated[bool, "No progress on stderr."]
+Resume = Annotated[bool, "Continue an interrupted run of the same command."]
+Quiet = Annotated[bool, "Show no progress."]
 RecipeName = Annotated[FileName, "A YAML file, or the name of a shipped recipe."]
 Changes = Annotated[Iterable[str], "Change a key of the recipe, for example prune.alpha=50."]
 Calibration = Annotated[CalibrationSettings, {"dataset": "calibration"}]
@@ -79,7 +79,7 @@ DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 @command
 def advise(model: Model, *, settings: AdviseSettings, processor: InMemory = None, quiet: Quiet = False) -> "Advice":
-    """Predict the size and speed of a model when compressed, on this machine, without pruning it."""
+    """Predict size and speed on this machine before you prune."""
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.runs import advice
 
@@ -151,7 +151,7 @@ def recover(
 @command
 def generate(
     model: Model,
-    output: Annotated[FileName, "A .txt file to write; it appears whole or not at all."],
+    output: Annotated[FileName, "A .txt file to write; it appears only when complete."],
     *,
     settings: GenerateSettings,
     compute: DeviceSettings,
@@ -159,7 +159,7 @@ def generate(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "GenerateResult":
-    """Let a model write text for calibration and training, when you have too little real text."""
+    """Let a model write text for calibration and training. Use it if you lack real text."""
     outputs.check_file(Path(output), ".txt", "text", force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
@@ -196,7 +196,7 @@ def evaluate(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "EvaluateResult":
-    """Measure perplexity (or the metric of the task), fidelity to the dense model, and zero-shot accuracy."""
+    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric."""
     models = [model] if baseline is None else [model, baseline]
     texts, tasks = [settings.dataset], settings.include_path
     with _found(*models, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source, *dense):
@@ -218,7 +218,7 @@ def compare(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "CompareResult":
-    """Prune with several methods and patterns, and compare quality, time and memory. Resumes if interrupted."""
+    """Prune with several methods and patterns, and compare the results. An interrupted run resumes."""
     outputs.check_workable(Path(output), "comparison")
     texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
@@ -238,7 +238,7 @@ def benchmark(
     compute: ComputeSettings,
     quiet: Quiet = False,
 ) -> "BenchmarkResult":
-    """Time models against the dense one: latency, throughput, memory and size."""
+    """Time models against the dense one. Reports latency, throughput, memory and size."""
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
@@ -250,9 +250,7 @@ def benchmark(
 @command
 def inspect(
     model: Model,
-    heat_map: Annotated[
-        FileName | None, "PNG to draw: how many weights survive in each column. Not drawn if unset."
-    ] = None,
+    heat_map: Annotated[FileName | None, "Draw a PNG of how many weights survive in each column."] = None,
     *,
     processor: InMemory = None,
     force: Force = False,
@@ -274,9 +272,9 @@ def run(
     output: Annotated[FileName | None, "Folder of the artefacts; runs/RECIPE if unset."] = None,
     *,
     set: Changes = (),
-    dry_run: Annotated[bool, "Say what would be done, and stop."] = False,
-    junit: Annotated[FileName | None, "File to write: the gates as JUnit's XML."] = None,
-    summary: Annotated[FileName | None, "File to write: verdict and tables in Markdown."] = None,
+    dry_run: Annotated[bool, "Show what would be done, and stop."] = False,
+    junit: Annotated[FileName | None, "Write the gates to this file, as JUnit XML."] = None,
+    summary: Annotated[FileName | None, "Write the verdict and tables to this file, as Markdown."] = None,
     quiet: Quiet = False,
 ) -> "RunReport | DryRun":
     """Run a recipe: prune, export, evaluate, benchmark, check gates.
@@ -318,7 +316,7 @@ def run(
 def report(
     *runs: Annotated[FileName, "A folder that `run` wrote, or two to compare, the newest last."],
     output: Annotated[FileName, "Page to write."] = "report.html",
-    fail_on_regression: Annotated[bool, "End with exit code 6 if a figure of the last run got worse."] = False,
+    fail_on_regression: Annotated[bool, "Exit with code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
     """Write a report page for a run. With two runs, it also shows what changed."""
     from gblm_compress.runs import report as documents
@@ -339,7 +337,7 @@ def push(
     push_to_hub: Annotated[str | None, "Repository to push to. If unset, nothing leaves the machine."] = None,
     private: Annotated[bool, "Make a new repository private."] = False,
 ) -> "PushResult":
-    """Show the model card and files of an artefact, and push them if a repository is named."""
+    """Show the model card and files of an artefact. Push them if a repository is named."""
     from gblm_compress.runs import pushing
 
     return pushing.push(Path(run), artefact, push_to_hub, private=private)
@@ -371,7 +369,7 @@ def schema() -> dict[str, Any]:
 
 @command
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
-    """Show the hardware and packages of this machine, and what they enable."""
+    """Show what this machine has, and what each finding enables."""
     _progress(quiet)
 
     from gblm_compress.measure.doctor import diagnose

@@ -25,26 +25,8 @@ from gblm_compress.settings.stages import (
 )
 
 __all__ = [
-    "GATES",
-    "PUBLISHED_CALIBRATION",
-    "REGISTRIES",
-    "AdviseSettings",
-    "BenchmarkSettings",
-    "CalibrationSettings",
-    "CompareSettings",
-    "ComputeSettings",
-    "EvaluateSettings",
-    "ExportSettings",
-    "Gate",
-    "GateSettings",
-    "GenerateSettings",
-    "GradientNorm",
-    "OverrideSettings",
-    "Panel",
-    "PruneSettings",
-    "Recipe",
-    "RecoverSettings",
-    "ResourceSettings",
-    "Settings",
-    "Source",
-]
+    "GATES", "PUBLISHED_CALIBRATION", "REGISTRIES", "AdviseSettings", "BenchmarkSettings", "CalibrationSettings",
+    "CompareSettings", "ComputeSettings", "EvaluateSettings", "ExportSettings", "Gate", "GateSettings",
+    "GenerateSettings", "GradientNorm", "OverrideSettings", "Panel", "PruneSettings", "Recipe", "RecoverSettings",
+    "ResourceSettings", "Settings", "Source",
+]  # fmt: skip
