@@ -52,11 +52,7 @@ def test_results_have_the_permissions_of_ordinary_files(umask, tmp_path, monkeyp
 def test_failure_leaves_what_was_there(tmp_path) -> None:
     target = tmp_path / "out"
     make(target, "old")
-    with (
-        pytest.raises(ZeroDivisionError),
-        reserved(target, force=True),
-        atomic_folder(target, force=True) as folder,
-    ):
+    with pytest.raises(ZeroDivisionError), reserved(target, True), atomic_folder(target, force=True) as folder:
         (folder / "file").write_text("new")
         raise ZeroDivisionError
     assert (target / "file").read_text() == "old"
@@ -225,11 +221,8 @@ def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
         (tmp_path / "runs" / "a" / "result").write_text("")
     with working_in(tmp_path / "runs" / "a", "run"):
         pass
-    with (
-        pytest.raises(UsageError, match="not the folder of a comparison"),
-        working_in(tmp_path / "runs/a", "comparison"),
-    ):
-        pass
+    with pytest.raises(UsageError, match="not the folder of a comparison"):
+        check_workable(tmp_path / "runs" / "a", "comparison")
     with working_in(tmp_path / "nothing" / "came", "run"):
         pass
     assert names(tmp_path) == ["runs"] and names(tmp_path / "runs") == ["a"]
@@ -260,7 +253,6 @@ def test_too_little_room(tmp_path) -> None:
         outputs.check_space(tmp_path / "new" / "out", 10**18, "it")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that refuses even root")
 @pytest.mark.parametrize("folder", [".", "..", "../here"])
 def test_the_folder_one_is_in_is_not_replaced(folder, tmp_path, monkeypatch) -> None:
     (tmp_path / "here").mkdir()

@@ -1,10 +1,13 @@
 """Tiny random encoders of several families, with a byte tokenizer that has a pad token."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 import transformers
+from pyarrow import parquet
 
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.source import ModelSource
@@ -43,6 +46,13 @@ FAMILIES = {
 }
 
 
+def table(**columns: Any) -> bytes:
+    """A .parquet file."""
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), content)
+    return content.getvalue()
+
+
 def tokenizer() -> Any:
     made = byte_tokenizer()
     made.add_special_tokens({"pad_token": "<pad>"})
@@ -73,25 +83,17 @@ def inputs_of(model: Any, layers: dict[str, Any], sample: dict[str, torch.Tensor
     """What each layer gets in a forward pass of the whole model, [tokens, in_features]."""
     found = {}
     hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: found.update({name: args[0].detach().flatten(0, -2)})
-        )
+        layer.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].detach()}))
         for name, layer in layers.items()
     ]
     model(**sample)
     for hook in hooks:
         hook.remove()
-    return found
+    return {name: x.flatten(0, -2) for name, x in found.items()}
 
 
-def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0, as_one: bool = False) -> dict[str, Any]:
-    """Masks of gblm at 50 % per row: whole forward passes over one sample at a time, with no padding.
-
-    Args:
-        samples: the model's arguments for each.
-        losses: of the model, one for each sample.
-        as_one: whether all layers are measured in the dense model.
-    """
+def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0) -> dict[str, Any]:
+    """Masks of gblm at 50 % per row by whole forward passes, with a loss of the model for each sample."""
     per_block = prunable_layers(model)
     layers = {name: layer for block in per_block for name, layer in block.items()}
     gradients = dict.fromkeys(layers, 0.0)
@@ -100,7 +102,7 @@ def slow_masks(model: Any, samples: list, losses: list, alpha: float = 1.0, as_o
         for name, gradient in zip(layers, found, strict=True):
             gradients[name] = gradients[name] + gradient.abs()
     masks = {}
-    for block in [layers] if as_one else per_block:
+    for block in per_block:
         squares = dict.fromkeys(block, 0.0)
         for sample in samples:
             for name, x in inputs_of(model, block, sample).items():

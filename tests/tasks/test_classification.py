@@ -2,16 +2,12 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.measure.evaluation import evaluate
-from gblm_compress.models import loading
-from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import CalibrationSettings, EvaluateSettings, PruneSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.classification import drawn_label
-from tests.conftest import prune
+from gblm_compress.tasks.metrics import mean
 from tests.tasks import families
 
 TASK = TASKS["classification"]
@@ -49,10 +45,14 @@ def test_labels_are_read_by_number_and_name(tmp_path, config) -> None:
     assert all("labels" not in sample for sample in plain)
     assert TASK.loss(logits, plain[0]) == cross_entropy(logits, drawn_label(logits, plain[0]))
 
+    config.num_labels = 1
+    with pytest.raises(ModelError, match="gives one number and no classes"):
+        TASK.calibration(families.tokenizer(), config, "demo", 1, 16, 0)
+
 
 def test_pairs_are_read_together(tmp_path, config) -> None:
-    dataset = labelled(tmp_path, "a b,c d,1", "premise,hypothesis,label")
-    (sample,) = TASK.evaluation(families.tokenizer(), config, dataset, 32, None)
+    pairs = labelled(tmp_path, "a b,c d,1", "premise,hypothesis,label")
+    (sample,) = TASK.evaluation(families.tokenizer(), config, pairs, 32, None)
     assert sample["input_ids"][0].tolist() == families.tokenizer()("a b", "c d")["input_ids"]
 
 
@@ -63,7 +63,6 @@ def test_pairs_are_read_together(tmp_path, config) -> None:
         ("a b,perhaps", "text,label", "the label 'perhaps' is none of the model's"),
         ("a b,1\nc d,", "text,label", "line 3 has no label, and others have one; give all samples one"),
         ("a b,1", "words,label", r"line 2 has no column of texts, but 'words', 'label'; name one 'text' or 'sentence'"),
-        ("a b,1", "words,class", r"line 1 names no known column, but 'words', 'class'; name one 'text' or 'sentence'"),
         ("a,b,1", "text,label", "line 2 has 3 columns, the first line 2"),
     ],
 )  # fmt: skip
@@ -72,30 +71,20 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path, config, rows, head, me
         TASK.calibration(families.tokenizer(), config, labelled(tmp_path, rows, head), len(rows.splitlines()), 16, 0)
 
 
-def test_a_model_of_one_number_is_refused(config) -> None:
-    config.num_labels = 1
-    with pytest.raises(ModelError, match="gives one number and no classes"):
-        TASK.calibration(families.tokenizer(), config, "demo", 1, 16, 0)
-
-
-def test_accuracy_agreement_and_divergence_by_a_plain_loop(tmp_path, progress) -> None:
-    source = families.written(tmp_path / "dense", "distilbert", AUTO)
-    pruned = ModelSource("pruned", tmp_path / "pruned")
-    text = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
-    prune(source, pruned.folder, PruneSettings(method="gblm", fit="fast"), text, device="cpu", progress=progress)
-    texts = ["a cat", "the dog ran off", "rain and more of it", "late", "seven trees", "no"]
-    dataset = labelled(tmp_path, "\n".join(f"{text},{i % 3}" for i, text in enumerate(texts)))
-    found = evaluate(pruned, EvaluateSettings(dataset=dataset), baseline=source, device="cpu", progress=progress)
-    models = [loading.load_model(folder) for folder in (source, pruned)]
-    dense, other = (
-        [model(**families.tokenizer()(text, return_tensors="pt")).logits.detach() for text in texts] for model in models
+def test_metrics_are_those_of_a_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 1, 6, generator=generator)
+    samples = [{"labels": torch.tensor([i % 6])} for i in range(20)]
+    first, five = (
+        [float(i % 6 in one[0].argsort(descending=True)[:count]) for i, one in enumerate(logits)] for count in (1, 5)
     )
-    right = [float(logits.argmax() == i % 3) for i, logits in enumerate(other)]
-    assert found.metrics["accuracy"].value == pytest.approx(sum(right) / 6) and found.metrics["accuracy"].error > 0
-    kl = [
-        float(kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum"))
-        for a, b in zip(dense, other, strict=True)
-    ]
-    assert found.fidelity["mean_kl"] == pytest.approx(sum(kl) / 6, rel=1e-3, abs=1e-7)
-    same = [float(a.argmax() == b.argmax()) for a, b in zip(dense, other, strict=True)]
-    assert found.fidelity["top1_agreement"] == pytest.approx(sum(same) / 6)
+    entropies = [float(cross_entropy(one, sample["labels"])) for one, sample in zip(logits, samples, strict=True)]
+    for task, accuracies in (("classification", [first]), ("image-classification", [first, five])):
+        judged = [TASKS[task].measure(one, sample) for one, sample in zip(logits, samples, strict=True)]
+        found = TASKS[task].metrics(judged)
+        assert list(found) == [*TASKS[task].accuracies, "cross_entropy"]
+        assert [each.value for each in found.values()] == pytest.approx(
+            [mean(each) for each in (*accuracies, entropies)]
+        )
+        assert next(iter(found.values())).error == pytest.approx((mean(first) * (1 - mean(first)) / 19) ** 0.5)
+    assert TASK.metrics([TASK.measure(logits[0], {})]) == {}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gblm_compress.tasks.metrics import Metric, mean_kl, mean_metric, perplexity, top1_agreement
+from gblm_compress.tasks.metrics import Metric, mean_kl, mean_metric, perplexity, spearman, top1_agreement
 
 
 def test_kl_and_agreement_against_loops() -> None:
@@ -23,6 +23,11 @@ def test_standard_error() -> None:
     assert mean_metric([2.0]) == Metric(2.0)
     found = mean_metric([1.0, 2.0, 6.0])
     assert found.value == 3.0 and found.error == pytest.approx(math.sqrt(7 / 3))
+
+
+def test_rank_correlation_with_ties() -> None:
+    expected = torch.corrcoef(torch.tensor([[1, 2.5, 2.5, 4, 5], [2, 1, 3, 5, 4.0]]))[0, 1]
+    assert spearman([0.1, 0.2, 0.2, 3.0, 9.0], [2, 1, 3, 5, 4]).value == pytest.approx(float(expected))
 
 
 def test_the_error_of_perplexity_follows_the_slope_of_exp() -> None:

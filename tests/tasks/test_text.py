@@ -11,10 +11,8 @@ from gblm_compress import tasks
 from gblm_compress.errors import DataError
 from gblm_compress.models.loading import config_of, load_processor
 from gblm_compress.tasks import text
-from gblm_compress.tasks.text import (
-    demo_paragraphs,
-    load_text,
-)
+from gblm_compress.tasks.text import demo_paragraphs, load_text
+from tests.tasks.families import table
 
 
 def test_demo_parts_are_disjoint_real_prose() -> None:
@@ -31,7 +29,7 @@ def test_local_files(tmp_path) -> None:
     (tmp_path / "b.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": null, "n": 1}\n{"text": "tw\\u00f6"}'
     )
-    parquet.write_table(pyarrow.table({"text": ["three", None, "four"]}), tmp_path / "c.parquet")
+    (tmp_path / "c.parquet").write_bytes(table(text=["three", None, "four"]))
     assert load_text(str(tmp_path / "a.txt"), "evaluation") == "plain text"
     assert load_text(str(tmp_path / "b.jsonl"), "calibration") == "one\n\ntwö"
     assert load_text(str(tmp_path / "c.parquet"), "calibration") == "three\n\nfour"
@@ -57,6 +55,11 @@ def test_local_files(tmp_path) -> None:
         ("broken.parquet", b"PAR1", "cannot be read"),
         ("fake.parquet", b"PAR1" + b"\xff" * 200 + b"PAR1", "cannot be read"),
         ("empty.parquet", b"", "cannot be read"),
+        ("number.parquet", table(text=[1, 2]), "its 'text' is no text but int"),
+        ("bytes.parquet", table(text=[b"a"]), "its 'text' is no text but bytes"),
+        ("list.parquet", table(text=[["a"]]), "its 'text' is no text but list"),
+        ("column.parquet", table(body=["a"], id=[3]), "has no column 'text'; it has 'body', 'id'"),
+        ("rows.parquet", table(text=pyarrow.array([], pyarrow.string())), "holds no text"),
         ("file.csv", b"a,b", "give a .txt, .jsonl or .parquet file"),
     ],
 )
@@ -67,26 +70,8 @@ def test_unusable_files_are_data_errors(tmp_path, name, content, message) -> Non
         load_text(str(tmp_path / name), "calibration")
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"text": [1, 2]}, "its 'text' is no text but int"),
-        ({"text": [b"a"]}, "its 'text' is no text but bytes"),
-        ({"text": [["a"]]}, "its 'text' is no text but list"),
-        ({"text": [{"a": "b"}]}, "its 'text' is no text but dict"),
-        ({"body": ["a"], "id": [3]}, "has no column 'text'; it has 'body', 'id'"),
-        ({"text": pyarrow.array([], pyarrow.string())}, "holds no text"),
-    ],
-)
-def test_parquet_files_without_text_are_data_errors(tmp_path, columns, message) -> None:
-    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=message):
-        load_text(str(tmp_path / "a.parquet"), "calibration")
-
-
 def test_a_truncated_parquet_file_is_a_data_error(tmp_path) -> None:
-    parquet.write_table(pyarrow.table({"text": ["word " * 1000] * 100}), tmp_path / "a.parquet")
-    whole = (tmp_path / "a.parquet").read_bytes()
+    whole = table(text=["word " * 1000] * 100)
     for cut in (whole[:-1], whole[: len(whole) // 2], whole[:4] + whole[500:], whole[:40] + b"\xff" * 40 + whole[80:]):
         (tmp_path / "b.parquet").write_bytes(cut)
         with pytest.raises(DataError, match="cannot be read"):
@@ -145,15 +130,10 @@ def test_what_the_hub_raises(monkeypatch, raised, expected, message) -> None:
         yield {"text": "a"}
         raise raised
 
-    def load_dataset(*args, **kwargs):
-        raise raised
-
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: documents())
-    with pytest.raises(expected, match=message):
-        load_text("owner/name", "evaluation")
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(expected, match=message):
-        load_text("owner/name", "evaluation")
+    for load in (lambda *args, **kwargs: documents(), lambda *args, **kwargs: list(documents())):
+        monkeypatch.setattr("datasets.load_dataset", load)
+        with pytest.raises(expected, match=message):
+            load_text("owner/name", "evaluation")
 
 
 @pytest.mark.parametrize("source", ["owner/name:config@train", "c4"])
@@ -182,10 +162,8 @@ def test_a_hub_dataset_without_end_is_read_as_far_as_it_is_wanted(source, monkey
 
 
 def test_looking_for_a_file_loads_no_torch() -> None:
-    code = (
-        "import sys, gblm_compress.tasks.text as t; t.data_files('demo'); "
-        "assert not {'torch', 'datasets'} & set(sys.modules)"
-    )
+    code = "import sys, gblm_compress.tasks as t; t.data_files('demo'); "
+    code += "assert not {'torch', 'datasets'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
