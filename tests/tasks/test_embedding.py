@@ -1,5 +1,5 @@
 import json
-from itertools import cycle, islice, pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -33,10 +33,9 @@ def drawn(model, samples: int = 6):
     return with_draws(encode(families.tokenizer(), model.config, rows, 60, pad=True), 0)
 
 
-@pytest.mark.parametrize(
-    ("family", "task"), zip(families.FAMILIES, cycle(["embedding", "classification"]), strict=False)
-)
-def test_families_are_pruned_with_gradients_and_fits(family: str, task: str, progress) -> None:
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_families_are_pruned_with_gradients_and_fits(family: str, progress) -> None:
+    task = "classification" if family in ("bert", "modernbert", "albert") else "embedding"
     model = families.encoder(family, TASKS[task].auto_class)
     samples = TASKS[task].calibration(families.tokenizer(), model.config, "demo", 4, 40, 0)
     layers = prune_(model, samples, PruneSettings(method="gblm", pattern="2:4", fit="best"), progress)
