@@ -3,8 +3,10 @@
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
+from gblm_compress.errors import OutputError
 from gblm_compress.measure.timings import Part
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, Row, amount
@@ -18,6 +20,10 @@ ZEROS = "The fraction of zeros in each pruned layer: a column is a block of the 
 ERRORS = (
     "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
     "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
+)
+LOSS = (
+    "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the training "
+    "weighs it, on text that the training does not see: lower is better. The filled dot was kept."
 )
 
 
@@ -33,44 +39,40 @@ class Chart:
 
 def of(report: RunReport) -> list[Chart]:
     """The charts that a report has data for."""
-    first = ("Time of a forward pass", "a forward pass")
+    sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
+    figure, axis = ("tpot_ms", "ms per token") if report.generates else ("ttft_ms", "ms per forward pass")
+    times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
+    smaller = "Quality against size: to the left is smaller."
+    faster = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
+    first, prefill = "Time of a forward pass", "a forward pass"
     if report.generates:
-        first = ("Time to the first token", "prefill")
+        first, prefill = "Time to the first token", "prefill"
+    spans = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
+    seeds = "Further left is better. A line is one standard error over the seeds to each side."
+    decode, prefill = (f"Milliseconds of {what}: {spans}" for what in ("decode", prefill))
     made = (
-        quality_and_size(report),
-        quality_and_speed(report),
-        latency(report, "tpot_ms", "latency-decode", "Time per token after the first", "decode"),
-        latency(report, "ttft_ms", "latency-prefill", *first),
-        byte_limit(report),
-        step(report),
-        methods(report, "method_perplexity", "methods-perplexity", "Perplexity by method"),
-        methods(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method"),
-        tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS, 1.0),
-        tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
-        recovery(report),
+        _front(report, "quality-bytes", "Quality and size", smaller, sizes, "megabytes on disk"),
+        _front(report, "quality-time", "Quality and speed", faster, times, axis),
+        _dotted(report, "tpot_ms", "latency-decode", "Time per token after the first", decode, "milliseconds"),
+        _dotted(report, "ttft_ms", "latency-prefill", first, prefill, "milliseconds"),
+        _byte_limit(report),
+        _step(report),
+        _dotted(report, "method_perplexity", "methods-perplexity", "Perplexity by method", seeds, "perplexity"),
+        _dotted(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method", seeds, "nats per token"),
+        _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS, 1.0),
+        _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
+        _recovery(report),
     )
     return [chart for chart in made if chart is not None]
 
 
-def quality_and_size(report: RunReport) -> Chart | None:
-    sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
-    what = "Quality against size: to the left is smaller."
-    return _front(report, "quality-bytes", "Quality and size", what, sizes, "megabytes on disk")
-
-
-def quality_and_speed(report: RunReport) -> Chart | None:
-    name, what = ("tpot_ms", "token") if report.generates else ("ttft_ms", "forward pass")
-    times = [row for row in report.find(name) if row.batch == report.smallest_batch]
-    caption = f"Quality against time at batch {report.smallest_batch}: to the left is faster; lines span p10 to p90."
-    return _front(report, "quality-time", "Quality and speed", caption, times, f"ms per {what}")
-
-
 def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row], axis: str) -> Chart | None:
-    points = []
-    for metric in report.metrics[:1]:
-        dense = next(iter(report.find(metric, DENSE)), None)
-        found = {row.artefact: row for row in report.find(metric)}
-        points = [(row, y) for row in rows if (y := dense if row.dense else found.get(row.artefact)) is not None]
+    """The main metric over the values of `rows`."""
+    if not report.metrics:
+        return None
+    metric = report.metrics[0]
+    found = {DENSE if row.dense else row.artefact: row for row in report.find(metric)}
+    points = [(row, y) for row in rows if (y := found.get(DENSE if row.dense else row.artefact))]
     if len(points) < 2:
         return None
     less = metric in LESS_IS_BETTER
@@ -79,23 +81,18 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
 
 
-def latency(report: RunReport, figure: str, name: str, title: str, what: str) -> Chart | None:
-    caption = f"Milliseconds of {what}: a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
+def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str, axis: str) -> Chart | None:
     rows = report.find(figure)
-    return Chart(name, title, caption, dots(rows, "milliseconds")) if rows else None
+    return Chart(name, title, caption, dots(rows, axis)) if rows else None
 
 
-def byte_limit(report: RunReport) -> Chart | None:
-    """The decode speed-up of each artefact, beside the limit that its bytes set."""
-    rows, limits = report.find("decode_speedup"), []
-    for row in rows:
-        size, lane = report.find("bytes", row.artefact), (row.runtime, row.dtype, row.batch)
-        baseline = next((each.artefact for each in report.find("tpot_ms") if each.dense
-                         and (each.runtime, each.dtype, each.batch) == lane), DENSE)  # fmt: skip
-        of_dense = report.find("bytes", baseline)
-        limits.append((of_dense[0].value or 0) / (size[0].value or 1) if size and of_dense else 1.0)
-    if not rows:
+def _byte_limit(report: RunReport) -> Chart | None:
+    if not (rows := report.find("decode_speedup")):
         return None
+    sizes = {row.artefact: row.value or 0 for row in report.find("bytes")}
+    dense = {row.lane: row.artefact for row in reversed(report.find("tpot_ms")) if row.dense}
+    pairs = [(sizes.get(dense.get(row.lane, DENSE)), sizes.get(row.artefact)) for row in rows]
+    limits = [of_dense / own if of_dense and own else 1.0 for of_dense, own in pairs]
 
     def mark(axes: Any) -> None:
         axes.axvline(1, color=GREY, ls="--", lw=1)
@@ -112,7 +109,7 @@ def byte_limit(report: RunReport) -> Chart | None:
     )
 
 
-def step(report: RunReport) -> Chart | None:
+def _step(report: RunReport) -> Chart | None:
     rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
     if not rows:
         return None
@@ -135,17 +132,8 @@ def step(report: RunReport) -> Chart | None:
     return Chart("step", title, what, drawn(draw, LINE * len(labels)))
 
 
-def methods(report: RunReport, figure: str, name: str, title: str) -> Chart | None:
-    ends = [(row, row.value or 0.0, row.error or 0.0) for row in report.find(figure)]
-    rows = [replace(row, low=value - error, high=value + error) for row, value, error in ends]
-    caption = "Further left is better. A line is one standard error over the seeds to each side."
-    axis = "perplexity" if figure == "method_perplexity" else "nats per token"
-    return Chart(name, title, caption, dots(rows, axis)) if rows else None
-
-
-def recovery(report: RunReport) -> Chart | None:
-    rows = report.find("held_out_loss")
-    if not rows:
+def _recovery(report: RunReport) -> Chart | None:
+    if not (rows := report.find("held_out_loss")):
         return None
 
     def draw(axes: Any) -> None:
@@ -154,11 +142,7 @@ def recovery(report: RunReport) -> Chart | None:
         axes.plot([row.tokens for row in kept], [row.value for row in kept], "o", color=COLOURS[0])
         axes.set(xlabel="tokens trained on", ylabel="nats per token")
 
-    what = (
-        "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the "
-        "training weighs it, on text that the training does not see: lower is better. The filled dot was kept."
-    )
-    return Chart("recovery", "Learning curve", what, drawn(draw, 3.0))
+    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 3.0))
 
 
 @plain_figures()
@@ -179,6 +163,14 @@ def drawn(draw: Callable[[Any], None], height: float) -> bytes:
     return picture.getvalue()
 
 
+def save(picture: bytes, path: Path) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
     """Points (row of x, row of y) with their errors and names.
 
@@ -186,10 +178,16 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
         front: joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better.
         log: draws logarithmic axes, and the dense model as a broken line.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
 
     def draw(axes: Any) -> None:
         if log:
-            _logarithmic(axes, points[0][1].baseline)
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
+            axes.axhline(points[0][1].baseline, color=GREY, ls="--", lw=1)
         axes.margins(0.15)
         for (a, b), colour in zip(points, _colours(axes, [a for a, _ in points]), strict=True):
             axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), fmt="o", color=colour)
@@ -203,18 +201,6 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
         axes.set(xlabel=x, ylabel=y)
 
     return drawn(draw, 3.2)
-
-
-def _logarithmic(axes: Any, dense: float | None) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(NullLocator())
-    if dense is not None:
-        axes.axhline(dense, color=GREY, ls="--", lw=1)
 
 
 def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -239,7 +225,7 @@ def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = No
     return drawn(draw, LINE * len(rows))
 
 
-def tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float | None = None) -> Chart | None:
+def _tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float | None = None) -> Chart | None:
     """A tile for each layer, darker for a larger share; columns are blocks, lines projections."""
     places: dict[tuple[str, int], float] = {}
     for row in rows:
@@ -273,9 +259,9 @@ def _colours(axes: Any, rows: Sequence[Row]) -> list[str]:
 
 
 def _spread(row: Row) -> list[list[float]] | None:
-    if row.low is None or row.high is None or row.value is None:
-        return None
-    return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
+    if row.value is not None and row.low is not None and row.high is not None:
+        return [[max(row.value - row.low, 0.0)], [max(row.high - row.value, 0.0)]]
+    return None if row.error is None else [[row.error], [row.error]]
 
 
 def _lines(axes: Any, labels: Sequence[str], axis: str) -> None:

@@ -11,12 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from gblm_compress import errors
-from gblm_compress.errors import GblmError, ModelError, OutputError, UsageError
+from gblm_compress.errors import GblmError, ModelError, UsageError
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.evaluation import Reference
@@ -38,6 +39,7 @@ from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
+PLOTTED = ("seconds", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,12 @@ class Grid:
     device: str = "auto"
 
     def methods(self) -> list[PruneSettings]:
-        return [
-            self.settings.prune_settings(method, pattern)
-            for pattern in self.settings.patterns
-            for method in self.settings.methods
-        ]
+        pairs = product(self.settings.patterns, self.settings.methods)
+        return [self.settings.prune_settings(method, pattern) for pattern, method in pairs]
 
     def stages(self, reference: Reference, output: Path) -> list[Stage]:
-        return [
-            self._stage(reference, output, method, pattern, seed)
-            for pattern in self.settings.patterns
-            for method in self.settings.methods
-            for seed in range(self.settings.seeds)
-        ]
+        grid = product(self.settings.patterns, self.settings.methods, range(self.settings.seeds))
+        return [self._stage(reference, output, method, pattern, seed) for pattern, method, seed in grid]
 
     def _stage(self, reference: Reference, output: Path, method: str, pattern: str, seed: int) -> Stage:
         settings = self.settings.prune_settings(method, pattern)
@@ -110,9 +105,9 @@ class Grid:
         def work(progress: Progress) -> Cell:
             with tempfile.TemporaryDirectory(prefix=".cell-", dir=output) as folder:
                 pruned = ModelSource(method, Path(folder) / "pruned")
-                what = reference.source, pruned.folder, settings, text
-                cost = _in_own_process(method, partial(_prune, *what, self, progress.quiet))
                 place = {"dtype": self.dtype, "device": self.device}
+                job = PruneJob(reference.source, settings, text, ComputeSettings(**place))
+                cost = _in_own_process(method, partial(_prune, job, pruned.folder, progress.quiet))
                 found = evaluation.evaluate(pruned, asked, baseline=reference, progress=progress, **place)
             assert found.baseline is not None and found.fidelity is not None
             tasks = found.zero_shot
@@ -131,20 +126,14 @@ class Grid:
             )
 
         name = f"{method} {pattern} seed {seed}"
+        fingerprint = partial(zero_shot.fingerprint, asked.tasks, asked.include_path)
         return Stage(
             name=name,
             does=f"compare: {name}",
             home=output,
             reads=(reference.source,),
             texts=(text.dataset, asked.dataset),
-            decides=lambda: [
-                settings,
-                text,
-                asked,
-                zero_shot.fingerprint(asked.tasks, asked.include_path),
-                self.dtype,
-                self.device,
-            ],
+            decides=lambda: [settings, text, asked, fingerprint(), self.dtype, self.device],
             work=work,
         )
 
@@ -171,7 +160,10 @@ def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progres
             environment=environment(),
             plot=str(output / PLOT),
         )
-        draw(result, output / PLOT)
+        found = list(rows.method_rows(result.as_dict()))
+        seconds, quality = ([row for row in found if row.figure == f"method_{name}"] for name in PLOTTED)
+        points = list(zip(seconds, quality, strict=True))
+        charts.save(charts.scatter(points, "seconds of pruning", "perplexity", log=True), output / PLOT)
         records.write_text(output / REPORT, records.as_json(result.as_dict()))
         return result
 
@@ -212,19 +204,6 @@ def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
     return result
 
 
-def draw(result: CompareResult, path: Path) -> None:
-    """Perplexity over seconds of pruning, both on logarithmic axes."""
-    found = list(rows.method_rows(result.as_dict()))
-    seconds, perplexity = (
-        [row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity")
-    )
-    picture = charts.scatter(list(zip(seconds, perplexity, strict=True)), "seconds of pruning", "perplexity", log=True)
-    try:
-        path.write_bytes(picture)
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
-
-
 def _in_own_process(method: str, prune: Callable[[], PruneResult]) -> PruneResult:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -236,14 +215,6 @@ def _in_own_process(method: str, prune: Callable[[], PruneResult]) -> PruneResul
             ) from error
 
 
-def _prune(
-    source: ModelSource,
-    output: Path,
-    settings: PruneSettings,
-    calibration: CalibrationSettings,
-    grid: Grid,
-    quiet: bool,
-) -> PruneResult:
+def _prune(job: PruneJob, output: Path, quiet: bool) -> PruneResult:
     finding.silence_libraries()
-    compute = ComputeSettings(dtype=grid.dtype, device=grid.device)
-    return prune(PruneJob(source, settings, calibration, compute), output, Progress(quiet))
+    return prune(job, output, Progress(quiet))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from gblm_compress import errors, tasks
+from gblm_compress import tasks
 from gblm_compress.errors import GblmError, ModelError, OutputError, first_line
 from gblm_compress.formats import FORMATS
 from gblm_compress.machine import environment
@@ -57,8 +57,10 @@ class Job:
     @cached_property
     def device(self) -> str:
         """The device of the run; if it is absent, as the recipe names it."""
-        absent = errors.collect([partial(loading.choose_device, self.recipe.model.device)])
-        return self.recipe.model.device if absent else loading.choose_device(self.recipe.model.device)
+        try:
+            return loading.choose_device(self.recipe.model.device)
+        except GblmError:
+            return self.recipe.model.device
 
     @property
     def written(self) -> Path:

@@ -49,10 +49,8 @@ def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -
 
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     """Foreign files where the run would write."""
-    stages = stages_of(Job.of(recipe, None, output))
-    return errors.collect([partial(outputs.check_workable, output, "run")]) or errors.collect(
-        stage.check_place for stage in stages
-    )
+    foreign = errors.collect([partial(outputs.check_workable, output, "run")])
+    return foreign or errors.collect(stage.check_place for stage in stages_of(Job.of(recipe, None, output)))
 
 
 def unchecked(recipe: Recipe) -> list[str]:
@@ -170,7 +168,7 @@ def _report(job: Job, outcomes: list[Outcome], comparison: dict[str, Any] | None
         model=job.recipe.model.source,
         method=_method(job.recipe, results["prune"]),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        conditions=_conditions(job.recipe, results, results.get(f"evaluate {job.pruned.name}")),
+        conditions=_conditions(job, results),
         commands=[f"gblm-compress run {shlex.quote(str(recipe))} -o {shlex.quote(str(job.output))}"],
     )
 
@@ -181,16 +179,20 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
     baselines = exports_of_dense(job)
     exports = [job.artefact(settings.folder_name) for settings in job.recipe.export]
     timings = results.get("benchmark", {"measurements": []})["measurements"]
-    evaluations = [result for name, result in results.items() if name.startswith("evaluate ")]
+    of_dense = next((result for name, result in results.items() if name.startswith("evaluate ")), {})
     for source in sorted([job.dense, job.pruned, *baselines, *exports], key=lambda source: source.is_onnx):
         dense = source is job.dense or source in baselines
-        evaluation = evaluations[0] if source is job.dense and evaluations else results.get(f"evaluate {source.name}")
+        seen = of_dense if source is job.dense else results.get(f"evaluate {source.name}", {})
+        names = seen.get("metrics", ())
+        metrics = {name: (seen[name], seen[f"{name}_error"], seen[f"baseline_{name}"]) for name in names}
+        if dense:
+            metrics = {name: (baseline, None, None) for name, (*_, baseline) in metrics.items()}
         model = {
             "model": DENSE if source is job.dense else source.name,
             "dense": dense,
-            "metrics": _metrics(evaluation, source is job.dense) if evaluation else {},
-            "fidelity": (evaluation["fidelity"] or {}) if evaluation and not dense else {},
-            "tasks": evaluation["zero_shot"] if evaluation and not dense else None,
+            "metrics": metrics,
+            "fidelity": {} if dense else seen.get("fidelity") or {},
+            "tasks": None if dense else seen.get("zero_shot"),
             "nonzero_fraction": 1.0 if dense else pruned["nonzeros"] / pruned["weights"],
             "bytes_on_disk": source.bytes_on_disk,
         }
@@ -202,19 +204,6 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
     return list(dict.fromkeys(found))
 
 
-def _metrics(evaluation: dict[str, Any], of_dense: bool) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {"value": evaluation[f"baseline_{name}"], "error": None, "dense": None}
-        if of_dense
-        else {
-            "value": evaluation[name],
-            "error": evaluation[f"{name}_error"],
-            "dense": evaluation[f"baseline_{name}"],
-        }
-        for name in evaluation["metrics"]
-    }
-
-
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
     zeros = 1 - pruned["nonzeros"] / pruned["weights"]
     pattern = "" if recipe.prune.pattern == "unstructured" else f", {recipe.prune.pattern}"
@@ -224,22 +213,20 @@ def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
     return f"{100 * zeros:.0f} % zeros by {recipe.prune.method}{pattern}{fit}{grid}{trained}"
 
 
-def _conditions(
-    recipe: Recipe, results: dict[str, dict[str, Any]], evaluation: dict[str, Any] | None
-) -> dict[str, str]:
-    found, timings, here = {}, results.get("benchmark"), environment()
+def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    recipe, here, found = job.recipe, environment(), {}
     if written := recipe.generate:
         begun = f", begun with words of {written.starts}" if written.starts else ""
         found[WRITTEN] = f"{written.tokens:,} tokens by the dense model{begun}, seed {written.seed}"
     if recipe.prune.needs_text:
         text = recipe.calibration
-        size = f"{text.samples} samples of {text.sequence_length} tokens, seed {text.seed}"
-        found["calibration"] = f"{text.dataset}: {size}"
-    if evaluation:
+        size = f"{text.samples} samples of {text.sequence_length} tokens"
+        found["calibration"] = f"{text.dataset}: {size}, seed {text.seed}"
+    if evaluation := results.get(f"evaluate {job.pruned.name}"):
         size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
         found["evaluation"] = f"{evaluation['dataset']}: {size}"
-    if timings and (settings := recipe.benchmark):
-        here = timings["environment"]
+    if settings := recipe.benchmark:
+        here = results["benchmark"]["environment"]
         found["timing"] = (
             f"a prompt of {settings.prompt} tokens, {settings.generate} generated; {settings.repeats} rounds after "
             f"{settings.warmup} of warm-up, models in turn"

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from gblm_compress.errors import GblmError, UsageError, first_line
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report
-from gblm_compress.runs.run_report import RunReport, headline_of
+from gblm_compress.runs.run_report import RunReport, headline
 from gblm_compress.storage.outputs import MANIFEST
 
 CARD = "README.md"
@@ -84,7 +84,6 @@ def complete(report: RunReport, artefact: str, card: str) -> str:
         for name in (*report.metrics, *report.fidelity, "accuracy")
         for row in report.find(name, artefact)
     ]
-    lines = ["", "## Measured", "", documents.plain(headline_of(report, artefact)), ""]
-    lines += [*documents.markdown_tables(report, SHOWN), *documents.markdown_pairs(report.conditions)]
-    found.text = found.text.rstrip() + "\n" + "\n".join(lines) + "\n"
+    lines = ["", "## Measured", "", documents.plain(headline(report, artefact)), ""]
+    found.text = "\n".join([found.text.rstrip(), *lines, *documents.markdown_tables(report, SHOWN), ""])
     return str(found)

@@ -80,7 +80,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Args:
         overrides: `key=value` pairs with dotted keys and YAML values, applied before validation.
     """
-    tree = _read(path)
+    try:
+        with path.open("rb") as file:
+            tree = read_yaml(file.read(MAX_BYTES + 1), lambda line: f"{path}:{line}")
+    except OSError as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except YamlFaults as error:
+        raise _all_of(error.faults) from error
     if not isinstance(tree.value, dict):
         kind = "a sequence" if isinstance(tree.value, list) else json.dumps(tree.value)
         raise RecipeError(f"{tree.where}: a recipe is a mapping with a key 'model'; this is {_shortened(kind)}")
@@ -91,18 +97,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     except ValidationError as error:
         found = [f"{tree.at(fault['loc']).where}: {describe_fault(fault, Recipe)}" for fault in faults_of(error)]
         raise _all_of(found) from error
-
-
-def _read(path: Path) -> Node:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
-    try:
-        return read_yaml(content, lambda line: f"{path}:{line}")
-    except YamlFaults as error:
-        raise _all_of(error.faults) from error
 
 
 def _all_of(messages: list[str]) -> RecipeError:

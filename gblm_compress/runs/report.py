@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.errors import UsageError
 from gblm_compress.printing import printable, printable_lines
 from gblm_compress.runs import charts, run_report, tables
-from gblm_compress.runs.run_report import REPORT, RunReport, headline, when
+from gblm_compress.runs.run_report import REPORT, RunReport, headline
 from gblm_compress.storage import outputs, records
 
 FILES = Path(__file__).parent / "page_files"
@@ -58,24 +58,19 @@ def write(report: RunReport, output: Path) -> None:
     drawn = charts.of(report)
     records.write_text(output / REPORT, records.as_json(report.as_dict()))
     records.write_text(output / PAGE, html(report, drawn=drawn))
-    folder = output / PICTURES
-    try:
-        folder.mkdir(exist_ok=True)
-        for chart in drawn:
-            (folder / f"{chart.name}.png").write_bytes(chart.picture)
-    except OSError as error:
-        raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
+    for chart in drawn:
+        charts.save(chart.picture, output / PICTURES / f"{chart.name}.png")
 
 
 def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence[charts.Chart] | None = None) -> str:
     """The page of a run in one file. `changed` is the table of changes since another run."""
-    shown = charts.of(report) if drawn is None else drawn
+    shown, finished = charts.of(report) if drawn is None else drawn, report.finished[:16].replace("T", " ")
     environment = Environment(autoescape=True, finalize=_printable, loader=FileSystemLoader(FILES))
     return environment.get_template("page.html").render(
         title=f"{report.model}: {report.method}",
         verdict=verdict(report),
         headline=headline(report),
-        subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {when(report)}",
+        subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {finished} UTC",
         charts=[(chart, base64.b64encode(chart.picture).decode()) for chart in shown],
         tables=[*([changed] if changed else []), *tables.of(report)],
         conditions=report.conditions,
@@ -102,10 +97,11 @@ def markdown(report: RunReport) -> str:
     lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:
         lines += ["Failed gates:", "", *(f"- {plain(gate.sentence)}" for gate in failed), ""]
-    return "\n".join([*lines, *markdown_tables(report, SHORT), *markdown_pairs(report.conditions), ""])
+    return "\n".join([*lines, *markdown_tables(report, SHORT), ""])
 
 
 def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
+    """These tables and the conditions, as lines."""
     lines = []
     for each in tables.of(report):
         if each.title in titles:
@@ -113,11 +109,7 @@ def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
             lines.append("| " + " | ".join("---:" if number else "---" for number in each.columns.values()) + " |")
             lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in each.rows]
             lines += ["", *(f"{note}\n" for note in each.all_notes)]
-    return lines
-
-
-def markdown_pairs(pairs: Mapping[str, str]) -> list[str]:
-    return [f"- {plain(name)}: {plain(value)}" for name, value in pairs.items()]
+    return [*lines, *(f"- {plain(name)}: {plain(value)}" for name, value in report.conditions.items())]
 
 
 def plain(text: str) -> str:

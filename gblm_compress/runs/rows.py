@@ -58,6 +58,11 @@ class Row:
         batch = "" if self.batch is None else f", batch {self.batch}"
         return f"{self.artefact} in {self.runtime}{batch}" if self.runtime else self.artefact
 
+    @property
+    def lane(self) -> tuple[str, str | None, int | None]:
+        """Two timings in one lane can be compared."""
+        return self.runtime, self.dtype, self.batch
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without unset ones."""
         return {
@@ -71,16 +76,15 @@ def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
     """The rows of an artefact with one of its timings.
 
     Args:
-        model: plain values, with `metrics` as {name: {value, error, dense}}, a `ZeroShot` and a `Measurement`.
+        model: plain values, with `metrics` as {name: (value, error, dense)}, a `ZeroShot` and a `Measurement`.
     """
     row = partial(Row, model["model"], dense=model["dense"])
     yield row("bytes", model["bytes_on_disk"])
     yield row("bytes_ratio", model["bytes_on_disk"] / dense_bytes)
     yield row("density", model["nonzero_fraction"])
     more_is_better = [name for name in model["metrics"] if name not in LESS_IS_BETTER]
-    for name, metric in model["metrics"].items():
-        value, dense = metric["value"], metric["dense"]
-        yield row(name, value, error=metric["error"], baseline=dense)
+    for name, (value, error, dense) in model["metrics"].items():
+        yield row(name, value, error=error, baseline=dense)
         if value is not None and dense:
             yield row(f"{name}_increase", value / dense - 1)
             if name in more_is_better[:1]:
@@ -94,10 +98,8 @@ def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
 
 
 def _tasks(row: Any, found: Mapping[str, Any]) -> Iterator[Row]:
-    errors = [task["error"] for task in found["tasks"]]
-    known = [error for error in errors if error is not None]
-    half = TWO_SIDED_95 * math.hypot(*known) / len(known) if len(known) == len(errors) else None
-    mean = found["mean_accuracy"]
+    errors, mean = [task["error"] for task in found["tasks"]], found["mean_accuracy"]
+    half = None if None in errors else TWO_SIDED_95 * math.hypot(*errors) / len(errors)
     yield row("task_accuracy", mean) if half is None else row("task_accuracy", mean, mean - half, mean + half)
     if ratio := found["recovery"]:
         yield row("task_recovery", ratio["ratio"], ratio["low"], ratio["high"])
@@ -180,8 +182,8 @@ def amount(figure: str, value: float | None, error: float | None = None) -> str:
     return f"{value:z,.{digits}f}{spread}{unit if unit in ('', '×') else ' ' + unit}"
 
 
-def interval(row: Row, digits: int = 2) -> str:
-    return "" if row.low is None or row.high is None else f" [{row.low:.{digits}f}–{row.high:.{digits}f}]"
+def interval(row: Row) -> str:
+    return "" if row.low is None or row.high is None else f" [{row.low:.2f}–{row.high:.2f}]"
 
 
 @dataclass(frozen=True)

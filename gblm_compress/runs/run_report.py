@@ -1,6 +1,5 @@
 """The report of a run, as in `report.json`; pages, tables and charts are made from it."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gblm_compress.errors import UsageError, first_line
-from gblm_compress.runs import rows as measured
 from gblm_compress.runs.rows import DENSE, SIZE, GateOutcome, Row, amount, interval
 from gblm_compress.storage import records
 
@@ -71,10 +69,8 @@ class RunReport:
         return min((row.batch for row in self.rows if row.batch is not None), default=None)
 
     def find(self, figure: str, artefact: str | None = None) -> list[Row]:
-        of = (artefact, None)
-        return [
-            r for r in self.rows if r.figure == figure and r.value is not None and (r.artefact in of or not artefact)
-        ]
+        rows = [row for row in self.rows if row.figure == figure and row.value is not None]
+        return [row for row in rows if artefact in (None, row.artefact)]
 
     @property
     def best(self) -> str | None:
@@ -97,19 +93,16 @@ class RunReport:
 
 
 def read(folder: Path) -> RunReport:
-    """The report of a run, from its folder or its `report.json`; version 0.1.0 is read too."""
+    """The report of a run, from its folder or its `report.json`."""
     path = folder / REPORT if folder.is_dir() else folder
     try:
-        content = records.read_json(path)
-        if any("bytes_on_disk" in row for row in content.get("rows", ())):
-            content["rows"] = [row.as_dict() for row in dict.fromkeys(_rows_of_0_1(content))]
-        return TypeAdapter(RunReport).validate_python(content)
+        return TypeAdapter(RunReport).validate_python(records.read_json(path))
     except OSError as error:
         raise UsageError(
             f"{str(folder)!r} holds no report of a run ({error.strerror or error}); give the folder that "
             "`gblm-compress run` wrote"
         ) from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         fault = error.errors()[0] if isinstance(error, ValidationError) else None
         said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else first_line(error)
         raise UsageError(
@@ -118,28 +111,11 @@ def read(folder: Path) -> RunReport:
         ) from error
 
 
-def _rows_of_0_1(content: dict[str, Any]) -> Iterator[Row]:
-    """Version 0.1.0 had one entry for each model, runtime and batch."""
-    for model in content["rows"]:
-        yield from measured.rows_of(model, content["rows"][0]["bytes_on_disk"])
-    results = {stage["name"]: stage["result"] for stage in content["stages"]}
-    yield from measured.layer_rows("pruned", results["prune"]["layers"])
-    if trained := results.get("recover"):
-        yield from measured.recovery_rows("recovered", trained["curve"], trained["best"])
-    if content.get("comparison"):
-        yield from measured.method_rows(content["comparison"])
-
-
-def when(report: RunReport) -> str:
-    return f"{report.finished[:16].replace('T', ' ')} UTC"
-
-
-def headline(report: RunReport) -> str:
-    return headline_of(report, report.best) if report.best else "Nothing was measured."
-
-
-def headline_of(report: RunReport, artefact: str) -> str:
-    """Size, speed and quality of an artefact beside the dense model, in one sentence."""
+def headline(report: RunReport, artefact: str | None = None) -> str:
+    """Size, speed and quality of an artefact, the best if None, beside the dense model, in one sentence."""
+    artefact = artefact or report.best
+    if artefact is None:
+        return "Nothing was measured."
     parts = [f"{amount('bytes_ratio', row.value)} the bytes of the dense model" for row in
              report.find("bytes_ratio", artefact)[:1]]  # fmt: skip
     speedup, verb = report.speedup("decode_speedup", artefact), "decodes"
@@ -157,14 +133,10 @@ def headline_of(report: RunReport, artefact: str) -> str:
             dense = "" if row.baseline is None else f"{amount(name, row.baseline)} → "
             parts.append(f"{name} {dense}{amount(name, row.value, row.error)}")
     of = "tokens" if "perplexity" in report.metrics else "predictions"
-    parts += [
-        f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}"
-        for row in report.find("top1_agreement", artefact)
-    ]
-    parts += [
-        f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}"
-        for row in report.find("task_recovery", artefact)
-    ]
+    for row in report.find("top1_agreement", artefact):
+        parts.append(f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}")
+    for row in report.find("task_recovery", artefact):
+        parts.append(f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}")
     machine = report.conditions.get("machine") if speedup else None
     where = f"; on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}" if speedup and machine else ""
     return f"{artefact}: {', '.join(parts)}{where}."

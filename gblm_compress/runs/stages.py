@@ -45,7 +45,9 @@ def stages_of(job: Job) -> list[Stage]:
     if recipe.evaluate is not None:
         stages.append(_evaluate(job, job.pruned, recipe.evaluate, "torch"))
         for settings in filter(job.can_run, recipe.export):
-            stages.append(_evaluate(job, job.artefact(settings.folder_name), recipe.evaluate, _runtime(settings)))
+            stages.append(
+                _evaluate(job, job.artefact(settings.folder_name), recipe.evaluate, FORMATS[settings.format].runtime)
+            )
     if recipe.benchmark is not None:
         stages.append(_benchmark(job, recipe.benchmark))
     if recipe.compare is not None and recipe.evaluate is not None:
@@ -73,10 +75,6 @@ def timed_against(job: Job) -> list[ExportSettings]:
             stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
             found.append(ExportSettings(format=settings.format, **stored))
     return list(dict.fromkeys(found))
-
-
-def _runtime(settings: ExportSettings) -> str:
-    return FORMATS[settings.format].runtime
 
 
 def _generate(job: Job, settings: GenerateSettings) -> Stage:
@@ -140,16 +138,8 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
         return errors.collect(looks)
 
     def work(progress: Progress) -> object:
-        return recover(
-            job.as_pruned,
-            job.dense,
-            job.pruned.folder,
-            settings,
-            resume=None,
-            device=job.device,
-            force=True,
-            progress=progress,
-        )
+        what = job.as_pruned, job.dense, job.pruned.folder, settings
+        return recover(*what, resume=None, device=job.device, force=True, progress=progress)
 
     return Stage(
         name="recover",
@@ -219,6 +209,7 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
         dense, dtype, device = job.reference, job.dtype, job.device
         return evaluate(source, settings, baseline=dense, dtype=dtype, device=device, progress=progress)
 
+    fingerprint = partial(zero_shot.fingerprint, settings.tasks, settings.include_path)
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
     return Stage(
         name=f"evaluate {source.name}",
@@ -226,12 +217,7 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
         home=job.output,
         reads=(job.dense, source),
         texts=(settings.dataset,),
-        decides=lambda: [
-            settings,
-            zero_shot.fingerprint(settings.tasks, settings.include_path),
-            job.dtype,
-            job.device,
-        ],
+        decides=lambda: [settings, fingerprint(), job.dtype, job.device],
         check=check,
         disk=disk,
         work=work,
@@ -289,7 +275,7 @@ def _check_timed(job: Job, settings: BenchmarkSettings) -> None:
         named = f"gates.artefact {gates.artefact!r}"
         if made := exports.get(gates.artefact or ""):
             if not set(FORMATS[made.format].runtimes) & set(settings.runtimes):
-                raise UsageError(f"{named} runs in {_runtime(made)}, which is not timed")
+                raise UsageError(f"{named} runs in {FORMATS[made.format].runtime}, which is not timed")
             if not job.can_run(made):
                 raise UsageError(f"{named} is not timed on {job.device}; set model.device")
         if gates.artefact == job.pruned.name and not set(FOLDER_RUNTIMES) & set(settings.runtimes):

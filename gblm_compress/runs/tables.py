@@ -71,10 +71,8 @@ def cell_of(row: Row | None) -> Cell:
 
 
 def of(report: RunReport) -> list[Table]:
-    made = [gates(report), quality(report), speed(report)]
-    for title, labels, figures, note in PLAIN:
-        made.append(table(title, report.rows, labels, figures, note))
-    return [each for each in (*made, stages(report)) if each.rows]
+    plain = (table(title, report.rows, labels, figures, note) for title, labels, figures, note in PLAIN)
+    return [each for each in (gates(report), quality(report), speed(report), *plain, stages(report)) if each.rows]
 
 
 def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequence[str], *notes: str) -> Table:
@@ -84,9 +82,8 @@ def table(title: str, rows: Iterable[Row], labels: dict[str, str], figures: Sequ
         if row.figure in figures:
             lines.setdefault(tuple(getattr(row, label) for label in labels.values()), {})[row.figure] = row
     shown = [figure for figure in figures if any(figure in line for line in lines.values())]
-    columns = dict.fromkeys(labels, False) | {
-        name_of(figure) + " ms" * figure.endswith("_ms"): True for figure in shown
-    }
+    headings = [name_of(figure) + " ms" * figure.endswith("_ms") for figure in shown]
+    columns = dict.fromkeys(labels, False) | dict.fromkeys(headings, True)
     cells = [[*map(_label, key), *(cell_of(line.get(figure)) for figure in shown)] for key, line in lines.items()]
     return Table(title, columns, cells, notes)
 
@@ -133,12 +130,8 @@ PLAIN = (
 def gates(report: RunReport) -> Table:
     rows = []
     for gate in report.gates:
-        found = [
-            Cell("" if value is None else amount(gate.gate[4:], value), value)
-            for value in (gate.limit, gate.measured, gate.bound)
-        ]
-        if gate.measured is None:
-            found[1] = Cell(UNMEASURED)
+        figures = ((gate.limit, ""), (gate.measured, UNMEASURED), (gate.bound, ""))
+        found = [Cell(none if value is None else amount(gate.gate[4:], value), value) for value, none in figures]
         holds = Cell("yes", 1, "good") if gate.passed else Cell("no", 0, "bad")
         rows.append([Cell(gate.gate), Cell(gate.subject), *found, holds])
     columns = {"gate": False, "of": False, "limit": True, "found": True, "worst": True, "holds": False}

@@ -197,13 +197,9 @@ class Recipe(Settings):
         return (value,) if isinstance(value, dict | GateSettings) else value
 
     @model_validator(mode="after")
-    def _gates_are_measured(self) -> Self:
+    def _check(self) -> Self:
         for gates in self.gates:
             self._check_gates(gates)
-        return self
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
         if self.evaluate is None and self.compare is not None:
             raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if len(set(self.export)) < len(self.export):
@@ -228,16 +224,15 @@ class Recipe(Settings):
         return self
 
     def _check_gates(self, gates: GateSettings) -> None:
-        measured = {
-            "evaluate": self.evaluate is not None,
-            "tasks": self.evaluate is not None and bool(self.evaluate.tasks),
-            "benchmark": self.benchmark is not None,
+        sections = {
+            "evaluate": (self.evaluate, "an 'evaluate' section"),
+            "tasks": (self.evaluate and self.evaluate.tasks, "an 'evaluate' section with tasks"),
+            "benchmark": (self.benchmark, "a 'benchmark' section"),
         }
         for name in gates.limits:
-            needed = GATES[name].needs
-            if needed and not measured[needed]:
-                section = "'evaluate' section with tasks" if needed == "tasks" else f"{needed!r} section"
-                raise ValueError(f"gate {name} needs {'an' if section[1] == 'e' else 'a'} {section}")
+            given, section = sections.get(GATES[name].needs or "", (True, ""))
+            if not given:
+                raise ValueError(f"gate {name} needs {section}")
         formats = {export.folder_name: FORMATS[export.format] for export in self.export}
         made_first = "recovered" if self.recover else "pruned"
         if gates.artefact not in (None, made_first, *formats):

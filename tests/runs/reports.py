@@ -35,10 +35,9 @@ def model(name: str, tpot: float | None, bytes_: int, perplexity: float | None, 
     }  # fmt: skip
     evaluated = perplexity is not None and not dense
     error, of_dense = (None, None) if dense else (0.5, 20.0)
-    metrics = {"perplexity": {"value": perplexity, "error": error, "dense": of_dense}}
+    metrics = {"perplexity": (perplexity, error, of_dense)}
     return {
-        "model": name, "dense": dense, "runtime": "torch", "dtype": "float32" if tpot else None,
-        "batch": batch if tpot else None, "metrics": metrics if perplexity is not None else {},
+        "model": name, "dense": dense, "metrics": metrics if perplexity is not None else {},
         "fidelity": {"mean_kl": 0.2, "top1_agreement": 0.81} if evaluated else {},
         "tasks": {"tasks": [TASK], "mean_accuracy": 0.6, "recovery": RATIO} if evaluated else None,
         "nonzero_fraction": 1.0 if dense else 0.5, "bytes_on_disk": bytes_, "timing": timing,
@@ -60,22 +59,14 @@ def models(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0) 
     ]
 
 
-def results(name: str = "bitmask") -> dict[str, Any]:
-    """Results of stages as plain values."""
+def results(name: str) -> list[Row]:
+    """The rows of pruned layers, of a training and of compared methods."""
     layers = {
-        f"model.layers.{block}.mlp.{part}": {
-            "pattern": "2:4", "shape": [64, 64], "nonzeros": 2048, "output_error": 0.1 * (block + 1)
-        }
+        f"model.layers.{block}.mlp.{part}": {"shape": [64, 64], "nonzeros": 2048, "output_error": 0.1 * (block + 1)}
         for block in range(3)
         for part in ("up_proj", name)
-    }  # fmt: skip
-    looks = ((0, 0.9), (4000, 0.5), (8000, 0.4), (12_000, 0.45))
-    curve = [{"tokens": tokens, "loss": None, "held_out": loss} for tokens, loss in looks]
-    return {"prune": {"layers": layers}, "recover": {"curve": curve, "best": 2}}
-
-
-def grid(name: str = "bitmask") -> dict[str, Any]:
-    """A comparison of two methods as plain values."""
+    }
+    curve = [{"tokens": 4000 * number, "held_out": loss} for number, loss in enumerate((0.9, 0.5, 0.4, 0.45))]
     methods = [
         {
             "method": method, "pattern": pattern, "seeds": 2, "perplexity": value, "perplexity_error": 0.5,
@@ -83,21 +74,18 @@ def grid(name: str = "bitmask") -> dict[str, Any]:
         }
         for method, pattern, value, seconds in (("gblm", "2:4", 24.0, 30.0), (name, "unstructured", 22.0, 20.0))
     ]  # fmt: skip
-    return {"dense_perplexity": 20.0, "rows": methods}
+    compared = rows.method_rows({"dense_perplexity": 20.0, "rows": methods})
+    return [*rows.layer_rows("pruned", layers), *rows.recovery_rows("recovered", curve, 2), *compared]
 
 
 def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, **changes) -> RunReport:
     """A run of a model of 1 MB, whose export `name` takes 0.6 MB."""
-    found, trained = measured(*models(name, tpot, perplexity)), results(name)["recover"]
-    found += rows.layer_rows("pruned", results(name)["prune"]["layers"])
-    found += rows.recovery_rows("recovered", trained["curve"], trained["best"])
-    found += rows.method_rows(grid(name))
     values = {
         "recipe": {"model": name},
         "output": f"runs/{name}",
         "environment": {"gblm_compress": "0.1.0"},
         "stages": [Outcome("prune", False, 3.25, {}), Outcome(f"export {name}", True, 1.0, {})],
-        "rows": found,
+        "rows": [*measured(*models(name, tpot, perplexity)), *results(name)],
         "gates": [
             GateOutcome("min_decode_speedup", f"{name} in torch, batch 1", 1.3, 2.0, True, 1.6, name),
             GateOutcome("max_bytes", name, 500_000, 600_000, False, None, name),

@@ -2,6 +2,7 @@
 
 import io
 import random
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -14,11 +15,7 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
     draw = random.Random(0)
     for _ in range(200):
         points = [(draw.randrange(6), draw.randrange(6)) for _ in range(draw.randrange(1, 9))]
-        kept = []
-        for a in points:
-            beaten = any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
-            if not beaten and a not in kept:
-                kept.append(a)
+        kept = {a for a in points if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)}
         assert charts.best(points) == sorted(kept)
 
 
@@ -45,37 +42,24 @@ def test_what_generates_nothing_is_said_to_run_forward_passes() -> None:
     assert "decode step" in told["step"][0] and "prefill" in told["latency-prefill"][1]
 
 
-class Axes:
-    """Takes what a chart draws on it, in place of matplotlib's axes."""
+def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
+    axes: list[MagicMock] = []
 
-    def __init__(self) -> None:
-        self.drawn: dict[str, list] = {}
+    def draw_on_a_mock(draw, height: float) -> int:
+        axes.append(MagicMock(**{"get_xlim.return_value": (0.0, 1.0)}))
+        draw(axes[-1])
+        return len(axes) - 1
 
-    def __getattr__(self, name: str):
-        return lambda *given, **_: self.drawn.setdefault(name, []).append(given) or (0.0, 1.0)
+    monkeypatch.setattr(charts, "drawn", draw_on_a_mock)
+    charts_by_name = {chart.name: axes[chart.picture] for chart in charts.of(report())}
 
+    def given(name: str, method: str) -> list[tuple]:
+        return [call.args for call in getattr(charts_by_name[name], method).call_args_list]
 
-def drawn_by(monkeypatch, make) -> dict[str, list]:
-    axes = Axes()
-    monkeypatch.setattr(charts, "drawn", lambda draw, height: draw(axes) or b"")
-    monkeypatch.setattr(charts, "_logarithmic", lambda *_: None)
-    assert make(report()) is not None
-    return axes.drawn
-
-
-def test_points_front_and_byte_limit_are_what_was_measured(monkeypatch) -> None:
-    found = drawn_by(monkeypatch, charts.quality_and_size)
-    assert found["errorbar"] == [(1.0, 20.0), (1.0, 24.0), (0.6, 24.0)]
-    assert found["step"] == [([0.6, 1.0], [24.0, 20.0])]
-    (limits,) = [given[0] for given in drawn_by(monkeypatch, charts.byte_limit)["plot"] if "|" in given]
+    assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (1.0, 24.0), (0.6, 24.0)]
+    assert given("quality-bytes", "step") == [([0.6, 1.0], [24.0, 20.0])]
+    (limits,) = [args[0] for args in given("byte-limit", "plot") if "|" in args]
     assert limits == [1.0, 1_000_000 / 600_000]
-
-
-def test_parts_of_a_step_tiles_of_layers_and_the_kept_weights(monkeypatch) -> None:
-    assert drawn_by(monkeypatch, charts.step)["barh"] == [
-        ([0, 1, 2], [10.0, 9.75, 5.0]),
-        ([0, 1, 2], [5.0, 4.875, 2.5]),
-    ]
-    monkeypatch.undo()
-    curve, kept = drawn_by(monkeypatch, charts.recovery)["plot"]
+    assert given("step", "barh") == [([0, 1, 2], [10.0, 9.75, 5.0]), ([0, 1, 2], [5.0, 4.875, 2.5])]
+    curve, kept = given("recovery", "plot")
     assert curve[:2] == ([0, 4000, 8000, 12_000], [0.9, 0.5, 0.4, 0.45]) and kept[:2] == ([8000], [0.4])

@@ -1,3 +1,5 @@
+"""Recipes: every fault is found at once, with its place and a suggestion."""
+
 import json
 import os
 from pathlib import Path
@@ -10,20 +12,17 @@ from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.runs.recipe import SHIPPED, find_recipe, load_recipe, read_yaml, schema
 from gblm_compress.settings import Recipe
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads_and_opens_with_its_command(path: Path) -> None:
-    load_recipe(path)
-    first = path.read_text().splitlines()[0]
-    assert first == f"# gblm-compress run recipes/{path.name}"
-
 
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     return path
+
+
+def faults_of(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    return str(caught.value)
 
 
 def test_patterns_need_no_quotes(tmp_path) -> None:
@@ -34,22 +33,12 @@ def test_patterns_need_no_quotes(tmp_path) -> None:
 
 
 def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
-    path = write(
+    message = faults_of(
         tmp_path,
-        "model: demo\n"
-        "prune:\n"
-        "  methd: gblm\n"
-        "  pattern: 4:2\n"
-        "export:\n"
-        "  - format: onx\n"
-        "  - frmat: onnx\n"
-        "benchmark:\n"
-        "  batch: [1, 0]\n"
-        "evalute: {}\n",
+        "model: demo\nprune:\n  methd: gblm\n  pattern: 4:2\nexport:\n  - format: onx\n  - frmat: onnx\n"
+        "benchmark:\n  batch: [1, 0]\nevalute: {}\n",
     )
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
-    message = str(caught.value)
+    path = tmp_path / "r.yaml"
     for expected in (
         f"{path}:3: prune.methd: unknown key; did you mean 'method'?",
         f"{path}:4: prune.pattern: pattern '4:2' is not known",
@@ -64,83 +53,44 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
         assert expected in message
 
 
+GATES = "evaluate: {}\ngates"
+ONNX = "export: [{format: onnx}]\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a recipe is a mapping with a key 'model'; this is null"),
-        ("model: demo\nmodel: tiny", "key 'model' appears twice"),
-        ("prune: {}", "model: missing; it is required"),
-        ("model: demo\ngates: {max_perplexity_increase: 0.1}", "needs an 'evaluate' section"),
-        ("model: demo\ngates: {min_decode_speedup: 1.3}", "needs a 'benchmark' section"),
-        ("model: demo\nprune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
-        ("model: demo\nexport: [{format: onnx}, {format: onnx}]", "listed twice"),
-        ("model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}", "methods has 'wanda' twice"),
+        ("model: tiny", "key 'model' appears twice"),
+        ("gates: {max_perplexity_increase: 0.1}", "needs an 'evaluate' section"),
+        ("gates: {min_decode_speedup: 1.3}", "needs a 'benchmark' section"),
+        ("prune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
+        ("export: [{format: onnx}, {format: onnx}]", "listed twice"),
+        ("evaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}", "methods has 'wanda' twice"),
+        ("resources: {memory: 4}", "memory 4 has no unit, or not one that is known; give for example 4GiB"),
+        ('calibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
+        ('prune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
+        ("prune: " + "y" * 5000, 'got "yyy'),
+        ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx has no bfloat16; give float32 or float16"),
+        ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: it is read with format onnx"),
         (
-            "model: demo\nresources: {memory: 4}",
-            "memory 4 has no unit, or not one that is known; give for example 4GiB",
+            f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}",
+            "is none of what the recipe makes: pruned, onnx",
         ),
-        ('model: demo\ncalibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
-        ('model: demo\nprune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
-        ("model: demo\nprune: " + "y" * 5000, 'got "yyy'),
+        ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
+        ("gates: {artefact: pruned}", "gates.artefact would do nothing"),
+        (f"{GATES}: {{max_mean_k: 1}}", "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean"),
+        ("gates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
+        ("gates:\n  - max_bytes: 1GB\n  - max_bytes: 1", "r.yaml:4: gates.1.max_bytes: memory 1 has no unit"),
+        (f"{GATES}: {{min_task_accuracy: 0.5}}", "needs an 'evaluate' section with tasks"),
         (
-            "model: demo\nexport: [{format: onnx, dtype: bfloat16}]",
-            "export.0: onnx has no bfloat16; give float32 or float16",
-        ),
-        (
-            "model: demo\nexport: [{format: bitmask, graph: plain}]",
-            "graph would do nothing: it is read with format onnx",
-        ),
-        (
-            "model: demo\nexport: [{format: onnx}]\nbenchmark: {}\ngates: {min_decode_speedup: 1.3, artefact: bitmask}",
-            "gates.artefact 'bitmask' is none of what the recipe makes: pruned, onnx",
-        ),
-        ("model: demo\nbenchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
-        ("model: demo\ngates: {artefact: pruned}", "gates.artefact would do nothing"),
-        (
-            "model: demo\nevaluate: {}\ngates: {max_mean_k: 1}",
-            "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean",
-        ),
-        ("model: demo\ngates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
-        (
-            "model: demo\ngates:\n  - max_bytes: 1GB\n  - max_bytes: 1",
-            "r.yaml:4: gates.1.max_bytes: memory 1 has no unit",
-        ),
-        ("model: demo\nevaluate: {}\ngates: {min_task_accuracy: 0.5}", "needs an 'evaluate' section with tasks"),
-        (
-            "model: demo\nevaluate: {tasks: [piqa]}\nexport: [{format: onnx}]\n"
-            "gates: {min_task_accuracy: 0.5, artefact: onnx}",
+            f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}",
             "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
         ),
-        ("model: demo\ncalibration: {dataset: written}", "dataset 'written' needs a 'generate' section"),
-        ("model: demo\ngenerate: {tokens: 2M}", "'generate' would do nothing: name 'written' in"),
-        (
-            "model: demo\ngenerate: {}\ncalibration: {dataset: written}\nprune: {method: magnitude, fit: none}",
-            "'generate' would do nothing",
-        ),
-        ("model: demo\ngenerate: {}\nrecover: {data: [written]}\nevaluate: {dataset: written}", "judges no model"),
-        ("model: demo\ngenerate: {starts: written}\ncalibration: {dataset: written}", "starts"),
-    ],
-)
-def test_faults(tmp_path, text: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(write(tmp_path, text))
-    assert message in str(caught.value)
-
-
-def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
-    path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
-    recipe = load_recipe(
-        path, ("prune.pattern=2:4", "model.device=cpu", "export.0.dtype=float16", "benchmark.batch=[1, 8]")
-    )
-    assert recipe.prune.pattern == "2:4"
-    assert (recipe.model.source, recipe.model.device) == ("demo", "cpu")
-    assert recipe.export[0].dtype == "float16"
-    assert recipe.benchmark is not None and recipe.benchmark.batch == (1, 8)
-
-
-@pytest.mark.parametrize(
-    ("setting", "hint"),
-    [
+        ("calibration: {dataset: written}", "dataset 'written' needs a 'generate' section"),
+        ("generate: {tokens: 2M}", "'generate' would do nothing: name 'written' in"),
+        ("generate: {}\ncalibration: {dataset: written}\nprune: {method: magnitude, fit: none}", "would do nothing"),
+        ("generate: {}\nrecover: {data: [written]}\nevaluate: {dataset: written}", "judges no model"),
+        ("generate: {starts: written}\ncalibration: {dataset: written}", "starts"),
         ("prune: {method: sparsegpt}", "got \"sparsegpt\"; did you mean 'obs'?"),
         ("prune: {method: Wanda++}", "did you mean 'regional'?"),
         ("prune: {method: wnada}", "did you mean 'wanda'?"),
@@ -153,40 +103,34 @@ def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
         ("compare: {methods: [fast]}", "for example wanda+fast"),
     ],
 )
-def test_what_may_have_been_meant_is_said(tmp_path, setting: str, hint: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(write(tmp_path, f"model: demo\n{setting}\n"))
-    assert hint in str(caught.value)
+def test_faults(tmp_path, text: str, message: str) -> None:
+    assert message in faults_of(tmp_path, f"model: demo\n{text}\n")
 
 
-def test_faults_of_reading_are_all_given_with_file_and_line(tmp_path) -> None:
-    path = write(tmp_path, "model: &m demo\nprune: !!map {}\ncalibration: *m\n")
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
-    message = str(caught.value)
-    assert message.startswith("3 faults in the recipe\n")
-    assert all(f"{path}:{line}: " in message for line in (1, 2, 3))
+def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
+    path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
+    changes = ("prune.pattern=2:4", "model.device=cpu", "export.0.dtype=float16", "benchmark.batch=[1, 8]")
+    recipe = load_recipe(path, changes)
+    assert recipe.prune.pattern == "2:4"
+    assert (recipe.model.source, recipe.model.device) == ("demo", "cpu")
+    assert recipe.export[0].dtype == "float16"
+    assert recipe.benchmark is not None and recipe.benchmark.batch == (1, 8)
 
 
 def test_thousands_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(write(tmp_path, "model: demo\n" + "".join(f"key_{i}: 1\n" for i in range(2000))))
-    lines = str(caught.value).splitlines()
+    lines = faults_of(tmp_path, "model: demo\n" + "".join(f"key_{i}: 1\n" for i in range(2000))).splitlines()
     assert lines[0] == "2000 faults in the recipe" and lines[-1] == "… and 1900 more" and len(lines) == 102
 
 
-def test_a_grid_has_an_end(tmp_path) -> None:
-    grid = f"{{methods: [{'wanda, ' * 2000}], patterns: [{'unstructured, ' * 2000}]}}"
-    with pytest.raises(RecipeError, match="at most 100 items"):
-        load_recipe(write(tmp_path, f"model: demo\nevaluate: {{}}\ncompare: {grid}\n"))
-
-
-def test_an_overridden_value_is_reported_as_that(tmp_path) -> None:
-    path = write(tmp_path, "model: demo\nprune:\n  alpha: 1\n")
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(path, ("prune.alpha=x", "calibration.samples=0"))
-    assert "--set prune.alpha: prune.alpha: input should be a valid number" in str(caught.value)
-    assert "--set calibration.samples: calibration.samples: input should be greater" in str(caught.value)
+def test_places_are_lines_and_overrides(tmp_path) -> None:
+    assert "a recipe is a mapping with a key 'model'; this is null" in faults_of(tmp_path, "")
+    assert "r.yaml:1: model: missing; it is required" in faults_of(tmp_path, "prune: {}")
+    message = faults_of(tmp_path, "model: &m demo\nprune: !!map {}\ncalibration: *m\n")
+    assert message.startswith("3 faults in the recipe\n")
+    assert all(f"{tmp_path}/r.yaml:{line}: " in message for line in (1, 2, 3))
+    message = faults_of(tmp_path, "model: demo\nprune: {alpha: 1}\n", "prune.alpha=x", "calibration.samples=0")
+    assert "--set prune.alpha: prune.alpha: input should be a valid number" in message
+    assert "--set calibration.samples: calibration.samples: input should be greater" in message
 
 
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
@@ -196,27 +140,17 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
             find_recipe(str(path))
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "gone.yaml")
-    with pytest.raises(UsageError, match="no such file"):
-        find_recipe("a\0b")
-    with pytest.raises(UsageError, match="no such file"):
-        find_recipe("a" * 5000)
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(UsageError, match="no such file"):
+            find_recipe(name)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "prune.alpha",
-        "=3",
-        "export.5.dtype=float16",
-        "model.source.deeper=1",
-        "prune=[",
-        "a..b=1",
-        "prune.alpha=!!int x",
-        "prune=&a [*a]",
-        "model=\udcff",
-        ".".join("a" * 5000) + "=1",
-    ],
-)
+LONG = ".".join("a" * 5000) + "=1"
+MALFORMED = ("prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=[", "a..b=1",
+             "prune.alpha=!!int x", "prune=&a [*a]", "model=\udcff", LONG)  # fmt: skip
+
+
+@pytest.mark.parametrize("override", MALFORMED, ids=lambda text: text[:20])
 def test_malformed_overrides(tmp_path, override: str) -> None:
     path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
     with pytest.raises(UsageError):
@@ -256,28 +190,21 @@ INVALID = [
     "model: demo\ncalibration: {seed: -1}",
     "model: 3",
     "model: {source: demo, dtype: fp16}",
-    "model: demo\nprun: {}",
     "model: demo\nprune: null",
     "model: demo\nprune: {pattern: 124}",
     'model: demo\nprune: {pattern: "2:04"}',
     'model: demo\nprune: {pattern: "٢:٤"}',
     'model: demo\nprune: {pattern: "1:4000000"}',
-    "model: demo\nprune: {pattern: dense}",
     'model: demo\nprune: {overrides: [{layers: a, pattern: "x"}]}',
     "model: demo\nprune: {ignore: a}",
     'model: demo\nprune: {alpha: "100"}',
-    "model: demo\nprune: {alpha: -1}",
     'model: demo\ncalibration: {sequence_length: "64"}',
     "model: demo\ncalibration: {sequence_length: 64.5}",
-    "model: demo\ncalibration: {samples: 0}",
-    "model: demo\nresources: {memory: 4}",
     "model: demo\nresources: {memory: 4 bananas}",
     'model: demo\nresources: {offload: "yes"}',
     "model: demo\nexport: {format: onnx}",
-    "model: demo\nexport: [{format: tensorrt}]",
     "model: demo\nbenchmark: {batch: 1}",
     f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
-    'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["4"]}',
     "model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}",
     "model: demo\nevaluate: {}\ncompare: {methods: []}",
 ]
@@ -292,12 +219,12 @@ def test_schema_and_loader_agree(tmp_path, text: str) -> None:
     if in_editor:
         load_recipe(write(tmp_path, text))
     else:
-        with pytest.raises(RecipeError):
-            load_recipe(write(tmp_path, text))
+        faults_of(tmp_path, text)
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_hold_the_schema_in_editors_that_read_yaml_1_1(path: Path) -> None:
+def test_shipped_recipes_load_in_yaml_1_1_too_and_open_with_their_command(path: Path) -> None:
+    assert path.read_text().splitlines()[0] == f"# gblm-compress run recipes/{path.name}"
     content = yaml.safe_load(path.read_text())
     jsonschema.validate(content, schema())
     assert Recipe.model_validate(content) == load_recipe(path)

@@ -11,12 +11,6 @@ def value(text: str | bytes) -> object:
     return read_yaml(text if isinstance(text, bytes) else text.encode(), str).plain()
 
 
-def faults(text: str | bytes) -> list[str]:
-    with pytest.raises(YamlFaults) as caught:
-        value(text)
-    return caught.value.faults
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -33,6 +27,7 @@ def faults(text: str | bytes) -> list[str]:
         ("1.", 1),
         ("1e400", float("inf")),
         ("-.inf", float("-inf")),
+        (".nan", float("nan")),
         ("True", True),
         ("~", None),
         ("", None),
@@ -47,18 +42,20 @@ def faults(text: str | bytes) -> list[str]:
     ],
 )
 def test_values_are_those_of_the_core_schema(text, expected) -> None:
-    found = value(text)
-    assert found == expected and type(found) is type(expected)
-
-
-def test_nan() -> None:
-    found = value(".nan")
-    assert found != found
+    assert repr(value(text)) == repr(expected)
 
 
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "1: &a is an anchor"),
+        ("[" * 60_000, "nested more than 16 deep"),
+        ("{a: " * 3000, "nested more than 16 deep"),
+        ("- " * 3000, "nested more than 16 deep"),
+        ("? " * 3000, "nested more than 16 deep"),
+        ("".join(" " * i + "a:\n" for i in range(300)), "nested more than 16 deep"),
+        ("[" + "1," * 30_000 + "]", "more than 5,000 values"),
+        ("x" * 100_000, "100,000 bytes; 65,536 are read at most"),
         ("a: &x 1\nb: *x", "1: &x is an anchor"),
         ("b: *x", "1: *x is an alias"),
         ("a: &a [*a]", "1: *a is an alias"),
@@ -69,7 +66,6 @@ def test_nan() -> None:
         ("a: 1\nb:\n a: 1\n a: 2", "4: key 'a' appears twice"),
         ("? [a, b]\n: 1", "1: a key is a mapping or a sequence"),
         ("a: " + "9" * 5000, "1: a number of 5,000 characters"),
-        ("a: 0x" + "f" * 5000, "1: a number of 5,002 characters"),
         ("a: 1" + "0" * 90 + "e9", "1: a number of 93 characters"),
         ("a: [\n\n", "3: not valid YAML: while parsing a flow node, expected the node content"),
         ("a: b: c", "1: not valid YAML: mapping values are not allowed here"),
@@ -81,39 +77,12 @@ def test_nan() -> None:
         ("%YAML 1.1\n---\na: yes", "2: a document of another version than YAML 1.2"),
         ("a: 1\n---\nb: 2", "2: not valid YAML: expected a single document"),
     ],
-)
-def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
-    found = faults(text)
-    assert any(fault in f for f in found), found
-
-
-def test_all_that_is_refused_is_found() -> None:
-    assert [fault.partition(":")[0] for fault in faults("a: &x 1\nb: !t 2\nc: *x\n")] == ["1", "2", "3"]
-    assert len(faults("a: 1\na: 2\nb: 1\nb: 2")) == 2
-
-
-BOMB = "a: &a [x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        (BOMB, "is an anchor"),
-        ("[" * 3000, "nested more than 16 deep"),
-        ("[" * 60_000, "nested more than 16 deep"),
-        ("{a: " * 3000, "nested more than 16 deep"),
-        ("- " * 3000, "nested more than 16 deep"),
-        ("? " * 3000, "nested more than 16 deep"),
-        ("".join(" " * i + "a:\n" for i in range(300)), "nested more than 16 deep"),
-        ("[" + "1," * 30_000 + "]", "more than 5,000 values"),
-        ("x" * 100_000, "100,000 bytes; 65,536 are read at most"),
-    ],
     ids=lambda text: text[:8],
 )
-def test_what_would_grow_is_stopped_at_once(text, fault) -> None:
-    assert any(fault in found for found in faults(text))
+def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
+    with pytest.raises(YamlFaults) as caught:
+        value(text)
+    assert any(fault in found for found in caught.value.faults), caught.value.faults
 
 
 def test_places_are_those_of_keys_and_items() -> None:
