@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.kernels.masks import PADDING
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.layouts.packed import DTYPES, same_bits
+from gblm_compress.layouts.packed import DTYPES, check_tensor, same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.patterns import Pattern
 from tests.layouts.weights import EXACT, packed
@@ -101,27 +101,14 @@ def test_each_group_has_six_pairs_of_positions(groups: int) -> None:
     assert taken == (6 if groups % 2 else 36)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"values": lambda t: t.double()}, "values: float64"),
-        ({"values": lambda t: t[:, :-1]}, "values: float32"),
-        ({"values": lambda t: t * float("nan")}, "values: holds NaN"),
-        ({"positions": lambda t: t.int()}, "positions: int32"),
-        ({"positions": lambda t: t[:1]}, "positions: uint8"),
-        ({"positions": lambda t: t.T.contiguous().T}, "positions: .*not contiguous"),
-    ],
-)
-def test_tensors_of_another_form_are_refused(damage, message: str) -> None:
-    held = SPARSE24.pack(torch.zeros(2, 16))
-    held |= {name: change(held[name]) for name, change in damage.items()}
-    with pytest.raises(ModelError, match=message):
-        check("sparse24", (2, 16), **held)
-
-
 @pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.pattern])
 def test_2_4_needs_groups_of_four(layout: str) -> None:
     with pytest.raises(ModelError, match="6 columns are not a multiple of 4"):
         PackedLinear(layout, (8, 6), False, torch.float32)
     with pytest.raises(UsageError, match="the matrix is not 2:4: row 0, columns 0 to 3: 4 nonzeros, at most 2"):
         packed(layout, torch.ones(8, 8))
+
+
+def test_gaps_between_elements_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"x: int64 \[3, 2\], not contiguous; needs int64 \[3, 2\]"):
+        check_tensor("x", torch.zeros(3, 4, dtype=torch.int64)[:, ::2], (torch.int64,), (3, 2))

@@ -227,32 +227,21 @@ def test_names_are_mapped_as_vllm_maps_those_of_the_model(config) -> None:
     ("damage", "line"),
     [
         ({"layout": "csr"}, "layout 'csr' is not known; this version reads bitmask, sparse24, "),
-        ({"layout": None}, "layout None is not known"),
         ({"layers": {}}, "quantization_config names no packed layers, so it is damaged"),
-        ({"layers": ["a"]}, "quantization_config names no packed layers, so it is damaged"),
         ({"embeddings": {"embed": "a"}}, "head and embedding of the folder are packed, which vLLM does not read; "),
     ],
     ids=str,
 )
 def test_a_folder_of_a_newer_version_or_a_damaged_one_is_one_line(config, damage: dict[str, Any], line: str) -> None:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=f"^{line}.*$"):
         config("bitmask", {"a": matrix(8)}, damage)
-    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "described",
-    [{"shape": [8, 64], "bias": False, "nonzeros": 9, "scales": 2}, {"shape": [8, 64], "bias": False}, {"bias": True}],
-    ids=str,
-)
-def test_a_description_with_other_keys_is_one_line(config, described: dict[str, Any]) -> None:
+def test_a_description_with_other_keys_names_the_layer(config) -> None:
     made = config("bitmask", {"a": matrix(8)})
-    made.layers["a"] = described
-    with pytest.raises(ModelError) as caught:
+    made.layers["a"] = {"shape": [8, 64], "bias": False}
+    with pytest.raises(ModelError, match="^a: it is described as .*a newer gblm-compress may have packed it$"):
         fake_vllm.LinearBase(made, "a", [(None, 8, 1)], COLUMNS)
-    line = str(caught.value)
-    assert line.startswith("a: it is described as") and "a newer gblm-compress may have packed it" in line
-    assert "\n" not in line
 
 
 @LAYOUT_NAMES
