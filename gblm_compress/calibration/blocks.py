@@ -6,10 +6,9 @@ blocks before it.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +132,9 @@ def sum_over_inputs(
         if not whole and len(ran) == len(layers):
             raise ForwardEnded
 
-    users = _users(block.module, layers)
-    with _hooks(user.register_forward_pre_hook(partial(measure, name)) for name, user in users):
+    with ExitStack() as hooks:
+        for name, user in _users(block.module, layers):
+            hooks.callback(user.register_forward_pre_hook(partial(measure, name)).remove)
         for sample, counted in enumerate(block.counted):  # noqa: B007 - `measure` reads `counted`
             ran.clear()
             with suppress(ForwardEnded):
@@ -177,16 +177,6 @@ def _counted_tokens(name: str, inputs: Tensor, counted: Tensor | None) -> Tensor
             "cannot be told from text; give samples without padding, or add the layer to 'ignore'"
         )
     return tokens if counted is None else tokens[counted.flatten()]
-
-
-@contextmanager
-def _hooks(handles: Any) -> Iterator[None]:
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_statistics(

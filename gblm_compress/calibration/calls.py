@@ -294,9 +294,6 @@ class WholeWeights(ResidentWeights):
         whole.blocks = [around]
         return whole
 
-    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
-        return [{name: layer for block in layers for name, layer in block.items()}]
-
 
 @dataclass
 class WholeCall(Call):
@@ -373,3 +370,9 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
     except NoChainError as reason:
         whole = WholeWeights.of(weights, task.arguments(samples[0]), reason)
         return whole, WholeCalls(whole, task, samples)
+
+
+def by_block(weights: Weights, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
+    """The layers of `prunable_layers`, by the blocks of these weights."""
+    whole = {name: layer for block in layers for name, layer in block.items()}
+    return [whole] if isinstance(weights, WholeWeights) else layers

@@ -146,13 +146,8 @@ def _measured(block: nn.Module, layers: dict[str, nn.Module], norm: GradientNorm
             gradient = gradient.float()
             total.addcmul_(gradient, gradient)
 
-    with only_requires_grad(block, parameters.values()):
-        hooks = [
-            weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
-            for name, weight in parameters.items()
-        ]
-        try:
-            yield sums
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with only_requires_grad(block, parameters.values()), ExitStack() as hooks:
+        for name, weight in parameters.items():
+            hook = weight.register_post_accumulate_grad_hook(partial(reduce_gradient, sums[name]))  # type: ignore[no-untyped-call]
+            hooks.callback(hook.remove)
+        yield sums

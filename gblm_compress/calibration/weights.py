@@ -30,10 +30,6 @@ class ResidentWeights:
         self.model = model
         self.prefix, self.blocks = find_blocks(model)
 
-    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
-        """The layers of `prunable_layers`, by these blocks."""
-        return layers
-
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         yield self.blocks[index]
@@ -82,10 +78,9 @@ class StreamedWeights:
         for name, buffer in self.model.named_buffers():
             if name in self._checkpoint:
                 buffer.copy_(self._checkpoint.read(name))
-        _buffers_to(self.model, self._device)
-
-    def per_block(self, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
-        return layers
+        for module in self.model.modules():
+            buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+            module._buffers.update({name: buffer.to(self._device) for name, buffer in buffers.items()})
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -155,13 +150,6 @@ def _tied_parameters(model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _buffers_to(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
 class StatePool:
     """Room for all hidden states of a run: `budget` bytes of host memory, and an empty folder for the rest.
 
@@ -207,7 +195,8 @@ class HiddenStates(Sequence[Tensor]):
     def __setitem__(self, index: int, states: Tensor) -> None:
         states = states.detach()
         if self._memory is None and not any(self._files) and len(self) * states.nbytes <= self._pool.left:
-            self._memory = _on_host(len(self), states)
+            shape, on_gpu = (len(self), *states.shape[1:]), states.device.type == "cuda"
+            self._memory = torch.empty(shape, dtype=states.dtype, pin_memory=on_gpu)  # page-locked for the GPU
             self._pool.left -= self._memory.nbytes
         if self._memory is not None:
             self._memory[index : index + 1].copy_(states)
@@ -226,11 +215,6 @@ class HiddenStates(Sequence[Tensor]):
             if path is not None:
                 path.unlink()
                 self._files[index] = None
-
-
-def _on_host(samples: int, like: Tensor) -> Tensor:
-    """Page-locked where the states travel to a GPU and back."""
-    return torch.empty(samples, *like.shape[1:], dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
 
 def verify_by_loading(written: ModelSource, nonzeros: Mapping[str, int], offload: bool = False) -> None:

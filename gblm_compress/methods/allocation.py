@@ -1,6 +1,6 @@
 """Allocation: which pattern and sparsity each layer gets.
 
-`allocate` gives every layer one budget, with exceptions by name. `by_sensitivity` finds how much each layer should
+`by_sensitivity` finds how much each layer should
 keep. `spread` turns that into budgets that keep as many weights in all. Add an allocation by listing it in
 `ALLOCATIONS`.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from gblm_compress.errors import UsageError
 from gblm_compress.methods.choices import Choice, Need, Statistics
 from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.methods.saliency import gradient
@@ -30,28 +28,6 @@ class Budget:
 
     pattern: Pattern
     sparsity: float
-
-
-@dataclass(frozen=True)
-class Override:
-    """An exception for the layers whose full name matches `layers`."""
-
-    layers: str
-    budget: Budget
-
-
-def allocate(names: Iterable[str], uniform: Budget, overrides: tuple[Override, ...]) -> dict[str, Budget]:
-    """The budget of every layer; the last override that matches counts. UsageError: one matches no layer."""
-    names = list(names)
-    budgets = dict.fromkeys(names, uniform)
-    for override in overrides:
-        matches = [name for name in names if fnmatchcase(name, override.layers)]
-        if not matches:
-            raise UsageError(
-                f"override {override.layers!r} matches none of the pruned layers, for example {names[0]!r}"
-            )
-        budgets.update(dict.fromkeys(matches, override.budget))
-    return budgets
 
 
 class GlobalRanking:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gblm_compress.errors import UsageError
@@ -244,27 +245,14 @@ class FitChoice(Choice):
     fits_model: bool = False  # at the end all survivors are fitted to the dense model's predictions
 
 
+_LEAST_SQUARES = partial(FitChoice, least_squares, settle, needs=Need.GRAM, passes=1.0)
+
 FITS: dict[str, FitChoice] = {
     "none": FitChoice(none, help="survivors keep their values", moves=False),
-    "fast": FitChoice(least_squares, settle, help="least squares on each layer's output", needs=Need.GRAM, passes=1.0),
+    "fast": _LEAST_SQUARES(help="least squares on each layer's output"),
     "obs": FitChoice(obs, obs_on_grid, help="SparseGPT's error propagation", needs=Need.GRAM | Need.FACTOR, passes=1.0),
-    "balanced": FitChoice(
-        least_squares,
-        settle,
-        help="fast, then Adam on each block's output",
-        needs=Need.GRAM,
-        reads=("rounds",),
-        passes=1.0,
-        fits_block=True,
-    ),
-    "best": FitChoice(
-        least_squares,
-        settle,
-        help="balanced, then Adam on the model's predictions",
-        needs=Need.GRAM,
-        reads=("rounds",),
-        passes=1.0,
-        fits_block=True,
-        fits_model=True,
+    "balanced": _LEAST_SQUARES(help="fast, then Adam on each block's output", reads=("rounds",), fits_block=True),
+    "best": _LEAST_SQUARES(
+        help="balanced, then Adam on the model's predictions", reads=("rounds",), fits_block=True, fits_model=True
     ),
 }

@@ -152,7 +152,11 @@ def _to_folder(
         samples = _samples(task, processor, loading.config_of(source), calibration)
     read = fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
-        _check_ranks(settings, group)
+        if group.size > 1 and settings.fits_blocks:
+            raise UsageError(
+                f"fit {settings.fit} takes one step of Adam after the other and does not run on several processes; "
+                "choose --fit fast, or run one process"
+            )
         dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
         bytes_of = Size(source, dtype, settings, calibration)
         placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
@@ -292,14 +296,6 @@ def _checked(job: PruneJob, source: ModelSource) -> dict[str, Budget]:
             looks.append(lambda: run_all_(loading.load_skeleton(source)))
     errors.raise_all(errors.collect(looks))
     return budgets
-
-
-def _check_ranks(settings: PruneSettings, group: Ranks) -> None:
-    if group.size > 1 and settings.fits_blocks:
-        raise UsageError(
-            f"fit {settings.fit} takes one step of Adam after the other and does not run on several processes; "
-            "choose --fit fast, or run one process"
-        )
 
 
 def _pruned_before(source: ModelSource) -> tuple[str, ...]:

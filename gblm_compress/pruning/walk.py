@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.blocks import Block, BlockReplay, layer_statistics
-from gblm_compress.calibration.calls import BlockCalls, calls_of
+from gblm_compress.calibration.calls import BlockCalls, by_block, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
 from gblm_compress.methods.allocation import Budget, DenseLayer, spread
@@ -76,7 +76,7 @@ class Walk:
         with chunked_attention():
             if settings.needs_text:
                 weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
-                results = replace(self, weights=weights)._with(calls, weights.per_block(layers))
+                results = replace(self, weights=weights)._with(calls, by_block(weights, layers))
             else:
                 results = self._with(None, layers)
         budgets = self.run.record.budgets or {}

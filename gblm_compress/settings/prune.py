@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gblm_compress.errors import UsageError
-from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget, Override, allocate
+from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, FitChoice
 from gblm_compress.methods.patterns import DENSE, Pattern
@@ -101,6 +101,9 @@ class OverrideSettings(Settings):
     def _check(self) -> Self:
         _budget(self.pattern, self.sparsity)
         return self
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.layers)
 
 
 class PruneSettings(Settings):
@@ -263,12 +266,18 @@ class PruneSettings(Settings):
 
     def budgets(self, names: list[str]) -> dict[str, Budget]:
         """Before an allocation. UsageError: an override matches none."""
-        overrides = tuple(Override(override.layers, override.budget) for override in self.overrides)
-        return allocate(names, self.uniform_budget, overrides)
+        budgets = dict.fromkeys(names, self.uniform_budget)
+        for override in self.overrides:
+            if not (matches := [name for name in names if override.matches(name)]):
+                raise UsageError(
+                    f"override {override.layers!r} matches none of the pruned layers, for example {names[0]!r}"
+                )
+            budgets |= dict.fromkeys(matches, override.budget)
+        return budgets
 
     @property
     def uniform_budget(self) -> Budget:
         return _budget(self.pattern, self.sparsity)
 
     def is_exception(self, name: str) -> bool:
-        return any(fnmatchcase(name, override.layers) for override in self.overrides)
+        return any(override.matches(name) for override in self.overrides)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gblm_compress.calibration.blocks import BlockReplay, activation_norms
-from gblm_compress.calibration.calls import calls_of
+from gblm_compress.calibration.calls import by_block, calls_of
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.errors import ModelError
@@ -72,7 +72,7 @@ def test_a_weight_that_blocks_share_is_measured_in_all_of_them() -> None:
     second.weight = first.weight
     weights, calls = calls_of(ResidentWeights(model), CAUSAL_LM, ids)
     assert weights.blocks == [model.model]
-    (layers,) = weights.per_block(prunable_layers(model))
+    (layers,) = by_block(weights, prunable_layers(model))
     block = BlockReplay(calls, weights, in_memory(), Ranks()).block(0)
     got = activation_norms(block, layers)
     for name, users in (("layers.0.mlp.up_proj", (first, second)), ("layers.1.mlp.gate_proj", (second,))):
