@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def library_file() -> Path | None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def library() -> Any:
     """The compiled kernels on torch's threads; None where the package was installed without a compiler."""
     found = library_file()
     if found is None:
@@ -141,7 +142,7 @@ class Bitmask:
         `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else that for 1 to 8.
         ValueError where x does not fit, or there is no such kernel.
         """
-        kernels, (tokens, columns), (rows, words) = _library(), x.shape, self.mask.shape
+        kernels, (tokens, columns), (rows, words) = library(), x.shape, self.mask.shape
         if not x.is_cpu or x.dtype != self.values.dtype or columns != self.columns:
             raise ValueError(
                 f"x is {x.dtype} on {x.device} with {columns} columns; the weight is {self.values.dtype} on the CPU "
@@ -165,7 +166,7 @@ class Bitmask:
         _check_out(self, first, out, (self.values.dtype,))
         tensors = _at(self.mask, self.values, self.starts, out)
         sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
-        if not _library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
+        if not library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel or self.path} for {self.columns} columns of {out.dtype}")
         return out
 
@@ -204,7 +205,7 @@ class Quantised:
 
     def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
         """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with a scale for each token."""
-        kernels, kernel, tokens = _library(), kernel or self.path, len(x)
+        kernels, kernel, tokens = library(), kernel or self.path, len(x)
         if not x.is_cpu or x.dtype not in DTYPES or x.shape[1] != self.columns:
             raise ValueError(f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight has {self.columns}")
         x = x.contiguous()
@@ -223,7 +224,7 @@ class Quantised:
         _check_out(self, first, out, tuple(DTYPES))
         kernel = kernel or self.path
         sizes = first, len(out), self._words, self.columns, *self._codes(out.dtype, kernel)
-        if not _library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
+        if not library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel} for {self.columns} columns")
         return out
 
@@ -241,12 +242,6 @@ class Quantised:
 
 
 Weight = Bitmask | Quantised
-
-
-def _library() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None
-    return kernels
 
 
 def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:

@@ -5,7 +5,7 @@ See docs/adding-a-layout.md. Importing this registry loads no torch.
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from gblm_compress.errors import ModelError
@@ -38,11 +38,7 @@ class Layout:
 
 @cache
 def _kind(mask: str, values: str) -> Any:
-    def named(path: str) -> Any:
-        module, _, name = path.partition(":")
-        return getattr(import_module(module), name)
-
-    return named(values)(named(mask)())
+    return resolve_name(values)(resolve_name(mask)())
 
 
 def _layout(mask: str, values: str, format: str, pattern: str | None = None, **more: Any) -> Layout:

@@ -299,11 +299,10 @@ class Places(Levels):
         return pack_places(self.mask.to_words(buffer), codes)
 
     def _count(self, mask: Tensor) -> int:
-        return _place_bytes(*_bytes_before(mask))
+        return _bytes_before(mask)[2]
 
     def _row_starts(self, mask: Tensor) -> Tensor:
-        _, starts = _bytes_before(mask)
-        return starts.reshape(mask.shape)[:, 0].contiguous()
+        return _bytes_before(mask)[1].reshape(mask.shape)[:, 0].contiguous()
 
     def levels_of(self, held: Held, columns: int) -> Tensor:
         mask, table = self.mask.to_words(self.places(held)), held["levels"]
@@ -361,15 +360,12 @@ def row_sums(levels: Tensor, scales: Tensor) -> Tensor:
     return (sums * scales.view(torch.float16).double()).sum(1).float()
 
 
-def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For each word of the mask: how many bits it has, and the byte at which its places begin."""
+def _bytes_before(mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    """For each word of the mask: how many bits it has, and the byte at which its places begin; and bytes of all."""
     counts = row_counts(mask.reshape(-1, 1))
     sizes = (counts + 1) // 2
-    return counts, torch.cumsum(sizes, 0) - sizes
-
-
-def _place_bytes(counts: Tensor, starts: Tensor) -> int:
-    return int(starts[-1] + (counts[-1] + 1) // 2)
+    ends = torch.cumsum(sizes, 0)
+    return counts, ends - sizes, int(ends[-1])
 
 
 def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
@@ -380,13 +376,14 @@ def _addresses(counts: Tensor, starts: Tensor) -> Tensor:
 
 def pack_places(mask: Tensor, places: Tensor) -> Tensor:
     """Places [nonzeros] in uint8, 0 … 15, two to a byte, for a mask [rows, words]."""
-    words = _bytes_before(mask)
-    halves = places.new_zeros(2 * _place_bytes(*words))
-    halves[_addresses(*words)] = places
+    counts, starts, size = _bytes_before(mask)
+    halves = places.new_zeros(2 * size)
+    halves[_addresses(counts, starts)] = places
     return halves[0::2] | (halves[1::2] << 4)
 
 
 def unpack_places(mask: Tensor, values: Tensor) -> Tensor:
     """The inverse of `pack_places`."""
-    at = _addresses(*_bytes_before(mask))
+    counts, starts, _ = _bytes_before(mask)
+    at = _addresses(counts, starts)
     return (values[at // 2] >> (at % 2 * 4).to(torch.uint8)) & 15
