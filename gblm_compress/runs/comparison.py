@@ -39,7 +39,6 @@ from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
 REPORT, PLOT = "comparison.json", "comparison.png"
-PLOTTED = ("seconds", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,8 @@ def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progres
             plot=str(output / PLOT),
         )
         found = list(rows.method_rows(result.as_dict()))
-        seconds, quality = ([row for row in found if row.figure == f"method_{name}"] for name in PLOTTED)
-        points = list(zip(seconds, quality, strict=True))
+        axes = ([row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity"))
+        points = list(zip(*axes, strict=True))
         charts.save(charts.scatter(points, "seconds of pruning", "perplexity", log=True), output / PLOT)
         records.write_text(output / REPORT, records.as_json(result.as_dict()))
         return result

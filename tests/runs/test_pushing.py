@@ -1,9 +1,7 @@
 """What is pushed to the hub: an artefact's own files and a card with what was measured, and nothing unasked."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
@@ -27,26 +25,6 @@ AutoModelForCausalLM.from_pretrained(folder)
 """
 
 
-@dataclass
-class Hub:
-    """Stands in for the hub's client: takes what it is told, or fails with `error`."""
-
-    error: Exception | None = None
-    created: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-
-    def create_repo(self, name: str, **options: Any) -> None:
-        if self.error:
-            raise self.error
-        self.created[name] = options
-
-    def create_commit(self, name: str, operations: list[Any], commit_message: str) -> Any:
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-        return SimpleNamespace(commit_url=f"https://hub/{name}/commit/0")
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "bitmask"
@@ -62,13 +40,18 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tmp_path
     (tmp_path / "secret.txt").write_text("secret")
     (run / "bitmask" / "link.txt").symlink_to(tmp_path / "secret.txt")
     (run / "bitmask" / "folder").symlink_to(tmp_path)
-    hub = Hub()
+    hub = MagicMock(**{"create_commit.return_value.commit_url": "https://hub/me/m/commit/0"})
     pushed = pushing.push(run, "bitmask", "me/m", private=True, api=hub)
     assert pushed.pushed_to == "https://hub/me/m/commit/0"
-    assert hub.created == {"me/m": {"private": True, "exist_ok": True}}
-    assert set(hub.files) == {"README.md", "gblm_manifest.json", "model.safetensors"} == {*pushed.as_dict()["files"]}
-    assert hub.files["model.safetensors"] == bytes(range(256))
-    card = ModelCard(hub.files["README.md"].decode())
+    hub.create_repo.assert_called_once_with("me/m", private=True, exist_ok=True)
+    hub.create_commit.assert_called_once()
+    files = {}
+    for operation in hub.create_commit.call_args.args[1]:
+        with operation.as_file() as file:
+            files[operation.path_in_repo] = file.read()
+    assert set(files) == {"README.md", "gblm_manifest.json", "model.safetensors"} == {*pushed.as_dict()["files"]}
+    assert files["model.safetensors"] == bytes(range(256))
+    card = ModelCard(files["README.md"].decode())
     found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
     assert found["piqa (acc)", "accuracy"] == 0.6 and found["unknown", "perplexity"] == 24
     assert card.data.base_model is None and card.data.library_name == "transformers" and "pruned" in card.data.tags
@@ -77,8 +60,8 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tmp_path
 
 
 def test_nothing_is_sent_unasked(run: Path) -> None:
-    hub = Hub()
-    assert pushing.push(run, "bitmask", api=hub).pushed_to is None and not hub.created and not hub.files
+    hub = MagicMock()
+    assert pushing.push(run, "bitmask", api=hub).pushed_to is None and not hub.mock_calls
 
 
 def test_a_base_model_of_the_hub_stays_and_names_from_outside_are_text() -> None:
@@ -96,13 +79,15 @@ def test_a_base_model_of_the_hub_stays_and_names_from_outside_are_text() -> None
 )
 def test_a_hub_that_refuses_or_does_not_answer(run: Path, error, kind, message) -> None:
     with pytest.raises(kind, match=message):
-        pushing.push(run, "bitmask", "me/m", api=Hub(error))
+        pushing.push(run, "bitmask", "me/m", api=MagicMock(**{"create_repo.side_effect": error}))
 
 
 def test_wrong_names_are_refused_before_anything_is_sent(run: Path) -> None:
+    hub = MagicMock()
     for repo in ("m", "me/m/x", "../x", "me/", "me m/x"):
         with pytest.raises(UsageError, match="give OWNER/NAME"):
-            pushing.push(run, "bitmask", repo)
+            pushing.push(run, "bitmask", repo, api=hub)
+    assert not hub.mock_calls
     for artefact in ("gone", "dense", "pruned", "../run/bitmask"):
         with pytest.raises(UsageError, match="its artefacts are pruned, bitmask, semi-structured"):
             pushing.push(run, artefact)
