@@ -1,9 +1,10 @@
-"""Sparse checkpoints as users load them: through transformers, after `import gblm_compress`."""
+"""Sparse checkpoints, exact and rounded, as users load them: through transformers, after `import gblm_compress`."""
 
 import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -14,27 +15,30 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
 from gblm_compress.exporters import sparse as exporters_sparse
+from gblm_compress.kernels import cpu
+from gblm_compress.layouts import LAYOUTS, cpu_linear
 from gblm_compress.layouts.packed import same_bits
-from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.layouts.packed_linear import PackedEmbedding, PackedLinear
 from gblm_compress.measure.benchmarking import benchmark
-from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.inspection import inspect
-from gblm_compress.models.files import SPARSE_INDEX
+from gblm_compress.models.files import SPARSE_INDEX, SPARSE_SINGLE
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import save_packed
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
-from gblm_compress.settings import (
-    BenchmarkSettings,
-    CalibrationSettings,
-    EvaluateSettings,
-    ExportSettings,
-    PruneSettings,
-)
+from gblm_compress.progress import Progress
+from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, ExportSettings, PruneSettings
 from tests.conftest import ARCHITECTURES, prune
 
-IDS = torch.arange(12).reshape(2, 6)
-FORMATS = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
+QUIET = Progress(quiet=True)
+IDS = torch.arange(20).unsqueeze(0)
+NAMES = {layout.format: name for name, layout in LAYOUTS.items()}
+QUANTISED = {layout.format: layout for layout in LAYOUTS.values() if layout.exact}
+EXACT = pytest.mark.parametrize("format", ["bitmask", "semi-structured"])
+ROUNDING = pytest.mark.parametrize("format", QUANTISED)
+ALL = pytest.mark.parametrize("format", NAMES)
+
+
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256}
 MAMBA = {**TOKENS, "pad_token_id": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 # What a layer replaced by another must not disturb.
@@ -87,35 +91,64 @@ def family(tmp_path):
     return make
 
 
-def exported(tiny, tmp_path, progress, kind="llama", pattern="2:4", dtype="auto", format="bitmask"):
+def written(source, folder, pattern, format, **options) -> tuple[ModelSource, ModelSource, dict]:
+    """The source pruned, the same packed, and what verification found."""
     settings = PruneSettings(method="magnitude", pattern=pattern, fit="none")
-    prune(tiny(kind), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
-    source = ModelSource("pruned", tmp_path / "pruned")
-    result = export(source, tmp_path / "sparse", ExportSettings(format=format, dtype=dtype), progress=progress)
-    return source, ModelSource("sparse", tmp_path / "sparse"), result
+    prune(source, folder / "pruned", settings, CalibrationSettings(), progress=QUIET)
+    pruned, packed = ModelSource("pruned", folder / "pruned"), ModelSource("packed", folder / "packed")
+    result = export(pruned, packed.folder, ExportSettings(format=format, **options), progress=QUIET)
+    return pruned, packed, result.checks
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """exported("bitmask"): as `written`, of a tiny model; made once, and not to be changed."""
+
+    def make(format: str, kind: str = "llama", pattern: str | None = None, **options):
+        folder = tmp_path_factory.mktemp(format)
+        return written(tiny(kind), folder, pattern or pattern_of(format), format, **options)
+
+    return cache(make)
+
+
+def pattern_of(format: str) -> str:
+    return LAYOUTS[NAMES[format]].pattern or "unstructured"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def dense_again(model, source: ModelSource):
+    """The dense model with the weights that the packed one holds."""
+    dense = load_model(source)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if hasattr(module, "dense_weight") and "rows" not in name:
+                weight = dense.get_submodule(name).weight
+                held = module.dense_weight()
+                weight.copy_(held.T if module.transposed else held)
+            elif isinstance(module, PackedEmbedding):
+                dense.get_submodule(name).weight.copy_(module.weight)
+    return dense
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("format", "pattern", "layer"),
-    [
-        ("bitmask", "unstructured", "bitmask"),
-        ("bitmask", "2:4", "bitmask"),
-        ("semi-structured", "2:4", "sparse24"),
-    ],
+    ("format", "pattern"), [("bitmask", "unstructured"), ("bitmask", "2:4"), ("semi-structured", "2:4")]
 )
-def test_from_pretrained_gives_the_sparse_model(kind, format, pattern, layer, tiny, tmp_path, progress) -> None:
-    source, folder, result = exported(tiny, tmp_path, progress, kind, pattern, format=format)
+def test_from_pretrained_gives_the_sparse_model(kind, format, pattern, exported) -> None:
+    source, folder, checks = exported(format, kind, pattern)
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-    assert all(module.layout == layer for module in sparse.values())
-    assert len(sparse) == result.checks["packed_layers"] == {"gpt2": 8, "opt": 12}.get(kind, 14)
+    assert all(module.layout == NAMES[format] for module in sparse.values())
+    assert len(sparse) == checks["packed_layers"] == {"gpt2": 8, "opt": 12}.get(kind, 14)
     for name, tensor in dense.state_dict().items():
         if name.removesuffix(".weight") not in sparse:
             assert same_bits(model.state_dict()[name], tensor)
-    ids = torch.arange(20).unsqueeze(0)
-    torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
-    assert result.checks["packed_bytes"] < 0.6 * result.checks["same_layers_dense_bytes"]
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+    assert checks["packed_bytes"] < 0.6 * checks["same_layers_dense_bytes"]
 
 
 def test_weights_that_a_model_divides_when_it_runs_are_pruned_as_they_are_stored(
@@ -133,33 +166,31 @@ def test_weights_that_a_model_divides_when_it_runs_are_pruned_as_they_are_stored
         assert 0.7 < float(pruned[name].float().norm() / dense[name].float().norm()) < 1.1, name
 
 
-@FORMATS
+@EXACT
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_from_pretrained_computes_what_the_dense_folder_does(kind, format, family, tmp_path, progress) -> None:
-    source, folder, result = exported(family, tmp_path, progress, kind, format=format)
+def test_from_pretrained_computes_what_the_dense_folder_does(kind, format, family, tmp_path) -> None:
+    source, folder, checks = written(family(kind), tmp_path, "2:4", format)
     dense, model = load_model(source), AutoModelForCausalLM.from_pretrained(folder.folder)
-    assert "layers_left_dense" not in result.checks
+    assert "layers_left_dense" not in checks and checks["logits_relative_difference"] <= 1e-5
     for name, buffer in dense.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer), name
     ids = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
         got, expected = (m(input_ids=ids, use_cache=False).logits for m in (model, dense))
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert result.checks["logits_relative_difference"] <= 1e-5
 
 
-@FORMATS
-def test_bytes_of_the_pruned_layers_in_16_bit(format, tiny, tmp_path, progress) -> None:
-    _, folder, result = exported(tiny, tmp_path, progress, dtype="bfloat16", format=format)
+@EXACT
+def test_bytes_of_the_pruned_layers_in_16_bit(format, exported) -> None:
+    _, folder, checks = exported(format, pattern="2:4", dtype="bfloat16")
     assert load_model(folder, "float32").dtype == torch.bfloat16  # a sparse checkpoint keeps its own
     padding = 14 * 64 * 2 if format == "bitmask" else 0  # bytes; kernels may read that far past the last value
-    assert (result.checks["packed_bytes"] - padding) / result.checks["same_layers_dense_bytes"] == 9 / 16
+    assert (checks["packed_bytes"] - padding) / checks["same_layers_dense_bytes"] == 9 / 16
 
 
-def test_in_a_new_process_whatever_is_imported_first(tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress)
+def test_in_a_new_process_whatever_is_imported_first(exported) -> None:
     load = (
-        f"m = transformers.AutoModelForCausalLM.from_pretrained({str(folder.folder)!r}); "
+        f"m = transformers.AutoModelForCausalLM.from_pretrained({str(exported('bitmask')[1].folder)!r}); "
         "assert type(m.model.layers[0].mlp.up_proj).__name__ == 'PackedLinear'"
     )
     for imports in (
@@ -170,50 +201,15 @@ def test_in_a_new_process_whatever_is_imported_first(tiny, tmp_path, progress) -
         assert done.returncode == 0, done.stderr
 
 
-@FORMATS
-def test_generate_save_cast_and_compile(format, tiny, tmp_path, progress) -> None:
-    source, folder, _ = exported(tiny, tmp_path, progress, format=format)
-    model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
-    ids = torch.arange(20).unsqueeze(0)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
-    model.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        assert same_bits(one, other), name
-    with torch.no_grad():
-        expected = dense(input_ids=ids).logits
-        compiled = torch.compile(model, backend="aot_eager")
-        torch.testing.assert_close(compiled(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
-        # in 16 bit, both are rounded differently in every layer: 5 % of the largest logit
-        got = model.to(torch.bfloat16)(input_ids=ids).logits.float()
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.05 * expected.abs().max().item())
-
-
-@FORMATS
+@EXACT
 @pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16])
-def test_loaded_in_another_dtype(format, asked, tiny, tmp_path, progress) -> None:
-    source, folder, _ = exported(tiny, tmp_path, progress, format=format)
+def test_loaded_in_another_dtype(format, asked, exported) -> None:
+    source, folder, _ = exported(format)
     model = AutoModelForCausalLM.from_pretrained(folder.folder, dtype=asked, device_map="cpu")
-    layer = model.model.layers[0].mlp.up_proj
+    layer = model.get_submodule(UP)
     assert layer.values.dtype == asked
-    dense = load_model(source, str(asked).removeprefix("torch.")).model.layers[0].mlp.up_proj.weight
+    dense = load_model(source, str(asked).removeprefix("torch.")).get_submodule(UP).weight
     assert torch.equal(layer.dense_weight(), dense)
-
-
-def test_evaluate_and_benchmark_take_it(tiny, tmp_path, prose, progress) -> None:
-    source, folder, _ = exported(tiny, tmp_path, progress)
-    settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
-    same = evaluate(folder, settings, baseline=source, progress=progress)
-    assert same.fidelity["mean_kl"] == pytest.approx(0, abs=1e-6)
-    result = benchmark(
-        [folder], [source], BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1), progress=progress
-    )
-    sparse = result.measurements[1]
-    assert sparse.same_tokens_as_baseline is True
-    layer = AutoModelForCausalLM.from_pretrained(folder.folder).model.layers[0].mlp.up_proj
-    assert sparse.prefill_kernels[layer.kernel(8)] >= 2 and sparse.prefill_kernels["dense"] == 1  # the head
-    assert sum(sparse.decode_kernels.values()) == 15
 
 
 @pytest.mark.parametrize(
@@ -226,17 +222,17 @@ def test_a_dense_model_is_refused(format, message, tiny, tmp_path, progress) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_2_4_is_refused_by_layer(tiny, tmp_path, progress) -> None:
+def test_what_is_not_2_4_is_refused_by_layer(tiny, tmp_path) -> None:
     with pytest.raises(UsageError, match=r"14 of 14 layers are not 2:4.*\n  model\.layers\.0.*nonzeros.*\n.*\n.*"):
-        exported(tiny, tmp_path, progress, pattern="unstructured", format="semi-structured")
+        written(tiny("llama"), tmp_path, "unstructured", "semi-structured")
     assert {path.name for path in tmp_path.iterdir()} == {"pruned"}
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
-def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size, tiny, tmp_path, progress) -> None:
+def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size, exported, tmp_path) -> None:
     """Without this package transformers does not know the layout, and would leave what it does not find random."""
-    _, source, _ = exported(tiny, tmp_path, progress)
-    folder = tmp_path / "packed"
+    source = exported("bitmask")[1]
+    folder = tmp_path / "saved"
     model, save = load_model(source), type(load_model(source)).save_pretrained
     model.save_pretrained = lambda place, **more: save(model, place, max_shard_size=shard_size, **more)
     save_packed(model, folder)
@@ -245,14 +241,14 @@ def test_transformers_alone_finds_no_weights_rather_than_random_ones(shard_size,
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert alone.returncode and "no file named model.safetensors" in alone.stderr
     again = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "again")  # with ordinary names, which this package reads too
     third = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(third(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert torch.equal(logits(third), logits(model))
 
 
-def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, progress) -> None:
-    _, folder, _ = exported(tiny, tmp_path, progress)
+def test_an_export_is_not_pruned_inspected_or_exported_again(exported, tmp_path, progress) -> None:
+    folder = exported("bitmask")[1]
     pruning, out = (PruneSettings(method="magnitude", fit="none"), CalibrationSettings()), tmp_path / "x"
     for refused in (
         lambda: inspect(folder, None, progress),
@@ -261,6 +257,172 @@ def test_an_export_is_not_pruned_inspected_or_exported_again(tiny, tmp_path, pro
     ):
         with pytest.raises(ModelError, match="is an export"):
             refused()
+
+
+@ROUNDING
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_from_pretrained_computes_what_the_rounded_weights_do(format, kind, exported) -> None:
+    source, folder, checks = exported(format, kind)
+    model = AutoModelForCausalLM.from_pretrained(folder.folder)
+    packed = [module for module in model.modules() if getattr(module, "layout", None) == NAMES[format]]
+    assert len(packed) + (format != "int8") == checks["packed_layers"] == {"llama": 15, "gpt2": 9}[kind]
+    assert "layers_not_rounded" not in checks
+    dense = dense_again(model, source)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+    exact = logits(load_model(source))
+    assert 0 < (logits(model) - exact).abs().max() < (0.5 if format.endswith("-int4") else 0.05) * exact.abs().max()
+    one = model(input_ids=IDS[:, :1]).logits
+    torch.testing.assert_close(one, dense(input_ids=IDS[:, :1]).logits, rtol=1e-3, atol=1e-3)
+
+
+@ROUNDING
+def test_head_and_embedding_are_one_tensor_where_they_are_tied(format, exported) -> None:
+    source, folder, _ = exported(format, "gpt2")
+    tensors = load_file(folder.folder / SPARSE_SINGLE)
+    assert tensors["lm_head.values"].dtype == torch.int8 and tensors["lm_head.values"].shape[0] == VOCABULARY
+    assert not [name for name in tensors if "wte" in name]
+    model = AutoModelForCausalLM.from_pretrained(folder.folder)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head.layout == "int8" and embedding.rows is head
+    assert torch.equal(embedding(IDS), head.dense_weight()[IDS])
+    dense = load_model(source).lm_head.weight
+    assert (head.dense_weight() - dense).abs().max() <= dense.abs().max() / 200
+    moved = model.to(torch.bfloat16)
+    assert moved.get_input_embeddings()(IDS).dtype == torch.bfloat16 and logits(moved).dtype == torch.bfloat16
+    kept = AutoModelForCausalLM.from_pretrained(exported(format, "gpt2", keep_head=True)[1].folder)
+    assert kept.lm_head.weight is kept.get_input_embeddings().weight
+
+
+def test_head_and_embedding_of_their_own(tmp_path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    source, folder, checks = written(ModelSource("d", tmp_path / "dense"), tmp_path, "unstructured", "bitmask-int8")
+    assert checks["packed_layers"] == 9
+    model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
+    embedding = model.get_input_embeddings()
+    assert embedding.rows is not model.lm_head and embedding.rows.restores(dense.model.embed_tokens.weight)
+    assert (embedding(IDS) - dense.model.embed_tokens(IDS)).abs().max() < 1e-3
+    assert (logits(model) - logits(dense)).abs().max() < 0.05 * logits(dense).abs().max()
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_saved_again_cast_generated_and_compiled(format, kind, exported, tmp_path) -> None:
+    source, folder, _ = exported(format, kind)
+    model = AutoModelForCausalLM.from_pretrained(folder.folder)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert same_bits(one, other), name
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    same = again if format in QUANTISED else load_model(source)
+    assert torch.equal(model.generate(IDS, **options), same.generate(IDS, **options))
+    expected = logits(model)
+    torch.testing.assert_close(logits(torch.compile(model, backend="aot_eager")), expected, rtol=1e-3, atol=1e-3)
+    narrow = AutoModelForCausalLM.from_pretrained(folder.folder, dtype=torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    for one in (narrow, again.to(torch.bfloat16)):  # both are rounded differently in every layer
+        difference = (logits(one).float() - expected).abs().max()
+        assert difference < 0.05 * expected.abs().max()
+    scales = [name for name in narrow.state_dict() if name.endswith("scales")]
+    assert bool(scales) == (format in QUANTISED)
+    assert all(torch.equal(narrow.state_dict()[name], model.state_dict()[name]) for name in scales)
+
+
+def test_benchmark_takes_all_of_them(exported, tiny) -> None:
+    timing = BenchmarkSettings(prompt=8, generate=4, repeats=5, warmup=1)
+    formats = [format for format in NAMES if format != "semi-structured"]
+    result = benchmark([exported(format)[1] for format in formats], [tiny("llama")], timing, progress=QUIET)
+    dense, *packed = (measurement.decode_kernels for measurement in result.measurements)
+    assert dense == {"dense": 15}
+    for format, kernels in zip(formats, packed, strict=True):
+        assert sum(kernels.values()) == 15 and any(name.startswith(NAMES[format]) for name in kernels)
+        assert (kernels.get("dense") == 1) == (format == "bitmask")  # the head
+
+
+def test_groups_stand_in_the_folder(exported) -> None:
+    folder = exported("bitmask-int8", group=32)[1]
+    layers = json.loads((folder.folder / "config.json").read_text())["quantization_config"]["layers"]
+    head = {"shape": [VOCABULARY, 64], "bias": False, "group": None, "layout": "int8"}
+    assert layers[UP]["group"] == 32 and layers["lm_head"] == head
+
+
+@ROUNDING
+def test_a_layer_that_would_be_rounded_too_much_is_packed_exactly(format, exported, monkeypatch) -> None:
+    error = PackedLinear.error
+    monkeypatch.setattr(PackedLinear, "error", lambda self, weight: error(self, weight) + (self.out_features == 32))
+    _, folder, checks = exported(format, dtype="bfloat16")
+    kept = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "kv"]
+    assert sorted(checks["layers_not_rounded"]) == kept
+    model = AutoModelForCausalLM.from_pretrained(folder.folder)
+    assert all(model.get_submodule(name).layout == "bitmask" for name in kept)
+    assert model.get_submodule(UP).layout == NAMES[format]
+
+
+@ALL
+def test_verification_notices_a_changed_weight(format, exported, tmp_path, monkeypatch) -> None:
+    source, dense_weight = exported(format)[0], PackedLinear.dense_weight
+    monkeypatch.setattr(PackedLinear, "dense_weight", lambda self: dense_weight(self) * 1.001)
+    with pytest.raises(VerificationError, match=r"model\.layers\.0.*does not restore its weight"):
+        export(source, tmp_path / "x", ExportSettings(format=format), progress=QUIET)
+    assert not (tmp_path / "x").exists()
+
+
+@EXACT
+def test_verification_runs_the_reloaded_folder(format, exported, tmp_path, monkeypatch) -> None:
+    source, forward = exported(format)[0], PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
+    with pytest.raises(VerificationError, match="predictions of the reloaded folder and its source differ by"):
+        export(source, tmp_path / "x", ExportSettings(format=format), progress=QUIET)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_verification_notices_a_wrong_product(tokens, exported, tmp_path, monkeypatch) -> None:
+    linear = cpu.Quantised.linear
+    wrong = {tokens: 1.01}
+    monkeypatch.setattr(cpu.Quantised, "linear", lambda self, x: linear(self, x) * wrong.get(len(x), 1.0))
+    monkeypatch.setattr(cpu_linear, "crossover", lambda *arguments: cpu_linear.EVERY)
+    with pytest.raises(VerificationError, match=r"model\.layers\.0.* is not the product of its weight"):
+        export(exported("bitmask-int8")[0], tmp_path / "x", ExportSettings(format="bitmask-int8"), progress=QUIET)
+
+
+def another_norm(model) -> None:
+    model.model.norm.weight.data *= 1.001
+
+
+def another_mask(model) -> None:
+    model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", another_norm, r"model\.norm\.weight.*bit for bit"),
+        ("gpt_neo", another_mask, r"h\.1\.attn\.attention\.bias: .* computes another buffer"),
+    ],
+)
+def test_verification_notices_a_tensor_that_is_not_packed(
+    kind, change, message, tiny, family, tmp_path, monkeypatch
+) -> None:
+    load = exporters_sparse.loading.load_model
+
+    def changed(source, *arguments):
+        model = load(source, *arguments)
+        if source.is_packed:
+            change(model)
+        return model
+
+    monkeypatch.setattr(exporters_sparse.loading, "load_model", changed)
+    with pytest.raises(VerificationError, match=message):
+        written((family if kind in FAMILIES else tiny)(kind), tmp_path, "2:4", "bitmask")
 
 
 UP = "model.layers.0.mlp.up_proj"  # [128, 64]
@@ -300,6 +462,25 @@ def with_value(at, number):
 
 
 NAN = float("nan")
+HALF_NAN = 0x7E00
+VALUES, SCALES, LEVELS, PATTERNS = (f"{UP}.{part}" for part in ("values", "scales", "levels", "patterns"))
+EMBEDDINGS = "does not say which layer holds the rows"
+TWO_OF_FOUR = "codes do not stand for two of four columns"
+BOTH = [
+    (described(lambda config: config.update(layout="csr")), "layout 'csr' is not known; this version reads"),
+    (described(lambda config: config.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known"),
+    (described(lambda config: config.update(layers=[UP])), "names no packed layers"),
+    (described(lambda config: config["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
+    (described(lambda config: config["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
+    (described(lambda config: config["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
+    (described(lambda config: config["layers"].update({"": {}})), "'' is a LlamaForCausalLM; only Linear"),
+    (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
+    (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
+    (of_layer(shape=[64, 128]), rf"layer '{UP}': it is described as .*; the model's has shape \[128, 64\]"),
+    (of_layer(shape=None), "the model's has shape"),
+    (of_layer(bias=True), "the model's has shape .* bias False"),
+    (of_layer(colour="red"), "unexpected keyword argument 'colour'"),
+]
 DAMAGES = {
     "bitmask": [
         (replaced(f"{UP}.mask", lambda mask: None), rf"'{{folder}}': {UP}\.mask: no such tensor is in the folder"),
@@ -326,45 +507,64 @@ DAMAGES = {
         (replaced(f"{UP}.positions", lambda p: p * 0), rf"{UP}\.positions: 1024 bytes hold no two increasing"),
         (of_layer(nonzeros=5), rf"layer '{UP}': .* unexpected keyword argument 'nonzeros'"),
     ],
-    "both": [
-        (described(lambda config: config.update(layout="csr")), "layout 'csr' is not known; this version reads"),
-        (described(lambda config: config.update(layout=["bitmask"])), r"layout \['bitmask'\] is not known"),
-        (described(lambda config: config.update(layers=[UP])), "names no packed layers"),
-        (described(lambda config: config["layers"].pop(UP)), rf"{UP}\.weight: no such tensor"),
-        (described(lambda config: config["layers"].update({UP: None})), rf"layer '{UP}': it is described as None"),
-        (described(lambda config: config["layers"].update(bogus={})), "layer 'bogus': .* has no layer 'bogus'"),
-        (described(lambda config: config["layers"].update({"": {}})), "'' is a LlamaForCausalLM; only Linear"),
-        (described(lambda c: c["layers"].update({"model.norm": {}})), "'model.norm' is a LlamaRMSNorm; only Linear"),
-        (described(lambda c: c["layers"].update(lm_head={})), "'lm_head' is a Linear; only .* weights of their own"),
-        (of_layer(shape=[64, 128]), rf"layer '{UP}': it is described as .*; the model's has shape \[128, 64\]"),
-        (of_layer(shape=None), "the model's has shape"),
-        (of_layer(bias=True), "the model's has shape .* bias False"),
-        (of_layer(colour="red"), "unexpected keyword argument 'colour'"),
+    "bitmask-int8": [
+        (replaced(f"{UP}.mask", lambda mask: torch.full_like(mask, -1)), rf"{VALUES}: .* the mask takes"),
+        (replaced(VALUES, lambda values: None), rf"{VALUES}: no such tensor"),
+        (replaced(VALUES, lambda values: values[:-1]), rf"{VALUES}: shape .* take"),
+        (replaced(VALUES, lambda values: values.view(torch.uint8)), rf"{VALUES}: uint8 .* needs int8"),
+        (replaced(VALUES, with_value(3, -128)), rf"{VALUES}: a level is below -127"),
+        (replaced(VALUES, with_value(-1, 1)), rf"{VALUES}: the last 64 must be zeros"),
+        (replaced(SCALES, with_value(3, HALF_NAN)), rf"{SCALES}: not all are finite"),
+        (replaced(SCALES, with_value(0, -1)), rf"{SCALES}: not all are finite numbers of at least 0"),
+        (replaced(SCALES, lambda scales: scales[1:]), rf"{SCALES}: int16 \[127, 1\]; needs int16 \[128, 1\]"),
+        (replaced(SCALES, lambda scales: scales.view(torch.float16)), rf"{SCALES}: all are zero"),
+        (of_layer(stored=-1), rf"layer '{UP}': stored -1 is no number of values"),
+        (of_layer(group=16), rf"layer '{UP}': group 16 is none of 32, 64, 128"),
+        (of_layer(group=32), rf"{SCALES}: int16 \[128, 1\]; needs int16 \[128, 2\]"),
+        (of_layer(layout="csr"), rf"layer '{UP}': layout 'csr' is not known"),
+        (of_layer(layout="bitmask"), rf"layer '{UP}': .* unexpected keyword argument 'group'"),
+        (described(lambda c: c["layers"]["lm_head"].pop("layout")), "layer 'lm_head': .*missing"),
+        (described(lambda c: c.update(embeddings=[UP])), EMBEDDINGS),
+        (described(lambda c: c.update(embeddings={"model.embed_tokens": 5})), EMBEDDINGS),
+        (described(lambda c: c.update(embeddings={"model.embed_tokens": "x"})), "'x' is not among the packed layers"),
+        (described(lambda c: c["embeddings"].update({"model.norm": "lm_head"})), "has no embedding 'model.norm'"),
+    ],
+    "bitmask-int4": [
+        (replaced(LEVELS, lambda levels: levels.flip(1)), rf"{LEVELS}: they do not increase"),
+        (replaced(LEVELS, lambda levels: levels[:, :15]), rf"{LEVELS}: int8 \[1, 15\]; needs int8 \[1, 16\]"),
+        (replaced(VALUES, lambda values: values.to(torch.int8)), rf"{VALUES}: int8 .* needs uint8"),
+        (replaced(f"{UP}.mask", lambda mask: mask * 0), rf"{VALUES}: shape"),
+    ],
+    "semi-structured-int8": [
+        (replaced(PATTERNS, lambda patterns: patterns * 0), rf"{PATTERNS}: \d+ {TWO_OF_FOUR}"),
+        (replaced(PATTERNS, with_value(5, 255)), rf"{PATTERNS}: 16 {TWO_OF_FOUR}"),
+        (replaced(PATTERNS, lambda patterns: patterns[:, 1:]), rf"{PATTERNS}: uint8 \[128, 5\]; needs .* \[128, 6\]"),
+        (replaced(VALUES, lambda values: values[:-1]), rf"{VALUES}: shape .* take"),
+        (of_layer(stored=4096), rf"layer '{UP}': .* unexpected keyword argument 'stored'"),
+    ],
+    "semi-structured-int4": [
+        (replaced(PATTERNS, lambda patterns: patterns | 7), rf"{PATTERNS}: \d+ {TWO_OF_FOUR}"),
+        (replaced(PATTERNS, lambda patterns: patterns.int()), rf"{PATTERNS}: int32 .* needs uint8"),
+    ],
+    "int8": [
+        (replaced(VALUES, lambda values: values * 0 - 128), rf"{VALUES}: a level is below -127"),
+        (replaced(VALUES, lambda values: values.T), rf"{VALUES}: int8 \[64, 128\]; needs int8 \[128, 64\]"),
+        (replaced("lm_head.scales", lambda scales: scales * 0 - 1), r"lm_head\.scales: not all are finite"),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def sound(tiny, tmp_path_factory):
-    """sound("bitmask"): an exported folder, written once; not to be changed."""
-    from functools import cache
-
-    from gblm_compress.progress import Progress
-
-    return cache(lambda format: exported(tiny, tmp_path_factory.mktemp(format), Progress(quiet=True), format=format)[1])
 
 
 @pytest.mark.parametrize(
     ("format", "damage", "message"),
     [
         (format, damage, message)
-        for format in ("bitmask", "semi-structured")
-        for damage, message in DAMAGES[format] + DAMAGES["both"]
+        for format, damages in DAMAGES.items()
+        for damage, message in damages + BOTH * (format not in QUANTISED)
     ],
 )
-def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, message, sound, tmp_path) -> None:
+def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, message, exported, tmp_path) -> None:
     folder = tmp_path / "damaged"
-    shutil.copytree(sound(format).folder, folder)
+    shutil.copytree(exported(format, pattern="2:4" if format == "bitmask" else None)[1].folder, folder)
     damage(folder)
     with pytest.raises(ModelError, match=message.replace("{folder}", str(folder))):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -372,9 +572,9 @@ def test_a_damaged_folder_is_refused_by_from_pretrained_itself(format, damage, m
         load_model(ModelSource("x", folder))
 
 
-def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(sound, tmp_path) -> None:
+def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(exported, tmp_path) -> None:
     """Loaded tensors are parts of the mapped file; of those the mask alone decides where values are read."""
-    shutil.copytree(sound("bitmask").folder, tmp_path / "copy")
+    shutil.copytree(exported("bitmask")[1].folder, tmp_path / "copy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     masks = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(".mask")}
     path = next((tmp_path / "copy").glob("*.safetensors"))
@@ -384,61 +584,13 @@ def test_a_file_that_changes_under_a_loaded_model_moves_no_kernel(sound, tmp_pat
     model(input_ids=torch.arange(20).unsqueeze(0))
 
 
-@FORMATS
-def test_zeros_of_either_sign_may_be_stored(format, sound, tmp_path) -> None:
+@EXACT
+def test_zeros_of_either_sign_may_be_stored(format, exported, tmp_path) -> None:
     """A cast to a narrower dtype makes some: they are weights like others."""
-    shutil.copytree(sound(format).folder, tmp_path / "copy")
+    shutil.copytree(exported(format)[1].folder, tmp_path / "copy")
     replaced(f"{UP}.values", lambda values: values * 0)(tmp_path / "copy")
     replaced(f"{K}.values", lambda values: values * -0.0)(tmp_path / "copy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     for name in (UP, K):
         layer = model.get_submodule(name)
         assert not layer.dense_weight().any() and not layer(torch.randn(3, 64)).any()
-
-
-@FORMATS
-def test_verification_notices_a_changed_weight(format, tiny, tmp_path, progress, monkeypatch) -> None:
-    dense_weight = PackedLinear.dense_weight
-    monkeypatch.setattr(PackedLinear, "dense_weight", lambda self: dense_weight(self) * 1.001)
-    with pytest.raises(VerificationError, match=r"model\.layers\.0.*bit for bit"):
-        exported(tiny, tmp_path, progress, format=format)
-
-
-def another_norm(model) -> None:
-    model.model.norm.weight.data *= 1.001
-
-
-def another_mask(model) -> None:
-    model.transformer.h[1].attn.attention.bias[..., 5, 3] ^= True
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "message"),
-    [
-        ("llama", another_norm, r"model\.norm\.weight.*bit for bit"),
-        ("gpt_neo", another_mask, r"h\.1\.attn\.attention\.bias: .* computes another buffer"),
-    ],
-)
-def test_verification_notices_a_tensor_that_is_not_packed(
-    kind, change, message, tiny, family, tmp_path, progress, monkeypatch
-) -> None:
-    load = exporters_sparse.loading.load_model
-
-    def changed(source, *arguments):
-        model = load(source, *arguments)
-        if source.is_packed:
-            change(model)
-        return model
-
-    monkeypatch.setattr(exporters_sparse.loading, "load_model", changed)
-    with pytest.raises(VerificationError, match=message):
-        exported(family if kind in FAMILIES else tiny, tmp_path, progress, kind)
-
-
-@FORMATS
-def test_verification_runs_the_reloaded_folder(format, tiny, tmp_path, progress, monkeypatch) -> None:
-    forward = PackedLinear.forward
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * 1.001)
-    with pytest.raises(VerificationError, match="predictions of the reloaded folder and its source differ by"):
-        exported(tiny, tmp_path, progress, format=format)
-    assert not (tmp_path / "sparse").exists()
