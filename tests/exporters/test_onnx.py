@@ -24,10 +24,9 @@ from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import CAUSAL_LM, greedy_tokens, prune
+from tests.conftest import prune
 
 
 def _operator_is_compiled() -> bool:
@@ -112,28 +111,11 @@ def test_padding_is_masked(exported) -> None:
     np.testing.assert_allclose(padded[:, 3:], alone.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_greedy_tokens_are_those_of_generate(exported) -> None:
-    source, folder, _ = exported
-    model, ids = load_model(source), torch.arange(10).unsqueeze(0)
-    expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 10:].tolist()
-    assert greedy_tokens(OnnxRuntime(folder, "cpu", 1), ids, 12) == expected
-    assert greedy_tokens(TorchRuntime(model), ids, 12) == expected
-
-
-@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
-def test_other_architectures(kind, tiny, tmp_path, progress) -> None:
-    result = export(tiny(kind), tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
-    assert result.checks["identical_greedy_tokens"] == 32
-
-
-@pytest.mark.parametrize(("kind", "layers"), [("gpt2", 8), ("opt", 12)])
-def test_products_that_are_traced_as_gemms_are_those_of_any_graph(kind, layers, tiny, tmp_path, progress) -> None:
-    chosen = PruneSettings(method="magnitude", fit="none", pattern="2:4")
-    prune(tiny(kind), tmp_path / "pruned", chosen, CalibrationSettings(), progress=progress)
-    source = ModelSource("pruned", tmp_path / "pruned")
-    result = export(source, tmp_path / "sparse", ExportSettings(**PLAIN, sparse=True), progress=progress)
-    assert result.checks["layers_checked"] == layers and result.checks["zeros"]
-    assert "Gemm" not in ModelSource("sparse", tmp_path / "sparse").operators
+def test_another_architecture_in_float16(tiny, tmp_path, progress) -> None:
+    settings = ExportSettings(**PLAIN, dtype="float16")
+    result = export(tiny("qwen3"), tmp_path / "out", settings, progress=progress)
+    assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
+    assert result.checks["identical_greedy_tokens"] >= result.checks["decided_greedy_tokens"] > 0
 
 
 def exported_again(exported, folder: Path, **settings) -> tuple[ExportResult, ModelSource]:
@@ -341,39 +323,20 @@ def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progr
         export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
 
 
-def near_ties(folder: Path) -> ModelSource:
-    """A tiny model in which every second of the tokens that it chooses has a twin, a thousandth of its size apart."""
-    model, tokenizer = tiny_model("qwen2").half().float(), byte_tokenizer()
-    ids = CAUSAL_LM.probe(tokenizer, model.config)["input_ids"]
-    chosen = list(dict.fromkeys(greedy_tokens(TorchRuntime(model), ids[:, : onnx_verification.PROMPT_TOKENS], 32)))
-    free = (token for token in range(257) if token not in chosen)
-    generator = torch.Generator().manual_seed(0)
-    head = model.lm_head.weight.detach()
-    for token in chosen[::2]:
-        noise = torch.randn(head.shape[1], generator=generator) * head[token].abs().mean()
-        head[next(free)] = head[token] + 1e-3 * noise
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return ModelSource("ties", folder)
-
-
-def test_a_near_tie_is_no_fault(tmp_path, progress) -> None:
-    """In float16 either of two logits that are nearly equal may be the larger one."""
-    source = near_ties(tmp_path / "model")
-    result = export(source, tmp_path / "out", ExportSettings(**PLAIN, dtype="float16"), progress=progress)
-    assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
-    assert 0 < result.checks["decided_greedy_tokens"] < 32
-    assert result.checks["identical_greedy_tokens"] >= result.checks["decided_greedy_tokens"]
-
-
-def test_an_export_that_decides_no_token_is_refused(exported, tmp_path, monkeypatch, progress) -> None:
-    expected = torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, expected + 5e-3))
+def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path, monkeypatch, progress) -> None:
+    """Either of two logits that are nearly equal may be the larger one."""
+    expected = 0.9 * torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
+    expected[:, 0], expected[1::2, 1] = 1.005, 1.0
+    got = expected + 5e-3
+    got[1::2, 1] += 7e-3
+    monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, got))
     monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     monkeypatch.setitem(onnx_verification.TOLERANCE, "float32", 2e-2)
+    checks = export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress).checks
+    assert checks["decided_greedy_tokens"] == checks["identical_greedy_tokens"] == 16
+    expected[:, 1], got[:, 1] = 1.0, 1.012
     with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
-        expected[:, 0], expected[:, 1] = 1.005, 1.0
-        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
+        export(exported[0], tmp_path / "refused", ExportSettings(**PLAIN), progress=progress)
 
 
 def kept_trace(exported):

@@ -287,6 +287,8 @@ def _twice(config: str) -> str:
         ({"filename": "../other.onnx"}, r"the graph '\.\./other\.onnx'"),
         ({"model": {"embedding": {"filename": "b.onnx"}}}, r"asks for model\.embedding; of such a folder only"),
         (_twice, "a key stands twice"),
+        (lambda _: "{}", r"no genai_config\.json"),
+        ({"model": {"type": "none"}}, "onnxruntime-genai cannot load it"),
     ],
 )
 def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, said) -> None:
@@ -299,19 +301,6 @@ def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, sai
     written = json.dumps(config)
     (tmp_path / "genai_config.json").write_text(written if isinstance(change, dict) else change(written))
     with pytest.raises(ModelError, match=said):
-        GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
-
-
-def test_genai_needs_its_config(exported, tmp_path) -> None:
-    for path in exported[1]["dense"][1].folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "genai_config.json").unlink()
-    with pytest.raises(ModelError, match=r"no genai_config\.json"):
-        GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
-    decoder = {"filename": "model.onnx"}
-    content = {"model": {"type": "none", "context_length": 64, "decoder": decoder}}
-    (tmp_path / "genai_config.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="onnxruntime-genai cannot load it"):
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
 
 

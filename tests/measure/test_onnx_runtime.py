@@ -1,6 +1,7 @@
 """ONNX graphs that take or give something else than an export: named, whatever of it is different."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gblm_compress.models.source import ModelSource
 from tests.conftest import greedy_tokens
 
 VOCABULARY = 8
+TOKENS = ["batch", "tokens"]
 IDS = torch.arange(5).unsqueeze(0)
 
 
@@ -82,16 +84,14 @@ def renamed(content: onnx.GraphProto, old: str, new: str) -> None:
             names[:] = [new if name == old else name for name in names]
 
 
-def instead(content: onnx.GraphProto, output: str, operator: str, inputs: list[str], kind: int, shape, **keys) -> None:
-    """The output goes through one more operator."""
-    renamed(content, output, "before")
+def instead(content: onnx.GraphProto, operator: str, numbers: list[int], shape, **keys) -> None:
+    """The logits go through one more operator, with the numbers as a second input."""
+    renamed(content, "logits", "before")
     (place,) = (value for value in content.output if value.name == "before")
-    place.CopyFrom(helper.make_tensor_value_info(output, kind, shape))
-    content.node.append(helper.make_node(operator, ["before", *inputs], [output], **keys))
-
-
-def ids_renamed(content) -> None:
-    renamed(content, "input_ids", "tokens_in")
+    place.CopyFrom(helper.make_tensor_value_info("logits", keys.get("to", TensorProto.FLOAT), shape))
+    if numbers:
+        content.initializer.append(numpy_helper.from_array(np.array(numbers), "operand"))
+    content.node.append(helper.make_node(operator, ["before", *(["operand"] if numbers else [])], ["logits"], **keys))
 
 
 def one_more_input(content) -> None:
@@ -102,29 +102,6 @@ def ids_int32(content) -> None:
     content.input[0].type.tensor_type.elem_type = TensorProto.INT32
 
 
-def logits_double(content) -> None:
-    instead(content, "logits", "Cast", [], TensorProto.DOUBLE, ["batch", "tokens", 8], to=TensorProto.DOUBLE)
-
-
-def logits_renamed(content) -> None:
-    renamed(content, "logits", "scores_out")
-
-
-def logits_flat(content) -> None:
-    content.initializer.append(numpy_helper.from_array(np.array([-1]), "flat"))
-    instead(content, "logits", "Reshape", ["flat"], TensorProto.FLOAT, ["all"])
-
-
-def of_the_last_token(content) -> None:
-    content.initializer.append(numpy_helper.from_array(np.array([0]), "first"))
-    instead(content, "logits", "Gather", ["first"], TensorProto.FLOAT, ["batch", "one", 8], axis=1)
-
-
-def small_vocabulary(content) -> None:
-    content.initializer.append(numpy_helper.from_array(np.array([0, 1, 2]), "few"))
-    instead(content, "logits", "Gather", ["few"], TensorProto.FLOAT, ["batch", "tokens", 3], axis=2)
-
-
 def heads_symbolic(content) -> None:
     content.input[2].type.tensor_type.shape.dim[1].dim_param = "heads"
 
@@ -132,10 +109,6 @@ def heads_symbolic(content) -> None:
 def mask_of_four_dimensions(content) -> None:
     dimensions = content.input[1].type.tensor_type.shape.dim
     dimensions.extend(list(dimensions))  # without the copy it would follow its own end
-
-
-def present_missing(content) -> None:
-    renamed(content, "present.0.key", "present.0.keys")
 
 
 def no_cache(content) -> None:
@@ -172,17 +145,35 @@ def test_outputs_are_known_by_name(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (ids_renamed, "input 'input_ids' is missing; it has tokens_in, attention_mask"),
+        (
+            partial(renamed, old="input_ids", new="tokens_in"),
+            "input 'input_ids' is missing; it has tokens_in, attention_mask",
+        ),
         (one_more_input, "input 'token_type_ids' is not known"),
         (ids_int32, r"input 'input_ids' is a tensor\(int32\); tensor\(int64\) is needed"),
-        (logits_double, r"output 'logits' is a tensor\(double\); tensor\(float\) or tensor\(float16\) is needed"),
-        (logits_renamed, "output 'logits' is missing; it has scores_out, present.0.key"),
-        (logits_flat, r"output 'logits' has the shape \['all'\]; 3 dimensions"),
-        (of_the_last_token, r"for 1 × 5 tokens up to number 4 output 'logits' has the shape \[1, 1, 8\]"),
-        (small_vocabulary, r"up to number 4 output 'logits' has the shape \[1, 5, 3\]"),
+        (
+            partial(instead, operator="Cast", numbers=[], shape=[*TOKENS, 8], to=TensorProto.DOUBLE),
+            r"output 'logits' is a tensor\(double\); tensor\(float\) or tensor\(float16\) is needed",
+        ),
+        (
+            partial(renamed, old="logits", new="scores_out"),
+            "output 'logits' is missing; it has scores_out, present.0.key",
+        ),
+        (
+            partial(instead, operator="Reshape", numbers=[-1], shape=["all"]),
+            r"output 'logits' has the shape \['all'\]; 3 dimensions",
+        ),
+        (
+            partial(instead, operator="Gather", numbers=[0], shape=["batch", "one", 8], axis=1),
+            r"for 1 × 5 tokens up to number 4 output 'logits' has the shape \[1, 1, 8\]",
+        ),
+        (
+            partial(instead, operator="Gather", numbers=[0, 1, 2], shape=[*TOKENS, 3], axis=2),
+            r"up to number 4 output 'logits' has the shape \[1, 5, 3\]",
+        ),
         (heads_symbolic, r"input 'past_key_values.0.key' has the shape \['batch', 'heads', 'past', 4\]"),
         (mask_of_four_dimensions, "input 'attention_mask' has the shape .*; 2 dimensions are needed"),
-        (present_missing, "output 'present.0.key' is missing"),
+        (partial(renamed, old="present.0.key", new="present.0.keys"), "output 'present.0.key' is missing"),
         (no_cache, r"it has no input past_key_values\.\*"),
         (a_fixed_length, "cannot run it .*input_ids"),
     ],
