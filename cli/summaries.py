@@ -23,7 +23,6 @@ WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no widt
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
 PRODUCT = re.compile("MatMul|Gemm|Linear")
-COST = "time = {seconds:time} | peak memory = {peak_memory_bytes:bytes} | written to = {folder}"
 
 
 def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
@@ -56,7 +55,6 @@ def _duration(seconds: float) -> str:
 
 NAMED: dict[str, Callable[[Any], str]] = {
     "bytes": decimal,
-    "time": _duration,
     "spread": "{0[median]:.1f} ({0[p10]:.1f}–{0[p90]:.1f})".format,
     "verdict": lambda speedup: speedup["verdict"] if speedup else "baseline",
     "ratio": "{0[ratio]:.3f} ({0[low]:.3f}–{0[high]:.3f})".format,
@@ -79,24 +77,20 @@ def _cell(form: str, row: Mapping[str, Any]) -> str:
     return _Cells().vformat(form, (), row)
 
 
-def _forms(text: str) -> dict[str, str]:
-    """Reads "name = format | name = format"."""
-    return dict(part.strip().split(" = ") for part in text.split("|"))
-
-
 def _table(columns: str, rows: Iterable[Mapping[str, Any]]) -> Table:
-    forms = _forms(columns)
+    """A table of rows; the columns are "heading = format | heading = format"."""
+    forms = dict(column.strip().split(" = ") for column in columns.split("|"))
     return table(forms, ([_cell(form, row) for form in forms.values()] for row in rows))
 
 
 def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = None) -> Table:
     """A table of the facts that are known, and of the cost of a stage."""
-    costs = (
-        {name: _cell(form, {"peak_memory_bytes": None} | dict(cost)) for name, form in _forms(COST).items()}
-        if cost
-        else {}
-    )
-    return table(("", ""), ((name, fact) for name, fact in {**facts, **costs}.items() if fact), show_header=False)
+    known = dict(facts)
+    if cost:
+        memory = cost.get("peak_memory_bytes")
+        known |= {"time": _duration(cost["seconds"]), "peak memory": memory and decimal(memory)}
+        known |= {"written to": cost["folder"]}
+    return table(("", ""), ((name, fact) for name, fact in known.items() if fact), show_header=False)
 
 
 def _next(*words: str) -> str:
@@ -269,26 +263,23 @@ def run(result: Any) -> list[Any]:
 
 
 def _dry_run(c: dict[str, Any]) -> list[Any]:
-    columns = (
-        "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
-        " | >last time = {seconds:.0f}"
-    )
+    columns = "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
     rows = []
     for number, step in enumerate(c["steps"], 1):
         disk = step["disk"] if step["fate"] != "reuse" else None
         rows.append(step | {"number": number, "stays": (disk and disk["stays"]) or None})
     size, time = (
-        "at most {bytes:bytes}, temporary files included",
-        "{seconds:.0f} s when these stages were last done in this folder",
+        "not known until the model is on this machine",
+        "not known; some of these stages are new to this folder",
     )
-    if c["bytes"] is None:
-        size = "not known until the model is on this machine"
-    if c["seconds"] is None:
-        time = "not known; some of these stages are new to this folder"
+    if c["bytes"] is not None:
+        size = f"at most {decimal(c['bytes'])}, temporary files included"
+    if c["seconds"] is not None:
+        time = f"{c['seconds']:.0f} s when these stages were last done in this folder"
     limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
     gates = [f"gates to check: {limits}"] if limits else []
-    free = _cell(f"disk: {size}; {{free_bytes:bytes}} are free", c)
-    return [_table(columns, rows), *gates, free, _cell(f"time: {time}", c), f"output: {c['output']}", *_unchecked(c)]
+    lines = [f"disk: {size}; {decimal(c['free_bytes'])} are free", f"time: {time}", f"output: {c['output']}"]
+    return [_table(f"{columns} | >last time = {{seconds:.0f}}", rows), *gates, *lines, *_unchecked(c)]
 
 
 def _unchecked(c: dict[str, Any]) -> list[str]:

@@ -70,7 +70,7 @@ def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch) -> None:
-    """What `fsync` adds is seen after a loss of power only, which no test can cause."""
+    """`fsync` matters only after a loss of power."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

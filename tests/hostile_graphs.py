@@ -1,8 +1,4 @@
-"""ONNX graphs around the operators gblm, sound and damaged: for their test and for `make sanitize`.
-
-`python -m tests.hostile_graphs LIBRARY GRAPHS SEED` runs that many with a compiled library; `make sanitize` gives it
-one with sanitizers.
-"""
+"""ONNX graphs around the operators gblm, sound and damaged: `python -m tests.hostile_graphs LIBRARY GRAPHS SEED`."""
 
 import ctypes
 import random
@@ -49,9 +45,7 @@ class Case:
         initializers = [
             numpy_helper.from_array(array, name) for name, array in self.tensors.items() if name not in self.variable
         ]
-        given = [helper.make_tensor_value_info("x", kind(self.x.dtype), None)] + [
-            helper.make_tensor_value_info(name, kind(self.tensors[name].dtype), None) for name in sorted(self.variable)
-        ]
+        given = [helper.make_tensor_value_info(name, kind(a.dtype), None) for name, a in self.feeds().items()]
         made = [helper.make_tensor_value_info(name, kind(np.dtype("f4")), None) for name in self.outputs if name]
         node = helper.make_node(self.operator, self.inputs, self.outputs, domain="gblm")
         graph = helper.make_graph([node], "one", given, made, initializers)
@@ -59,7 +53,7 @@ class Case:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
     def feeds(self) -> dict[str, np.ndarray]:
-        return {"x": self.x} | {name: self.tensors[name] for name in self.variable}
+        return {"x": self.x} | {name: self.tensors[name] for name in sorted(self.variable)}
 
     def weights(self) -> list[list[np.ndarray]]:
         """The tensors of each weight, in the order of the inputs."""
@@ -95,6 +89,10 @@ class Case:
 
 def _alive(mask: np.ndarray) -> np.ndarray:
     return np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little").astype(bool)
+
+
+def _mask(alive: np.ndarray) -> np.ndarray:
+    return np.packbits(alive, axis=1, bitorder="little").view(np.int64)
 
 
 def _scattered(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -174,7 +172,7 @@ def _quantised_weight(numbers: np.random.Generator, pick: random.Random, rows: i
         values = numbers.integers(-127, 128, size=(rows, words * 64), dtype=np.int8)
         return [np.zeros((0, 0), np.int64), values, scales, nothing]
     alive = numbers.random((rows, words * 64)) < pick.choice((0, 0.1, 0.5, 1))
-    mask = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
+    mask = _mask(alive)
     counts = np.bitwise_count(mask.view(np.uint64)).astype(np.int64)
     stored = counts.sum() if kind == "int8" else ((counts + 1) // 2).sum()
     padding = np.zeros(PADDING, np.int8)
@@ -186,7 +184,6 @@ def _quantised_weight(numbers: np.random.Generator, pick: random.Random, rows: i
 
 
 def sound_case(pick: random.Random) -> Case:
-    """A case that the operator must take."""
     numbers = np.random.default_rng(pick.getrandbits(32))
     words, dtype, rows = pick.randint(1, 3), pick.choice(VALUES), (1, 2, 5, 17, 40)
     leading = pick.choice(((), (1,), (0,), (3,), (8,), (9,), (2, 7), (129,), (1,) * 7, (2, 0, 3)))
@@ -205,14 +202,13 @@ def sound_case(pick: random.Random) -> Case:
     for index in range(count):
         alive = numbers.random((pick.choice(rows), words * 64)) < pick.choice((0, 0.1, 0.5, 1))
         counts = alive.sum(1)
-        tensors[f"mask{index}"] = np.packbits(alive, axis=1, bitorder="little").view(np.int64)
+        tensors[f"mask{index}"] = _mask(alive)
         tensors[f"values{index}"] = np.append(numbers.normal(size=alive.sum()), np.zeros(PADDING)).astype(dtype)
         tensors[f"starts{index}"] = np.cumsum(counts) - counts
     return Case("BitmaskLinear", x, tensors, ["x", *tensors], outputs, set(), [])
 
 
 def _tensor(case: Case, pick: random.Random, *roles: str) -> str:
-    """One with one of these roles; of a node that has none, any."""
     fitting = [name for name in case.tensors if name.startswith(roles)]
     return pick.choice(fitting or list(case.tensors))
 
@@ -335,11 +331,7 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
 
 
 def run(case: Case, library: str) -> str:
-    """Run a case: "" where it gives the right product, else ONNX Runtime's error.
-
-    Raises:
-        AssertionError: a sound case is refused or computed wrongly, or a damaged one is taken.
-    """
+    """Run a case: "" if the product is right, else ONNX Runtime's error. A wrong answer is an AssertionError."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2

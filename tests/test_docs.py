@@ -39,7 +39,6 @@ def blocks(*languages: str) -> list[str]:
 
 
 def inline() -> Iterator[str]:
-    """What stands between backticks in the text, on one line."""
     for page in PAGES:
         for code in re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())):
             yield " ".join(code.split())

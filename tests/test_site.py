@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The repository's documentation, to build or to break."""
     leave = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", "*.so", ".*_cache")
     for part in ("docs", "benchmarks", "recipes"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=leave)

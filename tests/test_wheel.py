@@ -72,10 +72,7 @@ def test_the_installed_program(installed: Path, tmp_path: Path) -> None:
     code = "import gblm_compress, importlib.metadata as m; print(gblm_compress.__file__, m.version('gblm-compress'))"
     home, version = _done(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(home).is_relative_to(installed.parent) and version == gblm_compress.__version__
-    assert program("--version").split() == [version]
-    assert "prune" in program("--help")
-    assert json.loads(program("schema"))["title"] == "Recipe"
-    assert "instruction set" in program("doctor")
+    assert program("--version").split() == [version] and "instruction set" in program("doctor")
     changes = ("prune.fit=none", "export=[{format: bitmask}]", "evaluate.max_windows=2", "benchmark=null", "gates={}")
     report = json.loads(program("run", "ci-smoke", *(f"--set={change}" for change in changes), "--quiet", "--json"))
     assert [stage["name"] for stage in report["stages"][:2]] == ["prune", "export bitmask"]
