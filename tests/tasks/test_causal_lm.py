@@ -58,15 +58,10 @@ def test_a_text_shorter_than_a_window_is_refused(cut) -> None:
         cut(torch.arange(10), *arguments, "short")
 
 
-def test_tokenize_takes_the_text_whole() -> None:
-    assert tokenize(byte_tokenizer(), 257, "ab ab").tolist() == byte_tokenizer()("ab ab")["input_ids"]
-    assert len(tokenize(byte_tokenizer(), 257, "é" * 3000)) == 6000
-    assert len(tokenize(byte_tokenizer(), 257, "")) == 0
-
-
-def test_ids_beyond_the_embeddings_are_refused(monkeypatch) -> None:
+def test_a_text_is_tokenized_whole_and_ids_beyond_the_embeddings_are_refused(monkeypatch) -> None:
     message = r"gives the token id 257, but the model has embeddings for 257 tokens, 0 to 256; .*resize"
     tokenizer = byte_tokenizer()
+    assert len(tokenize(tokenizer, 257, "é" * 3000)) == 6000 and len(tokenize(tokenizer, 257, "")) == 0
     tokenizer.add_tokens(["<new>"])
     assert tokenize(tokenizer, 258, "a <new>")[-1] == 257
     with pytest.raises(ModelError, match=message):

@@ -102,16 +102,10 @@ def slow_masks(source: ModelSource, samples, labels) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_masks_are_those_of_a_loop_over_images(model, pictures, tmp_path, progress, offload) -> None:
-    source = model("vit")
-    prune(
-        source,
-        tmp_path / "out",
-        PruneSettings(method="gblm", alpha=1.0, allocation="uniform", fit="none"),
-        CalibrationSettings(dataset=str(pictures), samples=SAMPLES),
-        resources=ResourceSettings(offload=offload),
-        device="cpu",
-        progress=progress,
-    )
+    source, resources = model("vit"), ResourceSettings(offload=offload)
+    settings = PruneSettings(method="gblm", alpha=1.0, allocation="uniform", fit="none")
+    calibration = CalibrationSettings(dataset=str(pictures), samples=SAMPLES)
+    prune(source, tmp_path / "out", settings, calibration, resources=resources, device="cpu", progress=progress)
     samples = drawn(source, pictures)
     labels = [sample["labels"] for sample in samples]
     expected = slow_masks(source, samples, labels)
