@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -283,17 +283,6 @@ class WholeWeights(ResidentWeights):
     Then all layers are measured in the dense model at once, and none sees how pruning others changes its input.
     """
 
-    @classmethod
-    def of(cls, weights: Weights, arguments: dict[str, Any], reason: NoChainError) -> Self:
-        if not isinstance(weights, ResidentWeights):
-            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from reason
-        around = _around_blocks(weights, arguments)
-        if around is None:
-            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
-        whole = cls(weights.model)
-        whole.blocks = [around]
-        return whole
-
 
 @dataclass
 class WholeCall(Call):
@@ -368,7 +357,13 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
     try:
         return weights, BlockCalls(weights, task, samples)
     except NoChainError as reason:
-        whole = WholeWeights.of(weights, task.arguments(samples[0]), reason)
+        if not isinstance(weights, ResidentWeights):
+            raise ModelError(f"{reason}; such a model is pruned in memory as a whole, give more --memory") from reason
+        around = _around_blocks(weights, task.arguments(samples[0]))
+        if around is None:
+            raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
+        whole = WholeWeights(weights.model)
+        whole.blocks = [around]
         return whole, WholeCalls(whole, task, samples)
 
 

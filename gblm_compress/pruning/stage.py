@@ -3,8 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -246,16 +245,10 @@ def _prune_in_place(
         placement=Placement(offload=False, states=memory, by_sample=False),
         ranks=Ranks(),
     )
-    with _scratch_folder() as folder:
-        run = RunFolder(folder / "run", {}, resume=False, ranks=plan.ranks)
-        return plan, Walk(plan, weights, run, StatePool(run.states, memory, device), progress).prune_()
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gblm-") as folder:  # for gradients and pruned weights of blocks
         try:
-            yield Path(folder)
+            run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=plan.ranks)
+            return plan, Walk(plan, weights, run, StatePool(run.states, memory, device), progress).prune_()
         except (OSError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise

@@ -80,10 +80,14 @@ def test_one_new_token_sees_all_that_is_in_the_cache(samples: int, exact, monkey
         torch.testing.assert_close(got[[number]].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
-    inputs = heads(300, torch.bfloat16)
-    got = attention(layer(), *inputs, None)[0]
-    torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_exact_as_bfloat16_allows(autocast: bool, monkeypatch) -> None:
+    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
+    inputs = heads(24) if autocast else heads(300, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = attention(layer(), *inputs, None)[0]
+    torch.testing.assert_close(got.double(), by_definition(*inputs, 0.25), rtol=0.03, atol=0.03)
+    assert got.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -117,15 +121,10 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append((a[4], k)))
     q, k, v = heads(24, torch.bfloat16)
     mask = torch.zeros(1, 1, 24, 24)
-    for arguments in (
-        {"attention_mask": mask},
-        {"dropout": 0.1},
-        {"is_causal": False},
-        {"position_bias": mask},
-        {"softcap": 30.0},
-        {"s_aux": torch.zeros(6)},
-    ):
+    special = {"position_bias": mask, "softcap": 30.0, "s_aux": torch.zeros(6)}
+    for arguments in ({name: value} for name, value in {"attention_mask": mask, "dropout": 0.1, **special}.items()):
         attention(layer(), q, k, v, **{"attention_mask": None, **arguments})
+    attention(layer(), q, k, v, None, is_causal=False)
     attention(layer(), q[:, :, :1], k, v, mask[:, :, :1])
     attention(layer(), *heads(2049, torch.bfloat16), None)
     for other in (torch.float32, torch.float16):
@@ -134,16 +133,7 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch(monkeypatch) -> Non
     attention(layer(), *(x.expand(2, -1, -1, -1) for x in (q, k, v)), None)
     attention(layer(), q, k, v.repeat(1, 3, 1, 1), None)
     assert len(left) == 12
-    assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[3][1]["position_bias"] is mask
-
-
-def test_products_under_autocast_are_in_its_dtype(monkeypatch) -> None:
-    left = []
-    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: left.append(a))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = attention(layer(), *heads(24), None)[0]
-    torch.testing.assert_close(got.double(), by_definition(*heads(24), 0.25), rtol=0.03, atol=0.03)
-    assert got.dtype == torch.bfloat16 and not left
+    assert left[0][0] is mask and left[1][1]["dropout"] == 0.1 and left[2][1]["position_bias"] is mask
 
 
 def test_what_transformers_registered_is_in_force_again() -> None:

@@ -37,16 +37,14 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=["gblm", "regional", "obs-sensitivity"],
 )
-def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose, progress) -> None:
+def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
     done = torchrun("-m", "gblm_compress", *given) if start == "torchrun" else pair(*given)
     assert '"folder"' in done.stdout, done.stderr
     assert done.stdout.count('"folder"') == 1  # the first rank alone reports
-    prune(
-        tiny("llama"), tmp_path / "one", PruneSettings(fit="none", **settings),
-        CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32), progress=progress,
-    )  # fmt: skip
+    text = CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32)
+    prune(tiny("llama"), tmp_path / "one", PruneSettings(fit="none", **settings), text)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     differing = sum(int(((one[name] != 0) != (two[name] != 0)).sum()) for name in one)
     assert differing <= 1e-4 * sum(tensor.numel() for tensor in one.values())

@@ -73,12 +73,6 @@ def test_whole_groups_by_hand() -> None:
     assert [b.pattern.name for b in after.values()] == ["1:4", "3:4", "2:4"]
 
 
-def test_groups_of_four_stay_two_to_four_with_a_small_deviation() -> None:
-    budget = Budget(Pattern("2:4"), 0.5)
-    after = spread({"a": budget, "b": budget}, {"a": 100, "b": 100}, {"a": 0.42, "b": 0.58}, 0.08)
-    assert [b.pattern.name for b in after.values()] == ["2:4", "2:4"]
-
-
 def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
     model, ids = tiny_model("llama"), samples()
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.fits import SWEEPS, inverse_factor, least_squares, obs, obs_on_grid, settle, sparsegpt
+from gblm_compress.methods.fits import SWEEPS, least_squares, obs, obs_on_grid, settle, sparsegpt
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid, make_grid, rounded
 
@@ -89,15 +89,6 @@ def test_sparsegpt_is_column_by_column_obs_with_the_mask_chosen_on_the_way(kind:
     torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_sparsegpt_unstructured_keeps_the_share_in_every_128_columns() -> None:
-    weight, gram = layer(columns=256)
-    for name in ("unstructured", "unstructured-per-matrix"):
-        _, mask = sparsegpt(weight, gram, Pattern(name), 0.75)
-        assert [int(part.sum()) for part in mask.split(128, dim=1)] == [6 * 32, 6 * 32]
-    per_row = sparsegpt(weight, gram, Pattern("unstructured"), 0.75)[1]
-    assert (per_row.sum(1) == 64).all()
-
-
 @pytest.mark.parametrize("sparsity", [0.6, 0.7, 0.9, 0.995])
 def test_sparsegpt_keeps_what_other_methods_keep_however_many_parts_it_is_chosen_in(sparsity: float) -> None:
     weight, gram = layer(columns=640)
@@ -132,13 +123,6 @@ def test_least_squares_is_near_the_optimum_where_one_input_dominates(power: floa
     )
     none = error(weight, weight * keep, gram)
     assert none - error(weight, least_squares(weight, keep, Statistics(gram=gram)), gram) > 0.99 * (none - optimum) > 0
-
-
-def test_inverse_factor() -> None:
-    _, gram = layer()
-    factor = inverse_factor(gram.double())
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(with_damping(gram)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,8 @@
 """Pruning of mixtures of experts, against loops over the fused experts of transformers."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -7,7 +10,7 @@ from gblm_compress.models.experts import fused_weights, run_all_, unfused
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from gblm_compress.pruning.block_pruning import FEW_TOKENS
-from gblm_compress.pruning.stage import prune_
+from gblm_compress.pruning.stage import PruneResult, prune_
 from gblm_compress.pruning.walk import UNSEEN
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from tests.conftest import prune, samples
@@ -79,19 +82,26 @@ def test_an_expert_with_few_tokens_goes_by_magnitude(progress) -> None:
         assert torch.equal(largest, kept) == (tokens < FEW_TOKENS)
 
 
-def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_path, progress) -> None:
-    tiny_family("mixtral").save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("some text of letters " * 40)
-    results = {}
-    for experts in ("routed", "all"):
-        results[experts] = prune(
-            ModelSource("moe", tmp_path / "dense"),
-            tmp_path / experts,
-            PruneSettings(method="wanda", fit="none"),
-            CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=2, sequence_length=16, experts=experts),
-            progress=progress,
+def on_disk(family: str, folder: Path) -> Callable[..., PruneResult]:
+    """A tiny model of a family in a folder, and a function that prunes it."""
+    tiny_family(family).save_pretrained(folder / "dense")
+    byte_tokenizer().save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text("some text of letters " * 40)
+
+    def run(name: str, settings: PruneSettings, count: int, length: int, offload=None, **text) -> PruneResult:
+        calibration = CalibrationSettings(
+            dataset=str(folder / "text.txt"), samples=count, sequence_length=length, **text
         )
+        resources = ResourceSettings(offload=offload)
+        return prune(ModelSource("m", folder / "dense"), folder / name, settings, calibration, resources=resources)
+
+    return run
+
+
+def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_path) -> None:
+    run = on_disk("mixtral", tmp_path)
+    wanda = PruneSettings(method="wanda", fit="none")
+    results = {experts: run(experts, wanda, 2, 16, experts=experts) for experts in ("routed", "all")}
     few = [name for name, layer in results["routed"].layers.items() if layer.by_magnitude]
     note = f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by magnitude"
     assert few and any(note in warning for warning in results["routed"].warnings)
@@ -99,19 +109,10 @@ def test_experts_with_few_tokens_are_named_unless_every_token_goes_to_all(tmp_pa
     assert not any("magnitude" in warning for warning in results["all"].warnings)
 
 
-def test_offload_prunes_experts_to_the_same_bits(tmp_path, progress) -> None:
-    tiny_family("qwen3_moe").save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("some text of letters " * 40)
+def test_offload_prunes_experts_to_the_same_bits(tmp_path) -> None:
+    run = on_disk("qwen3_moe", tmp_path)
     for offload in (False, True):
-        prune(
-            ModelSource("moe", tmp_path / "dense"),
-            tmp_path / str(offload),
-            PruneSettings(method="gblm", fit="fast"),
-            CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=3, sequence_length=64),
-            resources=ResourceSettings(offload=offload),
-            progress=progress,
-        )
+        run(str(offload), PruneSettings(method="gblm", fit="fast"), 3, 64, offload=offload)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("False", "True")]
     assert files[0] == files[1]
 
@@ -127,17 +128,9 @@ def test_every_expert_sees_every_token_where_that_is_asked_for() -> None:
     assert seen == {40}
 
 
-def test_a_layer_that_never_runs_stays_dense_and_is_said(tmp_path, progress) -> None:
+def test_a_layer_that_never_runs_stays_dense_and_is_said(tmp_path) -> None:
     """Falcon-Mamba's fast path would use a projection that its slow one takes apart."""
-    tiny_family("falcon_mamba").save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("some text of letters " * 40)
-    result = prune(
-        ModelSource("m", tmp_path / "dense"),
-        tmp_path / "out",
-        PruneSettings(method="wanda", fit="none"),
-        CalibrationSettings(dataset=str(tmp_path / "text.txt"), samples=2, sequence_length=48),
-        progress=progress,
-    )
+    run = on_disk("falcon_mamba", tmp_path)
+    result = run("out", PruneSettings(method="wanda", fit="none"), 2, 48)
     unseen = [name for name, dense in result.left_dense.items() if dense.reason == UNSEEN]
     assert unseen == [f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1)]

@@ -68,28 +68,27 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
 
 
+SETTINGS, TEXT = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
+
+
+def placed(size: planning.Size, **resources) -> planning.Placement:
+    return planning.choose_placement(size, ResourceSettings(**resources), SETTINGS, "cpu", Ranks())
+
+
 def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
-    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
+    size = planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
     enough = size.held(offload=False) + size.gradients + size.activations
-    chosen = planning.choose_placement(size, ResourceSettings(memory=enough), settings, "cpu", Ranks())
-    assert chosen.by_sample and not chosen.offload
-    chosen = planning.choose_placement(size, ResourceSettings(memory=enough - 1), settings, "cpu", Ranks())
-    assert not chosen.by_sample and not chosen.offload
-    assert not planning.choose_placement(
-        size, ResourceSettings(memory=enough, offload=True), settings, "cpu", Ranks()
-    ).by_sample
+    chosen, less = placed(size, memory=enough), placed(size, memory=enough - 1)
+    assert chosen.by_sample and not less.by_sample and not (chosen.offload or less.offload)
+    assert not placed(size, memory=enough, offload=True).by_sample
 
 
 def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
-    settings, text = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
+    size = planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
     monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    chosen = planning.choose_placement(size, ResourceSettings(), settings, "cpu", Ranks())
-    assert chosen.states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
-    chosen = planning.choose_placement(size, ResourceSettings(memory=10**9), settings, "cpu", Ranks())
-    assert chosen.states + size.weights + size.working == 10**9
+    assert placed(size).states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
+    assert placed(size, memory=10**9).states + size.weights + size.working == 10**9
 
 
 @pytest.mark.parametrize(

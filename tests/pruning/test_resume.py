@@ -43,6 +43,10 @@ def run(source, output: Path, prose: Path, *, resume=False, offload=False, sampl
     )  # fmt: skip
 
 
+def killed(*args: object) -> None:
+    raise Killed
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -92,12 +96,8 @@ def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
 
 def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) -> None:
     """After an end during the saving no gradient is measured and no block pruned a second time."""
-
-    def full(written: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grids, "verify", full)
+        patch.setattr(grids, "verify", killed)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     calls = count()
     original = Call.run
@@ -144,7 +144,7 @@ def test_a_process_killed_again_and_again_comes_to_its_end(server, tiny, tmp_pat
 
 def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", killed)
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
         run(tiny("llama"), tmp_path / "out", prose, resume=True, samples=2, method="wanda")
@@ -156,7 +156,7 @@ def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch
 def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
     run(tiny("llama"), tmp_path / "whole", prose, **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", killed)
         run(tiny("llama"), tmp_path / "out", prose, **settings)
     folder, (name, *_) = tmp_path / ".out.pruning", ["distilled-1", "block-1"][settings is GBLM :]
     path = folder / f"{name}.safetensors"
@@ -168,18 +168,9 @@ def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-CHANGED = '{"identity": {}, "budgets": null, "distilled": true}'  # sound by itself, but nothing that was written
-DAMAGE = [
-    CHANGED,
-    "",
-    "null",
-    "[",
-    "[]",
-    "{}",
-    '{"identity": 5}',
-    '{"identity": {}, "budgets": {"a": ["2:x", 0.5]}}',
-    None,
-]
+# The first is sound by itself, but nothing that was written.
+DAMAGE = ['{"identity": {}, "budgets": null, "distilled": true}', "", "null", "[", "{}", '{"identity": 5}', None]
+DAMAGE.append('{"identity": {}, "budgets": {"a": {"pattern": {"name": "2:x"}, "sparsity": 0.5}}}')
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +178,7 @@ def ended(tiny, tmp_path_factory) -> Path:
     """What a run by magnitude that ended before it saved leaves beside its output."""
     output = tmp_path_factory.mktemp("ended") / "out"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(saving, "save", killed)
         run(tiny("llama"), output, Path("demo"), method="magnitude")
     return output.with_name(".out.pruning")
 
@@ -221,19 +212,24 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) ->
     assert (tmp_path / ".out.pruning" / "block-1.safetensors").exists()
 
 
-@pytest.mark.parametrize("at", ["block-1", "model.safetensors"])
-def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, prose, monkeypatch) -> None:
+def full_at(name: str):
+    """`to_disk` on a disk that is full when a file of that name is written."""
     original = records.to_disk
 
     def full(file) -> None:
-        if at in file.name:
+        if name in file.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(file)
 
+    return full
+
+
+@pytest.mark.parametrize("at", ["block-1", "model.safetensors"])
+def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, prose, monkeypatch) -> None:
     before = content(tiny("llama").folder)
     kept = "No space left on device.*finished blocks are kept: make room and give the same command with --resume"
     with monkeypatch.context() as patch, pytest.raises(OutputError, match=kept):
-        patch.setattr(records, "to_disk", full)
+        patch.setattr(records, "to_disk", full_at(at))
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     assert not (tmp_path / "out").exists() and content(tiny("llama").folder) == before
     run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
@@ -265,13 +261,8 @@ def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monke
 
 def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose, monkeypatch) -> None:
     """And what is finished counts as room that is not needed any more."""
-
-    def full(file) -> None:
-        if "model.safetensors" in file.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch, pytest.raises(OutputError):
-        patch.setattr(records, "to_disk", full)
+        patch.setattr(records, "to_disk", full_at("model.safetensors"))
         run(tiny("llama"), tmp_path / "out", prose, **GBLM)
     usage, folder = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning"
     finished = content(folder)
@@ -289,10 +280,8 @@ def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose
 def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monkeypatch) -> None:
     broken = tiny_model("llama")
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    folder = tmp_path / "broken"
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / "broken")
     broken.save_pretrained(folder)
-    for path in tiny("llama").folder.glob("token*"):
-        shutil.copy(path, folder)
     source = type(tiny("llama"))("broken", folder)
     with pytest.raises(ModelError, match="up_proj: 1 of"):
         run(source, tmp_path / "out", prose, offload=True, **GBLM)

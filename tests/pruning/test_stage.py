@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.calibration import ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models import grids, loading, manifest
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
+from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
 from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
-from tests.calibration.test_calibration import slow_activation_norms
+from tests.calibration.test_blocks import slow_activation_norms
 from tests.conftest import ARCHITECTURES, prune, samples
 
 
@@ -151,6 +152,7 @@ def test_a_preset_is_its_settings_written_out() -> None:
     assert (chosen.method, chosen.fit, chosen.gradient_norm) == ("gblm", "fast", "l2")
     assert PruneSettings(preset="sparsegpt", fit="best") == PruneSettings(preset="sparsegpt", method="obs", fit="best")
     assert PruneSettings.model_validate(chosen.model_dump()) == chosen
+    assert PruneSettings.model_validate(PruneSettings(method="magnitude", fit="none").model_dump()).alpha == 100
 
 
 @pytest.mark.parametrize(
@@ -160,9 +162,12 @@ def test_a_preset_is_its_settings_written_out() -> None:
         ({"fit": ["best"]}, "'balanced' or 'best'"),
         ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128"),
         ({"quantise": "int5"}, "'int8' or 'int4'"),
+        ({"preset": "bets"}, "'paper' or 'sparsegpt'"),
+        ({"preset": ["best"]}, "'paper' or 'sparsegpt'"),
+        ({"preset": 1}, "'paper' or 'sparsegpt'"),
     ],
 )
-def test_a_fit_or_grid_that_is_none_is_refused(given, message) -> None:
+def test_an_unknown_choice_is_refused(given, message) -> None:
     with pytest.raises(ValidationError, match=message):
         PruneSettings(**given)
 
@@ -213,16 +218,6 @@ def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
     assert getattr(PruneSettings(**given | read), key) == value
 
 
-@pytest.mark.parametrize("preset", ["bets", ["best"], 1])
-def test_a_preset_that_is_none_is_refused(preset) -> None:
-    with pytest.raises(ValidationError, match="'paper' or 'sparsegpt'"):
-        PruneSettings(preset=preset)
-
-
-def test_what_a_preset_fills_in_and_defaults_written_out_are_no_fault() -> None:
-    assert PruneSettings.model_validate(PruneSettings(method="magnitude", fit="none").model_dump()).alpha == 100
-
-
 def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
     for norm in ("l1", "l2"):
         settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm, fit="none")
@@ -235,49 +230,32 @@ def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
 def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
     """The same text twice changes neither norm's direction, and with a normalised alpha no score's order either."""
     ids = samples(2)
-    masks = []
+    settings, masks = PruneSettings(alpha_scale="normalised", alpha=1.0, allocation="uniform", fit="none"), []
     for repeats in (1, 3):
         model = tiny_model("llama")
-        prune_(
-            model,
-            ids * repeats,
-            PruneSettings(alpha_scale="normalised", alpha=1.0, allocation="uniform", fit="none"),
-            progress,
-        )
+        prune_(model, ids * repeats, settings, progress)
         masks.append([p != 0 for p in model.parameters()])
     different = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
     assert different <= 10  # a rounding difference may swap weights of all but equal score
 
 
-def test_the_slow_procedure_can_tell_methods_apart() -> None:
-    ids = samples()
-    masks = [
-        slow_prune(tiny_model("llama"), ids, m, n, 100.0) for m, n in [("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1")]
-    ]
-    for one, other in [(0, 1), (1, 2), (0, 2)]:
-        assert any(not torch.equal(masks[one][name], masks[other][name]) for name in masks[0])
+@pytest.fixture
+def pruned(tiny, tmp_path, prose):
+    """pruned("gpt2", method="wanda"): the folder of that tiny model, pruned."""
 
+    def run(kind: str | ModelSource = "llama", name: str = "out", **settings) -> Path:
+        text = CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32)
+        chosen = PruneSettings(**{"fit": "none", "allocation": "uniform"} | settings)
+        prune(tiny(kind) if isinstance(kind, str) else kind, tmp_path / name, chosen, text)
+        return tmp_path / name
 
-def pruned(
-    tiny, tmp_path: Path, prose: Path, progress: Progress, kind: str = "llama", name: str = "out", **settings
-) -> Path:
-    output = tmp_path / name
-    prune(
-        tiny(kind) if isinstance(kind, str) else kind,
-        output,
-        PruneSettings(**({"fit": "none", "allocation": "uniform"} | settings)),
-        CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32),
-        progress=progress,
-    )
-    return output
+    return run
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "unstructured-per-matrix"])
-def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(
-    kind, pattern, tiny, tmp_path, prose, progress
-) -> None:
-    folder = pruned(tiny, tmp_path, prose, progress, kind, pattern=pattern)
+def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, tiny, pruned) -> None:
+    folder = pruned(kind, pattern=pattern)
     model = AutoModelForCausalLM.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(tiny(kind).folder)
     recorded = json.loads((folder / "gblm_manifest.json").read_text())
@@ -293,51 +271,40 @@ def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(
         assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
 
 
-def test_same_seed_same_bytes(tiny, tmp_path, prose, progress) -> None:
-    one, other = (pruned(tiny, tmp_path, prose, progress, name=n) for n in ("one", "other"))
+def test_same_seed_same_bytes(pruned) -> None:
+    one, other = (pruned(name=n) for n in ("one", "other"))
     files = sorted(path.name for path in one.iterdir())
     assert files == sorted(path.name for path in other.iterdir())
     assert [(one / f).read_bytes() == (other / f).read_bytes() for f in files] == [True] * len(files)
 
 
-def test_zeros_are_positive_even_where_the_source_has_minus_zero(tiny, tmp_path, prose, progress) -> None:
-    source = tmp_path / "minus"
-    source.mkdir()
-    for path in tiny("llama").folder.iterdir():
-        (source / path.name).write_bytes(path.read_bytes())
+def test_zeros_are_positive_even_where_the_source_has_minus_zero(tiny, tmp_path, pruned) -> None:
+    source = shutil.copytree(tiny("llama").folder, tmp_path / "minus")
     state = load_file(source / "model.safetensors")
     state["model.layers.0.mlp.up_proj.weight"][0] = -0.0
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    folder = pruned(tiny, tmp_path, prose, progress, kind=ModelSource("minus", source))
+    folder = pruned(kind=ModelSource("minus", source))
     row = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"][0]
     assert (row == 0).all() and not torch.signbit(row).any()
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_the_checkpoint_keeps_its_dtype_whatever_is_computed_in(compute, tiny, tmp_path, prose, progress) -> None:
+def test_the_checkpoint_keeps_its_dtype_whatever_is_computed_in(compute, tiny, tmp_path, prose) -> None:
     for stored in ("bfloat16", "float32"):
-        source = tmp_path / f"{stored}-{compute}"
+        source = shutil.copytree(tiny("llama").folder, tmp_path / f"{stored}-{compute}")
         AutoModelForCausalLM.from_pretrained(tiny("llama").folder, dtype=stored).save_pretrained(source)
-        for path in tiny("llama").folder.glob("token*"):
-            (source / path.name).write_bytes(path.read_bytes())
         output = tmp_path / f"out-{stored}-{compute}"
-        prune(
-            ModelSource("m", source),
-            output,
-            PruneSettings(pattern="2:4", fit="none"),
-            CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32),
-            dtype=compute,
-            progress=progress,
-        )
+        text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
+        prune(ModelSource("m", source), output, PruneSettings(pattern="2:4", fit="none"), text, dtype=compute)
         before, now = load_file(source / "model.safetensors"), load_file(output / "model.safetensors")
         for name, tensor in now.items():
             assert str(tensor.dtype) == f"torch.{stored}"
             assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
 
 
-def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress) -> None:
+def test_overrides_give_a_layer_another_pattern(pruned) -> None:
     folder = pruned(
-        tiny, tmp_path, prose, progress, pattern="2:4",
+        pattern="2:4",
         overrides=({"layers": "*.down_proj", "pattern": "unstructured", "sparsity": 0.25},),
     )  # fmt: skip
     layers = manifest.read(folder)["layers"]
@@ -346,26 +313,22 @@ def test_overrides_give_a_layer_another_pattern(tiny, tmp_path, prose, progress)
     assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
 
 
-def test_a_better_fit_is_told(tiny, tmp_path, prose, progress) -> None:
+def test_a_better_fit_is_told(tiny, tmp_path, prose) -> None:
     text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
 
     def notes(**settings) -> str:
-        output = tmp_path / settings["method"]
-        return "\n".join(
-            prune(tiny("llama"), output, PruneSettings(pattern="2:4", **settings), text, progress=progress).warnings
-        )
+        chosen = PruneSettings(pattern="2:4", **settings)
+        return "\n".join(prune(tiny("llama"), tmp_path / chosen.method, chosen, text).warnings)
 
     assert "--fit balanced fits the surviving weights further" in notes(method="regional", fit="none")
     assert "--fit" not in notes(method="wanda", fit="best")
 
 
-def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> None:
+def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose) -> None:
     """Counted by hand: half of the weights are in block 0, and those of the other lose half of theirs."""
     settings = PruneSettings(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},), fit="none")
-    result = prune(
-        tiny("llama"), tmp_path / "p", settings,
-        CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32), progress=progress,
-    )  # fmt: skip
+    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
+    result = prune(tiny("llama"), tmp_path / "p", settings, text)
     assert set(result.layers) == {name for name in result.layers if ".1." in name}
     reasons = Counter(dense.reason for dense in result.left_dense.values())
     assert reasons == {"left dense by an exception or the allocation": 7, "embedding tied": 1}
@@ -379,83 +342,42 @@ def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose, progress) -> 
 
 @pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
 def test_exceptions_for_all_layers(allocation, progress) -> None:
-    settings = {"method": "wanda", "allocation": allocation, "fit": "none"}
-    results = prune_(
-        tiny_model("llama"),
-        samples(),
-        PruneSettings(**settings, overrides=({"layers": "*", "pattern": "2:4"},)),
-        progress,
-    )
-    assert {result.pattern for result in results.values()} == {"2:4"}
+    def run(pattern: str) -> dict[str, LayerResult]:
+        settings = {"method": "wanda", "allocation": allocation, "fit": "none"}
+        overrides = ({"layers": "*", "pattern": pattern},)
+        return prune_(tiny_model("llama"), samples(), PruneSettings(**settings, overrides=overrides), progress)
+
+    assert {result.pattern for result in run("2:4").values()} == {"2:4"}
     with pytest.raises(UsageError, match="nothing to prune"):
-        prune_(
-            tiny_model("llama"),
-            samples(),
-            PruneSettings(**settings, overrides=({"layers": "*", "pattern": "dense"},)),
-            progress,
-        )
+        run("dense")
 
 
-def nothing_left(tmp_path: Path, prose: Path) -> bool:
-    return {path.name for path in tmp_path.iterdir()} <= {prose.name, "broken", "odd"}
-
-
-def test_a_width_that_m_does_not_divide_is_refused_before_work(tiny, tmp_path, prose, progress) -> None:
+def test_a_width_that_m_does_not_divide_is_refused_before_work(tmp_path, prose, pruned) -> None:
     with pytest.raises(UsageError, match=r"q_proj: in_features=64 is not a multiple of 3.*--ignore"):
-        pruned(tiny, tmp_path, prose, progress, pattern="2:3")
-    assert nothing_left(tmp_path, prose)
+        pruned(pattern="2:3")
+    assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(value, tiny, tmp_path, prose, progress) -> None:
+def test_weights_that_are_not_finite_are_named(value, progress) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 8192 weights are NaN or infinite"):
         prune_(model, samples(), PruneSettings(fit="none"), progress)
 
 
-def test_activations_that_overflow_are_named(progress) -> None:
-    model = tiny_model("llama")
-    model.model.layers[0].mlp.up_proj.weight.data.fill_(1e30)
-    model.model.layers[0].mlp.gate_proj.weight.data.fill_(1e30)
-    with pytest.raises(ModelError, match=r"down_proj: .*activations are NaN or infinite"):
-        prune_(model, samples(), PruneSettings(method="wanda", fit="none"), progress)
-
-
-def test_an_existing_output_needs_force(tiny, tmp_path, prose, progress) -> None:
-    pruned(tiny, tmp_path, prose, progress, method="magnitude")
+def test_an_existing_output_needs_force(pruned) -> None:
+    pruned(method="magnitude")
     with pytest.raises(UsageError, match="exists; give another folder, or --force"):
-        pruned(tiny, tmp_path, prose, progress, method="magnitude")
-
-
-def test_an_interrupted_run_leaves_no_output(tiny, tmp_path, prose, progress, monkeypatch) -> None:
-    def interrupt(written: ModelSource) -> None:
-        assert any(written.folder.glob("*.safetensors"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(grids, "verify", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pruned(tiny, tmp_path, prose, progress, method="magnitude")
-    assert {path.name for path in tmp_path.iterdir()} == {prose.name, ".out.pruning"}
-    monkeypatch.undo()
-    pruned(tiny, tmp_path, prose, progress, method="magnitude")  # without resume: anew, and the leftovers go
-    assert {path.name for path in tmp_path.iterdir()} == {prose.name, "out"}
-
-
-def test_the_source_is_not_modified(tiny, tmp_path, prose, progress) -> None:
-    before = {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()}
-    pruned(tiny, tmp_path, prose, progress, "gpt2")
-    assert {path.name: path.read_bytes() for path in tiny("gpt2").folder.iterdir()} == before
+        pruned(method="magnitude")
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, tiny, tmp_path, prose, monkeypatch) -> None:
+def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, tiny, tmp_path, pruned, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: has)
-    folder = tmp_path / "model"
+    folder = shutil.copytree(tiny("llama").folder, tmp_path / "model")
     tiny_model("llama").bfloat16().save_pretrained(folder)
-    for path in tiny("llama").folder.glob("token*"):
-        shutil.copy(path, folder)
-    pruned(tiny, tmp_path, prose, Progress(quiet=True), ModelSource("model", folder), method="wanda")
+    pruned(ModelSource("model", folder), method="wanda")
     assert manifest.read(tmp_path / "out")["compute"]["dtype"] == ("bfloat16" if has else "float32")
     assert loading.stored_dtype(ModelSource("pruned", tmp_path / "out")) == "bfloat16"
 

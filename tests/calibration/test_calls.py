@@ -1,93 +1,23 @@
-"""Statistics against plain autograd and plain forward passes, on every architecture."""
+"""Recorded calls of blocks, what is refused, and blocks that are no chain."""
 
 import copy
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from gblm_compress.calibration.blocks import activation_norms
-from gblm_compress.calibration.calls import BlockCalls, NoChainError
+from gblm_compress.calibration.blocks import BlockReplay, activation_norms
+from gblm_compress.calibration.calls import BlockCalls, NoChainError, by_block, calls_of
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
 from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks, prunable_layers
 from gblm_compress.models.tiny import tiny_model
-from tests.conftest import ARCHITECTURES, CAUSAL_LM, replay, samples
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_replay_sees_what_a_whole_forward_pass_sees(kind: str) -> None:
-    """With a block changed half-way: inputs of later blocks are those of the changed model."""
-    model, ids = tiny_model(kind), samples()
-    per_block = prunable_layers(model)
-    states = replay(model, ids)
-    for index, layers in enumerate(per_block):
-        got = activation_norms(states.block(index), layers)
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.weight.mul_(0.5)
-        states.advance(index)
-        # The oracle: hooks on whole forward passes of a model whose blocks before `index` are changed.
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.weight.mul_(2.0)
-        expected = slow_activation_norms(model, layers, ids)
-        with torch.no_grad():
-            for layer in layers.values():
-                layer.weight.mul_(0.5)
-        for name in layers:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
-
-
-def keep_input(inputs, name, module, args) -> None:
-    inputs[name] = args[0]
-
-
-def slow_activation_norms(model, layers, ids):
-    sums = {}
-    for sample in ids:
-        inputs = {}
-        hooks = [layer.register_forward_pre_hook(partial(keep_input, inputs, name)) for name, layer in layers.items()]
-        with torch.no_grad():
-            model(**sample, use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for name, x in inputs.items():
-            for token in x.reshape(-1, x.shape[-1]):
-                sums[name] = sums.get(name, 0) + token.double() ** 2
-    return {name: (total / len(ids)).sqrt().float() for name, total in sums.items()}
-
-
-def test_a_block_runs_no_further_than_its_last_layer_unless_a_layer_runs_twice() -> None:
-    ids = samples()
-    model = tiny_model("llama")
-    states, layers = replay(model, ids), prunable_layers(model)[0]
-    expected = slow_activation_norms(model, layers, ids)
-    down, up = (layers[f"model.layers.0.mlp.{name}_proj"] for name in ("down", "up"))
-    runs = []
-    down.register_forward_hook(lambda *_: runs.append(0))
-    got = activation_norms(states.block(0), layers)
-    assert len(runs) == 1  # of three samples, the first
-    for name in layers:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
-    # Now a layer runs again behind the last one: nothing of it may be missed.
-    ones = torch.ones(1, 1, up.weight.shape[1])
-    down.register_forward_hook(lambda *_: up(ones) is None or None)
-    twice = activation_norms(states.block(0), layers)["model.layers.0.mlp.up_proj"]
-    torch.testing.assert_close(twice.square(), got["model.layers.0.mlp.up_proj"].square() + 1.0, rtol=1e-4, atol=1e-5)
-    assert len(runs) == 1 + len(ids)
-
-
-def test_hooks_are_removed_even_when_a_forward_pass_raises() -> None:
-    model, ids = tiny_model("llama"), samples()
-    states = replay(model, ids)
-    layers = prunable_layers(model)[0]
-    block = replace(states.block(0), inputs=[torch.zeros(1, 24, 3)])  # a width no block takes
-    with pytest.raises(RuntimeError):
-        activation_norms(block, layers)
-    assert not any(layer._forward_pre_hooks for layer in layers.values())
+from gblm_compress.pruning.stage import prune_
+from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.tasks import TASKS
+from tests.conftest import CAUSAL_LM, in_memory, prune, replay, samples
+from tests.families.tiny import tiny_family
+from tests.tasks import families
 
 
 def test_blocks_that_do_not_form_a_chain_are_refused() -> None:
@@ -226,10 +156,83 @@ def test_each_sample_has_its_own_arguments_where_they_differ_and_one_memory_wher
     assert cosines[0] is cosines[1] is cosines[2]
 
 
-def test_loss_is_the_mean_over_predicted_tokens() -> None:
-    """The loss behind the gradients is transformers' label loss; stated here independently of autograd."""
-    model, ids = tiny_model("llama"), samples()[0]["input_ids"]
+def inputs_of(model, module, sample) -> list[torch.Tensor]:
+    """What a module gets in a forward pass of the model, each time that it runs."""
+    found: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach().flatten(0, -2)))
     with torch.no_grad():
-        output = model(input_ids=ids, labels=ids)
-    terms = [cross_entropy(output.logits[0, t], ids[0, t + 1]) for t in range(ids.shape[1] - 1)]
-    torch.testing.assert_close(torch.stack(terms).mean(), output.loss)
+        model(**sample)
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("alpha", [0.0, 100.0])
+def test_masks_of_a_block_that_repeats_are_those_of_all_its_runs(alpha: float, progress) -> None:
+    """ALBERT's one block runs three times; activations by hooks, gradients by plain autograd of the cross-entropy."""
+    dense = families.encoder("albert", "AutoModelForSequenceClassification")
+    torch.manual_seed(0)
+    texts = [
+        {"input_ids": torch.randint(0, 256, (1, 24)), "attention_mask": torch.ones(1, 24, dtype=torch.long)}
+        for _ in range(4)
+    ]
+    labelled = [{**text, "labels": torch.tensor([label % 3])} for label, text in enumerate(texts)]
+    model = copy.deepcopy(dense)
+    found = prune_(
+        model, labelled, PruneSettings(method="gblm", alpha=alpha, allocation="uniform", fit="none"), progress
+    )
+    assert len(found) == 6
+
+    masks: dict[str, list[torch.Tensor]] = {"all runs": [], "the first": []}
+    for name in found:
+        layer = dense.get_submodule(name)
+        gradient = sum(torch.autograd.grad(dense(**sample).loss, layer.weight)[0].abs() for sample in labelled)
+        runs = [inputs_of(dense, layer, text) for text in texts]
+        assert {len(run) for run in runs} == {3}
+        for which, count in (("all runs", 3), ("the first", 1)):
+            norm = (sum(x.square().sum(0) for run in runs for x in run[:count]) / len(texts)).sqrt()
+            score = layer.weight.detach().abs() * (norm + alpha * gradient)
+            masks[which].append(score > score.sort(1).values[:, score.shape[1] // 2 - 1 : score.shape[1] // 2])
+    kept = [model.get_submodule(name).weight != 0 for name in found]
+
+    def wrong(which: str) -> float:
+        pairs = list(zip(kept, masks[which], strict=True))
+        return sum(int((one != other).sum()) for one, other in pairs) / sum(one.numel() for one in kept)
+
+    assert wrong("all runs") <= 1e-3
+    assert alpha or wrong("the first") > 1e-2
+
+
+def test_a_weight_that_blocks_share_is_measured_in_all_of_them() -> None:
+    model, ids = tiny_model("llama"), samples()
+    first, second = (block.mlp.up_proj for block in model.model.layers)
+    second.weight = first.weight
+    weights, calls = calls_of(ResidentWeights(model), CAUSAL_LM, ids)
+    assert weights.blocks == [model.model]
+    (layers,) = by_block(weights, prunable_layers(model))
+    block = BlockReplay(calls, weights, in_memory(), Ranks()).block(0)
+    got = activation_norms(block, layers)
+    for name, users in (("layers.0.mlp.up_proj", (first, second)), ("layers.1.mlp.gate_proj", (second,))):
+        squares = [x.square().sum(0) for module in users for sample in ids for x in inputs_of(model, module, sample)]
+        torch.testing.assert_close(got[f"model.{name}"], (sum(squares) / len(ids)).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_around_the_blocks_is_the_innermost_module_that_runs_once() -> None:
+    """ALBERT's classifier reads what a pooler makes of the encoder's output; HRM repeats the module of its blocks."""
+    embedder, classifier = (
+        families.encoder("albert", TASKS[task].auto_class) for task in ("embedding", "classification")
+    )
+    ids = [{**sample, "attention_mask": torch.ones_like(sample["input_ids"])} for sample in samples()]
+    for model, encoder in ((embedder, embedder.encoder), (classifier, classifier.albert.encoder)):
+        assert calls_of(ResidentWeights(model), TASKS["embedding"], ids)[0].blocks == [encoder]
+    loop = tiny_family("hrm_text")
+    assert calls_of(ResidentWeights(loop), CAUSAL_LM, samples())[0].blocks == [loop.model]
+
+
+def test_a_block_that_repeats_is_not_pruned_from_disk(tmp_path, progress) -> None:
+    dense = families.written(tmp_path / "albert", "albert")
+    text = CalibrationSettings(dataset="demo", samples=2, sequence_length=32)
+    with pytest.raises(ModelError, match="block 0 runs more than once; such a model is pruned in memory as a whole"):
+        prune(
+            dense, tmp_path / "out", PruneSettings(method="wanda", fit="none"), text,
+            resources=ResourceSettings(offload=True), device="cpu", progress=progress,
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Gram matrices and regional gradients against whole forward passes, one token and one sample at a time."""
+"""Statistics of blocks against whole forward passes, one token and one sample at a time."""
+
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +12,79 @@ from gblm_compress.methods.fits import activation_norms_of
 from gblm_compress.models.architecture import prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from tests.conftest import ARCHITECTURES, replay, samples
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_replay_sees_what_a_whole_forward_pass_sees(kind: str) -> None:
+    """With a block changed half-way: inputs of later blocks are those of the changed model."""
+    model, ids = tiny_model(kind), samples()
+    per_block = prunable_layers(model)
+    states = replay(model, ids)
+    for index, layers in enumerate(per_block):
+        got = activation_norms(states.block(index), layers)
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.weight.mul_(0.5)
+        states.advance(index)
+        # The oracle: hooks on whole forward passes of a model whose blocks before `index` are changed.
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.weight.mul_(2.0)
+        expected = slow_activation_norms(model, layers, ids)
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.weight.mul_(0.5)
+        for name in layers:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def keep_input(inputs, name, module, args) -> None:
+    inputs[name] = args[0]
+
+
+def slow_activation_norms(model, layers, ids):
+    sums = {}
+    for sample in ids:
+        inputs = {}
+        hooks = [layer.register_forward_pre_hook(partial(keep_input, inputs, name)) for name, layer in layers.items()]
+        with torch.no_grad():
+            model(**sample, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for name, x in inputs.items():
+            for token in x.reshape(-1, x.shape[-1]):
+                sums[name] = sums.get(name, 0) + token.double() ** 2
+    return {name: (total / len(ids)).sqrt().float() for name, total in sums.items()}
+
+
+def test_a_block_runs_no_further_than_its_last_layer_unless_a_layer_runs_twice() -> None:
+    ids = samples()
+    model = tiny_model("llama")
+    states, layers = replay(model, ids), prunable_layers(model)[0]
+    expected = slow_activation_norms(model, layers, ids)
+    down, up = (layers[f"model.layers.0.mlp.{name}_proj"] for name in ("down", "up"))
+    runs = []
+    down.register_forward_hook(lambda *_: runs.append(0))
+    got = activation_norms(states.block(0), layers)
+    assert len(runs) == 1  # of three samples, the first
+    for name in layers:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    # Now a layer runs again behind the last one: nothing of it may be missed.
+    ones = torch.ones(1, 1, up.weight.shape[1])
+    down.register_forward_hook(lambda *_: up(ones) is None or None)
+    twice = activation_norms(states.block(0), layers)["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(twice.square(), got["model.layers.0.mlp.up_proj"].square() + 1.0, rtol=1e-4, atol=1e-5)
+    assert len(runs) == 1 + len(ids)
+
+
+def test_hooks_are_removed_even_when_a_forward_pass_raises() -> None:
+    model, ids = tiny_model("llama"), samples()
+    states = replay(model, ids)
+    layers = prunable_layers(model)[0]
+    block = replace(states.block(0), inputs=[torch.zeros(1, 24, 3)])  # a width no block takes
+    with pytest.raises(RuntimeError):
+        activation_norms(block, layers)
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
 
 
 def second_block(kind: str, ids) -> tuple[Block, dict[str, torch.nn.Module]]:
