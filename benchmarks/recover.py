@@ -88,7 +88,8 @@ def timed_steps(source: ModelSource, dense: ModelSource, settings: RecoverSettin
         for each in patches:
             each.start()
         try:
-            recovery.recover(source, dense, Path(folder) / "recovered", settings, device="cpu", progress=Progress())
+            what = recovery.Recovery(source, dense, Path(folder) / "recovered", settings, "cpu")
+            recovery.recover(what, Progress())
         finally:
             patch.stopall()
     parts = {part: median(times[WARM_UP:]) for part, times in spent.items()}

@@ -143,9 +143,8 @@ def recover(
     with _found(pruned, teacher, texts=settings.datasets, quiet=quiet) as (progress, source, dense):
         from gblm_compress.training import recovery
 
-        return recovery.recover(
-            source, dense, Path(output), settings, resume=resume, device=compute.device, force=force, progress=progress
-        )
+        what = recovery.Recovery(source, dense, Path(output), settings, compute.device, force)
+        return recovery.recover(what, progress, resume)
 
 
 @command

@@ -31,7 +31,7 @@ from gblm_compress.settings import (
     GenerateSettings,
     RecoverSettings,
 )
-from gblm_compress.training.recovery import check_kind, checkpoint_bytes, recover
+from gblm_compress.training.recovery import Recovery, check_kind, checkpoint_bytes, recover
 
 
 def stages_of(job: Job) -> list[Stage]:
@@ -138,8 +138,8 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
         return errors.collect(looks)
 
     def work(progress: Progress) -> object:
-        what = job.as_pruned, job.dense, job.pruned.folder, settings
-        return recover(*what, resume=None, device=job.device, force=True, progress=progress)
+        what = Recovery(job.as_pruned, job.dense, job.pruned.folder, settings, job.device, force=True)
+        return recover(what, progress, resume=None)
 
     return Stage(
         name="recover",

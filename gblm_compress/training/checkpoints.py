@@ -21,7 +21,7 @@ from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
 from gblm_compress.storage import records
 from gblm_compress.storage.resuming import check_identity, own_files
-from gblm_compress.training.trainer import Look, Progressed
+from gblm_compress.training.trainer import Look, Progressed, Store
 
 RECORD = "run.json"
 _TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")
@@ -34,7 +34,7 @@ def path_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.recovery")
 
 
-class Checkpoints:
+class Checkpoints(Store):
     """The checkpoints of one training. Every rank writes its own tensors, the first rank the record.
 
     Args:

@@ -1,7 +1,6 @@
 """The dense model's predictions, and the loss of a pruned model towards them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
     def end(head: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise _HeadReached(args[0])
 
-    with _hook(head.register_forward_pre_hook(end)):
+    with head.register_forward_pre_hook(end):
         try:
             model(**task.arguments(sample))
         except _HeadReached as reached:
@@ -137,7 +136,7 @@ class Imitation:
                 target = head.forward(dense.to(args[0].dtype))
             return torch.cat([own, target])
 
-        with _hook(head.register_forward_hook(add_dense)):  # a scale or a cap behind the head is done to both
+        with head.register_forward_hook(add_dense):  # a scale or a cap after the head applies to both
             both = self._run(sample)
         return both[: len(dense)], both[len(dense) :].detach()
 
@@ -152,7 +151,7 @@ class Imitation:
         sample = {name: tensor[:, :1] for name, tensor in self.samples[0].items()}
         with (
             autocast(next(iter(sample.values())).device, self._compute),
-            _hook(head.register_forward_pre_hook(lambda head, args: found.append(args[0]))),
+            head.register_forward_pre_hook(lambda head, args: found.append(args[0])),
         ):
             logits = self._run(sample)
             return torch.equal(logits, head.forward(found[-1]))
@@ -179,11 +178,3 @@ def check_same_head(teacher: Any, student: Any, name: str) -> None:
                 f"teacher {name!r}: its {what} is not that of the pruned model ({shapes}); give the dense model that "
                 "it was pruned from"
             )
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -92,12 +92,24 @@ class RecoverResult:
         return {**asdict(self), "before": self.before, "after": self.after}
 
 
-def check(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` does: train `source`, a pruned folder, towards `teacher`; `force` replaces an existing output."""
+
+    source: ModelSource
+    teacher: ModelSource
+    output: Path
+    settings: RecoverSettings
+    device: str = "auto"
+    force: bool = False
+
+
+def check(what: Recovery) -> None:
     """Raise all faults at once, before a model is loaded; checks the zeros of the pruned folder."""
-    check_kind(source)
-    looks: list[Callable[[], object]] = [partial(_check_models, source, teacher, settings, device)]
-    looks += [partial(loading.task_of(source).data_files, name) for name in settings.datasets]
-    looks += [partial(loading.check_length, source, settings.sequence_length)]
+    check_kind(what.source)
+    looks: list[Callable[[], object]] = [partial(_check_models, what)]
+    looks += [partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets]
+    looks += [partial(loading.check_length, what.source, what.settings.sequence_length)]
     errors.raise_all(errors.collect(looks))
 
 
@@ -147,46 +159,26 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     return weights + rest + passing + activations + logits
 
 
-def recover(
-    source: ModelSource,
-    teacher: ModelSource,
-    output: Path,
-    settings: RecoverSettings,
-    *,
-    resume: bool | None = False,
-    device: str = "auto",
-    force: bool = False,
-    progress: Progress,
-) -> RecoverResult:
-    """Train `source`, a pruned folder, to predict what `teacher` does; write and verify a new folder.
-
-    Args:
-        resume: see `Checkpoints`.
-        force: replace an existing folder.
-    """
-    inputs = [source.folder, teacher.folder, *files_of(*settings.datasets)]
-    with outputs.reserved(output, force, inputs, ranks.is_first_started()):
-        check(source, teacher, settings, device)
-        settings = settings.model_copy(update={"rate": rate_of(settings, source)})
-        device = ranks.device_of_rank(loading.choose_device(device))
+def recover(what: Recovery, progress: Progress, resume: bool | None = False) -> RecoverResult:
+    """Train, write and verify a new folder; `resume` as for `Checkpoints`."""
+    inputs = [what.source.folder, what.teacher.folder, *files_of(*what.settings.datasets)]
+    with outputs.reserved(what.output, what.force, inputs, ranks.is_first_started()):
+        check(what)
+        settings = what.settings.model_copy(update={"rate": rate_of(what.settings, what.source)})
+        device = ranks.device_of_rank(loading.choose_device(what.device))
         with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device) as group:
-            work = _Recovery(source, teacher, output, settings, device, group)
-            result = work.run(resume, force, progress)
+            work = _Running(what.source, what.teacher, what.output, settings, device, what.force, group=group)
+            result = work.run(resume, progress)
         return replace(result, peak_memory_bytes=memory.peak_bytes)
 
 
-@dataclass(frozen=True)
-class _Recovery:
-    """One recovery, on one of its processes."""
+@dataclass(frozen=True, kw_only=True)
+class _Running(Recovery):
+    """A recovery on one of its processes, with its rate and device chosen."""
 
-    source: ModelSource
-    teacher: ModelSource
-    output: Path
-    settings: RecoverSettings
-    device: str
     group: Ranks
 
-    def run(self, resume: bool | None, force: bool, progress: Progress) -> RecoverResult:
+    def run(self, resume: bool | None, progress: Progress) -> RecoverResult:
         start, settings, group = time.monotonic(), self.settings, self.group
         if settings.batch < group.size:
             raise UsageError(
@@ -196,7 +188,8 @@ class _Recovery:
         task, processor = loading.task_of(self.source), loading.load_processor(self.source)
         progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
         windows = windows_of(task, processor, loading.config_of(self.source), settings)
-        store = Checkpoints(checkpoints.path_of(self.output), self._identity(windows, compute), resume, group)
+        identity = self._identity(windows, compute)
+        store = Checkpoints(checkpoints.path_of(self.output), identity, resume, group)
         before = store.latest or Progressed()
         with kept_where_resuming_helps(store, "checkpoints", resume, progress):
             student = loading.load_model(self.source, "float32", self.device)
@@ -213,7 +206,7 @@ class _Recovery:
                 f"{settings.rate:g}, {len(windows.held_out)} windows held out …"
             )
             plan = self._plan(windows)
-            trainer = Trainer(student, weights, loss, plan, store, group)
+            trainer = Trainer(student, weights, loss, plan, store)
             left = len(plan.steps) - before.step
             with chunked_attention(), progress.counter("training", "steps", left, left * plan.tokens) as advance:
                 state = trainer.run(
@@ -226,7 +219,10 @@ class _Recovery:
             fitted = weights.finish()
             if group.is_first:
                 progress.say("saving …")
-                self._save(student, weights, fitted, state, windows, processor, force)
+                known = {key: identity[key] for key in ("settings", "text")}
+                curve = [asdict(look) for look in state.curve]
+                known |= {"overlap": windows.overlap, "curve": curve, "best": state.best}
+                self._save(student, weights, fitted, processor, known)
             store.remove()
         return RecoverResult(
             folder=str(self.output),
@@ -293,16 +289,7 @@ class _Recovery:
             parameter.data = parameter.data.to(compute if name in layers else torch.float32).contiguous()
         return weights
 
-    def _save(
-        self,
-        student: Any,
-        weights: Weights,
-        on: dict[str, Grid],
-        state: Progressed,
-        windows: Windows,
-        processor: Any,
-        force: bool,
-    ) -> None:
+    def _save(self, student: Any, weights: Weights, on: dict[str, Grid], processor: Any, known: dict[str, Any]) -> None:
         """Write the folder, and verify pattern, manifest and what transformers loads."""
         source = self.source
         checkpoint = Checkpoint(source.folder, student)
@@ -312,7 +299,7 @@ class _Recovery:
                 return None
             return positive_zeros(weights.parameters[name].detach().cpu().to(checkpoint.read(name).dtype))
 
-        with outputs.atomic_folder(self.output, force=force) as temporary:
+        with outputs.atomic_folder(self.output, force=self.force) as temporary:
             checkpoint.rewrite(temporary, changed)
             loading.copy_settings(source, temporary, processor)
             written = Checkpoint(temporary, student)
@@ -322,13 +309,7 @@ class _Recovery:
                 "kind": "pruned",
                 "layers": {name: layers[name] | {"nonzeros": nonzeros[name], "output_error": None} for name in layers},
                 "grids_sha256": grids.write(temporary, {name.removesuffix(".weight"): on[name] for name in on}),
-                "recovery": {
-                    "settings": self.settings.model_dump(mode="json"),
-                    "text": fingerprint(windows.samples),
-                    "overlap": windows.overlap,
-                    "curve": [asdict(look) for look in state.curve],
-                    "best": state.best,
-                },
+                "recovery": known,
             }
             manifest.write(temporary, source, content)
             whole = ModelSource(str(self.output), temporary)
@@ -342,7 +323,8 @@ def _step_done(advance: Callable[[], None], loss: float) -> None:
     advance()
 
 
-def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSettings, device: str) -> None:
+def _check_models(what: Recovery) -> None:
+    source, teacher = what.source, what.teacher
     loading.check_model(source, "recover")
     if not manifest.is_pruned(source.folder):
         raise ModelError(
@@ -358,11 +340,10 @@ def _check_models(source: ModelSource, teacher: ModelSource, settings: RecoverSe
             f"teacher {teacher.name!r} has {theirs.vocab_size} tokens, and the pruned model {own.vocab_size}; give the "
             "dense model that it was pruned from"
         )
-    here = loading.choose_device(device)
-    processes = ranks.processes_here()
-    needed = processes * memory_needed(source, teacher, settings, getattr(torch, faster_dtype(here, Ranks())))
-    free = psutil.virtual_memory().available
-    if here == "cpu" and needed > free:
+    device, free = loading.choose_device(what.device), psutil.virtual_memory().available
+    compute = getattr(torch, faster_dtype(device, Ranks()))
+    needed = ranks.processes_here() * memory_needed(source, teacher, what.settings, compute)
+    if device == "cpu" and needed > free:
         raise UsageError(
             f"the training takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a "
             "smaller model, or prune with --fit balanced, which works on one block at a time"

@@ -1,6 +1,6 @@
 """The windows of a training, mixed from several texts by weight. The seed alone decides their order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -67,36 +67,28 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
         aside = numbers[::HELD_OUT_EVERY]
         few = max(1, min(len(aside), int(MOST_HELD_OUT * share)))
         held_out += aside[:: -(-len(aside) // few)]
-        queues.append(_Queue(share, [number for number in numbers if number not in aside], generator))
+        queues.append(_shuffled([number for number in numbers if number not in aside], generator))
         samples += found
         texts.append(found)
-    order = _mixed(queues, needed)
+    order = _mixed([Fraction(source.weight / total) for source in settings.data], queues, needed)
     steps = [order[first : first + settings.batch] for first in range(0, needed, settings.batch)]
     return Windows(samples, held_out, steps, _overlap(processor, texts, settings.disjoint_from))
 
 
-class _Queue:
+def _shuffled(numbers: list[int], generator: torch.Generator) -> Iterator[int]:
     """The windows of one text, without end; each pass has another order."""
-
-    def __init__(self, share: float, numbers: list[int], generator: torch.Generator) -> None:
-        self.share, self._numbers, self._generator = Fraction(share), numbers, generator
-        self.given = 0
-        self._left: list[int] = []
-
-    def next(self) -> int:
-        if not self._left:
-            order = torch.randperm(len(self._numbers), generator=self._generator).tolist()
-            self._left = [self._numbers[i] for i in order]
-        self.given += 1
-        return self._left.pop()
+    while True:
+        order = torch.randperm(len(numbers), generator=generator).tolist()
+        yield from (numbers[i] for i in reversed(order))
 
 
-def _mixed(queues: Sequence[_Queue], needed: int) -> list[int]:
+def _mixed(shares: Sequence[Fraction], texts: Sequence[Iterator[int]], needed: int) -> list[int]:
     """At any place each text has given its share, to the nearest window."""
-    order = []
+    order, given = [], [0] * len(texts)
     for place in range(1, needed + 1):
-        behind = max(queues, key=lambda queue: queue.share * place - queue.given)
-        order.append(behind.next())
+        behind = max(range(len(texts)), key=lambda text: shares[text] * place - given[text])
+        given[behind] += 1
+        order.append(next(texts[behind]))
     return order
 
 

@@ -4,12 +4,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.training.weights import Weights
 
 WARM_UP = 0.1
@@ -61,30 +59,14 @@ class Progressed:
     seconds: float = 0.0
 
 
-class Store(Protocol):
-    """Checkpoints, and the best weights."""
+class Store:
+    """Keeps the best weights in memory, and no checkpoints; `Checkpoints` keeps both on disk."""
 
     def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
-        """The latest checkpoint."""
+        return None
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint."""
-
-    def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
-        """Replace the best weights."""
-
-    def best(self, look: int) -> dict[str, Tensor]:
-        """The best weights."""
-
-
-class InMemory:
-    """Keeps the best weights and no checkpoints."""
-
-    def load(self) -> None:
-        """Nothing."""
-
-    def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
-        """Nothing is kept."""
+        pass
 
     def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
         self._best = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -103,10 +85,9 @@ class Trainer:
         loss: Callable[[Sequence[int]], Tensor],
         plan: Plan,
         store: Store | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
         self._network, self._weights, self._loss, self._plan = network, weights, loss, plan
-        self._store, self._ranks = store or InMemory(), ranks or Ranks()
+        self._store, self._ranks = store or Store(), weights.ranks
         self._trained = {
             f"{name} {part}": parameter
             for name, master in weights.masters.items()
@@ -127,16 +108,16 @@ class Trainer:
             step_done: called with the mean loss of each step.
             looked: called with each look but the first.
         """
-        plan, weights, state = self._plan, self._weights, Progressed()
-        if (kept := self._store.load()) is not None:
-            state = kept[0]
-            self._restore(kept[1])
+        plan, weights = self._plan, self._weights
+        state, tensors = self._store.load() or (Progressed(), None)
+        if tensors is not None:
+            self._restore(tensors)
         with weights.trained_in(self._network):
             weights.show()
             if not state.curve:
                 self._look(state)
-            started = saved = time.monotonic()
-            before = state.seconds
+            saved = time.monotonic()
+            started = saved - state.seconds
             for batch in plan.steps[state.step :]:
                 if len(state.curve) - 1 - state.best >= plan.patience:
                     break
@@ -145,7 +126,7 @@ class Trainer:
                 if state.step % plan.look_every == 0 or state.step == len(plan.steps):
                     looked(self._look(state))
                 now = time.monotonic()
-                state.seconds = before + now - started
+                state.seconds = now - started
                 if self._ranks.total(int(now - saved > CHECKPOINT_SECONDS), weights.device):
                     self._store.save(state, weights.state() | self._moments())
                     saved = time.monotonic()
@@ -162,7 +143,8 @@ class Trainer:
             total += loss.detach()
         self._ranks.sum_([total])
         weights.pull()
-        self._limit_gradients()
+        if plan.largest_norm < math.inf:
+            self._limit_gradients()
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * schedule_of(state.step, len(plan.steps))
         self._adam.step()
@@ -197,8 +179,6 @@ class Trainer:
         return [mine[first : first + count] for first in range(0, len(mine), count)]
 
     def _limit_gradients(self) -> None:
-        if math.isinf(self._plan.largest_norm):
-            return
         masters = self._trained.values()
         norm = nn.utils.get_total_norm([one.grad for one in masters if one.grad is not None])
         squares = norm.square().to(self._weights.device)

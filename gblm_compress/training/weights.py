@@ -1,7 +1,7 @@
 """The trained weights of a network: float32 masters of the surviving weights, and the parameters made from them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -148,9 +148,9 @@ class Weights:
         revive: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        self.layers, self._ranks = layers, ranks or Ranks()
+        self.layers, self.ranks = layers, ranks or Ranks()
         self.parameters = {name: layer.get_parameter("weight") for name, layer in layers.items()} | dict(others or {})
-        self._owner = owners({name: one.numel() for name, one in self.parameters.items()}, self._ranks.size)
+        self._owner = owners({name: one.numel() for name, one in self.parameters.items()}, self.ranks.size)
         self._survivors: dict[str, Survivors | None] = dict.fromkeys(self.parameters)
         self._gradients: dict[str, Tensor] = {}
         self.masters: dict[str, Master] = {}
@@ -164,22 +164,17 @@ class Weights:
                     self._on[name] = OnGrid(grids[name], factors, partial(as_matrix, layer))
                 if not revive:
                     self._survivors[name], keep = Survivors(keep), None
-            if self._owner[name] == self._ranks.rank:
+            if self._owner[name] == self.ranks.rank:
                 self.masters[name] = Master(values, self._survivors[name], self._on.get(name), keep)
 
     @contextmanager
     def trained_in(self, network: nn.Module) -> Iterator[None]:
         """Only these tensors require gradients, which are gathered here."""
-        with only_requires_grad(network, self.parameters.values()):  # tensors read from disk require none yet
-            hooks = [
-                parameter.register_post_accumulate_grad_hook(partial(self._gather, name))  # type: ignore[no-untyped-call]
-                for name, parameter in self.parameters.items()
-            ]
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with only_requires_grad(network, self.parameters.values()), ExitStack() as hooks:
+            for name, one in self.parameters.items():
+                gather = partial(self._gather, name)
+                hooks.enter_context(one.register_post_accumulate_grad_hook(gather))  # type: ignore[no-untyped-call]
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -199,19 +194,19 @@ class Weights:
         for name, parameter in self.parameters.items():
             if name in self.masters:
                 parameter.copy_(self.masters[name].weight)
-            self._ranks.send_(parameter.detach(), self._owner[name])
+            self.ranks.send_(parameter.detach(), self._owner[name])
 
     def pull(self) -> None:
         """Sum the gradients over all processes and pass them to the masters; a tensor without any keeps None."""
         came = torch.tensor([float(name in self._gradients) for name in self.parameters], device=self.device)
-        self._ranks.sum_([came])
+        self.ranks.sum_([came])
         for name, any_came in zip(self.parameters, came.tolist(), strict=True):
             if not any_came:
                 continue
             gradient = self._gradients.pop(name, None)
             if gradient is None:
                 gradient = self._packed(name, torch.zeros_like(self.parameters[name], dtype=torch.float32))
-            self._ranks.sum_to_(gradient, self._owner[name])
+            self.ranks.sum_to_(gradient, self._owner[name])
             if name in self.masters:
                 self.masters[name].pull(gradient)
 
@@ -222,7 +217,7 @@ class Weights:
         for parameter in self.parameters.values():
             parameter.copy_(positive_zeros(parameter))
         for name, on in self._on.items():
-            self._ranks.send_(on.factors.detach(), self._owner[name])
+            self.ranks.send_(on.factors.detach(), self._owner[name])
         return {name: on.grid for name, on in self._on.items()}
 
     def state(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
 from gblm_compress.training.checkpoints import Checkpoints
 from gblm_compress.training.imitation import Teacher
-from gblm_compress.training.recovery import recover
+from gblm_compress.training.recovery import Recovery, recover
 from gblm_compress.training.texts import grams, windows_of
 from gblm_compress.training.trainer import BETAS, Trainer, schedule_of
 from tests.conftest import CAUSAL_LM, prune
@@ -57,7 +57,7 @@ def pruned(tiny, tmp_path_factory):
 
 def run(source, teacher, output: Path, prose: Path, *, resume=False, **settings):
     chosen = RecoverSettings(**(SMALL | {"data": (str(prose),)} | settings))
-    return recover(source, teacher, output, chosen, resume=resume, progress=Progress(quiet=True))
+    return recover(Recovery(source, teacher, output, chosen), Progress(quiet=True), resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
