@@ -132,11 +132,11 @@ def test_relative_error_weighs_every_token_alike() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: str) -> None:
+def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: str, progress) -> None:
     ids, unseen = samples(16, 48), samples(4, 48, seed=5)
     dense = tiny_model(kind)
     pruned = tiny_model(kind)
-    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress=_quiet())
+    prune_(pruned, ids, PruneSettings(method="magnitude", pattern="2:4", fit="none"), progress)
     layers = prunable_layers(pruned)[0]
 
     def first_block(model, texts):
@@ -164,29 +164,31 @@ def test_reconstruction_lowers_the_error_of_unseen_samples(kind: str, compute: s
     assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
 
 
+def pruned_block(kind: str, **settings):
+    """The first block at 2:4: its error on held-out samples, its layers and their grids."""
+    ids, model = samples(16, 48), tiny_model(kind)
+    block, layers = replay(model, ids).block(0), prunable_layers(model)[0]
+    targets = [block.run(index) for index in range(len(ids))]
+    chosen = PruneSettings(pattern="2:4", **settings)
+    results, grids = prune_block_(block, layers, {}, chosen, chosen.budgets(list(layers)), Target(targets, "float32"))
+    for name, layer in layers.items():
+        weight = weight_matrix(layer).detach().contiguous()
+        assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and not has_negative_zeros(weight)
+        assert results[name].nonzeros == int((weight != 0).sum())
+    error = sum(float(relative_error(block.run(index), targets[index])) for index in (7, 15)) / 2
+    return error, layers, grids
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["wanda", "obs"])
 def test_rounds_of_reconstruction_choose_other_masks_and_never_end_worse(kind: str, method: str) -> None:
-    ids = samples(16, 48)
-    found = {}
+    errors, masks = [], []
     for rounds in (1, 2, 3):
-        model = tiny_model(kind)
-        block = replay(model, ids).block(0)
-        layers = prunable_layers(model)[0]
-        targets = [block.run(index) for index in range(len(ids))]
-        settings = PruneSettings(method=method, pattern="2:4", fit="balanced", rounds=rounds)
-        prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), Target(targets, "float32"))
-        outputs = [block.run(index) for index in (7, 15)]
-        error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True)) / 2
-        weights = {name: weight_matrix(layer).detach() for name, layer in layers.items()}
-        for weight in weights.values():
-            assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2
-            assert not has_negative_zeros(weight.contiguous())
-        found[rounds] = error, {name: weight != 0 for name, weight in weights.items()}
-    for rounds in (1, 2):
-        assert found[rounds + 1][0] <= found[rounds][0] * (1 + 1e-6)
-    assert found[2][0] < found[1][0]
-    assert any(not torch.equal(mask, found[2][1][name]) for name, mask in found[1][1].items())
+        error, layers, _ = pruned_block(kind, method=method, fit="balanced", rounds=rounds)
+        errors.append(error)
+        masks.append([layer.weight != 0 for layer in layers.values()])
+    assert errors[1] < errors[0] and errors[2] <= errors[1] * (1 + 1e-6)
+    assert any(not torch.equal(one, other) for one, other in zip(masks[0], masks[1], strict=True))
 
 
 def off_grid(layers, grids) -> int:
@@ -204,27 +206,13 @@ def off_grid(layers, grids) -> int:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_block_is_fitted_through_its_grids(kind: str) -> None:
     """The fit lowers the error of the rounded block, moves scales, and ends on the grids."""
-    ids = samples(16, 48)
-    errors = {}
-    for chosen in ("fast", "balanced"):
-        model = tiny_model(kind)
-        block = replay(model, ids).block(0)
-        layers = prunable_layers(model)[0]
-        targets = [block.run(index) for index in range(len(ids))]
-        settings = PruneSettings(method="wanda", pattern="2:4", fit=chosen, quantise="int4", group=32)
-        target = Target(targets, "float32")
-        results, grids = prune_block_(block, layers, {}, settings, settings.budgets(list(layers)), target)
-        outputs = [block.run(index) for index in (7, 15)]
-        error = sum(float(relative_error(o, t)) for o, t in zip(outputs, targets[7::8], strict=True))
+    quantised = {"method": "wanda", "quantise": "int4", "group": 32}
+    fast, balanced = (pruned_block(kind, fit=fit, **quantised) for fit in ("fast", "balanced"))
+    for _, layers, grids in (fast, balanced):
         assert off_grid(layers, grids) == 0
-        for name, layer in layers.items():
-            weight = weight_matrix(layer).detach().contiguous()
-            assert int((weight != 0).unflatten(1, (-1, 4)).sum(2).max()) == 2 and not has_negative_zeros(weight)
-            assert results[name].nonzeros == int((weight != 0).sum())
-        errors[chosen] = error, grids
-    assert errors["balanced"][0] < 0.98 * errors["fast"][0]
-    name = next(iter(layers))
-    assert not torch.equal(*(grids[name].scales for _, grids in errors.values()))
+    assert balanced[0] < 0.98 * fast[0]
+    name = next(iter(fast[1]))
+    assert not torch.equal(fast[2][name].scales, balanced[2][name].scales)
 
 
 def imitation(model, dense, ids, progress) -> Imitation:
@@ -303,9 +291,3 @@ def test_gradients_too_small_for_float16_reach_the_masters_of_its_layers() -> No
     assert result.after < 0.95 * result.before and set(seen) == {torch.float32}
     for name, layer in layers.items():
         assert layer.weight.dtype is torch.float16 and layer.weight.data_ptr() == stored[name]
-
-
-def _quiet():
-    from gblm_compress.progress import Progress
-
-    return Progress(quiet=True)
