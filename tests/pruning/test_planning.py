@@ -112,7 +112,8 @@ def test_no_fit_is_offered_that_cannot_run() -> None:
 def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, offers, tiny, monkeypatch) -> None:
     monkeypatch.setattr(planning, "_operations_per_second", lambda device, dtype: rate)
     settings, text = PruneSettings(), CalibrationSettings()
-    plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=SimpleNamespace(offload=False))
+    placement = planning.Placement(offload=False, states=0, by_sample=True)
+    plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=placement)
     line = planning.estimate(tiny("llama"), plan, "float32", text)
     assert line.startswith("this takes about ") and "GB of memory on this machine" in line
     assert ("--samples 16 --sequence-length 512 take about" in line) == offers
