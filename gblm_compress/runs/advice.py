@@ -29,7 +29,7 @@ from gblm_compress.settings import AdviseSettings, ExportSettings, PruneSettings
 
 PROMPT, WARM_UP, STEPS = 64, 10, 100
 FEW, WEIGHTS = 5, 40_000_000
-"""Least blocks and weights that are timed; fewer would drown in noise."""
+"""Least blocks, and weights, that are timed; fewer would drown in noise. A small model is timed whole."""
 WORTH = 1.15
 """A gain below this is not worth the quality that pruning takes."""
 WAYS: dict[str, tuple[str, str, dict[str, Any] | None]] = {
@@ -82,7 +82,8 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
         raise ModelError(f"model {source.name!r} is {task.help}, and advice is for models that generate text")
     loading.check_length(source, PROMPT + WARM_UP + STEPS, "the length that is timed")
     blocks = find_blocks(loading.load_skeleton(source))[1]
-    few = settings.blocks or max(FEW, WEIGHTS // sum(weight.numel() for weight in blocks[0].parameters()))
+    weights = sum(weight.numel() for weight in blocks[0].parameters())
+    few = settings.blocks or max(2, min(max(FEW, WEIGHTS // weights), len(blocks)))
     predictions, left_out = [], {}
     with TemporaryDirectory() as folder:
         cuts = {number: _cut(source, number, settings, Path(folder)) for number in (1, few)}
@@ -139,9 +140,10 @@ def _predict(way: str, cuts: dict[int, dict[bool, ModelSource]], blocks: int, th
     # A step of a model that is larger than the cache finds nothing there that the step before it left.
     total, cache = int(whole(*size)), last_cache_bytes()
     short, long = (_step_ms(each, dtype, threads, replacing(cache if total > cache else 0)) for each in made)
-    # The slope is steepest from a fast small model to a slow large one.
-    ends = whole(short.p90, long.p10), whole(short.p10, long.p90)
-    return Prediction(way, kind, total, whole(short.median, long.median), *ends)
+    # The slope is steepest from a fast small model to a slow large one, least the other way round.
+    middle = whole(short.median, long.median)
+    ends = sorted((whole(short.p90, long.p10), middle, whole(short.p10, long.p90)))
+    return Prediction(way, kind, total, middle, ends[0], ends[-1])
 
 
 def _step_ms(artefact: ModelSource, dtype: str, threads: int, between: Callable[[], None]) -> Spread:
