@@ -129,6 +129,7 @@ def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
     if settings.rate is not None:
         return settings.rate
     pruning = manifest.read(source.folder)["prune"]
+    # Folders of 0.1.0 have the key "update" instead.
     fitted = pruning.get("fit") in ("balanced", "best") or pruning.get("update") == "reconstruct"
     return RATE_AFTER_A_FIT if fitted else RATE
 
@@ -217,6 +218,8 @@ class _Running(Recovery):
             for name in weights.layers:
                 weights.parameters[name].data = weights.parameters[name].data.float()
             fitted = weights.finish()
+            # Now, so that the others do not wait for the first, which may save for longer than they may wait.
+            trained = group.total(weights.count, torch.device(self.device))
             if group.is_first:
                 progress.say("saving …")
                 known = {key: identity[key] for key in ("settings", "text")}
@@ -232,7 +235,7 @@ class _Running(Recovery):
             curve=tuple(state.curve),
             passes=windows.passes(state.step),
             overlap=windows.overlap,
-            trained=group.total(weights.count, torch.device(self.device)),
+            trained=trained,
             seconds=before.seconds + time.monotonic() - start,
         )
 
