@@ -148,7 +148,8 @@ class Trainer:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * schedule_of(state.step, len(plan.steps))
         self._adam.step()
-        self._adam.zero_grad()
+        for one in self._trained.values():  # those that Adam does not move have gradients too
+            one.grad = None
         for master in weights.masters.values():
             master.settle_()
         weights.show()

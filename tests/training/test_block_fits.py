@@ -122,6 +122,14 @@ def test_a_layer_without_survivors_stays_empty() -> None:
     assert torch.equal(fitted, torch.zeros(3)) and best == 0
 
 
+def test_no_gradient_outlives_its_step() -> None:
+    layer = torch.nn.Linear(2, 1)
+    layer.bias.data.zero_()  # so that Adam does not move it
+    weights = Weights({"w": layer}, {}, {"b": layer.bias})
+    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), How(1, 0.02, "float32").plan(3)).run()
+    assert [master.trained.grad for master in weights.masters.values()] == [None, None]
+
+
 def test_relative_error_weighs_every_token_alike() -> None:
     target = torch.tensor([[[1.0, 0.0], [1000.0, 0.0]]])
     small, huge = torch.zeros_like(target), torch.zeros_like(target)
