@@ -64,7 +64,7 @@ def spread(
 
     Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
     right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
-    above; at 2:4 with the usual deviation that leaves every layer at 2.
+    above; from 2:4, with the usual deviation, layers get 1:4, 2:4 or 3:4. N = 1 stays: no layer can have less.
 
     Args:
         budgets: of the layers that take part, all of one pattern.

@@ -21,6 +21,7 @@ from gblm_compress.calibration.weights import ResidentWeights, StatePool, Stream
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import PeakMemory, peak_memory
 from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import DENSE, Pattern
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.experts import run_all_, unfused
@@ -333,6 +334,14 @@ def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds
         notes.append(
             f"the exceptions keep {extra:,.0f} weights more than {settings.pattern} everywhere would "
             f"({100 * extra / uniform:.1f} %)"
+        )
+    free = {name: layer.pattern for name, layer in layers.items()} | dict.fromkeys(walked.exceptions, DENSE)
+    found = {pattern for name, pattern in free.items() if not settings.is_exception(name)}
+    if found - {settings.pattern}:
+        patterns = ", ".join(sorted(found, key=lambda name: -Pattern(name).sparsity(None)))
+        notes.append(
+            f"allocation {settings.allocation} gave layers the patterns {patterns}; give --allocation uniform to keep "
+            f"{settings.pattern} everywhere"
         )
     better = planning.better_fit(settings, several=plan.ranks.size > 1, offload=plan.placement.offload)
     cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0

@@ -1,5 +1,6 @@
 """The stages of a run, as a list made from the recipe."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +9,14 @@ from gblm_compress.calibration import generation
 from gblm_compress.errors import GblmError, UsageError
 from gblm_compress.exporters import check_grid, export
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
+from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
+from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
@@ -29,6 +32,7 @@ from gblm_compress.settings import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
+    PruneSettings,
     RecoverSettings,
 )
 from gblm_compress.training.recovery import Recovery, check_kind, checkpoint_bytes, recover
@@ -164,6 +168,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         unfit = errors.collect([lambda: job.patterns])  # a fault of the pruning stage
         patterns = {} if unfit or of_dense else job.patterns
         looks: list[Look] = [partial(exporters.check, job.dense if job.here else None, settings, patterns)]
+        looks.append(partial(_check_allocation, job.recipe.prune, settings, patterns))
         if job.recipe.prune.grid is not None and not of_dense:
             looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
         return errors.collect(looks)
@@ -183,6 +188,16 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         disk=disk,
         work=lambda progress: export(source, artefact.folder, settings, force=True, progress=progress),
     )
+
+
+def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
+    """Refuse a layout that needs a pattern where the allocation may give layers another one than `patterns` says."""
+    layout = LAYOUTS.get(FORMATS[settings.format].layout or "")
+    if layout and layout.pattern and any(prune.may_move(name, pattern) for name, pattern in patterns.items()):
+        raise UsageError(
+            f"allocation {prune.allocation} moves N of {prune.pattern}; export to {settings.format} needs "
+            f"{layout.pattern}: give allocation uniform"
+        )
 
 
 def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: str) -> Stage:

@@ -281,3 +281,8 @@ class PruneSettings(Settings):
 
     def is_exception(self, name: str) -> bool:
         return any(override.matches(name) for override in self.overrides)
+
+    def may_move(self, name: str, pattern: Pattern) -> bool:
+        """Whether the allocation may give a layer of an N:M pattern another N."""
+        n, _ = pattern.n_m or (1, 1)
+        return self.allocation != "uniform" and n > 1 and not self.is_exception(name)

@@ -73,6 +73,13 @@ def test_whole_groups_by_hand() -> None:
     assert [b.pattern.name for b in after.values()] == ["1:4", "3:4", "2:4"]
 
 
+def test_the_usual_deviation_moves_2_4_by_one() -> None:
+    budget = Budget(Pattern("2:4"), 0.5)
+    densities = {"none": 0.0, "half": 0.5, "all": 1.0}
+    after = spread(dict.fromkeys(densities, budget), dict.fromkeys(densities, 100), densities)
+    assert [b.pattern.name for b in after.values()] == ["1:4", "2:4", "3:4"]
+
+
 def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
     model, ids = tiny_model("llama"), samples()
     layers = {name: layer for block in prunable_layers(model) for name, layer in block.items()}

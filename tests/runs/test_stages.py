@@ -99,6 +99,22 @@ def test_a_pattern_within_2_4_has_no_fault(progress, pattern) -> None:
     assert faults(progress, prune={"pattern": pattern}, export=SEMI) == []
 
 
+@pytest.mark.parametrize("format", ["semi-structured", "semi-structured-int8"])
+@pytest.mark.parametrize("model", ["tiny", "owner/model"])
+def test_an_allocation_that_may_break_the_pattern_of_an_export(format, model, progress, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+
+    def found(pattern: str, format: str = format, **more) -> list[str]:
+        settings = {"pattern": pattern, "allocation": "sensitivity", **more}
+        return faults(progress, model=model, prune=settings, export=[{"format": format}])
+
+    assert found("2:4") == [
+        f"allocation sensitivity moves N of 2:4; export to {format} needs 2:4: give allocation uniform"
+    ]
+    assert found("2:4", format="bitmask") == found("1:4") == found("2:4", allocation="uniform") == []
+    assert found("1:4", overrides=[{"layers": "*", "pattern": "2:4"}]) == []
+
+
 def test_an_absent_package_and_an_unknown_task(progress, monkeypatch, tmp_path) -> None:
     evaluation = {"dataset": "demo", "sequence_length": 64, "tasks": ["nonsense"], "include_path": str(tmp_path)}
     with monkeypatch.context() as patch:
