@@ -227,16 +227,19 @@ def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: Calibrati
 
     takes = seconds(calibration)
     held = Size(source, dtype, settings, calibration).peak(plan.placement) + psutil.Process().memory_info().rss
-    line = f"this takes about {_words(takes)} and at most {held / 1e9:.1f} GB of memory on this machine"
+    line = f"this takes {_words(takes)} and at most {held / 1e9:.1f} GB of memory on this machine"
     small = calibration.model_copy(update=SMALL)
     if takes > LONG_SECONDS and seconds(small) < takes / 2:
-        line += f"; --samples 16 --sequence-length 512 take about {_words(seconds(small))}"
+        line += f"; --samples 16 --sequence-length 512 take {_words(seconds(small))}"
     return line
 
 
 def _words(seconds: float) -> str:
     minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"
+    if seconds < 1:
+        return "less than a second"
+    number = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"
+    return f"about {number}"
 
 
 def _operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
