@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from huggingface_hub import ModelCardData
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -14,7 +14,7 @@ from torch import nn
 import gblm_compress
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.quantisation import QUANTISERS, grid_in_words
+from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, grid_in_words
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
 from gblm_compress.models.loading import stored_dtype, task_of
@@ -31,6 +31,10 @@ _SHAPES = (
 
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
+if TYPE_CHECKING:  # a type checker cannot read a tuple of values
+    _Group: TypeAlias = str | int
+else:
+    _Group = Literal[ROW, *GROUPS]
 
 
 class _Layer(BaseModel, strict=True):
@@ -49,7 +53,7 @@ class _Prune(BaseModel, strict=True):
     method: str
     pattern: str
     quantise: Annotated[str, Field(pattern=f"^({'|'.join(QUANTISERS)})$")]
-    group: Literal["row"] | _Size | None
+    group: _Group | None
 
 
 class _Calibration(BaseModel, strict=True):
@@ -66,7 +70,7 @@ class _Base(BaseModel, strict=True):
 class _Manifest(BaseModel, strict=True):
     """The keys that are read again. Others may come and go with versions: the folders stay readable."""
 
-    kind: str
+    kind: Literal["reordered", "pruned", "export"]  # reordered: folders of 0.1.0
     base_model: _Base
     layers: dict[str, _Layer] = {}
     left_dense: dict[str, _LeftDense] = {}

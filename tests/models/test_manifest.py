@@ -84,6 +84,8 @@ def layer(**changes: Any) -> dict[str, Any]:
         ({"layers": {}}, "has its settings and its layers listed"),
         ({"prune": 5}, "prune: "),
         ({"prune": {"method": ["x |\n# INJECTED"]}}, r'prune.method: .* got \["x |\\n# INJECTED"\]'),
+        ({"prune": SETTINGS.model_dump(mode="json") | {"group": 1}}, "prune.group"),
+        ({"kind": "run"}, "kind: "),
         ({"calibration": []}, "calibration: "),
         ({"checks": []}, "checks: "),
         ({"left_dense": {"a": {"weights": "x", "reason": "y"}}}, "left_dense.a.weights"),
