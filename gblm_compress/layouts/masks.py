@@ -3,6 +3,7 @@
 All but `Whole` have a buffer, and convert to words of 64 bits, see `kernels.masks`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 
@@ -19,27 +20,27 @@ _INTEGER_OF = {4: torch.int32, 2: torch.int16}
 Shape = Sequence[int]  # (rows, columns) of a weight
 
 
-class Mask:
+class Mask(ABC):
     name: str | None  # of the buffer; None where all weights are stored
     dtype = torch.uint8  # of the buffer
     stored: str  # a key of `gpu.TILINGS`
     fills = False  # whether groups with fewer nonzeros store zeros, so that the shape alone gives the size
 
-    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        """The shape of the buffer; ModelError where rows cannot have that length."""
-        raise NotImplementedError
+    @abstractmethod
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """{name: shape} of the buffer, if there is one; ModelError where rows cannot have that length."""
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         """The shape of `count` stored values."""
         return (count + PADDING,)
 
+    @abstractmethod
     def bits(self, width: int) -> tuple[int, int]:
         """Bits of every weight, and more bits of every nonzero, for stored weights of `width` bits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, weight: Tensor) -> Tensor:
         """Which of [rows, columns] weights, or booleans, are stored; UsageError where the kind has no such mask."""
-        raise NotImplementedError
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
         """The buffer of a mask [rows, words]."""
@@ -80,7 +81,8 @@ class Mask:
 
     def check(self, buffer: Tensor, shape: Shape) -> None:
         """ModelError, beginning with the buffer's name, where it is no mask of a matrix of that shape."""
-        check_tensor(self.name or "", buffer, (self.dtype,), self.buffer_shape(shape))
+        for name, needed in self.buffers(shape).items():
+            check_tensor(name, buffer, (self.dtype,), needed)
 
     def check_values(self, values: Tensor, dtypes: Sequence[torch.dtype], shape: Shape, count: int) -> None:
         """ModelError, beginning with "values", where the mask has no such values."""
@@ -102,8 +104,8 @@ class Bitmask(Mask):
     dtype = torch.int64
     stored = "mask"
 
-    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        return shape[0], -(-shape[1] // WORD)
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        return {self.name: (shape[0], -(-shape[1] // WORD))}
 
     def bits(self, width: int) -> tuple[int, int]:
         return 1, width
@@ -147,10 +149,9 @@ class _TwoOfFour(Mask):
             )
         return super().cut(buffer, values, shape, rows, columns)
 
-    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
+    def _check_groups(self, shape: Shape) -> None:
         if shape[1] % 4:
             raise ModelError(f"shape: {shape[1]} columns are not a multiple of 4, which a 2:4 layout needs")
-        return shape[0], 0
 
 
 @cache
@@ -171,9 +172,9 @@ class Positions(_TwoOfFour):
 
     name = "positions"
 
-    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        rows, _ = super().buffer_shape(shape)
-        return rows, -(-shape[1] // 8)
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        self._check_groups(shape)
+        return {self.name: (shape[0], -(-shape[1] // 8))}
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         return shape[0], shape[1] // 2
@@ -204,9 +205,9 @@ class Patterns(_TwoOfFour):
 
     name = "patterns"
 
-    def buffer_shape(self, shape: Shape) -> tuple[int, int]:
-        rows, _ = super().buffer_shape(shape)
-        return rows, -(-shape[1] // WORD) * masks.PATTERN_BYTES
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        self._check_groups(shape)
+        return {self.name: (shape[0], -(-shape[1] // WORD) * masks.PATTERN_BYTES)}
 
     def from_words(self, mask: Tensor, columns: int) -> Tensor:
         return masks.to_patterns(mask)
@@ -227,6 +228,9 @@ class Whole(Mask):
 
     name = None
     stored = "all"
+
+    def buffers(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        return {}
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         return tuple(shape)

@@ -53,10 +53,11 @@ class Floats:
             raise ModelError(f"{self.counted} {count!r} is no number of values of a matrix of shape {list(shape)}")
         count = shape[0] * shape[1] * (self.width or 8) // 16 if self.mask.fills else count
         values = torch.empty(self.mask.values_shape(shape, count), dtype=dtype, device=device)
-        if not self.mask.name:
-            return {"values": values}
-        buffer = torch.empty(self.mask.buffer_shape(shape), dtype=self.mask.dtype, device=device)
-        return {self.mask.name: buffer, "values": values}
+        buffers = {
+            name: torch.empty(size, dtype=self.mask.dtype, device=device)
+            for name, size in self.mask.buffers(shape).items()
+        }
+        return {**buffers, "values": values}
 
     def sizes_of(self, held: Held, shape: Shape) -> dict[str, Any]:
         return {self.counted: max(0, held["values"].numel() - PADDING)} if self.counts else {}
