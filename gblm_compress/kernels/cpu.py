@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ class Quantised:
     levels: Tensor | None = None  # [1, 16] or [rows, 16] in int8; None where values are levels
     patterns: Tensor | None = None  # [rows, words·6] in uint8, see `masks`, for 2:4
     tried = (256, 64, 16, 8, 4, 2, 1)
-    has_many = False
+    has_many: ClassVar[Literal[False]] = False
 
     @property
     def rows(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.kernels import cpu
-from gblm_compress.machine import remembered
+from gblm_compress.machine import cpu_name, remembered
 
 TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM, small beside the model
 EVERY = 1 << 40  # the crossover of a kernel that is faster for any number of tokens
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int, d
 
 def linear_many(x: Tensor, weight: cpu.Weight) -> Tensor:
     """x Wᵀ by the kernel for many tokens if there is one, else by tiles."""
-    if isinstance(weight, cpu.Bitmask) and weight.has_many:
+    if weight.has_many:
         return weight.linear(x, many=True)
     return linear_by_tiles(x, weight)
 
@@ -68,8 +68,6 @@ def crossover(layout: str, weight: cpu.Weight, dtype: torch.dtype) -> int:
 
 @cache
 def _machine() -> str:
-    from gblm_compress.machine import cpu_name
-
     kernels = cpu.library_file()
     which = "none" if kernels is None else f"{crc32(kernels.read_bytes()):08x}"
     return f"{cpu_name()}, torch {torch.__version__}, kernels {which}"
