@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_masks_are_those_of_the_slow_procedure(kind: str, method: str, norm: str
         different += int((got != mask).sum())
         total += mask.numel()
     assert different / total < 1e-3  # a rounding difference may swap two weights of all but equal score
+
+
+def test_the_slow_procedure_can_tell_methods_apart() -> None:
+    choices = (("gblm", "l1"), ("gblm", "l2"), ("wanda", "l1"))
+    masks = [slow_prune(tiny_model("llama"), samples(), *choice, alpha=100.0) for choice in choices]
+    for one, other in combinations(masks, 2):
+        assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -337,6 +345,18 @@ def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose) -> None:
     extra = result.weights // 2
     assert result.warnings[0] == (
         f"the exceptions keep {extra:,} weights more than unstructured everywhere would (50.0 %)"
+    )
+
+
+@pytest.mark.parametrize(("pattern", "given"), [("2:4", "1:4, 2:4, 3:4"), ("1:4", None), ("unstructured", None)])
+def test_other_patterns_by_an_allocation_are_told(pattern, given, tiny, tmp_path, prose) -> None:
+    settings = PruneSettings(method="wanda", pattern=pattern, allocation="sensitivity", fit="none")
+    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
+    notes = [note for note in prune(tiny("llama"), tmp_path / "p", settings, text).warnings if "allocation" in note]
+    assert notes == (
+        [f"allocation sensitivity gave layers the patterns {given}; give --allocation uniform to keep 2:4 everywhere"]
+        if given
+        else []
     )
 
 

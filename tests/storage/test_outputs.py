@@ -38,6 +38,11 @@ def test_success_replaces_and_leaves_nothing_beside(tmp_path) -> None:
     assert read_json(target / MANIFEST) == {"files": ["file", MANIFEST]}
 
 
+def test_a_name_that_is_no_unicode() -> None:
+    with pytest.raises(UsageError, match="is no Unicode name"):
+        check_output(Path("out-\udcff"), force=False)
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_results_have_the_permissions_of_ordinary_files(umask, tmp_path, monkeypatch) -> None:
     before = os.umask(umask)
