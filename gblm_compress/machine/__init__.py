@@ -88,7 +88,7 @@ def cpu_flags() -> set[str]:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device multiplies faster in bfloat16 than in float32, by its instructions."""
+    """Whether the CPU or GPU has instructions for bfloat16; False where the system does not say."""
     if device.startswith("cuda"):
         import torch
 
