@@ -73,17 +73,18 @@ def complete(report: RunReport, artefact: str, card: str) -> str:
         found.data.base_model = None  # a local name, which the hub has no page for
     found.data.model_name = artefact
     dataset = str((report.recipe.get("evaluate") or {}).get("dataset", "unknown"))
-    found.data.eval_results = [
-        EvalResult(
-            task_type="text-generation" if "perplexity" in report.metrics else "other",
-            dataset_type=row.part or dataset,
-            dataset_name=row.part or dataset,
-            metric_type=name,
-            metric_value=round(row.value or 0.0, 4),
-        )
-        for name in (*report.metrics, *report.fidelity, "accuracy")
-        for row in report.find(name, artefact)
-    ]
+    found.data.eval_results = []
+    for name in (*report.metrics, *report.fidelity, "accuracy"):
+        for row in report.find(name, artefact):
+            task, _, metric = row.part.removesuffix(")").rpartition(" (")  # "piqa (acc)", or nothing
+            result = EvalResult(
+                task_type="text-generation" if "perplexity" in report.metrics else "other",
+                dataset_type=task or dataset,
+                dataset_name=task or dataset,
+                metric_type=metric or name,
+                metric_value=round(row.value or 0.0, 4),
+            )
+            found.data.eval_results.append(result)
     lines = ["", "## Measured", "", documents.plain(headline(report, artefact)), ""]
     found.text = "\n".join([found.text.rstrip(), *lines, *documents.markdown_tables(report, SHOWN), ""])
     return str(found)
