@@ -54,9 +54,9 @@ def report(folders: Sequence[Path], output: Path) -> ReportResult:
 
 
 def write(report: RunReport, output: Path) -> None:
-    """Write `report.json`, the page, and the charts as pictures."""
-    drawn = charts.of(report)
+    """Write `report.json`, then draw the charts for the page and as pictures."""
     records.write_text(output / REPORT, records.as_json(report.as_dict()))
+    drawn = charts.of(report)
     records.write_text(output / PAGE, html(report, drawn=drawn))
     for chart in drawn:
         charts.save(chart.picture, output / PICTURES / f"{chart.name}.png")

@@ -1,6 +1,7 @@
 """The report as tables and files: names from outside bend none of it, and it says what was measured."""
 
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -41,6 +42,23 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     assert "<script>" not in markdown and "\x1b" not in markdown and r"\|\`" in markdown
     assert all(line.count(" | ") == 5 for line in markdown.splitlines() if line.startswith("| max"))
     assert ElementTree.fromstring(documents.junit(hostile)).get("failures") == "1"
+
+
+def test_a_chart_that_fails_leaves_the_figures(tmp_path, monkeypatch) -> None:
+    def failing(_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(documents.charts, "of", failing)
+    with pytest.raises(RuntimeError, match="no picture"):
+        documents.write(report(), tmp_path)
+    assert run_report.read(tmp_path) == report()
+
+
+def test_the_page_describes_its_pictures_and_has_a_style_for_paper() -> None:
+    page = documents.html(report())
+    pictures = re.findall("<img[^>]*>", page)
+    assert len(pictures) == 11 and all(re.search(' alt="[^"]+"', picture) for picture in pictures)
+    assert "@media print {" in page
 
 
 def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
