@@ -11,6 +11,8 @@ from gblm_compress.runs.rows import DENSE, SIZE, GateOutcome, Row, amount, inter
 from gblm_compress.storage import records
 
 REPORT = "report.json"
+POSITIVE = ("bytes", "bytes_ratio", "weights")
+"""Figures that nothing real has at 0 or below."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def read(folder: Path) -> RunReport:
     """The report of a run, from its folder or its `report.json`."""
     path = folder / REPORT if folder.is_dir() else folder
     try:
-        return TypeAdapter(RunReport).validate_python(records.read_json(path))
+        report = TypeAdapter(RunReport).validate_python(records.read_json(path))
+        for number, row in enumerate(report.rows):
+            if row.figure in POSITIVE and not (row.value or 0) > 0:
+                raise ValueError(f"rows.{number}: {row.figure} of {row.where} should be greater than 0")
+        return report
     except OSError as error:
         raise UsageError(
             f"{str(folder)!r} holds no report of a run ({error.strerror or error}); give the folder that "
@@ -106,8 +112,8 @@ def read(folder: Path) -> RunReport:
         fault = error.errors()[0] if isinstance(error, ValidationError) else None
         said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else first_line(error)
         raise UsageError(
-            f"{str(path)!r} is no report that this version reads ({said}); `gblm-compress run` writes it anew and "
-            "reuses every finished stage"
+            f"{str(path)!r} is no report that this version reads ({said}); `gblm-compress run` writes it anew, "
+            "and does the stages of another version again"
         ) from error
 
 

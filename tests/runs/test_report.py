@@ -13,6 +13,7 @@ from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
 from gblm_compress.runs.rows import Row
 from gblm_compress.runs.run_report import headline
+from gblm_compress.storage.records import as_json
 from tests.runs.reports import HOSTILE, measured, model, models, report, write_report
 
 
@@ -118,6 +119,17 @@ def test_a_report_that_is_none(tmp_path, content, message) -> None:
     if content is not None:
         (tmp_path / run_report.REPORT).write_text(content)
     with pytest.raises(UsageError, match=message):
+        run_report.read(tmp_path)
+
+
+@pytest.mark.parametrize("figure", ["bytes", "bytes_ratio", "weights"])
+@pytest.mark.parametrize("value", [0, -1, None])
+def test_a_report_of_impossible_figures_is_refused(tmp_path, figure, value) -> None:
+    content = json.loads(as_json(report().as_dict()))
+    (number, row), *_ = [(number, row) for number, row in enumerate(content["rows"]) if row["figure"] == figure]
+    row["value"] = value
+    (tmp_path / run_report.REPORT).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"rows\.{number}: {figure} of .* should be greater than 0"):
         run_report.read(tmp_path)
 
 
