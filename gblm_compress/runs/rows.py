@@ -53,6 +53,10 @@ class Row:
     batch: int | None = None
     tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            object.__setattr__(self, "value", None)
+
     @property
     def where(self) -> str:
         batch = "" if self.batch is None else f", batch {self.batch}"
@@ -85,10 +89,11 @@ def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
     more_is_better = [name for name in model["metrics"] if name not in LESS_IS_BETTER]
     for name, (value, error, dense) in model["metrics"].items():
         yield row(name, value, error=error, baseline=dense)
-        if value is not None and dense:
-            yield row(f"{name}_increase", value / dense - 1)
+        if dense:
+            ratio = math.nan if value is None else value / dense
+            yield row(f"{name}_increase", ratio - 1)
             if name in more_is_better[:1]:
-                yield row("retained", value / dense)
+                yield row("retained", ratio)
     for name, value in model["fidelity"].items():
         yield row(name, value)
     if model["tasks"]:
@@ -211,17 +216,21 @@ class GateOutcome:
 def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[GateOutcome]:
     """The outcome of every gate: on every artefact for quality, on the best one for the rest.
 
-    Other gates are checked at each batch size. A speed-up must be significant, unless its artefact is named.
+    Other gates are checked at each batch size. A speed-up must be significant, unless its artefact is named. A quality
+    that is not finite fails.
     """
     outcomes: list[GateOutcome] = []
-    measured = [row for row in rows if not row.dense and not row.part and row.value is not None]
+    measured = [row for row in rows if not row.dense and not row.part]
     for group in groups:
         for name, limit in group.limits.items():
             found = [row for row in measured if row.figure == name[4:] and group.artefact in (None, row.artefact)]
+            of_quality = GATES[name].needs in ("evaluate", "tasks")
+            if not of_quality:
+                found = [row for row in found if row.value is not None]
             if not found:
                 subject = f"{group.artefact or 'all artefacts'}: not measured"
                 outcomes.append(GateOutcome(name, subject, limit, None, False, artefact=group.artefact))
-            elif GATES[name].needs in ("evaluate", "tasks"):
+            elif of_quality:
                 outcomes += [_outcome(name, limit, row) for row in found]
             else:
                 best = max if name.startswith("min_") else min
@@ -233,6 +242,8 @@ def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[Gat
 
 
 def _outcome(name: str, limit: float, row: Row, significant: bool = False) -> GateOutcome:
+    if row.value is None:
+        return GateOutcome(name, f"{row.where}: not finite", limit, None, False, artefact=row.artefact)
     end, subject = _worse_end(name, row), row.where
     passed = end >= limit if name.startswith("min_") else end <= limit
     if significant and name.endswith("speedup") and (row.low or 0) <= 1:

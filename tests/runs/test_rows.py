@@ -1,5 +1,6 @@
 """Rows and gates on results made by hand, whose figures and intervals are plain to see."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -94,8 +95,15 @@ def test_what_was_not_measured_or_is_not_finite_passes_no_gate() -> None:
         (gate,) = check_gates([GateSettings(artefact=artefact, **limits)], measured(DENSE, UNTIMED))
         subject = f"{artefact or 'all artefacts'}: not measured"
         assert (gate.passed, gate.measured, gate.subject) == (False, None, subject)
-    broken = BITMASK | {"metrics": {"perplexity": (None, None, 20.0)}}
-    assert outcomes(broken, max_perplexity=1e9) == {("max_perplexity", "all artefacts: not measured"): False}
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_quality_that_is_not_finite_fails_beside_others_that_pass(value) -> None:
+    broken = model("int4", 8.0, 300_000, 30.0) | {"metrics": {"perplexity": (value, None, 20.0)}}
+    for name in ("max_perplexity", "max_perplexity_increase"):
+        found = outcomes(PRUNED, broken, **{name: 1e9})
+        assert found == {(name, "pruned"): True, (name, "int4: not finite"): False}
+    assert {row.value for row in measured(broken) if row.figure.startswith("perplexity")} == {None}
 
 
 @pytest.mark.parametrize(
