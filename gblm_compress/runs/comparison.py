@@ -106,7 +106,7 @@ class Grid:
                 pruned = ModelSource(method, Path(folder) / "pruned")
                 place = {"dtype": self.dtype, "device": self.device}
                 job = PruneJob(reference.source, settings, text, ComputeSettings(**place))
-                cost = _in_own_process(method, partial(_prune, job, pruned.folder, progress.quiet))
+                cost = _in_own_process(f"{method}, {pattern}", partial(_prune, job, pruned.folder, progress.quiet))
                 found = evaluation.evaluate(pruned, asked, baseline=reference, progress=progress, **place)
             assert found.baseline is not None and found.fidelity is not None
             tasks = found.zero_shot
@@ -203,13 +203,13 @@ def summarise(cells: list[Cell]) -> list[dict[str, Any]]:
     return result
 
 
-def _in_own_process(method: str, prune: Callable[[], PruneResult]) -> PruneResult:
+def _in_own_process(cell: str, prune: Callable[[], PruneResult]) -> PruneResult:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(prune).result()
         except BrokenProcessPool as error:
             raise ModelError(
-                f"the process that pruned by {method} was killed, most likely for want of memory; the same command "
+                f"the process that pruned by {cell} was killed, most likely for want of memory; the same command "
                 "goes on from here, with fewer --samples or a shorter --sequence-length it needs less"
             ) from error
 

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from pydantic import ValidationError
@@ -90,6 +92,19 @@ def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) ->
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(DataError, match="short.txt' gives 5 tokens"):
         compare(tiny("llama"), tmp_path / "grid", grid(str(tmp_path / "short.txt"), str(prose)), progress=progress)
+
+
+def test_a_cell_that_was_killed_is_named(tiny, prose, tmp_path, progress, monkeypatch) -> None:
+    class Killed(ThreadPoolExecutor):
+        def __init__(self, workers: int, mp_context: object) -> None:
+            super().__init__(workers)
+
+        def submit(self, *_):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Killed)
+    with pytest.raises(ModelError, match="the process that pruned by wanda, 2:4 was killed"):
+        compare(tiny("llama"), tmp_path / "grid", grid(str(prose), str(prose)), progress=progress)
 
 
 def test_faults_are_found_before_the_first_pruning(tiny, prose, tmp_path, progress, monkeypatch) -> None:
