@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
@@ -146,10 +147,12 @@ def text_file(texts: Iterable[str] | Iterable[Mapping[str, Any]]) -> str:
     path = cache_folder() / "texts" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob("*.jsonl"):
-        if old != path and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-            old.unlink(missing_ok=True)
+        with suppress(OSError):  # another call removed it, or another user owns it
+            if old != path and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+                old.unlink()
     if path.exists():
-        path.touch()
+        with suppress(OSError):
+            path.touch()
     else:
         write_text(path, content)
     tasks.data_files(str(path))

@@ -153,6 +153,19 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
     assert Path(text_file(["c"])).exists() and not first.exists()
 
 
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_old_texts_that_cannot_be_removed_stop_no_call(monkeypatch, tmp_path, error) -> None:
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setenv("GBLM_COMPRESS_CACHE", str(tmp_path))
+    first = Path(text_file(["a"]))
+    os.utime(first, (0, 0))
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(Path, "touch", refused)
+    assert Path(text_file(["b"])).exists() and text_file(["a"]) == str(first)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
