@@ -31,6 +31,8 @@ PACKAGES = {
 class Runtime(Protocol):
     """A loaded model: it has `predict` if it is evaluated, `prefill` and `decode` if it generates.
 
+    `last_logits` belongs to torch and ONNX Runtime alone.
+
     Attributes:
         provider: where it runs, in the runtime's own words.
         dtype: of the weights.
@@ -129,7 +131,7 @@ def load_runtime(
     profile: Sequence[int] = (),
     generate: int = 0,
 ) -> Any:
-    """Load a folder.
+    """Load a folder as a `Runtime`, of which each class has what its models can do.
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.
