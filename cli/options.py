@@ -61,8 +61,7 @@ def add(program: typer.Typer, command: Command) -> None:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        dense = own.get("teacher") or (own.get("model") if command.name in ("prune", "generate") else None)
-        summaries.show(command.name, result, json_, dense or "MODEL")
+        summaries.show(command.name, result, json_, own)
         if failed := getattr(result, "failed_gates", None):
             count = f"{len(failed)} of {len(result.gates)} gates failed"
             raise together(GateError, count, [gate.sentence for gate in failed])

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from string import Formatter
+from types import MappingProxyType
 from typing import Any
 
 from rich.filesize import decimal
@@ -25,22 +26,27 @@ NEXT = "next: gblm-compress "
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def show(command: str, result: Any, as_json: bool, model: str = "MODEL") -> None:
-    """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints."""
+def show(command: str, result: Any, as_json: bool, given: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints.
+
+    Args:
+        given: the call's own arguments.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json or command == "schema":
         print(records.as_json(_plain(result)), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
-    for part in parts(command, result):
-        is_next = isinstance(part, str) and part.startswith(NEXT)
-        console.show(part.replace("MODEL", shlex.quote(model)) if is_next else part)
+    for part in parts(command, result, given):
+        console.show(part)
 
 
-def parts(command: str, result: Any) -> list[Any]:
-    """The tables and sentences that sum up a result."""
-    return SUMMARIES[command](result if command in ("run", "report") else _plain(result))
+def parts(command: str, result: Any, given: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    """The tables and sentences that sum up a result, and the next command."""
+    content = result if command in ("run", "report") else _plain(result)
+    words = FOLLOWING[command](content, given) if command in FOLLOWING else ()
+    return [*SUMMARIES[command](content), *([NEXT + shlex.join(words)] if words else ())]
 
 
 def _plain(result: Any) -> Any:
@@ -93,11 +99,6 @@ def _facts(facts: Mapping[str, str | None], cost: Mapping[str, Any] | None = Non
     return table(("", ""), ((name, fact) for name, fact in known.items() if fact), show_header=False)
 
 
-def _next(*words: str) -> str:
-    """The next command, with MODEL for the dense model."""
-    return NEXT + shlex.join(words)
-
-
 def prune(c: dict[str, Any]) -> list[Any]:
     from gblm_compress.models.manifest import reasons
 
@@ -110,7 +111,7 @@ def prune(c: dict[str, Any]) -> list[Any]:
         "left dense": reasons(c["left_dense"]),
     }
     notes = [f"note: {warning}" for warning in c["warnings"]]
-    return [_facts(facts, c), *notes, _next("evaluate", c["folder"], "--baseline", "MODEL")]
+    return [_facts(facts, c), *notes]
 
 
 def advise(c: dict[str, Any]) -> list[Any]:
@@ -121,11 +122,10 @@ def advise(c: dict[str, Any]) -> list[Any]:
 
 def generate(c: dict[str, Any]) -> list[Any]:
     facts = {
-        "texts": f"{c['texts']:,}, of {c['words']:,} words",
+        "texts": f"{c['texts']:,}, with {c['words']:,} words in all",
         "tokens": f"{c['tokens']:,}, in {c['dtype']}, {c['tokens'] / c['seconds']:,.0f} tokens/s",
     }
-    following = _next("prune", "MODEL", "-o", "pruned", "--calibration", c["file"])
-    return [_facts(facts, c | {"folder": c["file"]}), following]
+    return [_facts(facts, c | {"folder": c["file"]})]
 
 
 def recover(c: dict[str, Any]) -> list[Any]:
@@ -138,14 +138,14 @@ def recover(c: dict[str, Any]) -> list[Any]:
         "text": f"each window read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
-    return [_table(columns, curve), _facts(facts, c), _next("evaluate", c["folder"], "--baseline", "MODEL")]
+    return [_table(columns, curve), _facts(facts, c)]
 
 
 def export(c: dict[str, Any]) -> list[Any]:
     facts = {"format": c["format"], "size": _cell("{bytes:bytes} (source {source_bytes:bytes})", c)}
     for name, value in c["checks"].items():
         facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return [_facts(facts, c), _next("benchmark", c["folder"], "--baseline", "MODEL")]
+    return [_facts(facts, c)]
 
 
 def evaluate(c: dict[str, Any]) -> list[Any]:
@@ -316,3 +316,11 @@ SUMMARIES: dict[str, Callable[[Any], list[Any]]] = {
         doctor,
     )
 }  # fmt: skip
+
+FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
+    "prune": lambda c, given: ("evaluate", c["folder"], "--baseline", given.get("model", "MODEL")),
+    "generate": lambda c, given: ("prune", given.get("model", "MODEL"), "-o", "pruned", "--calibration", c["file"]),
+    "recover": lambda c, given: ("evaluate", c["folder"], "--baseline", given.get("teacher", "MODEL")),
+    "export": lambda c, _: ("benchmark", c["folder"], "--baseline", "MODEL"),
+}
+"""The words of the next command, from a result and the call's own arguments. MODEL is a dense model without a name."""

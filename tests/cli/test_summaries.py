@@ -50,3 +50,18 @@ def test_sentences_break_between_words_and_paths_not_at_all() -> None:
     assert " ".join(lines) == SENTENCE and lines[-1] == "/a/path/" + 80 * "x"
     assert all(len(line) <= 40 for line in lines[:-1])
     assert shown([SENTENCE], 40, terminal=False) == [SENTENCE]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        ("prune", {"model": "my MODELS"}, "evaluate MODELS/pruned --baseline 'my MODELS'"),
+        ("recover", {"teacher": "MODELS/dense"}, "evaluate MODELS/pruned --baseline MODELS/dense"),
+        ("generate", {"model": "demo"}, "prune demo -o pruned --calibration MODELS/text.txt"),
+        ("export", {"model": "MODELS/dense"}, "benchmark MODELS/pruned --baseline MODEL"),
+    ],
+)
+def test_the_next_command_has_the_paths_of_the_call(command: str, given, words: str, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(summaries.SUMMARIES, command, lambda _: ["summary"])
+    summaries.show(command, {"folder": "MODELS/pruned", "file": "MODELS/text.txt"}, False, given)
+    assert capsys.readouterr().out == f"summary\nnext: gblm-compress {words}\n"
