@@ -172,7 +172,7 @@ def save(picture: bytes, path: Path) -> None:
 
 
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:
-    """Points (row of x, row of y) with their errors and names.
+    """Points (row of x, row of y) with their errors and names, without those that are not finite.
 
     Args:
         front: joins the points that no other beats, where smaller x and smaller (1) or larger (-1) y are better.
@@ -180,8 +180,10 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
+    points = [(a, b) for a, b in points if a.value is not None and b.value is not None]
+
     def draw(axes: Any) -> None:
-        if log:
+        if log and points:
             axes.set(xscale="log", yscale="log")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

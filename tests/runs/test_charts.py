@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from gblm_compress.runs import charts
+from gblm_compress.runs.rows import Row
 from tests.runs.reports import HOSTILE, measured, models, report
 
 
@@ -63,3 +64,12 @@ def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
     assert given("step", "barh") == [([0, 1, 2], [10.0, 9.75, 5.0]), ([0, 1, 2], [5.0, 4.875, 2.5])]
     curve, kept = given("recovery", "plot")
     assert curve[:2] == ([0, 4000, 8000, 12_000], [0.9, 0.5, 0.4, 0.45]) and kept[:2] == ([8000], [0.4])
+
+
+@pytest.mark.parametrize("values", [(20.0, float("inf")), (float("nan"), float("inf"))])
+def test_a_method_whose_perplexity_is_not_finite_is_no_point(values) -> None:
+    points = [(Row("a", "method_seconds", 2.0), Row("a", "method_perplexity", value, baseline=9.0)) for value in values]
+    finite = [pair for pair in points if pair[1].value is not None]
+    assert charts.scatter(points, "seconds", "perplexity", log=True) == charts.scatter(
+        finite, "seconds", "perplexity", log=True
+    )
