@@ -56,7 +56,7 @@ def call(*arguments: str) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of what an artefact computes with."""
+    """The SHA-256 of each file that holds weights or a graph, {file name: digest}."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())

@@ -40,7 +40,7 @@ class ResidentWeights:
 
 
 class StreamedWeights:
-    """A model on disk, of which only the part at work is in memory.
+    """A model on disk; only the block at work is in memory.
 
     Changes to a block's weights are lost when its `with` ends. For a GPU the next block is read while one runs; on a
     CPU the pages of the file are used as they are where the dtype allows.

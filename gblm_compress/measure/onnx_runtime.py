@@ -26,7 +26,7 @@ from gblm_compress.tasks.task import Sample
 
 ONNX_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 PACKED = ("BitmaskLinear", "QuantisedLinear")  # operators of this package that read packed weights
-WARM = 6  # runs of the smallest profile, of which all but the first count
+WARM = 6  # runs of the smallest profile; the first does not count
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 AT_ONCE = "gblm_tokens_at_once"  # Key of a graph's metadata: the most tokens that it reads in one call, if limited
 STATE = re.compile(r"_state(_\d+)?$")  # Names of inputs and outputs of fixed size

@@ -46,9 +46,9 @@ class Choice:
 class Statistics:
     """What calibration measured of one layer. A field is None where no choice in use needs it.
 
-    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The division by the number of
-    samples is that of the released code of Wanda and GBLM; the formula of the papers, ‖X_j‖₂ over all tokens, has none.
-    It changes no order of wanda, but the weight of A beside α·G in gblm.
+    `activation_norm` is A_j = sqrt(mean over samples of the sum over tokens of x_j²). The released code of Wanda
+    and GBLM divides by the number of samples; the formula of the papers, ‖X_j‖₂ over all tokens, does not. The division
+    does not change the ranking of wanda. In gblm it changes the weight of A beside α·G.
 
     `gradient_norm` is (Σ_n |g_n|^p)^(1/p) over the samples' gradients g_n of the dense model's mean loss; p = 1 or 2.
 

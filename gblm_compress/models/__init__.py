@@ -1,1 +1,1 @@
-"""Finding, checking and loading models; their layers, and the manifest of what was done to them."""
+"""Finding, checking and loading models; their layers, and the manifest of a pruned or exported folder."""

@@ -142,7 +142,7 @@ def card_text(content: dict[str, Any], library: str, loading: str) -> str:
 def _provenance(
     settings: dict[str, Any], calibration: dict[str, Any] | None, layers: dict[str, Any], left_dense: dict[str, Any]
 ) -> tuple[dict[str, Any], float]:
-    """{property: value} of what was done to a model, and the share of zeros."""
+    """The rows of the card, {property: value}, and the share of zeros."""
     nonzeros = sum(layer["nonzeros"] for layer in layers.values())
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     total = weights + sum(dense["weights"] for dense in left_dense.values())

@@ -102,7 +102,7 @@ def check_float16(dtype: str, settings: PruneSettings, device: str) -> None:
 
 
 class Size:
-    """Bytes of a model and of what is measured on it, as far as its files and its config tell."""
+    """Bytes of a model, its statistics and its fits, estimated from its files and its config."""
 
     def __init__(
         self, source: ModelSource, dtype: str, settings: PruneSettings, calibration: CalibrationSettings

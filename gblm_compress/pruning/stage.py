@@ -222,7 +222,7 @@ def prune_(
     """Prune a model in memory, in place, and return {layer name: its result}.
 
     Args:
-        model: in eval mode; its class says what it is for.
+        model: in eval mode; its class tells its task.
         samples: of its task, on its device; may be empty for a method that needs no text.
     """
     with unfused(model):

@@ -45,8 +45,7 @@ GATES: dict[str, Gate] = {
         "Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %.", "evaluate", AtLeast0
     ),
     "min_retained": Gate(
-        "Share of the dense model's metric that is kept, of those of which more is better: Spearman's correlation of "
-        "embeddings, accuracy.",
+        "The metric as a share of the dense model's, where more is better: Spearman's correlation or accuracy.",
         "evaluate",
     ),
     "max_mean_kl": Gate("Largest mean KL divergence from dense, in nats per token.", "evaluate", AtLeast0),
