@@ -124,6 +124,11 @@ class Bitmask:
         return self.mask.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs, outputs and expanded rows."""
+        return self.values.dtype
+
+    @property
     def path(self) -> str:
         return path(self.values.dtype)
 
@@ -142,19 +147,15 @@ class Bitmask:
         `kernel` is one of `paths`, the best by default. `many` takes the kernel for many tokens, else that for 1 to 8.
         ValueError where x does not fit, or there is no such kernel.
         """
-        kernels, (tokens, columns), (rows, words) = library(), x.shape, self.mask.shape
-        if not x.is_cpu or x.dtype != self.values.dtype or columns != self.columns:
-            raise ValueError(
-                f"x is {x.dtype} on {x.device} with {columns} columns; the weight is {self.values.dtype} on the CPU "
-                f"with {self.columns}"
-            )
-        if columns != words * WORD:
-            x = torch.nn.functional.pad(x, (0, words * WORD - columns))
+        _check_x(self, x)
+        kernels, tokens, (rows, words) = library(), len(x), self.mask.shape
+        if self.columns != words * WORD:
+            x = torch.nn.functional.pad(x, (0, words * WORD - self.columns))
         x = x.contiguous()
         y = x.new_empty(tokens, rows)
         if tokens == 0:
             return y
-        codes = _codes(x.dtype, kernel)
+        codes = _codes(x.dtype, kernel or self.path)
         panels = scratch(kernels.gblm_panel_bytes(words, tokens, codes[0])) if many else None
         tensors = _at(self.mask, self.values, self.starts, x, y, panels)
         if not kernels.gblm_bitmask_linear(*tensors, rows, words, tokens, *codes, torch.get_num_threads()):
@@ -163,9 +164,9 @@ class Bitmask:
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
         """Write rows from `first` on, dense, into `out` [count, columns]; ValueError where they do not fit."""
-        _check_out(self, first, out, (self.values.dtype,))
+        _check_out(self, first, out)
         tensors = _at(self.mask, self.values, self.starts, out)
-        sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
+        sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel or self.path)
         if not library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel or self.path} for {self.columns} columns of {out.dtype}")
         return out
@@ -183,6 +184,7 @@ class Quantised:
     scales: Tensor  # [rows, groups], the bits of float16 as int16
     sums: Tensor  # [rows], see `values.row_sums`
     columns: int
+    dtype: torch.dtype  # of inputs, outputs and expanded rows
     group: int  # columns that share a scale; 0: all of a row
     mask: Tensor | None = None  # [rows, words] in int64
     starts: Tensor | None = None  # with a mask: the byte at which each row begins
@@ -205,25 +207,23 @@ class Quantised:
 
     def linear(self, x: Tensor, kernel: str | None = None) -> Tensor:
         """As `Bitmask.linear`, for any number of tokens; x is rounded to 16 bits with a scale for each token."""
-        kernels, kernel, tokens = library(), kernel or self.path, len(x)
-        if not x.is_cpu or x.dtype not in DTYPES or x.shape[1] != self.columns:
-            raise ValueError(f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight has {self.columns}")
-        x = x.contiguous()
+        _check_x(self, x)
+        kernels, kernel, tokens, x = library(), kernel or self.path, len(x), x.contiguous()
         y = x.new_empty(tokens, self.rows)
         if tokens == 0:
             return y
         rounded = scratch(kernels.gblm_quantised_bytes(self._words, tokens))
         tensors = *self._stored, *_at(self.sums, x, y, rounded)
-        sizes = self.rows, self._words, self.columns, tokens, *self._codes(x.dtype, kernel)
+        sizes = self.rows, self._words, self.columns, tokens, *self._layout, *_codes(x.dtype, kernel)
         if not kernels.gblm_quantised_linear(*tensors, *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel} for {self.columns} columns")
         return y
 
     def expand(self, first: int, out: Tensor, kernel: str | None = None) -> Tensor:
-        """As `Bitmask.expand`; `out` has any dtype of `DTYPES`."""
-        _check_out(self, first, out, tuple(DTYPES))
+        """As `Bitmask.expand`."""
+        _check_out(self, first, out)
         kernel = kernel or self.path
-        sizes = first, len(out), self._words, self.columns, *self._codes(out.dtype, kernel)
+        sizes = first, len(out), self._words, self.columns, *self._layout, *_codes(out.dtype, kernel)
         if not library().gblm_quantised_restore(*self._stored, out.data_ptr(), *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel} for {self.columns} columns")
         return out
@@ -236,9 +236,10 @@ class Quantised:
     def _stored(self) -> tuple[int | None, ...]:
         return _at(self.mask, self.patterns, self.values, self.starts, self.levels, self.scales)
 
-    def _codes(self, dtype: torch.dtype, kernel: str) -> tuple[int, ...]:
+    @property
+    def _layout(self) -> tuple[int, int]:
         stride = 0 if self.levels is None or len(self.levels) == 1 else 16  # from a row's levels to the next row's
-        return stride, self.group, DTYPES[dtype], PATHS.index(kernel)
+        return stride, self.group
 
 
 Weight = Bitmask | Quantised
@@ -249,12 +250,20 @@ def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:
 
 
 @cache
-def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
-    return DTYPES[dtype], PATHS.index(kernel or path(dtype))
+def _codes(dtype: torch.dtype, kernel: str) -> tuple[int, int]:
+    return DTYPES[dtype], PATHS.index(kernel)
 
 
-def _check_out(weight: Weight, first: int, out: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    fits = out.is_cpu and out.is_contiguous() and out.dtype in dtypes and out.shape[1:] == (weight.columns,)
+def _check_x(weight: Weight, x: Tensor) -> None:
+    if not x.is_cpu or x.dtype != weight.dtype or x.shape[1] != weight.columns:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device} with {x.shape[1]} columns; the weight is {weight.dtype} on the CPU with "
+            f"{weight.columns}"
+        )
+
+
+def _check_out(weight: Weight, first: int, out: Tensor) -> None:
+    fits = out.is_cpu and out.is_contiguous() and out.dtype == weight.dtype and out.shape[1:] == (weight.columns,)
     if not fits or not 0 <= first <= first + len(out) <= weight.rows:
         raise ValueError(f"rows {first} to {first + len(out)} of {weight.rows} into {out.dtype} {list(out.shape)}")
 

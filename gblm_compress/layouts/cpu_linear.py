@@ -19,10 +19,8 @@ TILE_BYTES = 8 << 20  # of an expanded tile: large enough for an efficient GEMM,
 EVERY = 1 << 40  # the crossover of a kernel that is faster for any number of tokens
 
 
-def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + b, [..., rows] for x [..., columns] in `dtype`: on the kernel for up to `crossover` tokens."""
-    if x.dtype != dtype:
-        raise ValueError(f"x is {x.dtype}; the layer's dtype is {dtype}")
+def linear(x: Tensor, weight: cpu.Weight, bias: Tensor | None, crossover: int) -> Tensor:
+    """x Wᵀ + b, [..., rows] for x [..., columns]: on the kernel for up to `crossover` tokens."""
     flat = x.reshape(-1, weight.columns)
     y = weight.linear(flat) if len(flat) <= crossover else linear_many(flat, weight)
     if bias is not None:
@@ -53,14 +51,14 @@ def kernel(weight: cpu.Weight, layout: str, tokens: int, crossover: int) -> str:
     return f"{layout} {weight.path}, many tokens" if weight.has_many else "expanded tiles and dense GEMM"
 
 
-def crossover(layout: str, weight: cpu.Weight, dtype: torch.dtype) -> int:
+def crossover(layout: str, weight: cpu.Weight) -> int:
     """The largest number of tokens, among `weight.tried`, for which the kernel is as fast as `linear_many`."""
     group = f"/{weight.group}" if isinstance(weight, cpu.Quantised) else ""
-    shape = f"{weight.rows}x{weight.columns}{group} {dtype} {torch.get_num_threads()} {weight.path}"
+    shape = f"{weight.rows}x{weight.columns}{group} {weight.dtype} {torch.get_num_threads()} {weight.path}"
     tokens = remembered(
         _machine(),
         f"crossover {layout} {shape}",
-        lambda: measure_crossover(weight, dtype),
+        lambda: measure_crossover(weight),
         lambda tokens: type(tokens) is int and tokens in weight.tried,
     )
     return EVERY if tokens > cpu.FEW_TOKENS and tokens == weight.tried[0] else tokens
@@ -73,10 +71,10 @@ def _machine() -> str:
     return f"{cpu_name()}, torch {torch.__version__}, kernels {which}"
 
 
-def measure_crossover(weight: cpu.Weight, dtype: torch.dtype) -> int:
+def measure_crossover(weight: cpu.Weight) -> int:
     part = weight.sample
     for tokens in weight.tried:
-        x = torch.ones(tokens, weight.columns, dtype=dtype)
+        x = torch.ones(tokens, weight.columns, dtype=weight.dtype)
         if tokens == 1 or _best_time(part.linear, x) <= _best_time(lambda x: linear_many(x, part), x):
             return tokens
     return 1

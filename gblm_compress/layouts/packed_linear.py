@@ -40,8 +40,8 @@ def on_cpu(
     """
     kind, held = LAYOUTS[layout].kind, _held(layout, tensors)
     dtype = held["like"].dtype if kind.width else held["values"].dtype
-    if crossover and (weight := kind.for_cpu(held, shape)) is not None:
-        return cpu_linear.linear(x, weight, bias, crossover, dtype)
+    if crossover and (weight := kind.for_cpu(held, shape, dtype)) is not None:
+        return cpu_linear.linear(x, weight, bias, crossover)
     return nn.functional.linear(x, kind.unpack(held, shape[1], dtype), bias)
 
 
@@ -185,7 +185,7 @@ class PackedLinear(nn.Module):
         # The registered operator is for tracing; called through it, Python's share of a decode step doubles.
         eager = not torch.compiler.is_compiling() and type(x) is Tensor and not x.requires_grad
         if eager and self._weight is not None and x.is_cpu:
-            return cpu_linear.linear(x, self._weight, bias, self.crossover, self.dtype)
+            return cpu_linear.linear(x, self._weight, bias, self.crossover)
         tensors = [getattr(self, name) for name in (*self.kind.names, *DERIVED)]
         shape = [self.out_features, self.in_features]
         return OPERATOR(x, tensors, bias, self.layout, shape, self.crossover, self.plan)
@@ -246,10 +246,10 @@ class PackedLinear(nn.Module):
         self.crossover, self.plan, self._weight = 0, "", None
         derived = {name: torch.empty(0, device=device) for name in DERIVED}
         if device.type == "cpu" and cpu.available():
-            self._weight = self.kind.for_cpu(held, self.shape)
+            self._weight = self.kind.for_cpu(held, self.shape, self.dtype)
         if self._weight is not None:
             derived |= {name: made for name in DERIVED if (made := getattr(self._weight, name, None)) is not None}
-            self.crossover = cpu_linear.crossover(self.layout, self._weight, self.dtype)
+            self.crossover = cpu_linear.crossover(self.layout, self._weight)
         elif cuda := self.cuda_kernels():
             weight = self.for_gpu()
             self.plan = cuda.plan(weight)

@@ -128,7 +128,7 @@ class Floats:
     def _row_starts(self, mask: Tensor) -> Tensor:
         return row_starts(mask)
 
-    def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
+    def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         """The weight for the CPU's kernels, None without any; `held` may have `starts` and `sums`."""
         if self.mask.stored != "mask":
             return None
@@ -252,7 +252,7 @@ class Levels(Floats):
         zeros = restored[weight == 0] if self.mask.fills else weight[:0]
         return super().error(restored, weight) if same_bits(zeros, torch.zeros_like(zeros)) else float("inf")
 
-    def for_cpu(self, held: Held, shape: Shape) -> cpu.Weight | None:
+    def for_cpu(self, held: Held, shape: Shape, dtype: torch.dtype) -> cpu.Weight | None:
         columns, scales, values = shape[1], held["scales"], held["values"]
         if columns > _MOST_COLUMNS:
             return None
@@ -262,7 +262,8 @@ class Levels(Floats):
         if not self.mask.name and columns % WORD:
             values = pad(values, (0, -columns % WORD))  # whole words
         sums = held["sums"] if "sums" in held else row_sums(self.levels_of(held, columns), scales)
-        return cpu.Quantised(values, scales, sums, columns, group_of(columns, scales.shape[1]) or 0, **stored)
+        group = group_of(columns, scales.shape[1]) or 0
+        return cpu.Quantised(values, scales, sums, columns, dtype, group, **stored)
 
 
 class Places(Levels):

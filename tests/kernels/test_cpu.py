@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -100,8 +101,9 @@ def levels(layout: str, rows: int, columns: int, group: int | None) -> tuple[Ten
 def test_products_and_rows_of_levels(layout: str, group: int | None, path: str) -> None:
     for rows, columns in (*SHAPES, (9, 128), (65, 130), (4, 4500)):
         columns += -columns % 4 if LAYOUTS[layout].pattern else 0
-        weight, quantised = levels(layout, rows, columns, group)
+        weight, of_levels = levels(layout, rows, columns, group)
         for dtype in DTYPES:
+            quantised = replace(of_levels, dtype=dtype)
             out = torch.full((rows, columns), 7.0, dtype=dtype)
             assert torch.equal(quantised.expand(0, out, path), weight.to(dtype))
             last = torch.full((1, columns), 7.0, dtype=dtype)
@@ -157,7 +159,7 @@ def test_levels_on_any_number_of_threads(threads: int) -> None:
 @pytest.mark.parametrize("packed", [bitmask(8, 100, torch.float32)[1], levels("bitmask-int8", 8, 100, None)[1]])
 def test_unfit_tensors_are_refused(packed: Any) -> None:
     for x in (torch.ones(1, 101), torch.ones(1, 100, dtype=torch.float64), torch.ones(1, 100, device="meta")):
-        with pytest.raises(ValueError, match="the weight (has 100|is torch.float32 on the CPU with 100)"):
+        with pytest.raises(ValueError, match="the weight is torch.float32 on the CPU with 100"):
             packed.linear(x)
     for first, out in ((0, torch.ones(9, 100)), (-1, torch.ones(1, 100)), (0, torch.ones(1, 99))):
         with pytest.raises(ValueError, match="rows .* of 8 into"):
