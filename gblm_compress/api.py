@@ -221,10 +221,12 @@ def compare(
     outputs.check_workable(Path(output), "comparison")
     texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
+        from gblm_compress.measure.evaluation import Reference
         from gblm_compress.runs import comparison
 
-        grid = comparison.Grid(settings, text, evaluation, compute.dtype, compute.device)
-        return comparison.compare(source, Path(output), grid, progress=progress)
+        dense = Reference(source, **compute.model_dump(), folder=Path(output))
+        grid = comparison.Grid(dense, Path(output), settings, text, evaluation, compute)
+        return comparison.compare(grid, progress)
 
 
 @command

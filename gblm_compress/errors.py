@@ -29,6 +29,7 @@ class GblmError(Exception):
 
     exit_code = 1
     faults: tuple[str, ...] = ()
+    parts: "tuple[GblmError, ...]" = ()
     result: Any = None
 
 
@@ -96,13 +97,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def collect(looks: Iterable[Callable[[], object]]) -> list[GblmError]:
-    """The errors that these functions raise, in order."""
-    found = []
+    """The errors that these functions raise, in order; those of `raise_all` one by one."""
+    found: list[GblmError] = []
     for look in looks:
         try:
             look()
         except GblmError as error:
-            found.append(error)
+            found += error.parts or (error,)
     return found
 
 
@@ -114,7 +115,9 @@ def raise_all(faults: list[GblmError]) -> None:
     if different:
         kinds = {type(fault) for fault in different}
         kind = kinds.pop() if len(kinds) == 1 else UsageError
-        raise together(kind, f"{len(different)} faults", [str(fault) for fault in different])
+        several = together(kind, f"{len(different)} faults", [str(fault) for fault in different])
+        several.parts = tuple(different)
+        raise several
 
 
 def together(kind: type[E], title: str, messages: list[str], shown: int | None = None) -> E:

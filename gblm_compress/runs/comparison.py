@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress import errors
-from gblm_compress.errors import GblmError, ModelError, UsageError
+from gblm_compress.errors import ModelError, UsageError, raise_all
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
 from gblm_compress.measure.evaluation import Reference
@@ -27,7 +27,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.pruning.stage import PruneJob, PruneResult, prune
 from gblm_compress.runs import charts, rows
-from gblm_compress.runs.job import Stage, carry_out
+from gblm_compress.runs.job import Look, Stage, carry_out
 from gblm_compress.settings import (
     CalibrationSettings,
     CompareSettings,
@@ -80,34 +80,33 @@ class CompareResult:
 
 @dataclass(frozen=True)
 class Grid:
-    """The compared methods; seeds 0, 1, … replace the calibration's own."""
+    """The compared methods, and the folder of their cells; seeds 0, 1, … replace the calibration's own."""
 
+    dense: Reference
+    output: Path
     settings: CompareSettings
     calibration: CalibrationSettings
     evaluation: EvaluateSettings
-    dtype: str = "auto"
-    device: str = "auto"
+    compute: ComputeSettings
 
     def methods(self) -> list[PruneSettings]:
         pairs = product(self.settings.patterns, self.settings.methods)
         return [self.settings.prune_settings(method, pattern) for pattern, method in pairs]
 
-    def stages(self, reference: Reference, output: Path) -> list[Stage]:
-        grid = product(self.settings.patterns, self.settings.methods, range(self.settings.seeds))
-        return [self._stage(reference, output, method, pattern, seed) for pattern, method, seed in grid]
+    def stages(self, progress: Progress) -> list[Stage]:
+        cells = product(self.settings.patterns, self.settings.methods, range(self.settings.seeds))
+        return [self._stage(method, pattern, seed, progress) for pattern, method, seed in cells]
 
-    def _stage(self, reference: Reference, output: Path, method: str, pattern: str, seed: int) -> Stage:
-        settings = self.settings.prune_settings(method, pattern)
-        text = self.calibration.model_copy(update={"seed": seed})
-        asked = self.evaluation
+    def _stage(self, method: str, pattern: str, seed: int, progress: Progress) -> Stage:
+        settings, text = self.settings.prune_settings(method, pattern), self.calibration
+        text, asked, place = text.model_copy(update={"seed": seed}), self.evaluation, self.compute.model_dump()
+        job = PruneJob(self.dense.source, settings, text, self.compute)
 
-        def work(progress: Progress) -> Cell:
-            with tempfile.TemporaryDirectory(prefix=".cell-", dir=output) as folder:
+        def work() -> Cell:
+            with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as folder:
                 pruned = ModelSource(method, Path(folder) / "pruned")
-                place = {"dtype": self.dtype, "device": self.device}
-                job = PruneJob(reference.source, settings, text, ComputeSettings(**place))
                 cost = _in_own_process(f"{method}, {pattern}", partial(_prune, job, pruned.folder, progress.quiet))
-                found = evaluation.evaluate(pruned, asked, baseline=reference, progress=progress, **place)
+                found = evaluation.evaluate(pruned, asked, baseline=self.dense, progress=progress, **place)
             assert found.baseline is not None and found.fidelity is not None
             tasks = found.zero_shot
             return Cell(
@@ -129,26 +128,23 @@ class Grid:
         return Stage(
             name=name,
             does=f"compare: {name}",
-            home=output,
-            reads=(reference.source,),
+            home=self.output,
+            reads=(self.dense.source,),
             texts=(text.dataset, asked.dataset),
-            decides=lambda: [settings, text, asked, fingerprint(), self.dtype, self.device],
+            decides=lambda: [settings, text, asked, fingerprint(), place["dtype"], place["device"]],
             work=work,
         )
 
 
-def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progress: Progress) -> CompareResult:
-    """Prune and evaluate every cell; write records, table and plot to `output`. Finished cells are reused."""
-    with outputs.working_in(output, "comparison"), ExitStack() as stack:
-        source = dense.source if isinstance(dense, Reference) else dense
-        absent = errors.collect([partial(loading.choose_device, grid.device)])
-        errors.raise_all(absent + check(source, grid, progress))
+def compare(grid: Grid, progress: Progress) -> CompareResult:
+    """Prune and evaluate every cell; write records, table and plot. Finished cells are reused."""
+    output, source = grid.output, grid.dense.source
+    with outputs.working_in(output, "comparison"), closing(grid.dense):
+        check(grid, progress)
         evaluation.prepare(source, grid.evaluation, progress)  # before the first pruning
-        grid = replace(grid, device=loading.choose_device(grid.device))
-        if isinstance(dense, ModelSource):
-            made = Reference(dense, dtype=grid.dtype, device=grid.device, folder=output)
-            dense = stack.enter_context(closing(made))
-        cells = [Cell(**carry_out(stage, progress).result) for stage in grid.stages(dense, output)]
+        device = loading.choose_device(grid.compute.device)
+        stages = replace(grid, compute=grid.compute.model_copy(update={"device": device})).stages(progress)
+        cells = [Cell(**carry_out(stage, progress).result) for stage in stages]
         result = CompareResult(
             model=source.name,
             dense_perplexity=cells[0].dense_perplexity,
@@ -167,22 +163,22 @@ def compare(dense: ModelSource | Reference, output: Path, grid: Grid, *, progres
         return result
 
 
-def check(source: ModelSource, grid: Grid, progress: Progress, *, text_is_given: bool = True) -> list[GblmError]:
-    """The faults of every cell that show before the first."""
-    if unusable := errors.collect([partial(loading.check_model, source, "compare")]):
-        return unusable
-    task, text, methods = loading.task_of(source), grid.calibration, grid.methods()
+def check(grid: Grid, progress: Progress, *, text_is_given: bool = True) -> None:
+    """Raise the faults of every cell that show before the first."""
+    source, text, methods = grid.dense.source, grid.calibration, grid.methods()
+    loading.check_model(source, "compare")
+    task = loading.task_of(source)
     if not task.generates:
-        return [UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")]
-    looks: list[Callable[[], object]] = []
+        raise UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")
+    looks: list[Look] = [partial(loading.choose_device, grid.compute.device)]
     if any(method.needs_text for method in methods):
         if text_is_given:
             looks.append(partial(task.data_files, text.dataset))
         looks.append(partial(loading.check_length, source, text.sequence_length))
-    if found := errors.collect(looks) + evaluation.check([source], grid.evaluation, progress):
-        return found
+    looks.append(lambda: raise_all(evaluation.check([source], grid.evaluation, progress)))
+    raise_all(errors.collect(looks))
     skeleton = loading.load_skeleton(source)
-    return errors.collect(partial(uniform_budgets, skeleton, method) for method in methods)
+    raise_all(errors.collect(partial(uniform_budgets, skeleton, method) for method in methods))
 
 
 def summarise(cells: list[Cell]) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.runs.run_report import Outcome
-from gblm_compress.settings import CalibrationSettings, ExportSettings, Recipe, RecoverSettings
+from gblm_compress.settings import CalibrationSettings, ComputeSettings, ExportSettings, Recipe, RecoverSettings
 from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs, records
 
@@ -38,21 +38,26 @@ Look = Callable[[], object]
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe, its dense model (only its name, unless it is `here`) and the run's folder."""
+    """A recipe, its dense model if that was `found` on this machine, and the run's folder."""
 
     recipe: Recipe
-    dense: ModelSource
-    here: bool
+    found: ModelSource | None
     output: Path
+    progress: Progress = field(default_factory=partial(Progress, quiet=True))
 
-    @classmethod
-    def of(cls, recipe: Recipe, dense: ModelSource | None, output: Path) -> "Job":
-        name = recipe.model.source
-        return cls(recipe, dense or ModelSource(name, Path(name)), dense is not None, output)
+    @cached_property
+    def dense(self) -> ModelSource:
+        """The dense model; only its name, unless it was found."""
+        name = self.recipe.model.source
+        return self.found or ModelSource(name, Path(name))
 
     @property
     def dtype(self) -> str:
         return self.recipe.model.dtype
+
+    @property
+    def compute(self) -> ComputeSettings:
+        return ComputeSettings(dtype=self.recipe.model.dtype, device=self.device)
 
     @cached_property
     def device(self) -> str:
@@ -103,7 +108,7 @@ class Job:
     @cached_property
     def patterns(self) -> dict[str, Pattern]:
         """{layer: pattern} of the pruning. Raises a GblmError if a pattern fits no layer."""
-        if not self.here:
+        if self.found is None:
             return {"prune.pattern": self.recipe.prune.uniform_budget.pattern}
         budgets = uniform_budgets(loading.load_skeleton(self.dense), self.recipe.prune)
         return {name: budget.pattern for name, budget in budgets.items() if budget.pattern.name != DENSE}
@@ -126,10 +131,10 @@ class Job:
 
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
         """Checks of the given texts, and of the length under a recipe's `key`."""
-        task = loading.task_of(self.dense) if self.here else tasks
+        task = loading.task_of(self.found) if self.found else tasks
         looks: list[Look] = [partial(task.data_files, name) for name in texts if self.is_given(name)]
-        if length and self.here:
-            looks.append(partial(loading.check_length, self.dense, length, key))
+        if length and self.found:
+            looks.append(partial(loading.check_length, self.found, length, key))
         return looks
 
 
@@ -141,19 +146,16 @@ class Disk:
     meanwhile: int = 0
 
 
-def _none(progress: Progress) -> list[GblmError]:
-    return []
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of a run: its inputs, its check and its work.
+    """One stage of a run: its inputs and its work.
 
     Attributes:
         does: the work in words.
         home: the folder of its record.
         decides: settings and plain values that decide the result, besides the inputs.
         place: the folder or text that it writes, if any.
+        looks: what can be checked before the work.
         cells: its parts, which have records of their own.
     """
 
@@ -163,8 +165,8 @@ class Stage:
     reads: tuple[ModelSource, ...] = ()
     texts: tuple[str, ...] = ()
     decides: Callable[[], list[Any]]
-    work: Callable[[Progress], Any]
-    check: Callable[[Progress], list[GblmError]] = _none
+    work: Callable[[], Any]
+    looks: Sequence[Look] = ()
     place: Path | None = None
     disk: Callable[[], Disk] = Disk
     cells: "tuple[Stage, ...]" = ()
@@ -213,7 +215,7 @@ def carry_out(stage: Stage, progress: Progress) -> Outcome:
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be replaced: {error.strerror}; remove it") from error
     start = time.perf_counter()
-    result = json.loads(json.dumps(stage.work(progress).as_dict()))
+    result = json.loads(json.dumps(stage.work().as_dict()))
     seconds = time.perf_counter() - start
     record = Record(key=key, content=_content(stage.place), seconds=seconds, result=result)
     path.parent.mkdir(exist_ok=True)

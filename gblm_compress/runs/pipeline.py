@@ -42,20 +42,20 @@ def check(recipe: Recipe, progress: Progress) -> list[GblmError]:
 
 def check_model(recipe: Recipe, dense: ModelSource | None, progress: Progress) -> list[GblmError]:
     unusable = errors.collect([partial(loading.check_model, dense, "prune")]) if dense else []
-    job = Job.of(recipe, None if unusable else dense, ANYWHERE)
-    found = unusable + [fault for stage in stages_of(job) for fault in stage.check(progress)]
+    job = Job(recipe, None if unusable else dense, ANYWHERE, progress)
+    found = unusable + errors.collect(look for stage in stages_of(job) for look in stage.looks)
     return list({str(fault): fault for fault in found}.values())
 
 
 def check_output(recipe: Recipe, output: Path) -> list[GblmError]:
     """Foreign files where the run would write."""
     foreign = errors.collect([partial(outputs.check_workable, output, "run")])
-    return foreign or errors.collect(stage.check_place for stage in stages_of(Job.of(recipe, None, output)))
+    return foreign or errors.collect(stage.check_place for stage in stages_of(Job(recipe, None, output)))
 
 
 def unchecked(recipe: Recipe) -> list[str]:
     """The model and datasets that are not on this machine yet, which `check` cannot look at."""
-    job = Job.of(recipe, None, ANYWHERE)
+    job = Job(recipe, None, ANYWHERE)
     datasets = dict.fromkeys(name for stage in stages_of(job) for name in stage.texts)
     model = [] if find_here(recipe.model.source) else [f"model {recipe.model.source}"]
     return model + [f"dataset {name}" for name in filter(job.is_given, datasets) if not tasks.is_here(name)]
@@ -74,43 +74,33 @@ class Step:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The stages that a run would do. `unchecked` are models and texts that are not on this machine yet."""
+    """The stages that a run would do.
+
+    Attributes:
+        unchecked: models and texts that are not on this machine yet.
+        bytes: most bytes on disk; None if the model is not here.
+        seconds: the last time of the steps to do; None unless all are recorded.
+    """
 
     output: str
     steps: list[Step]
     gates: list[dict[str, Any]]
     free_bytes: int
     unchecked: list[str]
-
-    @property
-    def to_do(self) -> list[Step]:
-        return [step for step in self.steps if step.fate != "reuse"]
-
-    @property
-    def bytes(self) -> int | None:
-        """Most bytes on disk; None if the model is not here."""
-        disks = [step.disk for step in self.to_do if step.disk is not None]
-        if len(disks) < len(self.to_do):
-            return None
-        return sum(disk.stays for disk in disks) + max((disk.meanwhile for disk in disks), default=0)
-
-    @property
-    def seconds(self) -> float | None:
-        """The last time of the steps to do; None unless all are recorded."""
-        known = [step.seconds for step in self.to_do if step.seconds is not None]
-        return sum(known) if len(known) == len(self.to_do) else None
+    bytes: int | None
+    seconds: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "bytes": self.bytes, "seconds": self.seconds}
+        return asdict(self)
 
 
 def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
     """The stages that a run in `output` would do. Nothing is written."""
-    job = Job.of(recipe, find_here(recipe.model.source), output)
+    job = Job(recipe, find_here(recipe.model.source), output, progress)
     steps: list[Step] = []
-    made_anew: set[Path] = set() if job.here else {job.dense.folder}
+    made_anew: set[Path] = set() if job.found else {job.dense.folder}
     for stage in stages_of(job):
-        disk = stage.disk() if job.here else None
+        disk = stage.disk() if job.found else None
         for part in stage.cells or (stage,):
             known = made_anew.isdisjoint([*(source.folder for source in part.reads), *map(Path, part.texts)])
             record = read_record(part, progress)
@@ -123,7 +113,11 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
                 made_anew.add(part.place)
             steps.append(Step(part.name, part.does, fate, disk, record.seconds if record else None))
     gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
-    return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe))
+    to_do = [step for step in steps if step.fate != "reuse"]
+    disks, times = ([getattr(step, name) for step in to_do] for name in ("disk", "seconds"))
+    size = sum(disk.stays for disk in disks) + max((disk.meanwhile for disk in disks), default=0) if job.found else None
+    seconds = None if None in times else sum(times)
+    return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe), size, seconds)
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
@@ -136,7 +130,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     dense = resolve_model(recipe.model.source, progress)
     if not was_here:
         errors.raise_all(check_model(recipe, dense, progress))
-    job = Job.of(recipe, dense, output)
+    job = Job(recipe, dense, output, progress)
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
@@ -144,7 +138,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         outcomes, comparison = [], None
         for stage in stages_of(job):
             if stage.cells:
-                comparison = stage.work(progress).as_dict()
+                comparison = stage.work().as_dict()
             else:
                 outcomes.append(carry_out(stage, progress))
         result = _report(job, outcomes, comparison)

@@ -1,12 +1,11 @@
 """The stages of a run, as a list made from the recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 
 from gblm_compress import errors, exporters
 from gblm_compress.calibration import generation
-from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.exporters import check_grid, export
 from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
 from gblm_compress.layouts import LAYOUTS
@@ -19,7 +18,6 @@ from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import Size
 from gblm_compress.pruning.stage import PruneJob, prune
 from gblm_compress.runs import comparison
@@ -28,7 +26,6 @@ from gblm_compress.settings import (
     GATES,
     BenchmarkSettings,
     CompareSettings,
-    ComputeSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -74,7 +71,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
     found = []
     for settings in filter(job.can_run, recipe.export):
         if timed & set(FORMATS[settings.format].runtimes):
-            known = job.here or settings.dtype != "auto"
+            known = job.found or settings.dtype != "auto"
             half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
             stored = {"dtype": settings.dtype, "kernels": half, "quantise": settings.quantise}
             found.append(ExportSettings(format=settings.format, **stored))
@@ -83,13 +80,6 @@ def timed_against(job: Job) -> list[ExportSettings]:
 
 def _generate(job: Job, settings: GenerateSettings) -> Stage:
     texts = () if settings.starts is None else (settings.starts,)
-
-    def check(progress: Progress) -> list[GblmError]:
-        return generation.check(job.dense, settings) if job.here else errors.collect(job.looks_at(texts))
-
-    def work(progress: Progress) -> object:
-        return generation.generate(job.dense, job.written, settings, job.device, progress, force=True)
-
     return Stage(
         name="generate",
         does=f"let {job.dense.name} write {settings.tokens:,} tokens",
@@ -98,28 +88,15 @@ def _generate(job: Job, settings: GenerateSettings) -> Stage:
         texts=texts,
         decides=lambda: [settings, job.device],
         place=job.written,
-        check=check,
-        work=work,
+        looks=[lambda: raise_all(generation.check(job.dense, settings))] if job.found else job.looks_at(texts),
+        work=partial(generation.generate, job.dense, job.written, settings, job.device, job.progress, force=True),
     )
 
 
 def _prune(job: Job) -> Stage:
-    settings, text = job.recipe.prune, job.calibration
-    texts = (text.dataset,) if settings.needs_text else ()
-
-    def check(progress: Progress) -> list[GblmError]:
-        length = text.sequence_length if settings.needs_text else 0
-        return errors.collect([*job.looks_at(texts, length, "calibration.sequence_length"), lambda: job.patterns])
-
-    def disk() -> Disk:
-        size = Size(job.dense, loading.choose_dtype(job.dtype, job.dense, job.device), settings, text)
-        return Disk(size.checkpoint, size.kept(settings))
-
-    def work(progress: Progress) -> object:
-        compute = ComputeSettings(dtype=job.dtype, device=job.device)
-        what = PruneJob(job.dense, settings, text, compute, job.recipe.resources)
-        return prune(what, job.as_pruned.folder, progress, resume=None, force=True)
-
+    settings, text, place = job.recipe.prune, job.calibration, job.as_pruned.folder
+    texts, length = ((text.dataset,), text.sequence_length) if settings.needs_text else ((), 0)
+    what = PruneJob(job.dense, settings, text, job.compute, job.recipe.resources)
     return Stage(
         name="prune",
         does=f"prune {job.dense.name} by {settings.method}, {settings.pattern}",
@@ -127,24 +104,21 @@ def _prune(job: Job) -> Stage:
         reads=(job.dense,),
         texts=texts,
         decides=lambda: [settings, text if settings.needs_text else None, job.dtype, job.device],
-        place=job.as_pruned.folder,
-        check=check,
-        disk=disk,
-        work=work,
+        place=place,
+        looks=[*job.looks_at(texts, length, "calibration.sequence_length"), lambda: job.patterns],
+        disk=partial(_disk_of_pruning, job, settings),
+        work=partial(prune, what, place, job.progress, resume=None, force=True),
     )
 
 
+def _disk_of_pruning(job: Job, settings: PruneSettings) -> Disk:
+    size = Size(job.dense, loading.choose_dtype(job.dtype, job.dense, job.device), settings, job.calibration)
+    return Disk(size.checkpoint, size.kept(settings))
+
+
 def _recover(job: Job, settings: RecoverSettings) -> Stage:
-    def check(progress: Progress) -> list[GblmError]:
-        looks = job.looks_at(settings.datasets, settings.sequence_length, "recover.sequence_length")
-        if job.here:
-            looks.append(partial(check_kind, job.dense))
-        return errors.collect(looks)
-
-    def work(progress: Progress) -> object:
-        what = Recovery(job.as_pruned, job.dense, job.pruned.folder, settings, job.device, force=True)
-        return recover(what, progress, resume=None)
-
+    looks = job.looks_at(settings.datasets, settings.sequence_length, "recover.sequence_length")
+    what = Recovery(job.as_pruned, job.dense, job.pruned.folder, settings, job.device, force=True)
     return Stage(
         name="recover",
         does=f"train the pruned model on {settings.tokens:,} tokens",
@@ -153,9 +127,9 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
         texts=settings.datasets,
         decides=lambda: [settings, job.device],
         place=job.pruned.folder,
-        check=check,
+        looks=[*looks, partial(check_kind, job.dense)] if job.found else looks,
         disk=lambda: Disk(job.dense.bytes_on_disk, meanwhile=checkpoint_bytes(job.dense)),
-        work=work,
+        work=partial(recover, what, job.progress, resume=None),
     )
 
 
@@ -164,14 +138,16 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
     artefact = job.artefact(f"dense-{settings.folder_name}" if of_dense else settings.folder_name)
     what = f"{settings.format} ({settings.dtype})"
 
-    def check(progress: Progress) -> list[GblmError]:
+    def patterns() -> Mapping[str, Pattern]:
         unfit = errors.collect([lambda: job.patterns])  # a fault of the pruning stage
-        patterns = {} if unfit or of_dense else job.patterns
-        looks: list[Look] = [partial(exporters.check, job.dense if job.here else None, settings, patterns)]
-        looks.append(partial(_check_allocation, job.recipe.prune, settings, patterns))
-        if job.recipe.prune.grid is not None and not of_dense:
-            looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
-        return errors.collect(looks)
+        return {} if unfit or of_dense else job.patterns
+
+    looks: list[Look] = [
+        lambda: exporters.check(job.found, settings, patterns()),
+        lambda: _check_allocation(job.recipe.prune, settings, patterns()),
+    ]
+    if job.recipe.prune.grid is not None and not of_dense:
+        looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
 
     def disk() -> Disk:
         size = job.bytes_in(exporters.dtype_of(job.dense, settings))
@@ -184,9 +160,9 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         reads=(source,),
         decides=lambda: [settings],
         place=artefact.folder,
-        check=check,
+        looks=looks,
         disk=disk,
-        work=lambda progress: export(source, artefact.folder, settings, force=True, progress=progress),
+        work=partial(export, source, artefact.folder, settings, force=True, progress=job.progress),
     )
 
 
@@ -203,14 +179,12 @@ def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: 
 def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: str) -> Stage:
     """Evaluate the pruned model or an export of it. Only torch answers tasks."""
     settings = asked if runtime == "torch" else asked.model_copy(update={"tasks": ()})
-
-    def check(progress: Progress) -> list[GblmError]:
-        if runtime == "onnxruntime":
-            return errors.collect([partial(check_onnx_provider, job.device)])
-        if source is not job.pruned:
-            return []
-        found = evaluation.check([job.dense] if job.here else [], settings, progress)
-        return found + errors.collect([partial(_check_evaluated, job)])
+    looks: list[Look] = []
+    if runtime == "onnxruntime":
+        looks = [partial(check_onnx_provider, job.device)]
+    elif source is job.pruned:
+        models = [job.dense] if job.found else []
+        looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
 
     def disk() -> Disk:
         """The dense model's logits, which are removed when the run ends."""
@@ -220,10 +194,7 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
         config, length = loading.config_of(job.dense), settings.sequence_length
         return Disk(meanwhile=min(room, 4 * windows * loading.task_of(job.dense).judged_values(config, length)))
 
-    def work(progress: Progress) -> object:
-        dense, dtype, device = job.reference, job.dtype, job.device
-        return evaluate(source, settings, baseline=dense, dtype=dtype, device=device, progress=progress)
-
+    shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
     fingerprint = partial(zero_shot.fingerprint, settings.tasks, settings.include_path)
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
     return Stage(
@@ -233,39 +204,44 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
         reads=(job.dense, source),
         texts=(settings.dataset,),
         decides=lambda: [settings, fingerprint(), job.dtype, job.device],
-        check=check,
+        looks=looks,
         disk=disk,
-        work=work,
+        work=partial(evaluate, source, settings, **shared),
     )
 
 
-def _check_evaluated(job: Job) -> None:
-    without = {settings.folder_name for settings in job.recipe.export if not job.can_run(settings)}
+def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
+    """Refuse gates on an artefact that is not evaluated, or not timed if there are `timed` runtimes."""
+    done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
+    exports = {each.folder_name: each for each in job.recipe.export}
     for gates in job.recipe.gates:
-        if gates.artefact in without and any(GATES[name].needs == "evaluate" for name in gates.limits):
-            raise UsageError(f"gates.artefact {gates.artefact!r} is not evaluated on {job.device}; set model.device")
+        if gates.artefact is None or not any(GATES[name].needs == needs for name in gates.limits):
+            continue
+        named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
+        runtimes = FORMATS[made.format].runtimes if made else FOLDER_RUNTIMES
+        if timed is not None and set(runtimes).isdisjoint(timed):
+            raise UsageError(
+                f"{named} runs in {' and '.join(runtimes)}, which are not timed; name one in benchmark.runtimes"
+            )
+        if made and not job.can_run(made):
+            raise UsageError(f"{named} is not {done} on {job.device}; set model.device")
 
 
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
     models = [job.pruned, *(job.artefact(each.folder_name) for each in filter(job.can_run, job.recipe.export))]
-    baselines = [job.dense, *exports_of_dense(job)]
-
-    def check(progress: Progress) -> list[GblmError]:
-        length = settings.prompt + settings.generate
-        looks = job.looks_at((), length, "benchmark.prompt plus generate")
-        return errors.collect([*looks, partial(_check_runtimes, job, settings), partial(_check_timed, job, settings)])
-
-    def work(progress: Progress) -> object:
-        return benchmark(models, baselines, settings, dtype=job.dtype, device=job.device, progress=progress)
-
+    baselines, length = [job.dense, *exports_of_dense(job)], settings.prompt + settings.generate
     return Stage(
         name="benchmark",
         does=f"benchmark in {' and '.join(settings.runtimes)}",
         home=job.output,
         reads=(*baselines, *models),
         decides=lambda: [settings, job.dtype, job.device, environment()],
-        check=check,
-        work=work,
+        looks=[
+            *job.looks_at((), length, "benchmark.prompt plus generate"),
+            partial(_check_runtimes, job, settings),
+            partial(_check_gates, job, settings.runtimes),
+        ],
+        work=partial(benchmark, models, baselines, settings, progress=job.progress, **job.compute.model_dump()),
     )
 
 
@@ -282,44 +258,24 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
         check_onnx_provider(job.device)
 
 
-def _check_timed(job: Job, settings: BenchmarkSettings) -> None:
-    exports = {each.folder_name: each for each in job.recipe.export}
-    for gates in job.recipe.gates:
-        if not any(GATES[name].needs == "benchmark" for name in gates.limits):
-            continue
-        named = f"gates.artefact {gates.artefact!r}"
-        if made := exports.get(gates.artefact or ""):
-            if not set(FORMATS[made.format].runtimes) & set(settings.runtimes):
-                raise UsageError(f"{named} runs in {FORMATS[made.format].runtime}, which is not timed")
-            if not job.can_run(made):
-                raise UsageError(f"{named} is not timed on {job.device}; set model.device")
-        if gates.artefact == job.pruned.name and not set(FOLDER_RUNTIMES) & set(settings.runtimes):
-            raise UsageError(f"{named} runs in {' and '.join(FOLDER_RUNTIMES)}, which are not timed")
-
-
 def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> Stage:
     """The stage has no record: its cells have."""
-    grid = comparison.Grid(settings, job.calibration, asked, job.dtype, job.device)
-    home: Path = job.output / "comparison"
-    cells = grid.stages(job.reference, home)
-
-    def check(progress: Progress) -> list[GblmError]:
-        given = job.is_given(job.calibration.dataset)
-        return comparison.check(job.dense, grid, progress, text_is_given=given) if job.here else []
+    home = job.output / "comparison"
+    grid = comparison.Grid(job.reference, home, settings, job.calibration, asked, job.compute)
+    check = partial(comparison.check, grid, job.progress, text_is_given=job.is_given(job.calibration.dataset))
 
     def disk() -> Disk:
         """The largest pruned model, removed after its evaluation."""
-        dtype = loading.choose_dtype(job.dtype, job.dense, job.device)
-        sizes = [(Size(job.dense, dtype, method, job.calibration), method) for method in grid.methods()]
-        return Disk(meanwhile=max(size.checkpoint + size.kept(method) for size, method in sizes))
+        disks = [_disk_of_pruning(job, method) for method in grid.methods()]
+        return Disk(meanwhile=max(disk.stays + disk.meanwhile for disk in disks))
 
     return Stage(
         name="compare",
         does=f"compare {len(settings.methods)} methods, {len(settings.patterns)} patterns, {settings.seeds} seeds",
         home=home,
         decides=list,
-        check=check,
+        looks=[check] if job.found else [],
         disk=disk,
-        work=lambda progress: comparison.compare(job.reference, home, grid, progress=progress),
-        cells=tuple(cells),
+        work=partial(comparison.compare, grid, job.progress),
+        cells=tuple(grid.stages(job.progress)),
     )

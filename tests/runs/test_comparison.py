@@ -10,11 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from gblm_compress.errors import DataError, ModelError, UsageError
-from gblm_compress.measure.evaluation import evaluate
+from gblm_compress.measure.evaluation import Reference, evaluate
 from gblm_compress.models.source import ModelSource
 from gblm_compress.runs import comparison
 from gblm_compress.runs.comparison import Cell, Grid, compare, summarise
-from gblm_compress.settings import CalibrationSettings, CompareSettings, EvaluateSettings, PruneSettings
+from gblm_compress.settings import (
+    CalibrationSettings,
+    CompareSettings,
+    ComputeSettings,
+    EvaluateSettings,
+    PruneSettings,
+)
 from tests.conftest import prune
 
 
@@ -31,8 +37,8 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32, seed=7)
     evaluation = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
     output = tmp_path / "grid"
-    what = Grid(chosen, text, evaluation)
-    result = compare(tiny("llama"), output, what, progress=progress)
+    what = Grid(Reference(tiny("llama")), output, chosen, text, evaluation, ComputeSettings())
+    result = compare(what, progress)
     assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("paper", "2:4", 0), ("obs+fast", "2:4", 0)]
     settings = PruneSettings(method="obs", fit="fast", pattern="2:4")
     prune(tiny("llama"), tmp_path / "p", settings, text.model_copy(update={"seed": 0}), progress=progress)
@@ -45,8 +51,7 @@ def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, pr
     assert not list(output.glob(".cell-*"))
 
     monkeypatch.setattr(comparison, "_in_own_process", lambda *_: pytest.fail("a cell on record was run again"))
-    again = compare(tiny("llama"), output, what, progress=progress)
-    assert again.cells == result.cells
+    assert compare(what, progress).cells == result.cells
 
 
 def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
@@ -81,20 +86,27 @@ def test_methods_and_what_is_chosen_with_them() -> None:
             CompareSettings(methods=(method,))
 
 
-def grid(calibration: str, evaluation: str, *patterns: str, length: int = 32) -> Grid:
-    settings = CompareSettings(methods=("wanda",), patterns=patterns or ("2:4",), seeds=1)
-    text = CalibrationSettings(dataset=calibration, samples=1, sequence_length=32)
-    return Grid(settings, text, EvaluateSettings(dataset=evaluation, sequence_length=length))
+@pytest.fixture
+def grid(tiny, prose, tmp_path):
+    """A grid of one cell or a few, in the folder "grid", on this text and model or others."""
+
+    def made(*patterns: str, model=None, calibration=prose, evaluation=prose, length: int = 32) -> Grid:
+        settings = CompareSettings(methods=("wanda",), patterns=patterns or ("2:4",), seeds=1)
+        text = CalibrationSettings(dataset=str(calibration), samples=1, sequence_length=32)
+        asked, dense = EvaluateSettings(dataset=str(evaluation), sequence_length=length), model or tiny("llama")
+        return Grid(Reference(dense), tmp_path / "grid", settings, text, asked, ComputeSettings())
+
+    return made
 
 
-def test_a_failing_cell_raises_its_own_error(tiny, prose, tmp_path, progress) -> None:
+def test_a_failing_cell_raises_its_own_error(grid, tmp_path, progress) -> None:
     """The error of the other process arrives as it was raised there."""
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(DataError, match="short.txt' gives 5 tokens"):
-        compare(tiny("llama"), tmp_path / "grid", grid(str(tmp_path / "short.txt"), str(prose)), progress=progress)
+        compare(grid(calibration=tmp_path / "short.txt"), progress)
 
 
-def test_a_cell_that_was_killed_is_named(tiny, prose, tmp_path, progress, monkeypatch) -> None:
+def test_a_cell_that_was_killed_is_named(grid, progress, monkeypatch) -> None:
     class Killed(ThreadPoolExecutor):
         def __init__(self, workers: int, mp_context: object) -> None:
             super().__init__(workers)
@@ -104,23 +116,25 @@ def test_a_cell_that_was_killed_is_named(tiny, prose, tmp_path, progress, monkey
 
     monkeypatch.setattr(comparison, "ProcessPoolExecutor", Killed)
     with pytest.raises(ModelError, match="the process that pruned by wanda, 2:4 was killed"):
-        compare(tiny("llama"), tmp_path / "grid", grid(str(prose), str(prose)), progress=progress)
+        compare(grid(), progress)
 
 
-def test_faults_are_found_before_the_first_pruning(tiny, prose, tmp_path, progress, monkeypatch) -> None:
+def test_faults_are_found_before_the_first_pruning(grid, tiny, tmp_path, progress, monkeypatch) -> None:
     monkeypatch.setattr(comparison, "_in_own_process", None)
-    text = str(prose)
-    for wrong, kind, message in (
-        (grid(text, "gone.txt"), DataError, "gone.txt.*no such file"),
-        (grid("./first.txt", "./second.txt"), DataError, "(?s)'./first.txt': no such file.*'./second.txt': no such"),
-        (grid(text, text, length=2048), UsageError, "positions; sequence length is 2048"),
-        (grid(text, text, "2:4", "2:7"), UsageError, "not a multiple of 7"),
-    ):
-        with pytest.raises(kind, match=message):
-            compare(tiny("llama"), tmp_path / "grid", wrong, progress=progress)
-        assert not (tmp_path / "grid").exists()
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.onnx").touch()
     shutil.copy(tiny("llama").folder / "config.json", tmp_path / "export")
-    with pytest.raises(ModelError, match="is an export"):
-        compare(ModelSource("", tmp_path / "export"), tmp_path / "grid", grid(text, text), progress=progress)
+    for wrong, kind, message in (
+        (grid(evaluation="gone.txt"), DataError, "gone.txt.*no such file"),
+        (
+            grid(calibration="./first.txt", evaluation="./second.txt"),
+            DataError,
+            "(?s)2 faults\ndataset './first.txt': no such file.*'./second.txt': no such",
+        ),
+        (grid(length=2048), UsageError, "positions; sequence length is 2048"),
+        (grid("2:4", "2:7"), UsageError, "not a multiple of 7"),
+        (grid(model=ModelSource("", tmp_path / "export")), ModelError, "is an export"),
+    ):
+        with pytest.raises(kind, match=message):
+            compare(wrong, progress)
+        assert not (tmp_path / "grid").exists()

@@ -71,7 +71,7 @@ def gate(name: str, artefact: str) -> dict:
         ({"compare": {"methods": ["wanda"], "patterns": ["2:4", "2:7"]}}, "in_features=64 is not a multiple of 7"),
         (
             {"export": ONNX, "benchmark": {**SHORT, "runtimes": ["torch"]}, "gates": gate("max_tpot_ms", "onnx")},
-            "gates.artefact 'onnx' runs in onnxruntime, which is not timed",
+            "gates.artefact 'onnx' runs in onnxruntime and genai, which are not timed",
         ),
         (
             {**ON_CPU, "export": SEMI, "benchmark": SHORT, "gates": gate("min_decode_speedup", "semi-structured")},
