@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.progress import Progress
-from gblm_compress.tasks.causal_lm import calibration_windows
+from gblm_compress.tasks.text import drawn_windows
 
 
 def gradient_norms(model: Any, samples: list[Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -146,7 +146,7 @@ def main() -> None:
     quiet = Progress(quiet=True)
     source = resolve_model(options.model, quiet)
     size = (options.samples, options.sequence_length, options.seed)
-    samples = calibration_windows(load_processor(source), source.config["vocab_size"], options.calibration, *size)
+    samples = drawn_windows(load_processor(source), source.config["vocab_size"], options.calibration, *size)
     model = load_model(source, "float32")
     gradients = gradient_norms(model, samples)
     middle = time.perf_counter()

@@ -37,7 +37,6 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 from gblm_compress.storage import outputs, records
-from gblm_compress.storage.paths import kind_of, local
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -426,7 +425,7 @@ def _found(
 
     names = [os.fspath(model) for model in models if isinstance(model, str | os.PathLike)]
     looks: list[Any] = [partial(find_here, name) for name in names if name != TINY]  # tiny is built where it is missing
-    if any(kind_of(local(name)) != "folder" for name in names):
+    if not all(os.path.isdir(os.path.expanduser(name)) for name in names):
         looks += [partial(data_files, name) for name in texts]
     errors.raise_all(errors.collect([*looks, partial(check_folder, tasks)]))
     progress = _progress(quiet)

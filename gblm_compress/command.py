@@ -19,9 +19,9 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 from pydantic import ValidationError
 
 from gblm_compress.errors import UsageError
+from gblm_compress.machine import cache_folder
 from gblm_compress.runs.recipe import describe_fault, faults_of
 from gblm_compress.settings import Settings
-from gblm_compress.storage.paths import cache_folder
 from gblm_compress.storage.records import write_text
 
 R = TypeVar("R")

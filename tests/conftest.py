@@ -19,6 +19,7 @@ from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool
+from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
 from gblm_compress.models.source import ModelSource
@@ -27,7 +28,6 @@ from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.stage import PruneJob, PruneResult
 from gblm_compress.settings import CalibrationSettings, ComputeSettings, PruneSettings, ResourceSettings
-from gblm_compress.storage.paths import CACHE_VARIABLE
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
 from tests.forks import RANKS, Outcome, Server

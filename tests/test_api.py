@@ -29,8 +29,7 @@ from gblm_compress.pruning.stage import prune_
 from gblm_compress.runs import advice
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.records import as_json
-from gblm_compress.tasks.causal_lm import calibration_windows
-from gblm_compress.tasks.text import load_text
+from gblm_compress.tasks.text import drawn_windows, load_text
 from tests.runs.reports import write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -97,7 +96,7 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
     model, tokenizer = gblm_compress.load(tiny("llama").folder)
     expected, _ = gblm_compress.load(tiny("llama").folder)
     result = gblm_compress.prune(model, processor=tokenizer, calibration=prose, quiet=True, **settings, **TEXT)
-    windows = calibration_windows(tokenizer, VOCABULARY, str(prose), 3, 32, 0)
+    windows = drawn_windows(tokenizer, VOCABULARY, str(prose), 3, 32, 0)
     prune_(expected, [{"input_ids": window} for window in windows], PruneSettings(**settings), Progress(quiet=True))
     for (name, ours), theirs in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gblm_compress.exporters import export
+from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
@@ -26,7 +27,6 @@ from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, EvaluateSettings, ExportSettings, PruneSettings
-from gblm_compress.storage.paths import CACHE_VARIABLE
 from tests.conftest import greedy_tokens, prune
 
 pytestmark = [

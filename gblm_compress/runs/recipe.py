@@ -6,6 +6,7 @@ depth and number of values are limited, so that nothing in a file can grow, refe
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from gblm_compress import errors, recipes
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.settings import Recipe
 from gblm_compress.settings.fields import meant
-from gblm_compress.storage.paths import kind_of, local
 
 MOST_FAULTS = 100  # that are printed
 SHIPPED = Path(recipes.__path__[0])
@@ -64,13 +64,13 @@ class Node:
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe, given as a path or as the name of a shipped one."""
-    path = local(name)
-    if kind_of(path) == "file":
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         return path
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     if path.stem in shipped and name in (path.stem, f"recipes/{path.name}"):
         return shipped[path.stem]
-    fault = "is no file" if kind_of(path) else "no such file"
+    fault = "is no file" if os.path.exists(path) else "no such file"
     raise UsageError(f"recipe {name!r}: {fault}; shipped recipes are {', '.join(shipped)}")
 
 

@@ -1,17 +1,17 @@
 """What models are for: the registry of tasks. Importing a module of this folder loads no torch."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
 from gblm_compress.tasks.image_classification import ImageClassification
 from gblm_compress.tasks.task import Task
-from gblm_compress.tasks.text import FOUND
+from gblm_compress.tasks.text import found
 
 TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
@@ -33,13 +33,14 @@ def data_files(dataset: str) -> list[Path]:
             refused[str(error)] = error
     if len(refused) == 1:
         raise next(iter(refused.values()))
-    if (kind := kind_of(local(dataset))) is None:
+    path = Path(os.path.expanduser(dataset))
+    if not os.path.exists(path):
         raise DataError(f"dataset {dataset!r}: no such file")
     models: dict[str, list[str]] = {}
     for task in TASKS.values():
         models.setdefault(task.reads, []).append(task.help)
     needed = "; ".join(f"for {' or '.join(names)} give {reads}" for reads, names in models.items())
-    raise DataError(f"dataset {dataset!r} {FOUND[kind]}; {needed}")
+    raise DataError(f"dataset {dataset!r} {found(path)}; {needed}")
 
 
 def files_of(*datasets: str) -> list[Path]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.errors import DataError, ModelError
-from gblm_compress.tasks import text
+from gblm_compress.errors import ModelError
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
-from gblm_compress.tasks.text import tokenize, vocabulary_of
+from gblm_compress.tasks.text import consecutive_windows, drawn_windows, vocabulary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOSS_TOKENS = 128  # whose logits are in memory at once: small beside a block, and enough for fast products
-DRAWS = 100_000  # documents of C4 that may be too short in a row
-CHOICE = 16  # windows of a hub dataset, which may be endless, are drawn from this many times their tokens
 
 
 class CausalLM(Task):
@@ -30,17 +26,18 @@ class CausalLM(Task):
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int
     ) -> list[Sample]:
-        drawn = calibration_windows(processor, vocabulary_of(config), dataset, samples, length, seed)
-        return [{"input_ids": window} for window in drawn]
+        windows = drawn_windows(processor, vocabulary_of(config), dataset, samples, length, seed)
+        return [{"input_ids": window} for window in windows]
 
     def training(self, processor: Any, config: Any, dataset: str, length: int, tokens: int) -> list[Sample]:
-        prose = text.load_text(dataset, "calibration", tokens)
-        return _cut(processor, config, prose, length, None, dataset)
+        windows = consecutive_windows(processor, vocabulary_of(config), dataset, "calibration", length, tokens)
+        return [{"input_ids": window} for window in windows]
 
     def evaluation(self, processor: Any, config: Any, dataset: str, length: int, limit: int | None) -> list[Sample]:
         """Non-overlapping windows, as in the papers of GPTQ, SparseGPT, Wanda and GBLM."""
-        prose = text.load_text(dataset, "evaluation", None if limit is None else limit * length)
-        return _cut(processor, config, prose, length, limit, dataset)
+        tokens = None if limit is None else limit * length
+        windows = consecutive_windows(processor, vocabulary_of(config), dataset, "evaluation", length, tokens)
+        return [{"input_ids": window} for window in windows[:limit]]
 
     def example(self, config: Any) -> Sample:
         """A mask of ones alone would let the tracer drop `attention_mask` from the graph."""
@@ -95,57 +92,3 @@ class CausalLM(Task):
             assert leaf.grad is not None
             gradient[:, start:end] = leaf.grad
         return gradient
-
-
-def _cut(processor: Any, config: Any, prose: str, length: int, limit: int | None, source: str) -> list[Sample]:
-    ids = tokenize(processor, vocabulary_of(config), prose)
-    return [{"input_ids": window.unsqueeze(0)} for window in consecutive_windows(ids, length, limit, source)]
-
-
-def calibration_windows(
-    tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int
-) -> list[Tensor]:
-    """Windows [1, length] as the reference scripts draw them: each within one document of `c4`, else from the text."""
-    if source == "c4":
-        generator, documents = random.Random(seed), text.c4_documents()
-        return [document_window(tokenizer, vocabulary, documents, length, generator) for _ in range(samples)]
-    ids = tokenize(tokenizer, vocabulary, text.load_text(source, "calibration", CHOICE * samples * length))
-    return random_windows(ids, samples, length, seed, source)
-
-
-def random_windows(ids: Tensor, samples: int, length: int, seed: int, source: str) -> list[Tensor]:
-    """Windows [1, length] of token ids [tokens], as the reference draws them."""
-    _check_length(ids, length + 1, source)
-    generator = random.Random(seed)
-    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
-    return [ids[start : start + length].unsqueeze(0) for start in starts]
-
-
-def document_window(
-    tokenizer: Any, vocabulary: int, documents: Sequence[Mapping[str, str]], length: int, generator: random.Random
-) -> Tensor:
-    """A window [1, length] within a single document, as the reference draws it from C4."""
-    for _ in range(DRAWS):
-        ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
-        if len(ids) > length:
-            start = generator.randint(0, len(ids) - length - 1)
-            return ids[start : start + length].unsqueeze(0)
-    raise DataError(
-        f"dataset 'c4': none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
-        "--sequence-length"
-    )
-
-
-def consecutive_windows(ids: Tensor, length: int, limit: int | None, source: str) -> Tensor:
-    """The token ids [tokens] as non-overlapping windows [windows, length], at most `limit`, all complete."""
-    _check_length(ids, length, source)
-    count = len(ids) // length
-    return ids[: count * length].reshape(count, length)[:limit]
-
-
-def _check_length(ids: Tensor, needed: int, source: str) -> None:
-    if len(ids) < needed:
-        raise DataError(
-            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {needed}; "
-            "give a longer text or a smaller --sequence-length"
-        )

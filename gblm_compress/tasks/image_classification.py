@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import random
 import re
 import struct
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory
-from gblm_compress.storage.paths import kind_of, local
 from gblm_compress.tasks import text
 from gblm_compress.tasks.classification import Classes, class_of, names_of
 from gblm_compress.tasks.task import IMAGE_PROCESSOR, Sample, with_draws
@@ -213,21 +213,19 @@ def _made(size: int, mode: str) -> Image:
 
 def data_files(source: str) -> list[Path]:
     """The local file or folder of images that a source names, and the labels beside it."""
-    path = local(source)
-    kind = kind_of(path)
-    if source in ("demo", "wikitext2", "c4"):
+    path = Path(os.path.expanduser(source))
+    if source in text.NAMED:
         raise DataError(f"dataset {source!r} is text, and the model takes images; give {READS}")
-    if kind == "folder":
+    if os.path.isdir(path):
         if not _idx_files(path) and next(_images_below(path), None) is None:
             raise DataError(f"dataset {source!r}: the folder holds no image; give {READS}")
         return [path]
     if path.suffix == ".parquet" or _IDX.fullmatch(path.name):
-        if kind != "file":
-            raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
+        text.check_file(path, source)
         labels = _labels_beside(path) if path.suffix != ".parquet" else None
         return [path] if labels is None else [path, labels]
-    if kind is not None or path.suffix in text.FILES or source.startswith((".", "/", "~")):
-        raise DataError(f"dataset {source!r} {text.FOUND[kind]}; give {READS}")
+    if os.path.exists(path) or path.suffix in text.FILES or source.startswith((".", "/", "~")):
+        raise DataError(f"dataset {source!r} {text.found(path)}; give {READS}")
     return []
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from gblm_compress.errors import DataError, ModelError, first_line
-from gblm_compress.storage.paths import local
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import check_ids, vocabulary_of
@@ -82,12 +82,11 @@ class PassageTask(Task):
 
 def read(source: str, role: text.Role) -> list[Row]:
     """The rows of a table with pairs, labels or scores; of other data the lines that are long enough."""
-    suffix = local(source).suffix
-    if source == "demo":
-        lines = text.demo_paragraphs(role)
-    elif source == "c4" and role == "calibration":
-        lines = [line for document in islice(text.c4_documents(), _C4_DOCUMENTS) for line in _lines(document["text"])]
-    elif source in ("wikitext2", "c4") or (suffix in text.FILES and suffix not in text.TABLES):
+    suffix = Path(source).suffix
+    if (source, role) == ("c4", "calibration"):
+        documents = islice(text.records(source, role), _C4_DOCUMENTS)
+        lines = [line for _, document in documents for line in _lines(document["text"])]
+    elif source in text.NAMED or (suffix in text.FILES and suffix not in text.TABLES):
         lines = _lines(text.load_text(source, role))
     else:
         found = table(source, role)
@@ -145,7 +144,7 @@ def positions_of(config: Any) -> int:
 def table(source: str, role: text.Role) -> list[Row]:
     """The rows of a csv, jsonl or parquet file or of a hub dataset, without those that have no text."""
     text.data_files(source, _READS, _FILES)
-    records = _of_csv(source) if local(source).suffix == ".csv" else text.records(source, role, _KNOWN)
+    records = _of_csv(source) if Path(source).suffix == ".csv" else text.records(source, role, _KNOWN)
     found = [row for where, columns in records if (row := _row(columns, where)) is not None]
     if not found:
         raise DataError(f"dataset {source!r} holds no text")
@@ -155,7 +154,7 @@ def table(source: str, role: text.Role) -> list[Row]:
 def _of_csv(source: str) -> text.Records:
     head: Sequence[str] | None = None
     try:
-        with local(source).open(encoding="utf-8-sig", newline="") as file:
+        with Path(os.path.expanduser(source)).open(encoding="utf-8-sig", newline="") as file:
             for line in filter(None, lines := csv.reader(file)):
                 where = f"dataset {source!r}, line {lines.line_num}"
                 if head is None:

@@ -1,4 +1,4 @@
-"""Texts for calibration and evaluation: where they come from, and their tokens.
+"""Texts for calibration and evaluation: where they come from, and their tokens in windows.
 
 SRC is `demo`, `wikitext2`, `c4`, a hub dataset (`owner/name[:config][@split]`), or a local file (column `text`).
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+import random
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
-from gblm_compress.storage.paths import kind_of, local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,83 +23,137 @@ if TYPE_CHECKING:
 Role = Literal["calibration", "evaluation"]
 Records: TypeAlias = Iterable[tuple[str, Mapping[str, Any]]]  # rows of a table, each with its name in messages
 
-# As the reference scripts of SparseGPT, Wanda and GBLM read them.
-_WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-_WIKITEXT2_PARTS = {"calibration": ("train", " "), "evaluation": ("test", "\n\n")}
-_C4 = "allenai/c4"
-_C4_CALIBRATION = "en/c4-train.00000-of-01024.json.gz"
-_C4_EVALUATION, _C4_DOCUMENTS = "en/c4-validation.00000-of-00008.json.gz", 1_100
+NAMED = ("demo", "wikitext2", "c4")
+# As the reference scripts of SparseGPT, Wanda and GBLM read them: the arguments of `load_dataset`.
+_WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
+_C4 = {"path": "allenai/c4", "split": "part", "streaming": True}
+_REFERENCE: dict[tuple[str, Role], dict[str, Any]] = {
+    ("wikitext2", "calibration"): {**_WIKITEXT2, "split": "train"},
+    ("wikitext2", "evaluation"): {**_WIKITEXT2, "split": "test"},
+    ("c4", "calibration"): {**_C4, "data_files": {"part": "en/c4-train.00000-of-01024.json.gz"}},
+    ("c4", "evaluation"): {**_C4, "data_files": {"part": "en/c4-validation.00000-of-00008.json.gz"}},
+}
+_JOINTS: dict[tuple[str, Role], str] = {("wikitext2", "calibration"): " ", ("c4", "evaluation"): " "}
+_C4_EVALUATION_DOCUMENTS = 1_100
 
 TABLES = (".jsonl", ".parquet")
 FILES = (".txt", *TABLES, ".raw", ".tokens")
 READS = "a .txt, .jsonl or .parquet file, or a hub dataset"
-FOUND = {None: "is not there", "file": "is a file of another kind", "folder": "is a folder", "other": "is no file"}
 
 CHARACTERS_OF_A_TOKEN = 8  # at most, on average; in prose they are four to five
 MAX_LINE = 64 << 20  # bytes in a line of a .jsonl file, or in a text of a .parquet file
 MAX_PARQUET = 2 << 30  # bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end
+CHOICE = 16  # windows of a hub dataset, which may be endless, are drawn from this many times their tokens
+DRAWS = 100_000  # documents of C4 that may be too short in a row
 
 
 def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) -> list[Path]:
     """The local file that a source names, if any; `reads` says in words what can be read, `files` are suffixes."""
-    path = local(source)
-    if source in ("demo", "wikitext2", "c4"):
+    path = Path(os.path.expanduser(source))
+    if source in NAMED:
         return []
-    kind = kind_of(path)
-    if path.suffix in files and kind != "file":
-        raise DataError(f"dataset {source!r}: no such file" if kind is None else f"dataset {source!r} is no file")
-    if path.suffix not in files and (kind is not None or source.startswith((".", "/", "~"))):
-        raise DataError(f"dataset {source!r} {FOUND[kind]}; give {reads}")
-    return [path] if path.suffix in files else []
+    if path.suffix in files:
+        check_file(path, source)
+        return [path]
+    if os.path.exists(path) or source.startswith((".", "/", "~")):
+        raise DataError(f"dataset {source!r} {found(path)}; give {reads}")
+    return []
+
+
+def check_file(path: Path, source: str) -> None:
+    """Refuse what is no regular file before it is opened."""
+    if not os.path.isfile(path):
+        raise DataError(f"dataset {source!r}{' is no file' if os.path.exists(path) else ': no such file'}")
+
+
+def found(path: Path) -> str:
+    """What is at a path, in words."""
+    if os.path.isfile(path):
+        return "is a file of another kind"
+    if os.path.isdir(path):
+        return "is a folder"
+    return "is no file" if os.path.exists(path) else "is not there"
+
+
+def drawn_windows(tokenizer: Any, vocabulary: int, source: str, samples: int, length: int, seed: int) -> list[Tensor]:
+    """Windows [1, length] as the reference scripts draw them: each within one document of `c4`, else from the text."""
+    generator = random.Random(seed)
+    if source == "c4":
+        documents = _dataset("c4", **_REFERENCE["c4", "calibration"] | {"streaming": False})
+        return [_document_window(tokenizer, vocabulary, documents, length, generator) for _ in range(samples)]
+    ids = tokenize(tokenizer, vocabulary, load_text(source, "calibration", CHOICE * samples * length))
+    _check_length(ids, length + 1, source)
+    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return [ids[start : start + length].unsqueeze(0) for start in starts]
+
+
+def _document_window(
+    tokenizer: Any, vocabulary: int, documents: Sequence[Mapping[str, str]], length: int, generator: random.Random
+) -> Tensor:
+    for _ in range(DRAWS):
+        ids = tokenize(tokenizer, vocabulary, documents[generator.randint(0, len(documents) - 1)]["text"])
+        if len(ids) > length:
+            start = generator.randint(0, len(ids) - length - 1)
+            return ids[start : start + length].unsqueeze(0)
+    raise DataError(
+        f"dataset 'c4': none of {DRAWS:,} documents drawn has more than {length} tokens; give a smaller "
+        "--sequence-length"
+    )
+
+
+def consecutive_windows(
+    tokenizer: Any, vocabulary: int, source: str, role: Role, length: int, tokens: int | None
+) -> list[Tensor]:
+    """Non-overlapping windows [1, length], all complete, of a text; of a hub dataset, of about so many `tokens`."""
+    ids = tokenize(tokenizer, vocabulary, load_text(source, role, tokens))
+    _check_length(ids, length, source)
+    return list(ids[: len(ids) // length * length].reshape(-1, 1, length))
+
+
+def _check_length(ids: Tensor, needed: int, source: str) -> None:
+    if len(ids) < needed:
+        raise DataError(
+            f"dataset {source!r} gives {len(ids)} tokens, but one window needs {needed}; "
+            "give a longer text or a smaller --sequence-length"
+        )
 
 
 def load_text(source: str, role: Role, tokens: int | None = None) -> str:
     """The text of `source`, its documents joined; those of a hub dataset are read until they hold enough `tokens`."""
-    data_files(source)
-    joint = "\n\n"
-    if source == "demo":
-        documents: Iterable[str] = demo_paragraphs(role)
-    elif source == "wikitext2":
-        split, joint = _WIKITEXT2_PARTS[role]
-        documents = _texts(_named(_dataset(source, *_WIKITEXT2, split=split), source))
-    elif source == "c4" and role == "evaluation":
-        part = _dataset(source, _C4, data_files={"part": _C4_EVALUATION}, split="part", streaming=True)
-        documents, joint = islice(_texts(_named(part, source)), _C4_DOCUMENTS), " "
-    elif source == "c4":
-        documents = _enough(_texts(_named(c4_documents(streaming=True), source)), tokens)
-    elif local(source).suffix in TABLES:
-        documents = _texts(records(source, role, ("text",)))
-    elif local(source).suffix in FILES:
-        with reading(source):
-            documents = [local(source).read_text(encoding="utf-8")]
-    else:
-        documents = _enough(_texts(records(source, role)), tokens)
-    text = joint.join(documents)
+    is_stream = not data_files(source) and source not in ("demo", "wikitext2")
+    documents = _texts(records(source, role, ("text",)))
+    if (source, role) == ("c4", "evaluation"):
+        documents = islice(documents, _C4_EVALUATION_DOCUMENTS)
+    elif is_stream:
+        documents = _enough(documents, tokens)
+    text = _JOINTS.get((source, role), "\n\n").join(documents)
     if not text.strip():
         raise DataError(f"dataset {source!r} holds no text")
     return text
 
 
 def records(source: str, role: Role, columns: Collection[str] = ()) -> Records:
-    """The rows of a file or hub dataset as they are read; of a .parquet file only the `columns`, if it has any."""
-    path = local(source)
+    """The rows of a source as they are read; of a .parquet file only the `columns`, if it has any."""
+    path = Path(os.path.expanduser(source))
+    if source == "demo":
+        return [(f"dataset {source!r}", {"text": paragraph}) for paragraph in demo_paragraphs(role)]
+    if source in NAMED or path.suffix not in FILES:
+        return _named(hub_rows(source, role), source)
     if path.suffix == ".jsonl":
         return _of_jsonl(path, source)
     if path.suffix == ".parquet":
         return _of_parquet(path, source, columns)
-    return _named(hub_rows(source, role), source)
+    with reading(source):
+        return [(f"dataset {source!r}", {"text": path.read_text(encoding="utf-8")})]
 
 
 def hub_rows(source: str, role: Role) -> Any:
+    if source in NAMED:
+        return _dataset(source, **_REFERENCE[source, role])
     location, _, split = source.partition("@")
     name, _, config = location.partition(":")
-    default_split = "train" if role == "calibration" else "test"
-    return _dataset(source, name, config or None, split=split or default_split, streaming=True)
-
-
-def c4_documents(*, streaming: bool = False) -> Any:
-    """The documents of one shard of C4, each with a key `text`: a sequence to draw from, or a stream."""
-    return _dataset("c4", _C4, data_files={"part": _C4_CALIBRATION}, split="part", streaming=streaming)
+    split = split or ("train" if role == "calibration" else "test")
+    return _dataset(source, path=name, name=config or None, split=split, streaming=True)
 
 
 def demo_paragraphs(role: Role) -> list[str]:
@@ -155,7 +210,7 @@ def reading(source: str, advice: str = "") -> Iterator[None]:
         raise DataError(f"dataset {source!r} cannot be read ({first_line(error)}){advice}") from error
 
 
-def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
+def _dataset(source: str, **arguments: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
@@ -164,7 +219,7 @@ def _dataset(source: str, *args: Any, **kwargs: Any) -> Any:
         "file"
     )
     with reading(source, advice):
-        return datasets.load_dataset(*args, **kwargs)
+        return datasets.load_dataset(**arguments)
 
 
 def _named(rows: Any, source: str) -> Records:

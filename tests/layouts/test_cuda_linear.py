@@ -12,8 +12,8 @@ from gblm_compress import machine
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed_linear import DERIVED, UNPACKED, PackedLinear, on_cuda
+from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.storage.paths import CACHE_VARIABLE
 from tests.layouts.weights import packed, sparse
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (Linux only)")

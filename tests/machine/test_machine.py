@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gblm_compress import machine
-from gblm_compress.storage.paths import CACHE_VARIABLE
+from gblm_compress.machine import CACHE_VARIABLE
 
 
 def test_a_core_that_works_is_seen() -> None:
