@@ -4,7 +4,6 @@ transformers renames and converts tensors while it loads: Mixtral's files have a
 parameter for all. The mapping goes both ways. A file is mapped only while it is read.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ from gblm_compress.models import files
 from gblm_compress.models.experts import fused_weights
 from gblm_compress.storage import records
 
-_DIGEST = "sha256"  # metadata key: the hash of a file's tensors
 _CHUNK = 16 << 20
 _KEPT_GROUPS = 3  # files interleave the tensors of a block's experts
 
@@ -253,31 +251,12 @@ def keys(path: Path) -> list[str]:
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all, even if the machine stops; for `is_intact`."""
+    """Write a safetensors file whole or not at all, even if the machine stops."""
     temporary = path.with_name(f".{path.name}")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={_DIGEST: _digest(plain)})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     with temporary.open("rb") as file:
         records.to_disk(file)
     records.rename_durably(temporary, path)
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a file of `save_durably` still holds the same bits."""
-    try:
-        with _opened(path) as file:
-            stated = (file.metadata() or {}).get(_DIGEST)
-            return stated == _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    except ModelError:
-        return False
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -97,9 +97,12 @@ def prune_block_(
         name: output_error(weight.float(), weight_matrix(layers[name]).detach().float(), statistics[name].moments())
         for name, weight in dense.items()
     }
-    results = {
-        name: layer_result(layer, budgets[name], name in few, errors.get(name)) for name, layer in layers.items()
-    }
+    results = {}
+    for name, layer in layers.items():
+        weight = weight_matrix(layer).detach()
+        shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
+        pattern = budgets[name].pattern.name
+        results[name] = LayerResult(pattern, shape, nonzeros, is_transposed(layer), name in few, errors.get(name))
     return results, grids
 
 
@@ -131,11 +134,3 @@ def _prune_layer(
     importance = None if norm is None else norm.square()
     grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
     return fit.on_grid(weight, fitted, selection.keep, statistics, grid), grid
-
-
-def layer_result(
-    layer: nn.Module, budget: Budget, by_magnitude: bool, output_error: float | None = None
-) -> LayerResult:
-    weight = weight_matrix(layer).detach()
-    shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
-    return LayerResult(budget.pattern.name, shape, nonzeros, is_transposed(layer), by_magnitude, output_error)

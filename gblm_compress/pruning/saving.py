@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gblm_compress.calibration.weights import verify_by_loading
 from gblm_compress.errors import ModelError
-from gblm_compress.methods.quantisation import Grid, rounded
+from gblm_compress.methods.quantisation import rounded
 from gblm_compress.methods.zeros import count_nonzeros, keep_only, positive_zeros
 from gblm_compress.models import grids, loading, manifest
 from gblm_compress.models.checkpoint import Checkpoint
@@ -60,10 +60,8 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
 
 def save(what: Written, run: RunFolder, walked: Walked, plan: Plan, progress: Progress) -> dict[str, LayerResult]:
     layers, settings = walked.layers, plan.settings
-    blocks = {name: index for index in range(walked.blocks) for name in run.layers(index)}
-    on: dict[str, Grid] = {}
-    for index in range(walked.blocks):
-        on |= run.grids(index, settings.columns_of_a_scale)
+    blocks = {name: index for index, pruned in run.record.blocks.items() for name in pruned}
+    on = run.grids(settings.columns_of_a_scale)
     results = dict(layers)
 
     def changed(name: str) -> Tensor | None:
@@ -83,7 +81,7 @@ def save(what: Written, run: RunFolder, walked: Walked, plan: Plan, progress: Pr
         results[layer] = replace(layers[layer], nonzeros=count_nonzeros(weight))
         return weight
 
-    identity = run.identity
+    identity = run.record.identity
     with outputs.atomic_folder(what.output, force=what.force, inside=run.folder) as temporary:
         what.checkpoint.rewrite(temporary, changed)
         loading.copy_settings(what.source, temporary, what.processor)

@@ -41,7 +41,6 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 from gblm_compress.storage import outputs
-from gblm_compress.storage.resuming import kept_where_resuming_helps
 from gblm_compress.tasks.task import Sample, Task, fingerprint, on_device
 
 
@@ -175,7 +174,7 @@ def _to_folder(
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
         for name in run.damaged:
             progress.say(f"{name} of the interrupted run is damaged; its work is done again")
-        with kept_where_resuming_helps(run, "finished blocks", resume, progress):
+        with run.kept("finished blocks", resume, progress):
             needed = bytes_of.on_disk(settings, placement, run.bytes)
             outputs.check_space(output.parent, needed, "the output, and for finished blocks until it is whole")
             place = "on disk, a block at a time in memory" if placement.offload else "in memory"

@@ -24,11 +24,10 @@ from gblm_compress.methods.allocation import Budget, DenseLayer, spread
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
-from gblm_compress.methods.quantisation import Grid
-from gblm_compress.methods.zeros import check_finite
+from gblm_compress.methods.zeros import check_finite, count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
-from gblm_compress.pruning.block_pruning import LayerResult, Target, layer_result, prune_block_
+from gblm_compress.pruning.block_pruning import LayerResult, Target, prune_block_
 from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.training.fits import How, distil_
@@ -54,7 +53,6 @@ class Walked:
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]  # all other linear weights of the model
     exceptions: frozenset[str]  # layers that an exception or the allocation left dense
-    blocks: int  # how many were pruned one after the other
     whole: bool  # all blocks of the model were pruned as one
 
 
@@ -87,7 +85,7 @@ class Walk:
             for name, count, reason in linear_weights(model, settings.ignore)
             if name not in results
         }
-        return Walked(results, left_dense, frozenset(dense), self.run.blocks, self.run.blocks < blocks)
+        return Walked(results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
 
     def _check_finite(self, layers: Layers) -> None:
         """Before the minutes of calibration begin."""
@@ -112,13 +110,13 @@ class Walk:
             {name: layer for name, layer in block.items() if budgets[name].pattern.name != DENSE} for block in layers
         ]
         predictions = []
-        if plan.settings.fits_model and not run.record.distilled:
+        if plan.settings.fits_model and not run.is_distilled:
             predictions = dense_predictions(self.weights.model, plan.task, plan.samples, self.progress)
-        results = self._prune_blocks_(calls, layers, budgets)
+        self._prune_blocks_(calls, layers, budgets)
         if predictions:
-            pruned = [{name: layer for name, layer in block.items() if name in results} for block in layers]
-            results = self._distil_(pruned, budgets, predictions)
-        return results
+            pruned = [{name: layer for name, layer in block.items() if name in run.results} for block in layers]
+            self._distil_(pruned, predictions)
+        return run.results
 
     def _budgets(self, calls: BlockCalls | None, layers: Layers) -> dict[str, Budget]:
         """The budget of each layer, spread by the allocation."""
@@ -155,16 +153,13 @@ class Walk:
     def _replay(self, calls: BlockCalls) -> BlockReplay:
         return BlockReplay(calls, self.weights, self.pool, self.plan.ranks)
 
-    def _prune_blocks_(
-        self, calls: BlockCalls | None, layers: Layers, budgets: dict[str, Budget]
-    ) -> dict[str, LayerResult]:
+    def _prune_blocks_(self, calls: BlockCalls | None, layers: Layers, budgets: dict[str, Budget]) -> None:
         settings, run = self.plan.settings, self.run
         replay = dense = None
         if settings.needs_blocks:
             assert calls is not None
             replay = self._replay(calls)
             dense = self._replay(calls) if settings.fits_blocks else None
-        results: dict[str, LayerResult] = {}
         # The input of a block is needed as long as a block from there on is still to be pruned.
         last = max((index for index in range(len(layers)) if not run.has_finished(index)), default=-1)
         tokens = calls.tokens if calls else 0
@@ -174,39 +169,27 @@ class Walk:
                     dense.advance(index)
                 if run.has_finished(index):
                     _overlay_(layers[index], run.finished(index))
-                    known = set(run.layers(index))  # in the order of the model, not of the file
-                    found = {name: layer for name, layer in layers[index].items() if name in known}
-                    results |= self._results(found, budgets)
                 else:
                     block = replay.block(index) if replay else None
                     target = Target(dense.hidden, self.plan.products) if dense else None
-                    pruned, grids = prune_block_(
+                    results, grids = prune_block_(
                         block, layers[index], self._gradients(index), settings, budgets, target
                     )
-                    run.finish(index, _weights({name: layers[index][name] for name in pruned}), grids, pruned)
-                    results |= pruned
+                    run.finish(index, _weights({name: layers[index][name] for name in results}), grids, results)
                 if replay and index < last:
                     replay.advance(index)
-        return results
 
-    def _distil_(self, layers: Layers, budgets: dict[str, Budget], predictions: list[Tensor]) -> dict[str, LayerResult]:
+    def _distil_(self, layers: Layers, predictions: list[Tensor]) -> None:
+        plan, run, device = self.plan, self.run, self.plan.device
         pruned = {name: layer for block in layers for name, layer in block.items()}
-        on: dict[str, Grid] = {}
-        for block in range(len(layers)):
-            for name, grid in self.run.grids(block, self.plan.settings.columns_of_a_scale).items():
-                on[name] = grid.to(pruned[name].weight.device)
-        plan = self.plan
+        on = {name: grid.to(device) for name, grid in run.grids(plan.settings.columns_of_a_scale).items()}
         loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: predictions[some[0]], plan.products)
         fitted = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, self.progress)
-        self.run.finish_distilled([_weights(block) for block in layers], fitted.grids)
-        return self._results(pruned, budgets)
-
-    def _results(self, layers: dict[str, nn.Module], budgets: dict[str, Budget]) -> dict[str, LayerResult]:
-        by_magnitude, errors = self.run.record.by_magnitude, self.run.output_errors
-        return {
-            name: layer_result(layer, budgets[name], name in by_magnitude, errors.get(name))
-            for name, layer in layers.items()
+        results = {
+            name: replace(before, nonzeros=count_nonzeros(pruned[name].get_parameter("weight")), output_error=None)
+            for name, before in run.results.items()
         }
+        run.finish_distilled([_weights(block) for block in layers], fitted.grids, results)
 
 
 def _measured(

@@ -1,145 +1,254 @@
-"""Checkpoints of a recovery. A resumed training ends with the same bits.
+"""Unfinished work, in a hidden folder beside its output until that is whole; and the checkpoints of a training.
 
 .OUTPUT.recovery/
-    run.json                settings and inputs; step, curve and best look of the latest checkpoint
-    state-120.0.safetensors weights and Adam's state after step 120, of the tensors that process 0 owns
-    best-3.0.safetensors    weights at look 3, the best so far
-    states/                 the dense model's predictions, if memory is short
+    run.json                 identity, hashes of the files; step, curve and best look of the latest checkpoint
+    state-120.0.safetensors  weights and Adam's state after step 120, of the tensors that process 0 owns
+    best-3.0.safetensors     weights at look 3, the best so far
+    states/                  the dense model's predictions, if memory is short
 """
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gblm_compress.calibration.ranks import Ranks
-from gblm_compress.errors import OutputError, UsageError
-from gblm_compress.models.checkpoint import is_intact, keys, read_tensor, save_durably
+from gblm_compress.errors import GblmError, OutputError, RankError, UsageError, is_out_of_memory
+from gblm_compress.models.checkpoint import keys, read_tensor, save_durably
+from gblm_compress.models.files import sha256_of
+from gblm_compress.progress import Progress
 from gblm_compress.storage import records
-from gblm_compress.storage.resuming import check_identity, own_files
-from gblm_compress.training.trainer import Look, Progressed, Store
+from gblm_compress.training.trainer import Progressed, Store
 
 RECORD = "run.json"
-_TENSORS = re.compile(r"(state|best)-\d+\.\d+\.safetensors")
-_OTHERS = re.compile(  # the record, the dense model's predictions, temporary files
-    r"run\.json|states|\.(state|best)-\d+\.\d+\.safetensors|\.run\.json\.\d+"
-)
 
 
-def path_of(output: Path) -> Path:
-    return output.with_name(f".{output.name}.recovery")
+class Record(BaseModel):
+    """The content of `run.json`: everything that decides the result, and {name: SHA-256} of finished files."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identity: dict[str, Any]
+    files: dict[str, str] = {}
 
 
-class Checkpoints(Store):
-    """The checkpoints of one training. Every rank writes its own tensors, the first rank the record.
+Kind = TypeVar("Kind", bound=Record)
+
+
+class Work(Generic[Kind]):
+    """The folder of unfinished work. A file counts as soon as the record, which the first process writes, has its hash.
+
+    Attributes:
+        states: an empty folder for hidden states, which are worthless after an interruption.
+        resumed: whether it continues an interrupted run.
+        damaged: files that were changed since, if the others are of use without them.
 
     Args:
-        identity: everything that decides the outcome, as JSON values.
-        resume: True goes on, False starts anew, None goes on if the identity is the same.
+        new: the record at the start.
+        names: of the files, as a regular expression.
+        resume: continue an interrupted run, or with False remove its work. None: continue if the identity is the same.
 
     Raises:
-        UsageError: the folder holds another training, other files, or a damaged record.
+        UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all.
+        OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
-        self.folder, self._identity, self._ranks = folder, identity, ranks
+    needs_all = True  # no file is of use without the others
+
+    def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
         self.states = folder / "states" / str(ranks.rank)
-        self.latest = self._read(resume)
-        ranks.wait()
+        self.damaged: list[str] = []
+        known = self._read(new, names, resume)
+        self.resumed = known is not None
+        # The record is read once, and then tracked in memory: later the first process may be ahead of the others.
+        self.record = known or new
+        for name in self.damaged:
+            del self.record.files[name]
+        ranks.wait()  # before the first process changes anything
         try:
             if ranks.is_first:
-                if self.latest is None:
+                if not self.resumed:
                     shutil.rmtree(folder, ignore_errors=True)
                 shutil.rmtree(folder / "states", ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
-            ranks.wait()
+            if self.resumed and not self.damaged:
+                ranks.wait()
+            else:
+                self.write()
             self.states.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
 
     @property
-    def holds_work(self) -> bool:
-        return (self.folder / RECORD).exists()
-
-    @property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
-        """This rank's part of the latest checkpoint."""
-        if self.latest is None:
+    def write(self) -> None:
+        """Write the record; the other processes wait."""
+        if self.ranks.is_first:
+            records.write_sealed(self.folder / RECORD, self.record.model_dump(mode="json"))
+        self.ranks.wait()
+
+    def remove(self) -> None:
+        """Remove the folder. No process waits for another here: it may have failed, or be busy for long."""
+        if self.ranks.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def kept(self, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
+        """Keep the folder, which holds `what`, after interruptions and lack of disk or memory; else remove it."""
+        again = "the same command" if resume is None else "the same command with --resume"
+
+        def leave() -> None:
+            if self.record.files:
+                progress.say(f"{what} are kept: {again} goes on from there")
+            else:
+                self.remove()
+
+        try:
+            yield
+        except KeyboardInterrupt:
+            leave()
+            raise
+        except (OSError, SafetensorError, OutputError) as error:
+            if is_out_of_memory(error):
+                leave()
+                raise
+            reason = str(error)
+            if not isinstance(error, OutputError):
+                reason = f"{str(self.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
+            if not self.record.files:
+                self.remove()
+                raise OutputError(reason) from error
+            raise OutputError(f"{reason}; {what} are kept: make room and give {again}") from error
+        except RankError:
+            raise
+        except GblmError as error:
+            if isinstance(error.__cause__, OSError):  # which may pass: a network share that was away, say
+                leave()
+            else:
+                self.remove()
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                leave()
+            raise
+
+    def _read(self, new: Kind, names: str, resume: bool | None) -> Kind | None:
+        """The record of the run to continue; None to start anew."""
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        file = re.compile(rf"({names})\.safetensors")
+        other = re.compile(rf"run\.json|states|\.{file.pattern}|\.run\.json\.\d+|\.gblm-[0-9a-f]{{16}}\.partial-.*")
+        for path in entries:
+            if not (file.fullmatch(path.name) and _is_plain(path)) and not other.fullmatch(path.name):
+                raise UsageError(
+                    f"{str(self.folder)!r} is where unfinished work is kept, and holds {path.name!r}; move it away"
+                )
+        if resume is False or not any(path.name == RECORD or file.fullmatch(path.name) for path in entries):
             return None
-        path = self._file("state", self.latest.step)
-        return deepcopy(self.latest), {name: read_tensor(path, name) for name in keys(path)}
+        try:
+            known = type(new).model_validate(records.read_sealed(self.folder / RECORD))
+        except (OSError, ValueError, UsageError) as error:  # pydantic's ValidationError is a ValueError
+            if not resume:
+                return None
+            raise UsageError(
+                f"{str(self.folder / RECORD)!r} is missing or damaged, so that the interrupted run cannot be resumed; "
+                "leave out --resume to start anew"
+            ) from error
+        if known.identity != new.identity:
+            if not resume:
+                return None
+            changed = [key for key in new.identity if known.identity.get(key) != new.identity[key]]
+            raise UsageError(
+                f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}; "
+                "give the same command as then, or leave out --resume to start anew"
+            )
+        self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
+        if not (self.damaged and self.needs_all):
+            return known
+        if resume:
+            raise UsageError(
+                f"{str(self.folder / self.damaged[0])!r} is missing or not what was written, so that the interrupted "
+                "run cannot be resumed; leave out --resume to start anew"
+            )
+        self.damaged = []
+        return None
+
+    def _holds(self, name: str, stated: str) -> bool:
+        try:
+            return _is_plain(self.folder / name) and sha256_of(self.folder / name) == stated
+        except OSError:
+            return False
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+class TrainingRecord(Record):
+    progress: Progressed | None = None  # at the latest checkpoint
+
+
+class Checkpoints(Work[TrainingRecord], Store):
+    """The checkpoints of one training, which ends with the same bits if it is resumed.
+
+    Every process writes its own tensors.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], resume: bool | None, ranks: Ranks) -> None:
+        folder, new = output.with_name(f".{output.name}.recovery"), TrainingRecord(identity=identity)
+        super().__init__(folder, new, r"(state|best)-\d+\.\d+", resume, ranks)
+
+    @property
+    def latest(self) -> Progressed | None:
+        return deepcopy(self.record.progress)
+
+    def load(self) -> tuple[Progressed, dict[str, Tensor]] | None:
+        """This process's part of the latest checkpoint."""
+        latest = self.latest
+        return None if latest is None else (latest, self._tensors("state", latest.step))
 
     def save(self, progress: Progressed, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint, then remove the previous one."""
-        self._write("state", progress.step, tensors)
-        if self._ranks.is_first:
-            record = {"identity": self._identity, "progress": asdict(progress)}
-            records.write_sealed(self.folder / RECORD, record)
-        self.latest = deepcopy(progress)
-        self._ranks.wait()
-        self._remove_all_but("state", progress.step)
-        self._remove_all_but("best", progress.best)
+        save_durably(self._file("state", progress.step), tensors)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            parts = [("state", progress.step), ("best", progress.best)]
+            files = [self._file(*part, rank) for part in parts for rank in range(self.ranks.size)]
+            known = self.record.files
+            self.record.files = {path.name: known.get(path.name) or sha256_of(path) for path in files}
+        self.record.progress = deepcopy(progress)
+        self.write()
+        self._remove_others()
 
     def save_best(self, look: int, tensors: dict[str, Tensor]) -> None:
         """Write the best weights; the previous ones stay while the latest checkpoint needs them."""
-        recorded = [self.latest.best] if self.latest else []
-        self._remove_all_but("best", *recorded)
-        self._write("best", look, tensors)
+        self._remove_others()
+        save_durably(self._file("best", look), tensors)
+        self.ranks.wait()
 
     def best(self, look: int) -> dict[str, Tensor]:
-        path = self._file("best", look)
-        return {name: read_tensor(path, name) for name in keys(path)}
-
-    def remove(self) -> None:
-        if self._ranks.is_first:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        return self._tensors("best", look)
 
     def _file(self, kind: str, number: int, rank: int | None = None) -> Path:
-        return self.folder / f"{kind}-{number}.{self._ranks.rank if rank is None else rank}.safetensors"
+        return self.folder / f"{kind}-{number}.{self.ranks.rank if rank is None else rank}.safetensors"
 
-    def _write(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
-        try:
-            save_durably(self._file(kind, number), tensors)
-        except OSError as error:
-            raise OutputError(f"{str(self.folder)!r} cannot be written ({error.strerror})") from error
-        self._ranks.wait()
+    def _tensors(self, kind: str, number: int) -> dict[str, Tensor]:
+        path = self._file(kind, number)
+        return {name: read_tensor(path, name) for name in keys(path)}
 
-    def _remove_all_but(self, kind: str, *numbers: int) -> None:
-        left = {self._file(kind, number) for number in numbers}
-        for path in self.folder.glob(f"{kind}-*.{self._ranks.rank}.safetensors"):
-            if path not in left:
+    def _remove_others(self) -> None:
+        """Remove this process's files that the latest checkpoint does not need."""
+        latest = self.record.progress
+        needed = [self._file("state", latest.step), self._file("best", latest.best)] if latest else []
+        for path in self.folder.glob(f"*.{self.ranks.rank}.safetensors"):
+            if path not in needed:
                 path.unlink()
-
-    def _read(self, resume: bool | None) -> Progressed | None:
-        own_files(self.folder, _TENSORS, _OTHERS)
-        if resume is False or not (self.folder / RECORD).exists():
-            return None
-        try:
-            known = records.read_sealed(self.folder / RECORD)
-            plain = known["progress"]
-            progress = Progressed(**{**plain, "curve": [Look(**look) for look in plain["curve"]]})
-            files = [
-                self._file(kind, int(number), rank)
-                for kind, number in (("state", progress.step), ("best", progress.best))
-                for rank in range(self._ranks.size)
-            ]
-            if known["identity"] == self._identity:
-                if not all(map(is_intact, files)):
-                    raise ValueError("its checkpoint is not what was written")
-                return progress
-            if resume:
-                check_identity(self.folder, dict(known["identity"]), self._identity)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if resume:
-                raise UsageError(
-                    f"{str(self.folder)!r}: the interrupted training cannot be read ({error}); leave out --resume to "
-                    "start anew"
-                ) from error
-        return None

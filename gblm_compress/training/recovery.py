@@ -28,10 +28,8 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.storage import outputs
-from gblm_compress.storage.resuming import kept_where_resuming_helps
 from gblm_compress.tasks import files_of
 from gblm_compress.tasks.task import fingerprint, on_device
-from gblm_compress.training import checkpoints
 from gblm_compress.training.checkpoints import Checkpoints
 from gblm_compress.training.imitation import Imitation, Teacher, check_same_head
 from gblm_compress.training.texts import Windows, windows_of
@@ -190,9 +188,9 @@ class _Running(Recovery):
         progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
         windows = windows_of(task, processor, loading.config_of(self.source), settings)
         identity = self._identity(windows, compute)
-        store = Checkpoints(checkpoints.path_of(self.output), identity, resume, group)
+        store = Checkpoints(self.output, identity, resume, group)
         before = store.latest or Progressed()
-        with kept_where_resuming_helps(store, "checkpoints", resume, progress):
+        with store.kept("checkpoints", resume, progress):
             student = loading.load_model(self.source, "float32", self.device)
             dense = loading.load_model(self.teacher, compute, self.device)
             check_same_head(dense, student, self.teacher.name)

@@ -22,6 +22,7 @@ from gblm_compress.models import grids, manifest
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import saving
+from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage import records
@@ -111,7 +112,7 @@ CHAIN = """
 import os, signal
 from gblm_compress.storage import records
 from gblm_compress.cli import app
-original, left = records.rename_durably, [2]
+original, left = records.rename_durably, [3]
 def kills(source, target):
     left[0] -= 1
     if left[0] == 0:
@@ -123,7 +124,7 @@ app.main()
 
 
 def test_a_process_killed_again_and_again_comes_to_its_end(server, tiny, tmp_path, tmp_path_factory, prose) -> None:
-    """Each process is killed with SIGKILL when the second file of its own is about to become durable."""
+    """Each process is killed with SIGKILL when the third file of its own is about to become durable."""
     run(tiny("gpt2"), tmp_path / "whole", prose, **GBLM)
     arguments = [
         "prune", str(tiny("gpt2").folder), "-o", str(tmp_path / "out"), "--pattern", "2:4", "--fit", "none",
@@ -327,6 +328,7 @@ def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(tiny, tmp_pa
 def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -> None:
     """Else it would take what the first rank has just written for finished, and not be where the first waits."""
     barrier, folder, budgets = threading.Barrier(2), tmp_path / "run", {"a": Budget(Pattern("2:4"), 0.5)}
+    finished = {"a": torch.ones(1, 2)}, {}, {"a": LayerResult("2:4", (1, 2), 2, False)}
 
     class Threads(Ranks):
         def wait(self) -> None:
@@ -341,7 +343,7 @@ def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -
     def first() -> None:
         run = RunFolder(folder, {}, False, Threads(0, 2))
         run.decide(budgets)
-        run.finish(0, {"a": torch.ones(2)})
+        run.finish(0, *finished)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(first)
@@ -351,6 +353,6 @@ def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -
         run.decide(budgets)
         until(lambda: (folder / "block-0.safetensors").exists())
         assert not run.has_finished(0)
-        run.finish(0, {"a": torch.ones(2)})
+        run.finish(0, *finished)
         ahead.result(timeout=20)
     assert run.record.budgets == budgets and run.has_finished(0) and list(run.finished(0)) == ["a"]
