@@ -15,30 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from gblm_compress import errors
-from gblm_compress.errors import (
-    GblmError,
-    ModelError,
-    NotEnoughMemoryError,
-    UsageError,
-    first_line,
-    is_out_of_memory,
-)
+from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError, first_line, is_out_of_memory
 from gblm_compress.formats import FOLDER_RUNTIMES
 from gblm_compress.machine import busy_cores, environment
 from gblm_compress.machine.memory import peak_memory
-from gblm_compress.measure.runtimes import (
-    Runtime,
-    check_device,
-    check_installed,
-    load_runtime,
-    runtimes_of,
-)
+from gblm_compress.measure.runtimes import Runtime, check_device, check_installed, load_runtime, runtimes_of
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.finding import silence_libraries
@@ -77,18 +65,12 @@ def benchmark(
     threads = settings.threads or torch.get_num_threads()
     lanes = _lanes(models, settings, dtype, device)
     busy = busy_cores()
-    measurements = [
-        measurement
-        for lane, contenders in lanes.items()
-        for measurement in _benchmark_lane(
-            [_baseline_of(contenders[0], lane, baselines), *contenders], lane, settings, device, threads, progress
-        )
-    ]
-    return BenchmarkResult(
-        tuple(measurements),
-        settings.model_dump(mode="json"),
-        {**environment(), "threads": threads, "device": device, "busy_cores": busy},
-    )
+    measurements: list[Measurement] = []
+    for lane, contenders in lanes.items():
+        both = [_baseline_of(contenders[0], lane, baselines), *contenders]
+        measurements += _benchmark_lane(both, lane, settings, device, threads, progress)
+    place = {**environment(), "threads": threads, "device": device, "busy_cores": busy}
+    return BenchmarkResult(tuple(measurements), settings.model_dump(mode="json"), place)
 
 
 def check(
@@ -179,29 +161,26 @@ def _benchmark_lane(
             (batch, index): [] for batch in settings.batch for index in range(len(workers))
         }
         with progress.counter(f"timing ({lane.runtime})", "generations", rounds * len(runs)) as advance:
-            for batch in settings.batch:
-                for number in range(rounds):
-                    order = list(enumerate(workers))
-                    for index, worker in order if number % 2 == 0 else reversed(order):
-                        run = worker.ask(
-                            {"batch": batch, "prompt": settings.prompt, "generate": settings.generate, "seed": number}
-                        )
-                        if number >= settings.warmup:
-                            runs[batch, index].append(run)
-                        advance()
-        finals = [worker.ask({"finish": True}) for worker in workers]
+            for batch, number in product(settings.batch, range(rounds)):
+                order = list(enumerate(workers))
+                for index, (ask, _) in order if number % 2 == 0 else reversed(order):
+                    run = ask({"batch": batch, "seed": number})
+                    if number >= settings.warmup:
+                        runs[batch, index].append(run)
+                    advance()
+        finals = [ask({"finish": True}) for ask, _ in workers]
     measurements = []
     for number, batch in enumerate(settings.batch):
-        base = _times(runs[batch, 0], settings)
-        for index, (source, worker, final) in enumerate(zip(contenders, workers, finals, strict=True)):
+        base_ttft, base_tpot = _times(runs[batch, 0], settings)
+        tokens = [[run.get("tokens") for run in runs[batch, index]] for index in range(len(workers))]
+        for index, (source, (_, facts), final) in enumerate(zip(contenders, workers, finals, strict=True)):
             ttft, tpot = _times(runs[batch, index], settings)
-            prefill_kernels, *decode_kernels = worker.facts["kernels"][number]
-            tokens = [[run.get("tokens") for run in runs[batch, one]] for one in (0, index)]
+            prefill_kernels, *decode_kernels = facts["kernels"][number]
             measurements.append(
                 Measurement(
                     model=source.name,
                     runtime=lane.runtime,
-                    provider=worker.facts["provider"],
+                    provider=facts["provider"],
                     dtype=lane.dtype,
                     batch=batch,
                     ttft_ms=ttft,
@@ -209,14 +188,14 @@ def _benchmark_lane(
                     tokens_per_second=batch * 1000 / tpot.median if tpot else None,
                     samples_per_second=None if tpot else batch * 1000 / ttft.median,
                     peak_memory_bytes=final["peak_memory_bytes"],
-                    load_seconds=worker.facts["load_seconds"],
+                    load_seconds=facts["load_seconds"],
                     bytes_on_disk=source.bytes_on_disk,
                     prefill_kernels=prefill_kernels,
                     decode_kernels=decode_kernels[0] if decode_kernels else None,
-                    step_ms=worker.facts["step_ms"],
-                    prefill_speedup=Speedup.of(base[0], ttft) if index else None,
-                    decode_speedup=Speedup.of(base[1], tpot) if index and base[1] and tpot else None,
-                    same_tokens_as_baseline=tokens[0] == tokens[1] if index and tpot else None,
+                    step_ms=facts["step_ms"],
+                    prefill_speedup=Speedup.of(base_ttft, ttft) if index else None,
+                    decode_speedup=Speedup.of(base_tpot, tpot) if index and base_tpot and tpot else None,
+                    same_tokens_as_baseline=tokens[0] == tokens[index] if index and tpot else None,
                 )
             )
     return measurements
@@ -228,49 +207,38 @@ def _times(runs: list[dict[str, Any]], settings: BenchmarkSettings) -> tuple[Spr
     return Spread.of([1000 * run["prefill_seconds"] for run in runs]), Spread.of(decoded) if decoded else None
 
 
-class Worker:
-    """A model in a process of its own; `facts` is its answer to the first request."""
+@contextmanager
+def started(
+    source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
+) -> Iterator[tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]]:
+    """A model in a process of its own: a function that asks it, and the facts that it answers first.
 
-    def __init__(self, process: "subprocess.Popen[str]", setup: dict[str, Any]) -> None:
-        self._process, self._name = process, setup["name"]
-        self.facts = self.ask(setup)
+    An error in the process is raised by the function, with its own class.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    requests, answers = process.stdin, process.stdout
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request. An error in the process is raised here, with its own class."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            print(json.dumps(request), file=requests, flush=True)
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            code = self._process.wait()
+            code = process.wait()
             hint = "; it was killed, most likely for want of memory" if code == -9 else ""
-            raise GblmError(f"the benchmark process of {self._name!r} ended with exit status {code}{hint}")
+            raise GblmError(f"the benchmark process of {source.name!r} ended with exit status {code}{hint}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise getattr(errors, answer["kind"])(answer["error"])
         return answer
 
-
-@contextmanager
-def started(
-    source: ModelSource, lane: _Lane, device: str, threads: int, settings: BenchmarkSettings
-) -> Iterator[Worker]:
-    command = [sys.executable, "-m", __name__]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    setup = {
-        "name": source.name,
-        "folder": str(source.folder.absolute()),
-        "runtime": lane.runtime,
-        "dtype": lane.dtype,
-        "device": device,
-        "threads": threads,
-        **settings.model_dump(include={"batch", "prompt", "generate"}),
-    }
+    where = {"name": source.name, "folder": str(source.folder.absolute()), "device": device, "threads": threads}
     try:
-        yield Worker(process, setup)
+        yield ask, ask(where | lane._asdict() | settings.model_dump(include={"batch", "prompt", "generate"}))
     finally:
         process.kill()
         process.communicate()
@@ -301,11 +269,10 @@ def _answers() -> Iterator[dict[str, Any]]:
             runtime = load_runtime(source, *where, runtime=setup["runtime"], profile=passes, generate=setup["generate"])
             loaded = time.perf_counter() - start
         kernels = [[runtime.kernels(batch * tokens) for tokens in passes] for batch in setup["batch"]]
-        timed: Callable[..., dict[str, Any]]
         if task.generates:
-            timed = partial(generate, runtime, vocabulary(source))
+            timed = partial(generate, runtime, vocabulary(source), prompt=setup["prompt"], generate=setup["generate"])
         else:
-            timed = partial(forward, runtime, task, loading.config_of(source))
+            timed = partial(forward, runtime, task, loading.config_of(source), prompt=setup["prompt"])
         facts = {"provider": runtime.provider, "dtype": runtime.dtype, "kernels": kernels, "step_ms": runtime.step_ms}
         yield {"load_seconds": loaded, **facts}
         for line in sys.stdin:
@@ -336,7 +303,7 @@ def vocabulary(source: ModelSource) -> int:
     return size
 
 
-def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, seed: int, **_: int) -> dict[str, Any]:
+def forward(runtime: Runtime, task: Task, config: Any, batch: int, prompt: int, seed: int) -> dict[str, Any]:
     """Time one forward pass of random samples."""
     sample = task.timed(config, batch, prompt, seed)
     start = time.perf_counter()
@@ -355,12 +322,8 @@ def generate(runtime: Runtime, vocabulary: int, batch: int, prompt: int, generat
     for _ in range(generate - 1):
         token, cache = runtime.decode(token, cache)
         tokens.append(token)
-    end = time.perf_counter()
-    return {
-        "prefill_seconds": first - start,
-        "decode_seconds": end - first,
-        "tokens": torch.cat(tokens, dim=1).tolist(),
-    }
+    times = {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
+    return {**times, "tokens": torch.cat(tokens, dim=1).tolist()}
 
 
 if __name__ == "__main__":

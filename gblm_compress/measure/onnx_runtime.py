@@ -3,10 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -45,16 +44,16 @@ def check_onnx_provider(device: str) -> str:
     return provider
 
 
-class OnnxSession:
+class _Graph:
     """The graph of a folder, opened with this package's operators; `step_ms` and `kernels` need `profile`."""
 
-    def __init__(self, source: ModelSource, device: str, threads: int, *, profile: bool = False) -> None:
+    def __init__(self, source: ModelSource, device: str, threads: int, profile: bool) -> None:
         import onnxruntime
 
         self.step_ms: dict[str, float] = {}
         self._profiles: dict[int, dict[str, int]] = {}
-        self.device, _, index = device.partition(":")
-        self.device_id, self._name = int(index or 0), source.name
+        kind, _, index = device.partition(":")
+        self._device, self._name = (kind, int(index or 0)), source.name
         provider = check_onnx_provider(device)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -72,10 +71,10 @@ class OnnxSession:
             self._records = TemporaryDirectory()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._records.name) / "profile")
-        providers = [(provider, {"device_id": str(self.device_id)})] if self.device == "cuda" else [provider]
-        with self.named_errors("load"):
-            self.session = onnxruntime.InferenceSession(source.folder / GRAPH, options, providers=providers)
-        self.provider: str = self.session.get_providers()[0]
+        providers = [(provider, {"device_id": index or "0"})] if kind == "cuda" else [provider]
+        with self._named_errors("load"):
+            self._session = onnxruntime.InferenceSession(source.folder / GRAPH, options, providers=providers)
+        self.provider: str = self._session.get_providers()[0]
         if self.provider != provider:
             raise MissingDependencyError(
                 f"ONNX Runtime was asked for {provider} and fell back to {self.provider}; CUDA and cuDNN of the "
@@ -83,7 +82,7 @@ class OnnxSession:
             )
 
     @contextmanager
-    def named_errors(self, verb: str) -> Iterator[None]:
+    def _named_errors(self, verb: str) -> Iterator[None]:
         """Raise a ModelError for anything that ONNX Runtime raises."""
         try:
             yield
@@ -92,13 +91,13 @@ class OnnxSession:
                 raise
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 
-    def other_interface(self, what: str) -> ModelError:
+    def _other_interface(self, what: str) -> ModelError:
         return ModelError(
             f"{self._name!r}: model.onnx is no export of this program: {what}; make it again with "
             "`gblm-compress export MODEL -o OUT --format onnx`"
         )
 
-    def profile(self, profile: Sequence[int], run: Callable[[int], int]) -> None:
+    def _profile(self, profile: Sequence[int], run: Callable[[int], int]) -> None:
         """Record what runs on those numbers of tokens for `kernels`, and end the profiling.
 
         `step_ms` becomes {part: milliseconds}, medians over runs of the smallest number, without the first. `run` reads
@@ -108,33 +107,26 @@ class OnnxSession:
         if not counts:
             return
         calls = [run(tokens) for tokens in [*[counts[0]] * WARM, *counts]]
-        ran: list[Counter[str]] = [Counter()]
-        took: list[Counter[str]] = [Counter()]
-        for event in json.loads(Path(self.session.end_profiling()).read_text()):
+        ran: list[Counter[str]] = [Counter() for _ in calls]
+        took: list[Counter[str]] = [Counter() for _ in calls]
+        turns = [number for number, times in enumerate(calls) for _ in range(times)]
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 operator = event["args"]["op_name"]
-                ran[-1][f"{operator} ({event['args']['provider']})"] += 1
-                took[-1][part_of(event["name"], operator)] += event["dur"]
-            elif event["name"] == "model_run":  # stands after the operators of its run
-                ran.append(Counter())
-                took.append(Counter())
+                ran[turns[0]][f"{operator} ({event['args']['provider']})"] += 1
+                took[turns[0]][part_of(event["name"], operator)] += event["dur"]
+            elif event["name"] == "model_run":  # stands after the operators of its call
+                del turns[0]
+        assert not turns
         self._records.cleanup()
-        steps = _joined(took[:-1], calls)[1:WARM]
+        steps = took[1:WARM]
         self.step_ms = {part: median(step[part] for step in steps) / 1000 for part in steps[-1]}
-        last = _joined(ran[:-1], calls)[WARM:]
-        self._profiles = {tokens: dict(run.most_common()) for tokens, run in zip(counts, last, strict=True)}
+        self._profiles = {tokens: dict(run.most_common()) for tokens, run in zip(counts, ran[WARM:], strict=True)}
 
     def kernels(self, tokens: int) -> dict[str, int]:
         """{operator (provider): how often it ran} on the largest recorded number of tokens up to that."""
         assert self._profiles, "the runtime must be loaded with `profile`"
         return self._profiles[max((n for n in self._profiles if n <= tokens), default=min(self._profiles))]
-
-
-def _joined(counters: Sequence[Counter[str]], calls: Sequence[int]) -> list[Counter[str]]:
-    """The sums of the first `calls[0]` counters, of the next `calls[1]`, and so on."""
-    assert len(counters) == sum(calls)
-    left = iter(counters)
-    return [sum(islice(left, number), Counter()) for number in calls]
 
 
 def part_of(node: str, operator: str) -> Part:
@@ -147,61 +139,56 @@ def part_of(node: str, operator: str) -> Part:
     return "attention" if "Attention" in operator or "Softmax" in operator else "rest"
 
 
-class OnnxForward:
+class OnnxForward(_Graph):
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
-        self._task = loading.task_of(source)
-        self._opened = OnnxSession(source, device, threads, profile=bool(profile))
-        self.provider = self._opened.provider
-        self._inputs = [value.name for value in self._opened.session.get_inputs()]
-        outputs = {value.name: value.type for value in self._opened.session.get_outputs()}
+        super().__init__(source, device, threads, bool(profile))
+        self._task, config = loading.task_of(source), loading.config_of(source)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
         if outputs.get(self._task.output) not in ONNX_TYPES:
-            raise self._opened.other_interface(f"it has no output {self._task.output!r} of floating-point numbers")
+            raise self._other_interface(f"it has no output {self._task.output!r} of floating-point numbers")
         self.dtype = ONNX_TYPES[outputs[self._task.output]]
-        config = loading.config_of(source)
 
         def run(tokens: int) -> int:
             self.predict(self._task.timed(config, 1, tokens, seed=0))
             return 1
 
-        self._opened.profile(profile, run)
-        self.step_ms, self.kernels = self._opened.step_ms, self._opened.kernels
+        self._profile(profile, run)
 
     def predict(self, sample: Sample) -> Tensor:
         if missing := [name for name in self._inputs if name not in sample]:
-            raise self._opened.other_interface(f"input {missing[0]!r} is not known")
+            raise self._other_interface(f"input {missing[0]!r} is not known")
         floats = getattr(torch, self.dtype)
         given = {
             name: (sample[name].to(floats) if sample[name].is_floating_point() else sample[name]).numpy()
             for name in self._inputs
         }
-        with self._opened.named_errors("run"):
-            (prediction,) = self._opened.session.run([self._task.output], given)
+        with self._named_errors("run"):
+            (prediction,) = self._session.run([self._task.output], given)
         return torch.from_numpy(prediction).float()
 
 
 @dataclass
 class _Cache:
-    """Values of `_Interface.past` on the device, perhaps with room for more tokens, and the number of tokens."""
+    """Values of `OnnxRuntime._past` on the device, perhaps with room for more tokens, and the number of tokens."""
 
     values: list[Any]
     length: int
 
 
-class OnnxRuntime:
+class OnnxRuntime(_Graph):
     """The KV cache stays on the device. A fused graph extends it in place, a plain one makes a new one each step."""
 
     def __init__(self, source: ModelSource, device: str, threads: int, *, profile: Sequence[int] = ()) -> None:
         import onnxruntime
 
-        self._opened = OnnxSession(source, device, threads, profile=bool(profile))
-        self.provider = self._opened.provider
-        self._device = self._opened.device, self._opened.device_id
+        super().__init__(source, device, threads, bool(profile))
         self._ort_value = onnxruntime.OrtValue.ortvalue_from_numpy
-        self._interface = _Interface.of(self._opened, source.operators)
-        self.dtype = self._interface.dtype
-        self._at_once = _at_once(self._opened)
-        self._opened.profile(profile, self._calls_of)
-        self.step_ms, self.kernels = self._opened.step_ms, self._opened.kernels
+        # Outputs can be written into the memory of the inputs that they continue.
+        self._shares_cache = "GroupQueryAttention" in source.operators
+        self._read_interface()
+        self._at_once = self._most_at_once()
+        self._profile(profile, self._calls_of)
 
     def predict(self, sample: Sample) -> Tensor:
         ids = sample["input_ids"]
@@ -225,7 +212,7 @@ class OnnxRuntime:
 
     def _step(self, ids: Tensor, cache: _Cache | None) -> tuple[Any, _Cache]:
         cache = cache or self._empty(len(ids))
-        if self._interface.shares_cache:
+        if self._shares_cache:
             cache = self._with_room(cache, ids)
         logits, cache = self._run(ids.numpy(), cache)
         return logits[:, -1], cache
@@ -248,24 +235,24 @@ class OnnxRuntime:
             "attention_mask": np.ones((batch, length), np.int64),
             "position_ids": np.broadcast_to(np.arange(past, length), (batch, tokens)),
         }
-        in_place = self._interface.shares_cache and cache.values[0].shape()[2] > past
-        with self._opened.named_errors("run"):
-            binding = self._opened.session.io_binding()
-            for name in self._interface.takes:
+        in_place = self._shares_cache and cache.values[0].shape()[2] > past
+        with self._named_errors("run"):
+            binding = self._session.io_binding()
+            for name in self._takes:
                 binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
-            for name, value in zip(self._interface.past, cache.values, strict=True):
+            for name, value in zip(self._past, cache.values, strict=True):
                 binding.bind_ortvalue_input(name, value)
             binding.bind_output(_LOGITS, "cpu")
-            for name, value in zip(self._interface.present, cache.values, strict=True):
+            for name, value in zip(self._present, cache.values, strict=True):
                 if in_place:
                     binding.bind_ortvalue_output(name, value)
                 else:
                     binding.bind_output(name, *self._device)
-            self._opened.session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding)
             logits, *present = binding.get_outputs()
             logits = logits.numpy()
         if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
-            raise self._opened.other_interface(
+            raise self._other_interface(
                 f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
                 f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
             )
@@ -282,52 +269,35 @@ class OnnxRuntime:
         return _Cache([self._ort_value(value, *self._device) for value in wider], cache.length)
 
     def _empty(self, batch: int) -> _Cache:
-        empty = [np.zeros((batch, *shape), dtype) for dtype, shape in self._interface.past.values()]
+        empty = [np.zeros((batch, *shape), dtype) for dtype, shape in self._past.values()]
         return _Cache([self._ort_value(value, *self._device) for value in empty], 0)
 
-
-@dataclass(frozen=True)
-class _Interface:
-    """The inputs and outputs of an exported graph.
-
-    Attributes:
-        past: {input of the cache: its dtype, and its shape before the first token, without the batch}; keys and values
-            are [heads, tokens, width].
-        present: the outputs that continue them, in the same order.
-        shares_cache: whether outputs can be written into the memory of the inputs that they continue.
-    """
-
-    dtype: str
-    takes: tuple[str, ...]
-    past: dict[str, tuple[str, tuple[int, ...]]]
-    present: tuple[str, ...]
-    shares_cache: bool
-
-    @classmethod
-    def of(cls, opened: OnnxSession, operators: Container[str]) -> "_Interface":
+    def _read_interface(self) -> None:
         """Raises: ModelError: an input or output is missing, unknown, or of another type or shape than in an export."""
-        inputs = {value.name: value for value in opened.session.get_inputs()}
-        outputs = {value.name: value for value in opened.session.get_outputs()}
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
 
         def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int | None) -> Any:
             what = f"{'input' if values is inputs else 'output'} {name!r}"
             if name not in values:
-                raise opened.other_interface(f"{what} is missing; it has {', '.join(values) or 'none'}")
+                raise self._other_interface(f"{what} is missing; it has {', '.join(values) or 'none'}")
             value = values[name]
             if value.type not in types:
-                raise opened.other_interface(f"{what} is a {value.type}; {' or '.join(types)} is needed")
+                raise self._other_interface(f"{what} is a {value.type}; {' or '.join(types)} is needed")
             if rank is not None and len(value.shape) != rank:
-                raise opened.other_interface(f"{what} has the shape {value.shape}; {rank} dimensions are needed")
+                raise self._other_interface(f"{what} has the shape {value.shape}; {rank} dimensions are needed")
             return value
 
         logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
-        takes = ("input_ids", *(name for name in ("attention_mask", "position_ids") if name in inputs))
-        for name in takes:
+        self._takes = ("input_ids", *(name for name in ("attention_mask", "position_ids") if name in inputs))
+        for name in self._takes:
             tensor(inputs, name, ("tensor(int64)",), 2)
-        past: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name in (name for name in inputs if name not in takes):
+        # {input of the cache: its dtype, and its shape before the first token, without the batch}; keys and values are
+        # [heads, tokens, width]
+        self._past: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in (name for name in inputs if name not in self._takes):
             if not name.startswith(_PAST):
-                raise opened.other_interface(f"input {name!r} is not known")
+                raise self._other_interface(f"input {name!r} is not known")
             if is_state := bool(STATE.search(name)):
                 value = tensor(inputs, name, ONNX_TYPES, None)
                 shape = value.shape[1:]
@@ -336,19 +306,18 @@ class _Interface:
                 shape = [value.shape[1], 0, value.shape[3]]  # no token yet
             if not all(isinstance(size, int) and size >= 0 for size in shape):
                 which = "dimensions after the first" if is_state else "second and fourth dimension"
-                raise opened.other_interface(f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
-            past[name] = ONNX_TYPES[value.type], tuple(shape)
+                raise self._other_interface(f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
+            self._past[name] = ONNX_TYPES[value.type], tuple(shape)
             tensor(outputs, name.replace(_PAST, "present.", 1), (value.type,), len(value.shape))
-        if not past:
-            raise opened.other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
-        present = tuple(name.replace(_PAST, "present.", 1) for name in past)
-        return cls(ONNX_TYPES[logits.type], takes, past, present, "GroupQueryAttention" in operators)
+        if not self._past:
+            raise self._other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
+        self._present = [name.replace(_PAST, "present.", 1) for name in self._past]
+        self.dtype = ONNX_TYPES[logits.type]
 
-
-def _at_once(opened: OnnxSession) -> int | None:
-    said = opened.session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
-    if said is None:
-        return None
-    if not re.fullmatch(r"[1-9]\d{0,8}", said):
-        raise opened.other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
-    return int(said)
+    def _most_at_once(self) -> int | None:
+        said = self._session.get_modelmeta().custom_metadata_map.get(AT_ONCE)
+        if said is None:
+            return None
+        if not re.fullmatch(r"[1-9]\d{0,8}", said):
+            raise self._other_interface(f"metadata {AT_ONCE!r} is {said[:40]!r}; a number of tokens is needed")
+        return int(said)
