@@ -63,7 +63,7 @@ fuzz: install
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 docs: install
-	$(BIN)/python -m gblm_compress.documentation
+	$(BIN)/python docs/reference.py
 
 # The site in build/site. Once mkdocs-material is here, nothing is fetched.
 docs-site: docs

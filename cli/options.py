@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
@@ -12,15 +11,15 @@ from typer.core import TyperCommand
 
 from gblm_compress.cli import summaries
 from gblm_compress.command import REQUIRED, Command, Part
-from gblm_compress.errors import GateError, GblmError, UsageError, together
-from gblm_compress.runs.recipe import describe_fault
-from gblm_compress.settings import OverrideSettings, Panel, Settings, Source
+from gblm_compress.errors import GateError, GblmError, together
+from gblm_compress.settings import Panel, Settings
 from gblm_compress.settings.fields import allowed
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
-METAVARS = {"set": "KEY=VALUE", "push_to_hub": "OWNER/NAME"} | dict.fromkeys(
-    ("output", "heat_map", "junit", "summary"), "<path>"
-)
+METAVARS = {
+    "set": "KEY=VALUE", "push_to_hub": "OWNER/NAME", "override": "LAYERS=PATTERN[@SPARSITY],...",
+    "data": "SRC[=WEIGHT],...", **dict.fromkeys(("output", "heat_map", "junit", "summary"), "<path>"),
+}  # fmt: skip
 SPELLINGS = {"overrides": "override"}
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
@@ -56,7 +55,7 @@ def add(program: typer.Typer, command: Command) -> None:
         own = {name: given.pop(name) for name in command.own if name in given}
         positional = [value for name in several for value in own.pop(name)]
         try:
-            result = command.function(*positional, **own, **command.fill(_values(command, given), _fault))
+            result = command.function(*positional, **own, **command.fill(_values(command, given), _flag))
         except GblmError as error:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
@@ -75,7 +74,7 @@ def add(program: typer.Typer, command: Command) -> None:
 
 def _own(parameter: Parameter) -> Parameter:
     annotation, text, *marks = get_args(parameter.annotation)
-    name, flag = parameter.name, f"--{parameter.name.replace('_', '-')}"
+    name, flag = parameter.name, _flag(parameter.name)
     many = parameter.kind is parameter.VAR_POSITIONAL or "Iterable" in str(annotation)
     required = parameter.default is Parameter.empty or REQUIRED in marks
     made: Any
@@ -109,14 +108,12 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, which the settings read
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
-    kind, syntax = TYPES.get(schema.get("type", ""), str), _syntax(settings, field)
-    choices = allowed(settings, field)
+    kind, choices, flag = TYPES.get(schema.get("type", ""), str), allowed(settings, field), _flag(name)
     default = described.get_default(call_default_factory=True)
-    flag = f"--{name.replace('_', '-')}"
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool and default is not False else flag,
-        help=_help(described.description or "", choices, _range(schema), syntax),
-        metavar=syntax.metavar if syntax else f"<{kind.__name__}>,..." if several else None,
+        help=_help(described.description or "", choices, schema),
+        metavar=METAVARS.get(name, f"<{kind.__name__}>,..." if several else None),
         autocompletion=_completion(choices, several) if choices else None,
         rich_help_panel=next((entry.value for entry in described.metadata if isinstance(entry, Panel)), None),
     )
@@ -126,26 +123,13 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, option], default=default)
 
 
-@dataclass(frozen=True)
-class Syntax:
-    """How nested settings are written as one text."""
-
-    metavar: str
-    example: str
-    parse: Callable[[str], Any]
-
-
-def _help(description: str, choices: tuple[str, ...], limits: str, syntax: Syntax | None) -> str:
-    """The description, then an example, the choices and the range if it does not name them."""
+def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) -> str:
+    """The description, then the choices and the range if it does not name them."""
     explained = set(choices) <= set(re.findall(r"[\w-]+", description))
-    named = "" if explained else f"[{', '.join(choices)}]"
-    return " ".join(filter(None, (description, syntax.example if syntax else "", named, limits)))
-
-
-def _range(schema: dict[str, Any]) -> str:
+    named = "" if explained else f" [{', '.join(choices)}]"
     low = [f"{schema[key]}{sign}" for key, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if key in schema]
     high = [f"{sign}{schema[key]}" for key, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if key in schema]
-    return f"[{''.join(low)}x{''.join(high)}]" if low or high else ""
+    return description + named + (f" [{''.join(low)}x{''.join(high)}]" if low or high else "")
 
 
 def _completion(choices: tuple[str, ...], several: bool) -> Callable[[str], list[str]]:
@@ -163,54 +147,21 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def _syntax(settings: type[Settings], field: str) -> Syntax | None:
-    """How items of a field are written if they are settings themselves."""
-    arguments = get_args(settings.model_fields[field].annotation)
-    return next((SYNTAXES[kind] for kind in arguments if isinstance(kind, type) and kind in SYNTAXES), None)
-
-
 def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:
     values = {}
-    for part in command.parts.values():
-        for field, name in part.names.items():
-            value = given.get(SPELLINGS.get(name, name))
-            if isinstance(value, list):
-                syntax = _syntax(part.kind, field)
-                value = tuple(syntax.parse(text) if syntax else text for text in _split(value)) if value else None
-            if value is not None:
-                values[name] = value
+    for name in (name for part in command.parts.values() for name in part.names.values()):
+        value = given.get(SPELLINGS.get(name, name))
+        if isinstance(value, list):
+            value = _split(value) if value else None
+        if value is not None:
+            values[name] = value
     return values
 
 
-def _split(values: list[str]) -> list[str]:
+def _split(values: list[str]) -> tuple[str, ...]:
     """The parts of an option that is repeated or has commas."""
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
-def _fault(fault: Any, part: Part) -> str:
-    """A fault of settings, with the spelling of the option and the number of the item."""
-    text = describe_fault(fault, part.kind)
-    if not fault["loc"]:
-        return text
-    field, *inner = fault["loc"]
-    name = part.names.get(field, field)
-    number = f" (number {inner[0] + 1}), {inner[1]}" if len(inner) > 1 else ""
-    return f"--{SPELLINGS.get(name, name).replace('_', '-')}{number}: {text.partition(': ')[2]}"
-
-
-def _override(text: str) -> dict[str, Any]:
-    layers, equals, budget = text.partition("=")
-    pattern, at, sparsity = budget.partition("@")
-    if not (layers and equals and pattern):
-        raise UsageError(f"--override {text!r}: give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'")
-    return {"layers": layers, "pattern": pattern, **({"sparsity": sparsity} if at else {})}
-
-
-SYNTAXES: dict[type, Syntax] = {
-    OverrideSettings: Syntax(
-        "LAYERS=PATTERN[@SPARSITY],...",
-        "For example '*.down_proj=6:8', '*.0.*=dense' or '*.o_proj=unstructured@0.3'.",
-        _override,
-    ),
-    Source: Syntax("SRC[=WEIGHT],...", "For example c4, or wiki.txt=0.5,c4=0.5.", str),
-}
+def _flag(name: str) -> str:
+    return f"--{SPELLINGS.get(name, name).replace('_', '-')}"

@@ -62,8 +62,8 @@ class Command:
     def name(self) -> str:
         return self.function.__name__
 
-    def fill(self, values: Mapping[str, Any], words: Callable[[Any, Part], str]) -> dict[str, Settings]:
-        """The settings that these keywords make. `words` describes a fault; one UsageError lists all faults."""
+    def fill(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> dict[str, Settings]:
+        """The settings that these keywords make. One UsageError lists all faults; `spell` writes a keyword."""
         known = {name: part for part in self.parts.values() for name in part.names.values()}
         faults = [f"{self.name}: {name}: unknown; {self._meant(name, known)}" for name in values if name not in known]
         filled = {}
@@ -72,17 +72,10 @@ class Command:
             try:
                 filled[parameter] = part.kind(**{field: plain(field, value) for field, value in given.items()})
             except ValidationError as error:
-                faults += [words(fault, part) for fault in faults_of(error)]
+                faults += [_in_words(fault, part, spell) for fault in faults_of(error)]
         if faults:
             raise UsageError("\n".join(faults))
         return filled
-
-    def in_python(self, fault: Any, part: Part) -> str:
-        text = describe_fault(fault, part.kind)
-        if fault["loc"]:
-            field = str(fault["loc"][0])
-            text = part.names.get(field, field) + text.removeprefix(field)
-        return f"{self.name}: {text}"
 
     def _meant(self, name: str, known: Iterable[str]) -> str:
         for part in self.parts.values():
@@ -122,12 +115,22 @@ def command(function: Callable[..., R]) -> Callable[..., R]:
     def called(*arguments: Any, **keywords: Any) -> R:
         own = {name: value for name, value in keywords.items() if name in declared.own}
         rest = {name: value for name, value in keywords.items() if name not in own}
-        return function(*arguments, **own, **declared.fill(rest, declared.in_python))
+        return function(*arguments, **own, **declared.fill(rest, lambda name: f"{declared.name}: {name}"))
 
     called.__doc__ = declared.documentation()
     completed = cast(Any, called)
     completed.__signature__, completed.command = declared.signature(), declared
     return called
+
+
+def _in_words(fault: Any, part: Part, spell: Callable[[str], str]) -> str:
+    """A fault of settings, with its keyword, and the number of the item."""
+    text = describe_fault(fault, part.kind)
+    if not fault["loc"]:
+        return text
+    field, *inner = fault["loc"]
+    number = f" (number {inner[0] + 1}), {inner[1]}" if len(inner) > 1 else ""
+    return f"{spell(part.names.get(field, field))}{number}: {text.partition(': ')[2]}"
 
 
 def plain(field: str, value: Any) -> Any:

@@ -107,8 +107,12 @@ def _all_of(messages: list[str]) -> RecipeError:
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
     result = Recipe.model_json_schema()
-    # A plain string stands for a model section with only a source, and for a text with its weight.
-    for section in (result["properties"]["model"], result["$defs"]["RecoverSettings"]["properties"]["data"]["items"]):
+    # A plain string stands for a model section with only a source, a text with its weight, and an exception.
+    data, overrides = (
+        result["$defs"][settings]["properties"][key]["items"]
+        for settings, key in (("RecoverSettings", "data"), ("PruneSettings", "overrides"))
+    )
+    for section in (result["properties"]["model"], data, overrides):
         section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "string"}]
     # A mapping stands for a sequence of one.
     gates = result["properties"]["gates"]

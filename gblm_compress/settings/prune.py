@@ -1,5 +1,6 @@
 """What decides which weights survive and what they become."""
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
@@ -97,6 +98,19 @@ class OverrideSettings(Settings):
     def budget(self) -> Budget:
         return _budget(self.pattern, self.sparsity)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """Parse `LAYERS=PATTERN` or `LAYERS=PATTERN@SPARSITY`."""
+        if not isinstance(value, str):
+            return value
+        if not (parts := re.fullmatch(r"([^=]+)=([^@=]+)(?:@(\d*\.?\d+))?", value)):
+            raise ValueError(
+                f"{value!r} is no exception; give LAYERS=PATTERN[@SPARSITY], for example '*.down_proj=6:8'"
+            )
+        layers, pattern, sparsity = parts.groups()
+        return {"layers": layers, "pattern": pattern, "sparsity": sparsity and float(sparsity)}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _budget(self.pattern, self.sparsity)
@@ -160,7 +174,9 @@ class PruneSettings(Settings):
     )
     ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field((), description="Patterns of the layers to leave alone.")
     overrides: Annotated[tuple[OverrideSettings, ...], Panel.METHOD] = Field(
-        (), description="Exceptions by layer; the last match counts."
+        (),
+        description="Exceptions by layer; the last match counts. For example '*.down_proj=6:8', '*.0.*=dense' "
+        "or '*.o_proj=unstructured@0.3'.",
     )
 
     @model_validator(mode="before")

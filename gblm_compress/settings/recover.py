@@ -38,7 +38,8 @@ class RecoverSettings(Settings):
         (Source(dataset="c4"),),
         min_length=1,
         max_length=100,
-        description="Texts to train on, and their weights; as calibration.dataset.",
+        description="Texts to train on, and their weights; as calibration.dataset. For example c4, or "
+        "wiki.txt=0.5,c4=0.5.",
     )
     tokens: Tokens = Field(
         2_000_000, description="Tokens to train on: 500k, 2M, …; texts that are shorter are read again."
