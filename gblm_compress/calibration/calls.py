@@ -1,6 +1,5 @@
 """How a model calls its blocks, recorded sample by sample, and what it does before and after them."""
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,7 +29,7 @@ class BlockCalls:
 
     Attributes:
         calls: for each block, the arguments of each sample; one object where they equal those of the first sample.
-        counted: for each sample, which tokens are counted, see `Task.counted`.
+        counted: for each sample, which tokens are no padding, bool [1, tokens]; None if all are counted.
         tokens: how many of all samples are counted.
 
     Raises:
@@ -41,7 +40,7 @@ class BlockCalls:
         shapes = {tuple(tensor.shape for tensor in sample.values()) for sample in samples}
         assert len(shapes) == 1, "the samples of a task have one shape: it pads the shorter ones"
         self._weights, self.task, self.samples = weights, task, samples
-        self.counted = [task.counted(sample) for sample in samples]
+        self.counted = [_counted(sample) for sample in samples]
         _check_own_weights(weights)
         with weights.outer(), weights.block(0) as first_block:
             first = _record_calls(weights, task.arguments(samples[0]), first_block)
@@ -118,6 +117,11 @@ def run_model(model: nn.Module, arguments: dict[str, Any]) -> Any:
         ) from error
 
 
+def _counted(sample: Sample) -> Tensor | None:
+    mask = sample.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
 def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
     """How many tokens of all samples are counted; `hidden` [1, tokens, hidden size] are of one."""
     return sum(hidden.shape[1] if mask is None else int(mask.sum()) for mask in counted)
@@ -125,35 +129,40 @@ def counted_tokens(counted: Sequence[Tensor | None], hidden: Tensor) -> int:
 
 @dataclass
 class Call:
-    """The recorded arguments of a block without the hidden states, and what it returns `beside` them, if anything."""
+    """The recorded arguments of a block, by place or name, and what it returns `beside` the hidden states, if anything.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_is_keyword: bool
+    `hidden` is the place or name of the hidden states, which are left out of the arguments; None if they are left in.
+    """
+
+    arguments: dict[int | str, Any]
+    hidden: int | str | None
     beside: tuple[Any, ...] | None = None
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        return _hidden_output(self.returned(block, hidden))
+        return _states(self.returned(block, hidden))
 
     def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        if self.hidden_is_keyword:
-            return block(*self.args, hidden_states=hidden, **self.kwargs)
-        return block(hidden, *self.args, **self.kwargs)
+        arguments = self.arguments if self.hidden is None else {self.hidden: hidden, **self.arguments}
+        args = [value for place, value in arguments.items() if isinstance(place, int)]
+        return block(*args, **{name: value for name, value in arguments.items() if isinstance(name, str)})
 
 
 class ForwardEnded(Exception):
     """Ends a forward pass once it has shown what it was run for."""
 
 
+def _by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
+    return dict([*enumerate(args), *kwargs.items()])
+
+
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], dict(kwargs), hidden_is_keyword=False)
-    rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    return kwargs["hidden_states"], Call((), rest, hidden_is_keyword=True)
+    arguments, hidden = _by_place(args, kwargs), 0 if args else "hidden_states"
+    return arguments.pop(hidden), Call(arguments, hidden)
 
 
-def _hidden_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
+def _states(output: Any) -> Tensor:
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
 
 
 @torch.no_grad()
@@ -185,7 +194,7 @@ def _record_calls(
                     f"{type(model).__name__}: block {len(calls)} does not take the output of the block before it as "
                     "its input"
                 )
-            if any(isinstance(value, MutableMapping) and not value for value in (*call.args, *call.kwargs.values())):
+            if any(isinstance(value, MutableMapping) and not value for value in call.arguments.values()):
                 raise NoChainError(
                     f"{type(model).__name__}: block {len(calls)} gets an empty mapping, through which blocks pass "
                     "something on beside the hidden states"
@@ -196,10 +205,8 @@ def _record_calls(
                 output, call.beside = -hidden, calls[0].beside
             else:
                 returned = call.returned(compute, -hidden if negate else hidden)
-                output, call.beside = (
-                    _hidden_output(returned),
-                    tuple(returned[1:]) if isinstance(returned, tuple | list) else None,
-                )
+                output = _states(returned)
+                call.beside = tuple(returned[1:]) if isinstance(returned, tuple | list) else None
                 if output.shape != hidden.shape:
                     raise NoChainError(
                         f"{type(model).__name__}: block 0 makes hidden states {list(output.shape)} of "
@@ -230,21 +237,17 @@ def _check_own_weights(weights: Weights) -> None:
 
 def _check_same_arguments(first: list[Call], second: list[Call]) -> None:
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        pairs = [
-            *((str(i), a, b) for i, (a, b) in enumerate(zip(one.args, other.args, strict=True))),
-            *((name, one.kwargs[name], other.kwargs.get(name)) for name in one.kwargs),
-        ]
-        for name, a, b in pairs:
-            if not _same(a, b):
+        for name, value in one.arguments.items():
+            if not _same(value, other.arguments.get(name)):
                 raise NoChainError(f"block {index}: its argument {name!r} depends on what blocks before it compute")
 
 
 def _shared(call: Call, first: Call) -> Call:
     """The call, sharing equal arguments with the first sample's; `first` itself if all are equal."""
-    args = tuple(b if _same(a, b) else a for a, b in zip(call.args, first.args, strict=True))
-    kwargs = {name: b if _same(a, b := first.kwargs.get(name)) else a for name, a in call.kwargs.items()}
-    same = all(map(operator.is_, (*args, *kwargs.values()), (*first.args, *map(first.kwargs.get, kwargs))))
-    return first if same else replace(call, args=args, kwargs=kwargs, beside=first.beside)
+    theirs = first.arguments
+    arguments = {name: b if _same(a, b := theirs.get(name)) else a for name, a in call.arguments.items()}
+    same = all(value is theirs.get(name) for name, value in arguments.items())
+    return first if same else replace(call, arguments=arguments, beside=first.beside)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -276,31 +279,12 @@ def forward_replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator
             module.forward = before
 
 
-class WholeWeights(ResidentWeights):
-    """A model in memory whose only block is the module around its blocks.
-
-    Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
-    Then all layers are measured in the dense model at once, and none sees how pruning others changes its input.
-    """
-
-
-@dataclass
-class WholeCall(Call):
-    """A call of the module around the blocks, whose input is among its arguments."""
-
-    def returned(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        return block(*self.args, **self.kwargs)
-
-    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        return _states(self.returned(block, hidden))
-
-
 class WholeCalls(BlockCalls):
     """As `BlockCalls`, with the module around the blocks as the only one."""
 
-    def __init__(self, weights: WholeWeights, task: Task, samples: Sequence[Sample]) -> None:
+    def __init__(self, weights: ResidentWeights, task: Task, samples: Sequence[Sample]) -> None:
         self._weights, self.task, self.samples = weights, task, samples
-        self.counted = [task.counted(sample) for sample in samples]
+        self.counted = [_counted(sample) for sample in samples]
         self.calls = [[self._record(sample) for sample in samples]]
         with torch.no_grad():
             self._like = self.calls[0][0].returned(weights.blocks[0], torch.empty(0))
@@ -314,7 +298,7 @@ class WholeCalls(BlockCalls):
         found: list[Call] = []
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            found.append(WholeCall(args, kwargs, hidden_is_keyword=False))
+            found.append(Call(_by_place(args, kwargs), None))
             raise ForwardEnded
 
         with forward_replaced(self._weights.blocks[0], stop), torch.no_grad(), suppress(ForwardEnded):
@@ -334,11 +318,6 @@ class WholeCalls(BlockCalls):
         return made
 
 
-def _states(output: Any) -> Tensor:
-    states: Tensor = output if isinstance(output, Tensor) else output[0]
-    return states
-
-
 @torch.no_grad()
 def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | None:
     """The innermost module around the blocks that runs once in a forward pass; None if it is the model."""
@@ -353,7 +332,12 @@ def _around_blocks(weights: Weights, arguments: dict[str, Any]) -> nn.Module | N
 
 
 def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[Weights, BlockCalls]:
-    """How a model calls its blocks, and its weights by those blocks: its own, or all of them as one."""
+    """How a model calls its blocks, and its weights by those blocks: its own, or all of them as one.
+
+    Some architectures pass on more than hidden states, change their size, repeat blocks or share weights between them.
+    Then the only block is the module around them: all layers are measured in the dense model at once, and none sees how
+    pruning others changes its input.
+    """
     try:
         return weights, BlockCalls(weights, task, samples)
     except NoChainError as reason:
@@ -362,12 +346,13 @@ def calls_of(weights: Weights, task: Task, samples: Sequence[Sample]) -> tuple[W
         around = _around_blocks(weights, task.arguments(samples[0]))
         if around is None:
             raise ModelError(f"{reason}, and the model has no decoder beside its head; it cannot be pruned") from reason
-        whole = WholeWeights(weights.model)
+        whole = ResidentWeights(weights.model)
         whole.blocks = [around]
         return whole, WholeCalls(whole, task, samples)
 
 
 def by_block(weights: Weights, layers: list[dict[str, nn.Module]]) -> list[dict[str, nn.Module]]:
     """The layers of `prunable_layers`, by the blocks of these weights."""
-    whole = {name: layer for block in layers for name, layer in block.items()}
-    return [whole] if isinstance(weights, WholeWeights) else layers
+    if len(weights.blocks) == len(layers):
+        return layers
+    return [{name: layer for block in layers for name, layer in block.items()}]

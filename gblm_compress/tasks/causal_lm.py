@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gblm_compress.errors import ModelError
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import consecutive_windows, drawn_windows, vocabulary_of
@@ -79,12 +78,6 @@ class CausalLM(Task):
             leaf = hidden[:, start:end].detach().requires_grad_()
             with torch.enable_grad():
                 logits = predict({"input_ids": ids[:, start:end]}, leaf)
-            if logits.shape[:2] != leaf.shape[:2]:  # states may have several streams behind these
-                raise ModelError(
-                    f"the model gives {list(logits.shape)} for hidden states {list(leaf.shape)}, not a prediction for "
-                    "each token, so that there is no gradient to measure; choose a method without gradients, such as "
-                    "--method wanda"
-                )
             # The gradient to the logits: probabilities, less one for the token that follows.
             errors = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
             errors[0, torch.arange(end - start, device=ids.device), ids[0, start + 1 : end + 1]] -= 1

@@ -124,15 +124,10 @@ class Task(ABC):
     def arguments(self, sample: Sample) -> dict[str, Any]:
         return {name: tensor for name, tensor in sample.items() if name not in BESIDE}
 
-    def counted(self, sample: Sample) -> Tensor | None:
-        """Which tokens are no padding, bool [1, tokens]; None if all are counted."""
-        mask = sample.get("attention_mask")
-        return None if mask is None or bool(mask.all()) else mask.bool()
-
     def judged(self, prediction: Tensor, sample: Sample) -> Tensor:
-        """The part of a prediction [1, tokens, …] that is judged, [positions, …]: all tokens that are counted."""
-        counted = self.counted(sample)
-        return prediction[0] if counted is None else prediction[counted]
+        """The part of a prediction [1, tokens, …] that is judged, [positions, …]: all tokens that are no padding."""
+        mask = sample.get("attention_mask")
+        return prediction[0] if mask is None else prediction[mask.bool()]
 
     def loss_gradient(self, predict: Callable[[Sample, Tensor], Tensor], sample: Sample, hidden: Tensor) -> Tensor:
         """The gradient to the last block's output `hidden` [1, tokens, hidden size]; `predict(sample, hidden)`."""

@@ -156,8 +156,7 @@ def _double(call):
             return value.double()
         return tuple(map(convert, value)) if isinstance(value, tuple) else value
 
-    kwargs = {name: convert(value) for name, value in call.kwargs.items()}
-    return type(call)(tuple(map(convert, call.args)), kwargs, call.hidden_is_keyword)
+    return type(call)({name: convert(value) for name, value in call.arguments.items()}, call.hidden)
 
 
 def test_no_gradient_is_left_behind() -> None:

@@ -117,7 +117,7 @@ def test_a_tensor_that_the_first_block_returns_is_each_samples_own_argument_of_t
     _, blocks = find_blocks(model)
     blocks[1].register_forward_pre_hook(lambda m, a, k: (a, {**k, "extra": seen[-1]}), with_kwargs=True)
     _, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
-    assert [int(call.kwargs["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
+    assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
 
 
 def test_a_mapping_that_blocks_fill_for_each_other_is_refused() -> None:
@@ -151,8 +151,8 @@ def test_each_sample_has_its_own_arguments_where_they_differ_and_one_memory_wher
     ids[2] = {"input_ids": ids[0]["input_ids"].flip(1)}  # of the same sum
     first, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
     assert first[0] is first[1] is first[2] and second[0] is second[2] is not second[1]
-    assert [int(call.kwargs["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
-    cosines = [call.kwargs["position_embeddings"][0] for call in second]
+    assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
+    cosines = [call.arguments["position_embeddings"][0] for call in second]
     assert cosines[0] is cosines[1] is cosines[2]
 
 
