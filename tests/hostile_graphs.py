@@ -1,11 +1,9 @@
 """ONNX graphs around the operators gblm, sound and damaged: `python -m tests.hostile_graphs LIBRARY GRAPHS SEED`."""
 
-import ctypes
 import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -354,8 +352,6 @@ def run(case: Case, library: str) -> str:
 
 def main() -> None:
     library, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    if not hasattr(ctypes.CDLL(str(Path(library).resolve())), "RegisterCustomOps"):
-        sys.exit("operator: not compiled, ONNX Runtime's C header was not found (Debian: libonnxruntime-dev)")
     refused = sum(bool(run(case, library)) for case in cases(count, seed))
     print(f"operator: {count:,} graphs, {refused:,} of them refused, the others computed right")
 

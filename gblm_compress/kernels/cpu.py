@@ -57,13 +57,11 @@ def available() -> bool:
 def onnxruntime_library() -> Path:
     """The file for `SessionOptions.register_custom_ops_library`; MissingDependencyError where it was not compiled."""
     found = library_file()
-    if found is None or not hasattr(ctypes.CDLL(str(found)), "RegisterCustomOps"):
+    if found is None:
         raise MissingDependencyError(
-            "the operator for ONNX Runtime was not compiled: "
-            + ("no C compiler was at hand" if found is None else "ONNX Runtime's C header was not found")
-            + " when gblm-compress was installed. Install a compiler and the header (Debian, Ubuntu: `apt install gcc "
-            "libonnxruntime-dev`; elsewhere put the folder of onnxruntime_c_api.h into CPATH), then reinstall with "
-            "`pip install --force-reinstall --no-deps --no-cache-dir`"
+            "the operator for ONNX Runtime is missing: no C compiler was at hand when gblm-compress was installed. "
+            "Install one (Debian, Ubuntu: `apt install gcc`), then reinstall with `pip install --force-reinstall "
+            "--no-deps --no-cache-dir gblm-compress`, or `pip install --force-reinstall --no-deps .` in a checkout"
         )
     return found
 

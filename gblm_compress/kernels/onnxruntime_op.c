@@ -18,12 +18,10 @@
  * what decides where a kernel reads, mask and starts, is kept as a copy, and values that are not aligned are copied too.
  *
  * ONNX Runtime 1.17 or newer loads this library by its path, from any language, and calls RegisterCustomOps. It needs nothing
- * but the C library. Compiled without ONNX Runtime's C header (Debian: libonnxruntime-dev) it has no such function, and the
- * rest of the library is the same.
+ * but the C library.
  */
 #include "onnxruntime_op.h"
 
-#ifdef GBLM_HEADER
 #include "bitmask.h"
 #include "many_tokens.h"
 
@@ -323,4 +321,3 @@ EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, c
     pthread_mutex_unlock(&lock);
     return status ? status : api->AddCustomOpDomain(options, domain);
 }
-#endif

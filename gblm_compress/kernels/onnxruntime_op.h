@@ -1,18 +1,7 @@
-/* What the operators for ONNX Runtime share, in onnxruntime_shared.c: both operators call it, it calls neither. Without ONNX
- * Runtime's C header GBLM_HEADER is not defined, and there are none. */
+/* What the operators for ONNX Runtime share, in onnxruntime_shared.c: both operators call it, it calls neither. */
 #ifndef GBLM_ONNXRUNTIME_OP_H
 #define GBLM_ONNXRUNTIME_OP_H
 
-#ifdef __has_include
-#if __has_include(<onnxruntime/onnxruntime_c_api.h>)
-#define GBLM_HEADER <onnxruntime/onnxruntime_c_api.h>
-#elif __has_include(<onnxruntime_c_api.h>)
-#define GBLM_HEADER <onnxruntime_c_api.h>
-#endif
-#endif
-
-#ifdef GBLM_HEADER
-#include GBLM_HEADER
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -20,6 +9,7 @@
 #include <unistd.h>
 
 #include "job.h"
+#include "onnxruntime_api.h"
 
 enum { MAX_RANK = 8, MAX_WEIGHTS = 8, PADDING = 64 };
 extern const OrtApi *gblm_ort;
@@ -59,6 +49,4 @@ void gblm_run_session(void *context, void (*part)(void *work, int index), void *
 
 /* Turn a copy of BitmaskLinear's operator into QuantisedLinear's; in onnxruntime_quantised.c. */
 void gblm_make_quantised(OrtCustomOp *operation);
-#endif
-
 #endif

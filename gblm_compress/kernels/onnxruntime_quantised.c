@@ -15,7 +15,6 @@
  */
 #include "onnxruntime_op.h"
 
-#ifdef GBLM_HEADER
 #include "quantised.h"
 
 #define ort gblm_ort
@@ -208,4 +207,3 @@ void gblm_make_quantised(OrtCustomOp *operation) {
     operation->KernelDestroy = destroy;
     operation->KernelComputeV2 = compute;
 }
-#endif

@@ -1,7 +1,6 @@
 /* What the operators for ONNX Runtime share: errors, constant inputs, x and y, and the threads of a session. */
 #include "onnxruntime_op.h"
 
-#ifdef GBLM_HEADER
 const OrtApi *gblm_ort;
 int gblm_parts;
 
@@ -105,4 +104,3 @@ OrtStatusPtr gblm_take_y(OrtKernelContext *context, const char *operator, int in
     if (!output) return gblm_invalid("%s: output %d has no name; each weight needs one", operator, index);
     return gblm_ort->GetTensorMutableData(output, y);
 }
-#endif

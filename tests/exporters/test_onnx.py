@@ -38,9 +38,7 @@ def _operator_is_compiled() -> bool:
 
 PLAIN = {"format": "onnx", "graph": "plain"}
 
-needs_operator = pytest.mark.skipif(
-    not _operator_is_compiled(), reason="compiled without ONNX Runtime's C header (libonnxruntime-dev)"
-)
+needs_operator = pytest.mark.skipif(not _operator_is_compiled(), reason="installed without a C compiler")
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +231,7 @@ def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress)
         ExportSettings(format="onnx", sparse=True, kernels=True)
     monkeypatch.setattr(cpu, "library_file", lambda: None)
     settings = ExportSettings(**PLAIN, kernels=True)
-    with pytest.raises(MissingDependencyError, match="no C compiler was at hand .* libonnxruntime-dev"):
+    with pytest.raises(MissingDependencyError, match="no C compiler was at hand.*apt install gcc"):
         export(exported[0], tmp_path / "out", settings, progress=progress)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def library() -> str:
     try:
         return str(cpu.onnxruntime_library())
     except MissingDependencyError:
-        pytest.skip("compiled without ONNX Runtime's C header (libonnxruntime-dev)")
+        pytest.skip("installed without a C compiler")
 
 
 def test_any_graph_is_computed_right_or_refused(library: str) -> None:
@@ -187,6 +188,39 @@ def test_a_runtime_that_is_too_old_is_told_what_is_needed(library: str) -> None:
     register.argtypes, register.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
     assert register(None, ctypes.addressof(base)) == 1234
     assert (asked, said) == ([17, 1], [(1, b"gblm: needs ONNX Runtime 1.17 or newer")])  # 1 is ORT_FAIL
+
+
+STRUCTURES = {"OrtApi": 19, "OrtApiBase": 1, "OrtCustomOp": 20}
+
+
+def slots(header: str, members: list[str], folder: Path, *options: str) -> dict[str, int]:
+    """Where a C compiler that reads that header puts each `structure.member`, in pointers from the start."""
+    lines = ["#include <stddef.h>", "#include <stdio.h>", f"#include {header}", "int main(void) {"]
+    lines += [f'printf("%zu\\n", offsetof({m.replace(".", ", ")}) / sizeof(void *));' for m in members]
+    source, program = folder / "slots.c", folder / "slots"
+    source.write_text("\n".join([*lines, "}"]))
+    subprocess.run(["cc", *options, source, "-o", program], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    return dict(zip(members, map(int, said), strict=True))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_slots_are_those_of_onnxruntime(tmp_path) -> None:
+    """The numbers in our header's comments, where a compiler puts its members, and ONNX Runtime's own header agree."""
+    header = Path(cpu.__file__).with_name("onnxruntime_api.h")
+    written: dict[str, int] = {}
+    structure = ""
+    for line in header.read_text().splitlines():
+        if begun := re.match(r"(?:typedef )?struct (\w+) {", line):
+            structure = begun[1]
+        elif member := re.search(r"(?:CALL\(|uint32_t |void \*)(\w+).*; /\* (\d+)", line):
+            written[f"{structure}.{member[1]}"] = int(member[2])
+    assert Counter(name.partition(".")[0] for name in written) == STRUCTURES
+    assert slots(f'"{header}"', list(written), tmp_path) == written
+    included = Path(sys.prefix, "onnxruntime/usr/include")
+    if not included.joinpath("onnxruntime/onnxruntime_c_api.h").exists():
+        pytest.skip("ONNX Runtime's C header is missing (libonnxruntime-dev)")
+    assert slots("<onnxruntime/onnxruntime_c_api.h>", list(written), tmp_path, f"-I{included}") == written
 
 
 @pytest.fixture(scope="module")
