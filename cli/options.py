@@ -13,7 +13,7 @@ from gblm_compress.cli import summaries
 from gblm_compress.command import REQUIRED, Command, Part
 from gblm_compress.errors import GateError, GblmError, together
 from gblm_compress.settings import Panel, Settings
-from gblm_compress.settings.fields import allowed
+from gblm_compress.settings.fields import choices_of
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 METAVARS = {
@@ -108,7 +108,8 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, which the settings read
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
-    kind, choices, flag = TYPES.get(schema.get("type", ""), str), allowed(settings, field), _flag(name)
+    choices = tuple(map(str, choices_of(settings, field).values))
+    kind, flag = TYPES.get(schema.get("type", ""), str), _flag(name)
     default = described.get_default(call_default_factory=True)
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool and default is not False else flag,

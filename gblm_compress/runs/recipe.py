@@ -22,7 +22,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from gblm_compress import errors, recipes
 from gblm_compress.errors import RecipeError, UsageError
 from gblm_compress.settings import Recipe
-from gblm_compress.settings.fields import meant
+from gblm_compress.settings.fields import choices_of
 
 MOST_FAULTS = 100  # that are printed
 SHIPPED = Path(recipes.__path__[0])
@@ -142,7 +142,7 @@ def describe_fault(fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         field = next(part for part in reversed(location) if isinstance(part, str))
         settings = _model_at(model, location[: location.index(field)])
-        if close := meant(fault["input"], settings, field):
+        if close := choices_of(settings, field).closest(fault["input"]):
             given += f"; did you mean {close!r}?"
     return f"{where}: {message}{given}" if where else message + given
 

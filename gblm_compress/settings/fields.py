@@ -3,31 +3,53 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, WithJsonSchema
+from pydantic_core import core_schema
 
-from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED
-
-
-@dataclass(frozen=True)
-class Synonyms:
-    """Metadata of a field: {name in other tools and papers: our value}."""
-
-    names: Mapping[str, str]
+from gblm_compress.errors import UsageError
+from gblm_compress.methods.allocation import Budget
+from gblm_compress.methods.patterns import DENSE, N_M, PER_MATRIX, UNSTRUCTURED, Pattern
 
 
-def synonyms_of(registry: Mapping[str, Any]) -> Synonyms:
-    return Synonyms({name: value for value, entry in registry.items() for name in entry.synonyms})
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Metadata of a field: its values, and {name in other tools and papers: our value}."""
+
+    values: tuple[str | int, ...]
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, registry: Mapping[str, Any]) -> "OneOf":
+        """The entries of a registry that are there now."""
+        synonyms = {other: name for name, entry in registry.items() for other in getattr(entry, "synonyms", ())}
+        return cls(tuple(registry), synonyms)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.literal_schema(list(self.values))
+
+    def closest(self, given: str) -> str | None:
+        """The value with the closest name or synonym; None if none is close."""
+
+        def plain(name: str) -> str:
+            return "".join(letter for letter in name.lower() if letter.isalnum() or letter == "+")
+
+        known = {plain(name): value for name, value in self.synonyms.items()}
+        known |= {plain(str(value)): str(value) for value in self.values}
+        close = difflib.get_close_matches(plain(given), known, n=1)
+        return known[close[0]] if close else None
 
 
-DTYPE_SYNONYMS = Synonyms(
-    {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-)
-Dtype = Annotated[Literal["auto", "float32", "float16", "bfloat16"], DTYPE_SYNONYMS]
-FitDtype = Annotated[Literal["auto", "float32", "bfloat16"], DTYPE_SYNONYMS]
+Dtype = Annotated[
+    str,
+    OneOf(
+        ("auto", "float32", "float16", "bfloat16"),
+        {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"},
+    ),
+]
 MANY = 10_000_000  # the most of anything counted; a larger number is a mistake and would exhaust memory
 LEAST_MEMORY = 1_000_000  # bytes; a smaller number lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
@@ -55,20 +77,31 @@ def _count(value: Any) -> Any:
     return value
 
 
-def _tokens(least: int) -> Any:
-    schema = {"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": least}]}
-    return Annotated[int, BeforeValidator(_count), Field(ge=least, le=MOST_TOKENS), WithJsonSchema(schema)]
+def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
+    """A pattern with its share of zeros, for validators: ValueError if there is no such pattern, or not so sparse."""
+    try:
+        parsed = Pattern(pattern)
+        return Budget(parsed, parsed.sparsity(sparsity))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
 
 
-if TYPE_CHECKING:  # a type checker cannot read a type that is made
-    Tokens: TypeAlias = int
-    TokensOrNone: TypeAlias = int
-else:
-    Tokens, TokensOrNone = _tokens(1), _tokens(0)
+def _pruning(pattern: str) -> str:
+    if pattern == DENSE:
+        raise ValueError("pattern 'dense' prunes nothing; it is for the exceptions in 'overrides'")
+    return budget_of(pattern).pattern.name
+
+
+Tokens = Annotated[
+    int,
+    BeforeValidator(_count),
+    Field(ge=1, le=MOST_TOKENS),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": 1}]}),
+]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-# `Pattern` also checks N < M, which this expression cannot.
 PatternName = Annotated[
     str,
+    AfterValidator(_pruning),
     Field(json_schema_extra={"pattern": f"^({UNSTRUCTURED}|{PER_MATRIX}|{N_M})$", "examples": ["2:4", UNSTRUCTURED]}),
 ]
 PatternOrDense = Annotated[str, Field(json_schema_extra={"pattern": f"^({DENSE}|{UNSTRUCTURED}|{PER_MATRIX}|{N_M})$"})]
@@ -96,31 +129,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def allowed(settings: type[BaseModel], field: str) -> tuple[str, ...]:
-    """The values of a field that is a Literal, or a sequence of one."""
-    return _texts(settings.model_fields[field].annotation) if field in settings.model_fields else ()
-
-
-def _texts(annotation: Any) -> tuple[str, ...]:
-    if isinstance(annotation, str | int):
-        return (str(annotation),)
-    return tuple(text for argument in get_args(annotation) for text in _texts(argument))
-
-
-def meant(given: str, settings: type[BaseModel], field: str) -> str | None:
-    """The value that a user probably meant: by synonym or by spelling."""
-    metadata = settings.model_fields[field].metadata if field in settings.model_fields else []
-    synonyms = next((entry for entry in metadata if isinstance(entry, Synonyms)), Synonyms({}))
-    return closest(given, allowed(settings, field), synonyms)
-
-
-def closest(given: str, values: tuple[str, ...], synonyms: Synonyms) -> str | None:
-    """The value with the closest name or synonym; None if none is close."""
-
-    def plain(name: str) -> str:
-        return "".join(letter for letter in name.lower() if letter.isalnum() or letter == "+")
-
-    known = {plain(name): value for name, value in synonyms.names.items() if value in values}
-    known |= {plain(value): value for value in values}
-    close = difflib.get_close_matches(plain(given), known, n=1)
-    return known[close[0]] if close else None
+def choices_of(settings: type[BaseModel], name: str) -> OneOf:
+    """The values of a field, or of the items of a sequence; empty where they are not listed."""
+    described = settings.model_fields.get(name)
+    annotations = [described.annotation, *described.metadata] if described else []
+    for annotation in annotations:
+        if isinstance(annotation, OneOf):
+            return annotation
+        if get_origin(annotation) is Literal:
+            return OneOf(get_args(annotation))
+        annotations += get_args(annotation)
+    return OneOf(())

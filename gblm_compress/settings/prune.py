@@ -3,25 +3,26 @@
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gblm_compress.errors import UsageError
 from gblm_compress.methods.allocation import ALLOCATIONS, Allocation, Budget
 from gblm_compress.methods.choices import Choice, Need, describe, readers
 from gblm_compress.methods.fits import FITS, FitChoice
-from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantiser, columns_of_a_scale, grid_in_words
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.settings.fields import (
     MANY,
     Fraction,
+    OneOf,
     Panel,
     PatternName,
     PatternOrDense,
     Settings,
-    synonyms_of,
+    budget_of,
 )
 
 REGISTRIES: dict[str, Mapping[str, Choice]] = {
@@ -42,27 +43,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "obs", "fit": "obs"},
 }  # paper is GBLM (arXiv 2311.04902), sparsegpt arXiv 2301.00774
 
-if TYPE_CHECKING:  # a type checker cannot read a registry
-    MethodName: TypeAlias = str
-    FitName: TypeAlias = str
-    AllocationName: TypeAlias = str
-    PresetName: TypeAlias = str
-    QuantiserName: TypeAlias = str
-    Group: TypeAlias = str | int
-else:
-    MethodName = Literal[*METHODS]
-    FitName = Literal[*FITS]
-    AllocationName = Literal[*ALLOCATIONS]
-    PresetName = Literal[*PRESETS]
-    QuantiserName = Literal[*QUANTISERS]
-    Group = Literal[ROW, *GROUPS]
+MethodName = Annotated[str, OneOf.of(METHODS)]
+FitName = Annotated[str, OneOf.of(FITS)]
+AllocationName = Annotated[str, OneOf.of(ALLOCATIONS)]
+PresetName = Annotated[str, OneOf.of(PRESETS)]
+QuantiserName = Annotated[str, OneOf.of(QUANTISERS)]
+Group = Annotated[str | int, OneOf((ROW, *GROUPS))]
 GradientNorm = Literal["l1", "l2"]
 AlphaScale = Literal["published", "normalised"]
 PUBLISHED_CALIBRATION = (128, 2048)  # samples and tokens of the GBLM paper, to which its alpha belongs
-
-
-def describe_preset(name: str) -> str:
-    return ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
 
 
 def _number(value: Any) -> Any:
@@ -72,14 +61,6 @@ def _number(value: Any) -> Any:
 
 def _group_defaults() -> str:
     return ", ".join(f"{q.group or ROW} with {name}" for name, q in QUANTISERS.items() if q.make is not None)
-
-
-def _budget(pattern: str, sparsity: float | None) -> Budget:
-    try:
-        parsed = Pattern(pattern)
-        return Budget(parsed, parsed.sparsity(sparsity))
-    except UsageError as error:
-        raise ValueError(str(error)) from error
 
 
 def _readers(key: str) -> str:
@@ -96,7 +77,7 @@ class OverrideSettings(Settings):
 
     @property
     def budget(self) -> Budget:
-        return _budget(self.pattern, self.sparsity)
+        return budget_of(self.pattern, self.sparsity)
 
     @model_validator(mode="before")
     @classmethod
@@ -113,7 +94,7 @@ class OverrideSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _budget(self.pattern, self.sparsity)
+        budget_of(self.pattern, self.sparsity)
         return self
 
     def matches(self, name: str) -> bool:
@@ -126,11 +107,9 @@ class PruneSettings(Settings):
     preset: PresetName | None = Field(
         None,
         description="A paper's settings; your options override them. "
-        + " ".join(f"{name}: {describe_preset(name)}." for name in PRESETS),
+        + " ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}." for name, preset in PRESETS.items()),
     )
-    method: Annotated[MethodName, synonyms_of(METHODS)] = Field(
-        "gblm", description=f"How weights are ranked. {describe(METHODS)}."
-    )
+    method: MethodName = Field("gblm", description=f"How weights are ranked. {describe(METHODS)}.")
     pattern: PatternName = Field(
         "unstructured",
         description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
@@ -185,19 +164,9 @@ class PruneSettings(Settings):
         preset = values.get("preset") if isinstance(values, dict) else None
         return PRESETS.get(preset, {}) | values if isinstance(preset, str) else values
 
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, value: str) -> str:
-        if value == DENSE:
-            raise ValueError("pattern 'dense' prunes nothing; it is for the exceptions in 'overrides'")
-        try:
-            return Pattern(value).name
-        except UsageError as error:
-            raise ValueError(str(error)) from error
-
     @model_validator(mode="after")
     def _check(self) -> Self:
-        budget = _budget(self.pattern, self.sparsity)
+        budget = budget_of(self.pattern, self.sparsity)
         if self.allocation is None:  # not among the fields that were given, so that recipes are repeated as given
             free = Need.GRADIENTS in METHODS[self.method].needs and budget.pattern.n_m is None
             self.__dict__["allocation"] = "sensitivity" if free else "uniform"
@@ -293,7 +262,7 @@ class PruneSettings(Settings):
 
     @property
     def uniform_budget(self) -> Budget:
-        return _budget(self.pattern, self.sparsity)
+        return budget_of(self.pattern, self.sparsity)
 
     def is_exception(self, name: str) -> bool:
         return any(override.matches(name) for override in self.overrides)

@@ -12,7 +12,7 @@ from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.saliency import METHODS
-from gblm_compress.settings.fields import MANY, Memory, PatternName, Settings, closest, synonyms_of
+from gblm_compress.settings.fields import MANY, Memory, OneOf, PatternName, Settings
 from gblm_compress.settings.prune import PRESETS, PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
@@ -137,7 +137,7 @@ class CompareSettings(Settings):
             known = ", ".join((*PRESETS, *METHODS))
             if first in (*FITS, *ALLOCATIONS, *QUANTISERS):
                 known += f"; {first} follows one of them, for example wanda+{first}"
-            elif close := closest(first, (*PRESETS, *METHODS), synonyms_of(METHODS)):
+            elif close := OneOf.of(PRESETS | METHODS).closest(first):
                 known += f"; did you mean {close!r}?"
             raise ValueError(f"method {method!r}: {first!r} is neither a preset nor a method; there are {known}")
         values: dict[str, Any] = {"pattern": pattern, ("preset" if first in PRESETS else "method"): first}

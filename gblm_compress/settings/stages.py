@@ -1,36 +1,33 @@
 """Settings of the stages other than pruning and recovery."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gblm_compress.errors import UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
-from gblm_compress.methods.patterns import Pattern
 from gblm_compress.settings.fields import (
     MANY,
     Dtype,
     Fraction,
     Memory,
+    OneOf,
     Panel,
     PatternName,
     Settings,
-    Synonyms,
     Tokens,
-    synonyms_of,
+    budget_of,
 )
 
-if TYPE_CHECKING:  # a type checker cannot read a registry
-    FormatName: TypeAlias = str
-else:
-    FormatName = Literal[*FORMATS]
 WRITTEN = "written"
 """The name of the text that `generate` writes, in a recipe."""
-RuntimeName = Literal["torch", "vllm", "onnxruntime", "genai"]
-RUNTIME_SYNONYMS = Synonyms(
-    {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"}
-)
+RuntimeName = Annotated[
+    str,
+    OneOf(
+        ("torch", "vllm", "onnxruntime", "genai"),
+        {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"},
+    ),
+]
 
 
 class ComputeSettings(Settings):
@@ -99,7 +96,7 @@ class GenerateSettings(Settings):
 class ExportSettings(Settings):
     """One export."""
 
-    format: Annotated[FormatName, synonyms_of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
+    format: Annotated[str, OneOf.of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Literal["fused", "plain"] | None = Field(
         None,
@@ -175,10 +172,7 @@ class AdviseSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            Pattern(self.pattern).sparsity(self.sparsity)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
+        budget_of(self.pattern, self.sparsity)
         return self
 
 
@@ -210,7 +204,7 @@ class BenchmarkSettings(Settings):
     )
     repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
     warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
-    runtimes: Annotated[tuple[RuntimeName, ...], RUNTIME_SYNONYMS] = Field(
+    runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
         description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
