@@ -224,7 +224,7 @@ def check_gates(groups: Sequence[GateSettings], rows: Sequence[Row]) -> list[Gat
     for group in groups:
         for name, limit in group.limits.items():
             found = [row for row in measured if row.figure == name[4:] and group.artefact in (None, row.artefact)]
-            of_quality = GATES[name].needs in ("evaluate", "tasks")
+            of_quality = GATES[name] in ("evaluate", "tasks")
             if not of_quality:
                 found = [row for row in found if row.value is not None]
             if not found:

@@ -215,7 +215,7 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
     done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
     exports = {each.folder_name: each for each in job.recipe.export}
     for gates in job.recipe.gates:
-        if gates.artefact is None or not any(GATES[name].needs == needs for name in gates.limits):
+        if gates.artefact is None or not any(GATES[name] == needs for name in gates.limits):
             continue
         named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
         runtimes = FORMATS[made.format].runtimes if made else FOLDER_RUNTIMES

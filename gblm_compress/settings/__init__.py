@@ -11,7 +11,7 @@ from gblm_compress.settings.prune import (
     OverrideSettings,
     PruneSettings,
 )
-from gblm_compress.settings.recipe import GATES, CompareSettings, Gate, GateSettings, Recipe
+from gblm_compress.settings.recipe import GATES, CompareSettings, GateSettings, Recipe
 from gblm_compress.settings.recover import RecoverSettings, Source
 from gblm_compress.settings.stages import (
     AdviseSettings,
@@ -26,7 +26,7 @@ from gblm_compress.settings.stages import (
 
 __all__ = [
     "GATES", "PUBLISHED_CALIBRATION", "REGISTRIES", "AdviseSettings", "BenchmarkSettings", "CalibrationSettings",
-    "CompareSettings", "ComputeSettings", "EvaluateSettings", "ExportSettings", "Gate", "GateSettings",
+    "CompareSettings", "ComputeSettings", "EvaluateSettings", "ExportSettings", "GateSettings",
     "GenerateSettings", "GradientNorm", "OverrideSettings", "Panel", "PruneSettings", "Recipe", "RecoverSettings",
     "ResourceSettings", "Settings", "Source",
 ]  # fmt: skip

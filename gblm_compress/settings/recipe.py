@@ -1,11 +1,10 @@
 """A whole run, its grid of methods and its gates."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.allocation import ALLOCATIONS
@@ -26,48 +25,16 @@ from gblm_compress.settings.stages import (
     ResourceSettings,
 )
 
-AtLeast0 = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Above0 = Annotated[float | None, Field(gt=0)]
+AtLeast0 = Annotated[float | None, Field(ge=0)]
+Share = Annotated[float | None, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class Gate:
-    """An entry of `GATES`; `needs` is the section of a recipe that measures it, `kind` the limit's type."""
-
-    help: str
-    needs: Literal["evaluate", "tasks", "benchmark"] | None
-    kind: Any = Annotated[float, Field(gt=0)]
+def _limit(help: str) -> Any:
+    return Field(None, description=help)
 
 
-GATES: dict[str, Gate] = {
-    "max_perplexity": Gate("Largest perplexity.", "evaluate"),
-    "max_perplexity_increase": Gate(
-        "Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %.", "evaluate", AtLeast0
-    ),
-    "min_retained": Gate(
-        "The metric as a share of the dense model's, where more is better: Spearman's correlation or accuracy.",
-        "evaluate",
-    ),
-    "max_mean_kl": Gate("Largest mean KL divergence from dense, in nats per token.", "evaluate", AtLeast0),
-    "min_top1_agreement": Gate(
-        "Least agreement with dense on the most probable token, as a fraction of tokens.", "evaluate", Share
-    ),
-    "min_task_accuracy": Gate("Least mean accuracy on the zero-shot tasks.", "tasks", Share),
-    "min_task_recovery": Gate("Least mean accuracy on the tasks over that of dense.", "tasks"),
-    "max_bytes": Gate("Most bytes on disk, for example 300MB.", None, Memory),
-    "max_bytes_ratio": Gate("Most bytes on disk over those of the dense model.", None),
-    "max_memory": Gate("Most peak memory while it is timed.", "benchmark", Memory),
-    "max_ttft_ms": Gate("Longest time to the first token, in milliseconds.", "benchmark"),
-    "max_tpot_ms": Gate("Longest time per token after it, in milliseconds.", "benchmark"),
-    "min_tokens_per_second": Gate("Fewest generated tokens per second, of all sequences.", "benchmark"),
-    "min_samples_per_second": Gate("Fewest samples per second of forward pass.", "benchmark"),
-    "min_decode_speedup": Gate("Least TPOT of dense over TPOT.", "benchmark"),
-    "min_prefill_speedup": Gate("Least TTFT of dense over TTFT.", "benchmark"),
-}
-"""{`max_` or `min_` and a figure of `runs.rows`: its gate}"""
-
-
-class _Gates(Settings):
+class GateSettings(Settings):
     """Limits that a run must meet; an unset gate is not checked. If a figure has an interval, its worse end must meet
     the limit: the 90th percentile of a time, the lower end of a speed-up or an accuracy. Gates on quality apply to
     every evaluated artefact. Gates on bytes, memory or speed apply to the best artefact, at every batch size; a
@@ -79,20 +46,40 @@ class _Gates(Settings):
         description="Which one the gates are on, by the name of its folder: pruned, bitmask, onnx, …; if unset, every "
         "one for quality, the best one for the rest.",
     )
+    max_perplexity: Annotated[Above0, "evaluate"] = _limit("Largest perplexity.")
+    max_perplexity_increase: Annotated[AtLeast0, "evaluate"] = _limit(
+        "Largest increase of perplexity over dense, as a fraction: 0.15 allows 15 %."
+    )
+    min_retained: Annotated[Above0, "evaluate"] = _limit(
+        "The metric as a share of the dense model's, where more is better: Spearman's correlation or accuracy."
+    )
+    max_mean_kl: Annotated[AtLeast0, "evaluate"] = _limit("Largest mean KL divergence from dense, in nats per token.")
+    min_top1_agreement: Annotated[Share, "evaluate"] = _limit(
+        "Least agreement with dense on the most probable token, as a fraction of tokens."
+    )
+    min_task_accuracy: Annotated[Share, "tasks"] = _limit("Least mean accuracy on the zero-shot tasks.")
+    min_task_recovery: Annotated[Above0, "tasks"] = _limit("Least mean accuracy on the tasks over that of dense.")
+    max_bytes: Annotated[Memory | None, "files"] = _limit("Most bytes on disk, for example 300MB.")
+    max_bytes_ratio: Annotated[Above0, "files"] = _limit("Most bytes on disk over those of the dense model.")
+    max_memory: Annotated[Memory | None, "benchmark"] = _limit("Most peak memory while it is timed.")
+    max_ttft_ms: Annotated[Above0, "benchmark"] = _limit("Longest time to the first token, in milliseconds.")
+    max_tpot_ms: Annotated[Above0, "benchmark"] = _limit("Longest time per token after it, in milliseconds.")
+    min_tokens_per_second: Annotated[Above0, "benchmark"] = _limit(
+        "Fewest generated tokens per second, of all sequences."
+    )
+    min_samples_per_second: Annotated[Above0, "benchmark"] = _limit("Fewest samples per second of forward pass.")
+    min_decode_speedup: Annotated[Above0, "benchmark"] = _limit("Least TPOT of dense over TPOT.")
+    min_prefill_speedup: Annotated[Above0, "benchmark"] = _limit("Least TTFT of dense over TTFT.")
 
     @property
     def limits(self) -> dict[str, float]:
         return {name: limit for name in GATES if (limit := getattr(self, name)) is not None}
 
 
-if TYPE_CHECKING:  # a type checker cannot read a registry
-
-    class GateSettings(_Gates):
-        """See `_Gates`."""
-
-else:
-    _FIELDS = {name: (gate.kind | None, Field(None, description=gate.help)) for name, gate in GATES.items()}
-    GateSettings = create_model("GateSettings", __base__=_Gates, __doc__=_Gates.__doc__, **_FIELDS)
+GATES: dict[str, str] = {
+    name: field.metadata[-1] for name, field in GateSettings.model_fields.items() if field.metadata
+}
+"""{`max_` or `min_` and a figure of `runs.rows`: what measures it, a section of a recipe, its tasks, or the files}"""
 
 
 class CompareSettings(Settings):
@@ -229,7 +216,7 @@ class Recipe(Settings):
             "benchmark": (self.benchmark, "a 'benchmark' section"),
         }
         for name in gates.limits:
-            given, section = sections.get(GATES[name].needs or "", (True, ""))
+            given, section = sections.get(GATES[name], (True, ""))
             if not given:
                 raise ValueError(f"gate {name} needs {section}")
         formats = {export.folder_name: FORMATS[export.format] for export in self.export}
@@ -243,6 +230,6 @@ class Recipe(Settings):
                     raise ValueError(f"{name} below 1 allows a slow-down: say of which artefact, with gates.artefact")
         elif not gates.limits:
             raise ValueError("gates.artefact would do nothing: it is read with a gate")
-        asked = [name for name in gates.limits if GATES[name].needs == "tasks"]
+        asked = [name for name in gates.limits if GATES[name] == "tasks"]
         if asked and gates.artefact in formats and formats[gates.artefact].runtime != "torch":
             raise ValueError(f"gate {asked[0]} is on {gates.artefact}, and tasks are asked in torch only")
