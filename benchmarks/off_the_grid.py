@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM
 
 from gblm_compress.models.finding import resolve_model, silence_libraries
 from gblm_compress.models.loading import load_model, load_processor
-from gblm_compress.models.manifest import is_ours
 from gblm_compress.progress import Progress
 from gblm_compress.storage.outputs import MANIFEST
 
@@ -82,7 +81,7 @@ def main() -> None:
         raise SystemExit(f"the rescaled model computes something else: its logits differ by {error:.1e}")
     model.save_pretrained(options.folder)
     processor.save_pretrained(options.folder)
-    if is_ours(source.folder):
+    if (source.folder / MANIFEST).exists():
         shutil.copy(source.folder / MANIFEST, options.folder)
     print(f"{options.folder}: logits within {error:.1e} of {options.model}'s")
 

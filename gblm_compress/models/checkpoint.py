@@ -46,10 +46,6 @@ class _Group:
     target: str
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def targets(self) -> list[str]:
-        patterns = self.converter.target_patterns if self.converter else [self.target]
-        return [self.target.replace(patterns[0], pattern, 1) for pattern in patterns]
-
 
 class _Names:
     """How tensors of files and of a model make each other. Keeps no parameter of the model alive."""
@@ -91,8 +87,11 @@ class _Names:
         with_prefix, without = f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")
         return next((one for one in (name, with_prefix, without) if one in self._known), name)
 
-    def targets(self, group: _Group) -> list[str]:
-        return [self.whole(name) for name in group.targets()]
+    def targets(self, group: _Group) -> dict[str, str]:
+        """{name in the model: transformers' name} of the tensors that a group makes."""
+        patterns = group.converter.target_patterns if group.converter else [group.target]
+        names = [group.target.replace(patterns[0], pattern, 1) for pattern in patterns]
+        return {self.whole(name): name for name in names}
 
     def made(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """{name in the model: tensor} of a group."""
@@ -108,8 +107,7 @@ class _Names:
         if group.converter is None:
             return {key: tensors[self.whole(group.target)] for key in group.sources}
         converter = group.converter.reverse_transform()
-        names = {self.whole(name): name for name in group.targets()}
-        target = ""
+        names, target = self.targets(group), ""
         for whole, tensor in tensors.items():
             target, pattern = converter.rename_source_key(names[whole])
             converter.add_tensor(target, names[whole], pattern, tensor)
@@ -138,7 +136,7 @@ class Checkpoint:
     def __init__(self, folder: Path, model: Any) -> None:
         self.files, self._index = files.weight_files(folder), files.index_file(folder)
         self._names = names = _Names(model)
-        where = {key: path for path in self.files for key in keys(path)}
+        where = {key: path for path in self.files for key in files.read_header(path)[0]}
         self._groups = names.groups(where)
         self._group_of = {name: group for group in self._groups.values() for name in names.targets(group)}
         self._parts: dict[str, list[str]] = {}
@@ -244,10 +242,9 @@ def read_tensor(path: Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def keys(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
     with _opened(path) as file:
-        return list(file.keys())
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor]) -> None:

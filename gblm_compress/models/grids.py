@@ -16,7 +16,7 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import LEVELS, Grid, columns_of_a_scale, rounded
 from gblm_compress.methods.zeros import count_nonzeros, has_negative_zeros, is_finite
 from gblm_compress.models import manifest
-from gblm_compress.models.checkpoint import Checkpoint, keys, read_tensor
+from gblm_compress.models.checkpoint import Checkpoint, read_tensor
 from gblm_compress.models.files import read_header, sha256_of
 from gblm_compress.models.loading import load_skeleton
 from gblm_compress.models.source import ModelSource
@@ -43,7 +43,7 @@ def layers_on_grids(names: Collection[str]) -> list[str]:
 def read_from(path: Path, group: int | None) -> dict[str, Grid]:
     """The grids in a file, {layer: grid}; `group` columns share a scale, or a whole row if None."""
     found = {}
-    for name in layers_on_grids(keys(path)):
+    for name in layers_on_grids(read_header(path)[0]):
         scales, levels = (read_tensor(path, part) for part in parts_of([name]))
         found[name] = Grid(scales, levels, group)
     return found
@@ -60,17 +60,17 @@ def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
 
 def read_grids(source: ModelSource) -> dict[str, Grid]:
     """{layer: grid} of a pruned folder; empty where it was not quantised."""
-    content = manifest.read(source.folder) if manifest.is_ours(source.folder) else {}
-    stated, path = content.get("grids_sha256"), source.folder / GRIDS
+    content, path = manifest.read_if_ours(source.folder), source.folder / GRIDS
+    stated = content.get("grids_sha256")
     if stated is None:
         return {}
     if not path.is_file():  # never wait for a pipe or read a device
         raise ModelError(f"{str(path)!r} is missing or no regular file; the manifest says what it must hold")
-    read_header(path)
+    parts = set(read_header(path)[0])
     if sha256_of(path) != stated:
         raise ModelError(f"{str(path)!r} is not the file of which the manifest states the hash; it was changed")
     settings, layers = content["prune"], content["layers"]
-    if set(keys(path)) != set(parts_of(layers)):
+    if parts != set(parts_of(layers)):
         raise ModelError(f"{str(path)!r} does not hold the grids of the layers that the manifest lists")
     grids = read_from(path, columns_of_a_scale(settings["quantise"], settings["group"]))
     for layer, grid in grids.items():  # it must be sound before it is used, see `Grid`

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub import ModelCardData
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -14,12 +14,13 @@ from torch import nn
 import gblm_compress
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, grid_in_words
+from gblm_compress.methods.quantisation import grid_in_words
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
 from gblm_compress.models.loading import stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import printable
+from gblm_compress.settings.prune import Group, QuantiserName
 from gblm_compress.storage.outputs import MANIFEST
 
 _CARRIED = ("prune", "calibration", "compute", "layers", "left_dense")
@@ -31,10 +32,6 @@ _SHAPES = (
 
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
-if TYPE_CHECKING:  # a type checker cannot read a tuple of values
-    _Group: TypeAlias = str | int
-else:
-    _Group = Literal[ROW, *GROUPS]
 
 
 class _Layer(BaseModel, strict=True):
@@ -52,8 +49,8 @@ class _LeftDense(BaseModel, strict=True):
 class _Prune(BaseModel, strict=True):
     method: str
     pattern: str
-    quantise: Annotated[str, Field(pattern=f"^({'|'.join(QUANTISERS)})$")]
-    group: _Group | None
+    quantise: QuantiserName
+    group: Group | None
 
 
 class _Calibration(BaseModel, strict=True):
@@ -96,7 +93,7 @@ def write(
     `content` has a "kind" ("pruned" or "export") and this step's keys; `_CARRIED` keys come from `source`. `loading` is
     Python that loads the folder, for the card; by default with the task's class of transformers.
     """
-    before = read(source.folder) if is_ours(source.folder) else {}
+    before = read_if_ours(source.folder)
     # Where the dense model lies on this machine's disk is nobody else's business.
     name = source.name if source.name.count("/") <= 1 else source.folder.name
     content = {
@@ -178,24 +175,25 @@ def reasons(left_dense: dict[str, dict[str, Any]]) -> str:
 
 def weights_of(source: ModelSource) -> str:
     """The dtype of the weights, or int8 or int4; such as float16/float32 where the arithmetic has another."""
-    checks = read(source.folder).get("checks", {}) if source.is_onnx and is_ours(source.folder) else {}
+    checks = read_if_ours(source.folder).get("checks", {}) if source.is_onnx else {}
     stored = stored_dtype(source)
     arithmetic = checks.get("arithmetic", stored)
     return str(checks.get("weights", stored if arithmetic == stored else f"{stored}/{arithmetic}"))
 
 
-def is_ours(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
-
-
 def is_pruned(folder: Path) -> bool:
-    return is_ours(folder) and read(folder).get("prune") is not None
+    return read_if_ours(folder).get("prune") is not None
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; `ModelError` if there is none."""
     missing = f"{str(folder)!r} has no {MANIFEST}: it was not made by `gblm-compress prune`"
     return read_checked(folder / MANIFEST, _Manifest, missing)
+
+
+def read_if_ours(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; empty if there is none."""
+    return read(folder) if (folder / MANIFEST).exists() else {}
 
 
 def pruned_layers(source: ModelSource, model: nn.Module) -> list[str]:
@@ -225,7 +223,7 @@ def check_baseline(model: ModelSource, baseline: ModelSource) -> None:
                 f"{baseline.name!r} is no baseline of {model.name!r}: its {key} is {theirs[key]!r}, the model's "
                 f"{ours[key]!r}; give the dense model that it was made from"
             )
-    base, origin = (read(one.folder)["base_model"] if is_ours(one.folder) else None for one in (model, baseline))
+    base, origin = (read_if_ours(one.folder).get("base_model") for one in (model, baseline))
     if base is None or (origin is None and baseline.is_export):
         return
     if base["sha256"] not in ((origin or {}).get("sha256"), baseline.fingerprint):

@@ -19,7 +19,7 @@ from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models import grids
-from gblm_compress.models.checkpoint import keys, read_tensor, save_durably
+from gblm_compress.models.checkpoint import read_tensor, read_tensors, save_durably
 from gblm_compress.models.files import sha256_of
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.training.checkpoints import Record, Work
@@ -59,7 +59,7 @@ class RunFolder(Work[PruningRecord]):
     def gradients(self, block: int) -> dict[str, Tensor]:
         """{layer: G} of a block whose gradients were measured, else none."""
         path = self._path(f"gradients-{block}")
-        return {key: read_tensor(path, key) for key in keys(path)} if path.name in self.record.files else {}
+        return read_tensors(path) if path.name in self.record.files else {}
 
     def has_gradients(self, block: int) -> bool:
         """Whether the gradients were measured, or are not needed any more."""

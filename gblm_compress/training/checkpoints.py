@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import GblmError, OutputError, RankError, UsageError, is_out_of_memory
-from gblm_compress.models.checkpoint import keys, read_tensor, save_durably
+from gblm_compress.models.checkpoint import read_tensors, save_durably
 from gblm_compress.models.files import sha256_of
 from gblm_compress.progress import Progress
 from gblm_compress.storage import records
@@ -243,7 +243,7 @@ class Checkpoints(Work[TrainingRecord], Store):
 
     def _tensors(self, kind: str, number: int) -> dict[str, Tensor]:
         path = self._file(kind, number)
-        return {name: read_tensor(path, name) for name in keys(path)}
+        return read_tensors(path)
 
     def _remove_others(self) -> None:
         """Remove this process's files that the latest checkpoint does not need."""
