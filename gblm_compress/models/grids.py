@@ -3,7 +3,7 @@
 `gblm_grids.safetensors` holds `NAME.scales` and `NAME.levels` of each layer on a grid; the manifest states its hash.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,18 +35,13 @@ def parts_of(layers: Iterable[str]) -> list[str]:
     return [f"{name}{part}" for name in layers for part in (_SCALES, _LEVELS)]
 
 
-def layers_on_grids(names: Collection[str]) -> list[str]:
-    found = [name.removesuffix(_SCALES) for name in names if name.endswith(_SCALES)]
-    return [name for name in found if f"{name}{_LEVELS}" in names]
-
-
 def read_from(path: Path, group: int | None) -> dict[str, Grid]:
     """The grids in a file, {layer: grid}; `group` columns share a scale, or a whole row if None."""
-    found = {}
-    for name in layers_on_grids(read_header(path)[0]):
-        scales, levels = (read_tensor(path, part) for part in parts_of([name]))
-        found[name] = Grid(scales, levels, group)
-    return found
+    layers = [name.removesuffix(_SCALES) for name in read_header(path)[0] if name.endswith(_SCALES)]
+    return {
+        layer: Grid(read_tensor(path, f"{layer}{_SCALES}"), read_tensor(path, f"{layer}{_LEVELS}"), group)
+        for layer in layers
+    }
 
 
 def write(folder: Path, grids: Mapping[str, Grid]) -> str | None:
