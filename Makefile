@@ -64,7 +64,7 @@ docs: install
 
 # The site in build/site. Once mkdocs-material is here, nothing is fetched.
 docs-site: docs
-	$(BIN)/python -c 'import material' || $(BIN)/pip install --quiet '.[docs]'
+	$(BIN)/python -c 'import material' || $(BIN)/pip install --quiet --editable '.[docs]'
 	$(BIN)/python docs/site.py
 
 # The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
