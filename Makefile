@@ -62,9 +62,8 @@ fuzz: install
 docs: install
 	$(BIN)/python docs/reference.py
 
-# The site in build/site. Once mkdocs-material is here, nothing is fetched.
+# The site in build/site.
 docs-site: docs
-	$(BIN)/python -c 'import material' || $(BIN)/pip install --quiet --editable '.[docs]'
 	$(BIN)/python docs/site.py
 
 # The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
