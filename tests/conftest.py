@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,10 +93,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSourc
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server() -> Server:
     """Commands in processes of their own that need not import anything."""
-    with Server() as started:
-        yield started
+    return Server()
 
 
 @pytest.fixture

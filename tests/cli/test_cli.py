@@ -56,7 +56,7 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("prune tiny -o x --calibration demo --sequence-length 64 --ignore nope", 2, "'nope' matches no module"),
         ("prune tiny -o x --sequence-length 64 --device gpu9", 2, "device 'gpu9' is not supported"),
         ("benchmark tiny --baseline tiny --runtimes foo", 2, "--runtimes: input should be 'torch', 'vllm', 'onnxru"),
-        ("compare tiny --patterns 2:4,5:4", 2, "method 'paper' with pattern '5:4': pattern '5:4' is not"),
+        ("compare tiny --patterns 2:4,5:4", 2, "--patterns: pattern '5:4' is not known"),
         ("prune tiny -o x --override '*=2:4,*=unstructured@1.5'", 2, "--override (number 2), sparsity: input should"),
         ("prune tiny -o x --method wanda --alpha 3", 2, "alpha 3.0 would do nothing"),
         ("prune tiny", 2, "--output"),

@@ -88,7 +88,8 @@ def _content(folder: Path, kind: Kind) -> dict[str, str]:
 @contextmanager
 def runner(seconds: float = SECONDS) -> Iterator[Runner]:
     """A runner with folders of its own, which go at the end."""
-    with tempfile.TemporaryDirectory(prefix="gblm-fuzz-store-") as store, Server() as server:
+    with tempfile.TemporaryDirectory(prefix="gblm-fuzz-store-") as store:
+        server = Server()
         build_store(Path(store), server)
         yield Runner(server, Path(store), seconds)
 
