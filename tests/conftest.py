@@ -3,7 +3,9 @@
 import os
 import socket
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +17,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch
 from torch import nn
 
+from gblm_compress import exporters
 from gblm_compress.calibration.blocks import BlockReplay
 from gblm_compress.calibration.calls import BlockCalls
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool
+from gblm_compress.exporters import ExportResult
 from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.measure.runtimes import Runtime
 from gblm_compress.models.finding import silence_libraries
@@ -27,7 +31,7 @@ from gblm_compress.models.tiny import VOCABULARY, build_tiny
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import stage
 from gblm_compress.pruning.stage import PruneJob, PruneResult
-from gblm_compress.settings import CalibrationSettings, ComputeSettings, PruneSettings, ResourceSettings
+from gblm_compress.settings import CalibrationSettings, ComputeSettings, ExportSettings, PruneSettings, ResourceSettings
 from gblm_compress.tasks import TASKS
 from gblm_compress.tasks.task import Sample, Task
 from tests.forks import RANKS, Outcome, Server
@@ -93,6 +97,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSourc
 
 
 @pytest.fixture(scope="session")
+def pruned(tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
+    """pruned("gpt2", "2:4"): a tiny model pruned by magnitude, written once."""
+
+    def make(kind: str = "llama", pattern: str = "unstructured", **settings: Any) -> ModelSource:
+        folder = tmp_path_factory.mktemp("pruned") / "pruned"
+        prune(tiny(kind), folder, PruneSettings(method="magnitude", fit="none", pattern=pattern, **settings))
+        return ModelSource("pruned", folder)
+
+    return cache(make)
+
+
+@pytest.fixture(scope="session")
 def server() -> Server:
     """Commands in processes of their own that need not import anything."""
     return Server()
@@ -148,6 +164,12 @@ def prune(
     """`stage.prune` of a source to a folder, quiet unless told otherwise; dtype and device are `compute`."""
     job = PruneJob(source, settings, calibration, ComputeSettings(**compute), resources)
     return stage.prune(job, output, progress or Progress(quiet=True), resume=resume, force=force)
+
+
+def export(source: ModelSource, folder: Path, **settings: Any) -> tuple[ExportResult, ModelSource]:
+    """What `exporters.export` to a folder returns, and the folder; quiet."""
+    result = exporters.export(source, folder, ExportSettings(**settings), progress=Progress(quiet=True))
+    return result, ModelSource(folder.name, folder)
 
 
 def replay(model: nn.Module, samples: list[Sample], task: Task = CAUSAL_LM) -> BlockReplay:

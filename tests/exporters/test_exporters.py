@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gblm_compress.exporters import dtype_of
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
-from gblm_compress.settings import ExportSettings, Recipe
+from gblm_compress.settings import ExportSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-exporter.md"
 OPTIONS = ExportSettings.model_fields.keys() - {"format", "dtype"}
@@ -127,14 +127,3 @@ def test_every_option_is_some_formats_and_every_layout_has_a_format() -> None:
     packing = {entry.layout: name for name, entry in FORMATS.items() if entry.layout}
     assert packing == {name: layout.format for name, layout in LAYOUTS.items()}
     assert {name for name, entry in FORMATS.items() if entry.needs_cuda} == {"semi-structured"}
-
-
-def test_exports_of_one_run_have_folders_of_their_own() -> None:
-    exports = [
-        {"format": name, "dtype": dtype, **own}
-        for name, entry in FORMATS.items()
-        for dtype in entry.dtypes[:1]
-        for own in ({}, *(given(name, option) for option in entry.reads))
-    ]
-    recipe = Recipe(model="tiny", export=exports)
-    assert len({export.folder_name for export in recipe.export}) == len(exports) > len(FORMATS)

@@ -1,32 +1,26 @@
 """Plain ONNX graphs, and what all graphs share: verification accepts what is true and refuses what is not."""
 
 import json
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
-from gblm_compress.exporters import (
-    ExportResult,
-    export,
-    onnx_packing,
-    onnx_plain,
-    onnx_verification,
-    onnx_weights,
-)
 from gblm_compress.exporters import onnx as exporter
+from gblm_compress.exporters import onnx_packing, onnx_plain, onnx_verification, onnx_weights
 from gblm_compress.kernels import cpu
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import prune
+from tests.conftest import export
 
 
 def _operator_is_compiled() -> bool:
@@ -42,15 +36,43 @@ needs_operator = pytest.mark.skipif(not _operator_is_compiled(), reason="install
 
 
 @pytest.fixture(scope="module")
-def exported(tiny, tmp_path_factory):
+def exported(pruned, tmp_path_factory):
     """A tiny Llama, pruned 2:4 and exported in float32."""
-    base = tmp_path_factory.mktemp("onnx")
-    progress = Progress(quiet=True)
-    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
-    prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
-    source = ModelSource("pruned", base / "pruned")
-    result = export(source, base / "onnx", ExportSettings(**PLAIN), progress=progress)
-    return source, ModelSource("onnx", base / "onnx"), result
+    result, folder = export(pruned("llama", "2:4"), tmp_path_factory.mktemp("onnx") / "onnx", **PLAIN)
+    return pruned("llama", "2:4"), folder, result
+
+
+@pytest.fixture(scope="module")
+def traced(exported) -> Iterator[None]:
+    """The graph need not be traced again: the tracer gives the one that was exported before."""
+    original = onnx_plain._trace
+
+    def trace(model, source):
+        if source != exported[0]:
+            return original(model, source)
+        program = ir.load(exported[1].folder / "model.onnx")
+        for value in (*program.graph.inputs, *program.graph.outputs):  # back to the exporter's own names
+            stem, *rest = value.name.split(".")
+            if rest:
+                direction = "input" if stem == "past_key_values" else "output"
+                value.name = f"{direction}.cache.layers.{rest[0]}.{rest[1]}s"
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_plain, "_trace", trace)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sparse(exported, traced, tmp_path_factory):
+    """The same model with packed initializers."""
+    return export(exported[0], tmp_path_factory.mktemp("sparse") / "out", **PLAIN, sparse=True)
+
+
+@pytest.fixture(scope="module")
+def with_kernels(exported, traced, tmp_path_factory):
+    """The same model on this package's operator."""
+    return export(exported[0], tmp_path_factory.mktemp("kernels") / "out", **PLAIN, kernels=True)
 
 
 def test_names_and_dynamic_dimensions(exported) -> None:
@@ -96,12 +118,8 @@ def test_prefill_and_decode_with_any_batch_and_length(exported, batch: int) -> N
 def test_padding_is_masked(exported) -> None:
     """A left-padded sequence gives the logits of the sequence alone: `attention_mask` is not ignored."""
     source, folder, _ = exported
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(folder.folder / "model.onnx", providers=["CPUExecutionProvider"])
-    ids = np.array([[0, 0, 0, 65, 66, 67]])
-    mask = np.array([[0, 0, 0, 1, 1, 1]])
-    positions = np.array([[0, 0, 0, 0, 1, 2]])
+    ids, mask, positions = (np.array([[0, 0, 0, *rest]]) for rest in ((65, 66, 67), (1, 1, 1), (0, 1, 2)))
     empty = {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if "past" in i.name}
     padded = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **empty})[0]
     with torch.no_grad():
@@ -109,31 +127,10 @@ def test_padding_is_masked(exported) -> None:
     np.testing.assert_allclose(padded[:, 3:], alone.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_another_architecture_in_float16(tiny, tmp_path, progress) -> None:
-    settings = ExportSettings(**PLAIN, dtype="float16")
-    result = export(tiny("qwen3"), tmp_path / "out", settings, progress=progress)
-    assert OnnxRuntime(ModelSource("x", tmp_path / "out"), "cpu", 1).dtype == "float16"
+def test_another_architecture_in_float16(tiny, tmp_path) -> None:
+    result, folder = export(tiny("qwen3"), tmp_path / "out", **PLAIN, dtype="float16")
+    assert OnnxRuntime(folder, "cpu", 1).dtype == "float16"
     assert result.checks["identical_greedy_tokens"] >= result.checks["decided_greedy_tokens"] > 0
-
-
-def exported_again(exported, folder: Path, **settings) -> tuple[ExportResult, ModelSource]:
-    """Another export of the same model in float32, of which the graph need not be traced again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_plain, "_trace", kept_trace(exported))
-        wanted = ExportSettings(**PLAIN, **settings)
-        return export(exported[0], folder, wanted, progress=Progress(quiet=True)), ModelSource("again", folder)
-
-
-@pytest.fixture(scope="module")
-def sparse(exported, tmp_path_factory):
-    """The same model with packed initializers."""
-    return exported_again(exported, tmp_path_factory.mktemp("sparse") / "out", sparse=True)
-
-
-@pytest.fixture(scope="module")
-def with_kernels(exported, tmp_path_factory):
-    """The same model on this package's operator."""
-    return exported_again(exported, tmp_path_factory.mktemp("kernels") / "out", kernels=True)
 
 
 def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, sparse) -> None:
@@ -150,8 +147,6 @@ def test_sparse_is_half_the_file_and_the_same_logits_bit_for_bit(exported, spars
 
 def test_onnx_runtime_folds_the_decoder(sparse, tmp_path) -> None:
     """What runs is dense: after load-time optimization no operator of the decoder is left."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(sparse[1].folder / "model.onnx", options, providers=["CPUExecutionProvider"])
@@ -174,8 +169,6 @@ def test_kernels_give_the_same_tokens_at_half_the_file(exported, with_kernels) -
 
 @needs_operator
 def test_a_runtime_that_refuses_the_operators_is_named(with_kernels, monkeypatch) -> None:
-    import onnxruntime
-
     class Old(onnxruntime.SessionOptions):
         def register_custom_ops_library(self, path: str) -> None:
             raise RuntimeError("gblm: needs ONNX Runtime 1.17 or newer")
@@ -226,25 +219,26 @@ def test_a_damaged_graph_is_an_error_of_the_model(with_kernels, tmp_path, damage
         OnnxRuntime(ModelSource("damaged", tmp_path), "cpu", 1).predict({"input_ids": torch.arange(8).unsqueeze(0)})
 
 
-def test_kernels_are_refused_in_words(exported, tmp_path, monkeypatch, progress) -> None:
-    with pytest.raises(ValueError, match="choose sparse or kernels"):
-        ExportSettings(format="onnx", sparse=True, kernels=True)
+def test_kernels_are_refused_without_a_compiler(exported, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "library_file", lambda: None)
-    settings = ExportSettings(**PLAIN, kernels=True)
     with pytest.raises(MissingDependencyError, match="no C compiler was at hand.*apt install gcc"):
-        export(exported[0], tmp_path / "out", settings, progress=progress)
+        export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
 
 
 @needs_operator
-def test_kernels_take_float32_and_whole_words(exported, tiny, tmp_path, monkeypatch, progress) -> None:
-    with monkeypatch.context() as patch, pytest.raises(ModelError, match="not a multiple of 48, which kernels need"):
-        patch.setattr(exporter, "WORD", 48)
-        patch.setattr(onnx_plain, "_trace", None)  # it takes minutes, and is not reached
-        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
-    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    monkeypatch.setattr(onnx_packing, "WORD", 48)
-    with pytest.raises(ModelError, match="multiple of 48; this weight has in_features=64 .* Export with --sparse"):
-        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN, kernels=True), progress=progress)
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (exporter, "not a multiple of 48, which kernels need"),  # before the model is traced
+        (onnx_packing, "multiple of 48; this weight has in_features=64 .* Export with --sparse"),
+    ],
+)
+def test_kernels_take_whole_words(exported, traced, tmp_path, monkeypatch, module, message) -> None:
+    monkeypatch.setattr(module, "WORD", 48)
+    if module is exporter:
+        monkeypatch.setattr(onnx_plain, "_trace", None)
+    with pytest.raises(ModelError, match=message):
+        export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
 
 
 def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
@@ -258,8 +252,6 @@ def test_an_encoded_array_decodes_and_what_saves_nothing_is_left() -> None:
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_damaged_initializers_are_errors(kernels: bool) -> None:
-    import onnx_ir as ir
-
     array = np.zeros((2, 64), np.float32)
     array[1, 2], array[0, 5] = 5.0, 7.0
     if kernels:
@@ -288,66 +280,44 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
             decoded(**damage)
 
 
+def forgetful(last_logits: Callable[..., Any]) -> Callable[..., Any]:
+    """Prompts are read right, but what a decode step adds to the cache is lost."""
+
+    def decode(self, ids, cache):
+        logits, grown = last_logits(self, ids, cache)
+        return logits, grown if cache is None else cache
+
+    return decode
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "message"),
     [
         (OnnxRuntime, "predict", lambda _, sample: torch.zeros(*sample["input_ids"].shape, 257), "and torch differ"),
         (onnx_weights, "find", lambda *_: {}, "no initializer of the graph holds its weight"),
         (onnx_verification, "decode", lambda *_: np.ones((1, 1)), r"zeros in the model, 0 in the graph's initializer"),
+        (OnnxRuntime, "last_logits", forgetful(OnnxRuntime.last_logits), "largest logit on 32 tokens decoded one by"),
     ],
 )
-def test_wrong_logits_and_lost_zeros_fail_verification(
-    exported, tmp_path, monkeypatch, progress, owner, name, wrong, message
+def test_wrong_logits_lost_zeros_and_a_wrong_cache_fail_verification(
+    exported, traced, tmp_path, monkeypatch, owner, name, wrong, message
 ) -> None:
     monkeypatch.setattr(owner, name, wrong)
-    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     with pytest.raises(VerificationError, match=message):
-        export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
+        export(exported[0], tmp_path / "out", **PLAIN)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_cache_fails_verification(exported, tmp_path, monkeypatch, progress) -> None:
-    """Prompts are read right, but what a decode step adds to the cache is lost."""
-    source, _, _ = exported
-    original = OnnxRuntime.last_logits
-
-    def forgetful(self, ids, cache):
-        logits, grown = original(self, ids, cache)
-        return logits, grown if cache is None else cache
-
-    monkeypatch.setattr(OnnxRuntime, "last_logits", forgetful)
-    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
-    with pytest.raises(VerificationError, match="of the largest logit on 32 tokens decoded one by one"):
-        export(source, tmp_path / "out", ExportSettings(**PLAIN), progress=progress)
-
-
-def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, tmp_path, monkeypatch, progress) -> None:
+def test_a_near_tie_is_no_fault_but_one_token_must_be_decided(exported, traced, tmp_path, monkeypatch) -> None:
     """Either of two logits that are nearly equal may be the larger one."""
     expected = 0.9 * torch.rand(32, 257, generator=torch.Generator().manual_seed(0))
     expected[:, 0], expected[1::2, 1] = 1.005, 1.0
     got = expected + 5e-3
     got[1::2, 1] += 7e-3
     monkeypatch.setattr(onnx_verification, "_decode_side_by_side", lambda *_: (expected, got))
-    monkeypatch.setattr(onnx_plain, "_trace", kept_trace(exported))
     monkeypatch.setitem(onnx_verification.TOLERANCE, "float32", 2e-2)
-    checks = export(exported[0], tmp_path / "out", ExportSettings(**PLAIN), progress=progress).checks
+    checks = export(exported[0], tmp_path / "out", **PLAIN)[0].checks
     assert checks["decided_greedy_tokens"] == checks["identical_greedy_tokens"] == 16
     expected[:, 1], got[:, 1] = 1.0, 1.012
     with pytest.raises(VerificationError, match="more than the choice of any of 32 tokens bears"):
-        export(exported[0], tmp_path / "refused", ExportSettings(**PLAIN), progress=progress)
-
-
-def kept_trace(exported):
-    """A tracer that gives the graph that was exported before."""
-    import onnx_ir as ir
-
-    def trace(model, source):
-        program = ir.load(exported[1].folder / "model.onnx")
-        for value in (*program.graph.inputs, *program.graph.outputs):  # back to the exporter's own names
-            stem, *rest = value.name.split(".")
-            if rest:
-                direction = "input" if stem == "past_key_values" else "output"
-                value.name = f"{direction}.cache.layers.{rest[0]}.{rest[1]}s"
-        return program
-
-    return trace
+        export(exported[0], tmp_path / "refused", **PLAIN)

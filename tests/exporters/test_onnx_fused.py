@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from gblm_compress.errors import ModelError, UsageError
-from gblm_compress.exporters import export, onnx_fused
+from gblm_compress.exporters import onnx_fused
 from gblm_compress.exporters.onnx_fused import calculate_rotations_
 from gblm_compress.exporters.onnx_weights import initializer
 from gblm_compress.measure.engines import GenaiRuntime
@@ -23,9 +23,7 @@ from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import greedy_tokens, prune
+from tests.conftest import export, greedy_tokens
 from tests.exporters.test_onnx import needs_operator
 
 SIZES = {
@@ -78,7 +76,7 @@ def test_every_architecture_is_tried() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in sorted(CONFIGS)), ("Gemma3ForCausalLM", "float16")]
 )
-def test_the_graph_of_each_architecture_is_the_same_function(name, dtype, tmp_path, progress) -> None:
+def test_the_graph_of_each_architecture_is_the_same_function(name, dtype, tmp_path) -> None:
     """`export` verifies logits of 64 tokens, 32 decoded ones, and the zeros of every layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -89,26 +87,20 @@ def test_the_graph_of_each_architecture_is_the_same_function(name, dtype, tmp_pa
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     source = ModelSource(name, tmp_path / "model")
-    checks = export(source, tmp_path / "out", ExportSettings(format="onnx", dtype=dtype), progress=progress).checks
+    checks = export(source, tmp_path / "out", format="onnx", dtype=dtype)[0].checks
     assert checks["graph"] == "fused" and checks["identical_greedy_tokens"] == 32
     assert checks["layers_checked"] == {"Phi3": 8, "Phi": 12, "Nemotron": 12}.get(name.removesuffix("ForCausalLM"), 14)
 
 
+WAYS = {"dense": {}, "sparse": {"sparse": True}, "kernels": {"kernels": True}}
+WAYS |= {"half": {"kernels": True, "dtype": "float16"}, "float16": {"dtype": "float16"}}
+
+
 @pytest.fixture(scope="module")
-def exported(tiny, tmp_path_factory):
+def exported(pruned, tmp_path_factory):
     """A tiny Llama with a tied head, pruned 2:4, its graph fused in every way."""
-    base = tmp_path_factory.mktemp("fused")
-    progress = Progress(quiet=True)
-    settings = PruneSettings(method="magnitude", pattern="2:4", fit="none")
-    prune(tiny("llama"), base / "pruned", settings, CalibrationSettings(), progress=progress)
-    source = ModelSource("pruned", base / "pruned")
-    ways = {"dense": {}, "sparse": {"sparse": True}, "kernels": {"kernels": True}}
-    ways |= {"half": {"kernels": True, "dtype": "float16"}, "float16": {"dtype": "float16"}}
-    results = {}
-    for name, options in ways.items():
-        settings = ExportSettings(format="onnx", **options)
-        results[name] = export(source, base / name, settings, progress=progress), ModelSource(name, base / name)
-    return source, results
+    source, base = pruned("llama", "2:4"), tmp_path_factory.mktemp("fused")
+    return source, {name: export(source, base / name, format="onnx", **options) for name, options in WAYS.items()}
 
 
 def operators(folder: ModelSource) -> list[str]:
@@ -193,10 +185,9 @@ def test_genai_runs_the_folder(exported, name) -> None:
 
 
 @needs_operator
-def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path, progress) -> None:
-    settings = ExportSettings(format="onnx", kernels=True, dtype="float16")
-    result = export(tiny("llama"), tmp_path / "new" / "out", settings, progress=progress)
-    names = operators(ModelSource("dense", tmp_path / "new" / "out"))
+def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path) -> None:
+    result, folder = export(tiny("llama"), tmp_path / "new" / "out", format="onnx", kernels=True, dtype="float16")
+    names = operators(folder)
     assert names.count("DenseLinear") == 11 and "BitmaskLinear" not in names and "MatMul" not in names
     assert result.checks["layers_checked"] == 0
     assert (result.checks["dtype"], result.checks["arithmetic"]) == ("float16", "float32")
@@ -204,10 +195,10 @@ def test_a_model_that_was_never_pruned_runs_on_the_dense_operator(tiny, tmp_path
     assert all(path.is_file() for path in (tmp_path / "new" / "out").iterdir())
 
 
-def test_models_without_a_fused_graph(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_models_without_a_fused_graph(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "build", None)
     with pytest.raises(ModelError, match=r"no fused graph of it, .* plain; GPT2LMHeadModel: .*graphs of Ernie.*Llama"):
-        export(tiny("gpt2"), tmp_path / "out", ExportSettings(format="onnx", graph="fused"), progress=progress)
+        export(tiny("gpt2"), tmp_path / "out", format="onnx", graph="fused")
 
 
 @pytest.mark.parametrize(
@@ -231,10 +222,10 @@ def test_what_comes_out_wrong_is_refused(config, reason) -> None:
     assert found == reason if reason is None else found.startswith(reason)
 
 
-def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, progress, monkeypatch) -> None:
+def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "_OPTIONS", ("hf_remote=maybe",))
     with pytest.raises(ModelError, match=r"builder does not manage LlamaForCausalLM \(.+\); export with --graph plain"):
-        export(tiny("llama"), tmp_path / "out", ExportSettings(format="onnx"), progress=progress)
+        export(tiny("llama"), tmp_path / "out", format="onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check, export
+from gblm_compress.exporters import check
 from gblm_compress.exporters.onnx_rounding import Blocks
 from gblm_compress.exporters.onnx_rounding import restored as blocks_restored
 from gblm_compress.layouts import LAYOUTS
@@ -21,9 +21,8 @@ from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import grids
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
-from gblm_compress.progress import Progress
-from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSettings
-from tests.conftest import prune
+from gblm_compress.settings import ExportSettings
+from tests.conftest import export
 from tests.exporters.test_onnx import needs_operator
 from tests.hostile_graphs import restored
 
@@ -37,18 +36,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pruned(tiny, tmp_path_factory) -> ModelSource:
-    """A tiny Llama with a tied head, half of its weights zero."""
-    folder = tmp_path_factory.mktemp("quantised") / "pruned"
-    settings = PruneSettings(method="magnitude", fit="none")
-    prune(tiny("llama"), folder, settings, CalibrationSettings(), progress=Progress(quiet=True))
-    return ModelSource("pruned", folder)
-
-
-def exported(source: ModelSource, folder, progress, **options):
-    settings = ExportSettings(format="onnx", kernels=True, **options)
-    return export(source, folder, settings, progress=progress), ModelSource("out", folder)
+ON_KERNELS = {"format": "onnx", "kernels": True}
 
 
 def weights_in(folder: ModelSource) -> list[np.ndarray]:
@@ -83,29 +71,29 @@ def with_weights_of(source: ModelSource, folder: ModelSource):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_graph_computes_with_the_numbers_of_the_file(pruned, tmp_path, progress, way: str) -> None:
-    result, folder = exported(pruned, tmp_path / "out", progress, **WAYS[way])
+def test_the_graph_computes_with_the_numbers_of_the_file(pruned, tmp_path, way: str) -> None:
+    result, folder = export(pruned(), tmp_path / "out", **ON_KERNELS, **WAYS[way])
     assert result.checks["weights"] == WAYS[way]["quantise"] and result.checks["logits_relative_difference"] < 1e-3
     ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
-    expected = TorchRuntime(with_weights_of(pruned, folder)).predict({"input_ids": ids})
+    expected = TorchRuntime(with_weights_of(pruned(), folder)).predict({"input_ids": ids})
     got = OnnxRuntime(folder, "cpu", 2).predict({"input_ids": ids})
     assert float((got - expected).abs().max()) < 1e-3 * float(expected.abs().max())
-    dense = TorchRuntime(load_model(pruned, "float32")).predict({"input_ids": ids})
+    dense = TorchRuntime(load_model(pruned(), "float32")).predict({"input_ids": ids})
     assert float((got - dense).abs().max()) > 1e-3 * float(dense.abs().max())  # it did round
 
 
-def test_layers_of_which_rounding_moved_much_are_named(pruned, tmp_path, progress, monkeypatch) -> None:
-    plain, _ = exported(pruned, tmp_path / "plain", progress, quantise="int8")
+def test_layers_of_which_rounding_moved_much_are_named(pruned, tmp_path, monkeypatch) -> None:
+    plain, _ = export(pruned(), tmp_path / "plain", **ON_KERNELS, quantise="int8")
     assert 0 < plain.checks["largest_rounding_error"] < 0.03 and "layers_rounded_much" not in plain.checks
     kind, limit = LAYOUTS["bitmask-int8"].kind, plain.checks["largest_rounding_error"] * 0.999
     monkeypatch.setattr(kind, "largest_error", limit)
-    named, _ = exported(pruned, tmp_path / "named", progress, quantise="int8")
+    named, _ = export(pruned(), tmp_path / "named", **ON_KERNELS, quantise="int8")
     names = named.checks["layers_rounded_much"]
     assert 0 < len(names) < 14 and all(name.endswith("down_proj") for name in names)
 
 
-def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path, progress) -> None:
-    _, folder = exported(pruned, tmp_path / "out", progress, quantise="int4")
+def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path) -> None:
+    _, folder = export(pruned(), tmp_path / "out", **ON_KERNELS, quantise="int4")
     graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
     tables = [tensor for tensor in graph.initializer if list(tensor.dims) == [257, 64]]
     assert [tensor.data_type for tensor in tables] == [onnx.TensorProto.INT8]
@@ -113,14 +101,12 @@ def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path, progress) 
 
 
 @pytest.mark.parametrize(("kind", "format"), [("int4", "bitmask-int4"), ("int4", "onnx"), ("int8", "bitmask-int8")])
-def test_weights_pruned_onto_grids_are_stored_as_they_are(tiny, tmp_path, progress, kind: str, format: str) -> None:
-    settings = PruneSettings(method="magnitude", fit="none", quantise=kind, group=32)
-    prune(tiny("llama"), tmp_path / "pruned", settings, CalibrationSettings(), progress=progress)
-    source, packed = (ModelSource(name, tmp_path / name) for name in ("pruned", "packed"))
-    options = {"format": format, **({"kernels": True, "quantise": kind} if format == "onnx" else {})}
+def test_weights_pruned_onto_grids_are_stored_as_they_are(pruned, tmp_path, kind: str, format: str) -> None:
+    source = pruned(quantise=kind, group=32)
+    options = {"format": format} if format != "onnx" else {**ON_KERNELS, "quantise": kind}
     with pytest.raises(UsageError, match="group 64: the model was pruned onto grids of 32; leave --group out"):
-        export(source, packed.folder, ExportSettings(**options, group=64), progress=progress)
-    export(source, packed.folder, ExportSettings(**options), progress=progress)
+        export(source, tmp_path / "packed", **options, group=64)
+    _, packed = export(source, tmp_path / "packed", **options)
     found = weights_in(packed) if format == "onnx" else []
     loaded = None if format == "onnx" else load_model(packed)
     for name, weight in load_model(source, "float32").named_parameters():
@@ -211,8 +197,7 @@ def test_blocks_that_do_not_fit_their_scales_are_found():
     ids=["int8", "int4 by 64", "int8 by 128", "plain"],
 )
 def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, options):
-    settings = ExportSettings(format="onnx", **options)
-    result = export(tiny("llama"), tmp_path / "out", settings, progress=Progress(quiet=True))
+    result, _ = export(tiny("llama"), tmp_path / "out", format="onnx", **options)
     assert result.checks["weights"] == options["quantise"]
     assert 0 < result.checks["largest_rounding_error"] < 0.2
     assert result.checks["logits_relative_difference"] < result.checks["logits_tolerance"]
@@ -227,23 +212,20 @@ def test_a_dense_model_runs_on_onnx_runtimes_own_operator(tiny, tmp_path, option
 
 
 @pytest.mark.parametrize(("kind", "kernels", "layers"), [("gpt2", True, 8), ("opt", False, 12)])
-def test_products_that_are_traced_as_gemms_are_rounded_too(kind, kernels, layers, tiny, tmp_path, progress) -> None:
-    pruning = PruneSettings(method="magnitude", fit="none")
-    prune(tiny(kind), tmp_path / "p", pruning, CalibrationSettings(), progress=progress)
-    settings = ExportSettings(format="onnx", quantise="int8", kernels=kernels)
-    result = export(ModelSource("p", tmp_path / "p"), tmp_path / "out", settings, progress=progress)
+def test_products_that_are_traced_as_gemms_are_rounded_too(kind, kernels, layers, pruned, tmp_path) -> None:
+    result, folder = export(pruned(kind), tmp_path / "out", format="onnx", quantise="int8", kernels=kernels)
     assert result.checks["graph"] == "plain" and result.checks["layers_checked"] == layers
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
     assert not [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in stored]
     if kernels:
-        assert len(weights_in(ModelSource("out", tmp_path / "out"))) == layers + 1  # and the head
+        assert len(weights_in(folder)) == layers + 1  # and the head
     else:
         assert sum(node.op_type == "MatMulNBits" for node in graph.node) == layers + 1
 
 
-def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
-    _, folder = exported(tiny("llama"), tmp_path / "out", progress, quantise="int8")
+def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path) -> None:
+    _, folder = export(tiny("llama"), tmp_path / "out", **ON_KERNELS, quantise="int8")
     graph = onnx.load(folder.folder / "model.onnx", load_external_data=False).graph
     masks = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT64 and len(t.dims) == 2]
     assert {tuple(mask.dims) for mask in masks} == {(0, 0)} and weights_in(folder)
@@ -252,6 +234,7 @@ def test_a_dense_model_has_no_masks_in_8_bits(tiny, tmp_path, progress) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sparse": True, "kernels": True}, "choose sparse or kernels"),
         ({"quantise": "int8", "sparse": True}, "leave one out"),
         ({"quantise": "int8", "kernels": True, "dtype": "float16"}, "give no other dtype"),
         ({"kernels": True, "group": 64}, "group would do nothing without quantise"),

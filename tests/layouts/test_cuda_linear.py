@@ -1,6 +1,7 @@
 """Dispatch on CUDA, without a GPU: kernels and clock are replaced, what is chosen and passed on is not."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -162,26 +163,15 @@ def test_a_plan_is_measured_written_and_read(calls, monkeypatch) -> None:
     assert cuda_linear.choose("", 5) == DENSE
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda words: None,
-        lambda words: 13,
-        lambda words: "",
-        lambda words: " ".join(words[1:]),
-        lambda words: " ".join(["cutlass", *words[1:]]),  # one token
-        lambda words: " ".join([*words[:-1], "cusparselt"]),
-        lambda words: " ".join([*words[:-1], "cusparselt:-1"]),
-        lambda words: " ".join([*words[:-1], "cusparselt:x"]),
-        lambda words: " ".join([*words[:-1], "cutlass:1"]),
-        lambda words: " ".join([*words[:-1], "dense:1"]),
-        lambda words: " ".join([*words[:-1], "fastest"]),
-        lambda words: " ".join([*words[:-1], words[0]]),  # a tiling for one token
-        lambda words: " ".join(["triton:3,1024,4,0,1", *words[1:]]),
-        lambda words: " ".join(["triton", *words[1:]]),
-    ],
-)
-def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, damage) -> None:
+FIRST, LAST = 0, -1
+DAMAGED_WORDS = [
+    *((FIRST, word) for word in ("cutlass", "triton", "triton:3,1024,4,0,1")),  # for one token
+    *((LAST, word) for word in ("cusparselt", "cusparselt:-1", "cusparselt:x", "cutlass:1", "dense:1", "fastest")),
+    (LAST, FIRST),  # a tiling for one token
+]
+
+
+def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     timed(monkeypatch, {"dense": 0.5, "triton": 0.1, "cusparselt": 0.3, "cutlass": 0.2})
     weight = as_kernels_read_it(64, 64)
@@ -189,9 +179,16 @@ def test_a_plan_that_cannot_be_is_measured_again(calls, monkeypatch, tmp_path, d
     assert cuda_linear.is_plan(good, weight) and "cutlass" in good
     assert not cuda_linear.is_plan(good, as_kernels_read_it(64, 64, "bitmask"))
     assert not cuda_linear.is_plan(good, as_kernels_read_it(16, 64))  # too few rows for CUTLASS
-    monkeypatch.setattr(machine, "recorded", lambda path, machine: {what: damage(good.split())})
-    what = "cuda sparse24 64x64 torch.bfloat16"
-    assert cuda_linear.plan(weight) == good
+    damaged: list[Any] = [None, 13, "", good.partition(" ")[2]]
+    for at, word in DAMAGED_WORDS:
+        words = good.split()
+        words[at] = words[word] if isinstance(word, int) else word
+        damaged.append(" ".join(words))
+    all_dense = " ".join(["dense"] * len(TOKENS))
+    for plan in (all_dense, *damaged):
+        recorded = {"cuda sparse24 64x64 torch.bfloat16": plan}
+        monkeypatch.setattr(machine, "recorded", lambda path, machine, recorded=recorded: recorded)
+        assert cuda_linear.plan(weight) == (plan if plan == all_dense else good)
 
 
 def test_what_does_not_run_or_agree_is_excluded_with_its_reason(calls, monkeypatch) -> None:

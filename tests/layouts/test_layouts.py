@@ -81,13 +81,3 @@ def test_the_registry_and_the_kinds_say_the_same(name: str) -> None:
     layout = LAYOUTS[name]
     assert known(name) is layout and layout.kind.width == layout.width
     assert (layout.pattern == "2:4") == layout.kind.mask.fills
-
-
-def test_what_is_no_layout() -> None:
-    assert known("csr") is known(["bitmask"]) is known(None) is None
-
-
-def test_the_registry_loads_no_torch() -> None:
-    code = "import sys, gblm_compress.layouts; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

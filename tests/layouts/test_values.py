@@ -152,25 +152,48 @@ def test_the_number_of_groups_tells_their_size(columns: int) -> None:
         group_of(columns, 999)
 
 
+HALF_INFINITE, HALF_NAN = 0x7C00, 0x7E00
+# {buffer: {message: damages}}
+DAMAGES: dict[str, dict[str, list[Any]]] = {
+    "scales": {
+        "not all are finite": [lambda t: t - 0x7FFF, lambda t: t * 0 + HALF_INFINITE, lambda t: t * 0 + HALF_NAN],
+        "needs int16": [lambda t: t[:, :1].repeat(1, 7), lambda t: t[1:], lambda t: t.half()],
+        "all are zero": [lambda t: t * 0],
+    },
+    "mask": {
+        "the mask takes": [lambda t: t * 0],
+        "needs int64": [lambda t: t[1:], lambda t: t.int()],
+        "bits beyond the last of 100 columns": [lambda t: t | (1 << 40)],
+    },
+    "positions": {"no two increasing": [lambda t: t * 0], "needs uint8": [lambda t: t[1:], lambda t: t.int()]},
+    "patterns": {
+        "do not stand for two of four": [lambda t: t * 0, lambda t: t | 7, lambda t: t | 128],
+        "needs uint8": [lambda t: t[1:], lambda t: t.int()],
+    },
+    "levels": {
+        "they do not increase": [lambda t: t.flip(1), lambda t: t * 0],
+        "needs int8": [lambda t: t[:, :8], lambda t: t.int(), lambda t: t[0]],
+    },
+    "values": {"needs|the mask takes": [lambda t: t[:-1], lambda t: t[None], lambda t: t.double()]},
+}
+VALUES: dict[int | None, dict[str, list[Any]]] = {
+    None: {"holds NaN or infinite": [lambda t: t * float("nan")]},
+    8: {"a level is below -127": [lambda t: t.index_fill(0, torch.tensor([0]), -128)]},
+    4: {},  # any place is one
+}
+PADDED = {"the last 64 must be zeros": [lambda t: t.index_fill(0, torch.tensor([len(t) - 1]), 1)]}
+
+
 @LAYOUT_NAMES
 def test_damaged_tensors_are_refused(layout: str) -> None:
     width = LAYOUTS[layout].width
     layer = packed(layout, sparse(layout, 4, 100), **({"group": 64} if width else {}))
-    damages = {
-        "scales": [lambda t: t - 0x7FFF, lambda t: t * 0 + 0x7C00, lambda t: t[:, :1].repeat(1, 7), lambda t: t.half()],
-        "mask": [lambda t: t * 0, lambda t: t[1:], lambda t: t | (1 << 40), lambda t: t.int()],
-        "positions": [lambda t: t * 0, lambda t: t[1:], lambda t: t.int()],
-        "patterns": [lambda t: t * 0, lambda t: t[1:], lambda t: t | 7, lambda t: t.int(), lambda t: t | 128],
-        "levels": [lambda t: t.flip(1), lambda t: t * 0, lambda t: t[:, :8], lambda t: t.int(), lambda t: t[0]],
-        "values": [lambda t: t[:-1], lambda t: t[None], lambda t: t.double()],
-    }
-    if width != 4:  # any place is one
-        damages["values"].append(lambda t: (t * 0 - 64) * 2 if width else t * float("nan"))
+    damages = {**DAMAGES, "values": DAMAGES["values"] | VALUES[width] | (PADDED if layer.values.dim() == 1 else {})}
     for name in layer.kind.names:
         sound = layer.get_buffer(name)
-        for damage in damages[name]:
+        for message, damage in ((message, each) for message, found in damages[name].items() for each in found):
             setattr(layer, name, damage(sound).contiguous())
-            with pytest.raises(ModelError, match="^(mask|positions|patterns|values|scales|levels): "):
+            with pytest.raises(ModelError, match=f"^(values|{name}): .*({message})"):
                 layer.check()
         setattr(layer, name, sound)
     layer.check()
