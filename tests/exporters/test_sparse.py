@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 from gblm_compress.settings import BenchmarkSettings, CalibrationSettings, PruneSettings
 from tests.conftest import ARCHITECTURES, export, prune
+from tests.families.tiny import tiny_family
 
 IDS = torch.arange(20).unsqueeze(0)
 NAMES = {layout.format: name for name, layout in LAYOUTS.items()}
@@ -36,52 +38,23 @@ ROUNDING = pytest.mark.parametrize("format", QUANTISED)
 ALL = pytest.mark.parametrize("format", NAMES)
 
 
-TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256}
-MAMBA = {**TOKENS, "pad_token_id": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
-# What a layer replaced by another must not disturb.
-FAMILIES = {
-    # buffers that no file holds
-    "gpt_neo": lambda: transformers.GPTNeoConfig(
-        **TOKENS, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8
-    ),
-    # a linear layer's weight read by its name
-    "mamba": lambda: transformers.MambaConfig(**MAMBA, time_step_rank=16),
-    "falcon_mamba": lambda: transformers.FalconMambaConfig(**MAMBA, time_step_rank=16),
-    # in slices of columns
-    "bloom": lambda: transformers.BloomConfig(
-        **TOKENS, hidden_size=64, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True
-    ),
-    # and written, unless it is kept from that
-    "rwkv": lambda: transformers.RwkvConfig(
-        **TOKENS, hidden_size=64, num_hidden_layers=4, context_length=512, intermediate_size=128, rescale_every=2
-    ),
-    # buffers of no dimension
-    "gemma2": lambda: transformers.Gemma2Config(
-        **TOKENS,
-        pad_token_id=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    ),
+# What a layer replaced by another must not disturb, with arguments of the family's config.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt_neo": {},  # buffers that no file holds
+    "mamba": {},  # a linear layer's weight read by its name
+    "falcon_mamba": {},
+    "bloom": {"pretraining_tp": 2, "slow_but_exact": True},  # in slices of columns
+    "rwkv": {"num_hidden_layers": 4, "rescale_every": 2},  # and written, unless it is kept from that
+    "gemma2": {},  # buffers of no dimension
 }
 
 
 @pytest.fixture
-def family(tmp_path):
+def family(tmp_path) -> Callable[[str], ModelSource]:
     """family("mamba"): a tiny model of one of FAMILIES."""
 
     def make(kind: str) -> ModelSource:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(FAMILIES[kind](), dtype=torch.float32).eval()
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if parameter.dim() == 2 and "A_log" not in name:
-                        parameter.normal_(0, 0.15)
-        model.save_pretrained(tmp_path / kind)
+        tiny_family(kind, **FAMILIES[kind]).save_pretrained(tmp_path / kind)
         byte_tokenizer().save_pretrained(tmp_path / kind)
         return ModelSource(kind, tmp_path / kind)
 
@@ -275,19 +248,13 @@ def test_head_and_embedding_are_one_tensor_where_they_are_tied(format, exported)
     assert kept.lm_head.weight is kept.get_input_embeddings().weight
 
 
-def test_head_and_embedding_of_their_own(tmp_path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-        config = transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=False)
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
-    byte_tokenizer().save_pretrained(tmp_path / "dense")
-    source, folder, checks = written(ModelSource("d", tmp_path / "dense"), tmp_path, "bitmask-int8")
-    assert checks["packed_layers"] == 9
+def test_head_and_embedding_of_their_own(exported, tmp_path) -> None:
+    source, folder, checks = exported("bitmask-int8", "qwen3")
+    assert checks["packed_layers"] == 16
     model, dense = AutoModelForCausalLM.from_pretrained(folder.folder), load_model(source)
-    embedding = model.get_input_embeddings()
-    assert embedding.rows is not model.lm_head and embedding.rows.restores(dense.model.embed_tokens.weight)
-    assert (embedding(IDS) - dense.model.embed_tokens(IDS)).abs().max() < 1e-3
+    embedding, table = model.get_input_embeddings(), dense.model.embed_tokens
+    assert embedding.rows is not model.lm_head and embedding.rows.restores(table.weight)
+    assert (embedding(IDS) - table(IDS)).abs().max() < table.weight.abs().max() / 200
     assert (logits(model) - logits(dense)).abs().max() < 0.05 * logits(dense).abs().max()
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))

@@ -114,10 +114,13 @@ def families() -> list[str]:
     return sorted(min(names)[1] for names in found.values())
 
 
-def tiny_family(name: str, seed: int = 0) -> Any:
-    """A tiny model of a family in float32, in eval mode, with random weights large enough for its parts to matter."""
+def tiny_family(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny model of a family in float32, in eval mode, with random weights large enough for its parts to matter.
+
+    `changes` are arguments of the config.
+    """
     kind = CONFIG_MAPPING[name]
-    config = kind(**_merged(_small(kind()), EXCEPTIONS.get(name, {})))
+    config = kind(**_merged(_small(kind()), EXCEPTIONS.get(name, {}) | changes))
     torch.manual_seed(seed)
     model = getattr(transformers, CLASSES[name])._from_config(config, dtype=torch.float32)
     with torch.no_grad():
