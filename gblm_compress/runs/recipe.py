@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, NodeEvent
-from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
 
 from gblm_compress import errors, recipes
 from gblm_compress.errors import RecipeError, UsageError
@@ -29,14 +29,6 @@ SHIPPED = Path(recipes.__path__[0])
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 64 * 1024, 16, 5_000
 MAX_DIGITS = 40  # characters of a number; Python's own conversion is quadratic, and fails beyond 4,300
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them
-
-
-class YamlFaults(Exception):
-    """The text cannot be read; `faults` are all that were found, each with its place."""
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
 
 
 @dataclass
@@ -85,8 +77,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
             tree = read_yaml(file.read(MAX_BYTES + 1), lambda line: f"{path}:{line}")
     except OSError as error:
         raise RecipeError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
-    except YamlFaults as error:
-        raise _all_of(error.faults) from error
     if not isinstance(tree.value, dict):
         kind = "a sequence" if isinstance(tree.value, list) else json.dumps(tree.value)
         raise RecipeError(f"{tree.where}: a recipe is a mapping with a key 'model'; this is {_shortened(kind)}")
@@ -167,11 +157,7 @@ def _override(tree: Node, override: str) -> None:
     if not equals or not all(parts):
         raise UsageError(f"--set {override!r}: give key=value, for example --set prune.sparsity=0.6")
     where = f"--set {key}"
-    try:
-        value = read_yaml(text.encode(errors="surrogateescape"), lambda line: where).value
-    except YamlFaults as error:
-        raise UsageError(str(error)) from error
-    node = tree
+    node, value = tree, read_yaml(text.encode(errors="surrogateescape"), lambda line: where).value
     for part in parts[:MAX_DEPTH]:
         if isinstance(node.value, str) and node is tree.value.get("model"):
             node.value = {"source": Node(node.where, node.value)}
@@ -185,7 +171,7 @@ def _override(tree: Node, override: str) -> None:
 
 
 def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
-    """Read one document; `where` names a line, counted from 1. Raises YamlFaults."""
+    """Read one document; `where` names a line, counted from 1. A RecipeError lists every fault."""
     faults: list[str] = []
     line = 1
     try:
@@ -202,7 +188,7 @@ def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
                 raise YAMLError(limit)
             faults += (f"{where(line)}: {fault}" for fault in _faults(event))
         node = None if faults else YAML(typ="safe", pure=True).compose(text)
-        tree = Node(where(1), None) if node is None else _tree(node, where, where(node.start_mark.line + 1), faults)
+        tree = Node(where(1), None) if node is None else _tree(node, where, faults)
     except (YAMLError, ArithmeticError, LookupError, ValueError) as error:  # ruamel does not check every escape
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         position = getattr(error, "position", getattr(error, "start", None))
@@ -210,28 +196,39 @@ def read_yaml(content: bytes, where: Callable[[int], str]) -> Node:
         said = [part for name in ("context", "problem") if (part := getattr(error, name, None))]
         faults.append(f"{where(line)}: not valid YAML: {', '.join(said) or str(error).splitlines()[0]}")
     if faults:
-        raise YamlFaults(faults)
+        raise _all_of(faults)
     return tree
 
 
-def _faults(event: Any) -> list[str]:
-    if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-        return ["a document of another version than YAML 1.2"]
-    if isinstance(event, AliasEvent):
-        return [f"*{event.anchor} is an alias; write the value out"]
+def _faults(event: Any) -> Iterator[str]:
     anchor, tag, text = (getattr(event, name, None) for name in ("anchor", "tag", "value"))
-    found = [] if anchor is None else [f"&{anchor} is an anchor; anchors and aliases are not read"]
-    found += [] if tag is None else [f"{tag!r} is a tag; tags are not read"]
-    unreadable = text is not None and _NO_TEXT.search(text)
-    return found + ([f"{text!r} holds NUL or half a character, which no name or path can"] if unreadable else [])
+    if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+        yield "a document of another version than YAML 1.2"
+    elif isinstance(event, AliasEvent):
+        yield f"*{anchor} is an alias; write the value out"
+    elif anchor is not None:
+        yield f"&{anchor} is an anchor; anchors and aliases are not read"
+    if tag is not None:
+        yield f"{tag!r} is a tag; tags are not read"
+    if text is not None and _NO_TEXT.search(text):
+        yield f"{text!r} holds NUL or half a character, which no name or path can"
 
 
-def _tree(node: Any, where: Callable[[int], str], place: str, faults: list[str]) -> Node:
+def _tree(node: Any, where: Callable[[int], str], faults: list[str], place: str = "") -> Node:
+    """The values below a node of ruamel's. A value in a mapping has the place of its key."""
+    place = place or where(node.start_mark.line + 1)
     if isinstance(node, SequenceNode):
-        return Node(place, [_tree(item, where, where(item.start_mark.line + 1), faults) for item in node.value])
+        return Node(place, [_tree(item, where, faults) for item in node.value])
     if isinstance(node, ScalarNode):
-        return Node(place, _value(node, place, faults))
-    assert isinstance(node, MappingNode)
+        kind = str(node.tag).rpartition(":")[2]
+        if kind not in ("null", "bool", "int", "float"):
+            return Node(place, node.value)
+        if len(node.value) > MAX_DIGITS:
+            faults.append(f"{place}: a number of {len(node.value):,} characters; {MAX_DIGITS} are read at most")
+            return Node(place, None)
+        value = YAML(typ="safe", pure=True).constructor.construct_object(node)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return Node(place, int(value) if whole else value)  # in JSON, too, 2.0 is an integer
     found: dict[str, Node] = {}
     for key, value in node.value:
         here = where(key.start_mark.line + 1)
@@ -240,17 +237,5 @@ def _tree(node: Any, where: Callable[[int], str], place: str, faults: list[str])
         elif key.value in found:
             faults.append(f"{here}: key {key.value!r} appears twice")
         else:
-            found[key.value] = _tree(value, where, here, faults)  # a key is its text, as in JSON
+            found[key.value] = _tree(value, where, faults, here)  # a key is its text, as in JSON
     return Node(place, found)
-
-
-def _value(node: Any, place: str, faults: list[str]) -> Any:
-    kind = node.tag.rpartition(":")[2]
-    if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
-        faults.append(f"{place}: a number of {len(node.value):,} characters; {MAX_DIGITS} are read at most")
-        return None
-    if kind not in ("null", "bool", "int", "float"):
-        return node.value
-    value = YAML(typ="safe", pure=True).constructor.construct_object(node)
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return int(value) if whole else value  # in JSON, too, 2.0 is an integer

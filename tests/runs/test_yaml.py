@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.runs.recipe import YamlFaults, read_yaml
+from gblm_compress.errors import RecipeError
+from gblm_compress.runs.recipe import read_yaml
 
 
 def value(text: str | bytes) -> object:
@@ -80,7 +81,7 @@ def test_values_are_those_of_the_core_schema(text, expected) -> None:
     ids=lambda text: text[:8],
 )
 def test_everything_else_is_a_fault_with_its_line(text, fault) -> None:
-    with pytest.raises(YamlFaults) as caught:
+    with pytest.raises(RecipeError) as caught:
         value(text)
     assert any(fault in found for found in caught.value.faults), caught.value.faults
 
@@ -98,5 +99,5 @@ def test_places_are_those_of_keys_and_items() -> None:
 def test_any_bytes_are_read_or_refused(content: bytes) -> None:
     try:
         read_yaml(content, str)
-    except YamlFaults as error:
+    except RecipeError as error:
         assert error.faults
