@@ -1,6 +1,7 @@
 """The charts of a report as PNG, drawn by matplotlib."""
 
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,12 @@ ZEROS = "The fraction of zeros in each pruned layer: a column is a block of the 
 ERRORS = (
     "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
     "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
+)
+LIMIT = (
+    "A decode step reads every weight once, so fewer bytes set a limit: the upright mark is the dense model's bytes "
+    "over the artefact's. The dot is the measured speed-up, its line the interval. The gap between them is attention, "
+    "norms, waiting threads, and arithmetic on packed weights. A dot beyond the mark means that the kernel is better "
+    "than dense's."
 )
 LOSS = (
     "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the training "
@@ -71,11 +78,10 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
     if not report.metrics:
         return None
     metric = report.metrics[0]
-    found = {DENSE if row.dense else row.artefact: row for row in report.find(metric)}
-    points = [(row, y) for row in rows if (y := found.get(DENSE if row.dense else row.artefact))]
+    found, less = {row.artefact: row for row in report.find(metric)}, metric in LESS_IS_BETTER
+    points = [(row, found[row.artefact]) for row in rows if row.artefact in found]
     if len(points) < 2:
         return None
-    less = metric in LESS_IS_BETTER
     caption = f"{what} The broken line joins the points that no other beats on both axes. "
     picture = scatter(points, axis, metric, front=1 if less else -1)
     return Chart(name, title, f"{caption}{'Lower' if less else 'Higher'} {metric} is better.", picture)
@@ -87,26 +93,18 @@ def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str,
 
 
 def _byte_limit(report: RunReport) -> Chart | None:
-    if not (rows := report.find("decode_speedup")):
-        return None
     sizes = {row.artefact: row.value or 0 for row in report.find("bytes")}
-    dense = {row.lane: row.artefact for row in reversed(report.find("tpot_ms")) if row.dense}
-    pairs = [(sizes.get(dense.get(row.lane, DENSE)), sizes.get(row.artefact)) for row in rows]
-    limits = [of_dense / own if of_dense and own else 1.0 for of_dense, own in pairs]
+    dense = {row.lane: sizes.get(row.artefact) for row in reversed(report.find("tpot_ms")) if row.dense}
+    rows = report.find("decode_speedup")
+    pairs = [(place, dense.get(row.lane), sizes.get(row.artefact)) for place, row in enumerate(rows)]
+    limits = {place: of_dense / own for place, of_dense, own in pairs if of_dense and own}
 
     def mark(axes: Any) -> None:
         axes.axvline(1, color=GREY, ls="--", lw=1)
-        axes.plot(limits, range(len(limits)), "|", color=COLOURS[3], ms=14, mew=3)
+        axes.plot([*limits.values()], [*limits], "|", color=COLOURS[3], ms=14, mew=3)
 
-    return Chart(
-        "byte-limit",
-        "Decoding, and what the bytes allow",
-        "A decode step reads every weight once, so fewer bytes set a limit: the upright mark is the dense model's "
-        "bytes over the artefact's. The dot is the measured speed-up, its line the interval. The gap between them is "
-        "attention, norms, waiting threads, and arithmetic on packed weights. A dot beyond the mark means that the "
-        "kernel is better than dense's.",
-        dots(rows, "times as fast as dense", mark),
-    )
+    title = "Decoding, and what the bytes allow"
+    return Chart("byte-limit", title, LIMIT, dots(rows, "times as fast as dense", mark)) if rows else None
 
 
 def _step(report: RunReport) -> Chart | None:
@@ -133,16 +131,14 @@ def _step(report: RunReport) -> Chart | None:
 
 
 def _recovery(report: RunReport) -> Chart | None:
-    if not (rows := report.find("held_out_loss")):
-        return None
+    rows = report.find("held_out_loss")
 
     def draw(axes: Any) -> None:
-        axes.plot([row.tokens for row in rows], [row.value for row in rows], "o-", color=COLOURS[0], mfc="white")
-        kept = [row for row in rows if row.part == "kept"]
-        axes.plot([row.tokens for row in kept], [row.value for row in kept], "o", color=COLOURS[0])
+        for shown, face in ((rows, "white"), ([row for row in rows if row.part == "kept"], COLOURS[0])):
+            axes.plot([row.tokens for row in shown], [row.value for row in shown], "o-", color=COLOURS[0], mfc=face)
         axes.set(xlabel="tokens trained on", ylabel="nats per token")
 
-    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 3.0))
+    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 3.0)) if rows else None
 
 
 @plain_figures()
@@ -237,8 +233,7 @@ def _tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float 
     if not places:
         return None
     projections, blocks = (list(dict.fromkeys(each)) for each in zip(*places, strict=True))
-    nan = float("nan")
-    shown = [[places.get((projection, block), nan) for block in blocks] for projection in projections]
+    shown = [[places.get((projection, block), math.nan) for block in blocks] for projection in projections]
 
     def draw(axes: Any) -> None:
         image = axes.imshow(shown, cmap="Blues", aspect="auto", vmin=0, vmax=top, interpolation="nearest")
