@@ -38,7 +38,7 @@ from gblm_compress.settings import (
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
-REPORT, PLOT = "comparison.json", "comparison.png"
+FOLDER, REPORT, PLOT = "comparison", "comparison.json", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ class Grid:
         return Stage(
             name=name,
             does=f"compare: {name}",
-            home=self.output,
             reads=(self.dense.source,),
             texts=(text.dataset, asked.dataset),
             decides=lambda: [settings, text, asked, fingerprint(), place["dtype"], place["device"]],
@@ -144,7 +143,7 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
         evaluation.prepare(source, grid.evaluation, progress)  # before the first pruning
         device = loading.choose_device(grid.compute.device)
         stages = replace(grid, compute=grid.compute.model_copy(update={"device": device})).stages(progress)
-        cells = [Cell(**carry_out(stage, progress).result) for stage in stages]
+        cells = [Cell(**carry_out(stage, output, progress).result) for stage in stages]
         result = CompareResult(
             model=source.name,
             dense_perplexity=cells[0].dense_perplexity,

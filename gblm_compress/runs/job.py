@@ -13,7 +13,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from gblm_compress import tasks
@@ -22,7 +21,7 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.machine import environment
 from gblm_compress.measure.evaluation import Reference
 from gblm_compress.methods.patterns import DENSE, Pattern
-from gblm_compress.models import loading
+from gblm_compress.models import files, loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
@@ -116,18 +115,14 @@ class Job:
     @cached_property
     def reference(self) -> Reference:
         """The dense model, for all evaluations; `close` it after the run."""
-        several = self.recipe.compare or any(map(self.can_run, self.recipe.export))
-        folder = self.output if several else None
+        folder = self.output if self.recipe.compare or self.runnable else None
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
 
-    def can_run(self, settings: ExportSettings) -> bool:
-        """Whether the device of the run has kernels for an export."""
-        on_cuda = "cuda" in self.device
-        return on_cuda if FORMATS[settings.format].needs_cuda else not (settings.kernels and on_cuda)
-
-    def bytes_in(self, dtype: str) -> int:
-        stored = getattr(torch, loading.stored_dtype(self.dense)).itemsize
-        return self.dense.bytes_on_disk // int(stored) * int(getattr(torch, dtype).itemsize)
+    @cached_property
+    def runnable(self) -> list[ExportSettings]:
+        """The exports for which the device of the run has kernels."""
+        exports = [(each, FORMATS[each.format].needs_cuda, each.kernels) for each in self.recipe.export]
+        return [each for each, on_gpu, on_cpu in exports if not (on_cpu if "cuda" in self.device else on_gpu)]
 
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:
         """Checks of the given texts, and of the length under a recipe's `key`."""
@@ -152,7 +147,6 @@ class Stage:
 
     Attributes:
         does: the work in words.
-        home: the folder of its record.
         decides: settings and plain values that decide the result, besides the inputs.
         place: the folder or text that it writes, if any.
         looks: what can be checked before the work.
@@ -161,7 +155,6 @@ class Stage:
 
     name: str
     does: str
-    home: Path
     reads: tuple[ModelSource, ...] = ()
     texts: tuple[str, ...] = ()
     decides: Callable[[], list[Any]]
@@ -198,18 +191,17 @@ class Record(BaseModel):
     seconds: float
     result: dict[str, Any]
 
-    def holds(self, key: str, place: Path | None) -> bool:
-        return self.key == key and self.content == _content(place)
+    def holds(self, stage: Stage) -> bool:
+        return self.key == stage.key and self.content == _content(stage.place)
 
 
-def carry_out(stage: Stage, progress: Progress) -> Outcome:
-    """Reuse the recorded stage if nothing changed; else do the work and record it."""
-    record, key = read_record(stage, progress), stage.key
-    if record is not None and record.holds(key, stage.place):
+def carry_out(stage: Stage, home: Path, progress: Progress) -> Outcome:
+    """Reuse the record of a stage in the folder `home` if nothing changed; else do the work and record it."""
+    record, key, path = read_record(stage, home, progress), stage.key, _path(stage, home)
+    if record is not None and record.holds(stage):
         progress.say(f"• {stage.name}: reused")
         return Outcome(stage.name, True, record.seconds, record.result)
     progress.say(f"• {stage.name}")
-    path = _path(stage)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -223,9 +215,9 @@ def carry_out(stage: Stage, progress: Progress) -> Outcome:
     return Outcome(stage.name, False, seconds, result)
 
 
-def read_record(stage: Stage, progress: Progress) -> Record | None:
+def read_record(stage: Stage, home: Path, progress: Progress) -> Record | None:
     """The record of a stage; None if there is none, or it is damaged."""
-    path = _path(stage)
+    path = _path(stage, home)
     if not path.exists():
         return None
     try:
@@ -235,8 +227,8 @@ def read_record(stage: Stage, progress: Progress) -> Record | None:
         return None
 
 
-def _path(stage: Stage) -> Path:
-    return stage.home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage.name)}.json"
+def _path(stage: Stage, home: Path) -> Path:
+    return home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage.name)}.json"
 
 
 def _content(place: Path | None) -> str | None:
@@ -255,8 +247,7 @@ def data_hash(dataset: str) -> str | None:
     """A hash of a local dataset's content; None of a dataset that is not local."""
     digest, paths = hashlib.sha256(), tasks.data_files(dataset)
     for root, path in ((given, below) for given in paths for below in (given, *sorted(given.rglob("*")))):
-        if path.is_file():
-            with path.open("rb") as file:  # its folder may be its label
-                name = str(path.relative_to(root.parent))
-                digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+        if path.is_file():  # its folder may be its label
+            name = str(path.relative_to(root.parent))
+            digest.update(name.encode() + b"\0" + bytes.fromhex(files.sha256_of(path)))
     return digest.hexdigest() if paths else None

@@ -18,6 +18,7 @@ from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report, rows
+from gblm_compress.runs.comparison import FOLDER
 from gblm_compress.runs.job import Disk, Job, carry_out, read_record
 from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
@@ -100,14 +101,14 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
     steps: list[Step] = []
     made_anew: set[Path] = set() if job.found else {job.dense.folder}
     for stage in stages_of(job):
-        disk = stage.disk() if job.found else None
+        disk, home = stage.disk() if job.found else None, output / FOLDER if stage.cells else output
         for part in stage.cells or (stage,):
             known = made_anew.isdisjoint([*(source.folder for source in part.reads), *map(Path, part.texts)])
-            record = read_record(part, progress)
+            record = read_record(part, home, progress)
             fate: Fate = "do"
             if record is not None and not known:
                 fate = "reuse if its inputs come out the same"
-            elif record is not None and record.holds(part.key, part.place):
+            elif record is not None and record.holds(part):
                 fate = "reuse"
             if part.place is not None and fate != "reuse":
                 made_anew.add(part.place)
@@ -140,7 +141,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
             if stage.cells:
                 comparison = stage.work().as_dict()
             else:
-                outcomes.append(carry_out(stage, progress))
+                outcomes.append(carry_out(stage, output, progress))
         result = _report(job, outcomes, comparison)
         report.write(result, output)
         return result

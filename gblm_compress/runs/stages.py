@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from functools import partial
 
+import torch
+
 from gblm_compress import errors, exporters
 from gblm_compress.calibration import generation
 from gblm_compress.errors import UsageError, raise_all
@@ -44,11 +46,7 @@ def stages_of(job: Job) -> list[Stage]:
     stages += [_export(job, settings) for settings in recipe.export]
     stages += [_export(job, settings, of_dense=True) for settings in timed_against(job)]
     if recipe.evaluate is not None:
-        stages.append(_evaluate(job, job.pruned, recipe.evaluate, "torch"))
-        for settings in filter(job.can_run, recipe.export):
-            stages.append(
-                _evaluate(job, job.artefact(settings.folder_name), recipe.evaluate, FORMATS[settings.format].runtime)
-            )
+        stages += [_evaluate(job, recipe.evaluate, settings) for settings in (None, *job.runnable)]
     if recipe.benchmark is not None:
         stages.append(_benchmark(job, recipe.benchmark))
     if recipe.compare is not None and recipe.evaluate is not None:
@@ -69,7 +67,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
     recipe = job.recipe
     timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
     found = []
-    for settings in filter(job.can_run, recipe.export):
+    for settings in job.runnable:
         if timed & set(FORMATS[settings.format].runtimes):
             known = job.found or settings.dtype != "auto"
             half = settings.kernels and known and exporters.dtype_of(job.dense, settings) == "float16"
@@ -83,7 +81,6 @@ def _generate(job: Job, settings: GenerateSettings) -> Stage:
     return Stage(
         name="generate",
         does=f"let {job.dense.name} write {settings.tokens:,} tokens",
-        home=job.output,
         reads=(job.dense,),
         texts=texts,
         decides=lambda: [settings, job.device],
@@ -100,7 +97,6 @@ def _prune(job: Job) -> Stage:
     return Stage(
         name="prune",
         does=f"prune {job.dense.name} by {settings.method}, {settings.pattern}",
-        home=job.output,
         reads=(job.dense,),
         texts=texts,
         decides=lambda: [settings, text if settings.needs_text else None, job.dtype, job.device],
@@ -122,7 +118,6 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
     return Stage(
         name="recover",
         does=f"train the pruned model on {settings.tokens:,} tokens",
-        home=job.output,
         reads=(job.as_pruned, job.dense),
         texts=settings.datasets,
         decides=lambda: [settings, job.device],
@@ -150,13 +145,14 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
 
     def disk() -> Disk:
-        size = job.bytes_in(exporters.dtype_of(job.dense, settings))
+        dtypes = exporters.dtype_of(job.dense, settings), loading.stored_dtype(job.dense)
+        width, stored = (getattr(torch, dtype).itemsize for dtype in dtypes)
+        size = job.dense.bytes_on_disk // stored * width
         return Disk(size, meanwhile=FORMATS[settings.format].copies * size)
 
     return Stage(
         name=f"export {artefact.name}",
         does=f"export the dense model to {what}, the baseline of the benchmark" if of_dense else f"export to {what}",
-        home=job.output,
         reads=(source,),
         decides=lambda: [settings],
         place=artefact.folder,
@@ -176,13 +172,13 @@ def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: 
         )
 
 
-def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: str) -> Stage:
-    """Evaluate the pruned model or an export of it. Only torch answers tasks."""
-    settings = asked if runtime == "torch" else asked.model_copy(update={"tasks": ()})
-    looks: list[Look] = []
-    if runtime == "onnxruntime":
-        looks = [partial(check_onnx_provider, job.device)]
-    elif source is job.pruned:
+def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None) -> Stage:
+    """Evaluate an export, or the pruned model if None. Only torch answers tasks."""
+    source = job.pruned if export is None else job.artefact(export.folder_name)
+    in_torch = export is None or FORMATS[export.format].runtime == "torch"
+    settings = asked if in_torch else asked.model_copy(update={"tasks": ()})
+    looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]
+    if export is None:
         models = [job.dense] if job.found else []
         looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
 
@@ -200,7 +196,6 @@ def _evaluate(job: Job, source: ModelSource, asked: EvaluateSettings, runtime: s
     return Stage(
         name=f"evaluate {source.name}",
         does=f"evaluate {source.name} on {settings.dataset}{by}",
-        home=job.output,
         reads=(job.dense, source),
         texts=(settings.dataset,),
         decides=lambda: [settings, fingerprint(), job.dtype, job.device],
@@ -223,17 +218,16 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
             raise UsageError(
                 f"{named} runs in {' and '.join(runtimes)}, which are not timed; name one in benchmark.runtimes"
             )
-        if made and not job.can_run(made):
+        if made and made not in job.runnable:
             raise UsageError(f"{named} is not {done} on {job.device}; set model.device")
 
 
 def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
-    models = [job.pruned, *(job.artefact(each.folder_name) for each in filter(job.can_run, job.recipe.export))]
+    models = [job.pruned, *(job.artefact(each.folder_name) for each in job.runnable)]
     baselines, length = [job.dense, *exports_of_dense(job)], settings.prompt + settings.generate
     return Stage(
         name="benchmark",
         does=f"benchmark in {' and '.join(settings.runtimes)}",
-        home=job.output,
         reads=(*baselines, *models),
         decides=lambda: [settings, job.dtype, job.device, environment()],
         looks=[
@@ -246,7 +240,7 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
 
 
 def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
-    able = [FORMATS[each.format].runtimes for each in filter(job.can_run, job.recipe.export)]
+    able = [FORMATS[each.format].runtimes for each in job.runnable]
     if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
         raise UsageError(
             f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
@@ -260,8 +254,8 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
 
 def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> Stage:
     """The stage has no record: its cells have."""
-    home = job.output / "comparison"
-    grid = comparison.Grid(job.reference, home, settings, job.calibration, asked, job.compute)
+    place = job.output / comparison.FOLDER
+    grid = comparison.Grid(job.reference, place, settings, job.calibration, asked, job.compute)
     check = partial(comparison.check, grid, job.progress, text_is_given=job.is_given(job.calibration.dataset))
 
     def disk() -> Disk:
@@ -272,7 +266,6 @@ def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> St
     return Stage(
         name="compare",
         does=f"compare {len(settings.methods)} methods, {len(settings.patterns)} patterns, {settings.seeds} seeds",
-        home=home,
         decides=list,
         looks=[check] if job.found else [],
         disk=disk,

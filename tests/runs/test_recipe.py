@@ -25,13 +25,6 @@ def faults_of(tmp_path: Path, text: str, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_patterns_need_no_quotes(tmp_path) -> None:
-    """YAML 1.1 reads 2:4 as the base-60 number 124."""
-    assert yaml.safe_load("2:4") == 124
-    recipe = load_recipe(write(tmp_path, "model: demo\nprune: {pattern: 2:4, alpha: 1e2}\n"))
-    assert recipe.prune.pattern == "2:4" and recipe.prune.alpha == 100
-
-
 def test_all_faults_at_once_with_line_and_suggestion(tmp_path) -> None:
     message = faults_of(
         tmp_path,
@@ -72,20 +65,14 @@ ONNX = "export: [{format: onnx}]\n"
         ("prune: " + "y" * 5000, 'got "yyy'),
         ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx has no bfloat16; give float32 or float16"),
         ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: it is read with format onnx"),
-        (
-            f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}",
-            "is none of what the recipe makes: pruned, onnx",
-        ),
+        (f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}", "is none of what the recipe makes: pruned, onnx"),
         ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
         ("gates: {artefact: pruned}", "gates.artefact would do nothing"),
         (f"{GATES}: {{max_mean_k: 1}}", "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean"),
         ("gates:\n  - max_tpot_ms: 9\n  - max_bytes: 1GB", "gate max_tpot_ms needs a 'benchmark' section"),
         ("gates:\n  - max_bytes: 1GB\n  - max_bytes: 1", "r.yaml:4: gates.1.max_bytes: memory 1 has no unit"),
         (f"{GATES}: {{min_task_accuracy: 0.5}}", "needs an 'evaluate' section with tasks"),
-        (
-            f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}",
-            "gate min_task_accuracy is on onnx, and tasks are asked in torch only",
-        ),
+        (f"evaluate: {{tasks: [piqa]}}\n{ONNX}gates: {{min_task_accuracy: 0.5, artefact: onnx}}", "torch only"),
         ("calibration: {dataset: written}", "dataset 'written' needs a 'generate' section"),
         ("generate: {tokens: 2M}", "'generate' would do nothing: name 'written' in"),
         ("generate: {}\ncalibration: {dataset: written}\nprune: {method: magnitude, fit: none}", "would do nothing"),
@@ -110,11 +97,10 @@ def test_faults(tmp_path, text: str, message: str) -> None:
 def test_overrides_are_yaml_with_dotted_keys(tmp_path) -> None:
     path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
     changes = ("prune.pattern=2:4", "model.device=cpu", "export.0.dtype=float16", "benchmark.batch=[1, 8]")
-    recipe = load_recipe(path, changes)
-    assert recipe.prune.pattern == "2:4"
-    assert (recipe.model.source, recipe.model.device) == ("demo", "cpu")
-    assert recipe.export[0].dtype == "float16"
-    assert recipe.benchmark is not None and recipe.benchmark.batch == (1, 8)
+    assert load_recipe(path, changes) == Recipe.model_validate({
+        "model": {"source": "demo", "device": "cpu"}, "prune": {"pattern": "2:4"}, "benchmark": {"batch": (1, 8)},
+        "export": ({"format": "onnx", "dtype": "float16"},),
+    })  # fmt: skip
 
 
 def test_thousands_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None:
@@ -140,36 +126,21 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path) -> None:
             find_recipe(str(path))
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "gone.yaml")
-    for name in ("a\0b", "a" * 5000):
-        with pytest.raises(UsageError, match="no such file"):
+    for name in ("a\0b", "a" * 5000, "no-such"):
+        with pytest.raises(UsageError, match="no such file; shipped recipes are best-quality, ci-smoke"):
             find_recipe(name)
 
 
-LONG = ".".join("a" * 5000) + "=1"
-MALFORMED = ("prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=[", "a..b=1",
-             "prune.alpha=!!int x", "prune=&a [*a]", "model=\udcff", LONG)  # fmt: skip
-
-
-@pytest.mark.parametrize("override", MALFORMED, ids=lambda text: text[:20])
-def test_malformed_overrides(tmp_path, override: str) -> None:
+def test_malformed_overrides(tmp_path) -> None:
     path = write(tmp_path, "model: demo\nexport: [{format: onnx}]\n")
-    with pytest.raises(UsageError):
-        load_recipe(path, (override,))
-
-
-def test_find_recipe(tmp_path) -> None:
-    assert find_recipe("quickstart").name == "quickstart.yaml"
-    assert find_recipe("recipes/ci-smoke.yaml").name == "ci-smoke.yaml"
-    with pytest.raises(UsageError, match="shipped recipes are best-quality, ci-smoke"):
-        find_recipe("no-such")
+    for override in ("prune.alpha", "=3", "export.5.dtype=float16", "model.source.deeper=1", "prune=[", "a..b=1",
+                     "prune.alpha=!!int x", "prune=&a [*a]", "model=\udcff", ".".join("a" * 5000) + "=1"):  # fmt: skip
+        with pytest.raises(UsageError, match="--set"):
+            load_recipe(path, (override,))
 
 
 def test_schema_describes_every_key() -> None:
-    content = schema()
-    assert content["additionalProperties"] is False
-    assert {"type": "string"} in content["properties"]["model"]["anyOf"]
-    json.dumps(content)
-    for definition in content["$defs"].values():
+    for definition in json.loads(json.dumps(schema()))["$defs"].values():
         assert all("description" in field for field in definition["properties"].values())
 
 
@@ -187,6 +158,7 @@ VALID = [
 ]
 INVALID = [
     "{}",
+    "model: demo\nmodell: demo",
     "model: demo\ncalibration: {seed: -1}",
     "model: 3",
     "model: {source: demo, dtype: fp16}",
@@ -223,7 +195,9 @@ def test_schema_and_loader_agree(tmp_path, text: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_load_in_yaml_1_1_too_and_open_with_their_command(path: Path) -> None:
+def test_shipped_recipes_load_in_yaml_1_1_too_and_open_with_their_command(path: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(path.stem) == find_recipe(f"recipes/{path.name}") == path
     assert path.read_text().splitlines()[0] == f"# gblm-compress run recipes/{path.name}"
     content = yaml.safe_load(path.read_text())
     jsonschema.validate(content, schema())
