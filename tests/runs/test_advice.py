@@ -73,12 +73,7 @@ CANNOT_TELL = (
         ((10, 6, 4), 1.1, "bytes", NEEDS),
         ((10, 6, 4), 1.4, "bytes", NEEDS),
         ((10, 6, 4), 1.4, "latency", CANNOT_TELL),
-        (
-            (10, 6, 5.9),
-            1.1,
-            "latency",
-            "Does quantisation alone pay here? quantised needs 0.60 times the",
-        ),
+        ((10, 6, 5.9), 1.1, "latency", "Does quantisation alone pay here? quantised needs 0.60 times the"),
         ((10, 9.5, 9.9), 1.01, "latency", "Leave the model as it is: nothing needs clearly less than quantised."),
     ],
 )
