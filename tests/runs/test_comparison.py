@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 from pydantic import ValidationError
@@ -24,42 +25,46 @@ from gblm_compress.settings import (
 from tests.conftest import prune
 
 
-def cell(method: str, seed: int, perplexity: float, **other) -> Cell:
-    values = {
-        "pattern": "2:4", "dense_perplexity": 9.0, "mean_kl": 0.5, "top1_agreement": 0.5, "accuracy": None,
-        "recovery": None, "seconds": 2.0, "peak_memory_bytes": 10,
-    }  # fmt: skip
-    return Cell(method=method, seed=seed, perplexity=perplexity, **(values | other))
+@pytest.fixture
+def grid(tiny, prose, tmp_path):
+    """A grid in the folder "grid", of one cell or a few, on this text and model or others."""
+
+    def made(*patterns: str, methods=("wanda",), model=None, calibration=prose, evaluation=prose, length=32) -> Grid:
+        settings = CompareSettings(methods=methods, patterns=patterns or ("2:4",), seeds=1)
+        text = CalibrationSettings(dataset=str(calibration), samples=1, sequence_length=32, seed=7)
+        asked = EvaluateSettings(dataset=str(evaluation), sequence_length=length, max_windows=3)
+        return Grid(Reference(model or tiny("llama")), tmp_path / "grid", settings, text, asked, ComputeSettings())
+
+    return made
 
 
-def test_cells_are_what_the_stages_give_and_are_reused(tiny, prose, tmp_path, progress, monkeypatch) -> None:
-    chosen = CompareSettings(methods=("paper", "obs+fast"), patterns=("2:4",), seeds=1)
-    text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32, seed=7)
-    evaluation = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=3)
-    output = tmp_path / "grid"
-    what = Grid(Reference(tiny("llama")), output, chosen, text, evaluation, ComputeSettings())
-    result = compare(what, progress)
+def test_cells_are_what_the_stages_give_and_are_reused(grid, tmp_path, progress, monkeypatch) -> None:
+    what = grid(methods=("paper", "obs+fast"))
+    model, output, result = what.dense.source, what.output, compare(what, progress)
     assert [(c.method, c.pattern, c.seed) for c in result.cells] == [("paper", "2:4", 0), ("obs+fast", "2:4", 0)]
-    settings = PruneSettings(method="obs", fit="fast", pattern="2:4")
-    prune(tiny("llama"), tmp_path / "p", settings, text.model_copy(update={"seed": 0}), progress=progress)
-    alone = evaluate(ModelSource("p", tmp_path / "p"), evaluation, baseline=tiny("llama"), progress=progress)
+    text, settings = (
+        what.calibration.model_copy(update={"seed": 0}),
+        PruneSettings(method="obs", fit="fast", pattern="2:4"),
+    )
+    prune(model, tmp_path / "p", settings, text, progress=progress)
+    alone = evaluate(ModelSource("p", tmp_path / "p"), what.evaluation, baseline=model, progress=progress)
     assert result.cells[1].perplexity == pytest.approx(alone.metrics["perplexity"].value, rel=1e-5)
     assert result.cells[1].mean_kl == pytest.approx(alone.fidelity["mean_kl"], rel=1e-4)
     assert result.dense_perplexity == pytest.approx(alone.baseline["perplexity"].value, rel=1e-6)
     assert json.loads((output / comparison.REPORT).read_text()) == json.loads(json.dumps(result.as_dict()))
-    assert (output / comparison.PLOT).stat().st_size > 5000
-    assert not list(output.glob(".cell-*"))
+    assert (output / comparison.PLOT).stat().st_size > 5000 and not list(output.glob(".cell-*"))
 
     monkeypatch.setattr(comparison, "_in_own_process", lambda *_: pytest.fail("a cell on record was run again"))
     assert compare(what, progress).cells == result.cells
 
 
 def test_summaries_are_means_and_standard_errors_over_seeds() -> None:
+    one = Cell("a", "2:4", 0, 10.0, 9.0, 0.5, 0.5, accuracy=0.5, recovery=None, seconds=1.0, peak_memory_bytes=10)
     cells = [
-        cell("a", 0, 10.0, seconds=1.0, accuracy=0.5),
-        cell("b", 0, 20.0),
-        cell("a", 1, 12.0, seconds=3.0, peak_memory_bytes=30, accuracy=0.7),
-        cell("a", 2, 17.0, seconds=2.0),
+        one,
+        replace(one, method="b", accuracy=None),
+        replace(one, seed=1, perplexity=12.0, accuracy=0.7, seconds=3.0, peak_memory_bytes=30),
+        replace(one, seed=2, perplexity=17.0, accuracy=None, seconds=2.0),
     ]
     first, second = summarise(cells)
     assert [first[name] for name in ("method", "seeds", "perplexity", "seconds")] == ["a", 3, 13.0, 2.0]
@@ -86,19 +91,6 @@ def test_methods_and_what_is_chosen_with_them() -> None:
             CompareSettings(methods=(method,))
 
 
-@pytest.fixture
-def grid(tiny, prose, tmp_path):
-    """A grid of one cell or a few, in the folder "grid", on this text and model or others."""
-
-    def made(*patterns: str, model=None, calibration=prose, evaluation=prose, length: int = 32) -> Grid:
-        settings = CompareSettings(methods=("wanda",), patterns=patterns or ("2:4",), seeds=1)
-        text = CalibrationSettings(dataset=str(calibration), samples=1, sequence_length=32)
-        asked, dense = EvaluateSettings(dataset=str(evaluation), sequence_length=length), model or tiny("llama")
-        return Grid(Reference(dense), tmp_path / "grid", settings, text, asked, ComputeSettings())
-
-    return made
-
-
 def test_a_failing_cell_raises_its_own_error(grid, tmp_path, progress) -> None:
     """The error of the other process arrives as it was raised there."""
     (tmp_path / "short.txt").write_text("short")
@@ -107,14 +99,8 @@ def test_a_failing_cell_raises_its_own_error(grid, tmp_path, progress) -> None:
 
 
 def test_a_cell_that_was_killed_is_named(grid, progress, monkeypatch) -> None:
-    class Killed(ThreadPoolExecutor):
-        def __init__(self, workers: int, mp_context: object) -> None:
-            super().__init__(workers)
-
-        def submit(self, *_):
-            raise BrokenProcessPool
-
-    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Killed)
+    killed = {"return_value.__enter__.return_value.submit.side_effect": BrokenProcessPool}
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", MagicMock(**killed))
     with pytest.raises(ModelError, match="the process that pruned by wanda, 2:4 was killed"):
         compare(grid(), progress)
 
@@ -127,9 +113,9 @@ def test_faults_are_found_before_the_first_pruning(grid, tiny, tmp_path, progres
     for wrong, kind, message in (
         (grid(evaluation="gone.txt"), DataError, "gone.txt.*no such file"),
         (
-            grid(calibration="./first.txt", evaluation="./second.txt"),
+            grid(calibration="./one.txt", evaluation="./two.txt"),
             DataError,
-            "(?s)2 faults\ndataset './first.txt': no such file.*'./second.txt': no such",
+            "2 faults\n.*one.txt': no .*\n.*two.txt': no",
         ),
         (grid(length=2048), UsageError, "positions; sequence length is 2048"),
         (grid("2:4", "2:7"), UsageError, "not a multiple of 7"),

@@ -59,31 +59,24 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tmp_path
         assert part in card.text
 
 
-def test_nothing_is_sent_unasked(run: Path) -> None:
-    hub = MagicMock()
-    assert pushing.push(run, "bitmask", api=hub).pushed_to is None and not hub.mock_calls
-
-
 def test_a_base_model_of_the_hub_stays_and_names_from_outside_are_text() -> None:
     card = ModelCard(pushing.complete(report(HOSTILE), HOSTILE, CARD.replace('"demo"', "owner/model")))
     assert card.data.base_model == "owner/model"
     assert "<script>" not in card.text and "\x1b" not in card.text
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "message"),
-    [
+def test_a_hub_that_refuses_or_does_not_answer(run: Path) -> None:
+    for error, kind, message in (
         (ValueError("403"), UsageError, "the hub refuses 'me/m' .*hf auth login"),
         (OSError("no route"), GblmError, "the hub does not take 'me/m' .*run the same command again"),
-    ],
-)
-def test_a_hub_that_refuses_or_does_not_answer(run: Path, error, kind, message) -> None:
-    with pytest.raises(kind, match=message):
-        pushing.push(run, "bitmask", "me/m", api=MagicMock(**{"create_repo.side_effect": error}))
+    ):
+        with pytest.raises(kind, match=message):
+            pushing.push(run, "bitmask", "me/m", api=MagicMock(**{"create_repo.side_effect": error}))
 
 
-def test_wrong_names_are_refused_before_anything_is_sent(run: Path) -> None:
+def test_nothing_is_sent_unasked_or_under_a_wrong_name(run: Path) -> None:
     hub = MagicMock()
+    assert pushing.push(run, "bitmask", api=hub).pushed_to is None
     for repo in ("m", "me/m/x", "../x", "me/", "me m/x"):
         with pytest.raises(UsageError, match="give OWNER/NAME"):
             pushing.push(run, "bitmask", repo, api=hub)
