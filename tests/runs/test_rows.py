@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -54,10 +55,9 @@ def test_limits_on_both_sides_of_the_worse_end(artefact, name, passes, fails) ->
 
 
 def test_quality_is_that_of_every_artefact_and_bytes_that_of_the_best() -> None:
-    worse = model("int4", 8.0, 300_000, 30.0)
-    assert outcomes(PRUNED, BITMASK, worse, UNTIMED, max_perplexity=25.0) == {
-        ("max_perplexity", "pruned"): True, ("max_perplexity", "bitmask"): True, ("max_perplexity", "int4"): False,
-    }  # fmt: skip
+    worse, name = model("int4", 8.0, 300_000, 30.0), "max_perplexity"
+    found = outcomes(PRUNED, BITMASK, worse, UNTIMED, max_perplexity=25.0)
+    assert found == {(name, "pruned"): True, (name, "bitmask"): True, (name, "int4"): False}
     assert outcomes(PRUNED, BITMASK, worse, max_bytes_ratio=0.3) == {("max_bytes_ratio", "int4"): True}
 
 
@@ -97,13 +97,12 @@ def test_what_was_not_measured_or_is_not_finite_passes_no_gate() -> None:
         assert (gate.passed, gate.measured, gate.subject) == (False, None, subject)
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_a_quality_that_is_not_finite_fails_beside_others_that_pass(value) -> None:
-    broken = model("int4", 8.0, 300_000, 30.0) | {"metrics": {"perplexity": (value, None, 20.0)}}
-    for name in ("max_perplexity", "max_perplexity_increase"):
+def test_a_quality_that_is_not_finite_fails_beside_others_that_pass() -> None:
+    for value, name in product((None, math.nan, math.inf), ("max_perplexity", "max_perplexity_increase")):
+        broken = BITMASK | {"metrics": {"perplexity": (value, None, 20.0)}}
         found = outcomes(PRUNED, broken, **{name: 1e9})
-        assert found == {(name, "pruned"): True, (name, "int4: not finite"): False}
-    assert {row.value for row in measured(broken) if row.figure.startswith("perplexity")} == {None}
+        assert found == {(name, "pruned"): True, (name, "bitmask: not finite"): False}
+        assert {row.value for row in measured(broken) if row.figure.startswith("perplexity")} == {None}
 
 
 @pytest.mark.parametrize(
