@@ -5,10 +5,10 @@ alone writes.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -38,22 +38,19 @@ class Ranks:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order."""
-        if self.size > 1:
-            with self._all_present():
-                for tensor in tensors:
-                    distributed.all_reduce(tensor)
+        for tensor in tensors:
+            self._together(distributed.all_reduce, tensor)
 
     def sum_to_(self, tensor: Tensor, owner: int) -> None:
         """As `sum_`, on the rank `owner` alone; on others the tensor is undefined afterwards."""
-        if self.size > 1:
-            with self._all_present():
-                distributed.reduce(tensor, owner)
+        self._together(distributed.reduce, tensor, owner)
 
     def send_(self, tensor: Tensor, owner: int) -> None:
         """Replace a tensor on all ranks by that of `owner`."""
-        if self.size > 1:
-            with self._all_present():
-                distributed.broadcast(tensor, owner)
+        self._together(distributed.broadcast, tensor, owner)
+
+    def wait(self) -> None:
+        self._together(distributed.barrier)
 
     def total(self, count: int, device: torch.device) -> int:
         if self.size == 1:
@@ -66,15 +63,12 @@ class Ranks:
         """Whether it holds on all ranks."""
         return self.total(int(yes), device) == self.size
 
-    def wait(self) -> None:
-        if self.size > 1:
-            with self._all_present():
-                distributed.barrier()
-
-    @contextmanager
-    def _all_present(self) -> Iterator[None]:
+    def _together(self, act: Callable[..., Any], *arguments: Any) -> None:
+        """Do what all ranks do; one rank alone does nothing."""
+        if self.size == 1:
+            return
         try:
-            yield
+            act(*arguments)
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size}: another process of the run ended or did not answer within "

@@ -4,6 +4,7 @@
 blocks (embeddings, final norm and head).
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,12 +65,9 @@ class StreamedWeights:
                 f"model {source.name!r}: {shared[0]!r} is shared between blocks, which cannot be pruned one at a "
                 "time in memory; give more --memory"
             )
-        self._blocks = [
-            [group for group in groups if group[0].startswith(f"{self.prefix}.{index}.")]
-            for index in range(len(self.blocks))
-        ]
-        self._outer = [group for group in groups if not group[0].startswith(f"{self.prefix}.")]
+        self._groups: defaultdict[str, list[list[str]]] = defaultdict(list)  # by their block
         for group in groups:
+            self._groups[self._block_of(group[0])].append(group)
             if not any(name in self._checkpoint for name in group):
                 raise ModelError(
                     f"model {source.name!r}: its files have no tensor {group[0]!r}; the checkpoint is incomplete, or "
@@ -85,12 +83,12 @@ class StreamedWeights:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         ahead, self._ahead = self._ahead, None
-        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(self._blocks[index])
+        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(str(index))
         following = index + (1 if index >= self._latest else -1)
         self._latest = index
         if self._reads_ahead and 0 <= following < len(self.blocks):
-            self._ahead = (following, self._reader.submit(self._read, self._blocks[following]))
-        with self._placed(self._blocks[index], tensors):
+            self._ahead = (following, self._reader.submit(self._read, str(following)))
+        with self._placed(str(index), tensors):
             yield self.blocks[index]
 
     def _block_of(self, name: str) -> str:
@@ -103,12 +101,12 @@ class StreamedWeights:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        with self._placed(self._outer, self._read(self._outer)):
+        with self._placed("", self._read("")):
             yield
 
-    def _read(self, groups: list[list[str]]) -> dict[str, Tensor]:
+    def _read(self, block: str) -> dict[str, Tensor]:
         tensors = {}
-        for group in groups:
+        for group in self._groups[block]:
             name = next(name for name in group if name in self._checkpoint)
             stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
             if stored.shape != wanted.shape:
@@ -120,9 +118,9 @@ class StreamedWeights:
         return tensors
 
     @contextmanager
-    def _placed(self, groups: list[list[str]], tensors: dict[str, Tensor]) -> Iterator[None]:
+    def _placed(self, block: str, tensors: dict[str, Tensor]) -> Iterator[None]:
         absent = {}
-        for group in groups:
+        for group in self._groups[block]:
             parameter = nn.Parameter(tensors.pop(group[0]), requires_grad=False)
             for name in group:
                 absent[name] = self._replace(name, parameter)

@@ -53,11 +53,9 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
     with _locked(folder):
         is_new = not folder.exists()
         check_workable(folder, kind)
-        try:
+        with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             empty = _is_empty(folder)
-        except OSError as error:
-            raise _cannot_be_written(folder, error) from error
         if empty:
             write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
         try:
@@ -133,7 +131,7 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
-    try:
+    with _writable(folder):
         if len(os.fsencode(folder.name)) > _LONGEST_NAME:
             raise UsageError(
                 f"output {str(folder)!r} has a name of more than {_LONGEST_NAME} bytes; give a shorter one"
@@ -152,8 +150,6 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
         Path(tempfile.mkdtemp(prefix=beside(folder, "probe-"), dir=_existing_parent(folder))).rmdir()
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
@@ -178,7 +174,7 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 def check_workable(folder: Path, kind: str) -> None:
     """Refuse a folder for `working_in` that is a link, holds other work, or cannot be written; nothing is created."""
-    try:
+    with _writable(folder):
         if folder.is_symlink():
             raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
         if folder.exists() and not _is_empty(folder) and _said(folder, KIND) != kind:
@@ -186,8 +182,6 @@ def check_workable(folder: Path, kind: str) -> None:
                 f"output {str(folder)!r} exists and is not the folder of a {kind}; give a folder that is new or empty"
             )
         Path(tempfile.mkdtemp(prefix=_PROBE, dir=folder if folder.exists() else _existing_parent(folder))).rmdir()
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -247,21 +241,12 @@ def _locked(folder: Path) -> Iterator[None]:
     if not place.name:
         raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
-    try:
+    with _writable(folder):
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_written(folder, error) from error
     lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
     try:
-        try:
-            _acquire(lock)
-        except Timeout as error:
-            raise UsageError(
-                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
-                f"(the lock is {lock.lock_file})"
-            ) from error
-        except OSError as error:
-            raise _cannot_be_written(folder, error) from error
+        with _writable(folder):
+            _acquire(lock, folder)
         yield
     finally:
         if lock.is_locked:
@@ -271,14 +256,17 @@ def _locked(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _acquire(lock: SoftFileLock) -> None:
+def _acquire(lock: SoftFileLock, folder: Path) -> None:
     """Take the lock at once or not at all; a dead process's lock without its number is removed after a while."""
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except Timeout as error:
         marker = Path(lock.lock_file)
         if lock.pid is not None or time.time() - marker.stat().st_mtime < _NAMELESS_LOCK_S:
-            raise
+            raise UsageError(
+                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
+                f"(the lock is {lock.lock_file})"
+            ) from error
         marker.unlink(missing_ok=True)
         lock.acquire(timeout=0)
 
@@ -303,12 +291,17 @@ def _is_or_holds(folder: Path, path: Path) -> bool:
     return any(candidate.exists() and folder.samefile(candidate) for candidate in (path, *path.parents))
 
 
-def _cannot_be_written(folder: Path, error: OSError) -> UsageError:
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Say of an error of the file system that the output cannot be written."""
     try:
-        place = f" in {str(_existing_parent(folder))!r}"
-    except OSError:  # a name that no folder can have
-        place = ""
-    return UsageError(f"output {str(folder)!r} cannot be written: {error.strerror or error}{place}")
+        yield
+    except OSError as error:
+        try:
+            place = f" in {str(_existing_parent(folder))!r}"
+        except OSError:  # a name that no folder can have
+            place = ""
+        raise UsageError(f"output {str(folder)!r} cannot be written: {error.strerror or error}{place}") from error
 
 
 def _existing_parent(folder: Path) -> Path:

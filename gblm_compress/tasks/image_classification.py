@@ -265,12 +265,7 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
     if not found:
         raise DataError(f"dataset {str(folder)!r} has no image for {role}: the folder {part.name!r} holds none")
 
-    def opened(path: Path) -> Image:
-        from PIL import Image
-
-        return Image.open(io.BytesIO(path.read_bytes()))
-
-    pictures = [Picture(f"image {str(path)!r}", label, partial(opened, path)) for path, label in found]
+    pictures = [Picture(f"image {str(path)!r}", label, partial(_decoded, path)) for path, label in found]
     return pictures, tuple(below.name for below in folders)
 
 
@@ -307,7 +302,13 @@ def _of_row(row: Mapping[str, Any], where: str) -> Picture:
         return Picture(where, label, lambda: content)
     if not isinstance(content, bytes):
         raise DataError(f"{where}: its image is {type(content).__name__}; the bytes of an image file are needed")
-    return Picture(where, label, lambda: Image.open(io.BytesIO(content)))
+    return Picture(where, label, partial(_decoded, content))
+
+
+def _decoded(stored: Path | bytes) -> Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(stored.read_bytes() if isinstance(stored, Path) else stored))
 
 
 def _idx_files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.errors import DataError, ModelError, first_line
+from gblm_compress.errors import DataError, ModelError
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import check_ids, vocabulary_of
@@ -153,22 +153,19 @@ def table(source: str, role: text.Role) -> list[Row]:
 
 def _of_csv(source: str) -> text.Records:
     head: Sequence[str] | None = None
-    try:
-        with Path(os.path.expanduser(source)).open(encoding="utf-8-sig", newline="") as file:
-            for line in filter(None, lines := csv.reader(file)):
-                where = f"dataset {source!r}, line {lines.line_num}"
-                if head is None:
-                    head = [cell.strip().lower() for cell in line]
-                    if _KNOWN.intersection(head):
-                        continue
-                    if len(line) != 3 or not _is_number(line[2]):
-                        raise DataError(f"{where} names no known column, but {_listed(line)}; {_NEEDED}")
-                    head = ["sentence1", "sentence2", "score"]
-                if len(line) != len(head):
-                    raise DataError(f"{where} has {len(line)} columns, the first line {len(head)}")
-                yield where, dict(zip(head, line, strict=True))
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise DataError(f"dataset {source!r} cannot be read as csv ({first_line(error)})") from error
+    with text.reading(source), Path(os.path.expanduser(source)).open(encoding="utf-8-sig", newline="") as file:
+        for line in filter(None, lines := csv.reader(file)):
+            where = f"dataset {source!r}, line {lines.line_num}"
+            if head is None:
+                head = [cell.strip().lower() for cell in line]
+                if _KNOWN.intersection(head):
+                    continue
+                if len(line) != 3 or not _is_number(line[2]):
+                    raise DataError(f"{where} names no known column, but {_listed(line)}; {_NEEDED}")
+                head = ["sentence1", "sentence2", "score"]
+            if len(line) != len(head):
+                raise DataError(f"{where} has {len(line)} columns, the first line {len(head)}")
+            yield where, dict(zip(head, line, strict=True))
 
 
 def _row(columns: Mapping[str, Any], where: str) -> Row | None:
