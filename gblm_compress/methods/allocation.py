@@ -1,8 +1,7 @@
 """Allocation: which pattern and sparsity each layer gets.
 
-`by_sensitivity` finds how much each layer should
-keep. `spread` turns that into budgets that keep as many weights in all. Add an allocation by listing it in
-`ALLOCATIONS`.
+`by_sensitivity` finds how much each layer should keep. `spread` turns that into budgets that keep as many weights in
+all. Add an allocation by listing it in `ALLOCATIONS`.
 """
 
 from __future__ import annotations
@@ -30,41 +29,12 @@ class Budget:
     sparsity: float
 
 
-class GlobalRanking:
-    """How many of each layer's weights are among the most important of the whole model, by |W|·G.
-
-    Of each layer only a histogram is kept: 8192 bins of a 32nd of a power of two.
-    """
-
-    def __init__(self) -> None:
-        self._histograms: dict[str, Tensor] = {}
-
-    def add(self, name: str, score: Tensor) -> None:
-        """Count the scores of a layer, of any shape, not negative. Zero counts as the lowest."""
-        logarithms = score.flatten().float().log2().clamp(_LOWEST, _HIGHEST)
-        self._histograms[name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
-
-    def densities(self, density: float) -> dict[str, float]:
-        """The fraction of each layer above one threshold, by which `density` of all weights survive."""
-        total = sum(self._histograms.values())
-        above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
-        first = int((above >= density * above[0]).sum()) - 1
-        # The bin of the threshold is kept in part, in every layer the same part.
-        part = float((density * above[0] - (above[first] - total[first])) / total[first])  # type: ignore[index]
-        return {
-            name: float((histogram[first + 1 :].sum() + part * histogram[first]) / histogram.sum())
-            for name, histogram in self._histograms.items()
-        }
-
-
-def spread(
-    budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float], deviation: float = DEVIATION
-) -> dict[str, Budget]:
+def spread(budgets: dict[str, Budget], sizes: dict[str, int], densities: dict[str, float]) -> dict[str, Budget]:
     """Budgets that follow `densities` and keep as many weights in all as `budgets`.
 
-    Each density stays within `deviation` of the layer's own budget; all are moved by one constant until the sum is
+    Each density stays within `DEVIATION` of the layer's own budget; all are moved by one constant until the sum is
     right. For N:M, N is rounded down, and then up again in the layers nearest to the next N, as long as the sum is not
-    above; from 2:4, with the usual deviation, layers get 1:4, 2:4 or 3:4. N = 1 stays: no layer can have less.
+    above; from 2:4 layers get 1:4, 2:4 or 3:4. N = 1 stays: no layer can have less.
 
     Args:
         budgets: of the layers that take part, all of one pattern.
@@ -79,7 +49,7 @@ def spread(
         result = {}
         for name, budget in budgets.items():
             own = 1 - budget.sparsity
-            low, high = max(own - deviation, min(own, least)), min(own + deviation, max(own, most))
+            low, high = max(own - DEVIATION, min(own, least)), min(own + DEVIATION, max(own, most))
             result[name] = min(max(densities[name] + shift, low), high)
         return result
 
@@ -126,12 +96,24 @@ def uniform(blocks: Blocks, density: float) -> dict[str, float]:
 
 
 def by_sensitivity(blocks: Blocks, density: float) -> dict[str, float]:
-    """One `GlobalRanking` of the scores |W|·G."""
-    ranking = GlobalRanking()
+    """How many of each layer's weights are among the most important of the whole model, by |W|·G.
+
+    Of each layer only a histogram is kept: 8192 bins of a 32nd of a power of two; a score of zero is in the lowest.
+    """
+    histograms: dict[str, Tensor] = {}
     for block in blocks:
         for layer in block:
-            ranking.add(layer.name, gradient(layer.weight, layer.statistics, 0.0))
-    return ranking.densities(density)
+            logarithms = gradient(layer.weight, layer.statistics, 0.0).log2().clamp(_LOWEST, _HIGHEST)
+            histograms[layer.name] = logarithms.histc(_BINS, _LOWEST, _HIGHEST).double()
+    total = sum(histograms.values())
+    above = total.flip(0).cumsum(0).flip(0)  # type: ignore[union-attr]
+    first = int((above >= density * above[0]).sum()) - 1
+    # The bin of the threshold is kept in part, in every layer the same part.
+    part = float((density * above[0] - (above[first] - total[first])) / total[first])  # type: ignore[index]
+    return {
+        name: float((histogram[first + 1 :].sum() + part * histogram[first]) / histogram.sum())
+        for name, histogram in histograms.items()
+    }
 
 
 @dataclass(frozen=True)

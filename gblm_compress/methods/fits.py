@@ -80,13 +80,14 @@ def none(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
     return keep_only(weight, keep)
 
 
-def obs(weight: Tensor, keep: Tensor, statistics: Statistics) -> Tensor:
+def obs(weight: Tensor, keep: Tensor, statistics: Statistics, grid: Grid | None = None) -> Tensor:
     """SparseGPT's error propagation with a given mask (Frantar & Alistarh, arXiv 2301.00774, Algorithm 1).
 
-    Column by column, the columns to the right undo the effect of pruning on the output as well as they can.
+    Column by column, the columns to the right undo the effect of pruning on the output as well as they can; with a grid
+    they also undo that of rounding (section 3.5).
     """
     factor = inverse_factor(statistics.moments())
-    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1)[0]
+    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
 
 
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -107,15 +108,6 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
 
     step = pattern.n_m[1] if pattern.n_m is not None else COLUMNS
     return _propagate(weight, factor, choose, step)
-
-
-def obs_on_grid(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
-    """SparseGPT's joint pruning and quantisation with a given mask and grid (arXiv 2301.00774, section 3.5).
-
-    As `obs`, and the columns to the right also undo the effect of rounding.
-    """
-    factor = inverse_factor(statistics.moments())
-    return _propagate(weight, factor, lambda start, end, current: keep[:, start:end], 1, grid)[0]
 
 
 def _propagate(
@@ -228,18 +220,13 @@ def settle(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics,
     return keep_only(wishes.T, keep)
 
 
-def as_fitted(weight: Tensor, fitted: Tensor, keep: Tensor, statistics: Statistics, grid: Grid) -> Tensor:
-    """The fitted survivors go to their nearest grid points."""
-    return fitted
-
-
 @dataclass(frozen=True)
 class FitChoice(Choice):
     """An entry of `FITS`."""
 
     apply: Callable[[Tensor, Tensor, Statistics], Tensor]  # (W, mask, statistics) -> weight
-    # (W, weight of `apply`, mask, statistics, grid) -> values
-    on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] = as_fitted
+    # (W, weight of `apply`, mask, statistics, grid) -> values; without, fitted survivors go to their nearest points
+    on_grid: Callable[[Tensor, Tensor, Tensor, Statistics, Grid], Tensor] | None = None
     moves: bool = True  # survivors change their values
     fits_block: bool = False  # then the layers of a block are fitted together to the output of the dense block
     fits_model: bool = False  # at the end all survivors are fitted to the dense model's predictions
@@ -250,7 +237,13 @@ _LEAST_SQUARES = partial(FitChoice, least_squares, settle, needs=Need.GRAM, pass
 FITS: dict[str, FitChoice] = {
     "none": FitChoice(none, help="survivors keep their values", moves=False),
     "fast": _LEAST_SQUARES(help="least squares on each layer's output"),
-    "obs": FitChoice(obs, obs_on_grid, help="SparseGPT's error propagation", needs=Need.GRAM | Need.FACTOR, passes=1.0),
+    "obs": FitChoice(
+        obs,
+        lambda weight, fitted, keep, statistics, grid: obs(weight, keep, statistics, grid),
+        help="SparseGPT's error propagation",
+        needs=Need.GRAM | Need.FACTOR,
+        passes=1.0,
+    ),
     "balanced": _LEAST_SQUARES(help="fast, then Adam on each block's output", reads=("rounds",), fits_block=True),
     "best": _LEAST_SQUARES(
         help="balanced, then Adam on the model's predictions", reads=("rounds",), fits_block=True, fits_model=True

@@ -68,17 +68,13 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
     import torch
 
     weight = keep_only(weight, keep)
-    counts = torch.zeros_like(weight) if importance is None else importance.to(weight) * keep
     largest = _by_group(weight.abs(), group).amax(-1)
-    levels = torch.arange(-LARGEST, LARGEST + 1, dtype=torch.int8, device=weight.device)
-    grid = Grid(_half(largest / LARGEST), levels, group)
-    if kind == "int8":
+    steps = EVEN if kind == "int4" and importance is None else range(-LARGEST, LARGEST + 1)
+    grid = Grid(_half(largest / steps[-1]), torch.tensor(steps, dtype=torch.int8, device=weight.device), group)
+    if kind == "int8" or importance is None:
         return grid
-    if importance is None:
-        return Grid(_half(largest / EVEN[-1]), torch.tensor(EVEN, dtype=torch.int8, device=weight.device), group)
-    grid = Grid(grid.scales, _best_levels(weight, counts, grid), group)
-    best = torch.full_like(largest, torch.inf)
-    scales = grid.scales
+    counts, scales, best = importance.to(weight) * keep, grid.scales, torch.full_like(largest, torch.inf)
+    grid = Grid(scales, _best_levels(weight, counts, grid), group)
     for shrink in SHRINKS:
         tried = Grid(_half(largest * (shrink / LARGEST)), grid.levels, group)
         error = _by_group((restore(nearest(weight, tried), tried) - weight).square() * counts, group).sum(-1)

@@ -92,7 +92,7 @@ def prune_block_(
     if settings.fits_blocks and layers:
         assert block is not None and target is not None
         how = How(BLOCK_EPOCHS, BLOCK_RATE, target.products, settings.rounds)
-        grids = reconstruct_(block, layers, target.outputs, how, grids, choose).grids
+        grids = reconstruct_(block, layers, target.outputs, how, grids, choose)
     errors = {
         name: output_error(weight.float(), weight_matrix(layers[name]).detach().float(), statistics[name].moments())
         for name, weight in dense.items()
@@ -133,4 +133,6 @@ def _prune_layer(
     norm = statistics.activation_norm  # where it is measured for something else: no grid asks for text
     importance = None if norm is None else norm.square()
     grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
-    return fit.on_grid(weight, fitted, selection.keep, statistics, grid), grid
+    if fit.on_grid is not None:
+        fitted = fit.on_grid(weight, fitted, selection.keep, statistics, grid)
+    return fitted, grid

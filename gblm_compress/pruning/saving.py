@@ -17,7 +17,6 @@ from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.planning import Plan
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import Walked
 from gblm_compress.storage import outputs
@@ -58,10 +57,10 @@ def stored(source: ModelSource, model: Any, layers: Iterable[str]) -> Checkpoint
     return checkpoint
 
 
-def save(what: Written, run: RunFolder, walked: Walked, plan: Plan, progress: Progress) -> dict[str, LayerResult]:
-    layers, settings = walked.layers, plan.settings
+def save(what: Written, run: RunFolder, walked: Walked, progress: Progress) -> dict[str, LayerResult]:
+    layers, plan = walked.layers, walked.plan
     blocks = {name: index for index, pruned in run.record.blocks.items() for name in pruned}
-    on = run.grids(settings.columns_of_a_scale)
+    on = run.grids(plan.settings.columns_of_a_scale)
     results = dict(layers)
 
     def changed(name: str) -> Tensor | None:
@@ -74,7 +73,7 @@ def save(what: Written, run: RunFolder, walked: Walked, plan: Plan, progress: Pr
             matrix = computed.T if layers[layer].transposed else computed
             point = rounded(matrix.float(), matrix != 0, grid)  # to the last bit, whatever dtype it was computed in
             weight = positive_zeros((point.T if layers[layer].transposed else point).to(dense.dtype))
-        elif settings.updates:
+        elif plan.settings.updates:
             weight = positive_zeros(computed.to(dense.dtype))
         else:  # a survivor keeps its value to the last bit, whatever dtype it was judged in
             weight = keep_only(dense, computed != 0)

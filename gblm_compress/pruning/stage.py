@@ -95,7 +95,6 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class _Done:
-    plan: Plan
     walked: Walked
     memory: PeakMemory
     fingerprint: str | None  # of the samples
@@ -131,7 +130,7 @@ def prune(
         peak_memory_bytes=done.memory.peak_bytes,
         calibration_fingerprint=done.fingerprint,
         grid=job.settings.grid,
-        warnings=(*done.notes, *_notes(done.plan, job.calibration, done.walked, seconds)),
+        warnings=(*done.notes, *_notes(done.walked, job.calibration, seconds)),
     )
 
 
@@ -187,9 +186,9 @@ def _to_folder(
             if group.is_first:
                 progress.say("saving …")
                 written = saving.Written(source, output, force, processor, checkpoint)
-                walked = replace(walked, layers=saving.save(written, run, walked, plan, progress))
+                walked = replace(walked, layers=saving.save(written, run, walked, progress))
             run.remove()
-    return _Done(plan, walked, memory, read, before)
+    return _Done(walked, memory, read, before)
 
 
 def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
@@ -207,8 +206,8 @@ def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
     with peak_memory(str(model.device)) as memory, unfused(model):
         if job.calibration.experts == "all":
             run_all_(model)
-        plan, walked = _prune_in_place(model, own, job.settings, progress)
-    return _Done(plan, walked, memory, fingerprint(samples) if samples else None)
+        walked = _prune_in_place(model, own, job.settings, progress)
+    return _Done(walked, memory, fingerprint(samples) if samples else None)
 
 
 def _samples(task: Task, processor: Any, config: Any, text: CalibrationSettings) -> list[Sample]:
@@ -225,12 +224,10 @@ def prune_(
         samples: of its task, on its device; may be empty for a method that needs no text.
     """
     with unfused(model):
-        return _prune_in_place(model, samples, settings, progress)[1].layers
+        return _prune_in_place(model, samples, settings, progress).layers
 
 
-def _prune_in_place(
-    model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress
-) -> tuple[Plan, Walked]:
+def _prune_in_place(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress) -> Walked:
     weights = ResidentWeights(model)
     device = next(model.parameters()).device
     planning.check_float16(str(model.dtype).removeprefix("torch."), settings, str(device))
@@ -248,7 +245,7 @@ def _prune_in_place(
     with tempfile.TemporaryDirectory(prefix="gblm-") as folder:  # for gradients and pruned weights of blocks
         try:
             run = RunFolder(Path(folder) / "run", {}, resume=False, ranks=plan.ranks)
-            return plan, Walk(plan, weights, run, StatePool(run.states, memory, device), progress).prune_()
+            return Walk(plan, weights, run, StatePool(run.states, memory, device), progress).prune_()
         except (OSError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
@@ -305,8 +302,8 @@ def _pruned_before(source: ModelSource) -> tuple[str, ...]:
     )
 
 
-def _notes(plan: Plan, calibration: CalibrationSettings, walked: Walked, seconds: float) -> list[str]:
-    notes, settings, layers = [], plan.settings, walked.layers
+def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> list[str]:
+    notes, plan, settings, layers = list[str](), walked.plan, walked.plan.settings, walked.layers
     size = (calibration.samples, calibration.sequence_length)
     if "alpha_scale" in settings.read and settings.alpha_scale == "published" and size != PUBLISHED_CALIBRATION:
         notes.append(

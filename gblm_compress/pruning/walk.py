@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.attention import chunked_attention
-from gblm_compress.calibration.blocks import Block, BlockReplay, layer_statistics
+from gblm_compress.calibration.blocks import BlockReplay, layer_statistics
 from gblm_compress.calibration.calls import BlockCalls, by_block, calls_of
 from gblm_compress.calibration.gradients import GradientPass
 from gblm_compress.calibration.weights import StatePool, Weights
@@ -50,6 +50,7 @@ class LeftDense:
 class Walked:
     """The result of a walk."""
 
+    plan: Plan
     layers: dict[str, LayerResult]
     left_dense: dict[str, LeftDense]  # all other linear weights of the model
     exceptions: frozenset[str]  # layers that an exception or the allocation left dense
@@ -85,7 +86,7 @@ class Walk:
             for name, count, reason in linear_weights(model, settings.ignore)
             if name not in results
         }
-        return Walked(results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
+        return Walked(self.plan, results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
 
     def _check_finite(self, layers: Layers) -> None:
         """Before the minutes of calibration begin."""
@@ -141,7 +142,9 @@ class Walk:
         for index in self.progress.track(range(len(layers)), what, "blocks"):
             with self.weights.block(index):
                 block = replay.block(index) if replay else None
-                yield _measured(block, layers[index], self._gradients(index), allocation.needs)
+                found = layer_statistics(block, layers[index], self._gradients(index), allocation.needs)
+                weights = ((name, weight_matrix(layer).detach().float()) for name, layer in layers[index].items())
+                yield (DenseLayer(name, weight, found[name]) for name, weight in weights)
                 if replay:
                     replay.advance(index)
         if replay:
@@ -184,20 +187,12 @@ class Walk:
         pruned = {name: layer for block in layers for name, layer in block.items()}
         on = {name: grid.to(device) for name, grid in run.grids(plan.settings.columns_of_a_scale).items()}
         loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: predictions[some[0]], plan.products)
-        fitted = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, self.progress)
+        grids = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, self.progress)
         results = {
             name: replace(before, nonzeros=count_nonzeros(pruned[name].get_parameter("weight")), output_error=None)
             for name, before in run.results.items()
         }
-        run.finish_distilled([_weights(block) for block in layers], fitted.grids, results)
-
-
-def _measured(
-    block: Block | None, layers: dict[str, nn.Module], gradients: dict[str, Tensor], needs: Need
-) -> Iterator[DenseLayer]:
-    statistics = layer_statistics(block, layers, gradients, needs)
-    for name, layer in layers.items():
-        yield DenseLayer(name, weight_matrix(layer).detach().float(), statistics[name])
+        run.finish_distilled([_weights(block) for block in layers], grids, results)
 
 
 def _weights(layers: dict[str, nn.Module]) -> dict[str, Tensor]:

@@ -106,40 +106,24 @@ class Work(Generic[Kind]):
     def kept(self, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
         """Keep the folder, which holds `what`, after interruptions and lack of disk or memory; else remove it."""
         again = "the same command" if resume is None else "the same command with --resume"
-
-        def leave() -> None:
-            if self.record.files:
-                progress.say(f"{what} are kept: {again} goes on from there")
-            else:
-                self.remove()
-
         try:
             yield
-        except KeyboardInterrupt:
-            leave()
-            raise
-        except (OSError, SafetensorError, OutputError) as error:
-            if is_out_of_memory(error):
-                leave()
-                raise
-            reason = str(error)
-            if not isinstance(error, OutputError):
-                reason = f"{str(self.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
-            if not self.record.files:
+        except BaseException as error:
+            no_memory, holds_work = is_out_of_memory(error), bool(self.record.files)
+            no_disk = isinstance(error, OSError | SafetensorError | OutputError) and not no_memory
+            of_files = isinstance(error.__cause__, OSError)  # which may pass: a network share that was away, say
+            passes = no_memory or no_disk or of_files or isinstance(error, KeyboardInterrupt)
+            comes_again = isinstance(error, GblmError) and not isinstance(error, RankError) and not passes
+            if comes_again or (passes and not holds_work):
                 self.remove()
-                raise OutputError(reason) from error
-            raise OutputError(f"{reason}; {what} are kept: make room and give {again}") from error
-        except RankError:
-            raise
-        except GblmError as error:
-            if isinstance(error.__cause__, OSError):  # which may pass: a network share that was away, say
-                leave()
-            else:
-                self.remove()
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                leave()
+            if no_disk:
+                reason = str(error)
+                if not isinstance(error, OutputError):
+                    reason = f"{str(self.folder)!r} cannot be written ({getattr(error, 'strerror', None) or reason})"
+                kept = f"; {what} are kept: make room and give {again}" if holds_work else ""
+                raise OutputError(reason + kept) from error
+            if passes and holds_work:
+                progress.say(f"{what} are kept: {again} goes on from there")
             raise
 
     def _read(self, new: Kind, names: str, resume: bool | None) -> Kind | None:

@@ -17,10 +17,8 @@ from gblm_compress.training.trainer import Plan, Trainer
 from gblm_compress.training.weights import Weights
 
 HELD_OUT_EVERY = 8
-BATCH = 2
-"""Samples in a step."""
-PATIENCE = 2
-"""Epochs without improvement that end a fit."""
+BATCH = 2  # samples in a step
+PATIENCE = 2  # epochs without improvement that end a fit
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,6 @@ class How:
         return Plan(steps, held_out, self.rate, look_every=math.ceil(len(training) / BATCH), patience=PATIENCE)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Validation loss before and after, and the grids with fitted scales."""
-
-    before: float
-    after: float
-    grids: dict[str, Grid]
-
-
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ‖output − target‖² / ‖target‖²; both [..., tokens, hidden size], in float32.
 
@@ -70,11 +59,13 @@ def reconstruct_(
     how: How,
     grids: Mapping[str, Grid],
     choose: Callable[[str, Tensor], Tensor] | None = None,
-) -> Fit:
+) -> dict[str, Grid]:
     """Fit the surviving weights of a pruned block by Adam, in place (regional optimisation, Wanda++, arXiv 2503.04992).
 
     In all rounds but the last, pruned weights are trained too, and `choose` finds the next round's mask. The round with
     the lowest validation error is kept.
+
+    Returns the grids with fitted scales.
 
     Args:
         block: its inputs come from the pruned blocks before it.
@@ -90,7 +81,7 @@ def reconstruct_(
             output = block.calls[index].run(block.module, hidden)
         return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
 
-    plan, fits = how.plan(len(block.inputs)), list[Fit]()
+    plan, least = how.plan(len(block.inputs)), math.inf
     start: dict[str, tuple[Tensor, Tensor | None]]
     start = {name: (layer.get_parameter("weight").detach(), None) for name, layer in layers.items()}
     with _wide(layers, how.compute):
@@ -99,31 +90,32 @@ def reconstruct_(
             weights = Weights(layers, grids, start=start, revive=left > 0)
             progress = Trainer(block.module, weights, loss, plan).run()
             values = weights.values
-            found = Fit(progress.curve[0].held_out, progress.curve[progress.best].held_out, {})
-            if all(found.after < earlier.after for earlier in fits):
+            found = progress.curve[progress.best].held_out
+            if left == how.rounds - 1 or found < least:
+                least = found
                 best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
-            fits.append(found)
             if left == 0 or progress.best == 0:  # the last; or one that moved nothing, and so would those after it
                 break
             assert choose is not None, "several rounds need a choice of masks"
             start = {name: (keep_only(one, choose(name, one)), factors) for name, (one, factors) in values.items()}
-        fitted = Weights(layers, grids, start=best).finish()
-    return Fit(fits[0].before, min(one.after for one in fits), fitted)
+        return Weights(layers, grids, start=best).finish()
 
 
 def distil_(
     layers: Mapping[str, nn.Module], loss: Imitation, how: How, grids: Mapping[str, Grid], progress: Progress
-) -> Fit:
-    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions."""
+) -> dict[str, Grid]:
+    """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions.
+
+    Returns the grids with fitted scales.
+    """
     plan = how.plan(len(loss.samples))
     with (
         _wide(layers, how.compute),
         progress.counter("distilling", "steps", len(plan.steps)) as advance,
     ):
         weights = Weights(layers, grids)
-        found = Trainer(loss.model, weights, loss, plan).run(lambda _: advance())
-        fitted = weights.finish()
-    return Fit(found.curve[0].held_out, found.curve[found.best].held_out, fitted)
+        Trainer(loss.model, weights, loss, plan).run(lambda _: advance())
+        return weights.finish()
 
 
 @contextmanager

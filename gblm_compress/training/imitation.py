@@ -1,23 +1,18 @@
 """The dense model's predictions, and the loss of a pruned model towards them."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gblm_compress.calibration.calls import ForwardEnded
 from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import UsageError
 from gblm_compress.models.architecture import head_and_embedding
 from gblm_compress.progress import Progress
 from gblm_compress.tasks.task import Sample, Task
-
-
-class _HeadReached(Exception):
-    """Ends a forward pass once the input of the head is known."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
 
 
 @torch.no_grad()
@@ -29,15 +24,15 @@ def prediction(model: nn.Module, task: Task, sample: Sample) -> Tensor:
     if head is None:
         return task.judged(getattr(model(**task.arguments(sample)), task.output), sample)
 
-    def end(head: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _HeadReached(args[0])
+    reached: list[Tensor] = []
 
-    with head.register_forward_pre_hook(end):
-        try:
-            model(**task.arguments(sample))
-        except _HeadReached as reached:
-            return reached.states
-    raise AssertionError("a model with a head runs it")
+    def end(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        reached.append(args[0])
+        raise ForwardEnded
+
+    with head.register_forward_pre_hook(end), suppress(ForwardEnded):
+        model(**task.arguments(sample))
+    return reached[0]
 
 
 def predictions(model: nn.Module, task: Task, samples: Sequence[Sample], progress: Progress) -> list[Tensor]:

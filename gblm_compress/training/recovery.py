@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,12 @@ from gblm_compress.training.weights import Weights
 LOOKS = 10
 PATIENCE = 3
 LARGEST_NORM = 1.0
-TOGETHER = 1024
-"""Tokens in a forward pass: enough for fast products, few enough for small logits."""
-SHARE_FOR_STATES = 0.3
-"""The dense model's predictions take at most this share of the free memory."""
-SLACK = 1.33
-"""The allocator keeps freed memory: 22.7 bytes a weight were measured for 17 counted."""
-ACTIVATIONS = 8
-"""Bytes that autograd keeps per token, for each input and output of a pruned layer."""
-LOGITS = 5
-"""Tensors of the size of the logits: of both models, their gradients, and a temporary."""
-RATE, RATE_AFTER_A_FIT = 0.002, 0.0007
-"""After a fit smaller steps are better: .325 nats per token against .339, after 40k tokens."""
+TOGETHER = 1024  # tokens in a forward pass: enough for fast products, few enough for small logits
+SHARE_FOR_STATES = 0.3  # of the free memory, which the dense model's predictions take at most
+SLACK = 1.33  # the allocator keeps freed memory: 22.7 bytes a weight were measured for 17 counted
+ACTIVATIONS = 8  # bytes that autograd keeps per token, for each input and output of a pruned layer
+LOGITS = 5  # tensors of the size of the logits: of both models, their gradients, and a temporary
+RATE, RATE_AFTER_A_FIT = 0.002, 0.0007  # after a fit smaller steps are better: .325 nats per token against .339
 
 
 @dataclass(frozen=True)
@@ -88,27 +82,6 @@ class RecoverResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "before": self.before, "after": self.after}
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What `recover` does: train `source`, a pruned folder, towards `teacher`; `force` replaces an existing output."""
-
-    source: ModelSource
-    teacher: ModelSource
-    output: Path
-    settings: RecoverSettings
-    device: str = "auto"
-    force: bool = False
-
-
-def check(what: Recovery) -> None:
-    """Raise all faults at once, before a model is loaded; checks the zeros of the pruned folder."""
-    check_kind(what.source)
-    looks: list[Callable[[], object]] = [partial(_check_models, what)]
-    looks += [partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets]
-    looks += [partial(loading.check_length, what.source, what.settings.sequence_length)]
-    errors.raise_all(errors.collect(looks))
 
 
 def check_kind(source: ModelSource) -> None:
@@ -158,26 +131,39 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     return weights + rest + passing + activations + logits
 
 
-def recover(what: Recovery, progress: Progress, resume: bool | None = False) -> RecoverResult:
-    """Train, write and verify a new folder; `resume` as for `Checkpoints`."""
+def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -> RecoverResult:
+    """Train, write and verify a new folder; `resume` as for `Work`.
+
+    All faults of the input are raised at once, before a model is loaded; the zeros of the pruned folder are checked.
+    """
     inputs = [what.source.folder, what.teacher.folder, *files_of(*what.settings.datasets)]
     with outputs.reserved(what.output, what.force, inputs, ranks.is_first_started()):
-        check(what)
+        check_kind(what.source)
+        looks: list[Callable[[], object]] = [partial(_check_models, what)]
+        looks += [partial(loading.task_of(what.source).data_files, name) for name in what.settings.datasets]
+        looks += [partial(loading.check_length, what.source, what.settings.sequence_length)]
+        errors.raise_all(errors.collect(looks))
         settings = what.settings.model_copy(update={"rate": rate_of(what.settings, what.source)})
         device = ranks.device_of_rank(loading.choose_device(what.device))
         with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device) as group:
-            work = _Running(what.source, what.teacher, what.output, settings, device, what.force, group=group)
-            result = work.run(resume, progress)
+            result = replace(what, settings=settings, device=device, group=group).run(resume, progress)
         return replace(result, peak_memory_bytes=memory.peak_bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Running(Recovery):
-    """A recovery on one of its processes, with its rate and device chosen."""
+@dataclass(frozen=True)
+class Recovery:
+    """What `recover` does: train `source`, a pruned folder, towards `teacher`; `force` replaces an existing output."""
 
-    group: Ranks
+    source: ModelSource
+    teacher: ModelSource
+    output: Path
+    settings: RecoverSettings
+    device: str = "auto"
+    force: bool = False
+    group: Ranks = field(default_factory=Ranks)
 
     def run(self, resume: bool | None, progress: Progress) -> RecoverResult:
+        """The part of this process, with rate and device chosen."""
         start, settings, group = time.monotonic(), self.settings, self.group
         if settings.batch < group.size:
             raise UsageError(

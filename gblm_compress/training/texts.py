@@ -13,14 +13,11 @@ from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks import text
 from gblm_compress.tasks.task import Sample, Task
 
-HELD_OUT_EVERY = 32
-"""One window in 32 is never trained on, whatever the weights, so that a second training is judged on unread windows."""
-MOST_HELD_OUT = 32
-GRAM = 13
-"""Words in a row that count as a copy, as for GPT-3 (arXiv 2005.14165, appendix C)."""
+# One window in 32 is never trained on, whatever the weights, so that a second training is judged on unread windows.
+HELD_OUT_EVERY, MOST_HELD_OUT = 32, 32
+GRAM = 13  # words in a row that count as a copy, as for GPT-3 (arXiv 2005.14165, appendix C)
 ALLOWED_OVERLAP = 0.02
-MOST_OF_ANOTHER = 10_000_000
-"""Tokens read from a hub dataset in `disjoint_from`."""
+MOST_OF_ANOTHER = 10_000_000  # tokens read from a hub dataset in `disjoint_from`
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 

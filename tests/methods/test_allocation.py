@@ -1,13 +1,16 @@
 """How much each layer keeps: the formulas against slow ones, and the sum that must not grow."""
 
 import math
+from unittest.mock import patch
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
-from gblm_compress.methods.allocation import Budget, GlobalRanking, spread
+from gblm_compress.methods import allocation
+from gblm_compress.methods.allocation import Budget, DenseLayer, by_sensitivity, spread
+from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.tiny import tiny_model
@@ -16,31 +19,32 @@ from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
 
 
+def ranked(scores: dict[str, torch.Tensor], density: float) -> dict[str, float]:
+    """What layers of weights ±1 keep whose gradients are the scores, each in a block of its own."""
+    layers = [DenseLayer(name, torch.ones_like(g), Statistics(gradient_norm=g)) for name, g in scores.items()]
+    return by_sensitivity([[layer] for layer in layers], density)
+
+
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
 def test_global_ranking_is_one_sort_of_all_weights(density: float) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: scale * torch.rand(40, 50, generator=generator) for name, scale in [("a", 1.0), ("b", 1e-3), ("c", 2.0)]
     }
-    ranking = GlobalRanking()
-    for name, score in scores.items():
-        ranking.add(name, score)
     everything = sorted(torch.cat([score.flatten() for score in scores.values()]).tolist(), reverse=True)
     threshold = everything[int(density * len(everything)) - 1]
-    kept = ranking.densities(density)
+    kept = ranked(scores, density)
     for name, score in scores.items():
         assert kept[name] == pytest.approx(float((score >= threshold).double().mean()), abs=0.01)
     assert sum(kept.values()) / 3 == pytest.approx(density, abs=1e-6)
 
 
 def test_global_ranking_of_zeros() -> None:
-    ranking = GlobalRanking()
-    ranking.add("dead", torch.zeros(10, 10))
-    ranking.add("alive", torch.ones(10, 10))
-    assert ranking.densities(0.5) == {"dead": pytest.approx(0.0), "alive": pytest.approx(1.0)}
+    scores = {"dead": torch.zeros(10, 10), "alive": torch.ones(10, 10)}
+    assert ranked(scores, 0.5) == {"dead": pytest.approx(0.0), "alive": pytest.approx(1.0)}
 
 
-@given(
+@hypothesis.given(
     budget=st.sampled_from(
         [("unstructured", 0.5), ("unstructured", 0.995), ("2:4", 0.5), ("1:4", 0.75), ("4:8", 0.5), ("8:16", 0.5)]
     ),
@@ -51,7 +55,8 @@ def test_spread_keeps_the_sum_and_the_limits(budget, layers, deviation: float) -
     pattern, sparsity = Pattern(budget[0]), budget[1]
     before = {str(i): Budget(pattern, sparsity) for i in range(len(layers))}
     sizes = {str(i): 1000 * size for i, (size, _) in enumerate(layers)}
-    after = spread(before, sizes, {str(i): density for i, (_, density) in enumerate(layers)}, deviation)
+    with patch.object(allocation, "DEVIATION", deviation):
+        after = spread(before, sizes, {str(i): density for i, (_, density) in enumerate(layers)})
     wanted = (1 - sparsity) * sum(sizes.values())
     kept = sum((1 - after[name].sparsity) * sizes[name] for name in after)
     assert kept <= wanted * (1 + 1e-6)
@@ -64,20 +69,19 @@ def test_spread_keeps_the_sum_and_the_limits(budget, layers, deviation: float) -
         assert all(abs(b.sparsity - sparsity) < deviation + step for b in after.values())
 
 
-def test_whole_groups_by_hand() -> None:
-    """1.3, 2.6 and 2.1 of 4, in layers of equal size, sum to 6: rounded down 1, 2, 2, and the one left to 2.6."""
-    budget = Budget(Pattern("2:4"), 0.5)
-    names = ("a", "b", "c")
-    densities = dict(zip(names, (1.3 / 4, 2.6 / 4, 2.1 / 4), strict=True))
-    after = spread(dict.fromkeys(names, budget), dict.fromkeys(names, 100), densities, 0.4)
-    assert [b.pattern.name for b in after.values()] == ["1:4", "3:4", "2:4"]
-
-
-def test_the_usual_deviation_moves_2_4_by_one() -> None:
-    budget = Budget(Pattern("2:4"), 0.5)
-    densities = {"none": 0.0, "half": 0.5, "all": 1.0}
-    after = spread(dict.fromkeys(densities, budget), dict.fromkeys(densities, 100), densities)
-    assert [b.pattern.name for b in after.values()] == ["1:4", "2:4", "3:4"]
+@pytest.mark.parametrize(
+    ("deviation", "wanted", "given"),
+    [
+        # In layers of equal size they sum to 6 of 4: rounded down 1, 2, 2, and the one left to 2.6.
+        (0.4, (1.3 / 4, 2.6 / 4, 2.1 / 4), ["1:4", "3:4", "2:4"]),
+        (allocation.DEVIATION, (0.0, 0.5, 1.0), ["1:4", "2:4", "3:4"]),  # the usual one moves 2:4 by one
+    ],
+)
+def test_whole_groups_by_hand(deviation, wanted, given, monkeypatch) -> None:
+    monkeypatch.setattr(allocation, "DEVIATION", deviation)
+    densities = dict(enumerate(wanted))
+    after = spread(dict.fromkeys(densities, Budget(Pattern("2:4"), 0.5)), dict.fromkeys(densities, 100), densities)
+    assert [b.pattern.name for b in after.values()] == given
 
 
 def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
@@ -97,7 +101,7 @@ def test_sensitivity_in_a_model_follows_the_gradients(progress) -> None:
 
 
 def test_exceptions_keep_their_budget_and_dense_layers_their_weights(progress, monkeypatch) -> None:
-    monkeypatch.setattr(spread, "__defaults__", (0.3,))
+    monkeypatch.setattr(allocation, "DEVIATION", 0.3)
     model, dense = tiny_model("llama"), tiny_model("llama")
     settings = PruneSettings(
         method="wanda",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.methods.choices import Statistics
-from gblm_compress.methods.fits import SWEEPS, least_squares, obs, obs_on_grid, settle, sparsegpt
+from gblm_compress.methods.fits import SWEEPS, least_squares, obs, settle, sparsegpt
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import Grid, make_grid, rounded
 
@@ -199,7 +199,7 @@ def test_pruning_and_rounding_go_together_column_by_column(kind: str, bits: str,
     keep, statistics = wanda_mask(weight, gram, "2:4"), Statistics(gram=gram)
     updated = obs(weight, keep, statistics)
     grid = make_grid(updated, keep, bits, group)
-    result = rounded(obs_on_grid(weight, updated, keep, statistics, grid), keep, grid)
+    result = rounded(obs(weight, keep, statistics, grid), keep, grid)
     expected = slow_obs_on_grid(weight, keep, gram, grid)
     step = grid.scale_of(weight.shape[1]).expand_as(weight) if kind == "full" and bits == "int8" else None
     if step is None:
