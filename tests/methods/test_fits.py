@@ -208,28 +208,20 @@ def test_pruning_and_rounding_go_together_column_by_column(kind: str, bits: str,
         assert float(((result - expected).abs() > 1.01 * step).double().mean()) < 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bits", "group"), [("int8", None), ("int4", 32)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "group"),
+    [(kind, *grid) for kind in KINDS for grid in (("int8", None), ("int4", 32))] + [("many columns", "int4", 64)],
+)
 def test_survivors_settle_on_the_grid_as_when_every_point_is_tried(kind: str, bits: str, group: int | None) -> None:
-    weight, gram = layer(kind)
-    keep, statistics = wanda_mask(weight, gram, "2:4"), Statistics(gram=gram)
+    wide = kind == "many columns"  # more than one block
+    weight, gram = layer(kind, rows=2 if wide else 6, columns=150 if wide else 16)
+    keep, statistics = wanda_mask(weight, gram, "unstructured" if wide else "2:4"), Statistics(gram=gram)
     updated = least_squares(weight, keep, statistics)
     grid = make_grid(updated, keep, bits, group)
     start = rounded(updated, keep, grid)
     result = rounded(settle(weight, updated, keep, statistics, grid), keep, grid)
     expected = slow_settle(weight, start, keep, gram, grid, SWEEPS)
-    assert error(weight, result, gram) == pytest.approx(error(weight, expected, gram), rel=1e-3)
-    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
-    assert error(weight, result, gram) <= error(weight, start, gram)
-
-
-def test_settling_goes_through_more_columns_than_one_block() -> None:
-    weight, gram = layer(rows=2, columns=150)
-    keep, statistics = wanda_mask(weight, gram, "unstructured"), Statistics(gram=gram)
-    updated = least_squares(weight, keep, statistics)
-    grid = make_grid(updated, keep, "int4", 64)
-    start = rounded(updated, keep, grid)
-    result = rounded(settle(weight, updated, keep, statistics, grid), keep, grid)
-    expected = slow_settle(weight, start, keep, gram, grid, SWEEPS)
-    assert error(weight, result, gram) == pytest.approx(error(weight, expected, gram), rel=0.02)
-    assert error(weight, result, gram) < 0.8 * error(weight, start, gram)
+    assert error(weight, result, gram) == pytest.approx(error(weight, expected, gram), rel=0.02 if wide else 1e-3)
+    assert error(weight, result, gram) <= (0.8 if wide else 1) * error(weight, start, gram)
+    if not wide:  # else near-ties tip, and what is behind them follows
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)

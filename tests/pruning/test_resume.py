@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gblm_compress.errors import ModelError, OutputError, UsageError, Verificati
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import grids, manifest
+from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import saving
@@ -42,6 +44,24 @@ def run(source, output: Path, prose: Path, *, resume=False, offload=False, sampl
         CalibrationSettings(dataset=str(prose), samples=samples, sequence_length=32),
         resources=ResourceSettings(offload=offload), resume=resume, progress=progress or Progress(quiet=True),
     )  # fmt: skip
+
+
+@pytest.fixture
+def go(tiny, tmp_path, prose):
+    """go("out", **settings): the tiny Llama, pruned to that folder of the test's own."""
+    return lambda name="out", source=None, **given: run(source or tiny("llama"), tmp_path / name, prose, **given)
+
+
+@pytest.fixture
+def fails(go, monkeypatch):
+    """fails(module, "name", raises, Killed, **settings): such a run ends with that error while the name is another."""
+
+    def run_to_its_end(where, attribute, instead, error=Killed, match=None, **given) -> None:
+        with monkeypatch.context() as patch, pytest.raises(error, match=match):
+            patch.setattr(where, attribute, instead)
+            go(**given)
+
+    return run_to_its_end
 
 
 def killed(*args: object) -> None:
@@ -95,16 +115,13 @@ def test_ended_anywhere_and_resumed_it_gives_the_same_bytes(
     pytest.fail("the run never came to its end")
 
 
-def test_what_is_finished_is_not_done_again(tiny, tmp_path, prose, monkeypatch) -> None:
+def test_what_is_finished_is_not_done_again(go, fails, monkeypatch) -> None:
     """After an end during the saving no gradient is measured and no block pruned a second time."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(grids, "verify", killed)
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
-    calls = count()
-    original = Call.run
+    fails(grids, "verify", killed, **GBLM)
+    calls, original = count(), Call.run
     monkeypatch.setattr(Call, "run", lambda *args: (next(calls), original(*args))[1])
     monkeypatch.setattr("gblm_compress.pruning.walk.prune_block_", None)
-    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    go(resume=True, **GBLM)
     assert next(calls) == 0
 
 
@@ -143,29 +160,29 @@ def test_a_process_killed_again_and_again_comes_to_its_end(server, tiny, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out", prose.name}
 
 
-def test_a_run_of_another_kind_is_not_resumed(tiny, tmp_path, prose, monkeypatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", killed)
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+def test_a_run_of_another_kind_is_not_resumed(go, fails, tmp_path) -> None:
+    fails(saving, "save", killed, **GBLM)
     with pytest.raises(UsageError, match=r"interrupted run with other settings, calibration.*leave out --resume"):
-        run(tiny("llama"), tmp_path / "out", prose, resume=True, samples=2, method="wanda")
-    run(tiny("llama"), tmp_path / "out", prose, method="wanda")
+        go(resume=True, samples=2, method="wanda")
+    go(method="wanda")
     assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
 
 
 @pytest.mark.parametrize("settings", [GBLM, FITTED], ids=["gblm", "distilled"])
-def test_a_flipped_bit_is_found_and_its_work_done_again(settings, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
-    run(tiny("llama"), tmp_path / "whole", prose, **settings)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saving, "save", killed)
-        run(tiny("llama"), tmp_path / "out", prose, **settings)
-    folder, (name, *_) = tmp_path / ".out.pruning", ["distilled-1", "block-1"][settings is GBLM :]
-    path = folder / f"{name}.safetensors"
+@pytest.mark.parametrize("how", ["a flipped bit", "of another run"])
+def test_a_file_that_was_not_written_is_found_and_its_work_done_again(
+    how, settings, go, fails, tmp_path, capsys
+) -> None:
+    go("whole", **settings)
+    fails(saving, "save", killed, **settings)
+    fails(saving, "save", killed, name="other", samples=2, **settings)
+    name = "block-1.safetensors" if settings is GBLM else "distilled-1.safetensors"
+    path, other = (tmp_path / folder / name for folder in (".out.pruning", ".other.pruning"))
     data = bytearray(path.read_bytes())
     data[-5] ^= 4
-    path.write_bytes(data)
-    run(tiny("llama"), tmp_path / "out", prose, resume=True, progress=Progress(), **settings)
-    assert f"{path.name} of the interrupted run is damaged; its work is done again" in capsys.readouterr().err
+    path.write_bytes(data if how == "a flipped bit" else other.read_bytes())
+    go(resume=True, progress=Progress(), **settings)
+    assert f"{name} of the interrupted run is damaged; its work is done again" in capsys.readouterr().err
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -185,30 +202,25 @@ def ended(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, ended, tiny, tmp_path, prose) -> None:
+def test_a_damaged_record_of_a_run_is_refused_or_started_anew(damage, ended, go, tmp_path, prose) -> None:
     record = shutil.copytree(ended, tmp_path / ended.name) / "run.json"
     record.unlink() if damage is None else record.write_text(damage)
     with pytest.raises(UsageError, match=r"run\.json' is missing or damaged.*leave out --resume"):
-        run(tiny("llama"), tmp_path / "out", prose, resume=True, method="magnitude")
-    run(tiny("llama"), tmp_path / "out", prose, resume=None, method="magnitude")
+        go(resume=True, method="magnitude")
+    go(resume=None, method="magnitude")
     assert {path.name for path in tmp_path.iterdir()} == {"out", prose.name}
 
 
-def test_what_lies_in_the_place_of_finished_blocks_is_not_deleted(tiny, tmp_path, prose) -> None:
+def test_what_lies_in_the_place_of_finished_blocks_is_not_deleted(go, tmp_path) -> None:
     (tmp_path / ".out.pruning").mkdir()
     (tmp_path / ".out.pruning" / "thesis.tex").write_text("years")
     with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
-        run(tiny("llama"), tmp_path / "out", prose, method="magnitude")
+        go(method="magnitude")
     assert content(tmp_path / ".out.pruning") == {"thesis.tex": b"years"}
 
 
-def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, prose, monkeypatch, capsys) -> None:
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(saving, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny("llama"), tmp_path / "out", prose, progress=Progress(), method="magnitude")
+def test_ctrl_c_says_how_to_go_on(fails, tmp_path, capsys) -> None:
+    fails(saving, "save", Mock(side_effect=KeyboardInterrupt), KeyboardInterrupt, progress=Progress(), method="wanda")
     assert "the same command with --resume goes on from there" in capsys.readouterr().err
     assert (tmp_path / ".out.pruning" / "block-1.safetensors").exists()
 
@@ -226,79 +238,65 @@ def full_at(name: str):
 
 
 @pytest.mark.parametrize("at", ["block-1", "model.safetensors"])
-def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, tiny, tmp_path, prose, monkeypatch) -> None:
+def test_a_full_disk_is_an_error_that_can_be_resumed_from(at, go, fails, tiny, tmp_path) -> None:
     before = content(tiny("llama").folder)
     kept = "No space left on device.*finished blocks are kept: make room and give the same command with --resume"
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match=kept):
-        patch.setattr(records, "to_disk", full_at(at))
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    fails(records, "to_disk", full_at(at), OutputError, kept, **GBLM)
     assert not (tmp_path / "out").exists() and content(tiny("llama").folder) == before
-    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
-    run(tiny("llama"), tmp_path / "whole", prose, **GBLM)
+    go(resume=True, **GBLM)
+    go("whole", **GBLM)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(tiny, tmp_path, prose, monkeypatch) -> None:
+def test_what_appears_in_the_place_of_the_output_costs_no_finished_block(go, fails, tmp_path) -> None:
     def occupy(written: object) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes").write_text("mine")
 
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="exists.*finished blocks are kept"):
-        patch.setattr(grids, "verify", occupy)
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+    fails(grids, "verify", occupy, OutputError, "exists.*finished blocks are kept", **GBLM)
     (tmp_path / "out").rename(tmp_path / "notes")
-    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    go(resume=True, **GBLM)
     assert (tmp_path / "notes" / "notes").read_text() == "mine" and manifest.read(tmp_path / "out")
 
 
-def test_too_little_room_is_told_before_work_starts(tiny, tmp_path, prose, monkeypatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(Call, "run", None)
-    with pytest.raises(UsageError, match=r"1\.0 kB free; .* may be needed"):
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+def test_too_little_room_is_told_before_work_starts_and_leaves_what_is_finished(
+    go, fails, tiny, tmp_path, prose, monkeypatch
+) -> None:
+    """What is finished counts as room that is not needed any more."""
+    usage, folder, whole = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning", tiny("llama").bytes_on_disk
+
+    def free(size: int):
+        return lambda path: usage._replace(free=size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Call, "run", None)
+        fails(shutil, "disk_usage", free(1000), UsageError, r"1\.0 kB free; .* may be needed", **GBLM)
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
-
-
-def test_too_little_room_to_resume_leaves_what_is_finished(tiny, tmp_path, prose, monkeypatch) -> None:
-    """And what is finished counts as room that is not needed any more."""
-    with monkeypatch.context() as patch, pytest.raises(OutputError):
-        patch.setattr(records, "to_disk", full_at("model.safetensors"))
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
-    usage, folder = shutil.disk_usage(tmp_path), tmp_path / ".out.pruning"
+    fails(records, "to_disk", full_at("model.safetensors"), OutputError, **GBLM)
     finished = content(folder)
-    whole = tiny("llama").bytes_on_disk
     assert sum(map(len, finished.values())) > whole / 2
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="kB free.*finished blocks are kept"):
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole // 2))
-        run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    message = "kB free.*finished blocks are kept"
+    fails(shutil, "disk_usage", free(whole // 2), OutputError, message, resume=True, **GBLM)
     assert content(folder) == finished
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * whole))
-    run(tiny("llama"), tmp_path / "out", prose, resume=True, **GBLM)
+    monkeypatch.setattr(shutil, "disk_usage", free(3 * whole))
+    go(resume=True, **GBLM)
     assert not folder.exists()
 
 
-def test_a_fault_of_the_model_leaves_nothing_behind(tiny, tmp_path, prose, monkeypatch) -> None:
+def test_a_fault_of_the_model_leaves_nothing_behind(go, fails, tiny, tmp_path, prose) -> None:
     broken = tiny_model("llama")
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     folder = shutil.copytree(tiny("llama").folder, tmp_path / "broken")
     broken.save_pretrained(folder)
-    source = type(tiny("llama"))("broken", folder)
     with pytest.raises(ModelError, match="up_proj: 1 of"):
-        run(source, tmp_path / "out", prose, offload=True, **GBLM)
-
-    def wrong(written: object) -> None:
-        raise VerificationError("wrong")
-
-    monkeypatch.setattr(grids, "verify", wrong)
-    with pytest.raises(VerificationError):
-        run(tiny("llama"), tmp_path / "out", prose, **GBLM)
+        go(source=ModelSource("broken", folder), offload=True, **GBLM)
+    fails(grids, "verify", Mock(side_effect=VerificationError("wrong")), VerificationError, **GBLM)
     assert {path.name for path in tmp_path.iterdir()} == {"broken", prose.name}
 
 
 @pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), None, MemoryError()], ids=repr)
-def test_finished_blocks_are_kept_where_the_fault_may_pass(cause, tiny, tmp_path, prose, monkeypatch, capsys) -> None:
-    whole = run(tiny("llama"), tmp_path / "whole", prose, offload=True, **GBLM)
+def test_finished_blocks_are_kept_where_the_fault_may_pass(cause, go, fails, tmp_path, capsys) -> None:
+    go("whole", offload=True, **GBLM)
 
     def failing(self, index: int, *others: object) -> None:
         finish(self, index, *others)
@@ -308,21 +306,17 @@ def test_finished_blocks_are_kept_where_the_fault_may_pass(cause, tiny, tmp_path
             raise ModelError("the file cannot be read") from cause
 
     finish = RunFolder.finish
-    monkeypatch.setattr(RunFolder, "finish", failing)
-    with pytest.raises((ModelError, MemoryError)):
-        run(tiny("llama"), tmp_path / "out", prose, offload=True, progress=Progress(), **GBLM)
+    errors = (ModelError, MemoryError)
+    fails(RunFolder, "finish", failing, errors, offload=True, progress=Progress(), **GBLM)
     kept = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")]
     assert bool(kept) == (cause is not None) == ("--resume goes on from there" in capsys.readouterr().err)
-    monkeypatch.setattr(RunFolder, "finish", finish)
-    again = run(tiny("llama"), tmp_path / "out", prose, offload=True, resume=cause is not None, **GBLM)
-    assert again.layers.keys() == whole.layers.keys()
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
-    assert files[0] == files[1]
+    go(offload=True, resume=cause is not None, **GBLM)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(tiny, tmp_path, prose) -> None:
+def test_distillation_of_a_model_on_disk_is_refused_with_its_reason(go) -> None:
     with pytest.raises(UsageError, match="distillation works on the whole model.*--memory"):
-        run(tiny("llama"), tmp_path / "out", prose, offload=True, **FITTED)
+        go(offload=True, **FITTED)
 
 
 def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -> None:

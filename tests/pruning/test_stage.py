@@ -1,6 +1,5 @@
 """The stage as a whole: against a slow procedure that never replays a block, and its refusals."""
 
-import json
 import shutil
 from collections import Counter
 from itertools import combinations
@@ -15,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from gblm_compress.calibration import ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models import loading, manifest
+from gblm_compress.models import manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
-from gblm_compress.pruning.stage import prune_
+from gblm_compress.pruning.stage import PruneResult, prune_
 from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
 from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
@@ -164,20 +163,28 @@ def test_a_preset_is_its_settings_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "message", "instead"),
     [
-        ({"fit": "bets"}, "'balanced' or 'best'"),
-        ({"fit": ["best"]}, "'balanced' or 'best'"),
-        ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128"),
-        ({"quantise": "int5"}, "'int8' or 'int4'"),
-        ({"preset": "bets"}, "'paper' or 'sparsegpt'"),
-        ({"preset": ["best"]}, "'paper' or 'sparsegpt'"),
-        ({"preset": 1}, "'paper' or 'sparsegpt'"),
+        ({"fit": "bets"}, "'balanced' or 'best'", {"fit": "best"}),
+        ({"fit": ["best"]}, "'balanced' or 'best'", {"fit": "best"}),
+        ({"quantise": "int4", "group": 65}, "'row', 32, 64 or 128", {"group": 64}),
+        ({"quantise": "int5"}, "'int8' or 'int4'", {"quantise": "int8"}),
+        ({"preset": "bets"}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
+        ({"preset": ["best"]}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
+        ({"preset": 1}, "'paper' or 'sparsegpt'", {"preset": "paper"}),
+        ({"method": "wanda", "gradient_norm": "l2"}, "read with", {"allocation": "sensitivity"}),
+        ({"method": "wanda", "alpha": 3.0}, "alpha 3.0 would do nothing: it is read with", {"method": "regional"}),
+        ({"method": "regional", "alpha_scale": "normalised"}, "read with", {"method": "gblm"}),
+        ({"fit": "fast", "rounds": 2}, "rounds 2 would do nothing: it is read with", {"fit": "balanced"}),
+        ({"group": 64}, "group 64 would do nothing: it is read with", {"quantise": "int8"}),
+        ({"group": "row"}, "group row would do nothing: it is read with", {"quantise": "int4"}),
     ],
 )
-def test_an_unknown_choice_is_refused(given, message) -> None:
+def test_an_unknown_choice_and_a_key_that_nothing_reads_are_refused(given, message, instead) -> None:
     with pytest.raises(ValidationError, match=message):
         PruneSettings(**given)
+    for key, value in (given | instead).items():
+        assert getattr(PruneSettings(**given | instead), key) == value
 
 
 def test_updates_lower_the_divergence_of_a_model_in_their_order(progress: Progress) -> None:
@@ -208,31 +215,13 @@ def test_the_columns_of_a_scale() -> None:
     assert grid(quantise="int4", group="row")[0] is None
 
 
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ({"method": "wanda", "gradient_norm": "l2"}, {"method": "wanda", "allocation": "sensitivity"}),
-        ({"method": "wanda", "alpha": 3.0}, {"method": "regional"}),
-        ({"method": "regional", "alpha_scale": "normalised"}, {"method": "gblm"}),
-        ({"fit": "fast", "rounds": 2}, {"fit": "balanced"}),
-        ({"group": 64}, {"quantise": "int8"}),
-        ({"group": "row"}, {"quantise": "int4"}),
-    ],
-)
-def test_a_key_that_nothing_reads_is_refused(given, read) -> None:
-    key, value = list(given.items())[-1]
-    with pytest.raises(ValidationError, match=f"{key} {value} would do nothing: it is read with"):
-        PruneSettings(**given)
-    assert getattr(PruneSettings(**given | read), key) == value
-
-
 def test_normalised_alpha_is_the_published_one_at_the_published_size() -> None:
+    def alpha(norm: str, scale: str, samples: int, length: int) -> float:
+        return PruneSettings(alpha_scale=scale, gradient_norm=norm, fit="none").effective_alpha(samples, length)
+
     for norm in ("l1", "l2"):
-        settings = PruneSettings(alpha_scale="normalised", gradient_norm=norm, fit="none")
-        assert settings.effective_alpha(128, 2048) == 100
-        assert PruneSettings(gradient_norm=norm, fit="none").effective_alpha(16, 512) == 100
-    assert PruneSettings(alpha_scale="normalised", gradient_norm="l1", fit="none").effective_alpha(32, 512) == 200
-    assert PruneSettings(alpha_scale="normalised", gradient_norm="l2", fit="none").effective_alpha(32, 2048) == 200
+        assert alpha(norm, "normalised", 128, 2048) == alpha(norm, "published", 16, 512) == 100
+    assert alpha("l1", "normalised", 32, 512) == alpha("l2", "normalised", 32, 2048) == 200
 
 
 def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Progress) -> None:
@@ -249,26 +238,37 @@ def test_normalised_alpha_gives_the_same_mask_for_repeated_samples(progress: Pro
 
 @pytest.fixture
 def pruned(tiny, tmp_path, prose):
-    """pruned("gpt2", method="wanda"): the folder of that tiny model, pruned."""
+    """pruned("gpt2", method="wanda"): that tiny model, pruned to a folder."""
 
-    def run(kind: str | ModelSource = "llama", name: str = "out", **settings) -> Path:
+    def run(kind: str | ModelSource = "llama", name: str = "out", compute: str = "auto", **settings) -> PruneResult:
         text = CalibrationSettings(dataset=str(prose), samples=3, sequence_length=32)
         chosen = PruneSettings(**{"fit": "none", "allocation": "uniform"} | settings)
-        prune(tiny(kind) if isinstance(kind, str) else kind, tmp_path / name, chosen, text)
-        return tmp_path / name
+        source = tiny(kind) if isinstance(kind, str) else kind
+        return prune(source, tmp_path / name, chosen, text, dtype=compute)
 
     return run
+
+
+@pytest.fixture
+def changed(tiny, tmp_path):
+    """changed("name", dtype): a copy of the tiny Llama under that name, in another dtype."""
+
+    def make(name: str, dtype: str) -> ModelSource:
+        folder = shutil.copytree(tiny("llama").folder, tmp_path / name)
+        tiny_model("llama").to(getattr(torch, dtype)).save_pretrained(folder)
+        return ModelSource(name, folder)
+
+    return make
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "unstructured-per-matrix"])
 def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, tiny, pruned) -> None:
-    folder = pruned(kind, pattern=pattern)
+    folder = pruned(kind, pattern=pattern).folder
     model = AutoModelForCausalLM.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(tiny(kind).folder)
-    recorded = json.loads((folder / "gblm_manifest.json").read_text())
     names = [name for block in prunable_layers(dense) for name in block]
-    assert list(recorded["layers"]) == names
+    assert list(manifest.read(Path(folder))["layers"]) == names
     for name in names:
         now, before = (weight_matrix(m.get_submodule(name)) for m in (model, dense))
         alive = now != 0
@@ -280,63 +280,61 @@ def test_the_folder_is_an_ordinary_model_with_the_promised_zeros(kind, pattern, 
 
 
 def test_same_seed_same_bytes(pruned) -> None:
-    one, other = (pruned(name=n) for n in ("one", "other"))
-    files = sorted(path.name for path in one.iterdir())
-    assert files == sorted(path.name for path in other.iterdir())
-    assert [(one / f).read_bytes() == (other / f).read_bytes() for f in files] == [True] * len(files)
-
-
-def test_zeros_are_positive_even_where_the_source_has_minus_zero(tiny, tmp_path, pruned) -> None:
-    source = shutil.copytree(tiny("llama").folder, tmp_path / "minus")
-    state = load_file(source / "model.safetensors")
-    state["model.layers.0.mlp.up_proj.weight"][0] = -0.0
-    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    folder = pruned(kind=ModelSource("minus", source))
-    row = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"][0]
-    assert (row == 0).all() and not torch.signbit(row).any()
+    one, other = (Path(pruned(name=name).folder) for name in ("one", "other"))
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == {
+        path.name: path.read_bytes() for path in other.iterdir()
+    }
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_the_checkpoint_keeps_its_dtype_whatever_is_computed_in(compute, tiny, tmp_path, prose) -> None:
-    for stored in ("bfloat16", "float32"):
-        source = shutil.copytree(tiny("llama").folder, tmp_path / f"{stored}-{compute}")
-        AutoModelForCausalLM.from_pretrained(tiny("llama").folder, dtype=stored).save_pretrained(source)
-        output = tmp_path / f"out-{stored}-{compute}"
-        text = CalibrationSettings(dataset=str(prose), samples=2, sequence_length=32)
-        prune(ModelSource("m", source), output, PruneSettings(pattern="2:4", fit="none"), text, dtype=compute)
-        before, now = load_file(source / "model.safetensors"), load_file(output / "model.safetensors")
-        for name, tensor in now.items():
-            assert str(tensor.dtype) == f"torch.{stored}"
-            assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_survivors_keep_dtype_and_bits_whatever_is_computed_in(compute, stored, changed, pruned) -> None:
+    """And zeros are positive even where the source has -0.0."""
+    source = changed("m", stored)
+    file = source.folder / "model.safetensors"
+    before = load_file(file)
+    before["model.layers.0.mlp.up_proj.weight"][0] = -0.0
+    save_file(before, file, metadata={"format": "pt"})
+    pruned(source, compute=compute, pattern="2:4")
+    for name, tensor in load_file(file.parents[1] / "out" / "model.safetensors").items():
+        assert str(tensor.dtype) == f"torch.{stored}"
+        assert torch.equal(tensor[tensor != 0], before[name][tensor != 0])
+        assert "proj" not in name or not torch.signbit(tensor[tensor == 0]).any()
 
 
 def test_overrides_give_a_layer_another_pattern(pruned) -> None:
-    folder = pruned(
-        pattern="2:4",
-        overrides=({"layers": "*.down_proj", "pattern": "unstructured", "sparsity": 0.25},),
-    )  # fmt: skip
-    layers = manifest.read(folder)["layers"]
+    overrides = ({"layers": "*.down_proj", "pattern": "unstructured", "sparsity": 0.25},)
+    layers = pruned(pattern="2:4", overrides=overrides).layers
     down = layers["model.layers.0.mlp.down_proj"]
-    assert down["pattern"] == "unstructured" and down["nonzeros"] == 64 * 96
-    assert layers["model.layers.0.mlp.up_proj"]["pattern"] == "2:4"
+    assert down.pattern == "unstructured" and down.nonzeros == 64 * 96
+    assert layers["model.layers.0.mlp.up_proj"].pattern == "2:4"
 
 
-def test_a_better_fit_is_told(tiny, tmp_path, prose) -> None:
-    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
-
-    def notes(**settings) -> str:
-        chosen = PruneSettings(pattern="2:4", **settings)
-        return "\n".join(prune(tiny("llama"), tmp_path / chosen.method, chosen, text).warnings)
-
-    assert "--fit balanced fits the surviving weights further" in notes(method="regional", fit="none")
-    assert "--fit" not in notes(method="wanda", fit="best")
+BETTER, OTHERS = (
+    "--fit balanced fits the surviving weights",
+    "allocation sensitivity gave layers the patterns 1:4, 2:4, 3:4;",
+)
 
 
-def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose) -> None:
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ({"method": "regional"}, [BETTER]),
+        ({"method": "wanda", "fit": "best"}, []),
+        ({"method": "wanda", "pattern": "2:4", "allocation": "sensitivity"}, [OTHERS, BETTER]),
+        ({"method": "wanda", "pattern": "1:4", "allocation": "sensitivity"}, [BETTER]),
+        ({"method": "wanda", "allocation": "sensitivity"}, [BETTER]),
+    ],
+)
+def test_a_better_fit_and_other_patterns_by_an_allocation_are_told(settings, notes, pruned) -> None:
+    found = pruned(**settings).warnings
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes)), found
+    assert OTHERS not in notes or found[0].endswith("give --allocation uniform to keep 2:4 everywhere")
+
+
+def test_what_dense_exceptions_cost_is_told(pruned) -> None:
     """Counted by hand: half of the weights are in block 0, and those of the other lose half of theirs."""
-    settings = PruneSettings(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},), fit="none")
-    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
-    result = prune(tiny("llama"), tmp_path / "p", settings, text)
+    result = pruned(method="wanda", overrides=({"layers": "*.0.*", "pattern": "dense"},))
     assert set(result.layers) == {name for name in result.layers if ".1." in name}
     reasons = Counter(dense.reason for dense in result.left_dense.values())
     assert reasons == {"left dense by an exception or the allocation": 7, "embedding tied": 1}
@@ -345,18 +343,6 @@ def test_what_dense_exceptions_cost_is_told(tiny, tmp_path, prose) -> None:
     extra = result.weights // 2
     assert result.warnings[0] == (
         f"the exceptions keep {extra:,} weights more than unstructured everywhere would (50.0 %)"
-    )
-
-
-@pytest.mark.parametrize(("pattern", "given"), [("2:4", "1:4, 2:4, 3:4"), ("1:4", None), ("unstructured", None)])
-def test_other_patterns_by_an_allocation_are_told(pattern, given, tiny, tmp_path, prose) -> None:
-    settings = PruneSettings(method="wanda", pattern=pattern, allocation="sensitivity", fit="none")
-    text = CalibrationSettings(dataset=str(prose), samples=1, sequence_length=32)
-    notes = [note for note in prune(tiny("llama"), tmp_path / "p", settings, text).warnings if "allocation" in note]
-    assert notes == (
-        [f"allocation sensitivity gave layers the patterns {given}; give --allocation uniform to keep 2:4 everywhere"]
-        if given
-        else []
     )
 
 
@@ -393,13 +379,10 @@ def test_an_existing_output_needs_force(pruned) -> None:
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, tiny, tmp_path, pruned, monkeypatch) -> None:
+def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, changed, tmp_path, pruned, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: has)
-    folder = shutil.copytree(tiny("llama").folder, tmp_path / "model")
-    tiny_model("llama").bfloat16().save_pretrained(folder)
-    pruned(ModelSource("model", folder), method="wanda")
+    pruned(changed("model", "bfloat16"), method="wanda")
     assert manifest.read(tmp_path / "out")["compute"]["dtype"] == ("bfloat16" if has else "float32")
-    assert loading.stored_dtype(ModelSource("pruned", tmp_path / "out")) == "bfloat16"
 
 
 def test_only_some_layers_are_pruned_by_exceptions(progress: Progress) -> None:

@@ -60,6 +60,14 @@ def run(source, teacher, output: Path, prose: Path, *, resume=False, **settings)
     return recover(Recovery(source, teacher, output, chosen), Progress(quiet=True), resume)
 
 
+@pytest.fixture
+def train(pruned, tiny, tmp_path, prose):
+    """train("out", rate=0.1): the tiny Llama at 2:4, recovered to that folder of the test's own."""
+    return lambda name="out", data=prose, **settings: run(
+        pruned("2:4"), tiny("llama"), tmp_path / name, data, **settings
+    )
+
+
 def windows_for(source, *data: Path | str, **settings) -> tuple[RecoverSettings, texts.Windows]:
     chosen = RecoverSettings(**(SMALL | {"data": tuple(map(str, data))} | settings))
     return chosen, windows_of(CAUSAL_LM, load_processor(source), config_of(source), chosen)
@@ -149,51 +157,53 @@ def test_it_goes_on_to_the_same_bits_after_an_end_anywhere(pruned, tiny, tmp_pat
     assert not (tmp_path / ".out.recovery").exists()
 
 
-def test_a_damaged_checkpoint_is_refused_or_done_again(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dying(patch, 1)
-        run(source, teacher, tmp_path / "out", prose)
-    (state,) = (tmp_path / ".out.recovery").glob("state-*")
+@pytest.mark.parametrize("how", ["damaged", "of another run"])
+def test_a_checkpoint_that_was_not_written_is_refused_or_done_again(how, train, tmp_path, monkeypatch) -> None:
+    for name, rate in (("out", 0.01), ("other", 0.02)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dying(patch, 1)
+            train(name, rate=rate)
+    state, other = (next((tmp_path / f".{name}.recovery").glob("state-*")) for name in ("out", "other"))
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
-    state.write_bytes(content)
-    with pytest.raises(UsageError, match="state-.* is missing or not what was written"):
-        run(source, teacher, tmp_path / "out", prose, resume=True)
-    run(source, teacher, tmp_path / "out", prose, resume=None)
+    state.write_bytes(content if how == "damaged" else other.read_bytes())
+    with pytest.raises(UsageError, match=rf"{state.name}' is missing or not what was written.*leave out --resume"):
+        train(resume=True)
+    train(resume=None)
 
 
-def test_a_strangers_file_among_the_checkpoints_is_not_removed(pruned, tiny, tmp_path, prose) -> None:
+def test_a_strangers_file_among_the_checkpoints_is_not_removed(train, tmp_path) -> None:
     folder = tmp_path / ".out.recovery"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years")
     for resume in (False, None, True):
         with pytest.raises(UsageError, match=r"holds 'thesis\.tex'"):
-            run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose, resume=resume)
+            train(resume=resume)
     assert (folder / "thesis.tex").read_text() == "years"
 
 
-def test_what_ends_before_the_first_checkpoint_leaves_nothing(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+def test_what_ends_before_the_first_checkpoint_leaves_nothing(train, tmp_path, prose, monkeypatch) -> None:
     full = OSError(28, "No space left on device")
     for raises, seen in ((KeyboardInterrupt, KeyboardInterrupt), (full, OutputError)):
         monkeypatch.setattr(Trainer, "run", Mock(side_effect=raises))
         with pytest.raises(seen) as raised:
-            run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose)
+            train()
         assert "kept" not in str(raised.value)
         assert [path.name for path in tmp_path.iterdir()] == [prose.name]
 
 
-def test_too_little_memory_is_told_before_the_work(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
-    settings = RecoverSettings(**(SMALL | {"data": (str(prose),)}))
-    needed = recovery.memory_needed(source, teacher, settings, torch.float32)
-    assert needed > recovery.memory_needed(source, teacher, settings, torch.bfloat16)
+def test_too_little_memory_is_told_before_the_work(train, pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+    needed, less = (
+        recovery.memory_needed(pruned("2:4"), tiny("llama"), RecoverSettings(**SMALL, data=(str(prose),)), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert needed > less
     monkeypatch.setattr(recovery.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     with pytest.raises(UsageError, match="GB of memory, and .* are free"):
-        run(source, teacher, tmp_path / "out", prose)
+        train()
     assert [path.name for path in tmp_path.iterdir()] == [prose.name]
     monkeypatch.setattr(recovery.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + 1))
-    run(source, teacher, tmp_path / "out", prose)
+    train()
 
 
 def test_the_bytes_of_a_weight_are_those_of_the_documentations_table() -> None:
@@ -239,20 +249,18 @@ def test_a_folder_of_version_0_1_0_is_read_exported_and_recovered(pruned, tiny, 
     assert manifest.read(tmp_path / "recovered-exported")["prune"]["guidance"] == 0.5
 
 
-def test_the_disk_must_hold_what_finds_no_room_in_memory(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
+def test_the_disk_must_hold_what_finds_no_room_in_memory(train, pruned, tmp_path, prose, monkeypatch) -> None:
     (short := tmp_path / "short.txt").write_text(prose.read_text()[:400])
+    source, (_, windows) = pruned("2:4"), windows_for(pruned("2:4"), short)
     usage, free = shutil.disk_usage(tmp_path), source.bytes_on_disk + recovery.checkpoint_bytes(source)
-    _, windows = windows_for(source, short)
-    states = len(windows.used) * 32 * config_of(teacher).hidden_size * 4
     assert windows.passes() > 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
-    run(source, teacher, tmp_path / "in-memory", short)
+    train("in-memory", short)
     monkeypatch.setattr(recovery, "SHARE_FOR_STATES", 0)
     with pytest.raises(OutputError, match="may be needed for .* the dense model's predictions"):
-        run(source, teacher, tmp_path / "in-files", short)
-    free += states
-    run(source, teacher, tmp_path / "in-files", short)
+        train("in-files", short)
+    free += len(windows.used) * 32 * config_of(source).hidden_size * 4
+    train("in-files", short)
 
 
 @pytest.mark.parametrize(("pattern", "options"), [("2:4", {}), ("unstructured", {"quantise": "int8"})])
@@ -284,9 +292,9 @@ def test_windows_that_are_never_read_need_no_room(tiny, tmp_path) -> None:
     assert len(teacher._kept) == len(windows.used)
 
 
-def test_windows_are_read_again_until_looks_bring_nothing(pruned, tiny, tmp_path, prose, monkeypatch) -> None:
+def test_windows_are_read_again_until_looks_bring_nothing(train, monkeypatch) -> None:
     monkeypatch.setattr(recovery, "PATIENCE", 1)
-    result = run(pruned("2:4"), tiny("llama"), tmp_path / "out", prose, tokens=20_000)
+    result = train(tokens=20_000)
     assert result.after < result.before and result.passes > 1
     assert result.tokens < 20_000 - 64 or result.best == len(result.curve) - 1
 
@@ -341,12 +349,7 @@ def test_texts_give_their_shares_in_an_order_that_the_seed_decides(tiny, tmp_pat
     assert {index < first for index in windows.held_out} == {True, False}
     assert windows.steps == again.steps != other.steps
     few = texts.Windows([], [], [[0, 1], [2, 3], [0, 1], [2, 3]], {})
-    assert (few.passes(), few.passes(2), few.passes(3), few.passes(0)) == (
-        2,
-        1,
-        1.5,
-        0,
-    )  # of a training that ends early
+    assert [few.passes(steps) for steps in (4, 2, 3, 0)] == [2, 1, 1.5, 0]  # of a training that ends early
 
 
 def test_grams_are_equal_where_all_their_words_are() -> None:
@@ -361,45 +364,42 @@ def test_grams_are_equal_where_all_their_words_are() -> None:
 
 
 @pytest.mark.parametrize("length", [16, 128])
-def test_data_that_holds_the_evaluation_is_refused(length, pruned, tiny, tmp_path, prose) -> None:
-    source, teacher = pruned("2:4"), tiny("llama")
+def test_data_that_holds_the_evaluation_is_refused(length, train, tmp_path, prose) -> None:
     (tmp_path / "part.txt").write_text(prose.read_text()[2000:4000])
     part, other = ({"disjoint_from": (str(tmp_path / name),)} for name in ("part.txt", "other.txt"))
     with pytest.raises(DataError, match=r"13-grams of .*part.txt.* \((9\d\.\d|100\.0) %\)"):  # across windows, too
-        run(source, teacher, tmp_path / "out", prose, **part, sequence_length=length)
+        train(**part, sequence_length=length)
     (tmp_path / "other.txt").write_text("0123456789 " * 40)
-    result = run(source, teacher, tmp_path / "out", prose, **other)
+    result = train(**other)
     assert result.overlap == {str(tmp_path / "other.txt"): 0.0}
 
 
 def test_bad_input_is_told_at_once(pruned, tiny, tmp_path, prose) -> None:
     source, teacher = pruned("2:4"), tiny("llama")
-    with pytest.raises(ModelError, match="nothing says which zeros must stay"):
-        run(teacher, teacher, tmp_path / "out", prose)
-    with pytest.raises(UsageError, match="is pruned itself"):
-        run(source, source, tmp_path / "out", prose)
-    with pytest.raises(UsageError, match="its (head|embedding) is not that of the pruned model"):
-        run(source, tiny("mistral"), tmp_path / "out", prose)
-    with pytest.raises(GblmError) as both:
-        run(source, source, tmp_path / "out", prose, data=(str(tmp_path / "gone.txt"),))
-    assert str(both.value).startswith("2 faults") and "gone.txt" in str(both.value)
-    with pytest.raises(ValueError, match="one step takes 64"):
-        RecoverSettings(**SMALL | {"tokens": 63})
-    with pytest.raises(ValueError, match="is no number of tokens"):
-        RecoverSettings(tokens="2 million")
-    assert RecoverSettings(tokens="1.5M").tokens == 1_500_000
-    for weight in ("0", "-1", "nan", "inf"):
-        with pytest.raises(ValueError, match="weight"):
-            RecoverSettings(data=(f"a.txt={weight}",))
-    (source_of_text,) = RecoverSettings(data=("a=b.txt=1e3",)).data
-    assert (source_of_text.dataset, source_of_text.weight) == ("a=b.txt", 1000)
-    assert RecoverSettings(data=("a=b.txt",)).data[0].dataset == "a=b.txt"
-    with pytest.raises(ModelError, match="give a smaller --rate"):
-        run(source, teacher, tmp_path / "out", prose, rate=1e30)
     (tmp_path / "short.txt").write_text("a few words")
-    with pytest.raises(DataError):
-        run(source, teacher, tmp_path / "out", tmp_path / "short.txt")
+    for one, other, settings, error, message in (
+        (teacher, teacher, {}, ModelError, "nothing says which zeros must stay"),
+        (source, source, {}, UsageError, "is pruned itself"),
+        (source, tiny("mistral"), {}, UsageError, "its (head|embedding) is not that of the pruned model"),
+        (source, source, {"data": (str(tmp_path / "gone.txt"),)}, GblmError, r"^2 faults[\s\S]*gone\.txt"),
+        (source, teacher, {"data": (str(tmp_path / "short.txt"),)}, DataError, "gives 11 tokens, .* needs 32"),
+        (source, teacher, {"rate": 1e30}, ModelError, "give a smaller --rate"),
+    ):
+        with pytest.raises(error, match=message):
+            run(one, other, tmp_path / "out", prose, **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt", "short.txt"]
+
+
+def test_tokens_and_weights_of_texts_are_read_and_checked() -> None:
+    weights = [({"data": (f"a.txt={weight}",)}, "weight") for weight in ("0", "-1", "nan", "inf")]
+    for given, message in (
+        (SMALL | {"tokens": 63}, "one step takes 64"), ({"tokens": "2 million"}, "is no number of tokens"), *weights
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            RecoverSettings(**given)
+    assert RecoverSettings(tokens="1.5M").tokens == 1_500_000
+    found = RecoverSettings(data=("a=b.txt=1e3", "a=b.txt")).data
+    assert [(text.dataset, text.weight) for text in found] == [("a=b.txt", 1000), ("a=b.txt", 1)]
 
 
 def test_a_folder_that_is_not_what_its_pattern_says_is_refused_before_the_training(
