@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 PADDING, MAX_WEIGHTS, MAX_RANK = 64, 8, 8
-ROLES = ("mask", "values", "starts", "weight", "scales", "levels")
+ROLES = ("x", "mask", "values", "starts", "weight", "scales", "levels")
 VALUES = (np.float32, np.float16)
 SIZES = {"DenseLinear": 1, "BitmaskLinear": 3, "QuantisedLinear": 4}  # tensors of a weight
 GROUPS = (32, 64, 128)
@@ -206,81 +207,45 @@ def sound_case(pick: random.Random) -> Case:
     return Case("BitmaskLinear", x, tensors, ["x", *tensors], outputs, set(), [])
 
 
-def _tensor(case: Case, pick: random.Random, *roles: str) -> str:
-    fitting = [name for name in case.tensors if name.startswith(roles)]
-    return pick.choice(fitting or list(case.tensors))
+_EMPTY = ((0,), (0, 5), (5, 0), (2**40, 0), (0, 2**40), (2**30, 0, 2**20, 64))
+_KINDS = (np.int8, np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint8, np.bool_)
 
 
-def _bits(case: Case, pick: random.Random) -> None:
-    mask = case.tensors[_tensor(case, pick, "mask")]
-    if mask.size and mask.dtype == np.int64:
-        mask[...] = pick.choice((mask ^ (1 << pick.randrange(63)), np.full_like(mask, -1), np.zeros_like(mask)))
+def _other_start(starts: np.ndarray, pick: random.Random) -> np.ndarray:
+    changed = starts.copy()
+    changed.flat[pick.randrange(starts.size)] = pick.choice(EDGES)
+    return changed
 
 
-def _starts(case: Case, pick: random.Random) -> None:
-    starts = case.tensors[_tensor(case, pick, "starts")]
-    if starts.size and starts.dtype == np.int64:
-        starts.flat[pick.randrange(starts.size)] = pick.choice(EDGES)
+def _other_shape(a: np.ndarray, pick: random.Random) -> np.ndarray:
+    shapes: list[Any] = [(-1,), (1, -1), (-1, 1), (1, 1, -1), (*a.shape, 1), (1,) * 9 + a.shape]
+    return a.reshape(pick.choice(shapes))
 
 
-def _order(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, "starts")
-    case.tensors[name] = np.flip(case.tensors[name]).copy()
+CHANGES: list[tuple[tuple[str, ...], Callable[[np.ndarray, random.Random], Any]]] = [
+    (("mask",), lambda a, pick: a ^ (1 << pick.randrange(63))),
+    (("mask",), lambda a, pick: np.full_like(a, pick.choice((0, -1)))),
+    (("mask", "x"), lambda a, pick: np.repeat(a, 2, axis=1)),
+    (("starts",), _other_start),
+    (("starts",), lambda a, pick: np.flip(a)),
+    (ROLES, lambda a, pick: np.pad(a, [(0, pick.randint(1, 99))] + [(0, 0)] * (a.ndim - 1))),
+    (ROLES, lambda a, pick: a[: pick.choice((0, len(a) // 2, -1))]),
+    (ROLES, lambda a, pick: a[..., : pick.choice((0, -1))]),
+    (ROLES, lambda a, pick: a.astype(pick.choice(_KINDS))),
+    (ROLES, _other_shape),
+    (ROLES, lambda a, pick: a.T),
+    (ROLES, lambda a, pick: np.zeros(pick.choice(_EMPTY), a.dtype)),
+    (ROLES, lambda a, pick: a.flat[0]),
+]
+"""What may happen to tensors of some roles; one that it cannot happen to stays as it is."""
 
 
-def _length(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, pick.choice(ROLES))
-    array = case.tensors[name]
-    if array.size and array.ndim and pick.random() < 0.3:
-        case.tensors[name] = np.pad(array, [(0, pick.randint(1, 99))] + [(0, 0)] * (array.ndim - 1))
-    elif array.ndim:
-        case.tensors[name] = array[: pick.choice((0, len(array) // 2, -1))].copy()
-
-
-def _type(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, pick.choice(ROLES))
-    kinds = (np.int8, np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, np.uint8, np.bool_)
-    with np.errstate(all="ignore"):
-        case.tensors[name] = case.tensors[name].astype(pick.choice(kinds))
-
-
-def _shape(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, pick.choice(ROLES))
-    array = case.tensors[name]
-    shapes: list[Any] = [(-1,), (1, -1), (-1, 1), (1, 1, -1), (*array.shape, 1), (1,) * 9 + array.shape]
-    empty = [(0,), (0, 5), (5, 0), (2**40, 0), (0, 2**40)]
-    chosen = pick.choice(("shape", "empty", "scalar"))
-    if chosen == "scalar":
-        made = np.array(array.flat[0] if array.size else 0, array.dtype)
-    elif chosen == "shape" and array.size:
-        made = array.reshape(pick.choice(shapes))
-    else:
-        made = np.zeros(pick.choice(empty), array.dtype)
-    case.tensors[name] = made
-
-
-def _width(case: Case, pick: random.Random) -> None:
-    name = _tensor(case, pick, "mask")
-    if case.tensors[name].ndim == 2:
-        case.tensors[name] = np.repeat(case.tensors[name], 2, axis=1)
-
-
-def _x(case: Case, pick: random.Random) -> None:
-    x = case.x.reshape(-1, case.x.shape[-1]) if case.x.size > 1 else np.ones((3, 64), np.float32)
-    shapes: list[Callable[[], np.ndarray]] = [
-        lambda: np.array(1.0, np.float32),
-        lambda: x[:, :-1].copy(),
-        lambda: np.repeat(x, 2, axis=1),
-        lambda: x.T.copy(),
-        lambda: x.reshape((1,) * 9 + x.shape),
-        lambda: x.astype(np.float16),
-        lambda: x.astype(np.float64),
-        lambda: x[:0],
-        lambda: x[:, :0].copy(),
-        lambda: np.zeros((2**40, 0), np.float32),
-        lambda: np.zeros((2**30, 0, 2**20, x.shape[1]), np.float32),
-    ]
-    case.x = pick.choice(shapes)()
+def _tensor(case: Case, pick: random.Random) -> None:
+    name = pick.choice(("x", *pick.choices(list(case.tensors), k=4)))
+    change = pick.choice([change for roles, change in CHANGES if name.startswith(roles)])
+    with np.errstate(all="ignore"), suppress(TypeError, ValueError, IndexError, MemoryError):
+        changed = np.array(change(case.x if name == "x" else case.tensors[name], pick), order="C")
+        case.x, case.tensors = (changed, case.tensors) if name == "x" else (case.x, case.tensors | {name: changed})
 
 
 def _variable(case: Case, pick: random.Random) -> None:
@@ -313,7 +278,7 @@ def _outputs(case: Case, pick: random.Random) -> None:
             case.outputs[pick.randrange(len(case.outputs))] = ""
 
 
-DAMAGES = (_bits, _starts, _order, _length, _type, _shape, _width, _x, _variable, _inputs, _outputs)
+DAMAGES = (*[_tensor] * 8, _variable, _inputs, _outputs)
 
 
 def cases(count: int, seed: int = 0) -> Iterator[Case]:
