@@ -17,10 +17,9 @@ from gblm_compress.models.files import bytes_of, check_folder, files_of, read_he
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
-from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.settings import PruneSettings, ResourceSettings
 from tests.conftest import prune
 
-MAGNITUDE = PruneSettings(method="magnitude", fit="none")
 ONE_SHARD = "model-00001-of-00001.safetensors"
 
 
@@ -31,10 +30,8 @@ def folder(tiny, tmp_path) -> Path:
 
 
 def pruned(folder: Path, output: Path, progress, **resources) -> ModelSource:
-    prune(
-        resolve_model(str(folder), progress), output, MAGNITUDE, CalibrationSettings(),
-        resources=ResourceSettings(**resources), progress=progress,
-    )  # fmt: skip
+    source = resolve_model(str(folder), progress)
+    prune(source, output, PruneSettings(method="magnitude", fit="none"), resources=ResourceSettings(**resources))
     return ModelSource("out", output)
 
 
@@ -80,7 +77,6 @@ def test_configs(folder, config: str | None, message: str) -> None:
     ("index", "message"),
     [
         ("{", "index.json' is damaged"),
-        ('{"weight_map": []}', "no weight_map"),
         ('{"weight_map": {}}', "no weight_map"),
         ('{"weight_map": {"a": "pytorch_model.bin"}}', "pickled weights are never loaded"),
         ('{"weight_map": {"a": "../other/model.safetensors"}}', "in the same folder"),

@@ -31,9 +31,9 @@ def pruned(source, output, progress, **settings) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def written(tiny, tmp_path_factory) -> Path:
-    """A folder in levels of 4 bits."""
+    """A folder that is 2:4 and in levels of 4 bits."""
     output = tmp_path_factory.mktemp("grids") / "out"
-    return pruned(tiny("llama"), output, Progress(quiet=True), quantise="int4", group=32).folder
+    return pruned(tiny("llama"), output, Progress(quiet=True), pattern="2:4", quantise="int4", group=32).folder
 
 
 @pytest.fixture
@@ -84,26 +84,12 @@ def test_manifest_and_card_say_it_and_other_folders_have_none(folder, tiny, tmp_
     assert read_grids(ModelSource("export", tmp_path / "export")) == {}
 
 
-def test_a_weight_off_its_grid_is_found_and_named(folder) -> None:
-    grids.verify(folder)
-    path = folder.folder / "model.safetensors"
-    state = load_file(path)
-    row, column = state[f"{LAYER}.weight"].nonzero()[-1].tolist()
-    state[f"{LAYER}.weight"][row, column] *= 1.001
-    save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match=rf"{LAYER}.*row {row}, column {column} is no point of its grid"):
-        grids.verify(folder)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory) -> Path:
-    """A folder that is 2:4 and not quantised."""
-    output = tmp_path_factory.mktemp("plain") / "out"
-    return pruned(tiny("llama"), output, Progress(quiet=True), pattern="2:4").folder
-
-
 def fill_negative(state) -> None:
     state[f"{LAYER}.weight"].masked_fill_(state[f"{LAYER}.weight"] == 0, -0.0)
+
+
+def leave_the_grid(state) -> None:
+    state[f"{LAYER}.weight"][state[f"{LAYER}.weight"] != 0] *= 1.001
 
 
 def swap_zero_and_weight(state) -> None:
@@ -117,14 +103,14 @@ def swap_zero_and_weight(state) -> None:
     [
         (lambda s: s.pop(f"{LAYER}.weight"), "no tensor of that name was saved"),
         (swap_zero_and_weight, r"breaks pattern 2:4 at row 0, columns 0 to 3: 3 nonzeros"),
-        (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says 4096"),
+        (lambda s: s[f"{LAYER}.weight"][0, :4].zero_(), r"nonzeros were saved, the manifest says \d+"),
         (fill_negative, "holds -0.0"),
+        (leave_the_grid, r"row 0, column \d is no point of its grid; the nearest is"),
         (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
         (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}), "saved with shape"),
     ],
 )
-def test_damage_is_found_and_named(plain, change, message: str, tmp_path) -> None:
-    folder = ModelSource("out", shutil.copytree(plain, tmp_path / "out"))
+def test_damage_is_found_and_named(folder, change, message: str) -> None:
     grids.verify(folder)
     state = load_file(folder.folder / "model.safetensors")
     change(state)
@@ -133,13 +119,13 @@ def test_damage_is_found_and_named(plain, change, message: str, tmp_path) -> Non
         grids.verify(folder)
 
 
-def restated(folder: ModelSource, change) -> None:
+def restated(folder: ModelSource, change, **stated) -> None:
     """Change the grids, and the hash that the manifest states."""
     state = load_file(folder.folder / GRIDS)
     change(state)
     save_file({name: tensor.clone() for name, tensor in state.items()}, folder.folder / GRIDS)
     path = folder.folder / manifest.MANIFEST
-    content = json.loads(path.read_text()) | {"grids_sha256": sha256_of(folder.folder / GRIDS)}
+    content = json.loads(path.read_text()) | {"grids_sha256": sha256_of(folder.folder / GRIDS)} | stated
     path.write_text(json.dumps(content))
 
 
@@ -162,6 +148,10 @@ def test_grids_from_anywhere(change, message: str, folder) -> None:
     restated(folder, change)
     with pytest.raises(ModelError, match=message):
         read_grids(folder)
+    for stated in (None, 5):
+        restated(folder, lambda state: None, grids_sha256=stated)
+        with pytest.raises(ModelError, match="gblm_manifest.json' is damaged"):
+            read_grids(folder)
 
 
 def test_a_changed_or_missing_file_is_no_grid(folder) -> None:
@@ -176,12 +166,4 @@ def test_a_changed_or_missing_file_is_no_grid(folder) -> None:
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ModelError, match="missing or no regular file"):
-        read_grids(folder)
-
-
-@pytest.mark.parametrize("stated", [None, 5])
-def test_a_manifest_that_does_not_name_its_grids_is_damaged(stated, folder) -> None:
-    path = folder.folder / manifest.MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"grids_sha256": stated}))
-    with pytest.raises(ModelError, match="is damaged"):
         read_grids(folder)
