@@ -61,23 +61,15 @@ def test_is_causal_attention_and_so_are_its_gradients(length: int, scale: float 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_samples_do_not_see_each_other(exact, monkeypatch) -> None:
-    monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
-    each = [[x + number for x in heads(150)] for number in range(2)]
-    got = attention(layer(), *(torch.cat(kind) for kind in zip(*each, strict=True)), None)[0]
-    for number, inputs in enumerate(each):
-        torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25), rtol=1e-4, atol=1e-5)
-
-
+@pytest.mark.parametrize("new", [150, 1])  # tokens; of one, the others are in the cache
 @pytest.mark.parametrize("samples", [1, 3])
-def test_one_new_token_sees_all_that_is_in_the_cache(samples: int, exact, monkeypatch) -> None:
+def test_samples_do_not_see_each_other_and_one_new_token_sees_its_cache(new, samples, exact, monkeypatch) -> None:
     monkeypatch.setattr(module, "sdpa_attention_forward", lambda *a, **k: pytest.fail("left to torch"))
-    each = [heads(length) for length in range(30, 30 + samples)]
-    query, key, value = (torch.cat([one[:, :, :30] for one in kind]) for kind in zip(*each, strict=True))
-    got = attention(layer(), query[:, :, -1:], key, value, None)[0]
-    for number in range(samples):
-        expected = by_definition(query[[number]], key[[number]], value[[number]], 0.25)[:, -1:]
-        torch.testing.assert_close(got[[number]].double(), expected, rtol=1e-4, atol=1e-5)
+    each = [[x + number for x in heads(150)] for number in range(samples)]
+    query, key, value = (torch.cat(kind) for kind in zip(*each, strict=True))
+    got = attention(layer(), query[:, :, -new:], key, value, None)[0]
+    for number, inputs in enumerate(each):
+        torch.testing.assert_close(got[[number]].double(), by_definition(*inputs, 0.25)[:, -new:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -9,40 +9,14 @@ from gblm_compress.calibration.blocks import BlockReplay, activation_norms
 from gblm_compress.calibration.calls import BlockCalls, NoChainError, by_block, calls_of
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights
-from gblm_compress.errors import ModelError
 from gblm_compress.models.architecture import find_blocks, prunable_layers
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.stage import prune_
-from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
+from gblm_compress.settings import PruneSettings
 from gblm_compress.tasks import TASKS
-from tests.conftest import CAUSAL_LM, in_memory, prune, replay, samples
+from tests.conftest import CAUSAL_LM, in_memory, replay, samples
 from tests.families.tiny import tiny_family
 from tests.tasks import families
-
-
-def test_blocks_that_do_not_form_a_chain_are_refused() -> None:
-    model, ids = tiny_model("llama"), samples()
-    _, blocks = find_blocks(model)
-    blocks[1].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
-    with pytest.raises(ModelError, match="block 1 does not take the output of the block before it"):
-        replay(model, ids)
-
-
-def test_blocks_that_share_weights_are_refused() -> None:
-    model, ids = tiny_model("llama"), samples()
-    one, other = model.model.layers
-    other.mlp.up_proj.weight = one.mlp.up_proj.weight
-    with pytest.raises(NoChainError, match="blocks 0 and 1 share weights"):
-        replay(model, ids)
-
-
-@pytest.mark.parametrize("order", [(0, 0, 1), (0, 1, 0)])
-def test_blocks_that_run_twice_are_refused(order: tuple[int, ...]) -> None:
-    model, ids = tiny_model("llama"), samples()
-    model.model.layers = Repeated([model.model.layers[index] for index in order])
-    model.config.num_hidden_layers = len(order)
-    with pytest.raises(NoChainError, match="block 0 runs more than once"):
-        replay(model, ids)
 
 
 class Repeated(torch.nn.ModuleList):
@@ -56,11 +30,57 @@ class Repeated(torch.nn.ModuleList):
         return self.order[index] if isinstance(index, slice) else super().__getitem__(index)
 
 
-def test_blocks_that_do_not_run_are_refused() -> None:
-    model, ids = tiny_model("llama"), samples()
-    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
-    with pytest.raises(NoChainError, match="a forward pass ran 2 blocks of 3"):
-        replay(model, ids)
+def with_argument(model, compute) -> None:
+    """Give the second block an argument that is computed from (token ids, what the first block gives)."""
+    _, blocks = find_blocks(model)
+    seen = {}
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "extra": compute(seen["input_ids"], args[0])}), with_kwargs=True
+    )
+
+
+def repeat(model, *order: int) -> None:
+    model.model.layers = Repeated([model.model.layers[index] for index in order])
+    model.config.num_hidden_layers = len(order)
+
+
+def share(model) -> None:
+    one, other = model.model.layers
+    other.mlp.up_proj.weight = one.mlp.up_proj.weight
+
+
+def fill_a_mapping(model) -> None:
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda m, a, k: (a, {**k, "shared": {}}), with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] + 1, *args[1:])),
+            "block 1 does not take the output of the block before it",
+        ),
+        (share, "blocks 0 and 1 share weights"),
+        (lambda model: repeat(model, 0, 0, 1), "block 0 runs more than once"),
+        (lambda model: repeat(model, 0, 1, 0), "block 0 runs more than once"),
+        (
+            lambda model: model.model.layers.append(copy.deepcopy(model.model.layers[0])),
+            "a forward pass ran 2 blocks of 3",
+        ),
+        (fill_a_mapping, "block 0 gets an empty mapping"),
+        (
+            lambda model: with_argument(model, lambda ids, hidden: hidden.sum()),
+            "block 1: its argument 'extra' depends on what blocks before it compute",
+        ),
+    ],
+)
+def test_blocks_that_are_no_chain_are_refused(change, message) -> None:
+    model = tiny_model("llama")
+    change(model)
+    with pytest.raises(NoChainError, match=message):
+        replay(model, samples())
 
 
 def test_only_the_first_block_computes_while_calls_are_recorded() -> None:
@@ -118,31 +138,6 @@ def test_a_tensor_that_the_first_block_returns_is_each_samples_own_argument_of_t
     blocks[1].register_forward_pre_hook(lambda m, a, k: (a, {**k, "extra": seen[-1]}), with_kwargs=True)
     _, second = BlockCalls(ResidentWeights(model), CAUSAL_LM, ids).calls
     assert [int(call.arguments["extra"]) for call in second] == [int(sample["input_ids"].sum()) for sample in ids]
-
-
-def test_a_mapping_that_blocks_fill_for_each_other_is_refused() -> None:
-    model, ids = tiny_model("llama"), samples()
-    for block in model.model.layers:
-        block.register_forward_pre_hook(lambda m, a, k: (a, {**k, "shared": {}}), with_kwargs=True)
-    with pytest.raises(ModelError, match="block 0 gets an empty mapping"):
-        replay(model, ids)
-
-
-def with_argument(model, compute) -> None:
-    """Give the second block an argument that is computed from (token ids, what the first block gives)."""
-    _, blocks = find_blocks(model)
-    seen = {}
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    blocks[1].register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "extra": compute(seen["input_ids"], args[0])}), with_kwargs=True
-    )
-
-
-def test_arguments_that_depend_on_what_blocks_compute_are_refused() -> None:
-    model = tiny_model("llama")
-    with_argument(model, lambda ids, hidden: hidden.sum())
-    with pytest.raises(ModelError, match="block 1: its argument 'extra' depends on what blocks before it compute"):
-        replay(model, samples())
 
 
 def test_each_sample_has_its_own_arguments_where_they_differ_and_one_memory_where_not() -> None:
@@ -226,13 +221,3 @@ def test_what_is_around_the_blocks_is_the_innermost_module_that_runs_once() -> N
         assert calls_of(ResidentWeights(model), TASKS["embedding"], ids)[0].blocks == [encoder]
     loop = tiny_family("hrm_text")
     assert calls_of(ResidentWeights(loop), CAUSAL_LM, samples())[0].blocks == [loop.model]
-
-
-def test_a_block_that_repeats_is_not_pruned_from_disk(tmp_path, progress) -> None:
-    dense = families.written(tmp_path / "albert", "albert")
-    text = CalibrationSettings(dataset="demo", samples=2, sequence_length=32)
-    with pytest.raises(ModelError, match="block 0 runs more than once; such a model is pruned in memory as a whole"):
-        prune(
-            dense, tmp_path / "out", PruneSettings(method="wanda", fit="none"), text,
-            resources=ResourceSettings(offload=True), device="cpu", progress=progress,
-        )  # fmt: skip

@@ -38,11 +38,6 @@ def test_success_replaces_and_leaves_nothing_beside(tmp_path) -> None:
     assert read_json(target / MANIFEST) == {"files": ["file", MANIFEST]}
 
 
-def test_a_name_that_is_no_unicode() -> None:
-    with pytest.raises(UsageError, match="is no Unicode name"):
-        check_output(Path("out-\udcff"), force=False)
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_results_have_the_permissions_of_ordinary_files(umask, tmp_path, monkeypatch) -> None:
     before = os.umask(umask)
@@ -222,6 +217,8 @@ def test_one_folder_has_one_lock_whatever_links_lead_to_it(tmp_path) -> None:
 
 
 def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
+    check_workable(tmp_path / "runs" / "a", "run")
+    assert not names(tmp_path)  # a look creates nothing
     with working_in(tmp_path / "runs" / "a", "run"):
         (tmp_path / "runs" / "a" / "result").write_text("")
     with working_in(tmp_path / "runs" / "a", "run"):
@@ -230,26 +227,23 @@ def test_a_folder_to_work_in(tmp_path, monkeypatch) -> None:
         check_workable(tmp_path / "runs" / "a", "comparison")
     with working_in(tmp_path / "nothing" / "came", "run"):
         pass
-    assert names(tmp_path) == ["runs"] and names(tmp_path / "runs") == ["a"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years")
-    monkeypatch.chdir(tmp_path / "mine")
-    for folder in (Path(), Path(".."), tmp_path / "mine", Path("/")):
-        with pytest.raises(UsageError, match="new or empty|root of the file system"), working_in(folder, "run"):
-            pass
-    assert names(tmp_path / "mine") == ["thesis.tex"]
-
-
-def test_a_folder_to_work_in_is_looked_at_and_nothing_created(tmp_path) -> None:
-    check_workable(tmp_path / "new" / "folder", "run")
-    assert not names(tmp_path)
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match="cannot be written"):
             check_workable(folder, "run")
-    with pytest.raises(UsageError, match="not the folder of a run; give a folder that is new or empty"):
-        check_workable(tmp_path, "run")
-    assert names(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file", "runs"] and names(tmp_path / "runs") == ["a"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    monkeypatch.chdir(tmp_path / "mine")
+    for folder in (Path(), Path(".."), tmp_path / "mine", Path("/")):
+        with (
+            pytest.raises(
+                UsageError, match="not the folder of a run; give a folder that is new or empty|root of the file system"
+            ),
+            working_in(folder, "run"),
+        ):
+            pass
+    assert names(tmp_path / "mine") == ["thesis.tex"]
 
 
 def test_too_little_room(tmp_path) -> None:

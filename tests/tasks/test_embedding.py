@@ -138,11 +138,8 @@ def test_agreement_of_neighbours_by_a_plain_loop() -> None:
     assert float(TASK.divergence(one, other)) == pytest.approx(float((one - other).square().sum(1).mean()) / 2)
 
 
-def test_what_cannot_be_read_is_refused_before_the_work(tmp_path, progress) -> None:
+def test_what_cannot_be_drawn_or_padded_is_refused_before_the_work(tmp_path, progress) -> None:
     source = families.written(tmp_path / "dense", "bert")
-    (tmp_path / "one.csv").write_text("sentence1,sentence2,score\na b,c d,1\ne f,,\n")
-    with pytest.raises(DataError, match="line 3: the score '' is no number"):
-        evaluate(source, EvaluateSettings(dataset=str(tmp_path / "one.csv")), progress=progress)
     many = TEXT.model_copy(update={"samples": 100_000})
     with pytest.raises(DataError, match=r"gives \d+ texts, but 100000 samples are asked for"):
         prune(source, tmp_path / "out", PruneSettings(fit="none"), many, device="cpu", progress=progress)

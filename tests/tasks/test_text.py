@@ -14,6 +14,9 @@ from gblm_compress.tasks import text
 from gblm_compress.tasks.text import demo_paragraphs, load_text
 from tests.tasks.families import table
 
+WHOLE = table(text=["word " * 1000] * 100)
+CUT = (WHOLE[:-1], WHOLE[: len(WHOLE) // 2], WHOLE[:4] + WHOLE[500:], WHOLE[:40] + b"\xff" * 40 + WHOLE[80:])
+
 
 def test_demo_parts_are_disjoint_real_prose() -> None:
     calibration, evaluation = demo_paragraphs("calibration"), demo_paragraphs("evaluation")
@@ -60,6 +63,7 @@ def test_local_files(tmp_path) -> None:
         ("list.parquet", table(text=[["a"]]), "its 'text' is no text but list"),
         ("column.parquet", table(body=["a"], id=[3]), "has no column 'text'; it has 'body', 'id'"),
         ("rows.parquet", table(text=pyarrow.array([], pyarrow.string())), "holds no text"),
+        *((f"{at}.parquet", cut, "cannot be read") for at, cut in enumerate(CUT)),
         ("file.csv", b"a,b", "give a .txt, .jsonl or .parquet file"),
     ],
 )
@@ -68,14 +72,6 @@ def test_unusable_files_are_data_errors(tmp_path, name, content, message) -> Non
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_text(str(tmp_path / name), "calibration")
-
-
-def test_a_truncated_parquet_file_is_a_data_error(tmp_path) -> None:
-    whole = table(text=["word " * 1000] * 100)
-    for cut in (whole[:-1], whole[: len(whole) // 2], whole[:4] + whole[500:], whole[:40] + b"\xff" * 40 + whole[80:]):
-        (tmp_path / "b.parquet").write_bytes(cut)
-        with pytest.raises(DataError, match="cannot be read"):
-            load_text(str(tmp_path / "b.parquet"), "calibration")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
