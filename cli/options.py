@@ -1,8 +1,6 @@
 """Makes the program's commands from the functions of `api`: an option for each parameter and each settings field."""
 
 import re
-from collections.abc import Callable
-from functools import cache
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
 
@@ -51,7 +49,8 @@ def add(program: typer.Typer, command: Command) -> None:
     several = [name for name, each in command.own.items() if each.kind is each.VAR_POSITIONAL]
 
     def called(context: typer.Context, json_: bool, **arguments: Any) -> None:
-        given = {name: value for name, value in arguments.items() if _is_given(context, name)}
+        sources = {name: context.get_parameter_source(name) for name in arguments}
+        given = {name: arguments[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
         own = {name: given.pop(name) for name in command.own if name in given}
         positional = [value for name in several for value in own.pop(name)]
         try:
@@ -88,13 +87,8 @@ def _own(parameter: Parameter) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, made], default=default)
 
 
-@cache
-def _schemas(settings: type[Settings]) -> Any:
-    return settings.model_json_schema()["properties"]
-
-
 def _options(part: Part) -> list[Parameter]:
-    schemas = _schemas(part.kind)
+    schemas = part.kind.model_json_schema()["properties"]
     return [
         _option(part.kind, field, SPELLINGS.get(name, name), schemas[field])
         for field, name in part.names.items()
@@ -111,11 +105,15 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     choices = tuple(map(str, choices_of(settings, field).values))
     kind, flag = TYPES.get(schema.get("type", ""), str), _flag(name)
     default = described.get_default(call_default_factory=True)
+
+    def complete(incomplete: str) -> list[str]:  # of a list, its last part
+        return [incomplete[: incomplete.rfind(",") + 1] + choice for choice in choices]
+
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool and default is not False else flag,
         help=_help(described.description or "", choices, schema),
         metavar=METAVARS.get(name, f"<{kind.__name__}>,..." if several else None),
-        autocompletion=_completion(choices, several) if choices else None,
+        autocompletion=complete if choices else None,
         rich_help_panel=next((entry.value for entry in described.metadata if isinstance(entry, Panel)), None),
     )
     if several:
@@ -131,21 +129,6 @@ def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) ->
     low = [f"{schema[key]}{sign}" for key, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if key in schema]
     high = [f"{sign}{schema[key]}" for key, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if key in schema]
     return description + named + (f" [{''.join(low)}x{''.join(high)}]" if low or high else "")
-
-
-def _completion(choices: tuple[str, ...], several: bool) -> Callable[[str], list[str]]:
-    """The choices that a shell offers; in a list, for its last part."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, _ = incomplete.rpartition(",") if several else ("", "", "")
-        return [before + comma + choice for choice in choices]
-
-    return complete
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
 
 
 def _values(command: Command, given: dict[str, Any]) -> dict[str, Any]:

@@ -268,10 +268,8 @@ def _dry_run(c: dict[str, Any]) -> list[Any]:
     for number, step in enumerate(c["steps"], 1):
         disk = step["disk"] if step["fate"] != "reuse" else None
         rows.append(step | {"number": number, "stays": (disk and disk["stays"]) or None})
-    size, time = (
-        "not known until the model is on this machine",
-        "not known; some of these stages are new to this folder",
-    )
+    size = "not known until the model is on this machine"
+    time = "not known; some of these stages are new to this folder"
     if c["bytes"] is not None:
         size = f"at most {decimal(c['bytes'])}, temporary files included"
     if c["seconds"] is not None:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -263,7 +262,7 @@ def inspect(
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.measure import inspection
 
-        return inspection.inspect(source, picture, progress, force=force)
+        return inspection.inspect(source, picture, progress)
 
 
 @command
@@ -290,25 +289,25 @@ def run(
     else:
         path = find_recipe(str(recipe))
         content, folder = load_recipe(path, tuple(set)), Path(output or Path("runs") / path.stem)
+    from gblm_compress.runs import report as documents
+
     outputs.check_workable(folder, "run")
-    written = [Path(document) for document in (junit, summary) if document is not None]
+    asked = [(junit, documents.junit), (summary, documents.markdown)]
+    written = [(Path(path), document) for path, document in asked if path is not None]
     if dry_run and written:
         raise UsageError("--junit and --summary would do nothing with --dry-run, which measures nothing")
-    for document in written:
-        outputs.check_document(document, "gblm-compress")
+    for path, _ in written:
+        outputs.check_document(path, "gblm-compress")
     progress = _progress(quiet)
 
     from gblm_compress.runs import pipeline
-    from gblm_compress.runs import report as documents
 
     if dry_run:
         errors.raise_all(pipeline.check(content, progress) + pipeline.check_output(content, folder))
         return pipeline.dry_run(content, folder, progress)
     result = pipeline.run(content, folder, progress)
-    if junit is not None:
-        records.write_text(Path(junit), documents.junit(result))
-    if summary is not None:
-        records.write_text(Path(summary), documents.markdown(result))
+    for path, document in written:
+        records.write_text(path, document(result))
     return result
 
 
@@ -374,7 +373,7 @@ def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
 
     from gblm_compress.measure.doctor import diagnose
 
-    findings = [asdict(finding) for finding in diagnose()]
+    findings = diagnose()
     return {"findings": findings, "ok": all(finding["ok"] for finding in findings)}
 
 

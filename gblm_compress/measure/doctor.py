@@ -2,22 +2,18 @@
 
 import os
 import platform
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from gblm_compress import machine
 from gblm_compress.models.finding import DEMO_INSTALL, DEMO_PACKAGE
 
 
-@dataclass(frozen=True)
-class Finding:
-    subject: str
-    found: str
-    enables: str
-    ok: bool = True
+def finding(subject: str, found: str, enables: str, ok: bool = True) -> dict[str, Any]:
+    return {"subject": subject, "found": found, "enables": enables, "ok": ok}
 
 
-def diagnose() -> list[Finding]:
+def diagnose() -> list[dict[str, Any]]:
     import onnxruntime
     import torch
 
@@ -33,26 +29,26 @@ def diagnose() -> list[Finding]:
         operator = str(error).partition(":")[2].partition(". ")[0].strip()
     flags, busy = machine.cpu_flags(), f"{machine.busy_cores():.1f}"
     found = [
-        Finding("python", platform.python_version(), ""),
-        Finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
-        Finding("busy cores", busy, f"`benchmark` says little above {machine.QUIET}"),
+        finding("python", platform.python_version(), ""),
+        finding("cpu", f"{machine.cpu_name()}, {os.cpu_count()} cores", ""),
+        finding("busy cores", busy, f"`benchmark` says little above {machine.QUIET}"),
     ]
     for name in (*machine.PACKAGES, machine.onnxruntime_package()):
         version, is_triton = machine.version_of(name), name == "triton"
         enables = "GPU kernels of sparse folders and of torch.compile" if is_triton else ""
-        found.append(Finding(name, version or "not installed", enables, version is not None or is_triton))
-    found.append(Finding("CPU products", "bfloat16" if machine.has_bfloat16("cpu") else "float32", "dtype auto"))
+        found.append(finding(name, version or "not installed", enables, version is not None or is_triton))
+    found.append(finding("CPU products", "bfloat16" if machine.has_bfloat16("cpu") else "float32", "dtype auto"))
     for name, enables in machine.INSTRUCTION_SETS.items():
-        found.append(Finding(f"instruction set {name}", "yes" if name in flags else "no", enables))
-    found.append(Finding("sparse CPU kernels", kernels, runs or "bitmask folders run, unpacked and slow", bool(paths)))
-    found.append(Finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
+        found.append(finding(f"instruction set {name}", "yes" if name in flags else "no", enables))
+    found.append(finding("sparse CPU kernels", kernels, runs or "bitmask folders run, unpacked and slow", bool(paths)))
+    found.append(finding("ONNX Runtime operator", operator, "`export --format onnx --kernels`"))
     for gpu in (gpus := machine.gpus()):
         sparse = "torch's 2:4 kernels" if float(gpu["compute_capability"]) >= 8.0 else "no 2:4 kernels: 8.0 is needed"
-        found.append(Finding("gpu", f"{gpu['name']}, compute capability {gpu['compute_capability']}", sparse))
+        found.append(finding("gpu", f"{gpu['name']}, compute capability {gpu['compute_capability']}", sparse))
     if not gpus:
         without = "without one, semi-structured folders of 16 and 32 bits are unpacked for every product"
-        found.append(Finding("gpu", f"none that torch {torch.__version__} can use", without))
+        found.append(finding("gpu", f"none that torch {torch.__version__} can use", without))
     for name in onnxruntime.get_available_providers():
-        found.append(Finding("onnxruntime provider", name, "listed; a run says which one it really used"))
+        found.append(finding("onnxruntime provider", name, "listed; a run says which one it really used"))
     demo = "installed" if find_spec(DEMO_PACKAGE) else f"missing; run: {DEMO_INSTALL}"
-    return [*found, Finding("demo model", demo, "MODEL 'demo'", demo == "installed")]
+    return [*found, finding("demo model", demo, "MODEL 'demo'", demo == "installed")]

@@ -21,7 +21,6 @@ from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
-from gblm_compress.storage import outputs
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
 STRIP = 128  # columns in a line of a panel
@@ -63,10 +62,8 @@ class InspectResult:
         return asdict(self)
 
 
-def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, force: bool = False) -> InspectResult:
+def inspect(source: ModelSource, heat_map: Path | None, progress: Progress) -> InspectResult:
     """Report on every layer that pruning touches, and draw them as PNG if asked to."""
-    if heat_map is not None:
-        outputs.check_file(heat_map, ".png", "heat map", force)
     loading.check_model(source, "inspect")
     model = loading.load_model(source)
     layers = [(name, layer) for block in prunable_layers(model) for name, layer in block.items()]
@@ -74,7 +71,7 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, *, f
     for name, layer in progress.track(layers, "inspecting", unit="layers"):
         weight = weight_matrix(layer).detach()
         reports.append(report(name, weight))
-        strips[name] = survivors(weight)
+        strips[name] = (weight != 0).float().mean(0)
     if heat_map is not None:
         draw(strips, heat_map, source.name)
     return InspectResult(
@@ -115,16 +112,12 @@ def report(name: str, weight: Tensor) -> LayerReport:
     return LayerReport(name=name, shape=shape, nonzeros=int(alive.sum()), patterns=tuple(holds), **found)
 
 
-def survivors(weight: Tensor) -> Tensor:
-    """The share of nonzero weights in each column (input) of [out_features, in_features]."""
-    return (weight != 0).float().mean(0)
-
-
 @plain_figures()
 def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
     """One panel for each kind of layer in the first, the middle and the last block, as PNG.
 
-    A colour is the difference of a column's density from the layer's mean.
+    `columns` has the share of nonzero weights in each column (input) of each layer. A colour is the difference of a
+    column's share from the layer's mean.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -9,21 +9,15 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.errors import (
-    DataError,
-    MissingDependencyError,
-    NotEnoughMemoryError,
-    UsageError,
-    first_line,
-    is_out_of_memory,
-)
+from gblm_compress import errors
+from gblm_compress.errors import DataError, MissingDependencyError, NotEnoughMemoryError, UsageError, first_line
 from gblm_compress.progress import Progress
 from gblm_compress.tasks.metrics import mean, mean_metric, variance_of_mean
 
@@ -125,22 +119,19 @@ def answers(
         try:
             loaded = manager.load(list(tasks))["tasks"]
         except Exception as error:  # the hub client, the file readers and lm-eval each raise their own kinds
-            raise _not_enough_memory(error) or DataError(
+            if errors.is_out_of_memory(error):
+                raise
+            raise DataError(
                 f"tasks {', '.join(tasks)}: cannot be read ({first_line(error)}); without the hub, give task files "
                 "that point at local data with --include-path"
             ) from error
-        try:
-            result: Any = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
-                tasks=list(loaded.values()),
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=0,
-            )
-        except Exception as error:
-            if lack := _not_enough_memory(error):
-                raise lack from error
-            raise
+        result: Any = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            tasks=list(loaded.values()),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
     found = {}
     for task in loaded:
         questions = result["samples"].get(task)
@@ -153,18 +144,14 @@ def answers(
     return found
 
 
-def score(answered: Answers, dense: Mapping[str, tuple[str, list[float]]] | None = None) -> ZeroShot:
-    results, theirs = [], [] if dense is None else [dense[task][1] for task in answered]
-    for number, (task, (metric, correct)) in enumerate(answered.items()):
+def score(answered: Answers, dense: Answers | None = None) -> ZeroShot:
+    results = []
+    for task, (metric, correct) in answered.items():
         accuracy = mean_metric(correct)
-        result = TaskResult(task, metric, accuracy.value, accuracy.error, len(correct))
-        if theirs:
-            own = theirs[number]
-            result = replace(result, dense_accuracy=mean(own), recovery=recovery([correct], [own]))
-        results.append(result)
-    mine = [correct for _, correct in answered.values()]
-    accuracy_of_all = mean([result.accuracy for result in results])
-    return ZeroShot(tuple(results), accuracy_of_all, recovery(mine, theirs) if theirs else None)
+        beside = (mean(dense[task][1]), recovery([correct], [dense[task][1]])) if dense else ()
+        results.append(TaskResult(task, metric, accuracy.value, accuracy.error, len(correct), *beside))
+    of_all = recovery([own for _, own in answered.values()], [dense[task][1] for task in answered]) if dense else None
+    return ZeroShot(tuple(results), mean([result.accuracy for result in results]), of_all)
 
 
 def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None:
@@ -185,19 +172,9 @@ def recovery(model: list[list[float]], dense: list[list[float]]) -> Ratio | None
     return Ratio(ratio, ratio - half, ratio + half)
 
 
-def _not_enough_memory(error: Exception) -> NotEnoughMemoryError | None:
-    if not is_out_of_memory(error):
-        return None
-    return NotEnoughMemoryError(
-        f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer questions "
-        "(--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
-        "questions"
-    )
-
-
 @contextmanager
 def _calm(progress: Progress) -> Iterator[None]:
-    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars."""
+    """Silence lm-eval's log lines and warnings, and with `quiet` its progress bars; say it if memory runs out."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     quiet = redirect_stderr(io.StringIO()) if progress.quiet else nullcontext()
@@ -205,5 +182,13 @@ def _calm(progress: Progress) -> Iterator[None]:
         with warnings.catch_warnings(), quiet, redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
+    except Exception as error:
+        if not errors.is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(
+            f"memory ran out while tasks were asked, {BATCH} choices at a time ({first_line(error)}); fewer questions "
+            "(--limit) need no less: give --dtype bfloat16, or --device cpu if it was the GPU's, or tasks with shorter "
+            "questions"
+        ) from error
     finally:
         logging.disable(level)
