@@ -8,20 +8,14 @@ from gblm_compress.errors import ModelError
 from tests.scripts import loaded
 
 
-@pytest.mark.parametrize(
-    ("raises", "code", "said"),
-    [
-        (ModelError("no such model"), ModelError.exit_code, "error: no such model"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_one_line_and_a_code(raises, code: int, said: str, capsys) -> None:
-    with loaded("ending") as ending, pytest.raises(SystemExit) as ended:
-        ending.exit_after(Mock(side_effect=raises))
-    assert ended.value.code == code
-    assert capsys.readouterr().err == said + "\n"
-
-
-def test_what_nobody_foresaw_keeps_its_traceback() -> None:
-    with loaded("ending") as ending, pytest.raises(ZeroDivisionError):
-        ending.exit_after(lambda: 1 / 0)
+def test_one_line_and_a_code_and_what_nobody_foresaw_as_it_is(capsys) -> None:
+    with loaded("ending") as ending:
+        for raised, code, said in (
+            (ModelError("no such"), 3, "error: no such\n"),
+            (KeyboardInterrupt(), 130, "interrupted\n"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                ending.exit_after(Mock(side_effect=raised))
+            assert (ended.value.code, capsys.readouterr().err) == (code, said)
+        with pytest.raises(ZeroDivisionError):
+            ending.exit_after(lambda: 1 / 0)

@@ -52,11 +52,10 @@ def test_every_engine_is_timed_and_profiled(script, tmp_path, monkeypatch) -> No
     rows = {(row["engine"], row["weights"]): row for row in result["rows"] if row["engine"] != "llama.cpp"}
     engines, kinds = ("onnxruntime", "genai"), ("dense float16", "packed float16")
     assert set(rows) == {(engine, kind) for engine in engines for kind in kinds}
+    ratios = {"decode": "ms_per_token", "prefill": "prefill_ms", "parallel": "ms_per_step_of_4"}
     for engine in engines:
         dense, packed = (rows[engine, kind] for kind in kinds)
-        assert packed["decode_over_dense"] == dense["ms_per_token"] / packed["ms_per_token"]
-        assert packed["prefill_over_dense"] == dense["prefill_ms"] / packed["prefill_ms"]
-        assert packed["parallel_over_dense"] == dense["ms_per_step_of_4"] / packed["ms_per_step_of_4"]
+        assert all(packed[f"{name}_over_dense"] == dense[time] / packed[time] for name, time in ratios.items())
         assert packed["MB"] < dense["MB"]
     operators = {entry["weights"]: entry["ms"].keys() for entry in result["profiles"]}
     assert "BitmaskLinear" in operators["packed float16"] and "BitmaskLinear" not in operators["dense float16"]

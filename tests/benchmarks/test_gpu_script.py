@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,57 +28,53 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+WITHOUT = """
+import importlib.util, sys
+sys.modules["pydantic"] = sys.modules["psutil"] = None
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("pydantic", "psutil") else found(name)
+import gblm_compress.kernels.gpu, gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint
+import gblm_compress.measure.doctor
+from gblm_compress.machine import environment
+from gblm_compress.progress import Progress
+assert environment()["memory_bytes"] is None
+Progress(quiet=True).say("")
+"""
+
+
 @pytest.fixture(scope="module")
 def script():
     with loaded("gpu") as module:
         yield module
 
 
-def run(tmp_path: Path, *arguments: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(SCRIPT), "--dry-run", "--json", str(tmp_path / "result.json"), *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return json.loads((tmp_path / "result.json").read_text())
-
-
 def test_every_section_runs(tmp_path) -> None:
-    result = run(tmp_path)
+    command = [sys.executable, "-c", RUN, str(SCRIPT), "--dry-run", "--json", str(tmp_path / "result.json")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
     assert result["environment"]["dry_run"] is True
     kernels, one_token, levels, model, pruning, onnx = result["sections"].values()
-    assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == {
-        (name, tokens)
-        for name in ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
-        for tokens in (1, 8)
-    }
-    assert any("cusparselt" in name for name in kernels["excluded"])  # with torch's reason: there is no CUDA
+    assert kernels["left_out"] == one_token["left_out"] == levels["left_out"] == model["left_out"] == []
+    names = ("dense", "Triton sparse24", "Triton bitmask", "unpack sparse24, dense", "unpack bitmask, dense")
+    assert {(row["execution"], row["tokens"]) for row in kernels["rows"]} == set(product(names, (1, 8)))
     assert all(row["ms"] > 0 and row["over_dense"] > 0 for row in kernels["rows"])
-    assert [row["execution"] for row in levels["rows"]] == [
-        "cuBLAS, linear",
-        "cuBLAS, matrix times vector",
-        *(f"Triton {layout}" for layout in ("bitmask-int8", "sparse24-int8", "bitmask-int4", "sparse24-int4")),
-    ]
+    assert any("cusparselt" in name for name in kernels["excluded"])  # with torch's reason: there is no CUDA
+    dense = ("cuBLAS, linear", "cuBLAS, matrix times vector")
+    layouts = ("bitmask-int8", "sparse24-int8", "bitmask-int4", "sparse24-int4")
+    assert [row["execution"] for row in levels["rows"]] == [*dense, *(f"Triton {layout}" for layout in layouts)]
     # 2 KiB of scales, starts and padding weigh in at toy size
     assert all(row["byte_limit"] > 1 for row in levels["rows"] if "Triton" in row["execution"])
-    assert kernels["left_out"] == one_token["left_out"] == levels["left_out"] == model["left_out"] == []
-    packed = ("Triton bitmask", "Triton sparse24")
     for dtype in ("float16", "bfloat16"):
-        ms = {row["execution"]: row["ms"] for row in one_token["rows"] if row["dtype"] == dtype}
-        cublas = min(ms[name] for name in ("cuBLAS, linear", "cuBLAS, matrix times vector"))
-        over = {row["execution"]: row["over_cublas"] for row in one_token["rows"] if row["dtype"] == dtype}
-        assert over == {name: cublas / ms[name] for name in ("cuBLAS, linear", "cuBLAS, matrix times vector", *packed)}
+        rows = {row["execution"]: row for row in one_token["rows"] if row["dtype"] == dtype}
+        assert set(rows) == {*dense, "Triton bitmask", "Triton sparse24"}
+        cublas = min(rows[name]["ms"] for name in dense)
+        assert all(row["over_cublas"] == cublas / row["ms"] for row in rows.values())
     assert "aten::mv" in one_token["profiler"]["cuBLAS, matrix times vector, float16"]
-    assert all(entry["source"] for entry in one_token["published"])
     measured = {(row["execution"], row["phase"], row["mode"]) for row in model["rows"]}
-    assert measured == {
-        (name, phase, mode)
-        for name in ("dense", "sparse24", "bitmask")
-        for phase in ("decode", "prefill")
-        for mode in ("eager", "compiled")
-    }
+    ways = product(("dense", "sparse24", "bitmask"), ("decode", "prefill"), ("eager", "compiled"))
+    assert measured == set(ways)
     assert len(model["failed"]) == 12 and all("CUDA graphs need CUDA" in why for why in model["failed"].values())
     assert all(entry["same_greedy_tokens"] == 1.0 for entry in model["agreement"].values())
     assert "gblm_compress::linear" in model["profiler"]["sparse24 decode"]
@@ -93,22 +90,9 @@ def test_every_section_runs(tmp_path) -> None:
 def test_of_this_package_only_what_needs_no_other_is_imported(script, monkeypatch) -> None:
     """On a machine without pydantic and psutil, the parts that do not prune still run."""
     monkeypatch.setattr(script, "find_spec", lambda name: None)
-    assert (
-        "pruning needs packages that are not installed: pydantic, psutil" in script.pruning(None, None, [])["skipped"]
-    )
-    code = (
-        "import importlib.util, sys\n"
-        "sys.modules['pydantic'] = sys.modules['psutil'] = None\n"
-        "found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name in ('pydantic', 'psutil') else found(name)\n"
-        "import gblm_compress.kernels.gpu, gblm_compress.layouts.cuda_linear, gblm_compress.models.packed_checkpoint\n"
-        "import gblm_compress.measure.doctor\n"
-        "from gblm_compress.machine import environment\n"
-        "from gblm_compress.progress import Progress\n"
-        "assert environment()['memory_bytes'] is None\n"
-        "Progress(quiet=True).say('')"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    skipped = script.pruning(None, None, [])["skipped"]
+    assert "pruning needs packages that are not installed: pydantic, psutil" in skipped
+    assert subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT).returncode == 0
 
 
 def test_without_a_gpu_it_says_so() -> None:

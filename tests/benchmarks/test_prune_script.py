@@ -12,20 +12,12 @@ from gblm_compress.settings import PruneSettings
 from tests.conftest import samples
 from tests.scripts import loaded
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the benchmark reads /proc of Linux")
 
 
 @pytest.fixture(scope="module")
 def reference():
     with loaded("reference_gblm") as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def random_llama():
-    with loaded("random_llama") as module:
         yield module
 
 
@@ -63,24 +55,21 @@ def test_the_reference_keeps_the_highest_scores_of_each_group(reference) -> None
             assert [j for j in own if mask[row, j]] == sorted(best)
 
 
-def test_a_random_llama_is_whole_and_computes(random_llama, tmp_path) -> None:
-    shape = random_llama.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
-    total = random_llama.write_random_llama(tmp_path / "one", shape)
-    random_llama.write_random_llama(tmp_path / "two", shape)
-    shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
-    assert len(shards) == 5 and all(
-        (tmp_path / "two" / n).read_bytes() == (tmp_path / "one" / n).read_bytes() for n in shards
-    )
+def test_a_random_llama_is_whole_and_computes(tmp_path) -> None:
+    with loaded("random_llama") as script:
+        shape = script.Shape(hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, vocabulary=300)
+        total = script.write_random_llama(tmp_path / "one", shape)
+        script.write_random_llama(tmp_path / "two", shape)
+        with pytest.raises(SystemExit, match=f"--vocab 256 is too small: the tokenizer has {VOCABULARY}"):
+            script.write_random_llama(tmp_path / "three", script.Shape(64, 96, 1, 4, 2, 256))
+    one, two = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
+    assert len(one) == 5 and [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="auto", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.dtype == torch.bfloat16 and sum(p.nbytes for p in model.parameters()) == total
-    found = {
-        n: tuple(m.weight.shape) for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)
-    }
-    assert found == shape.matrices()
+    linear = {n: m for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name: tuple(layer.weight.shape) for name, layer in linear.items()} == shape.matrices()
     ids = samples(1, 512)[0]["input_ids"]
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
-    with pytest.raises(SystemExit, match=f"--vocab 256 is too small: the tokenizer has {VOCABULARY}"):
-        random_llama.write_random_llama(tmp_path / "three", random_llama.Shape(64, 96, 1, 4, 2, 256))

@@ -13,17 +13,12 @@ from tests.scripts import loaded
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recover.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    with loaded("recover") as module:
-        yield module
-
-
-def test_the_bytes_of_a_step_are_those_of_each_pass(script) -> None:
+def test_the_bytes_of_a_step_are_those_of_each_pass() -> None:
     forward = 2 * (100 + 100 + 100) + 2 * 3 * 10  # dense, student, its backward pass; and the head in all three
     gradients, written = 2 * 2 * 100, 2 * 100
     kept = 50 * 4 * 2 * (1 + 1 + 2)  # packed gradient, master, moments: written and read
-    assert script.moved_bytes(100, 50, 10, 2) == forward + gradients + written + kept
+    with loaded("recover") as script:
+        assert script.moved_bytes(100, 50, 10, 2) == forward + gradients + written + kept
 
 
 def test_it_times_a_training(program, tmp_path) -> None:

@@ -67,10 +67,8 @@ def test_figures(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def load(server: str, requests: list[Any], concurrency: int) -> tuple[list[Any], float]:
         asked.append((server, len(requests)))
-        answers = [
-            script.Answer((1,) * request.tokens, (), 0.1, 0.1 + 0.02 * (request.tokens - 1)) for request in requests
-        ]
-        return answers, next(seconds[server])
+        counts = [request.tokens for request in requests]
+        return [script.Answer((1,) * n, (), 0.1, 0.1 + 0.02 * (n - 1)) for n in counts], next(seconds[server])
 
     monkeypatch.setattr(script, "load", load)
     found = script.measure({"dense": "dense", "sparse": "sparse"}, count=5, concurrency=4, rounds=2)

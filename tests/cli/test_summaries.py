@@ -52,6 +52,16 @@ def test_sentences_break_between_words_and_paths_not_at_all() -> None:
     assert shown([SENTENCE], 40, terminal=False) == [SENTENCE]
 
 
+def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
+    def of(batch, prefill, decode):
+        return {"model": "m", "batch": batch, "prefill_kernels": {prefill: 2}, "decode_kernels": {decode: 2}}
+
+    assert summaries.kernel_lines([of(1, "many", "few"), of(2, "many", "few"), of(16, "many", "many")]) == [
+        "m: prefill on 2 × many; decode on 2 × few (batch 1, 2)",
+        "m: prefill and decode on 2 × many (batch 16)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [

@@ -1,8 +1,6 @@
 """A benchmark: what is compared with what, and the process that times a model, where everything is an answer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,22 +64,14 @@ def test_all_faults_are_found_before_anything_is_loaded(tiny, progress, monkeypa
     assert text.count("prompt plus generate is 604") == 2 and "is no baseline of" in text
 
 
-def test_no_baseline_in_the_same_runtime(tiny, progress, tmp_path) -> None:
-    (tmp_path / "model.onnx").touch()
-    (tmp_path / "config.json").write_text('{"dtype": "float16", "model_type": "llama"}')
-    with pytest.raises(
-        UsageError, match=r"runs in onnxruntime in float16, but no baseline.*--format onnx --dtype float16"
-    ):
-        benchmark([ModelSource("x", tmp_path)], [tiny("llama")], BenchmarkSettings(), progress=progress)
-
-
 @pytest.mark.parametrize(
     ("checks", "lane", "advice"),
     [
         ([{"weights": "int8"}, {}], "int8", "in int8, but no baseline does; .*--format onnx --quantise int8"),
         ([{"arithmetic": "float32"}, {"arithmetic": "float16"}], "float16/float32", "--dtype float16 --kernels`"),
+        ([{}, {"weights": "int4"}], "float16", "in float16, but no baseline does; .*--format onnx --dtype float16`"),
     ],
-    ids=["levels", "arithmetic"],
+    ids=["levels", "arithmetic", "dtype"],
 )
 def test_weights_are_timed_against_those_of_the_same_kind_and_arithmetic(tiny, tmp_path, checks, lane, advice) -> None:
     config, models = json.loads((tiny("llama").folder / "config.json").read_text()), []
@@ -114,34 +104,14 @@ def test_a_model_that_does_not_load_is_an_error_of_its_kind(tiny, progress, tmp_
         benchmark([tiny("llama")], [ModelSource("x", tmp_path)], BenchmarkSettings(), progress=progress)
 
 
-def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
-    from gblm_compress.cli.summaries import kernel_lines
-
-    def of(batch, prefill, decode):
-        return {"model": "m", "batch": batch, "prefill_kernels": {prefill: 2}, "decode_kernels": {decode: 2}}
-
-    assert kernel_lines([of(1, "many", "few"), of(2, "many", "few"), of(16, "many", "many")]) == [
-        "m: prefill on 2 × many; decode on 2 × few (batch 1, 2)",
-        "m: prefill and decode on 2 × many (batch 16)",
-    ]
-
-
 def test_what_fails_after_the_load_is_an_answer(tiny) -> None:
-    setup = {
-        "name": "model", "folder": str(tiny("llama").folder), "dtype": "float32", "device": "cpu", "threads": 1,
-        "runtime": "torch", "batch": [1], "prompt": 4, "generate": 2,
-    }  # fmt: skip
-    requests = [setup, {"batch": -1, "seed": 0}]
-    done = subprocess.run(
-        [sys.executable, "-m", "gblm_compress.measure.benchmarking"],
-        input="".join(json.dumps(request) + "\n" for request in requests),
-        capture_output=True,
-        text=True,
-    )
-    loaded, failed = map(json.loads, done.stdout.splitlines())
-    assert loaded["dtype"] == "float32"
-    assert failed["kind"] == "GblmError" and "RuntimeError: " in failed["error"]
-    assert (done.returncode, done.stderr) == (0, "")
+    lane, settings = benchmarking._Lane("torch", "float32"), BenchmarkSettings(**SHORT)
+    with benchmarking.started(tiny("llama"), lane, "cpu", 1, settings) as (ask, facts):
+        assert facts["dtype"] == "float32"
+        with pytest.raises(GblmError, match="cannot be timed .RuntimeError: "):
+            ask({"batch": -1, "seed": 0})
+        with pytest.raises(GblmError, match="process of .*llama' ended with exit status 0"):
+            ask({"batch": 1, "seed": 0})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.measure.runtimes import check_installed, load_runtime
+from gblm_compress.models.source import ModelSource
 
 
 class Engine:
@@ -39,10 +40,8 @@ class Engine:
             said.append(self.requests[name][-1] + len(said) + 1)
         if waiting is not None:
             self.said[waiting] = [self.requests[waiting][-1] + 1]
-        return [
-            SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=tuple(said))])
-            for name, said in self.said.items()
-        ]
+        ended = {name: [SimpleNamespace(token_ids=tuple(said))] for name, said in self.said.items()}
+        return [SimpleNamespace(request_id=name, outputs=outputs) for name, outputs in ended.items()]
 
 
 @pytest.fixture
@@ -54,20 +53,23 @@ def engine(monkeypatch) -> Engine:
             raise ValueError("no such dtype here\nand more")
         return SimpleNamespace(llm_engine=made)
 
-    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
-    vllm.__version__, vllm.LLM, vllm.SamplingParams = "0", llm, SimpleNamespace
+    package, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    package.__version__, package.LLM, package.SamplingParams = "0", llm, SimpleNamespace
+    package.__spec__ = SimpleNamespace()
     platforms.current_platform = SimpleNamespace(device_type="cpu")
-    vllm.__spec__ = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
-        monkeypatch.setenv(name, "0")  # and so put back
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    for module in (package, platforms):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("ENABLE_V1_MULTIPROCESSING", "CPU_OMP_THREADS_BIND", "CPU_KVCACHE_SPACE", "LOGGING_LEVEL"):
+        monkeypatch.setenv(f"VLLM_{name}", "0")  # and so put back
     return made
 
 
+def vllm(source: ModelSource, dtype: str = "float32", device: str = "cpu") -> Any:
+    return load_runtime(source, dtype, device, 1, runtime="vllm")
+
+
 def test_sequences_that_are_ahead_wait_for_the_others(engine, tiny) -> None:
-    runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
+    runtime = vllm(tiny("llama"))
     for _ in range(2):  # the second generation drops the first
         engine.steps = 0
         token, cache = runtime.prefill(torch.tensor([[5, 10], [5, 20], [5, 30]]))
@@ -76,26 +78,19 @@ def test_sequences_that_are_ahead_wait_for_the_others(engine, tiny) -> None:
             token, cache = runtime.decode(token, cache)
             assert token.tolist() == [[10 + number], [20 + number], [30 + number]]
         assert engine.steps == 7 and len(engine.requests) == 3
-
-
-def test_a_sequence_that_ends_early_is_an_error(engine, tiny) -> None:
-    runtime = load_runtime(tiny("llama"), "float32", "cpu", 1, runtime="vllm")
-    engine.most = 2
-    token, cache = runtime.prefill(torch.tensor([[5, 10]]))
-    token, cache = runtime.decode(token, cache)
+    engine.most = 5
     with pytest.raises(ModelError, match="ended a sequence early; give a smaller --prompt or --generate"):
         runtime.decode(token, cache)
 
 
 def test_what_vllm_does_not_do_is_told(engine, tiny, monkeypatch) -> None:
     with pytest.raises(ModelError, match=r"vLLM cannot load it \(no such dtype here\)"):
-        load_runtime(tiny("llama"), "float16", "cpu", 1, runtime="vllm")
+        vllm(tiny("llama"), "float16")
     with pytest.raises(UsageError, match="this vLLM is built for cpu"):
-        load_runtime(tiny("llama"), "float32", "cuda:0", 1, runtime="vllm")
-    with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
-        with pytest.raises(UsageError, match="first CUDA device that it sees, and cuda:1 was asked for"):
-            load_runtime(tiny("llama"), "float32", "cuda:1", 1, runtime="vllm")
+        vllm(tiny("llama"), device="cuda:0")
+    monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
+    with pytest.raises(UsageError, match="first CUDA device that it sees, and cuda:1 was asked for"):
+        vllm(tiny("llama"), device="cuda:1")
 
 
 @pytest.mark.parametrize(("runtime", "package"), [("vllm", "vllm"), ("genai", "onnxruntime_genai")])

@@ -1,6 +1,7 @@
 import errno
 import math
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,11 +19,8 @@ from tests.conftest import CAUSAL_LM, prune, samples
 
 
 def test_perplexity_token_by_token(tiny, prose, progress) -> None:
-    result = evaluate(
-        tiny("llama"),
-        EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=4),
-        progress=progress,
-    )
+    settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=4)
+    result = evaluate(tiny("llama"), settings, progress=progress)
     model = load_model(tiny("llama"))
     ids = load_processor(tiny("llama"))(load_text(str(prose), "evaluation"))["input_ids"]
     losses, means = [], []
@@ -103,17 +101,8 @@ def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress
 def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
     tiny, tmp_path, progress, monkeypatch, read
 ) -> None:
-    class Full:
-        def seek(self, *_):
-            return 0
-
-        def write(self, content):
-            raise OSError(errno.ENOSPC, "no space is left")
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: Full())
+    full = Mock(seek=Mock(return_value=0), write=Mock(side_effect=OSError(errno.ENOSPC, "no space is left")))
+    monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: full)
     dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
     assert torch.equal(dense.judged(window, progress), dense.judged(window, progress))
     assert len(read) == 2

@@ -3,8 +3,9 @@ import struct
 import pytest
 import torch
 
+import gblm_compress
 from gblm_compress.errors import UsageError
-from gblm_compress.measure.inspection import inspect, kinds_of, report, survivors
+from gblm_compress.measure.inspection import inspect, kinds_of, report
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from tests.conftest import prune
@@ -17,6 +18,7 @@ def test_report_finds_the_structure() -> None:
     layer = report("x", weight)
     assert (layer.nonzeros, layer.empty_rows, layer.empty_columns) == (24, 1, 8)
     assert set(layer.patterns) == {"1:2", "2:4", "4:8", "8:16"}
+    assert report("x", torch.ones(4, 32)).patterns == ()
     assert layer.row_spread == torch.tensor([0.5, 0.5, 0.5, 0.0]).std(correction=0)
 
 
@@ -29,17 +31,6 @@ def test_kinds_sum_up_rows_and_columns_over_blocks() -> None:
     rows, columns = {"kept_rows": 1 / 20, "gone_rows": 10 / 20}, {"kept_columns": 6 / 40, "gone_columns": 34 / 40}
     assert mlp == {"kind": "mlp", "layers": 2, "nonzeros": (45 + 29) / 400, **rows, **columns}
     assert (attention["kept_rows"], attention["gone_columns"]) == (1, 0)
-
-
-def test_dense_weights_hold_no_pattern() -> None:
-    assert report("x", torch.ones(4, 32)).patterns == ()
-
-
-def test_survivors_are_counted_by_column_and_show_structure_at_n_m() -> None:
-    weight = torch.zeros(8, 260)
-    weight[:, 0::4] = weight[:, 3::4] = 1  # 2:4, and the same two columns of every group
-    columns = survivors(weight)
-    assert columns[:4].tolist() == [1.0, 0.0, 0.0, 1.0] and columns.shape == (260,)
 
 
 @pytest.fixture
@@ -58,14 +49,8 @@ def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", header[16:])
     assert width > 400 and height > 200
-    inspect(pruned, tmp_path / "map.png", progress, force=True)
-
-
-def test_a_picture_is_drawn_only_when_asked(pruned, tmp_path, progress, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    assert inspect(pruned, None, progress).heat_map is None
-    assert set(tmp_path.iterdir()) == before
+    assert inspect(pruned, None, progress).heat_map is None and set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -79,11 +64,11 @@ def test_a_picture_is_drawn_only_when_asked(pruned, tmp_path, progress, monkeypa
     ],
 )
 def test_what_stands_in_the_way_of_a_picture_is_found_before_the_model_is_loaded(
-    name, message, tiny, tmp_path, progress, monkeypatch
+    name, message, tiny, tmp_path, monkeypatch
 ) -> None:
     (tmp_path / "kept.png").write_bytes(b"kept")
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
     with pytest.raises(UsageError, match=message):
-        inspect(tiny("gpt2"), tmp_path / name, progress)
+        gblm_compress.inspect(tiny("gpt2").folder, tmp_path / name, quiet=True)
     assert (tmp_path / "kept.png").read_bytes() == b"kept"

@@ -4,8 +4,12 @@ import bz2
 import json
 import math
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from gblm_compress.measure.zero_shot import recovery, score
 from gblm_compress.models.loading import load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import build_tiny
+from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
 
 TASKS = Path(__file__).parent / "zero_shot_tasks"
@@ -37,6 +42,11 @@ def own_task(tmp_path: Path) -> Path:
         "doc_to_target: '{{label}}'\ndoc_to_choice: '{{choices}}'\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
     )
     return folder
+
+
+def ask(source: ModelSource, folder: Path, tasks: Sequence[str] = ("parity",), limit: int | None = None) -> Any:
+    model, tokenizer, quiet = load_model(source), load_processor(source), Progress(quiet=True)
+    return zero_shot.answers(model, tokenizer, tasks, limit, str(folder), quiet)
 
 
 def slow_answers(source: ModelSource) -> list[float]:
@@ -66,6 +76,7 @@ def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, p
     )
     result = evaluate(tiny("llama"), settings, baseline=baseline, progress=progress).zero_shot
     mine, dense = slow_answers(tiny("llama")), slow_answers(baseline)
+    assert ask(tiny("llama"), own_task, limit=5) == {"parity": ("acc_norm", mine[:5])}
     (task,) = result.tasks
     assert (task.task, task.metric, task.questions) == ("parity", "acc_norm", 12)
     assert task.accuracy == pytest.approx(sum(mine) / 12) == result.mean_accuracy
@@ -84,12 +95,6 @@ def test_what_decides_the_outcome_of_tasks(own_task, monkeypatch) -> None:
     (own_task / "below" / "helper.py").unlink()
     monkeypatch.setattr(zero_shot, "version", lambda _: "0")
     assert zero_shot.fingerprint(["parity"], str(own_task)) != first
-
-
-def test_limit_takes_the_first_questions(tiny, own_task, progress) -> None:
-    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
-    answered = zero_shot.answers(model, tokenizer, ["parity"], 5, str(own_task), progress)
-    assert answered == {"parity": ("acc_norm", slow_answers(tiny("llama"))[:5])}
 
 
 def test_recovery_needs_two_questions_and_a_right_answer() -> None:
@@ -118,14 +123,13 @@ def test_recovery_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
     source = tiny("llama")
-    model, tokenizer = load_model(source), load_processor(source)
     with pytest.raises(UsageError, match=r"task 'pariti' is not known to lm-eval"):
-        zero_shot.answers(model, tokenizer, ["pariti"], None, str(own_task), progress)
+        ask(source, own_task, ["pariti"])
     with pytest.raises(UsageError, match=r"no such folder"):
-        zero_shot.answers(model, tokenizer, ["parity"], None, str(tmp_path / "gone"), progress)
+        ask(source, tmp_path / "gone")
     (own_task / "questions.jsonl").unlink()
     with pytest.raises(DataError, match=r"tasks parity: cannot be read .*--include-path"):
-        zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
+        ask(source, own_task)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").touch()
     with pytest.raises(ModelError, match=r"tasks are measured in torch"):
@@ -148,42 +152,36 @@ def test_refusals(tiny, own_task, progress, tmp_path, monkeypatch) -> None:
     ],
     ids=["json", "empty", "columns", "types", "split", "template"],
 )
-def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, progress, file, old, new) -> None:
+def test_data_that_do_not_fit_a_task_are_data_errors(tiny, own_task, file, old, new) -> None:
     path = own_task / file
     path.write_text(path.read_text().replace(old, new) if old else new)
-    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
     with pytest.raises(DataError, match=r"tasks? '?parity"):
-        zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
+        ask(tiny("llama"), own_task)
 
 
+@pytest.mark.parametrize("place", ["transformers.LlamaForCausalLM.forward", "lm_eval.tasks.TaskManager.load"])
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), NotEnoughMemoryError),
         (MemoryError(), NotEnoughMemoryError),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-            NotEnoughMemoryError,
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), NotEnoughMemoryError),
         (AttributeError("a fault of the program"), AttributeError),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+    ids=["cuda", "memory", "torch", "program"],
 )
-def test_a_model_that_fails_is_no_fault_of_the_data(tiny, own_task, progress, monkeypatch, raised, expected) -> None:
-    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
-
-    def fail(*args, **kwargs):
-        raise raised
-
-    monkeypatch.setattr(model, "forward", fail)
-    with pytest.raises(expected, match="--dtype bfloat16" if expected is NotEnoughMemoryError else "fault of the"):
-        zero_shot.answers(model, tokenizer, ["parity"], None, str(own_task), progress)
+def test_memory_that_runs_out_is_no_fault_of_the_data(tiny, own_task, monkeypatch, place, raised, expected) -> None:
+    kind = DataError if expected is AttributeError and "load" in place else expected
+    monkeypatch.setattr(place, Mock(side_effect=raised))
+    with pytest.raises(kind, match="--dtype bfloat16" if kind is NotEnoughMemoryError else "fault of the"):
+        ask(tiny("llama"), own_task)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the benchmarks' files are not on this machine")
-def test_task_files_for_the_real_benchmarks(tiny, tmp_path, progress) -> None:
-    prepared = tmp_path / "prepared"
+def test_task_files_for_the_real_benchmarks(tiny, tmp_path) -> None:
+    prepared, folder = tmp_path / "prepared", tmp_path / "tasks"
     prepared.mkdir()
+    folder.mkdir()
     labels = (DATA / "piqa" / "valid-labels.lst").read_text().split()
     rows = (DATA / "piqa" / "valid.jsonl").read_text().splitlines()
     piqa = [json.loads(row) | {"label": int(label)} for row, label in zip(rows, labels, strict=True)]
@@ -194,14 +192,13 @@ def test_task_files_for_the_real_benchmarks(tiny, tmp_path, progress) -> None:
     ]
     for name, questions in (("piqa", piqa), ("hellaswag", hellaswag)):
         (prepared / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     for path in TASKS.glob("*.yaml"):
         text = path.read_text().replace("DATA/", f"{DATA}/").replace("PREPARED/", f"{prepared}/")
         (folder / path.name).write_text(text)
     names = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    model, tokenizer = load_model(tiny("llama")), load_processor(tiny("llama"))
-    model.config.max_position_embeddings = 4096  # bytes are many tokens
-    answered = zero_shot.answers(model, tokenizer, names, 4, str(folder), progress)
+    source = ModelSource("long", shutil.copytree(tiny("llama").folder, tmp_path / "long"))
+    config = json.loads((source.folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (source.folder / "config.json").write_text(json.dumps(config))  # bytes are many tokens
+    answered = ask(source, folder, names, 4)
     assert {name: len(correct) for name, (_, correct) in answered.items()} == dict.fromkeys(names, 4)
     assert all(value in (0.0, 1.0) for _, correct in answered.values() for value in correct)
