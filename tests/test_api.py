@@ -5,10 +5,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,16 +40,9 @@ def test_the_public_names() -> None:
         "GblmError", "__version__", "advise", "benchmark", "compare", "evaluate", "export", "generate", "inspect",
         "load", "onnxruntime_library", "prune", "push", "recover", "report", "run",
     ]  # fmt: skip
-    for name in gblm_compress.__all__:
-        assert getattr(gblm_compress, name).__doc__
+    assert all(getattr(gblm_compress, name).__doc__ for name in gblm_compress.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         gblm_compress.nonsense  # noqa: B018
-
-
-def test_importing_it_loads_no_torch() -> None:
-    code = "import sys, gblm_compress; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -115,10 +107,7 @@ def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose, monkeypatch) ->
 
 
 def test_a_full_disk_of_an_in_place_pruning_is_told(tiny, monkeypatch) -> None:
-    def full(*given: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(RunFolder, "finish", full)
+    monkeypatch.setattr(RunFolder, "finish", Mock(side_effect=OSError(28, "No space left on device")))
     model, _ = gblm_compress.load(tiny("llama").folder)
     with pytest.raises(OutputError, match="cannot be written .No space left on device.; gradients and pruned weights"):
         gblm_compress.prune(model, method="magnitude", fit="none", quiet=True)
@@ -149,20 +138,12 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
     os.utime(first, (0, 0))
     assert text_file([{"text": "a"}, {"text": "b"}]) == str(first) and first.stat().st_mtime > 0  # used again
     os.utime(first, (0, 0))
+    for error in (PermissionError, FileNotFoundError):  # another user's file, or one that another call removed
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", Mock(side_effect=error))
+            patch.setattr(Path, "touch", Mock(side_effect=error))
+            assert Path(text_file([error.__name__])).exists() and text_file(["a", "b"]) == str(first)
     assert Path(text_file(["c"])).exists() and not first.exists()
-
-
-@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
-def test_old_texts_that_cannot_be_removed_stop_no_call(monkeypatch, tmp_path, error) -> None:
-    def refused(*_, **__):
-        raise error
-
-    monkeypatch.setenv("GBLM_COMPRESS_CACHE", str(tmp_path))
-    first = Path(text_file(["a"]))
-    os.utime(first, (0, 0))
-    monkeypatch.setattr(Path, "unlink", refused)
-    monkeypatch.setattr(Path, "touch", refused)
-    assert Path(text_file(["b"])).exists() and text_file(["a"]) == str(first)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +239,9 @@ def spelt(keywords: dict[str, object]) -> Iterator[str]:
             yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@pytest.mark.parametrize("name", BOTH_WAYS)
+@pytest.mark.parametrize(
+    "name", sorted({each.name for each in api.COMMANDS} - {"advise"})
+)  # which has a test of its own
 def test_a_command_and_its_function_give_the_same(name: str, workplace, program, tmp_path, monkeypatch) -> None:
     positional, keywords = BOTH_WAYS[name]
     function = getattr(api, name)
@@ -275,10 +258,6 @@ def test_a_command_and_its_function_give_the_same(name: str, workplace, program,
         assert all(isinstance(part, str | Text | Table) for part in summaries.parts(name, result))
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert all(f"python/{path}" in made for path in made if not path.startswith("python/"))
-
-
-def test_every_command_is_run_both_ways() -> None:
-    assert {each.name for each in api.COMMANDS} - BOTH_WAYS.keys() <= {"advise"}  # which has a test of its own
 
 
 def test_models_in_memory_are_exported_inspected_and_evaluated(tiny, prose, tmp_path) -> None:

@@ -11,32 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def build(folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "docs/site.py"], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path) -> None:
     leave = shutil.ignore_patterns(".git", ".venv*", "build", "__pycache__", "*.so", ".*_cache")
     for part in ("docs", "benchmarks", "recipes"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=leave)
     for part in ("README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", "tests/kernels/one_product.c"):
         (tmp_path / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / part, tmp_path / part)
-    return tmp_path
-
-
-def build(folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "docs/site.py"], cwd=folder, capture_output=True, text=True)
-
-
-def test_the_site_is_built_and_fetches_nothing(copy: Path) -> None:
-    done = build(copy)
+    done = build(tmp_path)
     assert done.returncode == 0, done.stderr
-    pages = list((copy / "build" / "site").rglob("*.html"))
+    pages = list((tmp_path / "build" / "site").rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
         assert not re.findall(r'(?:src="|<link[^>]* href=")https?:[^"]*', page.read_text()), page
-
-
-def test_a_link_that_leads_nowhere_fails_the_build(copy: Path) -> None:
-    with (copy / "docs" / "prune.md").open("a") as page:
+    with (tmp_path / "docs" / "prune.md").open("a") as page:
         page.write("\n[gone](gone.md), [also gone](report.md#nowhere)\n")
-    done = build(copy)
+    done = build(tmp_path)
     assert done.returncode != 0 and "'gone.md'" in done.stderr and "'#nowhere'" in done.stderr

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -64,24 +65,21 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("run nowhere.yaml", 2, "shipped recipes are"),
         ("prune ./gone -o x", 3, "no such folder"),
         ("prune owner/gone -o x", 3, "hub did not provide it"),
+        (
+            "recover ./gone --teacher ./lost -o x --data ./gone.txt,demo", 2, "error: 3 faults model './gone': no such "
+            "folder; give a folder, a .gguf file, a hub id or 'demo' model './lost': no such folder; give a folder, a "
+            ".gguf file, a hub id or 'demo' dataset './gone.txt': no such file",
+        ),
         ("prune tiny -o x --calibration ./gone.txt --sequence-length 64", 3, "no such file"),
         ("prune tiny -o x --calibration demo", 2, "has 512 positions; sequence length is 2048, give 512 or less"),
         ("export tiny -o x --format semi-structured", 2, "prune with `--pattern 2:4` first"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_gets_one_message_and_its_code(program, tmp_path, line, code, message) -> None:
     done = program(*shlex.split(line))
     assert (done.code, done.stdout) == (code, "")
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr and "after validation" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_models_and_texts_that_are_missing_are_told_together(program, tmp_path) -> None:
-    done = program("recover", "./gone", "--teacher", "./lost", "-o", "x", "--data", "./gone.txt,demo")
-    assert done.code == 2 and "error: 3 faults" in done.stderr and "starts" not in done.stderr
-    for name in ("model './gone': no such folder", "model './lost': no such folder", "'./gone.txt': no such file"):
-        assert name in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -156,10 +154,7 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
     from gblm_compress.cli.app import _run
     from gblm_compress.measure import doctor
 
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "diagnose", interrupt)
+    monkeypatch.setattr(doctor, "diagnose", Mock(side_effect=KeyboardInterrupt))
     assert _run(["doctor"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -180,10 +175,7 @@ def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, ra
     from gblm_compress.cli import app
     from gblm_compress.measure import doctor
 
-    def fail():
-        raise raised
-
-    monkeypatch.setattr(doctor, "diagnose", fail)
+    monkeypatch.setattr(doctor, "diagnose", Mock(side_effect=raised))
     with pytest.raises(type(raised)):  # tests and callers see it as it is
         app._run(["doctor"])
     with pytest.raises(SystemExit) as ended:
@@ -195,7 +187,7 @@ def test_an_exception_that_nobody_foresaw_gets_a_message(monkeypatch, capsys, ra
     with pytest.raises(SystemExit):
         app.main(["doctor"])
     shown = capsys.readouterr().err
-    assert message in shown and "Traceback (most recent call last)" in shown and "in fail" in shown
+    assert message in shown and "Traceback (most recent call last)" in shown and "in doctor" in shown
 
 
 @pytest.mark.parametrize("command", ["schema", "validate ci-smoke --json --quiet"])
