@@ -78,15 +78,17 @@ def check(
 ) -> list[GblmError]:
     """The faults that show before a benchmark: device, lengths, runtimes, baselines."""
     absent = errors.collect([partial(loading.choose_device, device)])
-    found = absent + errors.collect(
-        partial(loading.check_length, model, settings.prompt + settings.generate, "prompt plus generate")
-        for model in (*models, *baselines)
-    )
     place = "cpu" if absent else loading.choose_device(device)
-    found += errors.collect(
+    lanes, tokens = _lanes(models, settings, dtype, place), settings.prompt + settings.generate
+    looks: list[Callable[[], object]] = [
+        partial(loading.check_length, model, tokens, "prompt plus generate") for model in (*models, *baselines)
+    ]
+    looks += [
         partial(check_device, model, place) for model in models if set(runtimes_of(model)) & set(settings.runtimes)
-    )
-    lanes = _lanes(models, settings, dtype, place)
+    ]
+    looks += [partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes}]
+    looks += [partial(_baseline_of, model, lane, baselines) for lane, own in lanes.items() for model in own]
+    found = absent + errors.collect(looks)
     if not lanes:
         found.append(
             UsageError(
@@ -95,10 +97,7 @@ def check(
                 "`gblm-compress export MODEL -o OUT --format onnx`)"
             )
         )
-    found += errors.collect(partial(check_installed, runtime) for runtime in {lane.runtime for lane in lanes})
-    return found + errors.collect(
-        partial(_baseline_of, model, lane, baselines) for lane, contenders in lanes.items() for model in contenders
-    )
+    return found
 
 
 class _Lane(NamedTuple):

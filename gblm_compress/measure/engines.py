@@ -34,8 +34,7 @@ class GenaiRuntime:
             # It loads a library from the model's folder or the working directory, and this program only its own.
             library = cpu.onnxruntime_library()
             session["custom_ops_library"], place = str(library), library.parent
-        self._longest, self._room = _checked_length(source), room
-        self._operators = {f"{name} (onnxruntime-genai)": count for name, count in source.operators.items()}
+        self._longest, self._room, self._operators = _checked_length(source), room, source.operators
         try:
             config = onnxruntime_genai.Config(str(source.folder.absolute()))
             config.clear_providers()
@@ -52,17 +51,6 @@ class GenaiRuntime:
         self.provider, self.dtype = f"onnxruntime-genai on {self._model.device_type}", source.config["dtype"]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
-        return self.decode(ids, self._generator(ids))
-
-    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        cache.generate_next_token()
-        return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
-
-    def kernels(self, tokens: int) -> dict[str, int]:
-        """The operators of the exported graph; the library does not say what it runs."""
-        return self._operators
-
-    def _generator(self, ids: Tensor) -> Any:
         batch, tokens = ids.shape
         options = self._library.GeneratorParams(self._model)
         longest = min(self._longest, tokens + self._room)
@@ -72,7 +60,15 @@ class GenaiRuntime:
             generator.append_tokens(ids.int().numpy())
         except RuntimeError as error:
             raise ModelError(f"{self._name!r}: onnxruntime-genai cannot run it ({str(error)[:300]})") from error
-        return generator
+        return self.decode(ids, generator)
+
+    def decode(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        cache.generate_next_token()
+        return torch.from_numpy(cache.get_next_tokens()).long().unsqueeze(1), cache
+
+    def kernels(self, tokens: int) -> dict[str, int]:
+        """The operators of the exported graph; the library does not say what it runs."""
+        return {f"{name} (onnxruntime-genai)": count for name, count in self._operators.items()}
 
 
 def _checked_length(source: ModelSource) -> int:
