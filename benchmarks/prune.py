@@ -42,7 +42,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from gblm_compress.machine import environment
-from gblm_compress.models.checkpoint import keys, read_tensor
+from gblm_compress.models.checkpoint import read_tensors
 from gblm_compress.models.files import weight_files
 from gblm_compress.models.finding import resolve_model
 from gblm_compress.models.source import ModelSource
@@ -265,7 +265,7 @@ def median_cost(costs: list[Cost]) -> Cost:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's files, by name."""
-    return {name: read_tensor(path, name) for path in weight_files(folder) for name in keys(path)}
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
 
 
 def mask_agreement(pruned: Path, masks: Path, dense: Path) -> float:
