@@ -76,6 +76,8 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except GblmError as error:
+        if is_out_of_memory(error) and not isinstance(error, NotEnoughMemoryError):
+            raise
         _print(f"error: {error}")
         return error.exit_code
     except ClickException as error:

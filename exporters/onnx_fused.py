@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, is_out_of_memory
 from gblm_compress.exporters.onnx_weights import constant, initializer
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
@@ -84,10 +84,12 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
         list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        said = RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300])
+        if is_out_of_memory(said):
+            raise said
         raise ModelError(
             f"{source.name!r}: onnxruntime-genai's model builder does not manage {type(model).__name__} "
-            f"({said[-1][:300]}); export with --graph plain"
+            f"({said}); export with --graph plain"
         )
     program = ir.load(built / "model.onnx")
     config = json.loads((built / "genai_config.json").read_text())

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from gblm_compress.errors import ModelError
+from gblm_compress.errors import ModelError, first_line, is_out_of_memory
 from gblm_compress.exporters.onnx_slim import slim_
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds
@@ -121,9 +121,10 @@ def _tracing(model: Any, source: ModelSource) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # anything that an experimental exporter and the tracers below it can raise
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
-            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({reason})"
+            f"{source.name!r}: transformers' ONNX exporter does not manage {type(model).__name__} ({first_line(error)})"
         ) from error
     finally:
         logging.disable(before)

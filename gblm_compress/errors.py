@@ -21,7 +21,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-_ALLOCATION = re.compile(r"can(?:'t|not) allocate memory", re.IGNORECASE)
+_ALLOCATION = re.compile(
+    r"can(?:'t|not) allocate memory|(?:failed|unable) to allocate|bad[ _]alloc|not enough memory|failed to map segment"
+    r"|MemoryError",
+    re.IGNORECASE,
+)
 
 
 class GblmError(Exception):
@@ -86,13 +90,17 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python, in torch on a GPU or in torch on a CPU."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: in Python, torch, ONNX Runtime or the loader of libraries, or in the error's cause."""
+    if error is None:
+        return False
+    says = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith("onnxruntime")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None)
+        or (says and _ALLOCATION.search(str(error)) is not None)
+        or is_out_of_memory(error.__cause__)
     )
 
 

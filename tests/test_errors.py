@@ -3,6 +3,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from gblm_compress.errors import DataError, ModelError, UsageError, collect, first_line, is_out_of_memory, raise_all
 
@@ -20,7 +21,19 @@ def test_out_of_memory_in_its_kinds() -> None:
     assert is_out_of_memory(error.value)
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) and not is_out_of_memory(OSError(5, "x"))
     assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
-    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError())
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("MemoryError"))
+    assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert is_out_of_memory(Fail("Exception during initialization: std::bad_alloc"))
+    assert is_out_of_memory(Fail("bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 99"))
+    assert not is_out_of_memory(Fail("cos_cache dimension 1 must be a multiple of 8"))
+
+
+def test_an_error_that_memory_caused_is_one_of_memory() -> None:
+    error = ModelError("'x': ONNX Runtime cannot load it")
+    assert not is_out_of_memory(error)
+    error.__cause__ = ValueError("worse")
+    error.__cause__.__cause__ = MemoryError()
+    assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(

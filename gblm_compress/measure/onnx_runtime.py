@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.errors import MissingDependencyError, ModelError, is_out_of_memory
 from gblm_compress.kernels import cpu
 from gblm_compress.measure.timings import Part
 from gblm_compress.models import loading
@@ -87,7 +87,7 @@ class _Graph:
         try:
             yield
         except Exception as error:  # onnxruntime raises its own kinds, which share no base
-            if isinstance(error, MemoryError):
+            if is_out_of_memory(error):
                 raise
             raise ModelError(f"{self._name!r}: ONNX Runtime cannot {verb} it ({str(error)[:300]})") from error
 

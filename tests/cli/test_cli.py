@@ -159,12 +159,20 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
     assert "interrupted" in capsys.readouterr().err
 
 
+def of_memory() -> errors.ModelError:
+    error = errors.ModelError("'x': ONNX Runtime cannot load it")
+    error.__cause__ = MemoryError()
+    return error
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
         (KeyError("x"), 1, "a fault of this program; please report it (KeyError: 'x')"),
         (AssertionError(), 1, "(AssertionError: AssertionError)"),
         (MemoryError(), 4, "memory ran out (MemoryError)"),
+        (of_memory(), 4, "memory ran out ('x': ONNX Runtime cannot load it)"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 4, "memory ran out (libtorch"),
         (OSError(28, "No space left on device", "/x"), 2, "the disk is full ([Errno 28] No space left on device: '/x'"),
         (PermissionError(13, "Permission denied", "/x"), 1, "the system refuses ([Errno 13] Permission denied: '/x')"),
         (RecursionError("maximum"), 1, "nested too deeply (maximum)"),

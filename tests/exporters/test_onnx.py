@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from gblm_compress.errors import MissingDependencyError, ModelError, VerificationError
 from gblm_compress.exporters import onnx as exporter
@@ -278,6 +279,18 @@ def test_damaged_initializers_are_errors(kernels: bool) -> None:
     for damage in damages + [{"starts": np.array(starts)} for starts in ([0, 2], [0], [0.0, 1.0]) if kernels]:
         with pytest.raises(VerificationError, match=r"^w\.(mask|nonzeros|starts|values): "):
             decoded(**damage)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_model(exported, traced, tmp_path, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise Fail("std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(Fail):
+        export(exported[0], tmp_path / "out", **PLAIN)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MemoryError), onnx_plain._tracing(None, exported[0]):
+        raise MemoryError
 
 
 def forgetful(last_logits: Callable[..., Any]) -> Callable[..., Any]:
