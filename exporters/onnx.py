@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.exporters import check_is_pruned, dtype_of, onnx_fused, onnx_plain, onnx_weights
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
 from gblm_compress.exporters.onnx_rounding import round_, use_nbits_
@@ -83,11 +83,35 @@ def graph_of(model: nn.Module, settings: ExportSettings) -> str:
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write a folder of `model.onnx`, its data, processor and configs, verified in ONNX Runtime.
+    """Write a folder of `model.onnx`, its data, processor and configs, verified in ONNX Runtime; returns the checks.
 
-    A bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With `kernels`, float16
-    is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
+    Where a fused graph that nobody asked for cannot be made or run, a plain one takes its place, with the reason among
+    the checks. A bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
+    `kernels`, float16 is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
     """
+    fused, plain = (settings.model_copy(update={"graph": graph}) for graph in ("fused", "plain"))
+    if graph_of(loading.load_skeleton(source), settings) == "plain":
+        return _export(source, output, plain, force=force, progress=progress)
+    try:
+        return _export(source, output, fused, force=force, progress=progress)
+    except ModelError as error:
+        if settings.graph or is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    progress.say(f"the plain graph takes the place of the fused one: {reason}")
+    return _export(source, output, plain, reason, force=force, progress=progress)
+
+
+def _export(
+    source: ModelSource,
+    output: Path,
+    settings: ExportSettings,
+    why_not_fused: str | None = None,
+    *,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`export` with the graph that the settings say."""
     task, stored = loading.task_of(source), dtype_of(source, settings)
     half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32
     dtype = "float32" if half else stored
@@ -102,13 +126,12 @@ def export(
         check_is_pruned(weights, LAYOUTS["bitmask"].kind)
     rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
-    graph = graph_of(model, settings)
-    copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
+    copies = 1 + (FORMATS[settings.format].copies if settings.graph == "fused" else 0)
     outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
     with outputs.atomic_folder(output, force=force) as temporary:
         genai_config: dict[str, Any] | None
         with TemporaryDirectory(dir=temporary) as scratch:  # for the builder, until the weights are saved
-            if graph == "fused":
+            if settings.graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
                 program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
@@ -147,13 +170,14 @@ def export(
             sample = {**sample, "input_ids": sample["input_ids"].repeat(1, LENGTHEN)}
         exactness = ("levels" if settings.kernels else "blocks") if settings.quantise else dtype
         checks = {
-            "graph": graph,
+            "graph": settings.graph,
+            **({"why_not_fused": why_not_fused} if why_not_fused else {}),
             "nodes": len(program.graph),
             **({"tokens_at_once": limit} if limit else {}),
             "dtype": stored,
             **({"weights": settings.quantise, **rounded.summary()} if rounded else {}),
             "arithmetic": dtype,
-            **verify(temporary, model, sample, exactness, layers, places),
+            **verify(ModelSource(source.name, temporary), model, sample, exactness, layers, places),
         }
         content = {"kind": "export", "format": settings.format, "dtype": stored, "checks": checks}
         loading_code = _LOADING_KERNELS if settings.kernels else _LOADING

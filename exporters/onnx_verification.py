@@ -32,15 +32,15 @@ QUANTISED = {MASK: ("int64",), VALUES: ("int8", "uint8"), SCALES: ("float16",), 
 
 
 def verify(
-    folder: Path, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
+    exported: ModelSource, model: Any, sample: Sample, dtype: str, layers: list[str], places: dict[str, Place]
 ) -> dict[str, Any]:
-    """Reopen the folder in ONNX Runtime; compare predictions, and zeros of `layers`, with torch.
+    """Reopen a folder in ONNX Runtime; compare predictions, and zeros of `layers`, with torch.
 
     `dtype` is an entry of `TOLERANCE`.
     """
-    zeros = _verify_zeros(folder, model, layers, places)
+    zeros = _verify_zeros(exported.folder, model, layers, places)
     reference = TorchRuntime(model)
-    where = ModelSource(str(folder), folder), "cpu", torch.get_num_threads()
+    where = exported, "cpu", torch.get_num_threads()
     if not reference.task.generates:
         forward = OnnxForward(*where)
         difference = _check_logits(reference.predict(sample)[0], forward.predict(sample)[0], dtype, "read at once")

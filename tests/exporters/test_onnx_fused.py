@@ -25,6 +25,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
 from tests.conftest import export, greedy_tokens
 from tests.exporters.test_onnx import needs_operator
+from tests.families.tiny import tiny_family
 
 SIZES = {
     "vocab_size": 257,
@@ -225,8 +226,19 @@ def test_what_comes_out_wrong_is_refused(config, reason) -> None:
 def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(onnx_fused, "_OPTIONS", ("hf_remote=maybe",))
     with pytest.raises(ModelError, match=r"builder does not manage LlamaForCausalLM \(.+\); export with --graph plain"):
-        export(tiny("llama"), tmp_path / "out", format="onnx")
+        export(tiny("llama"), tmp_path / "out", format="onnx", graph="fused")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path) -> None:
+    """As of a Phi whose heads have a rotary part of 8."""
+    tiny_family("phi").save_pretrained(tmp_path / "phi")
+    byte_tokenizer().save_pretrained(tmp_path / "phi")
+    source = ModelSource("small", tmp_path / "phi")
+    with pytest.raises(ModelError, match="'small': ONNX Runtime cannot run it .*cos_cache dimension 1 must be"):
+        export(source, tmp_path / "out", format="onnx", graph="fused")
+    checks = export(source, tmp_path / "out", format="onnx")[0].checks
+    assert checks["graph"] == "plain" and "cos_cache dimension 1 must be" in checks["why_not_fused"]
 
 
 @needs_operator
