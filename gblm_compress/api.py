@@ -35,7 +35,7 @@ from gblm_compress.settings import (
     RecoverSettings,
     ResourceSettings,
 )
-from gblm_compress.storage import outputs, records
+from gblm_compress.storage import outputs
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def generate(
     quiet: Quiet = False,
 ) -> "GenerateResult":
     """Let a model write text for calibration and training. Use it if you lack real text."""
-    outputs.check_file(Path(output), ".txt", "text", force)
+    outputs.TEXT.check(Path(output), force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
         from gblm_compress.calibration import generation
@@ -258,11 +258,11 @@ def inspect(
     """Show the zeros of each layer and the patterns that they follow."""
     picture = None if heat_map is None else Path(heat_map)
     if picture is not None:
-        outputs.check_file(picture, ".png", "heat map", force)
+        outputs.HEAT_MAP.check(picture, force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.measure import inspection
 
-        return inspection.inspect(source, picture, progress)
+        return inspection.inspect(source, picture, progress, force)
 
 
 @command
@@ -285,30 +285,33 @@ def run(
             raise UsageError(f"set={list(changes)} changes a recipe from a file; change the mapping itself")
         if output is None:
             raise UsageError("a recipe that is no file has no name; give the output folder")
-        content, folder = _recipe_of(recipe), Path(output)
+        content, folder, inputs = _recipe_of(recipe), Path(output), []
     else:
-        path = find_recipe(str(recipe))
+        inputs = [path := find_recipe(str(recipe))]
         content, folder = load_recipe(path, tuple(set)), Path(output or Path("runs") / path.stem)
     from gblm_compress.runs import report as documents
 
     outputs.check_workable(folder, "run")
-    asked = [(junit, documents.junit), (summary, documents.markdown)]
-    written = [(Path(path), document) for path, document in asked if path is not None]
-    if dry_run and written:
+    if dry_run and (junit or summary):
         raise UsageError("--junit and --summary would do nothing with --dry-run, which measures nothing")
-    for path, _ in written:
-        outputs.check_document(path, "gblm-compress")
-    progress = _progress(quiet)
+    asked = ((junit, outputs.JUNIT, documents.junit), (summary, outputs.SUMMARY, documents.markdown))
+    with ExitStack() as stack:
+        written = [
+            (stack.enter_context(kind.reserved(Path(name), inputs=inputs)), content_of)
+            for name, kind, content_of in asked
+            if name is not None
+        ]
+        progress = _progress(quiet)
 
-    from gblm_compress.runs import pipeline
+        from gblm_compress.runs import pipeline
 
-    if dry_run:
-        errors.raise_all(pipeline.check(content, progress) + pipeline.check_output(content, folder))
-        return pipeline.dry_run(content, folder, progress)
-    result = pipeline.run(content, folder, progress)
-    for path, document in written:
-        records.write_text(path, document(result))
-    return result
+        if dry_run:
+            errors.raise_all(pipeline.check(content, progress) + pipeline.check_output(content, folder))
+            return pipeline.dry_run(content, folder, progress)
+        result = pipeline.run(content, folder, progress)
+        for write, content_of in written:
+            write(content_of(result))
+        return result
 
 
 @command

@@ -22,7 +22,7 @@ from gblm_compress.errors import UsageError
 from gblm_compress.machine import cache_folder
 from gblm_compress.runs.recipe import describe_fault, faults_of
 from gblm_compress.settings import Settings
-from gblm_compress.storage.records import write_text
+from gblm_compress.storage.records import write_file
 
 R = TypeVar("R")
 REQUIRED = "required on the command line"
@@ -157,6 +157,6 @@ def text_file(texts: Iterable[str] | Iterable[Mapping[str, Any]]) -> str:
         with suppress(OSError):
             path.touch()
     else:
-        write_text(path, content)
+        write_file(path, content)
     tasks.data_files(str(path))
     return str(path)

@@ -19,8 +19,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import GenerateSettings
 from gblm_compress.storage import outputs
-from gblm_compress.storage.records import write_text
-from gblm_compress.tasks import data_files
+from gblm_compress.tasks import data_files, files_of
 from gblm_compress.tasks.text import load_text
 
 STARTS = (8, 13, 21, 0)  # tokens of a line that begin the pieces of a batch, in turn
@@ -48,8 +47,8 @@ def generate(
     source: ModelSource, output: Path, settings: GenerateSettings, device: str, progress: Progress, force: bool = False
 ) -> GenerateResult:
     """Let a causal language model write a .txt file, with an empty line between two texts."""
-    began = time.monotonic()
-    with outputs.reserved_file(output, ".txt", "text", force):
+    began, inputs = time.monotonic(), files_of(settings.starts) if settings.starts else []
+    with outputs.TEXT.reserved(output, force, inputs) as keep:
         errors.raise_all(check(source, settings) + errors.collect([partial(loading.choose_device, device)]))
         device, tokenizer = loading.choose_device(device), loading.load_processor(source)
         with freed_memory_kept(), peak_memory(device) as memory:
@@ -57,7 +56,7 @@ def generate(
             progress.say(f"writing {settings.tokens:,} tokens with {source.name} on {device} …")
             rows = write(model, tokenizer, settings, progress)
         texts = [each for row in rows for each in texts_of(row, tokenizer)]
-        write_text(output, "".join(f"{each}\n\n" for each in texts))
+        keep("".join(f"{each}\n\n" for each in texts))
     words, tokens, seconds = sum(len(each.split()) for each in texts), sum(map(len, rows)), time.monotonic() - began
     return GenerateResult(str(output), len(texts), words, tokens - len(rows), dtype, seconds, memory.peak_bytes)
 

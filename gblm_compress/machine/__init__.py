@@ -162,7 +162,7 @@ def remembered(machine: str, what: str, measure: Callable[[], T], is_valid: Call
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = _read(path)  # again: another process may have added to it
             stored[machine] = stored.get(machine, {}) | known
-            records.write_text(path, json.dumps(stored, indent=2) + "\n")
+            records.write_file(path, json.dumps(stored, indent=2) + "\n")
     result: T = known[what]
     return result
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gblm_compress.errors import OutputError
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.progress import Progress
+from gblm_compress.storage import outputs
 
 CANDIDATES = tuple(Pattern(name) for name in ("1:2", "1:4", "2:4", "2:8", "4:8", "8:16", "16:32"))
 STRIP = 128  # columns in a line of a panel
@@ -62,7 +62,7 @@ class InspectResult:
         return asdict(self)
 
 
-def inspect(source: ModelSource, heat_map: Path | None, progress: Progress) -> InspectResult:
+def inspect(source: ModelSource, heat_map: Path | None, progress: Progress, force: bool = False) -> InspectResult:
     """Report on every layer that pruning touches, and draw them as PNG if asked to."""
     loading.check_model(source, "inspect")
     model = loading.load_model(source)
@@ -73,7 +73,8 @@ def inspect(source: ModelSource, heat_map: Path | None, progress: Progress) -> I
         reports.append(report(name, weight))
         strips[name] = (weight != 0).float().mean(0)
     if heat_map is not None:
-        draw(strips, heat_map, source.name)
+        with outputs.HEAT_MAP.reserved(heat_map, force) as write:
+            write(draw(strips, source.name))
     return InspectResult(
         source.name,
         tuple(reports),
@@ -113,7 +114,7 @@ def report(name: str, weight: Tensor) -> LayerReport:
 
 
 @plain_figures()
-def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
+def draw(columns: dict[str, Tensor], title: str) -> bytes:
     """One panel for each kind of layer in the first, the middle and the last block, as PNG.
 
     `columns` has the share of nonzero weights in each column (input) of each layer. A colour is the difference of a
@@ -149,10 +150,7 @@ def draw(columns: dict[str, Tensor], path: Path, title: str) -> None:
     figure.suptitle(printable(heading), fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
-    try:
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise OutputError(f"heat map {str(path)!r} cannot be written: {error.strerror}") from error
+    return picture.getvalue()
 
 
 def _split(name: str) -> tuple[str, str]:

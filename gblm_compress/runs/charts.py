@@ -4,10 +4,8 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
-from gblm_compress.errors import OutputError
 from gblm_compress.measure.timings import Part
 from gblm_compress.printing import plain_figures, printable
 from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, Row, amount
@@ -157,14 +155,6 @@ def drawn(draw: Callable[[Any], None], height: float) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=160, format="png")
     return picture.getvalue()
-
-
-def save(picture: bytes, path: Path) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0, log: bool = False) -> bytes:

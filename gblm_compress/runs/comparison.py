@@ -157,8 +157,8 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
         found = list(rows.method_rows(result.as_dict()))
         axes = ([row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity"))
         points = list(zip(*axes, strict=True))
-        charts.save(charts.scatter(points, "seconds of pruning", "perplexity", log=True), output / PLOT)
-        records.write_text(output / REPORT, records.as_json(result.as_dict()))
+        records.write_file(output / PLOT, charts.scatter(points, "seconds of pruning", "perplexity", log=True))
+        records.write_file(output / REPORT, records.as_json(result.as_dict()))
         return result
 
 

@@ -167,7 +167,7 @@ class Stage:
     def check_place(self) -> None:
         if self.place is not None and self.place.suffix == ".txt":
             if self.place.exists():
-                outputs.check_file(self.place, ".txt", "text", force=True)
+                outputs.TEXT.check(self.place, force=True)
         elif self.place is not None:
             outputs.check_output(self.place, force=True)
 

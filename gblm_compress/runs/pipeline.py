@@ -135,7 +135,7 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
-        records.write_text(output / RECIPE, records.as_json(recipe.model_dump(mode="json", exclude_unset=True)))
+        records.write_file(output / RECIPE, records.as_json(recipe.model_dump(mode="json", exclude_unset=True)))
         outcomes, comparison = [], None
         for stage in stages_of(job):
             if stage.cells:

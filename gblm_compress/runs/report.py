@@ -11,15 +11,13 @@ from xml.etree import ElementTree
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.printing import printable, printable_lines
 from gblm_compress.runs import charts, run_report, tables
 from gblm_compress.runs.run_report import REPORT, RunReport, headline
 from gblm_compress.storage import outputs, records
 
 FILES = Path(__file__).parent / "page_files"
-MARK = "gblm-compress"
-"""Every document has this among its first characters."""
 PAGE, PICTURES = "report.html", "charts"
 SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
 """The tables of a summary, in a terminal or in Markdown."""
@@ -44,22 +42,27 @@ class ReportResult:
 
 def report(folders: Sequence[Path], output: Path) -> ReportResult:
     """Write the page of the last of one or two runs, with the changes between two."""
-    outputs.check_document(output, MARK)
-    if len(folders) not in (1, 2):
-        raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
-    runs = [run_report.read(folder) for folder in folders]
-    changed = tables.changes(*runs) if len(runs) == 2 else None
-    records.write_text(output, html(runs[-1], changed))
-    return ReportResult(str(output), runs, changed)
+    with outputs.PAGE.reserved(output, inputs=folders) as write:
+        if len(folders) not in (1, 2):
+            raise UsageError("give one folder that `gblm-compress run` wrote, or two to compare them, the newest last")
+        runs = [run_report.read(folder) for folder in folders]
+        changed = tables.changes(*runs) if len(runs) == 2 else None
+        write(html(runs[-1], changed))
+        return ReportResult(str(output), runs, changed)
 
 
 def write(report: RunReport, output: Path) -> None:
     """Write `report.json`, then draw the charts for the page and as pictures."""
-    records.write_text(output / REPORT, records.as_json(report.as_dict()))
+    records.write_file(output / REPORT, records.as_json(report.as_dict()))
     drawn = charts.of(report)
-    records.write_text(output / PAGE, html(report, drawn=drawn))
+    records.write_file(output / PAGE, html(report, drawn=drawn))
+    pictures = output / PICTURES
+    try:
+        pictures.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{str(pictures)!r} cannot be written: {error.strerror}") from error
     for chart in drawn:
-        charts.save(chart.picture, output / PICTURES / f"{chart.name}.png")
+        records.write_file(pictures / f"{chart.name}.png", chart.picture)
 
 
 def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence[charts.Chart] | None = None) -> str:
@@ -93,11 +96,11 @@ def verdict(report: RunReport) -> str | None:
 def markdown(report: RunReport) -> str:
     """A summary for the page of a CI job."""
     word = verdict(report)
-    lines = [f"<!-- {MARK} -->", f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
+    lines = [f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
     lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:
         lines += ["Failed gates:", "", *(f"- {plain(gate.sentence)}" for gate in failed), ""]
-    return "\n".join([*lines, *markdown_tables(report, SHORT), ""])
+    return outputs.SUMMARY.header + "\n".join([*lines, *markdown_tables(report, SHORT), ""])
 
 
 def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
@@ -122,7 +125,7 @@ def junit(report: RunReport) -> str:
     """The gates as test cases for CI systems."""
     suite = ElementTree.Element(
         "testsuite",
-        name=f"{MARK}: {printable(report.model)}",
+        name=f"gblm-compress: {printable(report.model)}",
         tests=str(len(report.gates)),
         failures=str(len(report.failed_gates)),
         errors="0",

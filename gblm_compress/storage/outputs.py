@@ -11,8 +11,9 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
@@ -20,7 +21,7 @@ from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from gblm_compress.errors import OutputError, UsageError
-from gblm_compress.storage.records import read_json, write_text
+from gblm_compress.storage.records import read_json, write_file
 
 MANIFEST = "gblm_manifest.json"
 FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, and what it is
@@ -57,7 +58,7 @@ def working_in(folder: Path, kind: str) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             empty = _is_empty(folder)
         if empty:
-            write_text(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
+            write_file(folder / MANIFEST, json.dumps({KIND: kind}, indent=2) + "\n")
         try:
             yield
         finally:
@@ -197,42 +198,68 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing_parent(folder)).free
 
 
-def check_file(path: Path, suffix: str, what: str, force: bool = False) -> None:
-    """Refuse a file to write with another suffix, that exists without `force`, or that cannot be written."""
-    if path.suffix != suffix:
-        raise UsageError(f"{what} {str(path)!r}: give a name that ends in {suffix}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{what} {str(path)!r} is no file; give another name")
-    if path.exists() and not force:
-        raise UsageError(f"{what} {str(path)!r} exists; give another file, or --force to replace it")
-    _check_place(path, f"{what} ")
+@dataclass(frozen=True)
+class Document:
+    """A kind of file that a command writes.
+
+    Attributes:
+        what: its name in messages.
+        suffix: of its files' names.
+        header: its first characters. A file that begins so is ours, and is replaced without `force`.
+    """
+
+    what: str
+    suffix: str
+    header: str = ""
+
+    def check(self, path: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+        """Refuse a file with another suffix, that is an input or not to be replaced, or that cannot be written."""
+        named = f"{self.what} {str(path)!r}"
+        if path.suffix != self.suffix:
+            raise UsageError(f"{named}: give a name that ends in {self.suffix}")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise UsageError(f"{named} is a link or no file; give another name")
+        if not path.parent.is_dir():
+            raise UsageError(f"{named} cannot be written: there is no folder {str(path.parent)!r}")
+        if not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{named} cannot be written: {str(path.parent)!r} is read-only")
+        if not path.exists():
+            return
+        if any(each.exists() and path.samefile(each) for each in inputs):
+            raise UsageError(f"{named} is an input of this command; give another file")
+        if not self.header and not force:
+            raise UsageError(f"{named} exists; give another file, or --force to replace it")
+        if self.header and path.stat().st_size and not self._begins(path):
+            raise UsageError(f"{named} exists and was not written by this program; give another file")
+
+    def _begins(self, path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(self.header.encode())) == self.header.encode()
+
+    @contextmanager
+    def reserved(
+        self, path: Path, force: bool = False, inputs: Iterable[Path] = ()
+    ) -> Iterator[Callable[[str | bytes], None]]:
+        """Hold the name for this process while the `with` runs; yields what writes the file, whole or not at all."""
+
+        def write(content: str | bytes) -> None:
+            try:
+                self.check(path, force, inputs)
+            except UsageError as error:  # it was free when the work began
+                raise OutputError(str(error)) from error
+            write_file(path, content)
+
+        self.check(path, force, inputs)
+        with _locked(path):
+            self.check(path, force, inputs)
+            yield write
 
 
-@contextmanager
-def reserved_file(path: Path, suffix: str, what: str, force: bool = False) -> Iterator[None]:
-    check_file(path, suffix, what, force)
-    with _locked(path):
-        check_file(path, suffix, what, force)
-        yield
-
-
-def check_document(path: Path, mark: str) -> None:
-    """Refuse a file to write, unless it is new, empty, or one of our own documents, which begin with a mark."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UsageError(f"{str(path)!r} is a link or no file; give another name")
-    _check_place(path)
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            beginning = file.read(500)
-        if beginning and mark not in beginning:
-            raise UsageError(f"{str(path)!r} exists and was not written by this program; give another name")
-
-
-def _check_place(path: Path, what: str = "") -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"{what}{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{what}{str(path)!r} cannot be written: {str(path.parent)!r} is read-only")
+TEXT, HEAT_MAP = Document("text", ".txt"), Document("heat map", ".png")
+SUMMARY = Document("summary", ".md", "<!-- gblm-compress -->\n")
+JUNIT = Document("JUnit file", ".xml", "<?xml version='1.0' encoding='utf-8'?>\n<testsuite name=\"gblm-compress: ")
+_HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content='
+PAGE = Document("page", ".html", f'{_HEAD}"gblm-compress">\n')
 
 
 @contextmanager

@@ -39,12 +39,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all, whatever happens to process or machine."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens to process or machine; a text as UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(content)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             to_disk(file)
         rename_durably(temporary, path)
     except OSError as error:
@@ -55,7 +55,7 @@ def write_text(path: Path, content: str) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write a record of our own, durably, with a hash of its content: see `read_sealed`."""
-    write_text(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
+    write_file(path, json.dumps({SEAL: _seal(content), **content}, indent=2) + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from gblm_compress.calibration import generation
 from gblm_compress.calibration.generation import STARTS, generate, texts_of, write
-from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
+from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
 from gblm_compress.settings import GenerateSettings
 from gblm_compress.storage import outputs
@@ -102,7 +102,7 @@ def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, progress, m
         generate(source, out, wrong, device="gpu", progress=progress)
     for message in ("512 positions", "no such file", "'gpu' is not supported"):
         assert message in str(all_faults.value)
-    with outputs.reserved_file(out, ".txt", "text"), pytest.raises(UsageError, match="is being written by process"):
+    with outputs.TEXT.reserved(out), pytest.raises(UsageError, match="is being written by process"):
         generate(source, out, GenerateSettings(), device="cpu", progress=progress)
     assert (tmp_path / "kept.txt").read_text() == "kept" and not out.exists()
 
@@ -111,6 +111,17 @@ def test_a_text_without_long_lines_is_refused(tiny, tmp_path, progress) -> None:
     (tmp_path / "menu.txt").write_text("Menu\nAbout us\n")
     with pytest.raises(DataError, match="holds no line of 160 characters"):
         write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(starts=str(tmp_path / "menu.txt")), progress)
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tiny, tmp_path, progress, monkeypatch) -> None:
+    original, out = generation.write, tmp_path / "out.txt"
+    monkeypatch.setattr(generation, "write", lambda *given: (out.write_text("mine"), original(*given))[1])
+    with pytest.raises(OutputError, match="out.txt' exists; give another file"):
+        generate(tiny("llama"), out, GenerateSettings(**SMALL), device="cpu", progress=progress)
+    assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(UsageError, match="out.txt' is an input of this command"):
+        asked = GenerateSettings(**SMALL, starts=str(out))
+        generate(tiny("llama"), tmp_path / "." / "out.txt", asked, device="cpu", progress=progress, force=True)
 
 
 def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch) -> None:

@@ -145,9 +145,27 @@ def test_a_report_of_two_runs(program, tmp_path) -> None:
     assert done.code == 6 and "bitmask in torch, batch 1: TPOT 10.00 ms → 14.00 ms" in done.stderr
     assert json.loads(done.stdout)["regressions"] and "the one before" in (tmp_path / "joined.html").read_text()
     assert program("report", "now", "-o", "joined.html").code == 0  # its own page may be replaced
-    (tmp_path / "notes.html").write_text("mine")
-    done = program("report", "now", "-o", "notes.html")
-    assert done.code == 2 and "was not written by this program" in done.stderr
+
+
+def test_a_file_of_the_user_is_not_replaced_by_a_document(program, tmp_path) -> None:
+    write_report(tmp_path / "ran")
+    mine = {
+        name: f"# {name} calls gblm-compress\nmodel: tiny\n"
+        for name in ("mine.yaml", "job.sh", "notes.html", "card.md")
+    }
+    for name, content in mine.items():
+        (tmp_path / name).write_text(content)
+    foreign = "exists and was not written by this program"
+    for arguments, message in (
+        (("run", "mine.yaml", "--summary", "mine.yaml"), "summary 'mine.yaml': give a name that ends in .md"),
+        (("run", "mine.yaml", "--summary", "card.md"), foreign),
+        (("run", "mine.yaml", "--junit", "job.sh"), "JUnit file 'job.sh': give a name that ends in .xml"),
+        (("report", "ran", "-o", "job.sh"), "page 'job.sh': give a name that ends in .html"),
+        (("report", "ran", "-o", "notes.html"), foreign),
+    ):
+        done = program(*arguments)
+        assert done.code == 2 and message in done.stderr
+    assert {name: (tmp_path / name).read_text() for name in mine} == mine
 
 
 def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:

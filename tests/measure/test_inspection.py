@@ -58,7 +58,7 @@ def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
     [
         ("thesis.doc", "ends in .png"),
         ("kept.png", "exists; give another file, or --force"),
-        ("folder.png", "is no file"),
+        ("folder.png", "is a link or no file"),
         ("nowhere/map.png", "there is no folder"),
         ("kept.png/map.png", "there is no folder"),
     ],

@@ -102,4 +102,4 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
 def write_report(run: Path, **changes) -> None:
     """What `report` and `push` read of a run, in its folder."""
     run.mkdir(exist_ok=True)
-    records.write_text(run / REPORT, records.as_json(report(**changes).as_dict()))
+    records.write_file(run / REPORT, records.as_json(report(**changes).as_dict()))

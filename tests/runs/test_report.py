@@ -15,6 +15,7 @@ from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
 from gblm_compress.runs.rows import Row
 from gblm_compress.runs.run_report import headline
+from gblm_compress.storage.outputs import JUNIT, PAGE, SUMMARY
 from gblm_compress.storage.records import as_json
 from tests.runs.reports import HOSTILE, measured, model, models, report, write_report
 
@@ -42,6 +43,9 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 11
     assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 11
     markdown = documents.markdown(hostile)
+    for kind, content in ((PAGE, page), (SUMMARY, markdown), (JUNIT, documents.junit(hostile))):
+        (tmp_path / f"own{kind.suffix}").write_text(content, encoding="utf-8")
+        kind.check(tmp_path / f"own{kind.suffix}")  # it is known as our own, which may be replaced
     assert "<script>" not in markdown and "\x1b" not in markdown and r"\|\`" in markdown
     assert all(line.count(" | ") == 5 for line in markdown.splitlines() if line.startswith("| max"))
     assert ElementTree.fromstring(documents.junit(hostile)).get("failures") == "1"

@@ -13,7 +13,16 @@ import pytest
 
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.storage import outputs
-from gblm_compress.storage.outputs import MANIFEST, atomic_folder, check_output, check_workable, reserved, working_in
+from gblm_compress.storage.outputs import (
+    MANIFEST,
+    SUMMARY,
+    TEXT,
+    atomic_folder,
+    check_output,
+    check_workable,
+    reserved,
+    working_in,
+)  # fmt: skip
 from gblm_compress.storage.records import read_json
 
 
@@ -259,3 +268,37 @@ def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch) -> None:
         with pytest.raises(UsageError, match="is where you are"):
             check_output(Path(folder), force=True)
     check_output(Path("new"), force=False)
+
+
+def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
+    own, new = tmp_path / "own.md", tmp_path / "new.md"
+    own.write_text(f"{SUMMARY.header}# of the last run\n")
+    (tmp_path / "empty.md").touch()
+    (tmp_path / "notes.md").write_text(f"# How I call gblm-compress\n{SUMMARY.header}")
+    (tmp_path / "link.md").symlink_to(own)
+    os.link(own, tmp_path / "input.md")
+    for path, message in (
+        (tmp_path / "notes.md", "notes.md' exists and was not written by this program"),
+        (tmp_path / "link.md", "is a link"),
+        (tmp_path / "own.txt", "ends in .md"),
+    ):
+        with pytest.raises(UsageError, match=message), SUMMARY.reserved(path):
+            pytest.fail("the work began")
+    with pytest.raises(UsageError, match="own.md' is an input of this command"):
+        SUMMARY.check(own, inputs=[tmp_path / "gone", tmp_path / "input.md"])
+    for path in (own, new, tmp_path / "empty.md"):
+        with SUMMARY.reserved(path) as write:
+            with pytest.raises(UsageError, match="is being written by process"), SUMMARY.reserved(path):
+                pytest.fail("two write one file")
+            write("now")
+        assert path.read_text() == "now"
+
+
+def test_a_file_that_appears_while_a_document_is_made_is_kept(tmp_path) -> None:
+    for kind in (SUMMARY, TEXT):
+        path = tmp_path / f"mine{kind.suffix}"
+        with pytest.raises(OutputError, match="exists"), kind.reserved(path) as write:
+            path.write_text("mine")
+            write("ours")
+        assert path.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.md", "mine.txt"}

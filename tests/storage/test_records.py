@@ -7,7 +7,7 @@ import os
 import pytest
 
 from gblm_compress.errors import UsageError
-from gblm_compress.storage.records import as_json, read_json, read_sealed, write_sealed, write_text
+from gblm_compress.storage.records import as_json, read_json, read_sealed, write_file, write_sealed
 
 
 def test_json_is_valid_whatever_was_measured() -> None:
@@ -28,10 +28,10 @@ def test_json_that_is_no_object(content, tmp_path) -> None:
 
 
 def test_write_text_is_whole_or_nothing(tmp_path) -> None:
-    write_text(tmp_path / "x", "content")
+    write_file(tmp_path / "x", "content")
     assert (tmp_path / "x").read_text() == "content"
     with pytest.raises(UsageError, match="cannot be written"):
-        write_text(tmp_path / "gone" / "x", "content")
+        write_file(tmp_path / "gone" / "x", "content")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
