@@ -92,9 +92,8 @@ def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str,
 
 def _byte_limit(report: RunReport) -> Chart | None:
     sizes = {row.artefact: row.value or 0 for row in report.find("bytes")}
-    dense = {row.lane: sizes.get(row.artefact) for row in reversed(report.find("tpot_ms")) if row.dense}
     rows = report.find("decode_speedup")
-    pairs = [(place, dense.get(row.lane), sizes.get(row.artefact)) for place, row in enumerate(rows)]
+    pairs = [(place, sizes.get(report.baseline_of(row)), sizes.get(row.artefact)) for place, row in enumerate(rows)]
     limits = {place: of_dense / own for place, of_dense, own in pairs if of_dense and own}
 
     def mark(axes: Any) -> None:

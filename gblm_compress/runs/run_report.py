@@ -90,6 +90,12 @@ class RunReport:
         found = [row for row in self.find(figure, artefact) if row.batch == self.smallest_batch]
         return max(found, key=lambda row: row.low or 0, default=None)
 
+    def baseline_of(self, speedup: Row) -> str:
+        """The dense artefact that was timed in the same lane."""
+        return next(
+            (row.artefact for row in self.rows if row.dense and row.runtime and row.lane == speedup.lane), DENSE
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.as_dict() for row in self.rows], "passed": self.passed}
 
@@ -118,31 +124,39 @@ def read(folder: Path) -> RunReport:
 
 
 def headline(report: RunReport, artefact: str | None = None) -> str:
-    """Size, speed and quality of an artefact, the best if None, beside the dense model, in one sentence."""
+    """Size, speed and quality of an artefact, the best if None. Each sentence has one baseline."""
     artefact = artefact or report.best
     if artefact is None:
         return "Nothing was measured."
-    parts = [f"{amount('bytes_ratio', row.value)} the bytes of the dense model" for row in
-             report.find("bytes_ratio", artefact)[:1]]  # fmt: skip
-    speedup, verb = report.speedup("decode_speedup", artefact), "decodes"
-    if speedup is None:
-        speedup, verb = report.speedup("prefill_speedup", artefact), "runs"
-    if speedup is not None:
-        times = f"{speedup.value:.2f}×"
+    speed, where, beside = [], "", DENSE
+    if speedup := report.speedup("decode_speedup", artefact) or report.speedup("prefill_speedup", artefact):
+        beside, times = report.baseline_of(speedup), f"{speedup.value:.2f}×"
         if (speedup.low or 0) > 1 or (speedup.high or 2) < 1:
             slower = ", which is slower" if (speedup.high or 2) < 1 else ""
-            parts.append(f"{verb} {times} as fast{interval(speedup)}{slower}")
+            verb = "decodes" if speedup.figure == "decode_speedup" else "runs"
+            speed = [f"{verb} {times} as fast{interval(speedup)}{slower}"]
         else:
-            parts.append(f"no clear speed difference ({times}{interval(speedup)})")
+            speed = [f"no clear speed difference ({times}{interval(speedup)})"]
+        if machine := report.conditions.get("machine"):
+            where = f"; on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
+    quality = []
     for name in report.metrics[:1]:
         for row in report.find(name, artefact):
             dense = "" if row.baseline is None else f"{amount(name, row.baseline)} → "
-            parts.append(f"{name} {dense}{amount(name, row.value, row.error)}")
+            quality.append(f"{name} {dense}{amount(name, row.value, row.error)}")
     of = "tokens" if "perplexity" in report.metrics else "predictions"
     for row in report.find("top1_agreement", artefact):
-        parts.append(f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}")
+        quality.append(f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}")
     for row in report.find("task_recovery", artefact):
-        parts.append(f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}")
-    machine = report.conditions.get("machine") if speedup else None
-    where = f"; on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}" if speedup and machine else ""
-    return f"{artefact}: {', '.join(parts)}{where}."
+        quality.append(f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}")
+    size = _size(report, artefact, beside)
+    if beside == DENSE:
+        return f"{artefact}: {', '.join(size + speed + quality)}{where}."
+    others = ", ".join(_size(report, artefact, DENSE) + quality)
+    return f"{artefact}: {', '.join(size + speed)}{where}. It has {others}."
+
+
+def _size(report: RunReport, artefact: str, beside: str) -> list[str]:
+    pairs = zip(report.find("bytes", artefact), report.find("bytes", beside), strict=False)
+    named = "the dense model" if beside == DENSE else beside
+    return [f"{amount('bytes_ratio', (own.value or 0) / (of.value or 1))} the bytes of {named}" for own, of in pairs]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from gblm_compress.runs import charts
 from gblm_compress.runs.rows import Row
-from tests.runs.reports import HOSTILE, measured, models, report
+from tests.runs.reports import HOSTILE, in_8_bits, measured, models, report
 
 
 def test_the_front_is_what_a_plain_loop_finds() -> None:
@@ -46,19 +46,20 @@ def test_what_generates_nothing_is_said_to_run_forward_passes(monkeypatch) -> No
 
 
 def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
-    axes: list[MagicMock] = []
-
-    def draw_on_a_mock(draw, height: float) -> int:
-        axes.append(MagicMock(**{"get_xlim.return_value": (0.0, 1.0)}))
-        draw(axes[-1])
-        return len(axes) - 1
-
-    monkeypatch.setattr(charts, "drawn", draw_on_a_mock)
-    charts_by_name = {chart.name: axes[chart.picture] for chart in charts.of(report())}
+    def draw_on_a_mock(draw, height: float) -> MagicMock:
+        draw(axes := MagicMock(**{"get_xlim.return_value": (0.0, 1.0)}))
+        return axes
 
     def given(name: str, method: str) -> list[tuple]:
-        return [call.args for call in getattr(charts_by_name[name], method).call_args_list]
+        return [call.args for call in getattr(drawn[name], method).call_args_list]
 
+    monkeypatch.setattr(charts, "drawn", draw_on_a_mock)
+    in_8 = report(rows=measured(models()[0], *in_8_bits()))
+    drawn = {chart.name: chart.picture for chart in charts.of(in_8)}
+    assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (0.18, 24.0)]  # no perplexity of dense-onnx-int8
+    assert given("quality-time", "errorbar") == [(20.0, 20.0), (10.0, 24.0)]
+    assert [args[0] for args in given("byte-limit", "plot") if "|" in args] == [[300_000 / 180_000]]
+    drawn = {chart.name: chart.picture for chart in charts.of(report())}
     assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (1.0, 24.0), (0.6, 24.0)]
     assert given("quality-bytes", "step") == [([0.6, 1.0], [24.0, 20.0])]
     (limits,) = [args[0] for args in given("byte-limit", "plot") if "|" in args]

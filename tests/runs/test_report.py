@@ -17,7 +17,7 @@ from gblm_compress.runs.rows import Row
 from gblm_compress.runs.run_report import headline
 from gblm_compress.storage.outputs import JUNIT, PAGE, SUMMARY
 from gblm_compress.storage.records import as_json
-from tests.runs.reports import HOSTILE, measured, model, models, report, write_report
+from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, write_report
 
 
 def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) -> None:
@@ -70,6 +70,14 @@ def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
         (30.0, "decodes 0.67× as fast [0.55–0.81], which is slower"),
     ):
         assert said in headline(report(rows=measured(models()[0], model("onnx", tpot, 990_000, 24.0))))
+
+
+def test_a_sentence_of_the_headline_has_one_baseline() -> None:
+    assert headline(report(rows=measured(models()[0], *in_8_bits()))) == (
+        "onnx-int8: 0.600× the bytes of dense-onnx-int8, decodes 2.00× as fast [1.64–2.44]; on a CPU, 2 threads, cpu, "
+        "onnxruntime, batch 1. It has 0.180× the bytes of the dense model, perplexity 20.00 → 24.00 "
+        "±0.50, the same answer as dense in 81 % of tokens, 0.900× the accuracy on tasks [0.80–1.00]."
+    )
 
 
 def test_junit_and_markdown_name_what_failed() -> None:
