@@ -277,7 +277,8 @@ def _openmp_of_torch() -> tuple[int | None, ...]:
     candidates: list[str | None] = []
     maps = Path("/proc/self/maps")
     if sys.platform == "linux" and maps.exists():
-        loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+        lines = os.fsdecode(maps.read_bytes()).split("\n")  # a path may hold spaces, and bytes that are no UTF-8
+        loaded = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
         runtimes = [name for name in loaded if "libgomp" in name or "libiomp" in name]
         # None is what all of the process sees; then torch's own comes first: a path inside its package
         candidates = [None, *sorted(runtimes, key=lambda name: ("torch" not in name, name))]

@@ -4,10 +4,13 @@ Only the weights that transformers would read count: those that `config.json` na
 those in `model.safetensors.index.json`.
 """
 
+import base64
 import hashlib
 import json
+import math
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +29,7 @@ SPARSE_SINGLE, SPARSE_INDEX = "gblm_sparse.safetensors", "gblm_sparse.safetensor
 
 SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
+MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens|gblm_manifest)\.json"
@@ -126,6 +130,10 @@ def check_folder(folder: Path) -> None:
     `ModelError` if a file is damaged, is no regular file or leads out of the folder, or for adapters and quantised
     models.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"{str(folder)!r} is no Unicode name, and weights are not read from it; rename it") from error
     for path in _files(folder):
         _check_file(path, folder)
     if (folder / "adapter_config.json").exists():
@@ -312,3 +320,56 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer.json that could make so much of a text that time or memory would run out.
+
+    Its steps multiply: four that each write a thousand letters for one make 10¹² of it. Those of real tokenizers make
+    18 of one at most (T5, of a ligature).
+    """
+    if not (path := folder / "tokenizer.json").exists():
+        return
+    try:
+        content = read_json(path, unique=True)
+        encoding = [content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]
+        for steps in (encoding, content.get("decoder")):
+            if math.prod(map(_growth, _objects(steps)), start=1.0) > MOST_GROWTH:
+                raise ValueError(f"its steps can make a text more than {MOST_GROWTH} times as long")
+        if any(step.get("max_input_chars_per_word", 0) > LONGEST_WORD for step in [content.get("model") or {}]):
+            raise ValueError(f"it looks for pieces in words of more than {LONGEST_WORD:,} letters")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"its tokenizer.json is refused ({first_line(error)}); take that of the original model"
+        ) from error
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """All objects in JSON, at any depth."""
+    left = [content]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many letters or tokens a step of a tokenizer makes of one, at most."""
+    made = 1.0
+    if "pattern" in step and "content" in step:  # a regular expression may match a single letter, or none
+        made = len(step["content"]) / max(1, len(step["pattern"].get("String", "")))
+    elif "prepend" in step:
+        made = len(step["prepend"])
+    elif "precompiled_charsmap" in step:  # a trie, with its length in front, and texts that end in a zero
+        stored = base64.b64decode(step["precompiled_charsmap"] or "")
+        made = max(map(len, stored[4 + int.from_bytes(stored[:4], "little") :].decode(errors="replace").split("\0")))
+    elif step.get("type") == "ByteLevel":
+        made = 2
+    elif "special_tokens" in step:
+        for pieces in (step.get("single") or [], step.get("pair") or []):
+            texts = Counter(piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece)
+            names = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+            own = sum(len(step["special_tokens"][name]["ids"]) for name in names)
+            made = max(made, own / 16, *texts.values())
+    return max(1.0, made)

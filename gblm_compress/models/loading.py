@@ -9,7 +9,7 @@ from typing import Any
 
 from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
-from gblm_compress.models.files import GRAPH
+from gblm_compress.models.files import GRAPH, check_tokenizer
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
@@ -133,6 +133,8 @@ def load_processor(source: ModelSource) -> Any:
 
     task = task_of(source)
     auto_class = getattr(transformers, task.processor.auto_class)
+    with _named_errors(source):
+        check_tokenizer(source.folder)
     with _named_errors(source, f"its {task.processor.name} cannot be loaded"):
         processor = auto_class.from_pretrained(source.folder, **_SAFELY)
     with _named_errors(source):

@@ -9,10 +9,11 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ FILES, KIND = "files", "kind"  # keys of the manifest: what the folder holds, an
 
 _LONGEST_NAME = 240  # bytes; file systems take 255, and temporary names beside an output are longer
 _NAMELESS_LOCK_S = 5.0  # an owner writes its process number into a new lock at once
+_FOREIGN_LOCK_S = 86_400.0
 _PROBE = ".gblm-probe-"
 
 
@@ -128,10 +130,7 @@ def _replace(folder: Path, temporary: Path) -> None:
 
 def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse a folder that holds an input or the current folder, may not be replaced, or cannot be created."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
+    _check_name(folder)
     with _writable(folder):
         if len(os.fsencode(folder.name)) > _LONGEST_NAME:
             raise UsageError(
@@ -151,6 +150,14 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
         check_replaceable(folder, force)
         # Permissions do not tell all (root, read-only and virtual file systems): only trying does.
         Path(tempfile.mkdtemp(prefix=beside(folder, "probe-"), dir=_existing_parent(folder))).rmdir()
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse a name that the libraries that write weights do not take."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
@@ -175,6 +182,7 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 def check_workable(folder: Path, kind: str) -> None:
     """Refuse a folder for `working_in` that is a link, holds other work, or cannot be written; nothing is created."""
+    _check_name(folder)
     with _writable(folder):
         if folder.is_symlink():
             raise UsageError(f"output {str(folder)!r} is a link; give the folder itself")
@@ -264,38 +272,55 @@ PAGE = Document("page", ".html", f'{_HEAD}"gblm-compress">\n')
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
-    if not place.name:
-        raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
-    with _writable(folder):
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
     try:
         with _writable(folder):
-            _acquire(lock, folder)
-        yield
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            lock = lock_beside(folder)
+        with lock:
+            yield
     finally:
-        if lock.is_locked:
-            lock.release()
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
 
 
-def _acquire(lock: SoftFileLock, folder: Path) -> None:
-    """Take the lock at once or not at all; a dead process's lock without its number is removed after a while."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        marker = Path(lock.lock_file)
-        if lock.pid is not None or time.time() - marker.stat().st_mtime < _NAMELESS_LOCK_S:
-            raise UsageError(
-                f"output {str(folder)!r} is being written by process {lock.pid or '?'}; wait, or give another folder "
-                f"(the lock is {lock.lock_file})"
-            ) from error
-        marker.unlink(missing_ok=True)
-        lock.acquire(timeout=0)
+def lock_beside(folder: Path, wait_s: float = 0.0) -> AbstractContextManager[object]:
+    """Take the lock of a folder within this time; the `with` of what is returned gives it back.
+
+    A lock of a dead process of this machine is removed. One that names nobody is taken over after some seconds, and one
+    of another host, of which nobody here knows whether its process runs, after a day.
+    """
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
+    if not place.name:
+        raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
+    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
+    while True:
+        try:
+            return lock.acquire(timeout=wait_s)
+        except Timeout as error:
+            with suppress(FileNotFoundError):  # its owner has just gone
+                if fault := _in_use(lock):
+                    raise UsageError(f"output {str(folder)!r} is being written by process {fault}") from error
+                Path(lock.lock_file).unlink()
+
+
+def _in_use(lock: SoftFileLock) -> str | None:
+    """The process of a lock, and what to do; None where the lock may be taken over."""
+    marker, pid = Path(lock.lock_file), lock.pid
+    age = time.time() - marker.stat().st_mtime
+    host = marker.read_text().splitlines()[1] if pid is not None else ""
+    if pid is not None and host == socket.gethostname():
+        return f"{pid}; wait, or give another folder (the lock is {marker})"
+    if abs(age) > (_NAMELESS_LOCK_S if pid is None else _FOREIGN_LOCK_S):
+        return None
+    if pid is None:
+        return f"?; wait, or give another folder (the lock is {marker})"
+    when = f"{age / 3600:.1f} hours old" if age >= 0 else f"dated {-age / 3600:.1f} hours in the future"
+    return (
+        f"{pid} on the host {host!r}, whose lock is {when}; wait, give another folder, or, if that process has ended, "
+        f"remove the lock {marker}, which is ignored after a day"
+    )
 
 
 def _is_empty(folder: Path) -> bool:

@@ -29,6 +29,7 @@ Label: TypeAlias = "int | str | None"
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the model's channels
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for others Pillow may run a program, as for EPS
 PARTS = {"calibration": ("train", "training"), "evaluation": ("val", "validation", "valid", "test")}  # sub-folders
 READS = (
     "a folder with a sub-folder of images for each class, a .parquet file or hub dataset with columns 'image' and "
@@ -270,8 +271,10 @@ def _of_folder(folder: Path, role: text.Role) -> tuple[list[Picture], tuple[str,
 
 
 def _of_rows(path: Path | None, source: str, role: text.Role, count: int | None, seed: int) -> list[Picture]:
+    from PIL import EpsImagePlugin
     from pyarrow import parquet
 
+    EpsImagePlugin.gs_binary = False  # `datasets` opens images of every format
     with text.reading(source):
         if path is not None:
             chosen = set(_chosen(parquet.read_metadata(path).num_rows, count, seed))
@@ -308,7 +311,8 @@ def _of_row(row: Mapping[str, Any], where: str) -> Picture:
 def _decoded(stored: Path | bytes) -> Image:
     from PIL import Image
 
-    return Image.open(io.BytesIO(stored.read_bytes() if isinstance(stored, Path) else stored))
+    content = stored.read_bytes() if isinstance(stored, Path) else stored
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def _idx_files(folder: Path) -> list[Path]:

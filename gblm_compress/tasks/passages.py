@@ -159,6 +159,7 @@ def _of_csv(source: str) -> text.Records:
             if head is None:
                 head = [cell.strip().lower() for cell in line]
                 if _KNOWN.intersection(head):
+                    text.check_columns([name for name in head if name in _KNOWN], where)
                     continue
                 if len(line) != 3 or not _is_number(line[2]):
                     raise DataError(f"{where} names no known column, but {_listed(line)}; {_NEEDED}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -252,6 +253,7 @@ def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
     with reading(source):
         schema = parquet.read_schema(path)
         names = [name for name in schema.names if name in columns]
+        check_columns(names, where)
         # As a dictionary, a text that many rows repeat is in memory once.
         repeated = [name for name in names if not types.is_nested(schema.field(name).type)]
         with parquet.ParquetFile(path, read_dictionary=repeated) as file:
@@ -265,6 +267,11 @@ def _of_parquet(path: Path, source: str, columns: Collection[str]) -> Records:
                     if left < 0:
                         raise DataError(f"{where} holds more than {MAX_PARQUET:,} bytes of text; give a part of it")
                     yield where, row
+
+
+def check_columns(names: Sequence[str], where: str) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{where} has {names.count(twice[0])} columns {twice[0]!r}; give each a name of its own")
 
 
 def _texts(rows: Records) -> Iterator[str]:

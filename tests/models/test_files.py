@@ -238,3 +238,11 @@ def test_no_odd_folder_ends_in_anything_but_one_message(folder, progress) -> Non
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | code))
     (folder / "modeling.py").write_text("raise SystemExit(99)")
     load_model(resolve_model(str(folder), progress))
+
+
+def test_a_folder_whose_name_is_no_unicode_is_refused(tiny, tmp_path) -> None:
+    """safetensors and tokenizers do not read from it, and say so in other words."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(tiny("llama").folder, folder)
+    with pytest.raises(ModelError, match=r"caf.udce9' is no Unicode name, and weights are not read from it; rename it"):
+        check_folder(folder)

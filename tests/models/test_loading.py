@@ -1,5 +1,6 @@
 """Models and processors in memory: what is missing or unknown is one message; devices, dtypes, lengths."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.models import loading
+from gblm_compress.models.files import check_tokenizer
 from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
@@ -142,3 +144,54 @@ def test_a_saved_tokenizer_is_the_same_and_older_clients_read_it(spaced, tmp_pat
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def replace(content: str, replaced: str = "a") -> dict:
+    return {"type": "Replace", "pattern": {"String": replaced}, "content": content}
+
+
+def template(*pieces: str, ids: int = 1) -> dict:
+    made = [{"Sequence" if piece == "A" else "SpecialToken": {"id": piece, "type_id": 0}} for piece in pieces]
+    special = {"id": "x", "ids": [0] * ids, "tokens": ["x"] * ids}
+    return {"type": "TemplateProcessing", "single": made, "pair": [], "special_tokens": {"x": special}}
+
+
+def charsmap(*texts: str) -> dict:
+    stored = b"\4\0\0\0" + bytes(4) + "".join(f"{text}\0" for text in texts).encode()
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(stored).decode()}
+
+
+def steps(*of: dict, key: str = "normalizers") -> dict:
+    return {"type": "Sequence", key: list(of)}
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "refused"),
+    [
+        ("normalizer", steps(*[replace("a" * 1000)] * 4), True),
+        ("decoder", steps(*[replace("a" * 1000)] * 4, key="decoders"), True),
+        ("normalizer", steps(*[{**replace("aaa"), "pattern": {"Regex": "."}}] * 4), True),
+        ("normalizer", steps(charsmap("b", "a" * 60), charsmap("bb")), True),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 100}, True),
+        ("pre_tokenizer", steps(*[{"type": "ByteLevel"}] * 7, key="pretokenizers"), True),
+        ("post_processor", steps(*[template("A", "A")] * 7, key="processors"), True),
+        ("post_processor", template("A", *["x"] * 50, ids=50), True),
+        ("model", {"type": "WordPiece", "max_input_chars_per_word": 10**9}, True),
+        # As real ones are: T5 and ALBERT, Llama, GPT-2, BERT.
+        ("normalizer", steps(charsmap("ab", "a" * 18), replace('"', "``"), {"type": "NFKD"}), False),
+        ("normalizer", steps({"type": "Prepend", "prepend": "▁"}, replace("▁", " ")), False),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}, False),
+        ("post_processor", template("x", "A", "x"), False),
+        ("model", {"type": "WordPiece", "max_input_chars_per_word": 100}, False),
+        ("normalizer", None, False),
+    ],
+)
+def test_a_tokenizer_that_could_blow_a_text_up_is_refused_before_it_is_loaded(source, part, step, refused) -> None:
+    (source.folder / "tokenizer.json").write_text(json.dumps({part: step}))
+    if not refused:
+        check_tokenizer(source.folder)
+        return
+    with pytest.raises(
+        ModelError, match=r"'m': its tokenizer.json is refused \(its? (steps|looks) .*more than .*original"
+    ):
+        load_processor(source)

@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,8 @@ def test_outputs_that_cannot_be(tmp_path) -> None:
             with pytest.raises(UsageError, match=message), reserved(tmp_path / name, force):
                 pass
     assert names(tmp_path) == ["empty", "file", "link"]
+    with pytest.raises(UsageError, match="is no Unicode name"):
+        check_workable(Path("run-\udcff"), "run")
     for place, message in (("out-\udcff", "is no Unicode name"), ("/proc/new", "'/proc/new' cannot be .* in '/proc'")):
         with pytest.raises(UsageError, match=message):
             check_output(Path(place), force=False)
@@ -204,15 +208,37 @@ def test_nothing_of_others_beside_an_output_is_touched(tmp_path) -> None:
     assert all(names(folder) == ["thesis.tex"] for folder in others)
 
 
-def test_a_lock_that_names_nobody_is_taken_over(tmp_path, monkeypatch) -> None:
-    """Its owner was killed before it could write its number."""
+HOUR, DAY = 3600, 86400
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "message"),
+    [
+        ("", 0, "is being written by process"),
+        ("", 60, None),  # killed before it could write its number
+        ("", -60, None),
+        ("1\n{here}\n", 2 * DAY, "is being written by process 1; wait"),
+        (
+            "7\nother\n",
+            2 * HOUR,
+            "by process 7 on the host 'other', .* is 2.0 hours old; .* remove the lock .*out.lock",
+        ),
+        ("7\nother\n", -3 * HOUR, "on the host 'other', .* is dated 3.0 hours in the future; .* after a day"),
+        ("7\nother\n", DAY + HOUR, None),  # of a container that was restarted, say
+        ("7\nother\n", -DAY - HOUR, None),
+    ],
+)
+def test_a_lock_whose_owner_cannot_be_asked_is_taken_over_in_the_end(owner, age, message, tmp_path) -> None:
     lock = tmp_path / ".out.lock"
-    lock.write_text("")
-    with pytest.raises(UsageError, match="is being written by process"):
+    lock.write_text(owner.format(here=socket.gethostname()))
+    os.utime(lock, (time.time() - age,) * 2)
+    if message is None:
         make(tmp_path / "out")
-    os.utime(lock, (0, 0))
-    make(tmp_path / "out")
-    assert names(tmp_path) == ["out"]
+        assert names(tmp_path) == ["out"]
+        return
+    with pytest.raises(UsageError, match=message):
+        make(tmp_path / "out")
+    assert names(tmp_path) == [".out.lock"]
 
 
 def test_one_folder_has_one_lock_whatever_links_lead_to_it(tmp_path) -> None:

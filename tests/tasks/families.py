@@ -46,10 +46,10 @@ FAMILIES = {
 }
 
 
-def table(**columns: Any) -> bytes:
+def table(made: pyarrow.Table | None = None, **columns: Any) -> bytes:
     """A .parquet file."""
     content = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), content)
+    parquet.write_table(made or pyarrow.table(columns), content)
     return content.getvalue()
 
 

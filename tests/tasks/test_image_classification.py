@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import os
 import random
 import struct
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy
 import onnxruntime
 import pyarrow
@@ -360,6 +362,24 @@ def test_what_no_task_can_read_is_refused_in_words_for_all_of_them(tmp_path) -> 
             tasks.data_files(gone)
 
 
+@pytest.mark.parametrize("source", ["folder", "parquet", "hub"])
+def test_no_image_starts_a_program(tmp_path, monkeypatch, source) -> None:
+    """Pillow runs Ghostscript for EPS, whatever the name of the file says; here a script stands for it."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": eps, "path": None}]}).cast_column("image", datasets.Image())
+    monkeypatch.setattr("datasets.load_dataset", lambda **arguments: rows)
+    (tmp_path / "a.png").write_bytes(eps)
+    (tmp_path / "a.parquet").write_bytes(table(image=[eps]))
+    place = {"folder": tmp_path, "parquet": tmp_path / "a.parquet", "hub": "owner/name"}[source]
+    with pytest.raises(DataError, match="of no known format|Unable to locate Ghostscript"):
+        images.read(str(place), "evaluation", None, 0).found[0].read("RGB")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
     picture(0, 64).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
@@ -377,9 +397,16 @@ def test_damaged_and_deep_images_are_data_errors(tmp_path) -> None:
             one.read("RGB")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_images_of_all_modes_are_converted(tmp_path, mode) -> None:
-    picture(200).convert(mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *((mode, ".png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        ("CMYK", ".tif"),
+        *(("RGB", one) for one in images.SUFFIXES),
+    ],
+)
+def test_images_of_all_modes_and_formats_are_converted(tmp_path, mode, suffix) -> None:
+    picture(200).convert(mode).save(tmp_path / f"a{suffix}")
     (one,) = images.read(str(tmp_path), "evaluation", None, 0).found
     assert one.read("RGB").mode == "RGB" and one.read("L").mode == "L"
     if mode != "1":  # black and white: dots that look grey from afar

@@ -67,6 +67,7 @@ def test_pairs_and_single_texts_are_not_mixed(tmp_path) -> None:
         (b"a,b\n", "line 1 names no known column, but 'a', 'b'; name one 'text' or 'sentence'"),
         (b"sentence1,sentence2,score\na,b,high\n", "line 2: the score 'high' is no number"),
         (b"sentence1,sentence2,score\na,b,1\nc,,\n", "line 3: the score '' is no number"),
+        (b"text,label,text\na,1,b\n", "line 1 has 2 columns 'text'; give each a name of its own"),
         (b"", "holds no text"),
         (b"text\n\xff", "a.csv' cannot be read .*utf-8"),
     ],

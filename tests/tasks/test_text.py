@@ -17,6 +17,8 @@ from tests.tasks.families import table
 WHOLE = table(text=["word " * 1000] * 100)
 CUT = (WHOLE[:-1], WHOLE[: len(WHOLE) // 2], WHOLE[:4] + WHOLE[500:], WHOLE[:40] + b"\xff" * 40 + WHOLE[80:])
 
+TWICE = table(pyarrow.table([["a"], ["b"]], names=["text", "text"]))
+
 
 def test_demo_parts_are_disjoint_real_prose() -> None:
     calibration, evaluation = demo_paragraphs("calibration"), demo_paragraphs("evaluation")
@@ -62,6 +64,7 @@ def test_local_files(tmp_path) -> None:
         ("bytes.parquet", table(text=[b"a"]), "its 'text' is no text but bytes"),
         ("list.parquet", table(text=[["a"]]), "its 'text' is no text but list"),
         ("column.parquet", table(body=["a"], id=[3]), "has no column 'text'; it has 'body', 'id'"),
+        ("twice.parquet", TWICE, "has 2 columns 'text'; give each a name of its own"),
         ("rows.parquet", table(text=pyarrow.array([], pyarrow.string())), "holds no text"),
         *((f"{at}.parquet", cut, "cannot be read") for at, cut in enumerate(CUT)),
         ("file.csv", b"a,b", "give a .txt, .jsonl or .parquet file"),
