@@ -19,6 +19,7 @@ import torch
 
 from gblm_compress.errors import ModelError, first_line, is_out_of_memory
 from gblm_compress.exporters.onnx_slim import slim_
+from gblm_compress.measure.engines import GENAI_INPUTS, GENAI_OUTPUTS
 from gblm_compress.measure.onnx_runtime import AT_ONCE, STATE, OnnxRuntime
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.files import GRAPH, HEADS, POSITIONS, WIDTHS, first_of
@@ -200,16 +201,8 @@ def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:
         "num_hidden_layers": len({name.split(".")[1] for name in cache}),
         **({"layer_types": config.layer_types} if has_states else {}),
         "num_key_value_heads": int(kv_heads),
-        "inputs": {
-            **{name: name for name in ("input_ids", "attention_mask", "position_ids") if name in given},
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": {name: value for name, value in GENAI_INPUTS.items() if value in given or "%d" in value},
+        "outputs": dict(GENAI_OUTPUTS),
     }
     return {
         "model": {

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import chdir
 from typing import Any
 
@@ -17,8 +18,40 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.storage.records import read_json
 
 ROOM = 1024  # Default room of genai's cache beyond the prompt, in tokens; it is allocated whole.
-_HARMLESS = {"log_id", "provider_options"}  # Session options of genai that neither load libraries nor write files.
 CACHE_GIB = "1"  # Size of vLLM's KV cache on a CPU, which by default takes most of the memory.
+
+GENAI_INPUTS = {
+    **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+}
+GENAI_OUTPUTS = {
+    "logits": "logits",
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
+_SIZES = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+_TOKENS = ("bos", "eos", "pad", "bot", "eot", "bor", "eor")
+_SWITCHES = ("do_sample", "early_stopping", "past_present_share_buffer")
+_COUNTS = ("max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "top_k")
+_FACTORS = ("diversity_penalty", "length_penalty", "repetition_penalty", "temperature", "top_p")
+# What exports write into genai_config.json: {key: its types, or its value}. The library gives names to C's printf.
+_WRITTEN: dict[str, tuple[Any, ...]] = {
+    "model.type": (str,),
+    **dict.fromkeys(("model.context_length", "model.vocab_size"), (int,)),
+    **dict.fromkeys((f"model.{kind}_token_id" for kind in _TOKENS), (int, list, type(None))),
+    "model.decoder.filename": (GRAPH,),
+    "model.decoder.layer_types": (list,),
+    **dict.fromkeys((f"model.decoder.{name}" for name in _SIZES), (int,)),
+    **{f"model.decoder.inputs.{name}": (value,) for name, value in GENAI_INPUTS.items()},
+    **{f"model.decoder.outputs.{name}": (value,) for name, value in GENAI_OUTPUTS.items()},
+    "model.decoder.session_options.log_id": (str,),
+    "model.decoder.session_options.provider_options": (list,),
+    **dict.fromkeys((f"search.{name}" for name in _SWITCHES), (bool,)),
+    **dict.fromkeys((f"search.{name}" for name in _COUNTS), (int,)),
+    **dict.fromkeys((f"search.{name}" for name in _FACTORS), (int, float)),
+}
+_LIBRARY = {"model.decoder.session_options.custom_ops_library": (str,)}  # the program loads its own instead
 
 
 class GenaiRuntime:
@@ -72,28 +105,34 @@ class GenaiRuntime:
 
 
 def _checked_length(source: ModelSource) -> int:
-    """The longest sequence by `genai_config.json`, which must ask for no libraries, other graphs, or files to write."""
+    """The longest sequence by `genai_config.json`, which must have the keys, names and types that exports write."""
     path = source.folder / "genai_config.json"
+    known = _WRITTEN | (_LIBRARY if source.needs_operator else {})
     try:
-        model = read_json(path, unique=True)["model"]
-        decoder, longest = model["decoder"], int(model["context_length"])
-        session, graph = set(decoder.get("session_options", {})), decoder["filename"]
-        parts = {name for name, part in model.items() if isinstance(part, dict)}
+        content = dict(_leaves(read_json(path, unique=True)))
+        longest: int = content["model.context_length"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use ({first_line(error)})"
         ) from error
-    ours = {"custom_ops_library"} if source.needs_operator else set()  # the program's own takes its place
-    more = [f"model.{name}" for name in sorted(parts - {"decoder"})]
-    more += [f"model.decoder.{name}" for name in ("pipeline",) if name in decoder]
-    more += [f"model.decoder.session_options.{name}" for name in sorted(session - _HARMLESS - ours)]
-    more += [] if graph == GRAPH else [f"the graph {graph!r}"]
-    if more:
-        raise ModelError(
-            f"{source.name!r}: {path.name} asks for {', '.join(more)}; of such a folder only {GRAPH} is loaded, "
-            "with no library and no options of its session"
-        )
+    for key, value in content.items():
+        wanted = known.get(key, ())
+        if type(value) not in wanted and value not in wanted:
+            words = [kind.__name__ if isinstance(kind, type) else repr(kind) for kind in wanted] or ["no such key"]
+            raise ModelError(
+                f"{source.name!r}: {path.name} has {key} {str(value)[:80]!r}, where exports have {' or '.join(words)}; "
+                "export the model again"
+            )
     return longest
+
+
+def _leaves(part: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all that is no object itself."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 class VllmRuntime:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import reduce
 
 import numpy as np
 import onnx
@@ -276,35 +277,49 @@ def test_genai_runs_the_folder_alone_and_from_anywhere(exported, tmp_path, monke
     assert (done.stderr, json.loads(done.stdout)) == ("", expected)
 
 
-def _twice(config: str) -> str:
-    options = '"session_options": {'
-    return config.replace(options, f'{options}"custom_ops_library": "evil.so"}}, {options}')
+NO_SUCH_KEY, SESSION = ".*, where exports have no such key", "model.decoder.session_options"
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"session_options": {"custom_ops_library": "evil.so"}}, r"model\.decoder\.session_options\.custom_ops"),
-        ({"session_options": {"enable_profiling": "/tmp/x"}}, r"model\.decoder\.session_options\.enable_profiling"),
-        ({"pipeline": [{"a": {"filename": "a.onnx"}}]}, r"model\.decoder\.pipeline"),
-        ({"filename": "../other.onnx"}, r"the graph '\.\./other\.onnx'"),
-        ({"model": {"embedding": {"filename": "b.onnx"}}}, r"asks for model\.embedding; of such a folder only"),
-        (_twice, "a key stands twice"),
+        ({f"{SESSION}.custom_ops_library": "evil.so"}, rf"{SESSION}\.custom_ops_library{NO_SUCH_KEY}"),
+        ({f"{SESSION}.enable_profiling": "/tmp/x"}, rf"{SESSION}\.enable_profiling{NO_SUCH_KEY}"),
+        ({"model.decoder.pipeline": [{"a": {"filename": "a.onnx"}}]}, rf"model\.decoder\.pipeline{NO_SUCH_KEY}"),
+        ({"model.embedding.filename": "b.onnx"}, rf"model\.embedding\.filename{NO_SUCH_KEY}"),
+        ({"model.decoder.filename": "../other.onnx"}, r"filename '\.\./other\.onnx', where exports have 'model\.onnx'"),
+        # the library would pass it to printf
+        (
+            {"model.decoder.inputs.past_key_names": "%s%n"},
+            r"past_key_names '%s%n', where exports have 'past_key_values",
+        ),
+        ({"model.decoder.outputs.present_value_names": ["%s"]}, r"outputs\.present_value_names .*, where exports have"),
+        ({"model.decoder.outputs.logits": "%s"}, "outputs.logits '%s', where exports have 'logits'"),
+        ({"search.num_beams": "%s"}, "search.num_beams '%s', where exports have int;"),
+        ({"model.context_length": float("inf")}, "context_length 'inf', where exports have int;"),
+        ({"search.top_k": True}, "search.top_k 'True', where exports have int;"),
+        ({"search.chunks": 4}, rf"search\.chunks{NO_SUCH_KEY}"),
+        ({"model.type": "none"}, "onnxruntime-genai cannot load it"),
+        (lambda config: config.replace('"search": {', '"search": {}, "search": {'), "a key stands twice"),
         (lambda _: "{}", r"no genai_config\.json"),
-        ({"model": {"type": "none"}}, "onnxruntime-genai cannot load it"),
+        (lambda _: "[]", r"no genai_config\.json"),
     ],
 )
 def test_of_a_folder_genai_loads_the_graph_alone(exported, tmp_path, change, said) -> None:
     for path in exported[1]["dense"][1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "genai_config.json").read_text())
+    path = tmp_path / "genai_config.json"
     if isinstance(change, dict):
-        config["model"] |= change.get("model", {})
-        config["model"]["decoder"] |= {key: value for key, value in change.items() if key != "model"}
-    written = json.dumps(config)
-    (tmp_path / "genai_config.json").write_text(written if isinstance(change, dict) else change(written))
-    with pytest.raises(ModelError, match=said):
+        config = json.loads(path.read_text())
+        for key, value in change.items():
+            *parts, last = key.split(".")
+            reduce(lambda part, name: part.setdefault(name, {}), parts, config)[last] = value
+        path.write_text(json.dumps(config))
+    else:
+        path.write_text(change(path.read_text()))
+    with pytest.raises(ModelError, match=said) as refused:
         GenaiRuntime(ModelSource("x", tmp_path), "cpu", 1)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 POSITIONS, PAIRS = 8192, 32
