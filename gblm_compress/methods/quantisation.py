@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gblm_compress.errors import ModelError
 from gblm_compress.methods.choices import Choice
 from gblm_compress.methods.zeros import keep_only
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LARGEST = 127
 LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}  # {kind of grid: number of levels}
 GROUPS = (32, 64, 128)  # columns that may share a scale, beside all of a row
+LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # in float16, of which the least above zero is 2^-24
 EVEN = tuple(range(-8, 8))  # levels of int4 where nothing is known of the inputs
 # of the scale that would hold a group's largest weight: smaller ones cut it off
 SHRINKS = tuple(1 - step / 40 for step in range(13))
@@ -82,6 +84,27 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
         best = torch.minimum(error, best)
     grid = Grid(scales, grid.levels, group)
     return Grid(scales, _best_levels(weight, counts, grid), group)
+
+
+def check_scales(layer: str, scales: Tensor) -> None:
+    """Raise ModelError where float16 does not hold the largest scale of a layer.
+
+    Below `LEAST_SCALE` a scale may be wrong by a sixteenth and more. Few may be: rows that are all but zero are common.
+    """
+    largest = float(scales.max())
+    if LEAST_SCALE <= largest <= MOST_SCALE or not largest:
+        return
+    least = float(scales[scales > 0].min())
+    raise ModelError(
+        f"{layer}: its weights need scales from {least:.1e} to {largest:.1e}, and the largest must be between "
+        f"{LEAST_SCALE:.1e} and {MOST_SCALE:.1e}, as scales are float16; add the layer to --ignore, or prune without "
+        "--quantise"
+    )
+
+
+def scales_of(weight: Tensor, group: int | None) -> Tensor:
+    """The scales [rows, groups], in float32, that put the largest weight of each group at the largest level."""
+    return _by_group(weight.abs(), group).amax(-1) / LARGEST
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:

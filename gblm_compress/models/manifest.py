@@ -1,4 +1,4 @@
-"""The manifest and model card of a folder made here. Nothing in them depends on time: same seed, same bytes."""
+"""The manifest and model card of a folder made here. Nothing in them depends on time."""
 
 import json
 import re

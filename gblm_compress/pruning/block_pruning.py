@@ -10,9 +10,9 @@ from gblm_compress.calibration.blocks import Block, layer_statistics
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Statistics
 from gblm_compress.methods.fits import BLOCK_EPOCHS, BLOCK_RATE, FITS, output_error
-from gblm_compress.methods.quantisation import QUANTISERS, Grid
+from gblm_compress.methods.quantisation import QUANTISERS, Grid, check_scales
 from gblm_compress.methods.saliency import METHODS, Rule
-from gblm_compress.methods.zeros import count_nonzeros
+from gblm_compress.methods.zeros import check_finite, count_nonzeros
 from gblm_compress.models.architecture import as_matrix, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of
 from gblm_compress.settings import PruneSettings
@@ -29,11 +29,12 @@ class LayerResult:
 
     pattern: str
     shape: tuple[int, int]  # (out_features, in_features)
-    nonzeros: int
+    nonzeros: int  # as they are stored
     transposed: bool  # stored as (in_features, out_features)
     by_magnitude: bool = False  # because its expert got too few tokens
     # of `fits.output_error` on the calibration text; None if not measured, or if all survivors were fitted since
     output_error: float | None = None
+    survivors: int = 0  # before they were rounded, to a grid or to the dtype of the file; some may have become zero
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def prune_block_(
     rules = {name: Rule(name, budgets[name].pattern, budgets[name].sparsity, alpha) for name in layers}
     own = {name: settings.model_copy(update=_BY_MAGNITUDE) if name in few else settings for name in layers}
     grids: dict[str, Grid] = {}
+    survivors: dict[str, int] = {}
     dense = {
         name: weight_matrix(layer).detach().clone()
         for name, layer in layers.items()
@@ -80,6 +82,7 @@ def prune_block_(
     }
     for name, layer in layers.items():
         values, grid = _prune_layer(weight_matrix(layer).detach().float(), statistics[name], rules[name], own[name])
+        survivors[name] = count_nonzeros(values)
         write_(layer, values, None if settings.fits_blocks else grid)  # a fit of the block rounds what it leaves
         if grid is not None:
             grids[name] = grid
@@ -101,8 +104,15 @@ def prune_block_(
     for name, layer in layers.items():
         weight = weight_matrix(layer).detach()
         shape, nonzeros = (weight.shape[0], weight.shape[1]), count_nonzeros(weight)
-        pattern = budgets[name].pattern.name
-        results[name] = LayerResult(pattern, shape, nonzeros, is_transposed(layer), name in few, errors.get(name))
+        results[name] = LayerResult(
+            budgets[name].pattern.name,
+            shape,
+            nonzeros,
+            is_transposed(layer),
+            by_magnitude=name in few,
+            output_error=errors.get(name),
+            survivors=survivors[name],
+        )
     return results, grids
 
 
@@ -127,12 +137,14 @@ def _prune_layer(
     fitted = selection.fitted.get(settings.fit)
     if fitted is None:
         fitted = fit.apply(weight, selection.keep, statistics)
+    check_finite(rule.layer, f"weights after --fit {settings.fit}", fitted)
     make = QUANTISERS[settings.quantise].make
     if make is None:
         return fitted, None
     norm = statistics.activation_norm  # where it is measured for something else: no grid asks for text
     importance = None if norm is None else norm.square()
     grid = make(fitted, selection.keep, group=settings.columns_of_a_scale, importance=importance)
+    check_scales(rule.layer, grid.scales)
     if fit.on_grid is not None:
         fitted = fit.on_grid(weight, fitted, selection.keep, statistics, grid)
     return fitted, grid

@@ -88,7 +88,7 @@ def save(what: Written, run: RunFolder, walked: Walked, progress: Progress) -> d
             "kind": "pruned",
             "prune": identity["settings"],
             "calibration": identity["calibration"],
-            "compute": {"dtype": identity["dtype"], "device": identity["device"]},
+            "compute": {key: identity[key] for key in ("dtype", "device", "threads")},
             "layers": {name: asdict(layer) for name, layer in results.items()},
             "left_dense": {name: asdict(dense) for name, dense in walked.left_dense.items()},
             "grids_sha256": grids.write(temporary, on),

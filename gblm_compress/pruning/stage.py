@@ -65,7 +65,7 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The result of a pruning. Only `seconds` and `peak_memory_bytes` differ between runs with the same seed."""
+    """The result of a pruning. On one machine, runs with one seed and number of threads differ only in costs."""
 
     folder: str | None  # None where a model in memory was pruned in place
     layers: dict[str, LayerResult]
@@ -168,6 +168,7 @@ def _to_folder(
             "products": products if settings.fits_blocks else None,
             "device": plan.device.type,
             "processes": group.size,
+            "threads": torch.get_num_threads(),
             "version": __version__,
         }
         run = RunFolder(run_folder.path_of(output), identity, resume, group)
@@ -321,6 +322,14 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
             f"{len(few)} layers of experts got fewer than {FEW_TOKENS} tokens of the text and were pruned by "
             f"magnitude, first {few[0]} (more --samples reach more experts; calibration.experts: all, in a recipe, "
             "sends every token to all of them)"
+        )
+    lost = {name: layer.survivors - layer.nonzeros for name, layer in layers.items()}
+    if zeroed := sum(count for count in lost.values() if count > 0):
+        share, worst = max((lost[name] / layer.survivors, name) for name, layer in layers.items() if layer.survivors)
+        survivors = sum(layer.survivors for layer in layers.values())
+        notes.append(
+            f"{zeroed:,} of {survivors:,} survivors became zero by rounding, so that fewer weights are left than the "
+            f"budget allows; most in {worst} ({share:.1%} of its own)"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense

@@ -151,9 +151,13 @@ class Work(Generic[Kind]):
             if not resume:
                 return None
             changed = [key for key in new.identity if known.identity.get(key) != new.identity[key]]
+            then, now = (identity.get("threads") for identity in (known.identity, new.identity))
+            again = "give the same command as then"
+            if then and then != now:  # sums differ in their last bits
+                again += f", on {then} threads instead of {now} (OMP_NUM_THREADS={then})"
             raise UsageError(
                 f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}; "
-                "give the same command as then, or leave out --resume to start anew"
+                f"{again}, or leave out --resume to start anew"
             )
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
         if not (self.damaged and self.needs_all):

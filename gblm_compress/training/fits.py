@@ -30,7 +30,7 @@ class How:
     compute: str
     rounds: int = 1
 
-    def plan(self, samples: int) -> Plan:
+    def plan(self, samples: int, name: str) -> Plan:
         """Every 8th sample is held out; a single sample is trained on too."""
         held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
         training = [index for index in range(samples) if index not in held_out] or held_out
@@ -39,7 +39,15 @@ class How:
         for _ in range(self.epochs):
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
             steps += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-        return Plan(steps, held_out, self.rate, look_every=math.ceil(len(training) / BATCH), patience=PATIENCE)
+        return Plan(
+            steps,
+            held_out,
+            self.rate,
+            look_every=math.ceil(len(training) / BATCH),
+            patience=PATIENCE,
+            name=name,
+            advice="compute in a wider range with --dtype float32, or choose --fit fast",
+        )
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ def reconstruct_(
             output = block.calls[index].run(block.module, hidden)
         return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
 
-    plan, least = how.plan(len(block.inputs)), math.inf
+    plan, least = how.plan(len(block.inputs), f"the fit of the block of {next(iter(layers))}"), math.inf
     start: dict[str, tuple[Tensor, Tensor | None]]
     start = {name: (layer.get_parameter("weight").detach(), None) for name, layer in layers.items()}
     with _wide(layers, how.compute):
@@ -91,7 +99,7 @@ def reconstruct_(
             progress = Trainer(block.module, weights, loss, plan).run()
             values = weights.values
             found = progress.curve[progress.best].held_out
-            if left == how.rounds - 1 or found < least:
+            if found < least:
                 least = found
                 best = {name: (keep_only(one, masks[name]), factors) for name, (one, factors) in values.items()}
             if left == 0 or progress.best == 0:  # the last; or one that moved nothing, and so would those after it
@@ -108,13 +116,13 @@ def distil_(
 
     Returns the grids with fitted scales.
     """
-    plan = how.plan(len(loss.samples))
+    plan = how.plan(len(loss.samples), "the fit of the whole model")
     with (
         _wide(layers, how.compute),
         progress.counter("distilling", "steps", len(plan.steps)) as advance,
     ):
         weights = Weights(layers, grids)
-        Trainer(loss.model, weights, loss, plan).run(lambda _: advance())
+        Trainer(loss.model, weights, loss, plan).run(advance)
         return weights.finish()
 
 

@@ -195,7 +195,7 @@ class Recovery:
             left = len(plan.steps) - before.step
             with chunked_attention(), progress.counter("training", "steps", left, left * plan.tokens) as advance:
                 state = trainer.run(
-                    partial(_step_done, advance),
+                    advance,
                     lambda look: progress.say(f"{look.tokens:,} tokens: loss {look.held_out:.4f} on held-out text"),
                 )
             del trainer, voice, loss, dense
@@ -206,7 +206,7 @@ class Recovery:
             trained = group.total(weights.count, torch.device(self.device))
             if group.is_first:
                 progress.say("saving …")
-                known = {key: identity[key] for key in ("settings", "text")}
+                known = {key: identity[key] for key in ("settings", "text", "threads")}
                 curve = [asdict(look) for look in state.curve]
                 known |= {"overlap": windows.overlap, "curve": curve, "best": state.best}
                 self._save(student, weights, fitted, processor, known)
@@ -233,6 +233,7 @@ class Recovery:
             "held_out": windows.held_out,
             "device": self.device.partition(":")[0],
             "processes": self.group.size,
+            "threads": torch.get_num_threads(),
             "version": __version__,
         }
 
@@ -302,12 +303,6 @@ class Recovery:
             whole = ModelSource(str(self.output), temporary)
             grids.verify(whole)
             verify_by_loading(whole, nonzeros)
-
-
-def _step_done(advance: Callable[[], None], loss: float) -> None:
-    if not math.isfinite(loss):
-        raise ModelError(f"the loss of a step is {loss}; give a smaller --rate")
-    advance()
 
 
 def _check_models(what: Recovery) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from gblm_compress.errors import ModelError
 from gblm_compress.training.weights import Weights
 
 WARM_UP = 0.1
@@ -27,6 +28,8 @@ class Plan:
         together: samples in a forward pass.
         largest_norm: gradients are clipped to this norm, over all tensors.
         tokens: in a step.
+        name: of the training, for messages.
+        advice: what to do where it leaves the range of its numbers.
     """
 
     steps: Sequence[Sequence[int]]
@@ -37,6 +40,8 @@ class Plan:
     together: int = 1
     largest_norm: float = math.inf
     tokens: int = 0
+    name: str = "training"
+    advice: str = "give a smaller --rate"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,10 @@ class Store:
 
 
 class Trainer:
-    """One training of a network in eval mode. `loss` takes numbers of samples and returns their mean."""
+    """One training of a network in eval mode. `loss` takes numbers of samples and returns their mean.
+
+    A loss that is NaN or infinite raises ModelError, whether it comes from the model or from the training.
+    """
 
     def __init__(
         self,
@@ -100,12 +108,12 @@ class Trainer:
         self._rates = [group["lr"] for group in self._adam.param_groups]
 
     def run(
-        self, step_done: Callable[[float], None] = lambda loss: None, looked: Callable[[Look], None] = lambda look: None
+        self, step_done: Callable[[], None] = lambda: None, looked: Callable[[Look], None] = lambda look: None
     ) -> Progressed:
         """Train until the end or early stopping, then restore the best weights into the masters.
 
         Args:
-            step_done: called with the mean loss of each step.
+            step_done: called after each step.
             looked: called with each look but the first.
         """
         plan, weights = self._plan, self._weights
@@ -122,7 +130,7 @@ class Trainer:
                 if len(state.curve) - 1 - state.best >= plan.patience:
                     break
                 state.since.append(self._step(batch, state))
-                step_done(state.since[-1])
+                step_done()
                 if state.step % plan.look_every == 0 or state.step == len(plan.steps):
                     looked(self._look(state))
                 now = time.monotonic()
@@ -154,7 +162,7 @@ class Trainer:
             master.settle_()
         weights.show()
         state.step += 1
-        return float(total)
+        return self._finite(float(total), state)
 
     @torch.no_grad()
     def _look(self, state: Progressed) -> Look:
@@ -166,13 +174,19 @@ class Trainer:
             self._ranks.sum_([everywhere])
             total = float(everywhere)
         loss = sum(state.since) / len(state.since) if state.since else None
-        look = Look(state.step * plan.tokens, loss, total / len(plan.held_out))
+        look = Look(state.step * plan.tokens, loss, self._finite(total / len(plan.held_out), state))
         state.curve.append(look)
         state.since = []
         if len(state.curve) == 1 or look.held_out < state.curve[state.best].held_out:
             state.best = len(state.curve) - 1
             self._store.save_best(state.best, self._weights.state())
         return look
+
+    def _finite(self, loss: float, state: Progressed) -> float:
+        if math.isfinite(loss):
+            return loss
+        advice = self._plan.advice if state.step else "look for NaN and infinity in the files of the model"
+        raise ModelError(f"{self._plan.name}: the loss is {loss} at step {state.step}; {advice}")
 
     def _own(self, samples: Sequence[int]) -> list[Sequence[int]]:
         """This process's samples, by forward pass."""

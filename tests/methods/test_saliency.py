@@ -19,25 +19,18 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_score_is_the_formula_weight_by_weight(name: str) -> None:
+def test_the_highest_scores_survive_by_the_formula_weight_by_weight(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(5, 7, generator=generator)
-    activation = torch.rand(7, generator=generator)
-    gradient = torch.rand(5, 7, generator=generator)
-    score = getattr(saliency, name)(weight, Statistics(activation, gradient, gradient), 100.0)
+    weight, activation = torch.randn(5, 8, generator=generator), torch.rand(8, generator=generator)
+    gradient = torch.rand(5, 8, generator=generator)
+    statistics = Statistics(activation, gradient, gradient)
+    score = getattr(saliency, name)(weight, statistics, 100.0)
     for i in range(5):
-        for j in range(7):
+        for j in range(8):
             expected = SLOW[name](float(weight[i, j]), float(activation[j]), float(gradient[i, j]), 100.0)
             assert float(score[i, j]) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", SLOW)
-def test_the_highest_scores_survive(name: str) -> None:
-    weight = torch.randn(5, 8)
-    statistics = Statistics(torch.rand(8), torch.rand(5, 8), torch.rand(5, 8))
     rule = Rule("layer", Pattern("2:4"), 0.5, 100.0)
     selection = METHODS[name].select(weight, statistics, rule)
-    score = getattr(saliency, name)(weight, statistics, 100.0)
     assert torch.equal(selection.keep, Pattern("2:4").mask(score, weight, 0.5)) and not selection.fitted
     with pytest.raises(ModelError, match="layer: 40 of 40 scores are NaN or infinite"):
         METHODS[name].select(weight * torch.inf, statistics, rule)

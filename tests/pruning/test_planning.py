@@ -16,28 +16,19 @@ from gblm_compress.pruning import planning
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from tests.families.tiny import tiny_family
 
-
-def test_distillation_plans_with_the_logits_of_a_whole_sample_and_all_blocks(tiny) -> None:
-    text = CalibrationSettings(samples=2, sequence_length=512)
-    one, whole = (
-        planning.Size(tiny("llama"), "float32", PruneSettings(method="wanda", fit=fit), text)
-        for fit in ("balanced", "best")
-    )
-    vocabulary = tiny("llama").config["vocab_size"]
-    fit = planning.FIT_BYTES * whole.weights // 4
-    assert whole.working == fit + planning.LOGIT_BYTES * 512 * vocabulary + whole.activations > one.working
+SETTINGS, TEXT = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
 
 
-def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
-    text = CalibrationSettings(samples=2, sequence_length=64)
+def test_fits_plan_with_gram_matrices_copies_of_the_block_logits_and_all_blocks(tiny) -> None:
+    def size(length: int = 64, **chosen) -> planning.Size:
+        settings = PruneSettings(**{"method": "wanda", "fit": "none"} | chosen)
+        text = CalibrationSettings(samples=2, sequence_length=length)
+        return planning.Size(tiny("llama"), "float32", settings, text)
 
     def working(**chosen) -> int:
-        return planning.Size(
-            tiny("llama"), "float32", PruneSettings(**({"method": "wanda", "fit": "none"} | chosen)), text
-        ).working
+        return size(**chosen).working
 
-    inputs = 3 * 64**2 + 128**2  # three inputs of the hidden size, one of the intermediate size
-    block = planning.Size(tiny("llama"), "float32", PruneSettings(fit="none"), text).block
+    inputs, block = 3 * 64**2 + 128**2, size().block  # three inputs of the hidden size, one of the intermediate size
     # The block as it was is kept beside them, for the errors of its layers' outputs.
     assert working(fit="fast") - working() == 4 * inputs + block
     assert working(fit="obs") - working(fit="fast") == planning.FACTOR_BYTES * 128**2
@@ -46,6 +37,9 @@ def test_updates_plan_with_gram_matrices_and_rounds_with_copies(tiny) -> None:
     assert working(fit="balanced", quantise="int4") - one == planning.GRID_BYTES * block // 4
     # At the end, where distillation needs the most, the rounds need nothing any more.
     assert working(fit="best", rounds=1) == working(fit="best", rounds=2)
+    whole, logits = size(512, fit="best"), planning.LOGIT_BYTES * 512 * tiny("llama").config["vocab_size"]
+    fit = planning.FIT_BYTES * whole.weights // 4
+    assert whole.working == fit + logits + whole.activations > working(length=512, fit="balanced")
 
 
 def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
@@ -58,17 +52,13 @@ def test_a_multimodal_model_is_as_large_as_its_part_for_text(tmp_path) -> None:
     (tmp_path / "text" / "config.json").write_text(json.dumps(text))
     weights = "model.safetensors"
     (tmp_path / "text" / weights).write_bytes((tmp_path / "both" / weights).read_bytes())
-    settings, samples = PruneSettings(fit="best"), CalibrationSettings(samples=2, sequence_length=64)
     both, alone = (
-        vars(planning.Size(ModelSource(name, tmp_path / name), "float32", settings, samples))
+        vars(planning.Size(ModelSource(name, tmp_path / name), "float32", PruneSettings(fit="best"), TEXT))
         for name in ("both", "text")
     )
     assert both == alone
     assert both["outside_blocks"] == 2 * 257 * 64 * 4 and both["block"] == both["weights"] // 2
     assert both["activations"] == 2 * 64 * (16 * 64 + 4 * 96 + 2 * 4 * 64) * 4
-
-
-SETTINGS, TEXT = PruneSettings(fit="none"), CalibrationSettings(samples=2, sequence_length=64)
 
 
 def placed(size: planning.Size, **resources) -> planning.Placement:
@@ -92,20 +82,20 @@ def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monke
 
 
 @pytest.mark.parametrize(
-    ("fit", "better"),
-    [("none", "balanced"), ("fast", "balanced"), ("obs", "balanced"), ("balanced", "best"), ("best", None)],
+    ("fit", "where", "better"),
+    [
+        *((fit, {}, "balanced") for fit in ("none", "fast", "obs")),
+        ("balanced", {}, "best"),
+        ("best", {}, None),
+        ("none", {"several": True}, "fast"),
+        ("fast", {"several": True}, None),
+        ("balanced", {"offload": True}, None),
+    ],
 )
-def test_the_next_fit_does_more_and_takes_longer(fit: str, better: str | None) -> None:
-    chosen = PruneSettings(fit=fit)
-    assert planning.better_fit(chosen) == better
+def test_the_next_fit_does_more_takes_longer_and_can_run(fit: str, where, better: str | None) -> None:
+    assert planning.better_fit(PruneSettings(fit=fit), **where) == better
     if better is not None:
-        assert planning.passes(PruneSettings(fit=better)) > planning.passes(chosen)
-
-
-def test_no_fit_is_offered_that_cannot_run() -> None:
-    assert planning.better_fit(PruneSettings(fit="none"), several=True) == "fast"
-    assert planning.better_fit(PruneSettings(fit="fast"), several=True) is None
-    assert planning.better_fit(PruneSettings(fit="balanced"), offload=True) is None
+        assert planning.passes(PruneSettings(fit=better)) > planning.passes(PruneSettings(fit=fit))
 
 
 @pytest.mark.parametrize(("rate", "takes", "offers"), [(1e15, "less than a second", False), (1e3, "about ", True)])
@@ -121,8 +111,8 @@ def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, 
 
 def test_bfloat16_checkpoints_are_computed_in_what_the_cpus_of_all_ranks_have(tiny, monkeypatch) -> None:
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: True)
-    settings, text = PruneSettings(), CalibrationSettings(samples=2, sequence_length=64)
-    size = planning.Size(tiny("llama"), "float32", settings, text)
+    settings = PruneSettings()
+    size = planning.Size(tiny("llama"), "float32", settings, TEXT)
     for others, fast in ((True, "bfloat16"), (False, "float32")):
         group = Ranks(0, 2)
         monkeypatch.setattr(group, "sum_", lambda tensors, others=others: [t.add_(int(others)) for t in tensors])

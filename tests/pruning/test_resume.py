@@ -168,6 +168,17 @@ def test_a_run_of_another_kind_is_not_resumed(go, fails, tmp_path) -> None:
     assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
 
 
+def test_another_number_of_threads_is_not_resumed(go, fails, tmp_path, monkeypatch) -> None:
+    """It would add up in another order: some of the blocks would have other bits."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    fails(saving, "save", killed, **GBLM)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(UsageError, match=r"other threads; .* on 3 threads instead of 2 \(OMP_NUM_THREADS=3\)"):
+        go(resume=True, **GBLM)
+    go(**GBLM)
+    assert manifest.read(tmp_path / "out")["compute"]["threads"] == 2
+
+
 @pytest.mark.parametrize("settings", [GBLM, FITTED], ids=["gblm", "distilled"])
 @pytest.mark.parametrize("how", ["a flipped bit", "of another run"])
 def test_a_file_that_was_not_written_is_found_and_its_work_done_again(

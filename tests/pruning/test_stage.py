@@ -101,10 +101,10 @@ def test_the_error_of_an_output_is_what_both_layers_give_on_the_text(kind: str, 
     assert expected > 0.01
 
 
-def test_no_error_is_claimed_where_none_was_measured_or_all_was_fitted_since(progress: Progress) -> None:
-    for settings in (PruneSettings(method="wanda", fit="none"), PruneSettings(method="wanda", fit="best")):
-        results = prune_(tiny_model("llama"), samples(), settings, progress)
-        assert all(result.output_error is None for result in results.values())
+@pytest.mark.parametrize("fit", ["none", "best"])
+def test_no_error_is_claimed_where_none_was_measured_or_all_was_fitted_since(fit: str, progress: Progress) -> None:
+    results = prune_(tiny_model("llama"), samples(), PruneSettings(method="wanda", fit=fit), progress)
+    assert {result.output_error for result in results.values()} == {None}
 
 
 @pytest.mark.parametrize("method", REGISTRIES["method"])
@@ -347,15 +347,17 @@ def test_what_dense_exceptions_cost_is_told(pruned) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
-def test_exceptions_for_all_layers(allocation, progress) -> None:
-    def run(pattern: str) -> dict[str, LayerResult]:
-        settings = {"method": "wanda", "allocation": allocation, "fit": "none"}
-        overrides = ({"layers": "*", "pattern": pattern},)
-        return prune_(tiny_model("llama"), samples(), PruneSettings(**settings, overrides=overrides), progress)
+def test_exceptions_for_all_layers_and_for_some_of_them(allocation, progress) -> None:
+    def run(**patterns: str) -> dict[str, LayerResult]:
+        overrides = tuple({"layers": f"*{part}*", "pattern": pattern} for part, pattern in patterns.items())
+        settings = PruneSettings(method="wanda", allocation=allocation, fit="none", overrides=overrides)
+        return prune_(tiny_model("llama"), samples(), settings, progress)
 
-    assert {result.pattern for result in run("2:4").values()} == {"2:4"}
+    assert {result.pattern for result in run(layers="2:4").values()} == {"2:4"}
+    some = run(layers="dense", mlp="2:4")
+    assert len(some) == 6 and all(".mlp." in name for name in some)
     with pytest.raises(UsageError, match="nothing to prune"):
-        run("dense")
+        run(layers="dense")
 
 
 def test_a_width_that_m_does_not_divide_is_refused_before_work(tmp_path, prose, pruned) -> None:
@@ -372,6 +374,43 @@ def test_weights_that_are_not_finite_are_named(value, progress) -> None:
         prune_(model, samples(), PruneSettings(fit="none"), progress)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("factor", [1e-8, 1e30])
+def test_a_layer_whose_scales_float16_cannot_hold_is_refused_before_the_work(kind, factor, progress) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data *= factor
+    model.forward = None
+    settings = PruneSettings(method="wanda", quantise=kind)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj: its weights need scales from .* to .*--ignore"):
+        prune_(model, samples(), settings, progress)
+
+
+def test_survivors_that_rounding_makes_zero_are_told_with_their_layer(changed, pruned) -> None:
+    source = changed("m", "float32")
+    state = load_file(source.folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][:4] *= 1e-8
+    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    result = pruned(source, method="magnitude", quantise="int8")
+    lost = 4 * 32 / result.layers["model.layers.1.mlp.up_proj"].survivors
+    note = f"most in model.layers.1.mlp.up_proj ({lost:.1%} of its own)"
+    assert result.warnings[0].startswith("128 of ") and result.warnings[0].endswith(note)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fit", "place", "message"),
+    [
+        ("gpt2", "balanced", "transformer.h.1.mlp.c_proj.bias", r"the fit of the block of transformer\.h\.1\."),
+        ("gpt2", "best", "transformer.ln_f.weight", "the fit of the whole model: the loss is nan at step 0"),
+        ("gpt2", "fast", "transformer.h.0.mlp.c_proj.bias", r"transformer\.h\.1\.\S*: .*activations are NaN"),
+    ],
+)
+def test_a_fit_whose_loss_is_not_finite_is_an_error_that_says_where(kind, fit, place, message, progress) -> None:
+    model = tiny_model(kind)
+    model.get_parameter(place).data[0] = float("nan")
+    with pytest.raises(ModelError, match=message):
+        prune_(model, samples(), PruneSettings(method="wanda", fit=fit), progress)
+
+
 def test_an_existing_output_needs_force(pruned) -> None:
     pruned(method="magnitude")
     with pytest.raises(UsageError, match="exists; give another folder, or --force"):
@@ -383,13 +422,6 @@ def test_a_bfloat16_checkpoint_is_computed_in_what_the_cpu_has(has, changed, tmp
     monkeypatch.setattr(ranks, "has_bfloat16", lambda device: has)
     pruned(changed("model", "bfloat16"), method="wanda")
     assert manifest.read(tmp_path / "out")["compute"]["dtype"] == ("bfloat16" if has else "float32")
-
-
-def test_only_some_layers_are_pruned_by_exceptions(progress: Progress) -> None:
-    only = ({"layers": "*", "pattern": "dense"}, {"layers": "*.mlp.*", "pattern": "2:4"})
-    settings = PruneSettings(method="magnitude", fit="none", pattern="2:4", overrides=only)
-    results = prune_(tiny_model("llama"), [], settings, progress)
-    assert len(results) == 6 and all(".mlp." in name for name in results)
 
 
 @pytest.mark.parametrize(

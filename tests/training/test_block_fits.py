@@ -25,7 +25,7 @@ def fit(start: torch.Tensor, loss, samples: int, *, epochs: int, rate: float, gr
     layer = torch.nn.Linear(len(start), 1, bias=False)
     layer.weight.data.copy_(start)
     weights = Weights({"w": layer}, grids or {}, revive=revive)
-    plan = How(epochs, rate, "float32").plan(samples)
+    plan = How(epochs, rate, "float32").plan(samples, "fit")
     found = Trainer(layer, weights, lambda some: loss(layer.weight[0], *some), plan).run()
     values, factors = weights.values["w"]
     return values[0], factors, found.best, [look.held_out for look in found.curve]
@@ -126,7 +126,7 @@ def test_no_gradient_outlives_its_step() -> None:
     layer = torch.nn.Linear(2, 1)
     layer.bias.data.zero_()  # so that Adam does not move it
     weights = Weights({"w": layer}, {}, {"b": layer.bias})
-    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), How(1, 0.02, "float32").plan(3)).run()
+    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), How(1, 0.02, "float32").plan(3, "fit")).run()
     assert [master.trained.grad for master in weights.masters.values()] == [None, None]
 
 
