@@ -117,7 +117,7 @@ def faults_of(error: ValidationError) -> list[Any]:
 
 def describe_fault(fault: Any, model: type[BaseModel]) -> str:
     """One validation error in words, with a suggestion for a misspelt name."""
-    location = [part for part in fault["loc"] if part != "function-before[_source_alone(), ModelSettings]"]
+    location = list(fault["loc"])
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         known = _model_at(model, location[:-1]).model_fields
