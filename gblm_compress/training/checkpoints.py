@@ -154,7 +154,7 @@ class Work(Generic[Kind]):
             then, now = (identity.get("threads") for identity in (known.identity, new.identity))
             again = "give the same command as then"
             if then and then != now:  # sums differ in their last bits
-                again += f", on {then} threads instead of {now} (OMP_NUM_THREADS={then})"
+                again += f", with OMP_NUM_THREADS={then} (it has {now} now)"
             raise UsageError(
                 f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}; "
                 f"{again}, or leave out --resume to start anew"
