@@ -29,7 +29,7 @@ from gblm_compress.runs import advice
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.storage.records import as_json
 from gblm_compress.tasks.text import drawn_windows, load_text
-from tests.runs.reports import write_report
+from tests.runs.reports import write_artefact, write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = {"samples": 3, "sequence_length": 32}
@@ -218,9 +218,7 @@ def workplace(tmp_path_factory) -> Path:
     gblm_compress.prune("tiny", folder / "pruned", pattern="2:4", method="magnitude", fit="none", quiet=True)
     (folder / "recipe.yaml").write_text("model: tiny\ncalibration: {dataset: demo, sequence_length: 64}\n")
     write_report(folder / "run")
-    (folder / "run" / "bitmask").mkdir()
-    (folder / "run" / "bitmask" / "gblm_manifest.json").write_text("{}")
-    (folder / "run" / "bitmask" / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
+    write_artefact(folder / "run", folder / "pruned", "---\nlicense: mit\n---\n# m\n")
     return folder
 
 

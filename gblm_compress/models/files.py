@@ -32,14 +32,15 @@ GRAPH = "model.onnx"
 MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
 _LIGHT = re.compile(
-    r"(config|generation_config|genai_config|special_tokens_map|added_tokens|gblm_manifest)\.json"
+    r"(config|generation_config|genai_config|special_tokens_map|added_tokens)\.json"
+    r"|gblm_(manifest\.json|grids\.safetensors|onnxruntime\.(so|dll|dylib))"
     r"|(preprocessor_config|processor_config|modules|sentence_bert_config)\.json"
     r"|(tokenizer|vocab|chat_template).*|merges\.txt|.*\.(jinja|model|tiktoken)"
 )
 """The files beside weights or graph that decide what a model computes."""
 
 _OF_GRAPHS = (".onnx", ".data", ".onnx_data")
-_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", *_OF_GRAPHS)
+_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".so", ".dll", ".dylib", *_OF_GRAPHS)
 _FOLDERS = ("additional_chat_templates", "[0-9]_*")  # those that transformers and sentence-transformers read
 
 # The names that families of models have for the same key of config.json.

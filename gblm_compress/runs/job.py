@@ -197,7 +197,7 @@ class Record(BaseModel):
 
 def carry_out(stage: Stage, home: Path, progress: Progress) -> Outcome:
     """Reuse the record of a stage in the folder `home` if nothing changed; else do the work and record it."""
-    record, key, path = read_record(stage, home, progress), stage.key, _path(stage, home)
+    record, key, path = read_record(stage, home, progress), stage.key, record_path(stage.name, home)
     if record is not None and record.holds(stage):
         progress.say(f"• {stage.name}: reused")
         return Outcome(stage.name, True, record.seconds, record.result)
@@ -217,7 +217,7 @@ def carry_out(stage: Stage, home: Path, progress: Progress) -> Outcome:
 
 def read_record(stage: Stage, home: Path, progress: Progress) -> Record | None:
     """The record of a stage; None if there is none, or it is damaged."""
-    path = _path(stage, home)
+    path = record_path(stage.name, home)
     if not path.exists():
         return None
     try:
@@ -227,8 +227,8 @@ def read_record(stage: Stage, home: Path, progress: Progress) -> Record | None:
         return None
 
 
-def _path(stage: Stage, home: Path) -> Path:
-    return home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage.name)}.json"
+def record_path(stage: str, home: Path) -> Path:
+    return home / STAGES / f"{re.sub('[^A-Za-z0-9.+_]', '-', stage)}.json"
 
 
 def _content(place: Path | None) -> str | None:

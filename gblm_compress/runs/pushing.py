@@ -8,14 +8,18 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from gblm_compress.errors import GblmError, UsageError, first_line
+from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError, first_line
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report
 from gblm_compress.runs.run_report import RunReport, headline
-from gblm_compress.storage.outputs import MANIFEST
+from gblm_compress.storage import records
 
 CARD = "README.md"
-REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+LARGEST_CARD = 1 << 20  # bytes
+NAME = re.compile(r"[\w][\w.-]*", re.ASCII)
+REPO = re.compile(rf"{NAME.pattern}/{NAME.pattern}", re.ASCII)
+MADE_BY = {"pruned": "prune", "recovered": "recover"}
+"""{artefact: the stage that makes it}; the others are exports."""
 SHOWN = ("Gates", "Quality and size", "Speed and memory", "Tasks")
 """The tables of a card."""
 
@@ -35,19 +39,22 @@ class PushResult:
 def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = False, api: Any = None) -> PushResult:
     """Prepare the upload of an artefact; upload it in one commit if `repo` (OWNER/NAME) is given.
 
+    What is sent: the files that make the model, which have the hashes that the run recorded, and the card.
+
     Raises:
         UsageError: no such artefact, or the hub refuses it.
+        ModelError: a file or the card is damaged, or no regular file of the folder.
+        VerificationError: the files are not those that the report measured.
         GblmError: the upload fails.
     """
     report, folder = run_report.read(run), run / artefact
-    known = [row.artefact for row in report.find("bytes") if not row.dense]
-    if artefact not in known or not (folder / MANIFEST).is_file() or not (folder / CARD).is_file():
+    known = [row.artefact for row in report.find("bytes") if not row.dense and NAME.fullmatch(row.artefact)]
+    if artefact not in known or folder.is_symlink() or not folder.is_dir():
         raise UsageError(f"artefact {artefact!r} is not in {str(run)!r}; its artefacts are {', '.join(known)}")
     if repo is not None and not REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no name of a repository; give OWNER/NAME, for example me/my-model-bitmask")
-    own = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink() and path.name != CARD]
-    files = {str(path.relative_to(folder)): path for path in own}
-    prepared = PushResult(complete(report, artefact, (folder / CARD).read_text(encoding="utf-8")), files)
+    files = {path.relative_to(folder).as_posix(): path for path in verified(report, run, artefact)}
+    prepared = PushResult(complete(report, artefact, _card(folder / CARD)), files)
     if repo is None:
         return prepared
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -66,9 +73,49 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
         raise GblmError(f"the hub does not take {repo!r} ({first_line(error)}); run the same command again") from error
 
 
+def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
+    """The files of an artefact, after the check that they are those that the report measured."""
+    from gblm_compress.models import files
+    from gblm_compress.models.source import ModelSource
+    from gblm_compress.runs.job import Record, record_path
+
+    source, stage = ModelSource(artefact, run / artefact), MADE_BY.get(artefact, f"export {artefact}")
+    files.check_folder(source.folder)
+    results = [records.as_json(outcome.result) for outcome in report.stages if outcome.name == stage]
+    try:
+        record = Record.model_validate(records.read_sealed(record_path(stage, run)))
+    except (OSError, ValueError):
+        record = None
+    if record is None or record.content != source.fingerprint or records.as_json(record.result) not in results:
+        raise VerificationError(
+            f"{str(source.folder)!r} does not hold the files that {run_report.REPORT} measured: one of them, or the "
+            "record of the run, has changed; run the recipe again"
+        )
+    return files.files_of(source.folder)
+
+
+def _card(path: Path) -> str:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_CARD:
+        raise ModelError(
+            f"model card {str(path)!r} is missing, a link, no regular file or larger than {LARGEST_CARD >> 20} MiB; "
+            f"remove {str(path.parent)!r}, and run the recipe again"
+        )
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"model card {str(path)!r} is not UTF-8 ({first_line(error)}); save it as UTF-8") from error
+
+
 def complete(report: RunReport, artefact: str, card: str) -> str:
     """The artefact's card, with measurements: tables for people, `model-index` for the hub."""
-    found = ModelCard(card, ignore_metadata_errors=True)
+    try:
+        found = ModelCard(card, ignore_metadata_errors=True)
+        str(found)
+    except Exception as error:  # huggingface_hub and its reader of YAML raise kinds of their own
+        raise ModelError(
+            f"the first lines of {artefact}/{CARD}, between '---', are no metadata that the hub reads "
+            f"({first_line(error)}); correct them"
+        ) from error
     if not REPO.fullmatch(str(found.data.base_model)):
         found.data.base_model = None  # a local name, which the hub has no page for
     found.data.model_name = artefact

@@ -1,10 +1,13 @@
 """A report made by hand, with everything in it that a report can hold."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from gblm_compress.measure.timings import Speedup, Spread
+from gblm_compress.models.source import ModelSource
 from gblm_compress.runs import rows
+from gblm_compress.runs.job import record_path
 from gblm_compress.runs.rows import GateOutcome, Row
 from gblm_compress.runs.run_report import REPORT, Outcome, RunReport
 from gblm_compress.storage import records
@@ -109,3 +112,14 @@ def write_report(run: Path, **changes) -> None:
     """What `report` and `push` read of a run, in its folder."""
     run.mkdir(exist_ok=True)
     records.write_file(run / REPORT, records.as_json(report(**changes).as_dict()))
+
+
+def write_artefact(run: Path, model: Path, card: str, name: str = "bitmask") -> Path:
+    """An artefact of such a run: the files of a model, a card, and the record of its export."""
+    folder, record = shutil.copytree(model, run / name), record_path(f"export {name}", run)
+    (folder / "README.md").write_text(card)
+    (folder / "gblm_manifest.json").write_text("{}")
+    record.parent.mkdir()
+    content = ModelSource(name, folder).fingerprint
+    records.write_sealed(record, {"key": "", "content": content, "seconds": 1.0, "result": {}})
+    return folder

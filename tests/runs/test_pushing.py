@@ -1,14 +1,16 @@
 """What is pushed to the hub: an artefact's own files and a card with what was measured, and nothing unasked."""
 
+import os
+import shutil
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 from huggingface_hub import ModelCard
 
-from gblm_compress.errors import GblmError, UsageError
+from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError
 from gblm_compress.runs import pushing
-from tests.runs.reports import HOSTILE, report, write_report
+from tests.runs.reports import HOSTILE, report, write_artefact, write_report
 
 CARD = """---
 base_model: "demo"
@@ -26,20 +28,19 @@ AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run" / "bitmask"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text(CARD)
-    (folder / "gblm_manifest.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(bytes(range(256)))
+def run(tiny, tmp_path: Path) -> Path:
     write_report(tmp_path / "run")
+    write_artefact(tmp_path / "run", tiny("llama").folder, CARD)
     return tmp_path / "run"
 
 
-def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret.txt").write_text("secret")
-    (run / "bitmask" / "link.txt").symlink_to(tmp_path / "secret.txt")
-    (run / "bitmask" / "folder").symlink_to(tmp_path)
+def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tiny, tmp_path: Path) -> None:
+    folder = run / "bitmask"
+    for name in (".env", ".git/config", "id_rsa", "notes.txt", "optimizer.bin", "1_Pooling/secret.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    (folder / "link.py").symlink_to(folder / "id_rsa")
+    (folder / "folder").symlink_to(tmp_path)
     hub = MagicMock(**{"create_commit.return_value.commit_url": "https://hub/me/m/commit/0"})
     pushed = pushing.push(run, "bitmask", "me/m", private=True, api=hub)
     assert pushed.pushed_to == "https://hub/me/m/commit/0"
@@ -49,14 +50,80 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tmp_path
     for operation in hub.create_commit.call_args.args[1]:
         with operation.as_file() as file:
             files[operation.path_in_repo] = file.read()
-    assert set(files) == {"README.md", "gblm_manifest.json", "model.safetensors"} == {*pushed.as_dict()["files"]}
-    assert files["model.safetensors"] == bytes(range(256))
-    card = ModelCard(files["README.md"].decode())
+    model = {path.name: path.read_bytes() for path in tiny("llama").folder.iterdir()}
+    card = ModelCard(files.pop("README.md").decode())
+    assert files == model | {"gblm_manifest.json": b"{}"} and [*files, "README.md"] == pushed.as_dict()["files"]
     found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
     assert found["piqa", "acc"] == 0.6 and found["unknown", "perplexity"] == 24
     assert card.data.base_model is None and card.data.library_name == "transformers" and "pruned" in card.data.tags
     for part in ("left dense", "from_pretrained", "## Measured", "decodes 2.00× as fast", "a CPU, 2 threads"):
         assert part in card.text
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to(path.parents[1] / "elsewhere")
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "kind", "message"),
+    [
+        ("model.safetensors", flip, VerificationError, "does not hold the files that report.json measured"),
+        ("tokenizer.json", lambda path: path.write_text(path.read_text() + " "), VerificationError, "run the recipe"),
+        (
+            "gblm_manifest.json",
+            lambda path: path.write_text('{"files": [".env"]}'),
+            VerificationError,
+            "run the recipe",
+        ),
+        ("gblm_onnxruntime.so", Path.touch, VerificationError, "run the recipe"),
+        ("../.stages/export-bitmask.json", Path.unlink, VerificationError, "the record of the run, has changed"),
+        ("../.stages/export-bitmask.json", flip, VerificationError, "the record of the run, has changed"),
+        ("..", lambda run: write_report(run, stages=[]), VerificationError, "report.json measured"),
+        ("config.json", linked, ModelError, "link out of the folder"),
+        ("model.safetensors", piped, ModelError, "no regular file"),
+        ("README.md", Path.unlink, ModelError, "model card '.*README.md' is missing"),
+        ("README.md", linked, ModelError, "model card '.*README.md' is missing, a link"),
+        ("README.md", piped, ModelError, "model card '.*README.md' is missing, a link, no regular file"),
+        ("README.md", lambda path: path.write_bytes(b"\xff"), ModelError, "is not UTF-8"),
+        ("README.md", lambda path: path.write_text("---\na: [\n---\n"), ModelError, "no metadata that the hub reads"),
+        (
+            "README.md",
+            lambda path: path.write_text("---\ntags: 5\n---\n"),
+            ModelError,
+            "no metadata that the hub reads",
+        ),
+    ],
+)
+def test_nothing_is_sent_of_an_artefact_that_is_not_what_was_measured(run, name, damage, kind, message) -> None:
+    damage(run / "bitmask" / name)
+    hub = MagicMock()
+    with pytest.raises(kind, match=message) as error:
+        pushing.push(run, "bitmask", "me/m", api=hub)
+    assert type(error.value) is kind and "\n" not in str(error.value) and not hub.mock_calls
+
+
+@pytest.mark.parametrize("name", ["../secret", "bitmask/../../secret", "."])
+def test_an_artefact_is_a_folder_of_the_run(run: Path, tmp_path: Path, name: str) -> None:
+    write_report(run, name=name)
+    shutil.copytree(run / "bitmask", tmp_path / "secret")
+    with pytest.raises(UsageError, match="its artefacts are pruned, semi-structured"):
+        pushing.push(run, name)
+    write_report(run)
+    linked(run / "bitmask")
+    with pytest.raises(UsageError, match="'bitmask' is not in"):
+        pushing.push(run, "bitmask")
 
 
 def test_a_base_model_of_the_hub_stays_and_names_from_outside_are_text() -> None:

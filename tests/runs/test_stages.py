@@ -118,7 +118,7 @@ def test_an_operator_that_was_not_compiled_and_a_float16_checkpoint(progress, ti
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "library_file", lambda: None)
         (message,) = faults(progress, export=exports)
-    assert "operator for ONNX Runtime was not compiled" in message
+    assert "operator for ONNX Runtime is missing" in message
     monkeypatch.setattr(cpu, "onnxruntime_library", lambda: Path())
     load_model(tiny("llama"), "float16").save_pretrained(tmp_path / "half")
     assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
