@@ -34,15 +34,16 @@ def run(folder: Path, **given: str) -> Job:
     inputs = {name: entry.get("default", "") for name, entry in ACTION["inputs"].items()} | given
     values = {f"inputs.{name}": value for name, value in inputs.items()} | {"github.action_path": str(ROOT)}
     tools = folder / "bin"
-    tools.mkdir()
+    tools.mkdir(exist_ok=True)
     for name, arguments in (("python", ""), ("gblm-compress", "-m gblm_compress")):
         (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         (tools / name).chmod(0o755)
     files = {name: folder / name for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")}
     for path in files.values():
-        path.touch()
+        path.write_text("")
     search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "RUNNER_TEMP": str(folder), "PYTHONPATH": search}
+    fixed |= {"HF_HUB_OFFLINE": "1"}
     job = Job({}, "", "", "")
     for step in (step for step in ACTION["runs"]["steps"] if "run" in step):
         assert step["shell"] == "bash" and "${{" not in step["run"]  # values are never part of a script
@@ -61,7 +62,7 @@ def run(folder: Path, **given: str) -> Job:
 INSTALL = f"--dry-run --no-deps --no-build-isolation {ROOT}"  # pip reads the package, and installs nothing
 
 
-def test_a_run_whose_gate_fails_is_annotated_and_summarised(tmp_path) -> None:
+def test_a_gate_that_fails_is_published_and_not_again_by_a_later_use_that_fails(tmp_path) -> None:
     gates = "gates={artefact: pruned, max_bytes_ratio: 0.9}"
     asked = "\n".join((gates, "benchmark=null", "export=[]", "prune.fit=none"))
     job = run(tmp_path, recipe="ci-smoke", set=asked, install=INSTALL)
@@ -69,9 +70,20 @@ def test_a_run_whose_gate_fails_is_annotated_and_summarised(tmp_path) -> None:
     (annotation,) = [line for line in job.log.splitlines() if line.startswith("::error")]
     assert annotation.startswith("::error title=gate failed::max_bytes_ratio on pruned: 1.00×; at most 0.900×")
     assert "## FAIL: tiny" in job.summary and "- max\\_bytes\\_ratio on pruned" in job.summary
-    assert job.outputs.splitlines() == ["passed=false", "report=runs/ci/report.html"]
-    assert (tmp_path / "runs/ci/report.html").exists()
-    assert ElementTree.parse(tmp_path / "runs/ci/gates.xml").getroot().get("failures") == "1"
+    passed, report_, folder = (line.partition("=")[2] for line in job.outputs.splitlines())
+    assert (passed, report_) == ("false", "runs/ci/report.html") and (tmp_path / report_).exists()
+    assert {path.name for path in Path(folder).iterdir()} == {"report.html", "report.json", "gates.xml", "charts"}
+    for path in (tmp_path / "runs/ci/gates.xml", Path(folder) / "gates.xml"):
+        assert ElementTree.parse(path).getroot().get("failures") == "1"
+    later = run(tmp_path, recipe="ci-smoke", set=f"{asked}\nmodel=owner/gone", install=INSTALL, output="runs/other")
+    assert later.codes == {"Install": 0, "Check the recipe": 0, "Run": 3}, later.log
+    assert (later.outputs, later.summary) == ("passed=false\n", "") and "::error" not in later.log
+
+
+def test_an_output_with_a_line_break_sets_no_outputs(tmp_path) -> None:
+    job = run(tmp_path, recipe="ci-smoke", output="x\npassed=true", install=INSTALL)
+    assert job.codes == {"Install": 0, "Check the recipe": 2} and job.outputs == ""
+    assert "::error title=gblm-compress::output has a line break; give one folder" in job.log.splitlines()
 
 
 def test_a_recipe_with_faults_ends_before_the_work_with_an_annotation_each(tmp_path) -> None:
@@ -82,14 +94,9 @@ def test_a_recipe_with_faults_ends_before_the_work_with_an_annotation_each(tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_example_gives_what_the_action_takes_and_the_action_uploads_what_a_run_writes() -> None:
-    from gblm_compress.runs import report, run_report
-
+def test_the_example_gives_what_the_action_takes() -> None:
     (step,) = [step for step in WORKFLOW["jobs"]["compress"]["steps"] if "gblm-compress" in step.get("uses", "")]
     required = {name for name, entry in ACTION["inputs"].items() if entry.get("required")}
     assert required <= set(step["with"]) <= set(ACTION["inputs"])
     named = re.findall(r"steps\.compress\.outputs\.(\w+)", str(WORKFLOW))
     assert named and set(named) <= set(ACTION["outputs"])
-    (step,) = [step for step in ACTION["runs"]["steps"] if step.get("name") == "Upload the report"]
-    names = {Path(line).name for line in step["with"]["path"].split()}
-    assert {report.PAGE, report.PICTURES, run_report.REPORT} <= names and step["if"] == "always()"
