@@ -56,6 +56,8 @@ def generate(
             progress.say(f"writing {settings.tokens:,} tokens with {source.name} on {device} …")
             rows = write(model, tokenizer, settings, progress)
         texts = [each for row in rows for each in texts_of(row, tokenizer)]
+        if not texts:
+            raise ModelError(f"model {source.name!r} wrote nothing but ends of texts; give --starts, or another model")
         keep("".join(f"{each}\n\n" for each in texts))
     words, tokens, seconds = sum(len(each.split()) for each in texts), sum(map(len, rows)), time.monotonic() - began
     return GenerateResult(str(output), len(texts), words, tokens - len(rows), dtype, seconds, memory.peak_bytes)
@@ -68,7 +70,7 @@ def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
     if not (task := loading.task_of(source)).generates:
         return [UsageError(f"generate is for causal language models, and {source.name!r} is {task.help}")]
     looks: list[Any] = [partial(data_files, settings.starts)] if settings.starts else []
-    longest = 1 + max(STARTS) + settings.sequence_length
+    longest = 1 + max(STARTS) + settings.piece
     return errors.collect([partial(loading.check_length, source, longest, "a piece with its start"), *looks])
 
 
@@ -84,16 +86,17 @@ def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Prog
     special = {each for each in (*tokenizer.all_special_ids, *range(len(tokenizer), size)) if each < size}
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=settings.top_k, temperature=settings.temperature, suppress_tokens=[*special - {first}],
-        max_new_tokens=settings.sequence_length, pad_token_id=first,
+        max_new_tokens=settings.piece, pad_token_id=first,
     )  # fmt: skip
     lines, draws, rows = _lines(tokenizer, settings), random.Random(settings.seed), []
-    pieces = range(-(-settings.tokens // settings.sequence_length))
-    batches = [pieces[at : at + settings.batch] for at in range(0, len(pieces), settings.batch)]
+    pieces = -(-settings.tokens // settings.piece)
+    batches = range(0, pieces, settings.batch)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        for number, batch in enumerate(progress.track(batches, "writing", "batches", settings.tokens)):
+        for number, begun in enumerate(progress.track(batches, "writing", "batches", settings.tokens)):
             length = STARTS[number % len(STARTS)] if lines else 0
-            starts = [draws.choice(lines)[:length] if lines else [] for _ in batch]
+            count = min(settings.batch, pieces - begun)
+            starts = [draws.choice(lines)[:length] if lines else [] for _ in range(count)]
             begin = torch.tensor([[first, *start] for start in starts], device=model.device)
             try:
                 rows += model.generate(begin, attention_mask=torch.ones_like(begin)).tolist()

@@ -88,9 +88,14 @@ class GenerateSettings(Settings):
     )
     sequence_length: int = Field(300, ge=1, le=MANY, description="Tokens to write in a piece.")
     batch: int = Field(96, ge=1, le=MANY, description="Pieces written at once; fewer take less memory.")
-    temperature: float = Field(1.0, gt=0, description="Below 1, likely tokens are drawn more often.")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="Below 1, likely tokens are drawn more often.")
     top_k: int = Field(100, ge=1, le=MANY, description="Draw from this many most likely tokens.")
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a piece."""
+        return min(self.sequence_length, self.tokens)
 
 
 class ExportSettings(Settings):

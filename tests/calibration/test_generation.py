@@ -124,6 +124,30 @@ def test_a_file_that_appears_meanwhile_is_kept(tiny, tmp_path, progress, monkeyp
         generate(tiny("llama"), tmp_path / "." / "out.txt", asked, device="cpu", progress=progress, force=True)
 
 
+def test_a_text_shorter_than_a_piece_is_one_piece_of_it(progress) -> None:
+    (row,) = write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(tokens=5, sequence_length=300), progress)
+    assert len(row) == 1 + 5
+
+
+def test_a_model_that_writes_nothing_is_an_error_and_no_empty_file(tiny, tmp_path, progress, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "write", lambda *_: [[END, END, END]])
+    with pytest.raises(ModelError, match="wrote nothing but ends of texts; give --starts"):
+        generate(tiny("llama"), tmp_path / "out.txt", GenerateSettings(**SMALL), device="cpu", progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_a_temperature_that_no_number_can_be_divided_by_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        GenerateSettings(temperature=temperature)
+
+
+def test_the_batches_of_any_number_of_tokens_are_not_listed(progress, monkeypatch) -> None:
+    monkeypatch.setattr(type(progress), "track", lambda self, items, *_: iter([]) if len(items) > 1 << 40 else items)
+    settings = GenerateSettings(tokens=10**13, sequence_length=1, batch=1)
+    assert write(tiny_model("llama"), byte_tokenizer(), settings, progress) == []
+
+
 def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch) -> None:
     def broken(*arguments: object) -> None:
         raise KeyboardInterrupt
