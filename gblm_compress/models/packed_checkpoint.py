@@ -24,7 +24,7 @@ from gblm_compress.layouts.packed_linear import OWN, PackedEmbedding, PackedLine
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.models.architecture import head_and_embedding, is_linear, is_transposed, weight_matrix
 from gblm_compress.models.experts import experts_of, unfuse_
-from gblm_compress.models.files import INDEX, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
+from gblm_compress.models.files import INDEX, SINGLE, SPARSE_INDEX, SPARSE_METHOD, SPARSE_SINGLE
 from gblm_compress.storage.records import read_json
 
 
@@ -133,17 +133,14 @@ def save_packed(model: Any, folder: Path) -> None:
     It would ignore packed tensors otherwise, and fill the layers with random numbers.
     """
     model.save_pretrained(folder, save_original_format=not model.config.quantization_config.experts)
-    for path in sorted(folder.glob("model*.safetensors")):
-        path.rename(folder / _packed_name(path.name))
+    ours, theirs = (name.removesuffix(".safetensors") for name in (SPARSE_SINGLE, SINGLE))
+    for path in sorted(folder.glob(f"{theirs}*.safetensors")):
+        path.rename(folder / path.name.replace(theirs, ours, 1))
     if (index := folder / INDEX).exists():
         content = read_json(index)
-        content["weight_map"] = {name: _packed_name(file) for name, file in content["weight_map"].items()}
+        content["weight_map"] = {name: file.replace(theirs, ours, 1) for name, file in content["weight_map"].items()}
         (folder / SPARSE_INDEX).write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         index.unlink()
-
-
-def _packed_name(file: str) -> str:
-    return SPARSE_SINGLE.removesuffix(".safetensors") + file.removeprefix("model")
 
 
 def pack_(
@@ -237,12 +234,11 @@ def pack_tables_(model: Any, layout: str) -> tuple[dict[str, Tensor], dict[str, 
         model.set_submodule(names[id(head)], packed)
         if tied:
             embeddings[names[id(embedding)]] = names[id(head)]
-            model.set_submodule(names[id(embedding)], PackedEmbedding(packed, own=False))
     if type(embedding) is nn.Embedding and not tied and (packed := _packed(embedding, layout)):
         name = names[id(embedding)]
         dense[own_layer(name)], embeddings[name] = embedding.weight.detach(), own_layer(name)
         model.set_submodule(name, PackedEmbedding(packed, own=True))
-    untie_(model, embeddings)
+    look_up_(model, embeddings)
     return dense, embeddings
 
 
@@ -260,7 +256,7 @@ def dense_embedding(model: nn.Module, name: str) -> nn.Embedding:
 
 
 def look_up_(model: Any, embeddings: dict[str, str]) -> None:
-    """Let embeddings look up rows of packed layers of their shape, in place."""
+    """Let embeddings look up rows of packed layers of their shape, in place, and transformers tie none of them."""
     for name, layer in embeddings.items():
         if layer == own_layer(name):
             continue
@@ -268,11 +264,6 @@ def look_up_(model: Any, embeddings: dict[str, str]) -> None:
         if not isinstance(rows, PackedLinear) or embedding.weight.shape != (rows.out_features, rows.in_features):
             raise ModelError(f"embedding {name!r}: {layer!r} is no packed layer of its shape")
         model.set_submodule(name, PackedEmbedding(rows, own=False))
-    untie_(model, embeddings)
-
-
-def untie_(model: Any, embeddings: dict[str, str]) -> None:
-    """Stop transformers from tying weights that are one packed layer now."""
     gone = {f"{name}.weight" for pair in embeddings.items() for name in pair}
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         if isinstance(pairs := getattr(model, attribute, None), dict):
