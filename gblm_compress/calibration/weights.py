@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.methods.zeros import count_nonzeros
+from gblm_compress.methods.zeros import count_nonzeros, is_finite
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
 from gblm_compress.models.checkpoint import Checkpoint
@@ -58,6 +58,7 @@ class StreamedWeights:
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._latest = 0
+        self._finite = set[str]()  # what was read and checked
         groups = _tied_parameters(self.model)
         shared = [name for group in groups for name in group if len({self._block_of(one) for one in group}) > 1]
         if any(self._block_of(name) for name in shared):
@@ -114,7 +115,10 @@ class StreamedWeights:
                     f"{name} has the shape {list(stored.shape)} in the checkpoint; the architecture of config.json "
                     f"needs {list(wanted.shape)}: the folder is damaged or of another model"
                 )
-            tensors[group[0]] = stored.to(self._device, wanted.dtype)
+            tensors[group[0]] = read = stored.to(self._device, wanted.dtype)
+            if group[0] not in self._finite and not is_finite(read):
+                raise self._checkpoint.not_finite(name, read.dtype)
+            self._finite.add(group[0])
         return tensors
 
     @contextmanager

@@ -39,7 +39,7 @@ def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite; the least and the greatest are NaN if one is."""
     import torch
 
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:

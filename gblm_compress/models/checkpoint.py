@@ -53,15 +53,15 @@ class _Names:
     def __init__(self, model: Any) -> None:
         self.views = fused_weights(model)
         state = model.state_dict()
-        own = {name: torch.empty_like(one, device="meta") for name, one in state.items() if name not in self.views}
-        self._known = set(own) | {fused for fused, _ in self.views.values()}
+        self.own = {name: torch.empty_like(one, device="meta") for name, one in state.items() if name not in self.views}
+        self._known = set(self.own) | {fused for fused, _ in self.views.values()}
         self._prefix = model.base_model_prefix
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
 
         def parameter(name: str) -> Any:
-            return own.get(self.whole(name))
+            return self.own.get(self.whole(name))
 
         # The parts of a model that conversions use.
         self._about = {"model": SimpleNamespace(dtype=model.dtype, get_parameter=parameter), "config": model.config}
@@ -136,7 +136,9 @@ class Checkpoint:
     def __init__(self, folder: Path, model: Any) -> None:
         self.files, self._index = files.weight_files(folder), files.index_file(folder)
         self._names = names = _Names(model)
-        where = {key: path for path in self.files for key in files.read_header(path)[0]}
+        headers = {path: files.read_header(path)[0] for path in self.files}
+        self._where = where = {key: path for path, header in headers.items() for key in header}
+        self._shapes = {key: entry["shape"] for header in headers.values() for key, entry in header.items()}
         self._groups = names.groups(where)
         self._group_of = {name: group for group in self._groups.values() for name in names.targets(group)}
         self._parts: dict[str, list[str]] = {}
@@ -164,6 +166,28 @@ class Checkpoint:
             return next(self._read(key) for key in group.sources)
         made = self._made(group)[whole]
         return made if view is None else view(made).clone()
+
+    def check_shapes(self) -> None:
+        """ModelError if a tensor that needs no conversion has another shape in the files than in the model."""
+        for key, group in self._groups.items():
+            needed = None if group.converter else self._names.own.get(self._names.whole(group.target))
+            if needed is not None and list(needed.shape) != self._shapes[key]:
+                raise ModelError(
+                    f"{key} has the shape {self._shapes[key]} in the checkpoint; the architecture of config.json needs "
+                    f"{list(needed.shape)}: the folder is damaged or of another model"
+                )
+
+    def not_finite(self, name: str, dtype: torch.dtype) -> ModelError:
+        """Why a parameter that was loaded as `dtype` holds NaN or infinity: the stored tensor and its file."""
+        whole = self._names.views.get(name, (name,))[0]
+        for key in self._group_of[whole].sources if whole in self._group_of else self._groups:
+            stored = self._read(key)
+            if bad := int((~stored.isfinite()).sum()):
+                return ModelError(
+                    f"{str(self._where[key])!r}: {bad:,} of {stored.numel():,} values of {key!r} are NaN or infinite; "
+                    "the file is damaged, or its training diverged: fetch the model again, or use another checkpoint"
+                )
+        return ModelError(f"{name} holds values beyond the range of {dtype}; give --dtype float32 or bfloat16")
 
     def rewrite(self, folder: Path, changed: Callable[[str], Tensor | None]) -> None:
         """Write the checkpoint to `folder` under the same file names.

@@ -31,6 +31,7 @@ SPARSE_METHOD = "gblm_sparse"
 GRAPH = "model.onnx"
 MOST_GROWTH, LONGEST_WORD = 64, 1_000
 _FLOATS = ("float32", "float16", "bfloat16")
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 _LIGHT = re.compile(
     r"(config|generation_config|genai_config|special_tokens_map|added_tokens)\.json"
     r"|gblm_(manifest\.json|grids\.safetensors|onnxruntime\.(so|dll|dylib))"
@@ -49,6 +50,8 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "dim_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_COUNT = re.compile(r"(.*_)?((n|num|number_of)_(\w+_)?|(en|de)coder_)(?P<what>layers?|blocks|experts|labels)")
+"""Keys whose number of modules or names is made in a loop, wherever they are in config.json."""
 
 
 def first_of(config: Any, names: Iterable[str]) -> Any:
@@ -56,9 +59,12 @@ def first_of(config: Any, names: Iterable[str]) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def _no_repository(implementation: str | dict[str, str]) -> str | dict[str, str]:
-    if any("/" in name for name in (implementation.values() if isinstance(implementation, dict) else [implementation])):
-        raise ValueError("a kernel from the Hugging Face hub is code, which is not run; remove the key")
+def _known_attention(implementation: str | dict[str, str]) -> str | dict[str, str]:
+    for name in implementation.values() if isinstance(implementation, dict) else [implementation]:
+        if "/" in name:
+            raise ValueError("a kernel from the Hugging Face hub is code, which is not run; remove the key")
+        if name not in _ATTENTION:
+            raise ValueError(f"models run here with {', '.join(_ATTENTION)}; give one of them, or remove the key")
     return implementation
 
 
@@ -68,12 +74,12 @@ def _config_keys() -> type["BaseModel"]:
 
     number: Any = Annotated[int, Field(ge=1, le=2**31)]
     count: Any = Annotated[int, Field(ge=0, le=2**31)]
-    attention = Annotated[str | dict[str, str], AfterValidator(_no_repository)]
+    attention = Annotated[str | dict[str, str], AfterValidator(_known_attention)]
     of_decoders: dict[str, Any] = {
         "own_attn_implementation": (attention | None, Field(None, alias="_attn_implementation")),
         "attn_implementation": (attention | None, None),
         **dict.fromkeys(("rope_scaling", "rope_parameters"), (dict[str, JsonValue] | None, None)),
-        **dict.fromkeys((*LAYERS, *WIDTHS, *POSITIONS, "vocab_size"), (number | None, None)),
+        **dict.fromkeys((*LAYERS, *WIDTHS, *POSITIONS, "vocab_size", "num_labels"), (number | None, None)),
         **dict.fromkeys((*HEADS, "intermediate_size"), (number | list[number] | None, None)),
         **dict.fromkeys(EXPERTS, (count | list[count] | None, None)),
     }
@@ -104,11 +110,10 @@ def read_checked(path: Path, keys: type["BaseModel"], missing: str) -> dict[str,
         raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         fault = error.errors()[0]
+        said = fault["msg"].removeprefix("Value error, ")
         key = "".join(f"{part}." for part in fault["loc"])[:-1]
         given = "" if fault["type"] == "missing" else f", got {json.dumps(fault['input'], default=str)[:80]}"
-        raise ModelError(
-            f"{str(path)!r} is damaged: " + (f"{key}: {fault['msg']}{given}" if key else fault["msg"])
-        ) from error
+        raise ModelError(f"{str(path)!r} is damaged: " + (f"{key}: {said}{given}" if key else said)) from error
     except (ValueError, UsageError) as error:
         raise ModelError(f"{str(path)!r} is damaged: {first_line(error)}") from error
     return content
@@ -153,22 +158,30 @@ def check_folder(folder: Path) -> None:
     if (folder / GRAPH).exists():
         _check_graph(folder)
     else:
-        _check_sizes(folder, config)
+        _check_counts(folder, config)
 
 
-def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse more layers or experts than the files hold: a model is built before it is filled."""
-    tensors = [entry for path in weight_files(folder) for entry in read_header(path)[0].values()]
-    widest = max((size for entry in tensors for size in entry["shape"]), default=0)  # of a router, or of fused experts
-    limits = dict.fromkeys(LAYERS, len(tensors)) | dict.fromkeys(EXPERTS, max(len(tensors), widest))
-    for part in (config, config.get("text_config") or {}):
-        for key, most in limits.items():
-            given = part.get(key)
-            if max(given if isinstance(given, list) else [given or 0], default=0) > most:
+def _check_counts(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse more layers, experts or labels than the files have room for: each is made before it is filled."""
+    shapes = shapes_of(folder)
+    widest = max((size for shape in shapes for size in shape), default=0)  # of a router, a head, or fused experts
+    parts = [config]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, given in part.items():
+            if not (counted := _COUNT.fullmatch(key)):
+                continue
+            most = len(shapes) if counted["what"].startswith(("layer", "block")) else max(len(shapes), widest)
+            if any(isinstance(n, int) and n > most for n in (given if isinstance(given, list) else [given])):
                 raise ModelError(
-                    f"{str(folder / CONFIG)!r}: {key} is {given}, but the weight files hold {len(tensors)} tensors, "
+                    f"{str(folder / CONFIG)!r}: {key} is {given}, but the weight files hold {len(shapes)} tensors, "
                     f"room for {most} at most; config.json and weights are of different models, or damaged"
                 )
+
+
+def shapes_of(folder: Path) -> list[list[int]]:
+    """The shapes of all tensors in the weight files."""
+    return [entry["shape"] for path in weight_files(folder) for entry in read_header(path)[0].values()]
 
 
 def _check_graph(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Models and processors in memory, devices and dtypes. Neither pickled weights nor code of a model is ever loaded."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,13 @@ from typing import Any
 
 from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
+from gblm_compress.models import files
 from gblm_compress.models.files import GRAPH, check_tokenizer
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
 
+_FEW = 1 << 28  # values that a model may have without as many in its files: missing ones, masks, tables of positions
 _SAFELY = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -37,34 +40,64 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "cpu") ->
 
     The dtype "auto" is the checkpoint's own, which packed folders always have.
     """
+    from gblm_compress.methods.zeros import is_finite
+    from gblm_compress.models.checkpoint import Checkpoint
+
     auto_class = _auto_class(source)
     dtype = "auto" if source.is_packed else dtype
+    config = _checked_config(source, auto_class)
     with _named_errors(source, "cannot be loaded"):
         model, info = auto_class.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_SAFELY
+            source.folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_SAFELY
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {source.name!r}: the checkpoint lacks {len(missing)} tensors the architecture needs, "
             f"first {missing[0]!r}; it is incomplete or of another architecture than config.json says"
         )
-    return _prepared_(model.eval().to(device))
+    model.eval().to(device)
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            with _named_errors(source):
+                raise Checkpoint(source.folder, model).not_finite(name, parameter.dtype)
+    return _prepared_(model)
 
 
 def load_skeleton(source: ModelSource, dtype: str = "auto") -> Any:
     """As `load_model`, with its parameters on the meta device; its buffers are real."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     auto_class = _auto_class(source)
     dtype = stored_dtype(source) if dtype == "auto" else dtype
+    config = _checked_config(source, auto_class)
     with _named_errors(source, "cannot be built"):
-        config = AutoConfig.from_pretrained(source.folder, **_SAFELY)
         with init_empty_weights(include_buffers=False):
             model = auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
         model.tie_weights()  # making it empty has untied it
     return _prepared_(model.eval().requires_grad_(False))
+
+
+def _checked_config(source: ModelSource, auto_class: Any) -> Any:
+    """The config of a model; `ModelError` if the files cannot fill it, before any memory is taken for it."""
+    import torch
+
+    from gblm_compress.models.checkpoint import Checkpoint
+
+    config = config_of(source)
+    with _named_errors(source, "cannot be built"), torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=False)
+    with _named_errors(source):
+        Checkpoint(source.folder, model).check_shapes()
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    # Every layout of packed folders has at least a bit for each weight.
+    held = 8 * source.bytes_on_disk if source.is_packed else sum(map(math.prod, files.shapes_of(source.folder)))
+    if needed > max(2 * held, _FEW):
+        raise ModelError(
+            f"model {source.name!r}: its config.json describes {needed:,} values, and its files hold {held:,}; they "
+            "are of different models, or damaged"
+        )
+    return config
 
 
 def _prepared_(model: Any) -> Any:
@@ -143,11 +176,13 @@ def load_processor(source: ModelSource) -> Any:
 
 
 def config_of(source: ModelSource) -> Any:
-    """The config as transformers has it, with the defaults of the architecture."""
+    """The config as transformers has it, with the defaults of the architecture, but for what a call returns."""
     from transformers import AutoConfig
 
     with _named_errors(source, "its config cannot be loaded"):
-        return AutoConfig.from_pretrained(source.folder, **_SAFELY)
+        config = AutoConfig.from_pretrained(source.folder, **_SAFELY)
+    config.return_dict, config.output_hidden_states = True, False
+    return config
 
 
 def save_processor(processor: Any, folder: Path, source: ModelSource | None = None) -> None:

@@ -22,7 +22,9 @@ from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import PeakMemory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.zeros import check_finite
 from gblm_compress.models import loading, manifest
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
 from gblm_compress.models.experts import run_all_, unfused
 from gblm_compress.models.loading import check_positions
@@ -229,6 +231,9 @@ def prune_(
 
 
 def _prune_in_place(model: nn.Module, samples: Sequence[Sample], settings: PruneSettings, progress: Progress) -> Walked:
+    for block in prunable_layers(model, settings.ignore):
+        for name, layer in block.items():
+            check_finite(name, "weights", weight_matrix(layer).detach())
     weights = ResidentWeights(model)
     device = next(model.parameters()).device
     planning.check_float16(str(model.dtype).removeprefix("torch."), settings, str(device))

@@ -25,7 +25,7 @@ from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import MODEL_EPOCHS, MODEL_RATE
 from gblm_compress.methods.patterns import DENSE
 from gblm_compress.methods.quantisation import check_scales, scales_of
-from gblm_compress.methods.zeros import check_finite, count_nonzeros
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import linear_weights, prunable_layers, weight_matrix
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult, Target, prune_block_
@@ -72,12 +72,15 @@ class Walk:
         """Prune every block and leave it finished in the run folder. A model in memory is pruned in place."""
         settings, model, blocks = self.plan.settings, self.weights.model, len(self.weights.blocks)
         layers = prunable_layers(model, settings.ignore)
-        self._check_weights(layers)
+        if settings.grid is not None:
+            self._check_scales(layers)
         with chunked_attention():
             if settings.needs_text:
                 weights, calls = calls_of(self.weights, self.plan.task, self.plan.samples)
                 results = replace(self, weights=weights)._with(calls, by_block(weights, layers))
             else:
+                with self.weights.outer():  # is read and so checked, like the blocks
+                    pass
                 results = self._with(None, layers)
         budgets = self.run.record.budgets or {}
         dense = {name for name, budget in budgets.items() if budget.pattern.name == DENSE}
@@ -89,16 +92,13 @@ class Walk:
         }
         return Walked(self.plan, results, left_dense, frozenset(dense), whole=len(self.run.record.blocks) < blocks)
 
-    def _check_weights(self, layers: Layers) -> None:
+    def _check_scales(self, layers: Layers) -> None:
         """Before the minutes of calibration begin."""
-        settings = self.plan.settings
         for index, block in enumerate(layers):
             with self.weights.block(index):
                 for name, layer in block.items():
-                    weight = weight_matrix(layer).detach()
-                    check_finite(name, "weights", weight)
-                    if settings.grid is not None:
-                        check_scales(name, scales_of(weight.float(), settings.columns_of_a_scale))
+                    weight = weight_matrix(layer).detach().float()
+                    check_scales(name, scales_of(weight, self.plan.settings.columns_of_a_scale))
 
     def _with(self, calls: BlockCalls | None, layers: Layers) -> dict[str, LayerResult]:
         plan, run = self.plan, self.run

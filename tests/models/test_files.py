@@ -57,6 +57,12 @@ NESTED = "[" * 100_000
         ('{"model_type": "gpt2", "n_layer": 2147483648}', "n_layer is 2147483648, but .* room for 20 at most"),
         ('{"model_type": "x", "text_config": {"n_layers": 99}}', "n_layers is 99, but .* room for 20 at most"),
         ('{"model_type": "mixtral", "num_local_experts": 100000}', "num_local_experts is 100000, .* for 257 at most"),
+        ('{"model_type": "llama", "num_labels": 1000000000}', "num_labels is 1000000000, but .* room for 257 at most"),
+        (
+            '{"model_type": "x", "v": {"w": {"num_decoder_layers": 99}}}',
+            "num_decoder_layers is 99, .* for 20 at most",
+        ),
+        ('{"model_type": "llama", "attn_implementation": "flex_attention"}', 'run here with eager, sdpa.*got "flex'),
         ('{"model_type": "llama", "_attn_implementation": "owner/kernel"}', "_attn_implementation.*code.*not run"),
         ('{"model_type": "llama", "attn_implementation": {"text_config": "a/b:c"}}', "attn_implementation.*not run"),
         ('{"model_type": "llama", "torch_dtype": "load"}', "torch_dtype is 'load'; models in float32, float16"),
@@ -202,7 +208,7 @@ def test_what_is_written_must_load(folder, tmp_path, progress, monkeypatch) -> N
     monkeypatch.setattr(
         grids, "verify", lambda out: (out.folder / "model.safetensors").rename(out.folder / "other.safetensors")
     )
-    with pytest.raises(VerificationError, match=r"does not load: .*no file named model\.safetensors"):
+    with pytest.raises(VerificationError, match=r"does not load: .*has no model\.safetensors"):
         pruned(folder, tmp_path / "out", progress)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 

@@ -107,7 +107,10 @@ def swap_zero_and_weight(state) -> None:
         (fill_negative, "holds -0.0"),
         (leave_the_grid, r"row 0, column \d is no point of its grid; the nearest is"),
         (lambda s: s[f"{LAYER}.weight"][0].fill_(float("nan")), "holds NaN"),
-        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}), "saved with shape"),
+        (
+            lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:5].clone()}),
+            r"has the shape \[5, 64\]",
+        ),
     ],
 )
 def test_damage_is_found_and_named(folder, change, message: str) -> None:
@@ -115,7 +118,16 @@ def test_damage_is_found_and_named(folder, change, message: str) -> None:
     state = load_file(folder.folder / "model.safetensors")
     change(state)
     save_file(state, folder.folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match=re.escape(LAYER) + ".*" + message):
+    with pytest.raises((ModelError, VerificationError), match=re.escape(LAYER) + ".*" + message):
+        grids.verify(folder)
+
+
+def test_shapes_are_those_of_the_manifest(folder) -> None:
+    path = folder.folder / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    content["layers"][LAYER]["shape"] = [1, 1]
+    path.write_text(json.dumps(content))
+    with pytest.raises((ModelError, VerificationError), match="up_proj.*1, 1|128, 1"):
         grids.verify(folder)
 
 

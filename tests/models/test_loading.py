@@ -17,7 +17,10 @@ from gblm_compress.models.files import check_tokenizer
 from gblm_compress.models.loading import choose_device, choose_dtype, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.settings import PruneSettings, ResourceSettings
 from gblm_compress.tasks.text import vocabulary_of
+from tests.conftest import prune
+from tests.families.tiny import tiny_family
 
 
 @pytest.fixture
@@ -73,6 +76,77 @@ def test_missing_tensors_are_an_error_not_random_weights(source) -> None:
     save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(source)
+
+
+BAD = "model.norm.weight"
+
+
+def spoil(source: ModelSource, **config) -> None:
+    path = source.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("name", [BAD, "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(name, source, tmp_path, progress) -> None:
+    """In memory, and on disk where each tensor is read once for each use."""
+    state = load_file(source.folder / "model.safetensors")
+    state[name].view(-1)[1:3] = torch.tensor([float("nan"), float("-inf")])
+    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    message = rf"model\.safetensors': 2 of [\d,]+ values of '{name}' are NaN or infinite; .* fetch the model again"
+    with pytest.raises(ModelError, match=message):
+        load_model(source)
+    settings = PruneSettings(method="magnitude", fit="none")
+    with pytest.raises(ModelError, match=message):
+        prune(source, tmp_path / "out", settings, resources=ResourceSettings(offload=True))
+
+
+def test_values_beyond_the_range_of_a_dtype_are_no_damage(source) -> None:
+    state = load_file(source.folder / "model.safetensors")
+    state[BAD][0] = 1e6
+    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(source)
+    with pytest.raises(ModelError, match=f"{BAD} holds values beyond the range of torch.float16; give --dtype float32"):
+        load_model(source, "float16")
+
+
+def test_masks_with_infinite_values_are_no_weights(tiny, tmp_path) -> None:
+    source = ModelSource("m", shutil.copytree(tiny("gpt2").folder, tmp_path / "model"))
+    state = load_file(source.folder / "model.safetensors")
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(float("-inf"))
+    save_file(state, source.folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": 10**9}, r"weight has the shape \[257, 64\] .* config.json needs \[1000000000, 64\]"),
+        ({"intermediate_size": 10**9}, r"proj.weight has the shape .* config.json needs"),
+        ({"attention_bias": True, "mlp_bias": True, "num_attention_heads": 4, "head_dim": 2**40}, "config.json needs"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, loading.load_skeleton])
+def test_sizes_of_another_model_are_refused_before_memory_is_taken(load, config, message, source) -> None:
+    spoil(source, **config)
+    with pytest.raises(ModelError, match=message):
+        load(source)
+
+
+def test_tables_that_are_in_no_file_stay_small(tmp_path) -> None:
+    """GPT-J computes a table of positions, which no file holds."""
+    tiny_family("gptj").save_pretrained(tmp_path)
+    source = ModelSource("m", tmp_path)
+    loading.load_skeleton(source)
+    spoil(source, n_positions=2**31)
+    with pytest.raises(ModelError, match="describes 17,1.* values, and its files hold"):
+        loading.load_skeleton(source)
+
+
+@torch.no_grad()
+def test_a_config_does_not_choose_what_a_call_returns(source) -> None:
+    spoil(source, return_dict=False, output_hidden_states=True)
+    output = load_model(source)(input_ids=torch.arange(5)[None])
+    assert output.logits.shape == (1, 5, 257) and output.hidden_states is None
 
 
 def test_the_vocabulary_of_a_model(tiny, tmp_path) -> None:
