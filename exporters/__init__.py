@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gblm_compress.errors import UsageError
+from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.zeros import count_nonzeros
+from gblm_compress.models import manifest
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
@@ -96,6 +98,18 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {pays:.1f} %): the model is dense; prune it first"
         )
+
+
+def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:
+    """Refuse pruned layers of which most nonzeros became zero in the dtype of the export."""
+    layers = manifest.read(source.folder)["layers"] if manifest.is_pruned(source.folder) else {}
+    for name, weight in weights.items():
+        stated, kept = layers[name]["nonzeros"] if layers else 0, count_nonzeros(weight)
+        if 2 * kept < stated:
+            raise ModelError(
+                f"{name}: {stated - kept} of its {stated} nonzeros would be zero, as float16 does not hold such small "
+                "numbers; export in float32 or bfloat16"
+            )
 
 
 def _exporter(settings: ExportSettings) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
-from gblm_compress.exporters import check_is_pruned, dtype_of, onnx_fused, onnx_plain, onnx_weights
+from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, onnx_fused, onnx_plain, onnx_weights
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
 from gblm_compress.exporters.onnx_rounding import round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
@@ -121,8 +121,9 @@ def _export(
     processor = loading.load_processor(source)
     is_dense = settings.kernels and not manifest.is_pruned(source.folder)
     layers = [] if is_dense else manifest.pruned_layers(source, model)
+    weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
+    check_nonzeros(source, weights)
     if layers and (settings.sparse or settings.kernels):
-        weights = {name: weight_matrix(model.get_submodule(name)).detach() for name in layers}
         check_is_pruned(weights, LAYOUTS["bitmask"].kind)
     rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize

@@ -5,6 +5,7 @@ A block of the latter is `group` columns of a row with a float32 scale; zeros ar
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +27,7 @@ from gblm_compress.exporters.onnx_weights import (
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
+from gblm_compress.methods.quantisation import check_scales, make_grid
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
@@ -60,34 +62,40 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
         moved[name] = layers[name].error(weight_matrix(layer))
         layer.weight.copy_(as_matrix(layer, layers[name].dense_weight()))
     tables: dict[int, Any] = {}  # one where head and embedding are tied
-    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+    for name, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
         weight = None if module is None else module.weight
         if weight is not None and weight.data_ptr() not in tables:
-            tables[weight.data_ptr()] = pack_table(weight.float())
+            tables[weight.data_ptr()] = pack_table(name, weight.float())
             weight.copy_(tables[weight.data_ptr()].dense_weight())
     return Rounded(layers, list(tables.values()), moved)
 
 
 def _packers(
     source: ModelSource, settings: ExportSettings, is_dense: bool
-) -> tuple[Callable[[str, Tensor], Any], Callable[[Tensor], Any]]:
-    """Functions that pack a layer's weight [out_features, in_features] in float32, and a table's."""
+) -> tuple[Callable[[str, Tensor], Any], Callable[[str, Tensor], Any]]:
+    """Functions that pack a layer's weight [out_features, in_features] in float32, and a table's.
+
+    They raise ModelError where float16 does not hold the scales.
+    """
     if not settings.kernels:
         bits, group = 8 if settings.quantise == "int8" else 4, settings.group or GROUP
         return (
             lambda _, weight: Blocks.from_dense(weight, bits, group),
-            lambda weight: Blocks.from_dense(weight, 8, group),
+            lambda _, weight: Blocks.from_dense(weight, 8, group),
         )
     grids = read_grids(source)
     layout = "int8" if is_dense and settings.quantise == "int8" else f"bitmask-{settings.quantise}"
-    kind: Any = LAYOUTS[layout].kind
+
+    def packed(name: str, weight: Tensor, layout: str, group: int | None = None) -> Any:
+        kind: Any = LAYOUTS[layout].kind
+        grid = grids.get(name)
+        if not kind.holds(grid):
+            grid = make_grid(weight, weight != 0, kind.kind, group or kind.group)
+        check_scales(name, grid.scales.float(), "export without --kernels or without --quantise")
+        return PackedLinear.from_dense(layout, weight, grid=grid)
+
     tables = LAYOUTS[layout].tables or ""
-
-    def pack(name: str, weight: Tensor) -> Any:
-        grid = grids.get(name) if kind.holds(grids.get(name)) else None
-        return PackedLinear.from_dense(layout, weight, group=settings.group, grid=grid)
-
-    return pack, lambda weight: PackedLinear.from_dense(tables, weight)
+    return partial(packed, layout=layout, group=settings.group), partial(packed, layout=tables)
 
 
 @dataclass(frozen=True)

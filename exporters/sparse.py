@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, dtype_of
+from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -84,6 +84,7 @@ def export(
     kind = layout.kind
     if layout.pattern is not None:
         _check_weights(dense, layout.pattern, settings.format)
+    check_nonzeros(source, dense)
     check_is_pruned(dense, kind)
     progress.say("packing …")
     options: dict[str, Any] = {"grids": read_grids(source), "group": settings.group} if layout.width else {}

@@ -31,5 +31,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def share_moved(stored: Tensor, weight: Tensor) -> float:
     """The share of a weight that rounding moved: Σ |stored - weight| / Σ |weight|."""
-    moved = (stored.float() - weight.float()).abs().sum()
-    return float(moved / weight.float().abs().sum().clamp(min=1e-30))
+    moved, total = (part.abs().sum(dtype=torch.float64) for part in (stored.float() - weight.float(), weight.float()))
+    return float(moved / total) if moved else 0.0

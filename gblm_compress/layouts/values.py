@@ -230,7 +230,10 @@ class Levels(Floats):
         scales = held["scales"]
         check_tensor("scales", scales, (torch.int16,), (shape[0], groups_of(shape[1], group)))
         if not bool(((scales >= 0) & (scales < _INFINITE)).all()):
-            raise ModelError("scales: not all are finite numbers of at least 0 in float16; the file is damaged")
+            raise ModelError(
+                "scales: not all are finite numbers of at least 0 in float16; the weights are too large, or the file "
+                "is damaged"
+            )
         if not scales.any() and self.levels_of(held, shape[1]).any():  # cast to int16, all are zero
             raise ModelError("scales: all are zero; the file is damaged, or they are not stored as int16")
 

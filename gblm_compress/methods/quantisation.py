@@ -86,7 +86,9 @@ def make_grid(weight: Tensor, keep: Tensor, kind: str, group: int | None, import
     return Grid(scales, _best_levels(weight, counts, grid), group)
 
 
-def check_scales(layer: str, scales: Tensor) -> None:
+def check_scales(
+    layer: str, scales: Tensor, advice: str = "add the layer to --ignore, or prune without --quantise"
+) -> None:
     """Raise ModelError where float16 does not hold the largest scale of a layer.
 
     Below `LEAST_SCALE` a scale may be wrong by a sixteenth and more. Few may be: rows that are all but zero are common.
@@ -97,8 +99,7 @@ def check_scales(layer: str, scales: Tensor) -> None:
     least = float(scales[scales > 0].min())
     raise ModelError(
         f"{layer}: its weights need scales from {least:.1e} to {largest:.1e}, and the largest must be between "
-        f"{LEAST_SCALE:.1e} and {MOST_SCALE:.1e}, as scales are float16; add the layer to --ignore, or prune without "
-        "--quantise"
+        f"{LEAST_SCALE:.1e} and {MOST_SCALE:.1e}, as scales are float16; {advice}"
     )
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from gblm_compress.errors import UsageError, VerificationError
+from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import check
-from gblm_compress.exporters.onnx_rounding import Blocks
+from gblm_compress.exporters.onnx_rounding import Blocks, round_
 from gblm_compress.exporters.onnx_rounding import restored as blocks_restored
 from gblm_compress.layouts import LAYOUTS
+from gblm_compress.layouts.packed import share_moved
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models import grids
@@ -90,6 +91,25 @@ def test_layers_of_which_rounding_moved_much_are_named(pruned, tmp_path, monkeyp
     named, _ = export(pruned(), tmp_path / "named", **ON_KERNELS, quantise="int8")
     names = named.checks["layers_rounded_much"]
     assert 0 < len(names) < 14 and all(name.endswith("down_proj") for name in names)
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e30])
+@pytest.mark.parametrize("quantise", WIDTHS)
+@pytest.mark.parametrize("name", [UP, "lm_head"])
+def test_weights_whose_scales_float16_does_not_hold_are_refused(tiny, factor: float, quantise: str, name: str) -> None:
+    """By this package's operators; ONNX Runtime's have scales in float32."""
+    source = tiny("llama")
+    model = load_model(source, "float32")
+    model.get_submodule(name).weight.data *= factor
+    layer = {"lm_head": "head"}.get(name, name)
+    with pytest.raises(ModelError, match=f"^{layer}: its weights need scales from .*; export without --kernels or"):
+        round_(model, source, ExportSettings(**ON_KERNELS, quantise=quantise), is_dense=True)
+    weight = load_model(source, "float32").get_submodule(name).weight.detach() * factor
+    round_(model, source, ExportSettings(format="onnx", quantise=quantise), is_dense=True)
+    assert share_moved(model.get_submodule(name).weight.detach(), weight) < 0.2
 
 
 def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path) -> None:

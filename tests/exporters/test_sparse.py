@@ -295,6 +295,18 @@ def test_benchmark_takes_all_of_them(exported, tiny, progress) -> None:
         assert (kernels.get("dense") == 1) == (format == "bitmask")  # the head
 
 
+@pytest.mark.parametrize("format", ["bitmask", "onnx"])
+def test_weights_that_float16_makes_zero_are_refused(format, tiny, tmp_path) -> None:
+    model = load_model(tiny("llama"))
+    model.get_submodule(K).weight.data *= 1e-8
+    model.save_pretrained(tmp_path / "small")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    prune(ModelSource("small", tmp_path / "small"), tmp_path / "pruned", PruneSettings(method="magnitude", fit="none"))
+    with pytest.raises(ModelError, match=f"^{K}: 10.. of its 1024 nonzeros would be zero, as float16 does not"):
+        export(ModelSource("pruned", tmp_path / "pruned"), tmp_path / "out", format=format, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_groups_stand_in_the_folder(exported) -> None:
     folder = exported("bitmask-int8", group=32)[1]
     layers = json.loads((folder.folder / "config.json").read_text())["quantization_config"]["layers"]

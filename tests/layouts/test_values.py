@@ -88,6 +88,21 @@ def test_a_table_without_zero_holds_full_groups_only() -> None:
 
 
 @QUANTISED
+@pytest.mark.parametrize("factor", [1e-8, 1e-36, 1e30])
+def test_weights_whose_scales_float16_does_not_hold(layout: str, factor: float) -> None:
+    """Too small ones are packed exactly, and too large ones are an error of the layer."""
+    model: Any = torch.nn.Module()
+    model.layer, model.config = torch.nn.Linear(64, 8, bias=False), type("Config", (), {})()
+    model.layer.weight.data = weight = sparse(layout, 8, 64) * factor
+    if factor > 1:
+        with pytest.raises(ModelError, match=r"^layer\.scales: not all are finite .* the weights are too large"):
+            pack_(model, ["layer"], layout)
+    else:
+        assert pack_(model, ["layer"], layout) == (["layer"], {})
+        assert model.layer.layout == "bitmask" and torch.equal(model.layer.dense_weight(), weight)
+
+
+@QUANTISED
 @pytest.mark.parametrize("group", [None, 32, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_on_a_grid_are_restored_bit_for_bit(layout: str, group: int | None, dtype: torch.dtype) -> None:
