@@ -89,7 +89,7 @@ def _packers(
     def packed(name: str, weight: Tensor, layout: str, group: int | None = None) -> Any:
         kind: Any = LAYOUTS[layout].kind
         grid = grids.get(name)
-        if not kind.holds(grid):
+        if grid is None or not kind.holds(grid):
             grid = make_grid(weight, weight != 0, kind.kind, group or kind.group)
         check_scales(name, grid.scales.float(), "export without --kernels or without --quantise")
         return PackedLinear.from_dense(layout, weight, grid=grid)
