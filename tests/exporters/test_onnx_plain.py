@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import export
@@ -28,7 +26,7 @@ from gblm_compress.settings import (
 )
 from gblm_compress.tasks import TASKS
 from tests.conftest import prune
-from tests.measure.test_onnx_runtime import runtime, with_state
+from tests.measure.test_onnx_runtime import CONCAT, PRESENT, STATE, runtime
 from tests.tasks import families
 
 TEXT = CalibrationSettings(dataset="demo", samples=4, sequence_length=32)
@@ -126,27 +124,20 @@ def test_a_wrong_prediction_fails_verification(exported, tmp_path, monkeypatch, 
 IDS = torch.arange(300).remainder(7).unsqueeze(0)
 
 
-def limited(tokens: int) -> onnx.GraphProto:
+def limited(tokens: int) -> dict[str, str]:
     """A graph with the state of a recurrence that fails for more tokens: it makes a tensor of those that are left."""
-    content = with_state()
-    content.initializer.extend(
-        [numpy_helper.from_array(np.array([tokens]), "most"), numpy_helper.from_array(np.array([1]), "first")]
-    )
-    content.node.extend(
-        [
-            helper.make_node("Shape", ["input_ids"], ["sizes"]),
-            helper.make_node("Gather", ["sizes", "first"], ["given"]),
-            helper.make_node("Sub", ["most", "given"], ["left"]),
-            helper.make_node("ConstantOfShape", ["left"], ["padding"]),
-        ]
-    )
-    content.output.append(helper.make_tensor_value_info("padding", TensorProto.FLOAT, ["left"]))
-    return content
+    nodes = f"""most = Constant <value_ints = [{tokens}]> ()
+    tokens_axis = Constant <value_ints = [1]> ()
+    sizes = Shape (input_ids)
+    given = Gather (sizes, tokens_axis)
+    left = Sub (most, given)
+    padding = ConstantOfShape (left)"""
+    return STATE | {PRESENT: f"{STATE[PRESENT]}, float[left] padding", CONCAT: f"{CONCAT}\n    {nodes}"}
 
 
 @pytest.mark.parametrize("tokens", [16, 256])
 def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tokens: int) -> None:
-    expected = runtime(with_state(), tmp_path).predict({"input_ids": IDS})
+    expected = runtime(STATE, tmp_path).predict({"input_ids": IDS})
     runtime(limited(tokens), tmp_path)
     assert note_limit(tmp_path, "handmade") == tokens
     limit = {prop.key: prop.value for prop in onnx.load(tmp_path / "model.onnx").metadata_props}
@@ -164,7 +155,7 @@ def test_a_limit_is_found_and_longer_texts_are_read_in_parts(tmp_path: Path, tok
 
 
 def test_graphs_without_limit_are_left_alone(tmp_path: Path) -> None:
-    runtime(with_state(), tmp_path)
+    runtime(STATE, tmp_path)
     before = (tmp_path / "model.onnx").read_bytes()
     assert note_limit(tmp_path, "handmade") is None
     assert (tmp_path / "model.onnx").read_bytes() == before
@@ -177,7 +168,7 @@ def test_a_recurrence_of_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> 
 
 
 def test_a_limit_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    runtime(with_state(), tmp_path)
+    runtime(STATE, tmp_path)
     content = onnx.load(tmp_path / "model.onnx")
     content.metadata_props.add(key=AT_ONCE, value="0 or so")
     onnx.save(content, tmp_path / "model.onnx")
