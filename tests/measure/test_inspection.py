@@ -5,7 +5,9 @@ import torch
 
 import gblm_compress
 from gblm_compress.errors import UsageError
+from gblm_compress.measure import inspection
 from gblm_compress.measure.inspection import inspect, kinds_of, report
+from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from tests.conftest import prune
@@ -51,6 +53,15 @@ def test_a_pruned_folder_and_its_picture(pruned, tmp_path, progress) -> None:
     assert width > 400 and height > 200
     before = set(tmp_path.iterdir())
     assert inspect(pruned, None, progress).heat_map is None and set(tmp_path.iterdir()) == before
+
+
+def test_a_picture_is_of_the_weights_of_each_input_that_survive(pruned, tmp_path, progress, monkeypatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(inspection, "draw", lambda columns, title: drawn.update(columns) or b"")
+    inspect(pruned, tmp_path / "map.png", progress)
+    of_inputs = load_model(pruned).transformer.h[0].mlp.c_fc.weight.tolist()  # a Conv1D, [in_features, out_features]
+    shares = [sum(value != 0 for value in row) / len(row) for row in of_inputs]
+    assert len(drawn) == 8 and drawn["transformer.h.0.mlp.c_fc"].tolist() == pytest.approx(shares)
 
 
 @pytest.mark.parametrize(
