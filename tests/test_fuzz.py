@@ -44,5 +44,5 @@ def test_what_is_not_spoilt_is_read(kind: str, fuzz: Runner, tmp_path) -> None:
         folder = tmp_path / str(number)
         shutil.copytree(fuzz.store / made.made, folder)
         (tmp_path / "cache").mkdir(exist_ok=True)
-        outcome = fuzz.server.run(command, folder, tmp_path / "cache", SECONDS)
+        outcome = fuzz.server.run(command, folder, tmp_path / "cache", SECONDS, made.code)
         assert outcome.code == 0, outcome.stderr

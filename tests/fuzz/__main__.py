@@ -46,7 +46,9 @@ class Runner:
             done, arguments = example(kind, folder, draw)
             before = _content(folder, kind)
             own_cache = folder / "cache"
-            outcome = self.server.run(arguments, folder, own_cache if own_cache.exists() else cache, self.seconds)
+            outcome = self.server.run(
+                arguments, folder, own_cache if own_cache.exists() else cache, self.seconds, kind.code
+            )
             self.counts[name] += 1
             faults = list(_faults(outcome)) + list(_leftovers(before, _content(folder, kind), outcome))
             assert not faults, f"{name}: {'; '.join(done)}\n{arguments}\n{faults}\n{outcome.stderr[-3000:]}"

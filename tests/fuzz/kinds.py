@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,17 @@ from gblm_compress.settings import CalibrationSettings, ExportSettings, PruneSet
 from gblm_compress.tasks.text import demo_paragraphs
 from tests.conftest import prune
 from tests.forks import PROGRAM, Server
-from tests.fuzz.mutations import ODD_TEXTS, Draw, spoil
+from tests.fuzz.mutations import ODD_TEXTS, Draw, extreme, spoil
+from tests.tasks.families import table
 
 SHORT = ["--sequence-length", "16"]
 EVALUATE = ["evaluate", "MODEL", "--dataset", "text.txt", *SHORT, "--max-windows", "2", "--json", "--quiet"]
+GENERATE = ["generate", "dense", "-o", "out.txt", "--tokens", "32", *SHORT, "--starts", "text.txt", "--json", "--quiet"]
 PRUNE = ["prune", "MODEL", "-o", "out", "--calibration", "text.txt", "--samples", "2", *SHORT, "--json", "--quiet"]
+RECOVER = [
+    "recover", "pruned", "-o", "out", "--teacher", "dense", "--data", "text.txt", *SHORT, "--tokens", "64",
+    "--batch", "2", "--rate", "0.001", "--json", "--quiet",
+]  # fmt: skip
 RUN = ["run", "small.yaml", "-o", "ran", "--json", "--quiet"]
 SMALL_RECIPE = """\
 model: dense
@@ -62,7 +69,9 @@ class Kind:
     made: str  # the folder in the store that the working folder is copied from
     files: tuple[str, ...]  # patterns of what is spoilt, below the working folder
     commands: tuple[list[str], ...]  # what reads it
-    changes: tuple[str, ...] = ()  # folders that the commands may write to although they exist
+    changes: tuple[str, ...] = ()  # folders and files that the commands may write to although they exist
+    spoil: Callable[[Path, Draw], str] = spoil
+    code: str = PROGRAM  # what is run with the arguments
 
 
 def _with(arguments: list[str], model: str, *more: str) -> list[str]:
@@ -77,9 +86,27 @@ def _inspect(name: str) -> list[str]:
     return ["inspect", name, "--json", "--quiet"]
 
 
+def _table(name: str, *more: str) -> list[str]:
+    return ["evaluate", "dense", "--dataset", name, *SHORT, "--max-windows", "2", "--json", "--quiet", *more]
+
+
 _MAGNITUDE, _WANDA = ("--method", "magnitude"), ("--method", "wanda")
 _RECORDS = ("ran/.stages/*", "ran/pruned/*", "ran/gblm_manifest.json")
-_JSONL = ["evaluate", "dense", "--dataset", "text.jsonl", *SHORT, "--max-windows", "2", "--json", "--quiet"]
+_DOCUMENTS = ("page.html", "gates.xml", "summary.md")
+_REPORTS = (["report", "ran", "-o", "page.html", "--json"], [*RUN, "--junit", "gates.xml", "--summary", "summary.md"])
+GENAI = """
+import sys, torch
+from pathlib import Path
+from gblm_compress.errors import GblmError
+from gblm_compress.measure.engines import GenaiRuntime
+from gblm_compress.models.source import ModelSource
+try:
+    GenaiRuntime(ModelSource("onnx", Path("onnx")), "cpu", 1).prefill(torch.arange(4).unsqueeze(0))
+except GblmError as error:
+    sys.exit(error.exit_code)
+"""
+"""What a worker of `benchmark` does with genai."""
+
 _DENSE = (
     _with(PRUNE, "dense", *_MAGNITUDE),
     _with(PRUNE, "dense", *_WANDA, "--memory", "1MB"),
@@ -101,7 +128,32 @@ KINDS: dict[str, Kind] = {
     "records of a recipe": Kind("ran", _RECORDS, (RUN,), changes=("ran",)),
     "gguf": Kind("gguf", ("tiny.gguf",), (_inspect("tiny.gguf"),)),
     "recipe": Kind("dense", ("recipe.yaml",), (["validate", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"])),
-    "text": Kind("dense", ("text.txt", "text.jsonl"), (_with(PRUNE, "dense", *_WANDA), _JSONL)),
+    "text": Kind("dense", ("text.txt", "text.jsonl"), (_with(PRUNE, "dense", *_WANDA), _table("text.jsonl"))),
+    "parquet": Kind(
+        "dense", ("text.parquet",), (_table("text.parquet"), _with(PRUNE, "dense", "--calibration", "text.parquet"))
+    ),
+    "tokenizer": Kind(
+        "dense", ("dense/tokenizer.json",), (_with(EVALUATE, "dense"), _with(PRUNE, "dense", *_WANDA), GENERATE)
+    ),
+    "extreme weights": Kind(
+        "dense",
+        ("dense/model.safetensors",),
+        (
+            *(_with(PRUNE, "dense", "--fit", "none", "--quantise", grid) for grid in ("int8", "int4")),
+            *(_with(PRUNE, "dense", "--fit", fit) for fit in ("fast", "obs")),
+            _with(PRUNE, "dense", *_MAGNITUDE, "--quantise", "int4"),
+            _with(EVALUATE, "dense"),
+            _inspect("dense"),
+        ),
+        spoil=extreme,
+    ),
+    "extreme pruned weights": Kind(
+        "pruned", ("pruned/model.safetensors",), (*_PRUNED, _export("bitmask-int8"), _inspect("pruned")), spoil=extreme
+    ),
+    "checkpoints": Kind("training", (".out.recovery/*",), ([*RECOVER, "--resume"],), (".out.recovery",)),
+    "documents": Kind("ran", (*_DOCUMENTS, "ran/report.json"), _REPORTS, (*_DOCUMENTS, "ran")),
+    "push": Kind("ran", ("ran/report.json", "ran/pruned/*"), (["push", "ran", "pruned", "--json"],)),
+    "genai": Kind("onnx", ("onnx/genai_config.json",), ([],), code=GENAI),
     "measurements": Kind("cache", ("cache/measurements.json",), (_with(EVALUATE, "bitmask"),), ("cache",)),
     "command line": Kind("dense", (), (_with(PRUNE, "dense"), _with(EVALUATE, "dense"), ["inspect", "dense"])),
 }
@@ -127,6 +179,7 @@ def build_store(store: Path, server: Server) -> None:
         (store / name).mkdir(parents=True)
         for file, content in beside.items():
             (store / name / file).write_text(content)
+        (store / name / "text.parquet").write_bytes(table(text=text.split("\n\n")))
         return store / name / name
 
     source, pruned = (ModelSource(name, place(name)) for name in ("dense", "pruned"))
@@ -141,17 +194,23 @@ def build_store(store: Path, server: Server) -> None:
     _write_gguf(place("gguf").with_name("tiny.gguf"))
     (store / "first-cache").mkdir()
     for name, made, arguments, code in (
-        ("ran", "dense", RUN, PROGRAM),
-        ("run", "dense", _with(PRUNE, "dense"), INTERRUPTED),
+        ("ran", "dense", _REPORTS[1], PROGRAM),
+        ("ran", "ran", _REPORTS[0], PROGRAM),
+        ("run", "dense", _with(PRUNE, "dense"), INTERRUPTED + "saving.save = stop\napp.main()"),
+        ("training", "pruned", RECOVER, INTERRUPTED + "recovery.Recovery._save = stop\napp.main()"),
         ("cache", "bitmask", _with(EVALUATE, "bitmask"), PROGRAM),
     ):
-        shutil.copytree(store / made, store / name)
+        if name != made:
+            shutil.copytree(store / made, store / name)
+        if name == "training":
+            shutil.copytree(source.folder, store / name / "dense")
         cache = store / "cache" / "cache" if name == "cache" else store / "first-cache"
         cache.mkdir(exist_ok=True)
         outcome = server.run(arguments, store / name, cache, code=code)
         assert outcome.code == 0, outcome.stderr
-    (store / "run" / ".out.lock").unlink()
-    assert (store / "run" / ".out.pruning" / "run.json").exists()
+    for name, work in (("run", ".out.pruning"), ("training", ".out.recovery")):
+        (store / name / ".out.lock").unlink()
+        assert (store / name / work / "run.json").exists()
 
 
 def _write_gguf(path: Path) -> None:
@@ -172,8 +231,8 @@ INTERRUPTED = """
 import os
 from gblm_compress.cli import app
 from gblm_compress.pruning import saving
-saving.save = lambda *arguments: os._exit(0)
-app.main()
+from gblm_compress.training import recovery
+stop = lambda *arguments: os._exit(0)
 """
 
 
@@ -184,7 +243,7 @@ def example(kind: Kind, folder: Path, draw: Draw) -> tuple[list[str], list[str]]
         return [], _odd_arguments(command, draw)
     files = sorted(path for pattern in kind.files for path in folder.glob(pattern) if path.is_file())
     chosen = draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True))
-    return [spoil(path, draw) for path in chosen], command
+    return [kind.spoil(path, draw) for path in chosen], command
 
 
 def _odd_arguments(command: list[str], draw: Draw) -> list[str]:

@@ -14,6 +14,21 @@ ODD_VALUES: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
     "demo", "\n", "\x1b[31m", "[/red]", "$x$", "\ud800", "a" * 5000, [], [[]], {}, {"a": {}}, [0] * 100,
 ]  # fmt: skip
+EXTREMES = [1e-8, -1e-8, 1e-42, 1e30, 3e38, float("nan"), float("inf"), float("-inf"), -0.0]
+ODD_STEPS: list[dict[str, Any]] = [
+    *({"type": "Replace", "pattern": pattern, "content": content}
+      for pattern in ({"String": "a"}, {"String": ""}, {"Regex": "."}, {"Regex": "(a+)+$"}, {"Regex": "("})
+      for content in ("", "a", "aaaaaaaa", "a" * 1000)),
+    *({"type": kind} for kind in ("NFKD", "Strip", "Lowercase", "ByteLevel", "ByteFallback", "Fuse", "?")),
+    {"type": "Prepend", "prepend": "a" * 1000},
+    {"type": "Precompiled", "precompiled_charsmap": "////fwAA"},
+    {"type": "Split", "pattern": {"Regex": "(a*)*$"}, "behavior": "Isolated", "invert": False},
+    {"type": "Metaspace", "replacement": "aa", "prepend_scheme": "always", "split": True},
+    {
+        "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 9,
+    },
+]  # fmt: skip
 ODD_TEXTS = ["", "\x00", "null", "{", "[" * 3000, "9" * 5000, "\ufeff", "---\n", "&a [*a]", "!!int x", "- " * 3000]
 
 
@@ -24,7 +39,11 @@ def spoil(path: Path, draw: Draw) -> str:
         ways += [_json, _json, _json, _json]
     if path.suffix == ".safetensors":
         ways += [_header, _header, _tensor, _tensor, _tensor]
-    if path.suffix in (".jsonl", ".txt", ".yaml"):
+    if path.name == "tokenizer.json":
+        ways += [_steps, _steps, _steps, _steps]
+    if path.suffix == ".parquet":
+        ways += [_table, _table, _table, _table]
+    if path.suffix in (".jsonl", ".txt", ".yaml", ".html", ".md", ".xml"):
         ways += [_text, _text]
     way = draw(st.sampled_from(ways))
     return f"{path.name}: {way(path, draw)}"
@@ -135,3 +154,51 @@ def _tensor(path: Path, draw: Draw) -> str:
         }[what]
     save_file(tensors, path, metadata={"format": "pt"})
     return f"tensor {name}: {what}"
+
+
+def extreme(path: Path, draw: Draw) -> str:
+    """One weight, row, column or all of a tensor become a number that few models hold."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = draw(st.sampled_from(sorted(tensors)))
+    value, where = draw(st.sampled_from(EXTREMES)), draw(st.sampled_from(["all", "one", "row", "column"]))
+    tensor = tensors[name]
+    {"all": tensor, "one": tensor.view(-1)[:1], "row": tensor[:1], "column": tensor[..., :1]}[where].fill_(value)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return f"{path.name}: {where} of {name} = {value}"
+
+
+def _steps(path: Path, draw: Draw) -> str:
+    """Other steps in a tokenizer."""
+    content = json.loads(path.read_text())
+    parts = {
+        "normalizer": "normalizers",
+        "pre_tokenizer": "pretokenizers",
+        "decoder": "decoders",
+        "post_processor": "processors",
+    }
+    part = draw(st.sampled_from(sorted(parts)))
+    steps = draw(st.lists(st.sampled_from(ODD_STEPS), min_size=1, max_size=4))
+    content[part] = {"type": "Sequence", parts[part]: steps}
+    path.write_text(json.dumps(content))
+    return f"{part} = {str(steps)[:200]}"
+
+
+def _table(path: Path, draw: Draw) -> str:
+    """Another column in a table, in a file that is sound by itself."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    name = draw(st.sampled_from(["text", "label", "score", "image", "", "\n"]))
+    values = draw(
+        st.sampled_from([["a" * 10_000], [None], [b"\xff"], [1], [1e400], [["a"]], [{"text": "a"}], [True], [""]])
+    )
+    column = pyarrow.array(values * len(table))
+    if draw(st.booleans()):
+        table = pyarrow.table({name: column})
+    else:
+        table = pyarrow.Table.from_arrays([*table.columns, column], [*table.column_names, name])
+    parquet.write_table(table[: draw(st.integers(0, len(table)))], path)
+    return f"columns {table.column_names}, {name!r} of {str(values)[:40]}"
