@@ -12,20 +12,33 @@ import typer
 from gblm_compress import __version__
 from gblm_compress.api import COMMANDS
 from gblm_compress.cli import options
-from gblm_compress.errors import GblmError, NotEnoughMemoryError, OutputError, UsageError, first_line, is_out_of_memory
+from gblm_compress.errors import (
+    INTERRUPTED,
+    GblmError,
+    NotEnoughMemoryError,
+    OutputError,
+    UsageError,
+    first_line,
+    is_interrupted,
+    is_out_of_memory,
+)
 from gblm_compress.machine.memory import own_process
 from gblm_compress.printing import printable_lines
 
 # Some versions of Typer carry their own click: take the base class from its exceptions.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
-INTERRUPTED = 130
 TRACEBACK_VARIABLE = "GBLM_COMPRESS_TRACEBACK"
 EPILOG = """\
 Exit codes: 0 success, 1 unexpected error, 2 usage or recipe error, 3 unusable model or data, 4 missing hardware or
 package, 5 verification failed, 6 gate failed, 130 interrupted. GBLM_COMPRESS_TRACEBACK=1 shows where an unexpected
 error arose.
 """
+
+STOPPED = (
+    "interrupted; no half-written output is left: run the same command again (prune and recover with --resume, to go "
+    "on from what is finished)"
+)
 
 app = typer.Typer(
     name="gblm-compress",
@@ -76,7 +89,7 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except GblmError as error:
-        if is_out_of_memory(error) and not isinstance(error, NotEnoughMemoryError):
+        if is_interrupted() or (is_out_of_memory(error) and not isinstance(error, NotEnoughMemoryError)):
             raise
         _print(f"error: {error}")
         return error.exit_code
@@ -86,15 +99,15 @@ def _run(arguments: list[str] | None) -> int:
         _print(shown.getvalue().rstrip())
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _print(
-            "interrupted; no half-written output is left: run the same command again (prune and recover with --resume, "
-            "to go on from what is finished)"
-        )
+        _print(STOPPED)
         return INTERRUPTED
 
 
 def _unforeseen(error: Exception) -> int:
     """Print a message for an unexpected exception; returns the exit code."""
+    if is_interrupted():  # libraries make errors of their own of it
+        _print(STOPPED)
+        return INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GblmError.exit_code

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +32,7 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class _SparseCheckpoints(MetaPathFinder):
+class _SparseCheckpoints:
     """Registers our sparse checkpoints once transformers' quantizers are imported, not earlier."""
 
     TRIGGER = "transformers.quantizers"

@@ -1,5 +1,38 @@
-"""`python -m gblm_compress`, the same program as `gblm-compress`."""
+"""The program, as `gblm-compress` and as `python -m gblm_compress`. Ctrl-C ends it without a traceback.
 
-from gblm_compress.cli.app import main
+The first Ctrl-C lets a command clean up; it may come while modules are imported. The second ends the process at once.
+"""
 
-main()
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from gblm_compress.errors import INTERRUPTED, is_interrupted
+
+
+def main() -> None:
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where a shell has it ignored
+    if own:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        from gblm_compress.cli import app
+
+        app.main()
+    except (KeyboardInterrupt, Exception) as error:  # before a command begins; pydantic makes an error of its own of it
+        if not (isinstance(error, KeyboardInterrupt) or is_interrupted()):
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ A message says what is wrong, what was given, what was needed and what to do nex
 
 import errno
 import re
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ class GblmError(Exception):
     result: Any = None
 
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 E = TypeVar("E", bound=GblmError)
 
 
@@ -88,6 +90,11 @@ def first_line(error: BaseException) -> str:
     """The first line of a message, at most 300 characters; the error's type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def is_interrupted() -> bool:
+    """Whether Ctrl-C was pressed, where the program `gblm-compress` handles it."""
+    return signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

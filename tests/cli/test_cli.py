@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from gblm_compress import errors
+from gblm_compress import __version__, errors
 from tests.runs.reports import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,35 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "diagnose", Mock(side_effect=KeyboardInterrupt))
     assert _run(["doctor"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+SCRIPT = "from gblm_compress.__main__ import main; main()"  # what pip writes for `gblm-compress`
+
+
+@pytest.mark.parametrize("start", ["import runpy; runpy.run_module('gblm_compress', run_name='__main__')", SCRIPT])
+@pytest.mark.parametrize(("module", "arguments"), [("pydantic", ["--help"]), ("torch", ["prune", "tiny", "-o", "x"])])
+@pytest.mark.parametrize("made", ["pass", "raise ValueError('as pydantic makes of it')"])
+def test_interruption_while_modules_are_imported(start, module, arguments, made, tmp_path) -> None:
+    """A module that interrupts its own import stands before the real one, in a process of its own."""
+    interrupts = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / f"{module}.py").write_text(interrupts + f"finally:\n    {made}\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {start}"
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stdout == ""
+    *before, last = ended.stderr.splitlines()
+    assert last.startswith("interrupted") and before in ([], [f"gblm-compress {__version__} starts …"])
+
+
+def test_the_second_interruption_ends_the_process_at_once(tmp_path) -> None:
+    """The first is still being cleaned up after."""
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "finally:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {SCRIPT}"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == ""
 
 
 def of_memory() -> errors.ModelError:
