@@ -92,6 +92,8 @@ def build(model: Any, tokenizer: Any, source: ModelSource, dtype: str, folder: P
             f"({said}); export with --graph plain"
         )
     program = ir.load(built / "model.onnx")
+    # The builder adds the commit of whatever git repository its environment lies in.
+    program.producer_version = (program.producer_version or "").partition("+")[0]
     config = json.loads((built / "genai_config.json").read_text())
     config["model"]["decoder"]["session_options"]["provider_options"] = []
     attentions = [node for node in program.graph if node.op_type == "GroupQueryAttention"]

@@ -212,7 +212,7 @@ class Document:
 
     Attributes:
         what: its name in messages.
-        suffix: of its files' names.
+        suffix: of its files' names; "" for any.
         header: its first characters. A file that begins so is ours, and is replaced without `force`.
     """
 
@@ -223,7 +223,7 @@ class Document:
     def check(self, path: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
         """Refuse a file with another suffix, that is an input or not to be replaced, or that cannot be written."""
         named = f"{self.what} {str(path)!r}"
-        if path.suffix != self.suffix:
+        if self.suffix and path.suffix != self.suffix:
             raise UsageError(f"{named}: give a name that ends in {self.suffix}")
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UsageError(f"{named} is a link or no file; give another name")
@@ -264,7 +264,7 @@ class Document:
 
 
 TEXT, HEAT_MAP = Document("text", ".txt"), Document("heat map", ".png")
-SUMMARY = Document("summary", ".md", "<!-- gblm-compress -->\n")
+SUMMARY = Document("summary", "", "<!-- gblm-compress -->\n")  # $GITHUB_STEP_SUMMARY has no suffix
 JUNIT = Document("JUnit file", ".xml", "<?xml version='1.0' encoding='utf-8'?>\n<testsuite name=\"gblm-compress: ")
 _HEAD = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content='
 PAGE = Document("page", ".html", f'{_HEAD}"gblm-compress">\n')

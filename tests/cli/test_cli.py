@@ -158,7 +158,7 @@ def test_a_file_of_the_user_is_not_replaced_by_a_document(program, tmp_path) -> 
         (tmp_path / name).write_text(content)
     foreign = "exists and was not written by this program"
     for arguments, message in (
-        (("run", "mine.yaml", "--summary", "mine.yaml"), "summary 'mine.yaml': give a name that ends in .md"),
+        (("run", "mine.yaml", "--summary", "mine.yaml"), "summary 'mine.yaml' is an input of this command"),
         (("run", "mine.yaml", "--summary", "card.md"), foreign),
         (("run", "mine.yaml", "--junit", "job.sh"), "JUnit file 'job.sh': give a name that ends in .xml"),
         (("report", "ran", "-o", "job.sh"), "page 'job.sh': give a name that ends in .html"),

@@ -306,13 +306,13 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
     for path, message in (
         (tmp_path / "notes.md", "notes.md' exists and was not written by this program"),
         (tmp_path / "link.md", "is a link"),
-        (tmp_path / "own.txt", "ends in .md"),
     ):
         with pytest.raises(UsageError, match=message), SUMMARY.reserved(path):
             pytest.fail("the work began")
     with pytest.raises(UsageError, match="own.md' is an input of this command"):
         SUMMARY.check(own, inputs=[tmp_path / "gone", tmp_path / "input.md"])
-    for path in (own, new, tmp_path / "empty.md"):
+    (tmp_path / "step_summary_1").touch()  # $GITHUB_STEP_SUMMARY
+    for path in (own, new, tmp_path / "empty.md", tmp_path / "step_summary_1"):
         with SUMMARY.reserved(path) as write:
             with pytest.raises(UsageError, match="is being written by process"), SUMMARY.reserved(path):
                 pytest.fail("two write one file")
@@ -327,4 +327,4 @@ def test_a_file_that_appears_while_a_document_is_made_is_kept(tmp_path) -> None:
             path.write_text("mine")
             write("ours")
         assert path.read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.md", "mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "mine.txt"}
