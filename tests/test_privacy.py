@@ -1,6 +1,7 @@
 """No test reaches into private parts of a room that it does not belong to."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,10 @@ def reached_into(path: Path) -> list[str]:
                 rooms[alias.asname or alias.name] = room
                 if alias.name.startswith("_") and room != own:
                     found.append(f"{room}.{alias.name}")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            target, name = node.value.id, node.attr
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr" and len(node.args) > 1:
-            first, second = node.args[:2]
-            if not (isinstance(first, ast.Name) and isinstance(second, ast.Constant)):
-                continue
-            target, name = first.id, str(second.value)
-        else:
-            continue
-        if name.startswith("_") and not name.startswith("__") and rooms.get(target, own) != own:
-            found.append(f"{rooms[target]}.{name}")
+    text = ast.unparse(tree)  # with quotes of one kind
+    for name, room in rooms.items():
+        used = re.findall(rf"\b{name}\.(_[a-z]\w*)|\.setattr\({name}, '(_[a-z]\w*)'", text) if room != own else []
+        found += [f"{room}.{''.join(private)}" for private in used]
     return found
 
 

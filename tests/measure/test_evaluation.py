@@ -1,7 +1,8 @@
 import errno
 import math
 import shutil
-from unittest.mock import Mock
+from collections.abc import Iterator
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -69,16 +70,10 @@ LENGTH = 8
 
 
 @pytest.fixture
-def read(monkeypatch) -> list[int]:
-    """The number of windows that went through a model, as a list with an entry for each."""
-    original, read = TorchRuntime.predict, []
-
-    def predict(runtime, sample):
-        read.append(len(sample["input_ids"]))
-        return original(runtime, sample)
-
-    monkeypatch.setattr(TorchRuntime, "predict", predict)
-    return read
+def read() -> Iterator[Mock]:
+    """Counts the windows that go through a model."""
+    with patch.object(TorchRuntime, "predict", autospec=True, side_effect=TorchRuntime.predict) as predict:
+        yield predict
 
 
 @pytest.mark.parametrize("room", [0, 4 * (LENGTH - 1) * VOCABULARY, 1 << 30])
@@ -88,9 +83,9 @@ def test_kept_or_not_the_logits_are_the_same_to_the_bit(tiny, tmp_path, progress
     asked = samples(3, LENGTH)
     first = [dense.judged(window, progress) for window in asked]
     dense.unload()
-    read.clear()
+    read.reset_mock()
     again = [dense.judged(window, progress) for window in asked]
-    assert len(read) == {0: 3, 1 << 30: 0}.get(room, 2)
+    assert read.call_count == {0: 3, 1 << 30: 0}.get(room, 2)
     for window, before, after in zip(asked, first, again, strict=True):
         assert before.shape == (LENGTH - 1, VOCABULARY)
         assert torch.equal(before, after) and torch.equal(before, direct.judged(window, progress))
@@ -105,7 +100,7 @@ def test_a_disk_that_fills_meanwhile_ends_the_keeping_and_not_the_evaluation(
     monkeypatch.setattr(evaluation.tempfile, "TemporaryFile", lambda **_: full)
     dense, (window,) = Reference(tiny("llama"), folder=tmp_path), samples(1, LENGTH)
     assert torch.equal(dense.judged(window, progress), dense.judged(window, progress))
-    assert len(read) == 2
+    assert read.call_count == 2
     dense.close()
 
 
@@ -123,7 +118,7 @@ def test_the_dense_model_leaves_memory_after_an_evaluation(tiny, prose, tmp_path
     settings = EvaluateSettings(dataset=str(prose), sequence_length=32, max_windows=2)
     dense = Reference(tiny("llama"), folder=tmp_path)
     first = evaluate(tiny("llama"), settings, baseline=dense, progress=progress)
-    assert dense._runtime is None and len(read) == 4
+    assert dense._runtime is None and read.call_count == 4
     assert evaluate(tiny("llama"), settings, baseline=dense, progress=progress) == first
-    assert dense._runtime is None and len(read) == 6
+    assert dense._runtime is None and read.call_count == 6
     dense.close()
