@@ -69,9 +69,23 @@ def find_here(name: str) -> ModelSource | None:
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(path):
         raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
     else:
+        _check_hub_id(name)
         return None
     files.check_folder(source.folder)
     return source
+
+
+def _check_hub_id(name: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        rule = str(error).partition(":")[0]
+        raise ModelError(
+            f"model {name!r}: no such folder, and the hub can have no model of that name ({rule}); give a folder, a "
+            f".gguf file, a hub id such as owner/name, or '{DEMO}'"
+        ) from error
 
 
 def _gguf_of(name: str) -> Path | None:
@@ -100,7 +114,7 @@ def _demo() -> Path:
 
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
@@ -112,7 +126,7 @@ def _downloaded(name: str) -> Path:
                 ignore_patterns=["consolidated*", "original/*"],  # the same weights again, in another layout
             )
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"model {name!r}: there is no such folder here, and the Hugging Face hub did not provide it "
             f"({first_line(error)}); check the spelling, your network, and for gated models `hf auth login`"
