@@ -20,7 +20,7 @@ from gblm_compress.progress import Progress
 from gblm_compress.settings import GenerateSettings
 from gblm_compress.storage import outputs
 from gblm_compress.tasks import data_files, files_of
-from gblm_compress.tasks.text import load_text
+from gblm_compress.tasks.text import load_text, tokenizing
 
 STARTS = (8, 13, 21, 0)  # tokens of a line that begin the pieces of a batch, in turn
 SHORTEST = 160  # characters of a usable line; a shorter one is a heading or a menu
@@ -112,7 +112,8 @@ def _lines(tokenizer: Any, settings: GenerateSettings) -> list[list[int]]:
         return []
     content = load_text(settings.starts, "calibration", settings.tokens // 4)
     long = [line.strip() for line in content.splitlines() if len(line.strip()) >= SHORTEST]
-    lines = [tokenizer.encode(line, add_special_tokens=False)[: max(STARTS)] for line in long]
+    with tokenizing():
+        lines = [tokenizer.encode(line, add_special_tokens=False)[: max(STARTS)] for line in long]
     if not (lines := [line for line in lines if len(line) == max(STARTS)]):
         raise DataError(f"dataset {settings.starts!r} holds no line of {SHORTEST} characters or more to begin with")
     return lines
@@ -120,5 +121,6 @@ def _lines(tokenizer: Any, settings: GenerateSettings) -> list[list[int]]:
 
 def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
     """The texts of a piece, split at its first token, without empty lines inside them."""
-    texts = tokenizer.decode(tokens).split(tokenizer.convert_ids_to_tokens(tokens[0]))
+    with tokenizing():
+        texts = tokenizer.decode(tokens).split(tokenizer.convert_ids_to_tokens(tokens[0]))
     return [each for text in texts if (each := re.sub(r"\n\s*\n", "\n", text).strip())]

@@ -123,13 +123,14 @@ def encode(processor: Any, config: Any, rows: Sequence[Row], length: int, pad: b
         "return_tensors": "pt",
         "return_token_type_ids": _has_types(config),
     }
-    if pad:
-        texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-        together = processor(*texts, padding=True, **options)
-        samples: list[Sample] = [{name: together[name][i : i + 1] for name in kept} for i in range(len(rows))]
-    else:
-        alone = [processor(*row.texts, **options) for row in rows]
-        samples = [{name: sample[name] for name in kept} for sample in alone]
+    with text.tokenizing():
+        if pad:
+            texts = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+            together = processor(*texts, padding=True, **options)
+            samples: list[Sample] = [{name: together[name][i : i + 1] for name in kept} for i in range(len(rows))]
+        else:
+            alone = [processor(*row.texts, **options) for row in rows]
+            samples = [{name: sample[name] for name in kept} for sample in alone]
     for sample in samples:
         check_ids(sample["input_ids"], vocabulary_of(config))
     return samples

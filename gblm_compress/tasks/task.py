@@ -55,7 +55,8 @@ class Task(ABC):
 
     def check_processor(self, processor: Any) -> None:
         """Refuse a processor of no use: without its vocabulary, transformers makes a tokenizer that knows no words."""
-        known = set(processor(_WORDS, verbose=False)["input_ids"]) - set(processor.all_special_ids)
+        with text.tokenizing():
+            known = set(processor(_WORDS, verbose=False)["input_ids"]) - set(processor.all_special_ids)
         if len(known) < 2:  # one may be a space, or an unknown token that is not marked as special
             raise ModelError(
                 f"its tokenizer knows no word of {_WORDS!r}; its tokenizer files are missing or do not fit: put those "

@@ -178,9 +178,24 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
     """The text tokenized whole, as the reference does: token ids [tokens], int64."""
     import torch
 
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    with tokenizing():
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     check_ids(ids, vocabulary)
     return ids
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """Say of an error of a tokenizer that it does not fit; where its library panics, that is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        panics = type(error).__name__ == "PanicException"
+        if isinstance(error, GblmError) or is_out_of_memory(error) or not (panics or isinstance(error, Exception)):
+            raise
+        raise ModelError(
+            f"the tokenizer fails on a text ({first_line(error)}); take that of the original model"
+        ) from error
 
 
 def check_ids(ids: Tensor, vocabulary: int) -> None:

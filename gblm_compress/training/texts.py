@@ -95,7 +95,8 @@ def _overlap(processor: Any, texts: Sequence[Sequence[Sample]], others: Sequence
         return {}
     known: dict[str, int] = {}
     running = [torch.cat([window["input_ids"][0] for window in windows]) for windows in texts]
-    own = np.unique(np.concatenate([grams(processor.decode(ids), known) for ids in running]))
+    with text.tokenizing():
+        own = np.unique(np.concatenate([grams(processor.decode(ids), known) for ids in running]))
     found = {}
     for other in others:
         theirs = np.unique(grams(text.load_text(other, "evaluation", MOST_OF_ANOTHER), known))

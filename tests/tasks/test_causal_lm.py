@@ -1,11 +1,15 @@
 import random
 
 import pytest
+import tokenizers
 import torch
 
+from gblm_compress.calibration.generation import texts_of
 from gblm_compress.errors import DataError, ModelError
-from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.models.tiny import byte_tokenizer, tiny_config
+from gblm_compress.tasks.passages import Row, encode
 from gblm_compress.tasks.text import consecutive_windows, drawn_windows, tokenize
+from tests.tasks import families
 
 TOKENIZER, VOCABULARY = byte_tokenizer(), 257
 
@@ -77,3 +81,23 @@ def test_a_text_is_tokenized_whole_and_ids_beyond_the_embeddings_are_refused(mon
     monkeypatch.setattr("datasets.load_dataset", lambda **arguments: [{"text": "a <new> " * 20}])
     with pytest.raises(ModelError, match=message):
         drawn_windows(tokenizer, 257, "c4", 1, 8, 0)
+
+
+def test_a_tokenizer_that_panics_is_a_fault_of_the_model() -> None:
+    """Of its library, a pattern that gives up on a text raises no Exception."""
+    pattern, words = tokenizers.Regex("(a+)+$"), "a" * 40 + "b"
+    reading, writing = families.tokenizer(), families.tokenizer()
+    reading.backend_tokenizer.normalizer = tokenizers.normalizers.Replace(pattern, "b")
+    writing.add_tokens([words])
+    writing.backend_tokenizer.decoder = tokenizers.decoders.Replace(pattern, "b")
+    row, config = Row((words,)), tiny_config("llama")
+    for use in (
+        lambda: tokenize(reading, VOCABULARY, words),
+        lambda: encode(reading, config, [row], 64, pad=True),
+        lambda: encode(reading, config, [row], 64, pad=False),
+        lambda: texts_of([256, len(writing) - 1], writing),
+    ):
+        with pytest.raises(
+            ModelError, match=r"the tokenizer fails on a text \(Onig: .*limit.*\); take that of the orig"
+        ):
+            use()
