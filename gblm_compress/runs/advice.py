@@ -82,6 +82,8 @@ def advise(source: ModelSource, settings: AdviseSettings, *, progress: Progress)
         raise ModelError(f"model {source.name!r} is {task.help}, and advice is for models that generate text")
     loading.check_length(source, PROMPT + WARM_UP + STEPS, "the length that is timed")
     blocks = find_blocks(loading.load_skeleton(source))[1]
+    if (settings.blocks or 0) > max(2, len(blocks)):
+        raise UsageError(f"blocks {settings.blocks}: model {source.name!r} has {len(blocks)}; give no more than that")
     weights = sum(weight.numel() for weight in blocks[0].parameters())
     few = settings.blocks or max(2, min(max(FEW, WEIGHTS // weights), len(blocks)))
     predictions, left_out = [], {}

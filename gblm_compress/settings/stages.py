@@ -21,6 +21,7 @@ from gblm_compress.settings.fields import (
 
 WRITTEN = "written"
 """The name of the text that `generate` writes, in a recipe."""
+MOST_THREADS = 1024
 RuntimeName = Annotated[
     str,
     OneOf(
@@ -173,7 +174,7 @@ class AdviseSettings(Settings):
         le=MANY,
         description="Blocks of the larger of the two models that are timed; five, or more for small ones, if unset.",
     )
-    threads: int | None = Field(None, ge=1, le=MANY, description="CPU threads; as many as torch uses if unset.")
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -216,5 +217,5 @@ class BenchmarkSettings(Settings):
         "genai (onnxruntime-genai) for ONNX exports.",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
-        None, ge=1, le=1024, description="CPU threads; as many as torch uses if unset."
+        None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset."
     )

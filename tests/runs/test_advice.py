@@ -86,5 +86,9 @@ def test_a_model_of_few_positions_or_one_block(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match="has 64 positions; the length that is timed is 174"):
         advise(written(tmp_path / "short", "gpt2", n_positions=64), AdviseSettings(), progress=QUIET)
     source = written(tmp_path / "one", "gpt2", n_layer=1, n_positions=256)
+    with pytest.raises(UsageError, match="blocks 3: model 'model' has 1; give no more than that"):
+        advise(source, AdviseSettings(blocks=3), progress=QUIET)
+    with pytest.raises(ValueError, match="threads"):
+        AdviseSettings(threads=1025)
     (found,) = advise(source, AdviseSettings(blocks=2), progress=QUIET).predictions
     assert found.bytes == pytest.approx(source.bytes_on_disk, rel=0.01)
