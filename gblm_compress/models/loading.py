@@ -181,7 +181,7 @@ def config_of(source: ModelSource) -> Any:
 
     with _named_errors(source, "its config cannot be loaded"):
         config = AutoConfig.from_pretrained(source.folder, **_SAFELY)
-    config.return_dict, config.output_hidden_states = True, False
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
 
 
