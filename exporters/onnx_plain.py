@@ -35,7 +35,7 @@ _DIMENSIONS: dict[str, list[str | None]] = {
 }
 # The same without a cache, by the number of dimensions.
 _SEQUENCE, _IMAGE = ("batch_size", "sequence_length", "width"), ("batch_size", "num_channels", "height", "width")
-_CACHE_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
+_CACHE_NAME = re.compile(r"\w+\.\w+\.layers\.(\d+)\.(keys|values|conv_states|recurrent_states)(?:\.(\d+))?")
 # {part of a layer's cache: its name in onnxruntime-genai}
 _PARTS = {"keys": "key", "values": "value", "conv_states": "conv_state", "recurrent_states": "recurrent_state"}
 _WINDOW_NAME = re.compile(r"(input|output)\.\w+\.layers\.(\d+)\._sliding_window_tensor")
@@ -67,13 +67,12 @@ def build(model: Any, source: ModelSource) -> tuple[ir.Model, dict[str, Any] | N
     program = _trace(model, source)
     slim_(program)
     _fold_windows_(program, model.config)
-    _name_cache_(program, source)
+    _name_values_(program, source)
     if not any((value.name or "").startswith("past_key_values.") for value in program.graph.inputs):
         raise ModelError(
             f"{source.name!r}: the graph that transformers' exporter makes of {type(model).__name__} has no cache; "
             "export to a sparse PyTorch format"
         )
-    _name_dimensions_(program)
     return program, genai_config(program, model.config)
 
 
@@ -146,14 +145,29 @@ def _fold_windows_(program: ir.Model, config: Any) -> None:
             graph.outputs.remove(value)
 
 
-def _name_cache_(program: ir.Model, source: ModelSource) -> None:
-    for value in (*program.graph.inputs, *program.graph.outputs):
-        if match := _CACHE_NAME.fullmatch(value.name or ""):
-            direction, layer, kind, number = match.groups()
-            stem = "past_key_values" if direction == "input" else "present"
-            value.name = f"{stem}.{layer}.{_PARTS[kind]}" + (f"_{number}" if int(number or 0) else "")
-        elif value.name not in _DIMENSIONS:
-            raise _not_plain(source, value.name)
+def _name_values_(program: ir.Model, source: ModelSource) -> None:
+    """Name the cache and the dynamic dimensions, and make the cache's fixed dimensions plain numbers."""
+    for values, stem, tokens in (
+        (program.graph.inputs, "past_key_values", "past_sequence_length"),
+        (program.graph.outputs, "present", "total_sequence_length"),
+    ):
+        for value in values:
+            assert value.shape is not None
+            if match := _CACHE_NAME.fullmatch(value.name or ""):
+                layer, kind, number = match.groups()
+                value.name = f"{stem}.{layer}.{_PARTS[kind]}" + (f"_{number}" if int(number or 0) else "")
+                has_tokens = not STATE.search(value.name)
+                wanted = (
+                    ["batch_size", None, tokens, None]
+                    if has_tokens
+                    else ["batch_size", *[None] * (len(value.shape) - 1)]
+                )
+            elif value.name in _DIMENSIONS:
+                wanted = _DIMENSIONS[value.name]
+            else:
+                raise _not_plain(source, value.name)
+            sizes = [int(str(size)) if name is None else name for name, size in zip(wanted, value.shape, strict=True)]
+            value.shape = ir.Shape(sizes)
 
 
 def _not_plain(source: ModelSource, what: str | None) -> ModelError:
@@ -161,22 +175,6 @@ def _not_plain(source: ModelSource, what: str | None) -> ModelError:
         f"{source.name!r}: its cache has {what} beside keys, values and states, for which ONNX exports have no inputs "
         "and outputs; export to a sparse PyTorch format"
     )
-
-
-def _name_dimensions_(program: ir.Model) -> None:
-    """Name the dynamic dimensions and make the cache's fixed ones plain numbers."""
-    for value in (*program.graph.inputs, *program.graph.outputs):
-        assert value.name is not None and value.shape is not None
-        if STATE.search(value.name):
-            wanted = ["batch_size", *(None for _ in value.shape[1:])]
-        elif value.name.startswith("past_key_values."):
-            wanted = ["batch_size", None, "past_sequence_length", None]
-        elif value.name.startswith("present."):
-            wanted = ["batch_size", None, "total_sequence_length", None]
-        else:
-            wanted = _DIMENSIONS[value.name]
-        sizes = [int(str(size)) if name is None else name for name, size in zip(wanted, value.shape, strict=True)]
-        value.shape = ir.Shape(sizes)
 
 
 def genai_config(program: ir.Model, config: Any) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None) -> None:
     """Refuse patterns other than the N:M that the layout needs."""
-    needed = LAYOUTS[_layout(settings)].pattern
+    needed = LAYOUTS[FORMATS[settings.format].layout or ""].pattern
     most, group = (Pattern(needed).n_m if needed else None) or (1, 1)
     for name, pattern in (patterns or {}).items() if needed else ():
         n, m = pattern.n_m or (1, 1)
@@ -61,12 +61,6 @@ def _check_weights(weights: Mapping[str, Tensor], needed: str, format: str) -> N
         )
 
 
-def _layout(settings: ExportSettings) -> str:
-    name = FORMATS[settings.format].layout
-    assert name is not None
-    return name
-
-
 def export(
     source: ModelSource, output: Path, settings: ExportSettings, *, force: bool, progress: Progress
 ) -> dict[str, Any]:
@@ -80,7 +74,8 @@ def export(
     sample = task.probe(processor, model.config)
     reference = _run(model, sample)
     dense = {name: weight_matrix(layer).detach() for name, layer in pruned.items()}
-    layout = LAYOUTS[_layout(settings)]
+    layout_name = FORMATS[settings.format].layout or ""
+    layout = LAYOUTS[layout_name]
     kind = layout.kind
     if layout.pattern is not None:
         _check_weights(dense, layout.pattern, settings.format)
@@ -89,7 +84,7 @@ def export(
     progress.say("packing …")
     options: dict[str, Any] = {"grids": read_grids(source), "group": settings.group} if layout.width else {}
     tables = None if settings.keep_head else layout.tables
-    exact, dense_tables = pack_(model, list(pruned), _layout(settings), tables, **options)
+    exact, dense_tables = pack_(model, list(pruned), layout_name, tables, **options)
     dense |= dense_tables
     outputs.check_space(output, source.bytes_on_disk, "the export")
     with outputs.atomic_folder(output, force=force) as temporary:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 _ALLOCATION = re.compile(
     r"can(?:'t|not) allocate memory|(?:failed|unable) to allocate|bad[ _]alloc|not enough memory|failed to map segment"
-    r"|MemoryError",
+    r"|out of memory|alloc_failed|MemoryError",
     re.IGNORECASE,
 )
 

@@ -22,6 +22,8 @@ def test_out_of_memory_in_its_kinds() -> None:
     assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")) and not is_out_of_memory(OSError(5, "x"))
     assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("MemoryError"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
     assert is_out_of_memory(Fail("Exception during initialization: std::bad_alloc"))
     assert is_out_of_memory(Fail("bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 99"))

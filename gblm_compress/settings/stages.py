@@ -106,8 +106,8 @@ class ExportSettings(Settings):
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Literal["fused", "plain"] | None = Field(
         None,
-        description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused, when the "
-        "architecture has it.",
+        description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused, where "
+        "there is one that runs.",
     )
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: bool = Field(
