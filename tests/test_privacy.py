@@ -19,7 +19,7 @@ def reached_into(path: Path) -> list[str]:
             for alias in node.names:
                 room = [*f"{node.module}.{alias.name}".split("."), ""][1]
                 rooms[alias.asname or alias.name] = room
-                if alias.name.startswith("_") and room != own:
+                if alias.name.startswith("_") and alias.name != "__version__" and room != own:
                     found.append(f"{room}.{alias.name}")
     text = ast.unparse(tree)  # with quotes of one kind
     for name, room in rooms.items():
