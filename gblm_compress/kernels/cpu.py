@@ -153,7 +153,7 @@ class Bitmask:
         y = x.new_empty(tokens, rows)
         if tokens == 0:
             return y
-        codes = _codes(x.dtype, kernel or self.path)
+        codes = _codes(x.dtype, kernel)
         panels = scratch(kernels.gblm_panel_bytes(words, tokens, codes[0])) if many else None
         tensors = _at(self.mask, self.values, self.starts, x, y, panels)
         if not kernels.gblm_bitmask_linear(*tensors, rows, words, tokens, *codes, torch.get_num_threads()):
@@ -164,7 +164,7 @@ class Bitmask:
         """Write rows from `first` on, dense, into `out` [count, columns]; ValueError where they do not fit."""
         _check_out(self, first, out)
         tensors = _at(self.mask, self.values, self.starts, out)
-        sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel or self.path)
+        sizes = first, len(out), self.columns, self.mask.shape[1], *_codes(out.dtype, kernel)
         if not library().gblm_bitmask_expand(*tensors, *sizes, torch.get_num_threads()):
             raise ValueError(f"no kernel {kernel or self.path} for {self.columns} columns of {out.dtype}")
         return out
@@ -248,8 +248,8 @@ def _at(*tensors: Tensor | None) -> tuple[int | None, ...]:
 
 
 @cache
-def _codes(dtype: torch.dtype, kernel: str) -> tuple[int, int]:
-    return DTYPES[dtype], PATHS.index(kernel)
+def _codes(dtype: torch.dtype, kernel: str | None) -> tuple[int, int]:
+    return DTYPES[dtype], PATHS.index(kernel or path(dtype))
 
 
 def _check_x(weight: Weight, x: Tensor) -> None:
