@@ -7,6 +7,7 @@
     states/                  the dense model's predictions, if memory is short
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from gblm_compress.storage import records
 from gblm_compress.training.trainer import Progressed, Store
 
 RECORD = "run.json"
+CANNOT = ", so that the interrupted run cannot be resumed"
 
 
 class Record(BaseModel):
@@ -49,6 +51,7 @@ class Work(Generic[Kind]):
         states: an empty folder for hidden states, which are worthless after an interruption.
         resumed: whether it continues an interrupted run.
         damaged: files that were changed since, if the others are of use without them.
+        dropped: why unfinished work that was found is not continued, if it is not.
 
     Args:
         new: the record at the start.
@@ -66,6 +69,7 @@ class Work(Generic[Kind]):
         self.folder, self.ranks = folder, ranks
         self.states = folder / "states" / str(ranks.rank)
         self.damaged: list[str] = []
+        self.dropped = ""
         known = self._read(new, names, resume)
         self.resumed = known is not None
         # The record is read once, and then tracked in memory: later the first process may be ahead of the others.
@@ -106,6 +110,8 @@ class Work(Generic[Kind]):
     def kept(self, what: str, resume: bool | None, progress: Progress) -> Iterator[None]:
         """Keep the folder, which holds `what`, after interruptions and lack of disk or memory; else remove it."""
         again = "the same command" if resume is None else "the same command with --resume"
+        if self.dropped:
+            progress.say(f"{self.dropped}; it is started anew")
         try:
             yield
         except BaseException as error:
@@ -140,41 +146,38 @@ class Work(Generic[Kind]):
             return None
         try:
             known = type(new).model_validate(records.read_sealed(self.folder / RECORD))
-        except (OSError, ValueError, UsageError) as error:  # pydantic's ValidationError is a ValueError
-            if not resume:
-                return None
-            raise UsageError(
-                f"{str(self.folder / RECORD)!r} is missing or damaged, so that the interrupted run cannot be resumed; "
-                "leave out --resume to start anew"
-            ) from error
+        except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
+            return self._drop(resume, f"{str(self.folder / RECORD)!r} is missing or damaged{CANNOT}")
         if known.identity != new.identity:
-            if not resume:
-                return None
             changed = [key for key in new.identity if known.identity.get(key) != new.identity[key]]
             then, now = (identity.get("threads") for identity in (known.identity, new.identity))
             again = "give the same command as then"
             if then and then != now:  # sums differ in their last bits
-                again += f", with OMP_NUM_THREADS={then} (it has {now} now)"
-            raise UsageError(
-                f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}; "
-                f"{again}, or leave out --resume to start anew"
-            )
+                again += f", with {' and '.join(_threads_variables())}={then} (torch has {now} threads now)"
+            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}"
+            return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
         if not (self.damaged and self.needs_all):
             return known
+        path, self.damaged = self.folder / self.damaged[0], []
+        return self._drop(resume, f"{str(path)!r} is missing or not what was written{CANNOT}")
+
+    def _drop(self, resume: bool | None, why: str, instead: str = "") -> None:
+        """Start anew, and remember why; an error where the run must be resumed."""
         if resume:
-            raise UsageError(
-                f"{str(self.folder / self.damaged[0])!r} is missing or not what was written, so that the interrupted "
-                "run cannot be resumed; leave out --resume to start anew"
-            )
-        self.damaged = []
-        return None
+            raise UsageError(f"{why}; {instead}leave out --resume to start anew")
+        self.dropped = why
 
     def _holds(self, name: str, stated: str) -> bool:
         try:
             return _is_plain(self.folder / name) and sha256_of(self.folder / name) == stated
         except OSError:
             return False
+
+
+def _threads_variables() -> list[str]:
+    """The environment variables that decide torch's number of threads: the second outweighs the first."""
+    return ["OMP_NUM_THREADS", *(["MKL_NUM_THREADS"] if "MKL_NUM_THREADS" in os.environ else [])]
 
 
 def _is_plain(path: Path) -> bool:

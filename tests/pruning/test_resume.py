@@ -168,14 +168,19 @@ def test_a_run_of_another_kind_is_not_resumed(go, fails, tmp_path) -> None:
     assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
 
 
-def test_another_number_of_threads_is_not_resumed(go, fails, tmp_path, monkeypatch) -> None:
+def test_another_number_of_threads_is_not_resumed(go, fails, tmp_path, monkeypatch, capsys) -> None:
     """It would add up in another order: some of the blocks would have other bits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     fails(saving, "save", killed, **GBLM)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(UsageError, match=r"other threads; .*, with OMP_NUM_THREADS=3 \(it has 2 now\)"):
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with pytest.raises(UsageError, match=r"other threads; .*, with OMP_NUM_THREADS=3 \(torch has 2 threads now\)"):
         go(resume=True, **GBLM)
-    go(**GBLM)
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")  # it outweighs the other
+    with pytest.raises(UsageError, match="with OMP_NUM_THREADS and MKL_NUM_THREADS=3"):
+        go(resume=True, **GBLM)
+    go(resume=None, progress=Progress(), **GBLM)
+    assert "interrupted run with other threads; it is started anew" in capsys.readouterr().err.replace("\n", " ")
     assert manifest.read(tmp_path / "out")["compute"]["threads"] == 2
 
 
