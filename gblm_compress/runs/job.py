@@ -169,7 +169,7 @@ class Stage:
             if self.place.exists():
                 outputs.TEXT.check(self.place, force=True)
         elif self.place is not None:
-            outputs.check_output(self.place, force=True)
+            outputs.check_output(self.place, force=True, inputs=[source.folder for source in self.reads])
 
     @property
     def key(self) -> str:

@@ -184,10 +184,10 @@ def changes(before: RunReport, now: RunReport) -> Table:
     lines = []
     for key, row in later.items():
         if (was := earlier.get(key)) and was.value is not None and row.value is not None:
-            change, verdict = row.value / was.value - 1 if was.value else 0.0, compared(was, row)
+            change, verdict = row.value / was.value - 1 if was.value else None, compared(was, row)
             rank, mark = {"worse": (0, "bad"), "better": (1, "good"), "same": (2, "")}[verdict]
             figures = [Cell(amount(row.figure, each.value), each.value) for each in (was, row)]
-            percent = Cell(f"{100 * change:+.1f} %", change)
+            percent = Cell("" if change is None else f"{100 * change:+.1f} %", change)
             lines.append([Cell(row.where), Cell(name_of(row.figure)), *figures, percent, Cell(verdict, rank, mark)])
     lines.sort(key=lambda line: line[-1].value or 0)
     columns = {"artefact": False, "figure": False, "before": True, "now": True, "change": True, "verdict": False}

@@ -90,6 +90,13 @@ def test_rows_set_dense_against_pruned_per_runtime(finished) -> None:
     ]  # fmt: skip
 
 
+def test_a_run_whose_model_lies_where_it_would_write_is_refused_by_its_check(finished) -> None:
+    output, _ = finished
+    faults = pipeline.check_output(smoke(f"model={output / 'pruned'}"), output)
+    assert ["is the input" in str(fault) for fault in faults] == [True]
+    assert not pipeline.check_output(smoke(), output)
+
+
 def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(tmp_path, monkeypatch) -> None:
     """A run ends in the second block's pruning; the next one of the same recipe does only that block."""
     original = walk.prune_block_

@@ -165,6 +165,12 @@ def test_what_got_worse_comes_first_and_only_two_runs_are_compared(tmp_path) -> 
             documents.report(folders, page)
 
 
+def test_a_change_from_zero_has_no_share() -> None:
+    before, now = (report(rows=[Row("pruned", "mean_kl", value)]) for value in (0.0, 0.1))
+    (line,) = tables.changes(before, now).rows
+    assert [cell.text for cell in line[2:]] == ["0.000", "0.100", "", "worse"]
+
+
 def test_times_are_compared_in_one_place_and_other_figures_anywhere() -> None:
     _, pruned, bitmask, _ = models(tpot=14.0, perplexity=25.0)
     moved = [each | {"timing": each["timing"] | {"batch": 8}} for each in (pruned, bitmask)]
