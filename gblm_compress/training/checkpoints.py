@@ -162,11 +162,12 @@ class Work(Generic[Kind]):
         path, self.damaged = self.folder / self.damaged[0], []
         return self._drop(resume, f"{str(path)!r} is missing or not what was written{CANNOT}")
 
-    def _drop(self, resume: bool | None, why: str, instead: str = "") -> None:
+    def _drop(self, resume: bool | None, why: str, instead: str = "") -> Kind | None:
         """Start anew, and remember why; an error where the run must be resumed."""
         if resume:
             raise UsageError(f"{why}; {instead}leave out --resume to start anew")
         self.dropped = why
+        return None
 
     def _holds(self, name: str, stated: str) -> bool:
         try:

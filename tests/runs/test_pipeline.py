@@ -97,6 +97,21 @@ def test_a_run_whose_model_lies_where_it_would_write_is_refused_by_its_check(fin
     assert not pipeline.check_output(smoke(), output)
 
 
+def test_zeros_are_shown_of_exports_whose_zeros_were_counted(finished, tmp_path) -> None:
+    """Rounding to 8 or 4 bits makes more zeros, unless the weights lay on the grid before."""
+    output, _ = finished
+    exports = (
+        "export=[{format: bitmask-int4}, {format: bitmask}, {format: onnx, quantise: int8, kernels: true, group: 32}]"
+    )
+    dense = ModelSource("tiny", output / "pruned")
+    rounded = pipeline._rounded(Job(smoke(exports, "gates=[]"), dense, tmp_path))
+    assert rounded == {"bitmask-int4", "onnx-kernels-quantise-int8-group-32", "dense-onnx-quantise-int8"}
+    assert pipeline._rounded(Job(smoke(exports, "gates=[]", "prune.quantise=int8"), dense, tmp_path)) == {
+        "bitmask-int4",
+        "dense-onnx-quantise-int8",
+    }
+
+
 def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(tmp_path, monkeypatch) -> None:
     """A run ends in the second block's pruning; the next one of the same recipe does only that block."""
     original = walk.prune_block_
