@@ -134,11 +134,14 @@ class Work(Generic[Kind]):
 
     def _read(self, new: Kind, names: str, resume: bool | None) -> Kind | None:
         """The record of the run to continue; None to start anew."""
+        if self.folder.is_symlink():  # what it leads to could not be removed at the end
+            raise UsageError(f"{str(self.folder)!r} is where unfinished work is kept, and is a link; move it away")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         file = re.compile(rf"({names})\.safetensors")
         other = re.compile(rf"run\.json|states|\.{file.pattern}|\.run\.json\.\d+|\.gblm-[0-9a-f]{{16}}\.partial-.*")
         for path in entries:
-            if not (file.fullmatch(path.name) and _is_plain(path)) and not other.fullmatch(path.name):
+            ours = (file.fullmatch(path.name) and path.is_file()) or other.fullmatch(path.name)
+            if path.is_symlink() or not ours:
                 raise UsageError(
                     f"{str(self.folder)!r} is where unfinished work is kept, and holds {path.name!r}; move it away"
                 )

@@ -202,6 +202,19 @@ def test_a_file_that_was_not_written_is_found_and_its_work_done_again(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["", "states", "run.json", "block-0.safetensors"])
+def test_unfinished_work_is_no_link(name, go, fails, tmp_path) -> None:
+    """What a link leads to is another's: it could be written to, and would stay when the work is done."""
+    fails(saving, "save", killed, **GBLM)
+    path = tmp_path / ".out.pruning" / name
+    there = path.rename(tmp_path / "elsewhere")
+    path.symlink_to(there)
+    for resume in (True, None, False):
+        with pytest.raises(UsageError, match="move it away"):
+            go(resume=resume, **GBLM)
+    assert there.exists() and not (tmp_path / "out").exists()
+
+
 # The first is sound by itself, but nothing that was written.
 DAMAGE = ['{"identity": {}, "budgets": null, "distilled": true}', "", "null", "[", "{}", '{"identity": 5}', None]
 DAMAGE.append('{"identity": {}, "budgets": {"a": {"pattern": {"name": "2:x"}, "sparsity": 0.5}}}')
