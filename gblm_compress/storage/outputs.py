@@ -225,20 +225,23 @@ class Document:
         named = f"{self.what} {str(path)!r}"
         if self.suffix and path.suffix != self.suffix:
             raise UsageError(f"{named}: give a name that ends in {self.suffix}")
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UsageError(f"{named} is a link or no file; give another name")
-        if not path.parent.is_dir():
-            raise UsageError(f"{named} cannot be written: there is no folder {str(path.parent)!r}")
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"{named} cannot be written: {str(path.parent)!r} is read-only")
-        if not path.exists():
-            return
-        if any(each.exists() and path.samefile(each) for each in inputs):
-            raise UsageError(f"{named} is an input of this command; give another file")
-        if not self.header and not force:
-            raise UsageError(f"{named} exists; give another file, or --force to replace it")
-        if self.header and path.stat().st_size and not self._begins(path):
-            raise UsageError(f"{named} exists and was not written by this program; give another file")
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise UsageError(f"{named} has a name of more than {_LONGEST_NAME} bytes; give a shorter one")
+        with _writable(path):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise UsageError(f"{named} is a link or no file; give another name")
+            if not path.parent.is_dir():
+                raise UsageError(f"{named} cannot be written: there is no folder {str(path.parent)!r}")
+            if not os.access(path.parent, os.W_OK):
+                raise UsageError(f"{named} cannot be written: {str(path.parent)!r} is read-only")
+            if not path.exists():
+                return
+            if any(each.exists() and path.samefile(each) for each in inputs):
+                raise UsageError(f"{named} is an input of this command; give another file")
+            if not self.header and not force:
+                raise UsageError(f"{named} exists; give another file, or --force to replace it")
+            if self.header and path.stat().st_size and not self._begins(path):
+                raise UsageError(f"{named} exists and was not written by this program; give another file")
 
     def _begins(self, path: Path) -> bool:
         with path.open("rb") as file:
@@ -324,8 +327,12 @@ def _in_use(lock: SoftFileLock) -> str | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there but what another process, about to work in it too, leaves for a moment."""
-    return all(path.name.startswith((_PROBE, f".{MANIFEST}.")) for path in folder.iterdir())
+    """Whether nothing is there but locks, and what a process that is about to work in it leaves for a moment."""
+    passing = (_PROBE, f".{MANIFEST}.")
+    return all(
+        path.name.startswith(passing) or (path.name.startswith(".") and path.suffix == ".lock")
+        for path in folder.iterdir()
+    )
 
 
 def _said(folder: Path, key: str) -> object:

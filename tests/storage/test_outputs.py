@@ -306,6 +306,8 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
     for path, message in (
         (tmp_path / "notes.md", "notes.md' exists and was not written by this program"),
         (tmp_path / "link.md", "is a link"),
+        (tmp_path / ("x" * 300), "more than 240 bytes"),
+        (tmp_path / ("x" * 300) / "new.md", "cannot be written: File name too long"),
     ):
         with pytest.raises(UsageError, match=message), SUMMARY.reserved(path):
             pytest.fail("the work began")
@@ -318,6 +320,12 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
                 pytest.fail("two write one file")
             write("now")
         assert path.read_text() == "now"
+
+
+def test_a_document_may_lie_in_the_new_folder_that_a_run_works_in(tmp_path) -> None:
+    with SUMMARY.reserved(tmp_path / "summary.md") as write, working_in(tmp_path, "run"):
+        write("of the run")
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.md", MANIFEST}
 
 
 def test_a_file_that_appears_while_a_document_is_made_is_kept(tmp_path) -> None:
