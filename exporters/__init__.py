@@ -12,7 +12,7 @@ from torch import Tensor
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.methods.zeros import count_nonzeros
+from gblm_compress.methods.zeros import count_nonzeros, made_zero
 from gblm_compress.models import manifest
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
@@ -98,6 +98,14 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
             f"{100 * zeros / total:.1f} % of the weights in the {len(weights)} layers are zero, and packed they would "
             f"take more bytes (packing pays from {pays:.1f} %): the model is dense; prune it first"
         )
+
+
+def rounded_to_zero(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """What checks say of nonzeros that rounding made zero, of those of each layer before and after it."""
+    if (gone := made_zero(before, after)) is None:
+        return {}
+    count, worst, share = gone
+    return {"rounded_to_zero": count, "most_rounded_to_zero": f"{worst} ({share:.1%} of its nonzeros)"}
 
 
 def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
+from gblm_compress.exporters import rounded_to_zero
 from gblm_compress.exporters.onnx_weights import (
     Rows,
     constant,
@@ -28,6 +29,7 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import MOVES_MUCH, share_moved
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.methods.quantisation import check_scales, make_grid
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.source import ModelSource
@@ -40,34 +42,43 @@ INT8_INPUTS = 4  # Accuracy level: inputs are rounded to 8 bits, if that is fast
 
 @dataclass(frozen=True)
 class Rounded:
-    """Packed layers by name, packed head and embedding, and the share of each layer's norm that rounding moved."""
+    """Packed layers by name, packed head and embedding, and what rounding did to each layer.
+
+    Attributes:
+        moved: the share of its norm that rounding moved.
+        zeroed: what the checks say of nonzeros that it made zero.
+    """
 
     layers: dict[str, Any]
     tables: list[Any]
     moved: dict[str, float]
+    zeroed: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
         much = [name for name, share in self.moved.items() if share > self.layers[name].largest_error]
-        return {"largest_rounding_error": max(self.moved.values()), **({"layers_rounded_much": much} if much else {})}
+        named = {"layers_rounded_much": much} if much else {}
+        return {"largest_rounding_error": max(self.moved.values()), **named, **self.zeroed}
 
 
 @torch.no_grad()
 def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dense: bool) -> Rounded:
     """Round all linear layers of the blocks, head and embedding, in place."""
     pack, pack_table = _packers(source, settings, is_dense)
-    layers, moved = {}, {}
+    layers, moved, before, after = {}, {}, {}, {}
     named: dict[str, Any] = {name: layer for block in prunable_layers(model) for name, layer in block.items()}
     for name, layer in named.items():
         layers[name] = pack(name, weight_matrix(layer).float())
         moved[name] = layers[name].error(weight_matrix(layer))
-        layer.weight.copy_(as_matrix(layer, layers[name].dense_weight()))
+        rounded = layers[name].dense_weight()
+        before[name], after[name] = count_nonzeros(weight_matrix(layer)), count_nonzeros(rounded)
+        layer.weight.copy_(as_matrix(layer, rounded))
     tables: dict[int, Any] = {}  # one where head and embedding are tied
     for name, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
         weight = None if module is None else module.weight
         if weight is not None and weight.data_ptr() not in tables:
             tables[weight.data_ptr()] = pack_table(name, weight.float())
             weight.copy_(tables[weight.data_ptr()].dense_weight())
-    return Rounded(layers, list(tables.values()), moved)
+    return Rounded(layers, list(tables.values()), moved, rounded_to_zero(before, after))
 
 
 def _packers(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of
+from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, rounded_to_zero
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedLinear
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.patterns import Pattern
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import weight_matrix
 from gblm_compress.models.grids import read_grids
@@ -94,7 +95,9 @@ def export(
         exported = ModelSource(str(output), temporary)
         reloaded = _verify_tensors(exported, model, dense)
         difference = _verify_run(exported, reloaded, sample, _run(model, sample) if kind.tolerance else reference)
-        moved = [model.get_submodule(name).error(weight) for name, weight in dense.items()] if kind.tolerance else []
+        rounded = {name: model.get_submodule(name) for name in dense} if kind.tolerance else {}
+        moved = [layer.error(dense[name]) for name, layer in rounded.items()]
+        kept = {name: count_nonzeros(layer.dense_weight()) for name, layer in rounded.items()}
         checks = {
             "packed_layers": len(dense),
             **({"layers_left_dense": shared} if shared else {}),
@@ -102,6 +105,7 @@ def export(
             "packed_bytes": sum(model.get_submodule(name).packed_bytes for name in dense),
             "same_layers_dense_bytes": sum(weight.nbytes for weight in dense.values()),
             **({"restored_within": kind.tolerance, "largest_rounding_error": max(moved)} if moved else {}),
+            **rounded_to_zero({name: count_nonzeros(dense[name]) for name in kept}, kept),
             **({} if moved else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],

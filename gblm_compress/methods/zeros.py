@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gblm_compress.errors import ModelError
@@ -33,6 +34,19 @@ def has_negative_zeros(weight: Tensor) -> bool:
 
 def count_nonzeros(weight: Tensor) -> int:
     return int((weight != 0).sum())
+
+
+def made_zero(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[int, str, float] | None:
+    """What a rounding made zero, of the nonzeros of each layer before and after it.
+
+    Returns:
+        How many in all, the layer that lost the largest share, and that share. None if none became zero.
+    """
+    lost = {name: count - after[name] for name, count in before.items() if after[name] < count}
+    if not lost:
+        return None
+    share, worst = max((lost[name] / before[name], name) for name in lost)
+    return sum(lost.values()), worst, share
 
 
 def is_finite(values: Tensor) -> bool:

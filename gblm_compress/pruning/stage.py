@@ -22,7 +22,7 @@ from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import PeakMemory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, Pattern
-from gblm_compress.methods.zeros import check_finite
+from gblm_compress.methods.zeros import check_finite, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.checkpoint import Checkpoint
@@ -328,13 +328,12 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
             f"magnitude, first {few[0]} (more --samples reach more experts; calibration.experts: all, in a recipe, "
             "sends every token to all of them)"
         )
-    lost = {name: layer.survivors - layer.nonzeros for name, layer in layers.items()}
-    if zeroed := sum(count for count in lost.values() if count > 0):
-        share, worst = max((lost[name] / layer.survivors, name) for name, layer in layers.items() if layer.survivors)
-        survivors = sum(layer.survivors for layer in layers.values())
+    survivors = {name: layer.survivors for name, layer in layers.items()}
+    if gone := made_zero(survivors, {name: layer.nonzeros for name, layer in layers.items()}):
+        zeroed, worst, share = gone
         notes.append(
-            f"{zeroed:,} of {survivors:,} survivors became zero by rounding, so that fewer weights are left than the "
-            f"budget allows; most in {worst} ({share:.1%} of its own)"
+            f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so that fewer weights "
+            f"are left than the budget allows; most in {worst} ({share:.1%} of its own)"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense

@@ -19,6 +19,7 @@ from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import share_moved
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import grids
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
@@ -110,6 +111,20 @@ def test_weights_whose_scales_float16_does_not_hold_are_refused(tiny, factor: fl
     weight = load_model(source, "float32").get_submodule(name).weight.detach() * factor
     round_(model, source, ExportSettings(format="onnx", quantise=quantise), is_dense=True)
     assert share_moved(model.get_submodule(name).weight.detach(), weight) < 0.2
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_layer_of_which_rounding_makes_most_zero_is_named(tiny, kernels: bool) -> None:
+    """Beside one large weight a row's others are a thousandth of a step."""
+    model = load_model(tiny("llama"), "float32")
+    weight = model.get_submodule(UP).weight.data
+    weight[:, 1:] *= 1e-5
+    before = count_nonzeros(weight)
+    settings = ExportSettings(format="onnx", kernels=kernels, quantise="int8", group=64)
+    said = round_(model, tiny("llama"), settings, is_dense=True).summary()
+    lost = before - count_nonzeros(weight)
+    assert lost > 0.9 * before and lost <= said["rounded_to_zero"] < 1.5 * lost
+    assert said["most_rounded_to_zero"] == f"{UP} ({lost / before:.1%} of its nonzeros)"
 
 
 def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path) -> None:

@@ -21,6 +21,7 @@ from gblm_compress.layouts.packed import same_bits
 from gblm_compress.layouts.packed_linear import PackedEmbedding, PackedLinear
 from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.inspection import inspect
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.files import SPARSE_INDEX, SPARSE_SINGLE
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.packed_checkpoint import save_packed
@@ -223,6 +224,9 @@ def test_from_pretrained_computes_what_the_rounded_weights_do(format, kind, expo
     assert len(packed) + (format != "int8") == checks["packed_layers"] == {"llama": 15, "gpt2": 9}[kind]
     assert "layers_not_rounded" not in checks
     dense = dense_again(model, source)
+    rounded = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    left = [count_nonzeros(each.get_submodule(name).weight) for each in (load_model(source), dense) for name in rounded]
+    assert checks.get("rounded_to_zero", 0) == sum(left[: len(rounded)]) - sum(left[len(rounded) :])
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
     exact = logits(load_model(source))
     assert 0 < (logits(model) - exact).abs().max() < (0.5 if format.endswith("-int4") else 0.05) * exact.abs().max()
