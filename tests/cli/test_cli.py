@@ -181,6 +181,13 @@ def test_interruption_has_its_own_code(monkeypatch, capsys) -> None:
 SCRIPT = "from gblm_compress.__main__ import main; main()"  # what pip writes for `gblm-compress`
 
 
+def interrupted(start: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Start the program with a folder's modules; a shell that started the tests in the background ignores SIGINT."""
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; sys.path.insert(0, {str(folder)!r}); {start}"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("start", ["import runpy; runpy.run_module('gblm_compress', run_name='__main__')", SCRIPT])
 @pytest.mark.parametrize(("module", "arguments"), [("pydantic", ["--help"]), ("torch", ["prune", "tiny", "-o", "x"])])
 @pytest.mark.parametrize("made", ["pass", "raise ValueError('as pydantic makes of it')"])
@@ -188,8 +195,7 @@ def test_interruption_while_modules_are_imported(start, module, arguments, made,
     """A module that interrupts its own import stands before the real one, in a process of its own."""
     interrupts = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / f"{module}.py").write_text(interrupts + f"finally:\n    {made}\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {start}"
-    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    ended = interrupted(start, tmp_path, *arguments)
     assert ended.returncode == 130 and ended.stdout == ""
     *before, last = ended.stderr.splitlines()
     assert last.startswith("interrupted") and before in ([], [f"gblm-compress {__version__} starts …"])
@@ -202,8 +208,7 @@ def test_the_second_interruption_ends_the_process_at_once(tmp_path) -> None:
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
         "finally:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {SCRIPT}"
-    ended = subprocess.run([sys.executable, "-c", code, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    ended = interrupted(SCRIPT, tmp_path, "--help")
     assert ended.returncode == -signal.SIGINT and ended.stderr == ""
 
 
