@@ -78,7 +78,7 @@ sanitize: install
 	$(SANITIZE) tests/sanitize_kernels.c $(OF_TORCH) -lm -lpthread -o build/sanitize-kernels
 	build/sanitize-kernels $(CASES) $(SEED)
 	$(SANITIZE) -shared -fPIC $(KERNELS)/*.c -o build/sanitize-operator.so
-	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(BIN)/python -m tests.hostile_graphs build/sanitize-operator.so $(GRAPHS) $(SEED)
 
 # The kernels' harness on an emulated ARM: see docs/contributing.md.
