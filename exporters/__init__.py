@@ -89,7 +89,7 @@ def dtype_of(source: ModelSource, settings: ExportSettings) -> str:
 def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
     """Refuse weights with so few zeros that they would take more bytes packed."""
     total = sum(weight.numel() for weight in weights.values())
-    zeros = total - sum(int((weight != 0).sum()) for weight in weights.values())
+    zeros = total - sum(map(count_nonzeros, weights.values()))
     width = 8 * next(iter(weights.values())).element_size()
     each, nonzero = packed.bits(width)
     if total * each + (total - zeros) * nonzero >= total * width:
@@ -101,7 +101,7 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
 
 
 def rounded_to_zero(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
-    """What checks say of nonzeros that rounding made zero, of those of each layer before and after it."""
+    """Entries of the checks: how many nonzeros became zero; given are those of each layer before and after."""
     if (gone := made_zero(before, after)) is None:
         return {}
     count, worst, share = gone
@@ -109,10 +109,12 @@ def rounded_to_zero(before: Mapping[str, int], after: Mapping[str, int]) -> dict
 
 
 def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:
-    """Refuse pruned layers of which most nonzeros became zero in the dtype of the export."""
-    layers = manifest.read(source.folder)["layers"] if manifest.is_pruned(source.folder) else {}
+    """Refuse a pruned layer if the dtype of the export makes most of its nonzeros zero."""
+    if not manifest.is_pruned(source.folder):
+        return
+    layers = manifest.read(source.folder)["layers"]
     for name, weight in weights.items():
-        stated, kept = layers[name]["nonzeros"] if layers else 0, count_nonzeros(weight)
+        stated, kept = layers[name]["nonzeros"], count_nonzeros(weight)
         if 2 * kept < stated:
             raise ModelError(
                 f"{name}: {stated - kept} of its {stated} nonzeros would be zero, as float16 does not hold such small "

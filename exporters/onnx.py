@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, onnx_fused, onnx_plain, onnx_weights
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
-from gblm_compress.exporters.onnx_rounding import round_, use_nbits_
+from gblm_compress.exporters.onnx_rounding import Rounded, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
@@ -89,34 +90,9 @@ def export(
     the checks. A bfloat16 checkpoint becomes float32 by default: ONNX Runtime has no bfloat16 on the CPU. With
     `kernels`, float16 is the dtype of the weights alone, and a model that was never pruned runs on the dense operator.
     """
-    fused, plain = (settings.model_copy(update={"graph": graph}) for graph in ("fused", "plain"))
-    if graph_of(loading.load_skeleton(source), settings) == "plain":
-        return _export(source, output, plain, force=force, progress=progress)
-    try:
-        return _export(source, output, fused, force=force, progress=progress)
-    except ModelError as error:
-        if settings.graph or is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    progress.say(f"the plain graph takes the place of the fused one: {reason}")
-    return _export(source, output, plain, reason, force=force, progress=progress)
-
-
-def _export(
-    source: ModelSource,
-    output: Path,
-    settings: ExportSettings,
-    why_not_fused: str | None = None,
-    *,
-    force: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """`export` with the graph that the settings say."""
-    task, stored = loading.task_of(source), dtype_of(source, settings)
-    half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32
-    dtype = "float32" if half else stored
+    stored = dtype_of(source, settings)
     model = loading.load_model(source, stored)
-    if half:
+    if settings.kernels and stored == "float16":
         model = model.float()
     processor = loading.load_processor(source)
     is_dense = settings.kernels and not manifest.is_pruned(source.folder)
@@ -126,13 +102,52 @@ def _export(
     if layers and (settings.sparse or settings.kernels):
         check_is_pruned(weights, LAYOUTS["bitmask"].kind)
     rounded = round_(model, source, settings, is_dense=is_dense) if settings.quantise else None
+    loaded = _Loaded(source, settings, model, processor, layers, rounded)
+    graph = graph_of(model, settings)
+    try:
+        return _write(loaded, output, graph, force=force, progress=progress)
+    except ModelError as error:
+        if settings.graph or graph == "plain" or is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    progress.say(f"the plain graph takes the place of the fused one: {reason}")
+    return _write(loaded, output, "plain", reason, force=force, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model whose weights are sound, and rounded with `quantise`; those of `layers` were pruned."""
+
+    source: ModelSource
+    settings: ExportSettings
+    model: Any
+    processor: Any
+    layers: list[str]
+    rounded: Rounded | None
+
+
+def _write(
+    loaded: _Loaded,
+    output: Path,
+    graph: str,
+    why_not_fused: str | None = None,
+    *,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the verified folder with a fused or plain graph, and return the checks."""
+    source, settings, model, processor = loaded.source, loaded.settings, loaded.model, loaded.processor
+    layers, rounded = loaded.layers, loaded.rounded
+    task, stored = loading.task_of(source), dtype_of(source, settings)
+    half = settings.kernels and stored == "float16"  # of the weights only: the arithmetic is float32
+    dtype = "float32" if half else stored
     wider = getattr(torch, dtype).itemsize / getattr(torch, loading.stored_dtype(source)).itemsize
-    copies = 1 + (FORMATS[settings.format].copies if settings.graph == "fused" else 0)
+    copies = 1 + (FORMATS[settings.format].copies if graph == "fused" else 0)
     outputs.check_space(output, int(source.bytes_on_disk * wider) * copies, "the export")
     with outputs.atomic_folder(output, force=force) as temporary:
         genai_config: dict[str, Any] | None
         with TemporaryDirectory(dir=temporary) as scratch:  # for the builder, until the weights are saved
-            if settings.graph == "fused":
+            if graph == "fused":
                 progress.say(f"building the fused graph of {type(model).__name__} …")
                 program, genai_config = onnx_fused.build(model, processor, source, dtype, Path(scratch))
             else:
@@ -171,7 +186,7 @@ def _export(
             sample = {**sample, "input_ids": sample["input_ids"].repeat(1, LENGTHEN)}
         exactness = ("levels" if settings.kernels else "blocks") if settings.quantise else dtype
         checks = {
-            "graph": settings.graph,
+            "graph": graph,
             **({"why_not_fused": why_not_fused} if why_not_fused else {}),
             "nodes": len(program.graph),
             **({"tokens_at_once": limit} if limit else {}),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import reduce
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from gblm_compress.exporters.onnx_weights import initializer
 from gblm_compress.measure.engines import GenaiRuntime
 from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime, load_runtime
+from gblm_compress.models import loading
 from gblm_compress.models.architecture import cache_kinds
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
@@ -232,15 +234,21 @@ def test_what_the_builder_does_not_manage_is_said_in_its_words(tiny, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path) -> None:
+def test_a_plain_graph_takes_the_place_of_a_fused_one_that_does_not_run(tmp_path, monkeypatch) -> None:
     """As of a Phi whose heads have a rotary part of 8."""
     tiny_family("phi").save_pretrained(tmp_path / "phi")
     byte_tokenizer().save_pretrained(tmp_path / "phi")
     source = ModelSource("small", tmp_path / "phi")
     with pytest.raises(ModelError, match="'small': ONNX Runtime cannot run it .*cos_cache dimension 1 must be"):
         export(source, tmp_path / "out", format="onnx", graph="fused")
+    monkeypatch.setattr(loading, "load_model", load := Mock(side_effect=load_model))
     checks = export(source, tmp_path / "out", format="onnx")[0].checks
     assert checks["graph"] == "plain" and "cos_cache dimension 1 must be" in checks["why_not_fused"]
+    load.assert_called_once()
+    load.side_effect = ModelError("a fault of its weights")
+    with pytest.raises(ModelError, match="a fault of its weights"):
+        export(source, tmp_path / "other", format="onnx")
+    assert load.call_count == 2, "a plain graph would have the same fault"
 
 
 @needs_operator
