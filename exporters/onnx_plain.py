@@ -156,12 +156,9 @@ def _name_values_(program: ir.Model, source: ModelSource) -> None:
             if match := _CACHE_NAME.fullmatch(value.name or ""):
                 layer, kind, number = match.groups()
                 value.name = f"{stem}.{layer}.{_PARTS[kind]}" + (f"_{number}" if int(number or 0) else "")
-                has_tokens = not STATE.search(value.name)
-                wanted = (
-                    ["batch_size", None, tokens, None]
-                    if has_tokens
-                    else ["batch_size", *[None] * (len(value.shape) - 1)]
-                )
+                wanted = ["batch_size", *[None] * (len(value.shape) - 1)]
+                if not STATE.search(value.name):
+                    wanted[2] = tokens
             elif value.name in _DIMENSIONS:
                 wanted = _DIMENSIONS[value.name]
             else:

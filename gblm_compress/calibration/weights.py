@@ -20,7 +20,7 @@ from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.methods.zeros import count_nonzeros, is_finite
 from gblm_compress.models import loading
 from gblm_compress.models.architecture import find_blocks
-from gblm_compress.models.checkpoint import Checkpoint
+from gblm_compress.models.checkpoint import Checkpoint, check_shape
 from gblm_compress.models.source import ModelSource
 
 
@@ -110,11 +110,7 @@ class StreamedWeights:
         for group in self._groups[block]:
             name = next(name for name in group if name in self._checkpoint)
             stored, wanted = self._checkpoint.read(name), self.model.get_parameter(group[0])
-            if stored.shape != wanted.shape:
-                raise ModelError(
-                    f"{name} has the shape {list(stored.shape)} in the checkpoint; the architecture of config.json "
-                    f"needs {list(wanted.shape)}: the folder is damaged or of another model"
-                )
+            check_shape(name, list(stored.shape), wanted)
             tensors[group[0]] = read = stored.to(self._device, wanted.dtype)
             if group[0] not in self._finite and not is_finite(read):
                 raise self._checkpoint.not_finite(name, read.dtype)

@@ -171,11 +171,8 @@ class Checkpoint:
         """ModelError if a tensor that needs no conversion has another shape in the files than in the model."""
         for key, group in self._groups.items():
             needed = None if group.converter else self._names.own.get(self._names.whole(group.target))
-            if needed is not None and list(needed.shape) != self._shapes[key]:
-                raise ModelError(
-                    f"{key} has the shape {self._shapes[key]} in the checkpoint; the architecture of config.json needs "
-                    f"{list(needed.shape)}: the folder is damaged or of another model"
-                )
+            if needed is not None:
+                check_shape(key, self._shapes[key], needed)
 
     def not_finite(self, name: str, dtype: torch.dtype) -> ModelError:
         """Why a parameter that was loaded as `dtype` holds NaN or infinity: the stored tensor and its file."""
@@ -259,6 +256,14 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: damaged safetensors file ({error})") from error
+
+
+def check_shape(name: str, stored: list[int], needed: Tensor) -> None:
+    if stored != list(needed.shape):
+        raise ModelError(
+            f"{name} has the shape {stored} in the checkpoint; the architecture of config.json needs "
+            f"{list(needed.shape)}: the folder is damaged or of another model"
+        )
 
 
 def read_tensor(path: Path, key: str) -> Tensor:

@@ -51,7 +51,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _COUNT = re.compile(r"(.*_)?((n|num|number_of)_(\w+_)?|(en|de)coder_)(?P<what>layers?|blocks|experts|labels)")
-"""Keys whose number of modules or names is made in a loop, wherever they are in config.json."""
+"""Keys that count modules or names, at any depth of config.json. Each of these is made in a loop."""
 
 
 def first_of(config: Any, names: Iterable[str]) -> Any:
@@ -350,7 +350,7 @@ def check_tokenizer(folder: Path) -> None:
         for steps in (encoding, content.get("decoder")):
             if math.prod(map(_growth, _objects(steps)), start=1.0) > MOST_GROWTH:
                 raise ValueError(f"its steps can make a text more than {MOST_GROWTH} times as long")
-        if any(step.get("max_input_chars_per_word", 0) > LONGEST_WORD for step in [content.get("model") or {}]):
+        if (content.get("model") or {}).get("max_input_chars_per_word", 0) > LONGEST_WORD:
             raise ValueError(f"it looks for pieces in words of more than {LONGEST_WORD:,} letters")
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ModelError(

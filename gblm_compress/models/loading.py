@@ -10,8 +10,7 @@ from typing import Any
 
 from gblm_compress import tasks
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line, is_out_of_memory
-from gblm_compress.models import files
-from gblm_compress.models.files import GRAPH, check_tokenizer
+from gblm_compress.models.files import GRAPH, check_tokenizer, shapes_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.tasks import DEFAULT, TASKS
 from gblm_compress.tasks.task import Task
@@ -91,7 +90,7 @@ def _checked_config(source: ModelSource, auto_class: Any) -> Any:
         Checkpoint(source.folder, model).check_shapes()
     needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     # Every layout of packed folders has at least a bit for each weight.
-    held = 8 * source.bytes_on_disk if source.is_packed else sum(map(math.prod, files.shapes_of(source.folder)))
+    held = 8 * source.bytes_on_disk if source.is_packed else sum(map(math.prod, shapes_of(source.folder)))
     if needed > max(2 * held, _FEW):
         raise ModelError(
             f"model {source.name!r}: its config.json describes {needed:,} values, and its files hold {held:,}; they "
@@ -176,7 +175,7 @@ def load_processor(source: ModelSource) -> Any:
 
 
 def config_of(source: ModelSource) -> Any:
-    """The config as transformers has it, with the defaults of the architecture, but for what a call returns."""
+    """The config as transformers has it, with the architecture's defaults. A call returns no hidden states."""
     from transformers import AutoConfig
 
     with _named_errors(source, "its config cannot be loaded"):

@@ -173,8 +173,9 @@ class Work(Generic[Kind]):
         return None
 
     def _holds(self, name: str, stated: str) -> bool:
+        path = self.folder / name
         try:
-            return _is_plain(self.folder / name) and sha256_of(self.folder / name) == stated
+            return path.is_file() and sha256_of(path) == stated
         except OSError:
             return False
 
@@ -182,10 +183,6 @@ class Work(Generic[Kind]):
 def _threads_variables() -> list[str]:
     """The environment variables that decide torch's number of threads: the second outweighs the first."""
     return ["OMP_NUM_THREADS", *(["MKL_NUM_THREADS"] if "MKL_NUM_THREADS" in os.environ else [])]
-
-
-def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 class TrainingRecord(Record):
@@ -237,8 +234,7 @@ class Checkpoints(Work[TrainingRecord], Store):
         return self.folder / f"{kind}-{number}.{self.ranks.rank if rank is None else rank}.safetensors"
 
     def _tensors(self, kind: str, number: int) -> dict[str, Tensor]:
-        path = self._file(kind, number)
-        return read_tensors(path)
+        return read_tensors(self._file(kind, number))
 
     def _remove_others(self) -> None:
         """Remove this process's files that the latest checkpoint does not need."""

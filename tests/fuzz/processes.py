@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.forks import Outcome, Server
@@ -53,8 +54,12 @@ class Trials:
             self.seconds = outcome.seconds
             return contents(place / "work")
 
-    def _folder(self) -> "Place":
-        return Place(self.store / self.made)
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """A folder with a copy of the command's folder, `work`; it goes at the end."""
+        with tempfile.TemporaryDirectory(prefix="gblm-processes-") as place:
+            shutil.copytree(self.store / self.made, Path(place) / "work", symlinks=True)
+            yield Path(place)
 
     def _run(self, place: Path, number: int, more: list[str], seconds: float = 120) -> Outcome:
         (place / f"cache{number}").mkdir(exist_ok=True)
@@ -63,7 +68,7 @@ class Trials:
         return self.server.run([*self.command, *more], place / "work", place / f"cache{number}", seconds)
 
     def _faults(self, place: Path, whole: bool) -> Iterator[str]:
-        """What is wrong with the output that is there, and, if it must be `whole`, what is missing or left."""
+        """Wrong bytes in the output; if it must be `whole`, also missing files and leftovers."""
         found = contents(place / "work")
         yield from (
             f"{path} has other bytes" for path in self.expected.keys() & found if found[path] != self.expected[path]
@@ -103,17 +108,6 @@ class Trials:
             if codes == [0, 0] and "--force" in self.again:
                 faults.append("both wrote")
             return [f"{self.name}, twice with {delay:.2f} s between: {fault}" for fault in faults]
-
-
-class Place(tempfile.TemporaryDirectory[str]):
-    """A folder with a copy of a kind's folder, `work`; it goes at the end."""
-
-    def __init__(self, made: Path) -> None:
-        super().__init__(prefix="gblm-processes-")
-        shutil.copytree(made, Path(self.name) / "work", symlinks=True)
-
-    def __enter__(self) -> Path:  # type: ignore[override]
-        return Path(self.name)
 
 
 def contents(folder: Path) -> dict[str, str]:
