@@ -46,7 +46,7 @@ class Rounded:
 
     Attributes:
         moved: the share of its norm that rounding moved.
-        zeroed: what the checks say of nonzeros that it made zero.
+        zeroed: entries of the checks about nonzeros that it made zero.
     """
 
     layers: dict[str, Any]

@@ -100,7 +100,7 @@ def _run(arguments: list[str], folder: Path, cache: Path, code: str) -> None:
     except SystemExit as end:
         ended = end.code
     except BaseException as error:
-        print(f"Traceback of what main let through: {error!r}", file=sys.stderr)
+        print(f"Traceback: the program raised {error!r}", file=sys.stderr)
         ended = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -237,7 +237,7 @@ CHANGES: list[tuple[tuple[str, ...], Callable[[np.ndarray, random.Random], Any]]
     (ROLES, lambda a, pick: np.zeros(pick.choice(_EMPTY), a.dtype)),
     (ROLES, lambda a, pick: a.flat[0]),
 ]
-"""What may happen to tensors of some roles; one that it cannot happen to stays as it is."""
+"""Changes to tensors of some roles. A tensor that a change does not fit stays as it is."""
 
 
 def _tensor(case: Case, pick: random.Random) -> None:

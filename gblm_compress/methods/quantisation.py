@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST = 127
 LEVELS = {"int8": 2 * LARGEST + 1, "int4": 16}  # {kind of grid: number of levels}
 GROUPS = (32, 64, 128)  # columns that may share a scale, beside all of a row
-LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # in float16, of which the least above zero is 2^-24
+LEAST_SCALE, MOST_SCALE = 2.0**-21, 65504.0  # of scales in float16, whose smallest step is 2^-24
 EVEN = tuple(range(-8, 8))  # levels of int4 where nothing is known of the inputs
 # of the scale that would hold a group's largest weight: smaller ones cut it off
 SHRINKS = tuple(1 - step / 40 for step in range(13))
@@ -91,7 +91,7 @@ def check_scales(
 ) -> None:
     """Raise ModelError where float16 does not hold the largest scale of a layer.
 
-    Below `LEAST_SCALE` a scale may be wrong by a sixteenth and more. Few may be: rows that are all but zero are common.
+    Below `LEAST_SCALE` a scale may be wrong by a sixteenth and more. Other scales may be: nearly empty rows are common.
     """
     largest = float(scales.max())
     if LEAST_SCALE <= largest <= MOST_SCALE or not largest:

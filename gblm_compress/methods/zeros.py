@@ -37,7 +37,7 @@ def count_nonzeros(weight: Tensor) -> int:
 
 
 def made_zero(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[int, str, float] | None:
-    """What a rounding made zero, of the nonzeros of each layer before and after it.
+    """How many nonzeros a rounding made zero, from their number in each layer before and after it.
 
     Returns:
         How many in all, the layer that lost the largest share, and that share. None if none became zero.

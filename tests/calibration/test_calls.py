@@ -20,7 +20,7 @@ from tests.tasks import families
 
 
 class Repeated(torch.nn.ModuleList):
-    """Blocks some of which are the same, as a loop over them sees them; it holds each of them once."""
+    """A list that holds each block once. A loop over it meets the repeated ones again."""
 
     def __init__(self, blocks) -> None:
         super().__init__(dict.fromkeys(blocks))

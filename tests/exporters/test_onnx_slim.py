@@ -14,7 +14,7 @@ MATRICES = ["batch", 2, "tokens", 4]
 
 
 def graph(nodes: str, constants: dict[str, object], shapes: dict[str, list]) -> ir.Model:
-    """Of nodes in ONNX's text of which the last gives "y"; `shapes` are those of its inputs."""
+    """A graph from nodes in ONNX's text. The last node gives "y"; `shapes` are those of the inputs."""
     inputs = ", ".join(f"float[{', '.join(map(str, shape))}] {name}" for name, shape in shapes.items())
     output = ", ".join("?" * len(next(iter(shapes.values()))))
     opset = '<ir_version: 10, opset_import: ["" : 18]>'
