@@ -3,6 +3,7 @@
 A block of the latter is `group` columns of a row with a float32 scale; zeros are stored like other weights.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
@@ -131,9 +131,14 @@ class Blocks:
     @classmethod
     def from_dense(cls, weight: Tensor, bits: int, group: int) -> Self:
         """The weight rounded by ONNX Runtime's quantizer, symmetrically: zeros stay zeros."""
-        config = DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=True, bits=bits)
+        handler = logging.NullHandler()  # while the root logger has one, the import does not set it up
+        logging.root.addHandler(handler)
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+        logging.root.removeHandler(handler)
+        config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=True, bits=bits)
         turned = np.ascontiguousarray(weight.numpy().T)
-        levels, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
+        levels, scales, _ = nbits.DefaultWeightOnlyQuantizer(config).qbits_block_quant(turned)
         return cls(levels, scales.reshape(len(weight), -1), bits, weight.shape[1])
 
     @classmethod

@@ -297,32 +297,37 @@ def lock_beside(folder: Path, wait_s: float = 0.0) -> AbstractContextManager[obj
     place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
     if not place.name:
         raise UsageError(f"output {str(folder)!r} is the root of the file system; give a folder below it")
-    lock = SoftFileLock(place.parent.resolve() / f".{place.name}.lock")
+    marker = place.parent.resolve() / f".{place.name}.lock"
+    if marker.is_dir():
+        raise UsageError(f"output {str(folder)!r} needs a lock at {str(marker)!r}, which is a folder; move it away")
+    lock = SoftFileLock(marker)
     while True:
         try:
             return lock.acquire(timeout=wait_s)
         except Timeout as error:
             with suppress(FileNotFoundError):  # its owner has just gone
                 if fault := _in_use(lock):
-                    raise UsageError(f"output {str(folder)!r} is being written by process {fault}") from error
-                Path(lock.lock_file).unlink()
+                    raise UsageError(f"output {str(folder)!r} is being written by {fault}") from error
+                marker.unlink()
 
 
 def _in_use(lock: SoftFileLock) -> str | None:
-    """The process of a lock, and what to do; None where the lock may be taken over."""
+    """The process of a lock, and the remedy; None where the lock may be taken over."""
     marker, pid = Path(lock.lock_file), lock.pid
     age = time.time() - marker.stat().st_mtime
     host = marker.read_text().splitlines()[1] if pid is not None else ""
     if pid is not None and host == socket.gethostname():
-        return f"{pid}; wait, or give another folder (the lock is {marker})"
+        if pid == os.getpid():
+            return f"this command already; give another name (the lock is {marker})"
+        return f"process {pid}; wait, or give another folder (the lock is {marker})"
     if abs(age) > (_NAMELESS_LOCK_S if pid is None else _FOREIGN_LOCK_S):
         return None
     if pid is None:
-        return f"?; wait, or give another folder (the lock is {marker})"
+        return f"process ?; wait, or give another folder (the lock is {marker})"
     when = f"{age / 3600:.1f} hours old" if age >= 0 else f"dated {-age / 3600:.1f} hours in the future"
     return (
-        f"{pid} on the host {host!r}, whose lock is {when}; wait, give another folder, or, if that process has ended, "
-        f"remove the lock {marker}, which is ignored after a day"
+        f"process {pid} on the host {host!r}, whose lock is {when}; wait, give another folder, or, if that process "
+        f"has ended, remove the lock {marker}, which is ignored after a day"
     )
 
 

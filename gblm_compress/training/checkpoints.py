@@ -151,13 +151,16 @@ class Work(Generic[Kind]):
             known = type(new).model_validate(records.read_sealed(self.folder / RECORD))
         except (OSError, ValueError):  # pydantic's ValidationError is a ValueError
             return self._drop(resume, f"{str(self.folder / RECORD)!r} is missing or damaged{CANNOT}")
-        if known.identity != new.identity:
-            changed = [key for key in new.identity if known.identity.get(key) != new.identity[key]]
-            then, now = (identity.get("threads") for identity in (known.identity, new.identity))
+        was, now = known.identity, new.identity
+        if was.get("version") != now.get("version"):
+            other = f"an interrupted run of version {was.get('version')} (this is {now.get('version')})"
+            return self._drop(resume, f"{str(self.folder)!r} holds {other}")
+        if was != now:
+            changed = [key for key in now if was.get(key) != now[key]]
             again = "give the same command as then"
-            if then and then != now:  # sums differ in their last bits
-                again += f", with {' and '.join(_threads_variables())}={then} (torch has {now} threads now)"
-            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or known.identity)}"
+            if "threads" in changed and "threads" in was:  # sums differ in their last bits
+                again += f", with {_threads_variables()}={was['threads']} (torch uses {now['threads']} now)"
+            fault = f"{str(self.folder)!r} holds an interrupted run with other {', '.join(changed or was)}"
             return self._drop(resume, fault, f"{again}, or ")
         self.damaged = [name for name, stated in known.files.items() if not self._holds(name, stated)]
         if not (self.damaged and self.needs_all):
@@ -180,9 +183,9 @@ class Work(Generic[Kind]):
             return False
 
 
-def _threads_variables() -> list[str]:
+def _threads_variables() -> str:
     """The environment variables that decide torch's number of threads: the second outweighs the first."""
-    return ["OMP_NUM_THREADS", *(["MKL_NUM_THREADS"] if "MKL_NUM_THREADS" in os.environ else [])]
+    return "OMP_NUM_THREADS" + (" and MKL_NUM_THREADS" if "MKL_NUM_THREADS" in os.environ else "")
 
 
 class TrainingRecord(Record):

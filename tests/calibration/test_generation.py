@@ -102,7 +102,7 @@ def test_faults_are_found_before_the_model_is_loaded(tiny, tmp_path, progress, m
         generate(source, out, wrong, device="gpu", progress=progress)
     for message in ("512 positions", "no such file", "'gpu' is not supported"):
         assert message in str(all_faults.value)
-    with outputs.TEXT.reserved(out), pytest.raises(UsageError, match="is being written by process"):
+    with outputs.TEXT.reserved(out), pytest.raises(UsageError, match="is being written by this command already"):
         generate(source, out, GenerateSettings(), device="cpu", progress=progress)
     assert (tmp_path / "kept.txt").read_text() == "kept" and not out.exists()
 

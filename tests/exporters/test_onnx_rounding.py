@@ -183,6 +183,15 @@ def test_the_bytes_of_a_graph_do_not_depend_on_the_hashes_of_a_process() -> None
     assert first and first == second
 
 
+def test_rounding_leaves_the_log_of_the_callers_program_as_it_is() -> None:
+    code = (
+        "import logging, torch\nfrom gblm_compress.exporters.onnx_rounding import Blocks\n"
+        "Blocks.from_dense(torch.ones(4, 32), 8, 32)\nprint(logging.root.handlers, logging.root.level)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] 30\n"
+
+
 def by_hand(levels: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """The weight of a MatMulNBits, number by number, as ONNX Runtime's documentation of the operator has it."""
     rows, _, size = levels.shape

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from gblm_compress import __version__
 from gblm_compress.calibration.calls import Call
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import ModelError, OutputError, UsageError, VerificationError
@@ -23,7 +24,7 @@ from gblm_compress.models import grids, manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
-from gblm_compress.pruning import saving
+from gblm_compress.pruning import saving, stage
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
@@ -168,13 +169,24 @@ def test_a_run_of_another_kind_is_not_resumed(go, fails, tmp_path) -> None:
     assert manifest.read(tmp_path / "out")["prune"]["method"] == "wanda"
 
 
+def test_a_run_of_another_version_is_not_resumed(go, fails, tmp_path, monkeypatch, capsys) -> None:
+    """The same command would not help; so the message does not ask for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "__version__", "0.0.9")
+        fails(saving, "save", killed, **GBLM)
+    with pytest.raises(UsageError, match=rf"of version 0\.0\.9 \(this is {__version__}\); leave out --resume to start"):
+        go(resume=True, **GBLM)
+    go(resume=None, progress=Progress(), **GBLM)
+    assert "it is started anew" in capsys.readouterr().err
+
+
 def test_another_number_of_threads_is_not_resumed(go, fails, tmp_path, monkeypatch, capsys) -> None:
     """It would add up in another order: some of the blocks would have other bits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     fails(saving, "save", killed, **GBLM)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    with pytest.raises(UsageError, match=r"other threads; .*, with OMP_NUM_THREADS=3 \(torch has 2 threads now\)"):
+    with pytest.raises(UsageError, match=r"other threads; .*, with OMP_NUM_THREADS=3 \(torch uses 2 now\)"):
         go(resume=True, **GBLM)
     monkeypatch.setenv("MKL_NUM_THREADS", "2")  # it outweighs the other
     with pytest.raises(UsageError, match="with OMP_NUM_THREADS and MKL_NUM_THREADS=3"):

@@ -241,11 +241,18 @@ def test_a_lock_whose_owner_cannot_be_asked_is_taken_over_in_the_end(owner, age,
     assert names(tmp_path) == [".out.lock"]
 
 
+def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path) -> None:
+    (tmp_path / ".out.lock").mkdir()
+    with pytest.raises(UsageError, match=r"needs a lock at '.*/\.out\.lock', which is a folder; move it away"):
+        make(tmp_path / "out")
+    assert names(tmp_path) == [".out.lock"]
+
+
 def test_one_folder_has_one_lock_whatever_links_lead_to_it(tmp_path) -> None:
     (tmp_path / "real" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with working_in(tmp_path / "real" / "run", "run"):
-        with pytest.raises(UsageError, match="is being written by process"):
+        with pytest.raises(UsageError, match="is being written by this command already"):
             make(tmp_path / "link" / "run")
         with pytest.raises(UsageError, match="is a link"), working_in(tmp_path / "link", "run"):
             pass
@@ -316,7 +323,7 @@ def test_a_document_is_replaced_if_it_begins_as_its_kind_does(tmp_path) -> None:
     (tmp_path / "step_summary_1").touch()  # $GITHUB_STEP_SUMMARY
     for path in (own, new, tmp_path / "empty.md", tmp_path / "step_summary_1"):
         with SUMMARY.reserved(path) as write:
-            with pytest.raises(UsageError, match="is being written by process"), SUMMARY.reserved(path):
+            with pytest.raises(UsageError, match="by this command already; give another name"), SUMMARY.reserved(path):
                 pytest.fail("two write one file")
             write("now")
         assert path.read_text() == "now"
