@@ -19,8 +19,8 @@ def main() -> None:
         from gblm_compress.cli import app
 
         app.main()
-    except (KeyboardInterrupt, Exception) as error:  # before a command begins; pydantic makes an error of its own of it
-        if not (isinstance(error, KeyboardInterrupt) or is_interrupted()):
+    except (KeyboardInterrupt, Exception):  # while modules are imported; pydantic turns it into another error
+        if not is_interrupted():
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

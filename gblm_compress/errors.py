@@ -104,7 +104,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     says = isinstance(error, RuntimeError | ImportError) or type(error).__module__.startswith("onnxruntime")
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (says and _ALLOCATION.search(str(error)) is not None)
         or is_out_of_memory(error.__cause__)

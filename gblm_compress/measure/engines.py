@@ -1,6 +1,7 @@
 """Engines that generate in a loop of their own: onnxruntime-genai and vLLM."""
 
 import json
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -30,28 +31,15 @@ GENAI_OUTPUTS = {
     "present_key_names": "present.%d.key",
     "present_value_names": "present.%d.value",
 }
-_SIZES = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
-_TOKENS = ("bos", "eos", "pad", "bot", "eot", "bor", "eor")
-_SWITCHES = ("do_sample", "early_stopping", "past_present_share_buffer")
-_COUNTS = ("max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "top_k")
-_FACTORS = ("diversity_penalty", "length_penalty", "repetition_penalty", "temperature", "top_p")
-# What exports write into genai_config.json: {key: its types, or its value}. The library gives names to C's printf.
-_WRITTEN: dict[str, tuple[Any, ...]] = {
-    "model.type": (str,),
-    **dict.fromkeys(("model.context_length", "model.vocab_size"), (int,)),
-    **dict.fromkeys((f"model.{kind}_token_id" for kind in _TOKENS), (int, list, type(None))),
-    "model.decoder.filename": (GRAPH,),
-    "model.decoder.layer_types": (list,),
-    **dict.fromkeys((f"model.decoder.{name}" for name in _SIZES), (int,)),
-    **{f"model.decoder.inputs.{name}": (value,) for name, value in GENAI_INPUTS.items()},
-    **{f"model.decoder.outputs.{name}": (value,) for name, value in GENAI_OUTPUTS.items()},
-    "model.decoder.session_options.log_id": (str,),
-    "model.decoder.session_options.provider_options": (list,),
-    **dict.fromkeys((f"search.{name}" for name in _SWITCHES), (bool,)),
-    **dict.fromkeys((f"search.{name}" for name in _COUNTS), (int,)),
-    **dict.fromkeys((f"search.{name}" for name in _FACTORS), (int, float)),
+_SESSION = "model.decoder.session_options"
+# {key: the only text it may have; None for any}. genai loads files and libraries by texts, and gives them to printf.
+_TEXTS: dict[str, str | None] = {
+    **dict.fromkeys(("model.type", "model.decoder.layer_types", f"{_SESSION}.log_id")),
+    "model.decoder.filename": GRAPH,
+    **{f"model.decoder.inputs.{name}": value for name, value in GENAI_INPUTS.items()},
+    **{f"model.decoder.outputs.{name}": value for name, value in GENAI_OUTPUTS.items()},
 }
-_LIBRARY = {"model.decoder.session_options.custom_ops_library": (str,)}  # the program loads its own instead
+_LIBRARY = {f"{_SESSION}.custom_ops_library": None}  # the program loads its own instead
 
 
 class GenaiRuntime:
@@ -105,34 +93,37 @@ class GenaiRuntime:
 
 
 def _checked_length(source: ModelSource) -> int:
-    """The longest sequence by `genai_config.json`, which must have the keys, names and types that exports write."""
+    """The longest sequence by `genai_config.json`, whose texts must be those that exports write."""
     path = source.folder / "genai_config.json"
-    known = _WRITTEN | (_LIBRARY if source.needs_operator else {})
     try:
-        content = dict(_leaves(read_json(path, unique=True)))
-        longest: int = content["model.context_length"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        content = read_json(path, unique=True)
+        longest = operator.index(content["model"]["context_length"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
             f"{source.name!r}: it has no genai_config.json that onnxruntime-genai can use ({first_line(error)})"
         ) from error
-    for key, value in content.items():
-        wanted = known.get(key, ())
-        if type(value) not in wanted and value not in wanted:
-            words = [kind.__name__ if isinstance(kind, type) else repr(kind) for kind in wanted] or ["no such key"]
+    known = _TEXTS | (_LIBRARY if source.needs_operator else {})
+    for key, text in _texts(content):
+        if key not in known or known[key] not in (None, text):
+            wanted = repr(known[key]) if key in known else "no text"
             raise ModelError(
-                f"{source.name!r}: {path.name} has {key} {str(value)[:80]!r}, where exports have {' or '.join(words)}; "
-                "export the model again"
+                f"{source.name!r}: {path.name} has {key} {text[:80]!r}, where exports have {wanted}; export the model "
+                "again"
             )
     return longest
 
 
-def _leaves(part: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no object itself."""
-    for key, value in part.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+def _texts(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a JSON object; items of a list have its key."""
+    parts: list[tuple[str, Any]] = list(content.items())
+    while parts:
+        key, part = parts.pop()
+        if isinstance(part, str):
+            yield key, part
+        elif isinstance(part, list):
+            parts += [(key, item) for item in part]
+        elif isinstance(part, dict):
+            parts += [(f"{key}.{name}", item) for name, item in part.items()]
 
 
 class VllmRuntime:

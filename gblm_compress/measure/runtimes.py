@@ -131,7 +131,7 @@ def load_runtime(
     profile: Sequence[int] = (),
     generate: int = 0,
 ) -> Any:
-    """Load a folder as a `Runtime`, of which each class has what its models can do.
+    """Load a folder as a `Runtime`.
 
     Args:
         dtype: for torch and vLLM; an ONNX export has its own.

@@ -197,7 +197,7 @@ class Record(BaseModel):
 
 def carry_out(stage: Stage, home: Path, progress: Progress) -> Outcome:
     """Reuse the record of a stage in the folder `home` if nothing changed; else do the work and record it."""
-    record, key, path = read_record(stage, home, progress), stage.key, record_path(stage.name, home)
+    record, key, path = read_record(stage.name, home, progress), stage.key, record_path(stage.name, home)
     if record is not None and record.holds(stage):
         progress.say(f"• {stage.name}: reused")
         return Outcome(stage.name, True, record.seconds, record.result)
@@ -215,9 +215,9 @@ def carry_out(stage: Stage, home: Path, progress: Progress) -> Outcome:
     return Outcome(stage.name, False, seconds, result)
 
 
-def read_record(stage: Stage, home: Path, progress: Progress) -> Record | None:
+def read_record(stage: str, home: Path, progress: Progress) -> Record | None:
     """The record of a stage; None if there is none, or it is damaged."""
-    path = record_path(stage.name, home)
+    path = record_path(stage, home)
     if not path.exists():
         return None
     try:

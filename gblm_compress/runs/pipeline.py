@@ -106,7 +106,7 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
         disk, home = stage.disk() if job.found else None, output / FOLDER if stage.cells else output
         for part in stage.cells or (stage,):
             known = made_anew.isdisjoint([*(source.folder for source in part.reads), *map(Path, part.texts)])
-            record = read_record(part, home, progress)
+            record = read_record(part.name, home, progress)
             fate: Fate = "do"
             if record is not None and not known:
                 fate = "reuse if its inputs come out the same"

@@ -9,8 +9,12 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from gblm_compress.errors import GblmError, ModelError, UsageError, VerificationError, first_line
+from gblm_compress.models import files
+from gblm_compress.models.source import ModelSource
+from gblm_compress.progress import Progress
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report
+from gblm_compress.runs.job import read_record
 from gblm_compress.runs.run_report import RunReport, headline
 from gblm_compress.storage import records
 
@@ -39,11 +43,11 @@ class PushResult:
 def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = False, api: Any = None) -> PushResult:
     """Prepare the upload of an artefact; upload it in one commit if `repo` (OWNER/NAME) is given.
 
-    What is sent: the files that make the model, which have the hashes that the run recorded, and the card.
+    It sends the card, and the files that make the model. Their hashes must be those that the run recorded.
 
     Raises:
         UsageError: no such artefact, or the hub refuses it.
-        ModelError: a file or the card is damaged, or no regular file of the folder.
+        ModelError: a file or the card is damaged, or is no regular file in the folder.
         VerificationError: the files are not those that the report measured.
         GblmError: the upload fails.
     """
@@ -53,11 +57,11 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
         raise UsageError(f"artefact {artefact!r} is not in {str(run)!r}; its artefacts are {', '.join(known)}")
     if repo is not None and not REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no name of a repository; give OWNER/NAME, for example me/my-model-bitmask")
-    files = {path.relative_to(folder).as_posix(): path for path in verified(report, run, artefact)}
-    prepared = PushResult(complete(report, artefact, _card(folder / CARD)), files)
+    own = {path.relative_to(folder).as_posix(): path for path in verified(report, run, artefact)}
+    prepared = PushResult(complete(report, artefact, _card(folder / CARD)), own)
     if repo is None:
         return prepared
-    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations = [CommitOperationAdd(name, path) for name, path in own.items()]
     operations.append(CommitOperationAdd(CARD, prepared.card.encode()))
     hub = api or HfApi()
     try:
@@ -75,17 +79,10 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
 
 def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
     """The files of an artefact, after the check that they are those that the report measured."""
-    from gblm_compress.models import files
-    from gblm_compress.models.source import ModelSource
-    from gblm_compress.runs.job import Record, record_path
-
     source, stage = ModelSource(artefact, run / artefact), MADE_BY.get(artefact, f"export {artefact}")
     files.check_folder(source.folder)
     results = [records.as_json(outcome.result) for outcome in report.stages if outcome.name == stage]
-    try:
-        record = Record.model_validate(records.read_sealed(record_path(stage, run)))
-    except (OSError, ValueError):
-        record = None
+    record = read_record(stage, run, Progress(quiet=True))
     if record is None or record.content != source.fingerprint or records.as_json(record.result) not in results:
         raise VerificationError(
             f"{str(source.folder)!r} does not hold the files that {run_report.REPORT} measured: one of them, or the "

@@ -12,7 +12,7 @@ from gblm_compress.storage import records
 
 REPORT = "report.json"
 POSITIVE = ("bytes", "bytes_ratio", "weights")
-"""Figures that nothing real has at 0 or below."""
+"""Figures that must be greater than 0."""
 
 
 @dataclass(frozen=True)

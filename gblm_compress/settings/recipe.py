@@ -223,7 +223,7 @@ class Recipe(Settings):
         made_first = "recovered" if self.recover else "pruned"
         if gates.artefact not in (None, made_first, *formats):
             made = ", ".join((made_first, *formats))
-            raise ValueError(f"gates.artefact {gates.artefact!r} is none of what the recipe makes: {made}")
+            raise ValueError(f"gates.artefact {gates.artefact!r} is no artefact of the recipe, which makes {made}")
         if gates.artefact is None:
             for name, limit in gates.limits.items():
                 if name.endswith("speedup") and limit < 1:

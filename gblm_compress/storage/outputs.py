@@ -132,10 +132,6 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
     """Refuse a folder that holds an input or the current folder, may not be replaced, or cannot be created."""
     _check_name(folder)
     with _writable(folder):
-        if len(os.fsencode(folder.name)) > _LONGEST_NAME:
-            raise UsageError(
-                f"output {str(folder)!r} has a name of more than {_LONGEST_NAME} bytes; give a shorter one"
-            )
         if _is_or_holds(folder, Path.cwd()):
             raise UsageError(f"output {str(folder)!r} is where you are, and would be replaced; give a folder below it")
         if folder.name in ("", ".."):
@@ -153,11 +149,17 @@ def check_output(folder: Path, force: bool, inputs: Iterable[Path] = ()) -> None
 
 
 def _check_name(folder: Path) -> None:
-    """Refuse a name that the libraries that write weights do not take."""
+    """Refuse a name that is too long, or that the libraries that write weights do not take."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"output {str(folder)!r} is no Unicode name; give one that is") from error
+    _check_length(folder, f"output {str(folder)!r}")
+
+
+def _check_length(path: Path, named: str) -> None:
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise UsageError(f"{named} has a name of more than {_LONGEST_NAME} bytes; give a shorter one")
 
 
 def check_replaceable(folder: Path, force: bool) -> None:
@@ -221,12 +223,11 @@ class Document:
     header: str = ""
 
     def check(self, path: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-        """Refuse a file with another suffix, that is an input or not to be replaced, or that cannot be written."""
+        """Refuse a file that has another suffix, is an input, may not be replaced, or cannot be written."""
         named = f"{self.what} {str(path)!r}"
         if self.suffix and path.suffix != self.suffix:
             raise UsageError(f"{named}: give a name that ends in {self.suffix}")
-        if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise UsageError(f"{named} has a name of more than {_LONGEST_NAME} bytes; give a shorter one")
+        _check_length(path, named)
         with _writable(path):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise UsageError(f"{named} is a link or no file; give another name")
@@ -251,7 +252,7 @@ class Document:
     def reserved(
         self, path: Path, force: bool = False, inputs: Iterable[Path] = ()
     ) -> Iterator[Callable[[str | bytes], None]]:
-        """Hold the name for this process while the `with` runs; yields what writes the file, whole or not at all."""
+        """Hold the name for this process while the `with` runs; yields a function that writes the file whole."""
 
         def write(content: str | bytes) -> None:
             try:
@@ -289,10 +290,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def lock_beside(folder: Path, wait_s: float = 0.0) -> AbstractContextManager[object]:
-    """Take the lock of a folder within this time; the `with` of what is returned gives it back.
+    """Take a folder's lock, after waiting for at most `wait_s` seconds; the result is a context that releases it.
 
-    A lock of a dead process of this machine is removed. One that names nobody is taken over after some seconds, and one
-    of another host, of which nobody here knows whether its process runs, after a day.
+    The lock of a dead process on this machine is taken over at once, a lock without a process number after some
+    seconds. A process on another host cannot be looked up; its lock is taken over after a day.
     """
     place = Path(os.path.abspath(folder))  # noqa: PTH100 (resolve() would follow a link, and lock its target)
     if not place.name:
@@ -332,7 +333,7 @@ def _in_use(lock: SoftFileLock) -> str | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there but locks, and what a process that is about to work in it leaves for a moment."""
+    """Whether nothing is there but locks, and the passing files of a process that is about to work in it."""
     passing = (_PROBE, f".{MANIFEST}.")
     return all(
         path.name.startswith(passing) or (path.name.startswith(".") and path.suffix == ".lock")
@@ -357,7 +358,7 @@ def _is_or_holds(folder: Path, path: Path) -> bool:
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Say of an error of the file system that the output cannot be written."""
+    """Turn an error of the file system into a UsageError: the output cannot be written."""
     try:
         yield
     except OSError as error:

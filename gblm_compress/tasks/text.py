@@ -186,12 +186,11 @@ def tokenize(tokenizer: Any, vocabulary: int, text: str) -> Tensor:
 
 @contextmanager
 def tokenizing() -> Iterator[None]:
-    """Say of an error of a tokenizer that it does not fit; where its library panics, that is no `Exception`."""
+    """Turn any error of a tokenizer into a ModelError; a panic of its library is no `Exception`."""
     try:
         yield
     except BaseException as error:
-        panics = type(error).__name__ == "PanicException"
-        if isinstance(error, GblmError) or is_out_of_memory(error) or not (panics or isinstance(error, Exception)):
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ModelError(
             f"the tokenizer fails on a text ({first_line(error)}); take that of the original model"

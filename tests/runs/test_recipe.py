@@ -65,7 +65,10 @@ ONNX = "export: [{format: onnx}]\n"
         ("prune: " + "y" * 5000, 'got "yyy'),
         ("export: [{format: onnx, dtype: bfloat16}]", "export.0: onnx has no bfloat16; give float32 or float16"),
         ("export: [{format: bitmask, graph: plain}]", "graph would do nothing: it is read with format onnx"),
-        (f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}", "is none of what the recipe makes: pruned, onnx"),
+        (
+            f"{ONNX}gates: {{max_bytes: 1MB, artefact: bitmask}}",
+            "is no artefact of the recipe, which makes pruned, onnx",
+        ),
         ("benchmark: {}\ngates: {min_decode_speedup: 0.9}", "say of which artefact"),
         ("gates: {artefact: pruned}", "gates.artefact would do nothing"),
         (f"{GATES}: {{max_mean_k: 1}}", "r.yaml:3: gates.0.max_mean_k: unknown key; did you mean"),
