@@ -153,8 +153,8 @@ class Work(Generic[Kind]):
             return self._drop(resume, f"{str(self.folder / RECORD)!r} is missing or damaged{CANNOT}")
         was, now = known.identity, new.identity
         if was.get("version") != now.get("version"):
-            other = f"an interrupted run of version {was.get('version')} (this is {now.get('version')})"
-            return self._drop(resume, f"{str(self.folder)!r} holds {other}")
+            held = f"an interrupted run of version {was.get('version')} (this is {now.get('version')})"
+            return self._drop(resume, f"{str(self.folder)!r} holds {held}")
         if was != now:
             changed = [key for key in now if was.get(key) != now[key]]
             again = "give the same command as then"
