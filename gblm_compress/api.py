@@ -231,7 +231,8 @@ def compare(
 def benchmark(
     *models: Annotated[FileName, MODEL + " Exports may be given too."],
     baseline: Annotated[
-        FileName | Iterable[FileName], "The dense model; once for each runtime, as a folder or an ONNX export."
+        FileName | Iterable[FileName],
+        "The dense model. For ONNX exports it is exported too, unless such an export is given.",
     ],
     settings: BenchmarkSettings,
     compute: ComputeSettings,
@@ -241,8 +242,10 @@ def benchmark(
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
+        from gblm_compress.runs import baselines as dense_exports
 
         contenders, baselines = sources[: len(models)], sources[len(models) :]
+        baselines += dense_exports.exported(contenders, baselines, settings, compute, progress)
         return benchmarking.benchmark(contenders, baselines, settings, progress=progress, **compute.model_dump())
 
 

@@ -9,9 +9,7 @@ import hashlib
 import inspect
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
@@ -19,7 +17,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 from pydantic import ValidationError
 
 from gblm_compress.errors import UsageError
-from gblm_compress.machine import cache_folder
+from gblm_compress.machine import cache_folder, keep
 from gblm_compress.runs.recipe import describe_fault, faults_of
 from gblm_compress.settings import Settings
 from gblm_compress.storage.records import write_file
@@ -27,7 +25,6 @@ from gblm_compress.storage.records import write_file
 R = TypeVar("R")
 REQUIRED = "required on the command line"
 """Marks a parameter that only Python may leave out."""
-KEPT_DAYS = 30  # that texts from memory stay in the cache, for a resumed call
 
 
 @dataclass(frozen=True)
@@ -149,14 +146,8 @@ def text_file(texts: Iterable[str] | Iterable[Mapping[str, Any]]) -> str:
     content = "".join(json.dumps(row) + "\n" for row in rows)
     path = cache_folder() / "texts" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob("*.jsonl"):
-        with suppress(OSError):  # another call removed it, or another user owns it
-            if old != path and old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-                old.unlink()
-    if path.exists():
-        with suppress(OSError):
-            path.touch()
-    else:
+    if not path.exists():
         write_file(path, content)
+    keep(path)
     tasks.data_files(str(path))
     return str(path)

@@ -141,7 +141,7 @@ def test_texts_in_memory_are_kept_in_the_cache_for_a_while(monkeypatch, tmp_path
     for error in (PermissionError, FileNotFoundError):  # another user's file, or one that another call removed
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", Mock(side_effect=error))
-            patch.setattr(Path, "touch", Mock(side_effect=error))
+            patch.setattr(os, "utime", Mock(side_effect=error))
             assert Path(text_file([error.__name__])).exists() and text_file(["a", "b"]) == str(first)
     assert Path(text_file(["c"])).exists() and not first.exists()
 

@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gblm_compress
-from gblm_compress.errors import OutputError
-from gblm_compress.storage import records
+from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.storage import outputs, records
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "optimum", "datasets", "safetensors", "triton")
 INSTRUCTION_SETS = {
@@ -28,6 +30,8 @@ SPINS, FEW_SPINS = "GOMP_SPINCOUNT", "3000"  # of a thread of OpenMP before it s
 MEASUREMENTS = "measurements.json"  # in the cache folder: {machine: {what: result}}
 
 CACHE_VARIABLE = "GBLM_COMPRESS_CACHE"
+KEPT_DAYS = 30  # since its last use, for a text or an export in the cache
+LONGEST_MAKING_S = 3600.0  # that a process waits for another that makes the same folder of the cache
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -39,6 +43,33 @@ def cache_folder() -> Path:
     if configured := os.environ.get(CACHE_VARIABLE):
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gblm-compress"
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache. Where it is missing, one process makes it and others wait."""
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with outputs.lock_beside(folder, LONGEST_MAKING_S):
+                outputs.remove_partial(folder)
+                if not folder.is_dir():
+                    with outputs.atomic_folder(folder) as temporary:
+                        make(temporary)
+        except OSError as error:
+            raise UsageError(
+                f"the cache folder {str(folder.parent)!r} cannot be written: {error.strerror}; set {CACHE_VARIABLE}"
+            ) from error
+    return folder
+
+
+def keep(path: Path) -> None:
+    """Note that a file or folder of the cache was used, and remove those beside it that nobody used for a while."""
+    for old in path.parent.iterdir():
+        with suppress(OSError):  # another process removed it, or another user owns it
+            if old == path:
+                os.utime(path)
+            elif old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def environment() -> dict[str, Any]:

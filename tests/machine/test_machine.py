@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -122,3 +123,35 @@ def test_a_cache_that_cannot_be_used_is_done_without(path, put) -> None:
         path.parent.mkdir()
         path.mkdir() if put == "folder" else os.mkfifo(path)
     assert remembered("machine", "shape", 4) == 4
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gblm_compress.machine import made_once
+
+def make(folder):
+    (folder / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+made_once(Path(sys.argv[1]), make)
+"""
+
+
+def test_a_folder_of_the_cache_is_made_again_after_a_kill(tmp_path) -> None:
+    folder = tmp_path / "exports" / "one"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)])
+    assert done.returncode == -signal.SIGKILL and len(list(folder.parent.iterdir())) == 2  # its lock, and the half
+    machine.made_once(folder, lambda temporary: (temporary / "whole").touch())
+    assert list(folder.parent.rglob("*")) == [folder, folder / "whole"]
+    machine.made_once(folder, None)
+
+
+def test_what_nobody_used_for_long_leaves_the_cache(tmp_path) -> None:
+    for name in ("used", "old", "older", "new"):
+        (tmp_path / name / "below").mkdir(parents=True)
+    for name in ("used", "old", "older"):
+        os.utime(tmp_path / name, (0, 0))
+    machine.keep(tmp_path / "used")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "used"]
+    assert (tmp_path / "used").stat().st_mtime > 0
