@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gblm_compress import __version__
-from gblm_compress.api import COMMANDS
+from gblm_compress.api import GROUPS
 from gblm_compress.cli import options
 from gblm_compress.errors import (
     INTERRUPTED,
@@ -42,13 +42,16 @@ STOPPED = (
 
 app = typer.Typer(
     name="gblm-compress",
-    help="Prune Hugging Face language models, export them, and measure what you gain.",
+    cls=options.Group,
+    help="Prune Hugging Face models, export them, and measure the gain.\n\nStart with: gblm-compress run quickstart",
     epilog=EPILOG,
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 1000},  # help is as wide as the terminal
 )
-for command in COMMANDS:
-    options.add(app, command)
+for group, commands in GROUPS.items():
+    for command in commands:
+        options.add(app, command, group)
 
 
 def _version(wanted: bool) -> None:

@@ -1,17 +1,20 @@
-"""Makes the program's commands from the functions of `api`: an option for each parameter and each settings field."""
+"""Makes the program's commands from the functions of `api`: an option for each parameter and each settings field.
+
+A keyword of a command's summary is an option too; it changes only what is printed.
+"""
 
 import re
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from gblm_compress.cli import summaries
 from gblm_compress.command import REQUIRED, Command, Part
-from gblm_compress.errors import GateError, GblmError, together
+from gblm_compress.errors import GateError, GblmError, UsageError, together
 from gblm_compress.settings import Panel, Settings
-from gblm_compress.settings.fields import choices_of
+from gblm_compress.settings.fields import MANY, choices_of
 
 TYPES: dict[str, type] = {"boolean": bool, "integer": int, "number": float}  # of JSON; the others are text
 METAVARS = {
@@ -20,10 +23,38 @@ METAVARS = {
 }  # fmt: skip
 SPELLINGS = {"overrides": "override"}
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+ALL = "--help-all"
+COMMON = ("Arguments", Panel.COMMON.value)
+
+
+def _all_options(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.meta[ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+HELP_ALL = Annotated[
+    bool, typer.Option(ALL, callback=_all_options, is_eager=True, help="Show all options, also the rare ones.")
+]
+
+
+class Group(TyperGroup):
+    """The program. Its help lists the commands by group."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[Any, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            line = (command.help or "").partition(". ")[0].removesuffix(".") + "."
+            groups.setdefault(getattr(command, "rich_help_panel", None), []).append((name, line))
+        width = max(map(len, self.commands))
+        for group, entries in groups.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(width), line) for name, line in entries])
 
 
 class PanelCommand(TyperCommand):
-    """A command whose help lists the options by panel, as plain text."""
+    """A command whose help lists the options by panel, as plain text, and ends with an example."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -31,27 +62,48 @@ class PanelCommand(TyperCommand):
             if record := parameter.get_help_record(ctx):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
-                panels.setdefault(panel or Panel.COMMON.value, []).append(record)
-        alone = len(panels.keys() - {"Arguments"}) == 1
+                name = parameter.metavar if is_argument else record[0]
+                panels.setdefault(panel or Panel.COMMON.value, []).append((name, record[1]))
+        alone = not panels.keys() - {*COMMON}
         for panel, entries in panels.items():
-            with formatter.section("Options" if alone and panel != "Arguments" else panel):
-                formatter.write_dl(entries)
+            if panel in COMMON or ctx.meta.get(ALL):
+                with formatter.section("Options" if alone and panel != "Arguments" else panel):
+                    formatter.write_dl([entry for entry in entries if not (alone and entry[0] == ALL)])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(f"\nExample:\n  {self.epilog}\n" if self.epilog else "")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """UsageError: all arguments that are missing, and the example."""
+        try:
+            return super().parse_args(ctx, list(args))
+        except typer.BadParameter as error:
+            given = self.make_parser(ctx).parse_args(args=list(args))[0]
+            required = [each for each in self.get_params(ctx) if each.required]
+            missing = [each for each in required if given.get(each.name) in (None, ())]
+            if error.param not in missing:
+                raise
+            names = (each.metavar if each.param_type_name == "argument" else each.opts[-1] for each in missing)
+            raise UsageError(f"{self.name} needs {', '.join(names)}\nexample: {self.epilog}") from error
 
 
-def add(program: typer.Typer, command: Command) -> None:
+def add(program: typer.Typer, command: Command, group: str = "Commands") -> None:
     """Give the program a command. An option that is not given leaves its field to a preset or the default."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     own = [_own(each) for each in command.own.values() if Panel.NO_OPTION not in get_args(each.annotation)]
-    flags = [each for each in own if each.default is False]
+    views = {view.name: _own(view) for view in summaries.views(command.name)}
+    flags = [*(each for each in own if each.default is False), *views.values()]
     parameters += [each for each in own if each not in flags]
     parameters += [option for part in command.parts.values() for option in _options(part)] + flags
-    parameters.append(Parameter("json_", Parameter.KEYWORD_ONLY, annotation=JSON, default=False))
+    for name, annotation in (("json_", JSON), ("help_all", HELP_ALL)):
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=False))
     several = [name for name, each in command.own.items() if each.kind is each.VAR_POSITIONAL]
 
-    def called(context: typer.Context, json_: bool, **arguments: Any) -> None:
+    def called(context: typer.Context, json_: bool, help_all: bool, **arguments: Any) -> None:
         sources = {name: context.get_parameter_source(name) for name in arguments}
         given = {name: arguments[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
         own = {name: given.pop(name) for name in command.own if name in given}
+        shown = {name: given.pop(name) for name in views if name in given}
         positional = [value for name in several for value in own.pop(name)]
         try:
             result = command.function(*positional, **own, **command.fill(_values(command, given), _flag))
@@ -59,7 +111,7 @@ def add(program: typer.Typer, command: Command) -> None:
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        summaries.show(command.name, result, json_, own)
+        summaries.show(command.name, result, json_, own, shown)
         if failed := getattr(result, "failed_gates", None):
             count = f"{len(failed)} of {len(result.gates)} gates failed"
             raise together(GateError, count, [gate.sentence for gate in failed])
@@ -67,8 +119,8 @@ def add(program: typer.Typer, command: Command) -> None:
     described: Any = called
     described.__signature__ = Signature(parameters)
     described.__doc__ = (command.function.__doc__ or "").partition("\n\n")[0]
-    needs = any(parameter.default is Parameter.empty for parameter in parameters[1:])
-    program.command(command.name, cls=PanelCommand, no_args_is_help=needs)(described)
+    made = program.command(command.name, cls=PanelCommand, epilog=command.example, rich_help_panel=group)
+    made(described)
 
 
 def _own(parameter: Parameter) -> Parameter:
@@ -81,7 +133,7 @@ def _own(parameter: Parameter) -> Parameter:
         made = typer.Argument(metavar=name.upper().removesuffix("S" if many else ""), help=text)
     else:
         flags = ("-o", flag) if name == "output" else (flag,)
-        made = typer.Option(*flags, help=text, metavar=METAVARS.get(name))
+        made = typer.Option(*flags, help=text, metavar=METAVARS.get(name, "<str>" if many else None))
     kind: Any = bool if annotation is bool else list[str] if many else str
     default = Parameter.empty if required else None if many else parameter.default
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind | None, made], default=default)
@@ -127,7 +179,11 @@ def _help(description: str, choices: tuple[str, ...], schema: dict[str, Any]) ->
     explained = set(choices) <= set(re.findall(r"[\w-]+", description))
     named = "" if explained else f" [{', '.join(choices)}]"
     low = [f"{schema[key]}{sign}" for key, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if key in schema]
-    high = [f"{sign}{schema[key]}" for key, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if key in schema]
+    high = [
+        f"{sign}{schema[key]}"
+        for key, sign in (("maximum", "<="), ("exclusiveMaximum", "<"))
+        if schema.get(key, MANY) < MANY
+    ]
     return description + named + (f" [{''.join(low)}x{''.join(high)}]" if low or high else "")
 
 

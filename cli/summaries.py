@@ -5,12 +5,13 @@ import os
 import re
 import shlex
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from string import Formatter
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -20,17 +21,25 @@ from gblm_compress.machine import noisy
 from gblm_compress.printing import PlainConsole, printable, table
 from gblm_compress.storage import records
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
-def show(command: str, result: Any, as_json: bool, given: Mapping[str, Any] = MappingProxyType({})) -> None:
+def show(
+    command: str,
+    result: Any,
+    as_json: bool,
+    given: Mapping[str, Any] = NOTHING,
+    views: Mapping[str, Any] = NOTHING,
+) -> None:
     """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints.
 
     Args:
         given: the call's own arguments.
+        views: the keywords of the summary.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -38,15 +47,22 @@ def show(command: str, result: Any, as_json: bool, given: Mapping[str, Any] = Ma
         print(records.as_json(_plain(result)), end="")
         return
     console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=WIDTH_OF_FILES)
-    for part in parts(command, result, given):
+    for part in parts(command, result, given, views):
         console.show(part)
 
 
-def parts(command: str, result: Any, given: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+def views(command: str) -> list[Parameter]:
+    """What a user may ask of a command's summary: its keywords."""
+    return list(signature(SUMMARIES[command]).parameters.values())[1:] if command in SUMMARIES else []
+
+
+def parts(
+    command: str, result: Any, given: Mapping[str, Any] = NOTHING, views: Mapping[str, Any] = NOTHING
+) -> list[Any]:
     """The tables and sentences that sum up a result, and the next command."""
     content = result if command in ("run", "report") else _plain(result)
     words = FOLLOWING[command](content, given) if command in FOLLOWING else ()
-    return [*SUMMARIES[command](content), *([NEXT + shlex.join(words)] if words else ())]
+    return [*SUMMARIES[command](content, **views), *([NEXT + shlex.join(words)] if words else ())]
 
 
 def _plain(result: Any) -> Any:
@@ -144,7 +160,8 @@ def recover(c: dict[str, Any]) -> list[Any]:
 def export(c: dict[str, Any]) -> list[Any]:
     facts = {"format": c["format"], "size": _cell("{bytes:bytes} (source {source_bytes:bytes})", c)}
     for name, value in c["checks"].items():
-        facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else str(value)
+        said = decimal(value) if name.endswith("_bytes") else f"{value:.3g}" if isinstance(value, float) else str(value)
+        facts[name.removesuffix("_bytes").replace("_", " ")] = said
     return [_facts(facts, c)]
 
 
@@ -217,7 +234,9 @@ def kernel_lines(measurements: list[dict[str, Any]]) -> list[str]:
     return [f"{line} (batch {', '.join(of)})" for line, of in batches.items()]
 
 
-def inspect(c: dict[str, Any]) -> list[Any]:
+def inspect(
+    c: dict[str, Any], layers: Annotated[bool, "Print the table of every layer too; --json always has it."] = False
+) -> list[Any]:
     columns = (
         "layer = {name} | shape = {shape[0]}×{shape[1]} | >nonzero = {share:.2%} | >empty rows = {empty_rows}"
         " | >empty columns = {empty_columns} | >row spread = {row_spread:.3f}"
@@ -227,13 +246,18 @@ def inspect(c: dict[str, Any]) -> list[Any]:
         "kind of layer = {kind} | >layers = {layers} | >nonzero = {nonzeros:.2%} | >rows kept = {kept_rows:.2%}"
         " | >rows gone = {gone_rows:.2%} | >columns kept = {kept_columns:.2%} | >columns gone = {gone_columns:.2%}"
     )
+    total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
+    patterns = Counter(pattern for layer in c["layers"] for pattern in layer["patterns"])
+    holding = [f"{pattern} in {number} of {len(c['layers'])} layers" for pattern, number in patterns.items()]
+    heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
+    found = [total, f"patterns that hold: {', '.join(holding) or 'none'}", _table(kinds, c["kinds"]), *heat_map]
+    if not layers:
+        return [*found, "--layers shows every layer"]
     rows = []
     for layer in c["layers"]:
         share, holds = layer["nonzeros"] / math.prod(layer["shape"]), ", ".join(layer["patterns"]) or "none"
         rows.append(layer | {"share": share, "holds": holds})
-    total = f"{c['nonzeros']:,} of {c['weights']:,} weights are nonzero ({c['nonzeros'] / c['weights']:.2%})"
-    heat_map = [f"heat map: {c['heat_map']}"] if c["heat_map"] else []
-    return [_table(columns, rows), _table(kinds, c["kinds"]), total, *heat_map]
+    return [*found, _table(columns, rows)]
 
 
 def titled(content: Any) -> list[Any]:
@@ -307,7 +331,7 @@ def doctor(c: dict[str, Any]) -> list[Any]:
     return [table(("", "found", "enables"), ((f["subject"], found(f), f["enables"]) for f in c["findings"]))]
 
 
-SUMMARIES: dict[str, Callable[[Any], list[Any]]] = {
+SUMMARIES: dict[str, Callable[..., list[Any]]] = {
     summary.__name__: summary
     for summary in (
         advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push, validate,

@@ -29,7 +29,8 @@ def command_reference() -> str:
     group: Any = typer.main.get_command(app)
     lines = [NOTICE, "# Command reference", "", " ".join(EPILOG.split())]
     for name, command in group.commands.items():
-        lines += ["", f"## {name}", "", command.help, "", "| argument | default | meaning |", "| --- | --- | --- |"]
+        lines += ["", f"## {name}", "", f"{command.help} Example: `{command.epilog}`", ""]
+        lines += ["| argument | default | meaning |", "| --- | --- | --- |"]
         for parameter in command.params:
             spelling = ", ".join(f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts))
             if parameter.param_type_name == "argument":

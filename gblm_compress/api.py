@@ -77,7 +77,10 @@ DeviceSettings = Annotated[ComputeSettings, {"dtype": None}]
 
 @command
 def advise(model: Model, *, settings: AdviseSettings, processor: InMemory = None, quiet: Quiet = False) -> "Advice":
-    """Predict size and speed on this machine before you prune."""
+    """Predict size and speed on this machine before you prune.
+
+    Example: gblm-compress advise demo --pattern 2:4
+    """
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress.runs import advice
 
@@ -99,6 +102,8 @@ def prune(
     quiet: Quiet = False,
 ) -> "PruneResult":
     """Set the least important weights to zero and adjust the rest.
+
+    Example: gblm-compress prune demo -o pruned --calibration demo --samples 16
 
     In Python, `model` may be a model in memory, and `calibration` texts or mappings with the key "text". Without an
     output folder the model is pruned in place, with its dtype and on its device.
@@ -136,7 +141,10 @@ def recover(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "RecoverResult":
-    """Train a pruned model to match the dense one. Weights that are zero stay zero."""
+    """Train a pruned model to match the dense one. Weights that are zero stay zero.
+
+    Example: gblm-compress recover pruned -o recovered --teacher demo --data train.txt
+    """
     outputs.check_output(Path(output), force)
     with _found(pruned, teacher, texts=settings.datasets, quiet=quiet) as (progress, source, dense):
         from gblm_compress.training import recovery
@@ -156,7 +164,10 @@ def generate(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "GenerateResult":
-    """Let a model write text for calibration and training. Use it if you lack real text."""
+    """Let a model write text for calibration and training. Use it if you lack real text.
+
+    Example: gblm-compress generate demo -o text.txt --tokens 50k
+    """
     outputs.TEXT.check(Path(output), force)
     texts = [settings.starts] if settings.starts else []
     with _found(model, processor=processor, texts=texts, quiet=quiet) as (progress, source):
@@ -175,7 +186,10 @@ def export(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "ExportResult":
-    """Write a model as ONNX or sparse PyTorch, and verify the files."""
+    """Write a model as ONNX or sparse PyTorch, and verify the files.
+
+    Example: gblm-compress export pruned -o onnx --format onnx --kernels --quantise int8
+    """
     outputs.check_output(Path(output), force)
     with _found(model, processor=processor, quiet=quiet) as (progress, source):
         from gblm_compress import exporters
@@ -193,7 +207,10 @@ def evaluate(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "EvaluateResult":
-    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric."""
+    """Measure perplexity, fidelity to dense and zero-shot accuracy. Other tasks than text have their own metric.
+
+    Example: gblm-compress evaluate pruned --baseline demo --dataset demo
+    """
     models = [model] if baseline is None else [model, baseline]
     texts, tasks = [settings.dataset], settings.include_path
     with _found(*models, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source, *dense):
@@ -215,7 +232,10 @@ def compare(
     processor: InMemory = None,
     quiet: Quiet = False,
 ) -> "CompareResult":
-    """Prune with several methods and patterns, and compare the results. An interrupted run resumes."""
+    """Prune a model in several ways, and compare the results. An interrupted run resumes.
+
+    Example: gblm-compress compare demo --patterns 2:4 --calibration demo --dataset demo
+    """
     outputs.check_workable(Path(output), "comparison")
     texts, tasks = [text.dataset, evaluation.dataset], evaluation.include_path
     with _found(model, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source):
@@ -238,7 +258,10 @@ def benchmark(
     compute: ComputeSettings,
     quiet: Quiet = False,
 ) -> "BenchmarkResult":
-    """Time models against the dense one. Reports latency, throughput, memory and size."""
+    """Time models against the dense one. Reports latency, throughput, memory and size.
+
+    Example: gblm-compress benchmark pruned bitmask --baseline demo
+    """
     dense = [baseline] if isinstance(baseline, str | os.PathLike) else list(baseline)
     with _found(*models, *dense, quiet=quiet) as (progress, *sources):
         from gblm_compress.measure import benchmarking
@@ -258,7 +281,10 @@ def inspect(
     force: Force = False,
     quiet: Quiet = False,
 ) -> "InspectResult":
-    """Show the zeros of each layer and the patterns that they follow."""
+    """Show where the zeros are, and the patterns that they follow.
+
+    Example: gblm-compress inspect pruned --heat-map zeros.png
+    """
     picture = None if heat_map is None else Path(heat_map)
     if picture is not None:
         outputs.HEAT_MAP.check(picture, force)
@@ -280,6 +306,8 @@ def run(
     quiet: Quiet = False,
 ) -> "RunReport | DryRun":
     """Run a recipe: prune, export, evaluate, benchmark, check gates.
+
+    Example: gblm-compress run quickstart -o first
 
     In Python, `recipe` may be a mapping, and a failed gate raises nothing: see `failed_gates`.
     """
@@ -323,7 +351,10 @@ def report(
     output: Annotated[FileName, "Page to write."] = "report.html",
     fail_on_regression: Annotated[bool, "Exit with code 6 if a figure of the last run got worse."] = False,
 ) -> "ReportResult":
-    """Write a report page for a run. With two runs, it also shows what changed."""
+    """Write a report page for a run. With two runs, it also shows what changed.
+
+    Example: gblm-compress report runs/before runs/after -o report.html
+    """
     from gblm_compress.runs import report as documents
 
     result = documents.report([Path(run) for run in runs], Path(output))
@@ -342,7 +373,10 @@ def push(
     push_to_hub: Annotated[str | None, "Repository to push to. If unset, nothing leaves the machine."] = None,
     private: Annotated[bool, "Make a new repository private."] = False,
 ) -> "PushResult":
-    """Show the model card and files of an artefact. Push them if a repository is named."""
+    """Show the model card and files of an artefact. Push them if a repository is named.
+
+    Example: gblm-compress push runs/quickstart pruned
+    """
     from gblm_compress.runs import pushing
 
     return pushing.push(Path(run), artefact, push_to_hub, private=private)
@@ -350,7 +384,10 @@ def push(
 
 @command
 def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> dict[str, Any]:
-    """Check a recipe, and that this machine can run it. Lists all faults; downloads nothing."""
+    """Check a recipe, and that this machine can run it. Lists all faults; downloads nothing.
+
+    Example: gblm-compress validate quickstart --set prune.pattern=2:4
+    """
     try:
         path = find_recipe(str(recipe))
         content = load_recipe(path, tuple(set))
@@ -368,13 +405,19 @@ def validate(recipe: RecipeName, *, set: Changes = (), quiet: Quiet = False) -> 
 
 @command
 def schema() -> dict[str, Any]:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for editors.
+
+    Example: gblm-compress schema > recipe.schema.json
+    """
     return recipe_schema()
 
 
 @command
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
-    """Show what this machine has, and what each finding enables."""
+    """Show what this machine has, and what each finding enables.
+
+    Example: gblm-compress doctor --json
+    """
     _progress(quiet)
 
     from gblm_compress.measure.doctor import diagnose
@@ -395,11 +438,15 @@ def load(
         return loaded, loading.load_processor(source)
 
 
-_FUNCTIONS: tuple[Any, ...] = (
-    advise, prune, generate, recover, export, evaluate, compare, benchmark, inspect, run, report, push,
-    validate, schema, doctor,
-)  # fmt: skip
-COMMANDS: tuple[Command, ...] = tuple(function.command for function in _FUNCTIONS)
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "Make": (prune, recover, export, run),
+    "Measure": (evaluate, benchmark, compare, inspect, advise),
+    "Other": (generate, report, push, validate, schema, doctor),
+}
+GROUPS: dict[str, tuple[Command, ...]] = {
+    group: tuple(function.command for function in functions) for group, functions in _FUNCTIONS.items()
+}
+COMMANDS: tuple[Command, ...] = tuple(command for commands in GROUPS.values() for command in commands)
 
 
 def _progress(quiet: bool) -> Progress:

@@ -59,6 +59,12 @@ class Command:
     def name(self) -> str:
         return self.function.__name__
 
+    @property
+    def example(self) -> str | None:
+        """A command line, from the line of the docstring that begins with "Example: "."""
+        lines = (self.function.__doc__ or "").splitlines()
+        return next((line.strip().removeprefix("Example: ") for line in lines if "Example: " in line), None)
+
     def fill(self, values: Mapping[str, Any], spell: Callable[[str], str]) -> dict[str, Settings]:
         """The settings that these keywords make. One UsageError lists all faults; `spell` writes a keyword."""
         known = {name: part for part in self.parts.values() for name in part.names.values()}

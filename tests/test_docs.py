@@ -1,4 +1,4 @@
-"""Commands and recipes of README.md and docs/: each is read by what it is for, up to where work would begin."""
+"""Commands and recipes of README.md, docs/ and the help: each is read by its program, up to where work would begin."""
 
 import os
 import re
@@ -17,7 +17,7 @@ import typer.main
 import yaml
 from torch.distributed.run import get_args_parser
 
-from gblm_compress import tasks
+from gblm_compress import api, tasks
 from gblm_compress.cli.app import ClickException, app
 from gblm_compress.errors import GblmError
 from gblm_compress.measure import zero_shot
@@ -56,6 +56,7 @@ def command(line: str) -> list[str] | None:
 
 LINES = [line for block in blocks("") for line in block.replace("\\\n", " ").splitlines()]
 LINES += [code for code in inline() if code.startswith(tuple(f"{program} " for program in PROGRAMS))]
+LINES += [each.example or "" for each in api.COMMANDS]
 COMMANDS = [words for line in LINES if (words := command(line))]
 
 

@@ -114,11 +114,12 @@ Memory = Annotated[
 
 
 class Panel(Enum):
-    """The section of `--help` that lists a field; Common if it names none."""
+    """The section of the help that lists a field. `--help` shows Common, the default; `--help-all` shows all."""
 
     COMMON = "Common"
     METHOD = "Method"
     FIT = "Fit"
+    MORE = "More"
     RESOURCES = "Resources"
     NO_OPTION = "recipes and Python only"  # the command line has no option for the field
 

@@ -104,7 +104,7 @@ class OverrideSettings(Settings):
 class PruneSettings(Settings):
     """Everything that decides which weights survive and what they become, apart from the model and the text."""
 
-    preset: PresetName | None = Field(
+    preset: Annotated[PresetName | None, Panel.METHOD] = Field(
         None,
         description="A paper's settings; your options override them. "
         + " ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in preset.items())}." for name, preset in PRESETS.items()),

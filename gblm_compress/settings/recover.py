@@ -1,10 +1,10 @@
 """Settings of the training of a pruned model."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from gblm_compress.settings.fields import MANY, Settings, Tokens
+from gblm_compress.settings.fields import MANY, Panel, Settings, Tokens
 
 
 class Source(Settings):
@@ -45,21 +45,21 @@ class RecoverSettings(Settings):
         2_000_000, description="Tokens to train on: 500k, 2M, …; texts that are shorter are read again."
     )
     sequence_length: int = Field(512, ge=2, le=MANY, description="Tokens in a window.")
-    batch: int = Field(8, ge=1, le=MANY, description="Windows in a step.")
-    rate: float | None = Field(
+    batch: Annotated[int, Panel.MORE] = Field(8, ge=1, le=MANY, description="Windows in a step.")
+    rate: Annotated[float | None, Panel.MORE] = Field(
         None,
         gt=0,
         description="Adam's step at its largest, relative to a tensor's root mean square weight. Unset: 0.0007 after "
         "the fits balanced and best, else 0.002.",
     )
-    text_weight: float = Field(
+    text_weight: Annotated[float, Panel.MORE] = Field(
         0.0,
         ge=0,
         le=1,
         description="Share of the text's cross-entropy in the loss; the rest is the divergence from dense.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed for the order of the windows.")
-    disjoint_from: tuple[str, ...] = Field(
+    disjoint_from: Annotated[tuple[str, ...], Panel.MORE] = Field(
         (),
         max_length=100,
         description="Texts that the data must not hold, such as those of evaluations. Training is refused if the data "

@@ -88,9 +88,13 @@ class GenerateSettings(Settings):
         "begin from nothing if unset.",
     )
     sequence_length: int = Field(300, ge=1, le=MANY, description="Tokens to write in a piece.")
-    batch: int = Field(96, ge=1, le=MANY, description="Pieces written at once; fewer take less memory.")
-    temperature: float = Field(1.0, ge=0.01, le=100, description="Below 1, likely tokens are drawn more often.")
-    top_k: int = Field(100, ge=1, le=MANY, description="Draw from this many most likely tokens.")
+    batch: Annotated[int, Panel.MORE] = Field(
+        96, ge=1, le=MANY, description="Pieces written at once; fewer take less memory."
+    )
+    temperature: Annotated[float, Panel.MORE] = Field(
+        1.0, ge=0.01, le=100, description="Below 1, likely tokens are drawn more often."
+    )
+    top_k: Annotated[int, Panel.MORE] = Field(100, ge=1, le=MANY, description="Draw from this many most likely tokens.")
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
 
     @property
@@ -104,7 +108,7 @@ class ExportSettings(Settings):
 
     format: Annotated[str, OneOf.of(FORMATS)] = Field(description=f"What to write. {describe(FORMATS)}.")
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
-    graph: Literal["fused", "plain"] | None = Field(
+    graph: Annotated[Literal["fused", "plain"] | None, Panel.MORE] = Field(
         None,
         description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused, where "
         "there is one that runs.",
@@ -120,12 +124,12 @@ class ExportSettings(Settings):
         description="ONNX: store weights in 8 or 4 bits, head and embedding in 8. Without kernels, ONNX Runtime's own "
         "operator computes with them, zeros included.",
     )
-    group: Literal[32, 64, 128] | None = Field(
+    group: Annotated[Literal[32, 64, 128] | None, Panel.MORE] = Field(
         None,
         description="Columns that share a scale in 8 and 4 bits: 32, 64 or 128. If unset: the whole row in 8 bits, 64 "
         "in 4 bits, and 32 for ONNX Runtime's own operator.",
     )
-    keep_head: bool = Field(
+    keep_head: Annotated[bool, Panel.MORE] = Field(
         False, description="Leave head and embedding as they are, where a format would store them in 8 bits."
     )
 
@@ -168,7 +172,7 @@ class AdviseSettings(Settings):
     )
     pattern: PatternName = Field("unstructured", description="As prune.pattern.")
     sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
-    blocks: int | None = Field(
+    blocks: Annotated[int | None, Panel.MORE] = Field(
         None,
         ge=2,
         le=MANY,
@@ -196,8 +200,12 @@ class EvaluateSettings(Settings):
         description="At most this many windows or rows from the start, or random images; all if unset.",
     )
     tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
-    limit: int | None = Field(None, ge=1, le=MANY, description="At most this many questions per task; all if unset.")
-    include_path: str | None = Field(None, description="A folder with lm-eval task files of your own.")
+    limit: Annotated[int | None, Panel.MORE] = Field(
+        None, ge=1, le=MANY, description="At most this many questions per task; all if unset."
+    )
+    include_path: Annotated[str | None, Panel.MORE] = Field(
+        None, description="A folder with lm-eval task files of your own."
+    )
 
 
 class BenchmarkSettings(Settings):
@@ -208,8 +216,8 @@ class BenchmarkSettings(Settings):
     generate: int = Field(
         32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first. Encoders generate none."
     )
-    repeats: int = Field(7, ge=5, le=MANY, description="Counted rounds.")
-    warmup: int = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
+    repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Counted rounds.")
+    warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,

@@ -14,7 +14,7 @@ from gblm_compress import __version__, errors
 from tests.runs.reports import write_report
 
 ROOT = Path(__file__).parents[2]
-HELP = "--help\nprune --help"
+HELP = "--help\nprune --help\nprune --help-all"
 LIGHT = """
 import sys
 from gblm_compress.cli.app import _run

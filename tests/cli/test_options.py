@@ -7,17 +7,20 @@ import sys
 from typing import Annotated, Any, Literal
 
 import pytest
-import typer
+import typer.main
 from pydantic import Field
 from typer.testing import CliRunner
 
-from gblm_compress.api import COMMANDS
+from gblm_compress.api import COMMANDS, GROUPS
 from gblm_compress.cli import options
 from gblm_compress.cli.app import app
+from gblm_compress.cli.options import SPELLINGS
 from gblm_compress.command import command
 from gblm_compress.errors import UsageError
 from gblm_compress.settings import BenchmarkSettings, EvaluateSettings, Panel, PruneSettings, RecoverSettings
-from gblm_compress.settings.fields import choices_of
+from gblm_compress.settings.fields import MANY, choices_of
+
+GROUP: Any = typer.main.get_command(app)
 
 
 class Toys(PruneSettings):
@@ -51,7 +54,7 @@ def ask(*arguments: str, offered: Any = Toys) -> Any:
 
 
 def test_a_field_is_an_option_without_another_edit() -> None:
-    text = ask("--help")
+    text = ask("--help-all")
     common, _, fit = text.partition("Fit:")
     shown = " ".join(common.split())
     assert re.search(r"--toy-count <?\w+>? +Toys in a box\. \[1<=x<=9\] +\\?\[default: 3\]", " ".join(fit.split()))
@@ -119,9 +122,7 @@ def test_mistakes_of_a_declaration_fail_at_import() -> None:
 
 @pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
 def test_help_names_options_choices_ranges_and_panels(declared) -> None:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [declared.name, "--help"])
-    text = done.output
-    assert done.exit_code == 0
+    text = CliRunner().invoke(app, [declared.name, "--help-all"]).output
     assert max(map(len, text.splitlines())) <= 80
     blocks = {
         block.split()[0]: re.sub(r"(?<=\w)-\s+", "-", " ".join(block.split()))  # names are broken at their hyphens
@@ -129,7 +130,7 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
     }
     for part in declared.parts.values():
         for name, field in part.kind.model_fields.items():
-            option = f"--{options.SPELLINGS.get(name, part.names.get(name, '-')).replace('_', '-')}"
+            option = f"--{SPELLINGS.get(name, part.names.get(name, '-')).replace('_', '-')}"
             if name not in part.names or Panel.NO_OPTION in field.metadata:
                 assert option not in blocks
                 continue
@@ -139,9 +140,65 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
                 assert "[default: " in block
             for limit in field.metadata:
                 assert not hasattr(limit, "ge") or f"[{limit.ge}<=x" in block or "<str>" in block
+                assert not hasattr(limit, "le") or f"x<={limit.le}]" in block or limit.le == MANY or "<str>" in block
     if declared.name == "prune":
-        assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["Arguments", "Common", "Method", "Fit", "Resources"]
+        panels = ["Arguments", "Common", "Method", "Fit", "Resources", "Example"]
+        assert re.findall(r"^(\w+):$", text, re.MULTILINE) == panels
         assert text.index("Fit:") < text.index("--rounds") < text.index("Resources:") < text.index("--memory")
+
+
+@pytest.mark.parametrize("declared", COMMANDS, ids=lambda each: each.name)
+def test_help_has_the_common_options_and_an_example(declared) -> None:
+    short, long = (CliRunner().invoke(app, [declared.name, each]).output for each in ("--help", "--help-all"))
+    fields = [
+        (part.kind.model_fields[field], name) for part in declared.parts.values() for field, name in part.names.items()
+    ]
+    panels = {
+        f"--{SPELLINGS.get(name, name).replace('_', '-')}": {*Panel} & {*field.metadata} for field, name in fields
+    }
+    for option, panel in panels.items():
+        assert (f"  {option} " in short) == (not panel), option
+        assert (f"  {option} " in long) == (panel != {Panel.NO_OPTION}), option
+    assert ("--help-all" in short) == (short != long) == any(panel - {Panel.NO_OPTION} for panel in panels.values())
+    assert declared.example and short.endswith(f"\nExample:\n  {declared.example}\n")
+    assert declared.example.split()[:2] == ["gblm-compress", declared.name]
+
+
+def test_the_help_of_the_program_has_a_line_for_each_command_in_its_group() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    shown = {}
+    for group in re.findall(r"^(\w+):\n((?:  .*\n)+)", text, re.MULTILINE):
+        shown[group[0]] = [line.split()[0] for line in group[1].splitlines()]
+    del shown["Options"]
+    assert shown == {group: [each.name for each in commands] for group, commands in GROUPS.items()}
+    assert "..." not in text.partition("Make:")[2] and max(map(len, text.splitlines())) <= 80
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys) -> None:
+    for width in (80, 150):
+        monkeypatch.setenv("COLUMNS", str(width))
+        GROUP.main(args=["prune", "--help"], standalone_mode=False)
+        lines = capsys.readouterr().out.splitlines()
+        assert width - 20 < max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [
+        ("prune", "MODEL, --output"),
+        ("prune tiny", "--output"),
+        ("export -o x", "MODEL, --format"),
+        ("benchmark --baseline tiny", "MODEL"),
+        ("recover p --teacher d", "--output"),
+    ],
+)
+def test_all_that_is_missing_is_named_with_an_example(line: str, missing: str) -> None:
+    name, *_ = line.split()
+    with pytest.raises(UsageError) as raised:
+        CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    (declared,) = (each for each in COMMANDS if each.name == name)
+    assert str(raised.value) == f"{name} needs {missing}\nexample: {declared.example}"
+    assert "Invalid value for '--samples'" in CliRunner().invoke(app, ["prune", "--samples", "x"]).output
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,54 @@ def test_what_ran_is_said_once_for_all_batch_sizes_that_ran_it() -> None:
     ]
 
 
+LAYER = {
+    "name": "layers.0.up", "shape": [4, 8], "nonzeros": 16, "patterns": ["2:4"], "empty_rows": 0, "empty_columns": 1,
+    "row_spread": 0.0, "column_spread": 0.5,
+}  # fmt: skip
+KIND = {
+    "kind": "up",
+    "layers": 2,
+    "nonzeros": 0.5,
+    "kept_rows": 0,
+    "gone_rows": 0,
+    "kept_columns": 0,
+    "gone_columns": 0,
+}
+INSPECTED = {
+    "layers": [LAYER, LAYER | {"name": "layers.1.up", "patterns": []}], "kinds": [KIND], "nonzeros": 32, "weights": 64,
+    "heat_map": None,
+}  # fmt: skip
+
+
+def test_an_inspection_shows_its_summary_first_and_layers_if_asked_to() -> None:
+    short, long = (
+        shown(summaries.parts("inspect", INSPECTED, views={"layers": given}), 160) for given in (False, True)
+    )
+    assert short[:2] == ["32 of 64 weights are nonzero (50.00%)", "patterns that hold: 2:4 in 1 of 2 layers"]
+    assert short[-1] == "--layers shows every layer" and "layers.1.up" not in " ".join(short)
+    assert long[: len(short) - 1] == short[:-1] and long[-1].startswith("layers.1.up") and long[-1].endswith("none")
+    dense = INSPECTED | {"layers": [LAYER | {"patterns": []}]}
+    assert shown(summaries.parts("inspect", dense), 160)[1] == "patterns that hold: none"
+
+
+def test_an_export_shows_sizes_with_units() -> None:
+    checks = {"packed_bytes": 160256, "packed_layers": 14, "logits_tolerance": 0.0001}
+    exported = {
+        "format": "bitmask",
+        "bytes": 230_700,
+        "source_bytes": 364_000,
+        "checks": checks,
+        "seconds": 1.0,
+        "folder": "x",
+    }
+    assert shown(summaries.export(exported), 80)[1:5] == [
+        "size              230.7 kB (source 364.0 kB)",
+        "packed            160.3 kB",
+        "packed layers     14",
+        "logits tolerance  0.0001",
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [
