@@ -416,7 +416,7 @@ def schema() -> dict[str, Any]:
 def doctor(*, quiet: Quiet = False) -> dict[str, Any]:
     """Show what this machine has, and what each finding enables.
 
-    Example: gblm-compress doctor --json
+    Example: gblm-compress doctor
     """
     _progress(quiet)
 

@@ -14,7 +14,6 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report
-from gblm_compress.runs.job import read_record
 from gblm_compress.runs.run_report import RunReport, headline
 from gblm_compress.storage import records
 
@@ -79,6 +78,8 @@ def push(run: Path, artefact: str, repo: str | None = None, *, private: bool = F
 
 def verified(report: RunReport, run: Path, artefact: str) -> list[Path]:
     """The files of an artefact, after the check that they are those that the report measured."""
+    from gblm_compress.runs.job import read_record  # loads torch
+
     source, stage = ModelSource(artefact, run / artefact), MADE_BY.get(artefact, f"export {artefact}")
     files.check_folder(source.folder)
     results = [records.as_json(outcome.result) for outcome in report.stages if outcome.name == stage]
