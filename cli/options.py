@@ -62,7 +62,7 @@ class PanelCommand(TyperCommand):
             if record := parameter.get_help_record(ctx):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
-                name = parameter.metavar if is_argument else record[0]
+                name = _spelt(parameter) if is_argument else record[0]
                 panels.setdefault(panel or Panel.COMMON.value, []).append((name, record[1]))
         alone = not panels.keys() - {*COMMON}
         for panel, entries in panels.items():
@@ -83,8 +83,11 @@ class PanelCommand(TyperCommand):
             missing = [each for each in required if given.get(each.name) in (None, ())]
             if error.param not in missing:
                 raise
-            names = (each.metavar if each.param_type_name == "argument" else each.opts[-1] for each in missing)
-            raise UsageError(f"{self.name} needs {', '.join(names)}\nexample: {self.epilog}") from error
+            raise UsageError(f"{self.name} needs {', '.join(map(_spelt, missing))}\nexample: {self.epilog}") from error
+
+
+def _spelt(parameter: Any) -> str:
+    return str(parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1])
 
 
 def add(program: typer.Typer, command: Command, group: str = "Commands") -> None:
