@@ -22,12 +22,16 @@ def _run(*options: str, width: int, height: int, dark: bool) -> "subprocess.Comp
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
-def evaluate(page: Path, expression: str, width: int = 1200, dark: bool = False) -> tuple[Any, list[str]]:
-    """The value of an expression on a page, and the messages of the page's console."""
-    script = f"<script>document.documentElement.dataset.found = JSON.stringify({expression})</script></body>"
+def evaluate(
+    page: Path, expression: str, width: int = 1200, dark: bool = False, after: int = 0
+) -> tuple[Any, list[str]]:
+    """The value of an expression on a page, after so many milliseconds, and the messages of the page's console."""
+    script = f"document.documentElement.dataset.found = JSON.stringify({expression})"
+    script = f"<script>{f'setTimeout(() => {{{script}}}, {after})' if after else script}</script></body>"
     copy = page.with_name(f"evaluated-{page.name}")
     copy.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
-    done = _run("--dump-dom", copy.resolve().as_uri(), width=width, height=900, dark=dark)
+    waits = [f"--virtual-time-budget={2 * after}"] if after else []
+    done = _run("--dump-dom", *waits, copy.resolve().as_uri(), width=width, height=900, dark=dark)
     found = re.search('data-found="([^"]*)"', done.stdout)
     assert found, done.stderr
     return json.loads(html.unescape(found[1])), re.findall(r"CONSOLE.*", done.stderr)

@@ -6,11 +6,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.browser import CHROMIUM, evaluate
+
 ROOT = Path(__file__).parents[1]
 
 
 def build(folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "docs/site.py"], cwd=folder, capture_output=True, text=True)
+
+
+def assert_search_finds(page: Path, word: str) -> None:
+    """In a page that is opened from its folder."""
+    types = f"""<script>setTimeout(() => {{
+        const input = document.querySelector(".md-search__input");
+        document.querySelector("#__search").click();
+        input.focus();
+        input.value = "{word}";
+        input.dispatchEvent(new KeyboardEvent("keyup", {{bubbles: true}}));
+    }}, 2000)</script></body>"""
+    page.write_text(page.read_text().replace("</body>", types))
+    links = "[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+    found, messages = evaluate(page, links, after=10_000)
+    assert any("/docs/export.html?h=" in link for link in found), messages
 
 
 def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path) -> None:
@@ -26,6 +43,8 @@ def test_the_site_is_built_fetches_nothing_and_has_no_broken_link(tmp_path: Path
     assert len(pages) > 20
     for page in pages:
         assert not re.findall(r'(?:src="|<link[^>]* href=")https?:[^"]*', page.read_text()), page
+    if CHROMIUM:
+        assert_search_finds(tmp_path / "build" / "site" / "docs" / "prune.html", "semi-structured")
     with (tmp_path / "docs" / "prune.md").open("a") as page:
         page.write("\n[gone](gone.md), [also gone](report.md#nowhere)\n")
     done = build(tmp_path)
