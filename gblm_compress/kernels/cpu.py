@@ -23,12 +23,13 @@ PATHS = ("portable", "neon", "avx2", "vnni", "avx512", "amx")
 PATH_VARIABLE = "GBLM_COMPRESS_KERNEL"
 FEW_TOKENS = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the library's numbers
-_LIBRARY = "_bitmask"
+_LIBRARY = Path(__file__).parent / "_bitmask"
 
 
 def library_file() -> Path | None:
-    folder = Path(__file__).parent
-    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / (_LIBRARY + suffix)).exists()), None)
+    # Its suffix is the last one. Earlier builds had the first, which names a version of Python.
+    files = (_LIBRARY.with_suffix(suffix) for suffix in reversed(EXTENSION_SUFFIXES))
+    return next((file for file in files if file.exists()), None)
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from gblm_compress import tasks
+from gblm_compress import exporters, tasks
 from gblm_compress.errors import GblmError, ModelError, OutputError, first_line
 from gblm_compress.formats import FORMATS
 from gblm_compress.machine import environment
@@ -119,9 +119,19 @@ class Job:
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
 
     @cached_property
+    def exports(self) -> list[ExportSettings]:
+        """The exports that this machine makes; see `notes`."""
+        return list(dict.fromkeys(exporters.decided(each)[0] for each in self.recipe.export))
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Why exports are not as the recipe would have them."""
+        return [note for each in self.recipe.export if (note := exporters.decided(each)[1])]
+
+    @cached_property
     def runnable(self) -> list[ExportSettings]:
         """The exports for which the device of the run has kernels."""
-        exports = [(each, FORMATS[each.format].needs_cuda, each.kernels) for each in self.recipe.export]
+        exports = [(each, FORMATS[each.format].needs_cuda, each.kernels) for each in self.exports]
         return [each for each, on_gpu, on_cpu in exports if not (on_cpu if "cuda" in self.device else on_gpu)]
 
     def looks_at(self, texts: Iterable[str], length: int = 0, key: str = "") -> list[Look]:

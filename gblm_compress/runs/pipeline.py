@@ -83,6 +83,7 @@ class DryRun:
         unchecked: models and texts that are not on this machine yet.
         bytes: most bytes on disk; None if the model is not here.
         seconds: the last time of the steps to do; None unless all are recorded.
+        notes: why exports are not as the recipe would have them.
     """
 
     output: str
@@ -92,6 +93,7 @@ class DryRun:
     unchecked: list[str]
     bytes: int | None
     seconds: float | None
+    notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,7 +122,8 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
     disks, times = ([getattr(step, name) for step in to_do] for name in ("disk", "seconds"))
     size = sum(disk.stays for disk in disks) + max((disk.meanwhile for disk in disks), default=0) if job.found else None
     seconds = None if None in times else sum(times)
-    return DryRun(str(output), steps, gates, outputs.free_bytes(output), unchecked(recipe), size, seconds)
+    free = outputs.free_bytes(output)
+    return DryRun(str(output), steps, gates, free, unchecked(recipe), size, seconds, job.notes)
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
@@ -134,6 +137,8 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
     if not was_here:
         errors.raise_all(check_model(recipe, dense, progress))
     job = Job(recipe, dense, output, progress)
+    for note in job.notes:
+        progress.say(f"note: {note}")
     with outputs.working_in(output, "run"), closing(job.reference):
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
@@ -174,7 +179,7 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
     found: list[Row] = []
     pruned = results["prune"]
     baselines = exports_of_dense(job)
-    exports = [job.artefact(settings.folder_name) for settings in job.recipe.export]
+    exports = [job.artefact(settings.folder_name) for settings in job.exports]
     rounded = _rounded(job)
     timings = results.get("benchmark", {"measurements": []})["measurements"]
     of_dense = next((result for name, result in results.items() if name.startswith("evaluate ")), {})
@@ -213,7 +218,7 @@ def _rounded(job: Job) -> set[str]:
 
     of_dense = {f"dense-{export.folder_name}" for export in timed_against(job) if grid(export)}
     before = (None, job.recipe.prune.quantise)
-    return of_dense | {export.folder_name for export in job.recipe.export if grid(export) not in before}
+    return of_dense | {export.folder_name for export in job.exports if grid(export) not in before}
 
 
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:
@@ -250,6 +255,6 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
         found["machine"] = here["cpu"]
     found["system"] = f"{here['system']}, {here['cores']} cores, Python {here['python']}"
     found["packages"] = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-    if notes := results["prune"].get("warnings"):
+    if notes := [*job.notes, *results["prune"].get("warnings", ())]:
         found["note"] = "; ".join(notes)
     return found

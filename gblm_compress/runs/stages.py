@@ -43,7 +43,7 @@ def stages_of(job: Job) -> list[Stage]:
     stages.append(_prune(job))
     if job.recover is not None:
         stages.append(_recover(job, job.recover))
-    stages += [_export(job, settings) for settings in recipe.export]
+    stages += [_export(job, settings) for settings in job.exports]
     stages += [_export(job, settings, of_dense=True) for settings in timed_against(job)]
     if recipe.evaluate is not None:
         stages += [_evaluate(job, recipe.evaluate, settings) for settings in (None, *job.runnable)]
@@ -140,6 +140,7 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
     looks: list[Look] = [
         lambda: exporters.check(job.found, settings, patterns()),
         lambda: _check_allocation(job.recipe.prune, settings, patterns()),
+        partial(_check_made, job),
     ]
     if job.recipe.prune.grid is not None and not of_dense:
         looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
@@ -160,6 +161,14 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         disk=disk,
         work=partial(export, source, artefact.folder, settings, force=True, progress=job.progress),
     )
+
+
+def _check_made(job: Job) -> None:
+    """Refuse gates on an export that this machine makes only without kernels, under another name."""
+    made = {job.pruned.name, *(each.folder_name for each in job.exports)}
+    for gates in job.recipe.gates:
+        if gates.artefact not in (None, *made):
+            raise UsageError(f"gates.artefact {gates.artefact!r} is not made: {'; '.join(job.notes)}")
 
 
 def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: Mapping[str, Pattern]) -> None:
@@ -208,9 +217,9 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None) 
 def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
     """Refuse gates on an artefact that is not evaluated, or not timed if there are `timed` runtimes."""
     done, needs = ("evaluated", "evaluate") if timed is None else ("timed", "benchmark")
-    exports = {each.folder_name: each for each in job.recipe.export}
+    exports = {each.folder_name: each for each in job.exports}
     for gates in job.recipe.gates:
-        if gates.artefact is None or not any(GATES[name] == needs for name in gates.limits):
+        if gates.artefact not in (job.pruned.name, *exports) or not any(GATES[name] == needs for name in gates.limits):
             continue
         named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
         runtimes = FORMATS[made.format].runtimes if made else FOLDER_RUNTIMES

@@ -114,10 +114,11 @@ class ExportSettings(Settings):
         "there is one that runs.",
     )
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
-    kernels: bool = Field(
+    kernels: Literal[False, True, "auto"] = Field(
         False,
         description="ONNX: multiply by the packed weights directly, with this package's operators for CPUs. With dtype "
-        "float16 the weights are stored in it, and computed with in float32.",
+        "float16 the weights are stored in it, and computed with in float32. auto (recipes and Python): with them if "
+        "they were compiled, else dense, with a note.",
     )
     quantise: Literal["int8", "int4"] | None = Field(
         None,
@@ -136,7 +137,7 @@ class ExportSettings(Settings):
     @property
     def folder_name(self) -> str:
         """The name of the export's folder in a run."""
-        options = (name if value is True else f"{name}-{value}" for name, value in self.own.items())
+        options = (name if value in (True, "auto") else f"{name}-{value}" for name, value in self.own.items())
         return "-".join([self.format, *options, *([] if self.dtype == "auto" else [self.dtype])])
 
     @property

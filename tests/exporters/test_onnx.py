@@ -226,6 +226,13 @@ def test_kernels_are_refused_without_a_compiler(exported, tmp_path, monkeypatch)
         export(exported[0], tmp_path / "out", **PLAIN, kernels=True)
 
 
+def test_an_export_with_kernels_auto_is_dense_without_them_and_says_so(exported, traced, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "library_file", lambda: None)
+    result, folder = export(exported[0], tmp_path / "out", **PLAIN, kernels="auto")
+    assert "export onnx-graph-plain is dense" in result.checks["note"] and "apt install gcc" in result.checks["note"]
+    assert result.bytes == exported[2].bytes and not (folder.folder / exporter.LIBRARY).exists()
+
+
 @needs_operator
 @pytest.mark.parametrize(
     ("module", "message"),

@@ -9,7 +9,9 @@ from unittest.mock import MagicMock
 import onnx
 import pytest
 
+from gblm_compress.cli.summaries import parts
 from gblm_compress.errors import UsageError
+from gblm_compress.kernels import cpu
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.models.finding import resolve_model
@@ -210,6 +212,17 @@ def test_a_foreign_file_where_a_stage_writes_is_found_before_the_first(tmp_path,
         pipeline.run(smoke(*WRITING), tmp_path, QUIET)
     with pytest.raises(UsageError, match=r"(?s)2 faults.*/onnx' exists and was not made.*/dense-onnx' exists"):
         pipeline.run(smoke(), tmp_path, QUIET)
+
+
+def test_a_run_without_kernels_says_so_at_its_start_and_in_its_report(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "library_file", lambda: None)
+    export = "export=[{format: onnx, graph: plain, kernels: auto}]"
+    bare = smoke("prune.fit=none", export, "evaluate=null", "benchmark=null", "gates={}")
+    planned, result = dry_run(bare, tmp_path / "run", QUIET), pipeline.run(bare, tmp_path / "run", Progress())
+    said, note = capsys.readouterr().err, "note: export onnx-graph-plain is dense"
+    assert said.index(note) < said.index("• prune")
+    assert all(any(note in str(part) for part in parts("run", shown)) for shown in (planned, result))
+    assert "zeros save neither bytes nor time" in run_report.read(tmp_path / "run").conditions["note"]
 
 
 def test_the_list_of_stages_names_all_of_them_and_asks_tasks_in_torch_only(finished) -> None:

@@ -124,6 +124,26 @@ def test_an_operator_that_was_not_compiled_and_a_float16_checkpoint(progress, ti
     assert faults(progress, model=str(tmp_path / "half"), export=exports) == []
 
 
+def test_kernels_auto_means_where_they_were_compiled(progress, tmp_path, monkeypatch) -> None:
+    auto = {"format": "onnx", "kernels": "auto", "quantise": "int8"}
+    keys = {"export": [auto, {**auto, "kernels": False}], "benchmark": SHORT}
+    gate = {"gates": {"artefact": "onnx-kernels-quantise-int8", "max_bytes": "1GB"}}
+
+    def planned() -> tuple[list[str], list[str]]:
+        seen = pipeline.dry_run(recipe(**keys), tmp_path, progress)
+        return [step.name for step in seen.steps if step.name.startswith("export")], seen.notes
+
+    monkeypatch.setattr(cpu, "library_file", Path)
+    names = ["export onnx-kernels-quantise-int8", "export onnx-quantise-int8", "export dense-onnx-quantise-int8"]
+    assert planned() == (names, []) and faults(progress, **keys, **gate) == []
+    monkeypatch.setattr(cpu, "library_file", lambda: None)
+    exports, (note,) = planned()
+    assert exports == names[1:] and faults(progress, **keys) == []
+    assert note.startswith("export onnx-quantise-int8 is dense, so zeros save neither bytes nor time; the operator")
+    (fault,) = faults(progress, **keys, **gate)
+    assert fault == f"gates.artefact 'onnx-kernels-quantise-int8' is not made: {note}"
+
+
 def test_exports_that_a_device_cannot_run_are_not_all_that_is_timed(progress, monkeypatch) -> None:
     monkeypatch.setattr("gblm_compress.models.loading.choose_device", lambda device: "cuda")
     timed = {"export": [{"format": "onnx", "kernels": True}], "benchmark": SHORT | {"runtimes": ["onnxruntime"]}}
