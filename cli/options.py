@@ -105,6 +105,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     def called(context: typer.Context, json_: bool, help_all: bool, **arguments: Any) -> None:
         sources = {name: context.get_parameter_source(name) for name in arguments}
         given = {name: arguments[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+        said = dict(given)
         own = {name: given.pop(name) for name in command.own if name in given}
         shown = {name: given.pop(name) for name in views if name in given}
         positional = [value for name in several for value in own.pop(name)]
@@ -114,7 +115,7 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
             if error.result is not None:
                 summaries.show(command.name, error.result, json_)
             raise
-        summaries.show(command.name, result, json_, own, shown)
+        summaries.show(command.name, result, json_, said, shown)
         if failed := getattr(result, "failed_gates", None):
             count = f"{len(failed)} of {len(result.gates)} gates failed"
             raise together(GateError, count, [gate.sentence for gate in failed])

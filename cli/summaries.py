@@ -19,12 +19,14 @@ from rich.text import Text
 
 from gblm_compress.machine import noisy
 from gblm_compress.printing import PlainConsole, printable, table
-from gblm_compress.storage import records
+from gblm_compress.storage import outputs, records
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no width of its own
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
+NOT_YET = "The folder is neither smaller nor faster than the dense model until you export it."
+TRIALS = ("demo", "tiny")  # models for which this program has a text too
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
@@ -32,13 +34,13 @@ def show(
     command: str,
     result: Any,
     as_json: bool,
-    given: Mapping[str, Any] = NOTHING,
+    given: Mapping[str, Any] | None = None,
     views: Mapping[str, Any] = NOTHING,
 ) -> None:
     """Print a result as JSON or as a summary. Of several processes that torchrun started, the first prints.
 
     Args:
-        given: the call's own arguments.
+        given: the arguments that were given, by name, for the next command; None names none.
         views: the keywords of the summary.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -57,11 +59,13 @@ def views(command: str) -> list[Parameter]:
 
 
 def parts(
-    command: str, result: Any, given: Mapping[str, Any] = NOTHING, views: Mapping[str, Any] = NOTHING
+    command: str, result: Any, given: Mapping[str, Any] | None = None, views: Mapping[str, Any] = NOTHING
 ) -> list[Any]:
     """The tables and sentences that sum up a result, and the next command."""
     content = result if command in ("run", "report") else _plain(result)
-    words = FOLLOWING[command](content, given) if command in FOLLOWING else ()
+    words: tuple[str, ...] = ()
+    if given is not None and "quiet" not in given and command in FOLLOWING:
+        words = FOLLOWING[command](content, given)
     return [*SUMMARIES[command](content, **views), *([NEXT + shlex.join(words)] if words else ())]
 
 
@@ -127,7 +131,7 @@ def prune(c: dict[str, Any]) -> list[Any]:
         "left dense": reasons(c["left_dense"]),
     }
     notes = [f"note: {warning}" for warning in c["warnings"]]
-    return [_facts(facts, c), *notes]
+    return [_facts(facts, c), NOT_YET, *notes]
 
 
 def advise(c: dict[str, Any]) -> list[Any]:
@@ -154,7 +158,7 @@ def recover(c: dict[str, Any]) -> list[Any]:
         "text": f"each window read {c['passes']:.1f} times on average",
         **{f"overlap with {name}": f"{share:.2%}" for name, share in c["overlap"].items()},
     }
-    return [_table(columns, curve), _facts(facts, c)]
+    return [_table(columns, curve), _facts(facts, c), NOT_YET]
 
 
 def export(c: dict[str, Any]) -> list[Any]:
@@ -339,10 +343,98 @@ SUMMARIES: dict[str, Callable[..., list[Any]]] = {
     )
 }  # fmt: skip
 
+
+def _flags(**options: Any) -> tuple[str, ...]:
+    """The options that have a value, as words."""
+    return tuple(
+        word for name, value in options.items() if value for word in (f"--{name.replace('_', '-')}", str(value))
+    )
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    """The manifest of a folder made here; empty if there is none."""
+    path = Path(folder) / outputs.MANIFEST
+    return records.read_json(path) if path.is_file() else {}
+
+
+def _dense_of(made: str) -> str:
+    """The dense model of a folder made here, by a name that finds it again; a manifest names no place on this disk."""
+    name = _manifest(made).get("base_model", {}).get("name") or "MODEL"
+    return name if name in TRIALS or "/" in name or Path(name).is_dir() else "MODEL"
+
+
+def _prune(model: str, **options: Any) -> tuple[str, ...]:
+    trial = {"calibration": "demo", "samples": 16, "sequence_length": 512} if model in TRIALS else {}
+    return (
+        "prune",
+        model,
+        "-o",
+        "pruned",
+        *_flags(**trial | {name: value for name, value in options.items() if value}),
+    )
+
+
+def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """On the part for evaluation of the text that was given, if that has one."""
+    text = given.get("calibration")
+    options = _flags(
+        dataset=text if text in ("demo", "wikitext2", "c4") else None,
+        sequence_length=given.get("sequence_length"),
+        max_windows=16,
+    )
+    return ("evaluate", made, "--baseline", dense, *options)
+
+
+def _go_on(model: str, is_text: bool = False) -> tuple[str, ...]:
+    """From a dense model to a pruned one, from that to an export, and from that to its time."""
+    kind = _manifest(model).get("kind")
+    if kind is None:
+        return _prune(model)
+    if kind == "export":
+        return ("benchmark", model, "--baseline", _dense_of(model))
+    smaller = ("--quantise", "int8") if is_text else ()
+    return ("export", model, "-o", str(Path(model).with_name("onnx")), "--format", "onnx", *smaller, "--kernels")
+
+
+def _advised(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    best, model = c["predictions"][0], given["model"]
+    if best["kind"] == "pruned":
+        return _prune(model, pattern=given.get("pattern"), sparsity=given.get("sparsity"))
+    if best["kind"] == "quantised":
+        return ("export", model, "-o", "onnx", "--format", "onnx", "--quantise", best["name"].rpartition(" ")[2])
+    return ()
+
+
+def _compared(c: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    if not (rows := [row for row in c["rows"] if row.get("perplexity")]):
+        return ()
+    best = min(rows, key=lambda row: row["perplexity"])
+    text = {name: given.get(name) for name in ("calibration", "samples", "sequence_length")}
+    return _prune(given["model"], method=best["method"], pattern=best["pattern"], **text)
+
+
+def _changes(given: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(word for change in given.get("set", ()) for word in ("--set", change))
+
+
+def _ran(result: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
+    if hasattr(result, "steps"):  # a dry run
+        return ("run", given["recipe"], "-o", result.output, *_changes(given))
+    made = [row.artefact for row in result.rows if not row.dense and (Path(result.output) / row.artefact).is_dir()]
+    return ("push", result.output, made[-1]) if made else ()
+
+
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
-    "prune": lambda c, given: ("evaluate", c["folder"], "--baseline", given.get("model", "MODEL")),
-    "generate": lambda c, given: ("prune", given.get("model", "MODEL"), "-o", "pruned", "--calibration", c["file"]),
-    "recover": lambda c, given: ("evaluate", c["folder"], "--baseline", given.get("teacher", "MODEL")),
-    "export": lambda c, _: ("benchmark", c["folder"], "--baseline", "MODEL"),
+    "advise": _advised,
+    "prune": lambda c, given: _evaluate(c["folder"], given["model"], given),
+    "generate": lambda c, given: ("prune", given["model"], "-o", "pruned", "--calibration", c["file"]),
+    "recover": lambda c, given: _evaluate(c["folder"], given["teacher"], {}),
+    "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
+    "export": lambda c, _: _go_on(c["folder"]),
+    "inspect": lambda _, given: _go_on(given["model"]),
+    "compare": _compared,
+    "run": _ran,
+    "validate": lambda c, given: ("run", given["recipe"], *_changes(given)),
+    "doctor": lambda c, _: ("run", "quickstart") if c["ok"] else (),
 }
-"""The words of the next command, from a result and the call's own arguments. MODEL is a dense model without a name."""
+"""The words of the next command, from a result and the given arguments. MODEL is a dense model without a name."""

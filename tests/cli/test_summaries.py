@@ -1,6 +1,8 @@
 """Results on terminals of several widths."""
 
 import io
+import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +10,7 @@ from gblm_compress.cli import summaries
 from gblm_compress.printing import PlainConsole
 from gblm_compress.printing import table as make_table
 from gblm_compress.runs import tables
+from gblm_compress.runs.pipeline import DryRun
 from tests.runs.reports import report
 
 SENTENCE = "a note of several words that is longer than a line of a narrow terminal, and names /a/path/" + 80 * "x"
@@ -110,16 +113,66 @@ def test_an_export_shows_sizes_with_units() -> None:
     ]
 
 
+PREDICTION = {"name": "packed, ONNX int8", "kind": "pruned"}
+ROWS = [
+    {"method": "gblm", "pattern": "2:4", "perplexity": 9.0},
+    {"method": "wanda", "pattern": "2:4", "perplexity": 8.0},
+]
+
+
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [
-        ("prune", {"model": "my MODELS"}, "evaluate MODELS/pruned --baseline 'my MODELS'"),
-        ("recover", {"teacher": "MODELS/dense"}, "evaluate MODELS/pruned --baseline MODELS/dense"),
-        ("generate", {"model": "demo"}, "prune demo -o pruned --calibration MODELS/text.txt"),
-        ("export", {"model": "MODELS/dense"}, "benchmark MODELS/pruned --baseline MODEL"),
+        ("advise", {"model": "my MODELS", "pattern": "2:4"}, "prune 'my MODELS' -o pruned --pattern 2:4"),
+        ("prune", {"model": "my MODELS"}, "evaluate a/pruned --baseline 'my MODELS' --max-windows 16"),
+        (
+            "prune",
+            {"model": "demo", "calibration": "demo", "sequence_length": 512},
+            "evaluate a/pruned --baseline demo --dataset demo --sequence-length 512 --max-windows 16",
+        ),
+        ("recover", {"teacher": "a/dense"}, "evaluate a/pruned --baseline a/dense --max-windows 16"),
+        ("generate", {"model": "demo"}, "prune demo -o pruned --calibration a/text.txt"),
+        ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
+        ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),
+        ("inspect", {"model": "x"}, "prune x -o pruned"),
+        ("compare", {"model": "x", "samples": 8}, "prune x -o pruned --method wanda --pattern 2:4 --samples 8"),
+        ("validate", {"recipe": "my.yaml", "set": ["a.b=1"]}, "run my.yaml --set a.b=1"),
+        ("doctor", {}, "run quickstart"),
     ],
 )
-def test_the_next_command_has_the_paths_of_the_call(command: str, given, words: str, capsys, monkeypatch) -> None:
+def test_the_next_command_has_the_paths_of_the_call(command, given, words, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, kind in (("pruned", "pruned"), ("onnx", "export")):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        content = {"kind": kind, "base_model": {"name": "owner/model"}}
+        (tmp_path / "a" / name / "gblm_manifest.json").write_text(json.dumps(content))
     monkeypatch.setitem(summaries.SUMMARIES, command, lambda _: ["summary"])
-    summaries.show(command, {"folder": "MODELS/pruned", "file": "MODELS/text.txt"}, False, given)
-    assert capsys.readouterr().out == f"summary\nnext: gblm-compress {words}\n"
+    content = {"folder": "a/pruned", "file": "a/text.txt", "sample": "window", "ok": True, "rows": ROWS}
+    content |= {"predictions": [PREDICTION]}
+    for quiet in ({}, {"quiet": True}):
+        summaries.show(command, content, False, given | quiet)
+        assert capsys.readouterr().out == "summary\n" + f"next: gblm-compress {words}\n" * (not quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [("demo", "demo"), ("owner/model", "owner/model"), ("here", "here"), ("elsewhere", "MODEL"), (None, "MODEL")],
+)
+def test_an_export_is_timed_against_the_model_that_its_manifest_names(name, baseline, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(summaries.SUMMARIES, "export", lambda _: [])
+    for folder in ("onnx", "here"):
+        (tmp_path / folder).mkdir()
+    content = {"kind": "export"} | ({"base_model": {"name": name}} if name else {})
+    (tmp_path / "onnx" / "gblm_manifest.json").write_text(json.dumps(content))
+    said = summaries.parts("export", {"folder": "onnx"}, {"model": "pruned"})
+    assert said == [f"next: gblm-compress benchmark onnx --baseline {baseline}"]
+
+
+def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_path) -> None:
+    ran = replace(report(), output=str(tmp_path))
+    (tmp_path / "bitmask").mkdir()
+    assert summaries.FOLLOWING["run"](ran, {"recipe": "x"}) == ("push", str(tmp_path), "bitmask")
+    dry = DryRun(str(tmp_path), [], [], 0, [], None, None)
+    words = summaries.FOLLOWING["run"](dry, {"recipe": "x", "set": ["a=1"]})
+    assert words == ("run", "x", "-o", str(tmp_path), "--set", "a=1")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ import gblm_compress
 from gblm_compress.models.finding import DEMO_PACKAGE
 from gblm_compress.models.tiny import VOCABULARY, byte_tokenizer
 from tests.scripts import loaded
+from tests.test_first_model import snippet
 
 pytestmark = [
     pytest.mark.real_model,
@@ -192,6 +194,13 @@ def test_two_ranks_hold_a_half_each(script, tmp_path, monkeypatch, kind: str, fo
         made["sparse"], tmp_path / "sparse.log", (*EXACT, "--enforce-eager", *two_ranks(monkeypatch))
     ) as server:
         assert_same(expected, asked(script, server, requests))
+
+
+def test_the_python_of_the_first_page_generates_text(folders, tmp_path) -> None:
+    (tmp_path / "packed").symlink_to(folders["sparse"])
+    (tmp_path / "page.py").write_text(snippet("vllm"))
+    said = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 0 and len(said.stdout.splitlines()[-1]) > 10, said.stderr
 
 
 def test_benchmark_times_dense_and_packed_in_vllm(folders: dict[str, Path]) -> None:
