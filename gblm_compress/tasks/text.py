@@ -11,7 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -45,6 +45,7 @@ CHARACTERS_OF_A_TOKEN = 8  # at most, on average; in prose they are four to five
 MAX_LINE = 64 << 20  # bytes in a line of a .jsonl file, or in a text of a .parquet file
 MAX_PARQUET = 2 << 30  # bytes of text in a .parquet file; a few kilobytes of file can repeat one text without end
 CHOICE = 16  # windows of a hub dataset, which may be endless, are drawn from this many times their tokens
+PATIENCE_S = 5.0  # that the hub may take to answer
 DRAWS = 100_000  # documents of C4 that may be too short in a row
 
 
@@ -233,8 +234,43 @@ def _dataset(source: str, **arguments: Any) -> Any:
         "; give 'demo', 'wikitext2', 'c4', a hub dataset as owner/name[:config][@split], or a .txt, .jsonl or .parquet "
         "file"
     )
-    with reading(source, advice):
-        return datasets.load_dataset(**arguments)
+    with reading(source, advice), nullcontext() if _hub_answers() else _offline():
+        try:
+            return datasets.load_dataset(**arguments)
+        except ConnectionError as error:
+            raise DataError(
+                f"dataset {source!r} is on the Hugging Face hub, which cannot be reached; give a file of text "
+                "(.txt, .jsonl, .parquet), or 'demo'"
+            ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached. Its clients would try for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE_S)
+    except Exception:  # the transport's kinds, and that of a client that is told to stay offline
+        return False
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub's clients look at what they have fetched before, and nowhere else."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = constants, datasets.config
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _named(rows: Any, source: str) -> Records:

@@ -2,6 +2,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 
 import pyarrow
 import pytest
@@ -177,3 +178,22 @@ def test_a_look_at_a_text_reads_nothing_and_misses_what_is_not_there(tmp_path, m
     (tmp_path / "x.jsonl").touch()
     assert text.data_files(str(tmp_path / "x.jsonl")) == [tmp_path / "x.jsonl"]
     assert tasks.is_here("demo") and tasks.is_here(str(tmp_path / "x.jsonl")) and not tasks.is_here("c4")
+
+
+def test_without_a_network_a_hub_dataset_is_refused_at_once(monkeypatch) -> None:
+    """What was fetched before is read."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"'c4' is on the Hugging Face hub, .* give a file of text .*, or 'demo'$"):
+        load_text("c4", "calibration", 100)
+    assert time.monotonic() - start < 5 and not constants.HF_HUB_OFFLINE
+
+    def fetched_before(**arguments):
+        assert constants.HF_HUB_OFFLINE
+        return [{"text": "a"}]
+
+    monkeypatch.setattr("datasets.load_dataset", fetched_before)
+    assert load_text("wikitext2", "evaluation") == "a"
