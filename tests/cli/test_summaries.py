@@ -173,6 +173,6 @@ def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_pa
     ran = replace(report(), output=str(tmp_path))
     (tmp_path / "bitmask").mkdir()
     assert summaries.FOLLOWING["run"](ran, {"recipe": "x"}) == ("push", str(tmp_path), "bitmask")
-    dry = DryRun(str(tmp_path), [], [], 0, [], None, None)
+    dry = DryRun(str(tmp_path), [], [], 0, [], None, None, [])
     words = summaries.FOLLOWING["run"](dry, {"recipe": "x", "set": ["a=1"]})
     assert words == ("run", "x", "-o", str(tmp_path), "--set", "a=1")
