@@ -112,12 +112,10 @@ class PruneSettings(Settings):
     method: MethodName = Field("gblm", description=f"How weights are ranked. {describe(METHODS)}.")
     pattern: PatternName = Field(
         "unstructured",
-        description="Which weights compete: unstructured (per output row), unstructured-per-matrix, or N:M "
-        "(at most N nonzeros in every M weights along the input).",
+        description="Where the zeros go: unstructured (equally many in every output row), unstructured-per-matrix, or "
+        "N:M (at most N nonzeros in every M weights along the input).",
     )
-    sparsity: Fraction | None = Field(
-        None, description="Fraction of zeros, 0.5 by default; N:M fixes it and needs none."
-    )
+    sparsity: Fraction | None = Field(None, description="Fraction of zeros; 0.5 if unset. A pattern N:M sets it.")
     gradient_norm: Annotated[GradientNorm, Panel.METHOD] = Field(
         "l1", description="How the gradients of several samples combine: l1 or l2."
     )
@@ -131,10 +129,10 @@ class PruneSettings(Settings):
     )
     allocation: Annotated[AllocationName | None, Panel.METHOD] = Field(
         None,
-        description=f"How much each layer keeps. {describe(ALLOCATIONS)}. If unset: sensitivity where the method "
-        "reads gradients, with an unstructured pattern; else uniform.",
+        description=f"How much each layer keeps. {describe(ALLOCATIONS)}. If unset: sensitivity if the method "
+        "reads gradients and the pattern is unstructured, else uniform.",
     )
-    fit: FitName = Field("balanced", description=f"What the surviving weights are fitted to. {describe(FITS)}.")
+    fit: FitName = Field("balanced", description=f"How the surviving weights are adjusted. {describe(FITS)}.")
     rounds: Annotated[int, Panel.FIT] = Field(
         1,
         ge=1,
@@ -144,14 +142,16 @@ class PruneSettings(Settings):
     )
     quantise: QuantiserName = Field(
         "none",
-        description=f"Grid of the surviving weights, on which they are fitted and stored. {describe(QUANTISERS)}.",
+        description=f"Values that the surviving weights may take. {describe(QUANTISERS)}.",
     )
     group: Annotated[Group | None, BeforeValidator(_number), Panel.FIT] = Field(
         None,
-        description=f"Weights of a row that share a scale, read with {_readers('group')}: row, or so many neighbouring "
-        f"columns; by default {_group_defaults()}.",
+        description=f"Weights that share a scale: the whole row, or this many neighbouring columns. If unset: "
+        f"{_group_defaults()}. Read with {_readers('group')}.",
     )
-    ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field((), description="Patterns of the layers to leave alone.")
+    ignore: Annotated[tuple[str, ...], Panel.METHOD] = Field(
+        (), description="Layers to leave alone, as shell-style patterns of full names."
+    )
     overrides: Annotated[tuple[OverrideSettings, ...], Panel.METHOD] = Field(
         (),
         description="Exceptions by layer; the last match counts. For example '*.down_proj=6:8', '*.0.*=dense' "

@@ -43,8 +43,8 @@ class GateSettings(Settings):
 
     artefact: str | None = Field(
         None,
-        description="Which one the gates are on, by the name of its folder: pruned, bitmask, onnx, …; if unset, every "
-        "one for quality, the best one for the rest.",
+        description="Artefact to check, by the name of its folder: pruned, bitmask, onnx, … If unset: every artefact "
+        "for quality, the best one for the rest.",
     )
     max_perplexity: Annotated[Above0, "evaluate"] = _limit("Largest perplexity.")
     max_perplexity_increase: Annotated[AtLeast0, "evaluate"] = _limit(
@@ -90,8 +90,8 @@ class CompareSettings(Settings):
         min_length=1,
         max_length=100,
         json_schema_extra={"uniqueItems": True},
-        description="Each a preset or a method, and what else is chosen: paper, gblm (with the default fit), "
-        "gblm+none, obs+best, gblm+sensitivity, wanda+fast+int4, …",
+        description="Presets and methods. A fit, an allocation and a grid may follow a method: paper, gblm (with the "
+        "default fit), gblm+none, obs+best, gblm+sensitivity, wanda+fast+int4, …",
     )
     patterns: tuple[PatternName, ...] = Field(
         ("2:4", "unstructured"),
@@ -164,12 +164,12 @@ class Recipe(Settings):
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
     compare: CompareSettings | None = Field(
-        None, description="A grid of methods beside the one of 'prune', evaluated as 'evaluate' says; skipped if unset."
+        None, description="Methods to compare, with the settings of 'evaluate'; skipped if unset."
     )
     gates: tuple[GateSettings, ...] = Field(
         (),
-        description="Conditions; a failed one has its own exit code. A mapping, or a sequence of them where "
-        "several artefacts have limits of their own.",
+        description="Limits; a run that misses one ends with exit code 6. A mapping, or a sequence of mappings for "
+        "several artefacts.",
     )
 
     @field_validator("model", mode="before")

@@ -41,16 +41,14 @@ class RecoverSettings(Settings):
         description="Texts to train on, and their weights; as calibration.dataset. For example c4, or "
         "wiki.txt=0.5,c4=0.5.",
     )
-    tokens: Tokens = Field(
-        2_000_000, description="Tokens to train on: 500k, 2M, …; texts that are shorter are read again."
-    )
+    tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter texts are read again.")
     sequence_length: int = Field(512, ge=2, le=MANY, description="Tokens in a window.")
     batch: Annotated[int, Panel.MORE] = Field(8, ge=1, le=MANY, description="Windows in a step.")
     rate: Annotated[float | None, Panel.MORE] = Field(
         None,
         gt=0,
-        description="Adam's step at its largest, relative to a tensor's root mean square weight. Unset: 0.0007 after "
-        "the fits balanced and best, else 0.002.",
+        description="Peak learning rate, relative to a tensor's root mean square weight. If unset: 0.0007 after the "
+        "fits balanced and best, else 0.002.",
     )
     text_weight: Annotated[float, Panel.MORE] = Field(
         0.0,

@@ -110,8 +110,8 @@ class ExportSettings(Settings):
     dtype: Dtype = Field("auto", description="Dtype of the exported weights; auto: the checkpoint's own.")
     graph: Annotated[Literal["fused", "plain"] | None, Panel.MORE] = Field(
         None,
-        description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused, where "
-        "there is one that runs.",
+        description="ONNX: fused has few large operators, plain has one node per operation. If unset: fused if the "
+        "model has such a graph that runs, else plain.",
     )
     sparse: bool = Field(False, description="ONNX: store pruned weights packed; ONNX Runtime unpacks them at load.")
     kernels: Literal[False, True, "auto"] = Field(
@@ -131,7 +131,8 @@ class ExportSettings(Settings):
         "in 4 bits, and 32 for ONNX Runtime's own operator.",
     )
     keep_head: Annotated[bool, Panel.MORE] = Field(
-        False, description="Leave head and embedding as they are, where a format would store them in 8 bits."
+        False,
+        description="Keep head and embedding as they are. Formats of 8 and 4 bits store them in 8 bits otherwise.",
     )
 
     @property
@@ -177,7 +178,7 @@ class AdviseSettings(Settings):
         None,
         ge=2,
         le=MANY,
-        description="Blocks of the larger of the two models that are timed; five, or more for small ones, if unset.",
+        description="Blocks of the larger timed model. If unset: five, or more if they are small.",
     )
     threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset.")
 
@@ -217,8 +218,8 @@ class BenchmarkSettings(Settings):
     generate: int = Field(
         32, ge=2, le=MANY, description="Tokens to generate; the prefill gives the first. Encoders generate none."
     )
-    repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Counted rounds.")
-    warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Rounds before them, dropped.")
+    repeats: Annotated[int, Panel.MORE] = Field(7, ge=5, le=MANY, description="Rounds that count.")
+    warmup: Annotated[int, Panel.MORE] = Field(2, ge=0, le=MANY, description="Warm-up rounds before them, not counted.")
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
