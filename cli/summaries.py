@@ -283,7 +283,7 @@ def run(result: Any) -> list[Any]:
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
         found.append("reused: " + ", ".join(reused))
-    found += [f"{name}: {said}" for name in ("warning", "note") if (said := result.conditions.get(name))]
+    found += [f"{name}: {said}" for name in ("warning", "kernels") if (said := result.conditions.get(name))]
     found += [f"artefacts: {output}", f"report: {output / report.PAGE} (and {REPORT}, {report.PICTURES}/)", ""]
     colour = "bold red" if verdict == "FAIL" else "bold"
     return [*found, Text.assemble((f"{verdict}: " if verdict else "", colour), printable(headline(result)))]

@@ -255,6 +255,8 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
         found["machine"] = here["cpu"]
     found["system"] = f"{here['system']}, {here['cores']} cores, Python {here['python']}"
     found["packages"] = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-    if notes := [*job.notes, *results["prune"].get("warnings", ())]:
+    if job.notes:
+        found["kernels"] = "; ".join(job.notes)
+    if notes := results["prune"].get("warnings"):
         found["note"] = "; ".join(notes)
     return found

@@ -219,10 +219,11 @@ def test_a_run_without_kernels_says_so_at_its_start_and_in_its_report(tmp_path, 
     export = "export=[{format: onnx, graph: plain, kernels: auto}]"
     bare = smoke("prune.fit=none", export, "evaluate=null", "benchmark=null", "gates={}")
     planned, result = dry_run(bare, tmp_path / "run", QUIET), pipeline.run(bare, tmp_path / "run", Progress())
-    said, note = capsys.readouterr().err, "note: export onnx-graph-plain is dense"
-    assert said.index(note) < said.index("• prune")
-    assert all(any(note in str(part) for part in parts("run", shown)) for shown in (planned, result))
-    assert "zeros save neither bytes nor time" in run_report.read(tmp_path / "run").conditions["note"]
+    said, fact = capsys.readouterr().err, "export onnx-graph-plain is dense, so zeros save neither bytes nor time"
+    assert said.index(f"note: {fact}") < said.index("• prune")
+    for shown, name in ((planned, "note"), (result, "kernels")):
+        assert any(f"{name}: {fact}" in str(part) for part in parts("run", shown))
+    assert fact in run_report.read(tmp_path / "run").conditions["kernels"]
 
 
 def test_the_list_of_stages_names_all_of_them_and_asks_tasks_in_torch_only(finished) -> None:
