@@ -184,12 +184,17 @@ def test_no_block_is_left_out() -> None:
     assert languages == {"", "python", "yaml"}
 
 
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("## Try it") <= 40 and len(lines) <= 120
+
+
 def options_of(command: Any) -> set[str]:
     return {spelling for option in command.params for spelling in (*option.opts, *option.secondary_opts)}
 
 
 def test_options_named_in_the_text_exist() -> None:
-    known = set().union(*map(options_of, (GROUP, *GROUP.commands.values())), {"--help", "--toy"})
+    known = set().union(*map(options_of, (GROUP, *GROUP.commands.values())), {"--help", "--toy", "--extra-index-url"})
     named = {word for code in inline() if code.startswith("--") for word in code.split() if word.startswith("--")}
     assert len(named) > 40 and not named - known
 

@@ -101,7 +101,7 @@ def test_a_dry_run_says_what_would_be_done(program, tmp_path) -> None:
 
 
 def test_a_recipe_is_validated(program, tmp_path) -> None:
-    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\n")
+    assert program("validate", "ci-smoke").stdout.endswith("ci-smoke.yaml: valid\nnext: gblm-compress run ci-smoke\n")
     recipe = tmp_path / "my.yaml"
     recipe.write_text("model: demo\nprun: {}\n")
     done = program("validate", str(recipe), "--json")
