@@ -113,6 +113,13 @@ Memory = Annotated[
 ]
 
 
+WHERE_ZEROS_GO = (
+    "unstructured (equally many in every output row), unstructured-per-matrix, or N:M (at most N nonzeros in every M "
+    "weights along the input)"
+)
+SPARSITY = "Fraction of zeros; 0.5 if unset. A pattern N:M sets it."
+
+
 class Panel(Enum):
     """The section of the help that lists a field. `--help` shows Common, the default; `--help-all` shows all."""
 

@@ -16,6 +16,8 @@ from gblm_compress.methods.quantisation import GROUPS, QUANTISERS, ROW, Quantise
 from gblm_compress.methods.saliency import METHODS, Method
 from gblm_compress.settings.fields import (
     MANY,
+    SPARSITY,
+    WHERE_ZEROS_GO,
     Fraction,
     OneOf,
     Panel,
@@ -112,10 +114,9 @@ class PruneSettings(Settings):
     method: MethodName = Field("gblm", description=f"How weights are ranked. {describe(METHODS)}.")
     pattern: PatternName = Field(
         "unstructured",
-        description="Where the zeros go: unstructured (equally many in every output row), unstructured-per-matrix, or "
-        "N:M (at most N nonzeros in every M weights along the input).",
+        description=f"Where the zeros go: {WHERE_ZEROS_GO}.",
     )
-    sparsity: Fraction | None = Field(None, description="Fraction of zeros; 0.5 if unset. A pattern N:M sets it.")
+    sparsity: Fraction | None = Field(None, description=SPARSITY)
     gradient_norm: Annotated[GradientNorm, Panel.METHOD] = Field(
         "l1", description="How the gradients of several samples combine: l1 or l2."
     )

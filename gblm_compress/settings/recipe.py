@@ -11,7 +11,7 @@ from gblm_compress.methods.allocation import ALLOCATIONS
 from gblm_compress.methods.fits import FITS
 from gblm_compress.methods.quantisation import QUANTISERS
 from gblm_compress.methods.saliency import METHODS
-from gblm_compress.settings.fields import MANY, Memory, OneOf, PatternName, Settings
+from gblm_compress.settings.fields import MANY, WHERE_ZEROS_GO, Memory, OneOf, PatternName, Settings
 from gblm_compress.settings.prune import PRESETS, PruneSettings
 from gblm_compress.settings.recover import RecoverSettings
 from gblm_compress.settings.stages import (
@@ -98,7 +98,7 @@ class CompareSettings(Settings):
         min_length=1,
         max_length=100,
         json_schema_extra={"uniqueItems": True},
-        description="As prune.pattern.",
+        description=f"Patterns to compare: {WHERE_ZEROS_GO}.",
     )
     seeds: int = Field(3, ge=1, le=MANY, description="How many draws of the calibration text.")
 

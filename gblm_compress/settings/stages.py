@@ -8,6 +8,8 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
 from gblm_compress.settings.fields import (
     MANY,
+    SPARSITY,
+    WHERE_ZEROS_GO,
     Dtype,
     Fraction,
     Memory,
@@ -36,8 +38,8 @@ class ComputeSettings(Settings):
 
     dtype: Annotated[Dtype, Panel.RESOURCES] = Field(
         "auto",
-        description="Dtype to compute in. auto: the checkpoint's own on CUDA, float32 on a CPU; prune uses bfloat16 "
-        "for a bfloat16 checkpoint on a CPU that has it.",
+        description="Dtype to compute in. auto: on CUDA the checkpoint's own, on a CPU float32; prune keeps bfloat16 "
+        "on a CPU that has it.",
     )
     device: Annotated[str, Panel.RESOURCES] = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
@@ -172,8 +174,8 @@ class AdviseSettings(Settings):
     target: Literal["bytes", "latency"] = Field(
         "latency", description="What matters most: bytes of the weights, or latency (time per token)."
     )
-    pattern: PatternName = Field("unstructured", description="As prune.pattern.")
-    sparsity: Fraction | None = Field(None, description="As prune.sparsity.")
+    pattern: PatternName = Field("unstructured", description=f"Where the zeros go: {WHERE_ZEROS_GO}.")
+    sparsity: Fraction | None = Field(None, description=SPARSITY)
     blocks: Annotated[int | None, Panel.MORE] = Field(
         None,
         ge=2,
