@@ -279,14 +279,14 @@ def run(result: Any) -> list[Any]:
 
     if isinstance(result, DryRun):
         return _dry_run(result.as_dict())
-    verdict, output = report.verdict(result), Path(result.output)
+    word, output = report.pass_or_fail(result), Path(result.output)
     found = [part for content in tables.of(result) if content.title in report.SHORT for part in titled(content)]
     if reused := [stage.name for stage in result.stages if stage.reused]:
         found.append("reused: " + ", ".join(reused))
     found += [f"{name}: {said}" for name in ("warning", "kernels") if (said := result.conditions.get(name))]
     found += [f"artefacts: {output}", f"report: {output / report.PAGE} (and {REPORT}, {report.PICTURES}/)", ""]
-    colour = "bold red" if verdict == "FAIL" else "bold"
-    return [*found, Text.assemble((f"{verdict}: " if verdict else "", colour), printable(headline(result)))]
+    colour = "bold red" if word == "FAIL" else "bold"
+    return [*found, Text.assemble((f"{word}: " if word else "", colour), printable(headline(result)))]
 
 
 def _dry_run(c: dict[str, Any]) -> list[Any]:

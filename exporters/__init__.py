@@ -118,12 +118,20 @@ def check_is_pruned(weights: Mapping[str, Tensor], packed: "Floats") -> None:
         )
 
 
-def rounded_to_zero(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
-    """Entries of the checks: how many nonzeros became zero; given are those of each layer before and after."""
-    if (gone := made_zero(before, after)) is None:
-        return {}
-    count, worst, share = gone
-    return {"rounded_to_zero": count, "most_rounded_to_zero": f"{worst} ({share:.1%} of its nonzeros)"}
+def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Entries of the checks: the fraction of nonzeros after a rounding, and how many weights it made zero.
+
+    Args:
+        before, after: the nonzeros of each rounded layer.
+        sizes: the number of weights of each rounded layer that was pruned, of which the fraction is.
+    """
+    checks: dict[str, Any] = {}
+    if sizes:
+        checks["nonzero_fraction"] = sum(after[name] for name in sizes) / sum(sizes.values())
+    if (gone := made_zero(before, after)) is not None:
+        count, worst, share = gone
+        checks |= {"rounded_to_zero": count, "most_rounded_to_zero": f"{worst} ({share:.1%} of its nonzeros)"}
+    return checks
 
 
 def check_nonzeros(source: ModelSource, weights: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import ModelError, VerificationError
-from gblm_compress.exporters import rounded_to_zero
+from gblm_compress.exporters import zeros_of_rounding
 from gblm_compress.exporters.onnx_weights import (
     Rows,
     constant,
@@ -32,6 +32,7 @@ from gblm_compress.methods.quantisation import check_scales, make_grid
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.architecture import as_matrix, prunable_layers, weight_matrix
 from gblm_compress.models.grids import read_grids
+from gblm_compress.models.manifest import pruned_layers
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import ExportSettings
 
@@ -46,18 +47,18 @@ class Rounded:
 
     Attributes:
         moved: the share of its norm that rounding moved.
-        zeroed: entries of the checks about nonzeros that it made zero.
+        zeros: entries of the checks.
     """
 
     layers: dict[str, Any]
     tables: list[Any]
     moved: dict[str, float]
-    zeroed: dict[str, Any]
+    zeros: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
         much = [name for name, share in self.moved.items() if share > self.layers[name].largest_error]
         named = {"layers_rounded_much": much} if much else {}
-        return {"largest_rounding_error": max(self.moved.values()), **named, **self.zeroed}
+        return {"largest_rounding_error": max(self.moved.values()), **named, **self.zeros}
 
 
 @torch.no_grad()
@@ -78,7 +79,8 @@ def round_(model: Any, source: ModelSource, settings: ExportSettings, *, is_dens
         if weight is not None and weight.data_ptr() not in tables:
             tables[weight.data_ptr()] = pack_table(name, weight.float())
             weight.copy_(tables[weight.data_ptr()].dense_weight())
-    return Rounded(layers, list(tables.values()), moved, rounded_to_zero(before, after))
+    sizes = {name: named[name].weight.numel() for name in pruned_layers(source, model) if name in named}
+    return Rounded(layers, list(tables.values()), moved, zeros_of_rounding(before, after, sizes))
 
 
 def _packers(

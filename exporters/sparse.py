@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gblm_compress.errors import UsageError, VerificationError
-from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, rounded_to_zero
+from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, zeros_of_rounding
 from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import same_bits
@@ -98,6 +98,8 @@ def export(
         rounded = {name: model.get_submodule(name) for name in dense} if kind.tolerance else {}
         moved = [layer.error(dense[name]) for name, layer in rounded.items()]
         kept = {name: count_nonzeros(layer.dense_weight()) for name, layer in rounded.items()}
+        had = {name: count_nonzeros(dense[name]) for name in kept}
+        zeros = zeros_of_rounding(had, kept, {name: dense[name].numel() for name in pruned if name in kept})
         checks = {
             "packed_layers": len(dense),
             **({"layers_left_dense": shared} if shared else {}),
@@ -105,7 +107,7 @@ def export(
             "packed_bytes": sum(model.get_submodule(name).packed_bytes for name in dense),
             "same_layers_dense_bytes": sum(weight.nbytes for weight in dense.values()),
             **({"restored_within": kind.tolerance, "largest_rounding_error": max(moved)} if moved else {}),
-            **rounded_to_zero({name: count_nonzeros(dense[name]) for name in kept}, kept),
+            **zeros,
             **({} if moved else {"restored_bit_for_bit": True}),
             "logits_relative_difference": difference,
             "logits_tolerance": TOLERANCE[dtype],

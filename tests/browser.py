@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NARROWEST = 500  # pixels of a window; a narrower page is put into a frame
 
 
 def _run(*options: str, width: int, height: int, dark: bool) -> "subprocess.CompletedProcess[str]":
@@ -26,12 +27,16 @@ def evaluate(
     page: Path, expression: str, width: int = 1200, dark: bool = False, after: int = 0
 ) -> tuple[Any, list[str]]:
     """The value of an expression on a page, after so many milliseconds, and the messages of the page's console."""
-    script = f"document.documentElement.dataset.found = JSON.stringify({expression})"
+    script = f"parent.document.documentElement.dataset.found = JSON.stringify({expression})"
     script = f"<script>{f'setTimeout(() => {{{script}}}, {after})' if after else script}</script></body>"
+    content = page.read_text(encoding="utf-8").replace("</body>", script)
+    if width < NARROWEST:
+        frame = f'<iframe srcdoc="{html.escape(content)}" style="border: 0; width: {width}px; height: 900px"></iframe>'
+        content = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark">{frame}'
     copy = page.with_name(f"evaluated-{page.name}")
-    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    copy.write_text(content, encoding="utf-8")
     waits = [f"--virtual-time-budget={2 * after}"] if after else []
-    done = _run("--dump-dom", *waits, copy.resolve().as_uri(), width=width, height=900, dark=dark)
+    done = _run("--dump-dom", *waits, copy.resolve().as_uri(), width=max(width, NARROWEST), height=900, dark=dark)
     found = re.search('data-found="([^"]*)"', done.stdout)
     assert found, done.stderr
     return json.loads(html.unescape(found[1])), re.findall(r"CONSOLE.*", done.stderr)

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 Part = Literal["packed products", "dense products", "head", "attention", "rest"]
-NO_SPEED_UP = "no significant speed-up"
+NO_SPEED_UP = "no clear speed difference"
 
 
 @dataclass(frozen=True)

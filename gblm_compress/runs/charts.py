@@ -2,9 +2,13 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
+
+import numpy as np
 
 from gblm_compress.measure.timings import Part
 from gblm_compress.printing import plain_figures, printable
@@ -14,7 +18,10 @@ from gblm_compress.runs.run_report import RunReport
 GREY = "#7f7f7f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 """Colours that people with each kind of colour blindness tell apart (Okabe and Ito). Grey is for dense."""
-LINE = 0.32  # inches of a line of labels
+INCHES, DPI = 5.12, 250  # of a picture 1280 pixels wide, whose text can be read at a third of that
+LINE, GAP = 0.17, 0.15  # inches of a line of a label, and between two labels
+LETTERS = 18  # of a line of a label
+ALIKE = 0.01  # Shares that differ by less would have the same colour.
 ZEROS = "The fraction of zeros in each pruned layer: a column is a block of the model, a row a projection in it."
 ERRORS = (
     "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
@@ -42,8 +49,22 @@ class Chart:
     picture: bytes
 
 
+def short_names(report: RunReport) -> dict[str, str]:
+    """{artefact: its name in charts}, without the words that the names of all exports share, as far as all differ."""
+    words = {row.artefact: row.artefact.split("-") for row in report.find("bytes")}
+    exports = [name for name, own in words.items() if len(own) > 1]
+    for word in words[exports[0]] if len(exports) > 1 else []:
+        without = {name: [each for each in own if each != word] for name, own in words.items()}
+        unlike = len({tuple(own) for own in without.values() if own}) == len(words)
+        if unlike and all(word in words[name] for name in exports):
+            words = without
+    return {name: "-".join(own) for name, own in words.items() if "-".join(own) != name}
+
+
 def of(report: RunReport) -> list[Chart]:
-    """The charts that a report has data for."""
+    """The charts that a report has data for, unless all values are alike."""
+    short = short_names(report)
+    report = replace(report, rows=[replace(row, artefact=short.get(row.artefact, row.artefact)) for row in report.rows])
     sizes = [replace(row, value=(row.value or 0) / 1e6) for row in report.find("bytes")]
     figure, axis = ("tpot_ms", "ms per token") if report.generates else ("ttft_ms", "ms per forward pass")
     times = [row for row in report.find(figure) if row.batch == report.smallest_batch]
@@ -64,7 +85,7 @@ def of(report: RunReport) -> list[Chart]:
         _step(report),
         _dotted(report, "method_perplexity", "methods-perplexity", "Perplexity by method", seeds, "perplexity"),
         _dotted(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method", seeds, "nats per token"),
-        _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS, 1.0),
+        _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
         _recovery(report),
     )
@@ -87,7 +108,7 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
 
 def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str, axis: str) -> Chart | None:
     rows = report.find(figure)
-    return Chart(name, title, caption, dots(rows, axis)) if rows else None
+    return Chart(name, title, caption, dots(rows, axis)) if len(rows) > 1 else None
 
 
 def _byte_limit(report: RunReport) -> Chart | None:
@@ -97,8 +118,8 @@ def _byte_limit(report: RunReport) -> Chart | None:
     limits = {place: of_dense / own for place, of_dense, own in pairs if of_dense and own}
 
     def mark(axes: Any) -> None:
-        axes.axvline(1, color=GREY, ls="--", lw=1)
-        axes.plot([*limits.values()], [*limits], "|", color=COLOURS[3], ms=14, mew=3)
+        axes.axvline(1, color=GREY, ls="--", lw=1, label="as fast as dense")
+        axes.plot([*limits.values()], [*limits], "|", color=COLOURS[3], ms=14, mew=3, label="limit by bytes")
 
     title = "Decoding, and what the bytes allow"
     return Chart("byte-limit", title, LIMIT, dots(rows, "times as fast as dense", mark)) if rows else None
@@ -108,12 +129,13 @@ def _step(report: RunReport) -> Chart | None:
     rows = [row for row in report.find("step_ms") if row.batch == report.smallest_batch]
     if not rows:
         return None
-    labels = list(dict.fromkeys(row.where for row in rows))
+    where = dict(zip(rows, _labels([replace(row, part="") for row in rows]), strict=True))
+    labels = list(dict.fromkeys(where.values()))
 
     def draw(axes: Any) -> None:
         ends = dict.fromkeys(labels, 0.0)
         for part, colour in zip(get_args(Part), (COLOURS[0], GREY, *COLOURS[1:]), strict=False):
-            if widths := {row.where: row.value or 0.0 for row in rows if row.part == part}:
+            if widths := {where[row]: row.value or 0.0 for row in rows if row.part == part}:
                 lines, left = [labels.index(label) for label in widths], [ends[label] for label in widths]
                 axes.barh(lines, list(widths.values()), left=left, color=colour, label=part)
                 ends |= {label: ends[label] + width for label, width in widths.items()}
@@ -124,7 +146,7 @@ def _step(report: RunReport) -> Chart | None:
         title = "Where a decode step's time goes"
         of_what = "a step on one token, profiled apart from the timings and without a prompt"
     what = f"Milliseconds of each part of {of_what}. Zeros shorten the products; attention, norms and the rest stay."
-    return Chart("step", title, what, drawn(draw, LINE * len(labels)))
+    return Chart("step", title, what, drawn(draw, _height(labels)))
 
 
 def _recovery(report: RunReport) -> Chart | None:
@@ -135,24 +157,29 @@ def _recovery(report: RunReport) -> Chart | None:
             axes.plot([row.tokens for row in shown], [row.value for row in shown], "o-", color=COLOURS[0], mfc=face)
         axes.set(xlabel="tokens trained on", ylabel="nats per token")
 
-    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 3.0)) if rows else None
+    return Chart("recovery", "Learning curve", LOSS, drawn(draw, 2.4)) if len(rows) > 1 else None
 
 
 @plain_figures()
-def drawn(draw: Callable[[Any], None], height: float) -> bytes:
-    """A picture, `height` inches high besides its labels."""
+def drawn(draw: Callable[[Any], None], height: float, finish: Callable[[Any], None] | None = None) -> bytes:
+    """A picture, `height` inches high besides its labels; `finish` draws what depends on the final places."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 1.2 + height), layout="constrained")
+    figure = Figure(figsize=(INCHES, 0.7 + height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
-    if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    if legend := axes.get_legend_handles_labels()[1]:
+        columns = max(1, 56 // (6 + max(map(len, legend))))
+        figure.set_figheight(0.8 + height + 0.2 * math.ceil(len(legend) / columns))
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1)
+    if finish is not None:
+        figure.draw_without_rendering()
+        finish(axes)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=160, format="png")
+    figure.savefig(picture, dpi=DPI, format="png")
     return picture.getvalue()
 
 
@@ -178,16 +205,39 @@ def scatter(points: Sequence[tuple[Row, Row]], x: str, y: str, *, front: int = 0
         axes.margins(0.15)
         for (a, b), colour in zip(points, _colours(axes, [a for a, _ in points]), strict=True):
             axes.errorbar(a.value, b.value, yerr=b.error, xerr=_spread(a), fmt="o", color=colour)
-        for a, b in points:  # names of points at the right stand before them
-            right = a.value and a.value > sum(axes.get_xlim()) / 2
-            side: dict[str, Any] = {"ha": "right", "xytext": (-6, 5)} if right else {"ha": "left", "xytext": (6, 5)}
-            axes.annotate(printable(a.artefact)[:40], (a.value, b.value), textcoords="offset points", **side)
         if front:
             line = best((a.value or 0, front * (b.value or 0)) for a, b in points)
             axes.step([a for a, _ in line], [front * b for _, b in line], where="post", color=GREY, ls="--", lw=1)
         axes.set(xlabel=x, ylabel=y)
 
-    return drawn(draw, 3.2)
+    named = [(a.value or 0, b.value or 0, _wrapped(a.artefact)) for a, b in points]
+    return drawn(draw, 2.8, lambda axes: _name(axes, named))
+
+
+def _name(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each name (x, y, name) near its point, where it covers no other; a thin line leads to it if it is far."""
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    room, point = axes.get_window_extent(), figure.dpi / 72
+    places = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in places]
+    for (*xy, name), (x, y) in zip(points, places, strict=True):
+        text = axes.annotate(name, xy, xytext=(0, 0), textcoords="offset points", ma="center", in_layout=False)
+        width, height = text.get_window_extent(figure.canvas.get_renderer()).size
+        boxes = [
+            Bbox.from_bounds(x + dx, y + dy, width, height)
+            for far in point * np.arange(5, 200, 15)
+            for dx, dy in product((far, -far - width, -width / 2), (far, -far - height, -height / 2))
+        ]
+        inside = (box for box in boxes if (Bbox.union([box, room]).size <= room.size).all())
+        box = next((box for box in inside if not box.count_overlaps(taken)), boxes[0])
+        taken.append(box)
+        text.set_position((box.min - (x, y)) / point)
+        if boxes.index(box) >= 9:
+            edge = np.clip((x, y), box.min, box.max) - (x, y)
+            line = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0}
+            axes.annotate("", xy, edge / point, textcoords="offset points", arrowprops=line, in_layout=False)
 
 
 def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -201,42 +251,45 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = None) -> bytes:
     """A dot with its interval for each row; `more` draws beside them."""
+    labels, shared = _labels(rows), ", ".join(_shared(rows).values())
 
     def draw(axes: Any) -> None:
         for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
             axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=colour)
         if more is not None:
             more(axes)
-        _lines(axes, [f"{row.artefact}, {row.part}" if row.part else row.where for row in rows], axis)
+        _lines(axes, labels, f"{axis} ({shared})" if shared else axis)
 
-    return drawn(draw, LINE * len(rows))
+    return drawn(draw, _height(labels))
 
 
-def _tiles(name: str, title: str, rows: Sequence[Row], caption: str, top: float | None = None) -> Chart | None:
+def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | None:
     """A tile for each layer, darker for a larger share; columns are blocks, lines projections."""
     places: dict[tuple[str, int], float] = {}
     for row in rows:
         parts = row.part.split(".")
         if numbers := [i for i, part in enumerate(parts) if part.isdecimal()]:
             places[".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])] = row.value or 0.0
-    if not places:
+    if not places or max(places.values()) - min(places.values()) < ALIKE:
         return None
     projections, blocks = (list(dict.fromkeys(each)) for each in zip(*places, strict=True))
+    labels = [_wrapped(projection) for projection in projections]
     shown = [[places.get((projection, block), math.nan) for block in blocks] for projection in projections]
 
     def draw(axes: Any) -> None:
-        image = axes.imshow(shown, cmap="Blues", aspect="auto", vmin=0, vmax=top, interpolation="nearest")
+        image = axes.imshow(shown, cmap="Blues", aspect="auto", interpolation="nearest")
         axes.figure.colorbar(image, ax=axes, format=lambda share, _: amount("zeros", share))
         axes.set_xticks(range(len(blocks)), blocks)
+        _lines(axes, labels, "block")
         axes.locator_params(axis="x", nbins=16)
-        _lines(axes, projections, "block")
 
-    return Chart(name, title, caption, drawn(draw, LINE * len(projections)))
+    return Chart(name, title, caption, drawn(draw, _height(labels)))
 
 
 def _colours(axes: Any, rows: Sequence[Row]) -> list[str]:
-    """A colour for each row by its runtime or pattern; dense is grey."""
-    kinds = [DENSE if row.dense else row.runtime or row.part or "pruned" for row in rows]
+    """A colour for each row by its runtime, if there are several, or its pattern; dense is grey."""
+    several = "runtime" not in _shared(rows)
+    kinds = [DENSE if row.dense else (several and row.runtime) or row.part or "pruned" for row in rows]
     others = sorted(set(kinds) - {DENSE})
     colours = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(others)} | {DENSE: GREY}
     for kind in dict.fromkeys(kinds):
@@ -250,7 +303,32 @@ def _spread(row: Row) -> list[list[float]] | None:
     return None if row.error is None else [[row.error], [row.error]]
 
 
+def _shared(rows: Sequence[Row]) -> dict[str, str]:
+    """The runtime and the batch that all rows have in common: the axis names them, not every label."""
+    words = {"runtime": {row.runtime for row in rows}, "batch": {f"batch {row.batch}" for row in rows}}
+    return {name: each.pop() for name, each in words.items() if len(each) == 1 and rows[0].runtime}
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    shared, labels = _shared(rows), []
+    for row in rows:
+        runtime = "" if "runtime" in shared else row.runtime
+        batch = "" if "batch" in shared or row.batch is None else f"batch {row.batch}"
+        labels.append(_wrapped(", ".join(filter(None, (row.artefact, row.part, runtime, batch)))))
+    return labels
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(printable(label)[:60], LETTERS))
+
+
+def _height(labels: Sequence[str]) -> float:
+    """Inches that these labels take, one below the other."""
+    return len(labels) * (GAP + LINE * max(1 + label.count("\n") for label in labels))
+
+
 def _lines(axes: Any, labels: Sequence[str], axis: str) -> None:
-    axes.set_yticks(range(len(labels)), [printable(label)[:60] for label in labels])
+    axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(axis)

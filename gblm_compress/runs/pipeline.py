@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError
-from gblm_compress.formats import FORMATS
-from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment, noisy
 from gblm_compress.measure.evaluation import prepare
 from gblm_compress.models import loading
@@ -24,8 +22,8 @@ from gblm_compress.runs.comparison import FOLDER
 from gblm_compress.runs.job import Disk, Job, carry_out, read_record
 from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
-from gblm_compress.runs.stages import exports_of_dense, stages_of, timed_against
-from gblm_compress.settings import ExportSettings, Recipe
+from gblm_compress.runs.stages import exports_of_dense, stages_of
+from gblm_compress.settings import Recipe
 from gblm_compress.settings.stages import WRITTEN
 from gblm_compress.storage import outputs, records
 
@@ -180,24 +178,22 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
     pruned = results["prune"]
     baselines = exports_of_dense(job)
     exports = [job.artefact(settings.folder_name) for settings in job.exports]
-    rounded = _rounded(job)
     timings = results.get("benchmark", {"measurements": []})["measurements"]
-    of_dense = next((result for name, result in results.items() if name.startswith("evaluate ")), {})
+    evaluated = next((result for name, result in results.items() if name.startswith("evaluate ")), {})
+    of_dense = {each: (evaluated[f"baseline_{each}"], None, None) for each in evaluated.get("metrics", ())}
     for source in sorted([job.dense, job.pruned, *baselines, *exports], key=lambda source: source.is_onnx):
         dense = source is job.dense or source in baselines
-        seen = of_dense if source is job.dense else results.get(f"evaluate {source.name}", {})
-        names = seen.get("metrics", ())
-        metrics = {name: (seen[name], seen[f"{name}_error"], seen[f"baseline_{name}"]) for name in names}
-        if dense:
-            metrics = {name: (baseline, None, None) for name, (*_, baseline) in metrics.items()}
+        name = DENSE if source is job.dense else source.name
+        seen, checks = results.get(f"evaluate {name}", {}), results.get(f"export {name}", {}).get("checks", {})
+        own = {each: (seen[each], seen[f"{each}_error"], seen[f"baseline_{each}"]) for each in seen.get("metrics", ())}
         nonzeros = 1.0 if dense else pruned["nonzeros"] / pruned["weights"]
         model = {
-            "model": DENSE if source is job.dense else source.name,
+            "model": name,
             "dense": dense,
-            "metrics": metrics,
-            "fidelity": {} if dense else seen.get("fidelity") or {},
-            "tasks": None if dense else seen.get("zero_shot"),
-            "nonzero_fraction": None if source.name in rounded else nonzeros,
+            "metrics": of_dense if source is job.dense else own,
+            "fidelity": seen.get("fidelity") or {},
+            "tasks": seen.get("zero_shot"),
+            "nonzero_fraction": checks.get("nonzero_fraction", nonzeros),
             "bytes_on_disk": source.bytes_on_disk,
         }
         for timing in [each for each in timings if each["model"] == source.name] or [None]:
@@ -206,19 +202,6 @@ def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
     if trained := results.get("recover"):
         found += rows.recovery_rows(job.pruned.name, trained["curve"], trained["best"])
     return list(dict.fromkeys(found))
-
-
-def _rounded(job: Job) -> set[str]:
-    """The exports that round weights which lay on no grid: some become zero, and nobody counts them."""
-
-    def grid(export: ExportSettings) -> str | None:
-        layout = FORMATS[export.format].layout
-        width = LAYOUTS[layout].width if layout else None
-        return f"int{width}" if width else export.quantise
-
-    of_dense = {f"dense-{export.folder_name}" for export in timed_against(job) if grid(export)}
-    before = (None, job.recipe.prune.quantise)
-    return of_dense | {export.folder_name for export in job.exports if grid(export) not in before}
 
 
 def _method(recipe: Recipe, pruned: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from gblm_compress.errors import OutputError, UsageError
 from gblm_compress.printing import printable, printable_lines
 from gblm_compress.runs import charts, run_report, tables
-from gblm_compress.runs.run_report import REPORT, RunReport, headline
+from gblm_compress.runs.run_report import REPORT, RunReport, headline, verdict
 from gblm_compress.storage import outputs, records
 
 FILES = Path(__file__).parent / "page_files"
@@ -71,11 +71,13 @@ def html(report: RunReport, changed: tables.Table | None = None, drawn: Sequence
     environment = Environment(autoescape=True, finalize=_printable, loader=FileSystemLoader(FILES))
     return environment.get_template("page.html").render(
         title=f"{report.model}: {report.method}",
+        word=pass_or_fail(report),
         verdict=verdict(report),
-        headline=headline(report),
+        names=charts.short_names(report),
         subtitle=f"gblm-compress {report.environment.get('gblm_compress', '')}, finished {finished} UTC",
         charts=[(chart, base64.b64encode(chart.picture).decode()) for chart in shown],
         tables=[*([changed] if changed else []), *tables.of(report)],
+        named=run_report.named,
         conditions=report.conditions,
         commands=report.commands,
         recipe=json.dumps(report.recipe, indent=2),
@@ -89,13 +91,13 @@ def _printable(value: Any) -> Any:
     return value if isinstance(value, Markup) or not isinstance(value, str) else printable_lines(value)
 
 
-def verdict(report: RunReport) -> str | None:
+def pass_or_fail(report: RunReport) -> str | None:
     return ("PASS" if report.passed else "FAIL") if report.gates else None
 
 
 def markdown(report: RunReport) -> str:
     """A summary for the page of a CI job."""
-    word = verdict(report)
+    word = pass_or_fail(report)
     lines = [f"## {f'{word}: ' if word else ''}{plain(report.model)}: {plain(report.method)}", ""]
     lines += [plain(headline(report)), ""]
     if failed := report.failed_gates:

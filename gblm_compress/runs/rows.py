@@ -85,8 +85,7 @@ def rows_of(model: Mapping[str, Any], dense_bytes: int) -> Iterator[Row]:
     row = partial(Row, model["model"], dense=model["dense"])
     yield row("bytes", model["bytes_on_disk"])
     yield row("bytes_ratio", model["bytes_on_disk"] / dense_bytes)
-    if model["nonzero_fraction"] is not None:  # counted
-        yield row("density", model["nonzero_fraction"])
+    yield row("density", model["nonzero_fraction"])
     more_is_better = [name for name in model["metrics"] if name not in LESS_IS_BETTER]
     for name, (value, error, dense) in model["metrics"].items():
         yield row(name, value, error=error, baseline=dense)

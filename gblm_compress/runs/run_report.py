@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gblm_compress.errors import UsageError, first_line
-from gblm_compress.runs.rows import DENSE, SIZE, GateOutcome, Row, amount, interval
+from gblm_compress.measure.timings import NO_SPEED_UP
+from gblm_compress.runs.rows import DENSE, LESS_IS_BETTER, SIZE, GateOutcome, Row, amount, interval, unit_of
 from gblm_compress.storage import records
 
 REPORT = "report.json"
@@ -123,40 +124,138 @@ def read(folder: Path) -> RunReport:
         ) from error
 
 
+@dataclass(frozen=True)
+class Tile:
+    """One of the verdict's figures.
+
+    Attributes:
+        name: "Size", "Speed" or "Quality".
+        figure: the difference from the dense artefact `beside`, in words.
+        detail: the values behind it, if measured.
+        mark: "good", "bad" or nothing.
+    """
+
+    name: str
+    figure: str
+    detail: str = ""
+    mark: str = ""
+    beside: str = DENSE
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.figure} ({self.detail})" if self.detail else self.figure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Size, speed and quality of an artefact beside a dense one in the same format.
+
+    Attributes:
+        beside: the dense artefact that it was timed against; the dense model if there is none.
+        where: the machine and runtime of the speed-up.
+        others: figures that exist beside the dense model only.
+    """
+
+    artefact: str
+    beside: str
+    tiles: list[Tile]
+    where: str
+    others: list[str]
+
+    def sentence(self, *, details: bool = True) -> str:
+        """One sentence for each dense artefact that was measured beside."""
+        same = [tile for tile in self.tiles if tile.beside == self.beside]
+        other = [tile for tile in self.tiles if tile.beside != self.beside]
+        first, rest = ([tile.sentence if details else tile.figure for tile in each] for each in (same, other))
+        rest += self.others
+        if self.beside == DENSE:
+            first, rest = first + rest, []
+        known = f"{', '.join(first)}: {self.artefact} beside {named(self.beside)}{self.where}."
+        return f"{known} Beside the dense model: {', '.join(rest)}." if rest else known
+
+
+def named(artefact: str) -> str:
+    return "the dense model" if artefact == DENSE else artefact
+
+
 def headline(report: RunReport, artefact: str | None = None) -> str:
-    """Size, speed and quality of an artefact, the best if None. Each sentence has one baseline."""
+    """The verdict on an artefact, the best if None, in words."""
+    found = verdict(report, artefact)
+    return found.sentence() if found else "Nothing was measured."
+
+
+def verdict(report: RunReport, artefact: str | None = None) -> Verdict | None:
     artefact = artefact or report.best
     if artefact is None:
-        return "Nothing was measured."
-    speed, where, beside = [], "", DENSE
-    if speedup := report.speedup("decode_speedup", artefact) or report.speedup("prefill_speedup", artefact):
-        beside, times = report.baseline_of(speedup), f"{speedup.value:.2f}×"
-        if (speedup.low or 0) > 1 or (speedup.high or 2) < 1:
-            slower = ", which is slower" if (speedup.high or 2) < 1 else ""
-            verb = "decodes" if speedup.figure == "decode_speedup" else "runs"
-            speed = [f"{verb} {times} as fast{interval(speedup)}{slower}"]
-        else:
-            speed = [f"no clear speed difference ({times}{interval(speedup)})"]
-        if machine := report.conditions.get("machine"):
-            where = f"; on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
-    quality = []
-    for name in report.metrics[:1]:
-        for row in report.find(name, artefact):
-            dense = "" if row.baseline is None else f"{amount(name, row.baseline)} → "
-            quality.append(f"{name} {dense}{amount(name, row.value, row.error)}")
+        return None
+    speedup = report.speedup("decode_speedup", artefact) or report.speedup("prefill_speedup", artefact)
+    beside, where = report.baseline_of(speedup) if speedup else DENSE, ""
+    if speedup and (machine := report.conditions.get("machine")):
+        where = f", on {machine}, {speedup.where.removeprefix(f'{artefact} in ')}"
+    others = []
+    if beside != DENSE:
+        others.append(_size(report, artefact, DENSE).sentence)
     of = "tokens" if "perplexity" in report.metrics else "predictions"
     for row in report.find("top1_agreement", artefact):
-        quality.append(f"the same answer as dense in {100 * (row.value or 0):.0f} % of {of}")
+        others.append(f"the same answer in {100 * (row.value or 0):.0f} % of {of}")
     for row in report.find("task_recovery", artefact):
-        quality.append(f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}")
-    size = _size(report, artefact, beside)
-    if beside == DENSE:
-        return f"{artefact}: {', '.join(size + speed + quality)}{where}."
-    others = ", ".join(_size(report, artefact, DENSE) + quality)
-    return f"{artefact}: {', '.join(size + speed)}{where}. It has {others}."
+        others.append(f"{amount('recovery', row.value)} the accuracy on tasks{interval(row)}")
+    tiles = [_size(report, artefact, beside), _speed(report, speedup, beside), _quality(report, artefact, beside)]
+    return Verdict(artefact, beside, tiles, where, others)
 
 
-def _size(report: RunReport, artefact: str, beside: str) -> list[str]:
-    pairs = zip(report.find("bytes", artefact), report.find("bytes", beside), strict=False)
-    named = "the dense model" if beside == DENSE else beside
-    return [f"{amount('bytes_ratio', (own.value or 0) / (of.value or 1))} the bytes of {named}" for own, of in pairs]
+def _size(report: RunReport, artefact: str, beside: str) -> Tile:
+    own, dense = (next((row.value for row in report.find("bytes", name)), None) for name in (artefact, beside))
+    if not own or not dense:
+        return Tile("Size", "size not measured", beside=beside)
+    change = round(100 * (own / dense - 1))
+    figure = f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
+    detail = f"{amount('bytes', dense)} → {amount('bytes', own)}"
+    return Tile("Size", figure, detail, "good" if change < 0 else "bad" if change else "", beside)
+
+
+def _speed(report: RunReport, speedup: Row | None, beside: str) -> Tile:
+    if speedup is None:
+        return Tile("Speed", "speed not measured", beside=beside)
+    time, what = ("tpot_ms", "token") if speedup.figure == "decode_speedup" else ("ttft_ms", "forward pass")
+    pair = [row for name in (beside, speedup.artefact) for row in report.find(time, name) if row.lane == speedup.lane]
+    detail = [] if speedup.low is None or speedup.high is None else [f"{speedup.low:.2f}× to {speedup.high:.2f}×"]
+    if len(pair) == 2:
+        detail.append(f"{pair[0].value:.2f} → {pair[1].value:.2f} ms per {what}")
+    mark, figure = _clear(speedup), f"{speedup.value:.2f}× as fast"
+    if not mark:
+        figure, detail = NO_SPEED_UP, [f"{speedup.value:.2f}×", *detail]
+    prompts = [row for row in report.find("prefill_speedup", speedup.artefact) if row.lane == speedup.lane]
+    for row in prompts if speedup.figure == "decode_speedup" else []:
+        detail.append(f"prompts {row.value:.2f}× as fast" if _clear(row) else "prompts without a clear difference")
+    return Tile("Speed", figure, ", ".join(detail), mark, beside)
+
+
+def _clear(speedup: Row) -> str:
+    """Whether the interval leaves no doubt: "good" or "bad", else nothing."""
+    return "good" if (speedup.low or 0) > 1 else "bad" if (speedup.high or 2) < 1 else ""
+
+
+def _quality(report: RunReport, artefact: str, beside: str) -> Tile:
+    """Beside the dense model itself if the dense export was not evaluated."""
+    name = next(iter(report.metrics), "")
+    own = next((row for row in report.rows if row.figure == name and row.artefact == artefact), None)
+    dense = next((row.value for row in report.find(name, beside)), None)
+    if own is None:
+        return Tile("Quality", "quality not measured", beside=beside)
+    if dense is None:
+        dense, beside = own.baseline, DENSE
+    words = name.replace("_", " ")
+    if own.value is None:
+        return Tile("Quality", f"{words} not finite", "", "bad", beside)
+    if not dense:
+        return Tile("Quality", f"{words} {amount(name, own.value, own.error)}", beside=beside)
+    points = unit_of(name) == "%"
+    change = 100 * (own.value - dense if points else (own.value - dense) / abs(dense))
+    shown = f"{change:+.1f}" if abs(change) < 10 else f"{change:+.0f}"
+    figure = f"{words} {shown.replace('-', '−')} {'points' if points else '%'}"
+    if float(shown) == 0:
+        figure = f"same {words}"
+    worse = (change > 0) == (name in LESS_IS_BETTER)
+    mark = "" if abs(change) < 1 else "bad" if worse else "good"
+    return Tile("Quality", figure, f"{amount(name, dense)} → {amount(name, own.value, own.error)}", mark, beside)

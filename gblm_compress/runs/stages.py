@@ -47,6 +47,8 @@ def stages_of(job: Job) -> list[Stage]:
     stages += [_export(job, settings, of_dense=True) for settings in timed_against(job)]
     if recipe.evaluate is not None:
         stages += [_evaluate(job, recipe.evaluate, settings) for settings in (None, *job.runnable)]
+        rounded = [settings for settings in timed_against(job) if settings.quantise]
+        stages += [_evaluate(job, recipe.evaluate, settings, of_dense=True) for settings in rounded]
     if recipe.benchmark is not None:
         stages.append(_benchmark(job, recipe.benchmark))
     if recipe.compare is not None and recipe.evaluate is not None:
@@ -55,7 +57,11 @@ def stages_of(job: Job) -> list[Stage]:
 
 
 def exports_of_dense(job: Job) -> list[ModelSource]:
-    return [job.artefact(f"dense-{settings.folder_name}") for settings in timed_against(job)]
+    return [_exported(job, settings, of_dense=True) for settings in timed_against(job)]
+
+
+def _exported(job: Job, settings: ExportSettings, of_dense: bool) -> ModelSource:
+    return job.artefact(f"dense-{settings.folder_name}" if of_dense else settings.folder_name)
 
 
 def timed_against(job: Job) -> list[ExportSettings]:
@@ -130,7 +136,7 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
 
 def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage:
     source = job.dense if of_dense else job.pruned
-    artefact = job.artefact(f"dense-{settings.folder_name}" if of_dense else settings.folder_name)
+    artefact = _exported(job, settings, of_dense)
     what = f"{settings.format} ({settings.dtype})"
 
     def patterns() -> Mapping[str, Pattern]:
@@ -181,9 +187,9 @@ def _check_allocation(prune: PruneSettings, settings: ExportSettings, patterns: 
         )
 
 
-def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None) -> Stage:
+def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, of_dense: bool = False) -> Stage:
     """Evaluate an export, or the pruned model if None. Only torch answers tasks."""
-    source = job.pruned if export is None else job.artefact(export.folder_name)
+    source = job.pruned if export is None else _exported(job, export, of_dense)
     in_torch = export is None or FORMATS[export.format].runtime == "torch"
     settings = asked if in_torch else asked.model_copy(update={"tasks": ()})
     looks: list[Look] = [] if in_torch else [partial(check_onnx_provider, job.device)]

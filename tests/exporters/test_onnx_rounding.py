@@ -21,6 +21,7 @@ from gblm_compress.measure.onnx_runtime import OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
 from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models import grids
+from gblm_compress.models.architecture import prunable_layers, weight_matrix
 from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.settings import ExportSettings
@@ -125,6 +126,8 @@ def test_the_layer_of_which_rounding_makes_most_zero_is_named(tiny, kernels: boo
     lost = before - count_nonzeros(weight)
     assert lost > 0.9 * before and lost <= said["rounded_to_zero"] < 1.5 * lost
     assert said["most_rounded_to_zero"] == f"{UP} ({lost / before:.1%} of its nonzeros)"
+    layers = [weight_matrix(layer) for block in prunable_layers(model) for layer in block.values()]
+    assert said["nonzero_fraction"] == sum(map(count_nonzeros, layers)) / sum(layer.numel() for layer in layers)
 
 
 def test_one_matrix_of_levels_is_head_and_embedding(pruned, tmp_path) -> None:

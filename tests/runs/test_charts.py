@@ -2,14 +2,18 @@
 
 import io
 import random
+from itertools import combinations
 from unittest.mock import MagicMock
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from gblm_compress.runs import charts
-from gblm_compress.runs.rows import Row
-from tests.runs.reports import HOSTILE, in_8_bits, measured, models, report
+from gblm_compress.runs.rows import Row, layer_rows
+from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, results
 
 
 def test_the_front_is_what_a_plain_loop_finds() -> None:
@@ -25,7 +29,7 @@ def test_the_charts_that_there_is_data_for(name) -> None:
     drawn = charts.of(report(name))
     assert [chart.name for chart in drawn] == [
         "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
-        "methods-perplexity", "methods-mean-kl", "sparsity", "output-error", "recovery",
+        "methods-perplexity", "methods-mean-kl", "output-error", "recovery",
     ]  # fmt: skip
     for chart in drawn:
         with Image.open(io.BytesIO(chart.picture)) as picture:
@@ -46,8 +50,8 @@ def test_what_generates_nothing_is_said_to_run_forward_passes(monkeypatch) -> No
 
 
 def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
-    def draw_on_a_mock(draw, height: float) -> MagicMock:
-        draw(axes := MagicMock(**{"get_xlim.return_value": (0.0, 1.0)}))
+    def draw_on_a_mock(draw, *_) -> MagicMock:
+        draw(axes := MagicMock())
         return axes
 
     def given(name: str, method: str) -> list[tuple]:
@@ -67,6 +71,52 @@ def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
     assert given("step", "barh") == [([0, 1, 2], [10.0, 9.75, 5.0]), ([0, 1, 2], [5.0, 4.875, 2.5])]
     curve, kept = given("recovery", "plot")
     assert curve[:2] == ([0, 4000, 8000, 12_000], [0.9, 0.5, 0.4, 0.45]) and kept[:2] == ([8000], [0.4])
+
+
+@pytest.mark.parametrize("name", ["onnx-kernels-quantise-int8", "a-name-of-an-export-that-is-rather-long"])
+def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
+    """Seven exports whose points lie close together, and whose names share no word."""
+    save, draw, drawn, found = Figure.savefig, Text.draw, [], []
+
+    def savefig(figure, *arguments, **options) -> None:
+        save(figure, *arguments, **options)
+        drawn.clear()
+        figure.draw_without_rendering()  # in the figure's own resolution again
+        renderer = figure.canvas.get_renderer()
+        shown = [text for text in drawn if text.get_text() and text.get_visible()]
+        found.append((figure.bbox, [(text.get_text(), Text.get_window_extent(text, renderer)) for text in shown]))
+
+    monkeypatch.setattr(Text, "draw", lambda text, renderer: (drawn.append(text), draw(text, renderer)))
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    names = ["bitmask-int8", *(f"{name}-{number}" for number in range(6))]
+    many = [model(each, 10.0 + n / 2, 600_000 + 9000 * n, 24.0 - n / 4) for n, each in enumerate(names)]
+    charts.of(report(name, rows=[*measured(models()[0], *many), *results(name)]))
+    assert len(found) == 10
+    for paper, texts in found:
+        for text, box in texts:
+            assert Bbox.union([box, paper]).extents == pytest.approx(paper.extents, abs=1), text
+        for (one, its_box), (other, other_box) in combinations(texts, 2):
+            assert not its_box.padded(-1).overlaps(other_box.padded(-1)), (one, other)
+
+
+def test_names_are_short_where_that_leaves_them_different() -> None:
+    def named(*names: str) -> dict[str, str]:
+        return charts.short_names(report(rows=measured(*(model(name, None, 1000, None) for name in names))))
+
+    assert named("dense", "pruned", "dense-onnx-quantise-int8", "onnx-kernels-quantise-int8") == {
+        "dense-onnx-quantise-int8": "dense-int8", "onnx-kernels-quantise-int8": "kernels-int8"
+    }  # fmt: skip
+    assert named("dense", "dense-onnx", "onnx") == named("dense", "bitmask-int8") == {}
+    assert named("onnx-kernels-int8", "onnx-kernels-int4") == {"onnx-kernels-int8": "int8", "onnx-kernels-int4": "int4"}
+    assert named("dense", "dense-onnx", "onnx-kernels", "bitmask-int8") == {}
+
+
+def test_zeros_that_are_alike_in_all_layers_are_no_chart() -> None:
+    def drawn(nonzeros: int) -> list[str]:
+        layers = {f"layers.{block}.up": {"shape": [64, 64], "nonzeros": nonzeros * block} for block in (1, 2)}
+        return [chart.name for chart in charts.of(report(rows=list(layer_rows("pruned", layers))))]
+
+    assert drawn(1024) == ["sparsity"] and drawn(10) == []
 
 
 @pytest.mark.parametrize("values", [(20.0, float("inf")), (float("nan"), float("inf"))])

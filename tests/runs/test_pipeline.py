@@ -14,7 +14,9 @@ from gblm_compress.errors import UsageError
 from gblm_compress.kernels import cpu
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.runtimes import TorchRuntime
+from gblm_compress.methods.zeros import count_nonzeros
 from gblm_compress.models.finding import resolve_model
+from gblm_compress.models.loading import load_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import walk
@@ -99,19 +101,24 @@ def test_a_run_whose_model_lies_where_it_would_write_is_refused_by_its_check(fin
     assert not pipeline.check_output(smoke(), output)
 
 
-def test_zeros_are_shown_of_exports_whose_zeros_were_counted(finished, tmp_path) -> None:
-    """Rounding to 8 or 4 bits makes more zeros, unless the weights lay on the grid before."""
-    output, _ = finished
-    exports = (
-        "export=[{format: bitmask-int4}, {format: bitmask}, {format: onnx, quantise: int8, kernels: true, group: 32}]"
-    )
-    dense = ModelSource("tiny", output / "pruned")
-    rounded = pipeline._rounded(Job(smoke(exports, "gates=[]"), dense, tmp_path))
-    assert rounded == {"bitmask-int4", "onnx-kernels-quantise-int8-group-32", "dense-onnx-quantise-int8"}
-    assert pipeline._rounded(Job(smoke(exports, "gates=[]", "prune.quantise=int8"), dense, tmp_path)) == {
-        "bitmask-int4",
-        "dense-onnx-quantise-int8",
-    }
+def test_an_export_in_few_bits_is_held_against_the_dense_model_in_as_many(tmp_path) -> None:
+    """Its zeros and the dense export's are counted after rounding, and both exports are evaluated."""
+    exports = "export=[{format: bitmask-int4}, {format: onnx, graph: plain, quantise: int4}]"
+    result = pipeline.run(smoke(exports, "gates=[]", "benchmark.runtimes=[onnxruntime]"), tmp_path, QUIET)
+    int4, of_dense = "onnx-graph-plain-quantise-int4", "dense-onnx-quantise-int4"
+    assert [stage.name for stage in result.stages if stage.name.startswith("evaluate ")] == [
+        "evaluate pruned", "evaluate bitmask-int4", f"evaluate {int4}", f"evaluate {of_dense}"
+    ]  # fmt: skip
+    quality = {row.artefact: row for row in result.find("perplexity")}
+    assert 0 < abs(quality[of_dense].value / quality["dense"].value - 1) < 0.05 and quality[of_dense].dense
+    assert result.find("mean_kl", of_dense)[0].value < result.find("mean_kl", int4)[0].value
+    shares = {row.artefact: row.value for row in result.find("density")}
+    assert shares["dense"] == 1.0 and shares["pruned"] == 0.5
+    for name, before in ((of_dense, 1.0), (int4, 0.5), ("bitmask-int4", 0.5)):
+        assert before - 0.2 < shares[name] < before
+    model, layers = load_model(ModelSource("", tmp_path / "bitmask-int4")), result.stages[0].result["layers"]
+    left = [count_nonzeros(model.get_submodule(name).dense_weight()) for name in layers]
+    assert shares["bitmask-int4"] == sum(left) / result.stages[0].result["weights"]
 
 
 def test_a_cut_off_prune_stage_goes_on_where_it_was_unless_the_recipe_changed(tmp_path, monkeypatch) -> None:

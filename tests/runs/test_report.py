@@ -10,11 +10,12 @@ import pytest
 
 from gblm_compress.cli import summaries
 from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.measure.timings import NO_SPEED_UP
 from gblm_compress.printing import PlainConsole
 from gblm_compress.runs import report as documents
 from gblm_compress.runs import run_report, tables
 from gblm_compress.runs.rows import Row
-from gblm_compress.runs.run_report import headline
+from gblm_compress.runs.run_report import headline, verdict
 from gblm_compress.storage.outputs import JUNIT, PAGE, SUMMARY
 from gblm_compress.storage.records import as_json
 from tests.runs.reports import HOSTILE, in_8_bits, measured, model, models, report, write_report
@@ -40,8 +41,8 @@ def test_names_from_outside_neither_end_nor_bend_the_report(tmp_path, capsys) ->
     page = (tmp_path / documents.PAGE).read_text(encoding="utf-8")
     assert r"[/]$\frac{$\x1b[2J\udcff&lt;script&gt;" in page and "\x1b" not in page and "<script>alert" not in page
     assert page.count("<script") == 1 and 'src="http' not in page and 'href="http' not in page
-    assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 11
-    assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 11
+    assert "@media print {" in page and len(re.findall('<img[^>]* alt="[^"]+"', page)) == 10
+    assert len(list((tmp_path / documents.PICTURES).iterdir())) == page.count("data:image/png") == 10
     markdown = documents.markdown(hostile)
     for kind, content in ((PAGE, page), (SUMMARY, markdown), (JUNIT, documents.junit(hostile))):
         (tmp_path / f"own{kind.suffix}").write_text(content, encoding="utf-8")
@@ -60,24 +61,73 @@ def test_a_chart_that_fails_leaves_the_figures(tmp_path, monkeypatch) -> None:
 
 def test_the_headline_is_size_speed_and_quality_of_the_fastest() -> None:
     assert headline(report()) == (
-        "bitmask: 0.600× the bytes of the dense model, decodes 2.00× as fast [1.64–2.44], "
-        "perplexity 20.00 → 24.00 ±0.50, the same answer as dense in 81 % of tokens, "
-        "0.900× the accuracy on tasks [0.80–1.00]; on a CPU, 2 threads, cpu, torch, batch 1."
+        "40 % smaller (1.0 MB → 600.0 kB), 2.00× as fast (1.64× to 2.44×, 20.00 → 10.00 ms per token, prompts 2.00× as "
+        "fast), perplexity +20 % (20.00 → 24.00 ±0.50), the same answer in 81 % of tokens, 0.900× the accuracy on "
+        "tasks [0.80–1.00]: bitmask beside the dense model, on a CPU, 2 threads, cpu, torch, batch 1."
     )
     assert headline(report(rows=[])) == "Nothing was measured."
     for tpot, said in (
-        (20.5, "no clear speed difference (0.98× [0.80–1.19])"),
-        (30.0, "decodes 0.67× as fast [0.55–0.81], which is slower"),
+        (
+            20.5,
+            "1 % smaller (1.0 MB → 990.0 kB), no clear speed difference (0.98×, 0.80× to 1.19×, 20.00 → 20.50 ms per "
+            "token, prompts without a clear difference), perplexity",
+        ),
+        (30.0, "0.67× as fast (0.55× to 0.81×, 20.00 → 30.00 ms per token, prompts 0.67× as fast)"),
     ):
         assert said in headline(report(rows=measured(models()[0], model("onnx", tpot, 990_000, 24.0))))
 
 
 def test_a_sentence_of_the_headline_has_one_baseline() -> None:
     assert headline(report(rows=measured(models()[0], *in_8_bits()))) == (
-        "onnx-int8: 0.600× the bytes of dense-onnx-int8, decodes 2.00× as fast [1.64–2.44]; on a CPU, 2 threads, cpu, "
-        "onnxruntime, batch 1. It has 0.180× the bytes of the dense model, perplexity 20.00 → 24.00 "
-        "±0.50, the same answer as dense in 81 % of tokens, 0.900× the accuracy on tasks [0.80–1.00]."
+        "40 % smaller (300.0 kB → 180.0 kB), 2.00× as fast (1.64× to 2.44×, 20.00 → 10.00 ms per token, prompts 2.00× "
+        "as fast): onnx-int8 beside dense-onnx-int8, on a CPU, 2 threads, cpu, onnxruntime, batch 1. Beside the dense "
+        "model: perplexity +20 % (20.00 → 24.00 ±0.50), 82 % smaller (1.0 MB → 180.0 kB), the same answer in 81 % of "
+        "tokens, 0.900× the accuracy on tasks [0.80–1.00]."
     )
+    own, of_dense = in_8_bits()
+    alike = of_dense | {"metrics": {"perplexity": (20.5, 0.4, 20.0)}}
+    assert "perplexity +17 % (20.50 → 24.00 ±0.50): onnx-int8 beside" in headline(
+        report(rows=measured(models()[0], own, alike))
+    )
+
+
+@pytest.mark.parametrize(
+    ("artefact", "size", "speed", "quality"),
+    [
+        (model("same", 10.0, 1_002_000, None), "same size", ("2.00× as fast", "good"), ("quality not measured", "")),
+        (model("large", None, 1_100_000, 20.005), "10 % larger", ("speed not measured", ""), ("same perplexity", "")),
+        (
+            model("nan", 20.0, 500_000, float("nan")),
+            "50 % smaller",
+            (NO_SPEED_UP, ""),
+            ("perplexity not finite", "bad"),
+        ),
+        (model("worse", 40.0, 500_000, 20.5), "50 % smaller", ("0.50× as fast", "bad"), ("perplexity +2.5 %", "bad")),
+        (model("better", 20.0, 500_000, 10.0), "50 % smaller", (NO_SPEED_UP, ""), ("perplexity −50 %", "good")),
+    ],
+)
+def test_the_tiles_claim_what_was_measured_and_no_more(artefact, size, speed, quality) -> None:
+    found = verdict(report(rows=measured(models()[0], artefact)))
+    assert [(tile.figure, tile.mark) for tile in found.tiles[1:]] == [speed, quality]
+    assert found.tiles[0].figure == size and all(tile.beside == "dense" for tile in found.tiles)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("accuracy", (0.9, 0.01, 0.92), ("accuracy −2.0 points", "92.0 % → 90.0 ±1.0 %", "bad")),
+        ("spearman", (0.87, 0.01, 0.86), ("spearman +1.2 %", "0.860 → 0.870 ±0.010", "good")),
+        ("cross_entropy", (3.0, None, None), ("cross entropy 3.00", "", "")),
+    ],
+)
+def test_quality_is_that_of_the_task(name, values, said) -> None:
+    dense, pruned, *_ = models()
+    of_dense = {name: (values[2] or values[0], None, None)}
+    rows = measured(dense | {"metrics": of_dense}, pruned | {"metrics": {name: values}})
+    if values[2] is None:
+        rows = [row for row in rows if not (row.dense and row.figure == name)] + [Row("dense", name, None, dense=True)]
+    tile = verdict(report(rows=rows)).tiles[2]
+    assert (tile.figure, tile.detail, tile.mark) == said
 
 
 def test_junit_and_markdown_name_what_failed() -> None:
