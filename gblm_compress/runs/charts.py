@@ -233,9 +233,9 @@ def _name(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
         inside = (box for box in boxes if (Bbox.union([box, room]).size <= room.size).all())
         box = next((box for box in inside if not box.count_overlaps(taken)), boxes[0])
         taken.append(box)
-        text.set_position((box.min - (x, y)) / point)
+        text.set_position((box.min - np.array((x, y))) / point)
         if boxes.index(box) >= 9:
-            edge = np.clip((x, y), box.min, box.max) - (x, y)
+            edge = np.clip((x, y), box.min, box.max) - np.array((x, y))
             line = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0}
             axes.annotate("", xy, edge / point, textcoords="offset points", arrowprops=line, in_layout=False)
 
@@ -281,7 +281,7 @@ def _tiles(name: str, title: str, rows: Sequence[Row], caption: str) -> Chart | 
         axes.figure.colorbar(image, ax=axes, format=lambda share, _: amount("zeros", share))
         axes.set_xticks(range(len(blocks)), blocks)
         _lines(axes, labels, "block")
-        axes.locator_params(axis="x", nbins=16)
+        axes.locator_params(axis="x", nbins=11)
 
     return Chart(name, title, caption, drawn(draw, _height(labels)))
 
