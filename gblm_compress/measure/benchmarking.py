@@ -24,7 +24,7 @@ import torch
 from gblm_compress import errors
 from gblm_compress.errors import GblmError, ModelError, NotEnoughMemoryError, UsageError, first_line, is_out_of_memory
 from gblm_compress.formats import FOLDER_RUNTIMES
-from gblm_compress.machine import busy_cores, environment
+from gblm_compress.machine import busy_cores, cost, environment
 from gblm_compress.machine.memory import peak_memory
 from gblm_compress.measure.runtimes import Runtime, check_device, check_installed, load_runtime, runtimes_of
 from gblm_compress.measure.timings import Measurement, Speedup, Spread
@@ -35,6 +35,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import BenchmarkSettings
 from gblm_compress.tasks.task import Task
+
+PROCESS_BYTES = 600_000_000  # of a model's process, beside the model
+LOAD_SECONDS = 5.0  # of a process, until its libraries are there
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,14 @@ def benchmark(
     assert not to_export(models, baselines, settings, dtype=dtype, device=device)
     threads = settings.threads or torch.get_num_threads()
     lanes = _lanes(models, settings, dtype, device)
+    both = {lane: [_baseline_of(own[0], lane, baselines), *own] for lane, own in lanes.items()}
     busy = busy_cores()
+    folders = [model for model in (*models, *baselines) if not model.is_export]
+    if folders and not progress.quiet:
+        progress.say(_estimate(both, loading.count_weights(folders[0]), settings, device))
     measurements: list[Measurement] = []
-    for lane, contenders in lanes.items():
-        both = [_baseline_of(contenders[0], lane, baselines), *contenders]
-        measurements += _benchmark_lane(both, lane, settings, device, threads, progress)
+    for lane, contenders in both.items():
+        measurements += _benchmark_lane(contenders, lane, settings, device, threads, progress)
     place = {**environment(), "threads": threads, "device": device, "busy_cores": busy}
     return BenchmarkResult(tuple(measurements), settings.model_dump(mode="json"), place)
 
@@ -149,6 +155,24 @@ def _baseline_of(model: ModelSource, lane: _Lane, baselines: list[ModelSource]) 
         f"{model.name!r} runs in {lane.runtime} in {lane.dtype}, but no baseline does; speed is only compared within "
         "one runtime and dtype: give the dense Hugging Face folder as --baseline"
     )
+
+
+def _estimate(lanes: dict[_Lane, list[ModelSource]], weights: float, settings: BenchmarkSettings, device: str) -> str:
+    """Time and memory of a benchmark: prompts are bound by operations, decode steps by the bytes of the weights."""
+    rounds = settings.warmup + settings.repeats
+    rate, bandwidth = cost.operations_per_second(device, torch.float32), cost.bytes_per_second(device)
+    seconds, held = 0.0, [0.0]
+    for lane, models in lanes.items():
+        sizes = [
+            model.bytes_on_disk if model.is_export else weights * getattr(torch, lane.dtype).itemsize
+            for model in models
+        ]
+        held.append(sum(PROCESS_BYTES + 2 * size for size in sizes))
+        for batch, size in product(settings.batch, sizes):
+            generated = settings.generate * (size / bandwidth + 2 * weights * batch / rate)
+            seconds += rounds * (2 * weights * batch * settings.prompt / rate + generated)
+        seconds += len(models) * LOAD_SECONDS
+    return cost.sentence(seconds, max(held))
 
 
 def _benchmark_lane(

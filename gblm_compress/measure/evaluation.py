@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gblm_compress import errors, tasks
 from gblm_compress.errors import GblmError, ModelError, UsageError
+from gblm_compress.machine import cost
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.measure.zero_shot import Answers, ZeroShot
@@ -31,6 +32,7 @@ from gblm_compress.storage import outputs
 from gblm_compress.tasks.metrics import Metric, mean
 from gblm_compress.tasks.task import Sample, fingerprint
 
+LOGIT_BYTES = 24  # of a prediction: those of both models, and their log-probabilities
 MOST_KEPT = 16 << 30  # Largest number of bytes of kept logits; memory seldom caches more, and disks are slow.
 
 
@@ -192,6 +194,10 @@ def evaluate(
     looks += [partial(check_baseline, source, model) for model in dense]
     errors.raise_all(check([source, *dense], settings, progress) + errors.collect(looks))
     task, samples = loading.task_of(source), _samples(source, settings, progress)
+    if not progress.quiet and not isinstance(baseline, Reference):  # which several evaluations share
+        place = loading.choose_device(device)
+        if line := _estimate([source, *dense], samples, loading.choose_dtype(dtype, source, place), place):
+            progress.say(line)
     own = Reference(source, dtype=dtype, device=device)
     runtime = own.loaded(progress)
     measured, of_dense, likenesses, predicted = [], [], [], 0
@@ -230,6 +236,20 @@ def evaluate(
         fidelity=fidelity,
         zero_shot=answers,
     )
+
+
+def _estimate(models: list[ModelSource], samples: Sequence[Sample], dtype: str, device: str) -> str | None:
+    """Time and memory of an evaluation on text; None without a folder whose weights can be counted."""
+    folders = [model for model in models if not model.is_export]
+    if not folders or "input_ids" not in samples[0]:
+        return None
+    weights, kind, task = loading.count_weights(folders[0]), getattr(torch, dtype), loading.task_of(folders[0])
+    lengths = [sample["input_ids"].numel() for sample in samples]
+    seconds = 2 * weights * sum(lengths) * len(models) / cost.operations_per_second(device, kind)
+    held = [2 * model.bytes_on_disk if model.is_export else weights * kind.itemsize for model in models]
+    logits = LOGIT_BYTES * task.judged_values(loading.config_of(folders[0]), max(lengths))
+    windows = cost.fewer(len(samples), seconds)
+    return cost.sentence(seconds, sum(held) + logits, f"--max-windows {windows}", seconds * windows / len(samples))
 
 
 def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:

@@ -108,6 +108,13 @@ def _prepared_(model: Any) -> Any:
     return model
 
 
+def count_weights(source: ModelSource) -> float:
+    """How many weights a folder holds, from its size; head and embedding count once where they are tied."""
+    import torch
+
+    return source.bytes_on_disk / getattr(torch, stored_dtype(source)).itemsize
+
+
 def check_model(source: ModelSource, verb: str) -> None:
     """`ModelError` for an export, where `verb` needs the folder that it was made from, and for unknown tasks."""
     if source.is_export:

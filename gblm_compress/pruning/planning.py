@@ -1,6 +1,5 @@
 """What is decided before a pruning: budgets, dtypes, what goes to memory or disk, and the cost."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
+from gblm_compress.machine import cost
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, FITS, MODEL_EPOCHS
@@ -30,7 +30,6 @@ ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of
 FACTOR_BYTES = 24  # per entry of a Gram matrix that is factorised in float64, beside the matrix (22.7 measured)
 LOGIT_BYTES = 36  # per logit of a sample in distillation: both models', with gradients, in float32 and behind a cap
 SMALL = {"samples": 16, "sequence_length": 512}  # the text that is offered for a long run
-LONG_SECONDS = 600.0  # a longer run is offered `SMALL`
 
 
 @dataclass(frozen=True)
@@ -218,39 +217,13 @@ def better_fit(settings: PruneSettings, several: bool = False, offload: bool = F
 
 def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings) -> str:
     """Time and memory of a run in one line, with a smaller text where it takes long."""
-    settings, rate = plan.settings, _operations_per_second(plan.device, getattr(torch, dtype))
-    weights = source.bytes_on_disk / getattr(torch, loading.stored_dtype(source)).itemsize
+    settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
+    weights = loading.count_weights(source)
 
     def seconds(text: CalibrationSettings) -> float:
         tokens = text.samples * text.sequence_length / plan.ranks.size
         return 2 * weights * tokens * passes(settings) / rate
 
-    takes = seconds(calibration)
-    held = Size(source, dtype, settings, calibration).peak(plan.placement) + psutil.Process().memory_info().rss
-    line = f"this takes {_words(takes)} and at most {held / 1e9:.1f} GB of memory on this machine"
     small = calibration.model_copy(update=SMALL)
-    if takes > LONG_SECONDS and seconds(small) < takes / 2:
-        line += f"; --samples 16 --sequence-length 512 take {_words(seconds(small))}"
-    return line
-
-
-def _words(seconds: float) -> str:
-    minutes = seconds / 60
-    if seconds < 1:
-        return "less than a second"
-    number = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"
-    return f"about {number}"
-
-
-def _operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a block, from a short product; a CPU needs some calls to reach its rate.
-
-    SmolLM2-135M reached three quarters of it, on two cores with AVX-512.
-    """
-    x, weight = (torch.ones(rows, 1024, dtype=dtype, device=device) for rows in (512, 1024))
-    spent = []
-    for _ in range(20):
-        start = time.perf_counter()
-        (x @ weight).sum().item()
-        spent.append(time.perf_counter() - start)
-    return 0.75 * 2 * 512 * 1024 * 1024 / min(spent)
+    held = Size(source, dtype, settings, calibration).peak(plan.placement)
+    return cost.sentence(seconds(calibration), held, "--samples 16 --sequence-length 512", seconds(small))

@@ -18,6 +18,7 @@ from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.calibration.weights import StatePool, verify_by_loading
 from gblm_compress.errors import ModelError, UsageError, VerificationError
+from gblm_compress.machine import cost
 from gblm_compress.machine.memory import freed_memory_kept, peak_memory
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
@@ -93,7 +94,7 @@ def check_kind(source: ModelSource) -> None:
 
 def checkpoint_bytes(pruned: ModelSource) -> int:
     """16 times the model in 16 bits: at most two checkpoints of weights and both moments, and two of best weights."""
-    return 16 * 2 * pruned.bytes_on_disk // getattr(torch, loading.stored_dtype(pruned)).itemsize
+    return 16 * 2 * int(loading.count_weights(pruned))
 
 
 def rate_of(settings: RecoverSettings, source: ModelSource) -> float:
@@ -120,7 +121,7 @@ def memory_needed(source: ModelSource, teacher: ModelSource, settings: RecoverSe
     shapes = [layer["shape"] for layer in layers]
     count = sum(map(math.prod, shapes))
     density = sum(layer["nonzeros"] for layer in layers) / count
-    dense = teacher.bytes_on_disk / getattr(torch, loading.stored_dtype(teacher)).itemsize
+    dense = loading.count_weights(teacher)
     weights = SLACK * (bytes_a_weight(compute, density, ranks.processes_here()) * count + compute.itemsize * dense)
     rest = 4 * max(0.0, dense - count)  # head, embedding and norms of the student, in float32
     passing = 2 * 4 * max(map(math.prod, shapes))  # a weight and its gradient, dense
@@ -176,6 +177,8 @@ class Recovery:
         identity = self._identity(windows, compute)
         store = Checkpoints(self.output, identity, resume, group)
         before = store.latest or Progressed()
+        if not progress.quiet:
+            progress.say(self._estimate(windows, getattr(torch, compute), settings.steps - before.step))
         with store.kept("checkpoints", resume, progress):
             student = loading.load_model(self.source, "float32", self.device)
             dense = loading.load_model(self.teacher, compute, self.device)
@@ -222,6 +225,17 @@ class Recovery:
             trained=trained,
             seconds=before.seconds + time.monotonic() - start,
         )
+
+    def _estimate(self, windows: Windows, compute: torch.dtype, steps: int) -> str:
+        """A weight takes eight operations a token, six in the student; where the loss is only measured, two."""
+        settings = self.settings
+        trained = steps * settings.batch * settings.sequence_length
+        looked = (LOOKS + 1) * len(windows.held_out) * settings.sequence_length
+        operations = loading.count_weights(self.teacher) * (8 * trained + 2 * looked) / self.group.size
+        seconds = operations / cost.operations_per_second(self.device, compute)
+        memory = memory_needed(self.source, self.teacher, settings, compute)
+        tokens = cost.fewer(trained, seconds)
+        return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / max(1, trained))
 
     def _identity(self, windows: Windows, compute: str) -> dict[str, Any]:
         return {

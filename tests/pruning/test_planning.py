@@ -10,6 +10,7 @@ import torch
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
+from gblm_compress.machine import cost
 from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
 from gblm_compress.pruning import planning
@@ -100,7 +101,7 @@ def test_the_next_fit_does_more_takes_longer_and_can_run(fit: str, where, better
 
 @pytest.mark.parametrize(("rate", "takes", "offers"), [(1e15, "less than a second", False), (1e3, "about ", True)])
 def test_the_estimate_offers_a_smaller_text_where_a_run_takes_long(rate, takes, offers, tiny, monkeypatch) -> None:
-    monkeypatch.setattr(planning, "_operations_per_second", lambda device, dtype: rate)
+    monkeypatch.setattr(cost, "operations_per_second", lambda device, dtype: rate)
     settings, text = PruneSettings(), CalibrationSettings()
     placement = planning.Placement(offload=False, states=0, by_sample=True)
     plan = SimpleNamespace(settings=settings, device="cpu", ranks=Ranks(), placement=placement)

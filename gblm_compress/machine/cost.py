@@ -1,0 +1,67 @@
+"""Time and memory of a long command, in a line before its work: from its operations and short trials here."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+LONG_SECONDS = 600.0  # a longer run is offered a smaller one
+OFFERED_SECONDS = 300.0  # that the smaller one takes
+
+
+def sentence(seconds: float, memory: float, smaller: str = "", takes: float = 0.0) -> str:
+    """The line. `memory` is beside that of the program itself. `smaller` are options that `takes` seconds."""
+    import psutil
+
+    held = memory + psutil.Process().memory_info().rss
+    line = f"this takes {_words(seconds)} and at most {held / 1e9:.1f} GB of memory on this machine"
+    if smaller and seconds > LONG_SECONDS and takes < seconds / 2:
+        line += f"; {smaller} take {_words(takes)}"
+    return line
+
+
+def fewer(amount: int, seconds: float) -> int:
+    """The round part of an amount of work that takes about `OFFERED_SECONDS`, if all of it takes `seconds`."""
+    share = max(1.0, amount * OFFERED_SECONDS / seconds)
+    digit = 10 ** int(math.log10(share))
+    return int(share // digit * digit)
+
+
+def _words(seconds: float) -> str:
+    minutes = seconds / 60
+    if seconds < 1:
+        return "less than a second"
+    number = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 1.5 else f"{seconds:.0f} s"
+    return f"about {number}"
+
+
+def operations_per_second(device: "torch.device | str", dtype: "torch.dtype") -> float:
+    """Operations a second in a block, from a short product.
+
+    SmolLM2-135M reached three quarters of it, on two cores with AVX-512.
+    """
+    import torch
+
+    x, weight = (torch.ones(rows, 1024, dtype=dtype, device=device) for rows in (512, 1024))
+    return 0.75 * 2 * 512 * 1024 * 1024 / _shortest(lambda: (x @ weight).sum().item())
+
+
+def bytes_per_second(device: str) -> float:
+    """Bytes that are read a second, from memory that no cache holds."""
+    import torch
+
+    weights = torch.ones(1 << 26, device=device)
+    return weights.nbytes / _shortest(lambda: weights.sum().item(), times=4)
+
+
+def _shortest(work: Callable[[], object], times: int = 20) -> float:
+    """Seconds of the fastest of some calls; a CPU needs some to reach its rate."""
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
