@@ -172,6 +172,7 @@ def test_the_help_of_the_program_has_a_line_for_each_command_in_its_group() -> N
         shown[group[0]] = [line.split()[0] for line in group[1].splitlines()]
     del shown["Options"]
     assert shown == {group: [each.name for each in commands] for group, commands in GROUPS.items()}
+    assert CliRunner().invoke(app, []).output.strip() == text.strip()
     assert "..." not in text.partition("Make:")[2] and max(map(len, text.splitlines())) <= 80
 
 
