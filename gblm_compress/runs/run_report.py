@@ -208,10 +208,11 @@ def _size(report: RunReport, artefact: str, beside: str) -> Tile:
     own, dense = (next((row.value for row in report.find("bytes", name)), None) for name in (artefact, beside))
     if not own or not dense:
         return Tile("Size", "size not measured", beside=beside)
-    change = round(100 * (own / dense - 1))
-    figure = f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
-    detail = f"{amount('bytes', dense)} → {amount('bytes', own)}"
-    return Tile("Size", figure, detail, "good" if change < 0 else "bad" if change else "", beside)
+    change, detail = 100 * (own / dense - 1), f"{amount('bytes', dense)} → {amount('bytes', own)}"
+    if abs(change) < 0.5:
+        return Tile("Size", "same size", detail, beside=beside)
+    word, mark = ("smaller", "good") if change < 0 else ("larger", "bad")
+    return Tile("Size", f"{abs(change):.0f} % {word}", detail, mark, beside)
 
 
 def _speed(report: RunReport, speedup: Row | None, beside: str) -> Tile:

@@ -56,7 +56,7 @@ def test_own_files_arrive_in_one_commit_with_a_complete_card(run: Path, tiny, tm
     found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
     assert found["piqa", "acc"] == 0.6 and found["unknown", "perplexity"] == 24
     assert card.data.base_model is None and card.data.library_name == "transformers" and "pruned" in card.data.tags
-    for part in ("left dense", "from_pretrained", "## Measured", "decodes 2.00× as fast", "a CPU, 2 threads"):
+    for part in ("left dense", "from_pretrained", "## Measured", "2.00× as fast", "a CPU, 2 threads"):
         assert part in card.text
 
 
