@@ -4,6 +4,8 @@ A keyword of a command's summary is an option too; it changes only what is print
 """
 
 import re
+import sys
+from collections.abc import Mapping
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args
 
@@ -24,6 +26,8 @@ METAVARS = {
 SPELLINGS = {"overrides": "override"}
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 ALL = "--help-all"
+# Some versions of Typer carry their own click: take the class from where its exceptions are.
+NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
 COMMON = ("Arguments", Panel.COMMON.value)
 
 
@@ -70,6 +74,9 @@ class PanelCommand(TyperCommand):
                 with formatter.section("Options" if alone and panel != "Arguments" else panel):
                     formatter.write_dl([entry for entry in entries if not (alone and entry[0] == ALL)])
 
+    renamed: Mapping[str, list[str]] = {}
+    """{the option of a field in other commands: its option here}."""
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(f"\nExample:\n  {self.epilog}\n" if self.epilog else "")
 
@@ -77,6 +84,9 @@ class PanelCommand(TyperCommand):
         """UsageError: all arguments that are missing, and the example."""
         try:
             return super().parse_args(ctx, list(args))
+        except NoSuchOption as error:
+            error.possibilities = self.renamed.get(error.option_name) or error.possibilities
+            raise
         except typer.BadParameter as error:
             given = self.make_parser(ctx).parse_args(args=list(args))[0]
             required = [each for each in self.get_params(ctx) if each.required]
@@ -123,7 +133,10 @@ def add(program: typer.Typer, command: Command, group: str = "Commands") -> None
     described: Any = called
     described.__signature__ = Signature(parameters)
     described.__doc__ = (command.function.__doc__ or "").partition("\n\n")[0]
-    made = program.command(command.name, cls=PanelCommand, epilog=command.example, rich_help_panel=group)
+    names = {field: name for part in command.parts.values() for field, name in part.names.items() if field != name}
+    renamed = {_flag(field): [_flag(name)] for field, name in names.items()}
+    kind = type("Command", (PanelCommand,), {"renamed": renamed})
+    made = program.command(command.name, cls=kind, epilog=command.example, rich_help_panel=group)
     made(described)
 
 

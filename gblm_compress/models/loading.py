@@ -174,7 +174,8 @@ def load_processor(source: ModelSource) -> Any:
     auto_class = getattr(transformers, task.processor.auto_class)
     with _named_errors(source):
         check_tokenizer(source.folder)
-    with _named_errors(source, f"its {task.processor.name} cannot be loaded"):
+    advice = f"its {task.processor.name} cannot be loaded; copy that of the original model into the folder"
+    with _named_errors(source, advice):
         processor = auto_class.from_pretrained(source.folder, **_SAFELY)
     with _named_errors(source):
         task.check_processor(processor)

@@ -17,6 +17,7 @@ from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.quantisation import grid_in_words
 from gblm_compress.models.architecture import is_linear, prunable_layers, weight_matrix
 from gblm_compress.models.files import EXPERTS, HEADS, LAYERS, WIDTHS, read_checked
+from gblm_compress.models.finding import DEMO, DEMO_ON_HUB
 from gblm_compress.models.loading import stored_dtype, task_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.printing import printable
@@ -96,6 +97,8 @@ def write(
     before = read_if_ours(source.folder)
     # Where the dense model lies on this machine's disk is nobody else's business.
     name = source.name if source.name.count("/") <= 1 else source.folder.name
+    if source.folder == Path(DEMO):  # a folder of that name
+        name = f"./{DEMO}"
     content = {
         "kind": content["kind"],
         "gblm_compress": gblm_compress.__version__,
@@ -128,7 +131,8 @@ def card_text(content: dict[str, Any], library: str, loading: str) -> str:
         title.append(content["format"])
         done.append(f"exported as {content['format']} in {content['dtype']},")
     done.append(f"by gblm-compress {gblm_compress.__version__}.")
-    lines = ["---", ModelCardData(base_model=printable(base), library_name=library, tags=tags).to_yaml(), "---"]
+    on_hub = DEMO_ON_HUB if base == DEMO else printable(base)
+    lines = ["---", ModelCardData(base_model=on_hub, library_name=library, tags=tags).to_yaml(), "---"]
     lines += [f"# {_plain(', '.join(title))}", "", _plain(" ".join(done)), "", "```python", loading, "```", ""]
     if rows:
         lines += ["| | |", "| --- | --- |", *(f"| {key} | {_plain(value)} |" for key, value in rows.items()), ""]

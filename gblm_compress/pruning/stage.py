@@ -21,7 +21,7 @@ from gblm_compress.calibration.weights import ResidentWeights, StatePool, Stream
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
 from gblm_compress.machine.memory import PeakMemory, peak_memory
 from gblm_compress.methods.allocation import Budget
-from gblm_compress.methods.patterns import DENSE, Pattern
+from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
 from gblm_compress.methods.zeros import check_finite, made_zero
 from gblm_compress.models import loading, manifest
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -334,6 +334,13 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
         notes.append(
             f"{zeroed:,} of {sum(survivors.values()):,} survivors became zero by rounding, so that fewer weights "
             f"are left than the budget allows; most in {worst} ({share:.1%} of its own)"
+        )
+    asked = settings.uniform_budget.sparsity
+    narrow = [name for name, layer in layers.items() if layer.shape[1] * (1 - asked) < 1]
+    if narrow and settings.pattern == UNSTRUCTURED:
+        notes.append(
+            f"a row keeps at least one weight, which is more than sparsity {asked:g} leaves in {len(narrow)} layers, "
+            f"first {narrow[0]}"
         )
     dense = sum(walked.left_dense[name].weights for name in walked.exceptions)
     weights = sum(math.prod(layer.shape) for layer in layers.values()) + dense

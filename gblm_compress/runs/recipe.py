@@ -63,7 +63,9 @@ def find_recipe(name: str) -> Path:
     if path.stem in shipped and name in (path.stem, f"recipes/{path.name}"):
         return shipped[path.stem]
     fault = "is no file" if os.path.exists(path) else "no such file"
-    raise UsageError(f"recipe {name!r}: {fault}; shipped recipes are {', '.join(shipped)}")
+    close = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UsageError(f"recipe {name!r}: {fault}; {hint}shipped recipes are {', '.join(shipped)}")
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -134,6 +136,9 @@ def describe_fault(fault: Any, model: type[BaseModel]) -> str:
         settings = _model_at(model, location[: location.index(field)])
         if close := choices_of(settings, field).closest(fault["input"]):
             given += f"; did you mean {close!r}?"
+    is_percentage = fault["type"] == "less_than" and fault["ctx"]["lt"] == 1 and isinstance(fault["input"], int | float)
+    if is_percentage and 1 < fault["input"] < 100:
+        given += f"; did you mean {fault['input'] / 100:g}?"
     return f"{where}: {message}{given}" if where else message + given
 
 

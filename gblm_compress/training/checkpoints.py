@@ -112,6 +112,8 @@ class Work(Generic[Kind]):
         again = "the same command" if resume is None else "the same command with --resume"
         if self.dropped:
             progress.say(f"{self.dropped}; it is started anew")
+        elif resume and not self.resumed:
+            progress.say("there is no interrupted run to resume; this one starts anew")
         try:
             yield
         except BaseException as error:

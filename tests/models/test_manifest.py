@@ -132,6 +132,17 @@ def test_the_model_card_gives_its_origin_and_shares_and_obeys_no_name(tiny, tmp_
     assert f"ignored by pattern '*.0.self_attn.q_proj': 1 layer, {ignored:,} weights" in card
 
 
+def test_the_card_of_the_demo_names_the_model_on_the_hub(tiny, tmp_path, progress, monkeypatch) -> None:
+    """A folder of the user's that is called demo is another model."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny("llama").folder, "demo")
+    settings = PruneSettings(method="magnitude", fit="none")
+    for folder, named in ((tiny("llama").folder, "HuggingFaceTB/SmolLM2-135M-Instruct"), (Path("demo"), "./demo")):
+        prune(ModelSource("demo", folder), tmp_path / "out", settings, progress=progress, force=True)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert yaml.safe_load(card.split("---")[1])["base_model"] == named
+
+
 def test_what_a_manifest_says_is_text_on_the_card(folder, tmp_path, progress) -> None:
     left = restated(folder)["left_dense"]
     left["lm_head"]["reason"] = "head\n# INJECTED \x1b[2J <script> | `code` [x](javascript:)"

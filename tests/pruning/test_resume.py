@@ -391,3 +391,10 @@ def test_a_rank_that_lags_behind_goes_by_what_was_there_at_the_start(tmp_path) -
         run.finish(0, *finished)
         ahead.result(timeout=20)
     assert run.record.budgets == budgets and run.has_finished(0) and list(run.finished(0)) == ["a"]
+
+
+def test_nothing_to_resume_is_said(go, capsys) -> None:
+    go(resume=True, progress=Progress(), method="magnitude")
+    assert "there is no interrupted run to resume; this one starts anew" in capsys.readouterr().err
+    go("other", progress=Progress(), method="magnitude")
+    assert "to resume" not in capsys.readouterr().err

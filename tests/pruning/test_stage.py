@@ -324,6 +324,10 @@ BETTER, OTHERS = (
         ({"method": "wanda", "pattern": "2:4", "allocation": "sensitivity"}, [OTHERS, BETTER]),
         ({"method": "wanda", "pattern": "1:4", "allocation": "sensitivity"}, [BETTER]),
         ({"method": "wanda", "allocation": "sensitivity"}, [BETTER]),
+        (
+            {"method": "wanda", "sparsity": 0.99},
+            ["a row keeps at least one weight, which is more than sparsity 0.99", BETTER],
+        ),
     ],
 )
 def test_a_better_fit_and_other_patterns_by_an_allocation_are_told(settings, notes, pruned) -> None:
