@@ -183,7 +183,8 @@ def evaluate(c: dict[str, Any]) -> list[Any]:
         said, form = names.get(name, (f"{name.replace('_', ' ')} with dense", "{0:.4f}"))
         facts[said] = form.format(value)
     length = f" of {c['sequence_length']} tokens" if is_text else ""
-    facts["data"] = f"{c['dataset']}: {c['windows']} {c['sample']}{'s' * (c['windows'] != 1)}{length}"
+    if c["windows"]:
+        facts["data"] = f"{c['dataset']}: {c['windows']} {c['sample']}{'s' * (c['windows'] != 1)}{length}"
     facts["computed in"] = f"{c['dtype']} on {c['provider']}"
     if not (zero_shot := c["zero_shot"]):
         return [_facts(facts)]

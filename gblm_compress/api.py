@@ -212,7 +212,9 @@ def evaluate(
     Example: gblm-compress evaluate pruned --baseline demo --dataset demo
     """
     models = [model] if baseline is None else [model, baseline]
-    texts, tasks = [settings.dataset], settings.include_path
+    if settings.tasks and not settings.model_fields_set & {"dataset", "max_windows"}:
+        settings = settings.model_copy(update={"max_windows": 0})
+    texts, tasks = [settings.dataset] if settings.max_windows != 0 else [], settings.include_path
     with _found(*models, processor=processor, texts=texts, tasks=tasks, quiet=quiet) as (progress, source, *dense):
         from gblm_compress.measure import evaluation
 

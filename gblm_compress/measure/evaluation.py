@@ -159,6 +159,8 @@ def prepare(source: ModelSource, settings: EvaluateSettings, progress: Progress)
 
 
 def _samples(source: ModelSource, settings: EvaluateSettings, progress: Progress) -> Sequence[Sample]:
+    if settings.max_windows == 0:
+        return []
     progress.say(f"reading {settings.dataset} …")
     processor, config = loading.load_processor(source), loading.config_of(source)
     size = settings.sequence_length, settings.max_windows
@@ -187,6 +189,7 @@ def evaluate(
     """Measure how well a model does its task, and its fidelity to `baseline` on the same samples.
 
     A `Reference` serves several evaluations. A Hugging Face folder runs in torch, an ONNX export in ONNX Runtime.
+    With 0 for `max_windows`, only the tasks are measured.
     """
     reference = Reference(baseline, dtype=dtype, device=device) if isinstance(baseline, ModelSource) else baseline
     dense = [] if reference is None else [reference.source]
@@ -209,7 +212,7 @@ def evaluate(
             dense_judged = reference.judged(sample, progress)
             of_dense.append(task.measure(dense_judged, sample))
             likenesses.append(task.fidelity(dense_judged, judged))
-    metrics = task.metrics(measured)
+    metrics = task.metrics(measured) if measured else {}
     if metrics and not any(math.isfinite(metric.value) for metric in metrics.values()):
         values = " and ".join(f"{name} is {metric.value}" for name, metric in metrics.items())
         raise ModelError(f"{source.name!r}: its {values}; the model produces NaN or infinite predictions")
@@ -219,8 +222,9 @@ def evaluate(
         answers = zero_shot.score(own.answers(settings, progress), expected)
     fidelity = None
     if reference is not None:
-        fidelity = {name: mean([one[name] for one in likenesses]) for name in likenesses[0]}
-        fidelity |= task.agreement(of_dense, measured)
+        if likenesses:
+            fidelity = {name: mean([one[name] for one in likenesses]) for name in likenesses[0]}
+            fidelity |= task.agreement(of_dense, measured)
         reference.unload()
     return EvaluateResult(
         model=source.name,
@@ -232,7 +236,7 @@ def evaluate(
         dtype=runtime.dtype,
         provider=runtime.provider,
         sample=task.sample,
-        baseline=task.metrics(of_dense) if reference else None,
+        baseline=task.metrics(of_dense) if of_dense else None,
         fidelity=fidelity,
         zero_shot=answers,
     )
@@ -241,7 +245,7 @@ def evaluate(
 def _estimate(models: list[ModelSource], samples: Sequence[Sample], dtype: str, device: str) -> str | None:
     """Time and memory of an evaluation on text; None without a folder whose weights can be counted."""
     folders = [model for model in models if not model.is_export]
-    if not folders or "input_ids" not in samples[0]:
+    if not folders or not samples or "input_ids" not in samples[0]:
         return None
     weights, kind, task = loading.count_weights(folders[0]), getattr(torch, dtype), loading.task_of(folders[0])
     lengths = [sample["input_ids"].numel() for sample in samples]
@@ -257,4 +261,5 @@ def _check_model(source: ModelSource, settings: EvaluateSettings) -> None:
         raise ModelError(f"model {source.name!r}: tasks are measured in torch; give the folder it was exported from")
     if settings.tasks and not (task := loading.task_of(source)).generates:
         raise UsageError(f"model {source.name!r} is {task.help}; tasks of lm-eval are for causal language models")
-    loading.check_length(source, settings.sequence_length)
+    if settings.max_windows != 0:
+        loading.check_length(source, settings.sequence_length)

@@ -203,7 +203,11 @@ class EvaluateSettings(Settings):
         le=MANY,
         description="At most this many windows or rows from the start, or random images; all if unset.",
     )
-    tasks: tuple[str, ...] = Field((), description="Zero-shot tasks of lm-eval, for example arc_easy, piqa.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="Zero-shot tasks of lm-eval, for example arc_easy, piqa. The command evaluate then reads a text "
+        "only if dataset or max_windows is given.",
+    )
     limit: Annotated[int | None, Panel.MORE] = Field(
         None, ge=1, le=MANY, description="At most this many questions per task; all if unset."
     )

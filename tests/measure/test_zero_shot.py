@@ -14,6 +14,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import gblm_compress
+from gblm_compress.cli import summaries
 from gblm_compress.errors import DataError, MissingDependencyError, ModelError, NotEnoughMemoryError, UsageError
 from gblm_compress.measure import zero_shot
 from gblm_compress.measure.evaluation import evaluate
@@ -83,6 +85,20 @@ def test_accuracy_is_that_of_likelihoods_token_by_token(tiny, prose, own_task, p
     assert task.dense_accuracy == pytest.approx(sum(dense) / 12)
     assert task.error == pytest.approx(math.sqrt(task.accuracy * (1 - task.accuracy) / 11))
     assert task.recovery == recovery([mine], [dense])
+
+
+def test_the_command_measures_tasks_without_a_text(tiny, own_task, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("gblm_compress.tasks.text.load_text", None)
+    asked = {"baseline": tiny("llama").folder, "tasks": ["parity"], "include_path": str(own_task), "quiet": True}
+    result = gblm_compress.evaluate(tiny("llama").folder, **asked)
+    assert result.metrics == {} and result.baseline is None and result.fidelity is None
+    (task,) = result.zero_shot.tasks
+    assert task.questions == len(QUESTIONS) and task.recovery.ratio == 1
+    summaries.show("evaluate", result, as_json=False)
+    said = capsys.readouterr().out
+    assert "parity" in said and "wikitext2" not in said and "perplexity" not in said
+    with pytest.raises(TypeError, match="not callable"):
+        gblm_compress.evaluate(tiny("llama").folder, dataset="demo", sequence_length=32, **asked)
 
 
 def test_what_decides_the_outcome_of_tasks(own_task, monkeypatch) -> None:
