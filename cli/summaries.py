@@ -19,6 +19,7 @@ from rich.text import Text
 
 from gblm_compress.machine import noisy
 from gblm_compress.printing import PlainConsole, printable, table
+from gblm_compress.settings.fields import SELF
 from gblm_compress.storage import outputs, records
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -26,7 +27,7 @@ WIDTH_OF_FILES = 160  # columns, where the output is no terminal and has no widt
 COLOURS = {"good": "green", "bad": "bold red", "": ""}
 NEXT = "next: gblm-compress "
 NOT_YET = "The folder is neither smaller nor faster than the dense model until you export it."
-TRIALS = ("demo", "tiny")  # models for which this program has a text too
+TRIALS = ("demo", "tiny")  # models that are small enough to try a command
 PRODUCT = re.compile("MatMul|Gemm|Linear")
 
 
@@ -185,6 +186,7 @@ def evaluate(c: dict[str, Any]) -> list[Any]:
     length = f" of {c['sequence_length']} tokens" if is_text else ""
     if c["windows"]:
         facts["data"] = f"{c['dataset']}: {c['windows']} {c['sample']}{'s' * (c['windows'] != 1)}{length}"
+        facts["note"] = c["note"]
     facts["computed in"] = f"{c['dtype']} on {c['provider']}"
     if not (zero_shot := c["zero_shot"]):
         return [_facts(facts)]
@@ -198,12 +200,19 @@ def evaluate(c: dict[str, Any]) -> list[Any]:
 
 
 def compare(c: dict[str, Any]) -> list[Any]:
+    from gblm_compress.tasks import same_text
+
     columns = (
         "method = {method} | pattern = {pattern} | >seeds = {seeds} | >perplexity = {perplexity:.2f}"
         "{perplexity_error:±.2f} | >KL from dense = {mean_kl:.3f}{mean_kl_error:±.3f} | >accuracy = {accuracy:.3f}"
         " | >recovery = {recovery:.3f} | >time = {seconds:.0f} s | >peak memory = {peak_memory_bytes:bytes}"
     )
-    return [_table(columns, c["rows"]), f"dense: perplexity {c['dense_perplexity']:.2f}", f"plot: {c['plot']}"]
+    note = same_text(c["evaluation"]["dataset"], c["calibration"]["dataset"])
+    return [
+        _table(columns, c["rows"]),
+        f"dense: perplexity {c['dense_perplexity']:.2f}{note and f'; {note}'}",
+        f"plot: {c['plot']}",
+    ]
 
 
 def benchmark(c: dict[str, Any]) -> list[Any]:
@@ -365,7 +374,7 @@ def _dense_of(made: str) -> str:
 
 
 def _prune(model: str, **options: Any) -> tuple[str, ...]:
-    trial = {"calibration": "demo", "samples": 16, "sequence_length": 512} if model in TRIALS else {}
+    trial = {"samples": 16, "sequence_length": 512} if model in TRIALS else {}
     return (
         "prune",
         model,
@@ -376,10 +385,10 @@ def _prune(model: str, **options: Any) -> tuple[str, ...]:
 
 
 def _evaluate(made: str, dense: str, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """On the part for evaluation of the text that was given, if that has one."""
-    text = given.get("calibration")
+    """On the part for evaluation of the text that was given, if that has one; on `demo` if none was given."""
+    text = given.get("calibration", SELF)
     options = _flags(
-        dataset=text if text in ("demo", "wikitext2", "c4") else None,
+        dataset="demo" if text == SELF else text if text in ("demo", "wikitext2", "c4") else None,
         sequence_length=given.get("sequence_length"),
         max_windows=16,
     )

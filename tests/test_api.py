@@ -14,13 +14,14 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from rich.text import Text
+from transformers import BertConfig, BertModel
 
 import gblm_compress
 from gblm_compress import api
 from gblm_compress.calibration import ranks
 from gblm_compress.cli import summaries
 from gblm_compress.command import text_file
-from gblm_compress.errors import OutputError, UsageError
+from gblm_compress.errors import DataError, OutputError, UsageError
 from gblm_compress.models.tiny import VOCABULARY
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.run_folder import RunFolder
@@ -94,6 +95,22 @@ def test_a_model_in_memory_is_pruned_in_place(tiny, prose) -> None:
         assert torch.equal(ours, theirs), name
     assert result.folder is None and result.nonzeros * 2 == result.weights
     assert result.linear_weights > result.weights  # the head is among those left dense
+
+
+def test_a_model_in_memory_writes_its_own_text_and_keeps_its_settings(tiny, tmp_path) -> None:
+    options = {"calibration": "self", "method": "wanda", "fit": "none", "quiet": True, **TEXT}
+    model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    before = model.generation_config
+    result = gblm_compress.prune(model, processor=tokenizer, **options)
+    assert result.nonzeros < result.weights and model.generation_config is before
+    model, tokenizer = gblm_compress.load(tiny("llama").folder)
+    assert gblm_compress.prune(model, processor=tokenizer, **options).layers == result.layers
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(DataError, match="'self' is text that a causal language model writes"):
+        encoder = BertModel(
+            BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        )
+        gblm_compress.prune(encoder, processor=tokenizer, **options)
 
 
 def test_what_an_in_place_pruning_cannot_do_is_told(tiny, prose, monkeypatch) -> None:

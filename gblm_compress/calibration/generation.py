@@ -1,31 +1,43 @@
 """Text that a model writes itself, for calibration and training (arXiv 2305.17888)."""
 
+import hashlib
+import json
 import random
 import re
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
+from torch import Tensor
 
-from gblm_compress import errors
+from gblm_compress import __version__, errors
+from gblm_compress.calibration.attention import chunked_attention
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
-from gblm_compress.errors import DataError, GblmError, ModelError, UsageError
-from gblm_compress.machine import cost
-from gblm_compress.machine.memory import freed_memory_kept, peak_memory
+from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
+from gblm_compress.machine import cache_folder, cost, keep
+from gblm_compress.machine.memory import free_memory, freed_memory_kept, peak_memory
 from gblm_compress.models import loading
 from gblm_compress.models.files import HEADS, LAYERS, WIDTHS, first_of
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
-from gblm_compress.settings import GenerateSettings
-from gblm_compress.storage import outputs
-from gblm_compress.tasks import data_files, files_of
-from gblm_compress.tasks.text import load_text, tokenizing
+from gblm_compress.settings import CalibrationSettings, GenerateSettings, RecoverSettings
+from gblm_compress.settings.fields import SELF
+from gblm_compress.storage import outputs, records
+from gblm_compress.tasks import data_files, files_of, task_of
+from gblm_compress.tasks.task import Sample
+from gblm_compress.tasks.text import load_text, tokenizing, vocabulary_of
 
 STARTS = (8, 13, 21, 0)  # tokens of a line that begin the pieces of a batch, in turn
 SHORTEST = 160  # characters of a usable line; a shorter one is a heading or a menu
+OWN_TOP_K = 1000  # in samples of a model's own; 100 gave text that is too easy
+TOGETHER = 64  # samples written at once, at most
 BETWEEN = "<|endoftext|>"  # the separator in the training text of GPT-2, Qwen, SmolLM and others
 
 
@@ -69,21 +81,22 @@ def generate(
 
 
 def _estimate(source: ModelSource, settings: GenerateSettings, dtype: str, device: str) -> str:
-    """A token costs two operations a weight; products as flat as a batch and the rest of a step take longer than that.
-
-    SmolLM2-135M wrote 550 tokens a second on one thread of a Zen 5, which is five operations a weight.
-    """
-    weights, kind, config = loading.count_weights(source), getattr(torch, dtype), loading.config_of(source)
-    text = config.get_text_config()
-    seconds = 5 * weights * settings.tokens / cost.operations_per_second(device, kind)
-    width = first_of(text, WIDTHS) * (first_of(text, ("num_key_value_heads",)) or 1) // (first_of(text, HEADS) or 1)
-    pieces = min(settings.batch, -(-settings.tokens // settings.piece))
-    cache = 2 * 2 * (first_of(text, LAYERS) or 1) * width * pieces * (settings.piece + max(STARTS))  # and its copy
-    memory = (
-        source.bytes_on_disk + kind.itemsize * (weights + cache) + 4 * 4 * pieces * text.vocab_size
-    )  # and draws from logits
+    seconds, memory = cost_of(source, settings, dtype, device)
     tokens = cost.fewer(settings.tokens, seconds)
     return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / settings.tokens)
+
+
+def cost_of(source: ModelSource, settings: GenerateSettings, dtype: str, device: str) -> tuple[float, float]:
+    """Seconds and bytes that writing takes.
+
+    A token costs two operations a weight; products as flat as a batch and the rest of a step take longer than that.
+    SmolLM2-135M wrote 550 tokens a second on one thread of a Zen 5, which is five operations a weight.
+    """
+    weights, kind = loading.count_weights(source), getattr(torch, dtype)
+    seconds = 5 * weights * settings.tokens / cost.operations_per_second(device, kind)
+    pieces = min(settings.batch, -(-settings.tokens // settings.piece))
+    piece = bytes_of_piece(loading.config_of(source), settings.piece + max(STARTS), dtype)
+    return seconds, source.bytes_on_disk + kind.itemsize * weights + pieces * piece
 
 
 def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
@@ -99,34 +112,42 @@ def check(source: ModelSource, settings: GenerateSettings) -> list[GblmError]:
 
 def write(model: Any, tokenizer: Any, settings: GenerateSettings, progress: Progress) -> list[list[int]]:
     """The tokens of each piece. A piece begins with the separator and may hold several texts."""
-    from transformers import GenerationConfig
-
-    vocabulary, size = tokenizer.get_vocab(), model.config.get_text_config().vocab_size
+    vocabulary, size, before = tokenizer.get_vocab(), model.config.get_text_config().vocab_size, model.generation_config
     names = (BETWEEN, tokenizer.bos_token, tokenizer.eos_token)
     first = next((vocabulary[name] for name in names if vocabulary.get(name, size) < size), None)
     if first is None:
         raise UsageError("the model has no token that begins texts, and cannot write any")
     special = {each for each in (*tokenizer.all_special_ids, *range(len(tokenizer), size)) if each < size}
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         do_sample=True, top_k=settings.top_k, temperature=settings.temperature, suppress_tokens=[*special - {first}],
         max_new_tokens=settings.piece, pad_token_id=first,
     )  # fmt: skip
     lines, draws, rows = _lines(tokenizer, settings), random.Random(settings.seed), []
     pieces = -(-settings.tokens // settings.piece)
     batches = range(0, pieces, settings.batch)
-    with torch.random.fork_rng():
+    steps = progress.counter("writing", "steps", len(batches) * settings.piece, settings.tokens)
+    with torch.random.fork_rng(), chunked_attention(), steps as advance:
         torch.manual_seed(settings.seed)
-        for number, begun in enumerate(progress.track(batches, "writing", "batches", settings.tokens)):
-            length = STARTS[number % len(STARTS)] if lines else 0
-            count = min(settings.batch, pieces - begun)
-            starts = [draws.choice(lines)[:length] if lines else [] for _ in range(count)]
-            begin = torch.tensor([[first, *start] for start in starts], device=model.device)
-            try:
-                rows += model.generate(begin, attention_mask=torch.ones_like(begin)).tolist()
-            except RuntimeError as error:
-                if "probability tensor" in str(error):
-                    raise ModelError("the model's predictions are NaN or infinite; it cannot write") from error
-                raise
+
+        def written(ids: Tensor, scores: Tensor) -> Tensor:
+            """Called after each step; no sequence is complete before the last."""
+            advance()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        try:
+            for number, begun in enumerate(batches):
+                length = STARTS[number % len(STARTS)] if lines else 0
+                count = min(settings.batch, pieces - begun)
+                starts = [draws.choice(lines)[:length] if lines else [] for _ in range(count)]
+                begin = torch.tensor([[first, *start] for start in starts], device=model.device)
+                mask = torch.ones_like(begin)
+                rows += model.generate(begin, attention_mask=mask, stopping_criteria=[written]).tolist()
+        except RuntimeError as error:
+            if "probability tensor" in str(error):
+                raise ModelError("the model's predictions are NaN or infinite; it cannot write") from error
+            raise
+        finally:
+            model.generation_config = before
     return rows
 
 
@@ -147,3 +168,134 @@ def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
     with tokenizing():
         texts = tokenizer.decode(tokens).split(tokenizer.convert_ids_to_tokens(tokens[0]))
     return [each for text in texts if (each := re.sub(r"\n\s*\n", "\n", text).strip())]
+
+
+def own_settings(count: int, length: int, seed: int, room: int, piece: int) -> GenerateSettings:
+    """How samples of a model's own are written: as many at once as `room` bytes hold of `piece` bytes each."""
+    if room < piece:
+        raise UsageError(
+            f"to write its own text, the model must be in memory as a whole, and {(piece - room) / 1e9:.1f} GB are "
+            "missing; give a text instead, such as a .txt file, wikitext2 or c4"
+        )
+    batch = min(count, TOGETHER, room // piece)
+    tokens, new = count * (length - 1), length - 1
+    return GenerateSettings(tokens=tokens, sequence_length=new, batch=batch, top_k=OWN_TOP_K, seed=seed)
+
+
+def bytes_of_piece(config: Any, length: int, dtype: str) -> int:
+    """Memory that a piece takes while it is written: cached keys and values and their copy, and draws from logits."""
+    text = config.get_text_config()
+    hidden, heads = (int(np.max(first_of(text, names) or 1)) for names in (WIDTHS, HEADS))
+    width = (getattr(text, "head_dim", None) or hidden // heads) * (first_of(text, ("num_key_value_heads",)) or heads)
+    cache = 2 * 2 * (first_of(text, LAYERS) or 1) * width * length
+    return int(cache * getattr(torch, dtype).itemsize + 4 * 4 * vocabulary_of(config))
+
+
+def as_samples(rows: Iterable[list[int]]) -> list[Sample]:
+    return [{"input_ids": torch.tensor([row])} for row in rows]
+
+
+def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, progress: Progress) -> list[Sample]:
+    """As `Author.calibration`, of a model in memory."""
+    size = text.samples, text.sequence_length, text.seed
+    if text.dataset != SELF:
+        return task_of(type(model)).calibration(processor, model.config, text.dataset, *size)
+    piece = bytes_of_piece(model.config, text.sequence_length, str(model.dtype).removeprefix("torch."))
+    settings = own_settings(*size, free_memory(str(model.device)), piece)
+    return as_samples(write(model, processor, settings, progress))
+
+
+@dataclass(frozen=True)
+class Author:
+    """The samples for a model's pruning or recovery: of a text, or `SELF`, each of which the model begins anew.
+
+    Those that it writes stay in the cache folder: a resumed run, or one with other settings, does not write them again.
+
+    Attributes:
+        room: bytes of memory on the device that may be taken.
+    """
+
+    source: ModelSource
+    device: str
+    room: int
+    ranks: Ranks
+    progress: Progress
+
+    def calibration(self, processor: Any, text: CalibrationSettings) -> list[Sample]:
+        size = text.samples, text.sequence_length, text.seed
+        if text.dataset == SELF:
+            return self._written(processor, *size)
+        self.progress.say(f"reading {text.dataset} …")
+        config = loading.config_of(self.source)
+        return loading.task_of(self.source).calibration(processor, config, text.dataset, *size)
+
+    def training(self, processor: Any, dataset: str, settings: RecoverSettings, tokens: int) -> list[Sample]:
+        length = settings.sequence_length
+        if dataset == SELF:
+            text = CalibrationSettings(
+                dataset=SELF, samples=tokens // length, sequence_length=length, seed=settings.seed
+            )
+            if not self.progress.quiet and (takes := self.cost(text))[0]:
+                self.progress.say(f"to write the text first, {cost.sentence(*takes)}")
+            return self.calibration(processor, text)
+        self.progress.say(f"reading {dataset} …")
+        config = loading.config_of(self.source)
+        return loading.task_of(self.source).training(processor, config, dataset, length, tokens)
+
+    def _written(self, tokenizer: Any, count: int, length: int, seed: int) -> list[Sample]:
+        """Samples [1, length], the same on all ranks, each of which writes its share."""
+        own, settings = self.ranks.share(range(count)), self._settings(count, length, seed)
+        place = self._place(settings)
+        if (rows := _read(place)) is None:
+            self.progress.say(f"{self.source.name} writes {count:,} samples of {length:,} tokens …")
+            with freed_memory_kept():
+                model = loading.load_model(self.source, self.dtype, self.device)
+                rows = write(model, tokenizer, settings, self.progress)
+            with suppress(OSError, OutputError):  # without a cache that can be written, they are written again
+                place.parent.mkdir(parents=True, exist_ok=True)
+                records.write_sealed(place, {"rows": rows})
+        with suppress(OSError):
+            keep(place)
+        ids = torch.zeros(count, length, dtype=torch.int64, device=self.device)
+        ids[own] = torch.tensor(rows, device=self.device)
+        self.ranks.sum_([ids])
+        return as_samples(ids.tolist())
+
+    def cost(self, text: CalibrationSettings) -> tuple[float, float]:
+        """Seconds and bytes that the writing takes, if anything is to be written.
+
+        Raises:
+            UsageError: it does not fit in memory.
+        """
+        if text.dataset != SELF:
+            return 0, 0
+        settings = self._settings(text.samples, text.sequence_length, text.seed)
+        if _read(self._place(settings)) is not None:
+            return 0, 0
+        return cost_of(self.source, settings, self.dtype, self.device)
+
+    @cached_property
+    def dtype(self) -> str:
+        return faster_dtype(self.device, self.ranks)
+
+    def _settings(self, count: int, length: int, seed: int) -> GenerateSettings:
+        ranks = self.ranks
+        count, seed = len(ranks.share(range(count))), (seed * ranks.size + ranks.rank) % 2**63
+        weights = loading.count_weights(self.source) * getattr(torch, self.dtype).itemsize
+        piece = bytes_of_piece(loading.config_of(self.source), length, self.dtype)
+        return own_settings(count, length, seed, int(self.room - weights), piece)
+
+    def _place(self, settings: GenerateSettings) -> Path:
+        versions = __version__, torch.__version__, transformers.__version__
+        decides = [self.source.fingerprint, settings.model_dump(), self.dtype, self.device.partition(":")[0]]
+        key = json.dumps([*decides, torch.get_num_threads(), versions])
+        return cache_folder() / "texts" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _read(place: Path) -> list[list[int]] | None:
+    """The samples that were kept there, if they are whole."""
+    try:
+        rows: list[list[int]] = records.read_sealed(place)["rows"]
+    except (OSError, ValueError):
+        return None
+    return rows

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 SAMPLE_EVERY_S = 0.02
+SHARE_OF_FREE_MEMORY = 0.8  # unless the user says how much
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of `mallopt`, as in malloc.h
 _KEEP = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
@@ -80,6 +81,17 @@ def _sampled(taken: Callable[[], int], result: PeakMemory) -> Iterator[None]:
         done.set()
         watcher.join()
         result.peak_bytes = max(result.peak_bytes, taken())
+
+
+def free_memory(device: str) -> int:
+    """Bytes of a device, or of the host for a CPU, that may be used."""
+    import psutil
+    import torch
+
+    on_cpu = device == "cpu"
+    return int(
+        SHARE_OF_FREE_MEMORY * (psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(device)[0])
+    )
 
 
 _owned = False

@@ -24,7 +24,7 @@ from gblm_compress.measure import zero_shot
 from gblm_compress.measure.runtimes import load_runtime
 from gblm_compress.measure.zero_shot import Answers, ZeroShot
 from gblm_compress.models import loading
-from gblm_compress.models.manifest import check_baseline
+from gblm_compress.models.manifest import check_baseline, read_if_ours
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import EvaluateSettings
@@ -57,6 +57,7 @@ class EvaluateResult:
     baseline: dict[str, Metric] | None = None
     fidelity: dict[str, float] | None = None
     zero_shot: ZeroShot | None = None
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: a metric as NAME, NAME_error and baseline_NAME, `metrics` the list of names."""
@@ -239,6 +240,9 @@ def evaluate(
         baseline=task.metrics(of_dense) if of_dense else None,
         fidelity=fidelity,
         zero_shot=answers,
+        note=tasks.same_text(
+            settings.dataset, (read_if_ours(source.folder).get("calibration") or {}).get("dataset", "")
+        ),
     )
 
 

@@ -55,6 +55,7 @@ class _Prune(BaseModel, strict=True):
 
 
 class _Calibration(BaseModel, strict=True):
+    dataset: str = ""
     samples: _Count
     sequence_length: _Count
     seed: _Count

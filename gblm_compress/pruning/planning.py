@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import nn
 
@@ -11,6 +10,7 @@ from gblm_compress.calibration import ranks
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.errors import UsageError
 from gblm_compress.machine import cost
+from gblm_compress.machine.memory import free_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.choices import Need
 from gblm_compress.methods.fits import BLOCK_EPOCHS, FITS, MODEL_EPOCHS
@@ -23,7 +23,6 @@ from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceS
 from gblm_compress.tasks.causal_lm import LOSS_TOKENS
 from gblm_compress.tasks.task import Sample, Task
 
-SHARE_OF_FREE_MEMORY = 0.8  # unless the user says how much
 FIT_BYTES = 24  # per weight that Adam fits: master, gradient, two moments, best so far, a copy for products
 GRID_BYTES = 12  # more where it is rounded: gradients before rounding, and what the scales' gradients need
 ROUND_BYTES = 12  # more with several rounds: values of pruned weights, start of the round, the best so far
@@ -39,6 +38,7 @@ class Placement:
     offload: bool  # the model stays on disk
     states: int  # bytes of host memory for hidden states
     by_sample: bool  # room to measure gradients sample by sample, which is faster
+    room: int = 0  # bytes of the device's memory for all of the work
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,9 @@ def _largest(value: int | list[int]) -> int:
 def choose_placement(
     size: Size, resources: ResourceSettings, settings: PruneSettings, device: str, group: Ranks
 ) -> Placement:
-    free = psutil.virtual_memory().available // ranks.processes_here()
-    host = int(SHARE_OF_FREE_MEMORY * free) if resources.memory is None else int(resources.memory)
+    host = free_memory("cpu") // ranks.processes_here() if resources.memory is None else int(resources.memory)
     on_cpu = device == "cpu"
-    room = host if on_cpu else int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
+    room = host if on_cpu else free_memory(device)
     needed = size.held(offload=False)
     offload = needed > room if resources.offload is None else resources.offload
     if offload and settings.fits_model:
@@ -181,6 +180,7 @@ def choose_placement(
         offload=offload,
         states=max(0, host - size.held(offload)) if on_cpu else host,
         by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
+        room=room,
     )
 
 
@@ -215,8 +215,14 @@ def better_fit(settings: PruneSettings, several: bool = False, offload: bool = F
     return "balanced"
 
 
-def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings) -> str:
-    """Time and memory of a run in one line, with a smaller text where it takes long."""
+def estimate(
+    source: ModelSource, plan: Plan, dtype: str, calibration: CalibrationSettings, writing: tuple[float, float] = (0, 0)
+) -> str:
+    """Time and memory of a run in one line, with a smaller text where it takes long.
+
+    Args:
+        writing: seconds and bytes that the text takes before, if the model writes it.
+    """
     settings, rate = plan.settings, cost.operations_per_second(plan.device, getattr(torch, dtype))
     weights = loading.count_weights(source)
 
@@ -225,5 +231,5 @@ def estimate(source: ModelSource, plan: Plan, dtype: str, calibration: Calibrati
         return 2 * weights * tokens * passes(settings) / rate
 
     small = calibration.model_copy(update=SMALL)
-    held = Size(source, dtype, settings, calibration).peak(plan.placement)
-    return cost.sentence(seconds(calibration), held, "--samples 16 --sequence-length 512", seconds(small))
+    held = max(writing[1], Size(source, dtype, settings, calibration).peak(plan.placement))
+    return cost.sentence(seconds(calibration) + writing[0], held, "--samples 16 --sequence-length 512", seconds(small))

@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from gblm_compress import __version__, errors, tasks
-from gblm_compress.calibration import ranks
+from gblm_compress.calibration import generation, ranks
+from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import ResidentWeights, StatePool, StreamedWeights, Weights
 from gblm_compress.errors import OutputError, UsageError, is_out_of_memory
-from gblm_compress.machine.memory import PeakMemory, peak_memory
+from gblm_compress.machine.memory import PeakMemory, free_memory, peak_memory
 from gblm_compress.methods.allocation import Budget
 from gblm_compress.methods.patterns import DENSE, UNSTRUCTURED, Pattern
 from gblm_compress.methods.zeros import check_finite, made_zero
@@ -32,7 +32,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning import planning, run_folder, saving
 from gblm_compress.pruning.block_pruning import FEW_TOKENS, LayerResult
-from gblm_compress.pruning.planning import SHARE_OF_FREE_MEMORY, Placement, Plan, Size, uniform_budgets
+from gblm_compress.pruning.planning import Placement, Plan, Size, uniform_budgets
 from gblm_compress.pruning.run_folder import RunFolder
 from gblm_compress.pruning.walk import LeftDense, Walk, Walked
 from gblm_compress.settings import (
@@ -43,7 +43,7 @@ from gblm_compress.settings import (
     ResourceSettings,
 )
 from gblm_compress.storage import outputs
-from gblm_compress.tasks.task import Sample, Task, fingerprint, on_device
+from gblm_compress.tasks.task import Sample, fingerprint, on_device
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,6 @@ def _to_folder(
     before = _pruned_before(source)
     for note in before:
         progress.say(f"note: {note}")
-    samples: list[Sample] = []
-    if settings.needs_text:
-        progress.say(f"reading {calibration.dataset} …")
-        samples = _samples(task, processor, loading.config_of(source), calibration)
-    read = fingerprint(samples) if samples else None
     with peak_memory(device) as memory, ranks.joined(device) as group:
         if group.size > 1 and settings.fits_blocks:
             raise UsageError(
@@ -160,8 +155,16 @@ def _to_folder(
         dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
         bytes_of = Size(source, dtype, settings, calibration)
         placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
-        own = [on_device(sample, device) for sample in group.share(samples)] if samples else []
-        plan = Plan(settings, task, own, budgets, torch.device(device), products, placement, group)
+        plan = Plan(settings, task, [], budgets, torch.device(device), products, placement, group)
+        samples: list[Sample] = []
+        if settings.needs_text:
+            author = Author(source, device, placement.room, group, progress)
+            writing = author.cost(calibration)
+            if not progress.quiet:
+                progress.say(planning.estimate(source, plan, dtype, calibration, writing))
+            samples = author.calibration(processor, calibration)
+            plan = replace(plan, samples=[on_device(sample, device) for sample in group.share(samples)])
+        read = fingerprint(samples) if samples else None
         identity = {
             "model": source.fingerprint,
             "settings": settings.model_dump(mode="json"),
@@ -182,8 +185,6 @@ def _to_folder(
             place = "on disk, a block at a time in memory" if placement.offload else "in memory"
             does = "resuming" if run.resumed else "pruning"
             progress.say(f"{does} {source.name} in {dtype} on {device}, {place} …")
-            if samples and not progress.quiet:
-                progress.say(planning.estimate(source, plan, dtype, calibration))
             walked, checkpoint = _walk(source, plan, run, dtype, calibration.experts == "all", progress)
             # The others are done: they do not wait for the first, which may save for longer than they may wait.
             if group.is_first:
@@ -195,26 +196,22 @@ def _to_folder(
 
 
 def _in_place(job: PruneJob, given: InMemory, progress: Progress) -> _Done:
-    model, processor, samples = given.model, given.processor, list[Sample]()
+    model, processor, samples = given.model.eval(), given.processor, list[Sample]()
     if job.settings.needs_text:
         task = tasks.task_of(type(model))
         if processor is None:
             raise UsageError(f"method {job.settings.method} reads data: give the {task.processor.name} of the model")
         task.check_processor(processor)
+        task.data_files(job.calibration.dataset)
         if task.generates:
             check_positions(type(model).__name__, model.config.to_dict(), job.calibration.sequence_length)
-        samples = _samples(task, processor, model.config, job.calibration)
-    model.eval()
+        samples = generation.calibration_in_place(model, processor, job.calibration, progress)
     own = [on_device(sample, model.device) for sample in samples]
     with peak_memory(str(model.device)) as memory, unfused(model):
         if job.calibration.experts == "all":
             run_all_(model)
         walked = _prune_in_place(model, own, job.settings, progress)
     return _Done(walked, memory, fingerprint(samples) if samples else None)
-
-
-def _samples(task: Task, processor: Any, config: Any, text: CalibrationSettings) -> list[Sample]:
-    return task.calibration(processor, config, text.dataset, text.samples, text.sequence_length, text.seed)
 
 
 def prune_(
@@ -237,7 +234,7 @@ def _prune_in_place(model: nn.Module, samples: Sequence[Sample], settings: Prune
     weights = ResidentWeights(model)
     device = next(model.parameters()).device
     planning.check_float16(str(model.dtype).removeprefix("torch."), settings, str(device))
-    memory = int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)
+    memory = free_memory("cpu")
     plan = Plan(
         settings=settings,
         task=tasks.task_of(type(model)),

@@ -224,7 +224,8 @@ def _conditions(job: Job, results: dict[str, dict[str, Any]]) -> dict[str, str]:
         found["calibration"] = f"{text.dataset}: {size}, seed {text.seed}"
     if evaluation := results.get(f"evaluate {job.pruned.name}"):
         size = f"{evaluation['windows']} {evaluation['sample']}s of at most {evaluation['sequence_length']} tokens"
-        found["evaluation"] = f"{evaluation['dataset']}: {size}"
+        note = f" ({said})" if (said := evaluation.get("note")) else ""
+        found["evaluation"] = f"{evaluation['dataset']}: {size}{note}"
     if settings := recipe.benchmark:
         here = results["benchmark"]["environment"]
         found["timing"] = (

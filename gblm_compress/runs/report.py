@@ -113,7 +113,7 @@ def markdown_tables(report: RunReport, titles: Sequence[str]) -> list[str]:
             lines += [f"### {each.title}", "", "| " + " | ".join(each.columns) + " |"]
             lines.append("| " + " | ".join("---:" if number else "---" for number in each.columns.values()) + " |")
             lines += ["| " + " | ".join(plain(cell.text) for cell in row) + " |" for row in each.rows]
-            lines += ["", *(f"{note}\n" for note in each.all_notes)]
+            lines += ["", *(f"{plain(note)}\n" for note in each.all_notes)]
     return [*lines, *(f"- {plain(name)}: {plain(value)}" for name, value in report.conditions.items())]
 
 

@@ -143,6 +143,8 @@ def quality(report: RunReport) -> Table:
     figures = [*metrics, *report.fidelity, "density", "bytes", "bytes_ratio"]
     errors = any(row.error is not None for name in metrics for row in report.find(name))
     notes = ["± is one standard error over the samples."] if errors else []
+    if evaluated := report.conditions.get("evaluation"):
+        notes.append(f"Evaluated on {evaluated}.")
     return table("Quality and size", report.rows, {"model": "artefact"}, figures, *notes)
 
 

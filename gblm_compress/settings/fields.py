@@ -50,6 +50,8 @@ Dtype = Annotated[
         {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"},
     ),
 ]
+SELF = "self"
+"""The name of the text that a language model writes when it is pruned or recovered."""
 MANY = 10_000_000  # the most of anything counted; a larger number is a mistake and would exhaust memory
 LEAST_MEMORY = 1_000_000  # bytes; a smaller number lacks its unit
 MEMORY = r"^[0-9]{7,18}$|^[0-9]{1,9}(\.[0-9]{1,9})? ?[MmGgTt][Ii]?[Bb]$"
@@ -77,6 +79,12 @@ def _count(value: Any) -> Any:
     return value
 
 
+def _given(dataset: str) -> str:
+    if dataset == SELF:
+        raise ValueError(f"{SELF!r} is text that the model writes to be pruned or trained on; give another text here")
+    return dataset
+
+
 def budget_of(pattern: str, sparsity: float | None = None) -> Budget:
     """A pattern with its share of zeros, for validators: ValueError if there is no such pattern, or not so sparse."""
     try:
@@ -98,6 +106,7 @@ Tokens = Annotated[
     Field(ge=1, le=MOST_TOKENS),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": COUNT}, {"type": "integer", "minimum": 1}]}),
 ]
+GivenText = Annotated[str, AfterValidator(_given)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 PatternName = Annotated[
     str,

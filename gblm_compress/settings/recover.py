@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from gblm_compress.settings.fields import MANY, Panel, Settings, Tokens
+from gblm_compress.settings.fields import MANY, GivenText, Panel, Settings, Tokens
 
 
 class Source(Settings):
@@ -56,8 +56,8 @@ class RecoverSettings(Settings):
         le=1,
         description="Share of the text's cross-entropy in the loss; the rest is the divergence from dense.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for the order of the windows.")
-    disjoint_from: Annotated[tuple[str, ...], Panel.MORE] = Field(
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed for the order of the windows, and for self.")
+    disjoint_from: Annotated[tuple[GivenText, ...], Panel.MORE] = Field(
         (),
         max_length=100,
         description="Texts that the data must not hold, such as those of evaluations. Training is refused if the data "

@@ -8,10 +8,12 @@ from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
 from gblm_compress.settings.fields import (
     MANY,
+    SELF,
     SPARSITY,
     WHERE_ZEROS_GO,
     Dtype,
     Fraction,
+    GivenText,
     Memory,
     OneOf,
     Panel,
@@ -54,8 +56,9 @@ class CalibrationSettings(Settings):
     """The text that pruning measures on."""
 
     dataset: str = Field(
-        "c4",
-        description="wikitext2, c4, a hub dataset, a .txt/.raw/.tokens/.jsonl/.parquet file (or .csv, for encoders), "
+        SELF,
+        description="self (a language model writes the text itself), wikitext2, c4, a hub dataset, "
+        "a .txt/.raw/.tokens/.jsonl/.parquet file (or .csv, for encoders), "
         "a folder of images, or 'demo'.",
     )
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows, texts or images.")
@@ -84,7 +87,7 @@ class GenerateSettings(Settings):
     """How a model writes text for calibration and training."""
 
     tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
-    starts: str | None = Field(
+    starts: GivenText | None = Field(
         None,
         description="A text, as calibration.dataset: three quarters of the pieces begin with words of its lines. All "
         "begin from nothing if unset.",
@@ -193,7 +196,9 @@ class AdviseSettings(Settings):
 class EvaluateSettings(Settings):
     """What an evaluation measures."""
 
-    dataset: str = Field("wikitext2", description="As calibration.dataset; the part meant for evaluation is read.")
+    dataset: GivenText = Field(
+        "wikitext2", description="As calibration.dataset; the part meant for evaluation is read."
+    )
     sequence_length: int = Field(
         2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
     )

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gblm_compress.errors import DataError, ModelError
+from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.classification import Classification
 from gblm_compress.tasks.embedding import Embedding
@@ -54,7 +55,14 @@ def files_of(*datasets: str) -> list[Path]:
 
 def is_here(dataset: str) -> bool:
     """Whether a dataset is read from this machine rather than from the hub."""
-    return dataset == "demo" or bool(data_files(dataset))
+    return dataset in ("demo", SELF) or bool(data_files(dataset))
+
+
+def same_text(evaluated: str, calibrated: str) -> str:
+    """A note where an evaluation reads the data of the calibration, or another part of it; else empty."""
+    files = [[path.resolve() for path in files_of(name)] for name in (evaluated, calibrated)]
+    same = evaluated == calibrated or (files[0] and files[0] == files[1])
+    return "same data as calibration: on other data the loss may be larger" if same else ""
 
 
 def task_of(model_class: type) -> Task:

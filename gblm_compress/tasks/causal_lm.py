@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks.metrics import Metric, mean_metric, perplexity
 from gblm_compress.tasks.task import Sample, Task
 from gblm_compress.tasks.text import consecutive_windows, drawn_windows, vocabulary_of
@@ -21,6 +23,9 @@ class CausalLM(Task):
     help = "a causal language model"
     auto_class = "AutoModelForCausalLM"
     generates = True
+
+    def data_files(self, dataset: str) -> list[Path]:
+        return [] if dataset == SELF else super().data_files(dataset)
 
     def calibration(
         self, processor: Any, config: Any, dataset: str, samples: int, length: int, seed: int

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from gblm_compress.errors import DataError, ModelError, first_line, is_out_of_memory
+from gblm_compress.settings.fields import SELF
 from gblm_compress.tasks import text
 from gblm_compress.tasks.classification import Classes, class_of, names_of
 from gblm_compress.tasks.task import IMAGE_PROCESSOR, Sample, with_draws
@@ -215,7 +216,7 @@ def _made(size: int, mode: str) -> Image:
 def data_files(source: str) -> list[Path]:
     """The local file or folder of images that a source names, and the labels beside it."""
     path = Path(os.path.expanduser(source))
-    if source in text.NAMED:
+    if source in (*text.NAMED, SELF):
         raise DataError(f"dataset {source!r} is text, and the model takes images; give {READS}")
     if os.path.isdir(path):
         if not _idx_files(path) and next(_images_below(path), None) is None:

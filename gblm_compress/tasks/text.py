@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from gblm_compress.errors import DataError, GblmError, ModelError, first_line, is_out_of_memory
+from gblm_compress.settings.fields import SELF
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,8 @@ DRAWS = 100_000  # documents of C4 that may be too short in a row
 def data_files(source: str, reads: str = READS, files: Collection[str] = FILES) -> list[Path]:
     """The local file that a source names, if any; `reads` says in words what can be read, `files` are suffixes."""
     path = Path(os.path.expanduser(source))
+    if source == SELF:
+        raise DataError(f"dataset {SELF!r} is text that a causal language model writes; for this model give {reads}")
     if source in NAMED:
         return []
     if path.suffix in files:

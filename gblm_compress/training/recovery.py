@@ -15,11 +15,12 @@ from torch import Tensor
 from gblm_compress import __version__, errors
 from gblm_compress.calibration import ranks
 from gblm_compress.calibration.attention import chunked_attention
+from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.calibration.weights import StatePool, verify_by_loading
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.machine import cost
-from gblm_compress.machine.memory import freed_memory_kept, peak_memory
+from gblm_compress.machine.memory import free_memory, freed_memory_kept, peak_memory
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import count_nonzeros, positive_zeros
 from gblm_compress.models import grids, loading, manifest
@@ -172,8 +173,8 @@ class Recovery:
             )
         compute = faster_dtype(self.device, group)
         task, processor = loading.task_of(self.source), loading.load_processor(self.source)
-        progress.say(f"reading {', '.join(each.dataset for each in settings.data)} …")
-        windows = windows_of(task, processor, loading.config_of(self.source), settings)
+        room = free_memory(self.device) // (ranks.processes_here() if self.device == "cpu" else 1)
+        windows = windows_of(Author(self.teacher, self.device, room, group, progress), processor, settings)
         identity = self._identity(windows, compute)
         store = Checkpoints(self.output, identity, resume, group)
         before = store.latest or Progressed()

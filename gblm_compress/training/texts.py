@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gblm_compress.calibration.generation import Author
 from gblm_compress.errors import DataError
 from gblm_compress.settings import RecoverSettings
 from gblm_compress.tasks import text
-from gblm_compress.tasks.task import Sample, Task
+from gblm_compress.tasks.task import Sample
 
 # One window in 32 is never trained on, whatever the weights, so that a second training is judged on unread windows.
 HELD_OUT_EVERY, MOST_HELD_OUT = 32, 32
@@ -40,7 +41,7 @@ class Windows:
         return len(read) / max(1, len(set(read)))
 
 
-def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSettings) -> Windows:
+def windows_of(author: Author, processor: Any, settings: RecoverSettings) -> Windows:
     """Each text gives its share of the windows; one that is too short is read again, in another order.
 
     Raises:
@@ -54,7 +55,7 @@ def windows_of(task: Task, processor: Any, config: Any, settings: RecoverSetting
     generator = torch.Generator().manual_seed(settings.seed)
     for source in settings.data:
         share = source.weight / total
-        found = task.training(processor, config, source.dataset, length, int(share * needed * length) + length)
+        found = author.training(processor, source.dataset, settings, int(share * needed * length) + length)
         if len(found) < 2:
             raise DataError(
                 f"dataset {source.dataset!r} holds {len(found) or 'no'} window of {length} tokens, and two are needed: "

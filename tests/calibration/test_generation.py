@@ -1,16 +1,30 @@
 """Text that a model writes: what is drawn, where texts begin and end, and what stands in the way."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from gblm_compress.calibration import generation
-from gblm_compress.calibration.generation import STARTS, generate, texts_of, write
+from gblm_compress.calibration.generation import STARTS, Author, bytes_of_piece, generate, own_settings, texts_of, write
+from gblm_compress.calibration.ranks import Ranks, faster_dtype
 from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
+from gblm_compress.machine import cache_folder
+from gblm_compress.models.loading import config_of, load_model
 from gblm_compress.models.tiny import byte_tokenizer, tiny_model
-from gblm_compress.settings import GenerateSettings
+from gblm_compress.progress import Progress
+from gblm_compress.settings import (
+    CalibrationSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    PruneSettings,
+    RecoverSettings,
+)
 from gblm_compress.storage import outputs
+from gblm_compress.tasks import TASKS
+from gblm_compress.tasks.task import fingerprint
+from tests.conftest import prune
 from tests.tasks import families
 
 END = 256
@@ -143,9 +157,11 @@ def test_a_temperature_that_no_number_can_be_divided_by_is_refused(temperature: 
 
 
 def test_the_batches_of_any_number_of_tokens_are_not_listed(progress, monkeypatch) -> None:
-    monkeypatch.setattr(type(progress), "track", lambda self, items, *_: iter([]) if len(items) > 1 << 40 else items)
-    settings = GenerateSettings(tokens=10**13, sequence_length=1, batch=1)
-    assert write(tiny_model("llama"), byte_tokenizer(), settings, progress) == []
+    counter = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(type(progress), "counter", counter)
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny_model("llama"), byte_tokenizer(), GenerateSettings(tokens=10**13, batch=1), progress)
+    assert counter.call_args.args[2] > 10**13 - 1
 
 
 def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch) -> None:
@@ -156,3 +172,72 @@ def test_an_interrupted_run_leaves_no_file(tiny, tmp_path, progress, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         generate(tiny("llama"), tmp_path / "out.txt", GenerateSettings(**SMALL), device="cpu", progress=progress)
     assert not list(tmp_path.iterdir())
+
+
+def author(source, room: int = 1 << 30) -> Author:
+    return Author(source, "cpu", room, Ranks(), Progress(quiet=True))
+
+
+def test_a_models_own_samples_are_written_once_and_are_the_tokens_as_drawn(tiny, monkeypatch) -> None:
+    source, text = tiny("llama"), CalibrationSettings(dataset="self", samples=3, sequence_length=20, seed=7)
+    settings = GenerateSettings(tokens=3 * 19, sequence_length=19, batch=3, top_k=1000, seed=7)
+    dtype = faster_dtype("cpu", Ranks())
+    expected = write(load_model(source, dtype), byte_tokenizer(), settings, Progress(quiet=True))
+    assert author(source).cost(text)[0] > 0
+    texts = cache_folder() / "texts"
+    before = set(texts.glob("*"))
+    samples = author(source).calibration(byte_tokenizer(), text)
+    (kept,) = set(texts.glob("*")) - before
+    assert [sample["input_ids"].tolist() for sample in samples] == [[row] for row in expected]
+    assert all(row[0] == END and len(row) == 20 for row in expected)
+    other = author(source).calibration(byte_tokenizer(), text.model_copy(update={"seed": 8}))
+    assert fingerprint(other) != fingerprint(samples)
+    with monkeypatch.context() as patch:
+        patch.setattr("gblm_compress.models.loading.load_model", None)
+        assert fingerprint(author(source).calibration(byte_tokenizer(), text)) == fingerprint(samples)
+        assert author(source).cost(text) == (0, 0)
+    kept.write_text(kept.read_text().replace(str(END), "0"))  # damaged
+    assert fingerprint(author(source).calibration(byte_tokenizer(), text)) == fingerprint(samples)
+
+
+def test_fewer_samples_are_written_at_once_where_memory_is_short_and_none_where_there_is_none() -> None:
+    whole = own_settings(count=8, length=20, seed=0, room=1000, piece=10)
+    assert (whole.batch, whole.tokens, whole.piece) == (8, 8 * 19, 19)
+    assert own_settings(count=8, length=20, seed=0, room=35, piece=10).batch == 3
+    with pytest.raises(UsageError, match=r"in memory as a whole, and 2\.0 GB are missing; give a text instead"):
+        own_settings(count=8, length=20, seed=0, room=-(10**9), piece=10**9)
+
+
+def test_a_piece_takes_its_cache_and_its_logits(tiny) -> None:
+    config = config_of(tiny("llama"))
+    width, kept, layers = config.head_dim, config.num_key_value_heads, config.num_hidden_layers
+    assert kept < config.num_attention_heads
+    expected = 2 * 20 * 2 * layers * kept * width * 2 + 16 * config.vocab_size
+    assert bytes_of_piece(config, 20, "bfloat16") == expected
+
+
+def test_progress_counts_every_token_of_a_piece_and_the_model_keeps_its_own_settings(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("gblm_compress.progress.PLAIN_LINE_EVERY_S", 0.0)
+    model, settings = tiny_model("llama"), GenerateSettings(tokens=20, sequence_length=5, batch=2)
+    before = model.generation_config
+    write(model, byte_tokenizer(), settings, Progress())
+    assert model.generation_config is before
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"writing: {step}/10 steps" for step in range(1, 10)]
+
+
+def test_no_evaluation_start_or_disjoint_text_is_the_models_own() -> None:
+    for settings, key in ((EvaluateSettings, "dataset"), (GenerateSettings, "starts")):
+        with pytest.raises(ValueError, match="'self' is text that the model writes"):
+            settings(**{key: "self"})
+    with pytest.raises(ValueError, match="'self' is text that the model writes"):
+        RecoverSettings(disjoint_from=("self",))
+
+
+def test_models_that_do_not_write_ask_for_data_before_the_work(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("gblm_compress.models.loading.load_model", None)
+    source = families.written(tmp_path / "bert", "bert")
+    with pytest.raises(DataError, match=r"'self' is text that a causal language model writes; for this .* a \.txt"):
+        prune(source, tmp_path / "out", PruneSettings(), CalibrationSettings(dataset="self"))
+    with pytest.raises(DataError, match="'self' is text, and the model takes images"):
+        TASKS["image-classification"].data_files("self")

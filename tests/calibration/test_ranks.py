@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from gblm_compress.calibration.generation import Author
 from gblm_compress.calibration.ranks import Ranks, device_of_rank
 from gblm_compress.errors import UsageError
+from gblm_compress.models.tiny import byte_tokenizer
+from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, PruneSettings
 from tests.conftest import prune
 
@@ -49,6 +52,24 @@ def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path,
     differing = sum(int(((one[name] != 0) != (two[name] != 0)).sum()) for name in one)
     assert differing <= 1e-4 * sum(tensor.numel() for tensor in one.values())
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", prose.name}
+
+
+def test_all_ranks_read_the_text_that_they_have_written_together(pair, tiny, tmp_path) -> None:
+    given = arguments(tiny("llama"), tmp_path / "two", Path("self"), "--method", "wanda")
+    say = "from gblm_compress.pruning import stage\nread = stage.fingerprint\n"
+    say += "stage.fingerprint = lambda samples: (print(f'text {read(samples)}', flush=True), read(samples))[1]"
+    done = pair(*given, change=say)
+    assert '"folder"' in done.stdout, done.stderr
+    first, second = (line for line in done.stdout.splitlines() if line.startswith("text "))
+    assert first == second and first.removeprefix("text ") in (tmp_path / "two" / "gblm_manifest.json").read_text()
+    source = tiny("llama")
+    written = [Author(source, "cpu", 1 << 30, Ranks(rank, 2), Progress(quiet=True)) for rank in (0, 1)]
+    text = CalibrationSettings(dataset="self", samples=5, sequence_length=32)
+    for one in written:
+        one.ranks.every, one.ranks.sum_ = lambda *_: False, lambda tensors: None
+    parts = [one.calibration(byte_tokenizer(), text) for one in written]
+    shares = [[bool(sample["input_ids"].any()) for sample in part] for part in parts]
+    assert shares == [[True, False, True, False, True], [False, True, False, True, False]]
 
 
 DIES = """

@@ -124,13 +124,13 @@ ROWS = [
     ("command", "given", "words"),
     [
         ("advise", {"model": "my MODELS", "pattern": "2:4"}, "prune 'my MODELS' -o pruned --pattern 2:4"),
-        ("prune", {"model": "my MODELS"}, "evaluate a/pruned --baseline 'my MODELS' --max-windows 16"),
+        ("prune", {"model": "my MODELS"}, "evaluate a/pruned --baseline 'my MODELS' --dataset demo --max-windows 16"),
         (
             "prune",
             {"model": "demo", "calibration": "demo", "sequence_length": 512},
             "evaluate a/pruned --baseline demo --dataset demo --sequence-length 512 --max-windows 16",
         ),
-        ("recover", {"teacher": "a/dense"}, "evaluate a/pruned --baseline a/dense --max-windows 16"),
+        ("recover", {"teacher": "a/dense"}, "evaluate a/pruned --baseline a/dense --dataset demo --max-windows 16"),
         ("generate", {"model": "demo"}, "prune demo -o pruned --calibration a/text.txt"),
         ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
         ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),

@@ -76,7 +76,7 @@ def test_gradients_go_sample_by_sample_only_where_there_is_room(tiny) -> None:
 
 def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monkeypatch) -> None:
     size = planning.Size(tiny("llama"), "float32", SETTINGS, TEXT)
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10 * 10**9))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert placed(size).states + size.weights + size.working == 2 * 10**9  # 0.8 of a fourth
     assert placed(size, memory=10**9).states + size.weights + size.working == 10**9

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gblm_compress.calibration import ranks
+from gblm_compress.calibration import generation, ranks
 from gblm_compress.errors import ModelError, UsageError
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.models import manifest
@@ -21,7 +21,7 @@ from gblm_compress.models.tiny import tiny_model
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.block_pruning import LayerResult
 from gblm_compress.pruning.stage import PruneResult, prune_
-from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings
+from gblm_compress.settings import REGISTRIES, CalibrationSettings, PruneSettings, ResourceSettings
 from gblm_compress.settings.prune import PRESETS
 from gblm_compress.tasks.metrics import mean_kl
 from tests.calibration.test_blocks import slow_activation_norms
@@ -445,3 +445,23 @@ def test_layers_share_by_their_gradients_where_these_are_measured_anyway(given, 
     assert settings.allocation == settings.model_dump()["allocation"] == allocation
     assert ("allocation" in settings.model_fields_set) == bool(given.keys() & {"allocation", "preset"})
     assert PruneSettings.model_validate(settings.model_dump()) == settings
+
+
+def test_a_model_that_must_stay_on_disk_asks_for_a_text_before_the_work(tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "bytes_of_piece", lambda *given: 10**9)
+    text, little = CalibrationSettings(dataset="self", samples=2), ResourceSettings(memory=1_000_000)
+    with pytest.raises(UsageError, match=r"to write its own text, the model must be in memory as a whole, and 1\.0 GB"):
+        short = text.model_copy(update={"sequence_length": 32})
+        prune(tiny("llama"), tmp_path / "out", PruneSettings(fit="none"), short, resources=little)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_counts_the_writing_of_the_text_once(tiny, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "cost_of", lambda *given: (7200.0, 0))
+    text = CalibrationSettings(dataset="self", samples=2, sequence_length=33)
+    for again in (False, True):
+        prune(tiny("llama"), tmp_path / "out", PruneSettings(fit="none"), text, progress=Progress(), force=again)
+        said = capsys.readouterr().err
+        assert ("this takes about 2.0 h" in said) is not again and (
+            "writes 2 samples of 33 tokens" in said
+        ) is not again

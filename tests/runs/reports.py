@@ -102,7 +102,7 @@ def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, 
         "model": name,
         "method": "50 % zeros by gblm",
         "finished": "2026-01-02T03:04:05+00:00",
-        "conditions": {"machine": "a CPU, 2 threads, cpu", "timing": name},
+        "conditions": {"machine": "a CPU, 2 threads, cpu", "timing": name, "evaluation": name},
         "commands": [f"gblm-compress run {name}"],
     }
     return RunReport(**values | changes)

@@ -65,7 +65,9 @@ def test_artefacts_and_report(finished) -> None:
     (command,) = result.commands
     assert command == f"gblm-compress run {output / 'recipe.json'} -o {output}"
     assert load_recipe(output / "recipe.json").model_dump() == smoke().model_dump()
+    assert "(same data as calibration: on other" in result.conditions["evaluation"]
     html = (output / report.PAGE).read_text()
+    assert html.count("same data as calibration") == 2  # below the table, and among the conditions
     assert "dense-onnx" in html and "data:image/png" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {

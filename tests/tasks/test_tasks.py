@@ -19,7 +19,7 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.models.tiny import tiny_model
 from gblm_compress.pruning.stage import prune_
 from gblm_compress.settings import CalibrationSettings, PruneSettings, ResourceSettings
-from gblm_compress.tasks import TASKS, task_of
+from gblm_compress.tasks import TASKS, same_text, task_of
 from gblm_compress.tasks.causal_lm import CausalLM
 from gblm_compress.tasks.task import Sample, Task, fingerprint, random_numbers
 from gblm_compress.tasks.text import load_text
@@ -234,3 +234,12 @@ def test_a_class_tells_its_task() -> None:
 def test_samples_on_another_device_have_the_same_fingerprint() -> None:
     elsewhere = SimpleNamespace(cpu=lambda: torch.arange(3))  # as on a GPU: only a copy has numbers
     assert fingerprint([{"input_ids": elsewhere}]) == fingerprint([{"input_ids": torch.arange(3)}])
+
+
+def test_the_same_text_is_told_by_its_name_or_its_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    assert same_text("c4", "c4") == same_text("a.txt", str(tmp_path / "a.txt")) != ""
+    others = (("c4", "wikitext2"), ("a.txt", "b.txt"), ("c4", "self"), ("demo", ""), ("c4", "gone.txt"))
+    assert [same_text(*pair) for pair in others] == [""] * len(others)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 
 from gblm_compress.api import export
+from gblm_compress.calibration.generation import Author
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.calibration.weights import StatePool
 from gblm_compress.errors import DataError, GblmError, ModelError, OutputError, UsageError
 from gblm_compress.models import manifest
@@ -19,6 +21,7 @@ from gblm_compress.models.loading import config_of, load_model, load_processor
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import CalibrationSettings, PruneSettings, RecoverSettings
+from gblm_compress.tasks.task import fingerprint
 from gblm_compress.tasks.text import load_text
 from gblm_compress.training import recovery, texts, trainer
 from gblm_compress.training.checkpoints import Checkpoints
@@ -68,9 +71,13 @@ def train(pruned, tiny, tmp_path, prose):
     )
 
 
+def author_of(source) -> Author:
+    return Author(source, "cpu", 1 << 30, Ranks(), Progress(quiet=True))
+
+
 def windows_for(source, *data: Path | str, **settings) -> tuple[RecoverSettings, texts.Windows]:
     chosen = RecoverSettings(**(SMALL | {"data": tuple(map(str, data))} | settings))
-    return chosen, windows_of(CAUSAL_LM, load_processor(source), config_of(source), chosen)
+    return chosen, windows_of(author_of(source), load_processor(source), chosen)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -424,3 +431,12 @@ def test_the_command_says_what_it_brought(program, pruned, tiny, prose) -> None:
     )  # fmt: skip
     assert done.code == 0, done.stderr
     assert "validation loss" in done.stdout and "the weights after" in done.stdout
+
+
+def test_a_model_is_trained_on_what_the_dense_one_writes(train, tiny, tmp_path) -> None:
+    done = train(data="self")
+    settings, windows = windows_for(tiny("llama"), "self")
+    assert manifest.read(tmp_path / "out")["recovery"]["text"] == fingerprint(windows.samples)
+    assert done.tokens == 640 and len(windows.samples) == 21 and windows.passes() <= 1
+    assert all(window["input_ids"][0, 0] == 256 for window in windows.samples)
+    assert [source.dataset for source in settings.data] == ["self"]
