@@ -103,7 +103,7 @@ def prune(
 ) -> "PruneResult":
     """Set the least important weights to zero and adjust the rest.
 
-    Example: gblm-compress prune demo -o pruned --calibration demo --samples 16
+    Example: gblm-compress prune demo -o pruned --samples 16 --sequence-length 512
 
     In Python, `model` may be a model in memory, and `calibration` texts or mappings with the key "text". Without an
     output folder the model is pruned in place, with its dtype and on its device.

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from gblm_compress.settings.fields import MANY, GivenText, Panel, Settings, Tokens
+from gblm_compress.settings.fields import MANY, TEXT, GivenText, Panel, Settings, Tokens
 
 
 class Source(Settings):
@@ -38,8 +38,8 @@ class RecoverSettings(Settings):
         (Source(dataset="c4"),),
         min_length=1,
         max_length=100,
-        description="Texts to train on, and their weights; as calibration.dataset. For example c4, or "
-        "wiki.txt=0.5,c4=0.5.",
+        description=f"Texts to train on, each with a weight, for example wiki.txt=0.5,c4=0.5. A text is self (the "
+        f"dense model writes it), {TEXT}.",
     )
     tokens: Tokens = Field(2_000_000, description="Tokens to train on: 500k, 2M, … Shorter texts are read again.")
     sequence_length: int = Field(512, ge=2, le=MANY, description="Tokens in a window.")

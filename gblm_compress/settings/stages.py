@@ -7,9 +7,11 @@ from pydantic import Field, model_validator
 from gblm_compress.formats import FORMATS
 from gblm_compress.methods.choices import describe
 from gblm_compress.settings.fields import (
+    DATA,
     MANY,
     SELF,
     SPARSITY,
+    TEXT,
     WHERE_ZEROS_GO,
     Dtype,
     Fraction,
@@ -57,9 +59,7 @@ class CalibrationSettings(Settings):
 
     dataset: str = Field(
         SELF,
-        description="self (a language model writes the text itself), wikitext2, c4, a hub dataset, "
-        "a .txt/.raw/.tokens/.jsonl/.parquet file (or .csv, for encoders), "
-        "a folder of images, or 'demo'.",
+        description=f"self (a language model writes the text itself), {DATA}.",
     )
     samples: int = Field(128, ge=1, le=MANY, description="Number of windows, texts or images.")
     sequence_length: int = Field(2048, ge=2, le=MANY, description="Tokens in a window, or at most in a text.")
@@ -89,8 +89,8 @@ class GenerateSettings(Settings):
     tokens: Tokens = Field(400_000, description="Tokens to write: 400k, 2M, …")
     starts: GivenText | None = Field(
         None,
-        description="A text, as calibration.dataset: three quarters of the pieces begin with words of its lines. All "
-        "begin from nothing if unset.",
+        description=f"Three quarters of the pieces begin with words of this text: {TEXT}. If unset, all begin from "
+        "nothing.",
     )
     sequence_length: int = Field(300, ge=1, le=MANY, description="Tokens to write in a piece.")
     batch: Annotated[int, Panel.MORE] = Field(
@@ -197,7 +197,7 @@ class EvaluateSettings(Settings):
     """What an evaluation measures."""
 
     dataset: GivenText = Field(
-        "wikitext2", description="As calibration.dataset; the part meant for evaluation is read."
+        "wikitext2", description=f"Data to evaluate on: {DATA}. The part meant for evaluation is read."
     )
     sequence_length: int = Field(
         2048, ge=2, le=MANY, description="Tokens in a window of the evaluation, or at most in a text."
