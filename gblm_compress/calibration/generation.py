@@ -170,14 +170,22 @@ def texts_of(tokens: list[int], tokenizer: Any) -> list[str]:
     return [each for text in texts if (each := re.sub(r"\n\s*\n", "\n", text).strip())]
 
 
-def own_settings(count: int, length: int, seed: int, room: int, piece: int) -> GenerateSettings:
-    """How samples of a model's own are written: as many at once as `room` bytes hold of `piece` bytes each."""
-    if room < piece:
+def own_settings(count: int, length: int, seed: int, weights: int, piece: int, room: int) -> GenerateSettings:
+    """How samples of a model's own are written.
+
+    The number at once decides which tokens are drawn. So it depends on the model and not on the machine's memory.
+
+    Args:
+        weights: their bytes.
+        piece: bytes that a sample takes.
+        room: bytes of free memory.
+    """
+    batch = max(1, min(count, TOGETHER, 2 * weights // piece))
+    if (missing := weights + batch * piece - room) > 0:
         raise UsageError(
-            f"to write its own text, the model must be in memory as a whole, and {(piece - room) / 1e9:.1f} GB are "
-            "missing; give a text instead, such as a .txt file, wikitext2 or c4"
+            f"to write its own text, the model must be in memory as a whole, and {missing / 1e9:.1f} GB are missing; "
+            "give a text instead, such as a .txt file, wikitext2 or c4"
         )
-    batch = min(count, TOGETHER, room // piece)
     tokens, new = count * (length - 1), length - 1
     return GenerateSettings(tokens=tokens, sequence_length=new, batch=batch, top_k=OWN_TOP_K, seed=seed)
 
@@ -201,7 +209,8 @@ def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, 
     if text.dataset != SELF:
         return task_of(type(model)).calibration(processor, model.config, text.dataset, *size)
     piece = bytes_of_piece(model.config, text.sequence_length, str(model.dtype).removeprefix("torch."))
-    settings = own_settings(*size, free_memory(str(model.device)), piece)
+    weights = model.get_memory_footprint(return_buffers=False)
+    settings = own_settings(*size, weights, piece, weights + free_memory(str(model.device)))
     return as_samples(write(model, processor, settings, progress))
 
 
@@ -283,7 +292,7 @@ class Author:
         count, seed = len(ranks.share(range(count))), (seed * ranks.size + ranks.rank) % 2**63
         weights = loading.count_weights(self.source) * getattr(torch, self.dtype).itemsize
         piece = bytes_of_piece(loading.config_of(self.source), length, self.dtype)
-        return own_settings(count, length, seed, int(self.room - weights), piece)
+        return own_settings(count, length, seed, weights, piece, self.room)
 
     def _place(self, settings: GenerateSettings) -> Path:
         versions = __version__, torch.__version__, transformers.__version__

@@ -200,12 +200,14 @@ def test_a_models_own_samples_are_written_once_and_are_the_tokens_as_drawn(tiny,
     assert fingerprint(author(source).calibration(byte_tokenizer(), text)) == fingerprint(samples)
 
 
-def test_fewer_samples_are_written_at_once_where_memory_is_short_and_none_where_there_is_none() -> None:
-    whole = own_settings(count=8, length=20, seed=0, room=1000, piece=10)
+def test_how_many_samples_are_written_at_once_depends_on_the_model_and_not_on_the_memory() -> None:
+    whole = own_settings(count=8, length=20, seed=0, weights=100, piece=10, room=180)
     assert (whole.batch, whole.tokens, whole.piece) == (8, 8 * 19, 19)
-    assert own_settings(count=8, length=20, seed=0, room=35, piece=10).batch == 3
+    assert own_settings(8, 20, 0, weights=100, piece=10, room=10**9) == whole
+    assert own_settings(8, 20, 0, weights=15, piece=10, room=10**9).batch == 3
+    assert own_settings(8, 20, 0, weights=1, piece=10, room=10**9).batch == 1
     with pytest.raises(UsageError, match=r"in memory as a whole, and 2\.0 GB are missing; give a text instead"):
-        own_settings(count=8, length=20, seed=0, room=-(10**9), piece=10**9)
+        own_settings(8, 20, 0, weights=10**9, piece=10**9, room=10**9)
 
 
 def test_a_piece_takes_its_cache_and_its_logits(tiny) -> None:
