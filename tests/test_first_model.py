@@ -1,16 +1,18 @@
 """docs/first-model.md as a newcomer follows it: its commands one after the other, then its Python on what they made."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from gblm_compress.machine import CACHE_VARIABLE
 from gblm_compress.models.finding import DEMO_PACKAGE
-from tests.forks import Server
 from tests.test_docs import BLOCK, ROOT
 
 BLOCKS = BLOCK.findall((ROOT / "docs" / "first-model.md").read_text())
@@ -29,18 +31,20 @@ def snippet(library: str) -> str:
 
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=REAL)])
-def test_the_page_is_followed_from_a_model_to_text(model: str, server: Server, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    cache.mkdir()
+def test_the_page_is_followed_from_a_model_to_text(model: str, tmp_path: Path) -> None:
+    environment = os.environ | {CACHE_VARIABLE: str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+    def ran(*words: str) -> str:
+        command, where = [sys.executable, *words], {"cwd": tmp_path, "env": environment}
+        done = subprocess.run(command, **where, capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, f"{words}\n{done.stderr}"
+        return done.stdout.strip()
+
     # The demo would take minutes with as much text as on the page.
     less = {"--samples": "2", "--sequence-length": "64", "--max-windows": "2"} if model == "demo" else {}
     for line in COMMANDS:
         _, *words = shlex.split(line.replace("MODEL", model))
-        words = [less.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-        done = server.run(words, tmp_path, cache, seconds=3600)
-        assert done.code == 0, f"{line}\n{done.stderr}"
+        ran("-m", "gblm_compress", *(less.get(before, word) for before, word in pairwise(["", *words])))
     for library in ("onnxruntime_genai", "transformers"):
-        run = [sys.executable, "-c", snippet(library)]
-        said = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, errors="replace")
-        text = said.stdout.strip()
-        assert text.startswith("The sea at night") and len(text) > len("The sea at night"), said.stderr
+        text = ran("-c", snippet(library))
+        assert text.startswith("The sea at night") and len(text) > len("The sea at night")
