@@ -243,7 +243,7 @@ def _dataset(source: str, **arguments: Any) -> Any:
         except ConnectionError as error:
             raise DataError(
                 f"dataset {source!r} is on the Hugging Face hub, which cannot be reached; give a file of text "
-                "(.txt, .jsonl, .parquet), or 'demo'"
+                f"(.txt, .jsonl, .parquet), 'demo', or to calibrate a language model {SELF!r}"
             ) from error
 
 

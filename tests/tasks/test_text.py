@@ -187,7 +187,9 @@ def test_without_a_network_a_hub_dataset_is_refused_at_once(monkeypatch) -> None
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"'c4' is on the Hugging Face hub, .* give a file of text .*, or 'demo'$"):
+    with pytest.raises(
+        DataError, match=r"'c4' is on the Hugging Face hub, .* give a file of text .*, 'demo', or .* 'self'$"
+    ):
         load_text("c4", "calibration", 100)
     assert time.monotonic() - start < 5 and not constants.HF_HUB_OFFLINE
 
