@@ -45,7 +45,8 @@ class Format:
 def _packed(name: str, layout: Layout) -> Format:
     kernels = " and ".join(device.upper() for device in layout.kernels)
     width = f" in {layout.width} bits" if layout.width else ""
-    help = f"packed weights{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
+    weights = "all weights, zeros included," if layout.mask.endswith(":Whole") else "packed weights"
+    help = f"{weights}{width} for PyTorch, {layout.pattern or 'any pattern'}, kernels for {kernels or 'no device'}"
     pattern = None if layout.width else layout.pattern
     synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)
     reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
@@ -55,7 +56,7 @@ def _packed(name: str, layout: Layout) -> Format:
 FORMATS = {
     "onnx": Format(
         exporter="gblm_compress.exporters.onnx",
-        help="one graph for ONNX Runtime, in float32 or float16",
+        help="one graph for ONNX Runtime, in float32 or float16, or 8 or 4 bits with quantise",
         runtimes=("onnxruntime", "genai"),
         dtypes=("float32", "float16"),
         reads=("graph", "sparse", "kernels", "quantise", "group"),

@@ -5,7 +5,6 @@ import platform
 from typing import Any
 
 from gblm_compress import machine
-from gblm_compress.models.finding import DEMO_MB, demo_file
 
 
 def finding(subject: str, found: str, enables: str, ok: bool = True) -> dict[str, Any]:
@@ -18,6 +17,7 @@ def diagnose() -> list[dict[str, Any]]:
 
     from gblm_compress.errors import MissingDependencyError
     from gblm_compress.kernels import cpu
+    from gblm_compress.models.finding import DEMO_MB, demo_file
 
     paths, of_levels = cpu.paths(torch.float32), cpu.paths(torch.int8)
     kernels = ", ".join(paths) or "not built: no C compiler was at hand at install"

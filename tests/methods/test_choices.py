@@ -142,7 +142,7 @@ def test_choices_from_outside_prune_a_model(with_toys, tiny, tmp_path, prose) ->
 
 
 def test_choices_from_outside_are_told_with_the_others(with_toys) -> None:
-    help = " ".join(with_toys("prune", "--help").stdout.replace("│", " ").split())
+    help = " ".join(with_toys("prune", "--help-all").stdout.replace("│", " ").split())
     schema = json.loads(with_toys("schema").stdout)["$defs"]["PruneSettings"]["properties"]
     for kind, name, text in (
         ("method", "last", "the last inputs"), ("fit", "double", "twice as much"),
