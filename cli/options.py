@@ -60,6 +60,9 @@ class Group(TyperGroup):
 class PanelCommand(TyperCommand):
     """A command whose help lists the options by panel, as plain text, and ends with an example."""
 
+    renamed: Mapping[str, list[str]] = {}
+    """{the option of a field in other commands: its option here}."""
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -73,9 +76,6 @@ class PanelCommand(TyperCommand):
             if panel in COMMON or ctx.meta.get(ALL):
                 with formatter.section("Options" if alone and panel != "Arguments" else panel):
                     formatter.write_dl([entry for entry in entries if not (alone and entry[0] == ALL)])
-
-    renamed: Mapping[str, list[str]] = {}
-    """{the option of a field in other commands: its option here}."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(f"\nExample:\n  {self.epilog}\n" if self.epilog else "")

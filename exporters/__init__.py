@@ -123,7 +123,7 @@ def zeros_of_rounding(before: Mapping[str, int], after: Mapping[str, int], sizes
 
     Args:
         before, after: the nonzeros of each rounded layer.
-        sizes: the number of weights of each rounded layer that was pruned, of which the fraction is.
+        sizes: the number of weights of each layer that was pruned and rounded; the fraction is over these layers.
     """
     checks: dict[str, Any] = {}
     if sizes:

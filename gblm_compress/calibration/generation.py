@@ -216,7 +216,7 @@ def calibration_in_place(model: Any, processor: Any, text: CalibrationSettings, 
 
 @dataclass(frozen=True)
 class Author:
-    """The samples for a model's pruning or recovery: of a text, or `SELF`, each of which the model begins anew.
+    """Reads or writes the samples for a model's pruning or recovery. Each sample of `SELF` is a text of its own.
 
     Those that it writes stay in the cache folder: a resumed run, or one with other settings, does not write them again.
 
@@ -252,7 +252,7 @@ class Author:
         return loading.task_of(self.source).training(processor, config, dataset, length, tokens)
 
     def _written(self, tokenizer: Any, count: int, length: int, seed: int) -> list[Sample]:
-        """Samples [1, length], the same on all ranks, each of which writes its share."""
+        """Samples [1, length], the same on all ranks. Each rank writes a share."""
         own, settings = self.ranks.share(range(count)), self._settings(count, length, seed)
         place = self._place(settings)
         if (rows := _read(place)) is None:

@@ -223,16 +223,16 @@ def _speed(report: RunReport, speedup: Row | None, beside: str) -> Tile:
     detail = [] if speedup.low is None or speedup.high is None else [f"{speedup.low:.2f}× to {speedup.high:.2f}×"]
     if len(pair) == 2:
         detail.append(f"{pair[0].value:.2f} → {pair[1].value:.2f} ms per {what}")
-    mark, figure = _clear(speedup), f"{speedup.value:.2f}× as fast"
+    mark, figure = clear(speedup), f"{speedup.value:.2f}× as fast"
     if not mark:
         figure, detail = NO_SPEED_UP, [f"{speedup.value:.2f}×", *detail]
     prompts = [row for row in report.find("prefill_speedup", speedup.artefact) if row.lane == speedup.lane]
     for row in prompts if speedup.figure == "decode_speedup" else []:
-        detail.append(f"prompts {row.value:.2f}× as fast" if _clear(row) else "prompts without a clear difference")
+        detail.append(f"prompts {row.value:.2f}× as fast" if clear(row) else "prompts without a clear difference")
     return Tile("Speed", figure, ", ".join(detail), mark, beside)
 
 
-def _clear(speedup: Row) -> str:
+def clear(speedup: Row) -> str:
     """Whether the interval leaves no doubt: "good" or "bad", else nothing."""
     return "good" if (speedup.low or 0) > 1 else "bad" if (speedup.high or 2) < 1 else ""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gblm_compress.runs.rows import LESS_IS_BETTER, Row, amount, interval
-from gblm_compress.runs.run_report import RunReport
+from gblm_compress.runs.run_report import RunReport, clear
 
 NAMES = {
     "cross_entropy": "cross-entropy",
@@ -65,7 +65,7 @@ def cell_of(row: Row | None) -> Cell:
     if row is None:
         return Cell(UNMEASURED)
     ratio = row.figure.endswith(("speedup", "recovery"))
-    mark = "good" if ratio and (row.low or 0) > 1 else "bad" if ratio and (row.high or 2) < 1 else ""
+    mark = clear(row) if ratio else ""
     text = amount(row.figure, row.value, row.error).removesuffix(" ms")  # which the heading says
     return Cell(text + (interval(row) if ratio else ""), row.value, mark)
 
