@@ -1,6 +1,7 @@
 """The CPU kernels: the compiled library, its paths, torch's threads, and packed weights as the library reads them.
 
-The library is plain C. An installation without a compiler has none. `GBLM_COMPRESS_KERNEL` forces one of `PATHS`.
+The library is plain C. An installation without a compiler has none. `GBLM_COMPRESS_KERNEL` forces one of `PATHS`,
+here and in the operators for ONNX Runtime.
 """
 
 import ctypes

@@ -26,7 +26,6 @@
 #include "many_tokens.h"
 
 enum { PARALLEL_FOR_SINCE = 17 };
-static int path_of[2]; /* of fp32 and fp16 weights */
 
 /* ---- a session is made: the packed weights ---- */
 
@@ -38,9 +37,9 @@ typedef struct {
 } Linear;
 
 /* The values of a weight, of which ONNX Runtime keeps the memory; copied where they are not aligned. */
-static OrtStatusPtr take_values(Job *job, const Form *form, const void *data, void **owned) {
+static OrtStatusPtr take_values(const char *operator, Job *job, const Form *form, const void *data, void **owned) {
     job->type = form->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? F32 : F16_X32;
-    job->path = path_of[job->type == F16_X32];
+    TRY(gblm_choose_path(operator, gblm_paths(job->type), &job->path));
     job->values = data;
     const size_t size = job->type == F32 ? sizeof(float) : sizeof(uint16_t);
     if ((uintptr_t)data % size == 0) return NULL;
@@ -84,7 +83,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Job *job,
         return gblm_invalid("BitmaskLinear: values '%s' has %lld elements; the mask has %lld bits, which takes %lld with %d of "
                        "padding",
                        name, (long long)values.shape[0], (long long)bits, (long long)bits + PADDING, (int)PADDING);
-    return take_values(job, &values, data, &owned[2]);
+    return take_values("BitmaskLinear", job, &values, data, &owned[2]);
 }
 
 static OrtStatusPtr weights_of(const OrtKernelInfo *info, Linear *linear) {
@@ -122,7 +121,7 @@ static OrtStatusPtr dense_weight_of(const OrtKernelInfo *info, Linear *linear) {
     linear->count = 1;
     linear->jobs->rows = form.shape[0];
     linear->jobs->words = form.shape[1] / 64;
-    return take_values(linear->jobs, &form, data, &linear->owned[0][2]);
+    return take_values("DenseLinear", linear->jobs, &form, data, &linear->owned[0][2]);
 }
 
 static void ORT_API_CALL destroy(void *kernel) {
@@ -304,9 +303,6 @@ EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, c
         dense_operation.GetName = dense_name;
         dense_operation.CreateKernelV2 = create_dense;
         dense_operation.GetInputCharacteristic = dense_operation.GetOutputCharacteristic = required;
-        for (int half = 0; half < 2; half++)
-            for (int i = 0, paths = gblm_paths(half ? F16_X32 : F32); i < PATHS; i++)
-                if (paths >> i & 1) path_of[half] = i;
         const long processors = sysconf(_SC_NPROCESSORS_ONLN);
         gblm_parts = processors > 0 ? (int)processors : 1;
         OrtCustomOpDomain *made = NULL;

@@ -32,6 +32,9 @@ __attribute__((format(printf, 1, 2))) OrtStatusPtr gblm_invalid(const char *form
 OrtStatusPtr gblm_out_of_memory(void);
 OrtStatusPtr gblm_form_of(const OrtValue *value, Form *form);
 
+/* The best of the CPU's `paths`, or the one that GBLM_COMPRESS_KERNEL names. */
+OrtStatusPtr gblm_choose_path(const char *operator, int paths, int *path);
+
 /* Constant input `index`, which must be of `types` ("int64", "float16", "int8", "float or float16", "int8 or uint8") and of
  * that rank, 0 for 1 or 2; errors call it by its name in the graph. */
 OrtStatusPtr gblm_constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role,

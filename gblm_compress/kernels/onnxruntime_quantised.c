@@ -19,7 +19,6 @@
 
 #define ort gblm_ort
 static const char operator_name[] = "QuantisedLinear";
-static int path; /* of quantised weights */
 
 enum { OWNED = 5 };
 typedef struct {
@@ -74,7 +73,7 @@ static OrtStatusPtr weight_at(const OrtKernelInfo *info, size_t input, Quantised
     const void *data;
     Form mask, values, scales, levels;
     job->type = F32;
-    job->path = path;
+    TRY(gblm_choose_path(operator_name, gblm_quantised_paths(), &job->path));
     TRY(gblm_constant(info, operator_name, input, "mask", "int64", 2, name, &mask, &data));
     const int dense = mask.shape[0] == 0 && mask.shape[1] == 0;
     if (!dense) {
@@ -200,8 +199,6 @@ static const char *ORT_API_CALL name(const OrtCustomOp *op) {
 }
 
 void gblm_make_quantised(OrtCustomOp *operation) {
-    for (int i = 0, paths = gblm_quantised_paths(); i < PATHS; i++)
-        if (paths >> i & 1) path = i;
     operation->GetName = name;
     operation->CreateKernelV2 = create;
     operation->KernelDestroy = destroy;

@@ -48,6 +48,16 @@ void gblm_run_session(void *context, void (*part)(void *, int), void *work, int 
 
 OrtStatusPtr gblm_out_of_memory(void) { return gblm_ort->CreateStatus(ORT_FAIL, "gblm: out of memory"); }
 
+OrtStatusPtr gblm_choose_path(const char *operator, int paths, int *path) {
+    static const char *const names[PATHS] = {"portable", "neon", "avx2", "vnni", "avx512", "amx"};
+    const char *forced = getenv("GBLM_COMPRESS_KERNEL");
+    *path = -1;
+    for (int i = 0; i < PATHS; i++)
+        if (paths >> i & 1 && (!forced || !strcmp(forced, names[i]))) *path = i;
+    if (*path >= 0) return NULL;
+    return gblm_invalid("%s: GBLM_COMPRESS_KERNEL=%s: this CPU has no such path for these weights", operator, forced);
+}
+
 OrtStatusPtr gblm_constant(const OrtKernelInfo *info, const char *operator, size_t index, const char *role,
                            const char *types, size_t rank, char name[200], Form *form, const void **data) {
     static const struct {

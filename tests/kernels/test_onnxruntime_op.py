@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from gblm_compress.errors import MissingDependencyError
 from gblm_compress.exporters.onnx_packing import use_kernels_
@@ -117,6 +118,20 @@ def test_the_message_names_the_fault(library: str, operator: str, damage, messag
     assert run(case, library) == ""
     damage(case)
     assert re.search(message, run(case, library))
+
+
+@pytest.mark.parametrize("path", [*cpu.PATHS, "none"])
+def test_a_path_can_be_forced(library: str, monkeypatch, path: str) -> None:
+    monkeypatch.setenv(cpu.PATH_VARIABLE, path)
+    for seed in range(20):
+        case = sound_case(random.Random(seed))
+        half = any(tensor.dtype == np.float16 for tensor in case.tensors.values())
+        dtype = torch.int8 if case.operator == "QuantisedLinear" else torch.float16 if half else torch.float32
+        if path in cpu.paths(dtype):
+            assert run(case, library) == ""
+        else:
+            with pytest.raises(AssertionError, match=f"{path}: this CPU has no such path"):
+                run(case, library)
 
 
 def test_weights_of_one_node_have_one_type(library: str) -> None:
