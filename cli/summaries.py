@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from string import Formatter
@@ -430,8 +430,17 @@ def _changes(given: Mapping[str, Any]) -> tuple[str, ...]:
 def _ran(result: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     if hasattr(result, "steps"):  # a dry run
         return ("run", given["recipe"], "-o", result.output, *_changes(given))
-    best = result.best
-    return ("push", result.output, best) if best and (Path(result.output) / best).is_dir() else ()
+    return _push(result.output, result.best)
+
+
+def _push(run: str, best: str | None) -> tuple[str, ...]:
+    return ("push", run, best) if best and (Path(run) / best).is_dir() else ()
+
+
+def _timed(models: Sequence[str], baseline: str) -> tuple[str, ...]:
+    """From the time of an export to its quality, from that of a folder to an export."""
+    model = models[0]
+    return _evaluate(model, baseline, {}) if _manifest(model).get("kind") == "export" else _go_on(model)
 
 
 FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
@@ -442,6 +451,8 @@ FOLLOWING: dict[str, Callable[[Any, Mapping[str, Any]], tuple[str, ...]]] = {
     "evaluate": lambda c, given: _go_on(given["model"], is_text=c["sample"] == "window"),
     "export": lambda c, _: _go_on(c["folder"]),
     "inspect": lambda _, given: _go_on(given["model"]),
+    "benchmark": lambda _, given: _timed(given["models"], given["baseline"][0]),
+    "report": lambda result, given: _push(given["runs"][-1], result.runs[-1].best),
     "compare": _compared,
     "run": _ran,
     "validate": lambda c, given: ("run", given["recipe"], *_changes(given)),

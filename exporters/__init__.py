@@ -12,9 +12,10 @@ from torch import Tensor
 from gblm_compress.errors import MissingDependencyError, ModelError, UsageError
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
+from gblm_compress.machine import cost
 from gblm_compress.methods.patterns import Pattern
 from gblm_compress.methods.zeros import count_nonzeros, made_zero
-from gblm_compress.models import manifest
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.grids import read_grids
 from gblm_compress.models.loading import check_model, stored_dtype
 from gblm_compress.models.source import ModelSource
@@ -24,6 +25,8 @@ from gblm_compress.storage import outputs
 
 if TYPE_CHECKING:
     from gblm_compress.layouts.values import Floats
+
+START_SECONDS = 8.0  # imports and the runtime's start
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def export(
     if note:
         progress.say(f"note: {note}")
     check(source, settings)
+    if not progress.quiet:
+        progress.say(_estimate(source, settings))
     with outputs.reserved(output, force, [source.folder]):
         checks = _exporter(settings).export(source, output, settings, force=force, progress=progress)
     if note:
@@ -57,6 +62,13 @@ def export(
     written = ModelSource(str(output), output).bytes_on_disk
     seconds = time.perf_counter() - start
     return ExportResult(settings.format, str(output), written, source.bytes_on_disk, seconds, checks)
+
+
+def _estimate(source: ModelSource, settings: ExportSettings) -> str:
+    """Time and memory of an export, in a line."""
+    format, floats = FORMATS[settings.format], 4 * loading.count_weights(source)
+    seconds = START_SECONDS + format.passes * floats / cost.bytes_per_second("cpu")
+    return cost.sentence(seconds, format.memory * floats)
 
 
 def decided(settings: ExportSettings) -> tuple[ExportSettings, str | None]:

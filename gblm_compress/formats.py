@@ -21,6 +21,8 @@ class Format:
         dtypes: the first is the default if the format lacks the checkpoint's own.
         reads: its options among those of `ExportSettings`; the others are refused.
         copies: dense copies of the weights on disk while it is made, beside the output.
+        memory: its peak, in copies of the weights in float32.
+        passes: its time, in times that a CPU takes to read the weights in float32.
         layout: a name in `LAYOUTS`.
     """
 
@@ -30,6 +32,8 @@ class Format:
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     reads: tuple[str, ...] = ()
     copies: int = 0
+    memory: float = 3.0
+    passes: float = 300.0
     layout: str | None = None
     synonyms: tuple[str, ...] = ()
 
@@ -50,7 +54,14 @@ def _packed(name: str, layout: Layout) -> Format:
     pattern = None if layout.width else layout.pattern
     synonyms = tuple(other for other in (name, pattern) if other and other != layout.format)
     reads = (*(("group",) if layout.width else ()), *(("keep_head",) if layout.tables else ()))
-    return Format(exporter="gblm_compress.exporters.sparse", help=help, reads=reads, layout=name, synonyms=synonyms)
+    return Format(
+        exporter="gblm_compress.exporters.sparse",
+        help=help,
+        reads=reads,
+        passes=1100.0 if layout.width else 300.0,
+        layout=name,
+        synonyms=synonyms,
+    )
 
 
 FORMATS = {
@@ -61,6 +72,8 @@ FORMATS = {
         dtypes=("float32", "float16"),
         reads=("graph", "sparse", "kernels", "quantise", "group"),
         copies=2,
+        memory=4.2,
+        passes=850.0,
     ),
     **{layout.format: _packed(name, layout) for name, layout in LAYOUTS.items()},
 }

@@ -11,6 +11,7 @@ from gblm_compress.printing import PlainConsole
 from gblm_compress.printing import table as make_table
 from gblm_compress.runs import tables
 from gblm_compress.runs.pipeline import DryRun
+from gblm_compress.runs.report import ReportResult
 from tests.runs.reports import report
 
 SENTENCE = "a note of several words that is longer than a line of a narrow terminal, and names /a/path/" + 80 * "x"
@@ -134,6 +135,11 @@ ROWS = [
         ("generate", {"model": "demo"}, "prune demo -o pruned --calibration a/text.txt"),
         ("evaluate", {"model": "a/pruned"}, "export a/pruned -o a/onnx --format onnx --quantise int8 --kernels"),
         ("evaluate", {"model": "a/onnx"}, "benchmark a/onnx --baseline owner/model"),
+        (
+            "benchmark",
+            {"models": ("a/onnx",), "baseline": ("x",)},
+            "evaluate a/onnx --baseline x --dataset demo --max-windows 16",
+        ),
         ("inspect", {"model": "x"}, "prune x -o pruned"),
         ("compare", {"model": "x", "samples": 8}, "prune x -o pruned --method wanda --pattern 2:4 --samples 8"),
         ("validate", {"recipe": "my.yaml", "set": ["a.b=1"]}, "run my.yaml --set a.b=1"),
@@ -173,6 +179,8 @@ def test_the_next_command_of_a_run_is_the_run_or_the_push_of_what_it_made(tmp_pa
     ran = replace(report(), output=str(tmp_path))
     (tmp_path / "bitmask").mkdir()
     assert summaries.FOLLOWING["run"](ran, {"recipe": "x"}) == ("push", str(tmp_path), "bitmask")
+    read = ReportResult("report.html", [ran], None)
+    assert summaries.FOLLOWING["report"](read, {"runs": [str(tmp_path)]}) == ("push", str(tmp_path), "bitmask")
     dry = DryRun(str(tmp_path), [], [], 0, [], None, None, [])
     words = summaries.FOLLOWING["run"](dry, {"recipe": "x", "set": ["a=1"]})
     assert words == ("run", "x", "-o", str(tmp_path), "--set", "a=1")

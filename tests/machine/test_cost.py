@@ -57,5 +57,7 @@ def test_every_long_command_says_its_cost(tiny, pruned, prose, tmp_path, monkeyp
     assert "; --tokens " in said()
     gblm_compress.recover(sparse, tmp_path / "out", teacher=dense, data=[str(prose)], tokens=256, batch=2, **SHORT)
     assert "; --tokens " in said()
+    gblm_compress.export(sparse, tmp_path / "again", format="bitmask")
+    said()
     gblm_compress.benchmark(packed.folder, baseline=dense, quiet=False)
     assert "; " not in said()
