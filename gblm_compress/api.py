@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 else:
     PreTrainedModel = Processor = Any
 
-MODEL = "A hub id, a local folder, a .gguf file, 'demo' (SmolLM2-135M-Instruct) or 'tiny' (random weights)."
+MODEL = "A hub id, a local folder, 'demo' (SmolLM2-135M-Instruct) or 'tiny' (random weights)."
 DENSE = "The dense model that it was pruned from."
 FOLDER = "Output folder; it appears only when complete."
 

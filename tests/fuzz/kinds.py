@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
-from gguf import GGUFWriter
 from hypothesis import strategies as st
 
 from gblm_compress.exporters import export
@@ -126,7 +124,6 @@ KINDS: dict[str, Kind] = {
     "run folder": Kind("run", (".out.pruning/*",), (_with(PRUNE, "dense", "--resume"),), (".out.pruning",)),
     **{f"{name} folder": Kind(name, (f"{name}/*",), (_with(EVALUATE, name),)) for name in EXPORTS},
     "records of a recipe": Kind("ran", _RECORDS, (RUN,), changes=("ran",)),
-    "gguf": Kind("gguf", ("tiny.gguf",), (_inspect("tiny.gguf"),)),
     "recipe": Kind("dense", ("recipe.yaml",), (["validate", "recipe.yaml"], ["run", "recipe.yaml", "--dry-run"])),
     "text": Kind("dense", ("text.txt", "text.jsonl"), (_with(PRUNE, "dense", *_WANDA), _table("text.jsonl"))),
     "parquet": Kind(
@@ -159,7 +156,7 @@ KINDS: dict[str, Kind] = {
 }
 ODD_ARGUMENTS = [
     "", "-1", "0", "1e400", "nan", "9" * 400, ".", "..", "/", "~nobody", "dense", "./dense", "text.txt", "/dev/zero",
-    "2:4", "4:2", "0:0", "a" * 300, "\x1b[2J", "[/red]", "{}", "*", "é", "--", "-o", "--json", "--force", "gguf.gguf",
+    "2:4", "4:2", "0:0", "a" * 300, "\x1b[2J", "[/red]", "{}", "*", "é", "--", "-o", "--json", "--force",
     *ODD_TEXTS[3:5],
 ]  # fmt: skip
 
@@ -191,7 +188,6 @@ def build_store(store: Path, server: Server) -> None:
     prune(source, pruned.folder, settings, CalibrationSettings(), progress=progress)
     for name, wanted in EXPORTS.items():
         export(pruned, place(name), ExportSettings(**wanted), progress=progress)
-    _write_gguf(place("gguf").with_name("tiny.gguf"))
     (store / "first-cache").mkdir()
     for name, made, arguments, code in (
         ("ran", "dense", _REPORTS[1], PROGRAM),
@@ -211,19 +207,6 @@ def build_store(store: Path, server: Server) -> None:
     for name, work in (("run", ".out.pruning"), ("training", ".out.recovery")):
         (store / name / ".out.lock").unlink()
         assert (store / name / work / "run.json").exists()
-
-
-def _write_gguf(path: Path) -> None:
-    """A small file of that format: no model that could be loaded, but every part of a header that is read."""
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_token_list(["a", "b"])
-    writer.add_tensor("token_embd.weight", numpy.ones((2, 32), numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # What a run has finished when it is killed before its last step.

@@ -42,7 +42,6 @@ INT4 = {"prune": {"quantise": "int4"}}
     ("keys", "message"),
     [
         ({"model": "./gone"}, "model './gone': no such folder"),
-        ({"model": "gone.gguf"}, "model 'gone.gguf': no such file"),
         ({"model": {"source": "tiny", "device": "gpu9"}}, "device 'gpu9' is not supported"),
         ({"calibration": {"dataset": "./gone.txt", "sequence_length": 64}}, "dataset './gone.txt': no such file"),
         ({"calibration": {"dataset": "demo"}}, "512 positions; calibration.sequence_length is 2048"),
