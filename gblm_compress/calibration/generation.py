@@ -266,7 +266,7 @@ class Author:
         with suppress(OSError):
             keep(place)
         ids = torch.zeros(count, length, dtype=torch.int64, device=self.device)
-        ids[own] = torch.tensor(rows, device=self.device)
+        ids[list(own)] = torch.tensor(rows, device=self.device)
         self.ranks.sum_([ids])
         return as_samples(ids.tolist())
 

@@ -31,10 +31,12 @@ class Ranks:
         """Whether this rank writes and reports."""
         return self.rank == 0
 
-    def share(self, samples: Sequence[T]) -> list[T]:
+    def share(self, samples: Sequence[T]) -> Sequence[T]:
+        """This rank's part, in one piece."""
         if len(samples) < self.size:
             raise UsageError(f"{len(samples)} samples cannot be split over {self.size} processes; give more --samples")
-        return list(samples[self.rank :: self.size])
+        first, end = (len(samples) * (self.rank + one) // self.size for one in (0, 1))
+        return samples[first:end]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; all ranks must ask for the same ones in the same order."""

@@ -205,11 +205,9 @@ def _measuring(needs: Need) -> float:
     return 2.0 * bool(needs & Need.BLOCKS) + 3.0 * (Need.REGIONAL in needs) + 1.0 * (Need.GRAM in needs)
 
 
-def better_fit(settings: PruneSettings, several: bool = False, offload: bool = False) -> str | None:
-    """The next fit that does more for the survivors; None if none does. `several`: processes."""
+def better_fit(settings: PruneSettings, offload: bool = False) -> str | None:
+    """The next fit that does more for the survivors; None if none does."""
     fit = FITS[settings.fit]
-    if several:
-        return None if fit.moves else "fast"
     if fit.fits_block:
         return None if fit.fits_model or offload else "best"
     return "balanced"

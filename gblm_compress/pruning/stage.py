@@ -147,11 +147,6 @@ def _to_folder(
     for note in before:
         progress.say(f"note: {note}")
     with peak_memory(device) as memory, ranks.joined(device) as group:
-        if group.size > 1 and settings.fits_blocks:
-            raise UsageError(
-                f"fit {settings.fit} takes one step of Adam after the other and does not run on several processes; "
-                "choose --fit fast, or run one process"
-            )
         dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
         bytes_of = Size(source, dtype, settings, calibration)
         placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
@@ -356,7 +351,7 @@ def _notes(walked: Walked, calibration: CalibrationSettings, seconds: float) -> 
             f"allocation {settings.allocation} gave layers the patterns {patterns}; give --allocation uniform to keep "
             f"{settings.pattern} everywhere"
         )
-    better = planning.better_fit(settings, several=plan.ranks.size > 1, offload=plan.placement.offload)
+    better = planning.better_fit(settings, plan.placement.offload)
     cost = planning.passes(settings.model_copy(update={"fit": better})) / planning.passes(settings) if better else 0.0
     if cost > 1:
         notes.append(

@@ -192,7 +192,7 @@ class Walk:
         pruned = {name: layer for block in layers for name, layer in block.items()}
         on = {name: grid.to(device) for name, grid in run.grids(plan.settings.columns_of_a_scale).items()}
         loss = Imitation(self.weights.model, plan.task, plan.samples, lambda some: predictions[some[0]], plan.products)
-        grids = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, self.progress)
+        grids = distil_(pruned, loss, How(MODEL_EPOCHS, MODEL_RATE, plan.products), on, plan.ranks, self.progress)
         results = {
             name: replace(before, nonzeros=count_nonzeros(pruned[name].get_parameter("weight")), output_error=None)
             for name, before in run.results.items()

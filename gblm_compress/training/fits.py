@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gblm_compress.calibration.blocks import Block
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.quantisation import Grid
 from gblm_compress.methods.zeros import keep_only, positive_zeros
 from gblm_compress.progress import Progress
@@ -17,7 +18,7 @@ from gblm_compress.training.trainer import Plan, Trainer
 from gblm_compress.training.weights import Weights
 
 HELD_OUT_EVERY = 8
-BATCH = 2  # samples in a step
+BATCH = 2  # samples in a step, at least
 PATIENCE = 2  # epochs without improvement that end a fit
 
 
@@ -30,21 +31,25 @@ class How:
     compute: str
     rounds: int = 1
 
-    def plan(self, samples: int, name: str) -> Plan:
-        """Every 8th sample is held out; a single sample is trained on too."""
+    def plan(self, samples: int, name: str, ranks: Ranks) -> Plan:
+        """Every 8th sample is held out; a single sample is trained on too. A step takes as many of every process."""
         held_out = list(range(HELD_OUT_EVERY - 1, samples, HELD_OUT_EVERY)) or [samples - 1]
         training = [index for index in range(samples) if index not in held_out] or held_out
-        generator = torch.Generator().manual_seed(0)
+        shares = [Ranks(rank, ranks.size).share(range(samples)) for rank in range(ranks.size)]
+        generator, each = torch.Generator().manual_seed(0), math.ceil(BATCH / ranks.size)
         steps = []
         for _ in range(self.epochs):
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-            steps += [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+            own = [[index for index in order if index in share] for share in shares]
+            starts = range(0, max(map(len, own)), each)
+            steps += [[index for some in own for index in some[start : start + each]] for start in starts]
         return Plan(
             steps,
             held_out,
             self.rate,
-            look_every=math.ceil(len(training) / BATCH),
+            look_every=len(steps) // self.epochs,
             patience=PATIENCE,
+            own=shares[ranks.rank],
             name=name,
             advice="compute in a wider range with --dtype float32, or choose --fit fast",
         )
@@ -89,13 +94,14 @@ def reconstruct_(
             output = block.calls[index].run(block.module, hidden)
         return relative_error(block.without_padding(index, output), block.without_padding(index, targets[index]))
 
-    plan, least = how.plan(len(block.inputs), f"the fit of the block of {next(iter(layers))}"), math.inf
+    ranks, least = block.ranks, math.inf
+    plan = how.plan(block.samples, f"the fit of the block of {next(iter(layers))}", ranks)
     start: dict[str, tuple[Tensor, Tensor | None]]
     start = {name: (layer.get_parameter("weight").detach(), None) for name, layer in layers.items()}
     with _wide(layers, how.compute):
         for left in reversed(range(how.rounds)):
             masks = {name: one != 0 for name, (one, _) in start.items()}
-            weights = Weights(layers, grids, start=start, revive=left > 0)
+            weights = Weights(layers, grids, start=start, revive=left > 0, ranks=ranks)
             progress = Trainer(block.module, weights, loss, plan).run()
             values = weights.values
             found = progress.curve[progress.best].held_out
@@ -106,22 +112,28 @@ def reconstruct_(
                 break
             assert choose is not None, "several rounds need a choice of masks"
             start = {name: (keep_only(one, choose(name, one)), factors) for name, (one, factors) in values.items()}
-        return Weights(layers, grids, start=best).finish()
+        return Weights(layers, grids, start=best, ranks=ranks).finish()
 
 
 def distil_(
-    layers: Mapping[str, nn.Module], loss: Imitation, how: How, grids: Mapping[str, Grid], progress: Progress
+    layers: Mapping[str, nn.Module],
+    loss: Imitation,
+    how: How,
+    grids: Mapping[str, Grid],
+    ranks: Ranks,
+    progress: Progress,
 ) -> dict[str, Grid]:
     """Fit the surviving weights of all layers of a model by Adam, in place, to the dense model's predictions.
 
     Returns the grids with fitted scales.
     """
-    plan = how.plan(len(loss.samples), "the fit of the whole model")
+    samples = ranks.total(len(loss.samples), next(iter(layers.values())).get_parameter("weight").device)
+    plan = how.plan(samples, "the fit of the whole model", ranks)
     with (
         _wide(layers, how.compute),
         progress.counter("distilling", "steps", len(plan.steps)) as advance,
     ):
-        weights = Weights(layers, grids)
+        weights = Weights(layers, grids, ranks=ranks)
         Trainer(loss.model, weights, loss, plan).run(advance)
         return weights.finish()
 

@@ -26,6 +26,8 @@ class Plan:
         look_every: steps between two measurements of the validation loss ("looks").
         patience: stop after this many looks without improvement.
         together: samples in a forward pass.
+        own: the samples that this process has, numbered from 0 for `loss`. None: it has all, and takes a share of each
+            step.
         largest_norm: gradients are clipped to this norm, over all tensors.
         tokens: in a step.
         name: of the training, for messages.
@@ -38,6 +40,7 @@ class Plan:
     look_every: int
     patience: int
     together: int = 1
+    own: Sequence[int] | None = None
     largest_norm: float = math.inf
     tokens: int = 0
     name: str = "training"
@@ -190,7 +193,11 @@ class Trainer:
 
     def _own(self, samples: Sequence[int]) -> list[Sequence[int]]:
         """This process's samples, by forward pass."""
-        mine, count = samples[self._ranks.rank :: self._ranks.size], self._plan.together
+        own, count = self._plan.own, self._plan.together
+        if own is None:
+            mine = samples[self._ranks.rank :: self._ranks.size]
+        else:
+            mine = [own.index(one) for one in samples if one in own]
         return [mine[first : first + count] for first in range(0, len(mine), count)]
 
     def _limit_gradients(self) -> None:

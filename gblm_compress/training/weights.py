@@ -99,13 +99,11 @@ class Master(nn.Module):
         return self.parametrizations.weight.original if parametrize.is_parametrized(self) else self.weight  # type: ignore
 
     @property
-    def values(self) -> tuple[Tensor, Tensor | None]:
-        """Values before rounding, in the stored layout, and factors of the scales."""
-        survivors, grid = self._parts
-        dense = self.trained.detach()
+    def values(self) -> Tensor:
+        """Values before rounding, in the stored layout."""
+        survivors, dense = self._parts[0], self.trained.detach()
         dense = dense if survivors is None else survivors(dense)
-        factors = None if grid is None else grid.factors.detach()
-        return dense if self.gathered is None else dense + self.gathered, factors
+        return dense if self.gathered is None else dense + self.gathered
 
     def pull(self, gradient: Tensor) -> None:
         """Take the network's gradient, packed to the survivors."""
@@ -134,7 +132,7 @@ class Weights:
         layers: {name of the weight: pruned layer}; their zeros stay.
         grids: {name of the weight: grid}.
         others: dense parameters to train.
-        start: {name of the weight: `Master.values`}, if not the layer's own.
+        start: {name of the weight: `Master.values`, factors of the scales}, if not the layer's own.
         revive: let pruned weights gather steps, see `Master`.
     """
 
@@ -186,7 +184,14 @@ class Weights:
 
     @property
     def values(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        return {name: master.values for name, master in self.masters.items()}
+        """{name: `Master.values`, factors of the scales} of all tensors, on every process."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, parameter in self.parameters.items():
+            master, on = self.masters.get(name), self._on.get(name)
+            values = master.values if master else torch.empty(parameter.shape, device=parameter.device)
+            self.ranks.send_(values, self._owner[name])
+            found[name] = values, self._sent(name, on).factors.detach() if on else None
+        return found
 
     @torch.no_grad()
     def show(self) -> None:
@@ -216,9 +221,7 @@ class Weights:
         self.show()
         for parameter in self.parameters.values():
             parameter.copy_(positive_zeros(parameter))
-        for name, on in self._on.items():
-            self.ranks.send_(on.factors.detach(), self._owner[name])
-        return {name: on.grid for name, on in self._on.items()}
+        return {name: self._sent(name, on).grid for name, on in self._on.items()}
 
     def state(self) -> dict[str, Tensor]:
         """{"name part": tensor}, of this process's masters."""
@@ -230,6 +233,11 @@ class Weights:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         for name, one in self.state().items():
             one.copy_(state[name])
+
+    def _sent(self, name: str, on: OnGrid) -> OnGrid:
+        """With its owner's factors."""
+        self.ranks.send_(on.factors.detach(), self._owner[name])
+        return on
 
     def _packed(self, name: str, dense: Tensor) -> Tensor:
         survivors = self._survivors[name]

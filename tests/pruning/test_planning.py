@@ -88,8 +88,6 @@ def test_processes_on_one_machine_plan_with_their_part_of_its_memory(tiny, monke
         *((fit, {}, "balanced") for fit in ("none", "fast", "obs")),
         ("balanced", {}, "best"),
         ("best", {}, None),
-        ("none", {"several": True}, "fast"),
-        ("fast", {"several": True}, None),
         ("balanced", {"offload": True}, None),
     ],
 )

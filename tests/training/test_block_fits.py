@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from gblm_compress.calibration.ranks import Ranks
 from gblm_compress.methods.quantisation import make_grid, straight_through
 from gblm_compress.methods.zeros import has_negative_zeros
 from gblm_compress.models.architecture import prunable_layers, weight_matrix
@@ -25,7 +26,7 @@ def fit(start: torch.Tensor, loss, samples: int, *, epochs: int, rate: float, gr
     layer = torch.nn.Linear(len(start), 1, bias=False)
     layer.weight.data.copy_(start)
     weights = Weights({"w": layer}, grids or {}, revive=revive)
-    plan = How(epochs, rate, "float32").plan(samples, "fit")
+    plan = How(epochs, rate, "float32").plan(samples, "fit", Ranks())
     found = Trainer(layer, weights, lambda some: loss(layer.weight[0], *some), plan).run()
     values, factors = weights.values["w"]
     return values[0], factors, found.best, [look.held_out for look in found.curve]
@@ -125,8 +126,8 @@ def test_a_layer_without_survivors_stays_empty() -> None:
 def test_no_gradient_outlives_its_step() -> None:
     layer = torch.nn.Linear(2, 1)
     layer.bias.data.zero_()  # so that Adam does not move it
-    weights = Weights({"w": layer}, {}, {"b": layer.bias})
-    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), How(1, 0.02, "float32").plan(3, "fit")).run()
+    weights, plan = Weights({"w": layer}, {}, {"b": layer.bias}), How(1, 0.02, "float32").plan(3, "fit", Ranks())
+    Trainer(layer, weights, lambda some: layer(torch.ones(2)).sum(), plan).run()
     assert [master.trained.grad for master in weights.masters.values()] == [None, None]
 
 
@@ -247,7 +248,7 @@ def test_distillation_lowers_the_divergence_on_unseen_samples(kind, dtype, how: 
     masks, before = {name: layer.weight != 0 for name, layer in layers.items()}, divergence(dense, pruned, unseen)
     teacher = predictions(dense, CAUSAL_LM, ids, progress)
     loss = Imitation(pruned, CAUSAL_LM, ids, lambda some: teacher[some[0]], "float32")
-    fitted = distil_(layers, loss, how, grids, progress)
+    fitted = distil_(layers, loss, how, grids, Ranks(), progress)
     assert divergence(dense, pruned, unseen) < factor * before
     for name, layer in layers.items():
         assert layer.weight.dtype == dtype and not has_negative_zeros(layer.weight.detach())
