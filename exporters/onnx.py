@@ -20,7 +20,7 @@ from torch import nn
 from gblm_compress.errors import ModelError, UsageError, first_line, is_out_of_memory
 from gblm_compress.exporters import check_is_pruned, check_nonzeros, dtype_of, onnx_fused, onnx_plain, onnx_weights
 from gblm_compress.exporters.onnx_packing import encode_initializers_, use_kernels_
-from gblm_compress.exporters.onnx_rounding import Rounded, round_, use_nbits_
+from gblm_compress.exporters.onnx_rounding import Rounded, by_channels, round_, use_nbits_
 from gblm_compress.exporters.onnx_verification import verify
 from gblm_compress.formats import FORMATS
 from gblm_compress.kernels import cpu
@@ -62,8 +62,8 @@ def check(source: ModelSource | None, settings: ExportSettings, patterns: Mappin
     skeleton = loading.load_skeleton(source)
     task = loading.task_of(source)
     task.example(skeleton.config)
-    if settings.quantise and not task.generates:
-        raise UsageError("quantise is for causal language models; export to bitmask-int8 or with --kernels alone")
+    if settings.group and by_channels(source, settings):
+        raise UsageError("group would do nothing: int8 of a model without decoding has a scale for each row")
     if graph_of(skeleton, settings) == "plain":
         if task.generates:
             onnx_plain.check(source, skeleton.config)

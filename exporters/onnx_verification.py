@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from gblm_compress.errors import ModelError, VerificationError
 from gblm_compress.exporters.onnx_packing import LEVELS, MASK, ROWS, SCALES, STARTS, VALUES
-from gblm_compress.exporters.onnx_rounding import BLOCK_SCALES, BLOCKS, restored
+from gblm_compress.exporters.onnx_rounding import (
+    BLOCK_SCALES,
+    BLOCKS,
+    CHANNEL_SCALES,
+    CHANNELS,
+    of_channels,
+    restored,
+)
 from gblm_compress.exporters.onnx_weights import Place
 from gblm_compress.kernels.masks import WORD, row_starts
 from gblm_compress.layouts.packed_linear import PackedLinear
@@ -142,6 +149,8 @@ def _decoded(initializers: Any, name: str, shape: tuple[int, ...], stored: Any) 
     for bits, suffix in BLOCKS.items():
         if name + suffix in initializers:
             return restored(stored(suffix, "uint8"), stored(BLOCK_SCALES, "float32"), bits, shape[0]).T
+    if name + CHANNELS in initializers:
+        return of_channels(stored(CHANNELS, "int8"), stored(CHANNEL_SCALES, "float32"))
     values = stored(VALUES, *DTYPES)
     if name + STARTS in initializers:
         mask, starts = torch.tensor(stored(MASK, "int64")), torch.tensor(stored(STARTS, "int64"))

@@ -128,12 +128,12 @@ class ExportSettings(Settings):
     quantise: Literal["int8", "int4"] | None = Field(
         None,
         description="ONNX: store weights in 8 or 4 bits, head and embedding in 8. Without kernels, ONNX Runtime's own "
-        "operator computes with them, zeros included.",
+        "operators compute with them, zeros included.",
     )
     group: Annotated[Literal[32, 64, 128] | None, Panel.MORE] = Field(
         None,
         description="Columns that share a scale in 8 and 4 bits: 32, 64 or 128. If unset: the whole row in 8 bits, 64 "
-        "in 4 bits, and 32 for ONNX Runtime's own operator.",
+        "in 4 bits, and 32 for ONNX Runtime's MatMulNBits.",
     )
     keep_head: Annotated[bool, Panel.MORE] = Field(
         False,

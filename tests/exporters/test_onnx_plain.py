@@ -14,7 +14,7 @@ from gblm_compress.measure.benchmarking import benchmark
 from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import AT_ONCE, OnnxForward, OnnxRuntime
 from gblm_compress.measure.runtimes import TorchRuntime
-from gblm_compress.models import loading
+from gblm_compress.models import loading, manifest
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.settings import (
@@ -105,10 +105,36 @@ def test_forward_passes_are_timed_in_both_runtimes(exported, tmp_path, progress)
     assert any("MatMul" in name or "Gemm" in name for name in runtime.kernels(8))
 
 
-def test_what_has_no_place_in_such_a_graph_is_refused(exported, tmp_path, progress) -> None:
+@pytest.mark.parametrize(
+    ("kind", "operator", "options"),
+    [
+        ("embedding", "DynamicQuantizeMatMul", {"quantise": "int8"}),
+        ("classification", "DynamicQuantizeMatMul", {"quantise": "int8"}),
+        ("embedding", "MatMulNBits", {"quantise": "int4"}),
+    ],
+)
+def test_forward_passes_in_fewer_bits(exported, tmp_path, progress, kind: str, operator: str, options) -> None:
+    pruned, full = exported[kind]
+    result = export(pruned, tmp_path / "out", ExportSettings(format="onnx", **options), progress=progress)
+    assert result.checks["logits_relative_difference"] < 0.1 and result.checks["layers_checked"] > 0
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    assert operator in {node.op_type for node in graph.node}
+    assert not stored & {f"{name}.weight" for name in manifest.read(pruned.folder)["layers"]}
+    sample = loading.task_of(pruned).probe(loading.load_processor(pruned), loading.config_of(pruned))
+    got, exact = (
+        OnnxForward(folder, "cpu", 1).predict(sample) for folder in (ModelSource("x", tmp_path / "out"), full)
+    )
+    assert 0 < float((got - exact).abs().max()) < 0.5 * float(exact.abs().max())
+    assert result.bytes < 0.75 * full.bytes_on_disk
+
+
+def test_a_group_that_rows_do_not_have_is_refused(exported, tmp_path, progress) -> None:
     pruned, _ = exported["embedding"]
-    settings = ExportSettings(format="onnx", kernels=True, quantise="int8")
-    with pytest.raises(UsageError, match="quantise is for causal language models"):
+    settings = ExportSettings(format="onnx", quantise="int8", group=32)
+    with pytest.raises(
+        UsageError, match="group would do nothing: int8 of a model without decoding has a scale for each"
+    ):
         export(pruned, tmp_path / "out", settings, progress=progress)
 
 

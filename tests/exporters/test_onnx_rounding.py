@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -13,7 +14,7 @@ from onnx import numpy_helper
 
 from gblm_compress.errors import ModelError, UsageError, VerificationError
 from gblm_compress.exporters import check
-from gblm_compress.exporters.onnx_rounding import Blocks, round_
+from gblm_compress.exporters.onnx_rounding import Blocks, Channels, of_channels, round_, use_nbits_
 from gblm_compress.exporters.onnx_rounding import restored as blocks_restored
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.layouts.packed import share_moved
@@ -231,6 +232,47 @@ def test_blocks_that_do_not_fit_their_scales_are_found():
         blocks_restored(packed.levels, packed.scales[:, :1], 4, 64)
     with pytest.raises(VerificationError, match="do not fit"):
         blocks_restored(packed.levels, packed.scales, 4, 65)
+
+
+def quantised_by_hand(x: np.ndarray) -> np.ndarray:
+    """Inputs in 8 bits as the ONNX standard defines DynamicQuantizeLinear, in float32."""
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    scale = np.float32((high - low) / 255)
+    zero = np.clip(np.round(-low / scale), 0, 255)
+    return (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
+
+
+def test_channels_multiply_inputs_in_8_bits_by_the_nearest_points():
+    draws = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 64, generator=draws) * torch.tensor([1e-3, 1.0, 10.0, 0.0, 1.0])[:, None]
+    weight[:, ::3] = 0
+    packed = Channels.from_dense(weight)
+    dense = packed.dense_weight()
+    assert ((dense - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert not dense[weight == 0].any() and not torch.signbit(dense[dense == 0]).any()
+    assert torch.equal(Channels.stack([packed, packed]).dense_weight(), torch.cat([dense, dense]))
+    info, sizes = onnx.helper.make_tensor_value_info, (onnx.TensorProto.FLOAT, [7, 64])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [info("x", *sizes)],
+        [info("y", onnx.TensorProto.FLOAT, [7, 5])],
+        [numpy_helper.from_array(np.ascontiguousarray(weight.T.numpy()), "w")],
+    )
+    program = ir.from_proto(
+        onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    )
+    use_nbits_(program, {"w": packed}, [])
+    x = torch.randn(7, 64, generator=draws).numpy() + 0.5
+    (got,) = onnxruntime.InferenceSession(ir.to_proto(program).SerializeToString()).run(None, {"x": x})
+    expected = quantised_by_hand(x).astype(np.float64) @ dense.numpy().T.astype(np.float64)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_that_do_not_fit_their_scales_are_found():
+    packed = Channels.from_dense(torch.ones(2, 64))
+    with pytest.raises(VerificationError, match="do not fit"):
+        of_channels(packed.levels, packed.scales[:1])
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,9 @@ def test_a_family_goes_through_all_steps(model, pictures, tmp_path, progress, fa
     (logits,) = session.run(None, {"pixel_values": pixels.numpy()})
     expected = load_model(pruned)(pixel_values=pixels).logits.detach()
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+    options = ExportSettings(format="onnx", quantise="int8")
+    quantised = export(pruned, tmp_path / "int8", options, force=False, progress=progress)
+    assert quantised.checks["layers_checked"] == len(found.layers)
 
 
 def test_blocks_that_change_the_size_of_states_are_not_pruned_from_disk(model, pictures, tmp_path, progress) -> None:
