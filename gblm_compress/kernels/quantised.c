@@ -160,6 +160,18 @@ static inline int16x8_t neon_eight(const int8_t **v, unsigned bits) {
     return vmovl_s8(weights);
 }
 
+/* The levels of all columns of a row. */
+static void spread(const Quantised *job, int64_t row, int8_t *to) {
+    const uint8_t *v = job->values + row_start(job, row);
+    memset(to, 0, (size_t)job->words * 64);
+    for (int64_t w = 0; w < job->words; w++, to += 64) {
+        int at = 0;
+        for (uint64_t bits = row_bits(job, row, w); bits; bits &= bits - 1)
+            to[__builtin_ctzll(bits)] = (int8_t)level_at(job, v, job->levels + row * job->stride, at++);
+        v += bytes_in(at, kind_of(job));
+    }
+}
+
 static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
     const int64_t columns = job->words * 64, span = job->group ? job->group : PERIOD;
     const int kind = kind_of(job);
@@ -207,51 +219,44 @@ static void neon_rows(const Quantised *job, int64_t begin, int64_t end) {
 
 ROUNDED_TYPES(avx2, AVX2)
 
-/* The 16 levels of a row in each lane. */
-AVX2 INLINE __m256i avx2_table(const Quantised *job, int64_t row, const int kind) {
-    if (kind != PLACES) return _mm256_setzero_si256();
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
+static uint64_t places_of_8[10][256]; /* [first place][bits]: the place of each column's weight, 128 where it has none */
+
+__attribute__((constructor)) static void fill_places_of_8(void) {
+    for (int first = 0; first < 10; first++)
+        for (int bits = 0; bits < 256; bits++)
+            for (int c = 0, place = first; c < 8; c++)
+                places_of_8[first][bits] |= (uint64_t)(bits >> c & 1 ? place++ : 128) << 8 * c;
 }
 
-/* The levels of 32 columns; the lanes begin with weights `first` and `second` of v. */
-AVX2 INLINE __m256i avx2_half(uint32_t bits, const uint8_t *v, int64_t first, int64_t second, const int8_t *to_places,
-                              __m256i table, const int kind) {
-    const __m256i bytes = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303),
-                  bit = _mm256_set1_epi64x((long long)0x8040201008040201),
-                  to_second = _mm256_setr_epi32(-1, -1, 0x07070707, 0x07070707, -1, -1, 0x07070707, 0x07070707);
-    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), bytes), bit), bit);
-    __m256i counts = set; /* negative */
-    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 8));
-    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 16));
-    counts = _mm256_add_epi8(counts, _mm256_slli_epi64(counts, 32));
-    counts = _mm256_add_epi8(counts, _mm256_shuffle_epi8(counts, to_second));
-    const __m256i places = _mm256_sub_epi8(
-        kind == LEVELS ? _mm256_set1_epi8(-1) : _mm256_load_si256((const __m256i *)to_places), counts);
-    const int shift = kind == PLACES;
-    const __m256i lanes = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(v + (first >> shift)))),
-        _mm_loadu_si128((const __m128i *)(v + (second >> shift))), 1);
-    if (kind == LEVELS) return _mm256_and_si256(set, _mm256_shuffle_epi8(lanes, places));
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m256i pairs = _mm256_shuffle_epi8(lanes, _mm256_and_si256(_mm256_srli_epi16(places, 1), low));
-    const __m256i halves = _mm256_blendv_epi8(pairs, _mm256_srli_epi16(pairs, 4), _mm256_slli_epi16(places, 7));
-    return _mm256_and_si256(set, _mm256_shuffle_epi8(table, _mm256_and_si256(halves, low)));
+/* The 16 levels of a row. */
+AVX2 INLINE __m128i avx2_table(const Quantised *job, int64_t row, const int kind) {
+    return kind == PLACES ? _mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)) : _mm_setzero_si128();
 }
 
-/* The levels of a word's 64 columns, and v moved past them. */
-AVX2 INLINE void avx2_word(uint64_t bits, const uint8_t **v, __m256i table, const int kind, __m256i levels[2]) {
-    const uint8_t *from = *v;
-    _mm_prefetch((const char *)from + 1024, _MM_HINT_T0);
-    if (kind == DENSE) {
-        for (int half = 0; half < 2; half++) levels[half] = _mm256_loadu_si256((const __m256i *)(from + 32 * half));
-        *v += 64;
-        return;
-    }
-    const Lanes at = lanes_of(bits);
-    const int8_t *to = places_of(at);
-    levels[0] = avx2_half((uint32_t)bits, from, 0, at.second, to, table, kind);
-    levels[1] = avx2_half((uint32_t)(bits >> 32), from, at.third, at.fourth, to + 32, table, kind);
-    *v += bytes_in(__builtin_popcountll(bits), kind);
+/* The levels of 16 columns. Their weights begin at number `at` of v, which moves past them. */
+AVX2 INLINE __m128i avx2_lane(const uint8_t *mask, const uint8_t *v, int64_t *at, __m128i table, const int kind) {
+    if (kind == DENSE) return _mm_loadu_si128((const __m128i *)(v + (*at += 16) - 16));
+    const int64_t odd = kind == PLACES ? *at & 1 : 0, behind = odd + __builtin_popcountll(mask[0]);
+    const __m128i first = _mm_loadl_epi64((const __m128i *)(places_of_8[odd] + mask[0]));
+    const __m64 *second = (const __m64 *)(places_of_8[behind] + mask[1]);
+    const __m128i places = _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), second));
+    const uint8_t *from = v + (kind == PLACES ? *at >> 1 : *at);
+    const int64_t end = behind + __builtin_popcountll(mask[1]);
+    *at += end - odd;
+    if (kind == LEVELS) return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)from), places);
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)from));
+    const __m128i halves = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+    __m128i levels = _mm_shuffle_epi8(_mm_shuffle_epi8(table, halves), places);
+    if (end > 16) /* all are stored, and begin in the middle of a byte: the last one is in the ninth */
+        levels = _mm_insert_epi8(levels, _mm_cvtsi128_si32(_mm_shuffle_epi8(table, _mm_cvtsi32_si128(from[8] & 15))), 15);
+    return levels;
+}
+
+/* Where the mask of the words from `block` up to `last` of a row lies, or what its patterns are written as to `whole`. */
+INLINE const uint64_t *avx2_mask(const Quantised *job, int64_t row, int64_t block, int64_t last, uint64_t *whole) {
+    if (!job->patterns) return job->mask + row * job->words + block;
+    for (int64_t w = block; w < last; w++) whole[w - block] = row_bits(job, row, w);
+    return whole;
 }
 
 AVX2 INLINE float avx2_scale(const Quantised *job, int64_t row, int64_t group) {
@@ -263,28 +268,33 @@ AVX2 INLINE void avx2_row(const Quantised *job, int64_t r, const int kind, const
     const int64_t stride = job->words * 64, span = (job->group ? job->group : PERIOD) / 32;
     const uint8_t *v = job->values + row_start(job, r);
     const int16_t *x = job->x;
-    const __m256i table = avx2_table(job, r, kind);
+    const __m128i table = avx2_table(job, r, kind);
+    uint64_t whole[BLOCK];
     __m256i products[FEW_TOKENS];
     __m256 sums[FEW_TOKENS];
     for (int t = 0; t < tokens; t++) products[t] = _mm256_setzero_si256(), sums[t] = _mm256_setzero_ps();
-    for (int64_t w = 0, left = span, group = 0; w < job->words; w++) {
-        __m256i levels[2];
-        avx2_word(kind == DENSE ? 0 : row_bits(job, r, w), &v, table, kind, levels);
-        _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++, x += 32) {
-            const __m256i first = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(levels[half])),
-                          second = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(levels[half], 1));
-            _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
-                const __m256i *from = (const __m256i *)(x + t * stride);
-                products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(first, _mm256_loadu_si256(from)));
-                products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(second, _mm256_loadu_si256(from + 1)));
+    int64_t at = 0, left = span, group = 0;
+    for (int64_t block = 0; block < job->words; block += BLOCK) {
+        const int64_t last = block + BLOCK < job->words ? block + BLOCK : job->words;
+        const uint64_t *bits = kind == DENSE ? NULL : avx2_mask(job, r, block, last, whole);
+        for (int64_t w = block; w < last; w++) {
+            const uint8_t *mask = (const uint8_t *)bits;
+            if (kind != DENSE) bits++;
+            _mm_prefetch((const char *)v + (at >> (kind == PLACES)) + 1024, _MM_HINT_T0);
+            _Pragma("GCC unroll 4") for (int lane = 0; lane < 4; lane++, x += 16) {
+                const __m256i weights = _mm256_cvtepi8_epi16(avx2_lane(mask + 2 * lane, v, &at, table, kind));
+                _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++)
+                    products[t] = _mm256_add_epi32(
+                        products[t], _mm256_madd_epi16(weights, _mm256_loadu_si256((const __m256i *)(x + t * stride))));
+                if (lane % 2 == 0 || (--left && (lane == 1 || w + 1 < job->words))) continue;
+                const __m256 scale = _mm256_set1_ps(job->group ? avx2_scale(job, r, group) : 1.0f);
+                _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
+                    sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
+                    products[t] = _mm256_setzero_si256();
+                }
+                group++, left = span;
             }
-            if (--left && (half == 0 || w + 1 < job->words)) continue;
-            const __m256 scale = _mm256_set1_ps(job->group ? avx2_scale(job, r, group) : 1.0f);
-            _Pragma("GCC unroll 8") for (int t = 0; t < tokens; t++) {
-                sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[t]), scale, sums[t]);
-                products[t] = _mm256_setzero_si256();
-            }
-            group++, left = span;
+            if (kind == PLACES) at = (at + 1) & ~1ll; /* a word begins with a byte */
         }
     }
     const float scale = job->group ? 1.0f : avx2_scale(job, r, 0);
@@ -328,21 +338,34 @@ AVX2 INLINE void avx2_put(__m256 weights, void *to, int64_t at, int64_t count, i
     else _mm_storeu_si128((__m128i *)halves, half), memcpy((uint16_t *)to + at, halves, (size_t)count * 2);
 }
 
+AVX2 INLINE void avx2_levels(const Quantised *job, int64_t row, int8_t *to, const int kind) {
+    const uint8_t *v = job->values + row_start(job, row);
+    const __m128i table = avx2_table(job, row, kind);
+    int64_t at = 0;
+    for (int64_t w = 0; w < job->words; w++) {
+        const uint64_t bits = row_bits(job, row, w);
+        for (int lane = 0; lane < 4; lane++, to += 16)
+            _mm_storeu_si128((__m128i *)to, avx2_lane((const uint8_t *)&bits + 2 * lane, v, &at, table, kind));
+        if (kind == PLACES) at = (at + 1) & ~1ll;
+    }
+}
+
+/* The levels of all columns of a row. */
+AVX2 static void spread(const Quantised *job, int64_t row, int8_t *to) {
+    if (kind_of(job) == DENSE) avx2_levels(job, row, to, DENSE);
+    else if (kind_of(job) == PLACES) avx2_levels(job, row, to, PLACES);
+    else avx2_levels(job, row, to, LEVELS);
+}
+
 AVX2 static void avx2_restore(const Quantised *job, int64_t begin, int64_t end, void *dense) {
-    const int kind = kind_of(job);
+    int8_t levels[64 * MOST_WORDS] __attribute__((aligned(32)));
     for (int64_t r = begin; r < end; r++) {
-        const uint8_t *v = job->values + row_start(job, r);
-        const __m256i table = avx2_table(job, r, kind);
-        for (int64_t w = 0; w < job->words; w++) {
-            int8_t levels[64] __attribute__((aligned(32)));
-            avx2_word(row_bits(job, r, w), &v, table, kind, (__m256i *)levels);
-            for (int part = 0; part < 64 && 64 * w + part < job->columns; part += 8) {
-                const int64_t column = 64 * w + part;
-                const __m256 scale = _mm256_set1_ps(avx2_scale(job, r, job->group ? column / job->group : 0));
-                const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(levels + part)));
-                avx2_put(_mm256_mul_ps(_mm256_cvtepi32_ps(level), scale), dense, (r - begin) * job->columns + column,
-                         job->columns - column, job->type);
-            }
+        spread(job, r, levels);
+        for (int64_t column = 0; column < job->columns; column += 8) {
+            const __m256 scale = _mm256_set1_ps(avx2_scale(job, r, job->group ? column / job->group : 0));
+            const __m256i level = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(levels + column)));
+            avx2_put(_mm256_mul_ps(_mm256_cvtepi32_ps(level), scale), dense, (r - begin) * job->columns + column,
+                     job->columns - column, job->type);
         }
     }
 }
@@ -570,13 +593,8 @@ static Rows rows_of(int path) {
     return portable_rows;
 }
 
-static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-    if (gblm_by_tiles(&job)) {
-        gblm_quantised_many(&job, begin, end);
-        return;
-    }
-#endif
+/* Rows [begin, end) for all tokens, by eights. */
+static void multiply_eights(Quantised job, int64_t begin, int64_t end) {
     for (int64_t left = job.tokens; left > 0; left -= FEW_TOKENS) {
         job.tokens = left < FEW_TOKENS ? left : FEW_TOKENS;
         rows_of(job.path)(&job, begin, end);
@@ -586,6 +604,31 @@ static void multiply_rows(Quantised job, int64_t begin, int64_t end) {
     }
 }
 
+/* For many tokens rows are spread once, and multiplied as those of a dense weight; in plain C that would take longer. */
+static void multiply_rows(const Quantised *job, int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+    if (gblm_by_tiles(job)) {
+        gblm_quantised_many(job, begin, end);
+        return;
+    }
+#endif
+#if defined(__x86_64__) || defined(__aarch64__)
+    int8_t levels[64 * MOST_WORDS] __attribute__((aligned(64)));
+    const int once = job->tokens > FEW_TOKENS && kind_of(job) != DENSE && job->path != PORTABLE_PATH;
+    const int64_t columns = job->words * 64, most = (int64_t)sizeof levels / columns;
+    for (int64_t count; once && begin < end; begin += count) {
+        Quantised tile = *job;
+        count = end - begin < most ? end - begin : most;
+        for (int64_t i = 0; i < count; i++) spread(job, begin + i, levels + i * columns);
+        tile.mask = NULL, tile.patterns = NULL, tile.levels = NULL, tile.values = (const uint8_t *)levels;
+        tile.scales += begin * job->groups, tile.sums += begin;
+        tile.y = (char *)tile.y + begin * (job->type == F32 ? 4 : 2);
+        multiply_eights(tile, 0, count);
+    }
+#endif
+    multiply_eights(*job, begin, end);
+}
+
 static void multiply_part(void *argument, int index) {
     const Share *work = argument;
     int64_t begin, end;
@@ -593,7 +636,7 @@ static void multiply_part(void *argument, int index) {
         const Quantised *job = work->job + i;
         const int64_t together = gblm_by_tiles(job) ? GBLM_TILE : 1;
         gblm_share((job->rows + together - 1) / together, work->parts, index, &begin, &end);
-        multiply_rows(*job, begin * together, end * together < job->rows ? end * together : job->rows);
+        multiply_rows(job, begin * together, end * together < job->rows ? end * together : job->rows);
     }
 }
 
