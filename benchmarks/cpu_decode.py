@@ -299,7 +299,7 @@ def main() -> None:
     if not cpu.available():
         raise SystemExit("the compiled kernels are missing: install with a C compiler at hand, then run this again")
     if "avx512" not in cpu.paths(torch.float32):
-        raise SystemExit("the dense kernels that this compares with need AVX-512, which this CPU lacks; see engines.py")
+        raise SystemExit("the dense kernels that this compares with need AVX-512, which this CPU lacks; see sizes.py")
     if options.quantised:
         torch.set_num_threads(1)
         rows = [row for size in (SIZE, 4 * SIZE) for row in quantised(size, 6 * options.rounds)]

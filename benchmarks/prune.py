@@ -93,7 +93,7 @@ FULL = Size(
     length=512,
     shape=Shape(hidden=1024, intermediate=2816, blocks=8, heads=16, kv_heads=4, vocabulary=8192),
     blocks=(8, 16, 32),
-    large=PRESETS["1.1b"],
+    large=PRESETS["tinyllama-1.1b"],
     large_samples=16,
     calibrations=((4, 512), (8, 512), (16, 512), (8, 128), (8, 1024)),
     widths=(512, 1024, 1536, 2048),

@@ -1,6 +1,6 @@
 """Write a Llama with random weights of any size as a Hugging Face folder, one shard a block.
 
-    python benchmarks/random_llama.py FOLDER --preset 1.1b
+    python benchmarks/random_llama.py FOLDER --preset tinyllama-1.1b
 
 Never more than one shard is in memory, so that a small machine can write a large model. Matrices are normal with a
 deviation of 0.02, norms are ones. The tokenizer knows bytes, so that any text file calibrates it.
@@ -68,8 +68,10 @@ class Shape:
 
 
 PRESETS = {
-    "1b": Shape(hidden=2048, intermediate=8192, blocks=16, heads=32, kv_heads=8, vocabulary=32000, tied=True),
-    "1.1b": Shape(hidden=2048, intermediate=5632, blocks=22, heads=32, kv_heads=4, vocabulary=32000),  # TinyLlama's
+    "tinyllama-1.1b": Shape(2048, 5632, blocks=22, heads=32, kv_heads=4, vocabulary=32000),
+    "llama-3.2-1b": Shape(2048, 8192, blocks=16, heads=32, kv_heads=8, vocabulary=128256, tied=True),
+    "llama-3.2-3b": Shape(3072, 8192, blocks=28, heads=24, kv_heads=8, vocabulary=128256, tied=True),
+    "llama-3.1-8b": Shape(4096, 14336, blocks=32, heads=32, kv_heads=8, vocabulary=128256),
 }
 
 

@@ -1,37 +1,38 @@
-"""Zeros in the engines that people run: one pruned model, packed beside dense, in one process and one run.
+"""Zeros in the engines that people run, at the sizes that they run: packed beside dense, in one process and one run.
 
-    python benchmarks/engines.py PRUNED DENSE --folder exports --json result.json
-    python benchmarks/engines.py --random 1b --folder exports --dtypes float16 --prompt 256 --generate 16 --rounds 3
+    python benchmarks/sizes.py --shape llama-3.2-1b --folder exports --dtypes int8 --threads 2 --json result.json
+    python benchmarks/sizes.py --shape llama-3.1-8b --blocks 8 --folder exports --dtypes int4 --paths avx2 avx512
+    python benchmarks/sizes.py PRUNED DENSE --folder exports --engines onnxruntime genai
 
-Exports fused ONNX graphs of both models, with weights in float32 and float16 and as levels of 8 and 4 bits (those that
-are in `--folder` already are taken as they are), and times them in ONNX Runtime and onnxruntime-genai, beside llama.cpp
-at the same precision (Q8_0 in 8 bits, Q4_0 in 4) where its package (llama-cpp-python) is installed: a decode step of
-one sequence and of several, and the prefill of a prompt.
-Medians over interleaved rounds; the first is warm-up. Then a decode step of each graph is profiled by operator.
-All weights of one dtype are in memory together.
+Exports fused ONNX graphs of both models (those that are in `--folder` already are taken as they are) and times them beside
+llama.cpp at the same precision (Q8_0 in 8 bits, Q4_0 in 4), where its package (llama-cpp-python) is installed: decode
+steps of one sequence and of several after the shortest prompt, and prompts. Medians over interleaved rounds; the first is
+warm-up. All weights of one dtype are in memory together. Rows are added to those of `--json`, so that a large measurement
+can be made in pieces.
 
-With `--random` the models are made in `--folder` too: a Llama of random float16 weights, too large for any cache, and
-the same one with half of every row zero, by magnitude.
+With `--shape` the models are made in `--folder` too: a Llama of random weights, and the same one with half of every row
+zero, by magnitude. With `--blocks` it has fewer blocks than the real one.
 """
 
 import argparse
 import json
 import tempfile
-from collections import Counter
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
+from unittest.mock import patch
 
-import numpy as np
-import onnxruntime
+import gguf
+import onnx
 import torch
 from cpu_decode import generations, show
 from ending import exit_after
 from llama_cpp_model import LlamaCpp, write_gguf
-from random_llama import PRESETS, write_random_llama
+from random_llama import PRESETS, Shape, write_random_llama
 
 from gblm_compress.api import prune
 from gblm_compress.exporters import export
@@ -58,13 +59,14 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
 this package's dense operator, as the packed model's head does. Dense weights of 8 and 4 bits run on ONNX Runtime's own
 MatMulNBits."""
 DTYPES = tuple(dict.fromkeys(name.split()[1] for name in GRAPHS))
+KEYS = ("model", "engine", "weights", "path", "threads")  # of a row
 
 
-def random_models(preset: str, folder: Path) -> dict[str, ModelSource]:
+def random_models(shape: Shape, folder: Path) -> dict[str, ModelSource]:
     """A random Llama and the pruned one, made where they are not in `folder`."""
     models = {name: ModelSource(name, folder / f"{name}-model") for name in ("dense", "pruned")}
     if not models["dense"].folder.exists():
-        write_random_llama(models["dense"].folder, PRESETS[preset], "float16")
+        write_random_llama(models["dense"].folder, shape, "float16")
     if not models["pruned"].folder.exists():
         prune(models["dense"].folder, models["pruned"].folder, method="magnitude", fit="none")
     return models
@@ -83,85 +85,82 @@ def exported(models: dict[str, ModelSource], folder: Path, dtype: str) -> dict[s
     return found
 
 
+def bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads read: the best of 9 sums of 1 GiB."""
+    torch.set_num_threads(threads)
+    numbers, times = torch.ones(1 << 28), []
+    for _ in range(9):
+        start = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - start)
+    return numbers.nbytes / min(times)
+
+
+def bytes_read(path: Path) -> int:
+    """Bytes of weights of a file that a decode step reads: all but those of an embedding, of which it reads a row."""
+    if path.suffix == ".gguf":
+        sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors}
+        return int(sum(sizes.values()) - ("output.weight" in sizes) * sizes["token_embd.weight"])
+    graph = onnx.load(path, load_external_data=False).graph
+    read = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}
+    return sum(
+        next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), len(tensor.raw_data))
+        for tensor in graph.initializer
+        if tensor.name in read
+    )
+
+
 @contextmanager
 def contenders(
-    graphs: dict[str, ModelSource], dense: ModelSource, dtype: str, threads: int, longest: int
-) -> Iterator[dict[str, Any]]:
-    """All engines that are timed with weights of a dtype, by engine and weights."""
-    found: dict[str, Any] = {}
-    for runtime in ("onnxruntime", "genai"):
+    graphs: dict[str, ModelSource], dense: ModelSource, dtype: str, threads: int, options: argparse.Namespace
+) -> Iterator[dict[tuple[str, str, str], tuple[Any, int]]]:
+    """{(engine, weights, path): (runtime, `bytes_read`)} of all that is timed with weights of a dtype."""
+    found: dict[tuple[str, str, str], tuple[Any, int]] = {}
+    for engine in options.engines:
         for name, source in graphs.items():
-            found[f"{runtime} {name}"] = load_runtime(source, "auto", "cpu", threads, runtime=runtime)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not find_spec("llama_cpp"):
-            yield found
-            return
-        path = write_gguf(
-            load_model(dense, dtype if dtype.startswith("float") else "float32"), dtype, Path(scratch) / "dense.gguf"
-        )
-        with closing(LlamaCpp(path, threads, longest)) as llama:
-            yield {**found, f"llama.cpp dense {dtype}": llama}
-
-
-def profile(source: ModelSource, threads: int, past: int = 128, steps: int = 30) -> dict[str, float]:
-    """Milliseconds of a decode step after `past` tokens by operator, as ONNX Runtime records them, and between them."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.enable_profiling = threads, True
-    options.register_custom_ops_library(str(cpu.onnxruntime_library()))
-    with tempfile.TemporaryDirectory() as scratch:
-        options.profile_file_prefix = str(Path(scratch) / "step")
-        session = onnxruntime.InferenceSession(
-            source.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
-        )
-        step = {"input_ids": np.array([[1]]), "attention_mask": np.ones((1, past + 1), np.int64)}
-        for value in session.get_inputs():
-            if value.name not in step:
-                step[value.name] = np.zeros((1, value.shape[1], past, value.shape[3]), np.float32)
-        for _ in range(steps):
-            session.run(["logits"], step)
-        events = json.loads(Path(session.end_profiling()).read_text())
-    runs: list[Counter[str]] = [Counter()]
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            runs[-1][event["args"]["op_name"]] += event["dur"]
-        elif event["name"] == "model_run":
-            runs[-1]["whole"] = event["dur"]
-            runs.append(Counter())
-    names = set().union(*runs[2:-1])
-    spent = {name: median(run[name] for run in runs[2:-1]) / 1000 for name in names}
-    spent["between operators"] = 2 * spent["whole"] - sum(spent.values())
-    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+            for path in options.paths if source.needs_operator else [""]:
+                with patch.dict("os.environ", {cpu.PATH_VARIABLE: path} if path else {}):
+                    runtime = load_runtime(source, "auto", "cpu", threads, runtime=engine)
+                found[engine, name, path] = runtime, bytes_read(source.folder / "model.onnx")
+    if not find_spec("llama_cpp"):
+        yield found
+        return
+    path = options.folder / f"{dtype}.gguf"
+    if not path.exists():
+        write_gguf(load_model(dense, dtype if dtype.startswith("float") else "float32"), dtype, path)
+    with closing(LlamaCpp(path, threads, max(options.prompts) + options.generate + 1)) as llama:
+        yield {**found, ("llama.cpp", f"dense {dtype}", ""): (llama, bytes_read(path))}
 
 
 def compared(
     graphs: dict[str, ModelSource], dense: ModelSource, dtype: str, threads: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each engine and its weights of a dtype."""
-    ids = torch.randint(0, 1000, (options.parallel, options.prompt), generator=torch.Generator().manual_seed(0))
-    with contenders(graphs, dense, dtype, threads, options.prompt + options.generate + 1) as runtimes:
-        one, _ = generations(runtimes, ids[:1], options.rounds, options.generate)
-        several = {name: runtime for name, runtime in runtimes.items() if not isinstance(runtime, LlamaCpp)}
-        many, _ = generations(several, ids[:, :64], options.rounds, options.generate)
+    """A row for each engine, its weights of a dtype, and each path of the kernels."""
+    ids = torch.randint(0, 1000, (options.parallel, max(options.prompts)), generator=torch.Generator().manual_seed(0))
+    fastest, shortest = bandwidth(threads), min(options.prompts)
+    with contenders(graphs, dense, dtype, threads, options) as found:
+        runtimes = {key: runtime for key, (runtime, _) in found.items()}
+        several = {key: runtime for key, runtime in runtimes.items() if not isinstance(runtime, LlamaCpp)}
+        parallel, _ = generations(several, ids[:, :shortest], options.rounds, options.generate)
+        times: dict[str, dict[Any, float]] = {f"step_of_{options.parallel}": {k: v[1] for k, v in parallel.items()}}
+        for prompt in sorted(options.prompts):
+            generate = options.generate if prompt == shortest else 2
+            one, _ = generations(runtimes, ids[:1, :prompt], options.rounds, generate)
+            times[f"prompt_of_{prompt}"] = {key: prefill for key, (prefill, _) in one.items()}
+            if prompt == shortest:
+                times["token"] = {key: decode for key, (_, decode) in one.items()}
     rows = []
-    for name, (prefill, decode) in one.items():
-        engine, kind, _ = name.split()
-        rivals = {"dense": one.get(f"{engine} dense {dtype}"), "llama.cpp": one.get(f"llama.cpp dense {dtype}")}
-        dense_many = many.get(f"{engine} dense {dtype}")
-        rows.append(
-            {
-                "engine": engine,
-                "weights": f"{kind} {dtype}",
-                "threads": threads,
-                "MB": graphs[f"{kind} {dtype}"].bytes_on_disk / 1e6 if engine != "llama.cpp" else None,
-                "ms_per_token": decode,
-                "prefill_ms": prefill,
-                f"ms_per_step_of_{options.parallel}": many[name][1] if name in many else None,
-                "decode_over_dense": rivals["dense"] and rivals["dense"][1] / decode,
-                "prefill_over_dense": rivals["dense"] and rivals["dense"][0] / prefill,
-                "parallel_over_dense": dense_many[1] / many[name][1] if dense_many and name in many else None,
-                "decode_over_llama.cpp": rivals["llama.cpp"] and rivals["llama.cpp"][1] / decode,
-            }
-        )
+    for (engine, weights, path), (_, size) in found.items():
+        row = dict(zip(KEYS, (options.model, engine, weights, path, threads), strict=True))
+        row |= {"MB_per_token": size / 1e6, "GB/s": size / times["token"][engine, weights, path] / 1e6}
+        row |= {"bandwidth_GB/s": fastest / 1e9, "share_of_bandwidth": row["GB/s"] * 1e9 / fastest}
+        for what, measured in times.items():
+            own = row[f"ms_per_{what}"] = measured.get((engine, weights, path))
+            for name, rival in (("dense", engine), ("llama.cpp", "llama.cpp")):
+                same = (rival, f"dense {dtype}", path)
+                other = measured.get(same, measured.get((rival, f"dense {dtype}", "")))
+                row[f"{what}_over_{name}"] = other / own if own and other else None
+        rows.append(row)
     return rows
 
 
@@ -170,36 +169,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pruned", nargs="?", help="a pruned folder")
     parser.add_argument("dense", nargs="?", help="the dense model that it was made from")
-    parser.add_argument("--random", choices=PRESETS, help="models with random weights of this size, in place of both")
+    parser.add_argument("--shape", choices=PRESETS, help="models with random weights of this shape, in place of both")
+    parser.add_argument("--blocks", type=int, help="so many blocks of the shape")
     parser.add_argument("--folder", type=Path, required=True, help="where the exports are, or will be")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=32)
+    parser.add_argument("--engines", nargs="*", choices=("onnxruntime", "genai"), default=["onnxruntime"])
+    parser.add_argument("--paths", nargs="+", default=[""], help="of the kernels; the best one by default")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 128, 512])
+    parser.add_argument("--generate", type=int, default=16)
     parser.add_argument("--parallel", type=int, default=4, help="sequences decoded together")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if (options.random is None) != (options.dense is not None):
-        parser.error("give PRUNED and DENSE, or --random alone")
+    if (options.shape is None) != (options.dense is not None):
+        parser.error("give PRUNED and DENSE, or --shape alone")
     silence_libraries()
-    if options.random:
-        models = random_models(options.random, options.folder)
+    if options.shape:
+        shape = PRESETS[options.shape]
+        blocks = options.blocks or shape.blocks
+        options.model = options.shape if blocks == shape.blocks else f"{blocks} blocks of {options.shape}"
+        options.folder /= options.model.replace(" ", "-")
+        models = random_models(replace(shape, blocks=blocks), options.folder)
     else:
         models = {name: resolve_model(getattr(options, name), Progress(quiet=True)) for name in ("pruned", "dense")}
-    result: dict[str, Any] = {"environment": environment(), "rows": [], "profiles": []}
+        options.model = models["dense"].name
+    old = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    rows = {tuple(row[key] for key in KEYS): row for row in old}
     for dtype in options.dtypes:
         graphs = exported(models, options.folder, dtype)
         for threads in options.threads:
-            result["rows"] += compared(graphs, models["dense"], dtype, threads, options)
+            new = compared(graphs, models["dense"], dtype, threads, options)
             for name, source in graphs.items():
-                result["profiles"].append({"weights": name, "threads": threads, "ms": profile(source, threads)})
-    show(f"prompt of {options.prompt}, then {options.generate} greedy tokens", result["rows"])
-    for entry in result["profiles"]:
-        parts = list(entry["ms"].items())[:7]
-        print(f"{entry['weights']}, {entry['threads']} threads, ms:", ", ".join(f"{n} {v:.2f}" for n, v in parts))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+                parts = load_runtime(source, "auto", "cpu", threads, runtime="onnxruntime", profile=[1]).step_ms
+                print(f"{name}, {threads} threads, ms:", ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()))
+            show("milliseconds, and how many times as fast", new)
+            rows |= {tuple(row[key] for key in KEYS): row for row in new}
+            if options.json:
+                result = {"environment": environment(), "rows": list(rows.values())}
+                options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

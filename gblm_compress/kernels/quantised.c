@@ -1,4 +1,4 @@
-/* Kernels of quantised weights, for tokens by eights and, with AVX-512, for many, and the restoration of rows.
+/* Kernels of quantised weights, for tokens by eights, and the restoration of rows.
  *
  * A weight is scale · level: scales are fp16, one for each `group` columns of a row or for a row, levels are int8. Masks and
  * starts are those of job.h; what is stored for each bit is a level, or a place of 4 bits in a table of 16 levels. Places

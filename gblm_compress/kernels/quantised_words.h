@@ -56,7 +56,7 @@ void gblm_quantised_many(const Quantised *job, int64_t begin, int64_t end);
 
 #if defined(__x86_64__)
 
-/* AVX2, and AVX-512 without VBMI2, spread bytes by a shuffle within each sixteen columns, which are one lane. A bit's place
+/* AVX-512 without VBMI2 spreads bytes by a shuffle within each sixteen columns, which are one lane. A bit's place
  * is the number of the lane's bits below it; where 4 bits are stored and a lane begins in the middle of a byte, one more.
  * [which of a word's lanes but the first do so]: what turns a count of the bits up to each one into places. */
 extern int8_t gblm_to_places[8][64];
@@ -88,7 +88,7 @@ VNNI INLINE __m512i vnni_table(const Quantised *job, int64_t row, const int kind
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(job->levels + row * job->stride)));
 }
 
-/* The levels of a word without VBMI2, as avx2_half. Bits are counted within eights by a product, which is +1 each. */
+/* The levels of a word without VBMI2. Bits are counted within eights by a product, which is +1 each. */
 VNNI INLINE __m512i shuffled(uint64_t bits, const uint8_t *v, __m512i table, const int kind) {
     const Lanes at = lanes_of(bits);
     const __m512i ones = _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(1)),

@@ -1,4 +1,4 @@
-"""The benchmark of engines at toy size, and that its random models are what they are called."""
+"""The benchmark of sizes at toy size, and that its random models are what they are called."""
 
 import json
 import sys
@@ -8,17 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gblm_compress.kernels import cpu
 from gblm_compress.models import files
 from tests.exporters.test_onnx import needs_operator
 from tests.scripts import loaded
 
-SIZES = {"hidden": 64, "intermediate": 128, "blocks": 2, "heads": 2, "kv_heads": 1, "vocabulary": 1024, "tied": True}
-
 
 @pytest.fixture(scope="module")
 def script():
-    with loaded("engines") as module, pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.PRESETS, "toy", replace(module.PRESETS["1b"], **SIZES))
+    with loaded("sizes") as module, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.PRESETS, "toy", module.Shape(64, 128, blocks=3, heads=2, kv_heads=1, vocabulary=1024))
         yield module
 
 
@@ -27,7 +26,7 @@ def weights(folder):
 
 
 def test_half_of_every_row_is_zero_and_the_rest_is_the_dense_model(script, tmp_path) -> None:
-    models = script.random_models("toy", tmp_path)
+    models = script.random_models(replace(script.PRESETS["toy"], tied=True), tmp_path)
     dense, pruned = (weights(models[name].folder) for name in ("dense", "pruned"))
     assert dense.keys() == pruned.keys()
     for name, weight in dense.items():
@@ -38,24 +37,33 @@ def test_half_of_every_row_is_zero_and_the_rest_is_the_dense_model(script, tmp_p
             largest = sorted(range(len(old)), key=lambda j, old=old: (-abs(old[j]), j))[: len(old) // 2]
             assert new == [value if j in largest else 0.0 for j, value in enumerate(old)]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert script.random_models("toy", tmp_path) == models
+    assert script.random_models(script.PRESETS["toy"], tmp_path) == models
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @needs_operator
-def test_every_engine_is_timed_and_profiled(script, tmp_path, monkeypatch) -> None:
-    models = ["--random", "toy", "--folder", str(tmp_path / "exports"), "--dtypes", "float16", "--threads", "1"]
-    lengths = ["--prompt", "8", "--generate", "2", "--rounds", "1"]
-    monkeypatch.setattr(sys, "argv", ["engines.py", *models, *lengths, "--json", str(tmp_path / "result.json")])
-    script.main()
-    result = json.loads((tmp_path / "result.json").read_text())
-    rows = {(row["engine"], row["weights"]): row for row in result["rows"] if row["engine"] != "llama.cpp"}
-    engines, kinds = ("onnxruntime", "genai"), ("dense float16", "packed float16")
-    assert set(rows) == {(engine, kind) for engine in engines for kind in kinds}
-    ratios = {"decode": "ms_per_token", "prefill": "prefill_ms", "parallel": "ms_per_step_of_4"}
-    for engine in engines:
-        dense, packed = (rows[engine, kind] for kind in kinds)
-        assert all(packed[f"{name}_over_dense"] == dense[time] / packed[time] for name, time in ratios.items())
-        assert packed["MB"] < dense["MB"]
-    operators = {entry["weights"]: entry["ms"].keys() for entry in result["profiles"]}
-    assert "BitmaskLinear" in operators["packed float16"] and "BitmaskLinear" not in operators["dense float16"]
+def test_every_engine_and_path_is_timed_and_rows_are_added(script, tmp_path, monkeypatch) -> None:
+    result, best = tmp_path / "result.json", cpu.paths(torch.float16)[-1]
+    common = ["--shape", "toy", "--blocks", "2", "--folder", str(tmp_path / "exports"), "--threads", "1"]
+    lengths = ["--prompts", "8", "16", "--generate", "2", "--rounds", "1", "--json", str(result)]
+    for dtype, more in (("float16", ["--paths", "portable", best]), ("int8", ["--engines", "onnxruntime", "genai"])):
+        monkeypatch.setattr(sys, "argv", ["sizes.py", *common, *lengths, "--dtypes", dtype, *more])
+        monkeypatch.setattr(script, "bandwidth", lambda threads: 1e9)
+        script.main()
+    rows = {
+        (row["engine"], row["weights"], row["path"]): row
+        for row in json.loads(result.read_text())["rows"]
+        if row["engine"] != "llama.cpp"
+    }
+    kinds = {("onnxruntime", f"{kind} float16", path) for kind in ("dense", "packed") for path in ("portable", best)}
+    kinds |= {(engine, f"{kind} int8", "") for engine in ("onnxruntime", "genai") for kind in ("dense", "packed")}
+    assert rows.keys() == kinds and {row["model"] for row in rows.values()} == {"2 blocks of toy"}
+    for (engine, kind, path), row in rows.items():
+        dense = rows[engine, kind.replace("packed", "dense"), path]
+        for name in ("token", "step_of_4", "prompt_of_8", "prompt_of_16"):
+            assert row[f"{name}_over_dense"] == dense[f"ms_per_{name}"] / row[f"ms_per_{name}"]
+        assert row["share_of_bandwidth"] == pytest.approx(row["MB_per_token"] / row["ms_per_token"])
+    matrices, head = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128), 64 * 1024
+    norms = 4 * 5 * 64
+    assert rows["onnxruntime", "dense float16", best]["MB_per_token"] * 1e6 >= 2 * (matrices + head) + norms
+    assert rows["onnxruntime", "packed float16", best]["MB_per_token"] * 1e6 < 1.3 * matrices + 2 * head + 20_000
