@@ -4,11 +4,11 @@
     python benchmarks/sizes.py --shape llama-3.1-8b --blocks 8 --folder exports --dtypes int4 --paths avx2 avx512
     python benchmarks/sizes.py PRUNED DENSE --folder exports --engines onnxruntime genai
 
-Exports fused ONNX graphs of both models (those that are in `--folder` already are taken as they are) and times them beside
-llama.cpp at the same precision (Q8_0 in 8 bits, Q4_0 in 4), where its package (llama-cpp-python) is installed: decode
-steps of one sequence and of several after the shortest prompt, and prompts. Medians over interleaved rounds; the first is
-warm-up. All weights of one dtype are in memory together. Rows are added to those of `--json`, so that a large measurement
-can be made in pieces.
+Exports fused ONNX graphs of both models (those that are in `--folder` already are taken as they are) and times them
+beside llama.cpp at the same precision (Q8_0 in 8 bits, Q4_0 in 4), where its package (llama-cpp-python) is installed:
+decode steps of one sequence and of several after the shortest prompt, and prompts. Medians over interleaved rounds; the
+first is warm-up. All weights of one dtype are in memory together. Rows are added to those of `--json`, so that a large
+measurement can be made in pieces.
 
 With `--shape` the models are made in `--folder` too: a Llama of random weights, and the same one with half of every row
 zero, by magnitude. With `--blocks` it has fewer blocks than the real one.
@@ -16,7 +16,6 @@ zero, by magnitude. With `--blocks` it has fewer blocks than the real one.
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
