@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from gblm_compress import api, tasks
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"RANK": "1", "NEW": "magnitude"}  # for what is no name or path
-PROGRAMS = ("gblm-compress", "make", "python", "pip", "torchrun", "vllm")
+PROGRAMS = ("accelerate", "gblm-compress", "make", "python", "pip", "torchrun", "vllm")
 GROUP: Any = typer.main.get_command(app)
 
 
@@ -120,10 +121,15 @@ def read_by_pip(verb: str, *arguments: str) -> None:
         assert what in {".", *extras} or what in (ROOT / "Makefile").read_text(), what
 
 
-def read_by_torchrun(*arguments: str) -> None:
-    given = get_args_parser().parse_args(arguments)
+def read_by_torchrun(*arguments: str, parser=get_args_parser) -> None:
+    given = parser().parse_args(arguments)
     assert given.module and given.training_script == "gblm_compress"
     read_by_this_program(*given.training_script_args)
+
+
+def read_by_accelerate(verb: str, *arguments: str) -> None:
+    assert verb == "launch"
+    read_by_torchrun(*arguments, parser=launch_command_parser)
 
 
 def read_by_vllm(*arguments: str) -> None:
@@ -134,6 +140,7 @@ def read_by_vllm(*arguments: str) -> None:
 
 
 READERS = {
+    "accelerate": read_by_accelerate,
     "gblm-compress": read_by_this_program,
     "make": read_by_make,
     "python": read_by_python,
@@ -155,6 +162,7 @@ def test_a_command_is_what_its_program_takes(words: list[str], stop_before_work)
         "gblm-compress prune MODEL -o pruned --pattrn 2:4",
         "gblm-compress run quickstart --set prune.patern=4:8",
         "torchrun --nproc-per-node 2 -m gblm_compress prune MODEL -o pruned --fit better",
+        "accelerate launch --multi_gpu -m gblm_compress prune MODEL -o pruned --fit better",
         "make gone",
         "make fuzz HOURS=1",
         "python benchmarks/gone.py",

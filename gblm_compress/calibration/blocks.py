@@ -69,12 +69,12 @@ class Block:
     @property
     def samples(self) -> int:
         """How many samples there are over all processes."""
-        return self.ranks.total(len(self.inputs), self.inputs[0].device)
+        return self.ranks.total(len(self.inputs))
 
     @property
     def tokens(self) -> float:
         """Counted tokens of a sample, on average over all processes."""
-        return self.ranks.total(counted_tokens(self.counted, self.inputs[0]), self.inputs[0].device) / self.samples
+        return self.ranks.total(counted_tokens(self.counted, self.inputs[0])) / self.samples
 
 
 def activation_norms(
@@ -142,7 +142,7 @@ def sum_over_inputs(
             whole = whole and (len(ran) < len(layers) or ran.total() > len(layers))
     device = block.inputs[0].device
     missing = [name for name in layers if name not in sums]
-    if block.ranks.total(len(missing), device):  # then processes may differ in which layers share a sum
+    if block.ranks.total(len(missing)):  # then processes may differ in which layers share a sum
         nothing = {name: torch.zeros(0, weight_matrix(layers[name]).shape[1], device=device) for name in missing}
         sums = {name: sums[name].clone() if name in sums else add(None, nothing[name]) for name in layers}
     block.ranks.sum_({id(sums[name]): sums[name] for name in layers}.values())

@@ -4,7 +4,11 @@
 alone writes.
 """
 
+import json
 import os
+import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,18 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from gblm_compress import __version__
 from gblm_compress.errors import RankError, UsageError, first_line
 from gblm_compress.machine import has_bfloat16
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # for the work of another rank
+BEAT, SILENCE = 1.0, timedelta(seconds=40)  # A rank that lives takes part in a sum every second, whatever it works on.
+NOTICED = 10.0  # seconds in which a rank that waits for another sees by itself that this one is gone
 T = TypeVar("T")
 
 
 class Ranks:
     """This process among those of the run. `Ranks()` is a run of one process, which communicates nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.size, self._device = rank, size, device
 
     @property
     def is_first(self) -> bool:
@@ -54,16 +61,27 @@ class Ranks:
     def wait(self) -> None:
         self._together(distributed.barrier)
 
-    def total(self, count: int, device: torch.device) -> int:
-        if self.size == 1:
-            return count
-        value = torch.tensor(count, device=device)
+    def total(self, count: int) -> int:
+        value = torch.tensor(count, device=self._device)
         self.sum_([value])
         return int(value)
 
-    def every(self, yes: bool, device: torch.device) -> bool:
+    def every(self, yes: bool) -> bool:
         """Whether it holds on all ranks."""
-        return self.total(int(yes), device) == self.size
+        return self.total(int(yes)) == self.size
+
+    def check_same(self, given: dict[str, Any]) -> None:
+        """Raise UsageError on all ranks where these values, which JSON can hold, are not the same on all."""
+        sums = [zlib.crc32(json.dumps(one, sort_keys=True).encode()) for one in given.values()]
+        own = torch.tensor(sums, device=self._device)
+        first = own.clone()
+        self.send_(first, 0)
+        same = (own == first).int()
+        self.sum_([same])
+        if different := [name for name, count in zip(given, same.tolist(), strict=True) if count < self.size]:
+            raise UsageError(
+                f"the {self.size} processes of the run differ in {', '.join(different)}; give the same to all of them"
+            )
 
     def _together(self, act: Callable[..., Any], *arguments: Any) -> None:
         """Do what all ranks do; one rank alone does nothing."""
@@ -72,33 +90,60 @@ class Ranks:
         try:
             act(*arguments)
         except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} of {self.size}: another process of the run ended or did not answer within "
-                f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({first_line(error)}); its own message is "
-                "further up. The same command with --resume goes on from what is kept"
-            ) from error
+            raise RankError(self.lost(first_line(error))) from error
+
+    def lost(self, why: str) -> str:
+        return (
+            f"rank {self.rank} of {self.size}: another process of the run ended or does not answer ({why}); its own "
+            "message is further up. The same command with --resume goes on from what is kept"
+        )
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun has started, over nccl on CUDA and gloo elsewhere; one rank without torchrun."""
+def joined(device: str, given: dict[str, Any]) -> Iterator[Ranks]:
+    """The ranks that torchrun has started, over nccl on CUDA and gloo elsewhere; one rank without torchrun.
+
+    Raises:
+        UsageError: the ranks have different versions, or were `given` different things.
+        RankError: they cannot reach each other.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
     try:
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+        alive = distributed.new_group(backend="gloo", timeout=SILENCE)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"the {size} processes of the run cannot reach each other: {error}") from error
+    ranks, leaves = Ranks(distributed.get_rank(), size, device), threading.Event()
+    watch = threading.Thread(target=_watch, args=(ranks, alive, leaves), daemon=True)
+    watch.start()
     try:
-        yield Ranks(distributed.get_rank(), size)
+        ranks.check_same({"version": __version__} | given)
+        yield ranks
     finally:
+        leaves.set()
+        watch.join()
         distributed.destroy_process_group()
+
+
+def _watch(ranks: Ranks, group: distributed.ProcessGroup, leaves: threading.Event) -> None:
+    """Until a rank leaves, see that all are alive; end this process where one is not."""
+    left = torch.zeros(())
+    try:
+        while not left:
+            left.fill_(leaves.wait(BEAT))
+            distributed.all_reduce(left, group=group)
+    except RuntimeError as error:
+        if not leaves.wait(NOTICED):
+            print(f"error: {ranks.lost(first_line(error))}", file=sys.stderr, flush=True)
+            os._exit(RankError.exit_code)
 
 
 def faster_dtype(device: str, group: Ranks) -> str:
     """bfloat16 where the devices of all ranks have instructions for it, else float32."""
-    return "bfloat16" if group.every(has_bfloat16(device), torch.device(device)) else "float32"
+    return "bfloat16" if group.every(has_bfloat16(device)) else "float32"
 
 
 def is_first_started() -> bool:

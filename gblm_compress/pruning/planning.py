@@ -179,7 +179,7 @@ def choose_placement(
     return Placement(
         offload=offload,
         states=max(0, host - size.held(offload)) if on_cpu else host,
-        by_sample=group.every(by_sample, torch.device(device)),  # else some would wait for the others' first sums
+        by_sample=group.every(by_sample),  # else some would wait for the others' first sums
         room=room,
     )
 

@@ -146,7 +146,12 @@ def _to_folder(
     before = _pruned_before(source)
     for note in before:
         progress.say(f"note: {note}")
-    with peak_memory(device) as memory, ranks.joined(device) as group:
+    given: dict[str, Any] = {
+        "model": source.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+        "calibration": calibration.model_dump(mode="json") if settings.needs_text else {},
+    }
+    with peak_memory(device) as memory, ranks.joined(device, given) as group:
         dtype, products = planning.choose_dtypes(job.compute.dtype, source, settings, device, group)
         bytes_of = Size(source, dtype, settings, calibration)
         placement = planning.choose_placement(bytes_of, job.resources, settings, device, group)
@@ -160,10 +165,8 @@ def _to_folder(
             samples = author.calibration(processor, calibration)
             plan = replace(plan, samples=[on_device(sample, device) for sample in group.share(samples)])
         read = fingerprint(samples) if samples else None
-        identity = {
-            "model": source.fingerprint,
-            "settings": settings.model_dump(mode="json"),
-            "calibration": {**calibration.model_dump(mode="json"), "fingerprint": read} if samples else None,
+        identity = given | {
+            "calibration": {**given["calibration"], "fingerprint": read} if samples else None,
             "dtype": dtype,
             "products": products if settings.fits_blocks else None,
             "device": plan.device.type,

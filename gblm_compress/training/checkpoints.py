@@ -59,7 +59,8 @@ class Work(Generic[Kind]):
         resume: continue an interrupted run, or with False remove its work. None: continue if the identity is the same.
 
     Raises:
-        UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all.
+        UsageError: the folder belongs to a run with another identity, cannot be read, or is not of a run at all; or the
+            processes differ in their identity.
         OutputError: the folder cannot be written.
     """
 
@@ -67,6 +68,7 @@ class Work(Generic[Kind]):
 
     def __init__(self, folder: Path, new: Kind, names: str, resume: bool | None, ranks: Ranks) -> None:
         self.folder, self.ranks = folder, ranks
+        ranks.check_same({name: value for name, value in new.identity.items() if name != "threads"})
         self.states = folder / "states" / str(ranks.rank)
         self.damaged: list[str] = []
         self.dropped = ""

@@ -127,8 +127,7 @@ def distil_(
 
     Returns the grids with fitted scales.
     """
-    samples = ranks.total(len(loss.samples), next(iter(layers.values())).get_parameter("weight").device)
-    plan = how.plan(samples, "the fit of the whole model", ranks)
+    plan = how.plan(ranks.total(len(loss.samples)), "the fit of the whole model", ranks)
     with (
         _wide(layers, how.compute),
         progress.counter("distilling", "steps", len(plan.steps)) as advance,

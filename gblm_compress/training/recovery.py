@@ -147,8 +147,9 @@ def recover(what: "Recovery", progress: Progress, resume: bool | None = False) -
         errors.raise_all(errors.collect(looks))
         settings = what.settings.model_copy(update={"rate": rate_of(what.settings, what.source)})
         device = ranks.device_of_rank(loading.choose_device(what.device))
-        with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device) as group:
-            result = replace(what, settings=settings, device=device, group=group).run(resume, progress)
+        what = replace(what, settings=settings, device=device)
+        with freed_memory_kept(), peak_memory(device) as memory, ranks.joined(device, what.given) as group:
+            result = replace(what, group=group).run(resume, progress)
         return replace(result, peak_memory_bytes=memory.peak_bytes)
 
 
@@ -163,6 +164,15 @@ class Recovery:
     device: str = "auto"
     force: bool = False
     group: Ranks = field(default_factory=Ranks)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is the same for all processes, and when resumed."""
+        return {
+            "model": self.source.fingerprint,
+            "teacher": self.teacher.fingerprint,
+            "settings": self.settings.model_dump(mode="json"),
+        }
 
     def run(self, resume: bool | None, progress: Progress) -> RecoverResult:
         """The part of this process, with rate and device chosen."""
@@ -207,7 +217,7 @@ class Recovery:
                 weights.parameters[name].data = weights.parameters[name].data.float()
             fitted = weights.finish()
             # Now, so that the others do not wait for the first, which may save for longer than they may wait.
-            trained = group.total(weights.count, torch.device(self.device))
+            trained = group.total(weights.count)
             if group.is_first:
                 progress.say("saving …")
                 known = {key: identity[key] for key in ("settings", "text", "threads")}
@@ -239,10 +249,7 @@ class Recovery:
         return cost.sentence(seconds, memory, f"--tokens {tokens}", seconds * tokens / max(1, trained))
 
     def _identity(self, windows: Windows, compute: str) -> dict[str, Any]:
-        return {
-            "model": self.source.fingerprint,
-            "teacher": self.teacher.fingerprint,
-            "settings": self.settings.model_dump(mode="json"),
+        return self.given | {
             "compute": compute,
             "text": fingerprint(windows.samples),
             "held_out": windows.held_out,

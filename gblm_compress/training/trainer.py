@@ -138,7 +138,7 @@ class Trainer:
                     looked(self._look(state))
                 now = time.monotonic()
                 state.seconds = now - started
-                if self._ranks.total(int(now - saved > CHECKPOINT_SECONDS), weights.device):
+                if self._ranks.total(int(now - saved > CHECKPOINT_SECONDS)):
                     self._store.save(state, weights.state() | self._moments())
                     saved = time.monotonic()
         weights.restore(self._store.best(state.best))

@@ -23,7 +23,18 @@ from gblm_compress.training.trainer import Plan
 from tests.conftest import prune
 from tests.families.tiny import tiny_family
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
+}
 
 
 def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
@@ -33,16 +44,17 @@ def arguments(source, output: Path, prose: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+def launched(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "gblm_compress", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize(
     ("start", "settings"),
     [
         ("torchrun", {"method": "gblm", "pattern": "2:4"}),
-        ("forks", {"method": "regional", "pattern": "2:4"}),
+        ("accelerate", {"method": "regional", "pattern": "2:4"}),
         ("forks", {"method": "obs", "allocation": "sensitivity", "gradient_norm": "l2"}),
     ],
     ids=["gblm", "regional", "obs-sensitivity"],
@@ -50,7 +62,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
 def test_two_ranks_agree_with_one_process(start, settings, pair, tiny, tmp_path, prose) -> None:
     options = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
     given = arguments(tiny("llama"), tmp_path / "two", prose, *options)
-    done = torchrun("-m", "gblm_compress", *given) if start == "torchrun" else pair(*given)
+    done = launched(start, *given) if start in LAUNCHERS else pair(*given)
     assert '"folder"' in done.stdout, done.stderr
     assert done.stdout.count('"folder"') == 1  # the first rank alone reports
     text = CalibrationSettings(dataset=str(prose), samples=5, sequence_length=32)
@@ -93,6 +105,41 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_error(pair, tiny, tmp_path
     assert done.code == 1 and "rank 0 of 2: another process of the run ended" in done.stderr
     assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+HANGS = """
+import ctypes, os, signal
+from datetime import timedelta
+from gblm_compress.calibration import ranks
+from gblm_compress.pruning import walk
+ranks.SILENCE = timedelta(seconds=5)
+if rank == "1":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # once the other has ended
+    walk.prune_block_ = lambda *args: os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_rank_that_hangs_ends_the_other(pair, tiny, tmp_path, prose) -> None:
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose), change=HANGS)
+    assert done.code == 1 and "Traceback" not in done.stderr
+    assert "error: rank 0 of 2: another process of the run ended or does not answer" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("version", "from gblm_compress.calibration import ranks; ranks.__version__ += rank"),
+        ("model", "sys.argv[2] = sys.argv[2].replace('llama', 'mistral') if rank == '1' else sys.argv[2]"),
+        ("settings", "sys.argv += ['--pattern', '2:4'] if rank == '1' else []"),
+        ("calibration", "from gblm_compress.tasks import text; text.load_text = lambda *given: f'{rank}, ' * 9999"),
+    ],
+)
+def test_processes_that_were_given_different_things_are_refused(what, change, pair, tiny, tmp_path, prose) -> None:
+    assert tiny("mistral").folder.exists()
+    done = pair(*arguments(tiny("llama"), tmp_path / "out", prose, "--method", "wanda"), change=change)
+    assert done.code == 1 and f"error: the 2 processes of the run differ in {what}; give" in done.stderr, done
+    assert {path.name for path in tmp_path.iterdir()} == {prose.name}
 
 
 SAVES_FOR_LONG = """
