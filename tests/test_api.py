@@ -216,7 +216,7 @@ BOTH_WAYS = {
     "evaluate": (("pruned",), {"baseline": "tiny", "sequence_length": 32, **HELD_OUT}),
     "compare": (("tiny",), {**GRID, **TEXT_OF, **HELD_OUT}),
     "benchmark": (("pruned",), {"baseline": ("tiny",), **RUNNING}),
-    "inspect": (("pruned",), {"heat_map": "map.png"}),
+    "inspect": (("pruned",), {}),
     "run": (("recipe.yaml",), {"set": ("prune.pattern=1:4",), "dry_run": True}),
     "report": (("run", "run"), {"output": "page.html"}),
     "push": (("run", "bitmask"), {}),

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +251,7 @@ class OnnxRuntime(_Graph):
             self._session.run_with_iobinding(binding)
             logits, *present = binding.get_outputs()
             logits = logits.numpy()
-        if logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
+        if logits.ndim != 3 or logits.shape[:2] != ids.shape or logits.shape[2] <= ids.max():
             raise self._other_interface(
                 f"for {batch} × {tokens} tokens up to number {ids.max()} output {_LOGITS!r} has the shape "
                 f"{list(logits.shape)}; [{batch}, {tokens}, size of the vocabulary] is needed",
@@ -273,46 +273,29 @@ class OnnxRuntime(_Graph):
         return _Cache([self._ort_value(value, *self._device) for value in empty], 0)
 
     def _read_interface(self) -> None:
-        """Raises: ModelError: an input or output is missing, unknown, or of another type or shape than in an export."""
+        """Raises: ModelError: an input or output has not the name, type and shape that exports give it."""
         inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = {value.name: value for value in self._session.get_outputs()}
-
-        def tensor(values: dict[str, Any], name: str, types: Iterable[str], rank: int | None) -> Any:
-            what = f"{'input' if values is inputs else 'output'} {name!r}"
-            if name not in values:
-                raise self._other_interface(f"{what} is missing; it has {', '.join(values) or 'none'}")
-            value = values[name]
-            if value.type not in types:
-                raise self._other_interface(f"{what} is a {value.type}; {' or '.join(types)} is needed")
-            if rank is not None and len(value.shape) != rank:
-                raise self._other_interface(f"{what} has the shape {value.shape}; {rank} dimensions are needed")
-            return value
-
-        logits = tensor(outputs, _LOGITS, ONNX_TYPES, 3)
-        self._takes = ("input_ids", *(name for name in ("attention_mask", "position_ids") if name in inputs))
-        for name in self._takes:
-            tensor(inputs, name, ("tensor(int64)",), 2)
-        # {input of the cache: its dtype, and its shape before the first token, without the batch}; keys and values are
-        # [heads, tokens, width]
-        self._past: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name in (name for name in inputs if name not in self._takes):
-            if not name.startswith(_PAST):
-                raise self._other_interface(f"input {name!r} is not known")
-            if is_state := bool(STATE.search(name)):
-                value = tensor(inputs, name, ONNX_TYPES, None)
-                shape = value.shape[1:]
-            else:
-                value = tensor(inputs, name, (logits.type,), 4)
-                shape = [value.shape[1], 0, value.shape[3]]  # no token yet
-            if not all(isinstance(size, int) and size >= 0 for size in shape):
-                which = "dimensions after the first" if is_state else "second and fourth dimension"
-                raise self._other_interface(f"input {name!r} has the shape {value.shape}; its {which} must be numbers")
-            self._past[name] = ONNX_TYPES[value.type], tuple(shape)
-            tensor(outputs, name.replace(_PAST, "present.", 1), (value.type,), len(value.shape))
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
+        if outputs.get(_LOGITS) not in ONNX_TYPES:
+            raise self._other_interface(f"it has no output {_LOGITS!r} of floating-point numbers")
+        self._takes = [name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs]
+        # {input of the cache: its dtype, and its shape before the first token, without the batch}
+        self._past: dict[str, tuple[str, list[int]]] = {}
+        self._present: list[str] = []
+        for name, value in inputs.items():
+            if name in self._takes:
+                continue
+            shape, present = list(value.shape[1:]), name.replace(_PAST, "present.", 1)
+            if len(shape) == 3 and not STATE.search(name):
+                shape[1] = 0  # no token yet: keys and values are [heads, tokens, width]
+            known = name.startswith(_PAST) and present in outputs and value.type in ONNX_TYPES
+            if not known or not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
+                raise self._other_interface(f"input {name!r} of {value.type} {value.shape} is not known")
+            self._past[name] = ONNX_TYPES[value.type], shape
+            self._present.append(present)
         if not self._past:
             raise self._other_interface(f"it has no input {_PAST}*, so that it cannot go on from a cache")
-        self._present = [name.replace(_PAST, "present.", 1) for name in self._past]
-        self.dtype = ONNX_TYPES[logits.type]
+        self.dtype = ONNX_TYPES[outputs[_LOGITS]]
 
     def _most_at_once(self) -> int | None:
         said = self._session.get_modelmeta().custom_metadata_map.get(AT_ONCE)

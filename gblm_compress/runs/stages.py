@@ -9,7 +9,7 @@ from gblm_compress import errors, exporters
 from gblm_compress.calibration import generation
 from gblm_compress.errors import UsageError, raise_all
 from gblm_compress.exporters import check_grid, export
-from gblm_compress.formats import FOLDER_RUNTIMES, FORMATS
+from gblm_compress.formats import FORMATS
 from gblm_compress.layouts import LAYOUTS
 from gblm_compress.machine import environment
 from gblm_compress.measure import evaluation, zero_shot
@@ -71,7 +71,7 @@ def timed_against(job: Job) -> list[ExportSettings]:
     bits it uses ONNX Runtime's own operators.
     """
     recipe = job.recipe
-    timed = set(recipe.benchmark.runtimes) - set(FOLDER_RUNTIMES) if recipe.benchmark is not None else set()
+    timed = set(recipe.benchmark.runtimes) - {"torch"} if recipe.benchmark is not None else set()
     found = []
     for settings in job.runnable:
         if timed & set(FORMATS[settings.format].runtimes):
@@ -228,7 +228,7 @@ def _check_gates(job: Job, timed: Collection[str] | None = None) -> None:
         if gates.artefact not in (job.pruned.name, *exports) or not any(GATES[name] == needs for name in gates.limits):
             continue
         named, made = f"gates.artefact {gates.artefact!r}", exports.get(gates.artefact)
-        runtimes = FORMATS[made.format].runtimes if made else FOLDER_RUNTIMES
+        runtimes = FORMATS[made.format].runtimes if made else ("torch",)
         if timed is not None and set(runtimes).isdisjoint(timed):
             raise UsageError(
                 f"{named} runs in {' and '.join(runtimes)}, which are not timed; name one in benchmark.runtimes"
@@ -256,14 +256,14 @@ def _benchmark(job: Job, settings: BenchmarkSettings) -> Stage:
 
 def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
     able = [FORMATS[each.format].runtimes for each in job.runnable]
-    if not (timed := set(FOLDER_RUNTIMES).union(*able).intersection(settings.runtimes)):
+    if not (timed := {"torch"}.union(*able).intersection(settings.runtimes)):
         raise UsageError(
             f"benchmark.runtimes is {' and '.join(settings.runtimes)} alone, and no export runs in it on {job.device}: "
             "nothing would be timed; name other runtimes, or another model.device"
         )
     for runtime in timed:
         check_installed(runtime)
-    if timed - set(FOLDER_RUNTIMES):
+    if timed - {"torch"}:
         check_onnx_provider(job.device)
 
 

@@ -31,7 +31,7 @@ MOST_THREADS = 1024
 RuntimeName = Annotated[
     str,
     OneOf(
-        ("torch", "vllm", "onnxruntime", "genai"),
+        ("torch", "onnxruntime", "genai"),
         {"pytorch": "torch", "ort": "onnxruntime", "onnx": "onnxruntime", "onnxruntime-genai": "genai"},
     ),
 ]
@@ -234,8 +234,8 @@ class BenchmarkSettings(Settings):
     runtimes: tuple[RuntimeName, ...] = Field(
         ("torch", "onnxruntime"),
         min_length=1,
-        description="Runtimes: torch and vllm (in an environment of its own) for Hugging Face folders, onnxruntime and "
-        "genai (onnxruntime-genai) for ONNX exports.",
+        description="Runtimes: torch for Hugging Face folders, onnxruntime and genai (onnxruntime-genai) for ONNX "
+        "exports.",
     )
     threads: Annotated[int | None, Panel.RESOURCES] = Field(
         None, ge=1, le=MOST_THREADS, description="CPU threads; as many as torch uses if unset."

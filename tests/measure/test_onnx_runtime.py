@@ -78,18 +78,15 @@ def test_states_begin_at_zero_and_are_carried_on(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": "tokens_in"}, "input 'input_ids' is missing; it has tokens_in, attention_mask"),
-        ({PAST: f"{PAST}, int64[batch, tokens] type_ids"}, "input 'type_ids' is not known"),
-        (
-            {"int64[batch, tokens]": "int32[batch, tokens]"},
-            r"'input_ids' is a tensor\(int32\); tensor\(int64\) is need",
-        ),
+        ({"input_ids": "tokens_in"}, "input 'tokens_in' of .* is not known"),
+        ({PAST: f"{PAST}, int64[batch, tokens] type_ids"}, "input 'type_ids' of .* is not known"),
+        ({"int64[batch, tokens]": "int32[batch, tokens]"}, "cannot run it .*int32"),
         (
             logits("double[batch, tokens, 8]", "Cast <to = 11> (raw)"),
-            r"output 'logits' is a tensor\(double\); tensor\(float\) or tensor\(float16\) is needed",
+            "no output 'logits' of floating-point numbers",
         ),
-        ({"logits": "scores_out"}, "output 'logits' is missing; it has scores_out, present.0.key"),
-        (logits("float[all]", "Reshape (raw, last)"), r"output 'logits' has the shape \['all'\]; 3 dimensions"),
+        ({"logits": "scores_out"}, "no output 'logits' of floating-point numbers"),
+        (logits("float[all]", "Reshape (raw, last)"), r"output 'logits' has the shape \[40\]"),
         (
             logits("float[batch, one, 8]", "Gather <axis = 1> (raw, first)"),
             r"for 1 × 5 tokens up to number 4 output 'logits' has the shape \[1, 1, 8\]",
@@ -98,12 +95,9 @@ def test_states_begin_at_zero_and_are_carried_on(tmp_path) -> None:
             logits("float[batch, tokens, 3]", "Gather <axis = 2> (raw, three)"),
             r"up to number 4 output 'logits' has the shape \[1, 5, 3\]",
         ),
-        ({"2, past": "heads, past"}, r"input 'past_key_values.0.key' has the shape \['batch', 'heads', 'past', 4\]"),
-        (
-            {"[batch, total]": "[batch, total, 1, 1]"},
-            "input 'attention_mask' has the shape .*; 2 dimensions are needed",
-        ),
-        ({"present.0.key": "present.0.keys"}, "output 'present.0.key' is missing"),
+        ({"2, past": "heads, past"}, r"'past_key_values.0.key' of .*\['batch', 'heads', 'past', 4\] is not known"),
+        ({"[batch, total]": "[batch, total, 1, 1]"}, "cannot run it .*attention_mask"),
+        ({"present.0.key": "present.0.keys"}, "input 'past_key_values.0.key' of .* is not known"),
         ({f", {PAST}": "", f", {PRESENT}": "", CONCAT: ""}, r"it has no input past_key_values\.\*"),
         ({"int64[batch, tokens]": "int64[batch, 3]"}, "cannot run it .*input_ids"),
     ],
