@@ -299,22 +299,15 @@ def run(result: Any) -> list[Any]:
 
 
 def _dry_run(c: dict[str, Any]) -> list[Any]:
-    columns = "# = {number} | stage = {does} | what would happen = {fate} | >disk, at most = {stays:bytes}"
-    rows = []
-    for number, step in enumerate(c["steps"], 1):
-        disk = step["disk"] if step["fate"] != "reuse" else None
-        rows.append(step | {"number": number, "stays": (disk and disk["stays"]) or None})
-    size = "not known until the model is on this machine"
+    columns = "# = {number} | stage = {does} | what would happen = {fate} | >last time = {seconds:.0f}"
+    rows = [step | {"number": number} for number, step in enumerate(c["steps"], 1)]
     time = "not known; some of these stages are new to this folder"
-    if c["bytes"] is not None:
-        size = f"at most {decimal(c['bytes'])}, temporary files included"
     if c["seconds"] is not None:
         time = f"{c['seconds']:.0f} s when these stages were last done in this folder"
     limits = ", ".join(f"{name} {value}" for group in c["gates"] for name, value in group.items())
     gates = [f"gates to check: {limits}"] if limits else []
-    lines = [f"disk: {size}; {decimal(c['free_bytes'])} are free", f"time: {time}", f"output: {c['output']}"]
-    lines += [f"note: {note}" for note in c["notes"]]
-    return [_table(f"{columns} | >last time = {{seconds:.0f}}", rows), *gates, *lines, *_unchecked(c)]
+    lines = [f"time: {time}", f"output: {c['output']}", *(f"note: {note}" for note in c["notes"])]
+    return [_table(columns, rows), *gates, *lines, *_unchecked(c)]
 
 
 def _unchecked(c: dict[str, Any]) -> list[str]:

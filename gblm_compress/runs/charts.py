@@ -27,12 +27,6 @@ ERRORS = (
     "How far the output of each layer was from its dense weights' output for the same inputs, as a share of that, on "
     "the calibration text when it was pruned and fitted. Pruning costs most where it is dark."
 )
-LIMIT = (
-    "A decode step reads every weight once, so fewer bytes set a limit: the upright mark is the dense model's bytes "
-    "over the artefact's. The dot is the measured speed-up, its line the interval. The gap between them is attention, "
-    "norms, waiting threads, and arithmetic on packed weights. A dot beyond the mark means that the kernel is better "
-    "than dense's."
-)
 LOSS = (
     "How far the predictions are from the dense model's, mixed with the cross-entropy of the text where the training "
     "weighs it, on text that the training does not see: lower is better. The filled dot was kept."
@@ -74,17 +68,13 @@ def of(report: RunReport) -> list[Chart]:
     if report.generates:
         first, prefill = "Time to the first token", "prefill"
     spans = "a dot is the median over the rounds, a line spans p10 to p90. Grey is dense."
-    seeds = "Further left is better. A line is one standard error over the seeds to each side."
     decode, prefill = (f"Milliseconds of {what}: {spans}" for what in ("decode", prefill))
     made = (
         _front(report, "quality-bytes", "Quality and size", smaller, sizes, "megabytes on disk"),
         _front(report, "quality-time", "Quality and speed", faster, times, axis),
         _dotted(report, "tpot_ms", "latency-decode", "Time per token after the first", decode, "milliseconds"),
         _dotted(report, "ttft_ms", "latency-prefill", first, prefill, "milliseconds"),
-        _byte_limit(report),
         _step(report),
-        _dotted(report, "method_perplexity", "methods-perplexity", "Perplexity by method", seeds, "perplexity"),
-        _dotted(report, "method_kl", "methods-mean-kl", "KL divergence from dense by method", seeds, "nats per token"),
         _tiles("sparsity", "Zeros by layer", report.find("zeros"), ZEROS),
         _tiles("output-error", "Error by layer", report.find("output_error"), ERRORS),
         _recovery(report),
@@ -109,20 +99,6 @@ def _front(report: RunReport, name: str, title: str, what: str, rows: list[Row],
 def _dotted(report: RunReport, figure: str, name: str, title: str, caption: str, axis: str) -> Chart | None:
     rows = report.find(figure)
     return Chart(name, title, caption, dots(rows, axis)) if len(rows) > 1 else None
-
-
-def _byte_limit(report: RunReport) -> Chart | None:
-    sizes = {row.artefact: row.value or 0 for row in report.find("bytes")}
-    rows = report.find("decode_speedup")
-    pairs = [(place, sizes.get(report.baseline_of(row)), sizes.get(row.artefact)) for place, row in enumerate(rows)]
-    limits = {place: of_dense / own for place, of_dense, own in pairs if of_dense and own}
-
-    def mark(axes: Any) -> None:
-        axes.axvline(1, color=GREY, ls="--", lw=1, label="as fast as dense")
-        axes.plot([*limits.values()], [*limits], "|", color=COLOURS[3], ms=14, mew=3, label="limit by bytes")
-
-    title = "Decoding, and what the bytes allow"
-    return Chart("byte-limit", title, LIMIT, dots(rows, "times as fast as dense", mark)) if rows else None
 
 
 def _step(report: RunReport) -> Chart | None:
@@ -249,15 +225,13 @@ def best(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def dots(rows: Sequence[Row], axis: str, more: Callable[[Any], None] | None = None) -> bytes:
-    """A dot with its interval for each row; `more` draws beside them."""
+def dots(rows: Sequence[Row], axis: str) -> bytes:
+    """A dot with its interval for each row."""
     labels, shared = _labels(rows), ", ".join(_shared(rows).values())
 
     def draw(axes: Any) -> None:
         for number, (row, colour) in enumerate(zip(rows, _colours(axes, rows), strict=True)):
             axes.errorbar(row.value, number, xerr=_spread(row), fmt="o", color=colour)
-        if more is not None:
-            more(axes)
         _lines(axes, labels, f"{axis} ({shared})" if shared else axis)
 
     return drawn(draw, _height(labels))

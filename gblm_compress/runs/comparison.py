@@ -26,8 +26,9 @@ from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.pruning.planning import uniform_budgets
 from gblm_compress.pruning.stage import PruneJob, PruneResult, prune
-from gblm_compress.runs import charts, rows
+from gblm_compress.runs import charts
 from gblm_compress.runs.job import Look, Stage, carry_out
+from gblm_compress.runs.rows import Row
 from gblm_compress.settings import (
     CalibrationSettings,
     CompareSettings,
@@ -38,7 +39,7 @@ from gblm_compress.settings import (
 from gblm_compress.storage import outputs, records
 from gblm_compress.tasks.metrics import mean_metric
 
-FOLDER, REPORT, PLOT = "comparison", "comparison.json", "comparison.png"
+REPORT, PLOT = "comparison.json", "comparison.png"
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,17 @@ def compare(grid: Grid, progress: Progress) -> CompareResult:
             environment=environment(),
             plot=str(output / PLOT),
         )
-        found = list(rows.method_rows(result.as_dict()))
-        axes = ([row for row in found if row.figure == f"method_{name}"] for name in ("seconds", "perplexity"))
-        points = list(zip(*axes, strict=True))
+        points = []
+        for mean in result.rows:
+            figure, dense = partial(Row, mean["method"], part=mean["pattern"]), result.dense_perplexity
+            perplexity = figure("perplexity", mean["perplexity"], error=mean["perplexity_error"], baseline=dense)
+            points.append((figure("seconds", mean["seconds"]), perplexity))
         records.write_file(output / PLOT, charts.scatter(points, "seconds of pruning", "perplexity", log=True))
         records.write_file(output / REPORT, records.as_json(result.as_dict()))
         return result
 
 
-def check(grid: Grid, progress: Progress, *, text_is_given: bool = True) -> None:
+def check(grid: Grid, progress: Progress) -> None:
     """Raise the faults of every cell that show before the first."""
     source, text, methods = grid.dense.source, grid.calibration, grid.methods()
     loading.check_model(source, "compare")
@@ -171,8 +174,7 @@ def check(grid: Grid, progress: Progress, *, text_is_given: bool = True) -> None
         raise UsageError(f"compare measures perplexity, which {task.help} has none of; prune and evaluate it")
     looks: list[Look] = [partial(loading.choose_device, grid.compute.device)]
     if any(method.needs_text for method in methods):
-        if text_is_given:
-            looks.append(partial(task.data_files, text.dataset))
+        looks.append(partial(task.data_files, text.dataset))
         looks.append(partial(loading.check_length, source, text.sequence_length))
     looks.append(lambda: raise_all(evaluation.check([source], grid.evaluation, progress)))
     raise_all(errors.collect(looks))

@@ -115,7 +115,7 @@ class Job:
     @cached_property
     def reference(self) -> Reference:
         """The dense model, for all evaluations; `close` it after the run."""
-        folder = self.output if self.recipe.compare or self.runnable else None
+        folder = self.output if self.runnable else None
         return Reference(self.dense, dtype=self.dtype, device=self.device, folder=folder)
 
     @cached_property
@@ -143,14 +143,6 @@ class Job:
         return looks
 
 
-@dataclass(frozen=True)
-class Disk:
-    """Most bytes of weights and logits that a stage writes: those that stay, and temporary ones."""
-
-    stays: int = 0
-    meanwhile: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of a run: its inputs and its work.
@@ -160,7 +152,6 @@ class Stage:
         decides: settings and plain values that decide the result, besides the inputs.
         place: the folder or text that it writes, if any.
         looks: what can be checked before the work.
-        cells: its parts, which have records of their own.
     """
 
     name: str
@@ -171,8 +162,6 @@ class Stage:
     work: Callable[[], Any]
     looks: Sequence[Look] = ()
     place: Path | None = None
-    disk: Callable[[], Disk] = Disk
-    cells: "tuple[Stage, ...]" = ()
 
     def check_place(self) -> None:
         if self.place is not None and self.place.suffix == ".txt":

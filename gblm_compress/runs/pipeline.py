@@ -1,7 +1,6 @@
 """The run of a recipe: its check, its dry run and the run itself."""
 
 import shlex
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,8 +17,7 @@ from gblm_compress.models.finding import find_here, resolve_model
 from gblm_compress.models.source import ModelSource
 from gblm_compress.progress import Progress
 from gblm_compress.runs import report, rows
-from gblm_compress.runs.comparison import FOLDER
-from gblm_compress.runs.job import Disk, Job, carry_out, read_record
+from gblm_compress.runs.job import Job, carry_out, read_record
 from gblm_compress.runs.rows import DENSE, Row, check_gates
 from gblm_compress.runs.run_report import Outcome, RunReport
 from gblm_compress.runs.stages import exports_of_dense, stages_of
@@ -64,12 +62,11 @@ def unchecked(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class Step:
-    """A stage in a dry run. `disk` is None if the model is not here, `seconds` if no earlier run is recorded."""
+    """A stage in a dry run. `seconds` is None if no earlier run is recorded."""
 
     name: str
     does: str
     fate: Fate
-    disk: Disk | None
     seconds: float | None
 
 
@@ -79,7 +76,6 @@ class DryRun:
 
     Attributes:
         unchecked: models and texts that are not on this machine yet.
-        bytes: most bytes on disk; None if the model is not here.
         seconds: the last time of the steps to do; None unless all are recorded.
         notes: why exports are not as the recipe would have them.
     """
@@ -87,9 +83,7 @@ class DryRun:
     output: str
     steps: list[Step]
     gates: list[dict[str, Any]]
-    free_bytes: int
     unchecked: list[str]
-    bytes: int | None
     seconds: float | None
     notes: list[str]
 
@@ -103,25 +97,21 @@ def dry_run(recipe: Recipe, output: Path, progress: Progress) -> DryRun:
     steps: list[Step] = []
     made_anew: set[Path] = set() if job.found else {job.dense.folder}
     for stage in stages_of(job):
-        disk, home = stage.disk() if job.found else None, output / FOLDER if stage.cells else output
-        for part in stage.cells or (stage,):
-            known = made_anew.isdisjoint([*(source.folder for source in part.reads), *map(Path, part.texts)])
-            record = read_record(part.name, home, progress)
-            fate: Fate = "do"
-            if record is not None and not known:
-                fate = "reuse if its inputs come out the same"
-            elif record is not None and record.holds(part):
-                fate = "reuse"
-            if part.place is not None and fate != "reuse":
-                made_anew.add(part.place)
-            steps.append(Step(part.name, part.does, fate, disk, record.seconds if record else None))
+        known = made_anew.isdisjoint([*(source.folder for source in stage.reads), *map(Path, stage.texts)])
+        record = read_record(stage.name, output, progress)
+        fate: Fate = "do"
+        if record is not None and not known:
+            fate = "reuse if its inputs come out the same"
+        elif record is not None and record.holds(stage):
+            fate = "reuse"
+        if stage.place is not None and fate != "reuse":
+            made_anew.add(stage.place)
+        steps.append(Step(stage.name, stage.does, fate, record.seconds if record else None))
     gates = [group.model_dump(mode="json", exclude_none=True) for group in recipe.gates]
-    to_do = [step for step in steps if step.fate != "reuse"]
-    disks, times = ([getattr(step, name) for step in to_do] for name in ("disk", "seconds"))
-    size = sum(disk.stays for disk in disks) + max((disk.meanwhile for disk in disks), default=0) if job.found else None
-    seconds = None if None in times else sum(times)
-    free = outputs.free_bytes(output)
-    return DryRun(str(output), steps, gates, free, unchecked(recipe), size, seconds, job.notes)
+    times = [step.seconds for step in steps if step.fate != "reuse"]
+    known_times = [seconds for seconds in times if seconds is not None]
+    seconds = sum(known_times) if len(known_times) == len(times) else None
+    return DryRun(str(output), steps, gates, unchecked(recipe), seconds, job.notes)
 
 
 def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
@@ -141,22 +131,14 @@ def run(recipe: Recipe, output: Path, progress: Progress) -> RunReport:
         if recipe.evaluate is not None:
             prepare(dense, recipe.evaluate, progress)
         records.write_file(output / RECIPE, records.as_json(recipe.model_dump(mode="json", exclude_unset=True)))
-        outcomes, comparison = [], None
-        for stage in stages_of(job):
-            if stage.cells:
-                comparison = stage.work().as_dict()
-            else:
-                outcomes.append(carry_out(stage, output, progress))
-        result = _report(job, outcomes, comparison)
+        result = _report(job, [carry_out(stage, output, progress) for stage in stages_of(job)])
         report.write(result, output)
         return result
 
 
-def _report(job: Job, outcomes: list[Outcome], comparison: dict[str, Any] | None) -> RunReport:
+def _report(job: Job, outcomes: list[Outcome]) -> RunReport:
     results = {outcome.name: outcome.result for outcome in outcomes}
-    measured = list(_rows(job, results))
-    if comparison is not None:
-        measured += rows.method_rows(comparison)
+    measured = _rows(job, results)
     recipe = job.output / RECIPE
     return RunReport(
         recipe=job.recipe.model_dump(mode="json"),
@@ -173,7 +155,7 @@ def _report(job: Job, outcomes: list[Outcome], comparison: dict[str, Any] | None
     )
 
 
-def _rows(job: Job, results: dict[str, dict[str, Any]]) -> Sequence[Row]:
+def _rows(job: Job, results: dict[str, dict[str, Any]]) -> list[Row]:
     found: list[Row] = []
     pruned = results["prune"]
     baselines = exports_of_dense(job)

@@ -19,7 +19,7 @@ from gblm_compress.storage import outputs, records
 
 FILES = Path(__file__).parent / "page_files"
 PAGE, PICTURES = "report.html", "charts"
-SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks", "Methods")
+SHORT = ("Gates", "Quality and size", "Speed and memory", "Tasks")
 """The tables of a summary, in a terminal or in Markdown."""
 
 

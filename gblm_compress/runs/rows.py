@@ -21,7 +21,7 @@ UNITS = {
     "%": ("agreement", "accuracy", "increase", "density", "zeros", "output_error"),
     "×": ("speedup", "ratio", "recovery", "retained"),
     "ms": ("_ms",),
-    "count": ("kernels", "questions", "weights", "seeds"),
+    "count": ("kernels", "questions", "weights"),
 }
 """{unit: endings of its figures' names}."""
 
@@ -152,18 +152,6 @@ def recovery_rows(artefact: str, curve: Iterable[Mapping[str, Any]], best: int) 
     for number, look in enumerate(curve):
         part = "kept" if number == best else "not kept"
         yield Row(artefact, "held_out_loss", look["held_out"], part=part, tokens=look["tokens"])
-
-
-def method_rows(comparison: Mapping[str, Any]) -> Iterator[Row]:
-    """The rows of a `CompareResult`."""
-    for method in comparison["rows"]:
-        row = partial(Row, method["method"], part=method["pattern"])
-        dense = comparison["dense_perplexity"]
-        yield row("method_perplexity", method["perplexity"], error=method["perplexity_error"], baseline=dense)
-        yield row("method_kl", method["mean_kl"], error=method["mean_kl_error"])
-        yield row("method_seconds", method["seconds"])
-        yield row("method_memory", method["peak_memory_bytes"])
-        yield row("method_seeds", method["seeds"])
 
 
 def unit_of(figure: str) -> str:

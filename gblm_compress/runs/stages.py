@@ -3,8 +3,6 @@
 from collections.abc import Collection, Mapping
 from functools import partial
 
-import torch
-
 from gblm_compress import errors, exporters
 from gblm_compress.calibration import generation
 from gblm_compress.errors import UsageError, raise_all
@@ -18,23 +16,19 @@ from gblm_compress.measure.evaluation import evaluate
 from gblm_compress.measure.onnx_runtime import check_onnx_provider
 from gblm_compress.measure.runtimes import check_installed
 from gblm_compress.methods.patterns import Pattern
-from gblm_compress.models import loading
 from gblm_compress.models.source import ModelSource
-from gblm_compress.pruning.planning import Size
 from gblm_compress.pruning.stage import PruneJob, prune
-from gblm_compress.runs import comparison
-from gblm_compress.runs.job import Disk, Job, Look, Stage
+from gblm_compress.runs.job import Job, Look, Stage
 from gblm_compress.settings import (
     GATES,
     BenchmarkSettings,
-    CompareSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     PruneSettings,
     RecoverSettings,
 )
-from gblm_compress.training.recovery import Recovery, check_kind, checkpoint_bytes, recover
+from gblm_compress.training.recovery import Recovery, check_kind, recover
 
 
 def stages_of(job: Job) -> list[Stage]:
@@ -51,8 +45,6 @@ def stages_of(job: Job) -> list[Stage]:
         stages += [_evaluate(job, recipe.evaluate, settings, of_dense=True) for settings in rounded]
     if recipe.benchmark is not None:
         stages.append(_benchmark(job, recipe.benchmark))
-    if recipe.compare is not None and recipe.evaluate is not None:
-        stages.append(_compare(job, recipe.compare, recipe.evaluate))
     return stages
 
 
@@ -108,14 +100,8 @@ def _prune(job: Job) -> Stage:
         decides=lambda: [settings, text if settings.needs_text else None, job.dtype, job.device],
         place=place,
         looks=[*job.looks_at(texts, length, "calibration.sequence_length"), lambda: job.patterns],
-        disk=partial(_disk_of_pruning, job, settings),
         work=partial(prune, what, place, job.progress, resume=None, force=True),
     )
-
-
-def _disk_of_pruning(job: Job, settings: PruneSettings) -> Disk:
-    size = Size(job.dense, loading.choose_dtype(job.dtype, job.dense, job.device), settings, job.calibration)
-    return Disk(size.checkpoint, size.kept(settings))
 
 
 def _recover(job: Job, settings: RecoverSettings) -> Stage:
@@ -129,7 +115,6 @@ def _recover(job: Job, settings: RecoverSettings) -> Stage:
         decides=lambda: [settings, job.device],
         place=job.pruned.folder,
         looks=[*looks, partial(check_kind, job.dense)] if job.found else looks,
-        disk=lambda: Disk(job.dense.bytes_on_disk, meanwhile=checkpoint_bytes(job.dense)),
         work=partial(recover, what, job.progress, resume=None),
     )
 
@@ -151,12 +136,6 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
     if job.recipe.prune.grid is not None and not of_dense:
         looks.append(partial(check_grid, job.recipe.prune.columns_of_a_scale, settings))
 
-    def disk() -> Disk:
-        dtypes = exporters.dtype_of(job.dense, settings), loading.stored_dtype(job.dense)
-        width, stored = (getattr(torch, dtype).itemsize for dtype in dtypes)
-        size = job.dense.bytes_on_disk // stored * width
-        return Disk(size, meanwhile=FORMATS[settings.format].copies * size)
-
     return Stage(
         name=f"export {artefact.name}",
         does=f"export the dense model to {what}, the baseline of the benchmark" if of_dense else f"export to {what}",
@@ -164,7 +143,6 @@ def _export(job: Job, settings: ExportSettings, of_dense: bool = False) -> Stage
         decides=lambda: [settings],
         place=artefact.folder,
         looks=looks,
-        disk=disk,
         work=partial(export, source, artefact.folder, settings, force=True, progress=job.progress),
     )
 
@@ -197,14 +175,6 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
         models = [job.dense] if job.found else []
         looks = [lambda: raise_all(evaluation.check(models, settings, job.progress)), partial(_check_gates, job)]
 
-    def disk() -> Disk:
-        """The dense model's logits, which are removed when the run ends."""
-        room, windows = job.reference.room, settings.max_windows
-        if windows is None:  # as many as the text has
-            return Disk(meanwhile=room)
-        config, length = loading.config_of(job.dense), settings.sequence_length
-        return Disk(meanwhile=min(room, 4 * windows * loading.task_of(job.dense).judged_values(config, length)))
-
     shared = {"baseline": job.reference, "progress": job.progress, **job.compute.model_dump()}
     fingerprint = partial(zero_shot.fingerprint, settings.tasks, settings.include_path)
     by = f" and by {', '.join(settings.tasks)}" if settings.tasks else ""
@@ -215,7 +185,6 @@ def _evaluate(job: Job, asked: EvaluateSettings, export: ExportSettings | None, 
         texts=(settings.dataset,),
         decides=lambda: [settings, fingerprint(), job.dtype, job.device],
         looks=looks,
-        disk=disk,
         work=partial(evaluate, source, settings, **shared),
     )
 
@@ -265,25 +234,3 @@ def _check_runtimes(job: Job, settings: BenchmarkSettings) -> None:
         check_installed(runtime)
     if timed - {"torch"}:
         check_onnx_provider(job.device)
-
-
-def _compare(job: Job, settings: CompareSettings, asked: EvaluateSettings) -> Stage:
-    """The stage has no record: its cells have."""
-    place = job.output / comparison.FOLDER
-    grid = comparison.Grid(job.reference, place, settings, job.calibration, asked, job.compute)
-    check = partial(comparison.check, grid, job.progress, text_is_given=job.is_given(job.calibration.dataset))
-
-    def disk() -> Disk:
-        """The largest pruned model, removed after its evaluation."""
-        disks = [_disk_of_pruning(job, method) for method in grid.methods()]
-        return Disk(meanwhile=max(disk.stays + disk.meanwhile for disk in disks))
-
-    return Stage(
-        name="compare",
-        does=f"compare {len(settings.methods)} methods, {len(settings.patterns)} patterns, {settings.seeds} seeds",
-        decides=list,
-        looks=[check] if job.found else [],
-        disk=disk,
-        work=partial(comparison.compare, grid, job.progress),
-        cells=tuple(grid.stages(job.progress)),
-    )

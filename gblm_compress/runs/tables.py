@@ -21,7 +21,6 @@ NAMES = {
     "samples_per_second": "samples/s",
     "decode_speedup": "decode",
     "prefill_speedup": "prefill",
-    "method_kl": "KL",
     "zeros": "zeros",
     "output_error": "error",
 }
@@ -57,7 +56,7 @@ class Table:
 
 
 def name_of(figure: str) -> str:
-    return NAMES.get(figure, figure.removeprefix("method_").replace("_", " "))
+    return NAMES.get(figure, figure.replace("_", " "))
 
 
 def cell_of(row: Row | None) -> Cell:
@@ -98,12 +97,6 @@ PLAIN = (
         {"model": "artefact", "task": "part"},
         ("questions", "accuracy", "dense_accuracy", "recovery"),
         "± is one standard error; the interval of a recovery is one of 95 %.",
-    ),
-    (
-        "Methods",
-        {"method": "artefact", "pattern": "part"},
-        ("method_perplexity", "method_kl", "method_seconds", "method_memory", "method_seeds"),
-        "± is one standard error over the seeds.",
     ),
     (
         "Kernels that ran",

@@ -1,4 +1,4 @@
-"""A whole run, its grid of methods and its gates."""
+"""A whole run and its gates, and a grid of methods."""
 
 from collections.abc import Collection
 from functools import cache
@@ -163,9 +163,6 @@ class Recipe(Settings):
     export: tuple[ExportSettings, ...] = Field((), description="Formats to write, one after the other.")
     evaluate: EvaluateSettings | None = Field(None, description="Perplexity and fidelity; skipped if unset.")
     benchmark: BenchmarkSettings | None = Field(None, description="Latency and memory; skipped if unset.")
-    compare: CompareSettings | None = Field(
-        None, description="Methods to compare, with the settings of 'evaluate'; skipped if unset."
-    )
     gates: tuple[GateSettings, ...] = Field(
         (),
         description="Limits; a run that misses one ends with exit code 6. A mapping, or a sequence of mappings for "
@@ -186,8 +183,6 @@ class Recipe(Settings):
     def _check(self) -> Self:
         for gates in self.gates:
             self._check_gates(gates)
-        if self.evaluate is None and self.compare is not None:
-            raise ValueError("'compare' needs an 'evaluate' section, which says what its models are evaluated on")
         if len(set(self.export)) < len(self.export):
             raise ValueError("the same export is listed twice")
         return self
@@ -196,8 +191,7 @@ class Recipe(Settings):
     def _check_written(self) -> Self:
         recover, evaluate = self.recover, self.evaluate
         trained = [source.dataset for source in recover.data] if recover else []
-        calibrated = self.prune.needs_text or self.compare
-        read = trained + ([self.calibration.dataset] if calibrated else [])
+        read = trained + ([self.calibration.dataset] if self.prune.needs_text else [])
         judges = [*(recover.disjoint_from if recover else ()), *([evaluate.dataset] if evaluate else [])]
         if self.generate is not None and self.generate.starts == WRITTEN:
             raise ValueError(f"generate.starts is {WRITTEN!r}, which is not there before; give another text")

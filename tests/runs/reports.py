@@ -69,22 +69,14 @@ def in_8_bits() -> list[dict[str, Any]]:
 
 
 def results(name: str) -> list[Row]:
-    """The rows of pruned layers, of a training and of compared methods."""
+    """The rows of pruned layers and of a training."""
     layers = {
         f"model.layers.{block}.mlp.{part}": {"shape": [64, 64], "nonzeros": 2048, "output_error": 0.1 * (block + 1)}
         for block in range(3)
         for part in ("up_proj", name)
     }
     curve = [{"tokens": 4000 * number, "held_out": loss} for number, loss in enumerate((0.9, 0.5, 0.4, 0.45))]
-    methods = [
-        {
-            "method": method, "pattern": pattern, "seeds": 2, "perplexity": value, "perplexity_error": 0.5,
-            "mean_kl": value / 100, "mean_kl_error": 0.01, "seconds": seconds, "peak_memory_bytes": 10**9,
-        }
-        for method, pattern, value, seconds in (("gblm", "2:4", 24.0, 30.0), (name, "unstructured", 22.0, 20.0))
-    ]  # fmt: skip
-    compared = rows.method_rows({"dense_perplexity": 20.0, "rows": methods})
-    return [*rows.layer_rows("pruned", layers), *rows.recovery_rows("recovered", curve, 2), *compared]
+    return [*rows.layer_rows("pruned", layers), *rows.recovery_rows("recovered", curve, 2)]
 
 
 def report(name: str = "bitmask", tpot: float = 10.0, perplexity: float = 24.0, **changes) -> RunReport:

@@ -28,8 +28,8 @@ def test_the_front_is_what_a_plain_loop_finds() -> None:
 def test_the_charts_that_there_is_data_for(name) -> None:
     drawn = charts.of(report(name))
     assert [chart.name for chart in drawn] == [
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step",
-        "methods-perplexity", "methods-mean-kl", "output-error", "recovery",
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "step", "output-error",
+        "recovery",
     ]  # fmt: skip
     for chart in drawn:
         with Image.open(io.BytesIO(chart.picture)) as picture:
@@ -62,12 +62,9 @@ def test_what_is_drawn_is_what_was_measured(monkeypatch) -> None:
     drawn = {chart.name: chart.picture for chart in charts.of(in_8)}
     assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (0.18, 24.0)]  # no perplexity of dense-onnx-int8
     assert given("quality-time", "errorbar") == [(20.0, 20.0), (10.0, 24.0)]
-    assert [args[0] for args in given("byte-limit", "plot") if "|" in args] == [[300_000 / 180_000]]
     drawn = {chart.name: chart.picture for chart in charts.of(report())}
     assert given("quality-bytes", "errorbar") == [(1.0, 20.0), (1.0, 24.0), (0.6, 24.0)]
     assert given("quality-bytes", "step") == [([0.6, 1.0], [24.0, 20.0])]
-    (limits,) = [args[0] for args in given("byte-limit", "plot") if "|" in args]
-    assert limits == [1.0, 1_000_000 / 600_000]
     assert given("step", "barh") == [([0, 1, 2], [10.0, 9.75, 5.0]), ([0, 1, 2], [5.0, 4.875, 2.5])]
     curve, kept = given("recovery", "plot")
     assert curve[:2] == ([0, 4000, 8000, 12_000], [0.9, 0.5, 0.4, 0.45]) and kept[:2] == ([8000], [0.4])
@@ -91,7 +88,7 @@ def test_no_text_of_a_chart_is_cut_or_covers_another(name, monkeypatch) -> None:
     names = ["bitmask-int8", *(f"{name}-{number}" for number in range(6))]
     many = [model(each, 10.0 + n / 2, 600_000 + 9000 * n, 24.0 - n / 4) for n, each in enumerate(names)]
     charts.of(report(name, rows=[*measured(models()[0], *many), *results(name)]))
-    assert len(found) == 10
+    assert len(found) == 7
     for paper, texts in found:
         for text, box in texts:
             assert Bbox.union([box, paper]).extents == pytest.approx(paper.extents, abs=1), text
@@ -121,7 +118,7 @@ def test_zeros_that_are_alike_in_all_layers_are_no_chart() -> None:
 
 @pytest.mark.parametrize("values", [(20.0, float("inf")), (float("nan"), float("inf"))])
 def test_a_method_whose_perplexity_is_not_finite_is_no_point(values) -> None:
-    points = [(Row("a", "method_seconds", 2.0), Row("a", "method_perplexity", value, baseline=9.0)) for value in values]
+    points = [(Row("a", "seconds", 2.0), Row("a", "perplexity", value, baseline=9.0)) for value in values]
     finite = [pair for pair in points if pair[1].value is not None]
     drawn, expected = (charts.scatter(each, "seconds", "perplexity", log=True) for each in (points, finite))
     assert drawn == expected

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import onnx
 import pytest
 
 from gblm_compress.cli.summaries import parts
@@ -71,7 +70,7 @@ def test_artefacts_and_report(finished) -> None:
     assert "dense-onnx" in html and "data:image/png" in html
     drawn = {path.stem for path in (output / report.PICTURES).iterdir()}
     assert drawn == {
-        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "byte-limit", "step", "output-error",
+        "quality-bytes", "quality-time", "latency-decode", "latency-prefill", "step", "output-error",
     }  # fmt: skip
 
 
@@ -270,30 +269,12 @@ def test_a_dry_run_says_what_is_reused_and_how_long_the_rest_took(finished) -> N
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
-def test_the_artefacts_take_no_more_disk_than_a_dry_run_says(finished, tmp_path) -> None:
-    output, _ = finished
-    seen = dry_run(smoke(), tmp_path / "new", QUIET)
-    assert seen.bytes == sum(s.disk.stays for s in seen.steps) + max(s.disk.meanwhile for s in seen.steps) > 0
-    assert seen.as_dict()["bytes"] == seen.bytes and seen.seconds is None and not (tmp_path / "new").exists()
-    for step in seen.steps:
-        name = step.name.removeprefix("export ").replace("prune", "pruned")
-        if (output / name).is_dir():
-            written = ModelSource(name, output / name).bytes_on_disk
-            if (graph := output / name / "model.onnx").exists():  # not counted: the graph, and its table of rotations
-                tables = [t for t in onnx.load(graph).graph.initializer if t.name in ("cos_cache", "sin_cache")]
-                written -= graph.stat().st_size + sum(len(table.raw_data) for table in tables)
-            assert 0 < written <= step.disk.stays
-
-
-def test_a_dry_run_of_a_grid_and_of_a_model_that_is_not_here(finished, tmp_path) -> None:
+def test_a_dry_run_of_a_model_that_is_not_here(finished, tmp_path) -> None:
     output, _ = finished
     seen = dry_run(smoke("model=owner/model"), tmp_path, QUIET)
-    assert {step.fate for step in seen.steps} == {"do"} and seen.bytes is None
+    assert {step.fate for step in seen.steps} == {"do"} and seen.seconds is None
     assert seen.unchecked == ["model owner/model"]
     assert fates(smoke("model=owner/model"), output)["prune"] == "reuse if its inputs come out the same"
-    grid = "compare={methods: [wanda], patterns: ['2:4'], seeds: 2}"
-    seen = dry_run(smoke(grid, "export=[]", "benchmark=null", "gates={}"), tmp_path, QUIET)
-    assert [step.does for step in seen.steps[2:]] == [f"compare: wanda 2:4 seed {seed}" for seed in (0, 1)]
 
 
 WRITING = (

@@ -58,7 +58,6 @@ ONNX = "export: [{format: onnx}]\n"
         ("gates: {min_decode_speedup: 1.3}", "needs a 'benchmark' section"),
         ("prune: {pattern: 2:4, sparsity: 0.6}", "contradicts pattern 2:4"),
         ("export: [{format: onnx}, {format: onnx}]", "listed twice"),
-        ("evaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}", "methods has 'wanda' twice"),
         ("resources: {memory: 4}", "memory 4 has no unit, or not one that is known; give for example 4GiB"),
         ('calibration: {dataset: "\\ud800"}', "r.yaml:2: '\\ud800' holds NUL or half a character"),
         ('prune: {pattern: "2:4\\n"}', "prune.pattern: pattern '2:4\\n' is not known"),
@@ -89,8 +88,6 @@ ONNX = "export: [{format: onnx}]\n"
         ("benchmark: {runtimes: [torch, ort]}", "did you mean 'onnxruntime'?"),
         ("export: [{format: sparse24}]", "did you mean 'semi-structured'?"),
         ("export: [{format: onnx, dtype: fp32}]", "did you mean 'float32'?"),
-        ("compare: {methods: [Wanda-PP]}", "did you mean 'regional'?"),
-        ("compare: {methods: [fast]}", "for example wanda+fast"),
     ],
 )
 def test_faults(tmp_path, text: str, message: str) -> None:
@@ -157,7 +154,6 @@ VALID = [
     "model: demo\ncalibration: {samples: 2.0, seed: 1}",
     "model: demo\nresources: {memory: 4GiB, offload: true}",
     "model: demo\nexport: []\nevaluate: null\nbenchmark: {batch: [1, 8], runtimes: [torch]}",
-    'model: demo\nevaluate: {}\ncompare: {methods: [wanda], patterns: ["2:4", unstructured], seeds: 1}',
 ]
 INVALID = [
     "{}",
@@ -179,9 +175,6 @@ INVALID = [
     'model: demo\nresources: {offload: "yes"}',
     "model: demo\nexport: {format: onnx}",
     "model: demo\nbenchmark: {batch: 1}",
-    f"model: demo\nevaluate: {{}}\ncompare: {{methods: [{'wanda, ' * 101}]}}",
-    "model: demo\nevaluate: {}\ncompare: {methods: [wanda, gblm, wanda]}",
-    "model: demo\nevaluate: {}\ncompare: {methods: []}",
 ]
 
 

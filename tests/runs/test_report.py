@@ -145,7 +145,7 @@ def test_junit_and_markdown_name_what_failed() -> None:
 def test_what_was_not_measured_is_said_to_be_so() -> None:
     by_title = {table.title: table for table in tables.of(report())}
     assert list(by_title) == [
-        "Gates", "Quality and size", "Speed and memory", "Tasks", "Methods", "Kernels that ran", "Pruned layers",
+        "Gates", "Quality and size", "Speed and memory", "Tasks", "Kernels that ran", "Pruned layers",
         "Recovery", "Stages",
     ]  # fmt: skip
     quality, speed = by_title["Quality and size"], by_title["Speed and memory"]

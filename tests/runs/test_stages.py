@@ -60,7 +60,6 @@ INT4 = {"prune": {"quantise": "int4"}}
         ({"prune": {"pattern": "3:5"}}, "in_features=64 is not a multiple of 5"),
         ({"prune": {"ignore": ["*.ffn"]}}, "'*.ffn' matches no module"),
         ({"prune": {"overrides": [{"layers": "*.ffn", "pattern": "2:4"}]}}, "override '*.ffn' matches none"),
-        ({"compare": {"methods": ["wanda"], "patterns": ["2:4", "2:7"]}}, "in_features=64 is not a multiple of 7"),
         (IN_TORCH | {"gates": {"max_tpot_ms": 9, "artefact": "onnx"}}, "onnxruntime and genai, which are not timed"),
         (
             ON_CPU | {"benchmark": SHORT, "gates": {"min_decode_speedup": 2, "artefact": SEMI[0]["format"]}},
@@ -175,9 +174,8 @@ def test_a_model_on_the_hub_is_not_fetched_and_that_is_said(progress, monkeypatc
 
 def test_text_that_a_run_writes_need_not_be_there(progress, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    grid = {"methods": ["wanda"], "patterns": ["2:4"], "seeds": 1}
     keys = {"generate": {"starts": "owner/texts"}, "recover": {"data": ["written", "demo"], "sequence_length": 64}}
-    assert faults(progress, compare=grid, **keys, **WRITTEN) == []
+    assert faults(progress, **keys, **WRITTEN) == []
     assert unchecked(recipe(**keys, **WRITTEN)) == ["dataset owner/texts"]
     assert faults(progress, model="owner/model", **keys, **WRITTEN) == []
 
