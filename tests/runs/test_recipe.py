@@ -111,7 +111,7 @@ def test_thousands_of_faults_are_counted_and_a_hundred_printed(tmp_path) -> None
 def test_places_are_lines_and_overrides(tmp_path) -> None:
     assert "a recipe is a mapping with a key 'model'; this is null" in faults_of(tmp_path, "")
     assert "r.yaml:1: model: missing; it is required" in faults_of(tmp_path, "prune: {}")
-    message = faults_of(tmp_path, "model: &m demo\nprune: !!map {}\ncalibration: *m\n")
+    message = faults_of(tmp_path, "model: &m demo\nprune: !own {}\ncalibration: *m\n")
     assert message.startswith("3 faults in the recipe\n")
     assert all(f"{tmp_path}/r.yaml:{line}: " in message for line in (1, 2, 3))
     message = faults_of(tmp_path, "model: demo\nprune: {alpha: 1}\n", "prune.alpha=x", "calibration.samples=0")
